@@ -1,0 +1,111 @@
+"""The corpora that ship with the package, one list per split: aligned Bible verses, Jane Austen's novels, WordNet.
+
+Loaded when asked for and kept; `build_corpora` says where they come from and how the three splits are kept apart.
+"""
+
+import lzma
+from functools import cache
+from importlib.resources import files
+from itertools import groupby
+from typing import NamedTuple
+
+from minipeft.text.splits import check_split
+
+PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+
+
+class Verse(NamedTuple):
+    """One verse in two translations, aligned."""
+
+    book: str
+    chapter: int
+    verse: int
+    king_james: str
+    basic_english: str
+
+    @property
+    def reference(self) -> str:
+        return f"{self.book} {self.chapter}:{self.verse}"
+
+
+class Chapter(NamedTuple):
+    """One chapter of a novel; its paragraphs are the lines of `text`."""
+
+    novel: str
+    chapter: int
+    text: str
+
+
+class Headword(NamedTuple):
+    """A word that a synset defines, with the number of the sense it has here and how often that sense was met.
+
+    `sense` 1 is the word's most usual sense; `count` is its number of occurrences in WordNet's hand-tagged texts.
+    """
+
+    lemma: str
+    sense: int
+    count: int
+
+
+class Synset(NamedTuple):
+    """A WordNet gloss: the words it defines (of this split), their part of speech, the definition, example phrases."""
+
+    headwords: tuple[Headword, ...]
+    part_of_speech: str
+    definition: str
+    examples: tuple[str, ...]
+
+
+@cache
+def bible(split: str) -> list[Verse]:
+    """Verses of `split` ("train", "validation" or "test"), in the Bible's order."""
+    rows = _rows("bible", split)
+    return [Verse(book, int(chapter), int(verse), kjv, bbe) for book, chapter, verse, kjv, bbe in rows]
+
+
+@cache
+def austen(split: str) -> list[Chapter]:
+    """Chapters of Jane Austen's six novels; chapters are counted from 1 through all volumes of a novel."""
+    return [
+        Chapter(novel, int(chapter), text.replace("\\n", "\n")) for novel, chapter, text in _rows("austen", split)
+    ]
+
+
+@cache
+def wordnet(split: str) -> list[Synset]:
+    """WordNet's synsets: nouns, then verbs, adjectives and adverbs."""
+    synsets = []
+    for short, part_of_speech in PARTS_OF_SPEECH.items():
+        for words, definition, examples in _rows(f"wordnet-{short}", split):
+            triples = (word.rsplit("#", 2) for word in words.split("|"))
+            headwords = tuple(Headword(lemma, int(sense), int(count)) for lemma, sense, count in triples)
+            synsets.append(
+                Synset(headwords, part_of_speech, definition, tuple(examples.split("|")) if examples else ())
+            )
+    return synsets
+
+
+def general_text(split: str) -> list[str]:
+    """Documents of general English, what the base model is pretrained on: every corpus once, in a fixed order.
+
+    A document is a chapter of the King James Bible, a chapter of the Basic English Bible, a chapter of a novel, or one
+    synset as `word, other word (noun): definition; "an example"`. Documents are not shuffled: a trainer does that.
+    """
+    documents = []
+    for translation in ("king_james", "basic_english"):
+        for _, verses in groupby(bible(split), key=lambda verse: (verse.book, verse.chapter)):
+            documents.append(" ".join(getattr(verse, translation) for verse in verses))
+    documents += [chapter.text for chapter in austen(split)]
+    for synset in wordnet(split):
+        words = ", ".join(headword.lemma for headword in synset.headwords)
+        examples = "".join(f'; "{example}"' for example in synset.examples)
+        documents.append(f"{words} ({synset.part_of_speech}): {synset.definition}{examples}")
+    return documents
+
+
+def _rows(name: str, split: str) -> list[list[str]]:
+    check_split(split)
+    packed = files("minipeft.text").joinpath("data", f"{name}.tsv.xz").read_bytes()
+    lines = lzma.decompress(packed).decode("utf-8").split("\n")[:-1]
+    prefix = split + "\t"
+    return [line[len(prefix):].split("\t") for line in lines if line.startswith(prefix)]

@@ -1,0 +1,209 @@
+"""A Hugging Face tokenizer as a small class: `tokenizer.json` + `tokenizer_config.json` in, integers out and back.
+
+The segmentation is done by the `tokenizers` library; what is added here is which ids are end-of-sequence and padding,
+padding itself, and a line between text and control: special tokens such as `<|im_end|>` are produced only where the
+caller asks for them, never because a user's text happens to spell one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minipeft import files
+
+
+class Special(str):
+    """A piece of text that is a special token, where the surrounding text is plain: `[Special("<|im_start|>"), "user"]`."""
+
+    __slots__ = ()
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    backend  a `tokenizers.Tokenizer`
+    config   the content of `tokenizer_config.json`: `eos_token`, `pad_token`, `chat_template` and what else it holds
+
+    Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
+    are 0 .. vocab_size - 1, special tokens included), `chat_template` (str or None).
+    """
+
+    def __init__(self, backend: Any, config: dict[str, Any] | None = None):
+        self.config = dict(config or {})
+        self._plain = _copy(backend)
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True  # a special token's text in plain text is only text
+        self._control = _copy(self._plain)
+        self._control.encode_special_tokens = False
+        added = self._plain.get_added_tokens_decoder()
+        self._special_texts = [token.content for token in added.values() if token.special]
+        self._special_ids = {id for id, token in added.items() if token.special}
+        self.eos_token, self.eos_token_id = self._named_token("eos_token")
+        self.pad_token, self.pad_token_id = self._named_token("pad_token")
+        self.chat_template = self.config.get("chat_template")
+
+    def _named_token(self, name: str) -> tuple[str | None, int | None]:
+        token = self.config.get(name)
+        if isinstance(token, dict):  # a serialized AddedToken
+            token = token.get("content")
+        if token is None:
+            return None, None
+        if not isinstance(token, str):
+            raise ValueError(f"tokenizer_config.json: {name} must be a string or an added token, got {token!r}")
+        token_id = self._plain.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
+        return token, token_id
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Reads a Hugging Face directory's `tokenizer.json`, and `tokenizer_config.json` where there is one.
+
+        Without a config, or where it leaves out `eos_token` or `pad_token`, they are taken from
+        `special_tokens_map.json`; where neither names them, `eos_token_id` and `pad_token_id` are None. Raises FileError
+        where `tokenizer.json` is missing (a directory with only `vocab.json` and `merges.txt`, or SentencePiece's
+        `tokenizer.model`, must be converted) or either file is damaged, ValueError where they contradict one another.
+        """
+        import tokenizers
+
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise files.FileError(f"{directory}: there is no tokenizer.json in it, the one form of tokenizer that is read")
+        text = path.read_bytes()
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(text)
+        except Exception as error:  # the library raises bare Exception, with the reason as its text
+            raise files.FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (directory / name).is_file():
+                content = files.read_json(directory / name)
+                if not isinstance(content, dict):
+                    raise files.FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
+                wanted = content if name == "tokenizer_config.json" else {
+                    key: content[key] for key in ("eos_token", "pad_token") if key in content
+                }
+                config.update({key: value for key, value in wanted.items() if value is not None})
+        if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
+            config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, config)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
+        files.write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
+
+    @property
+    def vocab_size(self) -> int:
+        return self._plain.get_vocab_size(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int:
+        """The id of one token; ValueError where the vocabulary does not have it."""
+        token_id = self._plain.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no token {token!r}")
+        return token_id
+
+    def id_to_token(self, token_id: int) -> str:
+        """One token as the vocabulary spells it; ValueError for an id outside it."""
+        token = self._plain.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            raise ValueError(f"token ids are 0 to {self.vocab_size - 1}, got {token_id}")
+        return token
+
+    def encode(self, text: str, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        allow_special       False: `text` is only text; `<|im_end|>` in it becomes several ordinary tokens, so nobody can
+                            end a turn by typing its marker. True: special tokens are recognized, as Hugging Face does.
+                            (Added tokens that are not marked special are ordinary words, recognized either way.)
+        add_special_tokens  True: also what the tokenizer's own post-processor adds, a Llama's BOS for example.
+        """
+        return self.encode_batch([text], allow_special, add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], allow_special: bool = False, add_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """`encode` of many texts, on several threads."""
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"text to encode must be a str, got {type(text).__name__}")
+        backend = self._control if allow_special else self._plain
+        try:
+            # A str subclass does not cross into the library, so plain copies do.
+            encodings = backend.encode_batch_fast([str(text) for text in texts], add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text to encode is not valid Unicode: {error}") from error
+        return [encoding.ids for encoding in encodings]
+
+    def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
+
+        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then the runs
+        of plain text between the special tokens are encoded by themselves. ValueError where a Special piece is not a
+        token of this tokenizer.
+        """
+        pieces = list(pieces)
+        for piece in pieces:
+            if isinstance(piece, Special):
+                self.token_to_id(piece)
+        runs: list[str] = []  # plain text and Special, alternating where there is any plain text
+        for piece in pieces:
+            if isinstance(piece, Special) or not runs or isinstance(runs[-1], Special):
+                runs.append(piece)
+            else:
+                runs[-1] += piece
+        if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
+            return self.encode("".join(runs), True, add_special_tokens)
+        ids: list[int] = self.encode("", False, add_special_tokens)
+        for run in runs:
+            ids += [self.token_to_id(run)] if isinstance(run, Special) else self.encode(run)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD."""
+        ids = [int(token_id) for token_id in ids]
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"token ids are 0 to {self.vocab_size - 1}, got {token_id}")
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self._special_ids]
+        return self._plain.decode(ids, skip_special_tokens=False)
+
+    def pad(self, sequences: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+        """`(ids, mask)`, int64 [batch, longest]: the sequences filled up with the padding token, 1 where a token is real.
+
+        side  "right" for training, "left" for generation (the last column is then everyone's last token).
+        """
+        pad_id = self.pad_token_id if self.pad_token_id is not None else self.eos_token_id
+        if pad_id is None:
+            raise ValueError("the tokenizer names neither a padding nor an end-of-sequence token to pad with")
+        return pad_sequences(sequences, pad_id, side)
+
+
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], pad_value: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has values."""
+    if side not in ("right", "left"):
+        raise ValueError(f"side must be 'right' or 'left', got {side!r}")
+    longest = max((len(sequence) for sequence in sequences), default=0)
+    values = np.full((len(sequences), longest), pad_value, np.int64)
+    mask = np.zeros((len(sequences), longest), np.int64)
+    for row, sequence in enumerate(sequences):
+        where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        values[row, where] = sequence
+        mask[row, where] = 1
+    return values, mask
+
+
+def _copy(backend: Any) -> Any:
+    return type(backend).from_str(backend.to_str())
