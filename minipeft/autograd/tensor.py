@@ -1,0 +1,375 @@
+"""The engine: tensors, the graph that an expression leaves behind, and the walk back through it.
+
+An op is a plain function on arrays that returns its value and, for each positional input, one *pullback*: a function
+from dL/dy to dL/dx_i (None for an input that has no derivative).
+
+    @op
+    def mul(a, b):
+        return a * b, lambda g: g * b, lambda g: g * a
+
+`@op` lets it be called with Tensors. When an input requires a gradient the result gets a Node holding the pullbacks of
+just those inputs; the other pullbacks are dropped at once, and with them every array that only they had captured. A
+frozen weight therefore costs no gradient *and* no saved activation.
+
+    x ──┐                       Tensor.data   an array
+        ├─ Node(mul) ─ y        Tensor._node  how it was made (None for a leaf)
+    w ──┘                       Node.edges    (parent, pullback, shape, dtype) of each input that needs a gradient
+
+Parents are Nodes, or leaf Tensors; nodes never point to the tensors they made, so there is no reference cycle and the
+graph is freed by reference counting alone. `backward` drops each node as soon as its pullbacks have run; so a node's
+pullbacks may share work through a memo in their closure, and even overwrite what the node alone owns.
+
+The contract of a pullback: it is called at most once; it returns a new array, or `g` itself or a view of it, or a
+`Slice`; it never writes into `g`. It may return the shape the broadcasting gave: the engine sums back, once, centrally.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, is_array, to_numpy, xp_of
+
+REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
+
+_mode = threading.local()
+
+
+class AutogradError(RuntimeError):
+    """The graph was used in a way that has no meaning: freed, non-scalar without a gradient, no graph at all."""
+
+
+def is_grad_enabled() -> bool:
+    """False inside `no_grad()` on this thread."""
+    return getattr(_mode, "enabled", True)
+
+
+@contextmanager
+def _grad_mode(enabled: bool) -> Iterator[None]:
+    before = is_grad_enabled()
+    _mode.enabled = enabled
+    try:
+        yield
+    finally:
+        _mode.enabled = before
+
+
+def no_grad() -> AbstractContextManager[None]:
+    """Inside `with no_grad():`, on this thread, ops record no graph."""
+    return _grad_mode(False)
+
+
+# ------------------------------------------------------------------------------------------------------------ graph
+
+
+class Node:
+    """One application of an op: for each input that needs a gradient, whom to tell and how."""
+
+    __slots__ = ("edges", "op")
+
+    def __init__(self, op: str, edges: list[tuple[Node | Tensor, Callable, tuple[int, ...], Any]]):
+        self.op = op
+        self.edges: list | None = edges  # None once backward has passed
+
+
+class Slice:
+    """A gradient that is zero outside `array[index]`, where it is `value`: added in place, never expanded first.
+
+    `add` says that the index may name an element twice, so that the values must be summed.
+    """
+
+    __slots__ = ("index", "repeats", "value")
+
+    def __init__(self, index: Any, value: Array, repeats: bool = False):
+        self.index, self.value, self.repeats = index, value, repeats
+
+    def add_to(self, total: Array) -> None:
+        if self.repeats:
+            xp_of(total).add.at(total, self.index, self.value)
+        else:
+            total[self.index] += self.value
+
+
+def op(fn: Callable) -> Callable:
+    """Turn `fn(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors, and register it."""
+    names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(fn)
+    def apply(*args: Any, **options: Any) -> Tensor:
+        if options:  # inputs given by name are inputs all the same
+            for name in names[len(args) :]:
+                if name not in options:
+                    break
+                args = (*args, options.pop(name))
+        arrays = [a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a for a in args]
+        value, *pullbacks = fn(*arrays, **options)
+        if isinstance(value, np.generic):  # NumPy's reductions give scalars where a device gives 0-d arrays
+            value = np.asarray(value)
+        result = Tensor.__new__(Tensor)
+        result.data, result.grad, result._node, result.requires_grad = value, None, None, False
+        if is_grad_enabled():
+            edges = []
+            for a, pullback in zip(args, pullbacks):
+                if isinstance(a, Tensor) and a.requires_grad:
+                    if pullback is None:
+                        raise AutogradError(f"{fn.__name__}: the input of shape {a.shape} has no derivative in this op")
+                    edges.append((a if a._node is None else a._node, pullback, a.data.shape, a.data.dtype))
+            if edges:
+                result._node, result.requires_grad = Node(fn.__name__, edges), True
+        return result
+
+    REGISTRY[fn.__name__] = apply
+    return apply
+
+
+def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `g` over the axes along which an array of `shape` was broadcast to `g.shape`."""
+    if g.shape == shape:
+        return g
+    lead = g.ndim - len(shape)
+    if lead > 0:
+        g = g.sum(axis=tuple(range(lead)))
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
+    return g.sum(axis=axes, keepdims=True) if axes else g
+
+
+def _sorted(root: Node) -> list[Node]:
+    """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack."""
+    order: list[Node] = []
+    seen: set[int] = {id(root)}
+    stack: list[tuple[Node, int]] = [(root, 0)]
+    while stack:
+        node, i = stack.pop()
+        if node.edges is None:
+            raise AutogradError(
+                f"backward through a freed graph: the result of {node.op!r} was already used in a backward pass; "
+                "compute it again, or add the losses and call backward once"
+            )
+        for j in range(i, len(node.edges)):
+            parent = node.edges[j][0]
+            if isinstance(parent, Node) and id(parent) not in seen:
+                seen.add(id(parent))
+                stack += [(node, j + 1), (parent, 0)]
+                break
+        else:
+            order.append(node)
+    return order
+
+
+def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Slice, bool], None]) -> None:
+    """Walk from `root` back to the leaves, handing each leaf its gradients through `deliver(leaf, g, is_new)`.
+
+    `is_new` tells that nobody else holds the array. Interior gradients live in a dict here and die as they are used.
+    """
+    order = _sorted(root)
+    pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (gradient, may we write into it)
+    while order:
+        node = order.pop()
+        g, _ = pending.pop(id(node))
+        edges, node.edges = node.edges, None
+        for i, (parent, pullback, shape, dtype) in enumerate(edges):
+            edges[i] = None
+            d = pullback(g)
+            del pullback
+            if isinstance(d, Slice):
+                if isinstance(parent, Tensor):
+                    deliver(parent, d, True)
+                    continue
+                total, ours = pending.get(id(parent), (None, False))
+                if total is None:
+                    total = xp_of(d.value).zeros(shape, dtype)
+                elif not ours:
+                    total = total.copy()
+                d.add_to(total)
+                pending[id(parent)] = (total, True)
+                continue
+            d = unbroadcast(d, shape)
+            if isinstance(d, np.generic):
+                d = np.asarray(d)
+            if d.dtype != dtype:
+                d = d.astype(dtype)
+            is_new = d is not g and d.base is None
+            if isinstance(parent, Tensor):
+                deliver(parent, d, is_new)
+            elif id(parent) not in pending:
+                pending[id(parent)] = (d, is_new)
+            else:
+                total, ours = pending[id(parent)]
+                if ours:
+                    total += d
+                else:
+                    pending[id(parent)] = (total + d, True)
+            del d
+        del edges, g, node
+
+
+def _accumulate(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+    """leaf.grad += g; `.grad` never shares memory with anything else."""
+    if isinstance(g, Slice):
+        if leaf.grad is None:
+            leaf.grad = xp_of(leaf.data).zeros_like(leaf.data)
+        g.add_to(leaf.grad)
+    elif leaf.grad is None:
+        leaf.grad = g if is_new else g.copy()
+    else:
+        leaf.grad += g
+
+
+# ----------------------------------------------------------------------------------------------------------- tensor
+
+
+class Tensor:
+    """An array that remembers how it was computed.
+
+    Args:
+        data: an array (kept as it is, float64 included), or nested lists or numbers (floats become float32).
+        requires_grad: whether `backward` should leave dL/d(this) in `.grad`.
+
+    Raises TypeError for data that is not numeric and for an integer or boolean tensor that is asked for gradients.
+    """
+
+    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __array_ufunc__ = None  # `ndarray * Tensor` asks the Tensor, and does not loop over its elements
+    __array_priority__ = 1000
+
+    def __init__(self, data: Any, requires_grad: bool = False):
+        if isinstance(data, Tensor):
+            data = data.data
+        if not is_array(data):
+            generic = isinstance(data, np.generic)
+            data = np.asarray(data)
+            if data.dtype == np.float64 and not generic:
+                data = data.astype(np.float32)
+        if data.dtype.kind not in "fiub":
+            raise TypeError(f"a Tensor holds real numbers; data of dtype {data.dtype} was given")
+        if requires_grad and data.dtype.kind != "f":
+            raise TypeError(f"only floating-point tensors can require gradients; this one is {data.dtype} of shape {data.shape}")
+        self.data: Array = data
+        self.grad: Array | None = None
+        self.requires_grad = requires_grad
+        self._node: Node | None = None
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    T = property(lambda self: self.transpose())
+
+    def __repr__(self) -> str:
+        made = f", op={self._node.op}" if self._node is not None else ", requires_grad=True" if self.requires_grad else ""
+        return f"{type(self).__name__}({self.data!r}{made})"
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def numpy(self) -> np.ndarray:
+        """The values in host memory (an explicit copy where they live on a device)."""
+        return to_numpy(self.data)
+
+    def item(self) -> float | int | bool:
+        """The value of a tensor with one element, as a Python number."""
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor with one element; this one has shape {self.shape}")
+        return self.data.item()
+
+    def detach(self) -> Tensor:
+        """The same array without the graph."""
+        return Tensor(self.data)
+
+    def backward(self, grad: Any = None) -> None:
+        """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires gradients; free the graph.
+
+        `grad` has this tensor's shape; it may be left out for a tensor with one element (1 is taken).
+        Raises AutogradError when there is nothing to differentiate or the graph was freed by an earlier backward.
+        """
+        if not self.requires_grad:
+            raise AutogradError("backward on a tensor that does not require gradients: no input of its computation did")
+        xp = xp_of(self.data)
+        if grad is None:
+            if self.size != 1:
+                raise AutogradError(f"backward without a gradient needs a scalar; this tensor has shape {self.shape}: pass grad=")
+            grad = xp.ones_like(self.data)
+        else:
+            grad = grad.data if isinstance(grad, Tensor) else grad if is_array(grad) else xp.asarray(grad, dtype=self.dtype)
+            if grad.shape != self.shape:
+                raise ValueError(f"the gradient given to backward has shape {grad.shape}, the tensor {self.shape}")
+            grad = grad.astype(self.dtype, copy=False)
+        if self._node is None:
+            _accumulate(self, grad, False)
+        else:
+            pull_back(self._node, grad, _accumulate)
+
+    # Comparisons give plain boolean arrays: there is nothing to differentiate.
+    def __lt__(self, other: Any) -> Array:
+        return self.data < _value(other)
+
+    def __le__(self, other: Any) -> Array:
+        return self.data <= _value(other)
+
+    def __gt__(self, other: Any) -> Array:
+        return self.data > _value(other)
+
+    def __ge__(self, other: Any) -> Array:
+        return self.data >= _value(other)
+
+
+def _value(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else x
+
+
+def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Array | None]:
+    """dL/d(leaf) for each of `leaves`, given dL/d(output): like `backward`, but nothing is written into `.grad`."""
+    holders = {id(leaf): Tensor(leaf.data) for leaf in leaves}
+
+    def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+        if id(leaf) in holders:
+            _accumulate(holders[id(leaf)], g, is_new)
+
+    if output._node is not None:
+        pull_back(output._node, grad, deliver)
+    elif output.requires_grad:
+        deliver(output, grad, False)
+    return [holders[id(leaf)].grad for leaf in leaves]
+
+
+def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
+    """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is thrown away and computed again in backward.
+
+    One recomputation serves all inputs. `parameters` are the tensors that `fn` uses without being handed them. `fn` must
+    compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training Deep Nets
+    with Sublinear Memory Cost" (arXiv:1604.06174).
+    """
+    with no_grad():
+        value = fn(*inputs).data
+    leaves = list(dict.fromkeys([*inputs, *parameters]))
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
+    result = Tensor(value)
+    if not (needed and is_grad_enabled()):
+        return result
+    memo: dict[int, Array] = {}
+
+    def pullback(i: int, g: Array) -> Array:
+        if not memo:
+            again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
+            with _grad_mode(True):
+                out = fn(*[again[id(x)] for x in inputs])
+            found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
+            xp = xp_of(g)
+            memo.update({k: xp.zeros_like(needed[k].data) if d is None else d for k, d in enumerate(found)})
+        return memo.pop(i)
+
+    result._node = Node(
+        "checkpoint",
+        [
+            (leaf if leaf._node is None else leaf._node, functools.partial(pullback, i), leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(needed)
+        ],
+    )
+    result.requires_grad = True
+    return result

@@ -1,0 +1,285 @@
+"""Which array library computes, on which device, with how many threads, from which random stream.
+
+Everything above this file is written against "an array library": NumPy on the CPU, CuPy on a GPU. A function takes
+its library from the arrays it is given (`xp = xp_of(x)`), so the same line computes on either, and nothing is ever
+copied between host and device unless `to_numpy` or `asarray` says so.
+
+On the CPU the work of an operation is cut into blocks of rows small enough to stay in a core's cache, and the blocks
+are spread over a few threads (`parallel_rows`): NumPy releases the interpreter lock while it computes. The assignment
+of rows to blocks depends on shapes only, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, cupy.ndarray, or any array type whose top-level module offers NumPy's functions
+
+
+class BackendError(RuntimeError):
+    """The array library or device that was asked for cannot be used, or arrays of two devices were mixed."""
+
+
+# ---------------------------------------------------------------------------------------------------------- library
+
+
+def is_array(value: object) -> bool:
+    """True for an array of any library (not for Python or NumPy scalars)."""
+    return isinstance(value, np.ndarray) or (hasattr(value, "dtype") and hasattr(value, "strides") and hasattr(value, "get"))
+
+
+def xp_of(*arrays: Array) -> ModuleType:
+    """The array library of the arguments: `numpy` for NumPy arrays, else the top-level module of the array's type.
+
+    Arguments that are not arrays (None, Python scalars) are ignored. Raises BackendError when two libraries meet.
+    """
+    found: type | None = None
+    for array in arrays:
+        kind = type(array)
+        if kind is found or not is_array(array):
+            continue
+        if found is not None and _module_name(kind) != _module_name(found):
+            raise BackendError(
+                f"arrays of two libraries meet in one operation ({_module_name(found)} and {_module_name(kind)}); "
+                "move one of them explicitly with minipeft.backend.to_numpy or minipeft.backend.asarray"
+            )
+        found = kind
+    if found is None or issubclass(found, np.ndarray):
+        return np
+    return sys.modules[_module_name(found)]
+
+
+def _module_name(kind: type) -> str:
+    return "numpy" if issubclass(kind, np.ndarray) else kind.__module__.partition(".")[0]
+
+
+def get_backend(name: str | None = None) -> ModuleType:
+    """The array library called `name` ("numpy" or "cupy"); None asks the environment variable MINIPEFT_BACKEND.
+
+    Raises BackendError when the name is unknown, when CuPy is not installed, or when it finds no usable GPU.
+    """
+    name = name or os.environ.get("MINIPEFT_BACKEND") or "numpy"
+    if name == "numpy":
+        return np
+    if name != "cupy":
+        raise BackendError(f"unknown backend {name!r}; choose 'numpy' or 'cupy'")
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise BackendError(
+            "the backend 'cupy' was asked for but CuPy is not installed; install the extra: pip install 'minipeft[gpu]'"
+        ) from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy raises its own CUDARuntimeError, or an import error of a missing driver library
+        raise BackendError(f"CuPy is installed (extra 'gpu') but finds no usable GPU: {error}") from error
+    if devices == 0:
+        raise BackendError("CuPy is installed (extra 'gpu') but finds no GPU on this machine")
+    return cupy
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The array in host memory: itself if it is NumPy's, an explicit copy from the device otherwise."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
+    """The array on the device of library `xp` (a module or a name): an explicit move, no copy if it is there already."""
+    if xp is None or isinstance(xp, str):
+        xp = get_backend(xp)
+    if is_array(array) and xp_of(array) is xp:
+        return array
+    if is_array(array):
+        array = to_numpy(array)
+    return xp.asarray(array)
+
+
+def scatter_add(out: Array, ids: Array, rows: Array) -> None:
+    """out[ids[i]] += rows[i] for every i, in order of i within one target row; ids [n], rows [n, ...]."""
+    xp = xp_of(out)
+    if ids.size == 0:
+        return
+    if xp is not np:
+        xp.add.at(out, ids, rows)
+        return
+    order = np.argsort(ids, kind="stable")  # sorted, each target's rows are one run: 10x faster than numpy.add.at
+    sorted_ids = ids[order]
+    starts = np.flatnonzero(np.r_[True, sorted_ids[1:] != sorted_ids[:-1]])
+    out[sorted_ids[starts]] += np.add.reduceat(rows[order], starts, axis=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+BLOCK = 1 << 15  # elements a block works on at a time: 128 KiB of float32, a few of which fit a core's L2 cache
+SPLIT = 1 << 17  # below so many elements, waking a thread costs more than it saves
+
+_lock = threading.Lock()
+_threads = 0  # 0: not decided yet
+_pool: ThreadPoolExecutor | None = None
+_blas: list | None = None  # threadpoolctl's controllers of the BLAS that NumPy calls
+_regions = 0  # how many callers are inside `one_blas_thread`
+
+
+def get_num_threads() -> int:
+    """How many threads the CPU operations use (default: the environment variable MINIPEFT_THREADS, or every core)."""
+    global _threads
+    if not _threads:
+        asked = os.environ.get("MINIPEFT_THREADS")
+        if asked is None:
+            _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        elif asked.isdigit() and int(asked) > 0:
+            set_num_threads(int(asked))
+        else:
+            raise BackendError(f"MINIPEFT_THREADS={asked!r} is not a number of threads; give an integer of at least 1")
+    return _threads
+
+
+def set_num_threads(n: int) -> None:
+    """Use `n` threads in every CPU operation from now on, BLAS products included."""
+    global _threads, _pool
+    if not isinstance(n, int) or n < 1:
+        raise BackendError(f"the number of threads must be an integer of at least 1, not {n!r}")
+    with _lock:
+        _threads = n
+        if _pool is not None:
+            _pool.shutdown(wait=False)
+            _pool = None
+        for blas in _blas_controllers():
+            blas.set_num_threads(n)
+
+
+def _blas_controllers() -> list:
+    global _blas
+    if _blas is None:
+        from threadpoolctl import ThreadpoolController
+
+        found = [c for c in ThreadpoolController().lib_controllers if c.user_api == "blas"]
+        _blas = [c for c in found if "numpy" in c.filepath] or found
+    return _blas
+
+
+@contextmanager
+def one_blas_thread():
+    """Inside, each BLAS product runs in its calling thread: for code that is itself spread over threads."""
+    global _regions
+    with _lock:
+        _regions += 1
+        if _regions == 1:
+            for blas in _blas_controllers():
+                blas.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _regions -= 1
+            if _regions == 0:
+                for blas in _blas_controllers():
+                    blas.set_num_threads(_threads)
+
+
+def run_tasks(tasks: list[Callable[[], None]]) -> None:
+    """Run the tasks, one a thread, and return when all have ended; the first exception, in task order, is raised."""
+    global _pool
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    if _pool is None:
+        with _lock:
+            _pool = _pool or ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="minipeft")
+    futures = [_pool.submit(task) for task in tasks[1:]]
+    try:
+        tasks[0]()
+    finally:
+        for future in futures:
+            future.exception()  # wait, also when the first task failed: the others write into shared arrays
+    for future in futures:
+        future.result()
+
+
+def parallel_rows(xp: ModuleType, block: Callable[[slice], None], rows: int, row_size: int) -> None:
+    """Call `block(slice)` for slices that cover `range(rows)`: cache-sized on the CPU and spread over threads.
+
+    `row_size` is the number of elements a row of the work touches. On a device one call covers everything. A block
+    writes its own rows only, so the order in which blocks run does not matter.
+    """
+    if rows == 0:
+        return
+    if xp is not np or rows * row_size <= 2 * BLOCK:
+        block(slice(0, rows))
+        return
+    step = max(1, BLOCK // max(1, row_size))
+
+    def run(part: slice) -> None:
+        for i in range(part.start, part.stop, step):
+            block(slice(i, min(i + step, part.stop)))
+
+    split_rows(run, rows, rows * row_size)
+
+
+def split_rows(run: Callable[[slice], None], rows: int, work: int) -> None:
+    """Call `run(slice)` for one contiguous part of `range(rows)` a thread; on one thread when `work` elements are few."""
+    n = max(1, min(get_num_threads(), rows)) if work >= SPLIT else 1
+    cuts = [rows * i // n for i in range(n + 1)]
+    run_tasks([lambda a=a, b=b: run(slice(a, b)) for a, b in zip(cuts, cuts[1:])])
+
+
+def elementwise(fn: Callable[..., None], *arrays: Array) -> Array:
+    """y = fn over equally shaped arrays, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result."""
+    xp, first = xp_of(*arrays), arrays[0]
+    out = xp.empty(first.shape, arrays[0].dtype if len(arrays) == 1 else xp.result_type(*arrays))
+    if xp is np and out.size > 2 * BLOCK and all(a.flags.c_contiguous for a in arrays):
+        flat, inputs = out.reshape(-1), [a.reshape(-1) for a in arrays]
+        parallel_rows(xp, lambda s: fn(flat[s], *[a[s] for a in inputs]), flat.size, 1)
+    else:
+        fn(out, *arrays)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- random
+
+
+class Rng:
+    """A random stream named by a path of integers: `Rng(seed).at(step, layer)`; the same path gives the same bytes.
+
+    Unlike a generator it holds no state, so threads, gradient accumulation and activation checkpointing, which visit
+    the same dropout mask in another order or twice, all see the same mask. `first_row` is the index, within the whole
+    batch, of the first row that this stream is asked for.
+    """
+
+    __slots__ = ("first_row", "path")
+
+    def __init__(self, *path: int, first_row: int = 0):
+        self.path = tuple(int(p) for p in path)
+        self.first_row = first_row
+
+    def at(self, *more: int) -> Rng:
+        """The stream further down the path."""
+        return Rng(*self.path, *more, first_row=self.first_row)
+
+    def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:
+        """float32 uniform [0, 1) of `shape`, row i of which depends on the path and on `first_row + i` alone."""
+        out = xp.empty(shape, xp.float32)
+
+        def block(rows: slice) -> None:
+            for i in range(rows.start, rows.stop):
+                seed = np.random.SeedSequence([*self.path, self.first_row + i])
+                source = seed if xp is np else int(seed.generate_state(1, np.uint64)[0])
+                out[i] = xp.random.default_rng(source).random(shape[1:], dtype=xp.float32)
+
+        parallel_rows(xp, block, shape[0], int(np.prod(shape[1:])))
+        return out
+
+
+def as_rng(rng: Rng | int | None) -> Rng | None:
+    """An `Rng` from what a caller may pass: None (no randomness), a seed, or a stream."""
+    return rng if rng is None or isinstance(rng, Rng) else Rng(rng)

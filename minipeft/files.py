@@ -1,0 +1,132 @@
+"""Files written whole or not at all: atomic replacement, JSON, safetensors.
+
+A crash, a full disk or a `kill -9` at any moment leaves either the old file or the new one, never a part of one:
+the bytes go to a temporary file beside the target, are flushed to the disk (`fsync`), and the temporary file is then
+renamed over the target, which the file system does in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+class FileError(ValueError):
+    """A file cannot be read as what it should be: missing, truncated, foreign or inconsistent."""
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write(file)` produce the bytes of `path`; the file appears complete, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: str | os.PathLike) -> None:
+    """Make a rename inside the directory durable (a no-op where directories cannot be opened, as on Windows)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (PermissionError, OSError):
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not support it; the rename itself has happened
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON (two-space indent, final newline, no NaN) atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file; FileError names the file and what is wrong with it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write host arrays as a safetensors file, atomically. Same arrays, same bytes."""
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}, metadata)
+    write_atomic(path, lambda file: file.write(data))
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a safetensors file: (arrays by name, metadata). bfloat16 is widened to float32, bit for bit.
+
+    The arrays are read-only views of a memory map: the file is read as its bytes are used. Raises FileError for a file
+    that is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            (length,) = struct.unpack("<Q", head) if len(head) == 8 else (size,)
+            if length > size - 8 or length > 100_000_000:
+                raise FileError(f"{path}: not a safetensors file, or truncated (header of {length} bytes, file of {size})")
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("the header is not an object")
+            metadata = header.pop("__metadata__", {})
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+
+    start = 8 + length
+    if size == start:
+        raw = np.zeros(0, np.uint8)
+    else:
+        raw = np.memmap(path, np.uint8, mode="r", offset=start)
+    arrays = {}
+    for name, (code, shape, begin, end) in entries.items():
+        if code != "BF16" and code not in _DTYPES:
+            raise FileError(f"{path}: tensor {name!r} has the dtype {code}, which is not supported (one of {', '.join(_DTYPES)}, BF16)")
+        dtype = np.dtype(np.uint16 if code == "BF16" else _DTYPES[code])
+        expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        if not 0 <= begin <= end or end - begin != expected:
+            raise FileError(f"{path}: tensor {name!r} of shape {shape} needs {expected} bytes, its header gives {begin} to {end}")
+        if end > raw.size:
+            raise FileError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}")
+        array = np.frombuffer(raw[begin:end], dtype).reshape(shape)
+        arrays[name] = (array.astype(np.uint32) << 16).view(np.float32) if code == "BF16" else array
+    return arrays, metadata
+
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?",
+    "U16": "<u2", "U32": "<u4", "U64": "<u8",
+}  # fmt: skip

@@ -1,0 +1,6 @@
+"""Layers and the transformer, with PyTorch's names."""
+
+from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from .module import Module, ModuleList, Parameter, Sequential
+
+__all__ = ["Conv1D", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "Parameter", "RMSNorm", "Sequential"]

@@ -1,0 +1,217 @@
+"""Modules: a tree of layers whose parameters have paths, as in PyTorch, and which can be copied and operated on.
+
+A module is an ordinary object; its parameters and submodules are the attributes that are Parameters and Modules, in
+the order in which they were assigned. Nothing is registered, so surgery is plain assignment.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..autograd.tensor import Tensor
+from ..backend import Array, asarray, get_backend, xp_of
+
+
+class Parameter(Tensor):
+    """A Tensor that belongs to a module; it requires gradients unless told otherwise."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Any, requires_grad: bool = True):
+        super().__init__(data, requires_grad)
+
+
+def unallocated(*shape: int) -> np.ndarray:
+    """A read-only float32 array of any shape that occupies four bytes: a weight that is yet to be loaded, or only counted."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+class Module:
+    """Base of all layers: subclasses assign Parameters and Modules in `__init__` and define `forward`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------- the tree
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) of the direct submodules."""
+        for name, value in self.__dict__.items():
+            if isinstance(value, Module):
+                yield name, value
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module and everything below it, parents first."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def all_named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter) for every path, so a tied parameter appears once for each of its names."""
+        for path, module in self.named_modules():
+            for name, value in module.__dict__.items():
+                if isinstance(value, Parameter):
+                    yield (f"{path}.{name}" if path else name), value
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter), each parameter once, under its first path."""
+        seen: set[int] = set()
+        for path, parameter in self.all_named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield path, parameter
+
+    def parameters(self) -> list[Parameter]:
+        """Every parameter, once."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def get_submodule(self, path: str) -> Module:
+        """The module at a dotted path ("" is this one). Raises KeyError naming the near misses."""
+        module = self
+        for name in path.split(".") if path else ():
+            found = dict(module.children()).get(name)
+            if found is None:
+                near = difflib.get_close_matches(path, [p for p, _ in self.named_modules()], n=3, cutoff=0.3)
+                raise KeyError(f"no module {path!r}; nearest: {', '.join(near) or 'none'}")
+            module = found
+        return module
+
+    def replace(self, path: str, module: Module) -> None:
+        """Put `module` in the place of the one at a dotted path."""
+        parent, _, name = path.rpartition(".")
+        self.get_submodule(path)
+        self.get_submodule(parent)._set_child(name, module)
+
+    def _set_child(self, name: str, module: Module) -> None:
+        setattr(self, name, module)
+
+    # --------------------------------------------------------------------------------------------------- copies
+
+    def copy(self, share: bool = False) -> Any:
+        """A new tree of modules with new Parameter objects (ties preserved).
+
+        `share=False`: an independent model, every array copied. `share=True`: the arrays are the same objects, which is
+        what surgery starts from: replacing modules or parameters of the copy leaves this model as it is.
+        """
+        return _copied(self, {}, share)
+
+    def to(self, xp: ModuleType | str) -> Any:
+        """Move every parameter, in place, to the device of an array library ("numpy", "cupy" or a module); returns self."""
+        library = get_backend(xp) if isinstance(xp, str) else xp
+        for parameter in self.parameters():
+            parameter.data = asarray(parameter.data, library)
+            parameter.grad = None
+        return self
+
+    # ---------------------------------------------------------------------------------------------------- values
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Set `requires_grad` of every parameter; returns self."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget every gradient."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Array]:
+        """path -> array of every parameter, tied ones once. The arrays are the live ones, not copies."""
+        return {path: parameter.data for path, parameter in self.named_parameters()}
+
+    def load_state_dict(self, arrays: Mapping[str, Array], strict: bool = True) -> None:
+        """Give the parameters new arrays (copies, of each parameter's dtype and device).
+
+        A tied parameter may be given under any of its names. Raises ValueError naming missing and unexpected keys
+        (unless `strict=False`) and shapes that differ; nothing is changed then.
+        """
+        paths: dict[int, tuple[Parameter, list[str]]] = {}
+        for path, parameter in self.all_named_parameters():
+            paths.setdefault(id(parameter), (parameter, []))[1].append(path)
+        found = {id_: next((p for p in names if p in arrays), None) for id_, (_, names) in paths.items()}
+        missing = [paths[id_][1][0] for id_, name in found.items() if name is None]
+        unexpected = sorted(set(arrays) - {p for _, names in paths.values() for p in names})
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"the state does not fit this {type(self).__name__}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+            )
+        for id_, (parameter, _) in paths.items():
+            if found[id_] is not None and arrays[found[id_]].shape != parameter.shape:
+                raise ValueError(f"{found[id_]}: the state has shape {arrays[found[id_]].shape}, the model {parameter.shape}")
+        for id_, (parameter, _) in paths.items():
+            if found[id_] is not None:
+                parameter.data = asarray(arrays[found[id_]], xp_of(parameter.data)).astype(parameter.dtype, copy=True)
+
+
+def _some(names: list[str]) -> str:
+    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Parameter):
+        twin = Parameter(value.data if share else value.data.copy(), value.requires_grad)
+    elif isinstance(value, Module):
+        twin = object.__new__(type(value))
+        memo[id(value)] = twin
+        twin.__dict__.update({name: _copied(v, memo, share) for name, v in value.__dict__.items()})
+    elif isinstance(value, list):
+        return [_copied(v, memo, share) for v in value]
+    elif isinstance(value, dict):
+        return {k: _copied(v, memo, share) for k, v in value.items()}
+    else:
+        return value
+    memo[id(value)] = twin
+    return twin
+
+
+class ModuleList(Module):
+    """Modules in a row, named "0", "1", ..."""
+
+    def __init__(self, modules: list[Module] | tuple[Module, ...] = ()):
+        self._items = list(modules)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return ((str(i), module) for i, module in enumerate(self._items))
+
+    def _set_child(self, name: str, module: Module) -> None:
+        self._items[int(name)] = module
+
+    def append(self, module: Module) -> None:
+        """Add a module at the end."""
+        self._items.append(module)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._items[i]
+
+
+class Sequential(ModuleList):
+    """Modules (or plain functions of a Tensor) applied one after the other."""
+
+    def __init__(self, *modules: Module | Callable[[Tensor], Tensor]):
+        super().__init__(modules)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return ((str(i), module) for i, module in enumerate(self._items) if isinstance(module, Module))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x through every module in turn."""
+        for module in self._items:
+            x = module(x)
+        return x

@@ -1,0 +1,517 @@
+"""One decoder-only transformer in two dialects, GPT-2 and Llama, with the module tree of each one's Hugging Face family.
+
+    token ids ─ embedding ─┬─► norm ─► attention ─(+)─┬─► norm ─► MLP ─(+)─► ... ─► norm ─► head ─► logits
+                           └──────────────────────┘   └─────────────────┘
+
+            normalization   positions                  MLP                        biases   head
+    gpt2    LayerNorm       learned, added             W₂ gelu(W₁ x)              yes      tied to the embedding
+    llama   RMSNorm         rotary, in the attention   W₃ (silu(W₁ x) * W₂ x)     no       tied or not
+
+The model knows no fine-tuning method. It has two seams: `inputs_embeds` (what prompt tuning feeds) and
+`past_key_values` (a generation cache, or a trained prefix). Everything else replaces a module found by its path.
+
+Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama, arXiv:2302.13971); Ainslie et al. 2023 (grouped-query
+attention, arXiv:2305.13245). Departure from GPT-2: dropout acts on the embeddings and the residual branches, not on
+the attention weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
+from ..backend import Array, Rng, as_rng, asarray, get_backend, xp_of
+from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from .module import Module, ModuleList
+
+KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions, head_dim], arrays or Tensors
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a model, with the field names of Hugging Face's Llama configuration.
+
+    `TransformerConfig.gpt2(...)` and `.llama(...)` set the dialect and its defaults.
+    Raises ValueError for shapes that do not fit together.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 0  # 0: 4 * hidden_size (gpt2), 8/3 * hidden_size rounded up to a multiple of 32 (llama)
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 0  # 0: num_attention_heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-6
+    layer_norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: int) -> None:
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+
+        if self.model_type not in ("gpt2", "llama"):
+            raise ValueError(f"model_type must be 'gpt2' or 'llama', not {self.model_type!r}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        fill("num_key_value_heads", self.num_attention_heads)
+        if self.hidden_size % self.num_attention_heads and not self.head_dim:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+        fill("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.model_type == "gpt2":
+            if self.num_key_value_heads != self.num_attention_heads or self.head_dim * self.num_attention_heads != self.hidden_size:
+                raise ValueError("the gpt2 dialect has as many key heads as query heads, of hidden_size / num_attention_heads channels")
+            fill("intermediate_size", 4 * self.hidden_size)
+        else:
+            if self.head_dim % 2:
+                raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
+            fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+    @classmethod
+    def gpt2(cls, **fields: Any) -> TransformerConfig:
+        """A GPT-2 configuration: layer norm, learned positions, tanh-GELU, biases, tied head."""
+        return cls(model_type="gpt2", **fields)
+
+    @classmethod
+    def llama(cls, **fields: Any) -> TransformerConfig:
+        """A Llama configuration: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+        return cls(model_type="llama", **fields)
+
+    def replace(self, **fields: Any) -> TransformerConfig:
+        """The same configuration with some fields changed."""
+        return dataclasses.replace(self, **fields)
+
+
+# ----------------------------------------------------------------------------------------------------------- caches
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, per layer; appended to in place, in buffers that grow by doubling.
+
+    Args:
+        past_key_values: optional (k, v) per layer to start from (copied), such as a trained prefix.
+    """
+
+    def __init__(self, past_key_values: Sequence[KeyValue] = ()):
+        self._buffers: list[list[Array]] = []
+        self._lengths: list[int] = []
+        for layer, (k, v) in enumerate(past_key_values):
+            self.append(layer, getattr(k, "data", k) if isinstance(k, Tensor) else k, v.data if isinstance(v, Tensor) else v)
+
+    def __len__(self) -> int:
+        return self._lengths[0] if self._lengths else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, without the room to grow."""
+        return sum(2 * k[:, :, :n].size * k.itemsize for (k, _), n in zip(self._buffers, self._lengths))
+
+    def append(self, layer: int, k: Array, v: Array) -> KeyValue:
+        """Add positions to a layer; returns all its keys and values, views [B, kv, positions, D]."""
+        if layer == len(self._buffers):
+            self._buffers.append([k[:, :, :0], v[:, :, :0]])
+            self._lengths.append(0)
+        n = self._lengths[layer]
+        m = n + k.shape[2]
+        for i, new in enumerate((k, v)):
+            buffer = self._buffers[layer][i]
+            if buffer.shape[2] < m:
+                grown = xp_of(new).empty((*new.shape[:2], max(m, 2 * buffer.shape[2], 16), new.shape[3]), new.dtype)
+                grown[:, :, :n] = buffer[:, :, :n]
+                self._buffers[layer][i] = buffer = grown
+            buffer[:, :, n:m] = new
+        self._lengths[layer] = m
+        return self._buffers[layer][0][:, :, :m], self._buffers[layer][1][:, :, :m]
+
+    def select(self, rows: Array) -> None:
+        """Keep only these batch rows (integer array)."""
+        self._buffers = [[buffer[rows] for buffer in pair] for pair in self._buffers]
+
+
+def _extend(k: Tensor, v: Tensor, past: KVCache | Sequence[KeyValue] | None, layer: int) -> tuple[Any, Any]:
+    """The keys and values of earlier positions and these."""
+    if past is None:
+        return k, v
+    if isinstance(past, KVCache):
+        return past.append(layer, k.data, v.data)
+    return F.cat([past[layer][0], k], axis=2), F.cat([past[layer][1], v], axis=2)
+
+
+def past_length(past: KVCache | Sequence[KeyValue] | None) -> int:
+    """How many earlier positions a cache or prefix holds."""
+    return 0 if past is None else len(past) if isinstance(past, KVCache) else past[0][0].shape[2] if past else 0
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass is told beside its input."""
+
+    mask: Array | None  # boolean, broadcastable to [B, 1, T, S]; None where causality says everything
+    rotation: tuple[Array, Array] | None  # cos and sin [B or 1, T, head_dim/2] of the positions (llama)
+    past: KVCache | Sequence[KeyValue] | None
+
+
+# ----------------------------------------------------------------------------------------------------- llama dialect
+
+
+class LlamaAttention(Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, c: TransformerConfig):
+        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, heads, c.attention_bias, seed=None)
+        self.k_proj = Linear(c.hidden_size, kv, c.attention_bias, seed=None)
+        self.v_proj = Linear(c.hidden_size, kv, c.attention_bias, seed=None)
+        self.o_proj = Linear(heads, c.hidden_size, c.attention_bias, seed=None)
+        self.head_dim = c.head_dim
+
+    def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
+        B, T, _ = x.shape
+
+        def heads(y: Tensor) -> Tensor:  # [B, T, H * D] -> [B, H, T, D]
+            return y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+
+        q = F.rope(heads(self.q_proj(x, rng)), *context.rotation)
+        k = F.rope(heads(self.k_proj(x, rng)), *context.rotation)
+        k, v = _extend(k, heads(self.v_proj(x, rng)), context.past, layer)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=True)
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1), rng)
+
+
+class LlamaMLP(Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: TransformerConfig):
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias, seed=None)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias, seed=None)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias, seed=None)
+
+    def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        """x [..., d] -> [..., d]."""
+        return self.down_proj(F.swiglu(self.gate_proj(x, rng), self.up_proj(x, rng)), rng)
+
+
+class LlamaBlock(Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, c: TransformerConfig):
+        self.self_attn = LlamaAttention(c)
+        self.mlp = LlamaMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, seed=None)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, seed=None)
+        self.dropout = Dropout(c.dropout)
+
+    def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
+        a = self.self_attn(self.input_layernorm(x, rng), context, layer, rng)
+        x = x + self.dropout(a, rng and rng.at(0))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x, rng), rng), rng and rng.at(1))
+
+
+# ------------------------------------------------------------------------------------------------------ gpt2 dialect
+
+
+class GPT2Attention(Module):
+    """Multi-head attention with a fused query-key-value projection."""
+
+    def __init__(self, c: TransformerConfig):
+        self.c_attn = Conv1D(c.hidden_size, 3 * c.hidden_size, seed=None)
+        self.c_proj = Conv1D(c.hidden_size, c.hidden_size, seed=None)
+        self.num_heads = c.num_attention_heads
+
+    def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
+        B, T, d = x.shape
+        qkv = self.c_attn(x, rng)  # [B, T, 3d]
+        if context.past is None:
+            return self.c_proj(F.packed_attention(qkv, self.num_heads, attn_mask=context.mask), rng)
+        heads = qkv.reshape(B, T, 3, self.num_heads, d // self.num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
+        k, v = _extend(heads[1], heads[2], context.past, layer)
+        y = F.scaled_dot_product_attention(heads[0], k, v, attn_mask=context.mask, is_causal=True)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, d), rng)
+
+
+class GPT2MLP(Module):
+    """c_proj(gelu(c_fc(x)))."""
+
+    def __init__(self, c: TransformerConfig):
+        self.c_fc = Conv1D(c.hidden_size, c.intermediate_size, seed=None)
+        self.c_proj = Conv1D(c.intermediate_size, c.hidden_size, seed=None)
+
+    def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        """x [..., d] -> [..., d]."""
+        return self.c_proj(F.gelu(self.c_fc(x, rng)), rng)
+
+
+class GPT2Block(Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, c: TransformerConfig):
+        self.ln_1 = LayerNorm(c.hidden_size, c.layer_norm_epsilon, seed=None)
+        self.attn = GPT2Attention(c)
+        self.ln_2 = LayerNorm(c.hidden_size, c.layer_norm_epsilon, seed=None)
+        self.mlp = GPT2MLP(c)
+        self.dropout = Dropout(c.dropout)
+
+    def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]."""
+        x = x + self.dropout(self.attn(self.ln_1(x, rng), context, layer, rng), rng and rng.at(0))
+        return x + self.dropout(self.mlp(self.ln_2(x, rng), rng), rng and rng.at(1))
+
+
+# --------------------------------------------------------------------------------------------------------- backbone
+
+
+class Backbone(Module):
+    """Embeddings, blocks and the final norm: token ids (or their embeddings) -> hidden states [B, T, d].
+
+    Subclasses name the parts as their family does: `blocks`, `embedding` and `final_norm` find them.
+    """
+
+    config: TransformerConfig
+    gradient_checkpointing: bool = False
+    blocks: ModuleList
+    embedding: Embedding
+    final_norm: Module
+
+    def forward(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | Sequence[KeyValue] | None = None,
+        rng: Rng | int | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, d]. The arguments are those of `Transformer`."""
+        c, rng = self.config, as_rng(rng)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if input_ids is not None:
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
+            x = self.embedding(input_ids, rng)
+        else:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
+                raise ValueError(f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}")
+            x = inputs_embeds
+        (B, T, _), past = x.shape, past_length(past_key_values)
+        xp = xp_of(x.data)
+        mask, positions = self._mask_and_positions(xp, attention_mask, position_ids, B, past, T)
+        x, rotation = self._positions(x, positions)
+        if c.dropout and rng is not None:
+            x = F.dropout(x, c.dropout, rng.at(c.num_hidden_layers))
+        context = Context(mask, rotation, past_key_values)
+        for i, block in enumerate(self.blocks):
+            layer_rng = rng and rng.at(i)
+            if self.gradient_checkpointing and is_grad_enabled() and not isinstance(past_key_values, KVCache):
+                used = [*block.parameters(), *(t for t in (past_key_values or [()] * (i + 1))[i] if isinstance(t, Tensor))]
+                x = checkpoint(lambda x, b=block, i=i, r=layer_rng: b(x, context, i, r), x, parameters=used)
+            else:
+                x = block(x, context, i, layer_rng)
+        return self.final_norm(x, rng)
+
+    def _mask_and_positions(self, xp: Any, mask: Array | None, positions: Array | None, B: int, past: int, T: int) -> tuple:
+        """(boolean mask or None, integer positions [B or 1, T])."""
+        S, limit = past + T, self.config.max_position_embeddings
+        if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
+            raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
+        if positions is None:
+            if mask is None or mask.ndim == 4:
+                positions = xp.arange(past, S)[None]
+            else:
+                positions = xp.maximum(mask.astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
+        elif positions.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids must have the shape {(B, T)} or {(1, T)}, not {positions.shape}")
+        if positions.size:
+            low, high = int(positions.min().item()), int(positions.max().item())
+            if low < 0:
+                raise ValueError(f"position_ids must not be negative; the lowest is {low}")
+            if high >= limit:
+                raise ValueError(
+                    f"the sequence reaches position {high}, but this model has {limit} positions (0..{limit - 1}): shorten it to at most {limit} tokens"
+                )
+        if mask is not None and mask.ndim == 2:
+            mask = None if bool(mask.all().item()) else (mask != 0)[:, None, None, :]
+        elif mask is not None:
+            mask = mask.astype(bool, copy=False)
+        return mask, positions
+
+    def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
+        raise TypeError("a Backbone subclass says how positions enter")
+
+
+class LlamaModel(Backbone):
+    """The Llama backbone: embed_tokens, layers, norm."""
+
+    def __init__(self, c: TransformerConfig):
+        self.config = c
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, seed=None)
+        self.layers = ModuleList([LlamaBlock(c) for _ in range(c.num_hidden_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, seed=None)
+
+    blocks = property(lambda self: self.layers)
+    embedding = property(lambda self: self.embed_tokens)
+    final_norm = property(lambda self: self.norm)
+
+    def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
+        xp, half = xp_of(x.data), self.config.head_dim // 2
+        # float64 angles: at position 10,000 a float32 product would already be wrong in its fourth digit
+        frequency = self.config.rope_theta ** (-xp.arange(half, dtype=xp.float64) / half)  # [D/2]
+        angle = positions[..., None] * frequency  # [B or 1, T, D/2]
+        return x, (xp.cos(angle).astype(x.dtype), xp.sin(angle).astype(x.dtype))
+
+
+class GPT2Model(Backbone):
+    """The GPT-2 backbone: wte, wpe, h, ln_f."""
+
+    def __init__(self, c: TransformerConfig):
+        self.config = c
+        self.wte = Embedding(c.vocab_size, c.hidden_size, seed=None)
+        self.wpe = Embedding(c.max_position_embeddings, c.hidden_size, seed=None)
+        self.h = ModuleList([GPT2Block(c) for _ in range(c.num_hidden_layers)])
+        self.ln_f = LayerNorm(c.hidden_size, c.layer_norm_epsilon, seed=None)
+
+    blocks = property(lambda self: self.h)
+    embedding = property(lambda self: self.wte)
+    final_norm = property(lambda self: self.ln_f)
+
+    def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
+        return x + self.wpe(positions), None
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+class Transformer(Module):
+    """A decoder-only language model: token ids -> logits over the next token.
+
+    Args:
+        config: its shape and dialect.
+        seed: names the initial weights: N(0, initializer_range²), in the gpt2 dialect divided by sqrt(2 * layers) for
+            the projections that end a residual branch (Radford et al. 2019); norms 1, biases 0. None leaves every
+            weight unallocated, for counting or loading.
+        backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
+
+    `model.model` (llama) or `model.transformer` (gpt2) is the backbone, which gives hidden states.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int | None = 0, backend: str | None = None):
+        self.config = config
+        if config.model_type == "llama":
+            self.model = LlamaModel(config)
+        else:
+            self.transformer = GPT2Model(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, seed=None)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        if seed is not None:
+            self._initialize(np.random.default_rng(seed))
+            self.to(get_backend(backend))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The part below the head."""
+        return self.model if self.config.model_type == "llama" else self.transformer
+
+    def _initialize(self, generator: np.random.Generator) -> None:
+        c = self.config
+        for path, p in self.named_parameters():
+            if len(p.shape) == 1:
+                fill = 1.0 if path.endswith("weight") else 0.0
+                p.data = np.full(p.shape, fill, np.float32)
+                continue
+            std = c.initializer_range
+            if c.model_type == "gpt2" and path.endswith("c_proj.weight"):
+                std /= math.sqrt(2 * c.num_hidden_layers)
+            p.data = generator.standard_normal(p.shape, np.float32) * np.float32(std)
+
+    def forward(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | Sequence[KeyValue] | None = None,
+        rng: Rng | int | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size].
+
+        Args:
+            input_ids: integer array [B, T]; or give `inputs_embeds`, a Tensor [B, T, d], in its place.
+            attention_mask: [B, past + T], zero where a position is padding (left or right); or boolean [B, 1, T, past + T]
+                saying which query may see which key (packing). Causality holds in any case.
+            position_ids: [B, T]; by default they count the unmasked positions.
+            past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
+            rng: a seed or `Rng`; dropout acts only when it is given.
+
+        Raises IndexError for ids out of range and ValueError for shapes that do not fit or a sequence longer than
+        `max_position_embeddings`.
+        """
+        return self.lm_head(self.backbone(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng), as_rng(rng))
+
+    def loss(self, input_ids: Array, labels: Array, **arguments: Any) -> Tensor:
+        """Mean next-token cross-entropy: position t predicts labels[:, t + 1]; labels of -100 do not count.
+
+        `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those of
+        `forward`. Logits are computed only where a label counts, and held once.
+        """
+        hidden = self.backbone(input_ids, **arguments)
+        return self.head_loss(hidden, labels)
+
+    def head_loss(self, hidden: Tensor, labels: Array) -> Tensor:
+        """The loss of `loss`, from hidden states [B, T, d]."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
+        xp = xp_of(labels)
+        targets = xp.full(labels.shape, -100, labels.dtype)
+        targets[:, :-1] = labels[:, 1:]
+        if type(self.lm_head) is Linear and self.lm_head.bias is None:
+            return F.linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return F.cross_entropy(self.lm_head(hidden), targets)
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Keep only each block's input in the forward pass and compute the block again in backward."""
+        self.backbone.gradient_checkpointing = enabled
+
+    def generate(self, input_ids: Array, attention_mask: Array | None = None, **options: Any) -> np.ndarray:
+        """Continue the prompts; see `minipeft.nn.generation.generate`."""
+        from .generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+
+def device_of(model: Module) -> Any:
+    """The array library that a model's parameters live in."""
+    return xp_of(*[p.data for p in model.parameters()[:1]])
+
+
+def to_device(ids: Any, model: Module) -> Array:
+    """Integer ids from the host (lists or NumPy) as an array beside the model's parameters: an explicit move."""
+    return asarray(np.asarray(ids, dtype=np.int64) if isinstance(ids, list) else ids, device_of(model))
