@@ -1,0 +1,205 @@
+"""Data sets that people bring: reading a file into records, or saying exactly which line is wrong and why.
+
+A `.jsonl` file holds one JSON object per line, all of one form; the form is known by its fields:
+
+    {"text": ...}                                           Document     text to continue, no prompt
+    {"prompt": ..., "completion": ...}                      Completion   a prompt and what should follow it
+    {"instruction": ..., "input": ..., "output": ...}       Instruction  Alpaca's form; "input" may be "" or left out
+    {"messages": [{"role": ..., "content": ...}, ...]}      Conversation system (optional, first), then user and
+                                                                         assistant in turn, ending with the assistant
+    {"prompt": ..., "chosen": ..., "rejected": ...}         Preference   two answers, the first preferred
+
+A `.txt` file is one Document: all of it, blank lines included. (For many documents, write `{"text": ...}` lines.)
+Both are UTF-8; a byte-order mark at the start is accepted and dropped, as are blank lines at the end. Everything else
+that is not as described raises DatasetError; no line is ever skipped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class DatasetError(ValueError):
+    """A data file is not what it should be: says the file, the line, what is wrong and what would be right."""
+
+    def __init__(self, path: str | Path, line: int | None, reason: str):
+        super().__init__(f"{path}:{line}: {reason}" if line is not None else f"{path}: {reason}")
+        self.path, self.line, self.reason = str(path), line, reason
+
+
+class Document(NamedTuple):
+    text: str
+
+
+class Completion(NamedTuple):
+    prompt: str
+    completion: str
+
+
+class Instruction(NamedTuple):
+    instruction: str
+    input: str
+    output: str
+
+
+class Message(NamedTuple):
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Conversation(NamedTuple):
+    messages: tuple[Message, ...]
+
+
+class Preference(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+Record = Document | Completion | Instruction | Conversation | Preference
+
+FORMS = (Document, Completion, Instruction, Conversation, Preference)
+_MAY_BE_EMPTY = {(Instruction, "input")}
+_FORMS_IN_WORDS = ", ".join("{" + ", ".join(form._fields) + "}" for form in FORMS)
+
+
+def read_dataset(path: str | Path) -> list[Record]:
+    """The records of a `.jsonl` or `.txt` file, all of one type. Raises DatasetError."""
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".txt"):
+        raise DatasetError(path, None, f"a data set is a .jsonl or .txt file, this one ends in {path.suffix!r}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(path, None, f"cannot be read ({error.strerror or error})") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if path.suffix == ".txt":
+        return [_read_text(path, content)]
+    lines = content.split(b"\n")  # not splitlines(): a JSON string may hold U+2028 and its like
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise DatasetError(path, None, "the file is empty; it must hold at least one record")
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_record(line)
+            if records and type(record) is not type(records[0]):
+                raise ValueError(
+                    f"the record has the form {_fields(type(record))}, the lines before it {_fields(type(records[0]))}; "
+                    f"one file holds one form"
+                )
+        except ValueError as error:
+            raise DatasetError(path, number, str(error)) from error
+        records.append(record)
+    return records
+
+
+def parse_record(line: str | bytes) -> Record:
+    """One JSON line as a record; ValueError says what is wrong with it."""
+    if isinstance(line, bytes):
+        try:
+            line = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{error.object[error.start]:02x}") from error
+    if not line.strip():
+        raise ValueError("the line is blank; every line before the end must hold one JSON object")
+    try:
+        value = json.loads(line, object_pairs_hook=_object_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not valid JSON here: nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object with the fields of one form, got {_json_type(value)}")
+    form = _form_of(value)
+    if form is Conversation:
+        return Conversation(_messages(value["messages"]))
+    return form(*(_text(value.get(field, ""), f"field {field!r}", (form, field) in _MAY_BE_EMPTY) for field in form._fields))
+
+
+def _read_text(path: Path, content: bytes) -> Document:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DatasetError(path, line, f"not UTF-8: found the byte 0x{content[error.start]:02x}") from error
+    if not text.strip():
+        raise DatasetError(path, None, "the file is empty; it must hold some text")
+    return Document(text)
+
+
+def _form_of(value: dict[str, Any]) -> type[Record]:
+    """The form whose fields these are; otherwise the nearest form is named, with what is missing or too much."""
+    keys = set(value)
+    for form in FORMS:
+        optional = {field for owner, field in _MAY_BE_EMPTY if owner is form}
+        if set(form._fields) - optional <= keys <= set(form._fields):
+            return form
+    nearest = max(FORMS, key=lambda form: (len(keys & set(form._fields)) / len(keys | set(form._fields))))
+    if not keys & set(nearest._fields):
+        raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {_FORMS_IN_WORDS}")
+    optional = {field for owner, field in _MAY_BE_EMPTY if owner is nearest}
+    missing = [field for field in nearest._fields if field not in keys | optional]
+    extra = sorted(keys - set(nearest._fields))
+    wrong = [f"field {field!r} is missing" for field in missing] + [f"field {field!r} is unknown" for field in extra]
+    raise ValueError(f"{', '.join(wrong)}; the form is {_fields(nearest)} (all forms: {_FORMS_IN_WORDS})")
+
+
+def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, got {_json_type(value)}")
+    if not value.strip() and not (may_be_empty and value == ""):
+        raise ValueError(f"{what} is {'empty' if not value else 'only white space'}; it must hold some text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half of a surrogate pair at character {error.start}, which is no text") from error
+    return value
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field 'messages' must be a list of at least two messages, got {_json_type(value)}")
+    messages = []
+    for number, item in enumerate(value, start=1):
+        what = f"message {number}"
+        if not isinstance(item, dict) or set(item) != {"role", "content"}:
+            got = f"the fields {sorted(item)}" if isinstance(item, dict) else _json_type(item)
+            raise ValueError(f"{what} must be an object with the fields 'role' and 'content', got {got}")
+        if item["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"the role of {what} must be 'system', 'user' or 'assistant', got {item['role']!r}")
+        messages.append(Message(item["role"], _text(item["content"], f"the content of {what}")))
+    offset = 1 if messages[0].role == "system" else 0
+    for number, message in enumerate(messages[offset:], start=offset):
+        expected = ("user", "assistant")[(number - offset) % 2]
+        if message.role != expected:
+            raise ValueError(
+                f"message {number + 1} is the {message.role}'s where the {expected}'s is due; after an optional first "
+                f"system message, user and assistant take turns"
+            )
+    if messages[-1].role != "assistant":
+        raise ValueError(f"the last message must be the assistant's (there is nothing to learn otherwise), "
+                         f"got the {messages[-1].role}'s")
+    return tuple(messages)
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return value
+
+
+def _fields(form: type[Record]) -> str:
+    return "{" + ", ".join(form._fields) + "}"
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}[type(value)]
