@@ -1,0 +1,82 @@
+"""Every test that takes `xp` runs on NumPy and on a stand-in device; `--device cupy` runs it on a real GPU instead.
+
+Such a test makes its arrays with `xp.asarray(numpy_array)`, computes, and reads back with
+`minipeft.backend.to_numpy(array)`. The stand-in (tests/strict_device.py) refuses what CuPy would refuse.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+
+import numpy as np
+import pytest
+
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+DEVICES = {"numpy": "numpy", "strict": "strict_device", "cupy": "cupy"}
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "", None)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        action="append",
+        choices=list(DEVICES),
+        help="array library that tests with the fixture xp use; may be repeated (default: numpy and strict)",
+    )
+
+
+def pytest_configure(config):
+    if "cupy" not in (config.getoption("device") or []):
+        return
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise pytest.UsageError(f"--device cupy needs CuPy, the extra 'gpu' of minipeft: {error}") from None
+    try:
+        count, reason = cupy.cuda.runtime.getDeviceCount(), "it lists none"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        count, reason = 0, str(error)
+    if count == 0:
+        raise pytest.UsageError(f"--device cupy needs a GPU, and CuPy finds none here: {reason}")
+
+
+def pytest_generate_tests(metafunc):
+    if "xp" in metafunc.fixturenames:
+        names = metafunc.config.getoption("device") or ["numpy", "strict"]
+        metafunc.parametrize("xp", list(dict.fromkeys(names)), indirect=True)
+
+
+@pytest.fixture(scope="module")
+def xp(request):
+    """The array library under test: numpy, the strict stand-in for CuPy, or CuPy."""
+    return importlib.import_module(DEVICES[request.param])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Any attempt to reach another host fails; sockets of this machine stay open to it."""
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
+
+    def local_connect(self, address):
+        if isinstance(address, tuple) and address[0] not in LOCAL_HOSTS:
+            raise RuntimeError(f"a test tried to connect to {address[0]}: tests use no network")
+        return connect(self, address)
+
+    def local_resolve(host, *args, **kwargs):
+        if host not in LOCAL_HOSTS:
+            raise RuntimeError(f"a test tried to look up {host}: tests use no network")
+        return resolve(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_connect)
+        patch.setattr(socket, "getaddrinfo", local_resolve)
+        yield
