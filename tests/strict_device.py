@@ -14,7 +14,8 @@ device unasked. What the wall enforces:
 5. What CuPy leaves undefined fails: `empty` is filled with NaN or the largest integer, an index out of range raises
    (CuPy wraps around), and so does assigning different values to one element through a repeated index.
 
-The tables hold for CuPy 13 and 14. Deliberately absent although CuPy has them: complex numbers, file formats, raw kernels, streams, DLPack.
+The tables hold for CuPy 13 and 14. Deliberately absent although CuPy has them: complex numbers, file formats, raw
+kernels, streams, DLPack.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ AT_TYPES = {
 # Required parameters of these names are device arrays: no scalar, no list (CuPy's functions say so too). Other
 # parameters (the bounds of clip, the branches of where) may also be scalars.
 ARRAYS = frozenset(
-    "a a1 a2 A ar arr array ary condition dst element m M prototype test_elements v x x1 x2 xp fp b bins indices".split()
+    "a a1 a2 A ar array ary b bins condition dst element fp indices m M prototype test_elements v x x1 x2 xp".split()
 )
 LISTS = frozenset(["indices"])  # take(a, [0, 2], axis=0) is fine: a small list of Python integers is a constant
 SEQUENCES = frozenset(["tup"])  # a sequence of device arrays
@@ -466,7 +467,7 @@ class Flags(NamedTuple):
 
 
 def _key(key) -> tuple:
-    """An index as NumPy takes it; the Ellipsis at its end makes even a full integer index give an array, not a scalar."""
+    """An index as NumPy takes it, with an Ellipsis, so that even a full integer index gives an array and no scalar."""
     parts, masks = [], 0
     for part in key if isinstance(key, tuple) else (key,):
         if type(part) is ndarray:
