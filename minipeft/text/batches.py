@@ -27,6 +27,7 @@ class Batches(Iterator[list[T]]):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
         self.epoch = self.position = 0
+        self._order_of = -1  # the epoch whose order is at hand
 
     def __len__(self) -> int:
         """Batches in one epoch."""
@@ -35,7 +36,7 @@ class Batches(Iterator[list[T]]):
     def __next__(self) -> list[T]:
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        if self.position == 0 or self._order_of != self.epoch:
+        if self._order_of != self.epoch:
             self._order, self._order_of = self.order(self.epoch), self.epoch
         start = self.position * self.batch_size
         self.position += 1

@@ -41,12 +41,16 @@ def use(split: str) -> list[Completion]:
     records = []
     for synset in wordnet(split):
         for word in synset.headwords:
-            stands_in = re.compile(rf"\b{re.escape(word.lemma)}\b", re.IGNORECASE)
-            example = next((example for example in synset.examples if stands_in.search(example)), None)
+            example = next((example for example in synset.examples if _stands_in(word.lemma, example)), None)
             if example is not None:
                 prompt = f"Word: {word.lemma} ({synset.part_of_speech})\nExample:"
                 records.append(Completion(prompt, f" {example}"))
     return records
+
+
+def _stands_in(word: str, example: str) -> bool:
+    word, example = word.lower(), example.lower()
+    return word in example and re.search(rf"\b{re.escape(word)}\b", example) is not None
 
 
 TASKS: dict[str, Callable[[str], list[Completion]]] = {"rewrite": rewrite, "define": define, "use": use}

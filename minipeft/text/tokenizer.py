@@ -136,12 +136,12 @@ class Tokenizer:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text to encode must be a str, got {type(text).__name__}")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text to encode is not valid Unicode: {error}") from error
         backend = self._control if allow_special else self._plain
-        try:
-            # A str subclass does not cross into the library, so plain copies do.
-            encodings = backend.encode_batch_fast([str(text) for text in texts], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text to encode is not valid Unicode: {error}") from error
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:

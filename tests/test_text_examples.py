@@ -1,0 +1,160 @@
+"""From records to batches: what is learned, what does not fit, and an order that can be taken up again."""
+
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeft.text.batches import Batches
+from minipeft.text.datasets import Completion, Conversation, Document, Instruction, Message, Preference
+from minipeft.text.examples import (
+    Example,
+    chunk_text,
+    collate,
+    encode_documents,
+    encode_examples,
+    encode_preferences,
+)
+from minipeft.text.templates import chatml, chatml_prompt, custom
+from minipeft.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(files("minipeft").joinpath("hub", "base"))
+EOS = TOKENIZER.eos_token_id
+
+
+def learned(example):
+    return TOKENIZER.decode(example.labels[example.labels != -100])
+
+
+def test_only_the_completion_is_learned():
+    ((example,), truncated, dropped) = encode_examples([Completion("Say hi:", " hi there")], TOKENIZER, 64)
+    assert (truncated, dropped) == (0, 0) and example.input_ids.dtype == example.labels.dtype == np.int64
+    prompt = TOKENIZER.encode("Say hi:")
+    assert example.input_ids.tolist() == prompt + TOKENIZER.encode(" hi there") + [EOS]
+    assert example.labels.tolist() == [-100] * len(prompt) + TOKENIZER.encode(" hi there") + [EOS]
+
+
+def test_templates_of_the_forms():
+    (alpaca,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99).examples
+    assert TOKENIZER.decode(alpaca.input_ids).endswith("### Response:Rex<|endoftext|>") and learned(alpaca) == "Rex<|endoftext|>"
+    (own,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99, custom("{instruction} ->")).examples
+    assert TOKENIZER.decode(own.input_ids) == "Name a dog. ->Rex<|endoftext|>"
+
+
+def test_conversation_learns_every_answer_and_is_chatml():
+    messages = tuple(Message(*m) for m in [
+        ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "<|im_end|>?"), ("assistant", "Bye")])
+    (example,) = encode_examples([Conversation(messages)], TOKENIZER, 99).examples
+    assert learned(example) == "Hello!<|im_end|>Bye<|im_end|>"
+    assert (example.input_ids == 3).sum() == 5 and example.input_ids[-1] == 3  # no <|im_end|> from the user's text
+    shown = TOKENIZER.encode_pieces(chatml_prompt(messages[:2]))  # what generation would be given
+    assert example.input_ids[: len(shown)].tolist() == shown
+    text = "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages)
+    assert TOKENIZER.decode(example.input_ids) + "\n" == text
+
+
+def test_documents_become_blocks():
+    texts = ["In the beginning God made the heaven and the earth.", "And God said", "light"]
+    examples, truncated, dropped = encode_examples([Document(text) for text in texts], TOKENIZER, 8)
+    stream = np.concatenate([example.input_ids for example in examples])
+    assert stream.tolist() == [i for text in texts for i in [*TOKENIZER.encode(text), EOS]][: len(stream)]
+    assert all(len(example.input_ids) == 8 for example in examples[:-1]) and 2 <= len(examples[-1].input_ids) <= 8
+    assert all((example.labels == example.input_ids).all() for example in examples) and truncated == dropped == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=12), max_size=5), st.integers(2, 9))
+def test_chunks_are_the_stream(texts, length):
+    stream = encode_documents(texts, TOKENIZER)
+    assert (stream == EOS).sum() == len(texts)
+    blocks = chunk_text(stream, length)
+    joined = np.concatenate([stream[:0], *blocks])
+    assert (joined == stream[: len(joined)]).all() and 0 <= len(stream) - len(joined) <= 1
+    assert all(len(block) == length for block in blocks[:-1])
+
+
+def test_a_block_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        chunk_text(np.arange(5), 1)
+
+
+def test_overflow_is_said_not_hidden():
+    records = [Completion("a", "b"), Completion("a", "b " * 50), Completion("a " * 50, "b")]
+    with pytest.raises(ValueError, match=r"2 of 3 records are longer than 10 tokens, the first of them record 2 with 53"):
+        encode_examples(records, TOKENIZER, 10)
+    examples, truncated, dropped = encode_examples(records, TOKENIZER, 10, on_overflow="truncate")
+    assert (len(examples), truncated, dropped) == (2, 1, 1)  # of the third only prompt would be left
+    assert len(examples[1].input_ids) == len(examples[1].labels) == 10 and (examples[1].labels[1:] != -100).all()
+    examples, truncated, dropped = encode_examples(records, TOKENIZER, 10, on_overflow="drop")
+    assert (len(examples), truncated, dropped) == (1, 0, 2)
+    with pytest.raises(ValueError, match="'error', 'truncate' or 'drop', got 'cut'"):
+        encode_examples(records, TOKENIZER, 10, on_overflow="cut")
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        encode_examples(records, TOKENIZER, 1)
+
+
+def test_preferences():
+    ((chosen, rejected),) = encode_preferences([Preference("Q:", " good", " bad one")], TOKENIZER, 32)
+    assert learned(chosen) == " good<|endoftext|>" and learned(rejected) == " bad one<|endoftext|>"
+    size = len(TOKENIZER.encode("Q:"))
+    assert chosen.input_ids[:size].tolist() == rejected.input_ids[:size].tolist() == TOKENIZER.encode("Q:")
+    ((chosen, _),) = encode_preferences([Preference("Q:", "good", "bad")], TOKENIZER, 32, chatml)
+    assert learned(chosen) == "good<|im_end|>"
+    with pytest.raises(ValueError, match="1 of 1 records are longer than 4 tokens"):
+        encode_preferences([Preference("Q:", "good", "bad " * 9)], TOKENIZER, 4)
+    with pytest.raises(ValueError, match=r"takes \{prompt, completion\} records, got \{prompt, chosen, rejected\}"):
+        encode_examples([Preference("Q:", "good", "bad")], TOKENIZER, 32)
+
+
+def test_collate():
+    examples = [Example(np.array([5, 6, 7]), np.array([-100, 6, 7])), Example(np.array([8]), np.array([8]))]
+    batch = collate(examples, pad_id=0)
+    assert {name: array.tolist() for name, array in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 6, 7], [8, -100, -100]],
+    }
+    assert all(array.dtype == np.int64 for array in batch.values())
+    assert collate(examples, 0, "left")["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
+    with pytest.raises(ValueError, match="at least one example"):
+        collate([], 0)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 9), st.integers(0, 25))
+def test_batches_can_be_left_and_taken_up_again(count, batch_size, seed, steps):
+    def new():
+        return Batches(range(count), batch_size, seed)
+
+    straight = new()
+    expected = [next(straight) for _ in range(steps + 12)]
+    first = new()
+    assert [next(first) for _ in range(steps)] == expected[:steps]
+    second = new()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [next(second) for _ in range(12)] == expected[steps:]
+
+
+def test_every_epoch_holds_every_example_once_in_another_order():
+    batches = Batches(range(100), 8, seed=3)
+    epochs = [[next(batches) for _ in range(len(batches))] for _ in range(3)]
+    assert all(sorted(example for batch in epoch for example in batch) == list(range(100)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and len(epochs[0][-1]) == 4
+    assert next(Batches(range(100), 8, seed=4)) != epochs[0][0]
+    assert next(Batches(range(100), 8, seed=3, shuffle=False)) == list(range(8))
+
+
+def test_a_position_of_other_batches_is_refused():
+    batches = Batches(range(10), 2, seed=1)
+    with pytest.raises(ValueError, match="batches with seed = 2, these have 1"):
+        batches.load_state_dict(Batches(range(10), 2, seed=2).state_dict())
+    with pytest.raises(ValueError, match="examples = 11, these have 10"):
+        batches.load_state_dict(Batches(range(11), 2, seed=1).state_dict())
+    with pytest.raises(ValueError, match="epoch 0, batch 9; an epoch has 5"):
+        batches.load_state_dict({**batches.state_dict(), "position": 9})
+    with pytest.raises(ValueError, match="no examples"):
+        Batches([], 2, seed=1)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Batches([1], 0, seed=1)

@@ -1,0 +1,148 @@
+"""The tokenizer: exact round trips, special tokens only where asked for, padding, and any Hugging Face directory."""
+
+import json
+import shutil
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeft.files import FileError
+from minipeft.text import build_tokenizer
+from minipeft.text.tokenizer import Special, Tokenizer
+
+BASE = files("minipeft").joinpath("hub", "base")
+TOKENIZER = Tokenizer.load(BASE)
+NASTY = ["<|im_end|>", "<|endoftext|>", "<|pad|>", "<|im_start|>user\n", " ", "\n\n", "\x00", "é", "é", "𝕏", "👩‍👩‍👧", "١٢", "0042"]
+
+
+def test_shipped_tokenizer():
+    assert TOKENIZER.vocab_size == 2048
+    assert (TOKENIZER.pad_token_id, TOKENIZER.eos_token_id) == (0, 1)
+    assert [TOKENIZER.id_to_token(i) for i in range(4)] == ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    text = "And God said, Let there be light: and there was light."
+    assert len(TOKENIZER.encode(text)) == 14
+    assert TOKENIZER.encode("1984") == [TOKENIZER.token_to_id(digit) for digit in "1984"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from(NASTY)), max_size=6).map("".join))
+def test_round_trip_is_exact_and_never_special(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == TOKENIZER.decode(ids, skip_special_tokens=True) == text
+    assert all(3 < token_id < 2048 for token_id in ids)
+    assert TOKENIZER.decode(TOKENIZER.encode(text, allow_special=True)) == text
+    pieces = [Special("<|im_start|>"), text, Special("<|im_end|>"), "\n"]
+    ids = TOKENIZER.encode_pieces(pieces)
+    assert ids[0] == 2 and ids.count(2) == 1 and ids.count(3) == 1 and TOKENIZER.decode(ids) == "".join(pieces)
+
+
+def test_special_tokens_only_where_asked_for():
+    text = "Hi<|im_end|>"
+    assert 3 not in TOKENIZER.encode(text)
+    assert TOKENIZER.encode(text, allow_special=True) == [*TOKENIZER.encode("Hi"), 3]
+    assert TOKENIZER.decode([*TOKENIZER.encode("Hi"), 3], skip_special_tokens=True) == "Hi"
+    clean = [Special("<|im_start|>"), "user\n", "Hi there", Special("<|im_end|>")]
+    assert TOKENIZER.encode_pieces(clean) == TOKENIZER.encode("".join(clean), allow_special=True)
+
+
+def test_what_is_no_text_or_no_token_is_refused():
+    with pytest.raises(TypeError, match="must be a str, got bytes"):
+        TOKENIZER.encode(b"abc")
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        TOKENIZER.encode("\ud800")
+    with pytest.raises(ValueError, match="token ids are 0 to 2047, got 2048"):
+        TOKENIZER.decode([5, 2048])
+    with pytest.raises(ValueError, match="got -1"):
+        TOKENIZER.decode(np.array([-1]))
+    with pytest.raises(ValueError, match="no token '<think>'"):
+        TOKENIZER.token_to_id("<think>")
+    with pytest.raises(ValueError, match="no token '<think>'"):
+        TOKENIZER.encode_pieces([Special("<think>")])
+
+
+def test_pad():
+    ids, mask = TOKENIZER.pad([[5, 6, 7], [8]])
+    assert ids.dtype == mask.dtype == np.int64
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = TOKENIZER.pad([[5, 6, 7], [8]], side="left")
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert TOKENIZER.pad([])[0].shape == (0, 0)
+    with pytest.raises(ValueError, match="'right' or 'left', got 'middle'"):
+        TOKENIZER.pad([[1]], side="middle")
+
+
+def test_save_and_load(tmp_path):
+    TOKENIZER.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.config == TOKENIZER.config and again.encode("Behold<|pad|>", True) == TOKENIZER.encode("Behold<|pad|>", True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == BASE.joinpath(name).read_bytes()
+
+
+def test_training_is_deterministic_and_uses_the_size_it_is_given():
+    documents = [f"the quick brown fox number {number} jumped over {number % 7} lazy dogs" for number in range(300)]
+    one, two = (build_tokenizer.build_tokenizer(documents) for _ in range(2))
+    assert one._plain.to_str() == two._plain.to_str()
+    assert 260 < one.vocab_size <= 2048 and one.decode(one.encode("ÿ fox")) == "ÿ fox"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    shutil.copy(BASE.joinpath("tokenizer.json"), tmp_path)
+    return tmp_path
+
+
+def test_hugging_face_directory_with_added_token_objects(directory):
+    config = {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True}, "pad_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(directory)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 3, None)
+    assert tokenizer.pad([[5], [5, 6]])[0].tolist() == [[5, 3], [5, 6]]  # no padding token: end of sequence
+
+
+def test_hugging_face_directory_without_config(directory):
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.eos_token_id is None and tokenizer.encode("light") == TOKENIZER.encode("light")
+    with pytest.raises(ValueError, match="neither a padding nor an end-of-sequence token"):
+        tokenizer.pad([[5], [5, 6]])
+    (directory / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.eos_token_id == 1 and tokenizer.chat_template == "{{ messages }}"
+
+
+def test_padding_and_truncation_in_the_file_are_not_obeyed(directory):
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "<|pad|>"}
+    (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    text = "And God said, Let there be light"
+    assert Tokenizer.load(directory).encode(text) == TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("config, reason", [
+    ({"eos_token": "</s>"}, "names '</s>' as eos_token, which tokenizer.json does not have"),
+    ({"pad_token": 0}, "pad_token must be a string or an added token, got 0"),
+])
+def test_contradicting_config(directory, config, reason):
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=reason):
+        Tokenizer.load(directory)
+
+
+def test_unreadable_directories(directory, tmp_path_factory):
+    with pytest.raises(FileError, match=r"there is no tokenizer\.json"):
+        Tokenizer.load(tmp_path_factory.mktemp("empty"))
+    (directory / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(FileError, match="must hold an object, got list"):
+        Tokenizer.load(directory)
+    (directory / "tokenizer_config.json").write_text("{")
+    with pytest.raises(FileError, match="not valid JSON"):
+        Tokenizer.load(directory)
+    (directory / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(FileError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(directory)
