@@ -19,7 +19,8 @@ How the sides are kept apart:
 
 * Bible: a chapter, in both translations, is on one side. A verse whose words in either translation recur on another
   side ("And the LORD spake unto Moses, saying,") is on the training side everywhere. Parallel passages which only
-  resemble each other (Kings and Chronicles, the Gospels) are not looked for.
+  resemble each other (Kings and Chronicles, the Gospels) are not looked for: 51 of the 1,242 King James test verses
+  share 70 % of their words (intersection over union) with some verse of the training side.
 * Austen: a chapter is on one side.
 * WordNet: a synset (a gloss) and a headword are each on one side. The side of a synset is its first lemma's. A lemma
   that falls on another side than the synset's is left out of that synset's headwords, so no headword is defined on two
