@@ -27,16 +27,21 @@ def write(tmp_path, content, name="data.jsonl"):
     return path
 
 
-@pytest.mark.parametrize("row, record", [
-    ({"text": " x\n"}, Document(" x\n")),
-    (GOOD, Completion("a", "b")),
-    ({"output": "o", "instruction": "i", "input": ""}, Instruction("i", "", "o")),
-    ({"instruction": "i", "output": "o"}, Instruction("i", "", "o")),
-    ({"messages": CHAT}, Conversation((Message("user", "Hi"), Message("assistant", "Hello")))),
-    ({"messages": [{"role": "system", "content": "s"}, *CHAT]},
-     Conversation((Message("system", "s"), Message("user", "Hi"), Message("assistant", "Hello")))),
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
-])
+@pytest.mark.parametrize(
+    "row, record",
+    [
+        ({"text": " x\n"}, Document(" x\n")),
+        (GOOD, Completion("a", "b")),
+        ({"output": "o", "instruction": "i", "input": ""}, Instruction("i", "", "o")),
+        ({"instruction": "i", "output": "o"}, Instruction("i", "", "o")),
+        ({"messages": CHAT}, Conversation((Message("user", "Hi"), Message("assistant", "Hello")))),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *CHAT]},
+            Conversation((Message("system", "s"), Message("user", "Hi"), Message("assistant", "Hello"))),
+        ),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
+    ],
+)
 def test_forms(tmp_path, row, record):
     assert read_dataset(write(tmp_path, [row, row])) == [record, record]
 
@@ -51,38 +56,53 @@ def test_text_file_is_one_document(tmp_path):
     assert read_dataset(write(tmp_path, b"\xef\xbb\xbfOne.\n\nTwo.\n", "a.txt")) == [Document("One.\n\nTwo.\n")]
 
 
-@pytest.mark.parametrize("row, reason", [
-    ("{bad", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
-    ("", "the line is blank"),
-    ("[1]", "must be a JSON object with the fields of one form, got a list"),
-    ("null", "got null"),
-    ("[" * 100_000, "nested too deeply"),
-    ('{"text": "a", "text": "b"}', "field 'text' stands there twice"),
-    ({"prompt": "a"}, "field 'completion' is missing; the form is {prompt, completion}"),
-    ({"prompt": "a", "completion": "b", "id": 3}, "field 'id' is unknown; the form is {prompt, completion}"),
-    ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing; the form is {prompt, chosen, rejected}"),
-    ({"instruction": "a", "response": "b"}, "field 'output' is missing, field 'response' is unknown"),
-    ({"question": "a"}, "the fields ['question'] are none of the known forms: {text}, {prompt, completion}, "),
-    ({}, "the fields [] are none of the known forms"),
-    ({"prompt": 3, "completion": "b"}, "field 'prompt' must be a string, got a number"),
-    ({"prompt": None, "completion": "b"}, "field 'prompt' must be a string, got null"),
-    ({"prompt": "", "completion": "b"}, "field 'prompt' is empty; it must hold some text"),
-    ({"prompt": "a", "completion": " \n"}, "field 'completion' is only white space"),
-    ('{"prompt": "a", "completion": "\\ud800"}', "field 'completion' holds half of a surrogate pair at character 0"),
-    ({"instruction": "a", "input": " ", "output": "b"}, "field 'input' is only white space"),
-    ({"text": "a"}, "has the form {text}, the lines before it {prompt, completion}; one file holds one form"),
-    ({"messages": "a"}, "field 'messages' must be a list of at least two messages, got a string"),
-    ({"messages": []}, "got an empty list"),
-    ({"messages": ["a"]}, "message 1 must be an object with the fields 'role' and 'content', got a string"),
-    ({"messages": [{"role": "user"}]}, "message 1 must be an object with the fields 'role' and 'content', got the fields ['role']"),
-    ({"messages": [{"role": "human", "content": "a"}]}, "role of message 1 must be 'system', 'user' or 'assistant', got 'human'"),
-    ({"messages": [{"role": ["user"], "content": "a"}]}, "got ['user']"),
-    ({"messages": CHAT[:1]}, "the last message must be the assistant's"),
-    ({"messages": CHAT[1:]}, "message 1 is the assistant's where the user's is due"),
-    ({"messages": [*CHAT, CHAT[1]]}, "message 3 is the assistant's where the user's is due"),
-    ({"messages": [*CHAT, {"role": "system", "content": "a"}]}, "message 3 is the system's where the user's is due"),
-    ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "the content of message 2 is empty"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ("{bad", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("", "the line is blank"),
+        ("[1]", "must be a JSON object with the fields of one form, got a list"),
+        ("null", "got null"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": "a", "text": "b"}', "field 'text' stands there twice"),
+        ({"prompt": "a"}, "field 'completion' is missing; the form is {prompt, completion}"),
+        ({"prompt": "a", "completion": "b", "id": 3}, "field 'id' is unknown; the form is {prompt, completion}"),
+        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing; the form is {prompt, chosen, rejected}"),
+        ({"instruction": "a", "response": "b"}, "field 'output' is missing, field 'response' is unknown"),
+        ({"question": "a"}, "the fields ['question'] are none of the known forms: {text}, {prompt, completion}, "),
+        ({}, "the fields [] are none of the known forms"),
+        ({"prompt": 3, "completion": "b"}, "field 'prompt' must be a string, got a number"),
+        ({"prompt": None, "completion": "b"}, "field 'prompt' must be a string, got null"),
+        ({"prompt": "", "completion": "b"}, "field 'prompt' is empty; it must hold some text"),
+        ({"prompt": "a", "completion": " \n"}, "field 'completion' is only white space"),
+        (
+            '{"prompt": "a", "completion": "\\ud800"}',
+            "field 'completion' holds half of a surrogate pair at character 0",
+        ),
+        ({"instruction": "a", "input": " ", "output": "b"}, "field 'input' is only white space"),
+        ({"text": "a"}, "has the form {text}, the lines before it {prompt, completion}; one file holds one form"),
+        ({"messages": "a"}, "field 'messages' must be a list of at least two messages, got a string"),
+        ({"messages": []}, "got an empty list"),
+        ({"messages": ["a"]}, "message 1 must be an object with the fields 'role' and 'content', got a string"),
+        (
+            {"messages": [{"role": "user"}]},
+            "message 1 must be an object with the fields 'role' and 'content', got the fields ['role']",
+        ),
+        (
+            {"messages": [{"role": "human", "content": "a"}]},
+            "role of message 1 must be 'system', 'user' or 'assistant', got 'human'",
+        ),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "got ['user']"),
+        ({"messages": CHAT[:1]}, "the last message must be the assistant's"),
+        ({"messages": CHAT[1:]}, "message 1 is the assistant's where the user's is due"),
+        ({"messages": [*CHAT, CHAT[1]]}, "message 3 is the assistant's where the user's is due"),
+        (
+            {"messages": [*CHAT, {"role": "system", "content": "a"}]},
+            "message 3 is the system's where the user's is due",
+        ),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "the content of message 2 is empty"),
+    ],
+)
 def test_bad_line(tmp_path, row, reason):
     bad = row if isinstance(row, str) else json.dumps(row)
     path = write(tmp_path, f"{json.dumps(GOOD)}\n{bad}\n{json.dumps(GOOD)}\n")
@@ -99,11 +119,14 @@ def test_not_utf8(tmp_path):
         read_dataset(write(tmp_path, b"a\nb\n\xe9", "a.txt"))
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("a.jsonl", "\n \n", "the file is empty; it must hold at least one record"),
-    ("a.txt", " \n", "the file is empty; it must hold some text"),
-    ("a.csv", "a,b", "a data set is a .jsonl or .txt file, this one ends in '.csv'"),
-])
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.jsonl", "\n \n", "the file is empty; it must hold at least one record"),
+        ("a.txt", " \n", "the file is empty; it must hold some text"),
+        ("a.csv", "a,b", "a data set is a .jsonl or .txt file, this one ends in '.csv'"),
+    ],
+)
 def test_bad_file(tmp_path, name, content, reason):
     with pytest.raises(DatasetError, match=reason):
         read_dataset(write(tmp_path, content, name))

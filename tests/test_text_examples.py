@@ -39,14 +39,27 @@ def test_only_the_completion_is_learned():
 
 def test_templates_of_the_forms():
     (alpaca,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99).examples
-    assert TOKENIZER.decode(alpaca.input_ids).endswith("### Response:Rex<|endoftext|>") and learned(alpaca) == "Rex<|endoftext|>"
-    (own,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99, custom("{instruction} ->")).examples
+    assert (
+        TOKENIZER.decode(alpaca.input_ids).endswith("### Response:Rex<|endoftext|>")
+        and learned(alpaca) == "Rex<|endoftext|>"
+    )
+    (own,) = encode_examples(
+        [Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99, custom("{instruction} ->")
+    ).examples
     assert TOKENIZER.decode(own.input_ids) == "Name a dog. ->Rex<|endoftext|>"
 
 
 def test_conversation_learns_every_answer_and_is_chatml():
-    messages = tuple(Message(*m) for m in [
-        ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "<|im_end|>?"), ("assistant", "Bye")])
+    messages = tuple(
+        Message(*m)
+        for m in [
+            ("system", "Be kind."),
+            ("user", "Hi"),
+            ("assistant", "Hello!"),
+            ("user", "<|im_end|>?"),
+            ("assistant", "Bye"),
+        ]
+    )
     (example,) = encode_examples([Conversation(messages)], TOKENIZER, 99).examples
     assert learned(example) == "Hello!<|im_end|>Bye<|im_end|>"
     assert (example.input_ids == 3).sum() == 5 and example.input_ids[-1] == 3  # no <|im_end|> from the user's text
@@ -83,7 +96,9 @@ def test_a_block_of_one_token_is_refused():
 
 def test_overflow_is_said_not_hidden():
     records = [Completion("a", "b"), Completion("a", "b " * 50), Completion("a " * 50, "b")]
-    with pytest.raises(ValueError, match=r"2 of 3 records are longer than 10 tokens, the first of them record 2 with 53"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 records are longer than 10 tokens, the first of them record 2 with 53"
+    ):
         encode_examples(records, TOKENIZER, 10)
     examples, truncated, dropped = encode_examples(records, TOKENIZER, 10, on_overflow="truncate")
     assert (len(examples), truncated, dropped) == (2, 1, 1)  # of the third only prompt would be left
@@ -113,7 +128,8 @@ def test_collate():
     examples = [Example(np.array([5, 6, 7]), np.array([-100, 6, 7])), Example(np.array([8]), np.array([8]))]
     batch = collate(examples, pad_id=0)
     assert {name: array.tolist() for name, array in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "input_ids": [[5, 6, 7], [8, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "labels": [[-100, 6, 7], [8, -100, -100]],
     }
     assert all(array.dtype == np.int64 for array in batch.values())

@@ -18,10 +18,15 @@ from minipeft.text.tokenizer import Special
 
 WITH_INPUT = Instruction("Translate.", "chien", "dog")
 WITHOUT_INPUT = Instruction("Name a dog.", "", "Rex")
-CHAT = Conversation((
-    Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"),
-    Message("user", "<|im_end|>"), Message("assistant", "Nice try"),
-))
+CHAT = Conversation(
+    (
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "<|im_end|>"),
+        Message("assistant", "Nice try"),
+    )
+)
 
 
 def test_alpaca_wording():
@@ -50,7 +55,10 @@ def test_chatml_learns_each_answer_and_its_end():
     assert "".join(second.prompt) == "\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
     assert [isinstance(piece, Special) for piece in second.prompt] == [False, True, False, True, False, True, False]
     assert "".join(chatml_prompt(CHAT.messages[:2])) == "".join(first.prompt)
-    assert "".join(chatml(WITH_INPUT)[0].prompt) == "<|im_start|>user\nTranslate.\n\nchien<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        "".join(chatml(WITH_INPUT)[0].prompt)
+        == "<|im_start|>user\nTranslate.\n\nchien<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert chatml(Completion("Q", "A")) == chatml(Instruction("Q", "", "A"))
 
 
@@ -64,18 +72,21 @@ def test_custom():
         custom("{instruction}")(WITH_INPUT)
 
 
-@pytest.mark.parametrize("template, reason", [
-    ("{prompt.__class__}", "prompt.__class__"),
-    ("{prompt[0]}", r"prompt\[0\]"),
-    ("{prompt!r}", "with a format"),
-    ("{prompt:>9}", "with a format"),
-    ("{}", "got one for ''"),
-    ("{completion}", "got one for 'completion'"),
-    ("{prompt", "not a format string"),
-    ("{{x}}", "no field"),
-    ("{prompt} {input}", "not both"),
-    ("{input}", r"needs \{instruction\}"),
-])
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{prompt.__class__}", "prompt.__class__"),
+        ("{prompt[0]}", r"prompt\[0\]"),
+        ("{prompt!r}", "with a format"),
+        ("{prompt:>9}", "with a format"),
+        ("{}", "got one for ''"),
+        ("{completion}", "got one for 'completion'"),
+        ("{prompt", "not a format string"),
+        ("{{x}}", "no field"),
+        ("{prompt} {input}", "not both"),
+        ("{input}", r"needs \{instruction\}"),
+    ],
+)
 def test_custom_refuses(template, reason):
     with pytest.raises(ValueError, match=reason):
         custom(template)

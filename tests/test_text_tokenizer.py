@@ -15,7 +15,21 @@ from minipeft.text.tokenizer import Special, Tokenizer
 
 BASE = files("minipeft").joinpath("hub", "base")
 TOKENIZER = Tokenizer.load(BASE)
-NASTY = ["<|im_end|>", "<|endoftext|>", "<|pad|>", "<|im_start|>user\n", " ", "\n\n", "\x00", "é", "é", "𝕏", "👩‍👩‍👧", "١٢", "0042"]
+NASTY = [
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|im_start|>user\n",
+    " ",
+    "\n\n",
+    "\x00",
+    "é",
+    "é",
+    "𝕏",
+    "👩‍👩‍👧",
+    "١٢",
+    "0042",
+]
 
 
 def test_shipped_tokenizer():
@@ -77,7 +91,9 @@ def test_pad():
 def test_save_and_load(tmp_path):
     TOKENIZER.save(tmp_path / "saved")
     again = Tokenizer.load(tmp_path / "saved")
-    assert again.config == TOKENIZER.config and again.encode("Behold<|pad|>", True) == TOKENIZER.encode("Behold<|pad|>", True)
+    assert again.config == TOKENIZER.config and again.encode("Behold<|pad|>", True) == TOKENIZER.encode(
+        "Behold<|pad|>", True
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == BASE.joinpath(name).read_bytes()
 
@@ -117,17 +133,26 @@ def test_hugging_face_directory_without_config(directory):
 def test_padding_and_truncation_in_the_file_are_not_obeyed(directory):
     content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    content["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                          "pad_type_id": 0, "pad_token": "<|pad|>"}
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    }
     (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     text = "And God said, Let there be light"
     assert Tokenizer.load(directory).encode(text) == TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize("config, reason", [
-    ({"eos_token": "</s>"}, "names '</s>' as eos_token, which tokenizer.json does not have"),
-    ({"pad_token": 0}, "pad_token must be a string or an added token, got 0"),
-])
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"eos_token": "</s>"}, "names '</s>' as eos_token, which tokenizer.json does not have"),
+        ({"pad_token": 0}, "pad_token must be a string or an added token, got 0"),
+    ],
+)
 def test_contradicting_config(directory, config, reason):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=reason):

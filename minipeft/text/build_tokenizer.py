@@ -57,7 +57,8 @@ def build_tokenizer(documents: list[str]) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m minipeft.text.build_tokenizer", description=__doc__,
+        prog="python -m minipeft.text.build_tokenizer",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT_DIR")

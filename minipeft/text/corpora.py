@@ -66,9 +66,7 @@ def bible(split: str) -> list[Verse]:
 @cache
 def austen(split: str) -> list[Chapter]:
     """Chapters of Jane Austen's six novels; chapters are counted from 1 through all volumes of a novel."""
-    return [
-        Chapter(novel, int(chapter), text.replace("\\n", "\n")) for novel, chapter, text in _rows("austen", split)
-    ]
+    return [Chapter(novel, int(chapter), text.replace("\\n", "\n")) for novel, chapter, text in _rows("austen", split)]
 
 
 @cache
@@ -108,4 +106,4 @@ def _rows(name: str, split: str) -> list[list[str]]:
     packed = files("minipeft.text").joinpath("data", f"{name}.tsv.xz").read_bytes()
     lines = lzma.decompress(packed).decode("utf-8").split("\n")[:-1]
     prefix = split + "\t"
-    return [line[len(prefix):].split("\t") for line in lines if line.startswith(prefix)]
+    return [line[len(prefix) :].split("\t") for line in lines if line.startswith(prefix)]

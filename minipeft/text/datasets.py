@@ -87,8 +87,8 @@ def read_dataset(path: str | Path) -> list[Record]:
             record = parse_record(line)
             if records and type(record) is not type(records[0]):
                 raise ValueError(
-                    f"the record has the form {_fields(type(record))}, the lines before it {_fields(type(records[0]))}; "
-                    f"one file holds one form"
+                    f"the record has the form {_fields(type(record))}, the lines before it {_fields(type(records[0]))}"
+                    f"; one file holds one form"
                 )
         except ValueError as error:
             raise DatasetError(path, number, str(error)) from error
@@ -102,7 +102,9 @@ def parse_record(line: str | bytes) -> Record:
         try:
             line = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{error.object[error.start]:02x}") from error
+            raise ValueError(
+                f"not UTF-8: byte {error.start} of the line is 0x{error.object[error.start]:02x}"
+            ) from error
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
@@ -116,7 +118,9 @@ def parse_record(line: str | bytes) -> Record:
     form = _form_of(value)
     if form is Conversation:
         return Conversation(_messages(value["messages"]))
-    return form(*(_text(value.get(field, ""), f"field {field!r}", (form, field) in _MAY_BE_EMPTY) for field in form._fields))
+    return form(
+        *(_text(value.get(field, ""), f"field {field!r}", (form, field) in _MAY_BE_EMPTY) for field in form._fields)
+    )
 
 
 def _read_text(path: Path, content: bytes) -> Document:
@@ -137,7 +141,7 @@ def _form_of(value: dict[str, Any]) -> type[Record]:
         optional = {field for owner, field in _MAY_BE_EMPTY if owner is form}
         if set(form._fields) - optional <= keys <= set(form._fields):
             return form
-    nearest = max(FORMS, key=lambda form: (len(keys & set(form._fields)) / len(keys | set(form._fields))))
+    nearest = max(FORMS, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
     if not keys & set(nearest._fields):
         raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {_FORMS_IN_WORDS}")
     optional = {field for owner, field in _MAY_BE_EMPTY if owner is nearest}
@@ -155,7 +159,9 @@ def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half of a surrogate pair at character {error.start}, which is no text") from error
+        raise ValueError(
+            f"{what} holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from error
     return value
 
 
@@ -180,8 +186,10 @@ def _messages(value: Any) -> tuple[Message, ...]:
                 f"system message, user and assistant take turns"
             )
     if messages[-1].role != "assistant":
-        raise ValueError(f"the last message must be the assistant's (there is nothing to learn otherwise), "
-                         f"got the {messages[-1].role}'s")
+        raise ValueError(
+            f"the last message must be the assistant's (there is nothing to learn otherwise), "
+            f"got the {messages[-1].role}'s"
+        )
     return tuple(messages)
 
 

@@ -59,9 +59,7 @@ def encode_examples(
     if all(isinstance(record, Document) for record in records):
         blocks = chunk_text(encode_documents([record.text for record in records], tokenizer), max_length)
         return EncodedExamples([Example(block, block.copy()) for block in blocks], 0, 0)
-    encoded = [
-        encode_turns((template or default_template(record))(record), tokenizer) for record in records
-    ]
+    encoded = [encode_turns((template or default_template(record))(record), tokenizer) for record in records]
     if on_overflow == "error":
         _refuse_overlong([len(example.input_ids) for example in encoded], max_length)
     examples, truncated, dropped = [], 0, 0
@@ -81,7 +79,7 @@ def encode_preferences(
 ) -> list[PreferencePair]:
     """Preference records to pairs of examples with the same prompt, of which the answers are learned.
 
-    An answer longer than `max_length` with its prompt raises ValueError: a preference between cut answers is another one.
+    An answer longer than `max_length` with its prompt raises ValueError: cut answers would be another preference.
     """
     _check_lengths(max_length, "error")
     pairs = [
@@ -95,8 +93,9 @@ def encode_preferences(
 def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     """The turns one after the other; labels are the completions' tokens, -100 on the prompts.
 
-    A prompt and its completion are encoded apart, so that the prompt has the same tokens here as when the model is later
-    asked to continue it. (A SentencePiece tokenizer that puts a space before every text does so before a completion.)
+    A prompt and its completion are encoded apart, so that the prompt has the same tokens here as when the model is
+    later asked to continue it. (A SentencePiece tokenizer that puts a space before every text does so before a
+    completion too.)
     """
     ids: list[int] = []
     labels: list[int] = []

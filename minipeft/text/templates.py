@@ -75,8 +75,8 @@ def alpaca_prompt(instruction: str, input: str = "") -> Pieces:
 def chatml(record: Record) -> list[Turn]:
     """ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` per message; one turn for each of the assistant's messages.
 
-    Learned are the assistant's words and the `<|im_end|>` after them. The line break after the very last `<|im_end|>` is
-    left off: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
+    Learned are the assistant's words and the `<|im_end|>` after them. The line break after the very last `<|im_end|>`
+    is left off: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
     """
     if isinstance(record, Instruction):
         question = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
@@ -87,8 +87,8 @@ def chatml(record: Record) -> list[Turn]:
         messages = record.messages
     else:
         raise ValueError(
-            f"the chatml template takes {{messages}}, {{instruction, input, output}} or {{prompt, completion}} records, "
-            f"got {_form(record)}"
+            f"the chatml template takes {{messages}}, {{instruction, input, output}} or {{prompt, completion}} "
+            f"records, got {_form(record)}"
         )
     turns, seen = [], 0
     for position, message in enumerate(messages):
@@ -121,8 +121,10 @@ def custom(prompt: str) -> Template:
     fields = [field for _, field, _, _ in parts if field is not None]
     for _, field, specification, conversion in parts:
         if field is not None and (field not in allowed or specification or conversion):
-            raise ValueError(f"a template's fields are {{prompt}}, {{instruction}} and {{input}}, got one for {field!r}"
-                             f"{' with a format' if specification or conversion else ''}")
+            raise ValueError(
+                f"a template's fields are {{prompt}}, {{instruction}} and {{input}}, got one for {field!r}"
+                f"{' with a format' if specification or conversion else ''}"
+            )
     if not fields:
         raise ValueError(f"the template {prompt!r} has no field, so every record would have the same prompt")
     if "prompt" in fields and len(set(fields)) > 1:
@@ -133,8 +135,9 @@ def custom(prompt: str) -> Template:
     def render(record: Record) -> list[Turn]:
         form = Completion if "prompt" in fields else Instruction
         if not isinstance(record, form):
-            raise ValueError(f"a template with the fields {fields} takes {{{', '.join(form._fields)}}} records, "
-                             f"got {_form(record)}")
+            raise ValueError(
+                f"a template with the fields {fields} takes {{{', '.join(form._fields)}}} records, got {_form(record)}"
+            )
         if isinstance(record, Instruction) and record.input and "input" not in fields:
             raise ValueError("the record has an input, for which the template has no {input}")
         return [Turn((prompt.format(**record._asdict()),), (record[-1],))]
@@ -143,7 +146,7 @@ def custom(prompt: str) -> Template:
 
 
 def preference_turns(record: Preference, template: Template = plain) -> tuple[Turn, Turn]:
-    """The (chosen, rejected) answers to one prompt, each as a turn; the template is one that takes Completion records."""
+    """The (chosen, rejected) answers to one prompt, each as a turn; the template must take Completion records."""
     if not isinstance(record, Preference):
         raise ValueError(f"preference pairs are {{prompt, chosen, rejected}} records, got {_form(record)}")
     chosen, rejected = (template(Completion(record.prompt, answer))[0] for answer in (record.chosen, record.rejected))

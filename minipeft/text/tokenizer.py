@@ -17,7 +17,7 @@ from minipeft import files
 
 
 class Special(str):
-    """A piece of text that is a special token, where the surrounding text is plain: `[Special("<|im_start|>"), "user"]`."""
+    """A piece that is a special token, among pieces of plain text: `[Special("<|im_start|>"), "user"]`."""
 
     __slots__ = ()
 
@@ -65,16 +65,18 @@ class Tokenizer:
         """Reads a Hugging Face directory's `tokenizer.json`, and `tokenizer_config.json` where there is one.
 
         Without a config, or where it leaves out `eos_token` or `pad_token`, they are taken from
-        `special_tokens_map.json`; where neither names them, `eos_token_id` and `pad_token_id` are None. Raises FileError
-        where `tokenizer.json` is missing (a directory with only `vocab.json` and `merges.txt`, or SentencePiece's
-        `tokenizer.model`, must be converted) or either file is damaged, ValueError where they contradict one another.
+        `special_tokens_map.json`; where neither names them, `eos_token_id` and `pad_token_id` are None. Raises
+        FileError where `tokenizer.json` is missing (a directory with only `vocab.json` and `merges.txt`, or
+        SentencePiece's `tokenizer.model`, must be converted) or either file is damaged, ValueError where they contradict one another.
         """
         import tokenizers
 
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise files.FileError(f"{directory}: there is no tokenizer.json in it, the one form of tokenizer that is read")
+            raise files.FileError(
+                f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read"
+            )
         text = path.read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(text)
@@ -86,9 +88,11 @@ class Tokenizer:
                 content = files.read_json(directory / name)
                 if not isinstance(content, dict):
                     raise files.FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
-                wanted = content if name == "tokenizer_config.json" else {
-                    key: content[key] for key in ("eos_token", "pad_token") if key in content
-                }
+                wanted = (
+                    content
+                    if name == "tokenizer_config.json"
+                    else {key: content[key] for key in ("eos_token", "pad_token") if key in content}
+                )
                 config.update({key: value for key, value in wanted.items() if value is not None})
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
@@ -99,7 +103,9 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
-        files.write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
+        files.write_json(
+            directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -122,8 +128,9 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`.
 
-        allow_special       False: `text` is only text; `<|im_end|>` in it becomes several ordinary tokens, so nobody can
-                            end a turn by typing its marker. True: special tokens are recognized, as Hugging Face does.
+        allow_special       False: `text` is only text; `<|im_end|>` in it becomes several ordinary tokens, so nobody
+                            can end a turn by typing its marker. True: special tokens are recognized, as
+                            Hugging Face does.
                             (Added tokens that are not marked special are ordinary words, recognized either way.)
         add_special_tokens  True: also what the tokenizer's own post-processor adds, a Llama's BOS for example.
         """
@@ -179,7 +186,7 @@ class Tokenizer:
         return self._plain.decode(ids, skip_special_tokens=False)
 
     def pad(self, sequences: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
-        """`(ids, mask)`, int64 [batch, longest]: the sequences filled up with the padding token, 1 where a token is real.
+        """`(ids, mask)`, int64 [batch, longest]: sequences filled up with the padding token, 1 where a token is real.
 
         side  "right" for training, "left" for generation (the last column is then everyone's last token).
         """
@@ -192,7 +199,7 @@ class Tokenizer:
 def pad_sequences(
     sequences: Sequence[Sequence[int]], pad_value: int, side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has values."""
+    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has some."""
     if side not in ("right", "left"):
         raise ValueError(f"side must be 'right' or 'left', got {side!r}")
     longest = max((len(sequence) for sequence in sequences), default=0)
