@@ -67,16 +67,15 @@ class Tokenizer:
         Without a config, or where it leaves out `eos_token` or `pad_token`, they are taken from
         `special_tokens_map.json`; where neither names them, `eos_token_id` and `pad_token_id` are None. Raises
         FileError where `tokenizer.json` is missing (a directory with only `vocab.json` and `merges.txt`, or
-        SentencePiece's `tokenizer.model`, must be converted) or either file is damaged, ValueError where they contradict one another.
+        SentencePiece's `tokenizer.model`, must be converted) or either file is damaged, ValueError where they
+        contradict one another.
         """
         import tokenizers
 
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise files.FileError(
-                f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read"
-            )
+            raise files.FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
         text = path.read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(text)
@@ -130,8 +129,8 @@ class Tokenizer:
 
         allow_special       False: `text` is only text; `<|im_end|>` in it becomes several ordinary tokens, so nobody
                             can end a turn by typing its marker. True: special tokens are recognized, as
-                            Hugging Face does.
-                            (Added tokens that are not marked special are ordinary words, recognized either way.)
+                            Hugging Face does. (Added tokens that are not marked special are ordinary words,
+                            recognized either way.)
         add_special_tokens  True: also what the tokenizer's own post-processor adds, a Llama's BOS for example.
         """
         return self.encode_batch([text], allow_special, add_special_tokens)[0]
