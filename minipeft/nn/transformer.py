@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
-from ..backend import Array, Rng, as_rng, asarray, get_backend, xp_of
+from ..backend import Array, Rng, as_rng, get_backend, xp_of
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList
 
@@ -121,15 +121,19 @@ class KVCache:
         self._buffers: list[list[Array]] = []
         self._lengths: list[int] = []
         for layer, (k, v) in enumerate(past_key_values):
-            self.append(layer, getattr(k, "data", k) if isinstance(k, Tensor) else k, v.data if isinstance(v, Tensor) else v)
+            self.append(layer, k.data if isinstance(k, Tensor) else k, v.data if isinstance(v, Tensor) else v)
 
     def __len__(self) -> int:
         return self._lengths[0] if self._lengths else 0
 
+    def __iter__(self) -> Iterator[KeyValue]:
+        """(k, v) of each layer, views: `KVCache(cache)` is an independent copy."""
+        return ((k[:, :, :n], v[:, :, :n]) for (k, v), n in zip(self._buffers, self._lengths))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values held, without the room to grow."""
-        return sum(2 * k[:, :, :n].size * k.itemsize for (k, _), n in zip(self._buffers, self._lengths))
+        return sum(k.nbytes + v.nbytes for k, v in self)
 
     def append(self, layer: int, k: Array, v: Array) -> KeyValue:
         """Add positions to a layer; returns all its keys and values, views [B, kv, positions, D]."""
@@ -505,13 +509,3 @@ class Transformer(Module):
         from .generation import generate
 
         return generate(self, input_ids, attention_mask, **options)
-
-
-def device_of(model: Module) -> Any:
-    """The array library that a model's parameters live in."""
-    return xp_of(*[p.data for p in model.parameters()[:1]])
-
-
-def to_device(ids: Any, model: Module) -> Array:
-    """Integer ids from the host (lists or NumPy) as an array beside the model's parameters: an explicit move."""
-    return asarray(np.asarray(ids, dtype=np.int64) if isinstance(ids, list) else ids, device_of(model))
