@@ -1,0 +1,194 @@
+"""Generation: a language model continues its prompts, one token at a time.
+
+    prompts [B, T] ─► model ─► logits at the last position [B, V] ─► pick a token a row ─► fed back, until EOS
+                        ▲ keys and values of the positions seen so far (KVCache)
+
+The model is asked through its call signature alone, so anything called like `Transformer` generates. A row whose token
+ends it leaves the batch. The logits of the last position are moved to the host, where the token is chosen: NumPy and
+CuPy models draw the same tokens from the same logits.
+
+A row's tokens do not depend on its neighbours: the random number of step t in row i is a function of (seed, i, t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..autograd.tensor import no_grad
+from ..backend import Array, Rng, as_rng, is_array, to_numpy, xp_of
+from .module import Module
+from .transformer import KeyValue, KVCache, Transformer
+
+
+def generate(
+    model: Module, input_ids: Any, attention_mask: Any = None, max_new_tokens: int = 20, **options: Any
+) -> np.ndarray:
+    """The prompts and their continuations: int64 [B, T + n] in host memory, n <= max_new_tokens.
+
+    A row that has ended (with EOS, which is kept) is filled up with the padding id on its right; n is the length of the
+    longest continuation. The arguments are those of `generate_stream`.
+    """
+    tokens = generate_stream(model, input_ids, attention_mask, max_new_tokens, **options)
+    return np.concatenate([_host(input_ids, "input_ids"), *[t[:, None] for t in tokens]], axis=1)
+
+
+def generate_stream(
+    model: Module,
+    input_ids: Any,
+    attention_mask: Any = None,
+    max_new_tokens: int = 20,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Rng = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    past_key_values: KVCache | Sequence[KeyValue] | None = None,
+    use_cache: bool = True,
+) -> Iterator[np.ndarray]:
+    """Yields, step by step, the next token of every row: int64 [B]; the padding id for rows that have ended.
+
+    Args:
+        model: called as `model(input_ids, attention_mask=, past_key_values=KVCache)`.
+        input_ids: prompts [B, T], lists or an array of any device.
+        attention_mask: [B, past + T], zero where a position is padding. Prompts of different lengths are padded on the
+            left, so that every row goes on from its last token.
+        temperature: 0 takes the most probable token (the lowest id among equals); otherwise the logits are divided by
+            it and a token is drawn.
+        top_k, top_p: limit the draw; see `token_probabilities`.
+        seed: names the random stream: a seed, or an `Rng` whose `first_row` is the index of the batch's first row.
+        eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
+        pad_token_id: by default the configuration's, else the first EOS id.
+        past_key_values: (k, v) per layer of earlier positions, such as a trained prefix; never changed.
+        use_cache: False computes every position anew at every step: the same tokens, slower.
+
+    Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
+    longer than the model's positions; FloatingPointError when the logits are not numbers.
+    """
+    ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
+    (B, T), past = ids.shape, len(cache)
+    mask = None if attention_mask is None else _host(attention_mask, "attention_mask")
+    config, stream = getattr(model, "config", None), as_rng(seed)
+    _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
+    longest = past + T if mask is None else int((mask != 0).sum(axis=1).max())
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but this "
+            f"model has {limit} positions: shorten the prompt or generate at most {max(0, limit - longest)}"
+        )
+    ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
+    ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
+    pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
+    pad = pad if pad is not None else ends[0] if ends else 0
+
+    xp, rows = xp_of(model.parameters()[0].data), np.arange(B)
+    for step in range(max_new_tokens):
+        seen = cache if use_cache else KVCache(cache) if past else None
+        with no_grad():
+            logits = _next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen)
+        if np.isnan(logits).any():
+            raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
+        if temperature == 0:
+            tokens = logits.argmax(axis=-1)
+        else:
+            probabilities = token_probabilities(logits, temperature, top_k, top_p)
+            tokens = np.array([_draw(p, stream, row, step) for p, row in zip(probabilities, rows)])
+        out = np.full(B, pad, np.int64)
+        out[rows] = tokens
+        yield out
+
+        alive = ~np.isin(tokens, ends)
+        if not alive.any():
+            return
+        if not alive.all():  # rows that have ended leave the batch
+            rows, tokens, ids = rows[alive], tokens[alive], ids[alive]
+            mask = None if mask is None else mask[alive]
+            cache.select(xp.asarray(np.flatnonzero(alive)))
+        ids = tokens[:, None] if use_cache else np.concatenate([ids, tokens[:, None]], axis=1)
+        if mask is not None:
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+
+
+def token_probabilities(
+    logits: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
+    """The distribution a token is drawn from: logits [..., V] in host memory -> float64 [..., V].
+
+    softmax(logits / temperature), then restricted, in this order, to
+    top_k: the k most probable tokens, and any as probable as the k-th (Fan et al. 2018, arXiv:1805.04833);
+    top_p: the smallest set of most probable tokens whose probabilities, after top_k, sum to at least p (Holtzman et al.
+        2020, arXiv:1904.09751, eq. 2); among equally probable tokens the lower id goes first.
+    None (or top_k=0, top_p=1) does not restrict. Order and limits are those of Hugging Face's `generate`.
+    """
+    scores = logits.astype(np.float64) / temperature
+    if top_k and top_k < scores.shape[-1]:
+        kth = np.partition(scores, -top_k, axis=-1)[..., -top_k, None]
+        scores[scores < kth] = -np.inf
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    if top_p is not None and top_p < 1:
+        order = np.argsort(-p, axis=-1, kind="stable")
+        ranked = np.take_along_axis(p, order, axis=-1)
+        reached = np.cumsum(ranked, axis=-1)[..., :-1] >= top_p  # the tokens before this one already suffice
+        ranked[..., 1:][reached] = 0
+        np.put_along_axis(p, order, ranked, axis=-1)
+        p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
+    """The token at which the cumulative probability passes the uniform number of (seed, row, step)."""
+    u = np.random.default_rng([*stream.path, stream.first_row + int(row), step]).random()
+    total = np.cumsum(p)
+    return int(np.searchsorted(total, u * total[-1], side="right"))
+
+
+def _next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
+    """Logits at the last position, in host memory [B, V]."""
+    if isinstance(model, Transformer):  # the head on one position, not on the whole prompt
+        hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
+        return to_numpy(model.lm_head(hidden[:, -1]).data)
+    return to_numpy(model(ids, attention_mask=mask, past_key_values=past).data[:, -1])
+
+
+def _host(values: Any, name: str) -> np.ndarray:
+    """Token ids or a mask in host memory: an explicit copy from the device, where they are on one."""
+    try:
+        array = to_numpy(values) if is_array(values) else np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name}: rows differ in length; pad them on the left and give an attention_mask") from None
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have the shape [batch, seq], not {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} of shape {array.shape} is empty; a prompt needs at least one token, such as BOS")
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _check(
+    ids: np.ndarray, mask: np.ndarray | None, cache: KVCache, new: Any, temperature: Any, k: Any, p: Any, stream: Rng
+) -> None:
+    (B, T), past = ids.shape, len(cache)
+    if mask is not None:
+        if mask.shape != (B, past + T):
+            raise ValueError(f"attention_mask must have the shape {(B, past + T)}, not {mask.shape}")
+        if not mask[:, -1].all():
+            raise ValueError("attention_mask ends with padding in some row; to be continued, pad prompts on the left")
+    if past and next(iter(cache))[0].shape[0] != B:
+        raise ValueError(f"past_key_values hold {next(iter(cache))[0].shape[0]} rows, but there are {B} prompts")
+    if not isinstance(new, (int, np.integer)) or new < 0:
+        raise ValueError(f"max_new_tokens must be a non-negative integer, not {new!r}")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature!r}")
+    if k is not None and (not isinstance(k, (int, np.integer)) or k < 0):
+        raise ValueError(f"top_k must be a positive integer, or None (or 0) for no limit, not {k!r}")
+    if p is not None and not 0 < p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {p!r}")
+    if stream is None or any(i < 0 for i in stream.path):
+        raise ValueError("seed must be a non-negative integer")
