@@ -1,0 +1,40 @@
+"""The structure that the design promises: layers import one way, the import is light, the top level holds five things."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_layers_import_one_way():
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_loads_numpy_and_little_else():
+    code = "import sys, minipeft; minipeft.Tensor, minipeft.Transformer; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "rich", "tokenizers", "torch", "safetensors", "cupy", "scipy"} & set(loaded)
+
+
+def test_every_public_name_exists():
+    import minipeft
+
+    for name in minipeft._OBJECTS:
+        assert getattr(minipeft, name) is not None
+
+
+def test_numeric_layers_name_no_array_library():
+    """In code whose arrays may live on a device, `np` may make and describe host values, never compute."""
+    allowed = {"ndarray", "generic", "float16", "float32", "float64", "int64", "uint8", "dtype", "random", "cumsum", "prod"}
+    allowed |= {"asarray", "array", "zeros", "ones", "full", "broadcast_to", "sqrt", "integer", "floating"}
+    found = []
+    for layer in ("autograd", "nn"):
+        for path in (ROOT / "minipeft" / layer).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" and node.attr not in allowed:
+                    found.append(f"{path.name}:{node.lineno} np.{node.attr}")
+    assert not found, found
