@@ -1,0 +1,159 @@
+"""Checkpoints: directories that appear whole or not at all, and are checked byte for byte when they are read.
+
+    output_dir/checkpoint-120/model.safetensors       the trainable parameters
+                              optimizer.safetensors   the optimizer's moments
+                              best.safetensors        the trainable parameters of the best evaluation (early stopping)
+                              state.json              everything else, and the size and SHA-256 of the other files
+
+A checkpoint is written into a temporary directory beside its place, every file and the directory are flushed to the
+disk, and the directory is then renamed, which the file system does in one step. A crash or a `kill -9` at any moment
+leaves the earlier checkpoints and perhaps a temporary directory, which the next run removes. An old checkpoint is
+deleted only when a newer one is durable.
+
+Frozen parameters are not stored, only their fingerprint: a checkpoint restores the full model together with the base
+it was trained on, and refuses another base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, to_numpy
+from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
+from ..nn.module import Module
+
+FORMAT = "minipeft checkpoint"
+VERSION = 1
+
+
+class CheckpointError(FileError):
+    """A checkpoint is missing, damaged, or belongs to something else; the message names the file and the reason."""
+
+
+def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of arrays."""
+    digest = hashlib.sha256()
+    for name, array in items:
+        host = np.ascontiguousarray(to_numpy(array))
+        digest.update(f"{name} {host.dtype.str} {host.shape}\n".encode())
+        digest.update(host.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def frozen_fingerprint(model: Module) -> str:
+    """The fingerprint of a model's parameters that do not require gradients."""
+    return fingerprint((path, p.data) for path, p in model.named_parameters() if not p.requires_grad)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _step_of(path: Path) -> int | None:
+    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(found.group(1)) if found else None
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoint directories inside `output_dir`, earliest step first."""
+    root = Path(output_dir)
+    found = [p for p in root.iterdir() if _step_of(p) is not None and p.is_dir()] if root.is_dir() else []
+    return sorted(found, key=lambda p: _step_of(p) or 0)
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The checkpoint of the highest step inside `output_dir`; None where there is none."""
+    return (list_checkpoints(output_dir) or [None])[-1]
+
+
+def save_checkpoint(
+    output_dir: str | os.PathLike, step: int, arrays: dict[str, dict[str, np.ndarray]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `checkpoint-{step}`, then delete all but the newest `keep`; returns its path.
+
+    Args:
+        arrays: file name without suffix -> host arrays by name, each written as one safetensors file.
+        state: JSON-able values.
+
+    Raises ValueError where the checkpoint exists already: nothing is ever overwritten.
+    """
+    root = Path(output_dir)
+    target = root / f"checkpoint-{step}"
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it first")
+    temporary = root / f".checkpoint-{step}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for name, group in arrays.items():
+            path = temporary / f"{name}.safetensors"
+            write_safetensors(path, group)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        body = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": state}
+        write_json(temporary / "state.json", {**body, "sha256": _digest(body)})
+        fsync_directory(temporary)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(root)
+    for old in list_checkpoints(root)[:-keep]:
+        doomed = root / f".{old.name}.{uuid.uuid4().hex}.tmp"
+        os.rename(old, doomed)  # in one step, so that no half-deleted checkpoint is ever seen
+        shutil.rmtree(doomed)
+    return target
+
+
+def remove_leftovers(output_dir: str | os.PathLike) -> None:
+    """Remove the temporary directories of checkpoints whose writing or deleting was interrupted."""
+    for path in Path(output_dir).glob(".checkpoint-*.tmp"):
+        if re.fullmatch(r"\.checkpoint-\d+\.[0-9a-f]{32}\.tmp", path.name):
+            shutil.rmtree(path)
+
+
+def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """(step, arrays by file and name, state) of a checkpoint directory, every byte of which is checked first.
+
+    Raises CheckpointError, naming the file and the reason, for anything missing, truncated, altered or foreign.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    where = path / "state.json"
+    try:
+        body = read_json(where)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(f"{where}: not the state of a minipeft checkpoint")
+    if body.get("version") != VERSION:
+        raise CheckpointError(f"{where}: format version {body.get('version')!r}; this package reads version {VERSION}")
+    checksum = body.pop("sha256", None)
+    if checksum != _digest(body):
+        raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
+    arrays = {}
+    for name, expected in body["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing from the checkpoint")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes where {expected['bytes']} were written")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: corrupted: its bytes do not match their checksum")
+        arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
+    return body["step"], arrays, body["state"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

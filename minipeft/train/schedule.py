@@ -1,0 +1,39 @@
+"""Learning-rate schedules: functions from a step (counted from 0) to the factor that multiplies the learning rate.
+
+All rise linearly from 0 over the warm-up, as Hugging Face's `get_{constant,linear,cosine}_schedule_with_warmup`, whose
+values these are up to `total_steps`. After it the factor stays what it was there (their cosine would rise again).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """step / warmup_steps during the warm-up, then 1."""
+    return step / warmup_steps if step < warmup_steps else 1.0
+
+
+def constant(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Warm-up, then 1."""
+    return warmup(step, warmup_steps)
+
+
+def linear(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Warm-up, then a straight line down to 0 at `total_steps`."""
+    return warmup(step, warmup_steps) if step < warmup_steps else 1 - _progress(step, warmup_steps, total_steps)
+
+
+def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Warm-up, then (1 + cos(pi · progress)) / 2 down to 0 at `total_steps` (Loshchilov & Hutter 2017, no restarts)."""
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps)))
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"constant": constant, "linear": linear, "cosine": cosine}
