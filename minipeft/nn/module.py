@@ -85,7 +85,9 @@ class Module:
         return module
 
     def replace(self, path: str, module: Module) -> None:
-        """Put `module` in the place of the one at a dotted path."""
+        """Put `module` in the place of the one at a dotted path. Raises KeyError when there is none, ValueError for ""."""
+        if not path:
+            raise ValueError(f"replace names a module inside this {type(self).__name__}; the path '' is the whole of it")
         parent, _, name = path.rpartition(".")
         self.get_submodule(path)
         self.get_submodule(parent)._set_child(name, module)
