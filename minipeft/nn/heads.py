@@ -117,7 +117,9 @@ def last_real_token(attention_mask: Array, length: int) -> Array:
     Raises ValueError when a row has none.
     """
     if attention_mask.ndim != 2:
-        raise ValueError(f"the last real token needs an attention_mask [batch, seq], not one of shape {attention_mask.shape}")
+        raise ValueError(
+            f"the last real token needs an attention_mask [batch, seq], not one of shape {attention_mask.shape}"
+        )
     xp = xp_of(attention_mask)
     real = (attention_mask != 0)[:, -length:]
     if not bool(real.any(axis=1).all().item()):
@@ -133,7 +135,9 @@ def head_only(model: Module) -> Any:
     """
     name = next((n for n in ("lm_head", "score", "v_head") if n in model.__dict__), None)
     if name is None:
-        raise TypeError(f"head_only knows the heads lm_head, score and v_head; this {type(model).__name__} has none of them")
+        raise TypeError(
+            f"head_only knows the heads lm_head, score and v_head; this {type(model).__name__} has none of them"
+        )
     twin = model.copy(share=True).requires_grad_(False)
     head = getattr(twin, name)
     for path, p in list(head.all_named_parameters()):
