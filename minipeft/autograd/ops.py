@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import BLOCK, Array, Rng, elementwise, is_array, one_blas_thread, parallel_rows, scatter_add, split_rows, xp_of
+from ..backend import SPLIT, Array, Rng, elementwise, get_num_threads, is_array, one_blas_thread, parallel_rows, scatter_add, split_rows, xp_of
 from .tensor import Slice, Tensor, checkpoint, op
 
 __all__ = [
@@ -37,7 +37,7 @@ def _binary(symbol: str, fn: Any, a: Array, b: Array) -> Array:
     """fn(a, b) by broadcasting; a shape mismatch becomes one sentence."""
     try:
         if is_array(a) and is_array(b):
-            if a.shape == b.shape and a.size > 2 * BLOCK and a.dtype.kind == b.dtype.kind == "f":
+            if a.shape == b.shape and a.size >= SPLIT and a.dtype.kind == b.dtype.kind == "f":
                 return elementwise(lambda out, x, y: fn(x, y, out=out), a, b)
             xp_of(a, b)
         return fn(a, b)
@@ -734,7 +734,7 @@ def rope(x, cos, sin):
 
 
 QUERY_BLOCK = 64  # queries that are answered together; keys that causality hides from all of them are never touched
-TILE = 1 << 16  # scores computed together
+TILE = 1 << 19  # scores computed together, at most: several heads and batch rows in one call of each NumPy function
 
 
 class _Attention:
@@ -750,7 +750,7 @@ class _Attention:
         self.xp = xp_of(q, k, v)
         B, H, T, D = q.shape
         self.kv, S = k.shape[1], k.shape[2]
-        rows = _max(1, TILE // _max(1, H * _min(T, QUERY_BLOCK) * S)) if self.xp is np else B
+        rows = _max(1, _min(TILE // _max(1, H * _min(T, QUERY_BLOCK) * S), -(-B // get_num_threads()))) if self.xp is np else B
         block = QUERY_BLOCK if causal else _max(1, T)
         self.starts = list(range(0, T, block))[::-1]  # the last block sees every key, and so comes first in backward
         self.block, self.rows = block, rows
@@ -788,7 +788,7 @@ class _Attention:
         if self.causal and n:
             first = _max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
             hidden = xp.arange(first, n)[None, :] > xp.arange(S - T + i, S - T + j)[:, None]
-            scores[..., first:] = xp.where(hidden, -xp.inf, scores[..., first:])
+            scores[..., first:] += xp.where(hidden, -xp.inf, 0).astype(e.dtype)
         if mask is not None:
             m = mask[(b if mask.shape[0] > 1 else slice(None))]
             m = m[:, :, (slice(i, j) if m.shape[2] > 1 else slice(None)), : n if m.shape[3] > 1 else None]
@@ -800,7 +800,7 @@ class _Attention:
             top = e.max(axis=-1, keepdims=True)
             e -= xp.where(xp.isfinite(top), top, 0)  # a fully masked row: exp(-inf - 0) = 0
             xp.exp(e, out=e)
-        total = e.sum(axis=-1, keepdims=True)
+        total = xp.matmul(e, xp.ones((n, 1), e.dtype))  # row sums, three times as fast as sum(axis=-1)
         inverse = xp.where(total > 0, 1 / xp.where(total > 0, total, 1), 0).astype(e.dtype, copy=False)
         o = xp.matmul(e, self.v[b, :, :n])
         o *= inverse
