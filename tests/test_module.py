@@ -54,7 +54,7 @@ def test_a_path_that_does_not_exist_names_its_neighbours(path):
     for call in (model.get_submodule, lambda p: model.replace(p, Linear(3, 3))):
         with pytest.raises(KeyError, match="no module"):
             call(path)
-    with pytest.raises(KeyError, match="nearest: .*first"):
+    with pytest.raises(KeyError, match=r"nearest: .*first"):
         model.get_submodule("frist")
 
 

@@ -155,8 +155,9 @@ def test_packed_sequences_equal_separate_ones(dialect, xp, rng):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_mask_of_ones_is_no_mask(dialect, xp, rng):
     model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 6))
-    ones = xp.asarray(np.ones((2, 6), np.int64))
-    assert np.array_equal(to_numpy(model(ids).data), to_numpy(model(ids, attention_mask=ones).data))
+    for ones in (np.ones((2, 6), np.int64), np.ones((2, 6), bool), np.full((2, 6), 3), np.ones((2, 6), np.float32)):
+        masked = model(ids, attention_mask=xp.asarray(ones))
+        assert np.array_equal(to_numpy(model(ids).data), to_numpy(masked.data))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -490,6 +491,12 @@ def test_it_learns_a_sequence_by_heart(dialect, rng):
         (dict(hidden_size=10), "hidden_size 10 is not a multiple of num_attention_heads 4"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         (dict(hidden_size=12), "even head_dim, not 3"),
+        (
+            dict(num_key_value_heads=-2),
+            "num_key_value_heads must be a positive integer, or 0 for the usual one, not -2",
+        ),
+        (dict(head_dim=-4), "head_dim must be a positive integer, or 0"),
+        (dict(intermediate_size=1.5), "intermediate_size must be a positive integer, or 0"),
         (dict(model_type="gpt2", num_key_value_heads=2), "as many key heads as query heads"),
         (dict(dropout=1.0), r"dropout must lie in \[0, 1\), not 1.0"),
     ],

@@ -78,8 +78,8 @@ def generate_stream(
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but this "
-            f"model has {limit} positions: shorten the prompt or generate at most {max(0, limit - longest)}"
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
+            f"this model has {limit} positions: shorten the prompt or generate at most {max(0, limit - longest)}"
         )
     ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]

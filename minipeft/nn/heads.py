@@ -112,7 +112,7 @@ class ValueModel(_HeadedBackbone):
 
 
 def last_real_token(attention_mask: Array, length: int) -> Array:
-    """The index [B], within the last `length` positions, of each row's last position whose mask [B, past + T] is not zero.
+    """The index [B], within the last `length` positions, of each row's last one whose mask [B, past + T] is not zero.
 
     Raises ValueError when a row has none.
     """

@@ -27,7 +27,7 @@ class Parameter(Tensor):
 
 
 def unallocated(*shape: int) -> np.ndarray:
-    """A read-only float32 array of any shape that occupies four bytes: a weight that is yet to be loaded, or only counted."""
+    """A read-only float32 array of any shape in four bytes: a weight that is yet to be loaded, or only counted."""
     return np.broadcast_to(np.float32(0), shape)
 
 
@@ -85,9 +85,11 @@ class Module:
         return module
 
     def replace(self, path: str, module: Module) -> None:
-        """Put `module` in the place of the one at a dotted path. Raises KeyError when there is none, ValueError for ""."""
+        """Put `module` in the place of the one at a dotted path. Raises KeyError where there is none."""
         if not path:
-            raise ValueError(f"replace names a module inside this {type(self).__name__}; the path '' is the whole of it")
+            raise ValueError(
+                f"replace names a module inside this {type(self).__name__}; the path '' is the whole of it"
+            )
         parent, _, name = path.rpartition(".")
         self.get_submodule(path)
         self.get_submodule(parent)._set_child(name, module)
@@ -106,7 +108,7 @@ class Module:
         return _copied(self, {}, share)
 
     def to(self, xp: ModuleType | str) -> Any:
-        """Move every parameter, in place, to the device of an array library ("numpy", "cupy" or a module); returns self."""
+        """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self."""
         library = get_backend(xp) if isinstance(xp, str) else xp
         for parameter in self.parameters():
             parameter.data = asarray(parameter.data, library)
@@ -144,18 +146,23 @@ class Module:
         unexpected = sorted(set(arrays) - {p for _, names in paths.values() for p in names})
         if strict and (missing or unexpected):
             raise ValueError(
-                f"the state does not fit this {type(self).__name__}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+                f"the state does not fit this {type(self).__name__}: "
+                f"missing {_some(missing)}; unexpected {_some(unexpected)}"
             )
         for id_, (parameter, _) in paths.items():
             if found[id_] is not None and arrays[found[id_]].shape != parameter.shape:
-                raise ValueError(f"{found[id_]}: the state has shape {arrays[found[id_]].shape}, the model {parameter.shape}")
+                raise ValueError(
+                    f"{found[id_]}: the state has shape {arrays[found[id_]].shape}, the model {parameter.shape}"
+                )
         for id_, (parameter, _) in paths.items():
             if found[id_] is not None:
                 parameter.data = asarray(arrays[found[id_]], xp_of(parameter.data)).astype(parameter.dtype, copy=True)
 
 
 def _some(names: list[str]) -> str:
-    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ("nothing" if not names else ", ".join(names[:5])) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
 
 
 def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:

@@ -1,4 +1,4 @@
-"""One decoder-only transformer in two dialects, GPT-2 and Llama, with the module tree of each one's Hugging Face family.
+"""One decoder-only transformer in two dialects, GPT-2 and Llama, with the module trees of their Hugging Face families.
 
     token ids ─ embedding ─┬─► norm ─► attention ─(+)─┬─► norm ─► MLP ─(+)─► ... ─► norm ─► head ─► logits
                            └──────────────────────┘   └─────────────────┘
@@ -70,20 +70,33 @@ class TransformerConfig:
 
         if self.model_type not in ("gpt2", "llama"):
             raise ValueError(f"model_type must be 'gpt2' or 'llama', not {self.model_type!r}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        counts = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+        derived = "intermediate_size num_key_value_heads head_dim".split()
+        for name in counts + derived:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < (name in counts):
+                or_zero = "" if name in counts else ", or 0 for the usual one"
+                raise ValueError(f"{name} must be a positive integer{or_zero}, not {value!r}")
         fill("num_key_value_heads", self.num_attention_heads)
         if self.hidden_size % self.num_attention_heads and not self.head_dim:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
         fill("head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.model_type == "gpt2":
-            if self.num_key_value_heads != self.num_attention_heads or self.head_dim * self.num_attention_heads != self.hidden_size:
-                raise ValueError("the gpt2 dialect has as many key heads as query heads, of hidden_size / num_attention_heads channels")
+            if (
+                self.num_key_value_heads != self.num_attention_heads
+                or self.head_dim * self.num_attention_heads != self.hidden_size
+            ):
+                raise ValueError(
+                    "the gpt2 dialect has as many key heads as query heads, "
+                    "and a head_dim of hidden_size / num_attention_heads"
+                )
             fill("intermediate_size", 4 * self.hidden_size)
         else:
             if self.head_dim % 2:
@@ -111,10 +124,10 @@ class TransformerConfig:
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, per layer; appended to in place, in buffers that grow by doubling.
+    """The keys and values of the positions seen so far, per layer, in buffers that grow by doubling.
 
     Args:
-        past_key_values: optional (k, v) per layer to start from (copied), such as a trained prefix.
+        past_key_values: optional (k, v) per layer to start from (copied), such as a trained prefix or another cache.
     """
 
     def __init__(self, past_key_values: Sequence[KeyValue] = ()):
@@ -323,7 +336,9 @@ class Backbone(Module):
             x = self.embedding(input_ids, rng)
         else:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
-                raise ValueError(f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}")
+                raise ValueError(
+                    f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}"
+                )
             x = inputs_embeds
         (B, T, _), past = x.shape, past_length(past_key_values)
         xp = xp_of(x.data)
@@ -335,13 +350,18 @@ class Backbone(Module):
         for i, block in enumerate(self.blocks):
             layer_rng = rng and rng.at(i)
             if self.gradient_checkpointing and is_grad_enabled() and not isinstance(past_key_values, KVCache):
-                used = [*block.parameters(), *(t for t in (past_key_values or [()] * (i + 1))[i] if isinstance(t, Tensor))]
+                used = [
+                    *block.parameters(),
+                    *(t for t in (past_key_values or [()] * (i + 1))[i] if isinstance(t, Tensor)),
+                ]
                 x = checkpoint(lambda x, b=block, i=i, r=layer_rng: b(x, context, i, r), x, parameters=used)
             else:
                 x = block(x, context, i, layer_rng)
         return self.final_norm(x, rng)
 
-    def _mask_and_positions(self, xp: Any, mask: Array | None, positions: Array | None, B: int, past: int, T: int) -> tuple:
+    def _mask_and_positions(
+        self, xp: Any, mask: Array | None, positions: Array | None, B: int, past: int, T: int
+    ) -> tuple:
         """(boolean mask or None, integer positions [B or 1, T])."""
         S, limit = past + T, self.config.max_position_embeddings
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
@@ -350,7 +370,7 @@ class Backbone(Module):
             if mask is None or mask.ndim == 4:
                 positions = xp.arange(past, S)[None]
             else:
-                positions = xp.maximum(mask.astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
+                positions = xp.maximum((mask != 0).astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
         elif positions.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids must have the shape {(B, T)} or {(1, T)}, not {positions.shape}")
         if positions.size:
@@ -359,7 +379,8 @@ class Backbone(Module):
                 raise ValueError(f"position_ids must not be negative; the lowest is {low}")
             if high >= limit:
                 raise ValueError(
-                    f"the sequence reaches position {high}, but this model has {limit} positions (0..{limit - 1}): shorten it to at most {limit} tokens"
+                    f"the sequence reaches position {high}, but this model has {limit} positions (0..{limit - 1}): "
+                    f"shorten it to at most {limit} tokens"
                 )
         if mask is not None and mask.ndim == 2:
             mask = None if bool(mask.all().item()) else (mask != 0)[:, None, None, :]
@@ -469,8 +490,8 @@ class Transformer(Module):
 
         Args:
             input_ids: integer array [B, T]; or give `inputs_embeds`, a Tensor [B, T, d], in its place.
-            attention_mask: [B, past + T], zero where a position is padding (left or right); or boolean [B, 1, T, past + T]
-                saying which query may see which key (packing). Causality holds in any case.
+            attention_mask: [B, past + T], zero where a position is padding (left or right); or boolean
+                [B, 1, T, past + T], saying which query may see which key (packing). Causality holds in any case.
             position_ids: [B, T]; by default they count the unmasked positions.
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
             rng: a seed or `Rng`; dropout acts only when it is given.
@@ -478,13 +499,15 @@ class Transformer(Module):
         Raises IndexError for ids out of range and ValueError for shapes that do not fit or a sequence longer than
         `max_position_embeddings`.
         """
-        return self.lm_head(self.backbone(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng), as_rng(rng))
+        return self.lm_head(
+            self.backbone(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng), as_rng(rng)
+        )
 
     def loss(self, input_ids: Array, labels: Array, **arguments: Any) -> Tensor:
         """Mean next-token cross-entropy: position t predicts labels[:, t + 1]; labels of -100 do not count.
 
-        `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those of
-        `forward`. Logits are computed only where a label counts, and held once.
+        `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those
+        of `forward`. Logits are computed only where a label counts, and held once.
         """
         hidden = self.backbone(input_ids, **arguments)
         return self.head_loss(hidden, labels)
