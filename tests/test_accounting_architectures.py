@@ -1,0 +1,80 @@
+"""The parameter tables of published models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minipeft.accounting.architectures import _published, architecture, names
+from minipeft.nn.transformer import Transformer, TransformerConfig
+
+LLAMA_SMALL = TransformerConfig.llama(
+    vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3, tie_word_embeddings=False
+)
+BUILDABLE = [n for n in names() if architecture(n).config is not None and architecture(n).model_type != "qwen2"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_table_adds_up_to_the_published_total(name):
+    assert architecture(name).size == _published()[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_the_table_is_the_model_that_this_package_builds(name):
+    arch = architecture(name)
+    model = Transformer(arch.config, seed=None)
+    assert dict(arch) == {path: p.shape for path, p in model.named_parameters()}
+    assert list(arch) == [path for path, _ in model.named_parameters()]
+    aliases = {path for path, _ in model.all_named_parameters()} - set(arch)
+    assert set(arch.tied) == aliases
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA_SMALL,
+        LLAMA_SMALL.replace(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        TransformerConfig.llama(hidden_size=64, num_attention_heads=4, head_dim=32),
+        TransformerConfig.gpt2(vocab_size=61, hidden_size=36, num_attention_heads=3, intermediate_size=50),
+        TransformerConfig.gpt2(tie_word_embeddings=False),
+    ],
+)
+def test_a_configuration_has_the_table_of_its_model(config):
+    shapes = {path: p.shape for path, p in Transformer(config, seed=None).named_parameters()}
+    assert dict(architecture(config)) == shapes
+    assert architecture(config).config == config
+
+
+def test_gpt3_is_counted_without_being_allocated():
+    arch = architecture("gpt3")
+    assert arch.size == 174_604_259_328  # 50257 d + 2048 d + 96 (12 d² + 13 d) + 2 d with d = 12288
+    assert arch["transformer.h.95.attn.c_attn.weight"] == (12288, 36864)
+    assert arch.kinds["transformer.h.95.attn.c_attn.weight"] == "conv1d"
+    assert arch.tied == {"lm_head.weight": "transformer.wte.weight"}
+
+
+def test_kinds_tell_what_a_method_may_adapt():
+    kinds = architecture("qwen2.5-3b").kinds
+    assert kinds["model.layers.0.self_attn.q_proj.bias"] == "bias"
+    assert "model.layers.0.self_attn.o_proj.bias" not in kinds
+    assert kinds["model.norm.weight"] == "norm"
+    assert kinds["model.embed_tokens.weight"] == "embedding"
+
+
+def test_a_configuration_file_and_its_directory_are_read(tmp_path):
+    config = {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 11,
+              "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": None}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = architecture(tmp_path)
+    assert arch["model.layers.1.self_attn.k_proj.weight"] == (16, 64)
+    assert dict(arch) == dict(architecture(tmp_path / "config.json")) == dict(architecture(config))
+
+
+def test_unknown_models_and_families_name_the_nearest():
+    with pytest.raises(ValueError, match="unknown model 'lama-7b'; nearest: llama-7b"):
+        architecture("lama-7b")
+    with pytest.raises(ValueError, match="model_type='gpt_neo'.*there are gpt2, llama"):
+        architecture({"model_type": "gpt_neo"})
+    with pytest.raises(ValueError, match="n_layer must be a positive integer, not 'twelve'"):
+        architecture({"model_type": "gpt2", "n_layer": "twelve"})
