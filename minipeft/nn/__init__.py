@@ -4,5 +4,6 @@ from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter, Sequential
 
 __all__ = [
-    "Conv1D", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "Parameter", "RMSNorm", "Sequential",
+    "Conv1D", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "Parameter", "RMSNorm",
+    "Sequential",
 ]  # fmt: skip
