@@ -14,7 +14,7 @@ _HOMES = {
     "autograd.tensor": "Tensor no_grad AutogradError",
     "autograd.gradcheck": "gradcheck GradcheckError",
     "nn.transformer": "Transformer TransformerConfig KVCache",
-    "nn.heads": "SequenceClassifier ValueModel",
+    "nn.heads": "SequenceClassifier ValueModel head_only",
     "train.trainer": "Trainer TrainingArguments",
     "hub.pretrained": "from_pretrained save_pretrained",
     "hub.base": "load_base",
