@@ -22,18 +22,17 @@ def constant(step: int, warmup_steps: int, total_steps: int) -> float:
 
 def linear(step: int, warmup_steps: int, total_steps: int) -> float:
     """Warm-up, then a straight line down to 0 at `total_steps`."""
-    return warmup(step, warmup_steps) if step < warmup_steps else 1 - _progress(step, warmup_steps, total_steps)
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Warm-up, then (1 + cos(pi · progress)) / 2 down to 0 at `total_steps` (Loshchilov & Hutter 2017, no restarts)."""
+    """Warm-up, then half a cosine, (1 + cos(pi · progress)) / 2, down to 0 (Loshchilov & Hutter 2017, no restarts)."""
     if step < warmup_steps:
         return warmup(step, warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps)))
-
-
-def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
-    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

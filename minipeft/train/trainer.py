@@ -237,7 +237,7 @@ class Trainer:
         self._frozen = frozen_fingerprint(self.model) if self.args.save_steps else ""
         metrics = Metrics(directory and directory / "metrics.jsonl", position)
         try:
-            with _progress_bar(self.args.progress, state.step, self.total_steps) as show:
+            with _ProgressBar(self.args.progress, state.step, self.total_steps) as show:
                 self._loop(state, metrics, show)
             if self._best:
                 self._put(self._best)
@@ -276,7 +276,7 @@ class Trainer:
             raise ValueError(f"step {step + 1}: no label counts in any of its {len(rows)} examples")
         rate = self._set_learning_rate(step)
         loss, first_row = 0.0, 0
-        with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are looked for below
+        with np.errstate(all="ignore"):  # NaN and infinity are looked for below
             for batch in batches:
                 arguments = self._on_device(batch)
                 if batch.weight:
@@ -287,7 +287,7 @@ class Trainer:
                         self._diverged(step, loss)
                     share.backward(batch.weight / total)
                     del share
-                first_row += max(v.shape[0] for v in arguments.values() if is_array(v))
+                first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
             try:
                 norm = clip_grad_norm(self.trainable.items(), a.max_grad_norm or math.inf)
             except NonFiniteGradient:
@@ -463,7 +463,7 @@ def _collate_pairs(examples: list[Any], pad_token_id: int) -> Batch:
     return collate(examples, pad_token_id)
 
 
-class _progress_bar:
+class _ProgressBar:
     """A rich progress bar on stderr with loss, tokens/s and time left; nothing where stderr is not a terminal."""
 
     def __init__(self, wanted: bool, step: int, total: int):

@@ -1,0 +1,278 @@
+"""The training loop: what a step is, accumulation, evaluation, early stopping, divergence, what is printed and written."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.backend import to_numpy
+from minipeft.train import AdamW, Batch, Trainer, TrainingArguments, TrainingDiverged, collate
+from minipeft.train.batches import epoch_order
+from minipeft.train.schedule import SCHEDULES
+
+
+def tiny_model(dropout=0.0, seed=0, dialect="llama"):
+    options = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    make = getattr(mp.TransformerConfig, dialect)
+    return mp.Transformer(make(**options, max_position_embeddings=24).replace(dropout=dropout), seed=seed)
+
+
+def counting(n, rng, prompt=1, shortest=5, longest=14):
+    """Sequences that count upwards from a random start; the first `prompt` tokens are not learned."""
+    examples = []
+    for _ in range(n):
+        ids = (rng.integers(32) + np.arange(rng.integers(shortest, longest + 1))) % 32
+        labels = ids.copy()
+        labels[:prompt] = -100
+        examples.append((ids, labels))
+    return examples
+
+
+def weights(model):
+    return {name: to_numpy(array).copy() for name, array in model.state_dict().items()}
+
+
+def assert_same_bytes(one, other):
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def test_training_learns_to_count_and_evaluates_what_it_was_held_out_from(rng):
+    model, examples = tiny_model(), counting(80, rng)
+    args = TrainingArguments(learning_rate=0.02, num_train_epochs=6, weight_decay=0.01, warmup_ratio=0.1, eval_steps=20)
+    trainer = Trainer(model, examples[:64], examples[64:], args)
+    before = trainer.evaluate()
+    result = trainer.train()
+    assert before == pytest.approx(math.log(32), rel=0.05)
+    assert trainer.evaluate() < 0.5
+    assert result.steps == 6 * 8 and [step for step, _ in result.losses("eval_loss")] == [20, 40, 48]
+    assert result.best_eval_loss == min(loss for _, loss in result.losses("eval_loss"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_trainer_is_the_loop_one_would_write(rng):
+    """Schedule, clipping, no decay of vectors, the order of the data: against a hand-written loop, byte for byte."""
+    examples = counting(10, rng, shortest=9, longest=9)
+    model, twin = tiny_model(dialect="gpt2"), tiny_model(dialect="gpt2")
+    args = TrainingArguments(
+        learning_rate=0.01, num_train_epochs=2, per_device_train_batch_size=4, weight_decay=0.5, max_grad_norm=0.1,
+        lr_scheduler_type="cosine", warmup_steps=2, seed=3,
+    )  # fmt: skip
+    result = Trainer(model, examples, args=args).train()
+
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    optimizer = AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}])
+    step = 0
+    for epoch in range(2):
+        order = epoch_order(10, 3, epoch)
+        assert sorted(order) == list(range(10))
+        for rows in (order[:4], order[4:8], order[8:]):
+            ids, labels = (np.stack([examples[i][k] for i in rows]) for k in (0, 1))
+            loss = twin.loss(ids, labels)
+            loss.backward()
+            norm = mp.train.clip_grad_norm(twin.parameters(), 0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * SCHEDULES["cosine"](step, 2, 6)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert result.history[step]["loss"] == loss.item()
+            assert result.history[step]["grad_norm"] == pytest.approx(norm, rel=1e-6)
+            step += 1
+    assert_same_bytes(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_accumulated_gradients_equal_those_of_the_large_batch(rng, dropout):
+    """Examples of different lengths and counts: the mean is over tokens, not over batches; dropout masks agree too."""
+    examples = counting(24, rng, prompt=3, shortest=5, longest=20)
+    trained = {}
+    for size, accumulation in ((12, 1), (4, 3), (1, 12)):
+        args = TrainingArguments(
+            learning_rate=0.1, optim="sgd", momentum=0.9, max_steps=4, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation, max_grad_norm=None,
+        )  # fmt: skip
+        model = tiny_model(dropout)
+        result = Trainer(model, examples, args=args).train()
+        trained[size] = (weights(model), [loss for _, loss in result.losses()])
+    for size in (4, 1):
+        np.testing.assert_allclose(trained[size][1], trained[12][1], rtol=1e-5)
+        for name, array in trained[12][0].items():
+            np.testing.assert_allclose(trained[size][0][name], array, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_dropout_acts_in_training_and_follows_the_seed(rng):
+    examples, ends = counting(16, rng), {}
+    for dropout, seed in ((0.0, 0), (0.3, 0), (0.3, 0), (0.3, 1)):
+        model = tiny_model(dropout)
+        Trainer(model, examples, args=TrainingArguments(max_steps=2, learning_rate=0.01, seed=seed)).train()
+        ends.setdefault((dropout, seed), []).append(model.lm_head.weight.data.tobytes())
+    assert ends[0.3, 0][0] == ends[0.3, 0][1]
+    assert len({ends[0.0, 0][0], ends[0.3, 0][0], ends[0.3, 1][0]}) == 3
+
+
+def test_padding_is_masked_and_absent_where_nothing_is_padded(rng):
+    examples = counting(3, rng, shortest=4, longest=4) + counting(1, rng, shortest=9, longest=9)
+    assert collate(examples[:3]).arguments["attention_mask"] is None
+    batch = collate(examples, pad_token_id=7)
+    assert batch.arguments["attention_mask"].tolist() == [[1] * 4 + [0] * 5] * 3 + [[1] * 9]
+    assert (batch.arguments["input_ids"][0, 4:] == 7).all() and (batch.arguments["labels"][0, 4:] == -100).all()
+    assert (batch.weight, batch.tokens) == (3 * 3 + 8, 3 * 4 + 9)
+    model = tiny_model()
+    losses = [Trainer(model, examples, examples, pad_token_id=pad).evaluate() for pad in (0, 7)]
+    singly = Trainer(model, examples, examples, TrainingArguments(per_device_eval_batch_size=1)).evaluate()
+    assert losses[0] == losses[1] == pytest.approx(singly, rel=1e-6)
+
+
+def test_frozen_parameters_keep_their_bytes(rng):
+    model = tiny_model().requires_grad_(False)
+    model.model.norm.weight.requires_grad = True
+    before = weights(model)
+    Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=2, learning_rate=0.1)).train()
+    changed = [name for name, array in weights(model).items() if (array != before[name]).any()]
+    assert changed == ["model.norm.weight"]
+
+
+def test_early_stopping_ends_with_the_best_weights(rng):
+    """Labels that mean nothing: the held-out loss soon rises."""
+    noise = [(ids, rng.integers(0, 32, len(ids))) for ids, _ in counting(24, rng)]
+    model = tiny_model()
+    args = TrainingArguments(learning_rate=0.03, max_steps=200, eval_steps=4, early_stopping_patience=3)
+    trainer = Trainer(model, noise[:16], noise[16:], args)
+    result = trainer.train()
+    evaluations = result.losses("eval_loss")
+    assert result.stopped_early and result.steps == result.best_step + 3 * 4 < 200
+    assert evaluations[-4] == (result.best_step, result.best_eval_loss)
+    assert all(loss > result.best_eval_loss for _, loss in evaluations[-3:])
+    assert trainer.evaluate() == result.best_eval_loss
+
+
+def test_another_kind_of_example_and_an_optimizer_of_ones_own(rng):
+    model = mp.SequenceClassifier(tiny_model(), num_labels=2)
+    examples = [(ids, int(ids[0] >= 16)) for ids, _ in counting(64, rng, shortest=6, longest=6)]
+
+    def classes(batch):
+        ids = np.stack([ids for ids, _ in batch])
+        return Batch({"input_ids": ids, "labels": np.array([label for _, label in batch])}, len(batch), ids.size)
+
+    optimizer = AdamW([{"params": model.parameters(), "lr": 0.01}])
+    trainer = Trainer(model, examples, examples, TrainingArguments(num_train_epochs=8), collate=classes, optimizer=optimizer)
+    trainer.train()
+    assert trainer.evaluate() < 0.2
+    with pytest.raises(ValueError, match="lacks score.weight"):
+        Trainer(model, examples, collate=classes, optimizer=AdamW(model.backbone.parameters()))
+
+
+def test_training_runs_on_the_device(xp, rng):
+    examples, on_host, on_device = counting(8, rng), tiny_model(0.1), tiny_model(0.1).to(xp)
+    args = TrainingArguments(max_steps=2, learning_rate=0.01, eval_steps=1, early_stopping_patience=1)
+    host, device = (Trainer(m, examples[:6], examples[6:], args).train() for m in (on_host, on_device))
+    assert device.losses("eval_loss")[0][1] == pytest.approx(host.losses("eval_loss")[0][1], rel=0.05)
+    assert type(on_device.lm_head.weight.data) is type(xp.zeros(1))
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_a_learning_rate_beyond_reason_is_named_with_step_and_parameter(rng):
+    model = tiny_model()
+    args = TrainingArguments(learning_rate=1e39, lr_scheduler_type="constant", optim="sgd", max_grad_norm=None, max_steps=9)
+    with pytest.raises(TrainingDiverged, match=r"diverged at step 2: the loss is nan; .* lower learning_rate \(it was 1e\+39") as error:
+        Trainer(model, counting(8, rng), args=args).train()
+    assert error.value.step == 2 and error.value.parameter in dict(model.named_parameters())
+    assert "became NaN or infinite in the update before" in str(error.value)
+
+
+def test_activations_that_overflow_are_told_from_weights_that_are_not_numbers(rng):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[:] = 3e38
+    with pytest.raises(TrainingDiverged, match=r"step 1: the loss is .*every trained parameter is finite, the largest value is 3e\+38 in model.layers.1.mlp.up_proj.weight"):
+        Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=1)).train()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = np.nan
+    with pytest.raises(TrainingDiverged) as error:
+        Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=1)).train()
+    assert error.value.parameter == "model.layers.0.mlp.up_proj.weight"
+
+
+def test_the_gradient_that_went_wrong_first_is_named(rng):
+    """A loss that is finite but has an infinite slope at 0, in one parameter."""
+
+    class Root(mp.nn.Module):
+        def __init__(self):
+            self.fine, self.sore = mp.nn.Parameter(np.ones(2, np.float32)), mp.nn.Parameter(np.zeros(3, np.float32))
+
+        def loss(self, rng=None):
+            return self.fine.sum() + mp.functional.sqrt(self.sore).sum()
+
+    with pytest.raises(TrainingDiverged, match="the loss is 2; in the gradient of sore 3 of 3 elements are") as error:
+        Trainer(Root(), [None], args=TrainingArguments(max_steps=1), collate=lambda _: Batch({}, 1, 1)).train()
+    assert (error.value.step, error.value.loss, error.value.parameter) == (1, 2.0, "sore")
+
+
+# ----------------------------------------------------------------------------------------------------- what is said
+
+
+def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, capsys):
+    args = TrainingArguments(tmp_path / "run", max_steps=4, eval_steps=2)
+    result = Trainer(tiny_model(), counting(8, rng), counting(4, rng), args).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    assert [(r["step"], "loss" in r) for r in lines] == [(1, True), (2, True), (2, False), (3, True), (4, True), (4, False)]
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["loss.png", "metrics.jsonl"]
+    assert capsys.readouterr() == ("", ""), "nothing is printed where stderr is not a terminal"
+
+
+def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = {}
+    for progress in (True, False):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        Trainer(tiny_model(), counting(8, rng), args=TrainingArguments(max_steps=3, progress=progress)).train()
+        shown[progress] = sys.stderr.getvalue()
+    assert "step 3/3" in shown[True] and "loss 3." in shown[True] and "tokens/s" in shown[True] and "left" in shown[True]
+    assert shown[False] == ""
+
+
+def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
+    model, examples = tiny_model(), counting(4, rng)
+    ids, labels = examples[2]
+    silent = [*examples[:2], (ids, np.full_like(ids, -100))]
+    first_only = np.where(np.arange(len(ids)) == 0, ids, -100)
+    for match, make in {
+        "there are no training examples": lambda: Trainer(model, []),
+        "eval_examples is empty": lambda: Trainer(model, examples, []),
+        r"training example 2 \(\d+ tokens\) has no label that counts": lambda: Trainer(model, silent),
+        "evaluation example 0 .* has no label": lambda: Trainer(model, examples, [(ids, first_only)]),
+        "training example 0: input_ids and labels must be integer arrays of one length":
+            lambda: Trainer(model, [(ids, labels[1:])]),
+        "training example 0 is not a pair": lambda: Trainer(model, [ids]),
+        "need eval_examples": lambda: Trainer(model, examples, args=TrainingArguments(eval_steps=2)),
+        "nothing to train": lambda: Trainer(tiny_model().requires_grad_(False), examples),
+        "per_device_train_batch_size must be an integer of at least 1, got 0":
+            lambda: TrainingArguments(per_device_train_batch_size=0),
+        "max_steps must be an integer of at least 1 or None, got -1": lambda: TrainingArguments(max_steps=-1),
+        "num_train_epochs must be above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
+        "optim must be 'adamw' or 'sgd', got 'lion'": lambda: TrainingArguments(optim="lion"),
+        "lr_scheduler_type must be one of constant, linear, cosine":
+            lambda: TrainingArguments(lr_scheduler_type="step"),
+        "max_grad_norm must be above 0": lambda: TrainingArguments(max_grad_norm=0),
+        "warmup_ratio must lie in": lambda: TrainingArguments(warmup_ratio=2),
+        "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),
+        "needs the output_dir": lambda: Trainer(model, examples).train(resume_from_checkpoint=True),
+        "holds no checkpoint": lambda: Trainer(model, examples, args=TrainingArguments(tmp_path)).train(True),
+        "there are no examples to evaluate on": lambda: Trainer(model, examples).evaluate(),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            make()
+    assert list(tmp_path.iterdir()) == []
