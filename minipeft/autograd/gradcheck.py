@@ -1,0 +1,300 @@
+"""The judge: is a pullback the derivative of its op? Asked of differences of the value, which know nothing of pullbacks.
+
+For f: R^n -> R^m with Jacobian J, a direction u in R^n and a cotangent w in R^m, both random,
+
+    <w, J u>  =  <w, (f(x + h u) - f(x - h u)) / 2h>            from values alone
+    <u, Jᵀ w> =  <u, pullback(w)>                               from the pullback
+
+are the same number. One pair (u, w) sees every element of the Jacobian at once: a wrong factor, a lost sum over a
+broadcast axis, one wrong element. The customary cotangent of ones (`f(x).sum()`) does not: the Jacobian of softmax maps
+it to zero, so a softmax whose pullback returns zeros would pass.
+
+**Step.** A central difference errs by h² f'''/6 + O(h⁴) from truncation and by about eps |f| / h from rounding. The
+combination (4 D(h) - D(2h)) / 3 of two steps (Richardson 1911) removes the h² term and leaves h⁴ f⁽⁵⁾/30; the two errors
+then balance at h = eps^(1/5), 7e-4 in float64, where both are near eps^(4/5) = 3e-13. The step of an input is h times its
+root mean square, as a normalized or tiny input bends on its own scale.
+
+**Tolerance.** The two numbers may differ by rtol * scale + 10 eps Σ|w f| / step, where scale is the larger of Σ|u_j g_j|
+and Σ|w_k (J u)_k|: the size that the two sums have before their terms cancel. For the ops of this package the largest
+deviation is about 1e-10 of the scale; rtol = 1e-7 leaves room for functions that bend more, and none for a mistake.
+
+Inputs must lie away from kinks (relu at 0, a tie of `max`) by more than the step: there is no derivative to compare with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backend import Array, asarray, is_array, to_numpy, xp_of
+from .tensor import Tensor, no_grad
+
+
+class GradcheckError(AssertionError):
+    """A pullback disagrees with the difference of its function's values.
+
+    Attributes: `name` of the function, `input` (index or name), `index` of the worst element within it, and there
+    `pullback` (its value), `difference` (the central difference) and `tolerance`. They are None where the failure is not
+    about one element (a gradient of the wrong shape, say).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        name: str = "",
+        input: int | str | None = None,
+        index: tuple[int, ...] | None = None,
+        pullback: float | None = None,
+        difference: float | None = None,
+        tolerance: float | None = None,
+    ):
+        super().__init__(message)
+        self.name, self.input, self.index = name, input, index
+        self.pullback, self.difference, self.tolerance = pullback, difference, tolerance
+
+
+class Agreement(NamedTuple):
+    """What a passed check measured (always true in a condition, so `assert gradcheck(...)` reads well)."""
+
+    deviation: float  # the worst |<u, pullback(w)> - <w, J u>| / scale
+    comparisons: int  # how many pairs of numbers were compared
+
+
+def gradcheck(
+    fn: Callable[..., Tensor], *arrays: Any, name: str | None = None, seed: int = 0, directions: int = 2, rtol: float = 1e-7
+) -> Agreement:
+    """Compare the pullbacks of `fn(*arrays) -> Tensor` with central differences, in float64.
+
+    Every floating-point array is checked as an input, converted to float64, under every subset of inputs that require
+    gradients (with more than four inputs: all, each alone, all but each). Integer and boolean arrays and anything that is
+    no array are passed on as they are.
+
+    Args:
+        name: what messages call the function (default: its own name).
+        seed: names the random directions and cotangents.
+        directions: how many random pairs (u, w) each input is judged by.
+        rtol: see the module's docstring.
+
+    Raises GradcheckError naming the input, the worst element and both values when they disagree, when a gradient has the
+    wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when computing
+    gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to check.
+    """
+    call = [_float64(a) if is_array(a) and a.dtype.kind == "f" else a for a in map(_data, arrays)]
+    inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}
+    return _check(lambda: fn(*call), inputs, name or getattr(fn, "__name__", "fn"), seed, directions, rtol)
+
+
+def check_parameters(
+    fn: Callable[[], Tensor], parameters: Mapping[str, Tensor], *, seed: int = 0, directions: int = 2, rtol: float = 1e-7
+) -> Iterator[tuple[str, float, GradcheckError | None]]:
+    """Judge a whole model: yields (name, worst relative deviation, error or None) for each of `parameters`, one by one.
+
+    `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their values
+    are float64, and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as before.
+    """
+    before = {name: (p.data, p.requires_grad, p.grad) for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.data, p.requires_grad = p.data.astype(xp_of(p.data).float64), True
+        inputs: dict[int | str, Tensor] = dict(parameters)
+        cotangents, gradients = [], []
+        for k in range(directions):
+            y = _value(fn, "model")
+            cotangents.append(_random(y.shape, seed, k, 0))
+            gradients.append(_pull_back(fn, inputs, cotangents[k], "model"))
+        for n, name in enumerate(parameters):
+            worst, error = 0.0, None
+            try:
+                for k in range(directions):
+                    u = _random(parameters[name].shape, seed, k, n + 1)
+                    found = _differences(fn, parameters[name], u, cotangents[k])
+                    worst = max(worst, _compare(fn, inputs, name, u, cotangents[k], gradients[k][name], found, "model", rtol))
+            except GradcheckError as e:
+                worst, error = np.inf, e
+            yield name, worst, error
+    finally:
+        for name, p in parameters.items():
+            p.data, p.requires_grad, p.grad = before[name]
+
+
+# -------------------------------------------------------------------------------------------------------- one check
+
+
+class _Difference(NamedTuple):
+    value: float  # <w, J u>
+    scale: float  # Σ |w_k (J u)_k|
+    rounding: float  # the error that rounding alone may cause
+    bend: float  # how far the two steps disagree
+
+
+def _check(
+    evaluate: Callable[[], Tensor], inputs: dict[int | str, Tensor], name: str, seed: int, directions: int, rtol: float
+) -> Agreement:
+    if not inputs:
+        raise ValueError(f"gradcheck: {name} was given no floating-point array, so there is no derivative to check")
+    worst, count = 0.0, 0
+    before = {i: to_numpy(x.data).copy() for i, x in inputs.items()}
+    y = _value(evaluate, name)
+    if not np.array_equal(y, _value(evaluate, name)):
+        raise GradcheckError(f"{name} gives two different values for the same inputs: fix its random stream", name)
+    for k in range(directions):
+        w = _random(y.shape, seed, k, 0)
+        us = {i: _random(x.shape, seed, k, n + 1) for n, (i, x) in enumerate(inputs.items())}
+        found = {i: _differences(evaluate, x, us[i], w) for i, x in inputs.items()}
+        for subset in _subsets(list(inputs)):
+            for i, x in inputs.items():
+                x.requires_grad = i in subset
+            gradients = _pull_back(evaluate, {i: inputs[i] for i in subset}, w, name)
+            for i in subset:
+                worst = max(worst, _compare(evaluate, inputs, i, us[i], w, gradients[i], found[i], name, rtol, subset))
+                count += 1
+            for i, x in inputs.items():
+                if x.grad is not None:
+                    raise GradcheckError(f"{name}: input {i} requires no gradient and was given one", name, i)
+                if not np.array_equal(before[i], to_numpy(x.data)):
+                    raise GradcheckError(f"{name} writes into its input {i}", name, i)
+    return Agreement(worst, count)
+
+
+def _subsets(inputs: list) -> list[tuple]:
+    """The sets of inputs that require gradients: every one, or for many inputs all, each alone, and all but each."""
+    n = len(inputs)
+    sizes = range(1, n + 1) if n <= 4 else (1, n - 1, n)
+    return [subset for size in sizes for subset in itertools.combinations(inputs, size)]
+
+
+def _random(shape: tuple[int, ...], *path: int) -> np.ndarray:
+    """Random signs times uniform [0.5, 1.5): no element is near zero, so each one weighs in."""
+    generator = np.random.default_rng(np.random.SeedSequence(path))
+    return generator.uniform(0.5, 1.5, shape) * generator.choice([-1.0, 1.0], shape)
+
+
+def _value(evaluate: Callable[[], Tensor], name: str) -> np.ndarray:
+    y = evaluate()
+    if not isinstance(y, Tensor):
+        raise TypeError(f"gradcheck: {name} must return a Tensor, not {type(y).__name__}")
+    value = to_numpy(y.data)
+    if not np.isfinite(value).all():
+        index = tuple(int(n) for n in np.argwhere(~np.isfinite(value))[0])
+        raise GradcheckError(f"{name}: the result of shape {value.shape} is {value[index]} at {index}", name)
+    return value
+
+
+def _pull_back(evaluate: Callable, inputs: dict[int | str, Tensor], w: np.ndarray, name: str) -> dict[int | str, np.ndarray]:
+    """pullback(w) for each input, in the input's shape."""
+    for x in inputs.values():
+        x.grad = None
+    y = evaluate()
+    found: dict[int | str, np.ndarray] = {}
+    if y.requires_grad:  # otherwise the result does not depend on these inputs, or fn has cut the graph
+        value = to_numpy(y.data).copy()
+        cotangent = asarray(w.astype(value.dtype), xp_of(y.data))
+        y.backward(cotangent)
+        if not np.array_equal(to_numpy(cotangent), w.astype(value.dtype)):
+            raise GradcheckError(f"{name}: a pullback writes into the gradient it is given", name)
+        if not np.array_equal(to_numpy(y.data), value):
+            raise GradcheckError(f"{name}: a pullback writes into the result", name)
+    for i, x in inputs.items():
+        g = np.zeros(x.shape) if x.grad is None else to_numpy(x.grad)
+        x.grad = None
+        if g.shape != x.shape or g.dtype != x.dtype:
+            raise GradcheckError(
+                f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, the input {x.dtype} of shape {x.shape}",
+                name,
+                i,
+            )
+        if not np.isfinite(g).all():
+            index = tuple(int(n) for n in np.argwhere(~np.isfinite(g))[0])
+            message = f"{name}: the gradient of input {i} is {g[index]} at {index}"
+            raise GradcheckError(message, name, i, index, float(g[index]))
+        found[i] = g
+    return found
+
+
+def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np.ndarray) -> _Difference:
+    """<w, J u> from the values at x ± step u and x ± 2 step u."""
+    original, host = x.data, to_numpy(x.data)
+    xp = xp_of(original)
+    size = float(np.sqrt(np.mean(host * host))) if host.size else 0.0
+
+    def at(t: float) -> np.ndarray:
+        x.data = asarray(host + t * u, xp)
+        with no_grad():
+            return to_numpy(evaluate().data)
+
+    try:
+        dtype = at(0.0).dtype
+        step = float(np.finfo(dtype).eps) ** 0.2 * (size or 1.0)
+        plus, minus, plus2, minus2 = (at(t).astype(np.float64) for t in (step, -step, 2 * step, -2 * step))
+    finally:
+        x.data = original
+    near, far = w * ((plus - minus) / (2 * step)), w * ((plus2 - minus2) / (4 * step))
+    terms = (4 * near - far) / 3
+    rounding = 10 * float(np.finfo(dtype).eps) * float(np.sum(np.abs(w * plus))) / step
+    return _Difference(float(terms.sum()), float(np.abs(terms).sum()), rounding, float(np.abs(near.sum() - far.sum())))
+
+
+def _compare(
+    evaluate: Callable[[], Tensor],
+    inputs: dict[int | str, Tensor],
+    i: int | str,
+    u: np.ndarray,
+    w: np.ndarray,
+    g: np.ndarray,
+    found: _Difference,
+    name: str,
+    rtol: float,
+    subset: tuple = (),
+) -> float:
+    """The relative deviation; GradcheckError, with the worst element, where it exceeds the tolerance."""
+    terms = u * g
+    scale = max(float(np.abs(terms).sum()), found.scale)
+    deviation = abs(float(terms.sum()) - found.value)
+    tolerance = rtol * scale + found.rounding
+    if deviation <= tolerance:
+        return deviation / scale if scale else 0.0
+    index, difference = _worst_element(evaluate, inputs[i], g, w)
+    where = f"input {i}" if isinstance(i, int) else str(i)
+    message = (
+        f"{name}: the pullback of {where} (shape {g.shape}) disagrees with the central difference; worst at element {index}: "
+        f"pullback {g[index]:.9g}, difference {difference:.9g}; along a random direction {float(terms.sum()):.9g} and "
+        f"{found.value:.9g} (tolerance {tolerance:.2g})"
+    )
+    if len(inputs) > 1 and subset:
+        message += f"; inputs requiring gradients: {', '.join(map(str, subset))}"
+    if found.bend > 1e-2 * scale:
+        message += f"; steps of two lengths disagree too, by {found.bend:.2g}: the function may have a kink near this point"
+    raise GradcheckError(message, name, i, index, float(g[index]), difference, tolerance)
+
+
+def _worst_element(evaluate: Callable, x: Tensor, g: np.ndarray, w: np.ndarray) -> tuple[tuple[int, ...], float]:
+    """(index, central difference) of the element whose difference deviates most from `g`.
+
+    Of an input with more than 1,024 elements, first the half whose sum deviates more is kept, again and again.
+    """
+
+    def along(elements: np.ndarray) -> float:
+        e = np.zeros(g.size)
+        e[elements] = signs[elements]
+        return _differences(evaluate, x, e.reshape(g.shape), w).value
+
+    signs = np.sign(_random((g.size,), 0))
+    elements = np.arange(g.size)
+    while elements.size > 1024:
+        halves = np.array_split(elements, 2)
+        off = [abs(along(half) - float((signs * g.reshape(-1))[half].sum())) for half in halves]
+        elements = halves[int(off[1] > off[0])]
+    values = np.array([along(elements[k : k + 1]) for k in range(elements.size)]) * signs[elements]
+    k = int(np.argmax(np.abs(values - g.reshape(-1)[elements])))
+    return tuple(int(n) for n in np.unravel_index(elements[k], g.shape)), float(values[k])
+
+
+def _data(a: Any) -> Any:
+    return a.data if isinstance(a, Tensor) else a
+
+
+def _float64(a: Array) -> Tensor:
+    return Tensor(a.astype(xp_of(a).float64))
