@@ -7,7 +7,7 @@ from .optim import SGD, Adam, AdamW, NonFiniteGradient, Optimizer, clip_grad_nor
 from .trainer import Trainer, TrainingArguments, TrainingDiverged, TrainingResult
 
 __all__ = [
-    "SGD", "Adam", "AdamW", "Batch", "CheckpointError", "NonFiniteGradient", "Optimizer", "Trainer", "TrainingArguments",
-    "TrainingDiverged", "TrainingResult", "clip_grad_norm", "collate", "last_checkpoint", "list_checkpoints",
-    "load_checkpoint", "plot_loss", "save_checkpoint",
+    "SGD", "Adam", "AdamW", "Batch", "CheckpointError", "NonFiniteGradient", "Optimizer", "Trainer",
+    "TrainingArguments", "TrainingDiverged", "TrainingResult", "clip_grad_norm", "collate", "last_checkpoint",
+    "list_checkpoints", "load_checkpoint", "plot_loss", "save_checkpoint",
 ]  # fmt: skip

@@ -26,7 +26,9 @@ class Metrics:
             return
         size = path.stat().st_size if path.exists() else 0
         if size < position:
-            raise FileError(f"{path}: has {size} bytes, but {position} when the checkpoint was written; put the file back")
+            raise FileError(
+                f"{path}: has {size} bytes, but {position} when the checkpoint was written; put the file back"
+            )
         self._file = open(path, "r+b" if path.exists() else "w+b")
         try:
             self.history = [json.loads(line) for line in self._file.read(position).splitlines()]

@@ -6,9 +6,9 @@ several blocks, many small ones share one (they are gathered, updated and writte
 block run while it is in the cache, and the blocks are spread over threads, in a fixed division. The state (moments) of
 the parameters that are updated together lies in one flat buffer per kind, in the order of the blocks.
 
-    theta ──┬─ block 0: theta[0:32768]          state  exp_avg    [......................]
-            └─ block 1: theta[32768:40000]                        block 0 | block 1 | 2
-    bias, norm, ... ── block 2                         exp_avg_sq [......................]
+    weight ──┬─ block 0: weight[0:65536]          state:  exp_avg     block 0 | block 1 | block 2
+             └─ block 1: weight[65536:90000]               exp_avg_sq  block 0 | block 1 | block 2
+    bias, norm, ... ── block 2
 
 Optimizers write in place, and only into parameters that require gradients and have one.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from ..backend import Array, asarray, is_array, split_rows, xp_of
 from ..nn.module import Parameter
 
-ELEMENTS = 1 << 14  # a block of float32 is 64 KiB; parameter, gradient, two moments and a temporary fit a core's cache
+ELEMENTS = 1 << 16  # 256 KiB of float32: smaller ones wait for the interpreter lock, larger ones leave the cache
 DEVICE_ELEMENTS = 1 << 22  # on a device what costs is the launch of a kernel
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
@@ -56,7 +56,7 @@ def pack(sizes: Iterable[int], limit: int) -> list[list[Piece]]:
 
 
 def gathered(arrays: list[Array], block: list[Piece], scratch: Array) -> Array:
-    """The elements of a block as one flat array: a view where it is a piece of one array, else gathered in `scratch`."""
+    """The elements of a block as one flat array: a view if it is a piece of one array, else gathered in `scratch`."""
     if len(block) == 1:
         i, start, stop = block[0]
         return arrays[i][start:stop]
@@ -92,16 +92,16 @@ class _Bucket:
 
 
 class Optimizer:
-    """What the optimizers share: parameter groups, state, and the blocked, threaded walk over the parameters.
+    """What optimizers share: parameter groups, state, and the blocked, threaded walk over the parameters.
 
     Args:
         params: Parameters, or `(name, Parameter)` pairs (as `model.named_parameters()` gives; names make errors
-            readable), or dictionaries `{"params": ..., option: value, ...}`: parameter groups with options of their own.
-        defaults: the options of groups that do not set them.
+    float16 parameters are refused: near 1, neighbouring float16 numbers lie 0.001 apart, so most steps round to
+    nothing. Store what is trained in float32 (a frozen base may stay in float16).
 
     A subclass says which arrays it keeps per parameter (`slots`) and updates one block (`update`).
 
-    float16 parameters are refused: near 1, neighbouring float16 numbers lie 0.001 apart, so that most steps would round
+    float16 parameters are refused: near 1, neighbouring float16 numbers lie 0.001 apart, so most steps would round
     to nothing. Store what is trained in float32 (a frozen base may stay in float16).
     """
 
@@ -174,7 +174,7 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} defines no slots")
 
     def update(self, group: dict, step: int, p: Array, g: Array, slots: list[Array], s: Array) -> None:
-        """Update a block in place: flat arrays of one length; `g` is only read, `s` is scratch; `step` counts from 1."""
+        """Update a block in place: flat arrays of one length; `g` is only read, `s` is scratch, `step` is from 1."""
         raise TypeError(f"{type(self).__name__} defines no update")
 
     # ------------------------------------------------------------------------------------------------------ steps
@@ -222,7 +222,7 @@ class Optimizer:
                     offset += b - a
 
     def _plan(self, active: list[list[Parameter]]) -> None:
-        """Sort the parameters into buckets, move their state into the buckets' buffers, and cut the work into blocks."""
+        """Sort the parameters into buckets, move their state into the buckets' buffers, cut the work into blocks."""
         buckets: dict[Any, _Bucket] = {}
         xp = xp_of(*[p.data for parameters in active for p in parameters])
         for i, (group, parameters) in enumerate(zip(self.param_groups, active)):
@@ -267,7 +267,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """`{"state": {index: {"step", arrays}}, "param_groups": [{options, "params": [indices]}]}`, as PyTorch.
 
-        Indices count the parameters through all groups. Everything is JSON-able but the arrays, which are the live ones.
+        Indices count the parameters through all groups. All is JSON-able but the arrays, which are the live ones.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         index = {p: i for i, p in enumerate(parameters)}
@@ -303,12 +303,17 @@ class Optimizer:
                 raise ValueError(f"{name}: the state names parameter {i}; there are {len(parameters)}")
             p = parameters[int(i)]
             if set(entry) != {"step", *slots[p]}:
-                raise ValueError(f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots[p])}")
+                raise ValueError(
+                    f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots[p])}"
+                )
             for slot in slots[p]:
                 if entry[slot].shape != p.shape:
-                    raise ValueError(f"{name}: {slot} of parameter {i} has shape {entry[slot].shape}, the parameter {p.shape}")
+                    raise ValueError(
+                        f"{name}: {slot} of parameter {i} has shape {entry[slot].shape}, the parameter {p.shape}"
+                    )
             loaded[p] = {
-                k: asarray(v, xp_of(p.data)).astype(p.dtype, copy=True) if is_array(v) else int(v) for k, v in entry.items()
+                k: asarray(v, xp_of(p.data)).astype(p.dtype, copy=True) if is_array(v) else int(v)
+                for k, v in entry.items()
             }
         self.state, self._plan_of = loaded, None
         for old, new in zip(self.param_groups, options):
@@ -334,7 +339,13 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ):
-        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(params, options)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -421,7 +432,7 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): theta ← (1 - lr · weight_decay) theta, then Adam's step.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): theta ← (1 - lr · weight_decay) theta, then Adam.
 
     Every parameter is decayed; put norms and biases into a group with `weight_decay=0` to exempt them, as the Trainer
     does.
@@ -477,8 +488,12 @@ def clip_grad_norm(parameters: Named, max_norm: float) -> float:
             if not bool(xp.isfinite(p.grad).all().item()):
                 bad = int((~xp.isfinite(p.grad)).sum().item())
                 name = name or f"parameter {i}"
-                raise NonFiniteGradient(name, f"the gradient of {name} has {bad} of {p.size} elements that are NaN or infinite")
-        norm = math.sqrt(sum(float(xp.square(g.astype(xp.float64)).sum().item()) for g in gradients))  # float32 overflowed
+                raise NonFiniteGradient(
+                    name, f"the gradient of {name} has {bad} of {p.size} elements that are NaN or infinite"
+                )
+        norm = math.sqrt(
+            sum(float(xp.square(g.astype(xp.float64)).sum().item()) for g in gradients)
+        )  # float32 overflowed
     if norm + 1e-6 > max_norm:
         factor = max_norm / (norm + 1e-6)
 

@@ -94,7 +94,9 @@ class TrainingArguments:
             value = getattr(self, name)
             optional = TrainingArguments.__dataclass_fields__[name].default is None
             if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be an integer of at least 1{' or None' if optional else ''}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be an integer of at least 1{' or None' if optional else ''}, got {value!r}"
+                )
         if self.max_steps is None and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.optim not in ("adamw", "sgd"):
@@ -103,7 +105,8 @@ class TrainingArguments:
             raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}")
         if not 0 <= self.warmup_ratio <= 1 or self.warmup_steps < 0:
             raise ValueError(
-                f"warmup_ratio must lie in [0, 1] and warmup_steps must not be negative, got {self.warmup_ratio} and {self.warmup_steps}"
+                f"warmup_ratio must lie in [0, 1] and warmup_steps must not be negative, "
+                f"got {self.warmup_ratio} and {self.warmup_steps}"
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {self.max_grad_norm}")
@@ -148,7 +151,7 @@ class Trainer:
     """Trains the parameters of `model` that require gradients, in place, to lower `model.loss` on examples.
 
     Args:
-        model: any module with `loss(**arguments, rng=...)` that gives the mean loss of a batch: a Transformer, a PeftModel.
+        model: any module with `loss(**arguments, rng=...)`, the mean loss of a batch: a Transformer, a PeftModel, ...
         train_examples: (input_ids [n], labels [n]) pairs of integer arrays, labels -100 where they do not count.
         eval_examples: held-out examples, for `eval_steps`, early stopping and `evaluate()`.
         args: see TrainingArguments.
@@ -161,7 +164,8 @@ class Trainer:
     gradients equal those of one large batch to float32 rounding, dropout included. Weights decay (decoupled), but not
     norms and biases: parameters with one axis.
 
-    Raises ValueError for examples or arguments that make no sense, TrainingDiverged when numbers become NaN or infinite.
+    Raises ValueError for examples or arguments that make no sense, TrainingDiverged for a loss, gradient or parameter
+    that becomes NaN or infinite.
     """
 
     def __init__(
@@ -220,10 +224,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- train
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainingResult:
-        """Train to the end; `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir (or give its path).
+        """Train to the end; `resume_from_checkpoint=True` (or its path) goes on from the last checkpoint in output_dir.
 
-        A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is missing,
-        damaged, or of another base, data set or arguments.
+        A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is
+        missing, damaged, or of another base, data set or arguments.
         """
         began, directory = time.perf_counter(), self._directory()
         state, position = _State(), 0
@@ -248,7 +252,9 @@ class Trainer:
             metrics.close()
             self.model.zero_grad()
         seconds = time.perf_counter() - began
-        return TrainingResult(state.step, state.stopped, state.best_eval_loss, state.best_step, seconds, metrics.history)
+        return TrainingResult(
+            state.step, state.stopped, state.best_eval_loss, state.best_step, seconds, metrics.history
+        )
 
     def _loop(self, state: _State, metrics: Metrics, show: Callable[[int, float, float], None]) -> None:
         a = self.args
@@ -270,7 +276,9 @@ class Trainer:
         a, epoch, place = self.args, *divmod(step, self.steps_per_epoch)
         rows = epoch_order(len(self.train_examples), a.seed, epoch)[place * self.rows_per_step :][: self.rows_per_step]
         size = a.per_device_train_batch_size
-        batches = [self.collate([self.train_examples[i] for i in rows[k : k + size]]) for k in range(0, len(rows), size)]
+        batches = [
+            self.collate([self.train_examples[i] for i in rows[k : k + size]]) for k in range(0, len(rows), size)
+        ]
         total = sum(batch.weight for batch in batches)
         if not total:
             raise ValueError(f"step {step + 1}: no label counts in any of its {len(rows)} examples")
@@ -356,7 +364,9 @@ class Trainer:
                 break
         else:
             if math.isfinite(loss):  # backward meets the last layers first, so theirs went wrong first
-                found = ((n, p) for n, p in reversed(self.trainable.items()) if p.grad is not None and _non_finite(p.grad))
+                found = (
+                    (n, p) for n, p in reversed(self.trainable.items()) if p.grad is not None and _non_finite(p.grad)
+                )
                 name, p = next(found)
                 where = f"in the gradient of {name} {_non_finite(p.grad)} of {p.size} elements are NaN or infinite"
             else:
@@ -364,7 +374,10 @@ class Trainer:
                 name = max(sizes, key=sizes.__getitem__)
                 where = f"every trained parameter is finite, the largest value is {sizes[name]:.3g} in {name}"
         raise TrainingDiverged(
-            step + 1, loss, name, f"training diverged at step {step + 1}: the loss is {loss:g}; {where}; {self._advice(step + 1)}"
+            step + 1,
+            loss,
+            name,
+            f"training diverged at step {step + 1}: the loss is {loss:g}; {where}; {self._advice(step + 1)}",
         )
 
     def _advice(self, step: int) -> str:
@@ -402,8 +415,12 @@ class Trainer:
     def _save(self, state: _State, metrics: Metrics) -> None:
         self._check_parameters(state.step, math.nan)
         optimizer = self.optimizer.state_dict()
-        moments = {f"{i}.{k}": to_numpy(v) for i, entry in optimizer["state"].items() for k, v in entry.items() if is_array(v)}
-        scalars = {str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()}
+        moments = {
+            f"{i}.{k}": to_numpy(v) for i, entry in optimizer["state"].items() for k, v in entry.items() if is_array(v)
+        }
+        scalars = {
+            str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()
+        }
         arrays = {"model": {n: to_numpy(p.data) for n, p in self.trainable.items()}, "optimizer": moments}
         if self._best:
             arrays["best"] = {name: to_numpy(array) for name, array in self._best.items()}
@@ -423,11 +440,11 @@ class Trainer:
         if directory is None:
             raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
         newest = last_checkpoint(directory)
+        if source is not True and Path(source).resolve().parent != directory.resolve():
+            raise ValueError(f"{source} is not in output_dir {directory}; a run is resumed in its own directory")
         if newest is None:
             raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
         path = newest if source is True else Path(source)
-        if path.resolve().parent != directory.resolve():
-            raise ValueError(f"{path} is not in output_dir {directory}; a run is resumed in its own directory")
         step, arrays, content = load_checkpoint(path)
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
@@ -436,9 +453,13 @@ class Trainer:
         for name in [*here, *(set(there) - set(here))]:
             if here.get(name) != there.get(name):
                 detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
-                raise CheckpointError(f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run")
+                raise CheckpointError(
+                    f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
+                )
         if content["frozen_sha256"] != frozen_fingerprint(self.model):
-            raise CheckpointError(f"{path}: was trained on another base: the frozen parameters of this model differ from its own")
+            raise CheckpointError(
+                f"{path}: was trained on another base: the frozen parameters of this model differ from its own"
+            )
         optimizer = content["optimizer"]
         state = {i: dict(entry) for i, entry in optimizer["state"].items()}
         for name, array in arrays["optimizer"].items():

@@ -1,0 +1,288 @@
+"""Checkpoints: resumed runs end with the same bytes, killed runs too, and nothing damaged or foreign is taken."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_train import assert_same_bytes, counting, tiny_model, weights
+
+from minipeft.files import FileError
+from minipeft.train import (
+    CheckpointError,
+    Trainer,
+    TrainingArguments,
+    last_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+STEPS = 9
+
+
+def trainer(directory, model=None, examples=None, **changes):
+    """Dropout, accumulation, padding, a last step of the epoch that is smaller, evaluation with the best kept."""
+    options = {
+        "output_dir": directory, "learning_rate": 0.02, "max_steps": STEPS, "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2, "eval_steps": 2, "early_stopping_patience": 100, "save_steps": 1,
+        "warmup_steps": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.1, **changes,
+    }  # fmt: skip
+    examples = examples or counting(20, np.random.default_rng(5))
+    return Trainer(model or tiny_model(0.1), examples[:16], examples[16:], TrainingArguments(**options))
+
+
+def interrupted(directory, at, **changes):
+    """A run of which nothing is left but what lay on the disk after step `at`."""
+
+    class Interrupt(Exception):
+        pass
+
+    run = trainer(directory, **changes)
+    step = run._step
+
+    def interrupting_step(k):
+        if k == at:
+            raise Interrupt
+        return step(k)
+
+    run._step = interrupting_step
+    with pytest.raises(Interrupt):
+        run.train()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was never interrupted: (weights, result)."""
+    run = trainer(tmp_path_factory.mktemp("whole"))
+    result = run.train()
+    return weights(run.model), result
+
+
+@pytest.mark.parametrize("at", [1, 3, 6, 8])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, whole, at):
+    interrupted(tmp_path, at)
+    run = trainer(tmp_path, model=tiny_model(0.1, seed=99))
+    result = run.train(resume_from_checkpoint=True)
+    assert_same_bytes(weights(run.model), whole[0])
+    assert (result.steps, result.best_step, result.best_eval_loss) == (
+        STEPS,
+        whole[1].best_step,
+        whole[1].best_eval_loss,
+    )
+    timeless = [[{**r, "tokens_per_second": 0} for r in history] for history in (result.history, whole[1].history)]
+    assert timeless[0] == timeless[1], "every step is recorded once"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_steps_after_the_checkpoint_are_done_again_and_recorded_once(tmp_path, optim):
+    options = {"optim": optim, "momentum": 0.9, "save_steps": 4, "early_stopping_patience": None}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    interrupted(tmp_path / "run", 7, **options)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7 + 3
+    run = trainer(tmp_path / "run", **options)
+    result = run.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-4")
+    assert_same_bytes(weights(run.model), weights(whole.model))
+    assert [step for step, _ in result.losses()] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_stopped_early_is_resumed_as_finished(tmp_path):
+    noise = [
+        (ids, np.random.default_rng(i).integers(0, 32, len(ids)))
+        for i, (ids, _) in enumerate(counting(20, np.random.default_rng(1)))
+    ]
+    options = {
+        "examples": noise,
+        "max_steps": 200,
+        "early_stopping_patience": 2,
+        "learning_rate": 0.05,
+        "save_steps": 50,
+    }
+    run, again = trainer(tmp_path, **options), trainer(tmp_path, **options)
+    first, second = run.train(), again.train(resume_from_checkpoint=True)
+    assert first.stopped_early and second.stopped_early and first.steps == second.steps
+    assert_same_bytes(weights(again.model), weights(run.model))
+
+
+def test_the_newest_are_kept_and_leftovers_removed(tmp_path):
+    leftover = tmp_path / f".checkpoint-3.{'0' * 32}.tmp"
+    leftover.mkdir()
+    (tmp_path / ".checkpoint-mine.tmp").mkdir()
+    trainer(tmp_path, save_total_limit=3).train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-7", "checkpoint-8", "checkpoint-9"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    names = {p.name for p in tmp_path.iterdir()} - {"checkpoint-7", "checkpoint-8", "checkpoint-9"}
+    assert names == {"metrics.jsonl", "loss.png", ".checkpoint-mine.tmp"}
+
+
+def test_a_frozen_base_is_not_stored_but_recognised(tmp_path):
+    def tuned(seed):
+        frozen = tiny_model(seed=seed).requires_grad_(False)
+        frozen.model.norm.weight.requires_grad = True
+        return frozen
+
+    trainer(tmp_path, model=tuned(0), max_steps=2).train()
+    _, arrays, _ = load_checkpoint(tmp_path / "checkpoint-2")
+    assert list(arrays["model"]) == ["model.norm.weight"]
+    trainer(tmp_path, model=tuned(0), max_steps=2).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        trainer(tmp_path, model=tuned(1), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_another_run_is_refused_by_what_differs(tmp_path):
+    trainer(tmp_path, max_steps=2).train()
+    other = counting(20, np.random.default_rng(6))
+    for match, changes in {
+        r"other learning_rate \(0.02 there, 0.5 here\)": {"learning_rate": 0.5},
+        r"other max_steps \(2 there, 4 here\)": {"max_steps": 4},
+        r"other seed \(0 there, 1 here\)": {"seed": 1},
+        "other training examples; resume with the same": {"examples": other},
+        r"other number of evaluation examples \(4 there, 3 here\)": {
+            "examples": counting(20, np.random.default_rng(5))[:19]
+        },
+        "other trainable parameters": {"model": tiny_model(dialect="gpt2")},
+    }.items():
+        model = changes.get("model") or tiny_model(0.1, seed=7)
+        before = weights(model)
+        with pytest.raises(CheckpointError, match=match):
+            trainer(tmp_path, **{"max_steps": 2, **changes, "model": model}).train(resume_from_checkpoint=True)
+        assert_same_bytes(weights(model), before)
+    with pytest.raises(ValueError, match="checkpoint-2 is of an earlier run: resume from it, or choose another"):
+        trainer(tmp_path, max_steps=2).train()
+    with pytest.raises(ValueError, match="checkpoint-2 is later than checkpoint-1"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="is not in output_dir"):
+        trainer(tmp_path / "other", max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) * 2 // 3])
+    elif how == "one bit":
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "missing":
+        path.unlink()
+    elif how == "foreign":
+        path.write_bytes(b'{"epoch": 3}' if path.suffix == ".json" else b"PK\x03\x04 not this" + bytes(len(data)))
+    elif how == "edited":
+        path.write_bytes(data.replace(b'"step": 2', b'"step": 1'))
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"]
+DAMAGES = ["truncated", "one bit", "emptied", "missing", "foreign"]
+
+
+@pytest.mark.parametrize("name, how", [*[(n, h) for n in FILES for h in DAMAGES], ("state.json", "edited")])
+def test_a_damaged_file_is_named_with_the_reason(tmp_path, finished, name, how):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "checkpoint-2" / name
+    damage(file, how)
+    model = tiny_model(0.1, seed=7)
+    before = weights(model)
+    reasons = (
+        "truncated|not valid JSON|checksum|bytes where|missing|no such file|not the state of a minipeft checkpoint"
+    )
+    with pytest.raises(CheckpointError, match=f"{name}: .*({reasons})"):
+        trainer(run, model=model, max_steps=2).train(resume_from_checkpoint=True)
+    assert_same_bytes(weights(model), before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    trainer(directory, max_steps=2).train()
+    return directory
+
+
+def test_a_checkpoint_of_another_version_or_program_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 1, {"model": {"w": np.ones(3, np.float32)}}, {"note": 1}, keep=1)
+    step, arrays, state = load_checkpoint(tmp_path / "checkpoint-1")
+    assert (step, arrays["model"]["w"].tolist(), state) == (1, [1, 1, 1], {"note": 1})
+    with pytest.raises(ValueError, match="checkpoint-1 exists already"):
+        save_checkpoint(tmp_path, 1, {}, {}, keep=1)
+    where = tmp_path / "checkpoint-1" / "state.json"
+    where.write_text(where.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(CheckpointError, match="format version 2; this package reads version 1"):
+        load_checkpoint(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        load_checkpoint(tmp_path / "checkpoint-5")
+
+
+def test_a_metrics_file_that_was_cut_is_named(tmp_path, finished):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(FileError, match=r"metrics.jsonl: has 0 bytes, but \d+ when the checkpoint was written"):
+        trainer(run, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_write_that_fails_leaves_no_trace(tmp_path):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, 1, {"model": {"w": np.ones(3, np.float32)}}, {"note": object()}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- kill -9
+
+
+def kill_server():
+    """For each line `seconds directory`: fork a training run, kill it after so long, answer with how it ended.
+
+    A process of its own, which imports once: the runs it forks are at work within a millisecond.
+    """
+    for line in sys.stdin:
+        seconds, directory = line.split(maxsplit=1)
+        child = os.fork()
+        if child == 0:
+            directory = directory.strip()
+            trainer(directory, save_total_limit=1).train(resume_from_checkpoint=last_checkpoint(directory) is not None)
+            os._exit(0)
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
+def test_killed_at_any_moment_the_last_checkpoint_loads_and_the_end_has_the_same_bytes(tmp_path, whole):
+    def finish(directory):
+        found = last_checkpoint(directory) is not None
+        run = trainer(directory, model=tiny_model(0.1, seed=99 if found else 0))
+        result = run.train(resume_from_checkpoint=found)
+        assert_same_bytes(weights(run.model), whole[0])
+        assert [step for step, _ in result.losses()] == list(range(1, STEPS + 1))
+
+    delays, runs, reached = random.Random(0), 0, [0]
+    command = [sys.executable, "-W", "ignore", __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        for _ in range(40):
+            directory = tmp_path / str(runs)
+            server.stdin.write(f"{delays.uniform(0, 0.3)} {directory}\n")
+            server.stdin.flush()
+            assert int(server.stdout.readline()) in (-signal.SIGKILL, 0)
+            found = last_checkpoint(directory)
+            step = load_checkpoint(found)[0] if found else 0
+            assert step >= reached[-1] % STEPS, "what was durable stays"
+            reached.append(step)
+            if step == STEPS:
+                finish(directory)
+                runs += 1
+        server.stdin.close()
+    finish(tmp_path / str(runs))
+    assert len(set(reached)) > 3, f"the kills found the run at few places: {reached}"
+
+
+if __name__ == "__main__":
+    kill_server()
