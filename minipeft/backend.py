@@ -241,6 +241,8 @@ def elementwise(fn: Callable[..., None], *arrays: Array) -> Array:
     if xp is np and out.size >= SPLIT and all(a.flags.c_contiguous for a in arrays):
         flat, inputs = out.reshape(-1), [a.reshape(-1) for a in arrays]
         parallel_rows(xp, lambda s: fn(flat[s], *[a[s] for a in inputs]), flat.size, 1)
+    elif out.ndim == 0:  # NumPy's functions give scalars for 0-d arrays, which cannot be written into
+        fn(out.reshape(1), *[a.reshape(1) for a in arrays])
     else:
         fn(out, *arrays)
     return out

@@ -6,19 +6,21 @@ For f: R^n -> R^m with Jacobian J, a direction u in R^n and a cotangent w in R^m
     <u, Jᵀ w> =  <u, pullback(w)>                               from the pullback
 
 are the same number. One pair (u, w) sees every element of the Jacobian at once: a wrong factor, a lost sum over a
-broadcast axis, one wrong element. The customary cotangent of ones (`f(x).sum()`) does not: the Jacobian of softmax maps
-it to zero, so a softmax whose pullback returns zeros would pass.
+broadcast axis, one wrong element. The customary cotangent of ones (`f(x).sum()`) does not: the Jacobian of softmax
+maps it to zero, so a softmax whose pullback returns zeros would pass.
 
 **Step.** A central difference errs by h² f'''/6 + O(h⁴) from truncation and by about eps |f| / h from rounding. The
-combination (4 D(h) - D(2h)) / 3 of two steps (Richardson 1911) removes the h² term and leaves h⁴ f⁽⁵⁾/30; the two errors
-then balance at h = eps^(1/5), 7e-4 in float64, where both are near eps^(4/5) = 3e-13. The step of an input is h times its
-root mean square, as a normalized or tiny input bends on its own scale.
+combination (4 D(h) - D(2h)) / 3 of two steps (Richardson 1911) removes the h² term and leaves h⁴ f⁽⁵⁾/30; the two
+errors then balance at h = eps^(1/5), 7e-4 in float64, where both are near eps^(4/5) = 3e-13. The step of an input is
+h times its root mean square, as a normalized or tiny input bends on its own scale.
 
-**Tolerance.** The two numbers may differ by rtol * scale + 10 eps Σ|w f| / step, where scale is the larger of Σ|u_j g_j|
-and Σ|w_k (J u)_k|: the size that the two sums have before their terms cancel. For the ops of this package the largest
-deviation is about 1e-10 of the scale; rtol = 1e-7 leaves room for functions that bend more, and none for a mistake.
+**Tolerance.** The two numbers may differ by rtol * scale + 10 eps Σ|w f| / step, where scale is the larger of Σ|u_j
+g_j| and Σ|w_k (J u)_k|: the size that the two sums have before their terms cancel. For the ops of this package the
+largest deviation is about 1e-10 of the scale; rtol = 1e-7 leaves room for functions that bend more, and none for a
+mistake.
 
-Inputs must lie away from kinks (relu at 0, a tie of `max`) by more than the step: there is no derivative to compare with.
+Inputs must lie away from kinks (relu at 0, a tie of `max`) by more than the step: there is no derivative to compare
+with.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class GradcheckError(AssertionError):
 class Agreement(NamedTuple):
     """What a passed check measured (always true in a condition, so `assert gradcheck(...)` reads well)."""
 
-    deviation: float  # the worst |<u, pullback(w)> - <w, J u>| / scale
+    deviation: float  # the worst |<u, pullback(w)> - <w, J u>|, relative to scale + rounding / rtol
     comparisons: int  # how many pairs of numbers were compared
 
 
@@ -249,13 +251,13 @@ def _compare(
     rtol: float,
     subset: tuple = (),
 ) -> float:
-    """The relative deviation; GradcheckError, with the worst element, where it exceeds the tolerance."""
+    """The deviation relative to scale + rounding / rtol; GradcheckError, with the worst element, where it exceeds rtol."""
     terms = u * g
     scale = max(float(np.abs(terms).sum()), found.scale)
     deviation = abs(float(terms.sum()) - found.value)
     tolerance = rtol * scale + found.rounding
     if deviation <= tolerance:
-        return deviation / scale if scale else 0.0
+        return rtol * deviation / tolerance if tolerance else 0.0
     index, difference = _worst_element(evaluate, inputs[i], g, w)
     where = f"input {i}" if isinstance(i, int) else str(i)
     message = (
@@ -293,7 +295,7 @@ def _worst_element(evaluate: Callable, x: Tensor, g: np.ndarray, w: np.ndarray) 
 
 
 def _data(a: Any) -> Any:
-    return a.data if isinstance(a, Tensor) else a
+    return a.data if isinstance(a, Tensor) else np.asarray(a) if isinstance(a, np.floating) else a
 
 
 def _float64(a: Array) -> Tensor:

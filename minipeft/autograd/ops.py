@@ -516,6 +516,11 @@ def _widen(w: Array, x: Array) -> Array:
     return w.astype(x.dtype) if w.dtype.itemsize == 2 and x.dtype.itemsize > 2 else w
 
 
+def _rows(x: Array) -> Array:
+    """[..., d] -> [N, d]; unlike reshape(-1, d) also where d is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 @op
 def matmul(a, b):
     """a @ b, batched over leading axes with broadcasting. dA = g Bᵀ, dB = Aᵀ g."""
@@ -538,9 +543,9 @@ def matmul(a, b):
         if a.ndim == 1:
             return a[:, None] * g[..., None, :] if b.ndim > 1 else a * g
         if b.ndim == 1:
-            return (a * g[..., None]).reshape(-1, a.shape[-1]).sum(axis=0)
+            return _rows(a * g[..., None]).sum(axis=0)
         if b.ndim == 2:  # [..., n, k]ᵀ [..., n, m]: one product instead of a batch that is summed afterwards
-            return a.reshape(-1, a.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+            return _rows(a).T @ _rows(g)
         return xp.matmul(a.swapaxes(-1, -2), g)
 
     return y, da, db
@@ -566,7 +571,7 @@ def addmm(bias, x, weight):
 def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple:
     xp = xp_of(x, weight, bias)
     n_in, n_out = weight.shape[::-1] if transposed else weight.shape
-    x2, shape = x.reshape(-1, n_in), x.shape  # [N, in]
+    x2, shape = _rows(x), x.shape  # [N, in]
     w = _widen(weight, x)
     y = x2 @ (w.T if transposed else w)  # [N, out]
     if bias is not None:
@@ -577,14 +582,14 @@ def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tu
 
     def dx(g):
         d, w = xp.empty(shape, g.dtype), _widen(weight, g)
-        xp.matmul(g.reshape(-1, n_out), w if transposed else w.T, out=d.reshape(-1, n_in))
+        xp.matmul(_rows(g), w if transposed else w.T, out=_rows(d))
         return d
 
     def dw(g):
-        g2 = g.reshape(-1, n_out)
+        g2 = _rows(g)
         return g2.T @ x2 if transposed else x2.T @ g2
 
-    return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: g.reshape(-1, n_out).sum(axis=0)
+    return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: _rows(g).sum(axis=0)
 
 
 @op
