@@ -173,6 +173,7 @@ def _blas_controllers() -> list:
 def one_blas_thread():
     """Inside, each BLAS product runs in its calling thread: for code that is itself spread over threads."""
     global _regions
+    threads = get_num_threads()
     with _lock:
         _regions += 1
         if _regions == 1:
@@ -185,7 +186,7 @@ def one_blas_thread():
             _regions -= 1
             if _regions == 0:
                 for blas in _blas_controllers():
-                    blas.set_num_threads(_threads)
+                    blas.set_num_threads(threads)
 
 
 def run_tasks(tasks: list[Callable[[], None]]) -> None:
