@@ -70,7 +70,7 @@ def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
         points = [(r["step"], r[key]) for r in history if key in r]
         if points:
             axes.plot(*zip(*points), style, label=label, linewidth=1 if key == "loss" else 1.5, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss")
     if axes.lines:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -96,8 +96,8 @@ class Optimizer:
 
     Args:
         params: Parameters, or `(name, Parameter)` pairs (as `model.named_parameters()` gives; names make errors
-    float16 parameters are refused: near 1, neighbouring float16 numbers lie 0.001 apart, so most steps round to
-    nothing. Store what is trained in float32 (a frozen base may stay in float16).
+            readable), or dictionaries `{"params": ..., option: value, ...}`: groups with options of their own.
+        defaults: the options of groups that do not set them.
 
     A subclass says which arrays it keeps per parameter (`slots`) and updates one block (`update`).
 
