@@ -1,0 +1,21 @@
+"""The small pretrained base that ships with the package; `build_base.py` trained it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..nn.transformer import Transformer
+from ..text.tokenizer import Tokenizer
+from .pretrained import HubError, from_pretrained
+
+BASE = Path(__file__).parent / "base"
+
+
+def load_base(backend: str | None = None) -> tuple[Transformer, Tokenizer]:
+    """(model, tokenizer): the shipped base, a Hugging Face directory read offline; stored in float16, float32 in memory.
+
+    Raises HubError when this installation lacks its files.
+    """
+    if not (BASE / "model.safetensors").is_file():
+        raise HubError(f"{BASE}: the shipped base's weights are not in this installation; install the package again")
+    return from_pretrained(BASE, backend=backend)

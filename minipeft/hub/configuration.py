@@ -1,0 +1,165 @@
+"""`config.json` of Hugging Face's GPT-2 and Llama families <-> `TransformerConfig`.
+
+Each family names the same things its own way (`n_embd` is `hidden_size`), and the two major versions of transformers
+disagree about a few: version 5 keeps `rope_theta` inside `rope_parameters` and calls `torch_dtype` `dtype`. We read
+both and write both. An option under which our model would compute something else is refused by its name, before any
+weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..nn.transformer import TransformerConfig
+
+
+class HubError(ValueError):
+    """A directory holds no model that can be read, or a model cannot be written as one."""
+
+
+_REQUIRED = object()
+
+# Hugging Face's name -> (ours, what their configuration class assumes where config.json does not say)
+_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
+    "llama": {
+        "vocab_size": ("vocab_size", _REQUIRED),
+        "hidden_size": ("hidden_size", _REQUIRED),
+        "intermediate_size": ("intermediate_size", _REQUIRED),
+        "num_hidden_layers": ("num_hidden_layers", _REQUIRED),
+        "num_attention_heads": ("num_attention_heads", _REQUIRED),
+        "num_key_value_heads": ("num_key_value_heads", 0),
+        "head_dim": ("head_dim", 0),
+        "max_position_embeddings": ("max_position_embeddings", 2048),
+        "rms_norm_eps": ("rms_norm_eps", 1e-6),
+        "rope_theta": ("rope_theta", 10000.0),
+        "attention_bias": ("attention_bias", False),
+        "mlp_bias": ("mlp_bias", False),
+        "tie_word_embeddings": ("tie_word_embeddings", False),
+        "initializer_range": ("initializer_range", 0.02),
+        "minipeft_dropout": ("dropout", 0.0),  # the family has no residual dropout: the key is ours
+    },
+    "gpt2": {
+        "vocab_size": ("vocab_size", _REQUIRED),
+        "n_embd": ("hidden_size", _REQUIRED),
+        "n_inner": ("intermediate_size", 0),
+        "n_layer": ("num_hidden_layers", _REQUIRED),
+        "n_head": ("num_attention_heads", _REQUIRED),
+        "n_positions": ("max_position_embeddings", 1024),
+        "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
+        "tie_word_embeddings": ("tie_word_embeddings", True),
+        "initializer_range": ("initializer_range", 0.02),
+        "resid_pdrop": ("dropout", 0.1),
+    },
+}
+_SPECIAL_IDS = {"llama": {"bos_token_id": 1, "eos_token_id": 2}, "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256}}
+
+# the values under which the families compute what our model computes; an option that is absent or null has one of them
+_COMMON = {"quantization_config": (), "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
+_SUPPORTED: dict[str, dict[str, tuple]] = {
+    "llama": _COMMON
+    | {
+        "hidden_act": ("silu", "swish"),
+        "pretraining_tp": (1,),
+        "partial_rotary_factor": (1,),
+        "sliding_window": (),
+        "use_sliding_window": (False,),
+    },
+    "gpt2": _COMMON
+    | {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    },
+}
+
+
+def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
+    """The configuration in the content of a `config.json`.
+
+    In the GPT-2 family `resid_pdrop` becomes `dropout`; dropout of attention weights is not something our model has,
+    and is not read. Several EOS ids become a tuple. Raises HubError naming the key that is missing, of the wrong type,
+    or set to something that our model does not compute.
+    """
+    family = content.get("model_type")
+    if family not in _FIELDS:
+        raise HubError(f"model_type must be one of {', '.join(map(repr, _FIELDS))}, not {family!r}")
+    for name, values in _SUPPORTED[family].items():
+        if content.get(name) is not None and content[name] not in values:
+            can = f"only {' or '.join(map(repr, values))} is" if values else "the option is not"
+            raise HubError(f"{name} is {content[name]!r}: {can} supported")
+    if family == "llama":
+        content = content | {"rope_theta": _rope_theta(content)}
+    fields: dict[str, Any] = {"model_type": family}
+    for name, (ours, default) in _FIELDS[family].items():
+        value = content.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise HubError(f"the key {name!r} is missing")
+            value = default
+        fields[ours] = _typed(name, value, type(getattr(TransformerConfig, ours)))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        default = _SPECIAL_IDS[family].get(name)
+        value = content.get(name, default if default is not None and default < fields["vocab_size"] else None)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+        ids = [_typed(name, i, int) for i in ids]
+        fields[name] = tuple(ids) if isinstance(value, list) else ids[0] if ids else None
+    try:
+        return TransformerConfig(**fields)
+    except ValueError as error:
+        raise HubError(str(error)) from error
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not right or (kind is float and not math.isfinite(value)):
+        what = {int: "an integer", float: "a number", bool: "true or false"}[kind]
+        raise HubError(f"{name} must be {what}, not {value!r}")
+    return kind(value)
+
+
+def _rope_theta(content: dict[str, Any]) -> Any:
+    """The base wavelength, from `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (4)."""
+    theta = content.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = content.get(key) or {}
+        if not isinstance(rope, dict):
+            raise HubError(f"{key} must be an object, not {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise HubError(f"{key} asks for the rope_type {kind!r}: only 'default' is supported")
+        if rope.get("partial_rotary_factor") not in (None, 1):
+            raise HubError(f"{key}: partial_rotary_factor is {rope['partial_rotary_factor']!r}: only 1 is supported")
+        inner = rope.get("rope_theta")
+        if None not in (inner, theta) and inner != theta:
+            raise HubError(f"{key} says rope_theta is {inner!r}, the key rope_theta {theta!r}")
+        theta = theta if inner is None else inner
+    return theta
+
+
+def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
+    """The content of a `config.json` that transformers 4 and 5 read alike; `dtype` is that of the stored weights."""
+    family = config.model_type
+    content: dict[str, Any] = {"model_type": family}
+    content |= {name: getattr(config, ours) for name, (ours, _) in _FIELDS[family].items()}
+    if family == "llama":
+        content |= {
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "pretraining_tp": 1,
+            "rope_scaling": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        }
+    else:
+        content |= {
+            "activation_function": "gelu_new",
+            "embd_pdrop": config.dropout,
+            "attn_pdrop": 0.0,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+        }
+    # said also where there is none: left out, transformers would assume its family's usual ids
+    content |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}

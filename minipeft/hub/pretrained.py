@@ -1,0 +1,260 @@
+"""Hugging Face directories <-> our models: the ecosystem's format is our own format.
+
+    config.json                 the shape, the family, what the head is for          see configuration.py
+    model.safetensors           the weights, under their family's names              or several files and an index
+    tokenizer.json, ...         the tokenizer, where there is one                    see text/tokenizer.py
+
+Module trees, names and orientations are those of the family, so nothing is renamed or transposed on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, asarray, get_backend, to_numpy
+from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
+from ..nn.heads import SequenceClassifier
+from ..nn.module import Module
+from ..nn.transformer import Transformer
+from ..text.tokenizer import Tokenizer
+from .configuration import HubError, from_hugging_face, to_hugging_face
+
+__all__ = ["HubError", "from_pretrained", "save_pretrained"]
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_LANGUAGE_MODEL = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+_CLASSIFIER = {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}
+_BARE = {"llama": "LlamaModel", "gpt2": "GPT2Model"}  # without a head: it has one where it is tied to the embedding
+_BACKBONE = {"llama": "model", "gpt2": "transformer"}
+_BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")  # constants in older checkpoints
+_DTYPES = ("float16", "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def save_pretrained(
+    model: Transformer | SequenceClassifier,
+    path: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write a directory that `transformers` loads as it is: LlamaForCausalLM, GPT2LMHeadModel, or their classifiers.
+
+    Args:
+        path: the directory; made if missing. A model that is already there is replaced.
+        tokenizer: written beside the model, as AutoTokenizer reads it; None leaves a tokenizer that is there.
+        dtype: "float32" or "float16", of the stored weights; None keeps each as it is.
+
+    A tied head is written once. Everything is checked before anything is written. The configuration of the old model is
+    taken away first and the new one written last, so a crash in between leaves a directory that does not load, and
+    never one model's weights under another's configuration.
+    Raises HubError for a model that is not of one of these classes, for one whose layers have been replaced (merge
+    adapters and dequantize first), and for values that float16 cannot hold.
+    """
+    if not isinstance(model, Transformer | SequenceClassifier):
+        raise HubError(f"save_pretrained writes a Transformer or a SequenceClassifier, not a {type(model).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
+    _check_plain(model)
+    weights = {name: _cast(name, to_numpy(array), dtype) for name, array in model.state_dict().items()}
+    content = to_hugging_face(model.config, np.result_type(*weights.values()).name)
+    content["architectures"] = [_architecture(model)]
+    if isinstance(model, SequenceClassifier):
+        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        content["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise HubError(f"{path}: is a file; a model is written as a directory")
+    path.mkdir(parents=True, exist_ok=True)
+    fresh = path / f".{_WEIGHTS}.new"
+    try:
+        write_safetensors(fresh, weights, {"format": "pt"})  # the one large write: a full disk changes nothing
+        (path / _CONFIG).unlink(missing_ok=True)
+        fsync_directory(path)
+        os.replace(fresh, path / _WEIGHTS)
+    finally:
+        fresh.unlink(missing_ok=True)
+    (path / _INDEX).unlink(missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(path)
+    write_json(path / _CONFIG, dict(sorted(content.items())))
+
+
+def _architecture(model: Module) -> str:
+    return (_CLASSIFIER if isinstance(model, SequenceClassifier) else _LANGUAGE_MODEL)[model.config.model_type]
+
+
+def _check_plain(model: Transformer | SequenceClassifier) -> None:
+    """The parameters are those that the configuration alone gives: no adapter, no quantized layer, no untied head."""
+    plain: Module = Transformer(model.config, seed=None)
+    if isinstance(model, SequenceClassifier):
+        plain = SequenceClassifier(plain, model.num_labels, seed=None)
+    have = {name: p.shape for name, p in model.named_parameters()}
+    want = {name: p.shape for name, p in plain.named_parameters()}
+    differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if differing:
+        raise HubError(
+            f"{_some(differing)} differ from what the configuration of a {_architecture(model)} describes: "
+            "merge adapters and dequantize before saving, or save the adapter by itself"
+        )
+
+
+def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in another float dtype (None: its own), no copy where it has it; HubError where float16 would overflow."""
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if cast.dtype.itemsize < array.dtype.itemsize and not np.isfinite(cast).all() and np.isfinite(array).all():
+        largest = float(np.abs(array).max())
+        raise HubError(f"{name} holds values up to {largest:g}, which {dtype} cannot hold: keep a wider dtype")
+    return cast
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def from_pretrained(
+    path: str | os.PathLike, dtype: str | None = None, backend: str | None = None
+) -> tuple[Transformer | SequenceClassifier, Tokenizer | None]:
+    """Read a Hugging Face directory: (model, tokenizer); the tokenizer is None where there is no tokenizer.json.
+
+    Reads the GPT-2 and Llama families as transformers 4 and 5 write them: one safetensors file or several with an index;
+    float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also without their
+    `transformer.` prefix and with the constant `attn.bias` buffers of older checkpoints. Sequence classifiers come as
+    SequenceClassifier.
+
+    Args:
+        dtype: of the weights in memory: "float32" (by default) or "float16", a storage format that operations widen.
+        backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
+
+    Nothing is downloaded and no pickle is read. Raises HubError, naming what, for a directory without a model, an
+    option that our model does not compute (before any weight is read), and weights that do not fit the configuration;
+    FileError for a damaged file.
+    """
+    path, xp = Path(path), get_backend(backend)
+    dtype = dtype or "float32"
+    if dtype not in _DTYPES:
+        raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
+    content = _read_config(path)
+    try:
+        model = _unallocated_model(content)
+    except HubError as error:
+        raise HubError(f"{path / _CONFIG}: {error}") from error
+    arrays = _read_weights(path)
+    try:
+        _fit(model, arrays)
+        for name, parameter in model.named_parameters():
+            array = arrays.pop(name)
+            owned = array.flags.writeable  # widened while it was read; the others are views of a read-only file
+            array = _cast(name, array, dtype)
+            if xp is np and not (owned or array.flags.writeable):
+                array = array.copy()
+            parameter.data = asarray(array, xp)
+    except HubError as error:
+        raise HubError(f"{path}: {error}") from error
+    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+    return model, tokenizer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        what = "is a file, not a directory" if path.exists() else "no such directory"
+        raise HubError(f"{path}: {what}; give a local Hugging Face directory (nothing is ever downloaded)")
+    if not (path / _CONFIG).is_file():
+        what = "it is an adapter's: load it with PeftModel.from_pretrained" if _is_adapter(path) else "no model there"
+        raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")
+    content = read_json(path / _CONFIG)
+    if not isinstance(content, dict):
+        raise FileError(f"{path / _CONFIG}: must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassifier:
+    """The model that a config.json describes, its weights yet to be loaded."""
+    config = from_hugging_face(content)
+    family = config.model_type
+    names = content.get("architectures") or [_LANGUAGE_MODEL[family]]
+    known = [_LANGUAGE_MODEL[family], _CLASSIFIER[family], _BARE[family]]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        raise HubError(f"architectures is {names!r}: only one of {', '.join(known)} is supported")
+    model = Transformer(config, seed=None)
+    if names[0] != _CLASSIFIER[family]:
+        return model
+    labels = content.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
+    if not isinstance(count, int) or count < 1:
+        raise HubError(f"num_labels must be a positive integer, not {count!r}")
+    return SequenceClassifier(model, count, seed=None)
+
+
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the directory's safetensors files: read-only views of the files, bfloat16 widened."""
+    if (path / _WEIGHTS).is_file():
+        return read_safetensors(path / _WEIGHTS)[0]
+    index = path / _INDEX
+    if not index.is_file():
+        pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
+        if pickles:
+            raise HubError(
+                f"{path}: the weights are only there as {_some(pickles)}, a pickle, which can run code when read and is "
+                f"never read here; convert it once, where you trust it: with transformers, "
+                f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(DIR) writes safetensors"
+            )
+        raise HubError(f"{path}: there is neither {_WEIGHTS} nor {_INDEX} in this directory")
+    content = read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise FileError(f"{index}: must hold an object 'weight_map' that names each tensor's file")
+    arrays = {}
+    for file in sorted(set(placed.values())):
+        if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
+            raise FileError(f"{index}: {file!r} is not the name of a file in this directory")
+        part = read_safetensors(path / file)[0]
+        for name in (name for name, where in placed.items() if where == file):
+            if name not in part:
+                raise FileError(f"{index}: the tensor {name!r} is not in {file}, where it should be")
+            arrays[name] = part[name]
+    return arrays
+
+
+def _fit(model: Transformer | SequenceClassifier, arrays: dict[str, np.ndarray]) -> None:
+    """Bring the names of `arrays` to those of the model's parameters; HubError unless they fit, name by name."""
+    prefix = _BACKBONE[model.config.model_type] + "."
+    for name in [name for name in arrays if _BUFFERS.search(name)]:
+        del arrays[name]
+    if not any(name.startswith(prefix) for name in arrays):  # saved from the bare backbone, as the original GPT-2 is
+        for name in [name for name in arrays if name not in ("lm_head.weight", "score.weight")]:
+            arrays[prefix + name] = arrays.pop(name)
+    parameters = dict(model.named_parameters())
+    if isinstance(model, Transformer) and model.config.tie_word_embeddings:
+        embedding = next(name for name, p in parameters.items() if p is model.lm_head.weight)
+        head = arrays.pop("lm_head.weight", None)
+        if head is not None and embedding in arrays and not np.array_equal(head, arrays[embedding]):
+            raise HubError(f"tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
+    missing, unexpected = sorted(parameters.keys() - arrays.keys()), sorted(arrays.keys() - parameters.keys())
+    if missing or unexpected:
+        raise HubError(
+            f"the weights do not fit the configuration: missing {_some(missing)}; unexpected {_some(unexpected)}"
+        )
+    for name, parameter in parameters.items():
+        array: Array = arrays[name]
+        if array.shape != parameter.shape:
+            raise HubError(f"{name} has the shape {array.shape}, the configuration gives {parameter.shape}")
+        if array.dtype.kind != "f":
+            raise HubError(f"{name} holds {array.dtype}, not floating-point numbers: quantized weights are not supported")
+
+
+def _some(names: list[str]) -> str:
+    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
