@@ -1,5 +1,10 @@
 """The arithmetic of fine-tuning: shapes of published models, parameter counts, and bytes of memory, without allocating."""
 
 from .architectures import Architecture, architecture
+from .memory import MemoryLedger, Precision, measure_peak, memory_ledger
+from .parameters import ParameterCount, count_parameters
 
-__all__ = ["Architecture", "architecture"]
+__all__ = [
+    "Architecture", "MemoryLedger", "ParameterCount", "Precision", "architecture", "count_parameters", "measure_peak",
+    "memory_ledger",
+]  # fmt: skip

@@ -65,6 +65,20 @@ def no_grad() -> AbstractContextManager[None]:
     return _grad_mode(False)
 
 
+@contextmanager
+def evaluated_by(evaluate: Callable | None) -> Iterator[None]:
+    """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, *arrays, **options)`.
+
+    The graph, and the walk back through it, are those of the real ops: how a model's memory is foretold from shapes.
+    """
+    before = getattr(_mode, "evaluate", None)
+    _mode.evaluate = evaluate
+    try:
+        yield
+    finally:
+        _mode.evaluate = before
+
+
 # ------------------------------------------------------------------------------------------------------------ graph
 
 
@@ -108,7 +122,8 @@ def op(fn: Callable) -> Callable:
                     break
                 args = (*args, options.pop(name))
         arrays = [a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a for a in args]
-        value, *pullbacks = fn(*arrays, **options)
+        evaluate = getattr(_mode, "evaluate", None)
+        value, *pullbacks = fn(*arrays, **options) if evaluate is None else evaluate(fn.__name__, *arrays, **options)
         if isinstance(value, np.generic):  # NumPy's reductions give scalars where a device gives 0-d arrays
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)

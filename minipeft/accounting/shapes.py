@@ -1,0 +1,489 @@
+"""A model run on shapes alone: which arrays live when, in a step of training that is never computed.
+
+    with Meter() as meter:
+        loss = model.loss(ids, labels)      the model's own code and the engine's own graph, on arrays without content
+        meter.backward(loss)                the engine's own walk
+    meter.peak, meter.at_peak               bytes
+
+An array here is a NumPy array of the right shape and dtype over a single element, holding a `Buffer` that counts the
+bytes it stands for from its creation until reference counting frees it, as it would free the real array. What is stated
+here is the memory of each op, beside `minipeft.autograd.ops`: what it makes, what each pullback keeps, and how much
+both work in. That is all there is to know: a frozen weight's pullback is dropped by the engine, and what it kept with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from ..autograd.ops import QUERY_BLOCK, TILE
+from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
+from ..backend import BLOCK, SPLIT, Array, get_num_threads
+
+Shape = tuple[int, ...]
+
+
+class Buffer:
+    """Bytes of one array, counted in a meter's line from creation to deletion."""
+
+    __slots__ = ("line", "meter", "nbytes", "op")
+
+    def __init__(self, meter: Meter, nbytes: int, op: str = ""):
+        self.meter, self.nbytes, self.line, self.op = meter, nbytes, meter.line, op
+        meter.count(self, nbytes)
+
+    def move(self, line: str) -> None:
+        """Count these bytes in another line from now on."""
+        self.meter.lines[self.line] -= self.nbytes
+        self.line = line
+        self.meter.lines[line] = self.meter.lines.get(line, 0) + self.nbytes
+
+    def __del__(self) -> None:
+        self.meter.count(self, -self.nbytes)
+
+
+class Meter:
+    """Evaluates ops on shapes, on this thread, while it is entered; counts the bytes alive, by line and by op.
+
+    Args:
+        itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
+    """
+
+    def __init__(self, itemsize: int = 4):
+        self.itemsize, self.threads = itemsize, get_num_threads()
+        self.line = "activations"
+        self.lines: dict[str, int] = {}
+        self.ops: dict[str, int] = {}
+        self.current = self.peak = 0
+        self.at_peak: dict[str, int] = {}
+
+    def __enter__(self) -> Meter:
+        self._evaluation = evaluated_by(self._evaluate)
+        self._evaluation.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._evaluation.__exit__(*error)
+
+    def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
+        if name not in RULES:
+            raise ValueError(f"no rule says what the op {name!r} keeps in memory")
+        return RULES[name](_Op(self, name), *arrays, **options)
+
+    def count(self, buffer: Buffer, nbytes: int) -> None:
+        """Add (or, negative, take off) bytes of a buffer."""
+        self.lines[buffer.line] = self.lines.get(buffer.line, 0) + nbytes
+        self.ops[buffer.op] = self.ops.get(buffer.op, 0) + nbytes
+        self.current += nbytes
+        if self.current > self.peak:
+            self.peak, self.at_peak = self.current, dict(self.lines)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass: what it makes counts as `working memory`, and as `gradients` once a leaf has it."""
+        self.line = "working memory"
+
+        def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+            if leaf.grad is not None:
+                return  # added in place
+            if isinstance(g, Slice):
+                g, is_new = ShapeArray.new(self, leaf.shape, leaf.dtype), True
+            leaf.grad = g if is_new else g.copy()
+            leaf.grad.buffer.move("gradients")
+
+        if loss._node is not None:
+            pull_back(loss._node, ShapeArray.new(self, loss.shape, loss.dtype), deliver)
+
+
+class ShapeArray(np.ndarray):
+    """An array that has a shape, a dtype and a buffer, and no content. Views share the buffer."""
+
+    buffer: Buffer | None
+    owner = False
+
+    @classmethod
+    def new(cls, meter: Meter, shape: Shape, dtype: Any = np.float32, op: str = "") -> ShapeArray:
+        """An array that counts as allocated."""
+        dtype = np.dtype(dtype)
+        array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
+        size = math.prod(shape) * (meter.itemsize if dtype.kind == "f" and dtype.itemsize > meter.itemsize else dtype.itemsize)
+        array.buffer, array.owner = Buffer(meter, size, op), True
+        return array
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.buffer = getattr(source, "buffer", None)
+
+    @property
+    def base(self) -> Array | None:
+        """None for the array that a buffer was made for, as for any array that is not a view."""
+        return None if self.owner else self
+
+    def _like(self, shape: Shape, dtype: Any = None) -> ShapeArray:
+        return ShapeArray.new(self.buffer.meter, shape, self.dtype if dtype is None else dtype, self.buffer.op)
+
+    def copy(self, order: str = "C") -> ShapeArray:
+        """Another allocation."""
+        return self._like(self.shape)
+
+    def astype(self, dtype: Any, *args: Any, copy: bool = True, **kwargs: Any) -> ShapeArray:
+        """Another allocation where the dtype differs."""
+        return self if not copy and np.dtype(dtype) == self.dtype else self._like(self.shape, dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        if out is not None:
+            return out[0]
+        source = next(x for x in inputs if isinstance(x, ShapeArray))
+        if method == "reduce":
+            axis = options.get("axis", 0)
+            axes = range(self.ndim) if axis is None else {a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+            kept = [1 if i in axes else n for i, n in enumerate(self.shape) if i not in axes or options.get("keepdims")]
+            return source._like(tuple(kept))
+        if method != "__call__":
+            return None  # in place
+        return source._like(np.broadcast_shapes(*[np.shape(x) for x in inputs]))
+
+    def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
+        if function in (np.zeros_like, np.empty_like, np.ones_like):
+            return args[0]._like(args[0].shape)
+        return super().__array_function__(function, types, args, kwargs)
+
+
+class Pullback:
+    """Makes a gradient of a shape, working in `work` bytes; until then it keeps arrays (and buffers) alive."""
+
+    __slots__ = ("kept", "op", "shape", "work")
+
+    def __init__(self, op: _Op, shape: Shape, kept: Iterable[Any] = (), work: int = 0):
+        self.op, self.shape, self.kept, self.work = op, shape, tuple(kept), work
+
+    def __call__(self, g: Array) -> Array:
+        made = self.op.new(self.shape)
+        self.op.works_in(self.work)
+        return made
+
+
+class _Op:
+    """One application of an op: what its rule is told beside the arrays."""
+
+    __slots__ = ("meter", "name")
+
+    def __init__(self, meter: Meter, name: str):
+        self.meter, self.name = meter, name
+
+    def new(self, shape: Shape, dtype: Any = np.float32) -> ShapeArray:
+        """An array of this op."""
+        return ShapeArray.new(self.meter, shape, dtype, self.name)
+
+    def view(self, source: Array, shape: Shape) -> ShapeArray:
+        """`source` seen in another shape, without memory of its own."""
+        view = np.ndarray.__new__(ShapeArray, shape, source.dtype, np.zeros(1, source.dtype), 0, (0,) * len(shape))
+        view.buffer = source.buffer
+        return view
+
+    def works_in(self, nbytes: int) -> None:
+        """Memory that the op needs and gives back before it returns."""
+        if nbytes:
+            Buffer(self.meter, nbytes, self.name)
+
+    def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Pullback:
+        """A pullback to an array of `shape`."""
+        return Pullback(self, shape, kept, work)
+
+    def blocks(self, size: int, arrays: int) -> int:
+        """Bytes of `arrays` temporaries of cache-sized blocks, one set a thread, of work over `size` elements."""
+        return arrays * self.meter.itemsize * (size if size < SPLIT else min(size, BLOCK * self.meter.threads))
+
+
+RULES: dict[str, Callable[..., tuple]] = {}
+
+
+def rule(fn: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register `fn(op, *arrays, **options) -> (value, *pullbacks)`, as an op's own code has it, for the op `_name`."""
+    RULES[fn.__name__[1:]] = fn
+    return fn
+
+
+def _through(g: Array) -> Array:
+    """The pullback that hands the gradient on as it is."""
+    return g
+
+
+# ------------------------------------------------------------------------------------- elementwise ops and reductions
+
+# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g hands the gradient on.
+_ELEMENTWISE = {
+    "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab", "minimum": "ab ab",
+    "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y", "sigmoid": "y", "softplus": "a",
+    "logsigmoid": "a", "softmax": "y", "log_softmax": "y",
+}  # fmt: skip
+
+
+def _elementwise(keeps: list[str]) -> Callable[..., tuple]:
+    def evaluate(op: _Op, *arrays: Any, **options: Any) -> tuple:
+        operands = arrays[: len(keeps)]
+        shape = np.broadcast_shapes(*[np.shape(a) for a in operands])
+        named = {**dict(zip("ab", operands)), "y": op.new(shape)}
+        pulls = [_through if k == "g" else op.pull(shape, *[named[x] for x in k.strip("-")]) for k in keeps]
+        return named["y"], *pulls, *[None] * (len(arrays) - len(pulls))
+
+    return evaluate
+
+
+RULES.update({name: _elementwise(keeps.split()) for name, keeps in _ELEMENTWISE.items()})
+
+
+@rule
+def _where(op, condition, a, b):
+    shape = np.broadcast_shapes(condition.shape, np.shape(a), np.shape(b))
+    return op.new(shape), None, op.pull(shape, condition), op.pull(shape, condition)
+
+
+@rule
+def _to(op, x, dtype):
+    return x.astype(dtype, copy=False), _through, None
+
+
+@rule
+def _silu(op, x):
+    y = op.new(x.shape)
+    op.works_in(op.blocks(x.size, 1))
+    return y, op.pull(x.shape, x, work=op.blocks(x.size, 2))
+
+
+@rule
+def _swiglu(op, gate, up):
+    y = op.new(gate.shape)
+    op.works_in(op.blocks(gate.size, 1))
+    return y, op.pull(y.shape, gate, up, work=op.blocks(y.size, 2)), op.pull(y.shape, gate, work=op.blocks(y.size, 1))
+
+
+@rule
+def _gelu(op, x):
+    return op.new(x.shape), op.pull(x.shape, x, work=op.blocks(x.size, 2))
+
+
+@rule
+def _dropout(op, x, p, rng):
+    if rng is None or p == 0:
+        return x, _through, None, None
+    uniform = op.new(x.shape)
+    keep = op.new(x.shape, bool)
+    del uniform
+    return op.new(x.shape), op.pull(x.shape, keep), None, None
+
+
+def _reduced(x: Array, axis: Any, keepdims: bool) -> Shape:
+    axes = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
+    return tuple(1 if i in axes else n for i, n in enumerate(x.shape) if i not in axes or keepdims)
+
+
+@rule
+def _sum(op, x, axis=None, keepdims=False):
+    shape = x.shape
+    return op.new(_reduced(x, axis, keepdims)), lambda g: op.view(g, shape), None, None
+
+
+RULES["mean"] = _sum
+
+
+@rule
+def _max(op, x, axis=None, keepdims=False):
+    y = op.new(_reduced(x, axis, keepdims))
+    return y, op.pull(x.shape, x, y), None, None
+
+
+@rule
+def _logsumexp(op, x, axis=-1, keepdims=False):
+    e = op.new(x.shape)
+    return op.new(_reduced(x, axis, keepdims)), op.pull(x.shape, e), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------- shapes
+
+
+@rule
+def _reshape(op, x, shape):
+    before = x.shape
+    return x.reshape(shape), lambda g: g.reshape(before), None
+
+
+@rule
+def _transpose(op, x, axes=None):
+    inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
+    return x.transpose(axes), lambda g: g.transpose(inverse), None
+
+
+@rule
+def _swapaxes(op, x, axis1, axis2):
+    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2), None, None
+
+
+@rule
+def _broadcast_to(op, x, shape):
+    return op.view(x, shape), _through, None
+
+
+@rule
+def _getitem(op, x, index):
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, (np.ndarray, list)) for i in parts):
+        y = op.new(np.ndarray(x.shape, bool, np.zeros(1, bool), 0, (0,) * x.ndim)[index].shape)
+    else:
+        y = op.view(x, np.ndarray(x.shape, bool, np.zeros(1, bool), 0, (0,) * x.ndim)[index].shape)
+    return y, op.pull(x.shape), None
+
+
+@rule
+def _gather(op, x, indices, axis=-1):
+    return op.new(indices.shape), op.pull(x.shape, indices), None, None
+
+
+@rule
+def __cat(op, *arrays, axis):
+    axis %= arrays[0].ndim
+    total = [*arrays[0].shape]
+    total[axis] = sum(a.shape[axis] for a in arrays)
+    return op.new(tuple(total)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
+
+
+# -------------------------------------------------------------------------------------------------- matrix products
+
+
+@rule
+def _matmul(op, a, b):
+    shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2]) + a.shape[-2:-1] + b.shape[-1:] if min(a.ndim, b.ndim) > 1 else (
+        b.shape[:-2] + b.shape[-1:] if a.ndim == 1 else a.shape[:-1]
+    )
+    lead = shape[: len(shape) - 2]
+    return op.new(shape), op.pull(lead + a.shape[-2:], b), op.pull(b.shape if b.ndim <= 2 else lead + b.shape[-2:], a)
+
+
+@rule
+def _linear(op, x, weight, bias=None):
+    return _affine(op, x, weight, weight.shape[0])
+
+
+@rule
+def _addmm(op, bias, x, weight):
+    y, dx, dw, db = _affine(op, x, weight, weight.shape[1])
+    return y, db, dx, dw
+
+
+def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
+    widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0
+    op.works_in(widened)
+    y = op.new((*x.shape[:-1], n_out))
+    return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
+
+
+@rule
+def _embedding(op, ids, weight):
+    n, d = ids.size, weight.shape[1]
+    scatter = 4 * d * (n + 2 * min(n, weight.shape[0])) + 16 * n  # rows sorted, their sums, the sums added; their order
+    return op.new((*ids.shape, d)), None, op.pull(weight.shape, work=scatter)
+
+
+# ---------------------------------------------------------------------------------------------------- normalization
+
+
+@rule
+def _layer_norm(op, x, weight, bias, eps=1e-5):
+    y, dx, dw = _rms_norm(op, x, weight)
+    op.works_in(op.blocks(x.size, 1))
+    return y, dx, dw, op.pull(bias.shape)
+
+
+@rule
+def _rms_norm(op, x, weight, eps=1e-6):
+    y, normed, rstd = op.new(x.shape), op.new(x.shape), op.new((*x.shape[:-1], 1))
+    return y, op.pull(x.shape, normed, rstd, work=op.blocks(x.size, 1)), op.pull(weight.shape, normed)
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+@rule
+def _rope(op, x, cos, sin):
+    y, work = op.new(x.shape), op.blocks(x.size, 1) // 2
+    op.works_in(work)
+    return y, op.pull(x.shape, work=work), None, None
+
+
+class _Tiles:
+    """What attention keeps: q, k, v, the output, and for each tile its unnormalized weights and its row sums' inverse."""
+
+    def __init__(self, op: _Op, q: Array, k: Array, v: Array, causal: bool):
+        B, H, T, D = q.shape
+        S = k.shape[2]
+        self.inputs = q, k, v
+        self.out = op.new((B, T, H, v.shape[3])).transpose(0, 2, 1, 3)
+        threads = op.meter.threads
+        rows = max(1, min(TILE // max(1, H * min(T, QUERY_BLOCK) * S), -(-B // threads)))
+        block = min(QUERY_BLOCK, T) if causal else T
+        self.weights = []
+        for i in range(0, T, max(1, block)):
+            t = min(i + block, T) - i
+            n = max(0, S - T + i + t) if causal else S  # keys that the last query of the block may see
+            self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
+        tile = op.meter.itemsize * min(B, rows * threads) * H * block  # queries at work
+        self.forward_work = tile * 2 * D  # scaled queries and outputs
+        self.backward_work = tile * (S + 3 * D)  # gradients of scores, outputs and queries, and scaled queries
+
+    def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:
+        """Empty gradients; the weights are given back while they are filled."""
+        made = [op.new(shape) for shape in shapes]
+        op.works_in(self.backward_work)
+        self.weights.clear()
+        return made
+
+
+@rule
+def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, scale=None):
+    tiles, memo = _Tiles(op, q, k, v, is_causal), {}
+    op.works_in(tiles.forward_work)
+
+    def pull(name: str) -> Array:
+        if not memo:
+            memo.update(zip("qkv", tiles.gradients(op, [a.shape for a in tiles.inputs])))
+        return memo.pop(name)
+
+    return tiles.out, lambda g: pull("q"), lambda g: pull("k"), lambda g: pull("v"), None, None, None
+
+
+@rule
+def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
+    B, T, d3 = qkv.shape
+    q = op.view(qkv, (B, num_heads, T, d3 // 3 // num_heads))
+    tiles = _Tiles(op, q, q, q, is_causal)
+    op.works_in(tiles.forward_work)
+    return op.view(tiles.out, (B, T, d3 // 3)), lambda g: tiles.gradients(op, [(B, T, d3)])[0], None, None, None
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+@rule
+def _cross_entropy(op, logits, targets, ignore_index=-100):
+    rows = targets.size
+    op.works_in(op.blocks(logits.size, 1))
+    row_sums, counts = op.new((rows, 1)), op.new((rows,))
+    kept = [op.new((rows,), np.int64)]
+    return op.new(()), op.pull(logits.shape, logits, row_sums, counts, *kept), None, None
+
+
+@rule
+def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100):
+    n, (classes, width) = int((targets != ignore_index).sum()), weight.shape
+    widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0
+    everything = n == targets.size
+    h = hidden if everything else op.new((n, width))
+    op.works_in(widened)
+    logits = op.new((n, classes))
+    logits.buffer.move("logits")
+    rows = [op.new((n,), np.int64), op.new((n,), np.int64), op.new((n,)), op.new((n, 1))]  # which, targets, counts, lse
+    op.works_in(op.blocks(logits.size, 1))
+    copied = 0 if everything else op.meter.itemsize * n * width  # the product, before it is spread over the rows
+    dhidden = op.pull(hidden.shape, hidden, h, weight, logits, *rows, work=op.blocks(logits.size, 0) + copied + widened)
+    return op.new(()), dhidden, op.pull(weight.shape, h, logits, *rows), None, None
