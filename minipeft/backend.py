@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import ModuleType
 from typing import Any
 
@@ -190,7 +191,10 @@ def one_blas_thread():
 
 
 def run_tasks(tasks: list[Callable[[], None]]) -> None:
-    """Run the tasks, one a thread, and return when all have ended; the first exception, in task order, is raised."""
+    """Run the tasks, one a thread, and return when all have ended; the first exception, in task order, is raised.
+
+    `numpy.errstate` of the caller holds in every task.
+    """
     global _pool
     if len(tasks) == 1:
         tasks[0]()
@@ -198,7 +202,7 @@ def run_tasks(tasks: list[Callable[[], None]]) -> None:
     if _pool is None:
         with _lock:
             _pool = _pool or ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="minipeft")
-    futures = [_pool.submit(task) for task in tasks[1:]]
+    futures = [_pool.submit(copy_context().run, task) for task in tasks[1:]]
     try:
         tasks[0]()
     finally:
