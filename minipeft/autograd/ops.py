@@ -396,7 +396,8 @@ def logsumexp(x, axis=-1, keepdims=False):
     total = e.sum(axis=axis, keepdims=True)
     y = xp.log(total) + m
     e /= total
-    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, _axes(axis, x.ndim), keepdims), None, None
+    axes = _axes(axis, x.ndim)  # bound here: a pullback that asks x for it would keep x
+    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, axes, keepdims), None, None
 
 
 @op
@@ -467,12 +468,12 @@ def getitem(x, index):
 @op
 def gather(x, indices, axis=-1):
     """x's elements at `indices` along `axis`, where indices has x's number of axes (torch.gather, take_along_axis)."""
-    xp, shape = xp_of(x), x.shape
-    axis = axis % x.ndim
+    xp, shape, ndim = xp_of(x), x.shape, x.ndim
+    axis = axis % ndim
 
     def dx(g):
         # the index arrays of every axis: `indices` itself along `axis`, positions along the others
-        grid = [xp.arange(n).reshape((-1,) + (1,) * (x.ndim - 1 - i)) for i, n in enumerate(indices.shape)]
+        grid = [xp.arange(n).reshape((-1,) + (1,) * (ndim - 1 - i)) for i, n in enumerate(indices.shape)]
         grid[axis] = indices
         d = xp.zeros(shape, g.dtype)
         xp.add.at(d, tuple(grid), g)
@@ -532,19 +533,19 @@ def matmul(a, b):
     except ValueError as error:
         raise ValueError(f"matmul: the batch axes of {a.shape} and {b.shape} cannot be broadcast together") from error
 
+    a_ndim, b_ndim, inner = a.ndim, b.ndim, a.shape[-1]  # bound here: neither pullback keeps the array it is for
+
     def da(g):
-        if b.ndim == 1:
+        if b_ndim == 1:
             return g[..., None] * b
-        return xp.matmul(g[..., None, :] if a.ndim == 1 else g, b.swapaxes(-1, -2)).reshape(
-            (*g.shape[:-1], a.shape[0]) if a.ndim == 1 else (*g.shape[:-1], a.shape[-1])
-        )
+        return xp.matmul(g[..., None, :] if a_ndim == 1 else g, b.swapaxes(-1, -2)).reshape(*g.shape[:-1], inner)
 
     def db(g):
-        if a.ndim == 1:
-            return a[:, None] * g[..., None, :] if b.ndim > 1 else a * g
-        if b.ndim == 1:
+        if a_ndim == 1:
+            return a[:, None] * g[..., None, :] if b_ndim > 1 else a * g
+        if b_ndim == 1:
             return _rows(a * g[..., None]).sum(axis=0)
-        if b.ndim == 2:  # [..., n, k]ᵀ [..., n, m]: one product instead of a batch that is summed afterwards
+        if b_ndim == 2:  # [..., n, k]ᵀ [..., n, m]: one product instead of a batch that is summed afterwards
             return _rows(a).T @ _rows(g)
         return xp.matmul(a.swapaxes(-1, -2), g)
 
@@ -922,40 +923,33 @@ def _check_targets(name: str, targets: Array, shape: tuple[int, ...], classes: i
         raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in 0..{classes - 1} (or be {ignore_index})")
 
 
-def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
-    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
-
-    The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
-    of the largest logit, and that absolute error in an exponent is a relative one in every probability.
-    """
+def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
+    """(Σ over counted rows of logsumexp(logits) - logits[target], logsumexp of each row [N, 1]), in row blocks."""
     xp, (rows, classes) = xp_of(logits), logits.shape
-    top, total, picked = (xp.empty((rows, 1), logits.dtype) for _ in range(3))
+    lse, picked = xp.empty((rows, 1), logits.dtype), xp.empty(rows, logits.dtype)
 
     def block(s):
         x = logits[s]
-        top[s] = x.max(axis=1, keepdims=True)
-        e = xp.subtract(x, top[s])
+        top = x.max(axis=1, keepdims=True)
+        e = xp.subtract(x, top)
         xp.exp(e, out=e)
-        total[s] = e.sum(axis=1, keepdims=True)
-        picked[s, 0] = x[xp.arange(x.shape[0]), targets[s]]
+        lse[s] = xp.log(e.sum(axis=1, keepdims=True)) + top
+        picked[s] = x[xp.arange(x.shape[0]), targets[s]]
 
     parallel_rows(xp, block, rows, classes)
-    return ((xp.log(total) + (top - picked))[:, 0] * counts).sum(), (top, total)
+    return ((lse[:, 0] - picked) * counts).sum(), lse
 
 
-def _nll_gradient(
-    logits: Array, targets: Array, counts: Array, divisor: tuple[Array, Array], g: Array, out: Array
-) -> None:
+def _nll_gradient(logits: Array, targets: Array, counts: Array, lse: Array, g: Array, out: Array) -> None:
     """out = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
     xp, (rows, classes) = xp_of(logits), logits.shape
     weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
-    top, scale = divisor[0], weight / divisor[1]
 
     def block(s):
         o = out[s]
-        xp.subtract(logits[s], top[s], out=o)
+        xp.subtract(logits[s], lse[s], out=o)
         xp.exp(o, out=o)
-        o *= scale[s]
+        o *= weight[s]
         o[xp.arange(o.shape[0]), targets[s]] -= weight[s, 0]
 
     parallel_rows(xp, block, rows, classes)
@@ -974,12 +968,12 @@ def cross_entropy(logits, targets, ignore_index=-100):
     counts = (t != ignore_index).astype(logits.dtype)
     t = xp.where(t == ignore_index, 0, t)
     n = counts.sum()
-    total, divisor = _nll(flat, t, counts)
+    total, lse = _nll(flat, t, counts)
     loss = total / n if n.item() else total * xp.nan
 
     def dlogits(g):
         d = xp.empty(shape, flat.dtype)
-        _nll_gradient(flat, t, counts, divisor, g / n, d.reshape(-1, classes))
+        _nll_gradient(flat, t, counts, lse, g / n, d.reshape(-1, classes))
         return d
 
     return loss, dlogits, None, None
@@ -1001,7 +995,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     n = rows.size
     logits = h @ _widen(weight, h).T  # [n, V]
     counts = xp.ones(n, h.dtype)
-    total, divisor = _nll(logits, t, counts)
+    total, lse = _nll(logits, t, counts)
     loss = total / n if n else total * xp.nan
     memo = {"logits": logits}
     del logits
@@ -1009,7 +1003,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     def dlogits(g):
         if "logits" in memo:
             logits = memo.pop("logits")
-            _nll_gradient(logits, t, counts, divisor, g / n if n else g, out=logits)
+            _nll_gradient(logits, t, counts, lse, g / n if n else g, out=logits)
             memo["dlogits"] = logits
         return memo["dlogits"]
 
