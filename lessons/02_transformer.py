@@ -1,0 +1,516 @@
+# %% [markdown]
+# # Lesson 2 · The transformer: what is in it, what it costs, how it writes
+#
+# Everything in this project fine-tunes one kind of model: a decoder-only transformer. This lesson opens it. You will
+# count its parameters twice, recompute it in NumPy to float32 rounding, watch a small one learn something that no table
+# of word pairs can know, see with your own eyes which head learned it, and measure what the key-value cache buys.
+#
+# You need Lesson 1. Run it with `python lessons/02_transformer.py`, or open it as a notebook.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import math
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.accounting.memory import kv_cache_bytes
+from minipeft.nn.generation import generate_stream
+
+F = mp.functional
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# ## 1 · What is in it: the parameters, counted twice
+#
+# A token id picks a row of the embedding table: a vector of $d$ numbers, the *residual stream*. Each of $L$ blocks
+# reads the stream, and adds to it: first attention, which moves information between positions, then an MLP, which works
+# on each position alone. A last norm and one more product with a $[V, d]$ table give a score, a *logit*, for each of
+# the $V$ possible next tokens.
+#
+# The two families that matter differ in details, and `TransformerConfig.gpt2` and `.llama` set them:
+#
+# | | norm | positions | MLP | biases | heads for k, v |
+# |---|---|---|---|---|---|
+# | GPT-2 | layer norm | a learned table, added | $W_2\,\mathrm{gelu}(W_1 x)$ | yes | as many as for q |
+# | Llama | RMS norm | rotations of q and k | $W_3(\mathrm{silu}(W_1 x) \cdot W_2 x)$ | no | fewer (grouped queries) |
+#
+# So a GPT-2 has
+#
+# $$\underbrace{Vd}_{\text{tokens}} + \underbrace{Pd}_{\text{positions}} + L\,(\underbrace{4d^2 + 4d}_{\text{attention}}
+#   + \underbrace{8d^2 + 5d}_{\text{MLP}} + \underbrace{4d}_{\text{two norms}}) + \underbrace{2d}_{\text{last norm}}$$
+#
+# parameters (its output table *is* the token table: tied), and a Llama with $H$ query heads and $K$ key heads of $D$
+# channels and an MLP of width $m$ has, with $V' = V$ if the output table is tied and $2V$ if not,
+#
+# $$V'd + L\,(2\,d\,HD + 2\,d\,KD + 3\,d\,m + 2d) + d .$$
+#
+# Count the other way by building the model. `seed=None` builds it without allocating a weight, so that a laptop can
+# count GPT-3.
+
+# %%
+def gpt2_formula(c):
+    d, L = c.hidden_size, c.num_hidden_layers
+    return (c.vocab_size + c.max_position_embeddings) * d + L * (12 * d * d + 13 * d) + 2 * d
+
+
+def llama_formula(c):
+    d, L, D = c.hidden_size, c.num_hidden_layers, c.head_dim
+    tables = c.vocab_size * d * (1 if c.tie_word_embeddings else 2)
+    attention = 2 * d * c.num_attention_heads * D + 2 * d * c.num_key_value_heads * D
+    return tables + L * (attention + 3 * d * c.intermediate_size + 2 * d) + d
+
+
+gpt2, llama = mp.TransformerConfig.gpt2, mp.TransformerConfig.llama
+gpt2_small = gpt2(
+    vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=1024
+)
+gpt3 = gpt2(
+    vocab_size=50257, hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, max_position_embeddings=2048
+)
+smollm2 = llama(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192,
+)  # fmt: skip
+llama2_7b = llama(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+print("model              by formula         by counting        published")
+for name, c, formula, published in (
+    ("GPT-2 small", gpt2_small, gpt2_formula, "124,439,808 (its checkpoint)"),
+    ("GPT-3", gpt3, gpt2_formula, "175.0B (Brown et al. 2020, table 2.1)"),
+    ("SmolLM2-135M", smollm2, llama_formula, "134,515,008 (its checkpoint)"),
+    ("Llama 2 7B", llama2_7b, llama_formula, "6,738,415,616 (its checkpoint)"),
+):
+    counted = sum(p.size for p in mp.Transformer(c, seed=None).parameters())
+    print(f"{name:14s} {formula(c):>18,} {counted:>18,}   {published}")
+    assert counted == formula(c)
+    if "checkpoint" in published:
+        assert counted == int(published.split()[0].replace(",", ""))
+    else:
+        assert abs(counted / 175.0e9 - 1) < 0.003
+
+# %% [markdown]
+# GPT-3's own shape gives 174.6 billion: the paper's 175.0B is rounded. GPT-2 small is often called "117M", the
+# figure of the first announcement; the checkpoint holds 124 million.
+#
+# ## 2 · Attention by hand
+#
+# At each position $t$ a head has a query $q_t$ (what am I looking for?), and at each position $s$ a key $k_s$ (what is
+# here?) and a value $v_s$ (what do I hand over?). Position $t$ receives a weighted average of the values it may see:
+#
+# $$o_t = \sum_{s \le t} a_{ts}\, v_s, \qquad
+#   a_{t\cdot} = \mathrm{softmax}\Big(\frac{q_t \cdot k_s}{\sqrt D}\Big)_{s \le t} .$$
+#
+# $s \le t$ is the *causal mask*: a model that is to predict the next token must not look at it. Grouped-query attention
+# lets several query heads share one key head: head $h$ of $H$ reads key head $\lfloor h / (H/K) \rfloor$.
+
+# %%
+def attention_by_hand(q, k, v):
+    """q [T, H, D], k and v [T, K, D] -> [T, H, D], one query at a time."""
+    (T, H, D), K = q.shape, k.shape[1]
+    out = np.empty_like(q)
+    for t in range(T):
+        for h in range(H):
+            j = h // (H // K)
+            scores = k[: t + 1, j] @ q[t, h] / math.sqrt(D)  # [t + 1]: only what has been
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ v[: t + 1, j] / weights.sum()
+    return out
+
+
+rng = np.random.default_rng(0)
+q, k, v = rng.standard_normal((10, 4, 8)), rng.standard_normal((10, 2, 8)), rng.standard_normal((10, 2, 8))
+one_batch = [mp.Tensor(a.swapaxes(0, 1)[None]) for a in (q, k, v)]  # [1, heads, T, D]
+op = F.scaled_dot_product_attention(*one_batch, is_causal=True).data[0].swapaxes(0, 1)
+print("\nattention, our loops against the library's op:", np.abs(attention_by_hand(q, k, v) - op).max())
+assert np.allclose(attention_by_hand(q, k, v), op, atol=1e-14)
+
+# %% [markdown]
+# ## 3 · Rotary positions: only distances matter
+#
+# Attention itself does not know order. GPT-2 adds a learned vector per position. Llama rotates: it reads each pair of
+# channels of $q$ and $k$ as one complex number and turns it by an angle proportional to the position,
+#
+# $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
+#   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
+#   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
+#
+# so that the score depends on the distance $m - n$ and on nothing else. Each pair has its own speed:
+# $\theta_i = 10000^{-2i/D}$, fast hands and slow hands of a clock.
+
+# %%
+D = 64
+theta = 10000.0 ** (-np.arange(D // 2) / (D // 2))  # [D/2]
+
+
+def rope(x, position):
+    """The library's rotation of one vector [D] at one position."""
+    angle = position * theta[None, None]  # [1, 1, D/2]
+    return F.rope(mp.Tensor(x[None, None, None]), np.cos(angle), np.sin(angle)).data[0, 0, 0]
+
+
+def rope_by_hand(x, position):
+    z = (x[: D // 2] + 1j * x[D // 2 :]) * np.exp(1j * position * theta)
+    return np.concatenate([z.real, z.imag])
+
+
+q, k = rng.standard_normal((2, D))
+assert np.allclose(rope(q, 17), rope_by_hand(q, 17), atol=1e-14)
+print("rotary scores q·k at distance 7, wherever it is:", end=" ")
+scores = [rope(q, m) @ rope(k, m - 7) for m in (7, 107, 5007)]
+print("  ".join(f"{s:.10f}" for s in scores), f"  at distance 8: {rope(q, 8) @ rope(k, 0):.10f}")
+assert np.allclose(scores, scores[0], atol=1e-9)
+assert abs(rope(q, 8) @ rope(k, 0) - scores[0]) > 1e-3
+assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation keeps the length"
+
+# %% [markdown]
+# ## 4 · The whole model in thirty lines, and the residual stream
+#
+# Here is all of Llama, on one sequence, in NumPy. Each block *adds* to the stream `x`, and reads it through a norm:
+# $x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x))$, then $x \leftarrow x + \mathrm{MLP}(\mathrm{norm}(x))$.
+# Because the norm stands on the branch and not on the stream ("pre-norm"), a gradient walks from the last norm down to
+# the embedding without passing through anything; and the final stream is the embedding plus what each branch wrote.
+
+# %%
+def llama_by_hand(model, ids):
+    """ids [T] -> (logits [T, V], what was written into the residual stream)."""
+    c, p = model.config, model.state_dict()
+    T, D = len(ids), c.head_dim
+    angle = np.arange(T)[:, None] * c.rope_theta ** (-np.arange(D // 2) / (D // 2))  # [T, D/2]
+    turn = np.exp(1j * angle)[:, None]  # [T, 1, D/2]
+
+    def norm(x, weight):
+        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + c.rms_norm_eps) * weight
+
+    def rotate(x):  # [T, heads, D]
+        z = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["model.embed_tokens.weight"][ids]  # [T, d]
+    written = [x]
+    for i in range(c.num_hidden_layers):
+        here = f"model.layers.{i}."
+        w = {name.removeprefix(here): a for name, a in p.items() if name.startswith(here)}
+        h = norm(x, w["input_layernorm.weight"])
+        q, k, v = ((h @ w[f"self_attn.{name}_proj.weight"].T).reshape(T, -1, D) for name in "qkv")  # [T, heads, D]
+        attention = attention_by_hand(rotate(q), rotate(k), v).reshape(T, -1) @ w["self_attn.o_proj.weight"].T
+        x = x + attention
+        h = norm(x, w["post_attention_layernorm.weight"])
+        gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
+        mlp = (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
+        x = x + mlp
+        written += [attention, mlp]
+    assert np.allclose(x, sum(written), atol=1e-5), "the stream is the sum of what was written into it"
+    return norm(x, p["model.norm.weight"]) @ p["model.embed_tokens.weight"].T, written
+
+
+VOCAB, PERIOD = 32, 16
+config = llama(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128,
+)  # fmt: skip
+model = mp.Transformer(config, seed=0)
+ids = rng.integers(0, VOCAB, 2 * PERIOD)
+(by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).data[0]
+print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:", np.abs(by_hand - logits).max())
+assert np.allclose(by_hand, logits, atol=1e-5)
+
+# %% [markdown]
+# ## 5 · Watch one learn
+#
+# A task whose best possible loss we know exactly: 16 random letters of an alphabet of 32, then the same 16 again.
+#
+# - The first 16 cannot be predicted by anyone: $\ln 32 = 3.466$ each.
+# - The second 16 can, with certainty: 0.
+# - Someone who knows only the frequencies of letter *pairs* (a bigram table) is at $\ln 32$ everywhere: after a given
+#   letter, every letter is equally likely.
+#
+# The sequence offers 31 predictions, 15 of letters that are pure chance. So the bigram baseline is 3.466 and the floor
+# is $\frac{15}{31} \ln 32 = 1.677$. To come below the baseline, the model has to look back 15 positions.
+
+# %%
+BASELINE, FLOOR = math.log(VOCAB), 15 / 31 * math.log(VOCAB)
+
+
+def sequences(generator, n):
+    """n rows of PERIOD random letters, twice: [n, 32]."""
+    return np.tile(generator.integers(0, VOCAB, (n, PERIOD)), (1, 2))
+
+
+def train(model, steps, seed=0):
+    """Loss per step, each on 32 sequences that were never seen before."""
+    optimizer = mp.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    generator, losses = np.random.default_rng(seed), []
+    for step in range(steps):
+        batch = sequences(generator, 32)
+        loss = model.loss(batch, batch)
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30)  # warm up: the first gradients are the wildest
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def loss_by_position(model, n=256):
+    """Mean loss of each of the 31 predictions, on fresh sequences."""
+    batch = sequences(np.random.default_rng(99), n)
+    with mp.no_grad():
+        log_p = F.log_softmax(model(batch)).data[:, :-1]
+    return -np.take_along_axis(log_p, batch[:, 1:, None], axis=-1)[..., 0].mean(axis=0)  # [31]
+
+
+counts = np.ones((VOCAB, VOCAB))  # a bigram table, estimated from 50,000 sequences
+for row in np.split(sequences(np.random.default_rng(1), 50_000), 50):
+    np.add.at(counts, (row[:, :-1].ravel(), row[:, 1:].ravel()), 1)
+test = sequences(np.random.default_rng(99), 256)
+bigram = -np.log((counts / counts.sum(axis=1, keepdims=True))[test[:, :-1], test[:, 1:]]).mean()
+
+losses = train(model, 60 if REDUCED else 300)
+final = loss_by_position(model)
+print(f"\nbigram table: {bigram:.3f} (theory {BASELINE:.3f})")
+halves = final[:15].mean(), final[15:].mean()
+print(f"transformer:  {final.mean():.3f} (floor {FLOOR:.3f}); first half {halves[0]:.3f}, second half {halves[1]:.4f}")
+assert abs(bigram - BASELINE) < 0.01
+assert losses[-1] < losses[0]
+if not REDUCED:
+    assert FLOOR - 0.05 < final.mean() < FLOOR + 0.1, "it reaches the floor, and does not cross it"
+    assert halves[1] < 0.05 and halves[0] > BASELINE - 0.1
+
+# %% [markdown]
+# Which head does it? The library's attention op never builds the table of weights $a_{ts}$, so we open it up: a module
+# that takes the place of each `self_attn`, uses its projections, and keeps the weights in sight. This is *model
+# surgery*, the way every method in this project works: `copy(share=True)` makes a new tree over the same arrays,
+# `replace` puts a module where another was, and the original is untouched.
+
+# %%
+class OpenAttention(mp.nn.Module):
+    """An attention module opened up: the same computation, with the weights kept; and, told so, without the mask."""
+
+    def __init__(self, attention, causal=True):
+        self.attention, self.causal, self.weights = attention, causal, None
+
+    def forward(self, x, context, layer, rng):
+        a, (B, T, _) = self.attention, x.shape
+
+        def heads(y):  # [B, T, H * D] -> [B, H, T, D]
+            return y.reshape(B, T, -1, a.head_dim).swapaxes(1, 2)
+
+        q, k = F.rope(heads(a.q_proj(x)), *context.rotation), F.rope(heads(a.k_proj(x)), *context.rotation)
+        group = np.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # which key head each query head reads
+        k, v = k[:, group], heads(a.v_proj(x))[:, group]
+        scores = q @ k.swapaxes(2, 3) / math.sqrt(a.head_dim)  # [B, H, T, T]
+        if self.causal:
+            scores = F.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        weights = F.softmax(scores)
+        self.weights = weights.data
+        return a.o_proj((weights @ v).swapaxes(1, 2).reshape(B, T, -1))
+
+
+def opened(model, causal=True):
+    twin = model.copy(share=True)
+    for i, block in enumerate(twin.model.layers):
+        twin.replace(f"model.layers.{i}.self_attn", OpenAttention(block.self_attn, causal))
+    return twin
+
+
+watched = opened(model)
+difference = np.abs(watched(test).data - model(test).data).max()
+print(f"\nthe model with its attention opened up gives the same logits: largest difference {difference:.1e}")
+assert difference < 1e-3
+patterns = np.stack([block.self_attn.weights.mean(axis=0) for block in watched.model.layers])  # [layer, head, T, T]
+looks_back = np.array(
+    [[np.diagonal(head, -(PERIOD - 1)).mean() for head in layer] for layer in patterns]
+)  # weight at distance 15
+layer, head = np.unravel_index(looks_back.argmax(), looks_back.shape)
+print("attention paid to the position 15 back, by layer and head:\n", looks_back.round(2))
+print(f"layer {layer}, head {head} does it: there stands the letter that came next, last time")
+if not REDUCED:
+    assert looks_back.max() > 0.8
+
+# %% [markdown]
+# ## 6 · Writing, and the cache
+#
+# To write, the model predicts a token, appends it, and predicts again. Done naively, token number $T$ costs a forward
+# pass over all $T$ positions. But the causal mask means that earlier positions never learn of later ones: their keys
+# and values do not change. So keep them (`KVCache`) and compute only the new position; its query reads the kept keys.
+#
+# The cache must change nothing but the time. We give the model the 16 letters and let it write the repetition.
+
+# %%
+prompt = sequences(np.random.default_rng(5), 4)[:, : PERIOD + 1]  # the 16 letters, and the first again
+written = model.generate(prompt, max_new_tokens=15)
+without = model.generate(prompt, max_new_tokens=15, use_cache=False)
+letters = "abcdefghijklmnopqrstuvwxyzABCDEF"
+print("\nprompt           continuation    (greedy)")
+for row in written:
+    text = "".join(letters[i] for i in row)
+    print(f"{text[: PERIOD + 1]} {text[PERIOD + 1 :]}")
+copied = (written[:, PERIOD:] == written[:, :PERIOD]).mean()
+print(f"letters copied rightly: {copied:.0%}; cached equals uncached, token for token: {(written == without).all()}")
+assert np.array_equal(written, without)
+options = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+assert np.array_equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
+if not REDUCED:
+    assert copied > 0.95
+
+# %% [markdown]
+# What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers,
+# $2 \cdot L \cdot K \cdot D$ numbers. Grouped-query attention divides this by $H/K$, which is what it was invented for.
+
+# %%
+def cache_bytes(c, positions, itemsize):
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * positions * itemsize
+
+
+cache = mp.KVCache()
+model(test[:3], past_key_values=cache)
+print(f"\nKV cache of 3 rows x 32 positions: {cache.nbytes:,} bytes; formula: {3 * cache_bytes(config, 32, 4):,}")
+assert cache.nbytes == 3 * cache_bytes(config, 32, 4) == kv_cache_bytes(config, batch=3, positions=32)
+for name, c, length in (("SmolLM2-135M", smollm2, 2048), ("Llama 2 7B", llama2_7b, 4096), ("GPT-3", gpt3, 2048)):
+    print(f"  {name:12s} at {length} positions, float16: {cache_bytes(c, length, 2) / 2**20:8,.0f} MiB")
+
+# %% [markdown]
+# And what does it buy? A model with random weights is as slow as a trained one, so take a somewhat larger one and time
+# one token at several lengths, with and without the cache. Times depend on the machine; the *growth* does not: without
+# the cache the work of one token grows in proportion to the length, with it hardly at all (only the reading of old keys
+# grows, and that is a small part).
+
+# %%
+larger = mp.Transformer(
+    llama(vocab_size=256, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=1024)
+)
+lengths = [32, 64, 128] if REDUCED else [32, 64, 128, 256, 512, 960]
+
+
+def seconds_per_token(length, use_cache, tokens=9):
+    """The median time of a token that follows `length` positions."""
+    stream = generate_stream(larger, rng.integers(0, 256, (1, length)), None, tokens + 1, use_cache=use_cache)
+    next(stream)  # the first token reads the prompt
+    times = []
+    for _ in range(tokens):
+        begin = time.perf_counter()
+        next(stream)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+seconds_per_token(16, True)
+cached, uncached = ([seconds_per_token(n, use) for n in lengths] for use in (True, False))
+print("\npositions    work without cache / with    time without / with")
+for n, a, b in zip(lengths, uncached, cached):
+    print(f"{n:6d}       {n:10d}                    {a / b:14.1f}")
+growth = uncached[-1] / uncached[0], cached[-1] / cached[0]
+print(f"from {lengths[0]} to {lengths[-1]} positions a token's time grows {growth[0]:.1f}-fold without cache,", end=" ")
+print(f"{growth[1]:.1f}-fold with")
+if not REDUCED:
+    assert uncached[-1] > 5 * cached[-1]
+    assert growth[0] > 2 * growth[1]
+
+# %% [markdown]
+# The time ratio stays below the ratio of the work: one position at a time is a matrix-*vector* product, which reads the
+# whole weight for a single use, and each step has overheads that do not depend on the length.
+#
+# ## 7 · Break it: let the model peek
+#
+# Take the causal mask away and train on the same task. Nothing crashes, and the loss falls beautifully: *below the
+# floor*, which no honest predictor of random letters can cross. That is the signature of a leak: the answer stands in
+# the input, one position to the right. Then ask the model to write, when there is nothing on the right to read.
+
+# %%
+peeking = opened(mp.Transformer(config, seed=0), causal=False)
+peeked = train(peeking, 60 if REDUCED else 300)
+print(f"\nwithout the mask the training loss ends at {peeked[-1]:.3f}; the honest floor is {FLOOR:.3f}")
+row = prompt.copy()
+for _ in range(15):
+    with mp.no_grad():
+        row = np.concatenate([row, peeking(row).data[:, -1].argmax(axis=-1)[:, None]], axis=1)
+peek_copied = (row[:, PERIOD + 1 :] == row[:, 1:PERIOD]).mean()
+honest_copied = (written[:, PERIOD + 1 :] == written[:, 1:PERIOD]).mean()
+print(f"writing the repetition: {peek_copied:.0%} of letters right; the honest model: {honest_copied:.0%}; chance: 3%")
+if not REDUCED:
+    assert peeked[-1] < 0.5 * FLOOR
+    assert peek_copied < 0.5 < honest_copied
+
+# %% [markdown]
+# The second classic is quieter: prompts of different lengths in one batch, padded on the left. Two things must be
+# right: nobody may *see* the padding (the mask), and positions must start at the first real token. Compare the logits
+# of a padded prompt with those of the prompt alone.
+
+# %%
+short = rng.integers(0, VOCAB, (1, 6))
+padded = np.concatenate([np.zeros((1, 5), int), short], axis=1)
+mask = np.array([[0] * 5 + [1] * 6])
+naive = np.arange(11)[None]  # positions counted from the padding
+print("\nlargest change of the last logits by left padding:")
+print("            all right      positions wrong      mask forgotten")
+changes = {}
+for dialect in (gpt2, llama):
+    c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    m = mp.Transformer(c, seed=0)
+    alone = m(short).data[0, -1]
+    runs = m(padded, mask), m(padded, mask, position_ids=naive), m(padded)
+    change = changes[c.model_type] = [np.abs(run.data[0, -1] - alone).max() for run in runs]
+    print(f"  {c.model_type:6s}  {change[0]:10.1e}  {change[1]:17.1e}  {change[2]:18.1e}")
+assert changes["gpt2"][0] < 1e-4 and changes["llama"][0] < 1e-4
+assert changes["gpt2"][1] > 0.1, "learned positions: the prompt has moved"
+assert changes["llama"][1] < 1e-3, "rotary positions: only distances matter, and they are the same"
+assert changes["gpt2"][2] > 0.1 and changes["llama"][2] > 0.1
+
+# %% [markdown]
+# Wrong positions ruin GPT-2 and leave Llama as it was: section 3 in action. A bug that one model forgives is a bug that
+# tests on that model do not find.
+#
+# ## The picture
+#
+# Left: the loss of the honest model meets the floor; the peeking one dives through it. Middle: the attention of the
+# head that learned to copy, averaged over 256 sequences; the bright stripe is "15 back", where the letter stands that
+# came next last time. In the first half there is nothing to find, and the head looks about. Right: the cost of a token.
+
+# %%
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+a.plot(losses, color=BLUE, label="with the causal mask")
+a.plot(peeked, color=ORANGE, label="mask forgotten")
+for level, name in ((BASELINE, "bigram table"), (FLOOR, "floor: what can be known")):
+    a.axhline(level, color=GREY, ls="--", lw=1)
+    a.text(len(losses), level + 0.05, name, color=GREY, ha="right", va="bottom", fontsize=9)
+a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="A loss that is too good is a leak")
+a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
+image = b.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)
+b.set(
+    xlabel="position looked at", ylabel="position that looks", title=f"Layer {layer}, head {head}: 15 back",
+    xticks=range(0, 32, 8), yticks=range(0, 32, 8),
+)  # fmt: skip
+fig.colorbar(image, ax=b, shrink=0.85, label="attention")
+c.loglog(lengths, np.array(uncached) * 1e3, "o-", color=ORANGE, label="everything anew")
+c.loglog(lengths, np.array(cached) * 1e3, "s-", color=BLUE, label="with the KV cache")
+c.set(xlabel="positions so far", ylabel="milliseconds for one token", title="What the cache buys")
+c.set_xticks(lengths, [str(n) for n in lengths])
+c.minorticks_off()
+c.grid(alpha=0.25)
+c.legend(fontsize=9)
+fig.savefig(OUT / "02_transformer.png", dpi=130)
+print("picture:", OUT / "02_transformer.png")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. **Where the parameters are.** For GPT-2 small, what share sits in the token table, in attention, in the MLPs? And
+#    in GPT-3? Which share could a method that changes only attention hope to reach?
+# 2. **Two layers.** Our task has a fixed distance, so one layer is enough. Let the period vary from row to row, from 8
+#    to 16. Now a head must find "the letter after the last time I saw this letter": an *induction head*, which takes
+#    two layers working together (Olsson et al. 2022). How many more steps does it take, and what do the patterns show?
+# 3. **The logit lens.** `llama_by_hand` returns what each branch wrote. Add the pieces up one after the other, and read
+#    the final norm and the token table after each. From which branch on does the trained model know the next letter?

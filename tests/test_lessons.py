@@ -1,0 +1,74 @@
+"""Every lesson runs from top to bottom in its reduced setting, and has the form that the lessons promise."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LESSONS = sorted((Path(__file__).parent.parent / "lessons").glob("*.py"))
+lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+def cells(path: Path) -> list[tuple[str, str]]:
+    """("markdown" or "code", text) of each percent cell; a markdown cell without its comment signs."""
+    parts = re.split(r"^# %%(.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert not parts[0].strip(), f"{path.name}: text before the first cell"
+    found = []
+    for head, body in zip(parts[1::2], parts[2::2]):
+        kind = "markdown" if "[markdown]" in head else "code"
+        if kind == "markdown":
+            lines = body.strip("\n").split("\n")
+            bare = [line for line in lines if not line.startswith("#")]
+            assert not bare, f"{path.name}: a line of a markdown cell is not a comment: {bare[0]!r}"
+            body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+        found.append((kind, body))
+    return found
+
+
+def test_there_are_lessons():
+    assert LESSONS
+
+
+@lesson
+def test_lesson_runs_and_leaves_its_picture(path, tmp_path):
+    out, home = tmp_path / "out", tmp_path / "elsewhere"
+    home.mkdir()
+    environment = {**os.environ, "MINIPEFT_REDUCED": "1", "MINIPEFT_LESSONS_OUT": str(out), "MPLBACKEND": "Agg"}
+    environment.setdefault("MINIPEFT_THREADS", "1")  # the models are small, and a thread may wait for a busy core
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(path)],
+        cwd=home, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{path.name} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    pictures = list(out.glob(f"{path.stem}*.png"))
+    assert pictures, f"{path.name} saved no picture named {path.stem}*.png"
+    assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    assert not list(home.iterdir()), f"{path.name} wrote outside its output folder"
+
+
+@lesson
+def test_lesson_has_its_form(path):
+    found = cells(path)
+    text = "\n".join(body for kind, body in found if kind == "markdown")
+    code = "\n".join(body for kind, body in found if kind == "code")
+    assert found[0][0] == "markdown" and found[0][1].startswith("# "), "it begins with a heading"
+    assert {"markdown", "code"} == {kind for kind, _ in found}
+    assert "$" in text, "it states an equation"
+    assert "import minipeft as mp" in code, "it uses the library"
+    assert re.search(r"^## .*break it", text, re.MULTILINE | re.IGNORECASE), "it has a break-it experiment"
+    _, exercises = re.split(r"^## Exercises$", text, maxsplit=1, flags=re.MULTILINE)
+    assert len(re.findall(r"^\d\. ", exercises, re.MULTILINE)) in (2, 3), "it ends with two or three exercises"
+
+
+@lesson
+def test_lesson_asserts_what_it_claims(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    asserted = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert len(asserted) >= 5
+    assert not [node for node in asserted if isinstance(node.test, ast.Constant)], "an assertion that asserts nothing"
