@@ -923,33 +923,40 @@ def _check_targets(name: str, targets: Array, shape: tuple[int, ...], classes: i
         raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in 0..{classes - 1} (or be {ignore_index})")
 
 
-def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
-    """(Σ over counted rows of logsumexp(logits) - logits[target], logsumexp of each row [N, 1]), in row blocks."""
+def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
+    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
+
+    The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
+    of the largest logit, and that absolute error in an exponent is a relative one in every probability.
+    """
     xp, (rows, classes) = xp_of(logits), logits.shape
-    lse, picked = xp.empty((rows, 1), logits.dtype), xp.empty(rows, logits.dtype)
+    top, total, picked = (xp.empty((rows, 1), logits.dtype) for _ in range(3))
 
     def block(s):
         x = logits[s]
-        top = x.max(axis=1, keepdims=True)
-        e = xp.subtract(x, top)
+        top[s] = x.max(axis=1, keepdims=True)
+        e = xp.subtract(x, top[s])
         xp.exp(e, out=e)
-        lse[s] = xp.log(e.sum(axis=1, keepdims=True)) + top
-        picked[s] = x[xp.arange(x.shape[0]), targets[s]]
+        total[s] = e.sum(axis=1, keepdims=True)
+        picked[s, 0] = x[xp.arange(x.shape[0]), targets[s]]
 
     parallel_rows(xp, block, rows, classes)
-    return ((lse[:, 0] - picked) * counts).sum(), lse
+    return ((xp.log(total) + (top - picked))[:, 0] * counts).sum(), (top, total)
 
 
-def _nll_gradient(logits: Array, targets: Array, counts: Array, lse: Array, g: Array, out: Array) -> None:
+def _nll_gradient(
+    logits: Array, targets: Array, counts: Array, divisor: tuple[Array, Array], g: Array, out: Array
+) -> None:
     """out = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
     xp, (rows, classes) = xp_of(logits), logits.shape
     weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
+    top, scale = divisor[0], weight / divisor[1]
 
     def block(s):
         o = out[s]
-        xp.subtract(logits[s], lse[s], out=o)
+        xp.subtract(logits[s], top[s], out=o)
         xp.exp(o, out=o)
-        o *= weight[s]
+        o *= scale[s]
         o[xp.arange(o.shape[0]), targets[s]] -= weight[s, 0]
 
     parallel_rows(xp, block, rows, classes)
@@ -968,12 +975,12 @@ def cross_entropy(logits, targets, ignore_index=-100):
     counts = (t != ignore_index).astype(logits.dtype)
     t = xp.where(t == ignore_index, 0, t)
     n = counts.sum()
-    total, lse = _nll(flat, t, counts)
+    total, divisor = _nll(flat, t, counts)
     loss = total / n if n.item() else total * xp.nan
 
     def dlogits(g):
         d = xp.empty(shape, flat.dtype)
-        _nll_gradient(flat, t, counts, lse, g / n, d.reshape(-1, classes))
+        _nll_gradient(flat, t, counts, divisor, g / n, d.reshape(-1, classes))
         return d
 
     return loss, dlogits, None, None
@@ -986,6 +993,10 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     hidden [..., d], weight [V, d], targets [...]. In backward the logits' own memory becomes their gradient, so a 49k-word
     head costs one array of [rows that count, V] instead of two of [all rows, V].
     """
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: input {hidden.shape} does not match weight {weight.shape} (last axis must be {weight.shape[-1]})"
+        )
     xp, (classes, width) = xp_of(hidden, weight, targets), weight.shape
     _check_targets("cross_entropy", targets, hidden.shape[:-1], classes, ignore_index)
     flat, t = hidden.reshape(-1, width), targets.reshape(-1)
@@ -995,7 +1006,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     n = rows.size
     logits = h @ _widen(weight, h).T  # [n, V]
     counts = xp.ones(n, h.dtype)
-    total, lse = _nll(logits, t, counts)
+    total, divisor = _nll(logits, t, counts)
     loss = total / n if n else total * xp.nan
     memo = {"logits": logits}
     del logits
@@ -1003,7 +1014,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     def dlogits(g):
         if "logits" in memo:
             logits = memo.pop("logits")
-            _nll_gradient(logits, t, counts, lse, g / n if n else g, out=logits)
+            _nll_gradient(logits, t, counts, divisor, g / n if n else g, out=logits)
             memo["dlogits"] = logits
         return memo["dlogits"]
 
