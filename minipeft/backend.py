@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from contextvars import copy_context
 from types import ModuleType
 from typing import Any
@@ -236,7 +237,7 @@ def split_rows(run: Callable[[slice], None], rows: int, work: int) -> None:
     """Call `run(slice)` for one contiguous part of `range(rows)` a thread; on one thread when `work` elements are few."""
     n = max(1, min(get_num_threads(), rows)) if work >= SPLIT else 1
     cuts = [rows * i // n for i in range(n + 1)]
-    run_tasks([lambda a=a, b=b: run(slice(a, b)) for a, b in zip(cuts, cuts[1:])])
+    run_tasks([lambda a=a, b=b: run(slice(a, b)) for a, b in pairwise(cuts)])
 
 
 def elementwise(fn: Callable[..., None], *arrays: Array) -> Array:

@@ -1,6 +1,5 @@
 """From records to batches: what is learned, what does not fit, and an order that can be taken up again."""
 
-import json
 from importlib.resources import files
 
 import numpy as np
@@ -8,12 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.text.batches import Batches
 from minipeft.text.datasets import Completion, Conversation, Document, Instruction, Message, Preference
 from minipeft.text.examples import (
-    Example,
     chunk_text,
-    collate,
     encode_documents,
     encode_examples,
     encode_preferences,
@@ -122,55 +118,3 @@ def test_preferences():
         encode_preferences([Preference("Q:", "good", "bad " * 9)], TOKENIZER, 4)
     with pytest.raises(ValueError, match=r"takes \{prompt, completion\} records, got \{prompt, chosen, rejected\}"):
         encode_examples([Preference("Q:", "good", "bad")], TOKENIZER, 32)
-
-
-def test_collate():
-    examples = [Example(np.array([5, 6, 7]), np.array([-100, 6, 7])), Example(np.array([8]), np.array([8]))]
-    batch = collate(examples, pad_id=0)
-    assert {name: array.tolist() for name, array in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 0, 0]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[-100, 6, 7], [8, -100, -100]],
-    }
-    assert all(array.dtype == np.int64 for array in batch.values())
-    assert collate(examples, 0, "left")["labels"].tolist() == [[-100, 6, 7], [-100, -100, 8]]
-    with pytest.raises(ValueError, match="at least one example"):
-        collate([], 0)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 9), st.integers(0, 25))
-def test_batches_can_be_left_and_taken_up_again(count, batch_size, seed, steps):
-    def new():
-        return Batches(range(count), batch_size, seed)
-
-    straight = new()
-    expected = [next(straight) for _ in range(steps + 12)]
-    first = new()
-    assert [next(first) for _ in range(steps)] == expected[:steps]
-    second = new()
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [next(second) for _ in range(12)] == expected[steps:]
-
-
-def test_every_epoch_holds_every_example_once_in_another_order():
-    batches = Batches(range(100), 8, seed=3)
-    epochs = [[next(batches) for _ in range(len(batches))] for _ in range(3)]
-    assert all(sorted(example for batch in epoch for example in batch) == list(range(100)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and len(epochs[0][-1]) == 4
-    assert next(Batches(range(100), 8, seed=4)) != epochs[0][0]
-    assert next(Batches(range(100), 8, seed=3, shuffle=False)) == list(range(8))
-
-
-def test_a_position_of_other_batches_is_refused():
-    batches = Batches(range(10), 2, seed=1)
-    with pytest.raises(ValueError, match="batches with seed = 2, these have 1"):
-        batches.load_state_dict(Batches(range(10), 2, seed=2).state_dict())
-    with pytest.raises(ValueError, match="examples = 11, these have 10"):
-        batches.load_state_dict(Batches(range(11), 2, seed=1).state_dict())
-    with pytest.raises(ValueError, match="epoch 0, batch 9; an epoch has 5"):
-        batches.load_state_dict({**batches.state_dict(), "position": 9})
-    with pytest.raises(ValueError, match="no examples"):
-        Batches([], 2, seed=1)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        Batches([1], 0, seed=1)

@@ -1,4 +1,4 @@
-"""From records to what a model is trained on: (input_ids, labels), blocks of running text, padded batches.
+"""From records to what a model is trained on: (input_ids, labels), blocks of running text.
 
 Labels have the length of the input ids and are not shifted: `labels[t]` is `input_ids[t]` where that token is to be
 learned and -100 where it is not (a prompt, padding). `model.loss(input_ids, labels)` shifts inside, as in Hugging Face:
@@ -12,7 +12,7 @@ import numpy as np
 
 from minipeft.text.datasets import Document, Preference, Record
 from minipeft.text.templates import Template, Turn, default_template, plain, preference_turns
-from minipeft.text.tokenizer import Special, Tokenizer, pad_sequences
+from minipeft.text.tokenizer import Special, Tokenizer
 
 IGNORE = -100  # cross entropy's ignore_index
 
@@ -129,15 +129,6 @@ def chunk_text(ids: np.ndarray, length: int) -> list[np.ndarray]:
         raise ValueError(f"a block needs at least 2 tokens, one to predict the other from; got length {length}")
     blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
     return blocks[:-1] if blocks and len(blocks[-1]) < 2 else blocks
-
-
-def collate(examples: Sequence[Example], pad_id: int, side: str = "right") -> dict[str, np.ndarray]:
-    """A batch, int64 [batch, longest]: `input_ids` filled up with `pad_id`, `labels` with -100, `attention_mask`."""
-    if not examples:
-        raise ValueError("a batch needs at least one example")
-    input_ids, mask = pad_sequences([example.input_ids for example in examples], pad_id, side)
-    labels, _ = pad_sequences([example.labels for example in examples], IGNORE, side)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
 def _eos(tokenizer: Tokenizer) -> int:
