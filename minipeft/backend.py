@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from contextvars import copy_context
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
