@@ -1,0 +1,111 @@
+"""The command line: `minipeft COMMAND ...`, also `python -m minipeft COMMAND ...`. One file per command.
+
+A command is a module with SUMMARY (its line in the list), `add_arguments(parser)` and `run(args) -> exit status`; its
+docstring is its help. It imports the library inside `run`, so that help and usage errors appear at once.
+
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, told in one line on standard
+error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from .. import __version__
+from . import compare, finetune, generate, gradcheck, lessons
+from .arguments import Parser, nearest
+
+COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (compare, finetune, generate, gradcheck, lessons)}
+
+DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
+EXAMPLES = """\
+examples:
+  minipeft compare                                   every method on the shipped base, side by side
+  minipeft finetune --data my.jsonl --output tuned   one run on your own file
+  minipeft generate --model tuned --prompt "Once"    text from any saved model
+  minipeft COMMAND --help                            all options of a command, with examples
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = _parse(argv)
+        with warnings.catch_warnings():
+            # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
+            warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
+            status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # help, version, usage errors
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt as stop:
+        print(f"minipeft: interrupted{f'; {stop}' if stop.args else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does: nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"minipeft: error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def describe(error: Exception) -> str:
+    """An exception as one line; one that no part of the library raises on purpose is called a bug."""
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
+    if isinstance(error, ImportError):
+        return f"{message}; is the extra that this needs installed?"
+    if isinstance(error, KeyError) and error.args:  # str() of a KeyError is the repr of its message
+        message = " ".join(str(error.args[0]).split())
+    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)):
+        return message
+    return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    usage = "minipeft COMMAND [options]"
+    parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
+    parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
+    commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands")
+    parsers = {}
+    for name, module in COMMANDS.items():
+        text, _, examples = (module.__doc__ or "").partition("\nexamples:\n")
+        parsers[name] = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=text,
+            epilog=f"examples:\n{examples}" if examples else None,
+            formatter_class=_formatter,
+        )
+        module.add_arguments(parsers[name])
+        parsers[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
+        parsers[name].set_defaults(run=module.run, command=name)
+    args, unknown = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        if not unknown:
+            parser.print_help()
+            raise SystemExit(0)
+        parser.error(f"unknown option {unknown[0]!r}{nearest(unknown[0], parser.option_names())}")
+    if unknown:
+        known = parsers[args.command]
+        what = "option" if unknown[0].startswith("-") else "argument"
+        known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known.option_names())}")
+    return args
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)

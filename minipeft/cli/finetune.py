@@ -1,0 +1,244 @@
+"""Fine-tune the shipped base, or any model, on your own file.
+
+The data is a .jsonl file, one JSON object a line, all of one form:
+    {"prompt": ..., "completion": ...}
+    {"instruction": ..., "input": ..., "output": ...}
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+    {"text": ...}
+or a .txt file of running text. Of prompts and completions only the completions are learned. Some records are held out
+for testing, unless --validation names a file of its own.
+
+The output directory is a Hugging Face model directory, with metrics.jsonl, loss.png and finetune.json beside the model,
+and the last checkpoint, from which the same command with --resume goes on (safe to delete when the run has ended).
+
+examples:
+  minipeft finetune --data my.jsonl --output tuned
+  minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
+  minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
+  minipeft finetune --model SmolLM2-135M --data chat.jsonl --batch-size 2 --accumulation 8 --output tuned
+  minipeft generate --model tuned --prompt "..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_machine, add_seed, natural, positive, positive_int, proportion, use_machine
+from .methods import METHODS
+
+SUMMARY = "fine-tune a model on your own file"
+
+WRITTEN = re.compile(
+    r"checkpoint-\d+|metrics\.jsonl|loss\.png|finetune\.json|config\.json|generation_config\.json|tokenizer\.json"
+    r"|tokenizer_config\.json|model\.safetensors|adapter_config\.json|adapter_model\.safetensors"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .jsonl or .txt file to learn from")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
+    parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
+    methods = "; ".join(f"{name}: {method.title}, lr {method.learning_rate:g}" for name, method in METHODS.items())
+    parser.add_argument("--method", choices=METHODS, default="full", help=f"default: full ({methods})")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--validation",
+        default="0.1",
+        metavar="FILE|FRACTION",
+        help="a held-out file, or the share of the data to hold out, 0 for none (default: 0.1)",
+    )
+    group.add_argument(
+        "--template",
+        metavar="NAME|TEXT",
+        help=r'plain, alpaca, chatml, or a text such as "Q: {prompt}\nA:" (default: by the form of the records)',
+    )
+    group.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens of an example (default: 256, or what the model takes)",
+    )
+    group.add_argument(
+        "--overflow",
+        choices=("error", "truncate", "drop"),
+        default="error",
+        help="what to do with longer records (default: error)",
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive, default=3.0, metavar="N", help="passes over the data (default: 3)")
+    group.add_argument("--steps", type=positive_int, metavar="N", help="steps instead of epochs")
+    group.add_argument(
+        "--batch-size", type=positive_int, default=8, metavar="N", help="examples at a time (default: 8)"
+    )
+    group.add_argument("--accumulation", type=positive_int, default=1, metavar="N", help="batches a step (default: 1)")
+    group.add_argument(
+        "--lr", type=positive, metavar="RATE", help="learning rate (default: the method's, see --method)"
+    )
+    group.add_argument(
+        "--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--warmup", type=proportion, default=0.05, metavar="SHARE", help="share of the steps (default: 0.05)"
+    )
+    group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
+    group.add_argument("--weight-decay", type=natural, default=0.0, metavar="X", help="default: 0")
+    group.add_argument(
+        "--max-grad-norm", type=natural, default=1.0, metavar="X", help="clip the gradient; 0 does not (default: 1)"
+    )
+    group.add_argument("--eval-steps", type=positive_int, metavar="N", help="steps between evaluations (default: 1/5)")
+    group.add_argument("--save-steps", type=positive_int, metavar="N", help="steps between checkpoints (default: 1/5)")
+    group.add_argument(
+        "--early-stopping", type=positive_int, metavar="N", help="stop after N evaluations without gain, keep the best"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations again in backward: less memory, slower",
+    )
+    add_seed(group, "the order of the data, and of dropout")
+
+    group = parser.add_argument_group("an output directory that is not empty")
+    group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    check_output(output, args.resume, args.overwrite)
+    use_machine(args)
+    from rich.console import Console
+
+    from ..files import write_json
+    from ..hub.pretrained import save_pretrained
+    from ..text.templates import get_template
+    from ..train import Trainer, TrainingArguments, last_checkpoint
+    from .data import encode, read_records, samples
+    from .models import load_model
+    from .report import ANSWER, answer, console, count, show_samples
+
+    template = None if args.template is None else get_template(args.template.replace("\\n", "\n"))
+    records = read_records(args.data)
+    held_out = validation(args.validation)
+    base, tokenizer = load_model(args.model, args.backend)
+    limit = base.config.max_position_embeddings
+    if args.max_length and args.max_length > limit:
+        raise ValueError(f"--max-length {args.max_length} is more than the {limit} positions of the model")
+    max_length = args.max_length or min(256, limit)
+    data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
+
+    method = METHODS[args.method]
+    model = method.prepare(base)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (args.batch_size * args.accumulation)))
+    often = max(1, steps // 5)
+    arguments = TrainingArguments(
+        output_dir=output,
+        learning_rate=args.lr or method.learning_rate,
+        max_steps=steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        optim=args.optimizer,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm or None,
+        lr_scheduler_type=args.schedule,
+        warmup_ratio=args.warmup,
+        eval_steps=(args.eval_steps or often) if data.held_out else None,
+        save_steps=args.save_steps or often,
+        save_total_limit=1,
+        early_stopping_patience=args.early_stopping,
+        seed=args.seed,
+    )
+    pad = tokenizer.pad_token_id or 0
+    trainer = Trainer(model, data.train, data.held_out or None, arguments, pad)
+    trainable, total = count(model)
+    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    err.print(
+        f"{method.title}: {trainable:,} of {total:,} parameters; {len(data.train):,} examples to learn from, "
+        f"{len(data.held_out):,} held out; {steps:,} steps, learning rate {arguments.learning_rate:g}"
+    )
+    if data.note:
+        err.print(data.note)
+
+    before = trainer.evaluate() if data.held_out else None
+    if args.overwrite:
+        remove_earlier(output)
+    try:
+        result = trainer.train(resume_from_checkpoint=args.resume)
+    except KeyboardInterrupt:
+        if last_checkpoint(output) is None:
+            raise
+        raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
+    after = trainer.evaluate() if data.held_out else None
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(output)
+        tokenizer.save(output)
+    else:
+        save_pretrained(model, output, tokenizer)
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command")}
+    write_json(
+        output / "finetune.json",
+        {
+            "options": {**options, "lr": arguments.learning_rate, "max_length": max_length, "steps": steps},
+            "parameters": {"trainable": trainable, "all": total},
+            "examples": {"training": len(data.train), "held_out": len(data.held_out)},
+            "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "held_out_loss": {"before": before, "after": after},
+        },
+    )
+
+    if before is not None and after is not None:
+        print(f"held-out loss  before {before:.4f}  after {after:.4f}  (perplexity {_exp(before)} -> {_exp(after)})")
+    if result.stopped_early:
+        print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
+    shown = samples(data, tokenizer, 1, limit - ANSWER, template)
+    for sample in shown:
+        answers = {name: answer(m, tokenizer, sample.ids) for name, m in (("before", base), ("after", model))}
+        show_samples(console(), [(sample, answers)])
+    option = "adapter" if hasattr(model, "save_pretrained") else "model"
+    print(f"saved in {output}  (minipeft generate --{option} {output})")
+    return 0
+
+
+def _exp(loss: float) -> str:
+    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """ValueError where the directory cannot take a run: not a directory, or not empty and nothing said about that."""
+    if resume and overwrite:
+        raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; a directory is to be written")
+    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+        raise ValueError(f"--output {output} is not empty; choose another, or give --resume or --overwrite")
+
+
+def remove_earlier(output: Path) -> None:
+    """Remove what an earlier run of this command wrote into the directory, and nothing else."""
+    for path in sorted(output.iterdir()) if output.is_dir() else []:
+        if WRITTEN.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def validation(text: str) -> Any:
+    """--validation: a fraction as a float, or the records of the file that it names."""
+    from .data import read_records
+
+    try:
+        fraction = float(text)
+    except ValueError:
+        return read_records(text)
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--validation takes a file or a fraction of at least 0 and below 1, not {text}")
+    return fraction

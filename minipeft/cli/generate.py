@@ -1,0 +1,203 @@
+"""Let a model continue text: the shipped base, or any saved model, with or without an adapter.
+
+A prompt comes from --prompt (may be repeated), from a file, or from standard input. Without --temperature the most
+probable token is taken each time. On a terminal the text of a single prompt appears as it is written.
+
+examples:
+  minipeft generate --prompt "It was a fine morning"
+  minipeft generate --prompt "Word: garden (noun)\\nMeaning:" --escapes --completion-only
+  minipeft generate --model tuned --temperature 0.8 --top-p 0.9 --seed 1 --prompt "Once"
+  minipeft generate --model tuned --chat --prompt "What is a dog?"
+  echo "It was" | minipeft generate --max-new-tokens 40
+  minipeft generate --prompts questions.txt --json > answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_machine, add_seed, natural, natural_int, positive_int, probability, use_machine
+
+SUMMARY = "let a model continue text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter directory to put on the model")
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
+    group.add_argument(
+        "--prompts", metavar="FILE", help="prompts from a .txt file, one a line, or from the 'prompt's of a .jsonl file"
+    )
+    group.add_argument("--escapes", action="store_true", help=r"read \n and \t in --prompt as line break and tab")
+    group.add_argument("--chat", action="store_true", help="each prompt is a user's message, put as ChatML")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=positive_int, default=100, metavar="N", help="default: %(default)s")
+    group.add_argument("--temperature", type=natural, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    group.add_argument("--top-k", type=natural_int, metavar="K", help="draw from the K most probable tokens")
+    group.add_argument("--top-p", type=probability, metavar="P", help="draw from the fewest tokens of mass P")
+    add_seed(group, "the draw")
+    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--completion-only", action="store_true", help="leave out the prompt (--chat always does)")
+    group.add_argument("--json", action="store_true", help='one line {"prompt": ..., "completion": ...} a prompt')
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.system is not None and not args.chat:
+        raise ValueError("--system goes with --chat")
+    if args.adapter is not None and not Path(args.adapter).is_dir():
+        raise ValueError(f"--adapter {args.adapter}: there is no such directory")
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        raise ValueError("--top-k and --top-p limit a random draw; give --temperature above 0 with them")
+    use_machine(args)
+    prompts = _prompts(args)
+    model, tokenizer = _load(args)
+    encoded = [_encode(prompt, args, tokenizer) for prompt in prompts]
+    options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    options["eos_token_id"] = _stops(model, tokenizer, args.chat)
+    echo = not (args.completion_only or args.chat)
+
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
+        sys.stdout.write(prompts[0] if echo else "")
+        for text in stream_text(model, tokenizer, encoded[0], args.max_new_tokens, seed=args.seed, **options):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return 0
+    for prompt, completion in zip(prompts, _completions(model, tokenizer, encoded, args, options)):
+        if args.json:
+            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+        else:
+            print(prompt + completion if echo else completion, flush=True)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts as text, from exactly one of the three sources."""
+    if args.prompt and args.prompts:
+        raise ValueError("give either --prompt or --prompts, not both")
+    if args.prompt:
+        prompts = [p.replace("\\n", "\n").replace("\\t", "\t") if args.escapes else p for p in args.prompt]
+    elif args.prompts:
+        prompts = _read_prompts(Path(args.prompts))
+    else:
+        if sys.stdin.isatty():
+            print("(the prompt is read from standard input; end it with Ctrl-D)", file=sys.stderr)
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt), None)
+    if empty is not None:
+        raise ValueError(f"prompt {empty} is empty; a prompt needs some text")
+    return prompts
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, or the field 'prompt' of every line of a .jsonl file."""
+    from ..text.datasets import DatasetError
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DatasetError(path, None, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise DatasetError(path, None, "the file is empty; it must hold at least one prompt")
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(path, number, f"not valid JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            raise DatasetError(path, number, "must be a JSON object with a text field 'prompt'")
+        prompts.append(value["prompt"])
+    return prompts
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer), with the adapter on it, on the device asked for."""
+    from .models import load_model
+
+    model, tokenizer = load_model(args.model, args.backend)
+    if args.adapter is not None:
+        from ..peft.model import PeftModel
+
+        model = PeftModel.from_pretrained(model, args.adapter)
+    return model, tokenizer
+
+
+def _encode(prompt: str, args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    from ..text.datasets import Message
+    from ..text.templates import chatml_prompt
+
+    if not args.chat:
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    messages = [Message("system", args.system)] if args.system is not None else []
+    try:
+        return tokenizer.encode_pieces(chatml_prompt([*messages, Message("user", prompt)]), add_special_tokens=True)
+    except ValueError as error:
+        raise ValueError(f"--chat writes ChatML, which this model's tokenizer cannot: {error}") from error
+
+
+def _stops(model: Any, tokenizer: Any, chat: bool) -> list[int]:
+    """The ids that end a text: the model's, the tokenizer's, and in a chat the end of the turn."""
+    configured = getattr(getattr(model, "config", None), "eos_token_id", None)
+    ends = configured if isinstance(configured, (list, tuple)) else [configured]
+    ends = [*ends, tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>") if chat else None]
+    return sorted({end for end in ends if end is not None})
+
+
+def _completions(
+    model: Any, tokenizer: Any, encoded: list[list[int]], args: argparse.Namespace, options: dict[str, Any]
+) -> Iterator[str]:
+    """The completions in order, computed in batches; what is drawn for a prompt does not depend on the batch size."""
+    from ..backend import Rng
+    from ..nn.generation import generate
+    from ..text.tokenizer import pad_sequences
+
+    for start in range(0, len(encoded), args.batch_size):
+        batch = encoded[start : start + args.batch_size]
+        ids, mask = pad_sequences(batch, 0, side="left")
+        stream = Rng(args.seed, first_row=start)
+        out = generate(model, ids, mask, args.max_new_tokens, seed=stream, **options)
+        for row in out[:, ids.shape[1] :]:
+            yield tokenizer.decode(_until(row, options["eos_token_id"]))
+
+
+def _until(row: Any, ends: list[int]) -> list[int]:
+    """The tokens before the first that ends the text."""
+    tokens = [int(token) for token in row]
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def stream_text(
+    model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, eos_token_id: list[int], **options: Any
+) -> Iterator[str]:
+    """The continuation of one prompt, in pieces of text as its tokens come; a character split over tokens waits."""
+    from ..nn.generation import generate_stream
+
+    tokens: list[int] = []
+    shown = ""
+    for token in generate_stream(model, [prompt], None, max_new_tokens, eos_token_id=eos_token_id, **options):
+        if int(token[0]) in eos_token_id:
+            break
+        tokens.append(int(token[0]))
+        text = tokenizer.decode(tokens)
+        if text.endswith("�"):  # the first bytes of a character whose rest is yet to come
+            continue
+        yield text[len(shown) :]
+        shown = text
+    rest = tokenizer.decode(tokens)[len(shown) :]
+    if rest:
+        yield rest

@@ -1,0 +1,122 @@
+"""Check every derivative of the library against differences of its values.
+
+For a function with Jacobian J, a random direction u and a random cotangent w, the number <w, J u> comes from values
+alone (a central difference, extrapolated) and <u, pullback(w)> from the pullback; they must be the same. Every
+registered op is asked on many shapes, options and sets of inputs, then every parameter of small whole models of both
+dialects, all in float64. "worst deviation" is relative to the size of the terms; 1e-7 is the limit, 1e-10 is usual.
+
+The exit status is 1 when a check fails, and the failures are told.
+
+examples:
+  minipeft gradcheck
+  minipeft gradcheck --op softmax --op layer_norm
+  minipeft gradcheck --models
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+SUMMARY = "check every derivative against differences"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
+    parser.add_argument("--models", action="store_true", help="only the whole models")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..autograd.cases import check_ops, op_cases
+    from ..autograd.tensor import REGISTRY
+    from .arguments import unknown
+    from .report import console
+
+    for name in args.op or ():
+        if name not in REGISTRY:
+            raise ValueError(unknown("op", name, REGISTRY))
+    if args.op and args.models:
+        raise ValueError("--op and --models each leave out the other; give one of them")
+    cases = [] if args.models else op_cases(args.op)
+    models = {} if args.op else small_models()
+    rows: dict[str, list[Any]] = {}  # name -> [number of checks, worst deviation, errors]
+
+    def add(name: str, deviation: float, error: Exception | None) -> None:
+        row = rows.setdefault(name, [0, 0.0, []])
+        row[0], row[1] = row[0] + 1, max(row[1], deviation)
+        row[2] += [error] if error else []
+
+    total = len(cases) + sum(len(model.parameters()) for model, _ in models.values())
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("checking", total=total)
+        for case, deviation, error in check_ops(cases):
+            add(case.op, deviation, error)
+            bar.advance(task)
+        for name, (model, call) in models.items():
+            for _, deviation, error in check_model(model, call):
+                add(name, deviation, error)
+                bar.advance(task)
+
+    table = Table(box=None, pad_edge=False)
+    for heading, justify in (("op or model", "left"), ("checks", "right"), ("worst deviation", "right"), ("", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, (checks, worst, errors) in rows.items():
+        verdict = Text(f"{len(errors)} FAILED", "bold red") if errors else Text("ok", "green")
+        table.add_row(Text(name), str(checks), "-" if errors else f"{worst:.1e}", verdict)
+    out = console()
+    out.print(table)
+    failures = [error for _, _, errors in rows.values() for error in errors]
+    for error in failures:
+        out.print(Text(f"\n{error}"))
+    checks = sum(row[0] for row in rows.values())
+    out.print(f"\n{checks - len(failures)} of {checks} checks passed")
+    return 1 if failures else 0
+
+
+def check_model(model: Any, call: Any) -> Iterator[tuple[str, float, Exception | None]]:
+    """(parameter, worst deviation, error) for each parameter of a model."""
+    from ..autograd.gradcheck import check_parameters
+
+    return check_parameters(lambda: call(model), dict(model.named_parameters()))
+
+
+def small_models() -> dict[str, tuple[Any, Any]]:
+    """name -> (model, how it is called): both dialects, with what changes the graph: heads, ties, masks, dropout."""
+    import numpy as np
+
+    from ..nn.transformer import Transformer, TransformerConfig
+
+    shape = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,
+    }
+    shape["max_position_embeddings"] = 8
+    gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)
+    ids = np.random.default_rng(0).integers(0, 11, (2, 6))
+    padding = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    labels = np.where(ids < 3, -100, ids)
+    checkpointed = Transformer(llama.replace(dropout=0.2), seed=3)
+    checkpointed.gradient_checkpointing_enable()
+    return {
+        "gpt2 model": (Transformer(gpt2, seed=1), lambda m: m(ids)),
+        "gpt2 model, padding, dropout": (
+            Transformer(gpt2.replace(dropout=0.2), seed=1),
+            lambda m: m(ids, padding, rng=5),
+        ),
+        "llama model": (Transformer(llama, seed=2), lambda m: m(ids)),
+        "llama model, untied, loss": (
+            Transformer(llama.replace(tie_word_embeddings=False), seed=2),
+            lambda m: m.loss(ids, labels, attention_mask=padding),
+        ),
+        "llama model, checkpointing, dropout": (checkpointed, lambda m: m(ids, rng=5)),
+    }

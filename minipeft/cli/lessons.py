@@ -1,0 +1,83 @@
+"""List the lessons, or run one of them or all.
+
+A lesson is a Python file that also opens as a notebook: prose, equations, and claims that it asserts as it runs. They
+live in the folder lessons/ of a checkout of the project and are not part of the installed package.
+
+examples:
+  minipeft lessons                  the list
+  minipeft lessons 3                run lesson 3
+  minipeft lessons all --reduced    run every lesson with fewer steps, as the tests do
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SUMMARY = "list the lessons, run one or all"
+REDUCED = "MINIPEFT_REDUCED"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
+    parser.add_argument(
+        "--reduced", action="store_true", help=f"fewer steps, claims that need all of them left out (sets {REDUCED}=1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    lessons = find_lessons()
+    if args.lesson is None:
+        for number, path in lessons.items():
+            print(f"{number:>3}  {title(path)}  ({path.name})")
+        print("\nRun one with: minipeft lessons NUMBER")
+        return 0
+    if args.lesson == "all":
+        chosen = lessons
+    elif args.lesson.isdecimal() and int(args.lesson) in lessons:
+        chosen = {int(args.lesson): lessons[int(args.lesson)]}
+    else:
+        raise ValueError(f"no lesson {args.lesson!r}; there are {', '.join(map(str, lessons))}, and 'all'")
+    environment = {**os.environ, **({REDUCED: "1"} if args.reduced else {})}
+    failed = []
+    for number, path in chosen.items():
+        print(f"── lesson {number}: {title(path)}", flush=True)
+        started = time.perf_counter()
+        status = subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode
+        if status:
+            failed.append(number)
+        print(
+            f"── lesson {number}: {'FAILED' if status else 'done'} in {time.perf_counter() - started:.0f} s", flush=True
+        )
+    if failed:
+        print(f"minipeft: lessons that failed: {', '.join(map(str, failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def find_lessons() -> dict[int, Path]:
+    """number -> file, of lessons/ in the working directory, else beside the package. FileNotFoundError where none is."""
+    places = [Path.cwd() / "lessons", Path(__file__).resolve().parents[2] / "lessons"]
+    for place in places:
+        numbered = ((re.match(r"(\d+)_", path.name), path) for path in sorted(place.glob("*.py")))
+        found = {int(match.group(1)): path for match, path in numbered if match}
+        if found:
+            return dict(sorted(found.items()))
+    raise FileNotFoundError(
+        f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: they come with a checkout of the project, not with "
+        "the installed package; run this from the checkout's top level"
+    )
+
+
+def title(path: Path) -> str:
+    """The first Markdown heading of a lesson, or its file name's words."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            match = re.match(r"#\s+#+\s+(.+)", line)
+            if match:
+                return match.group(1).strip()
+    return path.stem.replace("_", " ")

@@ -1,0 +1,41 @@
+"""The fine-tuning methods the commands know: one entry each. The parts of the library are imported when one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    title          what a table calls it
+    learning_rate  the default, from a grid (3e-4, 1e-3, 3e-3, 1e-2) on the shipped base and the validation split of the
+                   task "rewrite": above it the task's loss falls little more and what is forgotten multiplies. Larger
+                   models want less.
+    prepare        from a base model to the model that is trained; the base stays as it is
+    config         what `minipeft.accounting` takes for the method: None for all parameters, "head", or a configuration
+    """
+
+    title: str
+    learning_rate: float
+    prepare: Callable[[Any], Any]
+    config: Callable[[], Any]
+
+
+def _head(base: Any) -> Any:
+    from ..nn.heads import head_only
+
+    return head_only(base)
+
+
+def _full(base: Any) -> Any:
+    return base.copy().requires_grad_(True)
+
+
+METHODS: dict[str, Method] = {
+    "head": Method("last layer only", 3e-3, _head, lambda: "head"),
+    "full": Method("full fine-tuning", 1e-3, _full, lambda: None),
+}

@@ -1,0 +1,26 @@
+"""Which model a command works on: the shipped base, or what --model names, on the device asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_model(path: str | None, backend: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of the shipped base (None) or of a Hugging Face directory.
+
+    Raises ValueError where it is no language model or comes without a tokenizer: the commands read and write text.
+    """
+    from ..hub.base import load_base
+    from ..hub.pretrained import from_pretrained
+    from ..nn.transformer import Transformer
+
+    model, tokenizer = load_base(backend) if path is None else from_pretrained(path, backend=backend)
+    if not isinstance(model, Transformer):
+        raise ValueError(f"{path}: holds a {type(model).__name__}; this command needs a language model")
+    if tokenizer is None:
+        raise ValueError(f"{path}: there is no tokenizer (tokenizer.json) beside the model, and text is to be encoded")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
+        )
+    return model, tokenizer

@@ -1,0 +1,377 @@
+"""The command line: help, errors in one line with exit status 2, and chains of tiny runs that a user would make."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.cli import COMMANDS, main
+from minipeft.files import read_safetensors
+from minipeft.hub.base import load_base
+
+PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei"),
+         ("seven", "sette"), ("eight", "otto"), ("nine", "nove"), ("ten", "dieci"), ("hundred", "cento")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tiny, randomly initialised model and the shipped tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = mp.TransformerConfig.llama(
+        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=192, eos_token_id=0,
+    )  # fmt: skip
+    _, tokenizer = load_base()
+    mp.save_pretrained(mp.Transformer(config.replace(eos_token_id=tokenizer.eos_token_id), seed=1), path, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    lines = [json.dumps({"prompt": f"Q: {a}\nA:", "completion": f" {b}"}) for a, b in PAIRS]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*argv) -> int:
+    return main([str(a) for a in argv])
+
+
+def python(*argv, **options):
+    environment = {**os.environ, "MINIPEFT_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=120, env=environment, **options
+    )
+
+
+def weights(path):
+    return {name: array.copy() for name, array in read_safetensors(path / "model.safetensors")[0].items()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_command_and_loads_no_array_library():
+    code = "import sys; from minipeft.cli import main; main(['--help']); sys.exit('numpy' in sys.modules)"
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    for name in COMMANDS:
+        assert re.search(rf"^ +{name}  +\w", result.stdout, re.M), result.stdout
+    assert "minipeft finetune --data" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_explains_its_options_and_gives_examples(name, capsys):
+    assert run(name, "--help") == 0
+    out = capsys.readouterr().out
+    _, _, examples = out.partition("\nexamples:\n")
+    assert examples.startswith(f"  minipeft {name}")
+    for line in examples.splitlines():  # every option that an example uses exists
+        for word in line.split() if line.startswith(f"  minipeft {name}") else ():
+            assert not word.startswith("--") or f"\n  {word}" in out, word
+
+
+def test_version_and_the_module_form():
+    result = python("-m", "minipeft", "--version")
+    assert (result.returncode, result.stdout) == (0, f"minipeft {mp.__version__}\n")
+
+
+def test_no_command_shows_the_help(capsys):
+    assert run() == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["comparre"], "unknown command 'comparre'; did you mean compare?"),
+        (["--versio"], "did you mean --version?"),
+        (["compare", "--step", "3"], "unknown option '--step'; did you mean --steps"),
+        (["compare", "--methods", "ful"], "did you mean full?"),
+        (["compare", "--steps", "0"], "--steps: must be a whole number of at least 1, not '0'"),
+        (["compare", "--seed", "x"], "--seed: must be a whole number of at least 0, not 'x'"),
+        (["compare", "--task", "rewrite", "--data", "x.jsonl"], "either --task or --data"),
+        (["compare", "--task", "rewrit"], "did you mean rewrite?"),
+        (["finetune", "--output", "o"], "--data"),
+        (["finetune", "--data", "d.jsonl"], "--output"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--method", "heads"], "did you mean head?"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "nan"], "--lr: must be a number above 0"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "inf"], "--lr"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--warmup", "1"], "below 1"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--resume", "--overwrite"], "give one of them"),
+        (["finetune", "--data", "{data}", "--output", "o", "extra"], "unknown argument 'extra'"),
+        (["finetune", "--data", "missing.jsonl", "--output", "o"], "missing.jsonl"),
+        (["finetune", "--data", "{data}", "--output", "{data}"], "is a file"),
+        (["finetune", "--data", "{data}", "--output", "{model}"], "is not empty"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "nowhere"], "nowhere"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "999"], "192 posit"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "5"], "longer than 5"),
+        (["finetune", "--data", "{data}", "--output", "o", "--template", "alpacca"], "alpaca"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--template", "{{input}}"], "{input}"),
+        (["finetune", "--data", "{data}", "--output", "o", "--validation", "2"], "--validation"),
+        (["finetune", "--data", "{data}", "--output", "o", "--validation", "no.jsonl"], "no.jsonl"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--resume"], "no checkpoint"),
+        (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
+        (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
+        (["generate", "--prompt", ""], "prompt 1 is empty"),
+        (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
+        (["generate", "--prompts", "missing.txt"], "missing.txt: No such file"),
+        (["generate", "--prompts", "{bad}"], "bad.jsonl:1"),
+        (["generate", "--prompt", "a", "--top-k", "5"], "--temperature"),
+        (["generate", "--prompt", "a", "--top-p", "1.5"], "--top-p: must be a number above 0 and at most 1"),
+        (["generate", "--prompt", "a", "--system", "s"], "--chat"),
+        (["generate", "--prompt", "a", "--model", "{model}", "--max-new-tokens", "500"], "192 positions"),
+        (["generate", "--prompt", "a", "--model", "{model}", "--adapter", "nowhere"], "nowhere"),
+        (["gradcheck", "--op", "gelo"], "gelu"),
+        (["lessons", "999"], "999"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_status_2(argv, fragment, model, data, tmp_path, monkeypatch, capsys):
+    bad, preferences = tmp_path / "bad.jsonl", tmp_path / "preferences.jsonl"
+    bad.write_text('{"text": "one"}\n{"text": \n')
+    preferences.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    monkeypatch.chdir(tmp_path)
+    names = {"data": data, "model": model, "bad": bad, "preferences": preferences}
+    assert run(*[a.format(**names) for a in argv]) == 2
+    err = capsys.readouterr().err
+    lines = err.splitlines()
+    assert lines[-1].startswith("minipeft: error: ") and fragment in lines[-1], err
+    assert "Traceback" not in err and sum(line.startswith("minipeft: error") for line in lines) == 1
+    assert not (tmp_path / "o").exists() or not any((tmp_path / "o").iterdir())  # nothing half-written
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    for argv in (["--debug", "generate", "--model", "nowhere", "--prompt", "a"],
+                 ["generate", "--model", "nowhere", "--prompt", "a", "--debug"]):  # fmt: skip
+        result = python("-m", "minipeft", *argv)
+        assert result.returncode == 2
+        assert result.stderr.startswith("Traceback") and result.stderr.splitlines()[-1].startswith("minipeft: error: ")
+
+
+def test_divergence_is_one_line_too(model, data, tmp_path):
+    result = python("-m", "minipeft", "finetune", "--data", data, "--model", model, "--output", tmp_path / "o",
+                    "--optimizer", "sgd", "--lr", "1e30", "--max-grad-norm", "0", "--steps", "5")  # fmt: skip
+    assert result.returncode == 2 and "diverged at step" in result.stderr.splitlines()[-1]
+    assert "Warning" not in result.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(model):
+    command = [sys.executable, "-m", "minipeft", "generate", "--model", str(model), "--max-new-tokens", "2"]
+    command += ["--batch-size", "1", *(["--prompt", "a"] * 200)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
+
+
+# ----------------------------------------------------------------------------------------------- finetune, generate
+
+
+def finetune(model, data, output, *more) -> int:
+    return run("finetune", "--model", model, "--data", data, "--output", output, "--steps", "6", "--batch-size", "4",
+               "--lr", "0.01", *more)  # fmt: skip
+
+
+def test_finetune_then_generate(model, data, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    assert finetune(model, data, output, "--validation", data) == 0
+    out = capsys.readouterr().out
+    record = json.loads((output / "finetune.json").read_text())
+    loss = record["held_out_loss"]
+    assert loss["after"] < loss["before"] and f"before {loss['before']:.4f}  after {loss['after']:.4f}" in out
+    assert record["examples"] == {"training": len(PAIRS), "held_out": len(PAIRS)}
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert not same(weights(model), weights(output))
+
+    tuned, tokenizer = mp.from_pretrained(output)
+    ids = tokenizer.encode("Q: one\nA:")
+    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    assert run("generate", "--model", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5") == 0
+    assert capsys.readouterr().out == f"Q: one\nA:{expected}\n"
+
+
+def test_the_same_command_writes_the_same_weights_and_another_seed_others(model, data, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert finetune(model, data, tmp_path / name, "--seed", seed) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1] != files[2]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(model, data, tmp_path, monkeypatch, capsys):
+    assert finetune(model, data, tmp_path / "whole") == 0
+    step = mp.Trainer._step
+
+    def interrupted(self, number):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(mp.Trainer, "_step", interrupted)
+    assert finetune(model, data, tmp_path / "parts", "--save-steps", "3") == 130
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "minipeft: interrupted; the same command with --resume goes on from the last checkpoint"
+    monkeypatch.undo()
+    assert finetune(model, data, tmp_path / "parts") == 2  # not silently over what is there
+    assert finetune(model, data, tmp_path / "parts", "--resume", "--lr", "0.02") == 2  # another run
+    assert finetune(model, data, tmp_path / "parts", "--resume") == 0
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_overwrite_replaces_an_earlier_run_and_leaves_other_files(model, data, tmp_path):
+    output = tmp_path / "o"
+    assert finetune(model, data, output, "--seed", 1) == 0
+    (output / "notes.txt").write_text("mine")
+    assert finetune(model, data, output, "--seed", 2, "--overwrite") == 0
+    assert finetune(model, data, tmp_path / "fresh", "--seed", 2) == 0
+    assert (output / "notes.txt").read_text() == "mine"
+    assert same(weights(output), weights(tmp_path / "fresh"))
+
+
+def test_head_trains_the_head_alone(model, data, tmp_path):
+    assert finetune(model, data, tmp_path / "o", "--method", "head") == 0
+    base, tuned = weights(model), weights(tmp_path / "o")
+    assert all(np.array_equal(tuned[name], array) for name, array in base.items() if name != "lm_head.weight")
+    assert not np.array_equal(tuned["lm_head.weight"], base["model.embed_tokens.weight"])
+
+
+def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):
+    large, small = tmp_path / "large", tmp_path / "small"
+    assert finetune(model, data, large, "--optimizer", "sgd") == 0
+    assert finetune(model, data, small, "--optimizer", "sgd", "--batch-size", "1", "--accumulation", "4") == 0
+    a, b = weights(large), weights(small)
+    assert max(float(abs(a[name] - b[name]).max()) for name in a) < 1e-6
+
+
+def jsonl(records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "lines", "more"),
+    [
+        (".txt", "It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
+        (".jsonl", jsonl({"text": f"{a} is {b}."} for a, b in PAIRS), ["--validation", "{file}"]),
+        (".jsonl", jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS), ["--validation", "{file}"]),
+        (
+            ".jsonl",
+            jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS),
+            ["--template", "{instruction}\\n->", "--validation", "0"],
+        ),
+        (
+            ".jsonl",
+            jsonl(
+                {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS
+            ),
+            ["--validation", "{file}"],
+        ),
+    ],
+    ids=["text file", "documents", "instructions", "custom template", "conversations"],
+)
+def test_every_form_of_data(suffix, lines, more, model, tmp_path, capsys):
+    file = tmp_path / f"data{suffix}"
+    file.write_text(lines)
+    assert finetune(model, file, tmp_path / "o", *[m.replace("{file}", str(file)) for m in more]) == 0
+    loss = json.loads((tmp_path / "o" / "finetune.json").read_text())["held_out_loss"]
+    if "0" in more:
+        assert loss == {"before": None, "after": None}
+    else:
+        assert loss["after"] < loss["before"]
+
+
+def test_records_that_do_not_fit_are_counted(model, data, tmp_path, capsys):
+    assert finetune(model, data, tmp_path / "o", "--max-length", "8", "--overflow", "drop", "--validation", data) == 0
+    assert "longer than 8 tokens: " in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+
+def test_prompts_from_a_file_as_json_do_not_depend_on_the_batch(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\nThe house of the\nA\n")
+    outputs = []
+    for size in (1, 3):
+        argv = ["generate", "--model", model, "--prompts", file, "--max-new-tokens", "6", "--temperature", "1"]
+        assert run(*argv, "--json", "--batch-size", size) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert outputs[0] == outputs[1]
+    assert [record["prompt"] for record in outputs[0]] == ["one", "The house of the", "A"]
+
+
+def test_the_seed_decides_what_is_drawn(model, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        run("generate", "--model", model, "--prompt", "The", "--temperature", "1", "--top-p", "0.95", "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_prompt_from_standard_input(model):
+    arguments = ["generate", "--model", model, "--max-new-tokens", "3"]
+    piped = python("-m", "minipeft", *arguments, input="It was\n")
+    given = python("-m", "minipeft", *arguments, "--prompt", "It was")
+    assert piped.returncode == 0 and piped.stdout == given.stdout and piped.stdout.startswith("It was")
+
+
+def test_chat_puts_the_prompt_as_a_users_message(model, capsys):
+    tiny, tokenizer = mp.from_pretrained(model)
+    text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(text, allow_special=True)
+    ends = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
+    out = tiny.generate([ids], max_new_tokens=4, eos_token_id=ends)[0, len(ids) :]
+    expected = tokenizer.decode([i for i in out if i not in ends])
+    assert run("generate", "--model", model, "--chat", "--system", "Be kind.", "--prompt", "Hello",
+               "--max-new-tokens", "4") == 0  # fmt: skip
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_terminal_sees_the_same_text_as_a_file(model, capsys, monkeypatch):
+    argv = ["generate", "--model", model, "--prompt", "It was", "--temperature", "1.5", "--max-new-tokens", "30"]
+    assert run(*argv) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert run(*argv) == 0
+    assert capsys.readouterr().out == plain
+
+
+# ---------------------------------------------------------------------------------------------------------- lessons
+
+
+def test_lessons_are_listed_and_run(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "lessons"
+    folder.mkdir()
+    (folder / "01_first.py").write_text(
+        "# %% [markdown]\n# # The first idea\nimport os\nprint(os.environ.get('MINIPEFT_REDUCED'))\n"
+    )
+    (folder / "02_second.py").write_text("# %% [markdown]\n# # Another\nassert 1 + 1 == 3, 'no'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINIPEFT_REDUCED", raising=False)
+    assert run("lessons") == 0
+    out = capfd.readouterr().out
+    assert "  1  The first idea" in out and "  2  Another" in out
+    assert run("lessons", "1", "--reduced") == 0
+    assert "\n1\n" in capfd.readouterr().out
+    assert run("lessons", "1") == 0
+    assert "\nNone\n" in capfd.readouterr().out
+    assert run("lessons", "all") == 1  # the second fails
+    out, err = capfd.readouterr()
+    assert "lesson 1: done" in out and "lesson 2: FAILED" in out and "lessons that failed: 2" in err

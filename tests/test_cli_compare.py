@@ -1,0 +1,121 @@
+"""`minipeft compare` on a tiny model: what the table says is true, and the same seed says it again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import minipeft as mp
+from minipeft.cli import main
+from minipeft.cli.data import encode, split_off
+from minipeft.cli.methods import METHODS
+from minipeft.hub.base import load_base
+from minipeft.text.datasets import Completion, Document
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    _, tokenizer = load_base()
+    config = mp.TransformerConfig.llama(
+        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=192, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    mp.save_pretrained(mp.Transformer(config, seed=1), path, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison(model, tmp_path_factory):
+    """(directory, content of compare.json, printed text) of a reduced comparison."""
+    output = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("sys.stdout.write", lambda text: lines.append(text) or len(text))
+        assert main(["compare", "--reduced", "--model", str(model), "--output", str(output), "--lr", "0.01"]) == 0
+    return output, json.loads((output / "compare.json").read_text()), "".join(lines)
+
+
+def without_timings(content):
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds_per_step", "memory_measured")} for row in content["methods"]
+    ]
+
+
+def test_every_method_has_a_row_after_the_frozen_base(comparison):
+    _, content, printed = comparison
+    rows = content["methods"]
+    assert [row["method"] for row in rows] == ["frozen", *METHODS]
+    for row in rows:
+        assert row["title"] in printed and f"{row['trainable']:,}" in printed and f"{row['task_loss']:.3f}" in printed
+    assert "reference" in printed
+
+
+def test_parameters_and_storage_are_those_of_the_formula(comparison, model):
+    _, content, _ = comparison
+    config = mp.from_pretrained(model)[0].config
+    arch = mp.accounting.architecture(config)
+    for row in content["methods"]:
+        count = mp.accounting.count_parameters(arch, METHODS[row["method"]].config() if row["trainable"] else "frozen")
+        assert (row["trainable"], row["parameters"], row["storage"]) == (count.trainable, count.total, 4 * count.stored)
+
+
+def test_the_ledger_predicts_the_measured_memory(comparison):
+    for row in comparison[1]["methods"]:
+        assert row["memory_predicted"] == pytest.approx(row["memory_measured"], rel=0.1), row["title"]
+
+
+def test_training_lowers_the_loss_on_the_task_and_tells_what_was_forgotten(comparison):
+    frozen, *trained = comparison[1]["methods"]
+    for row in trained:
+        assert row["task_loss"] < frozen["task_loss"] and row["seconds_per_step"] > 0
+        assert row["forgotten"] == pytest.approx(row["general_loss"] - frozen["general_loss"], abs=1e-6)
+        assert [step for step, _ in row["curve"]] == list(range(1, 13))
+        assert row["held_out_curve"][-1] == [12, row["task_loss"]]
+
+
+def test_the_picture_is_saved(comparison):
+    assert (comparison[0] / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in comparison[0].iterdir()} == {"compare.json", "compare.png"}
+
+
+def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(comparison, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIPEFT_REDUCED", "1")
+    assert main(["compare", "--model", str(model), "--output", str(tmp_path), "--lr", "0.01"]) == 0
+    again = json.loads((tmp_path / "compare.json").read_text())
+    assert without_timings(again) == without_timings(comparison[1])
+
+
+def test_ones_own_file(model, tmp_path, capsys):
+    data = tmp_path / "mine.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"{i} is", "completion": f" {i}, [b]truly[/b]"}) for i in range(30))
+    )
+    argv = ["compare", "--model", str(model), "--data", str(data), "--steps", "4", "--methods", "full", "--lr", "0.01"]
+    assert main([*argv, "--output", str(tmp_path / "o")]) == 0
+    content = json.loads((tmp_path / "o" / "compare.json").read_text())
+    assert [row["method"] for row in content["methods"]] == ["frozen", "full"]
+    assert content["settings"]["held_out_examples"] == 3
+    assert "[b]truly[/b]" in capsys.readouterr().out  # a file's text is never markup
+
+
+def test_what_is_held_out_depends_on_the_records_alone():
+    records = [Completion(f"p{i}", f"c{i}") for i in range(40)]
+    train, held = split_off(records, 0.1)
+    assert len(held) == 4 and sorted(train + held) == sorted(records)
+    for other in (records[::-1], records * 2):
+        again_train, again_held = split_off(other, 0.1)
+        assert set(again_held) == set(held) and not set(again_train) & set(held)
+    with pytest.raises(ValueError, match="at least two different"):
+        split_off(records[:1] * 5, 0.1)
+
+
+def test_a_single_text_is_split_by_its_blocks():
+    _, tokenizer = load_base()
+    data = encode([Document("It was a fine morning. " * 100)], 0.2, tokenizer, 64)
+    assert len(data.train) + len(data.held_out) >= 5 and len(data.held_out) == round(
+        0.2 * (len(data.train) + len(data.held_out))
+    )
+    with pytest.raises(ValueError, match="to hold one out it takes two"):
+        encode([Document("It was.")], 0.2, tokenizer, 64)
