@@ -327,12 +327,9 @@ def _broadcast_to(op, x, shape):
 
 @rule
 def _getitem(op, x, index):
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, (np.ndarray, list)) for i in parts):
-        y = op.new(np.ndarray(x.shape, bool, np.zeros(1, bool), 0, (0,) * x.ndim)[index].shape)
-    else:
-        y = op.view(x, np.ndarray(x.shape, bool, np.zeros(1, bool), 0, (0,) * x.ndim)[index].shape)
-    return y, op.pull(x.shape), None
+    arrays = [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, (np.ndarray, list))]
+    shape = np.broadcast_to(False, x.shape)[index].shape
+    return op.new(shape) if arrays else op.view(x, shape), op.pull(x.shape, *arrays), None
 
 
 @rule
@@ -353,11 +350,9 @@ def __cat(op, *arrays, axis):
 
 @rule
 def _matmul(op, a, b):
-    shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2]) + a.shape[-2:-1] + b.shape[-1:] if min(a.ndim, b.ndim) > 1 else (
-        b.shape[:-2] + b.shape[-1:] if a.ndim == 1 else a.shape[:-1]
-    )
-    lead = shape[: len(shape) - 2]
-    return op.new(shape), op.pull(lead + a.shape[-2:], b), op.pull(b.shape if b.ndim <= 2 else lead + b.shape[-2:], a)
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    y = op.new(lead + a.shape[-2:-1] + (b.shape[-1:] if b.ndim > 1 else ()))
+    return y, op.pull(lead + a.shape[-2:], b), op.pull(b.shape if b.ndim <= 2 else lead + b.shape[-2:], a)
 
 
 @rule
@@ -382,7 +377,7 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
 def _embedding(op, ids, weight):
     n, d = ids.size, weight.shape[1]
     scatter = 4 * d * (n + 2 * min(n, weight.shape[0])) + 16 * n  # rows sorted, their sums, the sums added; their order
-    return op.new((*ids.shape, d)), None, op.pull(weight.shape, work=scatter)
+    return op.new((*ids.shape, d)), None, op.pull(weight.shape, weight, ids, work=scatter)
 
 
 # ---------------------------------------------------------------------------------------------------- normalization
@@ -398,7 +393,7 @@ def _layer_norm(op, x, weight, bias, eps=1e-5):
 @rule
 def _rms_norm(op, x, weight, eps=1e-6):
     y, normed, rstd = op.new(x.shape), op.new(x.shape), op.new((*x.shape[:-1], 1))
-    return y, op.pull(x.shape, normed, rstd, work=op.blocks(x.size, 1)), op.pull(weight.shape, normed)
+    return y, op.pull(x.shape, weight, normed, rstd, work=op.blocks(x.size, 1)), op.pull(weight.shape, normed)
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -408,7 +403,7 @@ def _rms_norm(op, x, weight, eps=1e-6):
 def _rope(op, x, cos, sin):
     y, work = op.new(x.shape), op.blocks(x.size, 1) // 2
     op.works_in(work)
-    return y, op.pull(x.shape, work=work), None, None
+    return y, op.pull(x.shape, cos, sin, work=work), None, None
 
 
 class _Tiles:
@@ -466,11 +461,9 @@ def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
 
 @rule
 def _cross_entropy(op, logits, targets, ignore_index=-100):
-    rows = targets.size
+    rows = [op.new((targets.size,), np.int64), *[op.new((targets.size,)) for _ in range(3)]]  # targets, counts, divisor
     op.works_in(op.blocks(logits.size, 1))
-    row_sums, counts = op.new((rows, 1)), op.new((rows,))
-    kept = [op.new((rows,), np.int64)]
-    return op.new(()), op.pull(logits.shape, logits, row_sums, counts, *kept), None, None
+    return op.new(()), op.pull(logits.shape, logits, *rows), None, None
 
 
 @rule
@@ -482,8 +475,9 @@ def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100):
     op.works_in(widened)
     logits = op.new((n, classes))
     logits.buffer.move("logits")
-    rows = [op.new((n,), np.int64), op.new((n,), np.int64), op.new((n,)), op.new((n, 1))]  # which, targets, counts, lse
+    which = op.new((n,), np.int64)
+    rows = [op.new((n,), np.int64), *[op.new((n,)) for _ in range(3)]]  # targets, counts, divisor
     op.works_in(op.blocks(logits.size, 1))
     copied = 0 if everything else op.meter.itemsize * n * width  # the product, before it is spread over the rows
-    dhidden = op.pull(hidden.shape, hidden, h, weight, logits, *rows, work=op.blocks(logits.size, 0) + copied + widened)
+    dhidden = op.pull(hidden.shape, hidden, h, weight, logits, which, *rows, work=copied + widened)
     return op.new(()), dhidden, op.pull(weight.shape, h, logits, *rows), None, None
