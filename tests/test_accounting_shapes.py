@@ -40,10 +40,9 @@ def reached(thing, seen):
 
 def _filled(cell):
     try:
-        cell.cell_contents
+        return cell.cell_contents is not None
     except ValueError:
         return False
-    return True
 
 
 def kept_bytes(pullback) -> int:
