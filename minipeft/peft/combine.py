@@ -1,0 +1,143 @@
+"""Several LoRA adapters combined into one, with weights.
+
+    cat     Σ w_i s_i B_i A_i exactly: the factors side by side, rank Σ r_i
+    svd     the best approximation of that sum of rank `svd_rank`
+    linear  A = Σ sqrt(w_i s_i) A_i,  B = Σ sqrt(w_i s_i) B_i: cheap, but its product has cross terms B_i A_j
+    ties    the same on trimmed factors, adding only what agrees with the sign that wins    Yadav et al. 2023, arXiv:2306.01708
+    dare_linear, dare_ties   the same on factors of which a random part is dropped and the rest rescaled
+                             Yu et al. 2023, arXiv:2311.03099
+    magnitude_prune          linear on trimmed factors
+
+`ties`, `dare_linear`, `dare_ties` and `magnitude_prune` may end in `_svd`: then the products s_i B_i A_i are combined, and
+the result is factorised. These are PEFT's names and rules. The new adapter has scaling 1, whatever the scalings of its
+parts, so that one adapter with weight 1 gives itself (also with rsLoRA).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..backend import to_numpy
+from .config import PeftError
+from .layer import fill
+
+RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINATIONS = ("cat", "svd", *RULES, *(f"{rule}_svd" for rule in RULES[1:]))
+
+
+def add_weighted_adapter(
+    model: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+) -> None:
+    """Add to a PeftModel the adapter `adapter_name` that combines others. It is not active yet.
+
+    Args:
+        adapters, weights: which, and with what weight each; weights may be negative.
+        combination_type: one of the names above ("dare" is "dare_linear").
+        svd_rank: of the result of svd; by default the largest of the parts' ranks.
+        density: the part of the values that trimming or dropping keeps (ties, dare, magnitude_prune), in (0, 1].
+        majority_sign_method: "total" (the sign of the sum) or "frequency" (of the most values) wins in ties.
+        seed: of what dare drops.
+
+    Raises PeftError for adapters that cannot be combined so: other methods than LoRA, DoRA, differing ranks (linear and
+    ties, which add factors elementwise).
+    """
+    kind = "dare_linear" if combination_type == "dare" else combination_type
+    if kind not in COMBINATIONS:
+        raise PeftError(f"combination_type must be one of {', '.join(COMBINATIONS)}, not {combination_type!r}")
+    if not adapters or len(adapters) != len(weights):
+        raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
+    if not all(math.isfinite(w) for w in weights):
+        raise PeftError(f"the weights must be finite, not {weights}")
+    rule = kind.removesuffix("_svd")
+    if rule not in ("cat", "svd", "linear") and (density is None or not 0 < density <= 1):
+        raise PeftError(f"{kind} needs a density in (0, 1], the part of the values to keep, not {density}")
+    if majority_sign_method not in ("total", "frequency"):
+        raise PeftError(f"majority_sign_method must be 'total' or 'frequency', not {majority_sign_method!r}")
+    for name in adapters:
+        model._known(name)
+        config = model.peft_config[name]
+        if config.peft_type != "LORA" or config.use_dora or config.modules_to_save:
+            what = "modules_to_save" if config.peft_type == "LORA" and config.modules_to_save else "DoRA" if config.peft_type == "LORA" else config.peft_type
+            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
+
+    generator = np.random.default_rng(seed)
+    combined: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for path, layer in model.layers.items():
+        parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights) if n in layer.adapters]
+        if not parts:
+            continue
+        A = [to_numpy(a.factors()[0].data) for a, _ in parts]
+        B = [to_numpy(a.factors()[1].data) for a, _ in parts]
+        ws = [w * a.scaling for a, w in parts]
+
+        def combine(tensors: list[np.ndarray], ws: list[float]) -> np.ndarray:
+            return _combine(rule, tensors, ws, density, majority_sign_method, generator)
+
+        if kind == "cat":
+            combined[path] = np.concatenate([a * np.float32(w) for a, w in zip(A, ws)]), np.concatenate(B, axis=1)
+        elif kind in RULES:
+            if len({a.shape for a in A}) > 1:
+                raise PeftError(f"{kind} adds factors elementwise, but at {path} the ranks are {[a.shape[0] for a in A]}; use cat or svd")
+            roots = [math.sqrt(abs(w)) for w in ws]
+            combined[path] = combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), combine(B, roots)
+        else:
+            deltas = [np.float32(a.scaling) * (b @ x) for (a, _), x, b in zip(parts, A, B)]
+            rank = min(svd_rank or max(a.shape[0] for a in A), *deltas[0].shape)
+            U, S, Vt = np.linalg.svd(combine(deltas, [w for _, w in parts]), full_matrices=False)
+            combined[path] = Vt[:rank], U[:, :rank] * S[:rank]
+
+    _add(model, adapter_name, model.peft_config[adapters[0]], combined)
+
+
+def _add(model: Any, adapter_name: str, like: Any, factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Add an adapter that holds these factors (A, B) by path, with scaling 1."""
+    ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: rank for path, rank in ranks.items() if rank != r}
+    config = like.replace(
+        r=r, lora_alpha=r, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(ranks), exclude_modules=None,
+        layers_to_transform=None, layers_pattern=None, use_rslora=False, enable_lora=None, init_lora_weights=True,
+    )  # fmt: skip
+    model.add_adapter(adapter_name, config, seed=None)
+    for path, adapter in model.parts(adapter_name):
+        for parameter, values in zip(adapter.trained().values(), factors[path]):
+            fill(parameter, values)
+    model.mark_start(adapter_name)
+
+
+def _combine(
+    rule: str, tensors: list[np.ndarray], weights: list[float], density: float | None, majority: str, generator: np.random.Generator
+) -> np.ndarray:
+    """Σ w_i t_i of trimmed or thinned tensors, divided by the number of those that agree with the winning sign in ties."""
+    thin: Callable[[np.ndarray], np.ndarray] = lambda t: t  # noqa: E731
+    if rule in ("ties", "magnitude_prune"):
+        thin = lambda t: _trim(t, density)  # noqa: E731
+    elif rule in ("dare_linear", "dare_ties"):
+        thin = lambda t: t * (generator.random(t.shape, np.float32) < density) / np.float32(density)  # noqa: E731
+    t = np.stack([thin(x) for x in tensors])  # [n, ...]
+    weighted = t * np.float32(weights).reshape(-1, *[1] * (t.ndim - 1))
+    if not rule.endswith("ties"):
+        return weighted.sum(axis=0)
+    elected = np.where((t if majority == "total" else np.sign(t)).sum(axis=0) >= 0, 1, -1)
+    agree = np.sign(t) == elected
+    return ((weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)).astype(np.float32)
+
+
+def _trim(t: np.ndarray, density: float) -> np.ndarray:
+    """t with all but its int(density * size) largest values, by magnitude, set to zero."""
+    kept = np.zeros(t.size, bool)
+    kept[np.argsort(-np.abs(t).reshape(-1), kind="stable")[: int(density * t.size)]] = True
+    return t * kept.reshape(t.shape)

@@ -1,0 +1,240 @@
+"""What every method's configuration shares: which modules it is for, and how it is read from and written as JSON.
+
+A method is a configuration (a dataclass, with the field names of Hugging Face PEFT) that says which parameters it adds
+where (`parameter_shapes`) and builds them (`adapter`). Targets are chosen by name alone, so that a parameter count can
+be had from a table of shapes without building anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
+from ..nn.module import Module
+
+Shape = tuple[int, ...]
+Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng(seed); None: leave values at zero
+
+OUTPUT_HEADS = ("lm_head", "score", "classifier", "v_head")  # what "all-linear" leaves out, as PEFT does
+
+
+class PeftError(ValueError):
+    """A method cannot be applied as it was asked for; nothing has been changed."""
+
+
+def kind_of(module: Module) -> str | None:
+    """"linear", "conv1d", "embedding", "norm", or None for a module that is none of these."""
+    if isinstance(module, Linear) or hasattr(module, "dequantize"):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, Embedding):
+        return "embedding"
+    return "norm" if isinstance(module, (LayerNorm, RMSNorm)) else None
+
+
+def shape_of(module: Module) -> Shape:
+    """The shape of a layer's weight as it is stored: [out, in] for linear, [in, out] for conv1d, [V, d], or [d]."""
+    return (module.out_features, module.in_features) if kind_of(module) == "linear" else module.weight.shape
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """The options all methods have.
+
+    target_modules       names (a module matches when its path is the name or ends in ".name"), a regular expression
+                         that must match the whole path, or "all-linear" (every linear layer but the output head). None
+                         takes the method's usual ones for the model's architecture.
+    exclude_modules      names or a regular expression; what matches is not a target
+    layers_to_transform  only the layers of these numbers, the first number of a path (with target names only)
+    layers_pattern       the name of the list of layers, where a path has several numbers
+    modules_to_save      names of modules that are trained whole, as copies, and saved with the adapter
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+
+    peft_type: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
+    usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
+    ignored: ClassVar[frozenset[str]] = frozenset()  # options of PEFT that do not change what a saved adapter computes
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset, tuple)):
+                setattr(self, name, sorted(value))
+            elif value is not None and not isinstance(value, (str, list)):
+                raise PeftError(f"{name} must be names or a regular expression, not {value!r}")
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise PeftError("layers_pattern says where layers_to_transform counts; give layers_to_transform too")
+
+    # ------------------------------------------------------------------------------------------ what a method defines
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        """The parameters the method adds for one of the model's: {name within the module: shape}, {} where none.
+
+        Args:
+            name: the path of the module that holds the parameter.
+            kind: "linear", "conv1d", "embedding" or "norm" for a module's weight, "bias" for its bias.
+            shape: of that weight or bias, as it is stored.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Any:
+        """The trained part for one target, an `Adapter`; `seed` names its initial values (None: about to be loaded)."""
+        raise NotImplementedError(type(self).__name__)
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
+        """{path: adapter} for every target. A method whose adapters share something overrides this."""
+        return {name: self.adapter(name, layer, seeds[name]) for name, layer in layers.items()}
+
+    def prompt(self, model: Module, seed: Seed) -> Any:
+        """For methods that change a model's input: the trained `Prompt`; None for all others."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------------- targets
+
+    def with_targets(self, model: Module) -> PeftConfig:
+        """This configuration, with target_modules filled in for the model's architecture where it was None."""
+        if self.target_modules is not None or not self.kinds:
+            return self
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in self.usual_targets:
+            known = ", ".join(self.usual_targets) or "none"
+            raise PeftError(
+                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} (it knows those of: {known})"
+            )
+        return self.replace(target_modules=list(self.usual_targets[model_type]))
+
+    def targets(self, name: str, kind: str) -> bool:
+        """Whether a module, by its path and kind, is one that the method is put on."""
+        if not name or self._saves(name) or _matches(self.exclude_modules, name):
+            return False
+        if self.target_modules == "all-linear":
+            return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in OUTPUT_HEADS
+        if not _matches(self.target_modules, name):
+            return False
+        if self.layers_to_transform is None or name in self.target_modules:
+            return True
+        layers = self.layers_to_transform
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or [r"[^.]*"]
+        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+        return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+    def _saves(self, name: str) -> bool:
+        return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in self.modules_to_save or ())
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        """{path: layer} of every target among a model's modules. Raises PeftError for a name that matches nothing."""
+        found = {name: m for name, m in modules.items() if self.targets(name, kind_of(m) or "")}
+        if isinstance(self.target_modules, list):
+            for target in self.target_modules:
+                if not any(_matches([target], name) for name in modules):
+                    raise PeftError(f"target_modules: no module is called {target!r}{_near(target, modules)}")
+        if self.kinds and not found:
+            hint = " (a string is a regular expression for whole paths; names go into a list)" if isinstance(self.target_modules, str) else ""
+            raise PeftError(
+                f"target_modules={self.target_modules!r}{hint} matches no module that may be adapted{_near(str(self.target_modules), modules)}"
+            )
+        for name, module in found.items():
+            if kind_of(module) not in self.kinds:
+                raise PeftError(
+                    f"target_modules: {name!r} is a {type(module).__name__}; {type(self).__name__} works on {', '.join(self.kinds)}"
+                )
+        return found
+
+    def resolve_saved(self, modules: dict[str, Module]) -> dict[str, Module]:
+        """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
+        found = {}
+        for target in self.modules_to_save or ():
+            matched = {name: m for name, m in modules.items() if name and _matches([target], name)}
+            if not matched:
+                raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
+            found.update(matched)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- JSON
+
+    def replace(self, **fields: Any) -> Any:
+        """The same configuration with some options changed."""
+        return dataclasses.replace(self, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        return {"peft_type": self.peft_type, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Any:
+        """The configuration of an adapter_config.json.
+
+        Raises PeftError naming each option that this package does not know and that is set to something: it would
+        change the result.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        refused = {k: v for k, v in options.items() if k not in known | _NEUTRAL | cls.ignored and not _unset(v)}
+        if refused:
+            listed = ", ".join(f"{k}={v!r}" for k, v in sorted(refused.items()))
+            raise PeftError(f"the adapter uses options that {cls.__name__} does not have: {listed}")
+        return cls(**{k: v for k, v in options.items() if k in known})
+
+
+# Options of PEFT's files that say nothing about what the adapter computes.
+_NEUTRAL = frozenset(
+    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size eva_config corda_config "
+    "lora_ga_config loftq_config".split()
+)
+
+
+def _unset(value: Any) -> bool:
+    return value in (None, False, "none") or value == [] or value == {}
+
+
+def _matches(targets: list[str] | str | None, name: str) -> bool:
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _near(name: str, modules: Iterable[str]) -> str:
+    """"; nearest: a, b" of the module names (last parts, and whole paths) that resemble `name`."""
+    paths = [p for p in modules if p]
+    last = dict.fromkeys(p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit())
+    near = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=3, cutoff=0.4) or difflib.get_close_matches(
+        name, paths, n=3, cutoff=0.4
+    )
+    return f"; nearest: {', '.join(near)}" if near else f"; the modules are called {', '.join(list(last)[:12])}"
+
+
+def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's path (rank_pattern, alpha_pattern)."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

@@ -1,0 +1,420 @@
+"""Methods on models: surgery that leaves the model it starts from as it was, bit for bit.
+
+    base ── copy(share=True) ──► base_model of the PeftModel: new modules, the base's own arrays, all frozen
+                                   └ each target: AdaptedLayer(base layer, {"default": adapter, ...})
+
+Adapters own what they train, so a hundred of them on one base cost a hundred adapters. Which are active is one
+`Selection`, shared by all layers. A merge makes a new dense model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..autograd.tensor import Tensor
+from ..backend import Array, to_numpy
+from ..nn.module import Module, ModuleList, Parameter
+from .config import PeftConfig, PeftError, kind_of
+from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy
+
+
+def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
+    """A new model with a method applied; `model` stays as it is, now and during training.
+
+    Args:
+        model: any Module; its arrays are shared, frozen.
+        config: the method.
+        seed: names the adapter's initial values.
+
+    Raises PeftError when the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
+    """
+    return PeftModel(model, config, adapter_name, seed)
+
+
+class PeftModel(Module):
+    """A model with named adapters, called like the model; attributes it does not have are the model's.
+
+    peft_config       {adapter name: configuration}
+    active_adapters   the names of those in use
+    """
+
+    def __init__(self, model: Module, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
+        if isinstance(model, PeftModel):
+            raise PeftError("the model has adapters already; use add_adapter, or merge_and_unload first")
+        self.base_model = model.copy(share=True).requires_grad_(False)
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.layers: dict[str, AdaptedLayer] = {}  # by the path of the layer in the plain model
+        self.prompts: dict[str, Prompt] = {}
+        self.selection = Selection()
+        self._start: dict[str, dict[str, str]] = {}  # adapter -> parameter -> digest of its first value
+        self.add_adapter(adapter_name, config, seed)
+        self.set_adapter(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "base_model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.base_model, name)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The model, then the prompts by adapter name."""
+        yield "base_model", self.base_model
+        yield from self.prompts.items()
+
+    # ------------------------------------------------------------------------------------------------- computing
+
+    def forward(self, *inputs: Any, adapter_names: list[str] | None = None, **arguments: Any) -> Any:
+        """What the model gives: for a language model, logits of the input's length.
+
+        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters.
+        """
+        with self._rows(adapter_names):
+            prompt = self._prompt()
+            if prompt is None:
+                return self.base_model(*inputs, **arguments)
+            given, length = _named(inputs, arguments)
+            return self.base_model(**prompt.arguments(self.base_model, **given))[:, -length:]
+
+    def loss(self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
+        """The model's loss; labels have the input's length, virtual positions do not count."""
+        with self._rows(adapter_names):
+            prompt = self._prompt()
+            if prompt is None:
+                return self.base_model.loss(input_ids, labels, **arguments)
+            given, length = _named((input_ids,), arguments)
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
+            return self.base_model.head_loss(hidden[:, -length:], labels)
+
+    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+        """Continue the prompts; see `minipeft.nn.generation.generate`."""
+        from ..nn.generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    def _prompt(self) -> Prompt | None:
+        return next((self.prompts[n] for n in self.selection.names if n in self.prompts), None)
+
+    @contextmanager
+    def _rows(self, names: list[str] | None) -> Iterator[None]:
+        if names is not None:
+            for name in dict.fromkeys(names):
+                if name != BASE:
+                    self._known(name)
+                if name in self.prompts:
+                    raise PeftError(f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch")
+        before, self.selection.rows = self.selection.rows, names
+        try:
+            yield
+        finally:
+            self.selection.rows = before
+
+    # -------------------------------------------------------------------------------------------- named adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters in use, in the order in which they are applied."""
+        return list(self.selection.names)
+
+    def add_adapter(self, adapter_name: str, config: PeftConfig, seed: int | None = 0) -> None:
+        """Add a named adapter, not active yet. Raises PeftError, with nothing changed, when it does not fit."""
+        if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
+            raise PeftError(f"an adapter's name consists of letters, digits, '_' and '-'; {adapter_name!r} does not do")
+        if adapter_name in self.peft_config:
+            raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
+        modules = dict(plain_modules(self.base_model))
+        config = config.with_targets(self.base_model)
+        numbers = {path: i for i, path in enumerate(modules)}
+        targets, copied = config.resolve(modules), config.resolve_saved(modules)
+        adapters: dict[str, Adapter] = config.adapters(
+            targets, {path: None if seed is None else (seed, numbers[path]) for path in targets}
+        )
+        prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
+        adapters.update({path: TrainedCopy(module) for path, module in copied.items()})
+        if not adapters and prompt is None:
+            raise PeftError(f"{type(config).__name__} trains nothing of this {type(self.base_model).__name__}")
+        for path, adapter in adapters.items():
+            if path not in self.layers:
+                self.layers[path] = AdaptedLayer(modules[path], self.selection, numbers[path])
+                parent, _, name = path.rpartition(".")
+                modules[parent]._set_child(name, self.layers[path])
+            self.layers[path].adapters[adapter_name] = adapter.requires_grad_(False)
+        if prompt is not None:
+            self.prompts[adapter_name] = prompt.requires_grad_(False)
+        self.peft_config[adapter_name] = config
+        self.mark_start(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Use this adapter (or these, one around the other), and train it unless `inference_mode`; the rest rest."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self._known(name)
+        if sum(name in self.prompts for name in names) > 1:
+            raise PeftError("at most one of the active adapters can change the input")
+        self.selection.names = names
+        for name in self.peft_config:
+            for _, adapter in self.parts(name):
+                adapter.requires_grad_(name in names and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; a layer without adapters becomes the plain layer again."""
+        self._known(adapter_name)
+        modules = dict(plain_modules(self.base_model))
+        for path, layer in list(self.layers.items()):
+            layer.adapters.pop(adapter_name, None)
+            if layer.merged is not None and adapter_name in layer.merged[0]:
+                layer.merged = None
+            if not layer.adapters:
+                parent, _, name = path.rpartition(".")
+                modules[parent]._set_child(name, layer.base_layer)
+                del self.layers[path]
+        self.prompts.pop(adapter_name, None)
+        del self.peft_config[adapter_name], self._start[adapter_name]
+        self.selection.names = [name for name in self.selection.names if name != adapter_name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside `with model.disable_adapter():` the model computes what the base does."""
+        before, self.selection.names = self.selection.names, []
+        try:
+            yield
+        finally:
+            self.selection.names = before
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any) -> None:
+        """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self, adapters, weights, adapter_name, **options)
+
+    def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
+        """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
+        found = [(path, layer.adapters[adapter_name]) for path, layer in self.layers.items() if adapter_name in layer.adapters]
+        return found + ([("", self.prompts[adapter_name])] if adapter_name in self.prompts else [])
+
+    def _known(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise PeftError(f"there is no adapter {name!r}; there are {', '.join(self.peft_config)}")
+
+    # ---------------------------------------------------------------------------------------------------- merging
+
+    def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
+        """A new plain model that computes what this one does with these adapters (the active ones by default).
+
+        Its arrays are its own. Merging into a tied embedding unties it, in the model and in its configuration. Raises
+        PeftError for a method that no plain model equals, and for a merge that is not finite.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._known(name)
+            if name in self.prompts:
+                raise PeftError(f"the adapter {name!r} changes the input; no plain model equals it")
+        model = self.base_model.copy(share=True)
+        for path, layer in reversed(_adapted(model)):
+            model.replace(path, layer.merge(names))
+        return _independent(model)
+
+    def unload(self) -> Any:
+        """A new plain model: the base without adapters. Its arrays are its own."""
+        return self.merge_and_unload([])
+
+    def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Compute with merged weights while exactly these adapters (the active ones) are in use; the base's are kept."""
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._known(name)
+        merged = {path: layer.merge(names) for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            layer.merged = ([n for n in names if n in layer.adapters], merged[path])
+
+    def unmerge_adapter(self) -> None:
+        """Drop the merged weights; the base's, which were kept, are used again: nothing is subtracted or rounded."""
+        for layer in self.layers.values():
+            layer.merged = None
+
+    # ------------------------------------------------------------------------------------------------ what is there
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
+        constants = {id(p) for layer in self.layers.values() for a in layer.adapters.values() for p in _constants(a)}
+        counted = [p for p in self.parameters() if id(p) not in constants]
+        packed = sum(m.out_features * m.in_features for _, m in self.named_modules() if hasattr(m, "dequantize") and not isinstance(m, AdaptedLayer))
+        return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + packed
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def tree(self) -> str:
+        """The module tree as text, repeated layers once, with what was put where."""
+        return "\n".join([type(self.base_model).__name__, *_tree(self.base_model, "  ")])
+
+    def mark_start(self, adapter_name: str) -> None:
+        """From here on `assert_learning` compares with the present values."""
+        self._start[adapter_name] = {
+            (f"{path}.{key}" if path else key): _digest(p)
+            for path, adapter in self.parts(adapter_name)
+            for key, p in adapter.trained().items()
+        }
+
+    def unmoved(self) -> list[str]:
+        """The trainable adapter parameters that are, bit for bit, what they were at the start."""
+        return [
+            name
+            for adapter_name, start in self._start.items()
+            for path, adapter in self.parts(adapter_name)
+            for key, p in adapter.trained().items()
+            if p.requires_grad and start[name := f"{path}.{key}" if path else key] == _digest(p)
+        ]
+
+    # ------------------------------------------------------------------------------------------------------- files
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write every adapter as PEFT does; see `minipeft.peft.directory.save_adapter`.
+
+        The adapter "default" is written into the directory itself, others into sub-directories of their names.
+        """
+        from .directory import save_adapter
+
+        for name in self.peft_config:
+            save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
+
+    @classmethod
+    def from_pretrained(
+        cls, model: Module, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
+    ) -> PeftModel:
+        """`model` with the adapter of a directory, which PEFT or this package wrote.
+
+        Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
+        this package does not have.
+        """
+        from .directory import read_adapter
+
+        config, arrays = read_adapter(directory)
+        adapted = cls(model, config, adapter_name, seed=None)
+        adapted._load(adapter_name, arrays, directory)
+        adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return adapted
+
+    def load_adapter(self, directory: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
+        """Add the adapter of a directory under a name of its own, not active yet."""
+        from .directory import read_adapter
+
+        config, arrays = read_adapter(directory)
+        self.add_adapter(adapter_name, config, seed=None)
+        try:
+            self._load(adapter_name, arrays, directory)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
+        from .directory import load_arrays
+
+        load_arrays(self, adapter_name, arrays, directory)
+        self.mark_start(adapter_name)
+
+
+def assert_learning(model: PeftModel) -> None:
+    """Check, after some steps of training, that every trainable adapter parameter has moved.
+
+    Raises AssertionError naming those that are still what they were: their gradient was zero or never reached them.
+    """
+    unmoved = model.unmoved()
+    if unmoved:
+        raise AssertionError(f"{len(unmoved)} adapter parameters never moved: {', '.join(unmoved[:10])}{' ...' if len(unmoved) > 10 else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the tree
+
+
+def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    """(path, module) as in the plain model: adapted layers are seen through."""
+    if isinstance(model, AdaptedLayer):
+        model = model.base_layer
+    yield prefix, model
+    for name, child in model.children():
+        yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _adapted(model: Module) -> list[tuple[str, AdaptedLayer]]:
+    """(present path, layer) of the adapted layers, outer ones first, without looking into adapters."""
+    found = []
+
+    def walk(module: Module, path: str) -> None:
+        if isinstance(module, AdaptedLayer):
+            found.append((path, module))
+            walk(module.base_layer, f"{path}.base_layer")
+            return
+        for name, child in module.children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
+def _independent(model: Module) -> Any:
+    """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
+    model = model.copy().requires_grad_(True)
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+        if model.lm_head.weight is not model.backbone.embedding.weight:
+            untied = config.replace(tie_word_embeddings=False)
+            for _, module in model.named_modules():
+                if module.__dict__.get("config") is config:
+                    module.config = untied
+    return model
+
+
+def _constants(adapter: Adapter) -> list[Parameter]:
+    trained = {id(p) for p in adapter.trained().values()}
+    return [p for p in adapter.parameters() if id(p) not in trained]
+
+
+def _digest(p: Parameter) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(to_numpy(p.data)).tobytes(), digest_size=16).hexdigest()
+
+
+def _named(inputs: tuple, arguments: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(all arguments of Transformer.forward by name, length of the input)."""
+    names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "rng")
+    given = {**dict(zip(names, inputs)), **arguments}
+    given = {name: given.get(name) for name in names}
+    return given, (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
+
+
+def _tree(module: Module, indent: str) -> list[str]:
+    children = [(name, _describe(child), _inside(child, indent)) for name, child in module.children()]
+    lines: list[str] = []
+    i = 0
+    while i < len(children):
+        name, text, below = children[i]
+        j = i + 1
+        while isinstance(module, ModuleList) and j < len(children) and children[j][1:] == (text, below):
+            j += 1
+        lines += [f"{indent}{name if j == i + 1 else f'{name}..{children[j - 1][0]}'}: {text}", *below]
+        i = j
+    return lines
+
+
+def _inside(module: Module, indent: str) -> list[str]:
+    return _tree(module.base_layer if isinstance(module, AdaptedLayer) else module, indent + "  ")
+
+
+def _describe(module: Module) -> str:
+    plain = module.base_layer if isinstance(module, AdaptedLayer) else module
+    shapes = [f"{name} {list(p.shape)}" for name, p in plain.__dict__.items() if isinstance(p, Parameter)]
+    text = type(plain).__name__ + (f"({', '.join(shapes)})" if shapes and kind_of(plain) else "")
+    if isinstance(module, AdaptedLayer):
+        for name, adapter in module.adapters.items():
+            parts = ", ".join(f"{key} {list(p.shape)}" for key, p in adapter.trained().items())
+            text += f" + {name}: {type(adapter).__name__}({parts})"
+    return text
+
