@@ -1,4 +1,4 @@
-"""The judge: is a pullback the derivative of its op? Asked of differences of the value, which know nothing of pullbacks.
+"""The judge: is a pullback the derivative of its op? The witness is the value, which knows of no pullback.
 
 For f: R^n -> R^m with Jacobian J, a direction u in R^n and a cotangent w in R^m, both random,
 
@@ -14,10 +14,10 @@ combination (4 D(h) - D(2h)) / 3 of two steps (Richardson 1911) removes the h² 
 errors then balance at h = eps^(1/5), 7e-4 in float64, where both are near eps^(4/5) = 3e-13. The step of an input is
 h times its root mean square, as a normalized or tiny input bends on its own scale.
 
-**Tolerance.** The two numbers may differ by rtol * scale + 10 eps Σ|w f| / step, where scale is the larger of Σ|u_j
-g_j| and Σ|w_k (J u)_k|: the size that the two sums have before their terms cancel. For the ops of this package the
-largest deviation is about 1e-10 of the scale; rtol = 1e-7 leaves room for functions that bend more, and none for a
-mistake.
+**Tolerance.** The two numbers may differ by rtol * scale + 10 eps Σ|w f| / step, where scale is the larger of
+Σ|u_j g_j| and Σ|w_k (J u)_k|: the size that the two sums have before their terms cancel. For the ops of this package
+the largest deviation is 1e-10 of the scale, or 1e-8 where a case saturates an exponential on purpose; rtol = 1e-7
+leaves room for functions that bend as much, and none for a mistake.
 
 Inputs must lie away from kinks (relu at 0, a tie of `max`) by more than the step: there is no derivative to compare
 with.
@@ -39,8 +39,8 @@ class GradcheckError(AssertionError):
     """A pullback disagrees with the difference of its function's values.
 
     Attributes: `name` of the function, `input` (index or name), `index` of the worst element within it, and there
-    `pullback` (its value), `difference` (the central difference) and `tolerance`. They are None where the failure is not
-    about one element (a gradient of the wrong shape, say).
+    `pullback` (its value), `difference` (the central difference) and `tolerance`. They are None where the failure is
+    not about one element (a gradient of the wrong shape, say).
     """
 
     def __init__(
@@ -66,13 +66,18 @@ class Agreement(NamedTuple):
 
 
 def gradcheck(
-    fn: Callable[..., Tensor], *arrays: Any, name: str | None = None, seed: int = 0, directions: int = 2, rtol: float = 1e-7
+    fn: Callable[..., Tensor],
+    *arrays: Any,
+    name: str | None = None,
+    seed: int = 0,
+    directions: int = 2,
+    rtol: float = 1e-7,
 ) -> Agreement:
     """Compare the pullbacks of `fn(*arrays) -> Tensor` with central differences, in float64.
 
     Every floating-point array is checked as an input, converted to float64, under every subset of inputs that require
-    gradients (with more than four inputs: all, each alone, all but each). Integer and boolean arrays and anything that is
-    no array are passed on as they are.
+    gradients (with more than four inputs: all, each alone, all but each). Integer and boolean arrays and anything that
+    is no array are passed on as they are.
 
     Args:
         name: what messages call the function (default: its own name).
@@ -80,8 +85,8 @@ def gradcheck(
         directions: how many random pairs (u, w) each input is judged by.
         rtol: see the module's docstring.
 
-    Raises GradcheckError naming the input, the worst element and both values when they disagree, when a gradient has the
-    wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when computing
+    Raises GradcheckError naming the input, the worst element and both values when they disagree; also when a gradient
+    has the wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when computing
     gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to check.
     """
     call = [_float64(a) if is_array(a) and a.dtype.kind == "f" else a for a in map(_data, arrays)]
@@ -90,12 +95,18 @@ def gradcheck(
 
 
 def check_parameters(
-    fn: Callable[[], Tensor], parameters: Mapping[str, Tensor], *, seed: int = 0, directions: int = 2, rtol: float = 1e-7
+    fn: Callable[[], Tensor],
+    parameters: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    directions: int = 2,
+    rtol: float = 1e-7,
 ) -> Iterator[tuple[str, float, GradcheckError | None]]:
     """Judge a whole model: yields (name, worst relative deviation, error or None) for each of `parameters`, one by one.
 
-    `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their values
-    are float64, and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as before.
+    `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their
+    values are float64 and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as
+    before.
     """
     before = {name: (p.data, p.requires_grad, p.grad) for name, p in parameters.items()}
     try:
@@ -113,7 +124,8 @@ def check_parameters(
                 for k in range(directions):
                     u = _random(parameters[name].shape, seed, k, n + 1)
                     found = _differences(fn, parameters[name], u, cotangents[k])
-                    worst = max(worst, _compare(fn, inputs, name, u, cotangents[k], gradients[k][name], found, "model", rtol))
+                    deviation = _compare(fn, inputs, name, u, cotangents[k], gradients[k][name], found, "model", rtol)
+                    worst = max(worst, deviation)
             except GradcheckError as e:
                 worst, error = np.inf, e
             yield name, worst, error
@@ -129,7 +141,7 @@ class _Difference(NamedTuple):
     value: float  # <w, J u>
     scale: float  # Σ |w_k (J u)_k|
     rounding: float  # the error that rounding alone may cause
-    bend: float  # how far the two steps disagree
+    bend: float  # how far the slopes to either side differ: O(step) where the function is smooth
 
 
 def _check(
@@ -185,7 +197,9 @@ def _value(evaluate: Callable[[], Tensor], name: str) -> np.ndarray:
     return value
 
 
-def _pull_back(evaluate: Callable, inputs: dict[int | str, Tensor], w: np.ndarray, name: str) -> dict[int | str, np.ndarray]:
+def _pull_back(
+    evaluate: Callable[[], Tensor], inputs: dict[int | str, Tensor], w: np.ndarray, name: str
+) -> dict[int | str, np.ndarray]:
     """pullback(w) for each input, in the input's shape."""
     for x in inputs.values():
         x.grad = None
@@ -204,7 +218,8 @@ def _pull_back(evaluate: Callable, inputs: dict[int | str, Tensor], w: np.ndarra
         x.grad = None
         if g.shape != x.shape or g.dtype != x.dtype:
             raise GradcheckError(
-                f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, the input {x.dtype} of shape {x.shape}",
+                f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, "
+                f"the input is {x.dtype} of shape {x.shape}",
                 name,
                 i,
             )
@@ -228,7 +243,8 @@ def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np
             return to_numpy(evaluate().data)
 
     try:
-        dtype = at(0.0).dtype
+        here = at(0.0)
+        dtype = here.dtype
         step = float(np.finfo(dtype).eps) ** 0.2 * (size or 1.0)
         plus, minus, plus2, minus2 = (at(t).astype(np.float64) for t in (step, -step, 2 * step, -2 * step))
     finally:
@@ -236,7 +252,8 @@ def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np
     near, far = w * ((plus - minus) / (2 * step)), w * ((plus2 - minus2) / (4 * step))
     terms = (4 * near - far) / 3
     rounding = 10 * float(np.finfo(dtype).eps) * float(np.sum(np.abs(w * plus))) / step
-    return _Difference(float(terms.sum()), float(np.abs(terms).sum()), rounding, float(np.abs(near.sum() - far.sum())))
+    bend = float(np.abs(w * (plus - 2 * here + minus)).sum()) / step
+    return _Difference(float(terms.sum()), float(np.abs(terms).sum()), rounding, bend)
 
 
 def _compare(
@@ -251,7 +268,7 @@ def _compare(
     rtol: float,
     subset: tuple = (),
 ) -> float:
-    """The deviation relative to scale + rounding / rtol; GradcheckError, with the worst element, where it exceeds rtol."""
+    """The deviation relative to scale + rounding / rtol; GradcheckError, naming the worst element, above rtol."""
     terms = u * g
     scale = max(float(np.abs(terms).sum()), found.scale)
     deviation = abs(float(terms.sum()) - found.value)
@@ -261,14 +278,14 @@ def _compare(
     index, difference = _worst_element(evaluate, inputs[i], g, w)
     where = f"input {i}" if isinstance(i, int) else str(i)
     message = (
-        f"{name}: the pullback of {where} (shape {g.shape}) disagrees with the central difference; worst at element {index}: "
-        f"pullback {g[index]:.9g}, difference {difference:.9g}; along a random direction {float(terms.sum()):.9g} and "
-        f"{found.value:.9g} (tolerance {tolerance:.2g})"
+        f"{name}: the pullback of {where} (shape {g.shape}) disagrees with the central difference; worst at element "
+        f"{index}: pullback {g[index]:.9g}, difference {difference:.9g}; along a random direction "
+        f"{float(terms.sum()):.9g} and {found.value:.9g} (tolerance {tolerance:.2g})"
     )
     if len(inputs) > 1 and subset:
         message += f"; inputs requiring gradients: {', '.join(map(str, subset))}"
-    if found.bend > 1e-2 * scale:
-        message += f"; steps of two lengths disagree too, by {found.bend:.2g}: the function may have a kink near this point"
+    if found.bend > 0.1 * scale:
+        message += "; the slopes to either side differ: the function may have a kink near this point"
     raise GradcheckError(message, name, i, index, float(g[index]), difference, tolerance)
 
 

@@ -571,7 +571,7 @@ def addmm(bias, x, weight):
 
 def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple:
     xp = xp_of(x, weight, bias)
-    n_in, n_out = weight.shape[::-1] if transposed else weight.shape
+    n_out = weight.shape[0 if transposed else 1]
     x2, shape = _rows(x), x.shape  # [N, in]
     w = _widen(weight, x)
     y = x2 @ (w.T if transposed else w)  # [N, out]

@@ -1,0 +1,830 @@
+"""Every op: its value by an independent formula, its pullbacks by differences, on every layout, dtype and device.
+
+The inputs are those of minipeft/autograd/cases.py, which `minipeft gradcheck` runs too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+
+import numpy as np
+import pytest
+
+import minipeft
+from minipeft import backend
+from minipeft import functional as F
+from minipeft.autograd import cases as C
+from minipeft.autograd.gradcheck import GradcheckError, check_parameters, gradcheck
+from minipeft.autograd.tensor import REGISTRY, Tensor
+from minipeft.backend import Rng, to_numpy, xp_of
+
+OPS = [name for name, fn in REGISTRY.items() if fn.__module__ == "minipeft.autograd.ops"]
+CASES = C.op_cases(OPS)
+every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".replace(" ", "_") for c in CASES])
+
+
+def run(case, inputs=None, xp=np, dtype=np.float64, cotangent=None):
+    """(value, gradients of the floating-point inputs) as host arrays; the cotangent is random, of a fixed seed."""
+
+    def there(a):
+        return xp.asarray(a.astype(dtype) if a.dtype.kind == "f" else a)
+
+    tensors = [
+        Tensor(there(a) if inputs is None else a, requires_grad=True) if a.dtype.kind == "f" else there(a)
+        for a in (case.inputs if inputs is None else inputs)
+    ]
+    y = case.fn(*tensors, *map(there, case.constants))
+    if cotangent is None:
+        cotangent = np.random.default_rng(1).standard_normal(y.shape)
+    y.backward(xp.asarray(np.asarray(cotangent, to_numpy(y.data).dtype)))
+    gradients = [t.grad for t in tensors if isinstance(t, Tensor)]
+    return to_numpy(y.data), [None if g is None else to_numpy(g) for g in gradients]
+
+
+def close(a, b, tolerance):
+    """Equal to `tolerance`, relative to the largest magnitude."""
+    assert a.shape == b.shape
+    scale = max(1.0, float(np.abs(b).max())) if b.size else 1.0
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+# ------------------------------------------------------------------------------------------------- the registry
+
+
+def test_every_op_of_the_package_has_a_gradient_check():
+    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    ours = [name for name, fn in REGISTRY.items() if fn.__module__.startswith("minipeft.")]
+    assert len(ours) >= 40
+    assert [name for name in ours if name not in C.CASES] == []
+    assert [name for name in C.CASES if name not in REGISTRY] == []
+
+
+def test_an_op_without_a_check_is_reported_by_name():
+    with pytest.raises(KeyError, match="no gradient check for the op brand_new"):
+        C.op_cases(["softmax", "brand_new"])
+
+
+@every_case
+def test_pullbacks_are_derivatives_for_every_subset_of_inputs(case):
+    assert case.check() < 1e-7
+
+
+def test_check_ops_yields_a_verdict_for_each_case_and_goes_on_after_a_failure():
+    wrong = C.Case("off by half", lambda x: F.exp(x) + (x * 0.5).detach(), (C.normal(2),), op="exp")
+    verdicts = list(C.check_ops([CASES[0], wrong, CASES[1]]))
+    assert [v.error is None for v in verdicts] == [True, False, True]
+    assert verdicts[1].error.name == "exp (off by half)" and math.isinf(verdicts[1].deviation)
+
+
+# ------------------------------------------------------------------------------------ values by another formula
+
+
+def each(fn):
+    return lambda x: np.array([fn(v) for v in x.ravel().tolist()]).reshape(x.shape)
+
+
+def naive_softmax(x, axis=-1):
+    moved = np.moveaxis(x, axis, -1)
+    out = np.empty_like(moved)
+    for i in np.ndindex(moved.shape[:-1]):
+        top = max(moved[i].tolist())
+        e = [math.exp(v - top) for v in moved[i].tolist()]
+        out[i] = [v / math.fsum(e) for v in e]
+    return np.moveaxis(out, -1, axis)
+
+
+def naive_norm(x, weight, bias, center, eps):
+    out = np.empty_like(x)
+    for i in np.ndindex(x.shape[:-1]):
+        mean = math.fsum(x[i]) / x.shape[-1] if center else 0.0
+        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in x[i]) / x.shape[-1] + eps)
+        out[i] = [(v - mean) / spread * w + b for v, w, b in zip(x[i], weight, bias)]
+    return out
+
+
+def naive_attention(q, k, v, mask=None, is_causal=False, scale=None):
+    B, H, T, D = q.shape
+    kv, S = k.shape[1:3]
+    mask = None if mask is None else np.broadcast_to(mask, (B, H, T, S))
+    out = np.zeros((B, H, T, v.shape[3]))
+    for b, h, t in np.ndindex(B, H, T):
+        scores = {}
+        for s in range(S):
+            score = math.fsum(q[b, h, t] * k[b, h * kv // H, s]) * (scale or D**-0.5)
+            if mask is not None and mask.dtype != bool:
+                score += mask[b, h, t, s]
+            hidden = (is_causal and s > t + S - T) or (mask is not None and mask.dtype == bool and not mask[b, h, t, s])
+            if not hidden and score > -math.inf:
+                scores[s] = score
+        if scores:
+            top = max(scores.values())
+            total = math.fsum(math.exp(x - top) for x in scores.values())
+            out[b, h, t] = sum(math.exp(x - top) / total * v[b, h * kv // H, s] for s, x in scores.items())
+    return out
+
+
+def naive_packed(qkv, num_heads, attn_mask=None, is_causal=True):
+    B, T, d3 = qkv.shape
+    q, k, v = (part.reshape(B, T, num_heads, d3 // 3 // num_heads).swapaxes(1, 2) for part in np.split(qkv, 3, axis=-1))
+    return naive_attention(q, k, v, attn_mask, is_causal).swapaxes(1, 2).reshape(B, T, d3 // 3)
+
+
+def naive_cross_entropy(logits, targets, ignore_index=-100):
+    rows = zip(logits.reshape(-1, logits.shape[-1]), targets.ravel().tolist())
+    losses = [-math.log(naive_softmax(row)[t]) for row, t in rows if t != ignore_index]
+    return np.array(math.fsum(losses) / len(losses))
+
+
+def naive_rope(x, cos, sin):  # each pair of channels is a complex number, multiplied by e^(i angle)
+    half = x.shape[-1] // 2
+    z = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin)[:, None]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def naive_matmul(a, b):
+    return np.einsum("...ij,...jk->...ik", a, b)
+
+
+def naive_gather(x, i, axis=-1):
+    out = np.empty(i.shape)
+    for p in np.ndindex(i.shape):
+        at = list(p)
+        at[axis] = i[p]
+        out[p] = x[tuple(at)]
+    return out
+
+
+def sigmoid(v):
+    return 0.5 * (1 + math.tanh(v / 2))
+
+
+def gelu(v):
+    return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
+def stats(reduce):
+    return lambda x: np.array([[reduce(row[:, j].tolist()) for j in range(x.shape[2])] for row in x])
+
+
+x, y, z = C.normal(2, 3, 4), C.normal(2, 3, 4, seed=5), C.positive(2, 3, 4)
+ids, keep, angle = C.integers(6, 2, 5), C.integers(2, 2, 3, 4) == 1, C.normal(2, 3, 2)
+REFERENCES = {  # op -> (call, the same by another formula, arrays)
+    "add": (F.add, lambda a, b: np.array([u + v for u, v in zip(a.ravel(), b.ravel())]).reshape(a.shape), x, y),
+    "sub": (F.sub, lambda a, b: a + (-1) * b, x, y),
+    "mul": (F.mul, lambda a, b: np.exp(np.log(a) + np.log(b)), z, z + 1),
+    "div": (F.div, lambda a, b: a * b**-1, x, z),
+    "neg": (F.neg, lambda a: 0 - a, x),
+    "pow": (lambda a: F.pow(a, 3), lambda a: a * a * a, x),
+    "maximum": (F.maximum, lambda a, b: (a + b + np.abs(a - b)) / 2, x, y),
+    "minimum": (F.minimum, lambda a, b: (a + b - np.abs(a - b)) / 2, x, y),
+    "where": (lambda a, b: F.where(keep, a, b), lambda a, b: keep * a + ~keep * b, x, y),
+    "clip": (lambda a: F.clip(a, -0.5, 0.7), each(lambda v: min(max(v, -0.5), 0.7)), x),
+    "to": (lambda a: F.to(a, np.float32), lambda a: a.astype(np.float32), x),
+    "exp": (F.exp, each(math.exp), x),
+    "log": (F.log, each(math.log), z),
+    "sqrt": (F.sqrt, each(math.sqrt), z),
+    "abs": (F.abs, each(abs), x),
+    "tanh": (F.tanh, each(math.tanh), x),
+    "relu": (F.relu, each(lambda v: max(v, 0.0)), x),
+    "sigmoid": (F.sigmoid, each(sigmoid), x),
+    "softplus": (F.softplus, each(lambda v: math.log(1 + math.exp(v))), x),
+    "logsigmoid": (F.logsigmoid, each(lambda v: math.log(sigmoid(v))), x),
+    "silu": (F.silu, each(lambda v: v * sigmoid(v)), x),
+    "swiglu": (F.swiglu, lambda a, b: each(lambda v: v * sigmoid(v))(a) * b, x, y),
+    "gelu": (F.gelu, each(gelu), x),
+    "dropout": (lambda a: F.dropout(a, 0.0, Rng(0)), lambda a: a, x),  # its masks have tests of their own below
+    "sum": (lambda a: F.sum(a, axis=1), stats(math.fsum), x),
+    "mean": (lambda a: F.mean(a, axis=1), stats(lambda v: math.fsum(v) / len(v)), x),
+    "max": (lambda a: F.max(a, axis=1), stats(max), x),
+    "logsumexp": (lambda a: F.logsumexp(a, axis=1), stats(lambda v: math.log(math.fsum(map(math.exp, v)))), x),
+    "softmax": (lambda a: F.softmax(a, axis=1), lambda a: naive_softmax(a, 1), x),
+    "log_softmax": (lambda a: F.log_softmax(a, axis=1), lambda a: np.log(naive_softmax(a, 1)), x),
+    "reshape": (lambda a: F.reshape(a, (4, 6)), lambda a: np.array(a.ravel().tolist()).reshape(4, 6), x),
+    "transpose": (lambda a: F.transpose(a, (2, 0, 1)), lambda a: np.einsum("ijk->kij", a), x),
+    "swapaxes": (lambda a: F.swapaxes(a, 0, -1), lambda a: np.einsum("ijk->kji", a), x),
+    "broadcast_to": (lambda a: F.broadcast_to(a, (2, 2, 3, 4)), lambda a: a + np.zeros((2, 1, 1, 1)), x),
+    "getitem": (lambda a: a[:, [0, 2], 1:], lambda a: np.stack([a[:, 0, 1:], a[:, 2, 1:]], axis=1), x),
+    "gather": (lambda a: F.gather(a, ids[:, :3, None] % 4), lambda a: naive_gather(a, ids[:, :3, None] % 4), x),
+    "_cat": (
+        lambda a, b: F.cat([a, b], axis=1),
+        lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]),
+        x,
+        y,
+    ),
+    "matmul": (F.matmul, naive_matmul, x, C.normal(2, 4, 5)),
+    "linear": (F.linear, lambda a, w, b: naive_matmul(a, w.T) + b, x, C.normal(5, 4), C.normal(5)),
+    "addmm": (F.addmm, lambda b, a, w: naive_matmul(a, w) + b, C.normal(5), x, C.normal(4, 5)),
+    "embedding": (
+        lambda w: F.embedding(ids, w),
+        lambda w: naive_matmul(ids[..., None] == np.arange(6), w),
+        C.normal(6, 3),
+    ),
+    "layer_norm": (F.layer_norm, lambda a, w, b: naive_norm(a, w, b, True, 1e-5), x, C.positive(4), C.normal(4)),
+    "rms_norm": (F.rms_norm, lambda a, w: naive_norm(a, w, 0 * w, False, 1e-6), x, C.positive(4)),
+    "rope": (
+        lambda a: F.rope(a, np.cos(angle), np.sin(angle)),
+        lambda a: naive_rope(a, np.cos(angle), np.sin(angle)),
+        C.normal(2, 2, 3, 4),
+    ),
+    "scaled_dot_product_attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        lambda q, k, v: naive_attention(q, k, v, is_causal=True),
+        *(C.normal(2, 4, 3, 2), C.normal(2, 2, 5, 2), C.normal(2, 2, 5, 3)),
+    ),
+    "packed_attention": (lambda a: F.packed_attention(a, 2), lambda a: naive_packed(a, 2), C.normal(2, 5, 12)),
+    "cross_entropy": (
+        lambda a: F.cross_entropy(a, ids[:, :3] % 4),
+        lambda a: naive_cross_entropy(a, ids[:, :3] % 4),
+        x,
+    ),
+    "linear_cross_entropy": (
+        lambda a, w: F.linear_cross_entropy(a, w, ids[:, :3]),
+        lambda a, w: naive_cross_entropy(naive_matmul(a, w.T), ids[:, :3]),
+        *(x, C.normal(6, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_values_equal_an_independent_formula(name):
+    call, formula, *arrays = REFERENCES[name]
+    found = call(*map(Tensor, arrays)).data
+    np.testing.assert_allclose(found, formula(*arrays), rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------- layouts, dtypes and devices
+
+
+def transposed(a):
+    return np.array(a, order="F")
+
+
+def strided(a):
+    wide = np.full(tuple(2 * n + 1 for n in a.shape), np.nan)
+    wide[tuple(slice(1, None, 2) for _ in a.shape)] = a
+    return wide[tuple(slice(1, None, 2) for _ in a.shape)]
+
+
+def backwards(a):
+    every = (slice(None, None, -1),) * a.ndim
+    return a[every].copy()[every]
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+@every_case
+@pytest.mark.parametrize("layout", [transposed, strided, backwards, read_only])
+def test_memory_layout_does_not_matter(case, layout):
+    y, gradients = run(case)
+    y2, gradients2 = run(case, inputs=[layout(a) if a.dtype.kind == "f" else a for a in case.inputs])
+    for a, b in zip([y2, *gradients2], [y, *gradients], strict=True):
+        close(a, b, 1e-12)
+
+
+@every_case
+def test_the_incoming_gradient_may_be_a_read_only_view_of_any_layout(case):
+    ones = run(case, cotangent=np.ones(run(case)[0].shape))[1]
+    tensors = [Tensor(a, requires_grad=True) if a.dtype.kind == "f" else a for a in case.inputs]
+    y = case.fn(*tensors, *case.constants)
+    y.backward(np.broadcast_to(np.ones((), y.dtype), y.shape))  # stride 0, and read-only
+    for a, b in zip([t.grad for t in tensors if isinstance(t, Tensor)], ones, strict=True):
+        close(a, b, 1e-12)
+    g = np.asarray(np.random.default_rng(1).standard_normal(y.shape), y.dtype)
+    tensors = [Tensor(a, requires_grad=True) if a.dtype.kind == "f" else a for a in case.inputs]
+    case.fn(*tensors, *case.constants).backward(transposed(g))
+    for a, b in zip([t.grad for t in tensors if isinstance(t, Tensor)], run(case)[1], strict=True):
+        close(a, b, 1e-12)
+
+
+@every_case
+def test_float32_stays_float32_and_agrees_with_float64_to_rounding(case):
+    y, gradients = run(case)
+    y32, gradients32 = run(case, dtype=np.float32)
+    assert y32.dtype == np.float32 or case.op == "to"
+    for a, b in zip([y32, *gradients32], [y, *gradients], strict=True):
+        close(a, b, 1e-4)
+    assert all(g.dtype == np.float32 for g in gradients32)
+
+
+@every_case
+def test_the_same_numbers_on_a_device_and_from_run_to_run(case, xp):
+    y, gradients = run(case)
+    y2, gradients2 = run(case, xp=xp)
+    if case.op == "dropout" and xp is not np:  # another library draws other numbers; its mask must still be one mask
+        assert y2.shape == y.shape and [g.shape for g in gradients2] == [g.shape for g in gradients]
+        return
+    for a, b in zip([y2, *gradients2], [y, *gradients], strict=True):
+        if xp is np:
+            np.testing.assert_array_equal(a, b)
+        else:
+            close(a, b, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def threads():
+    before = backend.get_num_threads()
+    yield backend.set_num_threads
+    backend.set_num_threads(before)
+
+
+def big(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+ANGLES = big(1, 32, 32)
+ROWS = {  # elementwise or row by row: bit-equal whatever the number of threads
+    "add": (F.add, big(700, 300), big(700, 300, seed=1)),
+    "mul": (F.mul, big(700, 300), big(700, 300, seed=1)),
+    "gelu": (F.gelu, big(700, 300)),
+    "silu": (F.silu, big(700, 300)),
+    "swiglu": (F.swiglu, big(700, 300), big(700, 300, seed=1)),
+    "dropout": (lambda a: F.dropout(a, 0.3, Rng(3)), big(700, 300)),
+    "rope": (lambda a: F.rope(a, np.cos(ANGLES), np.sin(ANGLES)), big(8, 32, 32, 64)),
+    "log_softmax": (F.log_softmax, big(700, 300)),
+}
+SUMS = {  # sums over rows and matrix products: equal to rounding
+    "layer_norm": (F.layer_norm, big(700, 300), big(300), big(300, seed=1)),
+    "rms_norm": (F.rms_norm, big(700, 300), big(300)),
+    "linear": (F.linear, big(700, 300), big(200, 300) / 20, big(200)),
+    "attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        *(big(5, 4, 130, 16, seed=s) for s in range(3)),
+    ),
+    "packed_attention": (lambda x: F.packed_attention(x, 4), big(5, 130, 192)),
+    "cross_entropy": (lambda x: F.cross_entropy(x, np.arange(700) % 300), big(700, 300)),
+    "linear_cross_entropy": (
+        lambda x, w: F.linear_cross_entropy(x, w, np.arange(700) % 300),
+        big(700, 64),
+        big(300, 64) / 8,
+    ),
+    "embedding": (lambda w: F.embedding(np.arange(4000) % 37, w), big(37, 64)),
+}
+
+
+def forward_backward(fn, arrays):
+    tensors = [Tensor(a, requires_grad=True) for a in arrays]
+    y = fn(*tensors)
+    y.backward(big(*y.shape, seed=9) if y.shape else None)
+    return [y.data, *(t.grad for t in tensors)]
+
+
+@pytest.mark.parametrize("name", [*ROWS, *SUMS])
+def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_for_bit(name, threads):
+    fn, *arrays = {**ROWS, **SUMS}[name]
+    results = {}
+    for n in (1, 2, 3):
+        threads(n)
+        results[n] = forward_backward(fn, arrays)
+        for a, b in zip(forward_backward(fn, arrays), results[n]):
+            np.testing.assert_array_equal(a, b)
+    for n in (2, 3):
+        for a, b in zip(results[n], results[1]):
+            if name in ROWS:
+                np.testing.assert_array_equal(a, b)
+            else:
+                close(a, b, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "swiglu", "layer_norm", "rms_norm", "add", "mul"])
+def test_work_in_blocks_equals_work_at_once(name):
+    fn, *arrays = {**ROWS, **SUMS}[name]
+    whole = forward_backward(fn, arrays)[0]
+    rows = [fn(*[Tensor(a[i : i + 1] if a.ndim > 1 else a) for a in arrays]).data for i in (0, 350, 699)]
+    np.testing.assert_allclose(np.concatenate(rows), whole[[0, 350, 699]], rtol=1e-6, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+SIZES = [(3, 3), (2, 5), (5, 2), (1, 4), (63, 63), (64, 64), (65, 65), (130, 130), (65, 130), (130, 65)]
+
+
+@pytest.mark.parametrize("T, S", SIZES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads, kv", [(2, 2), (4, 2), (2, 1)])
+def test_attention_over_block_boundaries_and_grouped_heads(T, S, causal, heads, kv):
+    q, k, v = C.normal(1, heads, T, 4), C.normal(1, kv, S, 4, seed=1), C.normal(1, kv, S, 2, seed=2)
+    tensors = [Tensor(a, requires_grad=True) for a in (q, k, v)]
+    out = F.scaled_dot_product_attention(*tensors, is_causal=causal)
+    assert not np.isnan(out.data).any()
+    if T * S <= 65 * 65:
+        np.testing.assert_allclose(out.data, naive_attention(q, k, v, is_causal=causal), rtol=1e-12, atol=1e-13)
+    # and against a composition of simple ops, gradients included
+    plain = [Tensor(a, requires_grad=True) for a in (q, k, v)]
+    keys, values = (
+        F.reshape(F.broadcast_to(t[:, :, None], (1, kv, heads // kv, *t.shape[2:])), (1, heads, *t.shape[2:]))
+        for t in plain[1:]
+    )
+    hidden = np.arange(S) > np.arange(T)[:, None] + S - T if causal else np.zeros((T, S), bool)
+    weights = F.softmax(F.where(~hidden, plain[0] @ keys.swapaxes(-1, -2) * 0.5, -1e30))
+    expected = F.where(~hidden.all(-1, keepdims=True), weights @ values, 0.0)
+    np.testing.assert_allclose(out.data, expected.data, rtol=1e-11, atol=1e-12)
+    g = np.random.default_rng(0).standard_normal(out.shape)
+    out.backward(g)
+    expected.backward(g)
+    for a, b in zip(tensors, plain):
+        np.testing.assert_allclose(a.grad, b.grad, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (3, 5), (1, 5), (3, 1), (2, 1, 1, 5), (2, 1, 3, 5), (1, 4, 3, 5), (4, 1, 1), (2, 4, 3, 5)]
+)
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_of_every_broadcastable_shape(shape, kind, causal):
+    q, k, v = C.normal(2, 4, 3, 2), C.normal(2, 2, 5, 2), C.normal(2, 2, 5, 2)
+    mask = (
+        C.integers(2, *shape) == 1
+        if kind == "boolean"
+        else np.where(C.integers(3, *shape) == 0, -np.inf, C.normal(*shape))
+    )
+    out = F.scaled_dot_product_attention(Tensor(q), Tensor(k), Tensor(v), mask, causal).data
+    np.testing.assert_allclose(out, naive_attention(q, k, v, mask, causal), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "mask", [np.zeros((1, 1, 3, 3), bool), np.full((3, 3), -np.inf, np.float32)], ids=["boolean", "additive"]
+)
+def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(mask, xp):
+    q, k, v = (Tensor(xp.asarray(big(1, 2, 3, 4, seed=s)), requires_grad=True) for s in range(3))
+    out = F.scaled_dot_product_attention(q, k, v, xp.asarray(mask))
+    out.backward(xp.asarray(big(1, 2, 3, 4)))
+    for a in (out.data, q.grad, k.grad, v.grad):
+        np.testing.assert_array_equal(to_numpy(a), np.zeros((1, 2, 3, 4)))
+
+
+def test_fewer_keys_than_queries_leaves_the_first_rows_empty():
+    q, k, v = (Tensor(C.normal(1, 1, n, 2), requires_grad=True) for n in (5, 3, 3))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out.backward(np.ones(out.shape))
+    assert (out.data[0, 0, :2] == 0).all() and (out.data[0, 0, 2:] != 0).all()
+    assert (q.grad[0, 0, :2] == 0).all() and np.isfinite(q.grad).all() and np.isfinite(k.grad).all()
+
+
+@pytest.mark.parametrize("T", [1, 5, 64, 65, 130])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_attention_equals_its_split_form(T, padded):
+    x = C.normal(2, T, 24)
+    mask = (np.arange(T) >= np.array([[0], [T // 2]]))[:, None, None] if padded else None
+    a, b = Tensor(x, requires_grad=True), Tensor(x, requires_grad=True)
+    packed = F.packed_attention(a, 2, attn_mask=mask)
+    q, k, v = (b[..., i * 8 : (i + 1) * 8].reshape(2, T, 2, 4).swapaxes(1, 2) for i in range(3))
+    split = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True).swapaxes(1, 2).reshape(2, T, 8)
+    np.testing.assert_allclose(packed.data, split.data, rtol=1e-12, atol=1e-13)
+    g = C.normal(2, T, 8, seed=3)
+    packed.backward(g)
+    split.backward(g)
+    np.testing.assert_allclose(a.grad, b.grad, rtol=1e-11, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("ignored", [0, 2, 6])
+def test_linear_cross_entropy_is_linear_then_cross_entropy(ignored, xp):
+    targets = np.array([[0, 4, 2], [1, 1, 3]])
+    targets.reshape(-1)[:ignored] = -100
+    results = []
+    for fused in (False, True):
+        h, w = (Tensor(xp.asarray(C.normal(*s)), requires_grad=True) for s in [(2, 3, 4), (5, 4)])
+        loss = (
+            F.linear_cross_entropy(h, w, xp.asarray(targets))
+            if fused
+            else F.cross_entropy(F.linear(h, w), xp.asarray(targets))
+        )
+        if ignored == 6:  # no target counts
+            assert math.isnan(loss.item())
+            continue
+        loss.backward()
+        results.append([to_numpy(a) for a in (loss.data, h.grad, w.grad)])
+    for a, b in zip(*results) if results else ():
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_extreme_logits_neither_overflow_nor_lose_the_gradient(magnitude):
+    x = np.zeros((2, 4), np.float32)
+    x[:, 1] = magnitude
+    targets = np.array([1, 2])
+    logits = Tensor(x, requires_grad=True)
+    with np.errstate(all="raise", under="ignore"):
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+    expected = np.mean(np.logaddexp.reduce(x.astype(np.float64), axis=1) - x[[0, 1], targets])
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(logits.grad, (naive_softmax(x.astype(np.float64)) - np.eye(4)[targets]) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", "exp sigmoid softplus logsigmoid silu gelu tanh softmax log_softmax logsumexp".split())
+def test_extreme_inputs_give_the_limits_without_overflow(name):
+    x = np.array([[-1e4, 0.0, 3.0], [1e4, -1e4, 1.0]], np.float32)
+    if name == "exp":
+        x = np.minimum(x, 80)
+    t = Tensor(x, requires_grad=True)
+    with np.errstate(all="raise", under="ignore"):
+        y = REGISTRY[name](t)
+        y.backward(np.ones(y.shape, np.float32))
+    assert np.isfinite(y.data).all() and np.isfinite(t.grad).all()
+    limits = {
+        "sigmoid": [0, 1],
+        "softplus": [0, 1e4],
+        "logsigmoid": [-1e4, 0],
+        "silu": [0, 1e4],
+        "gelu": [0, 1e4],
+        "tanh": [-1, 1],
+    }
+    if name in limits:
+        np.testing.assert_allclose([y.data[0, 0], y.data[1, 0]], limits[name], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- float16, dropout, ties
+
+
+HALF = {
+    "linear": (lambda x, w: F.linear(x, w), (3, 4), (5, 4)),
+    "addmm": (lambda x, w: F.addmm(None, x, w), (3, 4), (4, 5)),
+    "linear_cross_entropy": (
+        lambda x, w: F.linear_cross_entropy(x, w, xp_of(x.data).asarray([0, 1, 2])),
+        (3, 4),
+        (5, 4),
+    ),
+    "embedding": (lambda x, w: F.embedding(xp_of(w.data).asarray([0, 1, 1]), w), (3, 4), (5, 4)),
+    "rms_norm": (lambda x, w: F.rms_norm(x, w), (3, 4), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", list(HALF))
+def test_weights_stored_in_float16_are_widened_when_used(name, xp):
+    fn, x_shape, w_shape = HALF[name]
+    x, half = big(*x_shape), big(*w_shape, seed=1).astype(np.float16)
+    results = []
+    for weight in (half, half.astype(np.float32)):
+        t = Tensor(xp.asarray(x), requires_grad=True)
+        w = Tensor(xp.asarray(weight), requires_grad=True)
+        y = fn(t, w)
+        assert y.dtype == np.float32
+        y.backward(xp.asarray(big(*y.shape, seed=2)))
+        assert w.grad.dtype == weight.dtype
+        results.append([to_numpy(a) for a in (y.data, w.grad, *([t.grad] if t.grad is not None else []))])
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1].astype(np.float16))
+
+
+def test_to_converts_between_float_types_and_its_gradient_back():
+    x = Tensor(C.normal(3), requires_grad=True)
+    y = x.to(np.float16)
+    assert y.dtype == np.float16
+    y.backward(np.array([1, 2, 3], np.float16))
+    assert x.grad.dtype == np.float64 and x.grad.tolist() == [1, 2, 3]
+
+
+def test_dropout_keeps_the_mean_and_its_mask_depends_on_the_row_alone():
+    x = np.ones((400, 300), np.float32)
+    y = F.dropout(Tensor(x), 0.25, Rng(7, 1)).data
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    share = (y == 0).mean()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / y.size)
+    np.testing.assert_array_equal(F.dropout(Tensor(x[100:200]), 0.25, Rng(7, 1, first_row=100)).data, y[100:200])
+    assert (F.dropout(Tensor(x), 0.25, Rng(7, 2)).data != y).any()
+    np.testing.assert_array_equal(F.dropout(Tensor(x), 0.25, Rng(7).at(1)).data, y)
+
+
+def test_dropout_masks_value_and_gradient_alike_on_every_device(xp):
+    for rng in (Rng(3), xp.random.default_rng(3)):
+        x = Tensor(xp.asarray(np.full((40, 30), 2.0, np.float32)), requires_grad=True)
+        y = F.dropout(x, 0.5, rng)
+        y.backward(xp.asarray(np.ones((40, 30), np.float32)))
+        value, gradient = to_numpy(y.data), to_numpy(x.grad)
+        assert 0.4 < (value == 0).mean() < 0.6
+        np.testing.assert_array_equal(value, 2 * gradient)
+
+
+def test_ties_share_the_gradient():
+    a, b = Tensor(np.array([1.0, 2.0]), requires_grad=True), Tensor(np.array([1.0, 1.0]), requires_grad=True)
+    F.maximum(a, b).backward(np.array([1.0, 1.0]))
+    assert a.grad.tolist() == [0.5, 1.0] and b.grad.tolist() == [0.5, 0.0]
+    x = Tensor(np.array([[3.0, 3.0, 1.0]]), requires_grad=True)
+    x.max(axis=1).backward(np.array([1.0]))
+    assert x.grad.tolist() == [[0.5, 0.5, 0.0]]
+    c = Tensor(np.array([-1.0, 0.0, 1.0]), requires_grad=True)
+    F.clip(c, -1.0, 0.5).backward(np.ones(3))
+    assert c.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- misuse
+
+ones = np.ones
+MISUSE = [
+    (lambda: Tensor(ones((2, 3))) + Tensor(ones((2, 4))), ValueError, r"add: shapes \(2, 3\) and \(2, 4\)"),
+    (lambda: Tensor(ones(3)) * Tensor(ones(4)), ValueError, r"mul: shapes \(3,\) and \(4,\)"),
+    (lambda: Tensor(ones((2, 3))) @ Tensor(ones((2, 3))), ValueError, r"matmul: shapes \(2, 3\) and \(2, 3\)"),
+    (lambda: F.matmul(Tensor(ones((2, 3, 4))), Tensor(ones((5, 4, 2)))), ValueError, r"\(2, 3, 4\) and \(5, 4, 2\)"),
+    (lambda: F.linear(Tensor(ones((2, 3))), Tensor(ones((5, 4)))), ValueError, r"\(2, 3\).*\(5, 4\).*must be 4"),
+    (lambda: F.linear(Tensor(ones((2, 3))), Tensor(ones((5, 3))), Tensor(ones(3))), ValueError, r"bias \(3,\).*\(5,\)"),
+    (lambda: F.addmm(None, Tensor(ones((2, 3))), Tensor(ones((4, 3)))), ValueError, r"\(2, 3\).*\(4, 3\).*must be 4"),
+    (
+        lambda: F.layer_norm(Tensor(ones((2, 3))), Tensor(ones(4)), Tensor(ones(3))),
+        ValueError,
+        r"weight \(4,\).*\(2, 3\)",
+    ),
+    (
+        lambda: F.layer_norm(Tensor(ones((2, 3))), Tensor(ones(3)), Tensor(ones(4))),
+        ValueError,
+        r"bias \(4,\).*\(2, 3\)",
+    ),
+    (lambda: F.rms_norm(Tensor(ones((2, 3))), Tensor(ones(4))), ValueError, r"weight \(4,\).*\(2, 3\)"),
+    (lambda: F.embedding(np.array([0, 7]), Tensor(ones((5, 2)))), IndexError, r"token id 7 .*0\.\.4"),
+    (lambda: F.embedding(np.array([-1]), Tensor(ones((5, 2)))), IndexError, r"token id -1 .*0\.\.4"),
+    (lambda: F.embedding(np.array([0.0]), Tensor(ones((5, 2)))), TypeError, "integers, not float64"),
+    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0])), ValueError, r"\(1,\).*\(2,\)"),
+    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0, 3])), IndexError, r"target 3 .*0\.\.2"),
+    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0, -1])), IndexError, r"target -1 .*0\.\.2"),
+    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0.0, 1.0])), TypeError, "integer class ids, not float64"),
+    (
+        lambda: F.linear_cross_entropy(Tensor(ones((2, 3))), Tensor(ones((5, 4))), np.array([0, 1])),
+        ValueError,
+        r"\(2, 3\).*\(5, 4\)",
+    ),
+    (lambda: Tensor(ones((2, 3))).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
+    (
+        lambda: F.cat([Tensor(ones((2, 3))), Tensor(ones((2, 4)))]),
+        ValueError,
+        r"\(2, 3\), \(2, 4\) differ outside axis 0",
+    ),
+    (lambda: F.gather(Tensor(ones((2, 3))), np.zeros((3, 1), int)), ValueError, r"\(3, 1\).*\(2, 3\)"),
+    (lambda: F.dropout(Tensor(ones(3)), 1.0, Rng(0)), ValueError, r"\[0, 1\), not 1.0"),
+    (
+        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, h, 2, 4))) for h in (3, 2, 2))),
+        ValueError,
+        r"q \(1, 3, 2, 4\), k \(1, 2, 2, 4\)",
+    ),
+    (
+        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, 2, 2, 4))),) * 3, np.ones((3, 3), bool)),
+        ValueError,
+        r"\(3, 3\).*\(1, 2, 2, 2\)",
+    ),
+    (
+        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, 2, 2, 4))),) * 3, np.ones((2, 2), int)),
+        TypeError,
+        "not int64",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, error, message", MISUSE, ids=[m[2] for m in MISUSE])
+def test_misuse_names_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------------------------ gradcheck
+
+
+def wrong(value, pullback):
+    """A function with a pullback of one's own, without entering it into the registry."""
+    from minipeft.autograd.tensor import Node
+
+    def fn(x):
+        y = Tensor(value(x.data))
+        y._node, y.requires_grad = Node("wrong", [(x, lambda g: pullback(x.data, g), x.shape, x.dtype)]), True
+        return y
+
+    return fn
+
+
+def spoil(g, index, factor):
+    g = np.array(g)
+    g[index] *= factor
+    return g
+
+
+WRONG = {
+    "a wrong factor": (np.exp, lambda x, g: 1.00001 * g * np.exp(x)),
+    "a softmax whose pullback is zero": (naive_softmax, lambda x, g: 0 * g),
+    "a softmax without its sum": (naive_softmax, lambda x, g: g * naive_softmax(x)),
+    "a sum over a broadcast axis forgotten": (lambda x: x * np.ones((3, 1, 1)), lambda x, g: g[0]),
+    "a wrong sign": (lambda x: -x, lambda x, g: g),
+    "the derivative of the mean for that of the sum": (lambda x: x.sum(0), lambda x, g: g / len(x) + 0 * x),
+    "a gradient that ignores the cotangent": (np.exp, lambda x, g: np.exp(x)),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_gradcheck_catches(name):
+    with pytest.raises(GradcheckError, match="pullback") as caught:
+        gradcheck(wrong(*WRONG[name]), C.normal(4, 5))
+    e = caught.value
+    assert e.input == 0 and len(e.index) == 2 and abs(e.pullback - e.difference) > e.tolerance / 20
+
+
+@pytest.mark.parametrize("shape, index", [((4, 5), (2, 3)), ((3, 5000), (1, 777)), ((), ())])
+def test_gradcheck_finds_the_one_wrong_element(shape, index):
+    x = C.normal(*shape)
+    with pytest.raises(GradcheckError) as caught:
+        gradcheck(wrong(np.exp, lambda x, g: spoil(g * np.exp(x), index, 1.3)), x, name="mine")
+    e = caught.value
+    assert (e.name, e.input, e.index) == ("mine", 0, index)
+    assert e.pullback == pytest.approx(1.3 * e.difference, rel=1e-6)
+    assert (
+        "mine" in str(e) and f"{e.pullback:.9g}" in str(e) and f"{e.difference:.9g}" in str(e) and str(index) in str(e)
+    )
+
+
+def test_gradcheck_names_the_input_and_the_subset():
+    def fn(a, b):
+        return F.mul(a, b) if a.requires_grad else F.mul(a, b) * 1.0 + (b * b).detach()
+
+    with pytest.raises(GradcheckError, match=r"input 1 .*requiring gradients: 1"):
+        gradcheck(fn, C.normal(2, 3), C.normal(3))
+
+
+def test_gradcheck_works_in_float64_and_passes_on_integers_options_and_scalars():
+    seen = []
+
+    def fn(x, ids, options):
+        seen.append((x.dtype, ids.dtype, options))
+        return x[ids] * 2.0
+
+    result = gradcheck(fn, C.normal(4, 2).astype(np.float32), np.array([0, 3]), None)
+    assert result and result.deviation < 1e-10 and result.comparisons == 2
+    assert set(seen) == {(np.dtype(np.float64), np.dtype(np.int64), None)}
+    assert gradcheck(F.exp, np.float64(0.3)) and gradcheck(F.exp, Tensor(C.normal(2)))
+
+
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (lambda x: F.log(x - 10.0), r"result of shape \(2,\) is nan at \(0,\)"),
+        (lambda x: x * np.random.default_rng().random(), "two different values"),
+        (wrong(np.exp, lambda x, g: g * np.nan), r"gradient of input 0 is nan at \(0,\)"),
+        (wrong(np.exp, lambda x, g: np.multiply(g, np.exp(x), out=g)), "writes into the gradient"),
+        (lambda x: (x * 2.0).detach(), "disagrees with the central difference"),
+        (lambda x: F.relu(x - np.array([1.0, 2.0])), "kink"),
+    ],
+)
+def test_gradcheck_reports(fn, message):
+    with np.errstate(invalid="ignore"), pytest.raises(GradcheckError, match=message):
+        gradcheck(fn, np.array([1.0, 2.0]))
+
+
+def test_gradcheck_refuses_to_judge_nothing():
+    with pytest.raises(ValueError, match="no floating-point array"):
+        gradcheck(lambda i: Tensor(i), np.arange(3))
+    with pytest.raises(TypeError, match="must return a Tensor, not ndarray"):
+        gradcheck(lambda x: x.data, C.normal(2))
+
+
+def test_gradcheck_judges_on_the_device_too(xp):
+    weight = xp.asarray(C.normal(3, 4))
+    assert gradcheck(F.linear, xp.asarray(C.normal(2, 4)), weight).deviation < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_every_parameter_of_a_whole_model(dialect):
+    shape = dict(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=8,
+        initializer_range=0.3,
+    )
+    if dialect == "llama":
+        shape |= dict(num_key_value_heads=2, intermediate_size=12, tie_word_embeddings=False)
+    model = minipeft.Transformer(getattr(minipeft.TransformerConfig, dialect)(**shape), seed=1)
+    generator = np.random.default_rng(0)
+    for p in model.parameters():  # biases of zero and norms of one would hide mistakes
+        p.data = (p.data + 0.1 * generator.standard_normal(p.shape)).astype(np.float32)
+    before = {name: a.copy() for name, a in model.state_dict().items()}
+    ids = generator.integers(0, 11, (2, 6))
+    mask = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    parameters = dict(model.named_parameters())
+    found = list(check_parameters(lambda: model(ids, attention_mask=mask), parameters))
+    assert [name for name, _, _ in found] == list(parameters)
+    assert [error for _, _, error in found if error] == [] and max(d for _, d, _ in found) < 1e-7
+    labels = np.where(mask == 1, ids, -100)
+    losses = list(check_parameters(lambda: model.loss(ids, labels, attention_mask=mask), parameters))
+    assert [error for _, _, error in losses if error] == []
+    for name, p in parameters.items():
+        np.testing.assert_array_equal(p.data, before[name])
+        assert p.dtype == np.float32 and p.grad is None and p.requires_grad
+
+
+def test_a_wrong_parameter_is_named_and_the_others_are_judged_on():
+    a, b = Tensor(C.normal(2, 3), requires_grad=True), Tensor(C.normal(3), requires_grad=False)
+    found = list(check_parameters(lambda: a * 2.0 + (b * 3.0).detach(), {"a": a, "b": b}))
+    assert [(name, error is None) for name, _, error in found] == [("a", True), ("b", False)]
+    assert found[1][2].input == "b" and not b.requires_grad
