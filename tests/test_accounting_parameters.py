@@ -7,6 +7,8 @@ import pytest
 from minipeft.accounting import architecture, count_parameters
 from minipeft.nn.heads import head_only
 from minipeft.nn.transformer import Transformer, TransformerConfig
+from minipeft.peft.lora import LoraConfig
+from minipeft.peft.model import PeftModel
 
 CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfig.llama(tie_word_embeddings=False)]
 
@@ -30,17 +32,35 @@ def test_a_frozen_model_trains_nothing():
     assert (count.trainable, count.stored, count.total, count.share) == (0, 0, 8_030_261_248, 0)
 
 
-def test_a_method_is_counted_by_its_own_rule():
-    class Halves:
-        """Trains one vector as long as each linear layer's output."""
+METHODS = {
+    "usual targets": LoraConfig(r=4),
+    "every linear layer": LoraConfig(r=2, target_modules="all-linear"),
+    "dora": LoraConfig(r=3, target_modules="all-linear", use_dora=True),
+    "the embedding": LoraConfig(r=2, target_modules=["wte", "embed_tokens"]),
+    "the head trained whole": LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]),
+    "one layer": LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
+    "ranks by name": LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
+}
 
-        def parameter_shapes(self, name, kind, shape):
-            return {name.replace("weight", "scale"): shape[:1]} if kind == "linear" else {}
 
-    arch = architecture(TransformerConfig.llama(num_hidden_layers=2, hidden_size=64, num_attention_heads=4))
-    count = count_parameters(arch, Halves())
-    assert count.trainable == 2 * (4 * 64 + 2 * 192 + 64)
-    assert count.total == arch.size + count.trainable
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_counted_as_the_model_that_it_builds(config, method):
+    lora = METHODS[method]
+    if isinstance(lora.target_modules, list):
+        of_model = {p.split(".")[-2] for p in architecture(config)}
+        lora = lora.replace(target_modules=[t for t in lora.target_modules if t in of_model])
+    count = count_parameters(config, lora)
+    built = PeftModel(Transformer(config, seed=None), lora, seed=None)
+    assert (count.trainable, count.total) == built.get_nb_trainable_parameters()
+
+
+def test_published_counts_of_lora():
+    q_and_v = LoraConfig(r=4, enable_lora=[True, False, True], target_modules=["c_attn"])
+    assert count_parameters("gpt3", q_and_v).trainable == 18_874_368  # Hu et al. 2021, table 15: 18.8M
+    qwen = count_parameters("qwen2.5-3b", LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
+    assert (qwen.trainable, qwen.total) == (3_686_400, 3_089_625_088)  # the README of Hugging Face PEFT
+    assert count_parameters("roberta-base", LoraConfig(r=8, target_modules=["query", "value"])).trainable == 294_912  # 0.3M
 
 
 def test_what_is_no_method_or_has_no_head_is_refused():
@@ -48,3 +68,5 @@ def test_what_is_no_method_or_has_no_head_is_refused():
         count_parameters("gpt2", "lora")
     with pytest.raises(ValueError, match="bert-base has no language-model head"):
         count_parameters("bert-base", "head")
+    with pytest.raises(ValueError, match=r"LoraConfig trains nothing of bert-base: .*query, key, value"):
+        count_parameters("bert-base", LoraConfig(target_modules=["q_proj"]))

@@ -30,15 +30,13 @@ from ..nn.transformer import TransformerConfig
 Shape = tuple[int, ...]
 Entry = tuple[str, str, Shape]  # parameter name, kind, shape
 
-KINDS = ("linear", "conv1d", "embedding", "norm", "bias", "convolution")
-
 
 @dataclass(frozen=True)
 class Architecture(Mapping[str, Shape]):
     """The parameters of a model, each once: `arch[name]` is a shape, `arch.kinds[name]` what it belongs to.
 
-    Kinds: `linear` (weight [out, in]), `conv1d` (GPT-2's linear layer, weight [in, out]), `embedding`, `norm` (weight
-    and bias of a normalization), `bias` (of the others), `convolution`.
+    Kinds: of weights, by their layer, `linear` ([out, in]), `conv1d` (GPT-2's linear layer, [in, out]), `embedding`,
+    `norm` and `convolution`; and `bias`, of any layer.
     """
 
     name: str
@@ -144,7 +142,7 @@ def embedding(path: str, n: int, d: int) -> Iterator[Entry]:
 def layer_norm(path: str, d: int) -> Iterator[Entry]:
     """LayerNorm: weight and bias."""
     yield f"{path}.weight", "norm", (d,)
-    yield f"{path}.bias", "norm", (d,)
+    yield f"{path}.bias", "bias", (d,)
 
 
 def rms_norm(path: str, d: int) -> Iterator[Entry]:

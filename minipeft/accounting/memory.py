@@ -28,6 +28,7 @@ from ..autograd.tensor import no_grad
 from ..backend import Array, get_num_threads
 from ..nn.module import Module, Parameter, unallocated
 from ..nn.transformer import Backbone, Transformer, TransformerConfig
+from ..peft.model import PeftModel
 from ..train.optim import ELEMENTS
 from .architectures import Architecture, architecture
 from .parameters import trained_parameters
@@ -191,16 +192,13 @@ def _built(arch: Architecture, config: Any, p: Precision) -> Module:
     """The model, unallocated, with what is trained requiring gradients and what is frozen in its storage dtype."""
     if arch.config is None:
         raise ValueError(f"activations are known of the families this package builds (gpt2, llama); {arch.name} is {arch.model_type}: leave seq_len out")
-    if not (config is None or isinstance(config, str)):
-        from ..peft.model import get_peft_model
-
-        model = get_peft_model(Transformer(arch.config, seed=None), config)
-    else:
-        model = Transformer(arch.config, seed=None)
-        if config is not None:
-            model.requires_grad_(False)
+    model = Transformer(arch.config, seed=None)
+    if isinstance(config, str):
+        model.requires_grad_(False)
         if config == "head":
             model.lm_head.weight = Parameter(unallocated(*model.lm_head.weight.shape))
+    elif config is not None:
+        model = PeftModel(model, config, seed=None)
     for q in model.parameters():
         if not q.requires_grad and p.frozen < p.activations:
             q.data = np.broadcast_to(np.float16(0), q.shape)

@@ -5,7 +5,7 @@ are logical ones: a weight packed into 4 bits counts each of its values. Frozen 
 shared projections, say) count in the total if the configuration lists them, and are not trained.
 
 A method's rule is its configuration's own `parameter_shapes(name, kind, shape) -> {name: shape}`, the one that its
-modules are built with: for a parameter of the base, the parameters that the method trains for it.
+modules are built with: for a weight or bias of the module called `name`, the parameters that the method trains there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from .architectures import Architecture, Shape, architecture
@@ -33,7 +34,7 @@ class ParameterCount:
 
 
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
-    """name -> shape of the parameters that are trained; names that `arch` has are its own, the others are added.
+    """name -> shape of the parameters that are trained; names that `arch` has are its own, the others are added to it.
 
     Args:
         config: a method's configuration; None is full fine-tuning, "head" the language model's (or, without one, no)
@@ -52,10 +53,29 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
         return {"lm_head.weight": arch[owner]}
     if not hasattr(config, "parameter_shapes"):
         raise ValueError(f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}")
+    config = config.with_targets(SimpleNamespace(config=arch.config or arch))
+    saved = config.modules_to_save or ()
     trained: dict[str, Shape] = {}
-    for name, shape in arch.items():
-        trained.update(config.parameter_shapes(name, arch.kinds[name], shape))
+    for name in (*arch, *arch.tied):
+        shape = arch[arch.tied.get(name, name)]
+        path, _, attribute = name.rpartition(".")
+        if any(f".{module}." in f".{path}." for module in saved):
+            trained[f"{path}.modules_to_save.{attribute}"] = shape
+            continue
+        kind = "linear" if name in arch.tied else arch.kinds[name]
+        for key, added in config.parameter_shapes(path, kind, shape).items():
+            trained[f"{path}.{key}"] = added
+    if not trained:
+        raise ValueError(
+            f"{type(config).__name__} trains nothing of {arch.name}: no module matches target_modules="
+            f"{config.target_modules!r}; its modules are called {', '.join(_last_names(arch))}"
+        )
     return trained
+
+
+def _last_names(arch: Architecture) -> list[str]:
+    """The last parts of the module paths, each once."""
+    return list(dict.fromkeys(name.split(".")[-2] for name in arch))
 
 
 def count_parameters(model: Any, config: Any = None) -> ParameterCount:
