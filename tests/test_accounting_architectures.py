@@ -10,7 +10,12 @@ from minipeft.accounting.architectures import _published, architecture, names
 from minipeft.nn.transformer import Transformer, TransformerConfig
 
 LLAMA_SMALL = TransformerConfig.llama(
-    vocab_size=97, hidden_size=48, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3, tie_word_embeddings=False
+    vocab_size=97,
+    hidden_size=48,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    num_hidden_layers=3,
+    tie_word_embeddings=False,
 )
 BUILDABLE = [n for n in names() if architecture(n).config is not None and architecture(n).model_type != "qwen2"]
 
@@ -63,8 +68,10 @@ def test_kinds_tell_what_a_method_may_adapt():
 
 
 def test_a_configuration_file_and_its_directory_are_read(tmp_path):
-    config = {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 11,
-              "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": None}  # fmt: skip
+    config = {
+        "model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 11,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": None,
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     arch = architecture(tmp_path)
     assert arch["model.layers.1.self_attn.k_proj.weight"] == (16, 64)

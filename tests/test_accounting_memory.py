@@ -34,7 +34,7 @@ IDS = np.random.default_rng(0).integers(0, 512, (B, T)).astype(np.int64)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """How many threads work at the same moment is the scheduler's affair; with one, the measurement is the same each time."""
+    """How many threads work at the same moment is the scheduler's affair; with one, measurements repeat themselves."""
     before = get_num_threads()
     set_num_threads(1)
     yield
@@ -96,7 +96,9 @@ def test_the_peak_of_evaluation_is_within_10_percent(dialect):
         with no_grad():
             model.loss(IDS, IDS)
 
-    assert memory_ledger(CONFIGS[dialect], "frozen", B, T, mode="evaluate").total == pytest.approx(measure_peak(evaluate), rel=0.10)
+    assert memory_ledger(CONFIGS[dialect], "frozen", B, T, mode="evaluate").total == pytest.approx(
+        measure_peak(evaluate), rel=0.10
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -120,7 +122,9 @@ def test_a_frozen_backbone_keeps_no_activations(dialect):
 def test_activations_of_a_llama_block_by_the_formula():
     c = CONFIGS["llama"]
     d, q, kv, ff = c.hidden_size, c.hidden_size, 2 * c.head_dim, c.intermediate_size
-    weights = sum(64 * 64 * (i + 1) for i in range(T // 64))  # the causal trapezoid: per head, keys that a query block sees
+    weights = sum(
+        64 * 64 * (i + 1) for i in range(T // 64)
+    )  # the causal trapezoid: per head, keys that a query block sees
     token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # two norms, attention, swiglu, and x̂'s rstd
     expected = 4 * (B * T * token + B * c.num_attention_heads * (weights + T))
     assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 4
@@ -166,7 +170,10 @@ def test_the_classical_ledgers_of_full_fine_tuning():
     assert memory_ledger("llama-65b", precision="mixed-float32-gradients").model_states == 18 * n
     assert memory_ledger("llama-65b", precision="bfloat16").model_states == 12 * n == 783_427_928_064
     assert memory_ledger("llama-65b", optimizer="sgd").model_states == 8 * n
-    assert memory_ledger("t5v1.1-xxl", precision=Precision(trained=2, gradients=2, states=1)).model_states == 6 * 11_135_332_352
+    assert (
+        memory_ledger("t5v1.1-xxl", precision=Precision(trained=2, gradients=2, states=1)).model_states
+        == 6 * 11_135_332_352
+    )
 
 
 def test_a_model_of_175_billion_parameters_is_walked_without_being_allocated():

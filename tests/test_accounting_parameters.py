@@ -16,7 +16,12 @@ CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfi
 @pytest.mark.parametrize("config", CONFIGS)
 def test_full_fine_tuning_trains_everything(config):
     count = count_parameters(config)
-    assert count.trainable == count.stored == count.total == sum(p.size for p in Transformer(config, seed=None).parameters())
+    assert (
+        count.trainable
+        == count.stored
+        == count.total
+        == sum(p.size for p in Transformer(config, seed=None).parameters())
+    )
     assert count.share == 1
 
 
@@ -60,7 +65,9 @@ def test_published_counts_of_lora():
     assert count_parameters("gpt3", q_and_v).trainable == 18_874_368  # Hu et al. 2021, table 15: 18.8M
     qwen = count_parameters("qwen2.5-3b", LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
     assert (qwen.trainable, qwen.total) == (3_686_400, 3_089_625_088)  # the README of Hugging Face PEFT
-    assert count_parameters("roberta-base", LoraConfig(r=8, target_modules=["query", "value"])).trainable == 294_912  # 0.3M
+    assert (
+        count_parameters("roberta-base", LoraConfig(r=8, target_modules=["query", "value"])).trainable == 294_912
+    )  # 0.3M
 
 
 def test_what_is_no_method_or_has_no_head_is_refused():

@@ -79,7 +79,9 @@ def test_a_rule_keeps_what_the_pullbacks_of_its_op_keep(name):
 def test_a_rule_gives_gradients_of_the_inputs_shapes(name):
     for case in op_cases([name]):
         with Meter() as meter:
-            shapes = [Tensor(ShapeArray.new(meter, x.shape), True) if x.dtype.kind == "f" else x for x in float32(case.inputs)]
+            shapes = [
+                Tensor(ShapeArray.new(meter, x.shape), True) if x.dtype.kind == "f" else x for x in float32(case.inputs)
+            ]
             y = case.fn(*shapes, *float32(case.constants))
             for _, pullback, shape, _ in y._node.edges:
                 g = pullback(ShapeArray.new(meter, y.shape))

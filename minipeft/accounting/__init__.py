@@ -1,4 +1,4 @@
-"""The arithmetic of fine-tuning: shapes of published models, parameter counts, and bytes of memory, without allocating."""
+"""The arithmetic of fine-tuning: shapes of published models, parameter counts, bytes of memory; none is allocated."""
 
 from .architectures import Architecture, architecture
 from .memory import MemoryLedger, Precision, measure_peak, memory_ledger

@@ -6,9 +6,9 @@ A family's rule is its module tree written down: one function that names every p
 the names of Hugging Face's model, so that `target_modules` means here what it means there. Nothing is allocated. The
 dimensions of named models lie in architectures.json, as Hugging Face configurations with their source.
 
-Families: gpt2, llama (and mistral, qwen2), bert (and roberta), deberta-v2, t5 (and mt5), bloom, opt. The causal language
-models and T5 have their language-model head, BERT, RoBERTa and DeBERTa are the bare model (with BERT's pooler), as
-their authors count them.
+Families: gpt2, llama (and mistral, qwen2), bert (and roberta), deberta-v2, t5 (and mt5), bloom, opt. The causal
+language models and T5 have their language-model head; BERT, RoBERTa and DeBERTa are the bare model (the first two with
+their pooler), as their authors count them.
 """
 
 from __future__ import annotations
@@ -100,12 +100,14 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
-        raise ValueError(f"no rule for the family model_type={model_type!r} (nearest: {near[0]}); there are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"no rule for the family model_type={model_type!r} (nearest: {near[0]}); there are {', '.join(FAMILIES)}"
+        )
     rule, defaults = FAMILIES[model_type]
     known = {k: v for k, v in config.items() if v is not None}
     c = {**defaults, **{_ALIASES.get(k, k) if _ALIASES.get(k) in defaults else k: v for k, v in known.items()}}
     for key, default in defaults.items():
-        if isinstance(default, int) and not isinstance(default, bool) and (type(c[key]) is not int or (c[key] < 1 and c[key] != default)):
+        if type(default) is int and (type(c[key]) is not int or (c[key] < 1 and c[key] != default)):
             raise ValueError(f"{name}: {key} must be a positive integer, not {c[key]!r}")
     shapes: dict[str, Shape] = {}
     kinds: dict[str, str] = {}
@@ -288,7 +290,7 @@ def t5(c: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def bloom(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """BloomForCausalLM (Scao et al. 2022, arXiv:2211.05100): no positions in the table (ALiBi), a norm on the embedding."""
+    """BloomForCausalLM (Scao et al. 2022, arXiv:2211.05100): no position table (ALiBi), a norm on the embedding."""
     d, p = c["hidden_size"], "transformer."
     yield from embedding(f"{p}word_embeddings", c["vocab_size"], d)
     yield from layer_norm(f"{p}word_embeddings_layernorm", d)
@@ -345,8 +347,8 @@ FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any]], Iterator[Entry]], dict[s
     "gpt2": (gpt2, dict(
         vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=0, tie_word_embeddings=True)),
     "llama": (llama, _LLAMA),
-    "mistral": (llama, {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}),
-    "qwen2": (llama, {**_LLAMA, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}),
+    "mistral": (llama, dict(_LLAMA, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)),
+    "qwen2": (llama, dict(_LLAMA, vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)),
     "bert": (bert, _BERT),
     "roberta": (bert, {**_BERT, "vocab_size": 50265}),
     "deberta-v2": (deberta, dict(
@@ -363,7 +365,12 @@ FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any]], Iterator[Entry]], dict[s
         max_position_embeddings=2048, word_embed_proj_dim=0, do_layer_norm_before=True, tie_word_embeddings=True)),
 }  # fmt: skip
 
-_ALIASES = {"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "n_ctx": "n_positions"}
+_ALIASES = {
+    "n_embed": "hidden_size",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "n_ctx": "n_positions",
+}
 
 
 def _as_hugging_face(c: TransformerConfig) -> dict[str, Any]:

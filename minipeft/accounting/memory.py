@@ -63,8 +63,8 @@ STATES = ("frozen weights", "trained weights", "master copies", "gradients", "op
 class MemoryLedger:
     """Bytes, by line.
 
-    `lines` is the moment of the peak, and sums to `total`. `held` is each line at its largest: all gradients, everything
-    that the forward pass kept. `activations_per_layer` is what each block keeps for its backward pass.
+    `lines` is the moment of the peak, and sums to `total`. `held` is each line in full: all gradients, everything that
+    the forward pass kept. `activations_per_layer` is what each block keeps for its backward pass.
     """
 
     lines: Mapping[str, int]
@@ -159,13 +159,13 @@ def memory_ledger(
 
 
 def kv_cache_bytes(config: TransformerConfig, batch: int, positions: int, itemsize: int = 4) -> int:
-    """Keys and values of every layer: 2 L B H' S D elements. (A `KVCache` that grows doubles its buffers: up to twice.)"""
+    """Keys and values of every layer: 2 L B H' S D elements. (Growing, a `KVCache` takes up to twice that.)"""
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return per_position * batch * positions * itemsize
 
 
 def measure_peak(fn: Callable[[], Any]) -> int:
-    """Bytes of the most memory that `fn()` had at once beyond what was there before, as NumPy reports it to tracemalloc."""
+    """The most bytes that `fn()` had at once beyond what was there before, as NumPy reports them to tracemalloc."""
     gc.collect()
     ours = not tracemalloc.is_tracing()
     if ours:
@@ -191,7 +191,10 @@ def _named(what: str, value: Any, known: Mapping[str, Any]) -> Any:
 def _built(arch: Architecture, config: Any, p: Precision) -> Module:
     """The model, unallocated, with what is trained requiring gradients and what is frozen in its storage dtype."""
     if arch.config is None:
-        raise ValueError(f"activations are known of the families this package builds (gpt2, llama); {arch.name} is {arch.model_type}: leave seq_len out")
+        raise ValueError(
+            f"activations are known of the families this package builds (gpt2, llama); {arch.name} is "
+            f"{arch.model_type}: leave seq_len out"
+        )
     model = Transformer(arch.config, seed=None)
     if isinstance(config, str):
         model.requires_grad_(False)
@@ -208,7 +211,9 @@ def _built(arch: Architecture, config: Any, p: Precision) -> Module:
 def _backbone(model: Module) -> Backbone:
     found = next((m for _, m in model.named_modules() if isinstance(m, Backbone)), None)
     if found is None:
-        raise ValueError(f"activations are known of models with a Backbone; this {type(model).__name__} has none: leave seq_len out")
+        raise ValueError(
+            f"activations are known of models with a Backbone; this {type(model).__name__} has none: leave seq_len out"
+        )
     return found
 
 

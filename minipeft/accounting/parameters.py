@@ -37,8 +37,8 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
     """name -> shape of the parameters that are trained; names that `arch` has are its own, the others are added to it.
 
     Args:
-        config: a method's configuration; None is full fine-tuning, "head" the language model's (or, without one, no)
-            head alone, "frozen" nothing at all. A tied head that is trained alone is untied, as `nn.heads.head_only` does.
+        config: a method's configuration; None is full fine-tuning, "head" the language model's head alone, "frozen"
+            nothing at all. A tied head that is trained alone is untied, as `nn.heads.head_only` does.
 
     Raises ValueError for a name that is no method and for a model without a head.
     """
@@ -52,7 +52,9 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
         owner = arch.tied.get("lm_head.weight", "lm_head.weight")
         return {"lm_head.weight": arch[owner]}
     if not hasattr(config, "parameter_shapes"):
-        raise ValueError(f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}")
+        raise ValueError(
+            f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}"
+        )
     config = config.with_targets(SimpleNamespace(config=arch.config or arch))
     saved = config.modules_to_save or ()
     trained: dict[str, Shape] = {}
@@ -79,9 +81,10 @@ def _last_names(arch: Architecture) -> list[str]:
 
 
 def count_parameters(model: Any, config: Any = None) -> ParameterCount:
-    """Trainable, stored and total parameters of a model (an `Architecture`, or what `architecture` takes) under a method.
+    """Trainable, stored and total parameters of a model under a method.
 
-    `config` as in `trained_parameters`. What is trained is stored.
+    `model` is an `Architecture`, or what `architecture` takes; `config` as in `trained_parameters`. What is trained is
+    stored. Raises ValueError as they do.
     """
     arch = model if isinstance(model, Architecture) else architecture(model)
     trained = trained_parameters(arch, config)

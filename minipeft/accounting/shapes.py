@@ -8,7 +8,7 @@
 An array here is a NumPy array of the right shape and dtype over a single element, holding a `Buffer` that counts the
 bytes it stands for from its creation until reference counting frees it, as it would free the real array. What is stated
 here is the memory of each op, beside `minipeft.autograd.ops`: what it makes, what each pullback keeps, and how much
-both work in. That is all there is to know: a frozen weight's pullback is dropped by the engine, and what it kept with it.
+both work in. That is all there is to know: the engine drops a frozen weight's pullback, and what it kept goes with it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class ShapeArray(np.ndarray):
         """An array that counts as allocated."""
         dtype = np.dtype(dtype)
         array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
-        size = math.prod(shape) * (meter.itemsize if dtype.kind == "f" and dtype.itemsize > meter.itemsize else dtype.itemsize)
+        size = math.prod(shape) * (
+            meter.itemsize if dtype.kind == "f" and dtype.itemsize > meter.itemsize else dtype.itemsize
+        )
         array.buffer, array.owner = Buffer(meter, size, op), True
         return array
 
@@ -137,7 +139,11 @@ class ShapeArray(np.ndarray):
         source = next(x for x in inputs if isinstance(x, ShapeArray))
         if method == "reduce":
             axis = options.get("axis", 0)
-            axes = range(self.ndim) if axis is None else {a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+            axes = (
+                range(self.ndim)
+                if axis is None
+                else {a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+            )
             kept = [1 if i in axes else n for i, n in enumerate(self.shape) if i not in axes or options.get("keepdims")]
             return source._like(tuple(kept))
         if method != "__call__":
@@ -214,9 +220,9 @@ def _through(g: Array) -> Array:
 
 # For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g hands the gradient on.
 _ELEMENTWISE = {
-    "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab", "minimum": "ab ab",
-    "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y", "sigmoid": "y", "softplus": "a",
-    "logsigmoid": "a", "softmax": "y", "log_softmax": "y",
+    "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab",
+    "minimum": "ab ab", "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y",
+    "sigmoid": "y", "softplus": "a", "logsigmoid": "a", "softmax": "y", "log_softmax": "y",
 }  # fmt: skip
 
 
@@ -407,7 +413,7 @@ def _rope(op, x, cos, sin):
 
 
 class _Tiles:
-    """What attention keeps: q, k, v, the output, and for each tile its unnormalized weights and its row sums' inverse."""
+    """What attention keeps: q, k, v, the output, each tile's unnormalized weights and the inverse of their row sums."""
 
     def __init__(self, op: _Op, q: Array, k: Array, v: Array, causal: bool):
         B, H, T, D = q.shape

@@ -10,12 +10,16 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: install the extra 'o
 transformers = pytest.importorskip("transformers", reason="needs transformers: install the extra 'oracles'")
 
 CLASSES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model", "t5": "T5ForConditionalGeneration",
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
+    "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM", "opt": "OPTForCausalLM",
 }  # fmt: skip
-SMALLEST = ["gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5v1.1-small", "t5-base", "mt5-large",
-            "smollm2-135m", "llama2-70b", "llama3.2-1b", "qwen2.5-3b", "mistral-7b", "bloom-560m", "opt-125m", "opt-350m"]  # fmt: skip
+SMALLEST = [
+    "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5v1.1-small", "t5-base", "mt5-large",
+    "smollm2-135m", "llama2-70b", "llama3.2-1b", "qwen2.5-3b", "mistral-7b", "bloom-560m", "opt-125m", "opt-350m",
+]  # fmt: skip
 
 
 def built(config: dict) -> dict:
@@ -27,7 +31,9 @@ def built(config: dict) -> dict:
     with torch.device("meta"):
         cls = getattr(transformers, CLASSES[config["model_type"]])
         shapes = {name: tuple(p.shape) for name, p in cls(cls.config_class(**fields)).named_parameters()}
-    untied = config["model_type"] == "mt5" or (config["model_type"] == "t5" and not config.get("tie_word_embeddings", True))
+    untied = config["model_type"] == "mt5" or (
+        config["model_type"] == "t5" and not config.get("tie_word_embeddings", True)
+    )
     return shapes | ({"lm_head.weight": shapes["shared.weight"]} if untied else {})
 
 
@@ -40,7 +46,9 @@ def test_the_table_is_the_model_of_transformers(name):
 
 
 def test_every_family_is_compared():
-    assert {architecture(n).model_type for n in names()} == {architecture(n).model_type for n in SMALLEST} == set(CLASSES)
+    assert (
+        {architecture(n).model_type for n in names()} == {architecture(n).model_type for n in SMALLEST} == set(CLASSES)
+    )
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
