@@ -219,7 +219,8 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
                 if ours:
                     total += d
                 else:
-                    pending[id(parent)] = (total + d, True)
+                    total = xp_of(d).asarray(total + d)  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
+                pending[id(parent)] = (total, True)
             del d
         del edges, g, node
 
@@ -353,6 +354,19 @@ def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Arr
     return [holders[id(leaf)].grad for leaf in leaves]
 
 
+@contextmanager
+def _as_leaves(tensors: list[Tensor]) -> Iterator[None]:
+    """Inside, what is computed from these tensors begins with them, also where they were computed themselves."""
+    nodes = [t._node for t in tensors]
+    for t in tensors:
+        t._node = None
+    try:
+        yield
+    finally:
+        for t, node in zip(tensors, nodes):
+            t._node = node
+
+
 def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
     """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is thrown away and computed again in backward.
 
@@ -372,7 +386,7 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     def pullback(i: int, g: Array) -> Array:
         if not memo:
             again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
-            with _grad_mode(True):
+            with _grad_mode(True), _as_leaves(needed):
                 out = fn(*[again[id(x)] for x in inputs])
             found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
             xp = xp_of(g)

@@ -1,0 +1,646 @@
+"""The engine: what a graph keeps, how gradients add up, when memory is freed, and how misuse is told."""
+
+from __future__ import annotations
+
+import gc
+import operator
+import subprocess
+import sys
+import threading
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
+
+import minipeft as mp
+from minipeft import AutogradError, Tensor, no_grad
+from minipeft import functional as F
+from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
+from minipeft.backend import Rng, to_numpy
+
+
+def leaf(*shape, seed=0, dtype=np.float64):
+    return Tensor(np.random.default_rng(seed).standard_normal(shape).astype(dtype), requires_grad=True)
+
+
+class Watched(np.ndarray):
+    """An array that can be asked whether it is still alive."""
+
+
+def watched(*shape):
+    array = np.ones(shape).view(Watched)
+    return array, weakref.ref(array)
+
+
+@pytest.fixture
+def no_collector():
+    """The garbage collector is off: what is freed is freed by reference counting alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# ----------------------------------------------------------------------------------------------- gradients add up
+
+
+def test_diamond(xp):
+    x = Tensor(xp.asarray(np.array([2.0, 3.0])), requires_grad=True)
+    a = x * 3.0
+    b, c = a * a, F.exp(a * 0.1)
+    (b * c + a).sum().backward()
+    v = np.array([2.0, 3.0])
+    expected = 18 * v * np.exp(0.3 * v) + 9 * v**2 * 0.3 * np.exp(0.3 * v) + 3
+    np.testing.assert_allclose(to_numpy(x.grad), expected, rtol=1e-13)
+
+
+def test_each_node_of_a_ladder_of_diamonds_runs_once():
+    x = leaf(1)
+    y = x
+    for _ in range(60):  # 2**60 paths
+        y = y * 0.5 + y * 0.5
+    y.backward()
+    assert x.grad.tolist() == [1.0]
+
+
+def test_the_same_tensor_twice_in_one_op(xp):
+    x = Tensor(xp.asarray(np.array([[1.0, 2.0], [3.0, 4.0]])), requires_grad=True)
+    (x @ x).sum().backward()
+    v = np.array([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_allclose(to_numpy(x.grad), np.ones((2, 2)) @ v.T + v.T @ np.ones((2, 2)))
+
+
+def test_a_scalar_used_three_times(xp):
+    """NumPy's sum of two 0-d arrays is a scalar, which cannot be added to in place."""
+    x = Tensor(xp.asarray(np.array(3.0)), requires_grad=True)
+    loss = x * 2.0
+    (loss + loss * 10.0 + loss * 100.0 + loss * 1000.0).backward()
+    assert to_numpy(x.grad) == 2222.0 and x.grad.shape == ()
+
+
+def test_a_tied_weight_receives_both_gradients():
+    w, ids = leaf(5, 3), np.array([0, 2, 2])
+    F.cross_entropy(F.linear(F.embedding(ids, w), w), np.array([1, 0, 4])).backward()
+    tied = w.grad
+    a, b = Tensor(w.data, requires_grad=True), Tensor(w.data, requires_grad=True)
+    F.cross_entropy(F.linear(F.embedding(ids, a), b), np.array([1, 0, 4])).backward()
+    np.testing.assert_allclose(tied, a.grad + b.grad, rtol=1e-13)
+
+
+def test_gradients_accumulate_across_backwards_in_the_same_array():
+    x = leaf(3)
+    (x * 2.0).sum().backward()
+    first = x.grad
+    (x * 5.0).sum().backward()
+    assert x.grad is first and x.grad.tolist() == [7.0, 7.0, 7.0]
+
+
+def test_slices_of_a_leaf_and_of_an_interior_result_add_into_one_gradient(xp):
+    for interior in (False, True):
+        x = Tensor(xp.asarray(np.arange(6.0)), requires_grad=True)
+        y = x * 1.0 if interior else x
+        (y[:3] * 2.0 + y[1:4] + y[xp.asarray(np.array([5, 5, 0]))] * y[::2]).sum().backward()
+        v = np.arange(6.0)
+        expected = np.array([2, 3, 3, 1, 0, 0], float)
+        expected[[0, 2, 4]] += v[[5, 5, 0]]
+        np.add.at(expected, [5, 5, 0], v[[0, 2, 4]])
+        np.testing.assert_array_equal(to_numpy(x.grad), expected)
+
+
+def test_only_leaves_get_a_gradient():
+    x = leaf(2)
+    y = x * 2.0
+    (y * y).sum().backward()
+    assert y.grad is None and x.grad is not None
+
+
+def test_an_input_that_needs_no_gradient_gets_none():
+    x, w = leaf(2, 3), Tensor(np.ones((4, 3)))
+    F.linear(x, w).sum().backward()
+    assert w.grad is None
+
+
+def test_gradients_function_leaves_grad_alone():
+    x, w, unused = leaf(3), leaf(3, seed=1), leaf(2)
+    y = x * w
+    found = gradients(y, np.ones(3), [w, unused])
+    np.testing.assert_array_equal(found[0], x.data)
+    assert found[1] is None and x.grad is None and w.grad is None
+
+
+# ------------------------------------------------------------------------------------------------------ no aliases
+
+
+def test_a_sum_does_not_share_its_gradient_between_its_inputs():
+    a, b = leaf(3), leaf(3)
+    g = np.array([1.0, 2.0, 3.0])
+    (a + b).backward(g)
+    a.grad[0] = 100.0
+    g[1] = 200.0
+    assert b.grad.tolist() == [1.0, 2.0, 3.0] and a.grad.tolist() == [100.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x,
+        lambda x: x + 0.0,
+        lambda x: x.reshape(3, 2),
+        lambda x: x.transpose(),
+        lambda x: F.broadcast_to(x, (2, 3)),
+        lambda x: F.dropout(x, 0.0, None),
+        lambda x: x[:],
+        lambda x: F.to(x, np.float64),
+        lambda x: F.cat([x, x]),
+        lambda x: x.sum(axis=0, keepdims=True),
+    ],
+)
+def test_grad_is_an_array_of_its_own_and_writable(fn):
+    x = leaf(2, 3)
+    y = fn(x)
+    g = np.ones(y.shape)
+    y.backward(g)
+    assert x.grad.shape == x.shape and x.grad.flags.writeable
+    assert not np.shares_memory(x.grad, g) and not np.shares_memory(x.grad, x.data)
+    x.grad += 1.0
+    np.testing.assert_array_equal(g, np.ones(y.shape))
+
+
+def test_backward_does_not_write_into_the_gradient_it_is_given():
+    x = leaf(2, 3)
+    y = x * 2.0
+    z = F.softmax(y) + y + y[:, :1]
+    g = np.arange(6.0).reshape(2, 3)
+    z.backward(g)
+    np.testing.assert_array_equal(g, np.arange(6.0).reshape(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_deep_chain_forward_backward_and_freed_without_backward(no_collector):
+    x = leaf(1)
+    y = x
+    for _ in range(100_000):
+        y = y + 1.0
+    y.backward()
+    assert x.grad.tolist() == [1.0]
+    for _ in range(100_000):
+        y = y * x
+    del y  # the graph is dropped unused: its destruction must not recurse either
+
+
+def test_a_graph_dies_with_its_result(no_collector):
+    array, alive = watched(4, 4)
+    w = leaf(4, 4)
+    y = F.exp(Tensor(array) @ w).sum()
+    del array
+    assert alive() is not None
+    del y
+    assert alive() is None
+
+
+def test_backward_frees_what_the_graph_held(no_collector):
+    array, alive = watched(4, 4)
+    w = leaf(4, 4)
+    y = F.exp(Tensor(array) @ w).sum()
+    del array
+    y.backward()
+    assert alive() is None and w.grad is not None
+
+
+def test_training_steps_leave_nothing_behind(no_collector):
+    model = mp.Transformer(
+        mp.TransformerConfig.llama(vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+    ids = np.arange(16).reshape(2, 8)
+
+    def step():
+        model.zero_grad()
+        model.loss(ids, ids).backward()
+
+    step()
+    tracemalloc.start()
+    try:
+        step()
+        first = tracemalloc.get_traced_memory()[0]
+        for _ in range(5):
+            step()
+        assert tracemalloc.get_traced_memory()[0] - first < 10_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_frozen_weight_keeps_no_activation(no_collector):
+    array, alive = watched(8, 8)
+    x = Tensor(array)
+    h = leaf(8, 8)
+    frozen = F.linear(x + h * 0.0, Tensor(np.eye(8)))  # dW would need the input; dx needs only the weight
+    del array, x
+    assert alive() is None
+    assert frozen.requires_grad
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_linear_keeps_its_input_only_for_a_trainable_weight(no_collector, trainable):
+    array, alive = watched(8, 8)
+    x = Tensor(array, requires_grad=True)
+    w = Tensor(np.eye(8), requires_grad=trainable)
+    y = F.linear(x, w)
+    x.data = None  # the leaf itself no longer holds the array: only the graph may
+    del array
+    assert y.requires_grad
+    assert (alive() is not None) == trainable
+
+
+def test_the_input_of_an_op_without_a_gradient_is_freed_at_once(no_collector):
+    array, alive = watched(8)
+    y = F.gelu(Tensor(array))
+    del array
+    assert alive() is None and not y.requires_grad
+
+
+def test_no_grad_records_nothing(no_collector):
+    array, alive = watched(8)
+    x = Tensor(array, requires_grad=True)
+    with no_grad():
+        y = F.exp(x * 2.0)
+    assert not y.requires_grad and y._node is None
+    del x, array
+    assert alive() is None
+
+
+# --------------------------------------------------------------------------------------------------------- no_grad
+
+
+def test_no_grad_nests_and_ends_with_an_exception():
+    with no_grad():
+        with no_grad():
+            assert not is_grad_enabled()
+        assert not is_grad_enabled()
+    assert is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), no_grad():
+        1 / 0
+    assert is_grad_enabled() and (leaf(1) * 2.0).requires_grad
+
+
+def test_no_grad_concerns_its_own_thread_only():
+    seen = {}
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(10)
+        seen["other"] = (leaf(1) * 2.0).requires_grad
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with no_grad():
+        inside.set()
+        done.wait(10)
+        seen["own"] = (leaf(1) * 2.0).requires_grad
+    thread.join()
+    assert seen == {"other": True, "own": False}
+
+
+def test_graphs_are_built_and_walked_on_several_threads_at_once():
+    w = np.random.default_rng(0).standard_normal((20, 20))
+
+    def work(seed, out):
+        x = leaf(20, 20, seed=seed)
+        for _ in range(20):
+            F.softmax(F.gelu(x @ w)).sum(axis=0).backward(np.arange(20.0))
+        out[seed] = x.grad
+
+    alone, together = {}, {}
+    for seed in range(4):
+        work(seed, alone)
+    threads = [threading.Thread(target=work, args=(seed, together)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for seed in range(4):
+        np.testing.assert_allclose(together[seed], alone[seed], rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- tensors and dtypes
+
+
+def test_an_array_keeps_its_dtype_and_lists_become_float32():
+    for dtype in (np.float16, np.float32, np.float64, np.int64, bool):
+        assert Tensor(np.zeros(2, dtype)).dtype == dtype
+    assert Tensor([1.0, 2.0]).dtype == np.float32 and Tensor(0.5).dtype == np.float32
+    assert Tensor([1, 2]).dtype.kind == "i"
+    data = np.zeros(2)
+    assert Tensor(data).data is data
+
+
+@pytest.mark.parametrize("operate", [operator.mul, operator.add, operator.sub, operator.truediv, operator.matmul])
+def test_an_ndarray_on_the_left_gives_a_tensor(operate):
+    a, x = np.ones((2, 2)) * 3, leaf(2, 2)
+    y = operate(a, x)
+    assert isinstance(y, Tensor) and y.requires_grad and y.shape == (2, 2)
+    np.testing.assert_allclose(y.data, operate(a, x.data))
+
+
+@pytest.mark.parametrize("scalar", [np.float64(2.5), 2.5, 2, np.int64(2), np.float32(2.5)])
+def test_scalars_do_not_widen_float32(scalar):
+    x = Tensor(np.array([0.5, 1.0, 2.0], np.float32), requires_grad=True)
+    for y in (x * scalar, scalar * x, x + scalar, scalar - x, x / scalar, scalar / x, x**scalar):
+        assert isinstance(y, Tensor) and y.dtype == np.float32 and y.shape == (3,)
+        y.backward(np.ones(3, np.float32))
+    assert x.grad.dtype == np.float32
+
+
+def test_mixed_precision_gives_each_leaf_a_gradient_of_its_own_dtype():
+    a, b = leaf(3, dtype=np.float32), leaf(3, dtype=np.float64)
+    y = a * b
+    assert y.dtype == np.float64
+    y.sum().backward()
+    assert a.grad.dtype == np.float32 and b.grad.dtype == np.float64
+
+
+def test_methods_and_operators_are_the_functions():
+    x = Tensor(np.array([[1.0, 2.0], [3.0, 5.0]]))
+    pairs = [
+        (x.sum(axis=0), x.data.sum(0)),
+        (x.mean(axis=1, keepdims=True), x.data.mean(1, keepdims=True)),
+        (x.max(), x.data.max()),
+        (x.exp(), np.exp(x.data)),
+        (x.log(), np.log(x.data)),
+        (x.sqrt(), np.sqrt(x.data)),
+        (x.tanh(), np.tanh(x.data)),
+        (x.abs(), x.data),
+        (x.reshape(4), x.data.ravel()),
+        (x.reshape((1, 4)), x.data.reshape(1, 4)),
+        (x.reshape(-1, 1), x.data.reshape(-1, 1)),
+        (x.transpose(), x.data.T),
+        (x.T, x.data.T),
+        (x.transpose(1, 0), x.data.T),
+        (x.swapaxes(0, 1), x.data.T),
+        (-x, -x.data),
+        (x**2, x.data**2),
+        (x[0], x.data[0]),
+        (1.0 - x, 1 - x.data),
+        (x @ x, x.data @ x.data),
+        (x.to(np.float32), x.data.astype(np.float32)),
+    ]
+    for found, expected in pairs:
+        assert isinstance(found, Tensor)
+        np.testing.assert_array_equal(found.data, expected)
+    assert (x > 2).tolist() == [[False, False], [True, True]] and (x <= x).all()
+    assert (x.ndim, x.size, len(x), x.shape) == (2, 4, 2, (2, 2))
+    assert x[1, 1].item() == 5.0 and type(x[1, 1].item()) is float
+    np.testing.assert_array_equal(x.numpy(), x.data)
+
+
+def test_inputs_given_by_name_are_inputs_all_the_same():
+    x, w, b = leaf(2, 3), leaf(4, 3, seed=1), leaf(4, seed=2)
+    F.linear(x, bias=b, weight=w).sum().backward()
+    assert w.grad.shape == (4, 3) and b.grad.tolist() == [2.0] * 4
+
+
+def test_detach_cuts_the_graph_and_shares_the_array():
+    x = leaf(3)
+    y = (x * 2.0).detach()
+    assert not y.requires_grad and np.shares_memory(x.detach().data, x.data)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+
+def block(x, w, seed=0):
+    return F.gelu(F.dropout(x @ w, 0.3, Rng(seed))) + x
+
+
+def test_checkpoint_gives_the_same_value_and_gradients():
+    results = []
+    for checkpointed in (False, True):
+        x, w = leaf(4, 4), leaf(4, 4, seed=1)
+        h = x * 2.0
+        y = checkpoint(lambda h, w=w: block(h, w), h, parameters=[w]) if checkpointed else block(h, w)
+        (y * y).sum().backward()
+        results.append((y.data, x.grad, w.grad))
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoint_computes_again_once_for_all_inputs():
+    calls = []
+    a, b, w = leaf(3), leaf(3, seed=1), leaf(3, seed=2)
+
+    def fn(a, b):
+        calls.append(is_grad_enabled())
+        return a * b * w
+
+    y = checkpoint(fn, a, b, parameters=[w])
+    assert calls == [False]
+    y.sum().backward()
+    assert calls == [False, True]
+    np.testing.assert_allclose(w.grad, a.data * b.data)
+    np.testing.assert_allclose(a.grad, b.data * w.data)
+
+
+def test_nested_checkpoints():
+    results = []
+    for nested in (False, True):
+        x, w = leaf(3, 3), leaf(3, 3, seed=1)
+
+        def inner(h, w=w):
+            return block(h, w)
+
+        def outer(h, w=w, inner=inner, nested=nested):
+            middle = checkpoint(inner, h, parameters=[w]) if nested else inner(h)
+            return block(middle, w, seed=1)
+
+        y = checkpoint(outer, x, parameters=[w]) if nested else outer(x)
+        y.sum().backward()
+        results.append((x.grad, w.grad))
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoint_with_a_parameter_that_was_itself_computed():
+    results = []
+    for checkpointed in (False, True):
+        x, w = leaf(3), leaf(3, seed=1)
+        prefix = w * w  # a trained prefix computed by a small network, say
+        y = checkpoint(lambda h, p=prefix: h * p, x, parameters=[prefix]) if checkpointed else x * prefix
+        (y * prefix).sum().backward()
+        results.append((x.grad, w.grad))
+    for a, b in zip(*results):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_checkpoint_keeps_nothing_of_the_inside(no_collector):
+    kept = []
+
+    def fn(x):
+        array, alive = watched(4)
+        kept.append(alive)
+        return x * Tensor(array)
+
+    x = leaf(4)
+    y = checkpoint(fn, x)
+    assert kept[0]() is None
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0] * 4 and kept[1]() is None
+
+
+def test_checkpoint_of_frozen_inputs_and_under_no_grad_is_a_plain_call():
+    assert not checkpoint(F.exp, Tensor(np.ones(2))).requires_grad
+    with no_grad():
+        assert not checkpoint(F.exp, leaf(2)).requires_grad
+    frozen, x = Tensor(np.ones(2)), leaf(2)
+    checkpoint(lambda a, b: a * b, frozen, x).sum().backward()
+    assert frozen.grad is None and x.grad.tolist() == [1.0, 1.0]
+
+
+def test_a_parameter_that_the_checkpointed_function_does_not_use_gets_zeros():
+    x, w = leaf(2), leaf(3)
+    checkpoint(F.exp, x, parameters=[w]).sum().backward()
+    assert w.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- misuse
+
+
+def test_backward_twice_through_one_graph():
+    x = leaf(2)
+    y = (x * 2.0).sum()
+    y.backward()
+    with pytest.raises(AutogradError, match="freed graph: the result of 'sum' was already used"):
+        y.backward()
+    assert x.grad.tolist() == [2.0, 2.0]
+
+
+def test_a_freed_part_of_a_graph():
+    x = leaf(2)
+    h = x * 2.0
+    a, b = h.sum(), (h * h).sum()
+    a.backward()
+    with pytest.raises(AutogradError, match=r"freed graph.*'mul'.*add the losses"):
+        b.backward()
+
+
+@pytest.mark.parametrize(
+    "misuse, error, message",
+    [
+        (lambda: (leaf(2, 3) * 2.0).backward(), AutogradError, r"needs a scalar; this tensor has shape \(2, 3\)"),
+        (lambda: Tensor(np.ones(1)).backward(), AutogradError, "does not require gradients"),
+        (lambda: (leaf(2, 3) * 2.0).backward(np.ones((3, 2))), ValueError, r"shape \(3, 2\), the tensor \(2, 3\)"),
+        (lambda: Tensor(np.array([1, 2]), requires_grad=True), TypeError, r"int64 of shape \(2,\)"),
+        (lambda: Tensor(np.array([True]), requires_grad=True), TypeError, "bool"),
+        (lambda: Tensor(np.array(["a"])), TypeError, "real numbers; data of dtype <U1"),
+        (lambda: Tensor(np.array([1j])), TypeError, "complex128"),
+        (lambda: Tensor(np.ones((2, 3))).item(), ValueError, r"one element; this one has shape \(2, 3\)"),
+        (lambda: F.where(np.array([True]), leaf(2), leaf(3)), ValueError, r"\(2,\).*\(3,\)"),
+        (
+            lambda: F.pow(Tensor(np.ones(2)), leaf(2)),
+            AutogradError,
+            r"pow: the input of shape \(2,\) has no derivative",
+        ),
+        (lambda: F.broadcast_to(leaf(2), (3,)), ValueError, r"\(2,\).*\(3,\)"),
+        (lambda: F.stack([leaf(2), leaf(3)]), ValueError, r"cat: shapes"),
+    ],
+)
+def test_misuse_is_told(misuse, error, message):
+    with pytest.raises(error, match=message):
+        misuse()
+
+
+def test_a_failed_op_leaves_everything_usable():
+    x, w = leaf(2, 3), leaf(4, 3)
+    h = x * 2.0
+    with pytest.raises(ValueError, match="linear"):
+        F.linear(h, leaf(4, 5))
+    F.linear(h, w).sum().backward()
+    assert x.grad is not None and w.grad is not None
+
+
+def test_a_pullback_that_fails_leaves_no_mode_behind():
+    def fail(g):
+        raise FloatingPointError("inside a pullback")
+
+    x = leaf(2)
+    y = Tensor(x.data)
+    y._node, y.requires_grad = Node("bad", [(x, fail, x.shape, x.dtype)]), True
+    with pytest.raises(FloatingPointError):
+        checkpoint(lambda x: x * y, x, parameters=[y]).sum().backward()
+        (y * 2.0).sum().backward()
+    assert is_grad_enabled()
+    (x * 3.0).sum().backward()
+    assert x.grad is not None and np.isfinite(x.grad).all()
+
+
+def test_a_failed_recomputation_restores_the_tensors_it_touched():
+    x, w = leaf(2), leaf(2, seed=1)
+    prefix, calls = w * 2.0, []
+
+    def fn(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("the second time")
+        return x * prefix
+
+    with pytest.raises(MemoryError):
+        checkpoint(fn, x, parameters=[prefix]).sum().backward()
+    assert is_grad_enabled()
+    prefix.sum().backward()
+    assert w.grad.tolist() == [2.0, 2.0]
+
+
+def test_a_tensor_has_its_operators_when_nothing_else_was_imported():
+    code = "import minipeft as mp; x = mp.Tensor([1.0], requires_grad=True); (x * 2).backward(); print(x.grad)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[2.]\n"
+
+
+# ------------------------------------------------------------------------------------------------------ properties
+
+shapes = mutually_broadcastable_shapes(num_shapes=2, max_dims=4, min_side=0, max_side=4)
+
+
+@given(shapes)
+def test_unbroadcast_is_the_transpose_of_broadcasting(found):
+    shape, result = found.input_shapes[0], found.result_shape
+    x = np.random.default_rng(0).standard_normal(shape)
+    g = np.random.default_rng(1).standard_normal(result)
+    back = unbroadcast(np.asarray(g), shape)
+    assert np.shape(back) == shape
+    # <g, broadcast(x)> = <unbroadcast(g), x>
+    np.testing.assert_allclose((g * np.broadcast_to(x, result)).sum(), (back * x).sum(), rtol=1e-12, atol=1e-12)
+
+
+@given(shapes, st.sampled_from(["+", "-", "*", "/"]), st.integers(0, 2**32 - 1))
+def test_broadcasting_arithmetic(found, sign, seed):
+    generator = np.random.default_rng(seed)
+    a, b = (Tensor(np.asarray(generator.uniform(0.5, 2, s)), requires_grad=True) for s in found.input_shapes)
+    y = {"+": F.add, "-": F.sub, "*": F.mul, "/": F.div}[sign](a, b)
+    A, B = np.broadcast_arrays(a.data, b.data)
+    np.testing.assert_allclose(y.data, {"+": A + B, "-": A - B, "*": A * B, "/": A / B}[sign], rtol=1e-14)
+    g = np.asarray(generator.standard_normal(y.shape))
+    y.backward(g)
+    da, db = {"+": (g, g), "-": (g, -g), "*": (g * B, g * A), "/": (g / B, -g * A / B**2)}[sign]
+    for t, d in ((a, da), (b, db)):
+        assert t.grad.shape == t.shape
+        extra = y.ndim - t.ndim
+        axes = (*range(extra), *(extra + i for i, n in enumerate(t.shape) if n == 1 and y.shape[extra + i] != 1))
+        np.testing.assert_allclose(t.grad, d.sum(axis=axes).reshape(t.shape), rtol=1e-12, atol=1e-12)
+
+
+@given(st.data())
+def test_random_graphs_of_sums_and_products(data):
+    """A random polynomial of one scalar: its derivative by the engine and by NumPy's polynomials."""
+    x = Tensor(np.array(0.7), requires_grad=True)
+    pool = [(x, np.polynomial.Polynomial([0, 1]))]
+    for _ in range(data.draw(st.integers(1, 7))):
+        (a, p), (b, q) = (pool[data.draw(st.integers(0, len(pool) - 1))] for _ in range(2))
+        pool.append((a * b, p * q) if data.draw(st.booleans()) and (p * q).degree() < 40 else (a + b, p + q))
+    y, p = pool[-1]
+    y.backward()
+    np.testing.assert_allclose([y.item(), x.grad], [p(0.7), p.deriv()(0.7)], rtol=1e-9)
