@@ -219,7 +219,9 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
                 if ours:
                     total += d
                 else:
-                    total = xp_of(d).asarray(total + d)  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
+                    total = total + d
+                    if isinstance(total, np.generic):  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
+                        total = np.asarray(total)
                 pending[id(parent)] = (total, True)
             del d
         del edges, g, node
