@@ -34,7 +34,7 @@ class ParameterCount:
 
 
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
-    """name -> shape of the parameters that are trained; names that `arch` has are its own, the others are added to it.
+    """name -> shape of the parameters that are trained: those of `arch` itself (full fine-tuning), or ones added to it.
 
     Args:
         config: a method's configuration; None is full fine-tuning, "head" the language model's head alone, "frozen"
@@ -66,7 +66,10 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
             continue
         kind = "linear" if name in arch.tied else arch.kinds[name]
         for key, added in config.parameter_shapes(path, kind, shape).items():
-            trained[f"{path}.{key}"] = added
+            place = f"{path}.{key}"
+            if place in arch:  # BitFit's bias: a copy, beside the frozen one
+                place = f"{path}.modules_to_save.{key}"
+            trained[place] = added
     if not trained:
         raise ValueError(
             f"{type(config).__name__} trains nothing of {arch.name}: no module matches target_modules="
