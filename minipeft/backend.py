@@ -130,6 +130,7 @@ _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
 _pool: ThreadPoolExecutor | None = None
 _blas: list | None = None  # threadpoolctl's controllers of the BLAS that NumPy calls
+_inside = threading.local()  # .pool: this thread is one of the pool's
 _regions = 0  # how many callers are inside `one_blas_thread`
 
 
@@ -154,9 +155,7 @@ def set_num_threads(n: int) -> None:
         raise BackendError(f"the number of threads must be an integer of at least 1, not {n!r}")
     with _lock:
         _threads = n
-        if _pool is not None:
-            _pool.shutdown(wait=False)
-            _pool = None
+        _pool = None  # not shut down: another thread may be about to use it, and it ends when nobody holds it
         for blas in _blas_controllers():
             blas.set_num_threads(n)
 
@@ -191,19 +190,35 @@ def one_blas_thread():
                     blas.set_num_threads(threads)
 
 
+def _enter_pool() -> None:
+    _inside.pool = True
+
+
+def _after_fork() -> None:
+    """A forked process has none of its parent's threads, and perhaps a lock that one of them held."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def run_tasks(tasks: list[Callable[[], None]]) -> None:
     """Run the tasks, one a thread, and return when all have ended; the first exception, in task order, is raised.
 
-    `numpy.errstate` of the caller holds in every task.
+    `numpy.errstate` of the caller holds in every task. A task's own tasks run in its thread: if they waited for a free
+    thread, threads that wait for each other could use up the pool.
     """
     global _pool
-    if len(tasks) == 1:
-        tasks[0]()
+    if len(tasks) == 1 or getattr(_inside, "pool", False):
+        for task in tasks:
+            task()
         return
-    if _pool is None:
-        with _lock:
-            _pool = _pool or ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="minipeft")
-    futures = [_pool.submit(copy_context().run, task) for task in tasks[1:]]
+    workers = max(1, get_num_threads() - 1)
+    with _lock:
+        pool = _pool = _pool or ThreadPoolExecutor(workers, "minipeft", initializer=_enter_pool)
+    futures = [pool.submit(copy_context().run, task) for task in tasks[1:]]
     try:
         tasks[0]()
     finally:

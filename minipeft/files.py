@@ -8,6 +8,7 @@ renamed over the target, which the file system does in one step.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import uuid
@@ -98,32 +99,51 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
             if not isinstance(header, dict):
                 raise ValueError("the header is not an object")
             metadata = header.pop("__metadata__", {})
-            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+                raise ValueError("__metadata__ must map names to text")
+            entries = {name: _entry(name, value) for name, value in header.items()}
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
 
-    start = 8 + length
+    start, covered = 8 + length, 0
     if size == start:
         raw = np.zeros(0, np.uint8)
     else:
         raw = np.memmap(path, np.uint8, mode="r", offset=start)
     arrays = {}
-    for name, (code, shape, begin, end) in entries.items():
+    for name, (code, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if code != "BF16" and code not in _DTYPES:
             raise FileError(f"{path}: tensor {name!r} has the dtype {code}, which is not supported (one of {', '.join(_DTYPES)}, BF16)")
         dtype = np.dtype(np.uint16 if code == "BF16" else _DTYPES[code])
-        expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        if not 0 <= begin <= end or end - begin != expected:
+        expected = dtype.itemsize * math.prod(shape)
+        if end - begin != expected:
             raise FileError(f"{path}: tensor {name!r} of shape {shape} needs {expected} bytes, its header gives {begin} to {end}")
         if end > raw.size:
             raise FileError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}")
+        if begin != covered:  # as the format demands: two tensors may not share bytes, nor may any hide between them
+            raise FileError(f"{path}: tensor {name!r} begins at byte {begin} of the data, the one before it ends at {covered}")
+        covered = end
         array = np.frombuffer(raw[begin:end], dtype).reshape(shape)
         arrays[name] = (array.astype(np.uint32) << 16).view(np.float32) if code == "BF16" else array
-    return arrays, metadata
+    if covered != raw.size:
+        raise FileError(f"{path}: the tensors end at byte {start + covered}, the file at {size}")
+    return {name: arrays[name] for name in entries}, metadata
+
+
+def _entry(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of a tensor's entry in a header."""
+    try:
+        code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        sound = isinstance(code, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"the entry of tensor {name!r} must have a dtype, a shape and two data_offsets, none negative")
+    return code, shape, begin, end
 
 
 _DTYPES = {

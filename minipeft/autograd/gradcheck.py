@@ -87,7 +87,8 @@ def gradcheck(
 
     Raises GradcheckError naming the input, the worst element and both values when they disagree; also when a gradient
     has the wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when
-    computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to check.
+    computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to
+    check.
     """
     call = [_float64(a) if is_array(a) and a.dtype.kind == "f" else a for a in map(_data, arrays)]
     inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}

@@ -1,0 +1,362 @@
+"""Which library computes, with how many threads, from which random stream."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import strict_device
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft import backend
+from minipeft.backend import BackendError, Rng, as_rng, asarray, get_backend, scatter_add, to_numpy, xp_of
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("MINIPEFT_")}
+    return subprocess.run([sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def threads():
+    before = backend.get_num_threads()
+    yield backend.set_num_threads
+    backend.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------------- library
+
+
+def test_xp_of_is_the_library_of_the_arrays(xp):
+    a = xp.asarray(np.ones(2))
+    assert xp_of(a) is xp and xp_of(None, 2.0, a, a, True) is xp
+
+
+def test_xp_of_without_an_array_is_numpy():
+    assert xp_of() is np and xp_of(1, None, 2.5, [1, 2], np.float32(1)) is np
+
+
+def test_xp_of_takes_subclasses_of_ndarray_for_numpy(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones(3))
+    assert xp_of(np.load(tmp_path / "a.npy", mmap_mode="r"), np.ones(3)) is np
+
+
+def test_xp_of_refuses_two_libraries():
+    with pytest.raises(BackendError, match=r"\(numpy and strict_device\).*to_numpy or minipeft.backend.asarray"):
+        xp_of(np.ones(2), strict_device.asarray(np.ones(2)))
+
+
+def test_moves_are_explicit_and_copy_only_across(xp):
+    host = np.arange(3.0)
+    there = asarray(host, xp)
+    assert xp_of(there) is xp and asarray(there, xp) is there
+    np.testing.assert_array_equal(to_numpy(there), host)
+    assert to_numpy(host) is host and asarray(host, "numpy") is host
+    assert xp_of(asarray(there, np)) is np
+    assert asarray([1, 2], xp).tolist() == [1, 2]
+
+
+def test_get_backend_by_name_and_environment(monkeypatch):
+    monkeypatch.delenv("MINIPEFT_BACKEND", raising=False)
+    assert get_backend() is np and get_backend("numpy") is np
+    monkeypatch.setenv("MINIPEFT_BACKEND", "numpy")
+    assert get_backend() is np
+    monkeypatch.setenv("MINIPEFT_BACKEND", "torch")
+    with pytest.raises(BackendError, match="unknown backend 'torch'; choose 'numpy' or 'cupy'"):
+        get_backend()
+    assert get_backend("numpy") is np  # an argument goes before the environment
+
+
+def test_cupy_without_cupy_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # what `import cupy` does where it is not installed
+    monkeypatch.setenv("MINIPEFT_BACKEND", "cupy")
+    with pytest.raises(BackendError, match=r"not installed; install the extra: pip install 'minipeft\[gpu\]'"):
+        get_backend()
+
+
+@pytest.mark.parametrize("count", ["raises", 0])
+def test_cupy_without_a_gpu_says_so(monkeypatch, count):
+    class Runtime:
+        @staticmethod
+        def getDeviceCount():
+            if count == "raises":
+                raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+            return count
+
+    class Cupy:
+        class cuda:
+            runtime = Runtime
+
+    monkeypatch.setitem(sys.modules, "cupy", Cupy)
+    with pytest.raises(BackendError, match=r"extra 'gpu'.*GPU"):
+        get_backend("cupy")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed here")
+def test_a_model_asked_onto_a_missing_gpu_is_one_clear_error():
+    code = "import minipeft as mp; mp.Transformer(mp.TransformerConfig.llama())"
+    done = python(code, MINIPEFT_BACKEND="cupy")
+    assert done.returncode == 1 and "pip install 'minipeft[gpu]'" in done.stderr.splitlines()[-1]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = """if True:
+        import sys, minipeft as mp
+        light = set(sys.modules)
+        mp.Tensor([1.0]), mp.Transformer, mp.functional, mp.optim
+        print(*[m for m in sorted(set(sys.modules)) if "." not in m])
+        print(*[m for m in light if m.startswith("minipeft.")])
+    """
+    loaded, ours = python(code).stdout.splitlines()
+    heavy = {"matplotlib", "tokenizers", "rich", "torch", "transformers", "peft", "cupy", "safetensors", "hypothesis"}
+    assert not heavy & set(loaded.split()) and "numpy" in loaded.split()
+    assert ours == ""  # `import minipeft` alone loads none of its modules
+
+
+# ----------------------------------------------------------------------------------------------------- scatter_add
+
+
+@given(st.integers(1, 6), st.lists(st.integers(0, 5), max_size=40), st.integers(0, 2**31))
+def test_scatter_add_is_add_at(width, ids, seed):
+    rows = np.random.default_rng(seed).standard_normal((len(ids), width))
+    found, expected = np.ones((6, width)), np.ones((6, width))
+    ids = np.array(ids, np.int64)
+    scatter_add(found, ids, rows)
+    np.add.at(expected, ids, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scatter_add_on_every_device_and_of_any_row_shape(xp, dtype):
+    ids, rows = np.array([2, 0, 2, 2]), np.arange(24, dtype=dtype).reshape(4, 2, 3)
+    out = xp.asarray(np.zeros((3, 2, 3), dtype))
+    scatter_add(out, xp.asarray(ids), xp.asarray(rows))
+    expected = np.stack([rows[1], 0 * rows[0], rows[0] + rows[2] + rows[3]])
+    np.testing.assert_array_equal(to_numpy(out), expected)
+    scatter_add(out, xp.asarray(ids[:0]), xp.asarray(rows[:0]))
+    np.testing.assert_array_equal(to_numpy(out), expected)
+
+
+def test_scatter_add_repeats_bit_for_bit_with_any_number_of_threads(threads):
+    generator = np.random.default_rng(0)
+    ids, rows = generator.integers(0, 50, 20_000), generator.standard_normal((20_000, 16), np.float32)
+    results = []
+    for n in (1, 2, 3, 1):
+        threads(n)
+        out = np.zeros((50, 16), np.float32)
+        scatter_add(out, ids, rows)
+        results.append(out)
+    for out in results[1:]:
+        np.testing.assert_array_equal(out, results[0])
+
+
+# --------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "rows, width", [(0, 10), (1, 1 << 20), (5, 1 << 18), (1000, 1000), (1 << 20, 1), (3, 0), (17, 3)]
+)
+def test_parallel_rows_covers_each_row_once(threads, n, rows, width):
+    threads(n)
+    times = np.zeros(rows, int)
+    backend.parallel_rows(np, lambda s: np.add.at(times, np.arange(rows)[s], 1), rows, width)
+    np.testing.assert_array_equal(times, np.ones(rows))
+    times[:] = 0
+    backend.split_rows(lambda s: np.add.at(times, np.arange(rows)[s], 1), rows, rows * width)
+    np.testing.assert_array_equal(times, np.ones(rows))
+
+
+def test_a_device_gets_the_whole_at_once():
+    calls = []
+    backend.parallel_rows(strict_device, calls.append, 1 << 20, 100)
+    assert calls == [slice(0, 1 << 20)]
+
+
+def test_work_is_really_spread_over_threads(threads):
+    threads(3)
+    names, barrier = set(), threading.Barrier(3, timeout=10)
+
+    def part(rows):
+        barrier.wait()  # passes only when three threads are here at once
+        names.add(threading.current_thread().name)
+
+    backend.split_rows(part, 3, 1 << 30)
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_exception_in_a_task_reaches_the_caller_after_all_have_ended(threads, failing):
+    threads(3)
+    ended = []
+
+    def task(i):
+        if i == failing:
+            raise ZeroDivisionError(f"task {i}")
+        ended.append(i)
+
+    with pytest.raises(ZeroDivisionError, match=f"task {failing}"):
+        backend.run_tasks([lambda i=i: task(i) for i in range(3)])
+    assert sorted(ended) == [i for i in range(3) if i != failing]
+    backend.run_tasks([lambda i=i: ended.append(i) for i in range(3)])  # the pool lives on
+    assert len(ended) == 5
+
+
+def test_tasks_may_have_tasks_of_their_own(threads):
+    threads(2)
+    done = []
+
+    def outer(i):
+        backend.run_tasks([lambda j=j: done.append((i, j)) for j in range(3)])
+
+    runner = threading.Thread(target=lambda: backend.run_tasks([lambda i=i: outer(i) for i in range(4)]), daemon=True)
+    runner.start()
+    runner.join(10)
+    assert sorted(done) == [(i, j) for i in range(4) for j in range(3)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes_on():
+    code = """if True:
+        import os, signal, sys, warnings
+        import numpy as np, minipeft as mp
+        warnings.simplefilter("ignore")
+        mp.backend.set_num_threads(2)
+        x = np.ones((700, 300), np.float32)
+        before = mp.functional.gelu(x).data
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            os._exit(0 if (mp.functional.gelu(x).data == before).all() else 1)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert python(code).returncode == 0
+
+
+def test_the_number_of_threads_can_change_while_others_compute(threads):
+    x, stop, errors = np.ones((700, 300), np.float32), threading.Event(), []
+
+    def compute():
+        try:
+            while not stop.is_set():
+                y = backend.elementwise(lambda out, a: np.add(a, 1, out=out), x)
+                assert (y == 2).all()
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=compute) for _ in range(3)]
+    for w in workers:
+        w.start()
+    for n in [2, 3, 1, 2] * 10:
+        threads(n)
+    stop.set()
+    for w in workers:
+        w.join()
+    assert errors == []
+
+
+def test_set_num_threads_reaches_blas(threads):
+    from threadpoolctl import threadpool_info
+
+    for n in (1, 2):
+        threads(n)
+        assert backend.get_num_threads() == n
+        assert all(
+            i["num_threads"] == n for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
+        )
+        with backend.one_blas_thread():
+            assert all(
+                i["num_threads"] == 1 for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
+            )
+        assert all(
+            i["num_threads"] == n for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
+        )
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", None])
+def test_a_wrong_number_of_threads(wrong):
+    with pytest.raises(BackendError, match=f"at least 1, not {wrong!r}"):
+        backend.set_num_threads(wrong)
+
+
+def test_threads_by_environment():
+    code = "from minipeft.backend import get_num_threads as n; print(n())"
+    assert python(code, MINIPEFT_THREADS="3").stdout == "3\n"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert python(code).stdout == f"{cores}\n"
+    for wrong in ("0", "two", "-1", "1.5", ""):
+        done = python(code, MINIPEFT_THREADS=wrong)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith(
+            f"MINIPEFT_THREADS={wrong!r} is not a number of threads; give an integer of at least 1"
+        )
+
+
+def test_attention_as_the_first_thing_computed_leaves_blas_its_threads():
+    code = """if True:
+        import numpy as np, minipeft as mp
+        from threadpoolctl import threadpool_info
+        x = np.ones((1, 2, 8, 4), np.float32)
+        mp.functional.scaled_dot_product_attention(x, x, x)
+        print(*{i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]})
+    """
+    assert python(code, MINIPEFT_THREADS="2").stdout == "2\n"
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (700, 300)])
+def test_elementwise_of_any_layout(shape):
+    a = np.asarray(np.random.default_rng(0).standard_normal(shape))
+    for b in (a, a.T.copy().T, np.broadcast_to(a, (2, *shape))[0]):
+        found = backend.elementwise(lambda out, x, y: np.subtract(2 * x, y, out=out), a, b)
+        np.testing.assert_array_equal(found, 2 * a - b)
+        assert isinstance(found, np.ndarray)
+
+
+# ---------------------------------------------------------------------------------------------------------- random
+
+
+def test_a_stream_is_its_path(xp):
+    a = to_numpy(Rng(3, 1, 4).uniform_rows((5, 7), xp))
+    np.testing.assert_array_equal(to_numpy(Rng(3).at(1).at(4).uniform_rows((5, 7), xp)), a)
+    np.testing.assert_array_equal(to_numpy(Rng(3).at(1, 4).uniform_rows((5, 7), xp)), a)
+    for other in (Rng(3, 1, 5), Rng(4, 1, 4), Rng(3, 1), Rng(3, 1, 4, 0)):
+        assert (to_numpy(other.uniform_rows((5, 7), xp)) != a).any()
+    assert a.dtype == np.float32 and (a >= 0).all() and (a < 1).all()
+
+
+def test_a_row_depends_on_its_place_in_the_batch_alone(xp):
+    whole = to_numpy(Rng(1).uniform_rows((10, 3, 2), xp))
+    part = to_numpy(Rng(1, first_row=4).uniform_rows((3, 3, 2), xp))
+    np.testing.assert_array_equal(part, whole[4:7])
+    np.testing.assert_array_equal(
+        to_numpy(Rng(1, first_row=4).at(2).uniform_rows((1, 6), xp))[0], to_numpy(Rng(1, 2).uniform_rows((5, 6), xp))[4]
+    )
+    assert len({row.tobytes() for row in whole}) == 10
+
+
+def test_a_stream_does_not_depend_on_threads(threads):
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        results.append(Rng(5).uniform_rows((1000, 300)))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+
+
+def test_a_stream_is_uniform():
+    u = Rng(11).uniform_rows((2000, 100))
+    assert abs(u.mean() - 0.5) < 5 / np.sqrt(12 * u.size)
+    counts = np.histogram(u, bins=20, range=(0, 1))[0]
+    assert ((counts - u.size / 20) ** 2 / (u.size / 20)).sum() < 60  # chi-squared with 19 degrees: 60 is beyond 1e-5
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / np.sqrt(u.size)  # neighbouring rows
+
+
+def test_as_rng():
+    stream = Rng(1)
+    assert as_rng(None) is None and as_rng(stream) is stream and as_rng(7).path == (7,)

@@ -1,0 +1,295 @@
+"""Files appear whole or not at all, and what is not what it claims to be is told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minipeft.files import (
+    FileError,
+    read_json,
+    read_safetensors,
+    write_atomic,
+    write_json,
+    write_safetensors,
+    write_text,
+)
+
+DTYPES = ["<f8", "<f4", "<f2", "<i8", "<i4", "<i2", "i1", "u1", "?", "<u2", "<u4", "<u8"]
+
+
+def raw(path, header, data=b"", length=None):
+    """A safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+# --------------------------------------------------------------------------------------------------- atomic writes
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the ne")
+        raise error
+
+    with pytest.raises(error):
+        write_atomic(path, write)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    write_atomic(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    write_text(tmp_path / "file", "text")
+    assert events == ["fsync", "rename", "fsync"]
+
+
+def test_killed_while_writing_the_old_file_is_whole(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    old = {"w": np.arange(100_000, dtype=np.float32)}
+    write_safetensors(path, old)
+    code = f"""if True:
+        import numpy as np
+        from minipeft.files import write_safetensors
+        print("ready", flush=True)
+        while True:
+            write_safetensors({str(path)!r}, {{"w": np.arange(100_000, dtype=np.float32)}})
+    """
+    for pause in (0.0, 0.003, 0.01):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        try:
+            process.wait(pause)
+        except subprocess.TimeoutExpired:
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        np.testing.assert_array_equal(read_safetensors(path)[0]["w"], old["w"])
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file"
+
+    def write(file):
+        write_text(path, "inner")
+        file.write(b"outer")
+
+    write_atomic(path, write)
+    assert path.read_text() == "outer" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_missing_directory_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_text(tmp_path / "nowhere" / "file", "text")
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON
+
+
+def test_json_round_trip(tmp_path):
+    value = {"é": [1, 2.5, None, True], "b": {"nested": "日本"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert (tmp_path / "a.json").read_bytes().endswith(b"}\n") and "日本" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_json_writes_no_nan(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "no such file"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON")]
+)
+def test_bad_json_names_the_file(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"config.json: {message}"):
+        read_json(path)
+
+
+# ----------------------------------------------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip_of_every_dtype(tmp_path, dtype):
+    a = (np.random.default_rng(0).uniform(0, 2, (3, 4)) * 50).astype(dtype)
+    arrays = {"a": a, "scalar": a[0, 0].reshape(()), "empty": a[:0], "transposed": a.T, "strided": a[::2, 1::2]}
+    write_safetensors(tmp_path / "f", arrays, {"format": "pt", "note": "é"})
+    found, metadata = read_safetensors(tmp_path / "f")
+    assert metadata == {"format": "pt", "note": "é"} and set(found) == set(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == np.dtype(dtype) and found[name].shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_the_safetensors_library_reads_what_we_write_and_the_other_way_round(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = {"b": np.arange(6, dtype=np.float16).reshape(2, 3), "a": np.array([1, 2], np.int64)}
+    write_safetensors(tmp_path / "ours", arrays)
+    save_file(arrays, tmp_path / "theirs", metadata={"k": "v"})
+    for found in (load_file(tmp_path / "ours"), read_safetensors(tmp_path / "theirs")[0]):
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
+            assert found[name].dtype == array.dtype
+    assert read_safetensors(tmp_path / "theirs")[1] == {"k": "v"}
+
+
+def test_the_same_arrays_give_the_same_bytes_and_nothing_gives_a_file(tmp_path):
+    a, b = np.ones(3, np.float32), np.zeros((2, 2))
+    write_safetensors(tmp_path / "1", {"a": a, "b": b})
+    write_safetensors(tmp_path / "2", {"b": b, "a": a})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    write_safetensors(tmp_path / "3", {})
+    assert read_safetensors(tmp_path / "3") == ({}, {})
+
+
+def test_bfloat16_is_widened_bit_for_bit(tmp_path):
+    bits = np.array([0x3F80, 0xC049, 0x0001, 0x7F80, 0xFF80, 0x8000, 0x7FC1], np.uint16)
+    path = raw(tmp_path / "f", {"w": entry([7], 0, 14, "BF16")}, bits.tobytes())
+    w = read_safetensors(path)[0]["w"]
+    assert w.dtype == np.float32
+    np.testing.assert_array_equal(w.view(np.uint32), bits.astype(np.uint32) << 16)
+    assert w[0] == 1.0 and w[1] == -3.140625 and np.isinf(w[3]) and np.isnan(w[6])
+
+
+def test_reading_maps_the_file_and_cannot_change_it(tmp_path):
+    path = tmp_path / "big"
+    write_safetensors(path, {"a": np.zeros((1000, 1000), np.float32), "b": np.ones(5, np.float32)})
+    tracemalloc.start()
+    try:
+        arrays, _ = read_safetensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of 4 MB of weights
+    finally:
+        tracemalloc.stop()
+    assert not arrays["a"].flags.writeable and not arrays["a"].flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        arrays["b"][0] = 2
+    write_safetensors(path, {"a": np.ones(1, np.float32)})  # replacing the file leaves what was read
+    assert arrays["b"].tolist() == [1.0] * 5
+
+
+GOOD = {"a": entry([2, 2], 0, 16), "b": entry([1], 16, 20)}
+BAD = {
+    "empty file": (lambda p: p.write_bytes(b""), "not a safetensors file, or truncated"),
+    "a few bytes": (lambda p: p.write_bytes(b"abc"), "not a safetensors file, or truncated"),
+    "text": (lambda p: p.write_text("import torch\n" * 10), "not a safetensors file, or truncated"),
+    "a pickle": (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(100)), "not a safetensors file"),
+    "header cut off": (lambda p: raw(p, GOOD, length=10_000), "truncated"),
+    "huge header": (lambda p: raw(p, GOOD, bytes(20), length=1 << 63), "truncated"),
+    "header that is not JSON": (lambda p: raw(p, b"{nonsense", bytes(20)), "damaged"),
+    "header that is not UTF-8": (lambda p: raw(p, b'{"\xff": 1}', bytes(20)), "damaged"),
+    "header that is nested without end": (lambda p: raw(p, b'{"a":' * 100_000, bytes(20)), "damaged"),
+    "header that is a list": (lambda p: raw(p, [1, 2], bytes(20)), "damaged"),
+    "entry that is a number": (lambda p: raw(p, {"a": 1}, bytes(20)), "damaged"),
+    "entry without dtype": (lambda p: raw(p, {"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "damaged"),
+    "three offsets": (lambda p: raw(p, {"a": entry([1], 0, 4) | {"data_offsets": [0, 4, 8]}}, bytes(8)), "damaged"),
+    "offsets that are text": (lambda p: raw(p, {"a": entry([1], "0", "4")}, bytes(4)), "'a'|damaged"),
+    "fractional shape": (lambda p: raw(p, {"a": entry([1.5], 0, 6)}, bytes(6)), "'a'|damaged"),
+    "metadata that is a list": (lambda p: raw(p, {"__metadata__": [1], "a": entry([1], 0, 4)}, bytes(4)), "damaged"),
+    "metadata that is not text": (
+        lambda p: raw(p, {"__metadata__": {"a": 1}, "a": entry([1], 0, 4)}, bytes(4)),
+        "damaged",
+    ),
+    "data cut off": (lambda p: raw(p, GOOD, bytes(19)), "truncated: tensor 'b'"),
+    "no data": (lambda p: raw(p, GOOD), "truncated: tensor 'a'"),
+    "unknown dtype": (lambda p: raw(p, {"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4)), "'a' has the dtype F8_E4M3"),
+    "shape and offsets disagree": (
+        lambda p: raw(p, {"a": entry([3], 0, 16)}, bytes(16)),
+        r"'a' of shape \(3,\) needs 12 bytes",
+    ),
+    "negative offset": (lambda p: raw(p, {"a": entry([1], -4, 0)}, bytes(4)), "'a'"),
+    "offsets in the wrong order": (lambda p: raw(p, {"a": entry([1], 4, 0)}, bytes(4)), "'a'"),
+    "negative shape": (lambda p: raw(p, {"a": entry([-1, -4], 0, 16)}, bytes(16)), "'a'"),
+    "huge shape": (lambda p: raw(p, {"a": entry([1 << 40, 1 << 40], 0, 16)}, bytes(16)), "'a'"),
+    "shape whose size overflows to fit": (lambda p: raw(p, {"a": entry([1 << 32, 1 << 32], 0, 0)}), "'a'"),
+    "huge offset": (lambda p: raw(p, {"a": entry([1], 1 << 62, (1 << 62) + 4)}, bytes(4)), "'a'"),
+    "overlapping tensors": (
+        lambda p: raw(p, {"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
+        "'b' begins at byte 4",
+    ),
+    "a hole between tensors": (
+        lambda p: raw(p, {"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)),
+        "'b' begins at byte 8",
+    ),
+    "bytes after the last tensor": (lambda p: raw(p, GOOD, bytes(24)), "the tensors end at"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_a_bad_file_is_one_clear_error_that_names_it(tmp_path, name):
+    make, message = BAD[name]
+    path = tmp_path / "model.safetensors"
+    make(path)
+    with pytest.raises(FileError, match=message) as caught:
+        read_safetensors(path)
+    assert "model.safetensors: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_a_directory(tmp_path):
+    with pytest.raises(FileError, match=r"gone.safetensors: no such file"):
+        read_safetensors(tmp_path / "gone.safetensors")
+    with pytest.raises((FileError, OSError)):
+        read_safetensors(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_read_within_its_bytes(tmp_path, data):
+    """Any byte of the header changed, or any cut: FileError or arrays, never another exception."""
+    path = tmp_path / "f"
+    write_safetensors(path, {"a": np.ones((2, 3), np.float32), "b": np.arange(4)}, {"k": "v"})
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+        with pytest.raises(FileError):
+            path.write_bytes(content)
+            read_safetensors(path)
+        return
+    content[data.draw(st.integers(0, len(content) - 57))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        arrays, _ = read_safetensors(path)
+    except FileError:
+        return
+    assert sum(a.nbytes for a in arrays.values()) <= len(content)
