@@ -31,9 +31,10 @@ def test_numeric_layers_name_no_array_library():
     """In code whose arrays may live on a device, `np` may make and describe host values, never compute."""
     allowed = {"ndarray", "generic", "float16", "float32", "float64", "int64", "uint8", "dtype", "random", "cumsum", "prod"}
     allowed |= {"asarray", "array", "zeros", "ones", "full", "broadcast_to", "sqrt", "integer", "floating"}
+    host = {"gradcheck.py", "cases.py"}  # the judge moves everything to the host first, and its cases begin there
     found = []
     for layer in ("autograd", "nn"):
-        for path in (ROOT / "minipeft" / layer).glob("*.py"):
+        for path in {p for p in (ROOT / "minipeft" / layer).glob("*.py") if p.name not in host}:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np" and node.attr not in allowed:
                     found.append(f"{path.name}:{node.lineno} np.{node.attr}")
