@@ -253,6 +253,21 @@ def test_head_trains_the_head_alone(model, data, tmp_path):
     assert not np.array_equal(tuned["lm_head.weight"], base["model.embed_tokens.weight"])
 
 
+def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    assert finetune(model, data, output, "--method", "lora") == 0
+    assert f"--model {model} --adapter {output}" in capsys.readouterr().out
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
+    assert not (output / "model.safetensors").exists()
+    base, tokenizer = mp.from_pretrained(model)
+    ids = tokenizer.encode("Q: one\nA:")
+    tuned = mp.PeftModel.from_pretrained(base, output)
+    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    argv = ["generate", "--model", model, "--adapter", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5"]
+    assert run(*argv, "--completion-only") == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
 def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):
     large, small = tmp_path / "large", tmp_path / "small"
     assert finetune(model, data, large, "--optimizer", "sgd") == 0

@@ -8,15 +8,19 @@ The data is a .jsonl file, one JSON object a line, all of one form:
 or a .txt file of running text. Of prompts and completions only the completions are learned. Some records are held out
 for testing, unless --validation names a file of its own.
 
-The output directory is a Hugging Face model directory, with metrics.jsonl, loss.png and finetune.json beside the model,
-and the last checkpoint, from which the same command with --resume goes on (safe to delete when the run has ended).
+The output directory is a Hugging Face model directory (of --method lora, a PEFT adapter directory). Beside the model are
+metrics.jsonl, loss.png, finetune.json, and the last checkpoint, from which the same command with --resume goes on (safe
+to delete when the run has ended).
 
 examples:
   minipeft finetune --data my.jsonl --output tuned
   minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
+  minipeft finetune --data my.jsonl --method lora --output adapter
   minipeft finetune --model SmolLM2-135M --data chat.jsonl --batch-size 2 --accumulation 8 --output tuned
+
   minipeft generate --model tuned --prompt "..."
+  minipeft generate --adapter adapter --prompt "..."
 """
 
 from __future__ import annotations
@@ -205,8 +209,9 @@ def run(args: argparse.Namespace) -> int:
     for sample in shown:
         answers = {name: answer(m, tokenizer, sample.ids) for name, m in (("before", base), ("after", model))}
         show_samples(console(), [(sample, answers)])
-    option = "adapter" if hasattr(model, "save_pretrained") else "model"
-    print(f"saved in {output}  (minipeft generate --{option} {output})")
+    on = f"--model {args.model} " if args.model else ""
+    use = f"{on}--adapter {output}" if hasattr(model, "save_pretrained") else f"--model {output}"
+    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
     return 0
 
 

@@ -35,7 +35,25 @@ def _full(base: Any) -> Any:
     return base.copy().requires_grad_(True)
 
 
+def _adapted(config: Callable[[], Any]) -> Callable[[Any], Any]:
+    """What prepares a method of minipeft.peft: its configuration put on the base."""
+
+    def prepare(base: Any) -> Any:
+        from ..peft.model import get_peft_model
+
+        return get_peft_model(base, config())
+
+    return prepare
+
+
+def _lora() -> Any:
+    from ..peft.lora import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+
+
 METHODS: dict[str, Method] = {
     "head": Method("last layer only", 3e-3, _head, lambda: "head"),
     "full": Method("full fine-tuning", 1e-3, _full, lambda: None),
+    "lora": Method("LoRA, r = 8", 3e-3, _adapted(_lora), _lora),
 }
