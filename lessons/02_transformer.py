@@ -485,7 +485,9 @@ a.plot(losses, color=BLUE, label="with the causal mask")
 a.plot(peeked, color=ORANGE, label="mask forgotten")
 for level, name in ((BASELINE, "bigram table"), (FLOOR, "floor: what can be known")):
     a.axhline(level, color=GREY, ls="--", lw=1)
-    a.text(len(losses), level + 0.05, name, color=GREY, ha="right", va="bottom", fontsize=9)
+    up = level == BASELINE
+    place = {"ha": "right", "va": "bottom" if up else "top", "fontsize": 9, "color": GREY}
+    a.text(len(losses), level + (0.05 if up else -0.08), name, **place)
 a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="A loss that is too good is a leak")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
 image = b.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)

@@ -1,0 +1,394 @@
+# %% [markdown]
+# # Lesson 3 · Full fine-tuning: every weight, four steps
+#
+# Before there were cheaper ways, there was one: take a pretrained model and go on training, all of it, on your task.
+# Every later method is measured against this one. This lesson does it on the small language model that ships with the
+# library, in four steps (load, head, train, save), and then asks what it costs: which learning rate it wants, how much
+# memory it needs, how many bytes each task leaves on the disk, and what the model forgets on the way.
+#
+# You need Lesson 2. Run it with `python lessons/03_full_finetuning.py`, or open it as a notebook.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture and the fine-tuned
+# model go (`lessons/out`).
+
+# %%
+import math
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.accounting import measure_peak, memory_ledger
+from minipeft.files import read_json
+from minipeft.text.corpora import general_text
+from minipeft.text.datasets import Document
+from minipeft.text.examples import encode_examples
+from minipeft.text.tasks import task
+from minipeft.train import TrainingDiverged
+
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# ## Step 1 · Load: a base, and a task
+#
+# The base is a Llama of 1.4 million parameters, trained on the King James Bible, a Bible in Basic English, Jane Austen
+# and a dictionary. It has read both translations, but nobody ever told it that they belong together. That is the task:
+# *given a verse in King James English, write it in plain English.*
+
+# %%
+base, tokenizer = mp.load_base()
+N = sum(p.size for p in base.parameters())
+print(f"the base: {N:,} parameters, {base.config.num_hidden_layers} layers, vocabulary {base.config.vocab_size}")
+
+
+def pairs(split, n):
+    """n verses that are short in both translations: records, and encoded as (input_ids, labels)."""
+    records = [r for r in task("rewrite", split) if len(r.prompt + r.completion) <= 190]
+    records = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:n]]
+    return records, encode_examples(records, tokenizer, max_length=96, on_overflow="truncate").examples
+
+
+train_records, train_examples = pairs("train", 640)
+test_records, test_examples = pairs("validation", 16 if REDUCED else 64)
+print(f"\n{train_records[0].prompt}{train_records[0].completion}")
+
+# %% [markdown]
+# The model is trained to continue the prompt, and the loss is the cross-entropy of the *completion* alone:
+#
+# $$L = -\frac{1}{n} \sum_{t \,\in\, \text{completion}} \log p(x_t \mid x_{<t}) .$$
+#
+# Whoever asks will type the prompt; the model need not learn to. So the labels of the prompt are $-100$, which the
+# loss ignores, and $n$ counts the rest. The end-of-sequence token counts too: the model must learn to *stop*.
+
+# %%
+ids, labels = train_examples[0]
+learned = labels != -100
+print(f"{len(ids)} tokens, of which {learned.sum()} are learned: {tokenizer.decode(ids[learned])!r}")
+assert tokenizer.decode(ids[~learned]) == train_records[0].prompt
+assert ids[learned][-1] == tokenizer.eos_token_id
+assert np.array_equal(ids[learned], labels[learned])
+
+# %% [markdown]
+# To see what is forgotten, keep an eye on what the base could do before: its loss on held-out text of *all* kinds, cut
+# into blocks of 128 tokens.
+
+# %%
+documents = [Document(text) for text in general_text("validation")[::7]]
+blocks = encode_examples(documents, tokenizer, max_length=128).examples
+blocks = blocks[:: len(blocks) // (8 if REDUCED else 64)]
+
+
+def losses_of(model):
+    """(held-out loss on the task, held-out loss on general text)."""
+    judge = mp.Trainer(model, train_examples, args=mp.TrainingArguments(per_device_eval_batch_size=32))
+    return judge.evaluate(test_examples), judge.evaluate(blocks)
+
+
+def rewrite(model, record):
+    """What the model writes for a prompt, greedily, until it stops."""
+    prompt = tokenizer.encode(record.prompt)
+    written = model.generate([prompt], max_new_tokens=40)[0][len(prompt) :]
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+before = losses_of(base)
+print(f"\nthe base, as it is: task loss {before[0]:.3f}, general loss {before[1]:.3f}, in nats per token")
+print("asked to rewrite a verse, it goes on as it likes:", repr(rewrite(base, test_records[0])))
+assert before[0] < math.log(base.config.vocab_size), "better than guessing among the vocabulary"
+
+# %% [markdown]
+# ## Step 2 · Head: does the task need another output?
+#
+# A language model's head turns hidden states into a logit per token. Our task's answers are text, so the head stays.
+# For a *label* (spam or not, one of two translations) the classic recipe takes the head off and puts a fresh linear
+# layer on: $C \cdot d$ new weights, read at the last real token, and the rest comes pretrained. Here is that recipe in
+# whole, as a loop written by hand: which translation is this verse from?
+
+# %%
+def verses(records):
+    """Both translations of each verse, as padded token ids, with a mask and labels 0 (King James), 1 (plain)."""
+    texts = [text for r in records for text in (r.prompt.split("\n")[0].removeprefix("King James:"), r.completion)]
+    ids, mask = tokenizer.pad([tokenizer.encode(text) for text in texts])
+    return ids, mask, np.arange(len(texts)) % 2
+
+
+classifier = mp.SequenceClassifier(base, num_labels=2)
+assert sum(p.size for p in classifier.parameters()) == N + 2 * base.config.hidden_size
+optimizer = mp.optim.AdamW(classifier.parameters(), lr=1e-3)
+for step in range(3 if REDUCED else 20):
+    ids, mask, kind = verses(train_records[8 * step : 8 * step + 8])
+    classifier.loss(ids, kind, attention_mask=mask).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+ids, mask, kind = verses(test_records)
+with mp.no_grad():
+    accuracy = (classifier(ids, mask).data.argmax(axis=-1) == kind).mean()
+print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out verses, after {8 * (step + 1)} verses in each")
+if not REDUCED:
+    assert accuracy > 0.8
+
+# %% [markdown]
+# ## Step 3 · Train: and which learning rate?
+#
+# Every weight moves: $w \leftarrow w - \eta \cdot (\text{Adam's direction})$. The one number that must be right is the
+# learning rate $\eta$. Theory gives no value, so measure: the same 20 steps at rates from much too small to much too
+# large, and for each, the held-out loss on the task, and on general text.
+
+# %%
+STEPS, BATCH = (4, 8) if REDUCED else (20, 16)
+RATES = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
+
+
+def fine_tune(rate, examples=train_examples):
+    """A copy of the base after STEPS steps of BATCH verses, and its training losses; None if it diverged to NaN."""
+    model = base.copy()  # training changes its argument: keep the base
+    arguments = mp.TrainingArguments(
+        learning_rate=rate, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=3, progress=False
+    )
+    try:
+        return model, mp.Trainer(model, examples, args=arguments).train().losses()
+    except TrainingDiverged as news:
+        print(news)
+        return None, []
+
+
+curve, best = [], (math.inf, None, None)
+print(f"\nlearning rate   task loss   general loss     (the base: {before[0]:.3f}, {before[1]:.3f})")
+for rate in RATES:
+    model, _ = fine_tune(rate)
+    curve.append(losses_of(model) if model else (math.inf, math.inf))
+    print(f"{rate:13.1e}   {curve[-1][0]:9.3f}   {curve[-1][1]:12.3f}")
+    if curve[-1][0] < best[0]:
+        best = (curve[-1][0], rate, model)
+curve = np.array(curve)  # [rates, 2]
+_, best_rate, tuned = best
+gain, forgotten = before[0] - curve[:, 0], curve[:, 1] - before[1]
+at = RATES.index(best_rate)
+print(f"best rate {best_rate:.1e}: the task gains {gain[at]:.3f} nats a token, general text loses {forgotten[at]:.3f}")
+wide = [f"{rate:.1e}" for rate, g in zip(RATES, gain) if g > 0.7 * gain[at]]
+print("rates that bring at least 70% of that gain:", ", ".join(wide))
+if not REDUCED:
+    assert 0 < at < len(RATES) - 1, "the best rate lies inside the range: the curve is a U"
+    assert gain[at] > 0.1
+    assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
+    assert curve[-1, 0] > before[0], "the largest rate destroys what was there"
+
+# %% [markdown]
+# The curve is a U, and not a wide one: on the left the run is wasted, on the right the model is.
+#
+# And the second column is the price. Nothing in the loss asks the model to keep what it knows, and so general text gets
+# worse, the more so the larger the rate, well before the task itself complains. This is *catastrophic forgetting*:
+# every weight was free to move, and moved. Methods that leave most weights alone are judged by both columns.
+
+# %%
+for record in test_records[: 1 if REDUCED else 3]:
+    king_james = record.prompt.split("\n")[0].removeprefix("King James: ")
+    print(f"\n  King James   {king_james}\n  before       {rewrite(base, record)}")
+    print(f"  after        {rewrite(tuned, record)}\n  the Bible    {record.completion.strip()}")
+print()
+if not REDUCED:
+    assert forgotten[at] > 0, "the task is paid for in general text"
+    assert forgotten[-1] > 3 * forgotten[at], "a rate that is too large forgets far more"
+
+# %% [markdown]
+# Twenty steps on a tiny model teach it the *manner* (plain words, the right length, when to stop) and far from all of
+# the content. `minipeft finetune` runs the same code for as long as you like.
+#
+# ## Step 4 · Save: a whole model per task
+#
+# The result is a model like any other: a directory in the format of Hugging Face, which `transformers` loads as it is.
+# Read back, it is the same model, bit for bit.
+
+# %%
+folder = OUT / "03_rewriter"
+mp.save_pretrained(tuned, folder, tokenizer)
+again, _ = mp.from_pretrained(folder)
+same = all(np.array_equal(p.data, q.data) for p, q in zip(tuned.parameters(), again.parameters()))
+print("saved:", ", ".join(sorted(path.name for path in folder.iterdir())))
+print("config.json says", read_json(folder / "config.json")["architectures"], "- reloaded, bit for bit:", same)
+assert same
+assert np.array_equal(tuned(test_examples[0].input_ids[None]).data, again(test_examples[0].input_ids[None]).data)
+
+mp.save_pretrained(tuned, OUT / "03_rewriter_float16", tokenizer, dtype="float16")
+rounded, _ = mp.from_pretrained(OUT / "03_rewriter_float16")
+loss_float16 = losses_of(rounded)[0]
+sizes = {}
+print("\nbytes of one task on the disk      weights file     parameters x bytes     task loss")
+for name, itemsize, loss in (("03_rewriter", 4, best[0]), ("03_rewriter_float16", 2, loss_float16)):
+    sizes[itemsize] = (OUT / name / "model.safetensors").stat().st_size
+    print(f"  float{8 * itemsize}                        {sizes[itemsize]:12,}     {N * itemsize:18,}     {loss:9.4f}")
+    assert 0 <= sizes[itemsize] - N * itemsize < 20_000, "the file is the weights and a small header"
+assert abs(loss_float16 - best[0]) < 0.01, "half the bytes, the same model"
+
+# %% [markdown]
+# Now let there be many tasks. Fully fine-tuned, each is a complete model:
+
+# %%
+print("\ntasks   this base, float16    SmolLM2-135M    Llama 2 7B      GPT-3")
+for tasks in (1, 10, 100):
+    counts = (134_515_008, 6_738_415_616, 174_604_259_328)
+    large = "".join(f"{2 * n * tasks / 1e9:10,.1f} GB " for n in counts)
+    print(f"{tasks:5d} {sizes[2] * tasks / 1e6:14,.1f} MB     {large}")
+assert abs(2 * 174_604_259_328 / 350e9 - 1) < 0.01
+
+# %% [markdown]
+# A GPT-3 per task is 349 GB; "350 GB" is the checkpoint size that the LoRA paper sets out from (Hu et al. 2021,
+# section 4.2), and the reason why it was written.
+#
+# ## The memory bill
+#
+# Training needs more than the weights. For each of the $N$ trained parameters in float32: the weight (4 bytes), its
+# gradient (4) and Adam's two moments (8). That is $16N$ bytes before the first token is read; then come the activations
+# that the pullbacks keep (Lesson 1, section 4), which grow with the batch. `memory_ledger` runs the model's own code
+# on shapes alone and adds up; beside it, what NumPy really allocated in two steps of training.
+
+# %%
+B, T = 16, 64
+text = np.random.default_rng(0).integers(0, base.config.vocab_size, (B, T))
+
+
+def two_steps():
+    """A copy of the base, an optimizer, two steps: in the second the moments are there too."""
+    model = base.copy()
+    optimizer = mp.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model.loss(text, text).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+two_steps()  # threads and buffers that are made once
+ledger, measured = memory_ledger(base, batch=B, seq_len=T), measure_peak(two_steps)
+print(f"\nmodel states: {ledger.model_states:,} bytes = {ledger.model_states / N:.0f} x {N:,} parameters")
+assert ledger.model_states == 16 * N
+print(f"one step of {B} x {T} tokens, at the moment of the peak:")
+for line, size in ledger.lines.items():
+    print(f"  {line:18s} {size / 2**20:7.2f} MiB")
+print(f"  {'sum (predicted)':18s} {ledger.total / 2**20:7.2f} MiB")
+print(f"  {'measured':18s} {measured / 2**20:7.2f} MiB")
+assert abs(measured / ledger.total - 1) < 0.1
+print(f"the same rule for Llama 2 7B: {16 * 6_738_415_616 / 1e9:,.0f} GB before the first activation")
+
+# %% [markdown]
+# The peak comes when the forward pass is over and every activation is still there. Gradients are born while activations
+# die, so the bill is smaller than the sum of what each line reaches at its own worst moment. For a large model and a
+# small batch it is the other way round: the $16N$ dominate.
+#
+# ## A batch that does not fit: gradient accumulation
+#
+# If 16 sequences are too many at once, take 4 times 4 and add the gradients up. But the loss is a mean over *tokens*,
+# and the four parts have different numbers $n_i$ of them. So weigh them: $g = \sum_i \frac{n_i}{n}\, g_i$. The plain
+# mean of the four, $\frac14 \sum_i g_i$, is another gradient, in which the tokens of short sequences count for more.
+
+# %%
+def gradient(examples):
+    """(all gradients of the mean loss over these examples, flat; how many labels count)."""
+    batch = mp.train.collate(examples, tokenizer.pad_token_id)
+    model = base.copy()
+    model.loss(**batch.arguments).backward()
+    return np.concatenate([p.grad.ravel() for p in model.parameters()]), batch.weight
+
+
+sixteen = sorted(train_examples[:16], key=lambda example: len(example.input_ids))  # as loaders that save padding do
+whole, n = gradient(sixteen)
+parts = [gradient(sixteen[i : i + 4]) for i in range(0, 16, 4)]
+weighted = sum(g * (n_i / n) for g, n_i in parts)
+naive = sum(g for g, _ in parts) / 4
+print("\n4 x 4 instead of 16: counted labels", [n_i for _, n_i in parts])
+for name, g in (("weighted by labels", weighted), ("plain mean", naive)):
+    print(f"  {name:20s} relative error of the gradient {np.linalg.norm(g - whole) / np.linalg.norm(whole):.1e}")
+assert np.linalg.norm(weighted - whole) < 1e-5 * np.linalg.norm(whole)
+assert np.linalg.norm(naive - whole) > 1e-2 * np.linalg.norm(whole)
+
+finals = []
+for size, times in ((16, 1), (4, 4)):
+    model = base.copy()
+    arguments = mp.TrainingArguments(
+        learning_rate=0.1, optim="sgd", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=times
+    )
+    mp.Trainer(model, train_examples, args=arguments).train()
+    finals.append(np.concatenate([p.data.ravel() for p in model.parameters()]))
+difference = np.abs(finals[0] - finals[1]).max()
+print(f"  the Trainer, two steps of 16 or of 4 x 4: largest difference of a weight {difference:.1e}")
+assert difference < 1e-6
+
+# %% [markdown]
+# The plain mean was in wide use until 2024, when it was noticed that accumulated runs differed from large batches.
+#
+# ## The picture
+#
+# Left: the U. The task's loss falls and rises with the learning rate; general text only rises. Right: the same runs, as
+# what each rate buys (to the left is better at the task) and what it costs (up is more forgotten).
+
+# %%
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+finite = np.isfinite(curve[:, 0])
+rates = np.array(RATES)[finite]
+a.semilogx(rates, curve[finite, 0], "o-", color=BLUE, label="the task: King James to plain English")
+a.semilogx(rates, curve[finite, 1], "s-", color=ORANGE, label="general text: what is forgotten")
+for level, color in zip(before, (BLUE, ORANGE)):
+    a.axhline(level, color=color, ls=":", lw=1.2)
+a.plot([], [], ":", color=GREY, label="the base, before")
+a.axvline(best_rate, color=GREY, lw=0.8, ls="--")
+top = max(before) + 2.2
+a.set(
+    xlabel="learning rate", ylabel="held-out loss (nats per token)", ylim=(min(curve[at]) - 0.4, top),
+    title=f"The same {STEPS} steps at {len(RATES)} learning rates",
+)  # fmt: skip
+a.legend(loc="upper left", fontsize=9)
+a.grid(alpha=0.25)
+shown = finite & (curve[:, 0] < before[0] + 1.0)
+path = np.vstack([before, curve[shown]])
+b.plot(path[:, 0], path[:, 1], "-", color=GREY, lw=1)
+b.plot(*before, "D", color="black", ms=8)
+b.annotate("base", before, xytext=(8, -12), textcoords="offset points", fontsize=9)
+for rate, (x, y) in zip(np.array(RATES)[shown], curve[shown]):
+    b.plot(x, y, "o", color=BLUE if rate == best_rate else "white", mec=BLUE, ms=8)
+    left = rate > best_rate
+    place = {"xytext": (-9, 5) if left else (8, 5), "ha": "right" if left else "left"}
+    b.annotate(f"{rate:.0e}", (x, y), textcoords="offset points", fontsize=9, **place)
+b.set(
+    xlabel="task loss (left is better)", ylabel="general loss (down is better)",
+    title="What each rate buys, and what it costs",
+)  # fmt: skip
+b.margins(0.15)
+b.grid(alpha=0.25)
+fig.savefig(OUT / "03_full_finetuning.png", dpi=130)
+print("picture:", OUT / "03_full_finetuning.png")
+
+# %% [markdown]
+# ## Break it: shift the labels twice
+#
+# A model predicts the *next* token, so somewhere the labels must move by one. `model.loss` does it (as in Hugging Face:
+# labels are the input ids). Many a training script does it again. Nothing complains: the shapes fit, and the training
+# loss goes down. But now the model learns to name the token *after* the next.
+
+# %%
+shifted = [(ids, np.append(labels[1:], -100)) for ids, labels in train_examples]
+broken, reported = fine_tune(best_rate, shifted)
+after = losses_of(broken)
+print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {reported[-1][1]:.3f}, as it should;")
+print(f"the true task loss goes {before[0]:.3f} -> {after[0]:.3f}")
+print("it writes:", repr(rewrite(broken, test_records[0])))
+assert reported[-1][1] < reported[0][1]
+if not REDUCED:
+    assert after[0] > before[0], "worse than no training at all"
+
+# %% [markdown]
+# Two things noticed: the held-out loss, computed *another* way, and a look at what the model writes. Do both.
+#
+# ## Exercises
+#
+# 1. **Learn the prompts too.** Set `labels = input_ids` and train again. Is the held-out loss of the completions better
+#    or worse after the same number of steps, and what happens to the forgetting? (The prompts are half of the tokens.)
+# 2. **Only the head.** `minipeft.nn.heads.head_only(base)` freezes all but the output layer. Repeat the U-curve with
+#    it. Where is its best rate, how much of the gain does it keep, and how much does it forget?
+# 3. **Pay for remembering.** Mix one block of general *training* text into every batch of the task ("replay"). How much
+#    of the forgetting does it undo, and what does the task pay for it?
