@@ -131,7 +131,7 @@ with mp.no_grad():
     accuracy = (classifier(ids, mask).data.argmax(axis=-1) == kind).mean()
 print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out verses, after {8 * (step + 1)} verses in each")
 if not REDUCED:
-    assert accuracy > 0.8
+    assert accuracy > 0.65, "chance is 0.5, and three standard errors of 128 verses are 0.13"
 
 # %% [markdown]
 # ## Step 3 · Train: and which learning rate?
