@@ -170,6 +170,21 @@ def test_divergence_is_one_line_too(model, data, tmp_path):
     assert "Warning" not in result.stderr
 
 
+def test_a_missing_gpu_library_is_one_line_that_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
+    assert run("generate", "--prompt", "a", "--backend", "cupy") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("minipeft: error: ") and "minipeft[gpu]" in line
+
+
+def test_an_unexpected_error_is_one_line_and_says_how_to_see_more(monkeypatch, capsys):
+    for bug, name in ((lambda args: {}["key"], "KeyError: 'key'"), (lambda args: None.x, "AttributeError: ")):
+        monkeypatch.setattr("minipeft.cli.generate.use_machine", bug)
+        assert run("generate", "--prompt", "a") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"minipeft: error: unexpected {name}") and line.endswith("(--debug shows where)")
+
+
 def test_a_reader_that_leaves_is_no_error(model):
     command = [sys.executable, "-m", "minipeft", "generate", "--model", str(model), "--max-new-tokens", "2"]
     command += ["--batch-size", "1", *(["--prompt", "a"] * 200)]

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(error: Exception) -> str:
-    """An exception as one line; one that no part of the library raises on purpose is called a bug."""
+    """An exception as one line; one that no part of the library raises on purpose is called unexpected."""
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -68,9 +68,9 @@ def describe(error: Exception) -> str:
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
     if isinstance(error, ImportError):
         return f"{message}; is the extra that this needs installed?"
-    if isinstance(error, KeyError) and error.args:  # str() of a KeyError is the repr of its message
-        message = " ".join(str(error.args[0]).split())
-    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)):
+    if isinstance(error, KeyError) and " " in message:  # a sentence, of which str() gives the repr, and not a bare key
+        return " ".join(str(error.args[0]).split())
+    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError)):
         return message
     return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
 

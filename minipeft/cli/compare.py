@@ -160,7 +160,7 @@ def frozen(base: Any, tokenizer: Any, data: Any, general: Any, batch_size: int) 
     trainer = Trainer(base, data.train, args=TrainingArguments(per_device_eval_batch_size=batch_size), pad_token_id=pad)
     task_loss, general_loss = trainer.evaluate(data.held_out), trainer.evaluate(general)
     return {
-        "method": "frozen", "title": "frozen base", "learning_rate": None, "trainable": 0, "parameters": count(base)[1],
+        "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "parameters": count(base)[1],
         "memory_predicted": predicted, "memory_measured": measured, "seconds_per_step": None, "storage": 0,
         "task_loss": task_loss, "general_loss": general_loss, "forgotten": 0.0, "curve": [], "held_out_curve": [],
     }  # fmt: skip
@@ -236,37 +236,37 @@ def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: in
 
 
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
-    """One line a method; the best value of a column is bold."""
-    from rich import box
+    """One line a method; the best loss on the task is bold. Fits into 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("\nmethod")
     for heading in (
-        "trainable", "share", "memory\npredicted", "\nmeasured", "s/step",
-        "task\nloss", "general\nloss", "\nchange", "storage",
+        "\ntrainable", "share\n%", "memory MB\npredicted", "\nmeasured", "\ns/step",
+        "task\nloss", "general\nloss", "\nchange", "storage\nMB",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     best = min(row["task_loss"] for row in rows)
     for row in rows:
         trained = row["method"] != "frozen"
-        loss = f"{row['task_loss']:.3f}"
         table.add_row(
             row["title"],
             f"{row['trainable']:,}",
-            f"{100 * row['trainable'] / row['parameters']:.2f} %",
-            size(row["memory_predicted"]),
-            size(row["memory_measured"]),
+            f"{100 * row['trainable'] / row['parameters']:.2f}",
+            megabytes(row["memory_predicted"]),
+            megabytes(row["memory_measured"]),
             f"{row['seconds_per_step']:.3f}" if trained else "-",
-            Text(loss, "bold" if row["task_loss"] == best else ""),
+            Text(f"{row['task_loss']:.3f}", "bold" if row["task_loss"] == best else ""),
             f"{row['general_loss']:.3f}",
             f"{row['forgotten']:+.3f}" if trained else "-",
-            size(row["storage"] or None),
+            megabytes(row["storage"]) if trained else "-",
         )
+    out.print()
     out.print(table)
+    out.print()
 
 
-def size(n: int | None) -> str:
-    """Bytes as MB (10^6), or - where there are none."""
-    return "-" if n is None else f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.2f} GB"
+def megabytes(n: int | None) -> str:
+    """Bytes in MB (10^6), to three figures, or - where there are none."""
+    return "-" if n is None else f"{n / 1e6:,.{2 if n < 1e7 else 1 if n < 1e8 else 0}f}"

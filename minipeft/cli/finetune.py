@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="a .jsonl or .txt file to learn from")
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
-    methods = "; ".join(f"{name}: {method.title}, lr {method.learning_rate:g}" for name, method in METHODS.items())
-    parser.add_argument("--method", choices=METHODS, default="full", help=f"default: full ({methods})")
+    methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
+    parser.add_argument("--method", choices=METHODS, default="full", help=f"default: full (learning rates: {methods})")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     trainable, total = count(model)
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     err.print(
-        f"{method.title}: {trainable:,} of {total:,} parameters; {len(data.train):,} examples to learn from, "
+        f"method {args.method}: {trainable:,} of {total:,} parameters; {len(data.train):,} examples to learn from, "
         f"{len(data.held_out):,} held out; {steps:,} steps, learning rate {arguments.learning_rate:g}"
     )
     if data.note:

@@ -11,7 +11,7 @@ from typing import Any
 class Method:
     """One way to fine-tune.
 
-    title          what a table calls it
+    title          what a table calls it, short
     learning_rate  the default, from a grid (3e-4, 1e-3, 3e-3, 1e-2) on the shipped base and the validation split of the
                    task "rewrite": above it the task's loss falls little more and what is forgotten multiplies. Larger
                    models want less.
@@ -53,7 +53,7 @@ def _lora() -> Any:
 
 
 METHODS: dict[str, Method] = {
-    "head": Method("last layer only", 3e-3, _head, lambda: "head"),
-    "full": Method("full fine-tuning", 1e-3, _full, lambda: None),
-    "lora": Method("LoRA, r = 8", 3e-3, _adapted(_lora), _lora),
+    "head": Method("last layer", 3e-3, _head, lambda: "head"),
+    "full": Method("full", 1e-3, _full, lambda: None),
+    "lora": Method("LoRA r=8", 3e-3, _adapted(_lora), _lora),
 }
