@@ -12,7 +12,7 @@ from minipeft.accounting import Precision, architecture, measure_peak, memory_le
 from minipeft.accounting.memory import kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import get_num_threads, set_num_threads
-from minipeft.nn.heads import head_only
+from minipeft.nn.heads import SequenceClassifier, head_only
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
 from minipeft.peft.lora import LoraConfig
@@ -147,6 +147,13 @@ def test_weights_gradients_and_optimizer_states_are_the_bytes_that_are_allocated
         return optimizer
 
     assert held["optimizer states"] == pytest.approx(held_by(optimizer), rel=0.02)
+
+
+def test_a_classifier_is_foretold_too(dialect):
+    base, labels = Transformer(CONFIGS[dialect], seed=0), np.arange(B) % 3
+    measured = measure_peak(lambda: SequenceClassifier(base, num_labels=3).loss(IDS, labels).backward())
+    ledger = memory_ledger(SequenceClassifier(base, num_labels=3), batch=B, seq_len=T, labels=labels)
+    assert ledger.total - ledger.held["optimizer states"] == pytest.approx(measured, rel=0.10)
 
 
 def test_rows_without_a_label_cost_no_logits():

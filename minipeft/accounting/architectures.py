@@ -71,29 +71,58 @@ def _published() -> dict[str, dict[str, Any]]:
     return json.loads(files(__package__).joinpath("architectures.json").read_text("utf-8"))
 
 
-def architecture(model: str | os.PathLike | Mapping[str, Any] | TransformerConfig) -> Architecture:
+def architecture(
+    model: str | os.PathLike | Mapping[str, Any] | TransformerConfig, num_labels: int | None = None
+) -> Architecture:
     """The parameter table of a model.
 
     Args:
         model: a published model's name (`names()`); a Hugging Face config.json, its directory, or its content as a
-            dictionary; or a TransformerConfig, whose table is that of `Transformer(config)`.
+            dictionary (with "name", changes to the configuration of that published model); or a TransformerConfig,
+            whose table is that of `Transformer(config)`.
+        num_labels: for BERT, RoBERTa and DeBERTa, the model with its sequence-classification head, of so many classes.
 
     Raises ValueError naming the nearest names when a name is unknown, and for a family without a rule here.
     """
+    if num_labels is not None:
+        return _with_classifier(architecture(model), num_labels)
     if isinstance(model, TransformerConfig):
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", _as_hugging_face(model))
     if isinstance(model, Mapping):
+        if "name" in model:
+            changes = {key: value for key, value in model.items() if key != "name"}
+            return _build(model["name"], {**_known(model["name"])["config"], **changes})
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
-    if str(model) in _published():
-        return _build(str(model), _published()[str(model)]["config"])
     path = Path(model)
-    if path.is_dir() or path.suffix == ".json":
+    if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
         config = read_json(path / "config.json" if path.is_dir() else path)
         if not isinstance(config, dict):
             raise ValueError(f"{path}: not a Hugging Face configuration, which is a JSON object")
         return _build(str(model), config)
-    near = difflib.get_close_matches(str(model), names(), n=3, cutoff=0.3) or names()[:3]
-    raise ValueError(f"unknown model {str(model)!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
+    return _build(str(model), _known(str(model))["config"])
+
+
+def _known(name: str) -> dict[str, Any]:
+    if name not in _published():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.3) or names()[:3]
+        raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
+    return _published()[name]
+
+
+def _with_classifier(arch: Architecture, num_labels: int) -> Architecture:
+    """Hugging Face's sequence classifier: BERT keeps its pooler, RoBERTa has a dense layer in its place."""
+    if FAMILIES[arch.model_type][0] not in (bert, deberta):
+        raise ValueError(f"num_labels is for BERT, RoBERTa and DeBERTa; {arch.name} is of the family {arch.model_type}")
+    d = arch["embeddings.word_embeddings.weight"][1]
+    table = [(name, arch.kinds[name], shape) for name, shape in arch.items()]
+    if arch.model_type == "roberta":
+        table = [entry for entry in table if not entry[0].startswith("pooler.")]
+        table += [*linear("classifier.dense", d, d), *linear("classifier.out_proj", d, num_labels)]
+    else:
+        table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
+        table += [*linear("classifier", d, num_labels)]
+    shapes, kinds = {name: shape for name, _, shape in table}, {name: kind for name, kind, _ in table}
+    return Architecture(f"{arch.name} with {num_labels} classes", arch.model_type, shapes, kinds)
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Architecture:

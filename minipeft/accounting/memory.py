@@ -107,7 +107,8 @@ def memory_ledger(
         checkpointing: keep block inputs only; None takes what the model says.
         mode: "train" (loss, backward, optimizer step), "evaluate" (the loss alone), or "generate" (keys and values of
             `seq_len` positions, and a forward pass over a prompt of that length).
-        labels: integer array [batch, seq_len], -100 where a position does not count; by default all count.
+        labels: what the model's loss takes: for a language model integers [batch, seq_len], -100 where a position does
+            not count (by default all count); for a classifier one a sequence.
 
     Bytes are those of arrays: no allocator's rounding, no code, and input ids are the caller's.
     Raises ValueError for a name that is unknown and for arguments that make no sense together.
@@ -236,10 +237,7 @@ def _walk(model: Module, batch: int, seq_len: int, p: Precision, mode: str, labe
     for module in (*backbone.blocks, backbone.final_norm):
         model.replace(paths[id(module)], _Mark(module, marks, meter))
     ids = np.zeros((batch, seq_len), np.int64)
-    if labels is None:
-        labels = ids
-    elif labels.shape != ids.shape:
-        raise ValueError(f"labels must have the shape {ids.shape}, not {labels.shape}")
+    labels = ids if labels is None else labels
     with meter:
         if mode == "train":
             loss = model.loss(ids, labels)

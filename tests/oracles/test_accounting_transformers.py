@@ -11,14 +11,14 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: i
 
 CLASSES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
-    "t5": "T5ForConditionalGeneration",
-    "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM", "opt": "OPTForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
+    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM",
+    "opt": "OPTForCausalLM",
 }  # fmt: skip
 SMALLEST = [
-    "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5v1.1-small", "t5-base", "mt5-large",
-    "smollm2-135m", "llama2-70b", "llama3.2-1b", "qwen2.5-3b", "mistral-7b", "bloom-560m", "opt-125m", "opt-350m",
+    "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5v1.1-small", "t5-base",
+    "mt5-large", "smollm2-135m", "llama2-70b", "llama3.2-1b", "qwen2.5-3b", "mistral-7b", "bloom-560m", "opt-125m",
+    "opt-350m",
 ]  # fmt: skip
 
 
@@ -67,3 +67,16 @@ def test_a_configuration_written_by_transformers_is_read(model_type, tmp_path):
     if model_type == "mt5":  # the file of transformers 5 says "tied"
         table.setdefault("lm_head.weight", table["shared.weight"])
     assert table == built({"model_type": model_type, **small})
+
+
+@pytest.mark.parametrize("name", ["bert-base", "roberta-base", "deberta-v2-xxlarge"])
+def test_the_classification_head_is_that_of_transformers(name):
+    config = _published()[name]["config"] | {"num_hidden_layers": 2}
+    cls = getattr(transformers, CLASSES[config["model_type"]].replace("Model", "ForSequenceClassification"))
+    with torch.device("meta"):
+        fields = {k: v for k, v in config.items() if k != "model_type"}
+        model = cls(cls.config_class(**fields, num_labels=3))
+    prefix = f"{model.base_model_prefix}."
+    assert dict(architecture(config, num_labels=3)) == {
+        path.removeprefix(prefix): tuple(p.shape) for path, p in model.named_parameters()
+    }
