@@ -1,0 +1,126 @@
+"""Bytes, code books and checkpoints against bitsandbytes on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
+pytest.importorskip("bitsandbytes", reason="needs the extra 'oracles'")
+
+import bitsandbytes.functional as theirs  # noqa: E402
+
+from minipeft import quant  # noqa: E402
+from minipeft.quant.blockwise import BLOCKSIZES  # noqa: E402
+from minipeft.quant.codebooks import dynamic_map, fp4_code, nf4_code, thresholds  # noqa: E402
+
+KINDS = ("nf4", "fp4")
+
+
+def samples():
+    """(name, array): every kind of number, on sizes around block and byte boundaries."""
+    r = np.random.default_rng(0)
+    for n in (1, 2, 31, 33, 64, 65, 129, 1000, 4097):
+        normal = r.standard_normal(n).astype(np.float32)
+        yield f"normal {n}", normal
+        yield f"float16 {n}", normal.astype(np.float16)
+        yield f"float16 denormal {n}", (normal * 1e-7).astype(np.float16)
+        yield f"huge {n}", normal * np.float32(5e37)
+        yield f"denormal {n}", normal * np.float32(1e-39)
+        yield f"around the floor {n}", normal * np.float32(1e-38)
+        yield f"zeros {n}", np.zeros(n, np.float32)
+        yield f"half zeros {n}", normal * (np.arange(n) >= n // 2)
+        yield f"integers {n}", r.integers(-7, 8, n).astype(np.float32)
+        for kind in KINDS:  # exactly on the thresholds, where rounding decides
+            yield f"{kind} thresholds {n}", np.resize(np.array([*thresholds(kind)[0], 1], np.float32), n) * np.float32(0.37)
+
+
+SAMPLES = dict(samples())
+
+
+def test_code_books_are_equal_to_the_last_bit():
+    assert nf4_code().tobytes() == theirs.get_4bit_type("nf4", "cpu").numpy().tobytes()
+    assert fp4_code().tobytes() == theirs.get_4bit_type("fp4", "cpu").numpy().tobytes()
+    assert dynamic_map().tobytes() == theirs.create_dynamic_map().numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_4_bit_codes_absmax_and_values_are_equal_byte_for_byte(sample, kind):
+    x = SAMPLES[sample]
+    for blocksize in BLOCKSIZES:
+        packed, state = quant.quantize_4bit(x, blocksize, kind)
+        packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=blocksize, quant_type=kind)
+        assert packed.shape == tuple(packed2.shape)
+        assert packed.tobytes() == packed2.numpy().tobytes()
+        assert state.absmax.tobytes() == state2.absmax.numpy().tobytes()
+        if x.size % 2 == 0:  # their compiled path; they give a vector back as a column
+            values = theirs.dequantize_4bit(packed2, state2).numpy().reshape(-1)
+            assert np.array_equal(quant.dequantize_4bit(packed, state), values)
+            assert state.dtype == values.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_matrix_comes_back_as_theirs_does(dtype):
+    x = np.random.default_rng(1).standard_normal((96, 192)).astype(dtype)
+    for kind in KINDS:
+        for blocksize in (32, 64):  # rows of whole blocks: elsewhere their AVX-512 kernel takes the wrong absmax
+            packed, state = quant.quantize_4bit(x, blocksize, kind)
+            packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=blocksize, quant_type=kind)
+            assert np.array_equal(packed, packed2.numpy())
+            assert np.array_equal(quant.dequantize_4bit(packed, state), theirs.dequantize_4bit(packed2, state2).numpy())
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_8_bit_codes_absmax_and_values_are_equal_byte_for_byte(sample):
+    x = SAMPLES[sample]
+    for blocksize in (64, 256, 4096):
+        codes, state = quant.quantize_blockwise(x, blocksize)
+        codes2, state2 = theirs.quantize_blockwise(torch.from_numpy(x), blocksize=blocksize)
+        assert codes.tobytes() == codes2.numpy().tobytes()
+        assert state.absmax.tobytes() == state2.absmax.numpy().tobytes()
+        assert np.array_equal(quant.dequantize_blockwise(codes, state), theirs.dequantize_blockwise(codes2, state2).numpy())
+
+
+def test_8_bit_codes_of_a_million_numbers():
+    x = np.random.default_rng(2).standard_normal(1 << 20).astype(np.float32)
+    assert np.array_equal(quant.quantize_blockwise(x, 256)[0], theirs.quantize_blockwise(torch.from_numpy(x), blocksize=256)[0].numpy())
+
+
+@pytest.mark.parametrize("n", [1000, 64 * 256, 64 * 1000 + 1])
+def test_double_quantization(n):
+    x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    packed, state = quant.quantize_4bit(x, compress_statistics=True)
+    packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert np.array_equal(packed, packed2.numpy())
+    offset = np.float32(state2.offset.item())
+    assert abs(np.float32(state.offset) - offset) <= np.spacing(offset)  # a sum in another order
+    absmax = quant.quantize_4bit(x)[1].absmax
+    codes, inner = quant.quantize_blockwise(absmax - offset, 256)  # given the same offset
+    assert np.array_equal(codes, state2.absmax.numpy())
+    assert np.array_equal(inner.absmax, state2.state2.absmax.numpy())
+    assert np.array_equal(state.state2.code, state2.state2.code.numpy())
+
+
+def test_int8_rows():
+    x = np.random.default_rng(3).standard_normal((33, 100)).astype(np.float16)
+    codes, stats = quant.int8_vectorwise_quant(x.astype(np.float32))
+    codes2, stats2, _ = theirs.int8_vectorwise_quant(torch.from_numpy(x.astype(np.float32)))
+    assert np.array_equal(codes, codes2.numpy()) and np.array_equal(stats, stats2.numpy())
+    assert np.allclose(quant.int8_vectorwise_dequant(codes, stats), theirs.int8_vectorwise_dequant(codes2, stats2).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_read_both_ways(kind, nested):
+    x = np.random.default_rng(4).standard_normal((64, 128)).astype(np.float32)
+    packed, state = quant.quantize_4bit(x, 64, kind, nested)
+    packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type=kind, compress_statistics=nested)
+    ours, other = state.as_dict(packed=True), state2.as_dict(packed=True)
+    assert {k: (v.shape, str(v.dtype)) for k, v in ours.items() if "quant_state" not in k} == {
+        k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in other.items() if "quant_state" not in k
+    }
+    read = quant.QuantState.from_dict({k: v.numpy() for k, v in other.items()})
+    assert np.array_equal(quant.dequantize_4bit(packed2.numpy(), read), theirs.dequantize_4bit(packed2, state2).numpy())
+    read2 = theirs.QuantState.from_dict({k: torch.from_numpy(v.copy()) for k, v in ours.items()}, device="cpu")
+    assert np.array_equal(theirs.dequantize_4bit(torch.from_numpy(packed), read2).numpy(), quant.dequantize_4bit(packed, state))
