@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 
@@ -47,7 +48,7 @@ def test_fp4_is_the_published_table_to_the_last_bit():
 def test_nf4_gives_every_code_about_the_same_share_of_normal_weights():
     normal = statistics.NormalDist()
     sigma = 1 / normal.inv_cdf(0.9677083)  # the deviation at which the outermost point is the quantile it was made of
-    edges = [(a + b) / 2 for a, b in zip(NF4, NF4[1:])]
+    edges = [(a + b) / 2 for a, b in itertools.pairwise(NF4)]
     cdf = [0, *[normal.cdf(e / sigma) for e in edges], 1]
     shares = np.diff(cdf)
     assert shares.min() > 0.045 and shares.max() < 0.075  # 1/16 = 0.0625; FP4's least share is 0.004

@@ -22,6 +22,7 @@ import numpy as np
 from ..autograd.ops import QUERY_BLOCK, TILE
 from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
+from ..quant.linear import tile_rows
 
 Shape = tuple[int, ...]
 
@@ -377,6 +378,18 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
     op.works_in(widened)
     y = op.new((*x.shape[:-1], n_out))
     return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
+
+
+@rule
+def _linear_4bit(op, x, packed, state, bias=None):
+    (n_out, n_in), blocks = state.shape, state.absmax.size
+    tile = tile_rows(n_out) * n_in
+    work = 4 * (tile + state.blocksize) + op.blocks(tile, 2)  # a tile; while it is made, values and indices of its bytes
+    work += 8 * blocks if state.nested else 0  # absmax, while they are made twice
+    y = op.new((*x.shape[:-1], n_out))
+    op.works_in(work)
+    product = op.meter.itemsize * x.size  # of one tile, before it is added
+    return y, op.pull(x.shape, packed, work=product + work), None, None, op.pull((n_out,))
 
 
 @rule

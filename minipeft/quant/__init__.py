@@ -9,8 +9,11 @@ from .blockwise import (
     quantize_blockwise,
 )
 from .int8 import int8_vectorwise_dequant, int8_vectorwise_quant
+from .linear import Linear4bit, linear_4bit
+from .surgery import dequantize_model, quantize_model
 
 __all__ = [
-    "QuantError", "QuantState", "dequantize_4bit", "dequantize_blockwise", "int8_vectorwise_dequant",
-    "int8_vectorwise_quant", "quantize_4bit", "quantize_blockwise",
+    "Linear4bit", "QuantError", "QuantState", "dequantize_4bit", "dequantize_blockwise", "dequantize_model",
+    "int8_vectorwise_dequant", "int8_vectorwise_quant", "linear_4bit", "quantize_4bit", "quantize_blockwise",
+    "quantize_model",
 ]  # fmt: skip

@@ -91,8 +91,9 @@ class QuantState:
             }
         if not packed:
             return arrays | rest
-        text = np.frombuffer(json.dumps(rest).encode(), np.uint8)
-        return arrays | {f"quant_state.bitsandbytes__{self.quant_type}": asarray(text.copy(), xp_of(self.absmax))}
+        text = json.dumps(rest).encode().ljust(256)  # one length for all layers of a shape, whatever their offset's digits
+        described = asarray(np.frombuffer(text, np.uint8).copy(), xp_of(self.absmax))
+        return arrays | {f"quant_state.bitsandbytes__{self.quant_type}": described}
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> QuantState:
@@ -289,7 +290,7 @@ def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantSta
 
 def dequantize_blockwise(codes: Array, state: QuantState) -> Array:
     """map[code] * absmax, in the state's dtype and the codes' shape."""
-    xp, size = xp_of(codes), state.blocksize
+    size = state.blocksize
     blocks = -(-codes.size // size)
     if codes.dtype != np.uint8 or state.absmax.shape != (blocks,):
         raise QuantError(

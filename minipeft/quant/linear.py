@@ -1,0 +1,158 @@
+"""A linear layer that holds its weight in four bits and multiplies by it a few rows at a time.
+
+    y = x Wᵀ + b,  W = book[codes] * absmax           dx = g W;  W itself is frozen and has no gradient
+
+Both products go through W in tiles of rows: a tile is dequantized into a buffer that stays in the cache, multiplied, and
+overwritten by the next. No float copy of a whole weight exists at any time, in forward or in backward, and the graph
+keeps nothing but the packed codes, which the layer holds anyway. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314,
+eq. 5 and 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from ..autograd.cases import Case, cases, normal
+from ..autograd.tensor import Tensor, op
+from ..backend import Array, Rng, xp_of
+from ..nn.layers import Conv1D, Linear
+from ..nn.module import Module, Parameter
+from .blockwise import QuantError, QuantState, dequantize_4bit, dequantize_into, quantize_4bit
+
+TILE_ROWS = 256  # rows dequantized together: enough for the matrix product to run at full speed
+
+
+def tile_rows(n_out: int) -> int:
+    """Rows of a tile: at most half of the weight, also where it is small."""
+    return max(1, min(TILE_ROWS, -(-n_out // 2)))
+
+
+def weight_tiles(packed: Array, state: QuantState) -> Iterator[tuple[slice, Array]]:
+    """(rows, float32 values [rows, in]) through a quantized weight [out, in]; each is overwritten by the next."""
+    xp, (n_out, n_in), size = xp_of(packed), state.shape, state.blocksize
+    scales, rows = state.scales(), tile_rows(n_out)
+    buffer = xp.empty(rows * n_in + size, xp.float32)  # blocks run across rows: a tile may start inside of one
+    for i in range(0, n_out, rows):
+        j = min(i + rows, n_out)
+        first = i * n_in // size * size
+        values = buffer[: j * n_in - first]
+        dequantize_into(values, packed, state, scales, first)
+        yield slice(i, j), values[i * n_in - first :].reshape(j - i, n_in)
+
+
+@op
+def linear_4bit(x, packed, state, bias=None):
+    """y = x Wᵀ + b with x [..., in] and the codes of W [out, in] (`quantize_4bit`); no gradient reaches them.
+
+    The product has x's dtype. Raises ValueError where x does not match the weight.
+    """
+    if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
+        raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
+    xp, (n_out, n_in), shape = xp_of(x, packed, bias), state.shape, x.shape
+    n = math.prod(shape[:-1])
+    x2, y = x.reshape(n, n_in), xp.empty((n, n_out), x.dtype)
+    for rows, w in weight_tiles(packed, state):
+        xp.matmul(x2, w.astype(x.dtype, copy=False).T, out=y[:, rows])
+    if bias is not None:
+        y += bias
+
+    def dx(g):
+        g2, d = g.reshape(n, n_out), xp.empty((n, n_in), g.dtype)
+        for rows, w in weight_tiles(packed, state):
+            w = w.astype(g.dtype, copy=False)
+            if rows.start == 0:
+                xp.matmul(g2[:, rows], w, out=d)
+            else:
+                d += xp.matmul(g2[:, rows], w)
+        return d.reshape(shape)
+
+    return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(n, n_out).sum(axis=0)
+
+
+class Linear4bit(Module):
+    """y = x Wᵀ + b with W [out_features, in_features] in four bits (bitsandbytes' Linear4bit).
+
+    Its state dict is bitsandbytes': `weight` (packed codes), `weight.absmax`, `weight.quant_map`, with double quantization
+    `weight.nested_absmax` and `weight.nested_quant_map`, `weight.quant_state.bitsandbytes__nf4` (JSON as bytes), `bias`. All
+    but the bias are frozen. A GPT-2 Conv1D becomes a Linear4bit of its transposed weight, as it does in transformers.
+
+    Args:
+        packed, state: what `quantize_4bit` gave for a matrix [out, in].
+        bias: the layer's parameter, kept as it is, or None.
+    """
+
+    def __init__(self, packed: Array, state: QuantState, bias: Parameter | None = None):
+        state.check(packed)
+        if len(state.shape) != 2:
+            raise QuantError(f"the weight of a Linear4bit is a matrix [out, in], not of the shape {tuple(state.shape)}")
+        if bias is not None and bias.shape != state.shape[:1]:
+            raise QuantError(f"a bias of shape {bias.shape} does not match a weight {tuple(state.shape)}")
+        self.weight = Parameter(packed, requires_grad=False)
+        for key, array in state.as_dict(packed=True).items():
+            setattr(self, f"weight.{key}", Parameter(array, requires_grad=False))
+        self.bias = bias
+        self._read: tuple[list[Array], QuantState] | None = None
+
+    @classmethod
+    def from_linear(
+        cls, layer: Linear | Conv1D, blocksize: int = 64, quant_type: str = "nf4", compress_statistics: bool = True
+    ) -> Linear4bit:
+        """The layer with its weight quantized; it shares the bias."""
+        W = layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+        return cls(*quantize_4bit(W, blocksize, quant_type, compress_statistics), layer.bias)
+
+    @property
+    def quant_state(self) -> QuantState:
+        """How the weight is quantized, as its arrays say."""
+        entries = {name[len("weight.") :]: p.data for name, p in self.__dict__.items() if name.startswith("weight.")}
+        arrays = list(entries.values())
+        if self._read is None or any(a is not b for a, b in zip(arrays, self._read[0])):  # moved, or loaded anew
+            self._read = arrays, QuantState.from_dict(entries)
+        return self._read[1]
+
+    in_features = property(lambda self: self.quant_state.shape[1])
+    out_features = property(lambda self: self.quant_state.shape[0])
+
+    def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return linear_4bit(x, self.weight, self.quant_state, self.bias)
+
+    def dequantize(self) -> Array:
+        """The weight, [out, in], as a whole, in the dtype it had."""
+        return dequantize_4bit(self.weight.data, self.quant_state)
+
+    def tiles(self) -> Iterator[tuple[slice, Array]]:
+        """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next."""
+        return weight_tiles(self.weight.data, self.quant_state)
+
+    def quantize(self, W: Array) -> Linear4bit:
+        """This layer with another weight [out, in], quantized in the same way."""
+        state = self.quant_state
+        packed, fresh = quantize_4bit(W.astype(state.dtype, copy=False), state.blocksize, state.quant_type, state.nested)
+        return Linear4bit(packed, fresh, self.bias)
+
+
+@cases("linear_4bit")
+def _linear_4bit_cases() -> Iterator[Case]:
+    for label, lead, (n_out, n_in), blocksize, kind, nested in (
+        ("rows of whole blocks", (2, 3), (6, 64), 64, "nf4", False),
+        ("blocks across rows", (4,), (5, 33), 32, "fp4", False),
+        ("double quantization", (3,), (9, 40), 64, "nf4", True),
+        ("one block", (), (3, 5), 64, "int4", False),
+        ("no rows", (0,), (4, 8), 32, "nf4", False),
+    ):
+        W = normal(n_out, n_in).astype(np.float32)
+        packed, state = quantize_4bit(W, blocksize, kind, nested)
+        entries = state.as_dict(packed=True)
+        call = partial(_applied, list(entries))
+        yield Case(label, call, (normal(*lead, n_in), normal(n_out)), (packed, *entries.values()))
+
+
+def _applied(keys: list[str], x: Tensor, bias: Tensor, packed: Array, *entries: Array) -> Tensor:
+    """linear_4bit of a state given as arrays, whose floats may come in any dtype."""
+    arrays = [a.astype("float32") if a.dtype.kind == "f" else a for a in entries]
+    return linear_4bit(x, packed, QuantState.from_dict(dict(zip(keys, arrays))), bias)

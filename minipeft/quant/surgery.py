@@ -1,0 +1,83 @@
+"""A model's linear layers in four bits, and back: surgery that leaves the model it is given as it was."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from ..nn.layers import Conv1D, Linear
+from ..nn.module import Module, Parameter
+from .blockwise import QuantError
+from .linear import Linear4bit
+
+HEADS = ("lm_head", "score", "classifier", "v_head")  # what is kept in floats unless told otherwise
+
+
+def quantize_model(
+    model: Module,
+    skip: Iterable[str] = HEADS,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    compress_statistics: bool = True,
+) -> Module:
+    """A new model whose Linear and Conv1D layers are Linear4bit; everything else shares the model's arrays.
+
+    Embeddings, norms and biases stay as they are. Its parameters are frozen, as a base for adapters.
+
+    Args:
+        skip: names of modules that keep their floats; a name is a part of a path, "lm_head" or "layers.0" (all inside it).
+        quant_type, blocksize, compress_statistics: see `quantize_4bit`; double quantization is on.
+
+    Raises QuantError for a name that matches nothing (other than the usual heads), when nothing is left to quantize, and
+    for a weight that another module shares: quantizing it would untie the two.
+    """
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    twin = model.copy(share=True)
+    paths = [path for path, _ in twin.named_modules()]
+    for name in skip:
+        if name not in HEADS and not any(_inside(path, name) for path in paths):
+            names = dict.fromkeys([path.rpartition(".")[2] for path in paths] + paths)
+            near = difflib.get_close_matches(name, list(names), n=3)
+            raise QuantError(f"skip: no module is called {name!r}; nearest: {', '.join(near) or 'none'}")
+    layers = {
+        path: module
+        for path, module in twin.named_modules()
+        if isinstance(module, Linear | Conv1D) and not any(_inside(path, name) for name in skip)
+    }
+    if not layers:
+        raise QuantError(f"there is no Linear or Conv1D layer to quantize in this {type(model).__name__} (skip: {', '.join(skip) or 'nothing'})")
+    weights = {id(module.weight): path for path, module in layers.items()}
+    for name, parameter in twin.all_named_parameters():
+        path = weights.get(id(parameter))
+        if path is not None and name.rpartition(".")[0] not in layers:
+            raise QuantError(f"{path} shares its weight with {name}: quantizing it would untie them; put {path!r} into skip")
+    made: dict[int, Linear4bit] = {}  # a layer that has several paths stays one
+    for path, layer in layers.items():
+        if id(layer) not in made:
+            try:
+                made[id(layer)] = Linear4bit.from_linear(layer, blocksize, quant_type, compress_statistics)
+            except QuantError as error:
+                raise QuantError(f"{path}: {error}") from error
+        if path:
+            twin.replace(path, made[id(layer)])
+        else:
+            twin = made[id(layer)]
+    return twin.requires_grad_(False)
+
+
+def dequantize_model(model: Module) -> Module:
+    """A new model whose Linear4bit layers are Linear layers of their dequantized weights; the rest shares its arrays."""
+    twin = model.copy(share=True)
+    for path, layer in list(twin.named_modules()):
+        if isinstance(layer, Linear4bit):
+            dense = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
+            dense.weight, dense.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
+            if not path:
+                return dense
+            twin.replace(path, dense)
+    return twin
+
+
+def _inside(path: str, name: str) -> bool:
+    """Whether `name` is a run of whole parts of a dotted path."""
+    return f".{name}." in f".{path}."
