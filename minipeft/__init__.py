@@ -20,6 +20,11 @@ _HOMES = {
     "hub.base": "load_base",
     "peft.model": "get_peft_model PeftModel assert_learning",
     "peft.lora": "LoraConfig",
+    "peft.ia3": "IA3Config",
+    "peft.ln_tuning": "LNTuningConfig",
+    "peft.bitfit": "BitFitConfig",
+    "peft.vera": "VeraConfig",
+    "peft.adalora": "AdaLoraConfig",
 }
 _OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 _MODULES = {

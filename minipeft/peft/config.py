@@ -53,7 +53,8 @@ class PeftConfig:
     exclude_modules      names or a regular expression; what matches is not a target
     layers_to_transform  only the layers of these numbers, the first number of a path (with target names only)
     layers_pattern       the name of the list of layers, where a path has several numbers
-    modules_to_save      names of modules that are trained whole, as copies, and saved with the adapter
+    modules_to_save      ends of paths ("norm" matches input_layernorm, as in PEFT) of modules that are trained whole, as
+                         copies, and saved with the adapter
     """
 
     target_modules: list[str] | str | None = None
@@ -117,6 +118,13 @@ class PeftConfig:
         """For methods that change a model's input: the trained `Prompt`; None for all others."""
         return None
 
+    def penalty(self, adapters: list[Any]) -> Any:
+        """A term that the method adds to the training loss, from the active adapter's parts; None for most."""
+        return None
+
+    def after_step(self, model: Any, adapter_name: str, step: int) -> None:
+        """What the method does after step number `step` (from 1) of the optimizer, while the gradients are there."""
+
     # ------------------------------------------------------------------------------------------------------- targets
 
     def with_targets(self, model: Module) -> PeftConfig:
@@ -172,7 +180,9 @@ class PeftConfig:
         """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
         found = {}
         for target in self.modules_to_save or ():
-            matched = {name: m for name, m in modules.items() if name and _matches([target], name)}
+            matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
+            if not matched and self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score"):
+                continue  # PEFT names both of a classifier's usual heads
             if not matched:
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)

@@ -27,6 +27,11 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 METHODS = {  # peft_type in a file -> module and class
     "LORA": ("lora", "LoraConfig"),
+    "IA3": ("ia3", "IA3Config"),
+    "LN_TUNING": ("ln_tuning", "LNTuningConfig"),
+    "BITFIT": ("bitfit", "BitFitConfig"),
+    "VERA": ("vera", "VeraConfig"),
+    "ADALORA": ("adalora", "AdaLoraConfig"),
 }
 
 
@@ -53,6 +58,8 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     config = model.peft_config[adapter_name]
     arrays = {key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()}
     options = {**config.to_dict(), "inference_mode": True}
+    if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
+        options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / WEIGHTS, arrays, {"format": "pt"})
     write_json(directory / CONFIG, dict(sorted(options.items())))

@@ -32,16 +32,16 @@ class Adapter(Module):
 
     Args:
         shapes: {key: shape}, the key being the parameter's name in a file; up to the first dot it is the attribute.
-        like: a layer beside which the parameters are allocated (its device, float32).
+        like: a layer beside which the parameters are allocated: on its device, in float32 (float64 where it is).
     """
 
     frozen: tuple[str, ...] = ()  # attributes that are constants, neither trained nor counted
 
     def __init__(self, shapes: dict[str, Shape], like: Module):
         self.keys = list(shapes)
-        xp = xp_of(*[p.data for p in like.parameters()[:1]])
+        xp, dtype = placement(like)
         for key, shape in shapes.items():
-            setattr(self, key.partition(".")[0], Parameter(xp.zeros(shape, xp.float32)))
+            setattr(self, key.partition(".")[0], Parameter(xp.zeros(shape, dtype)))
 
     def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """The adapted layer's output.
@@ -194,6 +194,13 @@ class AdaptedLayer(Module):
 
 
 # ------------------------------------------------------------------------------------- values of weights, frozen or not
+
+
+def placement(layer: Module) -> tuple[Any, Any]:
+    """(array library, dtype) of what is trained beside a layer: float64 beside float64, float32 beside all else."""
+    arrays = [p.data for p in layer.parameters()[:1]]
+    xp = xp_of(*arrays)
+    return xp, xp.float64 if arrays and arrays[0].dtype == xp.float64 else xp.float32
 
 
 def dense_weight(layer: Module) -> Array:

@@ -163,7 +163,7 @@ class LoraLinear(Adapter):
         A, B = self.lora_A, self.lora_B
         r = A.shape[0]
         if config.init_lora_weights in ("pissa", "olora"):
-            W = to_numpy(out_in(layer, dense_weight(layer))).astype(np.float32)
+            W = to_numpy(out_in(layer, dense_weight(layer))).astype(A.dtype)
             a, b = (_pissa if config.init_lora_weights == "pissa" else _olora)(W, r, self.scaling)
             fill(A, a)
             fill(B, b)
@@ -277,7 +277,7 @@ class LoraEmbedding(Adapter):
 def _pissa(W: np.ndarray, r: int, scaling: float) -> tuple[np.ndarray, np.ndarray]:
     """A = sqrt(S) Vᵀ, B = U sqrt(S) of the r largest singular values of W / s (PiSSA, eq. 2 and 3)."""
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
-    root = np.sqrt(S[:r] / np.float32(scaling))
+    root = np.sqrt(S[:r] / S.dtype.type(scaling))
     return root[:, None] * Vt[:r], U[:, :r] * root
 
 

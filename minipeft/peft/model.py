@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import Tensor
+from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, to_numpy
 from ..nn.module import Module, ModuleList, Parameter
 from .config import PeftConfig, PeftError, kind_of
@@ -83,14 +83,28 @@ class PeftModel(Module):
             return self.base_model(**prompt.arguments(self.base_model, **given))[:, -length:]
 
     def loss(self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
-        """The model's loss; labels have the input's length, virtual positions do not count."""
+        """The model's loss; labels have the input's length, virtual positions do not count.
+
+        While gradients are recorded, a method's own penalty (AdaLoRA's) is added.
+        """
         with self._rows(adapter_names):
             prompt = self._prompt()
             if prompt is None:
-                return self.base_model.loss(input_ids, labels, **arguments)
-            given, length = _named((input_ids,), arguments)
-            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
-            return self.base_model.head_loss(hidden[:, -length:], labels)
+                loss = self.base_model.loss(input_ids, labels, **arguments)
+            else:
+                given, length = _named((input_ids,), arguments)
+                hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
+                loss = self.base_model.head_loss(hidden[:, -length:], labels)
+        if is_grad_enabled():
+            for name in self.selection.names:
+                penalty = self.peft_config[name].penalty([part for _, part in self.parts(name)])
+                loss = loss if penalty is None else loss + penalty
+        return loss
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """After step number `global_step` (from 1) of the optimizer, before the gradients are cleared: AdaLoRA prunes."""
+        for name in self.selection.names:
+            self.peft_config[name].after_step(self, name, global_step)
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
         """Continue the prompts; see `minipeft.nn.generation.generate`."""

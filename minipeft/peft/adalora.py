@@ -1,0 +1,185 @@
+"""AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
+
+    W' = W + s P diag(λ) Q        eq. 3; here P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]
+
+P and Q are kept near orthogonal by a penalty on the loss (eq. 4), so that λ_i measures how much triplet i = (P_i, λ_i, Q_i)
+matters. While training, `update_and_allocate` follows how sensitive the loss is to every number, and sets the λ of the
+least important triplets of the whole model to zero, following a falling budget (eq. 12).
+
+As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import Array, Rng, xp_of
+from ..nn.module import Module, Parameter
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter, dense_weight, fill, out_in, with_weight
+
+
+@dataclass
+class AdaLoraConfig(PeftConfig):
+    """AdaLoRA's options, with PEFT's names and defaults.
+
+    target_r, init_r   the average rank at the end, and every rank at the start
+    tinit, tfinal      steps at the start without pruning, and at the end without further pruning
+    deltaT             steps between two prunings
+    beta1, beta2       decay of the averages of sensitivity and of its uncertainty
+    orth_reg_weight    weight of the penalty
+    total_step         steps of the whole training; must be given
+    rank_pattern       which triplets are left, by path: the result of training
+    """
+
+    total_step: int | None = None
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    init_lora_weights: bool = True
+    rank_pattern: dict[str, list[bool]] | None = None
+
+    peft_type: ClassVar[str] = "ADALORA"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    usual_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+    ignored: ClassVar[frozenset[str]] = frozenset({"r", "fan_in_fan_out"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.total_step or self.total_step < 1:
+            raise PeftError(f"AdaLoRA spends its budget over the training: total_step must be its number of steps, not {self.total_step!r}")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise PeftError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; make them smaller"
+            )
+        if not 0 < self.target_r <= self.init_r:
+            raise PeftError(f"target_r must lie in 1..init_r={self.init_r}, not {self.target_r}")
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1 and self.orth_reg_weight >= 0 and 0 <= self.lora_dropout < 1):
+            raise PeftError("beta1 and beta2 must lie in (0, 1), lora_dropout in [0, 1), and orth_reg_weight must not be negative")
+
+    def rank(self, name: str) -> int:
+        """How many triplets the module at a path has."""
+        kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
+        return self.init_r if kept is None else sum(kept)
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        if kind not in self.kinds or not self.targets(name, kind):
+            return {}
+        n_out, n_in = shape if kind == "linear" else shape[::-1]
+        r = self.rank(name)
+        if r > min(n_in, n_out):
+            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]")
+        return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
+        return AdaLoraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, seed)
+
+    def penalty(self, adapters: list[Any]) -> Tensor:
+        """orth_reg_weight * mean over all P and Q of ||PᵀP - I||, ||Q Qᵀ - I||."""
+        norms = []
+        for a in adapters:
+            if not isinstance(a, AdaLoraLayer):
+                continue
+            for gram in (a.lora_A @ a.lora_A.transpose(), a.lora_B.transpose() @ a.lora_B):
+                d = gram - xp_of(gram.data).eye(gram.shape[0], dtype=gram.dtype)
+                norms.append(((d * d).sum() + 1e-30).sqrt())  # the square root has no slope at zero
+        return F.stack(norms).mean() * self.orth_reg_weight
+
+    def after_step(self, model: Any, adapter_name: str, step: int) -> None:
+        """See `allocate`."""
+        allocate(model, adapter_name, step)
+
+
+class AdaLoraLayer(Adapter):
+    """P diag(λ) Q around a linear layer."""
+
+    def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer)
+        self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
+        self.kept: Array | None = None  # boolean [r]: the triplets that pruning left
+        self.importance: dict[str, tuple[Array, Array]] = {}  # name -> averages of sensitivity and uncertainty
+        if seed is not None:
+            generator = np.random.default_rng(seed)
+            for p in (self.lora_A, self.lora_B):
+                fill(p, generator.standard_normal(p.shape, np.float32) * np.float32(0.02))
+            if config.init_lora_weights is False:
+                fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        z = F.dropout(x, self.dropout, rng) if rng is not None and self.dropout else x
+        return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        delta = self.lora_B.data @ (self.lora_A.data * self.lora_E.data)
+        delta *= self.scaling
+        return with_weight(layer, out_in(layer, out_in(layer, dense_weight(layer)) + delta))
+
+    def saved(self) -> dict[str, Parameter]:
+        if self.kept is None:
+            return super().saved()
+        A, E, B = self.lora_A.data[self.kept], self.lora_E.data[self.kept], self.lora_B.data[:, self.kept]
+        return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
+
+    def follow(self, beta1: float, beta2: float) -> None:
+        """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
+        for name in ("lora_A", "lora_E", "lora_B"):
+            p = getattr(self, name)
+            sensitivity = abs(p.data * p.grad)
+            mean, uncertainty = self.importance.get(name, (0, 0))
+            mean = beta1 * mean + (1 - beta1) * sensitivity
+            self.importance[name] = mean, beta2 * uncertainty + (1 - beta2) * abs(sensitivity - mean)
+
+    def scores(self) -> Array:
+        """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
+        s = {name: mean * uncertainty for name, (mean, uncertainty) in self.importance.items()}
+        return s["lora_E"][:, 0] + s["lora_A"].mean(axis=1) + s["lora_B"].mean(axis=0)
+
+
+def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
+    """(how many triplets may be left after this step, whether to prune now): eq. 12."""
+    final = config.total_step - config.tfinal
+    if step <= config.tinit:
+        return start, False
+    if step >= final:
+        return end, True
+    left = 1 - (step - config.tinit) / (final - config.tinit)
+    return int((start - end) * left**3 + end), step % config.deltaT == 0
+
+
+def allocate(model: Any, adapter_name: str, step: int) -> None:
+    """After the optimizer's step number `step` (from 1), with the gradients still there: follow, and prune."""
+    config, parts = model.peft_config[adapter_name], model.parts(adapter_name)
+    layers = [(path, a) for path, a in parts if isinstance(a, AdaLoraLayer)]
+    final = config.total_step - config.tfinal
+    if step < final:
+        for _, layer in layers:
+            layer.follow(config.beta1, config.beta2)
+    if step <= final:
+        start = sum(layer.lora_A.shape[0] for _, layer in layers)
+        left, prune = budget(config, step, start, config.target_r * len(layers))
+        if not prune or left >= start:
+            return
+        scores = [layer.scores() for _, layer in layers]
+        xp = xp_of(scores[0])
+        threshold = xp.sort(xp.concatenate(scores))[start - left - 1]
+        for (_, layer), s in zip(layers, scores):
+            layer.kept = s > threshold
+        pattern = {f"{path}.lora_E": [bool(k) for k in layer.kept.tolist()] for path, layer in layers}
+        model.peft_config[adapter_name] = config.replace(rank_pattern=pattern)
+    for _, layer in layers:
+        if layer.kept is not None:
+            layer.lora_E.data *= layer.kept[:, None]

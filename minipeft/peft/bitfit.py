@@ -1,0 +1,65 @@
+"""BitFit: training only the biases (Ben Zaken, Goldberg & Ravfogel 2021, arXiv:2106.10199).
+
+    y = W x + b  with b trained:  0.1 % of a GPT-2's parameters
+
+The frozen layer has added its own bias b0 already, so the adapter adds b - b0. A model without biases, as most of the
+Llama family, has nothing to train.
+
+PEFT has no such method; its files are this package's own (peft_type BITFIT, <path>.bias).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..autograd.tensor import Tensor
+from ..backend import Rng
+from ..nn.module import Module
+from .config import PeftConfig, PeftError, Seed, Shape
+from .layer import Adapter, dense_weight, with_weight
+
+
+@dataclass
+class BitFitConfig(PeftConfig):
+    """BitFit has no options of its own: target_modules says whose biases (None: all)."""
+
+    peft_type: ClassVar[str] = "BITFIT"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")
+
+    def with_targets(self, model: Module) -> BitFitConfig:
+        return self
+
+    def targets(self, name: str, kind: str) -> bool:
+        if self.target_modules is None:
+            return bool(name) and kind in self.kinds and self.replace(target_modules=".*").targets(name, kind)
+        return super().targets(name, kind)
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        found = {path: m for path, m in super().resolve(modules).items() if getattr(m, "bias", None) is not None}
+        if not found:
+            raise PeftError("BitFit trains biases, and the modules it was asked for have none")
+        return found
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
+        return Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer)
+
+
+class Bias(Adapter):
+    """A trained copy of a layer's bias, [out]."""
+
+    def __init__(self, shapes: dict[str, Shape], layer: Module):
+        super().__init__(shapes, layer)
+        self.bias.data = layer.bias.data.copy()
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return inner(x) + (self.bias - base.bias.data)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        bias = self.bias.data.copy() if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
+        return with_weight(layer, dense_weight(layer), bias)

@@ -1,0 +1,100 @@
+"""(IA)³: infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv:2205.05638).
+
+    y = l * (W x + b)        keys and values (section 3.3): one learned factor per output
+    y = W (l * x) + b        the MLP's second layer: one per input
+
+The factors start at 1. Merged, they scale W's rows (and b), or its columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..autograd.tensor import Tensor
+from ..backend import Rng
+from ..nn.module import Module
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter, dense_weight, out_in, with_weight
+
+
+@dataclass
+class IA3Config(PeftConfig):
+    """(IA)³'s options, with PEFT's names.
+
+    feedforward_modules  those of the targets whose input is scaled, by the end of their path or by a regular expression;
+                         None takes the usual ones for the model's architecture
+    fan_in_fan_out       accepted for PEFT's sake; the layer's own layout is what counts
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    init_ia3_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    peft_type: ClassVar[str] = "IA3"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    usual_targets: ClassVar[dict[str, list[str]]] = {
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "llama": ["k_proj", "v_proj", "down_proj"],
+    }
+    usual_feedforward: ClassVar[dict[str, list[str]]] = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.init_ia3_weights:
+            raise PeftError("init_ia3_weights=False starts from random factors, which breaks the model; it must be True")
+        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
+            extra = sorted(set(self.feedforward_modules) - set(self.target_modules))
+            if extra:
+                raise PeftError(f"feedforward_modules must be among target_modules; {', '.join(extra)} is not")
+
+    def with_targets(self, model: Module) -> IA3Config:
+        config = super().with_targets(model)
+        if config.feedforward_modules is not None:
+            return config
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in self.usual_feedforward:
+            raise PeftError(f"IA3Config needs feedforward_modules (or []) for a model of type {model_type!r}")
+        usual = self.usual_feedforward[model_type]
+        targets = config.target_modules
+        return config.replace(
+            feedforward_modules=usual if isinstance(targets, str) else [name for name in usual if name in targets]
+        )
+
+    def is_feedforward(self, name: str) -> bool:
+        """Whether the module at a path has its input scaled."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, name) is not None
+        return any(name.endswith(end) for end in self.feedforward_modules or ())
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        if kind not in self.kinds or not self.targets(name, kind):
+            return {}
+        n_out, n_in = shape if kind == "linear" else shape[::-1]
+        return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
+        shapes = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
+        return IA3Layer(shapes, layer, self.is_feedforward(name))
+
+
+class IA3Layer(Adapter):
+    """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
+
+    def __init__(self, shapes: dict[str, Shape], layer: Module, is_feedforward: bool):
+        super().__init__(shapes, layer)
+        self.is_feedforward = is_feedforward
+        self.ia3_l.data += 1
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        l = self.ia3_l.reshape(-1)
+        return inner(x * l) if self.is_feedforward else inner(x) * l
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        W = out_in(layer, dense_weight(layer)) * self.ia3_l.data  # rows, or columns
+        bias = getattr(layer, "bias", None)
+        scaled = None if bias is None or self.is_feedforward else bias.data * self.ia3_l.data.reshape(-1)
+        return with_weight(layer, out_in(layer, W), scaled)

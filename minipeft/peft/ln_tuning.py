@@ -1,0 +1,33 @@
+"""LN tuning: training only the normalization layers (Zhao et al. 2023, arXiv:2312.11420, section 3).
+
+Each LayerNorm or RMSNorm is replaced by a copy of itself that learns; merged, the copy takes the original's place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..nn.module import Module
+from .config import PeftConfig, Seed, Shape
+from .layer import Adapter, TrainedCopy
+
+
+@dataclass
+class LNTuningConfig(PeftConfig):
+    """LN tuning has no options of its own: target_modules says which norms (by default all of them)."""
+
+    peft_type: ClassVar[str] = "LN_TUNING"
+    kinds: ClassVar[tuple[str, ...]] = ("norm",)
+    usual_targets: ClassVar[dict[str, list[str]]] = {
+        "gpt2": ["ln_1", "ln_2", "ln_f"],
+        "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    }
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        if kind not in ("norm", "bias") or not self.targets(name, "norm"):
+            return {}
+        return {f"ln_tuning_layers.{'weight' if kind == 'norm' else 'bias'}": shape}
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
+        return TrainedCopy(layer, prefix="ln_tuning_layers.")

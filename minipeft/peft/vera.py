@@ -1,0 +1,124 @@
+"""VeRA: vector-based random matrix adaptation (Kopiczko, Blankevoort & Asano 2023, arXiv:2310.11454).
+
+    W' = W + diag(b) B diag(d) A        eq. 2
+
+A [r, in] and B [out, r] are random, frozen, and shared by all layers (each takes the corner of its size); a layer trains
+only d [r], which starts at `d_initial`, and b [out], which starts at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import Array, Rng
+from ..nn.module import Module, Parameter
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter, dense_weight, fill, out_in, placement, with_weight
+
+
+@dataclass
+class VeraConfig(PeftConfig):
+    """VeRA's options, with PEFT's names and defaults.
+
+    r                    rank of the shared projections
+    projection_prng_key  seed of the shared projections
+    save_projection      must be True: the projections go into the file, because no other library draws the same numbers
+    vera_dropout         probability of dropping an element of the adapter's input
+    d_initial            where d starts
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+
+    peft_type: ClassVar[str] = "VERA"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    usual_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+    ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.r, int) or self.r < 1:
+            raise PeftError(f"r must be a positive integer, not {self.r!r}")
+        if not 0 <= self.vera_dropout < 1:
+            raise PeftError(f"vera_dropout must lie in [0, 1), not {self.vera_dropout}")
+        if not self.save_projection:
+            raise PeftError(
+                "save_projection=False leaves the shared projections out of the file, and they cannot be drawn again; it must be True"
+            )
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        if kind not in self.kinds or not self.targets(name, kind):
+            return {}
+        return {"vera_lambda_b": (shape[0] if kind == "linear" else shape[1],), "vera_lambda_d": (self.r,)}
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        if not layers:
+            return {}
+        outs, ins = zip(*[out_in_features(layer) for layer in layers.values()])
+        first = next(iter(layers.values()))
+        projection = Projection(self.r, max(ins), max(outs), self.projection_prng_key, first)
+        return {
+            name: VeraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, projection)
+            for name, layer in layers.items()
+        }
+
+
+def out_in_features(layer: Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer of either layout."""
+    return layer.out_features, layer.in_features
+
+
+class Projection(Module):
+    """The shared A [r, in] and B [out, r], Kaiming-uniform, of the largest sizes that a layer needs."""
+
+    def __init__(self, r: int, n_in: int, n_out: int, key: int, like: Module):
+        xp, dtype = placement(like)
+        generator = np.random.default_rng(key)
+        self.vera_A, self.vera_B = (Parameter(xp.zeros(s, dtype), False) for s in ((r, n_in), (n_out, r)))
+        for p in (self.vera_A, self.vera_B):
+            bound = math.sqrt(6 / p.shape[1])  # gain sqrt(2) (He et al. 2015): variance 2 / fan_in
+            fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))
+
+
+class VeraLayer(Adapter):
+    """VeRA around a linear layer."""
+
+    frozen = ("projection",)
+
+    def __init__(self, config: VeraConfig, shapes: dict[str, Shape], layer: Module, projection: Projection):
+        super().__init__(shapes, layer)
+        self.projection, self.dropout = projection, config.vera_dropout
+        self.out_features, self.in_features = out_in_features(layer)
+        self.vera_lambda_d.data += config.d_initial
+
+    def _corners(self) -> tuple[Array, Array]:
+        return self.projection.vera_A.data[:, : self.in_features], self.projection.vera_B.data[: self.out_features]
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        A, B = self._corners()
+        z = F.dropout(x, self.dropout, rng) if rng is not None and self.dropout else x
+        return inner(x) + self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(z, A), B)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        A, B = self._corners()
+        delta = (self.vera_lambda_b.data[:, None] * B) @ (self.vera_lambda_d.data[:, None] * A)
+        return with_weight(layer, out_in(layer, out_in(layer, dense_weight(layer)) + delta))
+
+    def saved(self) -> dict[str, Parameter]:
+        return {
+            **super().saved(),
+            "base_model.vera_A": self.projection.vera_A,
+            "base_model.vera_B": self.projection.vera_B,
+        }

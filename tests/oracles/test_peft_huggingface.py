@@ -1,0 +1,333 @@
+"""Every method against Hugging Face PEFT on the same random weights: files both ways, gradients, one AdamW step, counts."""
+
+import json
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.peft.config import PeftError
+from minipeft.peft.directory import state
+
+torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
+peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SHAPE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+IDS = np.random.default_rng(3).integers(0, 60, (3, 9))
+
+
+class Rotary(torch.nn.Module):
+    """transformers rounds the rotation's angles to float32; this gives them in the model's own precision."""
+
+    def forward(self, x, position_ids):
+        half = SHAPE["hidden_size"] // SHAPE["num_attention_heads"] // 2
+        angle = position_ids[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+class Norm(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+    """transformers normalizes in float32; this in the model's own precision."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def base(dialect, dtype="float64"):
+    """Our model and the transformers model with the same weights, both in float64 (where only real differences show)."""
+    grouped = dict(num_key_value_heads=2, intermediate_size=48) if dialect == "llama" else {}
+    model = mp.Transformer(mp.TransformerConfig(model_type=dialect, initializer_range=0.2, **SHAPE, **grouped), seed=5)
+    generator = np.random.default_rng(6)
+    for path, p in model.named_parameters():  # biases and norms that are not zeros and ones
+        noise = generator.standard_normal(p.shape) * 0.1 if p.ndim == 1 else 0
+        p.data = (p.data + noise).astype(dtype)
+    c = model.config
+    if dialect == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        )
+        twin = transformers.GPT2LMHeadModel(config)
+    else:
+        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+        config = transformers.LlamaConfig(
+            **{n: getattr(c, n) for n in names.split()}, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=True
+        )
+        twin = transformers.LlamaForCausalLM(config)
+        twin.model.rotary_emb = Rotary()
+        for module in twin.modules():
+            if isinstance(module, transformers.models.llama.modeling_llama.LlamaRMSNorm):
+                module.__class__ = Norm
+    twin = twin.to(getattr(torch, dtype)).eval()
+    weights = {k: torch.tensor(v) for k, v in model.state_dict().items()}
+    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    return model, twin
+
+
+def logits(twin):
+    with torch.no_grad():
+        return twin(torch.tensor(IDS)).logits.numpy()
+
+
+def train_ours(model, steps=3, lr=2e-2):
+    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        model.zero_grad()
+        model.loss(IDS, IDS).backward()
+        optimizer.step()
+        model.update_and_allocate(step + 1)
+    return model
+
+
+def fixed_divisor(twin):
+    """PEFT 0.21 also trains AdaLoRA's divisor `ranknum`, and does not save it: hold it. Returns their number."""
+    divisors = [p for name, p in twin.named_parameters() if "ranknum" in name]
+    for p in divisors:
+        p.requires_grad_(False)
+    return len(divisors)
+
+
+def train_theirs(twin, steps=3, lr=2e-2):
+    twin.train()
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        twin(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
+        optimizer.step()
+        if hasattr(twin.base_model, "update_and_allocate"):
+            twin.base_model.update_and_allocate(step + 1)
+    return twin.eval()
+
+
+LINEAR = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "down_proj"]}
+EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
+NORM = {"gpt2": "ln_f", "llama": "norm"}
+LAST = {"gpt2": r".*h\.1\..*c_proj", "llama": r".*layers\.1\..*_proj"}
+ADALORA = dict(total_step=3, tinit=0, tfinal=1, deltaT=1, init_r=4, target_r=2, lora_alpha=8)
+
+CASES = {
+    "lora": ("Lora", lambda d: dict(r=4, lora_alpha=6)),
+    "lora all-linear": ("Lora", lambda d: dict(r=4, target_modules="all-linear")),
+    "lora regex": ("Lora", lambda d: dict(r=4, target_modules=LAST[d])),
+    "lora one layer": ("Lora", lambda d: dict(r=4, target_modules=LINEAR[d], layers_to_transform=[1])),
+    "lora excluded": ("Lora", lambda d: dict(r=4, target_modules=LINEAR[d], exclude_modules=LINEAR[d][:1])),
+    "rslora": ("Lora", lambda d: dict(r=4, lora_alpha=6, use_rslora=True, target_modules=LINEAR[d])),
+    "dora": ("Lora", lambda d: dict(r=4, lora_alpha=6, use_dora=True, target_modules=LINEAR[d])),
+    "patterns": (
+        "Lora",
+        lambda d: dict(r=4, target_modules=LINEAR[d], rank_pattern={LINEAR[d][0]: 2}, alpha_pattern={r".*\.1\..*": 3}),
+    ),
+    "embedding": ("Lora", lambda d: dict(r=4, lora_alpha=6, target_modules=[EMBEDDING[d], LINEAR[d][0]])),
+    "dora embedding": ("Lora", lambda d: dict(r=4, use_dora=True, target_modules=[EMBEDDING[d]])),
+    "modules_to_save": ("Lora", lambda d: dict(r=4, target_modules=LINEAR[d], modules_to_save=["lm_head", NORM[d]])),
+    "pissa": ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=LINEAR[d])),
+    "gaussian": ("Lora", lambda d: dict(r=4, init_lora_weights="gaussian")),
+    "random": ("Lora", lambda d: dict(r=4, init_lora_weights=False, target_modules=[EMBEDDING[d], LINEAR[d][0]])),
+    "ia3": ("IA3", lambda d: dict()),
+    "ia3 chosen": ("IA3", lambda d: dict(target_modules=LINEAR[d], feedforward_modules=LINEAR[d][1:])),
+    "ln_tuning": ("LNTuning", lambda d: dict()),
+    "vera": ("Vera", lambda d: dict(r=8, target_modules=LINEAR[d])),
+    "adalora": ("AdaLora", lambda d: dict(ADALORA, target_modules=LINEAR[d])),
+}
+both = [(d, c) for d in ("gpt2", "llama") for c in CASES] + [("llama", "olora")]
+CASES["olora"] = ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=LINEAR[d]))
+
+
+IN_FLOAT32 = ("pissa", "olora")  # PEFT factorises float32 weights only
+
+
+def bases(dialect, case):
+    """(ours, theirs, how close two results are)."""
+    return (*base(dialect, "float32"), 3e-5) if case in IN_FLOAT32 else (*base(dialect), 1e-7)
+
+
+def configs(dialect, case):
+    method, options = CASES[case]
+    theirs = getattr(peft, f"{method}Config")
+    task = {} if case == "lora regex" else {"task_type": "CAUSAL_LM"}
+    return getattr(mp, f"{method}Config")(**options(dialect)), theirs(**options(dialect), **task)
+
+
+def close(a, b, tolerance=1e-7):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dialect", "case"), both)
+def test_our_file_gives_the_same_logits_gradients_and_step_in_peft(dialect, case, tmp_path):
+    model, twin, tolerance = bases(dialect, case)
+    start, ours = model(IDS).data.copy(), train_ours(mp.get_peft_model(model, configs(dialect, case)[0]))
+    assert np.abs(ours(IDS).data - start).max() > 1e-2  # the training did something
+    if case != "adalora":  # where a pruned triplet rests
+        mp.assert_learning(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True).eval()
+    fixed_divisor(theirs)
+    close(logits(theirs), ours(IDS).data, tolerance)
+    close(ours.merge_and_unload()(IDS).data, ours(IDS).data, 1e-5)
+
+    again = mp.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    close(again(IDS).data, ours(IDS).data, tolerance)
+    loss = again.loss(IDS, IDS)
+    loss.backward()
+    their_loss = theirs.train()(torch.tensor(IDS), labels=torch.tensor(IDS)).loss
+    their_loss.backward()
+    close(loss.data, their_loss.item(), max(tolerance, 1e-6))  # transformers computes the loss in float32
+
+    ours_by_key = {k: p for k, p in state(again, "default").items() if p.requires_grad}
+    theirs_by_key = {
+        k.replace(".default", "").replace("modules_to_save.", "").replace("vector.weight", "vector"): p
+        for k, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    assert {k: p.shape for k, p in ours_by_key.items()} == {k: tuple(p.shape) for k, p in theirs_by_key.items()}
+    for key, p in ours_by_key.items():
+        if p.size == 0:
+            continue  # a matrix whose triplets AdaLoRA pruned one and all
+        scale = max(1e-3, float(theirs_by_key[key].grad.abs().max()))
+        close(p.grad / scale, theirs_by_key[key].grad.numpy() / scale, tolerance)
+    mp.optim.AdamW(list(ours_by_key.values()), lr=1e-3).step()
+    torch.optim.AdamW(list(theirs_by_key.values()), lr=1e-3).step()
+    for key, p in ours_by_key.items():
+        close(p.data, theirs_by_key[key].detach().numpy(), tolerance)
+    close(model(IDS).data, start, 0)
+
+
+@pytest.mark.parametrize(("dialect", "case"), both)
+def test_their_file_gives_the_same_logits_here(dialect, case, tmp_path):
+    model, twin, tolerance = bases(dialect, case)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(twin, configs(dialect, case)[1])
+    ours = mp.get_peft_model(model, configs(dialect, case)[0])
+    divisors = fixed_divisor(theirs)
+    trainable, total = theirs.get_nb_trainable_parameters()
+    assert ours.get_nb_trainable_parameters() == (trainable, total - divisors)
+    train_theirs(theirs).save_pretrained(tmp_path)
+    loaded = mp.PeftModel.from_pretrained(model, tmp_path)
+    close(loaded(IDS).data, logits(theirs), tolerance)
+    loaded.save_pretrained(tmp_path / "again")
+    close(mp.PeftModel.from_pretrained(model, tmp_path / "again")(IDS).data, logits(theirs), tolerance)
+
+
+def test_the_printed_line_is_pefts(capsys):
+    model, twin = base("llama")
+    mp.get_peft_model(model, mp.LoraConfig(r=4, modules_to_save=["lm_head"])).print_trainable_parameters()
+    peft.get_peft_model(twin, peft.LoraConfig(r=4, modules_to_save=["lm_head"])).print_trainable_parameters()
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours == theirs
+
+
+def test_parts_of_a_fused_layer_are_saved_as_the_adapter_of_the_whole_that_they_equal(tmp_path):
+    model, twin = base("gpt2")
+    for rslora in (False, True):
+        config = mp.LoraConfig(r=4, lora_alpha=6, enable_lora=[True, False, True], use_rslora=rslora)
+        ours = train_ours(mp.get_peft_model(model, config))
+        ours.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(twin, tmp_path)
+        assert theirs.peft_config["default"].r == 8
+        close(logits(theirs), ours(IDS).data)
+        twin = theirs.unload()
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "vera", "adalora"])
+def test_dropout_acts_on_the_input_of_the_adapter_alone(case, tmp_path):
+    """PEFT's layer, given the mask that ours drew, computes the same."""
+    model, twin = base("llama")
+    name = {"vera": "vera_dropout"}.get(case, "lora_dropout")
+    config = configs("llama", case)[0].replace(**{name: 0.4})
+    ours = train_ours(mp.get_peft_model(model, config), steps=1)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True)
+    path = next(iter(ours.layers))
+    layer, twin_layer = ours.layers[path], theirs.get_submodule(f"base_model.model.{path}").train()
+    x = np.random.default_rng(0).standard_normal((2, 5, layer.in_features))
+    kept = {}
+
+    class Recorded(torch.nn.Module):  # replays our mask
+        def forward(self, z):
+            return z * torch.tensor(kept["mask"])
+
+    from minipeft import functional as F
+
+    dropout = F.dropout
+
+    def recording(z, p, rng):
+        y = dropout(z, p, rng)
+        kept["mask"] = np.where(y.data == 0, 0, 1 / (1 - p))
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", recording)
+        y = layer(mp.Tensor(x), mp.backend.Rng(7))
+    assert 0.2 < (kept["mask"] == 0).mean() < 0.6
+    getattr(twin_layer, name)["default"] = Recorded()
+    close(y.data, twin_layer(torch.tensor(x)).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("linear", {}), ("cat", {}), ("svd", {}), ("svd", {"svd_rank": 3}), ("ties", {"density": 0.5}),
+        ("ties", {"density": 0.5, "majority_sign_method": "frequency"}), ("magnitude_prune", {"density": 0.5}),
+        ("ties_svd", {"density": 0.5}), ("dare_linear", {"density": 1.0}), ("dare_ties", {"density": 1.0}),
+    ],
+)  # fmt: skip
+def test_combined_adapters_are_pefts(kind, options, tmp_path):
+    model, twin = base("llama")
+    common = dict(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"])
+    ours = mp.get_peft_model(model, mp.LoraConfig(**common), "a")
+    ours.add_adapter("b", mp.LoraConfig(**{**common, "lora_alpha": 3}), seed=9)
+    for name in "ab":
+        ours.set_adapter(name)
+        train_ours(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "a", "a")
+    theirs.load_adapter(tmp_path / "b", "b")
+    ours.add_weighted_adapter(["a", "b"], [0.7, -0.4], "c", combination_type=kind, **options)
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -0.4], "c", combination_type=kind, **options)
+    ours.set_adapter("c")
+    theirs.set_adapter("c")
+    close(ours(IDS).data, logits(theirs), 1e-5)
+
+
+def test_options_that_would_change_the_result_are_refused_by_name(tmp_path):
+    model, twin = base("llama")
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(r=4, lora_bias=False))
+    theirs.save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "adapter_config.json").read_text())
+    for option, value in {
+        "lora_bias": True, "bias": "all", "use_qalora": True, "layer_replication": [[0, 1]],
+        "alora_invocation_tokens": [1], "an_option_of_tomorrow": 3, "init_lora_weights": "loftq",
+    }.items():  # fmt: skip
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**good, option: value}))
+        with pytest.raises(PeftError, match=option):
+            mp.PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_vera_without_its_projections_is_refused(tmp_path):
+    model, twin = base("llama")
+    theirs = peft.get_peft_model(twin, peft.VeraConfig(r=8, save_projection=False))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(PeftError, match="projections"):
+        mp.PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_adalora_prunes_the_triplets_that_peft_prunes():
+    model, twin = base("llama")
+    options = dict(ADALORA, total_step=8, tfinal=2, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    ours = mp.get_peft_model(model, mp.AdaLoraConfig(**options))
+    theirs = peft.get_peft_model(twin, peft.AdaLoraConfig(**options, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for key, p in theirs.named_parameters():
+            key = key.replace(".default", "")
+            if key in state(ours, "default"):
+                p.copy_(torch.tensor(state(ours, "default")[key].data))
+    fixed_divisor(theirs)
+    train_ours(ours, steps=8)
+    train_theirs(theirs, steps=8)
+    pattern = {k.replace(".default", ""): v for k, v in theirs.peft_config["default"].rank_pattern.items()}
+    assert ours.peft_config["default"].rank_pattern == pattern
+    assert sum(map(sum, pattern.values())) == 2 * len(pattern)
+    close(ours(IDS).data, logits(theirs), 1e-4)
