@@ -61,7 +61,7 @@ def encode(
         if held_out and len(blocks) < 2:
             raise ValueError(
                 f"the text fills {len(blocks)} block of {max_length} tokens; to hold one out it takes two: give more "
-                "text, a smaller --max-length or --validation"
+                "text, or shorter blocks"
             )
         cut = len(blocks) - (max(1, round(held_out * len(blocks))) if held_out else 0)
         return Data(blocks[:cut], blocks[cut:], [], "")
