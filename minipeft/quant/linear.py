@@ -11,7 +11,7 @@ eq. 5 and 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -104,6 +104,15 @@ class Linear4bit(Module):
         """The layer with its weight quantized; it shares the bias."""
         W = layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
         return cls(*quantize_4bit(W, blocksize, quant_type, compress_statistics), layer.bias)
+
+    @classmethod
+    def from_state_dict(cls, arrays: Mapping[str, Array]) -> Linear4bit:
+        """The layer from the entries of a checkpoint, ours or bitsandbytes': weight, weight.absmax, ..., and bias if any."""
+        if "weight" not in arrays:
+            raise QuantError(f"a quantized layer has an entry 'weight'; there are {', '.join(arrays) or 'none'}")
+        state = QuantState.from_dict({k[len("weight.") :]: a for k, a in arrays.items() if k.startswith("weight.")})
+        bias = Parameter(arrays["bias"], requires_grad=False) if "bias" in arrays else None
+        return cls(arrays["weight"], state, bias)
 
     @property
     def quant_state(self) -> QuantState:

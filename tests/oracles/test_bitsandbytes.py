@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
-pytest.importorskip("bitsandbytes", reason="needs the extra 'oracles'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'oracles'")
 
 import bitsandbytes.functional as theirs  # noqa: E402
 
 from minipeft import quant  # noqa: E402
+from minipeft.autograd.tensor import Tensor  # noqa: E402
+from minipeft.files import read_safetensors, write_safetensors  # noqa: E402
 from minipeft.quant.blockwise import BLOCKSIZES  # noqa: E402
 from minipeft.quant.codebooks import dynamic_map, fp4_code, nf4_code, thresholds  # noqa: E402
 
@@ -124,3 +126,49 @@ def test_states_are_read_both_ways(kind, nested):
     assert np.array_equal(quant.dequantize_4bit(packed2.numpy(), read), theirs.dequantize_4bit(packed2, state2).numpy())
     read2 = theirs.QuantState.from_dict({k: torch.from_numpy(v.copy()) for k, v in ours.items()}, device="cpu")
     assert np.array_equal(theirs.dequantize_4bit(torch.from_numpy(packed), read2).numpy(), quant.dequantize_4bit(packed, state))
+
+
+# ------------------------------------------------------------------------------------------------------- the layer
+
+
+def their_linear(n_in, n_out, nested, seed=0):
+    """bitsandbytes' Linear4bit with a random weight, quantized."""
+    torch.manual_seed(seed)
+    layer = bitsandbytes.nn.Linear4bit(
+        n_in, n_out, bias=True, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
+    )
+    return layer.to("cpu") if layer.weight.bnb_quantized else layer._apply(lambda t: t.to("cpu"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs_layer = their_linear(128, 96, nested)
+    assert theirs_layer.weight.dtype == torch.uint8
+    save_file({k: v.contiguous() for k, v in theirs_layer.state_dict().items()}, tmp_path / "theirs.safetensors")
+    arrays, _ = read_safetensors(tmp_path / "theirs.safetensors")
+    ours = quant.Linear4bit.from_state_dict(arrays)
+    x = np.random.default_rng(5).standard_normal((7, 128)).astype(np.float32)
+    expected = theirs_layer.train()(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(ours(Tensor(x)).data, expected, rtol=1e-5, atol=1e-5)
+
+    write_safetensors(tmp_path / "ours.safetensors", ours.state_dict())
+    state = load_file(tmp_path / "ours.safetensors")
+    assert set(state) == set(theirs_layer.state_dict())
+    again = bitsandbytes.nn.Linear4bit(128, 96, bias=True, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested)
+    stats = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
+    again.weight = bitsandbytes.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
+    again.bias.data = state["bias"]
+    assert torch.equal(again.train()(torch.from_numpy(x)), theirs_layer(torch.from_numpy(x)))
+
+
+def test_the_gradient_of_the_input_is_theirs():
+    theirs_layer = their_linear(128, 96, True)
+    ours = quant.Linear4bit.from_state_dict({k: v.numpy() for k, v in theirs_layer.state_dict().items()})
+    x = np.random.default_rng(6).standard_normal((7, 128)).astype(np.float32)
+    g = np.random.default_rng(7).standard_normal((7, 96)).astype(np.float32)
+    mine, other = Tensor(x, requires_grad=True), torch.from_numpy(x).requires_grad_()
+    ours(mine).backward(g)
+    theirs_layer.train()(other).backward(torch.from_numpy(g))
+    np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-5, atol=1e-5)
