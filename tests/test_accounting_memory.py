@@ -15,8 +15,11 @@ from minipeft.backend import get_num_threads, set_num_threads
 from minipeft.nn.heads import SequenceClassifier, head_only
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
+from minipeft.peft.ia3 import IA3Config
+from minipeft.peft.ln_tuning import LNTuningConfig
 from minipeft.peft.lora import LoraConfig
 from minipeft.peft.model import get_peft_model
+from minipeft.peft.vera import VeraConfig
 from minipeft.train.optim import AdamW
 
 B, T = 8, 128
@@ -28,6 +31,9 @@ METHODS = {
     "lora": LoraConfig(r=8),
     "lora, every layer": LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"]),
     "dora": LoraConfig(r=8, target_modules="all-linear", use_dora=True),
+    "vera": VeraConfig(r=16),
+    "ia3": IA3Config(),
+    "ln": LNTuningConfig(),
 }
 IDS = np.random.default_rng(0).integers(0, 512, (B, T)).astype(np.int64)
 

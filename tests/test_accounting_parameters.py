@@ -7,8 +7,13 @@ import pytest
 from minipeft.accounting import architecture, count_parameters
 from minipeft.nn.heads import head_only
 from minipeft.nn.transformer import Transformer, TransformerConfig
+from minipeft.peft.adalora import AdaLoraConfig
+from minipeft.peft.bitfit import BitFitConfig
+from minipeft.peft.ia3 import IA3Config
+from minipeft.peft.ln_tuning import LNTuningConfig
 from minipeft.peft.lora import LoraConfig
 from minipeft.peft.model import PeftModel
+from minipeft.peft.vera import VeraConfig
 
 CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfig.llama(tie_word_embeddings=False)]
 
@@ -45,6 +50,10 @@ METHODS = {
     "the head trained whole": LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]),
     "one layer": LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
     "ranks by name": LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
+    "vera": VeraConfig(r=16),
+    "ia3": IA3Config(),
+    "layer norms": LNTuningConfig(),
+    "adalora": AdaLoraConfig(total_step=10),
 }
 
 
@@ -58,6 +67,13 @@ def test_a_method_is_counted_as_the_model_that_it_builds(config, method):
     count = count_parameters(config, lora)
     built = PeftModel(Transformer(config, seed=None), lora, seed=None)
     assert (count.trainable, count.total) == built.get_nb_trainable_parameters()
+
+
+def test_trained_biases_are_copies_beside_the_frozen_ones():
+    count = count_parameters(CONFIGS[0], BitFitConfig())
+    built = PeftModel(Transformer(CONFIGS[0], seed=None), BitFitConfig(), seed=None)
+    assert (count.trainable, count.total) == built.get_nb_trainable_parameters()
+    assert count.total == architecture(CONFIGS[0]).size + count.trainable
 
 
 def test_published_counts_of_lora():

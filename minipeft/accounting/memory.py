@@ -132,6 +132,9 @@ def memory_ledger(
         trained = sum(math.prod(shape) for shape in shapes.values())
         frozen = p.frozen * sum(math.prod(shape) for name, shape in arch.items() if name not in shapes)
         twin = None if seq_len is None else _built(arch, config, p)
+        if isinstance(twin, PeftModel):  # constants that a method adds and does not train: VeRA's projections
+            fixed = sum(q.size for q in twin.parameters() if not q.requires_grad)
+            frozen += p.frozen * (fixed - architecture(arch.config).size)
     training = mode == "train"
     held = {
         "frozen weights": frozen,

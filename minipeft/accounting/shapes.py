@@ -384,7 +384,7 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
 def _linear_4bit(op, x, packed, state, bias=None):
     (n_out, n_in), blocks = state.shape, state.absmax.size
     tile = tile_rows(n_out) * n_in
-    work = 4 * (tile + state.blocksize) + op.blocks(tile, 2)  # a tile; while it is made, values and indices of its bytes
+    work = 4 * (tile + state.blocksize) + op.blocks(tile, 2)  # a tile; values and indices of its bytes
     work += 8 * blocks if state.nested else 0  # absmax, while they are made twice
     y = op.new((*x.shape[:-1], n_out))
     op.works_in(work)
