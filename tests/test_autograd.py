@@ -214,10 +214,8 @@ def test_backward_frees_what_the_graph_held(no_collector):
 
 
 def test_training_steps_leave_nothing_behind(no_collector):
-    model = mp.Transformer(
-        mp.TransformerConfig.llama(vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    )
-    ids = np.arange(16).reshape(2, 8)
+    config = mp.TransformerConfig.llama(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model, ids = mp.Transformer(config), np.arange(256).reshape(8, 32) % 50
 
     def step():
         model.zero_grad()
@@ -227,10 +225,11 @@ def test_training_steps_leave_nothing_behind(no_collector):
     tracemalloc.start()
     try:
         step()
-        first = tracemalloc.get_traced_memory()[0]
-        for _ in range(5):
+        first, peak = tracemalloc.get_traced_memory()
+        for _ in range(10):
             step()
-        assert tracemalloc.get_traced_memory()[0] - first < 10_000
+        grown = tracemalloc.get_traced_memory()[0] - first
+        assert grown < 0.05 * (peak - first)  # the interpreter's own free lists fill up by some kilobytes
     finally:
         tracemalloc.stop()
 
