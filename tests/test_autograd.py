@@ -111,6 +111,18 @@ def test_slices_of_a_leaf_and_of_an_interior_result_add_into_one_gradient(xp):
         np.testing.assert_array_equal(to_numpy(x.grad), expected)
 
 
+@pytest.mark.parametrize("slice_first", [False, True])
+def test_a_slice_does_not_add_into_a_gradient_that_others_hold(slice_first, xp):
+    a, b = (Tensor(xp.asarray(np.ones(3)), requires_grad=True) for _ in range(2))
+    h, k = a * 2.0, b * 3.0
+    part = F.broadcast_to(h[:1], (3,))
+    y = part + (h + k) if slice_first else (h + k) + part
+    g = xp.asarray(np.array([1.0, 10.0, 100.0]))
+    y.backward(g)
+    assert to_numpy(a.grad).tolist() == [2 * 112.0, 20.0, 200.0]
+    assert to_numpy(b.grad).tolist() == [3.0, 30.0, 300.0] and to_numpy(g).tolist() == [1.0, 10.0, 100.0]
+
+
 def test_only_leaves_get_a_gradient():
     x = leaf(2)
     y = x * 2.0
