@@ -32,6 +32,10 @@ METHODS = {  # peft_type in a file -> module and class
     "BITFIT": ("bitfit", "BitFitConfig"),
     "VERA": ("vera", "VeraConfig"),
     "ADALORA": ("adalora", "AdaLoraConfig"),
+    "BOTTLENECK": ("bottleneck", "BottleneckConfig"),
+    "PROMPT_TUNING": ("prompt_tuning", "PromptTuningConfig"),
+    "PREFIX_TUNING": ("prefix_tuning", "PrefixTuningConfig"),
+    "P_TUNING": ("p_tuning", "PromptEncoderConfig"),
 }
 
 

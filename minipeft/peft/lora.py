@@ -31,6 +31,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from ..quant.linear import Linear4bit
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, pattern_value, shape_of
 from .layer import Adapter, dense_weight, fill, kaiming_uniform, out_in, with_weight
 
@@ -213,10 +214,8 @@ class LoraLinear(Adapter):
         # DoRA (eq. 5): m/n (W z + s B A z), of which y already holds W x and the bias. PEFT drops elements in both terms.
         scale = self.lora_magnitude_vector / self._row_norms(base)
         bias = getattr(base, "bias", None)
-        if z is not x:
-            frozen = F.linear(z, out_in(base, dense_weight(base)))
-        else:
-            frozen = y if bias is None else y - bias
+        frozen = y if z is x else base(z)
+        frozen = frozen if bias is None else frozen - bias
         return y + (scale - 1) * frozen + scale * delta
 
     def delta_weight(self) -> Array:
@@ -226,6 +225,10 @@ class LoraLinear(Adapter):
 
     def _row_norms(self, base: Module) -> Array:
         """||W + s B A|| of each output, [out]: a constant, no gradient passes through it (DoRA, section 4.3)."""
+        if isinstance(base, Linear4bit):  # a few rows at a time: the weight is never there as a whole
+            (A, B), xp = self.factors(), xp_of(base.weight.data)
+            tiles = ((rows, W + B.data[rows] @ (A.data * self.scaling)) for rows, W in base.tiles())
+            return xp.concatenate([xp.sqrt((V * V).sum(axis=1)) for _, V in tiles])
         V = out_in(base, dense_weight(base)) + self.delta_weight()
         return xp_of(V).sqrt((V * V).sum(axis=1))
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor, is_grad_enabled
-from ..backend import Array, to_numpy
+from ..backend import Array, as_rng, is_array, to_numpy, xp_of
 from ..nn.module import Module, ModuleList, Parameter
+from ..quant.linear import Linear4bit
 from .config import PeftConfig, PeftError, kind_of
-from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy
+from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy, with_weight
 
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -80,11 +81,13 @@ class PeftModel(Module):
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
             given, length = _named(inputs, arguments)
-            return self.base_model(**prompt.arguments(self.base_model, **given))[:, -length:]
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
+            return self.base_model.lm_head(hidden[:, -length:], as_rng(given["rng"]))
 
     def loss(self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
-        """The model's loss; labels have the input's length, virtual positions do not count.
+        """The model's loss; labels have the input's length.
 
+        With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
         While gradients are recorded, a method's own penalty (AdaLoRA's) is added.
         """
         with self._rows(adapter_names):
@@ -93,8 +96,10 @@ class PeftModel(Module):
                 loss = self.base_model.loss(input_ids, labels, **arguments)
             else:
                 given, length = _named((input_ids,), arguments)
-                hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
-                loss = self.base_model.head_loss(hidden[:, -length:], labels)
+                hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or T
+                xp = xp_of(labels)
+                uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
+                loss = self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1))
         if is_grad_enabled():
             for name in self.selection.names:
                 penalty = self.peft_config[name].penalty([part for _, part in self.parts(name)])
@@ -110,7 +115,27 @@ class PeftModel(Module):
         """Continue the prompts; see `minipeft.nn.generation.generate`."""
         from ..nn.generation import generate
 
+        if self.virtual_tokens:
+            self._check_budget(input_ids, attention_mask, **options)
         return generate(self, input_ids, attention_mask, **options)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the model's context that the active adapters take from the input."""
+        prompt = self._prompt()
+        return 0 if prompt is None else prompt.length
+
+    def _check_budget(self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any) -> None:
+        if past_key_values:
+            raise PeftError("with virtual tokens, generation starts from the prompt alone; past_key_values cannot be given")
+        longest = max(len(row) for row in ids) if mask is None else max(int((row != 0).sum()) for row in _rows_of(mask))
+        room = self.base_model.config.max_position_embeddings - self.virtual_tokens
+        if longest + max_new_tokens > room:
+            raise PeftError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
+                f"{self.virtual_tokens} virtual tokens leave {room} positions: shorten the prompt or generate at most "
+                f"{max(0, room - longest)}"
+            )
 
     def _prompt(self) -> Prompt | None:
         return next((self.prompts[n] for n in self.selection.names if n in self.prompts), None)
@@ -221,7 +246,7 @@ class PeftModel(Module):
     def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
-        Its arrays are its own. Merging into a tied embedding unties it, in the model and in its configuration. Raises
+        Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in the model and in its configuration. Raises
         PeftError for a method that no plain model equals, and for a merge that is not finite.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
@@ -232,6 +257,9 @@ class PeftModel(Module):
         model = self.base_model.copy(share=True)
         for path, layer in reversed(_adapted(model)):
             model.replace(path, layer.merge(names))
+        for path, layer in list(model.named_modules()) if names else ():
+            if hasattr(layer, "dequantize"):
+                model.replace(path, with_weight(layer, layer.dequantize()))
         return _independent(model)
 
     def unload(self) -> Any:
@@ -257,8 +285,10 @@ class PeftModel(Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
         constants = {id(p) for layer in self.layers.values() for a in layer.adapters.values() for p in _constants(a)}
+        quantized = [m for _, m in self.named_modules() if isinstance(m, Linear4bit)]
+        constants |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
         counted = [p for p in self.parameters() if id(p) not in constants]
-        packed = sum(m.out_features * m.in_features for _, m in self.named_modules() if hasattr(m, "dequantize") and not isinstance(m, AdaptedLayer))
+        packed = sum(m.out_features * m.in_features for m in quantized)
         return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + packed
 
     def print_trainable_parameters(self) -> None:
@@ -268,7 +298,8 @@ class PeftModel(Module):
 
     def tree(self) -> str:
         """The module tree as text, repeated layers once, with what was put where."""
-        return "\n".join([type(self.base_model).__name__, *_tree(self.base_model, "  ")])
+        prompts = [_describe_prompt(name, prompt, self.base_model) for name, prompt in self.prompts.items()]
+        return "\n".join([type(self.base_model).__name__, *prompts, *_tree(self.base_model, "  ")])
 
     def mark_start(self, adapter_name: str) -> None:
         """From here on `assert_learning` compares with the present values."""
@@ -377,6 +408,9 @@ def _adapted(model: Module) -> list[tuple[str, AdaptedLayer]]:
 def _independent(model: Module) -> Any:
     """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
     model = model.copy().requires_grad_(True)
+    for _, module in model.named_modules():
+        if hasattr(module, "dequantize"):  # in unload(): stays quantized, and so frozen
+            module.requires_grad_(False)
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         if model.lm_head.weight is not model.backbone.embedding.weight:
@@ -404,6 +438,11 @@ def _named(inputs: tuple, arguments: dict[str, Any]) -> tuple[dict[str, Any], in
     return given, (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
 
 
+def _rows_of(mask: Any) -> np.ndarray:
+    """A mask [B, S] in host memory: an explicit copy from the device, where it is on one."""
+    return to_numpy(mask) if is_array(mask) else np.asarray(mask)
+
+
 def _tree(module: Module, indent: str) -> list[str]:
     children = [(name, _describe(child), _inside(child, indent)) for name, child in module.children()]
     lines: list[str] = []
@@ -420,6 +459,15 @@ def _tree(module: Module, indent: str) -> list[str]:
 
 def _inside(module: Module, indent: str) -> list[str]:
     return _tree(module.base_layer if isinstance(module, AdaptedLayer) else module, indent + "  ")
+
+
+def _describe_prompt(name: str, prompt: Prompt, model: Module) -> str:
+    parts = ", ".join(f"{key} {list(p.shape)}" for key, p in prompt.trained().items())
+    limit = model.config.max_position_embeddings
+    return (
+        f"  + {name}: {type(prompt).__name__}({parts}): {prompt.length} virtual tokens in front of the input, "
+        f"which leave {limit - prompt.length} of {limit} positions"
+    )
 
 
 def _describe(module: Module) -> str:

@@ -41,7 +41,7 @@ def base(dialect, dtype="float64"):
     grouped = dict(num_key_value_heads=2, intermediate_size=48) if dialect == "llama" else {}
     model = mp.Transformer(mp.TransformerConfig(model_type=dialect, initializer_range=0.2, **SHAPE, **grouped), seed=5)
     generator = np.random.default_rng(6)
-    for path, p in model.named_parameters():  # biases and norms that are not zeros and ones
+    for p in model.parameters():  # biases and norms that are not zeros and ones
         noise = generator.standard_normal(p.shape) * 0.1 if p.ndim == 1 else 0
         p.data = (p.data + noise).astype(dtype)
     c = model.config

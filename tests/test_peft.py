@@ -1,0 +1,559 @@
+"""Methods on models: the base stays as it is, adapters come and go, merges are exact, files are strict, errors are clear."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft import functional as F
+from minipeft.backend import Rng, to_numpy, xp_of
+from minipeft.files import FileError, read_safetensors, write_safetensors
+from minipeft.nn import Embedding, Linear, Sequential
+from minipeft.peft.config import PeftError, kind_of, shape_of
+from minipeft.peft.model import plain_modules
+
+SHAPE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+IDS = np.random.default_rng(3).integers(0, 40, (3, 7))
+LINEAR = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "down_proj"]}
+EMBEDDING = {"gpt2": "wte", "llama": "embed_tokens"}
+
+METHODS = {
+    "lora": lambda d: mp.LoraConfig(r=2, lora_alpha=3, target_modules=LINEAR[d]),
+    "rslora": lambda d: mp.LoraConfig(r=4, target_modules="all-linear", use_rslora=True),
+    "dora": lambda d: mp.LoraConfig(r=2, target_modules=LINEAR[d], use_dora=True),
+    "pissa": lambda d: mp.LoraConfig(r=2, target_modules=LINEAR[d], init_lora_weights="pissa"),
+    "olora": lambda d: mp.LoraConfig(r=2, target_modules=LINEAR[d], init_lora_weights="olora"),
+    "embedding": lambda d: mp.LoraConfig(r=2, target_modules=[EMBEDDING[d]]),
+    "modules_to_save": lambda d: mp.LoraConfig(r=2, target_modules=LINEAR[d], modules_to_save=["lm_head"]),
+    "ia3": lambda d: mp.IA3Config(),
+    "ln_tuning": lambda d: mp.LNTuningConfig(),
+    "vera": lambda d: mp.VeraConfig(r=4, target_modules=LINEAR[d]),
+    "adalora": lambda d: mp.AdaLoraConfig(total_step=50, init_r=4, target_r=2, target_modules=LINEAR[d]),
+}
+CASES = [(d, m) for d in ("gpt2", "llama") for m in METHODS] + [("gpt2", "bitfit"), ("gpt2", "fused")]
+METHODS["bitfit"] = lambda d: mp.BitFitConfig()
+METHODS["fused"] = lambda d: mp.LoraConfig(r=2, target_modules=["c_attn"], enable_lora=[True, False, True])
+
+
+def base(dialect="llama", xp=np, dtype=np.float32, **fields):
+    grouped = dict(num_key_value_heads=2) if dialect == "llama" else {}
+    config = mp.TransformerConfig(model_type=dialect, initializer_range=0.3, **SHAPE | grouped | fields)
+    model = mp.Transformer(config, seed=1)
+    generator = np.random.default_rng(2)
+    for p in model.parameters():
+        p.data = (p.data + (0.1 * generator.standard_normal(p.shape) if p.ndim == 1 else 0)).astype(dtype)
+    return model.to(xp)
+
+
+def train(model, xp=np, steps=3, lr=1e-2, rng=None):
+    ids = xp.asarray(IDS)
+    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        model.zero_grad()
+        model.loss(ids, ids, rng=rng and rng.at(step)).backward()
+        optimizer.step()
+    return model
+
+
+def logits(model, ids=IDS, **arguments):
+    xp = xp_of(model.parameters()[0].data)
+    return to_numpy(model(xp.asarray(ids), **arguments).data)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=tolerance, atol=tolerance)
+
+
+def values(model):
+    return {path: to_numpy(p.data).copy() for path, p in model.named_parameters()}
+
+
+# -------------------------------------------------------------------------------------------------------- the surgery
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_a_method_leaves_the_base_alone_learns_switches_off_and_merges(dialect, method, xp):
+    model = base(dialect, xp)
+    before, start = values(model), logits(model)
+    adapted = mp.get_peft_model(model, METHODS[method](dialect))
+    (close if method in ("pissa", "olora", "ia3", "bitfit") else np.testing.assert_array_equal)(logits(adapted), start)
+    train(adapted, xp)
+    mp.assert_learning(adapted)
+    trained = logits(adapted)
+    assert np.abs(trained - start).max() > 1e-3
+    with adapted.disable_adapter():
+        np.testing.assert_array_equal(logits(adapted), start)
+    merged = adapted.merge_and_unload()
+    close(logits(merged), trained)
+    assert not any(".peft." in type(m).__module__ for _, m in merged.named_modules())
+    train(merged, xp, lr=0.1)  # its arrays are its own
+    np.testing.assert_array_equal(logits(adapted), trained)
+    np.testing.assert_array_equal(logits(adapted.unload()), start)
+    adapted.delete_adapter("default")
+    np.testing.assert_array_equal(logits(adapted), start)
+    assert [type(m) for _, m in plain_modules(model)] == [type(m) for _, m in adapted.base_model.named_modules()]
+    after = values(model)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_the_counts_are_those_of_the_formula(dialect, method):
+    model, config = base(dialect), METHODS[method](dialect)
+    config = config.with_targets(model)
+    expected = 0
+    for path, module in plain_modules(model):
+        kind = kind_of(module)
+        if kind:
+            shapes = config.parameter_shapes(path, kind, shape_of(module))
+            if getattr(module, "bias", None) is not None:
+                shapes |= config.parameter_shapes(path, "bias", module.bias.shape)
+            expected += sum(int(np.prod(s)) for s in shapes.values())
+    if config.modules_to_save:
+        expected += model.lm_head.weight.size
+    trainable, total = mp.get_peft_model(model, config).get_nb_trainable_parameters()
+    assert trainable == expected
+    assert total == expected + sum(p.size for p in model.parameters())
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
+    adapted = mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method](dialect))
+    train(adapted)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    generator, step = np.random.default_rng(4), 1e-5
+    directions = [generator.standard_normal(p.shape) for p in parameters]
+    frozen_norms = method == "dora"  # the norm is a constant in backward, but not in a difference: only B and m are free
+    if frozen_norms:
+        names = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        directions = [v * name.endswith("vector") for v, name in zip(directions, names)]
+    adapted.zero_grad()
+    adapted.loss(IDS, IDS).backward()
+    slope = sum((p.grad * v).sum() for p, v in zip(parameters, directions))
+    losses = []
+    for sign in (1, -1):
+        for p, v in zip(parameters, directions):
+            p.data = p.data + sign * step * v
+        losses.append(adapted.loss(IDS, IDS).item())
+        for p, v in zip(parameters, directions):
+            p.data = p.data - sign * step * v
+    np.testing.assert_allclose((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-6)
+
+
+def test_any_module_can_be_adapted(xp, rng):
+    net = Sequential(Linear(6, 5, seed=1), F.tanh, Linear(5, 2, seed=2)).to(xp)
+    x = mp.Tensor(xp.asarray(rng.standard_normal((4, 6)).astype(np.float32)))
+    y = net(x).numpy()
+    adapted = mp.get_peft_model(net, mp.LoraConfig(r=1, target_modules=["0"]))
+    np.testing.assert_array_equal(adapted(x).numpy(), y)
+    (adapted(x) ** 2).sum().backward()
+    assert [p.grad is not None for p in adapted.parameters()] == [p.requires_grad for p in adapted.parameters()]
+    assert net.parameters()[0].grad is None
+
+
+def test_parts_of_a_fused_projection():
+    adapted = train(mp.get_peft_model(base("gpt2"), METHODS["fused"]("gpt2")))
+    layer = adapted.layers["transformer.h.0.attn.c_attn"]
+    delta = layer.adapters["default"].delta_weight()  # [3 * 16, 16]
+    assert np.abs(delta[:16]).max() > 0 and np.abs(delta[32:]).max() > 0
+    assert not delta[16:32].any()
+    assert layer.adapters["default"].lora_A.shape == (4, 16) and layer.adapters["default"].lora_B.shape == (32, 2)
+
+
+def test_a_tied_embedding_is_untied_by_a_merge_and_the_configuration_says_so():
+    model = base("llama")
+    adapted = train(mp.get_peft_model(model, METHODS["embedding"]("llama")))
+    merged = adapted.merge_and_unload()
+    assert not merged.config.tie_word_embeddings and not merged.backbone.config.tie_word_embeddings
+    assert not np.array_equal(merged.lm_head.weight.data, merged.backbone.embedding.weight.data)
+    assert adapted.config.tie_word_embeddings and model.config.tie_word_embeddings
+    assert adapted.unload().config.tie_word_embeddings
+
+
+def test_a_copy_is_independent():
+    adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
+    y = logits(adapted)
+    twin = adapted.copy()
+    twin.set_adapter([])
+    train(mp.PeftModel.copy(adapted), lr=0.1)
+    np.testing.assert_array_equal(logits(adapted), y)
+    assert np.abs(logits(twin) - y).max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------- many adapters
+
+
+def three(dialect="llama", xp=np, **options):
+    """A model with the adapters a (LoRA), b (LoRA elsewhere, another rank) and c (IA3), each trained."""
+    adapted = mp.get_peft_model(base(dialect, xp), mp.LoraConfig(r=2, target_modules=LINEAR[dialect], **options), "a")
+    adapted.add_adapter("b", mp.LoraConfig(r=3, target_modules=[LINEAR[dialect][0], EMBEDDING[dialect]]), seed=1)
+    adapted.add_adapter("c", mp.IA3Config())
+    for name in "abc":
+        adapted.set_adapter(name)
+        train(adapted, xp)
+    return adapted
+
+
+def test_only_the_active_adapter_learns():
+    adapted = three()
+    adapted.set_adapter("b")
+    before = values(adapted)
+    train(adapted)
+    moved = {path.split(".")[-2] for path, v in values(adapted).items() if not np.array_equal(before[path], v)}
+    assert moved == {"b"}
+    adapted.set_adapter("b", inference_mode=True)
+    assert adapted.get_nb_trainable_parameters()[0] == 0
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_a_mixed_batch_is_each_row_alone(dialect, xp):
+    adapted = three(dialect, xp)
+    names = ["b", "a", "__base__", "c", "a"]
+    ids = np.random.default_rng(0).integers(0, 40, (5, 6))
+    mixed = logits(adapted, ids, adapter_names=names)
+    for i, name in enumerate(names):
+        adapted.set_adapter([] if name == "__base__" else name)
+        close(mixed[i : i + 1], logits(adapted, ids[i : i + 1]))
+    with pytest.raises(PeftError, match="3 names for an input of 5 rows"):
+        adapted(ids if xp is np else xp.asarray(ids), adapter_names=["a", "b", "c"])
+    with pytest.raises(PeftError, match="no adapter 'd'"):
+        adapted(ids, adapter_names=["d"] * 5)
+
+
+def test_active_adapters_are_applied_one_around_the_other_and_merge_so():
+    adapted = three()
+    adapted.set_adapter(["a", "c", "b"])
+    y = logits(adapted)
+    assert all(np.abs(y - logits(three())).max() > 1e-3 for _ in range(1))
+    close(logits(adapted.merge_and_unload()), y)
+
+
+def test_ten_adapters_cost_ten_adapters_and_not_ten_models():
+    model = base(hidden_size=256, intermediate_size=512, vocab_size=2000)
+    config = mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    adapted = mp.get_peft_model(model, config, "a0")
+    one = 4 * adapted.get_nb_trainable_parameters()[0]
+    whole = 4 * sum(p.size for p in model.parameters())
+    gc.collect()
+    tracemalloc.start()
+    for i in range(1, 11):
+        adapted.add_adapter(f"a{i}", config)
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert 10 * one <= held <= 10 * one + 100_000 < whole / 20
+    pairs = zip(model.parameters(), adapted.unload().parameters())
+    assert all(np.array_equal(p.data, q.data) for p, q in pairs)
+
+
+def test_lora_keeps_its_input_and_its_rank_and_no_more(rng):
+    """Of y = W x + B s A x, backward needs x (which the caller holds anyway) and the r numbers per row between."""
+    layer = mp.get_peft_model(Sequential(Linear(512, 512, bias=False)), mp.LoraConfig(r=4, target_modules=["0"]))
+    x = mp.Tensor(rng.standard_normal((1000, 512)).astype(np.float32))
+    layer(x)
+    gc.collect()
+    tracemalloc.start()
+    y = layer(x)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    between = 1000 * 4 * 4
+    assert y.data.nbytes <= held <= y.data.nbytes + 2 * between + 20_000
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "ia3", "embedding", "vera", "adalora"])
+def test_merged_weights_are_used_while_their_adapters_are_and_dropped_exactly(method):
+    adapted = train(mp.get_peft_model(base(), METHODS[method]("llama")))
+    y = logits(adapted)
+    adapted.merge_adapter()
+    close(logits(adapted), y)
+    with adapted.disable_adapter():
+        np.testing.assert_array_equal(logits(adapted), logits(base()))
+    adapted.unmerge_adapter()
+    np.testing.assert_array_equal(logits(adapted), y)
+
+
+def test_merging_and_subtracting_restores_the_weight_to_rounding():
+    adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
+    for layer in adapted.layers.values():
+        merged = layer.merge().weight.data
+        W = layer.base_layer.weight.data
+        assert np.abs(merged - W).max() > 1e-4
+        close(merged - layer.adapters["default"].delta_weight(), W, 2e-7)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    adapted = mp.get_peft_model(base(), METHODS["lora"]("llama"))
+    adapter = adapted.layers["model.layers.1.self_attn.q_proj"].adapters["default"]
+    adapter.lora_B.data[0, 0] = np.inf
+    for merge in (adapted.merge_and_unload, adapted.merge_adapter):
+        with pytest.raises(PeftError, match="not finite"):
+            merge()
+    assert all(layer.merged is None for layer in adapted.layers.values())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare", "dare_ties", "magnitude_prune", "ties_svd"])
+def test_one_adapter_with_weight_one_is_itself(kind, rslora):
+    adapted = three(use_rslora=rslora, lora_alpha=5, rank_pattern={"down_proj": 3})
+    density = {} if kind in ("linear", "cat", "svd") else {"density": 1.0}
+    adapted.add_weighted_adapter(["a"], [1.0], "d", combination_type=kind, **density)
+    adapted.set_adapter("a")
+    y = logits(adapted)
+    adapted.set_adapter("d")
+    close(logits(adapted), y, 2e-5)
+
+
+def test_cat_is_the_exact_sum_and_survives_a_file(tmp_path):
+    adapted = three()
+    adapted.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum", combination_type="cat")
+    for layer in adapted.layers.values():
+        if "sum" in layer.adapters:
+            parts = {n: layer.adapters[n].delta_weight() for n in "ab" if n in layer.adapters}
+            expected = sum({"a": 0.5, "b": -2.0}[n] * d for n, d in parts.items())
+            close(layer.adapters["sum"].delta_weight(), expected, 1e-6)
+    adapted.set_adapter("sum")
+    adapted.save_pretrained(tmp_path)
+    loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "sum")
+    np.testing.assert_array_equal(logits(loaded), logits(adapted))
+
+
+def test_dare_drops_and_rescales():
+    adapted = three()
+    for seed, name in ((1, "d"), (1, "e"), (2, "f")):
+        adapted.add_weighted_adapter(["a"], [1.0], name, combination_type="dare", density=0.5, seed=seed)
+    A = {n: adapted.layers["model.layers.0.mlp.down_proj"].adapters[n].lora_A.data for n in "adef"}
+    kept = A["d"] != 0
+    assert 0.3 < kept.mean() < 0.7
+    close(A["d"][kept], 2 * A["a"][kept] * np.sqrt(8 / 2))
+    assert np.array_equal(A["d"], A["e"]) and not np.array_equal(A["d"], A["f"])
+
+
+def test_what_cannot_be_combined_is_refused():
+    adapted = three()
+    adapted.add_adapter("dora", METHODS["dora"]("llama"))
+    for names, kind, options, match in [
+        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
+        (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
+    ]:  # fmt: skip
+        with pytest.raises(PeftError, match=match):
+            adapted.add_weighted_adapter(names, [1.0] * len(names), "new", combination_type=kind, **options)
+    assert "new" not in adapted.peft_config
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+
+
+def test_dropout_acts_only_with_a_stream_and_replays(xp):
+    config = mp.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    adapted = mp.get_peft_model(base(xp=xp), config)
+    ids = xp.asarray(IDS)
+    plain, one, again, other = (to_numpy(adapted(ids, rng=rng).data) for rng in (None, Rng(1), Rng(1), Rng(2)))
+    assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, plain)
+    part = to_numpy(adapted(ids[1:], rng=Rng(1, first_row=1)).data)  # a row's mask does not depend on its neighbours
+    close(part, one[1:])
+
+
+def test_each_layer_draws_its_own_mask():
+    config = mp.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj", "k_proj", "v_proj"])
+    adapted, masks = mp.get_peft_model(base(), config), []
+    dropout = F.dropout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", lambda x, p, rng: (masks.append(rng.path), dropout(x, p, rng))[1])
+        adapted(IDS, rng=Rng(0))
+    assert len(masks) == len(set(masks)) == 6
+
+
+def test_checkpointing_replays_dropout_and_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        config = mp.LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear")
+        adapted = mp.get_peft_model(base(), config)
+        adapted.gradient_checkpointing_enable(checkpointing)
+        train(adapted, steps=2, rng=Rng(5))
+        gradients.append({path: p.grad for path, p in adapted.named_parameters() if p.requires_grad})
+    for path in gradients[0]:
+        close(gradients[0][path], gradients[1][path], 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: mp.LoraConfig(target_modules=["q_porj"]), "no module is called 'q_porj'; nearest: q_proj"),
+        (lambda: mp.LoraConfig(target_modules=["q_proj", "c_attn"]), "no module is called 'c_attn'"),
+        (lambda: mp.LoraConfig(target_modules="q_proj"), "regular expression for whole paths.*nearest: q_proj"),
+        (lambda: mp.LoraConfig(target_modules="q_proj("), "is not a regular expression"),
+        (lambda: mp.LoraConfig(target_modules=["mlp"]), "'model.layers.0.mlp' is a LlamaMLP; LoraConfig works on linear"),
+        (lambda: mp.LoraConfig(r=17), "rank of 17 is larger than the matrix"),
+        (lambda: mp.LoraConfig(r=0), "positive integer"),
+        (lambda: mp.LoraConfig(lora_dropout=1.0), "lora_dropout"),
+        (lambda: mp.LoraConfig(init_lora_weights="loftq"), "init_lora_weights"),
+        (lambda: mp.LoraConfig(rank_pattern={"z_proj": 4}), "rank_pattern: 'z_proj' matches none"),
+        (lambda: mp.LoraConfig(modules_to_save=["score"]), "modules_to_save: no module is called 'score'"),
+        (lambda: mp.LoraConfig(target_modules=["down_proj"], modules_to_save=["self_attn"]), "takes more than one input"),
+        (lambda: mp.LoraConfig(enable_lora=[True, False, True]), "fuses 3 projections"),
+        (lambda: mp.LoraConfig(target_modules=["embed_tokens"], init_lora_weights="pissa"), "not for an embedding"),
+        (lambda: mp.LoraConfig(target_modules=["q_proj"], layers_to_transform=[7]), "matches no module"),
+        (lambda: mp.LoraConfig(target_modules=".*q_proj", layers_to_transform=[0]), "as names"),
+        (lambda: mp.BitFitConfig(), "have none"),
+        (lambda: mp.IA3Config(target_modules=["q_proj"], feedforward_modules=["v_proj"]), "v_proj is not"),
+        (lambda: mp.AdaLoraConfig(), "total_step"),
+        (lambda: mp.AdaLoraConfig(total_step=5, tinit=3, tfinal=2), "leave none"),
+        (lambda: mp.VeraConfig(save_projection=False), "save_projection"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_a_clear_error(config, message):
+    model = base()
+    with pytest.raises(PeftError, match=message):
+        mp.get_peft_model(model, config())
+
+
+def test_names_of_adapters():
+    adapted = mp.get_peft_model(base(), mp.LoraConfig())
+    for name, message in [("default", "already"), ("../x", "letters"), ("base_layer", "does not do"), ("", "letters")]:
+        with pytest.raises(PeftError, match=message):
+            adapted.add_adapter(name, mp.LoraConfig())
+    with pytest.raises(PeftError, match="no adapter 'x'; there are default"):
+        adapted.set_adapter("x")
+    with pytest.raises(PeftError, match="already"):
+        mp.get_peft_model(adapted, mp.LoraConfig())
+    net = Sequential(Embedding(4, 3))
+    with pytest.raises(PeftError, match="needs target_modules"):
+        mp.get_peft_model(net, mp.LoraConfig())
+
+
+def test_a_parameter_that_never_moved_is_named():
+    adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
+    mp.assert_learning(adapted)
+    adapted.add_adapter("b", METHODS["lora"]("llama"))
+    adapted.set_adapter("b")
+    adapter = adapted.layers["model.layers.1.mlp.down_proj"].adapters["b"]
+    kept = adapter.lora_A.data.copy()
+    train(adapted)
+    adapter.lora_A.data = kept
+    with pytest.raises(AssertionError, match=r"1 adapter parameters never moved: model.layers.1.mlp.down_proj.lora_A$"):
+        mp.assert_learning(adapted)
+
+
+def test_the_tree_shows_what_was_put_where():
+    text = mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["q_proj"])).tree()
+    assert "0..1: LlamaBlock" in text
+    line = "q_proj: Linear(weight [16, 16]) + default: LoraLinear(lora_A [2, 16], lora_B [16, 2])"
+    assert [x.strip() for x in text.splitlines() if "+" in x] == [line]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_a_directory_holds_the_adapter(dialect, method, tmp_path, xp):
+    adapted = train(mp.get_peft_model(base(dialect, xp), METHODS[method](dialect)), xp)
+    adapted.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    loaded = mp.PeftModel.from_pretrained(base(dialect, xp), tmp_path)
+    close(logits(loaded), logits(adapted), 1e-6)
+    assert loaded.get_nb_trainable_parameters()[0] == 0
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    more = mp.PeftModel.from_pretrained(base(dialect, xp), tmp_path, is_trainable=True)
+    train(more, xp)
+    mp.assert_learning(more)
+
+
+def test_named_adapters_go_into_sub_directories(tmp_path):
+    adapted = three()
+    adapted.save_pretrained(tmp_path)
+    loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "a", "a")
+    loaded.load_adapter(tmp_path / "b", "b")
+    loaded.load_adapter(tmp_path / "c", "c")
+    for name in "abc":
+        adapted.set_adapter(name)
+        loaded.set_adapter(name)
+        np.testing.assert_array_equal(logits(loaded), logits(adapted))
+
+
+def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
+    adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
+    adapted.save_pretrained(tmp_path)
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    arrays = {k: a.copy() for k, a in read_safetensors(path)[0].items()}
+    options = json.loads(config.read_text())
+    key = next(k for k in arrays if k.endswith("q_proj.lora_A.weight"))
+    assert key == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    other = mp.get_peft_model(base(), METHODS["ia3"]("llama"), "other")
+    y = logits(other)
+
+    def refused(error, message, arrays=arrays, options=options):
+        write_safetensors(path, arrays)
+        config.write_text(json.dumps(options))
+        with pytest.raises(error, match=message):
+            mp.PeftModel.from_pretrained(base(), tmp_path)
+        with pytest.raises(error, match=message):
+            other.load_adapter(tmp_path, "new")
+        assert list(other.peft_config) == ["other"] and np.array_equal(logits(other), y)
+
+    refused(PeftError, "lacks .*q_proj.lora_A.weight", {k: a for k, a in arrays.items() if k != key})
+    refused(PeftError, "has unexpected extra", {**arrays, "extra": np.zeros(1, np.float32)})
+    refused(PeftError, r"has the shape \(3, 16\); this model needs \(2, 16\)", {**arrays, key: np.zeros((3, 16), np.float32)})
+    refused(PeftError, "not finite", {**arrays, key: np.full((2, 16), np.nan, np.float32)})
+    refused(PeftError, "options that LoraConfig does not have: use_qalora=True", options={**options, "use_qalora": True})
+    refused(PeftError, "the method 'LOHA'", options={**options, "peft_type": "LOHA"})
+    refused(FileError, "no peft_type", options=[])
+    config.write_text(json.dumps(options))
+    path.unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(FileError, match="pickle"):
+        mp.PeftModel.from_pretrained(base(), tmp_path)
+    with pytest.raises(FileError, match="no such file"):
+        mp.PeftModel.from_pretrained(base(), tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------ other models
+
+
+def test_adapters_on_a_four_bit_base(xp):
+    quantized = mp.quant.quantize_model(base(xp=xp, hidden_size=64, intermediate_size=64))
+    total = sum(p.size for p in base(hidden_size=64, intermediate_size=64).parameters())
+    for config in (mp.LoraConfig(r=2, target_modules="all-linear"), mp.LoraConfig(r=2, use_dora=True), mp.IA3Config()):
+        start = logits(quantized)
+        adapted = mp.get_peft_model(quantized, config)
+        trainable, everything = adapted.get_nb_trainable_parameters()
+        assert everything == trainable + total
+        np.testing.assert_array_equal(logits(adapted), start)
+        train(adapted, xp)
+        mp.assert_learning(adapted)
+        merged = adapted.merge_and_unload()
+        close(logits(merged), logits(adapted), 1e-4)
+        assert not any(hasattr(m, "dequantize") for _, m in merged.named_modules())
+        np.testing.assert_array_equal(logits(quantized), start)
+
+
+def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
+    model = mp.SequenceClassifier(base(), num_labels=3)
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score"]))
+    optimizer = mp.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        adapted.zero_grad()
+        adapted.loss(IDS, np.array([0, 1, 2])).backward()
+        optimizer.step()
+    mp.assert_learning(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = mp.PeftModel.from_pretrained(model, tmp_path)
+    np.testing.assert_array_equal(loaded(IDS).data, adapted(IDS).data)
+
+
+def test_generation_uses_the_adapter():
+    adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")), steps=10)
+    out = adapted.generate(IDS[:, :3], max_new_tokens=6, eos_token_id=())
+    np.testing.assert_array_equal(out, adapted.merge_and_unload().generate(IDS[:, :3], max_new_tokens=6, eos_token_id=()))
+    assert not np.array_equal(out, base().generate(IDS[:, :3], max_new_tokens=6, eos_token_id=()))
