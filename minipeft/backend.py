@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -125,6 +125,7 @@ def scatter_add(out: Array, ids: Array, rows: Array) -> None:
 BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 SPLIT = 1 << 17  # below so many elements, waking a thread costs more than it saves
+SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 25  # multiplications of a matrix product; see `matmul`
 
 _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
@@ -132,6 +133,7 @@ _pool: ThreadPoolExecutor | None = None
 _blas: list | None = None  # threadpoolctl's controllers of the BLAS that NumPy calls
 _inside = threading.local()  # .pool: this thread is one of the pool's
 _regions = 0  # how many callers are inside `one_blas_thread`
+_blas_threads: list[int] = []  # what BLAS used before the first of them
 
 
 def get_num_threads() -> int:
@@ -171,13 +173,13 @@ def _blas_controllers() -> list:
 
 
 @contextmanager
-def one_blas_thread():
-    """Inside, each BLAS product runs in its calling thread: for code that is itself spread over threads."""
-    global _regions
-    threads = get_num_threads()
+def one_blas_thread() -> Iterator[None]:
+    """Inside, each BLAS product runs in its calling thread, for work that is itself spread over threads; then as before."""
+    global _regions, _blas_threads
     with _lock:
         _regions += 1
         if _regions == 1:
+            _blas_threads = [blas.num_threads for blas in _blas_controllers()]
             for blas in _blas_controllers():
                 blas.set_num_threads(1)
     try:
@@ -186,7 +188,7 @@ def one_blas_thread():
         with _lock:
             _regions -= 1
             if _regions == 0:
-                for blas in _blas_controllers():
+                for blas, threads in zip(_blas_controllers(), _blas_threads):
                     blas.set_num_threads(threads)
 
 
@@ -266,6 +268,31 @@ def elementwise(fn: Callable[..., None], *arrays: Array) -> Array:
         fn(out.reshape(1), *[a.reshape(1) for a in arrays])
     else:
         fn(out, *arrays)
+    return out
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a [n, k] @ b [k, m]. Large products are divided, along the longer side of the result, among this file's threads.
+
+    BLAS's own threads start faster, as they spin for a tenth of a second after each product; but meanwhile they take the
+    cores from everything else. They get the products in between: too small to wake a sleeping thread for, too large for
+    one thread.
+    """
+    xp = xp_of(a, b)
+    if xp is not np:
+        return xp.matmul(a, b, out=out)
+    (n, k), m = a.shape, b.shape[1]
+    if out is None:
+        out = np.empty((n, m), np.result_type(a, b))
+    if SMALL_PRODUCT <= n * m * k < LARGE_PRODUCT:
+        return np.matmul(a, b, out=out)
+    with one_blas_thread():
+        if n * m * k < SMALL_PRODUCT:
+            np.matmul(a, b, out=out)
+        elif n >= m:
+            split_rows(lambda s: np.matmul(a[s], b, out=out[s]), n, SPLIT)
+        else:
+            split_rows(lambda s: np.matmul(a, b[:, s], out=out[:, s]), m, SPLIT)
     return out
 
 
