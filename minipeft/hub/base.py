@@ -12,7 +12,7 @@ BASE = Path(__file__).parent / "base"
 
 
 def load_base(backend: str | None = None) -> tuple[Transformer, Tokenizer]:
-    """(model, tokenizer): the shipped base, a Hugging Face directory read offline; stored in float16, float32 in memory.
+    """(model, tokenizer): the shipped base, a Hugging Face directory read offline; float16 on disk, float32 in memory.
 
     Raises HubError when this installation lacks its files.
     """

@@ -107,7 +107,7 @@ def _check_plain(model: Transformer | SequenceClassifier) -> None:
 
 
 def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in another float dtype (None: its own), no copy where it has it; HubError where float16 would overflow."""
+    """The array in another float dtype (None: its own), itself where it has it; HubError where float16 overflows."""
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -126,8 +126,8 @@ def from_pretrained(
 ) -> tuple[Transformer | SequenceClassifier, Tokenizer | None]:
     """Read a Hugging Face directory: (model, tokenizer); the tokenizer is None where there is no tokenizer.json.
 
-    Reads the GPT-2 and Llama families as transformers 4 and 5 write them: one safetensors file or several with an index;
-    float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also without their
+    Reads the GPT-2 and Llama families as transformers 4 and 5 write them: one safetensors file, or several and an
+    index; float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also without their
     `transformer.` prefix and with the constant `attn.bias` buffers of older checkpoints. Sequence classifiers come as
     SequenceClassifier.
 
@@ -189,12 +189,17 @@ def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassif
     known = [_LANGUAGE_MODEL[family], _CLASSIFIER[family], _BARE[family]]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
         raise HubError(f"architectures is {names!r}: only one of {', '.join(known)} is supported")
-    model = Transformer(config, seed=None)
+    try:
+        model = Transformer(config, seed=None)
+    except (ValueError, OverflowError) as error:
+        raise HubError(
+            f"no array has the shapes that hidden_size, vocab_size and the others ask for ({error})"
+        ) from error
     if names[0] != _CLASSIFIER[family]:
         return model
     labels = content.get("id2label")
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or not 1 <= count < 2**31:
         raise HubError(f"num_labels must be a positive integer, not {count!r}")
     return SequenceClassifier(model, count, seed=None)
 
@@ -208,8 +213,8 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
         if pickles:
             raise HubError(
-                f"{path}: the weights are only there as {_some(pickles)}, a pickle, which can run code when read and is "
-                f"never read here; convert it once, where you trust it: with transformers, "
+                f"{path}: the weights are only there as {_some(pickles)}, a pickle, which can run code when read "
+                f"and is never read here; convert it once, where you trust it: with transformers, "
                 f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(DIR) writes safetensors"
             )
         raise HubError(f"{path}: there is neither {_WEIGHTS} nor {_INDEX} in this directory")
@@ -253,8 +258,12 @@ def _fit(model: Transformer | SequenceClassifier, arrays: dict[str, np.ndarray])
         if array.shape != parameter.shape:
             raise HubError(f"{name} has the shape {array.shape}, the configuration gives {parameter.shape}")
         if array.dtype.kind != "f":
-            raise HubError(f"{name} holds {array.dtype}, not floating-point numbers: quantized weights are not supported")
+            raise HubError(
+                f"{name} holds {array.dtype}, not floating-point numbers: quantized weights are not supported"
+            )
 
 
 def _some(names: list[str]) -> str:
-    return ("nothing" if not names else ", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ("nothing" if not names else ", ".join(names[:5])) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )

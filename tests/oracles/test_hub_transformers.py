@@ -34,7 +34,9 @@ def ours(case):
 def theirs(case, task="CausalLM", **options):
     """A model of transformers with random weights and its own way of writing down the same shapes."""
     c = TransformerConfig(**SHAPE, **CONFIGS[case])
-    common = dict(tie_word_embeddings=c.tie_word_embeddings, initializer_range=0.3, eos_token_id=2, pad_token_id=0, **options)
+    common = dict(
+        tie_word_embeddings=c.tie_word_embeddings, initializer_range=0.3, eos_token_id=2, pad_token_id=0, **options
+    )
     if c.model_type == "gpt2":
         sizes = dict(n_embd=c.hidden_size, n_head=4, n_layer=2, n_positions=256, n_inner=c.intermediate_size)
         config = transformers.GPT2Config(vocab_size=60, bos_token_id=1, **sizes, **common)
@@ -42,7 +44,11 @@ def theirs(case, task="CausalLM", **options):
         names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
         names += " max_position_embeddings attention_bias mlp_bias rms_norm_eps"
         major = int(transformers.__version__.partition(".")[0])
-        rope = dict(rope_theta=c.rope_theta) if major < 5 else dict(rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
+        rope = (
+            dict(rope_theta=c.rope_theta)
+            if major < 5
+            else dict(rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
+        )
         config = transformers.LlamaConfig(vocab_size=60, **rope, **{n: getattr(c, n) for n in names.split()}, **common)
     torch.manual_seed(0)
     model = getattr(transformers, "AutoModelFor" + task).from_config(config).eval()
@@ -103,7 +109,9 @@ def test_greedy_generation_of_both(case, tmp_path):
     mp.save_pretrained(ours(case), tmp_path)
     model, twin = mp.from_pretrained(tmp_path)[0], load(tmp_path)
     ids = tokens()[:, :4]
-    expected = twin.generate(torch.tensor(ids), attention_mask=torch.ones(ids.shape), max_new_tokens=30, do_sample=False)
+    expected = twin.generate(
+        torch.tensor(ids), attention_mask=torch.ones(ids.shape), max_new_tokens=30, do_sample=False
+    )
     assert np.array_equal(model.generate(ids, max_new_tokens=30)[:, : expected.shape[1]], expected.numpy())
 
 
@@ -175,5 +183,7 @@ def test_shipped_base():
     theirs = transformers.AutoTokenizer.from_pretrained(BASE)
     assert theirs(prompt)["input_ids"] == ids[0].tolist()
     close(model(ids), twin(torch.tensor(ids)).logits)
-    expected = twin.generate(torch.tensor(ids), attention_mask=torch.ones(ids.shape), max_new_tokens=20, do_sample=False)
+    expected = twin.generate(
+        torch.tensor(ids), attention_mask=torch.ones(ids.shape), max_new_tokens=20, do_sample=False
+    )
     assert np.array_equal(model.generate(ids, max_new_tokens=20), expected.numpy())

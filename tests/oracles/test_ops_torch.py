@@ -121,7 +121,12 @@ def unary(name, theirs, *more):
 
 
 def binary(name, theirs, *more):
-    shapes = (x34, y34 + 3), (x34, normal(4) + 3), (normal(3, 1), normal(1, 4) + 3), (normal(300, 400), normal(300, 400, seed=1) + 3)
+    shapes = (
+        (x34, y34 + 3),
+        (x34, normal(4) + 3),
+        (normal(3, 1), normal(1, 4) + 3),
+        (normal(300, 400), normal(300, 400, seed=1) + 3),
+    )
     return [(f"{a.shape} {b.shape}", getattr(F, name), theirs, (a, b)) for a, b in (*shapes, *more)]
 
 
@@ -150,20 +155,37 @@ CASES = {
         for a, b in ((x34, y34), (normal(300, 400), normal(300, 400, seed=1)), (edges, edges[::-1].copy()))
     ],
     "pow": [(f"{e}", lambda x, e=e: F.pow(x, e), lambda x, e=e: x**e, (positive,)) for e in (0, 1, 2, -1, 0.5, -2.5)],
-    "where": [("", lambda a, b: F.where(ties > 0, a, b), lambda a, b: torch.where(t(ties > 0), a, b), (ties, ties[:, :1] + 1))],
+    "where": [
+        ("", lambda a, b: F.where(ties > 0, a, b), lambda a, b: torch.where(t(ties > 0), a, b), (ties, ties[:, :1] + 1))
+    ],
     "clip": [
-        (f"{low} {high}", lambda x, a=low, b=high: F.clip(x, a, b), lambda x, a=low, b=high: torch.clamp(x, a, b), (ties,))
+        (
+            f"{low} {high}",
+            lambda x, a=low, b=high: F.clip(x, a, b),
+            lambda x, a=low, b=high: torch.clamp(x, a, b),
+            (ties,),
+        )
         for low, high in ((0.0, 3.0), (None, 3.0), (-2.0, None), (-1.0, 2.0))
     ],
     "to": [("", lambda x: F.to(F.to(x, "float64") * 3, x.dtype), lambda x: x * 3, (x34,))],
     "dropout": [("", lambda x: F.dropout(x, 0.4, drop), lambda x: x * t(kept).to(x.dtype) / 0.6, (normal(4, 5),))],
     "sum": [
-        (f"{a} {k}", lambda x, a=a, k=k: F.sum(x, a, k), lambda x, a=a, k=k: torch.sum(x, a, keepdim=k), (normal(2, 3, 4),))
+        (
+            f"{a} {k}",
+            lambda x, a=a, k=k: F.sum(x, a, k),
+            lambda x, a=a, k=k: torch.sum(x, a, keepdim=k),
+            (normal(2, 3, 4),),
+        )
         for a in ((0, 1, 2), 0, -1, (0, 2))
         for k in (False, True)
     ],
     "mean": [
-        (f"{a} {k}", lambda x, a=a, k=k: F.mean(x, a, k), lambda x, a=a, k=k: torch.mean(x, a, keepdim=k), (normal(2, 3, 4),))
+        (
+            f"{a} {k}",
+            lambda x, a=a, k=k: F.mean(x, a, k),
+            lambda x, a=a, k=k: torch.mean(x, a, keepdim=k),
+            (normal(2, 3, 4),),
+        )
         for a in ((0, 1, 2), 0, -1, (0, 2))
         for k in (False, True)
     ],
@@ -197,11 +219,25 @@ CASES = {
     "broadcast_to": [("", lambda x: F.broadcast_to(x, (2, 3, 4)), lambda x: x.broadcast_to(2, 3, 4), (normal(3, 1),))],
     "getitem": [
         (f"{i}", lambda x, i=i: x[i], lambda x, i=i: x[i], (normal(4, 5, 6),))
-        for i in (1, -1, slice(1, 3), (Ellipsis, 2), (None, 0), (slice(None), slice(None, None, 2)), [0, 2, 2], ([1, 1], [3, 3]))
+        for i in (
+            1,
+            -1,
+            slice(1, 3),
+            (Ellipsis, 2),
+            (None, 0),
+            (slice(None), slice(None, None, 2)),
+            [0, 2, 2],
+            ([1, 1], [3, 3]),
+        )
     ]
     + [("boolean", lambda x: x[ties > 0], lambda x: x[t(ties > 0)], (x34,))],
     "gather": [
-        (f"{a}", lambda x, a=a: F.gather(x, ids(3, 4, high=3), a), lambda x, a=a: torch.gather(x, a, t(ids(3, 4, high=3))), (x34,))
+        (
+            f"{a}",
+            lambda x, a=a: F.gather(x, ids(3, 4, high=3), a),
+            lambda x, a=a: torch.gather(x, a, t(ids(3, 4, high=3))),
+            (x34,),
+        )
         for a in (0, 1, -1)
     ],
     "_cat": [
@@ -211,8 +247,16 @@ CASES = {
     "matmul": [
         (f"{a} {b}", F.matmul, torch.matmul, (normal(*a), normal(*b, seed=1)))
         for a, b in (
-            ((3, 4), (4, 5)), ((4,), (4, 5)), ((3, 4), (4,)), ((4,), (4,)), ((2, 3, 4), (4, 5)), ((3, 4), (2, 4, 5)),
-            ((2, 1, 3, 4), (5, 4, 6)), ((2, 3, 4), (4,)), ((4,), (2, 4, 5)), ((2, 3, 4), (2, 4, 5)),
+            ((3, 4), (4, 5)),
+            ((4,), (4, 5)),
+            ((3, 4), (4,)),
+            ((4,), (4,)),
+            ((2, 3, 4), (4, 5)),
+            ((3, 4), (2, 4, 5)),
+            ((2, 1, 3, 4), (5, 4, 6)),
+            ((2, 3, 4), (4,)),
+            ((4,), (2, 4, 5)),
+            ((2, 3, 4), (2, 4, 5)),
         )
     ],
     "linear": [
@@ -221,7 +265,12 @@ CASES = {
         for bias in ((), (normal(5),))
     ],
     "addmm": [
-        (f"{s}", F.addmm, lambda b, x, w: torch.addmm(b, x.reshape(-1, 4), w).reshape(*x.shape[:-1], 5), (normal(5), normal(*s, 4), normal(4, 5)))
+        (
+            f"{s}",
+            F.addmm,
+            lambda b, x, w: torch.addmm(b, x.reshape(-1, 4), w).reshape(*x.shape[:-1], 5),
+            (normal(5), normal(*s, 4), normal(4, 5)),
+        )
         for s in ((3,), (2, 3))
     ],
     "embedding": [
@@ -230,40 +279,76 @@ CASES = {
         for i in (ids(*s, high=6),)
     ],
     "layer_norm": [
-        (f"{s} {scale}", F.layer_norm, lambda x, w, b: TF.layer_norm(x, w.shape, w, b), (normal(*s, scale=scale), normal(s[-1], seed=1), normal(s[-1], seed=2)))
+        (
+            f"{s} {scale}",
+            F.layer_norm,
+            lambda x, w, b: TF.layer_norm(x, w.shape, w, b),
+            (normal(*s, scale=scale), normal(s[-1], seed=1), normal(s[-1], seed=2)),
+        )
         for s in ((3, 4), (2, 3, 48), (700, 128))
         for scale in (1.0, 100.0)
     ],
     "rms_norm": [
-        (f"{s} {scale}", F.rms_norm, lambda x, w: TF.rms_norm(x, w.shape, w, eps=1e-6), (normal(*s, scale=scale), normal(s[-1], seed=1)))
+        (
+            f"{s} {scale}",
+            F.rms_norm,
+            lambda x, w: TF.rms_norm(x, w.shape, w, eps=1e-6),
+            (normal(*s, scale=scale), normal(s[-1], seed=1)),
+        )
         for s in ((3, 4), (2, 3, 48), (700, 128))
         for scale in (1.0, 100.0)
     ],
     "rope": list(rope_cases()),
     "scaled_dot_product_attention": [
-        (what, lambda *qkv, o=ours: F.scaled_dot_product_attention(*qkv, **{k: v.astype(qkv[0].dtype) if k == "attn_mask" and v.dtype != bool else v for k, v in o.items()}),
-         lambda *qkv, o=theirs: torch_attention(*qkv, **o), qkv)
+        (
+            what,
+            lambda *qkv, o=ours: F.scaled_dot_product_attention(
+                *qkv, **{k: v.astype(qkv[0].dtype) if k == "attn_mask" and v.dtype != bool else v for k, v in o.items()}
+            ),
+            lambda *qkv, o=theirs: torch_attention(*qkv, **o),
+            qkv,
+        )
         for what, qkv, ours, theirs in attention_cases()
     ],
     "packed_attention": [
         ("causal", lambda x: F.packed_attention(x, 4), lambda x: torch_packed(x, 4), (normal(2, 5, 24),)),
         ("causal, 130", lambda x: F.packed_attention(x, 2), lambda x: torch_packed(x, 2), (normal(1, 130, 24),)),
-        ("mask", lambda x: F.packed_attention(x, 4, attn_mask=np.array([[[[1, 1, 0, 1, 1]]]], bool)),
-         lambda x: torch_packed(x, 4, np.array([1, 1, 0, 1, 1], bool)), (normal(2, 5, 24),)),
+        (
+            "mask",
+            lambda x: F.packed_attention(x, 4, attn_mask=np.array([[[[1, 1, 0, 1, 1]]]], bool)),
+            lambda x: torch_packed(x, 4, np.array([1, 1, 0, 1, 1], bool)),
+            (normal(2, 5, 24),),
+        ),
     ],
     "cross_entropy": [
-        (f"{x.shape}", lambda x, i=i: F.cross_entropy(x, i), lambda x, i=i: TF.cross_entropy(x.reshape(-1, x.shape[-1]), t(i).reshape(-1)), (x,))
+        (
+            f"{x.shape}",
+            lambda x, i=i: F.cross_entropy(x, i),
+            lambda x, i=i: TF.cross_entropy(x.reshape(-1, x.shape[-1]), t(i).reshape(-1)),
+            (x,),
+        )
         for x in (normal(6, 5), normal(2, 7, 9, scale=10), big, normal(300, 400))
         for i in (ids(*x.shape[:-1], high=x.shape[-1]), some(ids(*x.shape[:-1], high=x.shape[-1])))
     ]
-    + [("ignore_index=0", lambda x: F.cross_entropy(x, np.array([0, 2, 0]), ignore_index=0), lambda x: TF.cross_entropy(x, t([0, 2, 0]), ignore_index=0), (x34,))],
+    + [
+        (
+            "ignore_index=0",
+            lambda x: F.cross_entropy(x, np.array([0, 2, 0]), ignore_index=0),
+            lambda x: TF.cross_entropy(x, t([0, 2, 0]), ignore_index=0),
+            (x34,),
+        )
+    ],
     "linear_cross_entropy": [
-        (f"{x.shape}", lambda x, w, i=i: F.linear_cross_entropy(x, w, i),
-         lambda x, w, i=i: TF.cross_entropy((x @ w.T).reshape(-1, 9), t(i).reshape(-1)), (x, normal(9, 4, seed=1)))
+        (
+            f"{x.shape}",
+            lambda x, w, i=i: F.linear_cross_entropy(x, w, i),
+            lambda x, w, i=i: TF.cross_entropy((x @ w.T).reshape(-1, 9), t(i).reshape(-1)),
+            (x, normal(9, 4, seed=1)),
+        )
         for x in (normal(6, 4), normal(2, 7, 4, scale=5))
         for i in (ids(*x.shape[:-1], high=9), some(ids(*x.shape[:-1], high=9)))
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

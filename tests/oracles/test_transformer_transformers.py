@@ -24,7 +24,8 @@ CONFIGS = {
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | dict(tie_word_embeddings=False),
     "gpt2 one head": GPT2 | dict(num_attention_heads=1, hidden_size=7),
-    "gpt2 odd sizes": GPT2 | dict(vocab_size=31, hidden_size=15, num_attention_heads=3, intermediate_size=13, layer_norm_epsilon=1e-3),
+    "gpt2 odd sizes": GPT2
+    | dict(vocab_size=31, hidden_size=15, num_attention_heads=3, intermediate_size=13, layer_norm_epsilon=1e-3),
     "gpt2 deep": GPT2 | dict(num_hidden_layers=4, num_attention_heads=2),
     "llama": LLAMA,
     "llama untied": LLAMA | dict(tie_word_embeddings=False),
@@ -32,10 +33,11 @@ CONFIGS = {
     "llama one key head": LLAMA | dict(num_key_value_heads=1),
     "llama biases": LLAMA | dict(attention_bias=True, mlp_bias=True, num_key_value_heads=2),
     "llama head_dim": LLAMA | dict(head_dim=10, num_key_value_heads=2),
-    "llama odd sizes": LLAMA | dict(vocab_size=31, hidden_size=21, num_attention_heads=3, head_dim=2, intermediate_size=13),
+    "llama odd sizes": LLAMA
+    | dict(vocab_size=31, hidden_size=21, num_attention_heads=3, head_dim=2, intermediate_size=13),
     "llama theta": LLAMA | dict(rope_theta=500.0, num_key_value_heads=2),
     "llama deep": LLAMA | dict(num_hidden_layers=4, num_attention_heads=2, tie_word_embeddings=False),
-}  # fmt: skip
+}
 
 
 class Angles(torch.nn.Module):
@@ -232,7 +234,9 @@ def test_cache(case, dtype):
     ids, cache = tokens(2, 70), KVCache()
     mask = np.ones_like(ids)
     mask[0, :3] = 0
-    steps = [model(ids[:, i:j], mask[:, :j], past_key_values=cache).data for i, j in ((0, 5), (5, 6), (6, 69), (69, 70))]
+    steps = [
+        model(ids[:, i:j], mask[:, :j], past_key_values=cache).data for i, j in ((0, 5), (5, 6), (6, 69), (69, 70))
+    ]
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     expected = twin(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions)).logits
     close(np.concatenate(steps, axis=1)[mask != 0], expected[torch.tensor(mask != 0)], dtype, "logits")

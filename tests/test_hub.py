@@ -1,0 +1,608 @@
+"""Hugging Face directories without transformers: round trips, what others write, and what is refused, by name."""
+
+import json
+import os
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.backend import to_numpy
+from minipeft.files import FileError, read_safetensors, write_safetensors
+from minipeft.hub import base, pretrained
+from minipeft.hub.pretrained import HubError
+from minipeft.nn.heads import SequenceClassifier, ValueModel
+from minipeft.nn.layers import Linear
+from minipeft.nn.transformer import Transformer, TransformerConfig
+
+SHAPE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+CONFIGS = {
+    "gpt2": dict(model_type="gpt2", eos_token_id=2, dropout=0.25),
+    "gpt2 untied": dict(model_type="gpt2", tie_word_embeddings=False, intermediate_size=24, layer_norm_epsilon=1e-4),
+    "llama": dict(model_type="llama", num_key_value_heads=2, eos_token_id=(2, 7), bos_token_id=1, pad_token_id=0),
+    "llama untied": dict(
+        model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True, head_dim=6, dropout=0.1,
+        rope_theta=500.0, rms_norm_eps=1e-3, initializer_range=0.5,
+    ),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("case", CONFIGS)
+dialects = pytest.mark.parametrize("case", ["gpt2", "llama"])
+
+# the files that the two versions of transformers write for one small model of each family, as they are
+LLAMA_4 = json.loads("""{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1,
+  "dtype": "float32", "eos_token_id": 2, "head_dim": 4, "hidden_act": "silu", "hidden_size": 16,
+  "initializer_range": 0.02, "intermediate_size": 64, "max_position_embeddings": 32, "mlp_bias": false,
+  "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+  "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 20000.0,
+  "tie_word_embeddings": false, "transformers_version": "4.57.6", "use_cache": true, "vocab_size": 40}""")
+LLAMA_5 = json.loads("""{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1,
+  "dtype": "float32", "eos_token_id": 2, "head_dim": 4, "hidden_act": "silu", "hidden_size": 16,
+  "initializer_range": 0.02, "intermediate_size": 64, "max_position_embeddings": 32, "mlp_bias": false,
+  "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+  "pad_token_id": null, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+  "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}, "tie_word_embeddings": false,
+  "transformers_version": "5.24.0", "use_cache": true, "vocab_size": 40}""")
+GPT2_4 = json.loads("""{
+  "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+  "dtype": "float32", "embd_pdrop": 0.1, "eos_token_id": 3, "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_embd": 16, "n_head": 4, "n_inner": null, "n_layer": 2,
+  "n_positions": 32, "reorder_and_upcast_attn": false, "resid_pdrop": 0.1, "scale_attn_by_inverse_layer_idx": false,
+  "scale_attn_weights": true, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+  "summary_type": "cls_index", "summary_use_proj": true, "transformers_version": "4.57.6", "use_cache": true,
+  "vocab_size": 40}""")
+GPT2_5 = GPT2_4 | {"add_cross_attention": False, "pad_token_id": None, "tie_word_embeddings": True}
+
+
+def build(case, seed=1):
+    model = Transformer(TransformerConfig(**(SHAPE | CONFIGS[case])), seed=seed)
+    generator = np.random.default_rng(seed)
+    for p in model.parameters():  # biases and norms too, that a mix-up shows
+        p.data = generator.standard_normal(p.shape).astype(np.float32)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """save(case) -> a directory with that model."""
+
+    def save(case="llama", **options):
+        mp.save_pretrained(build(case), tmp_path / case, **options)
+        return tmp_path / case
+
+    return save
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v != "absent"}))
+
+
+def same(model, other):
+    mine, others = model.state_dict(), other.state_dict()
+    return mine.keys() == others.keys() and all(np.array_equal(a, others[name]) for name, a in mine.items())
+
+
+def ids():
+    return np.arange(12).reshape(2, 6)
+
+
+# ------------------------------------------------------------------------------------------------------ round trips
+
+
+@every_case
+def test_round_trip_is_exact(case, saved):
+    model, tokenizer = mp.from_pretrained(saved(case))
+    assert tokenizer is None
+    assert model.config == build(case).config
+    assert same(model, build(case))
+    assert np.array_equal(model(ids()).data, build(case)(ids()).data)
+
+
+@dialects
+def test_classifier_round_trip(case, tmp_path):
+    for labels in (1, 2, 5):
+        model = SequenceClassifier(build(case), num_labels=labels, seed=3)
+        mp.save_pretrained(model, tmp_path)
+        again, _ = mp.from_pretrained(tmp_path)
+        assert isinstance(again, SequenceClassifier) and again.num_labels == labels
+        assert again.config == model.config and same(again, model)
+
+
+def test_same_model_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        mp.save_pretrained(build("llama"), tmp_path / name, mp.load_base()[1])
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+@every_case
+def test_a_tied_head_is_written_once(case, saved):
+    arrays, metadata = read_safetensors(saved(case) / "model.safetensors")
+    assert metadata == {"format": "pt"}
+    assert ("lm_head.weight" in arrays) == (not build(case).config.tie_word_embeddings)
+
+
+def test_tokenizer_travels_along(tmp_path):
+    model, tokenizer = mp.load_base()
+    mp.save_pretrained(model, tmp_path, tokenizer)
+    again, its = mp.from_pretrained(tmp_path)
+    assert same(again, model)
+    text = "And God said, <|im_end|> Let there be light."
+    assert its.encode(text) == tokenizer.encode(text)
+    assert (its.eos_token_id, its.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_loaded_weights_are_trained_in_place(saved):
+    directory = saved()
+    before = (directory / "model.safetensors").read_bytes()
+    model, _ = mp.from_pretrained(directory)
+    for p in model.parameters():
+        assert p.requires_grad and p.data.flags.writeable
+        p.data -= 1
+    assert (directory / "model.safetensors").read_bytes() == before
+
+
+@every_case
+def test_half_precision_is_storage(case, saved):
+    directory = saved(case, dtype="float16")
+    wide, _ = mp.from_pretrained(directory)
+    half, _ = mp.from_pretrained(directory, dtype="float16")
+    assert {p.dtype.name for p in wide.parameters()} == {"float32"}
+    assert {p.dtype.name for p in half.parameters()} == {"float16"}
+    for (name, a), (_, b) in zip(half.named_parameters(), build(case).named_parameters()):
+        assert np.array_equal(a.data, b.data.astype(np.float16)), name
+    logits, expected = half(ids()).data, wide(ids()).data
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    mp.save_pretrained(half, directory)  # and stays what it is
+    assert {a.dtype.name for a in read_safetensors(directory / "model.safetensors")[0].values()} == {"float16"}
+
+
+def test_float16_that_would_overflow_is_refused(tmp_path):
+    model = build("llama")
+    model.model.norm.weight.data[0] = 1e5
+    with pytest.raises(HubError, match=r"model\.norm\.weight holds values up to 100000, which float16 cannot hold"):
+        mp.save_pretrained(model, tmp_path, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    mp.save_pretrained(model, tmp_path)
+    with pytest.raises(HubError, match=r"model\.norm\.weight holds values up to 100000"):
+        mp.from_pretrained(tmp_path, dtype="float16")
+
+
+def test_device(xp, saved):
+    """The backend's arrays, whatever they are read from."""
+    model = build("llama").to(xp)
+    directory = saved()
+    mp.save_pretrained(model, directory)
+    again, _ = mp.from_pretrained(directory, backend="numpy")
+    assert all(np.array_equal(to_numpy(p.data), q.data) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_loading_holds_the_weights_once(tmp_path):
+    config = TransformerConfig.llama(vocab_size=2000, hidden_size=128, num_hidden_layers=4)
+    for dtype in ("float32", "float16"):
+        mp.save_pretrained(Transformer(config, seed=0), tmp_path, dtype=dtype)
+        tracemalloc.start()
+        model, _ = mp.from_pretrained(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        size = sum(p.data.nbytes for p in model.parameters())
+        assert size <= peak < 1.2 * size
+
+
+# -------------------------------------------------------------------------------------------------- what others write
+
+
+@pytest.mark.parametrize("content", [LLAMA_4, LLAMA_5], ids=["transformers 4", "transformers 5"])
+def test_configuration_of_llama(content, saved):
+    directory = saved("llama untied")
+    model = Transformer(
+        TransformerConfig.llama(
+            **SHAPE, num_key_value_heads=2, intermediate_size=64, rms_norm_eps=1e-5, rope_theta=20000.0,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        ),
+        seed=0,
+    )  # fmt: skip
+    mp.save_pretrained(model, directory)
+    (directory / "config.json").write_text(json.dumps(content))
+    again, _ = mp.from_pretrained(directory)
+    assert again.config == model.config and same(again, model)
+
+
+@pytest.mark.parametrize("content", [GPT2_4, GPT2_5], ids=["transformers 4", "transformers 5"])
+def test_configuration_of_gpt2(content, saved):
+    directory = saved("gpt2")
+    (directory / "config.json").write_text(json.dumps(content))
+    model, _ = mp.from_pretrained(directory)
+    assert model.config == TransformerConfig.gpt2(**SHAPE, dropout=0.1, bos_token_id=50256, eos_token_id=3)
+    assert same(model, build("gpt2"))
+
+
+def test_ids_that_a_configuration_leaves_out(saved):
+    """The family's own, where the vocabulary has them; null says that there is none."""
+    directory = saved("llama")
+    edit(directory, bos_token_id="absent", eos_token_id="absent")
+    config = mp.from_pretrained(directory)[0].config
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    edit(directory, bos_token_id=None, eos_token_id=None)
+    config = mp.from_pretrained(directory)[0].config
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+    directory = saved("gpt2")
+    edit(directory, eos_token_id="absent")
+    assert mp.from_pretrained(directory)[0].config.eos_token_id is None
+
+
+def test_original_gpt2_names_and_buffers(saved):
+    directory = saved("gpt2")
+    arrays, _ = read_safetensors(directory / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): np.array(a) for name, a in arrays.items()}
+    for i in range(2):
+        renamed[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 32, 32), np.float32))
+        renamed[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    write_safetensors(directory / "model.safetensors", renamed)
+    assert same(mp.from_pretrained(directory)[0], build("gpt2"))
+
+
+def test_bare_llama_with_old_buffers(saved):
+    directory = saved("llama")
+    arrays, _ = read_safetensors(directory / "model.safetensors")
+    renamed = {name.removeprefix("model."): np.array(a) for name, a in arrays.items()}
+    renamed["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    write_safetensors(directory / "model.safetensors", renamed)
+    edit(directory, architectures=["LlamaModel"])
+    assert same(mp.from_pretrained(directory)[0], build("llama"))
+
+
+@dialects
+def test_tied_head_that_is_written_all_the_same(case, saved):
+    directory = saved(case)
+    arrays = {name: np.array(a) for name, a in read_safetensors(directory / "model.safetensors")[0].items()}
+    embedding = next(name for name in arrays if name.endswith(("wte.weight", "embed_tokens.weight")))
+    arrays["lm_head.weight"] = arrays[embedding].copy()
+    write_safetensors(directory / "model.safetensors", arrays)
+    assert same(mp.from_pretrained(directory)[0], build(case))
+    arrays["lm_head.weight"][0, 0] += 1
+    write_safetensors(directory / "model.safetensors", arrays)
+    with pytest.raises(HubError, match=rf"tie_word_embeddings is true, but lm_head\.weight differs from {embedding}"):
+        mp.from_pretrained(directory)
+
+
+def as_bfloat16(data):
+    """The bytes of a safetensors file whose 16-bit integers are said to be bfloat16."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length].replace(b'"U16"', b'"BF16"')
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def test_bfloat16(saved):
+    """The upper half of a float32, widened bit for bit."""
+    directory = saved("llama")
+    arrays = {name: np.array(a) for name, a in read_safetensors(directory / "model.safetensors")[0].items()}
+    halves = {name: (a.view(np.uint32) >> 16).astype(np.uint16) for name, a in arrays.items()}
+    write_safetensors(directory / "model.safetensors", halves)
+    path = directory / "model.safetensors"
+    path.write_bytes(as_bfloat16(path.read_bytes()))
+    model, _ = mp.from_pretrained(directory)
+    for name, p in model.named_parameters():
+        assert p.dtype == np.float32
+        assert np.array_equal(p.data.view(np.uint32), halves[name].astype(np.uint32) << 16), name
+
+
+def shard(directory, places=lambda i: f"model-{i % 3 + 1:05d}-of-00003.safetensors"):
+    """Spread the weights over several files with an index, as transformers does for large models."""
+    path = directory / "model.safetensors"
+    arrays = {name: np.array(a) for name, a in read_safetensors(path)[0].items()}
+    placed = {name: places(i) for i, name in enumerate(arrays)}
+    for file in set(placed.values()):
+        write_safetensors(directory / file, {name: a for name, a in arrays.items() if placed[name] == file})
+    path.unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return placed
+
+
+@every_case
+def test_weights_in_several_files(case, saved):
+    directory = saved(case)
+    placed = shard(directory)
+    assert len(set(placed.values())) == 3
+    model, _ = mp.from_pretrained(directory)
+    assert same(model, build(case))
+    mp.save_pretrained(model, directory)  # one file takes their place
+    assert not (directory / "model.safetensors.index.json").exists()
+    assert same(mp.from_pretrained(directory)[0], build(case))
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(model_type="mistral"), "model_type must be one of 'llama', 'gpt2', not 'mistral'"),
+        (dict(model_type="absent"), "model_type must be one of 'llama', 'gpt2', not None"),
+        (dict(architectures=["LlamaForTokenClassification"]), "LlamaForTokenClassification"),
+        (dict(architectures="LlamaForCausalLM"), "architectures"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu': only 'silu' or 'swish' is supported"),
+        (dict(pretraining_tp=2), "pretraining_tp is 2: only 1 is supported"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling asks for the rope_type 'linear'"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling asks for the rope_type 'llama3'"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 8.0}), "rope_parameters asks for the rope_type 'yarn'"),
+        (
+            dict(rope_parameters={"rope_theta": 5.0}),
+            "rope_parameters says rope_theta is 5.0, the key rope_theta 10000.0",
+        ),
+        (dict(rope_parameters=[1]), "rope_parameters must be an object"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+        (
+            dict(quantization_config={"quant_method": "gptq"}),
+            "quantization_config is {'quant_method': 'gptq'}: the option is not",
+        ),
+        (dict(sliding_window=128), "sliding_window is 128: the option is not supported"),
+        (dict(add_cross_attention=True), "add_cross_attention is True: only False is supported"),
+        (dict(hidden_size="absent"), "the key 'hidden_size' is missing"),
+        (dict(hidden_size="16"), "hidden_size must be an integer, not '16'"),
+        (dict(hidden_size=True), "hidden_size must be an integer, not True"),
+        (dict(hidden_size=-16), "hidden_size must be a positive integer"),
+        (dict(hidden_size=10**30), "hidden_size"),
+        (dict(rms_norm_eps="tiny"), "rms_norm_eps must be a number, not 'tiny'"),
+        (dict(tie_word_embeddings=1), "tie_word_embeddings must be true or false, not 1"),
+        (dict(eos_token_id=[2, "x"]), "eos_token_id must be an integer, not 'x'"),
+        (dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ],
+)
+def test_llama_configurations_that_are_refused(changes, sentence, saved):
+    refused(saved("llama"), changes, sentence)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(activation_function="gelu"), "activation_function is 'gelu': only 'gelu_new' or"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True: only False is"),
+        (dict(scale_attn_weights=False), "scale_attn_weights is False: only True is supported"),
+        (dict(n_embd=None), "the key 'n_embd' is missing"),
+        (dict(resid_pdrop=1.0), "dropout must lie in"),
+    ],
+)  # fmt: skip
+def test_gpt2_configurations_that_are_refused(changes, sentence, saved):
+    refused(saved("gpt2"), changes, sentence)
+
+
+def refused(directory, changes, sentence):
+    """In one sentence that names the file, and before any weight is read."""
+    edit(directory, **changes)
+    (directory / "model.safetensors").write_bytes(b"would fail")
+    with pytest.raises(HubError) as error:
+        mp.from_pretrained(directory)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{directory / 'config.json'}: ")
+
+
+def test_no_such_directory_and_nothing_downloaded(tmp_path):
+    with pytest.raises(HubError, match="gpt2: no such directory; give a local Hugging Face directory"):
+        mp.from_pretrained("gpt2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="is a file, not a directory"):
+        mp.from_pretrained(tmp_path / "file")
+
+
+def test_directories_without_a_model(saved, tmp_path):
+    with pytest.raises(HubError, match=r"there is no config\.json in this directory; no model there"):
+        mp.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(HubError, match=r"an adapter's: load it with PeftModel\.from_pretrained"):
+        mp.from_pretrained(tmp_path)
+    directory = saved()
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(HubError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        mp.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"])
+def test_a_pickle_is_never_read(name, saved):
+    directory = saved()
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(HubError, match=rf"only there as {name}, a pickle, .* never read here; convert it once"):
+        mp.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "{", "", "\ufeff{}", "{\xff", "[" * 100_000])
+def test_config_that_is_no_object(text, saved):
+    directory = saved()
+    (directory / "config.json").write_bytes(text.encode("latin-1", "replace"))
+    with pytest.raises(FileError, match=r"config\.json: "):
+        mp.from_pretrained(directory)
+
+
+def test_weights_that_do_not_fit(saved):
+    directory = saved("llama")
+    path = directory / "model.safetensors"
+    arrays = {name: np.array(a) for name, a in read_safetensors(path)[0].items()}
+    q = "model.layers.1.self_attn.q_proj.weight"
+
+    def read(changes):
+        write_safetensors(path, {name: a for name, a in (arrays | changes).items() if a is not None})
+        return mp.from_pretrained(directory)
+
+    with pytest.raises(HubError, match=rf"missing {q}; unexpected nothing"):
+        read({q: None})
+    with pytest.raises(HubError, match=r"missing nothing; unexpected model\.extra"):
+        read({"model.extra": np.ones(3, np.float32)})
+    with pytest.raises(HubError, match=rf"{q} has the shape \(16, 8\), the configuration gives \(16, 16\)"):
+        read({q: np.ones((16, 8), np.float32)})
+    with pytest.raises(HubError, match=rf"{q} holds int8, not floating-point numbers"):
+        read({q: np.ones((16, 16), np.int8)})
+    with pytest.raises(HubError, match=r"and 14 more"):
+        read({name: None for name in arrays if name != q})
+    assert same(read({})[0], build("llama"))
+
+
+def test_untied_head_must_be_there(saved):
+    directory = saved("llama")
+    edit(directory, tie_word_embeddings=False)
+    with pytest.raises(HubError, match=r"missing lm_head\.weight"):
+        mp.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "C:\\x", "x\0y"]
+)
+def test_an_index_cannot_name_files_outside(file, saved):
+    directory = saved()
+    shard(directory)
+    path = directory / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(content))
+    with pytest.raises(FileError, match="is not the name of a file in this directory"):
+        mp.from_pretrained(directory)
+
+
+def test_damaged_index(saved):
+    directory = saved()
+    placed = shard(directory)
+    path = directory / "model.safetensors.index.json"
+    for content in ([], {}, {"weight_map": []}, {"weight_map": {"a": 1}}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(FileError, match="'weight_map' that names each tensor's file"):
+            mp.from_pretrained(directory)
+    files = sorted(set(placed.values()))
+    path.write_text(
+        json.dumps(
+            {"weight_map": placed | {"model.norm.weight": next(f for f in files if f != placed["model.norm.weight"])}}
+        )
+    )
+    with pytest.raises(FileError, match=r"the tensor 'model\.norm\.weight' is not in"):
+        mp.from_pretrained(directory)
+    path.write_text(json.dumps({"weight_map": placed}))
+    (directory / files[0]).unlink()
+    with pytest.raises(FileError, match=f"{files[0]}: no such file"):
+        mp.from_pretrained(directory)
+
+
+def test_truncated_weights(saved):
+    directory = saved()
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    for size in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(FileError, match=r"model\.safetensors: "):
+            mp.from_pretrained(directory)
+
+
+def test_damaged_weights_give_one_sentence(saved):
+    """A byte of the header changed at random: the model, where the byte does not matter, or an error that says so."""
+    directory = saved()
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    generator = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[generator.integers(8 + length)] = generator.choice(list(b'"0123456789-[]{}:,eEx\xff\x00'))
+        path.write_bytes(bytes(damaged))
+        try:
+            mp.from_pretrained(directory)
+        except (HubError, FileError) as error:
+            assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_not_a_plain_model_is_refused(tmp_path):
+    model = build("llama")
+    for other in (ValueModel(model), Linear(3, 3), model.model, None):
+        with pytest.raises(HubError, match=f"a Transformer or a SequenceClassifier, not a {type(other).__name__}"):
+            mp.save_pretrained(other, tmp_path)
+    with pytest.raises(HubError, match="dtype must be 'float32' or 'float16', not 'bfloat16'"):
+        mp.save_pretrained(model, tmp_path, dtype="bfloat16")
+    changed = model.copy()
+    changed.replace("model.layers.0.mlp.up_proj", Linear(16, 7, bias=False))
+    with pytest.raises(HubError, match=r"model\.layers\.0\.mlp\.up_proj\.weight differ"):
+        mp.save_pretrained(changed, tmp_path)
+    untied = model.copy()
+    untied.lm_head.weight = type(untied.lm_head.weight)(untied.lm_head.weight.data.copy())
+    with pytest.raises(HubError, match=r"lm_head\.weight differ"):
+        mp.save_pretrained(untied, tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="is a file; a model is written as a directory"):
+        mp.save_pretrained(model, tmp_path / "file")
+
+
+class Stop(Exception):
+    """The moment at which the process dies."""
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_crash_leaves_one_model_or_none(step, saved, monkeypatch):
+    """Killed before any one of the changes to the directory: the old model, the new one, or an error; never a mix."""
+    directory = saved("llama", tokenizer=mp.load_base()[1])
+    new = Transformer(build("llama").config.replace(rope_theta=77.0), seed=9)  # old weights fit the new configuration
+    left = [step]
+
+    def dying(change):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Stop
+            left[0] -= 1
+            return change(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", dying(os.replace))
+    monkeypatch.setattr(pretrained.Path, "unlink", dying(pretrained.Path.unlink))
+    try:
+        mp.save_pretrained(new, directory, mp.load_base()[1])
+        finished = True
+    except Stop:
+        finished = False
+    monkeypatch.undo()
+    try:
+        model, _ = mp.from_pretrained(directory)
+    except HubError as error:
+        assert "there is no config.json" in str(error) and not finished
+    else:
+        old = same(model, build("llama")) and model.config == build("llama").config
+        assert (old and not finished) or (same(model, new) and model.config == new.config)
+
+
+def test_a_full_disk_leaves_the_old_model(saved, monkeypatch):
+    directory = saved("llama")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        mp.save_pretrained(build("llama", seed=5), directory)
+    monkeypatch.undo()
+    assert same(mp.from_pretrained(directory)[0], build("llama"))
+    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# ---------------------------------------------------------------------------------------------------- the shipped base
+
+
+def test_base_loads_and_has_learned():
+    model, tokenizer = mp.load_base()
+    assert {p.dtype.name for p in model.parameters()} == {"float32"}
+    assert model.config.vocab_size == tokenizer.vocab_size == 2048
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    text = "And God said, Let there be light: and there was light."
+    row = np.array([tokenizer.encode(text)])
+    assert model.loss(row, row).item() < 0.6 * np.log(2048)
+
+
+def test_base_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "BASE", tmp_path)
+    with pytest.raises(HubError, match="the shipped base's weights are not in this installation"):
+        mp.load_base()
