@@ -152,14 +152,17 @@ def get_num_threads() -> int:
 
 def set_num_threads(n: int) -> None:
     """Use `n` threads in every CPU operation from now on, BLAS products included."""
-    global _threads, _pool
+    global _threads, _pool, _blas_threads
     if not isinstance(n, int) or n < 1:
         raise BackendError(f"the number of threads must be an integer of at least 1, not {n!r}")
     with _lock:
         _threads = n
         _pool = None  # not shut down: another thread may be about to use it, and it ends when nobody holds it
-        for blas in _blas_controllers():
-            blas.set_num_threads(n)
+        if _regions:  # somebody is inside `one_blas_thread`: this is what they will go back to
+            _blas_threads = [n] * len(_blas_controllers())
+        else:
+            for blas in _blas_controllers():
+                blas.set_num_threads(n)
 
 
 def _blas_controllers() -> list:
@@ -198,8 +201,8 @@ def _enter_pool() -> None:
 
 def _after_fork() -> None:
     """A forked process has none of its parent's threads, and perhaps a lock that one of them held."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _pool, _lock, _regions
+    _pool, _lock, _regions = None, threading.Lock(), 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -31,7 +31,8 @@ def test_numeric_layers_name_no_array_library():
     """In code whose arrays may live on a device, `np` may make and describe host values, never compute."""
     allowed = {"ndarray", "generic", "float16", "float32", "float64", "int64", "uint8", "dtype", "random", "cumsum", "prod"}
     allowed |= {"asarray", "array", "zeros", "ones", "full", "broadcast_to", "sqrt", "integer", "floating"}
-    host = {"gradcheck.py", "cases.py"}  # the judge moves everything to the host first, and its cases begin there
+    # The judge moves everything to the host first, its cases begin there, and tokens are drawn there from the last logits.
+    host = {"gradcheck.py", "cases.py", "generation.py"}
     found = []
     for layer in ("autograd", "nn"):
         for path in {p for p in (ROOT / "minipeft" / layer).glob("*.py") if p.name not in host}:

@@ -95,7 +95,7 @@ class Node:
 class Slice:
     """A gradient that is zero outside `array[index]`, where it is `value`: added in place, never expanded first.
 
-    `add` says that the index may name an element twice, so that the values must be summed.
+    `repeats` says that the index may name an element twice, so that the values must be summed.
     """
 
     __slots__ = ("index", "repeats", "value")
