@@ -60,7 +60,7 @@ class TransformerConfig:
     initializer_range: float = 0.02
     dropout: float = 0.0
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # several ids: any of them ends a text
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
