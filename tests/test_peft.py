@@ -1,4 +1,4 @@
-"""Methods on models: the base stays as it is, adapters come and go, merges are exact, files are strict, errors are clear."""
+"""Methods on models: the base stays as it is, adapters come and go, merges are exact, files strict, errors clear."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     generator, step = np.random.default_rng(4), 1e-5
     directions = [generator.standard_normal(p.shape) for p in parameters]
-    frozen_norms = method == "dora"  # the norm is a constant in backward, but not in a difference: only B and m are free
+    frozen_norms = (
+        method == "dora"
+    )  # the norm is a constant in backward, but not in a difference: only B and m are free
     if frozen_norms:
         names = [n for n, p in adapted.named_parameters() if p.requires_grad]
         directions = [v * name.endswith("vector") for v, name in zip(directions, names)]
@@ -392,14 +394,20 @@ def test_checkpointing_replays_dropout_and_gives_the_same_gradients():
         (lambda: mp.LoraConfig(target_modules=["q_proj", "c_attn"]), "no module is called 'c_attn'"),
         (lambda: mp.LoraConfig(target_modules="q_proj"), "regular expression for whole paths.*nearest: q_proj"),
         (lambda: mp.LoraConfig(target_modules="q_proj("), "is not a regular expression"),
-        (lambda: mp.LoraConfig(target_modules=["mlp"]), "'model.layers.0.mlp' is a LlamaMLP; LoraConfig works on linear"),
+        (
+            lambda: mp.LoraConfig(target_modules=["mlp"]),
+            "'model.layers.0.mlp' is a LlamaMLP; LoraConfig works on linear",
+        ),
         (lambda: mp.LoraConfig(r=17), "rank of 17 is larger than the matrix"),
         (lambda: mp.LoraConfig(r=0), "positive integer"),
         (lambda: mp.LoraConfig(lora_dropout=1.0), "lora_dropout"),
         (lambda: mp.LoraConfig(init_lora_weights="loftq"), "init_lora_weights"),
         (lambda: mp.LoraConfig(rank_pattern={"z_proj": 4}), "rank_pattern: 'z_proj' matches none"),
         (lambda: mp.LoraConfig(modules_to_save=["score"]), "modules_to_save: no module is called 'score'"),
-        (lambda: mp.LoraConfig(target_modules=["down_proj"], modules_to_save=["self_attn"]), "takes more than one input"),
+        (
+            lambda: mp.LoraConfig(target_modules=["down_proj"], modules_to_save=["self_attn"]),
+            "takes more than one input",
+        ),
         (lambda: mp.LoraConfig(enable_lora=[True, False, True]), "fuses 3 projections"),
         (lambda: mp.LoraConfig(target_modules=["embed_tokens"], init_lora_weights="pissa"), "not for an embedding"),
         (lambda: mp.LoraConfig(target_modules=["q_proj"], layers_to_transform=[7]), "matches no module"),
@@ -504,9 +512,15 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
 
     refused(PeftError, "lacks .*q_proj.lora_A.weight", {k: a for k, a in arrays.items() if k != key})
     refused(PeftError, "has unexpected extra", {**arrays, "extra": np.zeros(1, np.float32)})
-    refused(PeftError, r"has the shape \(3, 16\); this model needs \(2, 16\)", {**arrays, key: np.zeros((3, 16), np.float32)})
+    refused(
+        PeftError,
+        r"has the shape \(3, 16\); this model needs \(2, 16\)",
+        {**arrays, key: np.zeros((3, 16), np.float32)},
+    )
     refused(PeftError, "not finite", {**arrays, key: np.full((2, 16), np.nan, np.float32)})
-    refused(PeftError, "options that LoraConfig does not have: use_qalora=True", options={**options, "use_qalora": True})
+    refused(
+        PeftError, "options that LoraConfig does not have: use_qalora=True", options={**options, "use_qalora": True}
+    )
     refused(PeftError, "the method 'LOHA'", options={**options, "peft_type": "LOHA"})
     refused(FileError, "no peft_type", options=[])
     config.write_text(json.dumps(options))
@@ -555,5 +569,7 @@ def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
 def test_generation_uses_the_adapter():
     adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")), steps=10)
     out = adapted.generate(IDS[:, :3], max_new_tokens=6, eos_token_id=())
-    np.testing.assert_array_equal(out, adapted.merge_and_unload().generate(IDS[:, :3], max_new_tokens=6, eos_token_id=()))
+    np.testing.assert_array_equal(
+        out, adapted.merge_and_unload().generate(IDS[:, :3], max_new_tokens=6, eos_token_id=())
+    )
     assert not np.array_equal(out, base().generate(IDS[:, :3], max_new_tokens=6, eos_token_id=()))

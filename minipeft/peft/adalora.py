@@ -2,9 +2,9 @@
 
     W' = W + s P diag(λ) Q        eq. 3; here P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]
 
-P and Q are kept near orthogonal by a penalty on the loss (eq. 4), so that λ_i measures how much triplet i = (P_i, λ_i, Q_i)
-matters. While training, `update_and_allocate` follows how sensitive the loss is to every number, and sets the λ of the
-least important triplets of the whole model to zero, following a falling budget (eq. 12).
+P and Q are kept near orthogonal by a penalty on the loss (eq. 4), so that λ_i measures how much the triplet
+i = (P_i, λ_i, Q_i) matters. While training, `update_and_allocate` follows how sensitive the loss is to every number,
+and sets the λ of the least important triplets of the whole model to zero, following a falling budget (eq. 12).
 
 As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
 """
@@ -60,15 +60,21 @@ class AdaLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.total_step or self.total_step < 1:
-            raise PeftError(f"AdaLoRA spends its budget over the training: total_step must be its number of steps, not {self.total_step!r}")
+            raise PeftError(
+                "AdaLoRA spends its budget over the training: total_step must be its number of steps, "
+                f"not {self.total_step!r}"
+            )
         if self.tinit >= self.total_step - self.tfinal:
             raise PeftError(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; make them smaller"
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; "
+                "make them smaller"
             )
         if not 0 < self.target_r <= self.init_r:
             raise PeftError(f"target_r must lie in 1..init_r={self.init_r}, not {self.target_r}")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1 and self.orth_reg_weight >= 0 and 0 <= self.lora_dropout < 1):
-            raise PeftError("beta1 and beta2 must lie in (0, 1), lora_dropout in [0, 1), and orth_reg_weight must not be negative")
+            raise PeftError(
+                "beta1 and beta2 must lie in (0, 1), lora_dropout in [0, 1), and orth_reg_weight must not be negative"
+            )
 
     def rank(self, name: str) -> int:
         """How many triplets the module at a path has."""

@@ -3,14 +3,15 @@
     cat     Σ w_i s_i B_i A_i exactly: the factors side by side, rank Σ r_i
     svd     the best approximation of that sum of rank `svd_rank`
     linear  A = Σ sqrt(w_i s_i) A_i,  B = Σ sqrt(w_i s_i) B_i: cheap, but its product has cross terms B_i A_j
-    ties    the same on trimmed factors, adding only what agrees with the sign that wins    Yadav et al. 2023, arXiv:2306.01708
+    ties    the same on trimmed factors, adding only what agrees with the sign that wins
+            Yadav et al. 2023, arXiv:2306.01708
     dare_linear, dare_ties   the same on factors of which a random part is dropped and the rest rescaled
                              Yu et al. 2023, arXiv:2311.03099
     magnitude_prune          linear on trimmed factors
 
-`ties`, `dare_linear`, `dare_ties` and `magnitude_prune` may end in `_svd`: then the products s_i B_i A_i are combined, and
-the result is factorised. These are PEFT's names and rules. The new adapter has scaling 1, whatever the scalings of its
-parts, so that one adapter with weight 1 gives itself (also with rsLoRA).
+`ties`, `dare_linear`, `dare_ties` and `magnitude_prune` may end in `_svd`: then the products s_i B_i A_i are combined,
+and the result is factorised. These are PEFT's names and rules. The new adapter has scaling 1, whatever the scalings
+of its parts, so that one adapter with weight 1 gives itself (also with rsLoRA).
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ def add_weighted_adapter(
         model._known(name)
         config = model.peft_config[name]
         if config.peft_type != "LORA" or config.use_dora or config.modules_to_save:
-            what = "modules_to_save" if config.peft_type == "LORA" and config.modules_to_save else "DoRA" if config.peft_type == "LORA" else config.peft_type
+            what = (
+                "modules_to_save"
+                if config.peft_type == "LORA" and config.modules_to_save
+                else "DoRA"
+                if config.peft_type == "LORA"
+                else config.peft_type
+            )
             raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
 
     generator = np.random.default_rng(seed)
@@ -90,7 +97,10 @@ def add_weighted_adapter(
             combined[path] = np.concatenate([a * np.float32(w) for a, w in zip(A, ws)]), np.concatenate(B, axis=1)
         elif kind in RULES:
             if len({a.shape for a in A}) > 1:
-                raise PeftError(f"{kind} adds factors elementwise, but at {path} the ranks are {[a.shape[0] for a in A]}; use cat or svd")
+                raise PeftError(
+                    f"{kind} adds factors elementwise, but at {path} the ranks are {[a.shape[0] for a in A]}; "
+                    "use cat or svd"
+                )
             roots = [math.sqrt(abs(w)) for w in ws]
             combined[path] = combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), combine(B, roots)
         else:
@@ -108,8 +118,9 @@ def _add(model: Any, adapter_name: str, like: Any, factors: dict[str, tuple[np.n
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != r}
     config = like.replace(
-        r=r, lora_alpha=r, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(ranks), exclude_modules=None,
-        layers_to_transform=None, layers_pattern=None, use_rslora=False, enable_lora=None, init_lora_weights=True,
+        r=r, lora_alpha=r, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(ranks),
+        exclude_modules=None, layers_to_transform=None, layers_pattern=None, use_rslora=False, enable_lora=None,
+        init_lora_weights=True,
     )  # fmt: skip
     model.add_adapter(adapter_name, config, seed=None)
     for path, adapter in model.parts(adapter_name):
@@ -119,9 +130,14 @@ def _add(model: Any, adapter_name: str, like: Any, factors: dict[str, tuple[np.n
 
 
 def _combine(
-    rule: str, tensors: list[np.ndarray], weights: list[float], density: float | None, majority: str, generator: np.random.Generator
+    rule: str,
+    tensors: list[np.ndarray],
+    weights: list[float],
+    density: float | None,
+    majority: str,
+    generator: np.random.Generator,
 ) -> np.ndarray:
-    """Σ w_i t_i of trimmed or thinned tensors, divided by the number of those that agree with the winning sign in ties."""
+    """Σ w_i t_i of trimmed or thinned tensors; in ties the mean over those that agree with the winning sign."""
     thin: Callable[[np.ndarray], np.ndarray] = lambda t: t  # noqa: E731
     if rule in ("ties", "magnitude_prune"):
         thin = lambda t: _trim(t, density)  # noqa: E731

@@ -53,8 +53,8 @@ class PeftConfig:
     exclude_modules      names or a regular expression; what matches is not a target
     layers_to_transform  only the layers of these numbers, the first number of a path (with target names only)
     layers_pattern       the name of the list of layers, where a path has several numbers
-    modules_to_save      ends of paths ("norm" matches input_layernorm, as in PEFT) of modules that are trained whole, as
-                         copies, and saved with the adapter
+    modules_to_save      ends of paths ("norm" matches input_layernorm, as in PEFT) of modules that are trained whole,
+                         as copies, and saved with the adapter
     """
 
     target_modules: list[str] | str | None = None
@@ -135,7 +135,8 @@ class PeftConfig:
         if model_type not in self.usual_targets:
             known = ", ".join(self.usual_targets) or "none"
             raise PeftError(
-                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} (it knows those of: {known})"
+                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
+                f"(it knows those of: {known})"
             )
         return self.replace(target_modules=list(self.usual_targets[model_type]))
 
@@ -164,17 +165,24 @@ class PeftConfig:
             for target in self.target_modules:
                 if not any(_matches([target], name) for name in modules):
                     raise PeftError(f"target_modules: no module is called {target!r}{_near(target, modules)}")
-        if self.kinds and not found:
-            hint = " (a string is a regular expression for whole paths; names go into a list)" if isinstance(self.target_modules, str) else ""
+        if (self.kinds or self.target_modules) and not found:
+            asked, hint = self.target_modules, ""
+            if isinstance(asked, str):
+                hint = " (a string is a regular expression for whole paths; names go into a list)"
             raise PeftError(
-                f"target_modules={self.target_modules!r}{hint} matches no module that may be adapted{_near(str(self.target_modules), modules)}"
+                f"target_modules={asked!r}{hint} matches no module that may be adapted{_near(str(asked), modules)}"
             )
         for name, module in found.items():
-            if kind_of(module) not in self.kinds:
-                raise PeftError(
-                    f"target_modules: {name!r} is a {type(module).__name__}; {type(self).__name__} works on {', '.join(self.kinds)}"
-                )
+            self.check_target(name, module)
         return found
+
+    def check_target(self, name: str, module: Module) -> None:
+        """Raises PeftError for a module that the method cannot be put on."""
+        if kind_of(module) not in self.kinds:
+            raise PeftError(
+                f"target_modules: {name!r} is a {type(module).__name__}; "
+                f"{type(self).__name__} works on {', '.join(self.kinds)}"
+            )
 
     def resolve_saved(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
@@ -215,8 +223,8 @@ class PeftConfig:
 
 # Options of PEFT's files that say nothing about what the adapter computes.
 _NEUTRAL = frozenset(
-    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size eva_config corda_config "
-    "lora_ga_config loftq_config".split()
+    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size "
+    "eva_config corda_config lora_ga_config loftq_config".split()
 )
 
 

@@ -53,14 +53,20 @@ def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
     paths = [p for p, _ in model.parts(adapter_name) if p.rpartition(".")[2] in EMBEDDINGS]
     saved = state(model, adapter_name)
     keys = {p: f"{PREFIX}model.{p}.base_layer.weight" for p in paths if f"{PREFIX}model.{p}.weight" not in saved}
-    return {key: model.layers[p].base_layer.weight for p, key in keys.items() if hasattr(model.layers[p].base_layer, "weight")}
+    return {
+        key: model.layers[p].base_layer.weight
+        for p, key in keys.items()
+        if hasattr(model.layers[p].base_layer, "weight")
+    }
 
 
 def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) -> None:
     """Write one adapter. Each file appears whole or not at all, the configuration last."""
     directory = Path(directory)
     config = model.peft_config[adapter_name]
-    arrays = {key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()}
+    arrays = {
+        key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()
+    }
     options = {**config.to_dict(), "inference_mode": True}
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
         options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
@@ -72,7 +78,8 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
 def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """(configuration, arrays by key) of an adapter directory; nothing outside of it is read.
 
-    Raises FileError for what is missing or damaged, PeftError for a method or an option that this package does not have.
+    Raises FileError for what is missing or damaged, PeftError for a method or an option that is
+    unknown here.
     """
     directory = Path(directory)
     options = read_json(directory / CONFIG)
@@ -83,7 +90,9 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
     module, name = METHODS[options["peft_type"]]
     config = getattr(importlib.import_module(f".{module}", __package__), name).from_dict(options)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
-        raise FileError(f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors")
+        raise FileError(
+            f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"
+        )
     return config, read_safetensors(directory / WEIGHTS)[0]
 
 
@@ -96,7 +105,11 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
     missing = [key for key in expected if key not in arrays]
     unexpected = [key for key in arrays if key not in expected and key not in optional]
     if missing or unexpected:
-        listed = [f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}" for what, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys]
+        listed = [
+            f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+            for what, keys in (("lacks", missing), ("has unexpected", unexpected))
+            if keys
+        ]
         raise PeftError(f"{directory}: the adapter does not fit this model; its file {' and '.join(listed)}")
     known = {**optional, **expected}
     for key, array in arrays.items():

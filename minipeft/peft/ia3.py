@@ -24,8 +24,8 @@ from .layer import Adapter, dense_weight, out_in, with_weight
 class IA3Config(PeftConfig):
     """(IA)³'s options, with PEFT's names.
 
-    feedforward_modules  those of the targets whose input is scaled, by the end of their path or by a regular expression;
-                         None takes the usual ones for the model's architecture
+    feedforward_modules  those of the targets whose input is scaled, by the end of their path or by a regular
+                         expression; None takes the usual ones for the model's architecture
     fan_in_fan_out       accepted for PEFT's sake; the layer's own layout is what counts
     """
 
@@ -44,7 +44,9 @@ class IA3Config(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.init_ia3_weights:
-            raise PeftError("init_ia3_weights=False starts from random factors, which breaks the model; it must be True")
+            raise PeftError(
+                "init_ia3_weights=False starts from random factors, which breaks the model; it must be True"
+            )
         if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
             extra = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if extra:

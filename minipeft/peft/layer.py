@@ -2,9 +2,9 @@
 
     x ─► adapter "b" ( adapter "a" ( base layer ) ) ─► y        for the active adapters, in order; none: the base layer
 
-An adapter is a function of its input and of the layer it is put around: `adapter(x, inner, base, rng)` calls `inner(x)`,
-which is the base layer or the base layer with the adapters before it. So methods compose without knowing each other, and
-an adapter that is not active costs nothing.
+An adapter is a function of its input and of the layer it is put around: `adapter(x, inner, base, rng)` calls
+`inner(x)`, which is the base layer or the base layer with the adapters before it. So methods compose without knowing
+each other, and an adapter that is not active costs nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Adapter(Module):
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def merge(self, layer: Module, base: Module) -> Module:
-        """A new plain layer that computes what this adapter around `layer` does. Raises PeftError where there is none."""
+        """A new plain layer that computes what this adapter around `layer` does. Raises PeftError if none does."""
         raise PeftError(f"{type(self).__name__} cannot be merged into a plain layer")
 
     def trained(self) -> dict[str, Parameter]:
@@ -69,7 +69,7 @@ class Adapter(Module):
         return self
 
     def saved(self) -> dict[str, Parameter]:
-        """{key in a file: parameter} of what is written. A key is relative to the layer, or begins with "base_model."."""
+        """{key in a file: parameter} of what is written; a key is relative to the layer, or from "base_model."."""
         return {key: getattr(self, key.partition(".")[0]) for key in self.keys}
 
 
@@ -102,7 +102,7 @@ class Prompt(Adapter):
     length = 0  # virtual positions
 
     def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
-        """The arguments for `model` with the virtual positions in front, from those a caller gave (Transformer.forward's).
+        """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
 
         When `given["past_key_values"]` is a KVCache that holds positions already, the virtual ones are among them.
         """
@@ -154,7 +154,10 @@ class AdaptedLayer(Module):
         if len(set(mine)) == 1:
             return self._through([n for n in mine[:1] if n != BASE], x, arguments)
         if any(a is not None for a in arguments):
-            raise PeftError(f"a batch that mixes adapters is computed without dropout, on layers alone; not on {type(self.base_layer).__name__}")
+            raise PeftError(
+                "a batch that mixes adapters is computed without dropout, and on plain layers alone, "
+                f"not on a {type(self.base_layer).__name__}"
+            )
         xp = xp_of(x if is_array(x) else x.data)
         parts, order = [], []
         for name in dict.fromkeys(mine):
@@ -189,7 +192,9 @@ class AdaptedLayer(Module):
             layer = self.adapters[name].merge(layer, self.base_layer)
             for path, p in layer.named_parameters():
                 if not bool(xp_of(p.data).isfinite(p.data).all().item()):
-                    raise PeftError(f"merging the adapter {name!r} gives a {path} that is not finite; nothing was merged")
+                    raise PeftError(
+                        f"merging the adapter {name!r} gives a {path} that is not finite; nothing was merged"
+                    )
         return layer
 
 

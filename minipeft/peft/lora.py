@@ -2,18 +2,18 @@
 
     W' = W + s B A        A [r, in] random, B [out, r] zero, s = lora_alpha / r            eq. 3
 
-The forward pass never forms B A: y = W x + B (s (A x)), with r numbers per position in between. W is frozen, so it keeps
-no activation for backward; A's gradient needs x, which is the same array for every projection that reads it.
+The forward pass never forms B A: y = W x + B (s (A x)), with r numbers per position in between. W is frozen, so it
+keeps no activation for backward; A's gradient needs x, which is the same array for every projection that reads it.
 
-    rsLoRA   s = lora_alpha / sqrt(r), so that the update's size does not shrink with r   Kalajdzievski 2023, arXiv:2312.03732
-    DoRA     W' = m * (W + s B A) / ||W + s B A||, row by row, the norm taken as constant   Liu et al. 2024, arXiv:2402.09353
-    PiSSA    A, B start as the r strongest singular directions of W                        Meng et al. 2024, arXiv:2404.02948
-    OLoRA    A, B start as the first r rows and columns of W's QR factors                  Büyükakyüz 2024, arXiv:2406.01775
+    rsLoRA   s = lora_alpha / sqrt(r): the update's size does not shrink with r    Kalajdzievski 2023, arXiv:2312.03732
+    DoRA     W' = m * (W + s B A) / ||W + s B A||, by rows, the norm a constant    Liu et al. 2024, arXiv:2402.09353
+    PiSSA    A, B start as the r strongest singular directions of W                Meng et al. 2024, arXiv:2404.02948
+    OLoRA    A, B start as the first r rows and columns of W's QR factors          Büyükakyüz 2024, arXiv:2406.01775
     fused    q and v alone of a fused projection: loralib's MergedLinear(enable_lora=[True, False, True])
 
-PiSSA and OLoRA subtract their start from W. Here W stays as it is and the start (A0, B0) is kept beside the trained pair:
-W - s B0 A0 + s B A is a LoRA of rank 2r, [B, -B0] [A; A0]. So the base stays shared, the adapter can be switched off, and
-W is never copied.
+PiSSA and OLoRA subtract their start from W. Here W stays as it is and the start (A0, B0) is kept beside the trained
+pair: W - s B0 A0 + s B A is a LoRA of rank 2r, [B, -B0] [A; A0]. So the base stays shared, the adapter can be switched
+off, and W is never copied.
 
 Departure from PEFT: OLoRA on GPT-2's [in, out] layers factorises the matrix that is applied, not its transpose.
 """
@@ -48,7 +48,7 @@ class LoraConfig(PeftConfig):
     init_lora_weights            True (A Kaiming-uniform, B zero), "gaussian" (A of deviation 1/r), "pissa", "olora", or
                                  False (A and B random: the start differs from the base; for tests)
     rank_pattern, alpha_pattern  {end of a path, or a regular expression: r or alpha there}
-    enable_lora                  for layers that fuse several projections of the input's width: which of them are adapted
+    enable_lora                  for layers that fuse several projections of the input's width: which are adapted
     fan_in_fan_out               accepted for PEFT's sake; the layer's own layout is what counts
     """
 
@@ -76,7 +76,9 @@ class LoraConfig(PeftConfig):
         if not 0 <= self.lora_dropout < 1:
             raise PeftError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         if self.init_lora_weights not in INITS:
-            raise PeftError(f"init_lora_weights must be one of {', '.join(map(str, INITS))}, not {self.init_lora_weights!r}")
+            raise PeftError(
+                f"init_lora_weights must be one of {', '.join(map(str, INITS))}, not {self.init_lora_weights!r}"
+            )
         if self.enable_lora is not None:
             if not self.enable_lora or not any(self.enable_lora):
                 raise PeftError(f"enable_lora must name at least one projection to adapt, not {self.enable_lora}")
@@ -98,7 +100,10 @@ class LoraConfig(PeftConfig):
         n_out, n_in = shape if kind == "linear" else shape[::-1]
         r = self.rank(name)
         if r > min(n_in, n_out):
-            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; r must be at most {min(n_in, n_out)}")
+            raise PeftError(
+                f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; "
+                f"r must be at most {min(n_in, n_out)}"
+            )
         if kind == "embedding":
             if self.init_lora_weights in ("pissa", "olora") or self.enable_lora:
                 what = "enable_lora" if self.enable_lora else f"init_lora_weights={self.init_lora_weights!r}"
@@ -108,7 +113,8 @@ class LoraConfig(PeftConfig):
             parts, enabled = len(self.enable_lora), sum(self.enable_lora)
             if n_out != parts * n_in:
                 raise PeftError(
-                    f"{name}: enable_lora={self.enable_lora} needs a layer that fuses {parts} projections of width {n_in}; this one gives {n_out}"
+                    f"{name}: enable_lora={self.enable_lora} needs a layer that fuses {parts} projections of width "
+                    f"{n_in}; this one gives {n_out}"
                 )
             shapes = {"lora_A.weight": (enabled * r, n_in), "lora_B.weight": (enabled * n_in, r)}
         else:
@@ -126,7 +132,9 @@ class LoraConfig(PeftConfig):
         for what in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, what):
                 if not any(pattern_value({pattern: True}, name, False) for name in found):
-                    raise PeftError(f"{what}: {pattern!r} matches none of the adapted modules, such as {', '.join(list(found)[:3])}")
+                    raise PeftError(
+                        f"{what}: {pattern!r} matches none of the adapted modules, such as {', '.join(list(found)[:3])}"
+                    )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +155,8 @@ class LoraConfig(PeftConfig):
             options = {**options, "init_lora_weights": True}
         elif init not in INITS:
             raise PeftError(
-                f"the adapter was started with init_lora_weights={init!r}, which changes the base's weights in a way its file does not say"
+                f"the adapter was started with init_lora_weights={init!r}, "
+                "which changes the base's weights in a way its file does not say"
             )
         return super().from_dict(options)
 
@@ -190,14 +199,18 @@ class LoraLinear(Adapter):
         return A, B
 
     def _block_diagonal(self, B: Tensor) -> Tensor:
-        """B's parts [k * width, r], each in the rows of its projection and in its own columns: [parts * width, k * r]."""
+        """B's parts [k * width, r], each in its projection's rows and in columns of its own: [parts * width, k * r]."""
         xp, r, k = xp_of(B.data), B.shape[1], sum(self.enable_lora)
         width, rows, i = B.shape[0] // k, [], 0
         for enabled in self.enable_lora:
             if not enabled:
                 rows.append(Tensor(xp.zeros((width, k * r), B.dtype)))
                 continue
-            row = [Tensor(xp.zeros((width, i * r), B.dtype)), B[i * width : (i + 1) * width], Tensor(xp.zeros((width, (k - 1 - i) * r), B.dtype))]
+            row = [
+                Tensor(xp.zeros((width, i * r), B.dtype)),
+                B[i * width : (i + 1) * width],
+                Tensor(xp.zeros((width, (k - 1 - i) * r), B.dtype)),
+            ]
             rows.append(F.cat(row, axis=1))
             i += 1
         return F.cat(rows, axis=0)
@@ -211,7 +224,7 @@ class LoraLinear(Adapter):
         y = inner(x)
         if "lora_magnitude_vector" not in self.keys:
             return y + delta
-        # DoRA (eq. 5): m/n (W z + s B A z), of which y already holds W x and the bias. PEFT drops elements in both terms.
+        # DoRA (eq. 5): m/n (W z + s B A z), of which y already holds W x and the bias. As in PEFT, both terms see z.
         scale = self.lora_magnitude_vector / self._row_norms(base)
         bias = getattr(base, "bias", None)
         frozen = y if z is x else base(z)

@@ -84,7 +84,9 @@ class PeftModel(Module):
             hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
             return self.base_model.lm_head(hidden[:, -length:], as_rng(given["rng"]))
 
-    def loss(self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
+    def loss(
+        self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
+    ) -> Tensor:
         """The model's loss; labels have the input's length.
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
@@ -107,7 +109,7 @@ class PeftModel(Module):
         return loss
 
     def update_and_allocate(self, global_step: int) -> None:
-        """After step number `global_step` (from 1) of the optimizer, before the gradients are cleared: AdaLoRA prunes."""
+        """After the optimizer's step number `global_step` (from 1), while the gradients are there: AdaLoRA prunes."""
         for name in self.selection.names:
             self.peft_config[name].after_step(self, name, global_step)
 
@@ -125,9 +127,13 @@ class PeftModel(Module):
         prompt = self._prompt()
         return 0 if prompt is None else prompt.length
 
-    def _check_budget(self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any) -> None:
+    def _check_budget(
+        self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any
+    ) -> None:
         if past_key_values:
-            raise PeftError("with virtual tokens, generation starts from the prompt alone; past_key_values cannot be given")
+            raise PeftError(
+                "with virtual tokens, generation starts from the prompt alone; past_key_values cannot be given"
+            )
         longest = max(len(row) for row in ids) if mask is None else max(int((row != 0).sum()) for row in _rows_of(mask))
         room = self.base_model.config.max_position_embeddings - self.virtual_tokens
         if longest + max_new_tokens > room:
@@ -147,7 +153,9 @@ class PeftModel(Module):
                 if name != BASE:
                     self._known(name)
                 if name in self.prompts:
-                    raise PeftError(f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch")
+                    raise PeftError(
+                        f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch"
+                    )
         before, self.selection.rows = self.selection.rows, names
         try:
             yield
@@ -226,7 +234,9 @@ class PeftModel(Module):
         finally:
             self.selection.names = before
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
+    ) -> None:
         """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""
         from .combine import add_weighted_adapter
 
@@ -234,7 +244,11 @@ class PeftModel(Module):
 
     def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
         """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
-        found = [(path, layer.adapters[adapter_name]) for path, layer in self.layers.items() if adapter_name in layer.adapters]
+        found = [
+            (path, layer.adapters[adapter_name])
+            for path, layer in self.layers.items()
+            if adapter_name in layer.adapters
+        ]
         return found + ([("", self.prompts[adapter_name])] if adapter_name in self.prompts else [])
 
     def _known(self, name: str) -> None:
@@ -246,8 +260,9 @@ class PeftModel(Module):
     def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
-        Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in the model and in its configuration. Raises
-        PeftError for a method that no plain model equals, and for a merge that is not finite.
+        Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in
+        the model and in its configuration. Raises PeftError for a method that no plain model equals, and for a
+        merge that is not finite.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
@@ -267,7 +282,7 @@ class PeftModel(Module):
         return self.merge_and_unload([])
 
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
-        """Compute with merged weights while exactly these adapters (the active ones) are in use; the base's are kept."""
+        """Compute with merged weights while exactly these adapters (the active ones) are in use; keep the base's."""
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
             self._known(name)
@@ -294,7 +309,9 @@ class PeftModel(Module):
     def print_trainable_parameters(self) -> None:
         """Print the counts, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def tree(self) -> str:
         """The module tree as text, repeated layers once, with what was put where."""
@@ -374,7 +391,10 @@ def assert_learning(model: PeftModel) -> None:
     """
     unmoved = model.unmoved()
     if unmoved:
-        raise AssertionError(f"{len(unmoved)} adapter parameters never moved: {', '.join(unmoved[:10])}{' ...' if len(unmoved) > 10 else ''}")
+        raise AssertionError(
+            f"{len(unmoved)} adapter parameters never moved: "
+            f"{', '.join(unmoved[:10])}{' ...' if len(unmoved) > 10 else ''}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the tree
@@ -479,4 +499,3 @@ def _describe(module: Module) -> str:
             parts = ", ".join(f"{key} {list(p.shape)}" for key, p in adapter.trained().items())
             text += f" + {name}: {type(adapter).__name__}({parts})"
     return text
-

@@ -2,8 +2,8 @@
 
     W' = W + diag(b) B diag(d) A        eq. 2
 
-A [r, in] and B [out, r] are random, frozen, and shared by all layers (each takes the corner of its size); a layer trains
-only d [r], which starts at `d_initial`, and b [out], which starts at 0.
+A [r, in] and B [out, r] are random, frozen, and shared by all layers (each takes the corner of its size); a layer
+trains only d [r], which starts at `d_initial`, and b [out], which starts at 0.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class VeraConfig(PeftConfig):
             raise PeftError(f"vera_dropout must lie in [0, 1), not {self.vera_dropout}")
         if not self.save_projection:
             raise PeftError(
-                "save_projection=False leaves the shared projections out of the file, and they cannot be drawn again; it must be True"
+                "save_projection=False leaves the shared projections out of the file, and they cannot be drawn again; "
+                "it must be True"
             )
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:

@@ -1,4 +1,4 @@
-"""Every method against Hugging Face PEFT on the same random weights: files both ways, gradients, one AdamW step, counts."""
+"""Every method against Hugging Face PEFT on the same weights: files both ways, gradients, one AdamW step, counts."""
 
 import json
 
@@ -37,7 +37,7 @@ class Norm(transformers.models.llama.modeling_llama.LlamaRMSNorm):
 
 
 def base(dialect, dtype="float64"):
-    """Our model and the transformers model with the same weights, both in float64 (where only real differences show)."""
+    """Our model and the transformers model with the same weights, both in float64, where only real differences show."""
     grouped = dict(num_key_value_heads=2, intermediate_size=48) if dialect == "llama" else {}
     model = mp.Transformer(mp.TransformerConfig(model_type=dialect, initializer_range=0.2, **SHAPE, **grouped), seed=5)
     generator = np.random.default_rng(6)
