@@ -1,0 +1,118 @@
+"""Between an adapter and a quantized base: LoftQ's start, and what quantizing a merge again loses.
+
+**LoftQ** (Li et al. 2023, arXiv:2310.08659, algorithm 1). A quantized base starts with an error, W - Q, that LoRA's zero
+start leaves in place. LoftQ lets the adapter begin with the best rank-r correction of it, in turns:
+
+    Q <- quantize(W - s B A)        s B A <- the r largest singular directions of W - Q        (A, B = 0 at first)
+
+so that Q + s B A is nearer to W than Q alone. The base of the result is not the plainly quantized one, so it is saved
+with the adapter.
+
+**Merging.** s B A merged into a dequantized weight is exact, and dense. Quantizing the sum again rounds each weight to
+its nearest code: an update much smaller than the gaps between the codes is largely rounded away.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..autograd.tensor import Tensor, no_grad
+from ..backend import Array, asarray, to_numpy, xp_of
+from ..nn.module import Module
+from ..quant import Linear4bit, quantize_model
+from .config import PeftError
+from .layer import dense_weight, fill, out_in
+from .lora import LoraConfig
+from .model import PeftModel, get_peft_model
+
+
+def get_loftq_model(
+    model: Module, config: LoraConfig, iterations: int = 1, adapter_name: str = "default", seed: int = 0, **options: Any
+) -> PeftModel:
+    """A LoRA model over a quantized base, both started by LoftQ; `model` stays as it is.
+
+    Args:
+        model: the model in floats.
+        config: LoRA for linear layers, with its usual start, which is replaced.
+        iterations: how many turns; the paper uses 1 to 10 and finds most of the gain in the first.
+        options: of `quantize_model`.
+
+    Raises PeftError for another method or start, and for an adapted layer that is not quantized.
+    """
+    if not isinstance(config, LoraConfig) or config.init_lora_weights is not True or config.use_dora or config.enable_lora:
+        raise PeftError("LoftQ starts a plain LoRA: a LoraConfig with init_lora_weights=True, without use_dora or enable_lora")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise PeftError(f"iterations must be a positive integer, not {iterations!r}")
+    peft = get_peft_model(quantize_model(model, **options), config, adapter_name, seed)
+    for path, layer in peft.layers.items():
+        base, adapter = layer.base_layer, layer.adapters[adapter_name]
+        if not isinstance(base, Linear4bit):
+            raise PeftError(f"{path}: LoftQ is for quantized layers; this one is a {type(base).__name__}")
+        dense = model.get_submodule(path)
+        W = to_numpy(out_in(dense, dense_weight(dense))).astype(np.float32)
+        r, s = adapter.lora_A.shape[0], np.float32(adapter.scaling)
+        update = np.zeros_like(W)
+        for _ in range(iterations):
+            base = base.quantize(asarray(W - update, xp_of(base.weight.data)))
+            U, S, Vt = np.linalg.svd(W - to_numpy(base.dequantize()).astype(np.float32), full_matrices=False)
+            root = np.sqrt(S[:r] / s)
+            A, B = root[:, None] * Vt[:r], U[:, :r] * root
+            update = s * (B @ A)
+        layer.base_layer = base
+        fill(adapter.lora_A, A)
+        fill(adapter.lora_B, B)
+    peft.mark_start(adapter_name)
+    return peft
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """How far a merged layer is from the layer with its adapters, over normal inputs x (Frobenius norms).
+
+    dense        ||dense(x) - adapted(x)|| / ||adapted(x)||: float32 rounding
+    requantized  ||requantized(x) - adapted(x)|| / ||adapted(x)||
+    of_update    ||requantized(x) - adapted(x)|| / ||adapted(x) - base(x)||: above 1, more is lost than was learned
+    codes        the share of the packed bytes that the update changed
+    """
+
+    dense: float
+    requantized: float
+    of_update: float
+    codes: float
+
+
+def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = None) -> tuple[Any, dict[str, MergeError]]:
+    """(a plain model whose quantized layers have the adapters merged and are quantized again, {path: error}).
+
+    Each layer is quantized as it was; layers that were not quantized are merged as `merge_and_unload` does. One layer's
+    dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made.
+    """
+    names = model.active_adapters if adapter_names is None else list(adapter_names)
+    twin, errors = model.unload(), {}
+    for path, layer in model.layers.items():
+        merged, base = layer.merge(names), layer.base_layer
+        if isinstance(base, Linear4bit):
+            again = base.quantize(out_in(merged, merged.weight.data))
+            again.bias = merged.bias
+            probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
+            x = Tensor(asarray(probe, xp_of(base.weight.data)))
+            with no_grad():
+                adapted = layer._through([n for n in names if n in layer.adapters], x, ()).data
+                dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
+            errors[path] = MergeError(
+                dense / _norm(adapted),
+                requantized / _norm(adapted),
+                requantized / plain if plain else math.inf,
+                float((again.weight.data != base.weight.data).mean().item()),
+            )
+            merged = again
+        twin.replace(path, merged)
+    return twin, errors
+
+
+def _norm(x: Array) -> float:
+    return float(xp_of(x).sqrt((x * x).sum()).item())
