@@ -25,6 +25,10 @@ _HOMES = {
     "peft.bitfit": "BitFitConfig",
     "peft.vera": "VeraConfig",
     "peft.adalora": "AdaLoraConfig",
+    "peft.bottleneck": "BottleneckConfig",
+    "peft.prompt_tuning": "PromptTuningConfig",
+    "peft.prefix_tuning": "PrefixTuningConfig",
+    "peft.p_tuning": "PromptEncoderConfig",
 }
 _OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 _MODULES = {

@@ -1,0 +1,140 @@
+"""Bottleneck adapters: a small network after (or beside) a sublayer, with a narrow middle.
+
+    a(z) = W_up f(W_down z + b_down) + b_up        W_down [m, d], W_up [d, m]: 2 m d + m + d parameters
+
+    houlsby    h + a(h), h = s(x)   after attention and the MLP   Houlsby et al. 2019, arXiv:1902.00751, section 2.1
+    pfeiffer   h + a(h), h = s(x)   after the MLP alone           Pfeiffer et al. 2020, arXiv:2005.00247, section 3
+    parallel   s(x) + scaling a(x)  beside the MLP                He et al. 2021, arXiv:2110.04366, section 3.3
+
+s is the sublayer, without the residual connection around it. W_up and b_up start at zero, so the adapted model starts
+as the base, exactly; Houlsby et al. start from small random numbers. The function between the two matrices is not linear,
+so no plain layer equals an adapted one: adapters cannot be merged, and cost time in every forward pass.
+
+Departure: the papers' models normalize after the residual connection, where some variants move or add a layer norm;
+these models normalize before, and the sublayer's output is the one place there is.
+
+PEFT has no bottleneck adapters; names are those of the `adapters` library (AdapterHub), and the files are this
+package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import Rng
+from ..nn.module import Module
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter, fill, kaiming_uniform
+
+NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+SUBLAYERS = {"gpt2": ("attn", "mlp"), "llama": ("self_attn", "mlp")}  # model_type -> attention, MLP
+LAST = ("c_proj", "o_proj", "down_proj")  # the layer that ends a sublayer, whose output is the sublayer's
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """The options of bottleneck adapters.
+
+    placement          "houlsby", "pfeiffer" or "parallel"
+    reduction_factor   m = d // reduction_factor, d the sublayer's width (16 in AdapterHub's houlsby and pfeiffer, 2 in
+                       its parallel adapter), or
+    bottleneck_size    m itself
+    non_linearity      "relu", "gelu" (tanh form) or "silu" (AdapterHub's houlsby)
+    scaling            factor of the adapter's output (4 in He et al.)
+    target_modules     None: the placement's sublayers; or the names of any modules of one input and one output
+    """
+
+    placement: str = "pfeiffer"
+    reduction_factor: float = 16
+    bottleneck_size: int | None = None
+    non_linearity: str = "relu"
+    scaling: float = 1.0
+
+    peft_type: ClassVar[str] = "BOTTLENECK"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
+            raise PeftError(f"placement must be 'houlsby', 'pfeiffer' or 'parallel', not {self.placement!r}")
+        if self.non_linearity not in NON_LINEARITIES:
+            raise PeftError(f"non_linearity must be one of {', '.join(NON_LINEARITIES)}, not {self.non_linearity!r}")
+        if self.bottleneck_size is not None and (type(self.bottleneck_size) is not int or self.bottleneck_size < 1):
+            raise PeftError(f"bottleneck_size must be a positive integer, not {self.bottleneck_size!r}")
+        if not self.reduction_factor > 0:
+            raise PeftError(f"reduction_factor must be a positive number, not {self.reduction_factor!r}")
+
+    def with_targets(self, model: Module) -> BottleneckConfig:
+        if self.target_modules is not None:
+            return self
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in SUBLAYERS:
+            raise PeftError(
+                f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
+                f"{', '.join(SUBLAYERS)}"
+            )
+        return self.replace(target_modules=list(SUBLAYERS[model_type][self.placement != "houlsby" :]))
+
+    def check_target(self, name: str, module: Module) -> None:
+        _widths(name, module)
+
+    def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+        """Of the adapter on a sublayer with so many inputs and outputs."""
+        n_in = n_in if self.placement == "parallel" else n_out
+        m = self.bottleneck_size or int(n_in // self.reduction_factor)
+        if m < 1:
+            raise PeftError(f"{name}: reduction_factor={self.reduction_factor} leaves nothing of a width of {n_in}")
+        return {"down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it, in this package's models."""
+        if kind not in ("linear", "conv1d"):
+            return {}
+        n_out, n_in = shape if kind == "linear" else shape[::-1]
+        parent, _, last = name.rpartition(".")
+        if self.targets(name, kind):
+            return self.shapes(name, n_in, n_out)
+        if last in LAST and self.targets(parent, ""):
+            return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
+        return {}
+
+    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
+        return Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seed)
+
+
+class Bottleneck(Adapter):
+    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]."""
+
+    def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer)
+        self.parallel, self.scaling = config.placement == "parallel", config.scaling
+        self.non_linearity = config.non_linearity
+        if seed is not None:
+            fill(self.down_weight, kaiming_uniform(np.random.default_rng(seed), self.down_weight.shape))
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        h = inner(x)
+        z = F.linear(x if self.parallel else h, self.down_weight, self.down_bias)  # [..., m]
+        a = F.linear(NON_LINEARITIES[self.non_linearity](z), self.up_weight, self.up_bias)
+        return h + (a if self.scaling == 1 else a * self.scaling)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        raise PeftError(
+            "a bottleneck adapter is not linear, so no plain layer equals the adapted one: it cannot be merged; "
+            "keep it beside the base (unload gives the base alone)"
+        )
+
+
+def _widths(name: str, module: Module) -> tuple[int, int]:
+    """(inputs, outputs) of a layer; of a sublayer, inputs of its first linear layer and outputs of its last."""
+    layers = [m for _, m in module.named_modules() if kind_of(m) in ("linear", "conv1d")]
+    if not layers:
+        raise PeftError(f"target_modules: {name!r}, a {type(module).__name__}, holds no linear layer, so has no width")
+    ends = [shape_of(m) if kind_of(m) == "linear" else shape_of(m)[::-1] for m in (layers[0], layers[-1])]
+    return ends[0][1], ends[1][0]

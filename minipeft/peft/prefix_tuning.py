@@ -1,0 +1,152 @@
+"""Prefix tuning: trained keys and values in front of every layer's own (Li & Liang 2021, arXiv:2101.00190).
+
+    attention(q, [Pk; k], [Pv; v])       Pk, Pv [num_virtual_tokens, key heads, head_dim] of each layer        eq. 2
+
+The prefix is a cache of positions that no token ever stood at, and `past_key_values` is where the model takes it.
+Unlike a prompt it steers every layer directly, and the virtual positions compute nothing. Under grouped-query attention
+it has as many heads as keys have.
+
+Training a prefix directly is unstable; the paper computes it from a smaller matrix (section 4.3, prefix_projection):
+
+    [Pk₁ Pv₁ Pk₂ Pv₂ ...] = W₂ tanh(W₁ e + b₁) + b₂        e [num_virtual_tokens, token_dim]
+
+Only the left side is needed afterwards, and only it is saved: a row per virtual token, in it the layers one after the
+other, keys before values. `key_values` gives it as plain arrays, with which the base model runs without this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor, no_grad
+from ..backend import Array
+from ..nn.layers import Embedding, Linear
+from ..nn.module import Module, Parameter, Sequential
+from ..nn.transformer import KVCache, Transformer
+from .config import PeftError, Seed, Shape
+from .layer import Prompt, fill
+from .prompt_learning import PromptLearningConfig, initialize, make_room
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning's options, with PEFT's names.
+
+    prefix_projection     compute the prefix from a smaller matrix by an MLP while it is trained
+    encoder_hidden_size   width of the MLP; None: token_dim
+    init_weights          None (random) or "zero": the prefix starts at zero
+    """
+
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init_weights: str | None = None
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise PeftError(f"init_weights must be None or 'zero', not {self.init_weights!r}")
+
+    @property
+    def projected(self) -> bool:
+        """Whether the prefix is computed; of an adapter read from a file it never is."""
+        return self.prefix_projection and not self.inference_mode
+
+    def with_targets(self, model: Module) -> PrefixTuningConfig:
+        c, config = getattr(model, "config", None), self
+        if hasattr(c, "num_key_value_heads"):
+            heads = c.num_key_value_heads
+            width = self.token_dim or heads * c.head_dim
+            config = self.replace(num_attention_heads=self.num_attention_heads or heads, token_dim=width)
+        config = PromptLearningConfig.with_targets(config, model)
+        return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
+
+    def shapes(self, width: int) -> dict[str, Shape]:
+        if self.num_layers is None or self.token_dim is None:
+            raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
+        P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
+        if not self.projected:
+            return {self.stored_key: (P, n)}
+        h = self.encoder_hidden_size or d
+        return {
+            "embedding.weight": (P, d),
+            "transform.0.weight": (h, d), "transform.0.bias": (h,),
+            "transform.2.weight": (n, h), "transform.2.bias": (n,),
+        }  # fmt: skip
+
+    def build(self, model: Transformer, seed: Seed) -> Prompt:
+        c = model.config
+        needed = {
+            "num_layers": c.num_hidden_layers,
+            "num_attention_heads": c.num_key_value_heads,
+            "token_dim": c.num_key_value_heads * c.head_dim,
+        }
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise PeftError(f"{name}={getattr(self, name)}, but this model's keys and values need {value}")
+        return PrefixEncoder(self, model.backbone.embedding, seed)
+
+
+class PrefixEncoder(Prompt):
+    """The prefix of all layers: prompt_embeddings [P, 2 L token_dim], or the network that computes it."""
+
+    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
+        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
+        self.heads = config.num_attention_heads
+        zero = config.init_weights == "zero"
+        if not config.projected:
+            super().__init__(config.shapes(config.token_dim), like)
+            if seed is not None and not zero:
+                shape = self.prompt_embeddings.shape
+                fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
+            return
+        P, d, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
+        self.embedding = Embedding(P, d, seed=None)
+        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
+        initialize(self, like, seed)
+        if zero:
+            for p in self.transform[2].parameters():
+                p.data[...] = 0
+
+    def flat(self) -> Tensor:
+        """[P, 2 L token_dim]."""
+        return self.transform(self.embedding.weight) if "transform" in self.__dict__ else self.prompt_embeddings
+
+    def _layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) of each layer, both [B, key heads, P, head_dim]."""
+        x = self.flat().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
+        x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
+        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
+        return list(zip(parts[::2], parts[1::2]))
+
+    def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
+        """The prefix as a plain cache: (keys, values) of each layer, arrays [B, key heads, P, head_dim].
+
+        `base.generate(ids, past_key_values=prefix.key_values(len(ids)))` continues as the adapted model does.
+        """
+        with no_grad():
+            return [(k.data, v.data) for k, v in self._layers(batch)]
+
+    def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
+        """The prefix as past_key_values; a KVCache that is empty yet is given it as its first positions."""
+        given, fresh = make_room(self.length, given, model.config.max_position_embeddings, in_input=False)
+        if not fresh:
+            return given
+        past, inputs = given["past_key_values"], given["input_ids"]
+        prefix = self._layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
+        if not isinstance(past, KVCache):
+            return {**given, "past_key_values": prefix}
+        for layer, (k, v) in enumerate(prefix):
+            past.append(layer, k.data, v.data)
+        return given
+
+    def saved(self) -> dict[str, Parameter]:
+        if "transform" not in self.__dict__:
+            return super().saved()
+        with no_grad():
+            return {PrefixTuningConfig.stored_key: Parameter(self.flat().data)}
