@@ -137,6 +137,15 @@ def test_frozen_parameters_keep_their_bytes(rng):
     assert changed == ["model.norm.weight"]
 
 
+def test_adalora_spends_its_budget_as_it_is_trained(rng):
+    config = mp.AdaLoraConfig(total_step=6, init_r=4, target_r=1, tfinal=1, target_modules=["q_proj", "v_proj"])
+    model = mp.get_peft_model(tiny_model(), config)
+    args = TrainingArguments(max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, progress=False)
+    Trainer(model, counting(8, rng), args=args).train()
+    values = [p.data for name, p in model.named_parameters() if "lora_E" in name]
+    assert sum(int((to_numpy(v) != 0).sum()) for v in values) == len(values)  # target_r = 1 triplet a layer, on average
+
+
 def test_early_stopping_ends_with_the_best_weights(rng):
     """Labels that mean nothing: the held-out loss soon rises."""
     noise = [(ids, rng.integers(0, 32, len(ids))) for ids, _ in counting(24, rng)]

@@ -301,6 +301,8 @@ class Trainer:
             except NonFiniteGradient:
                 self._diverged(step, loss)
             self.optimizer.step()
+        if hasattr(self.model, "update_and_allocate"):  # AdaLoRA moves its budget between layers, by their gradients
+            self.model.update_and_allocate(step + 1)
         self.optimizer.zero_grad()
         return {
             "step": step + 1, "epoch": round((step + 1) / self.steps_per_epoch, 4), "loss": loss, "learning_rate": rate,
