@@ -18,7 +18,7 @@ import numpy as np
 
 from ..autograd.cases import Case, cases, normal
 from ..autograd.tensor import Tensor, op
-from ..backend import Array, Rng, xp_of
+from ..backend import Array, Rng, matmul, xp_of
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from .blockwise import QuantError, QuantState, dequantize_4bit, dequantize_into, quantize_4bit
@@ -56,7 +56,7 @@ def linear_4bit(x, packed, state, bias=None):
     n = math.prod(shape[:-1])
     x2, y = x.reshape(n, n_in), xp.empty((n, n_out), x.dtype)
     for rows, w in weight_tiles(packed, state):
-        xp.matmul(x2, w.astype(x.dtype, copy=False).T, out=y[:, rows])
+        matmul(x2, w.astype(x.dtype, copy=False).T, out=y[:, rows])
     if bias is not None:
         y += bias
 
@@ -65,9 +65,9 @@ def linear_4bit(x, packed, state, bias=None):
         for rows, w in weight_tiles(packed, state):
             w = w.astype(g.dtype, copy=False)
             if rows.start == 0:
-                xp.matmul(g2[:, rows], w, out=d)
+                matmul(g2[:, rows], w, out=d)
             else:
-                d += xp.matmul(g2[:, rows], w)
+                d += matmul(g2[:, rows], w)
         return d.reshape(shape)
 
     return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(n, n_out).sum(axis=0)
