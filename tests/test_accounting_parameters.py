@@ -9,10 +9,14 @@ from minipeft.nn.heads import head_only
 from minipeft.nn.transformer import Transformer, TransformerConfig
 from minipeft.peft.adalora import AdaLoraConfig
 from minipeft.peft.bitfit import BitFitConfig
+from minipeft.peft.bottleneck import BottleneckConfig
 from minipeft.peft.ia3 import IA3Config
 from minipeft.peft.ln_tuning import LNTuningConfig
 from minipeft.peft.lora import LoraConfig
 from minipeft.peft.model import PeftModel
+from minipeft.peft.p_tuning import PromptEncoderConfig
+from minipeft.peft.prefix_tuning import PrefixTuningConfig
+from minipeft.peft.prompt_tuning import PromptTuningConfig
 from minipeft.peft.vera import VeraConfig
 
 CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfig.llama(tie_word_embeddings=False)]
@@ -54,6 +58,12 @@ METHODS = {
     "ia3": IA3Config(),
     "layer norms": LNTuningConfig(),
     "adalora": AdaLoraConfig(total_step=10),
+    "bottleneck": BottleneckConfig(placement="houlsby"),
+    "parallel bottleneck": BottleneckConfig(placement="parallel", bottleneck_size=7),
+    "prompt": PromptTuningConfig(num_virtual_tokens=9),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=9),
+    "prefix by an MLP": PrefixTuningConfig(num_virtual_tokens=9, prefix_projection=True),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=9),
 }
 
 

@@ -87,10 +87,13 @@ def count_parameters(model: Any, config: Any = None) -> ParameterCount:
     """Trainable, stored and total parameters of a model under a method.
 
     `model` is an `Architecture`, or what `architecture` takes; `config` as in `trained_parameters`. What is trained is
-    stored. Raises ValueError as they do.
+    stored, but for what only computes it (a prefix's or a prompt's network): a method's `inference_mode` is without.
+    Raises ValueError as they do.
     """
     arch = model if isinstance(model, Architecture) else architecture(model)
     trained = trained_parameters(arch, config)
-    n = sum(math.prod(shape) for shape in trained.values())
+    folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
+    needed = trained_parameters(arch, folded)
+    n, stored = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (trained, needed))
     added = sum(math.prod(shape) for name, shape in trained.items() if name not in arch.shapes)
-    return ParameterCount(trainable=n, stored=n, total=arch.size + added)
+    return ParameterCount(trainable=n, stored=stored, total=arch.size + added)

@@ -183,8 +183,10 @@ class _Op:
         """An array of this op."""
         return ShapeArray.new(self.meter, shape, dtype, self.name)
 
-    def view(self, source: Array, shape: Shape) -> ShapeArray:
-        """`source` seen in another shape, without memory of its own."""
+    def view(self, source: Array, shape: Shape) -> Array:
+        """`source` seen in another shape, without memory of its own (of a weight, a plain array)."""
+        if not isinstance(source, ShapeArray):
+            return np.broadcast_to(np.zeros((), source.dtype), shape)
         view = np.ndarray.__new__(ShapeArray, shape, source.dtype, np.zeros(1, source.dtype), 0, (0,) * len(shape))
         view.buffer = source.buffer
         return view

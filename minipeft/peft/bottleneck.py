@@ -7,8 +7,8 @@
     parallel   s(x) + scaling a(x)  beside the MLP                He et al. 2021, arXiv:2110.04366, section 3.3
 
 s is the sublayer, without the residual connection around it. W_up and b_up start at zero, so the adapted model starts
-as the base, exactly; Houlsby et al. start from small random numbers. The function between the two matrices is not linear,
-so no plain layer equals an adapted one: adapters cannot be merged, and cost time in every forward pass.
+as the base, exactly; Houlsby et al. start from small random numbers. The function between the two matrices is not
+linear, so no plain layer equals an adapted one: adapters cannot be merged, and cost time in every forward pass.
 
 Departure: the papers' models normalize after the residual connection, where some variants move or add a layer norm;
 these models normalize before, and the sublayer's output is the one place there is.

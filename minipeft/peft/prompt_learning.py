@@ -59,9 +59,7 @@ class PromptLearningConfig(PeftConfig):
             if (value is not None or name == "num_virtual_tokens") and (type(value) is not int or value < 1):
                 raise PeftError(f"{name} must be a positive integer, not {value!r}")
         if self.num_transformer_submodules not in (None, 1):
-            raise PeftError(
-                f"num_transformer_submodules must be 1, a decoder, not {self.num_transformer_submodules!r}"
-            )
+            raise PeftError(f"num_transformer_submodules must be 1, a decoder, not {self.num_transformer_submodules!r}")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
 

@@ -171,14 +171,19 @@ def test_a_text_gives_the_start_that_it_gives_in_peft(tmp_path):
     twin = transformers.AutoModelForCausalLM.from_pretrained(saved := Path(mp.hub.__file__).parent / "base")
     for text in ("Say it again", "a text of rather more tokens than there are virtual ones"):
         options = dict(
-            num_virtual_tokens=8, prompt_tuning_init="TEXT", prompt_tuning_init_text=text, tokenizer_name_or_path=str(saved)
+            num_virtual_tokens=8,
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text=text,
+            tokenizer_name_or_path=str(saved),
         )
         ours = mp.get_peft_model(base_model, mp.PromptTuningConfig(**options))
         theirs = peft.get_peft_model(twin, peft.PromptTuningConfig(task_type="CAUSAL_LM", **options))
         expected = theirs.prompt_encoder["default"].embedding.weight.detach().numpy()
         np.testing.assert_array_equal(ours.prompts["default"].prompt_embeddings.data, expected)
         ids = tokenizer.encode(text)
-        by_ids = mp.PromptTuningConfig(num_virtual_tokens=8, prompt_tuning_init="TEXT", prompt_tuning_init_ids=list(ids))
+        by_ids = mp.PromptTuningConfig(
+            num_virtual_tokens=8, prompt_tuning_init="TEXT", prompt_tuning_init_ids=list(ids)
+        )
         np.testing.assert_array_equal(mp.get_peft_model(base_model, by_ids).prompts["default"].vectors().data, expected)
         mp.get_peft_model(base_model, by_ids).save_pretrained(tmp_path)  # says no tokenizer: PEFT takes it all the same
         again = peft.PeftModel.from_pretrained(twin, tmp_path)
@@ -195,7 +200,8 @@ def test_an_lstms_file_loads_and_options_of_other_models_are_refused(tmp_path):
     close(mp.PeftModel.from_pretrained(model, tmp_path)(IDS).data, their_logits(theirs))
     good = json.loads((tmp_path / "adapter_config.json").read_text())
     for option, value in {
-        "num_transformer_submodules": 2, "task_type": "SEQ_2_SEQ_LM", "token_dim": 16, "num_virtual_tokens": 40, "tomorrow": 1,
+        "num_transformer_submodules": 2, "task_type": "SEQ_2_SEQ_LM", "token_dim": 16,
+        "num_virtual_tokens": 40, "tomorrow": 1,
     }.items():  # fmt: skip
         (tmp_path / "adapter_config.json").write_text(json.dumps({**good, option: value}))
         with pytest.raises(PeftError, match=option):
