@@ -23,6 +23,7 @@ from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..text.tokenizer import Tokenizer
 from .configuration import HubError, from_hugging_face, to_hugging_face
+from .quantized import dense_parameters, quantization_config, quantized_layers, split_quantization, take_quantized
 
 __all__ = ["HubError", "from_pretrained", "save_pretrained"]
 
@@ -54,16 +55,21 @@ def save_pretrained(
     A tied head is written once. Everything is checked before anything is written. The configuration of the old model is
     taken away first and the new one written last, so a crash in between leaves a directory that does not load, and
     never one model's weights under another's configuration.
-    Raises HubError for a model that is not of one of these classes, for one whose layers have been replaced (merge
-    adapters and dequantize first), and for values that float16 cannot hold.
+    Layers in four bits are written as bitsandbytes has them. Raises HubError for a model that is not of one of these
+    classes, for one whose layers have been replaced by others (merge adapters first), and for values that float16 cannot
+    hold.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
         raise HubError(f"save_pretrained writes a Transformer or a SequenceClassifier, not a {type(model).__name__}")
     if dtype is not None and dtype not in _DTYPES:
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
     _check_plain(model)
-    weights = {name: _cast(name, to_numpy(array), dtype) for name, array in model.state_dict().items()}
-    content = to_hugging_face(model.config, np.result_type(*weights.values()).name)
+    floats = dense_parameters(model)
+    weights = {n: _cast(n, to_numpy(a), dtype if n in floats else None) for n, a in model.state_dict().items()}
+    content = to_hugging_face(model.config, np.result_type(*[weights[name] for name in floats]).name)
+    quantization = quantization_config(model)
+    if quantization is not None:
+        content["quantization_config"] = quantization
     content["architectures"] = [_architecture(model)]
     if isinstance(model, SequenceClassifier):
         content["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
@@ -92,17 +98,19 @@ def _architecture(model: Module) -> str:
 
 
 def _check_plain(model: Transformer | SequenceClassifier) -> None:
-    """The parameters are those that the configuration alone gives: no adapter, no quantized layer, no untied head."""
+    """The parameters are those that the configuration alone gives, or quantized: no adapter, no untied head."""
     plain: Module = Transformer(model.config, seed=None)
     if isinstance(model, SequenceClassifier):
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
+    for path, layer in quantized_layers(model):
+        plain.replace(path, layer)
     have = {name: p.shape for name, p in model.named_parameters()}
     want = {name: p.shape for name, p in plain.named_parameters()}
     differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if differing:
         raise HubError(
             f"{_some(differing)} differ from what the configuration of a {_architecture(model)} describes: "
-            "merge adapters and dequantize before saving, or save the adapter by itself"
+            "merge adapters before saving, or save the adapter by itself"
         )
 
 
@@ -129,7 +137,7 @@ def from_pretrained(
     Reads the GPT-2 and Llama families as transformers 4 and 5 write them: one safetensors file, or several and an
     index; float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also without their
     `transformer.` prefix and with the constant `attn.bias` buffers of older checkpoints. Sequence classifiers come as
-    SequenceClassifier.
+    SequenceClassifier, layers that bitsandbytes quantized to four bits as Linear4bit.
 
     Args:
         dtype: of the weights in memory: "float32" (by default) or "float16", a storage format that operations widen.
@@ -145,13 +153,17 @@ def from_pretrained(
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
     content = _read_config(path)
     try:
+        content, quantized = split_quantization(content)
         model = _unallocated_model(content)
     except HubError as error:
         raise HubError(f"{path / _CONFIG}: {error}") from error
     arrays = _read_weights(path)
     try:
+        layers = take_quantized(model, arrays) if quantized else {}
+        for place, layer in layers.items():
+            model.replace(place, layer.to(xp))
         _fit(model, arrays)
-        for name, parameter in model.named_parameters():
+        for name, parameter in dense_parameters(model).items():
             array = arrays.pop(name)
             owned = array.flags.writeable  # widened while it was read; the others are views of a read-only file
             array = _cast(name, array, dtype)
@@ -242,7 +254,7 @@ def _fit(model: Transformer | SequenceClassifier, arrays: dict[str, np.ndarray])
     if not any(name.startswith(prefix) for name in arrays):  # saved from the bare backbone, as the original GPT-2 is
         for name in [name for name in arrays if name not in ("lm_head.weight", "score.weight")]:
             arrays[prefix + name] = arrays.pop(name)
-    parameters = dict(model.named_parameters())
+    parameters = dense_parameters(model)
     if isinstance(model, Transformer) and model.config.tie_word_embeddings:
         embedding = next(name for name, p in parameters.items() if p is model.lm_head.weight)
         head = arrays.pop("lm_head.weight", None)
@@ -259,7 +271,7 @@ def _fit(model: Transformer | SequenceClassifier, arrays: dict[str, np.ndarray])
             raise HubError(f"{name} has the shape {array.shape}, the configuration gives {parameter.shape}")
         if array.dtype.kind != "f":
             raise HubError(
-                f"{name} holds {array.dtype}, not floating-point numbers: quantized weights are not supported"
+                f"{name} holds {array.dtype}, not floating-point numbers, and the configuration says of no quantization"
             )
 
 

@@ -10,6 +10,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'orac
 
 import bitsandbytes.functional as theirs  # noqa: E402
 
+import minipeft as mp  # noqa: E402
 from minipeft import quant  # noqa: E402
 from minipeft.autograd.tensor import Tensor  # noqa: E402
 from minipeft.files import read_safetensors, write_safetensors  # noqa: E402
@@ -172,3 +173,43 @@ def test_the_gradient_of_the_input_is_theirs():
     ours(mine).backward(g)
     theirs_layer.train()(other).backward(torch.from_numpy(g))
     np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- directories of models
+
+
+@pytest.mark.parametrize("dialect", ["llama", "gpt2"])
+def test_directories_of_quantized_models_are_read_by_transformers_and_read_from_it(dialect, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
+    pytest.importorskip("accelerate", reason="transformers loads quantized models with accelerate, which peft of the extra 'oracles' brings")
+    config = getattr(mp.TransformerConfig, dialect)(
+        vocab_size=30, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16
+    )
+    dense = mp.Transformer(config, seed=1)
+    model = quant.quantize_model(dense)
+    ids = np.arange(14).reshape(2, 7)
+
+    def logits(theirs_model):  # in training mode (its dropout off), where bitsandbytes multiplies in float32
+        for module in theirs_model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return theirs_model(torch.from_numpy(ids)).logits.detach().numpy()
+
+    mp.save_pretrained(model, tmp_path / "ours")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in read.modules()) == {"llama": 14, "gpt2": 8}[dialect]
+    np.testing.assert_allclose(logits(read), model(ids).data, atol=1e-5)
+
+    mp.save_pretrained(dense, tmp_path / "dense")
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=options, dtype=torch.float32, device_map="cpu"
+    )
+    made.save_pretrained(tmp_path / "theirs")
+    back, _ = mp.from_pretrained(tmp_path / "theirs")
+    np.testing.assert_allclose(back(ids).data, logits(made), atol=1e-5)
+    ours, other = model.state_dict(), back.state_dict()
+    assert ours.keys() == other.keys()
+    assert all(np.array_equal(ours[n], other[n]) for n in ours if not n.endswith(("nested_absmax", "bitsandbytes__nf4")))
