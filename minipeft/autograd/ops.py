@@ -356,9 +356,16 @@ def dropout(x, p, rng):
 # ------------------------------------------------------------------------------------------------------- reductions
 
 
+def _axis(axis: int, ndim: int) -> int:
+    """The axis counted from the front. Raises IndexError where there is no such axis."""
+    if not -ndim <= axis < ndim:
+        raise IndexError(f"axis {axis} is out of range for a tensor with {ndim} axes")
+    return axis % ndim
+
+
 def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-    return tuple(a % ndim for a in axes) if ndim else ()
+    return tuple(_axis(a, ndim) for a in axes)
 
 
 def _expand(g: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
@@ -482,7 +489,7 @@ def getitem(x, index):
 def gather(x, indices, axis=-1):
     """x's elements at `indices` along `axis`, where indices has x's number of axes (torch.gather, take_along_axis)."""
     xp, shape, ndim = xp_of(x), x.shape, x.ndim
-    axis = axis % ndim
+    axis = _axis(axis, ndim)
 
     def dx(g):
         # the index arrays of every axis: `indices` itself along `axis`, positions along the others
@@ -518,7 +525,7 @@ def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors along a new axis (torch.stack)."""
-    position = axis % (len(tensors[0].shape) + 1)
+    position = _axis(axis, len(tensors[0].shape) + 1)
     return _cat(*[getitem(t, (slice(None),) * position + (None,)) for t in tensors], axis=position)
 
 

@@ -40,6 +40,8 @@ REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
 _mode = threading.local()
 
+_NOT_FLOAT = "only floating-point tensors can require gradients; this one is {} of shape {}"
+
 
 class AutogradError(RuntimeError):
     """The graph was used in a way that has no meaning: freed, non-scalar without a gradient, no graph at all."""
@@ -134,6 +136,8 @@ def op(fn: Callable) -> Callable:
                 if isinstance(a, Tensor) and a.requires_grad:
                     if pullback is None:
                         raise AutogradError(f"{fn.__name__}: the input of shape {a.shape} has no derivative in this op")
+                    if a.data.dtype.kind != "f":
+                        raise TypeError(_NOT_FLOAT.format(a.data.dtype, a.data.shape))
                     edges.append((a if a._node is None else a._node, pullback, a.data.shape, a.data.dtype))
             if edges:
                 result._node, result.requires_grad = Node(fn.__name__, edges), True
@@ -267,7 +271,7 @@ class Tensor:
         if data.dtype.kind not in "fiub":
             raise TypeError(f"a Tensor holds real numbers; data of dtype {data.dtype} was given")
         if requires_grad and data.dtype.kind != "f":
-            raise TypeError(f"only floating-point tensors can require gradients; this one is {data.dtype} of shape {data.shape}")
+            raise TypeError(_NOT_FLOAT.format(data.dtype, data.shape))
         self.data: Array = data
         self.grad: Array | None = None
         self.requires_grad = requires_grad

@@ -23,6 +23,11 @@ import numpy as np
 
 from ..backend import Array, asarray, is_array, split_rows, xp_of
 from ..nn.module import Parameter
+from .schedule import SCHEDULES, constant, cosine, linear
+
+__all__ = [
+    "SCHEDULES", "SGD", "Adam", "AdamW", "NonFiniteGradient", "Optimizer", "clip_grad_norm", "constant", "cosine", "linear",
+]  # fmt: skip
 
 ELEMENTS = 1 << 16  # 256 KiB of float32: smaller ones wait for the interpreter lock, larger ones leave the cache
 DEVICE_ELEMENTS = 1 << 22  # on a device what costs is the launch of a kernel
@@ -158,6 +163,11 @@ class Optimizer:
         return "a parameter"
 
     def _check_parameter(self, p: Parameter) -> None:
+        if p.dtype.kind != "f":
+            raise TypeError(
+                f"{type(self).__name__}: {self._label(p)} of shape {p.shape} is {p.dtype}; only floating-point parameters "
+                "are trained: set requires_grad=False, as for a quantized weight"
+            )
         if p.dtype.itemsize < 4:
             raise TypeError(
                 f"{type(self).__name__}: {self._label(p)} of shape {p.shape} is {p.dtype}, in which most steps would "
