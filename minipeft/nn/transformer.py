@@ -212,13 +212,13 @@ class LlamaAttention(Module):
         B, T, _ = x.shape
 
         def heads(y: Tensor) -> Tensor:  # [B, T, H * D] -> [B, H, T, D]
-            return y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+            return y.reshape(B, T, y.shape[2] // self.head_dim, self.head_dim).swapaxes(1, 2)
 
         q = F.rope(heads(self.q_proj(x, rng)), *context.rotation)
         k = F.rope(heads(self.k_proj(x, rng)), *context.rotation)
         k, v = _extend(k, heads(self.v_proj(x, rng)), context.past, layer)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=True)
-        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1), rng)
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, y.shape[1] * self.head_dim), rng)
 
 
 class LlamaMLP(Module):
@@ -330,6 +330,9 @@ class Backbone(Module):
         c, rng = self.config, as_rng(rng)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if not (given is None or hasattr(given, "ndim")):
+                raise TypeError(f"{name} must be an integer array, not a {type(given).__name__}")
         if input_ids is not None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
@@ -527,8 +530,23 @@ class Transformer(Module):
         """Keep only each block's input in the forward pass and compute the block again in backward."""
         self.backbone.gradient_checkpointing = enabled
 
-    def generate(self, input_ids: Array, attention_mask: Array | None = None, **options: Any) -> np.ndarray:
-        """Continue the prompts; see `minipeft.nn.generation.generate`."""
+    def generate(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Rng = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """The prompts [B, T] and their continuations, greedy unless `temperature` is above 0: int64 [B, T + n].
+
+        All arguments are explained at `minipeft.nn.generation.generate_stream`.
+        """
         from .generation import generate
 
-        return generate(self, input_ids, attention_mask, **options)
+        options.update(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_token_id=eos_token_id)
+        return generate(self, input_ids, attention_mask, max_new_tokens, **options)
