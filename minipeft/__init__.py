@@ -42,7 +42,6 @@ _MODULES = {
     "train": "train",
     "text": "text",
     "hub": "hub",
-    "rlhf": "rlhf",
     "accounting": "accounting",
 }
 

@@ -64,6 +64,8 @@ def describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, OSError) and message:  # a sentence of ours, and not the system's
+        return message
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
     if isinstance(error, ImportError):
