@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     steps = args.steps or (REDUCED_STEPS if reduced else STEPS)
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     base, tokenizer = load_model(args.model, args.backend)
-    max_length = min(256, base.config.max_position_embeddings)
+    virtual = max(METHODS[key].virtual_tokens for key in args.methods)  # all methods see the same examples
+    max_length = min(256, base.config.max_position_embeddings - virtual)
+    if max_length < 1:
+        raise ValueError(f"{virtual} virtual tokens take all of the model's {max_length + virtual} positions")
     data = load_data(args, tokenizer, max_length, steps, REDUCED_HELD_OUT if reduced else HELD_OUT)
     general = general_blocks(tokenizer, max_length, REDUCED_BLOCKS if reduced else BLOCKS)
     name = args.data or f"the task {args.task or 'rewrite'}"
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key in dict.fromkeys(args.methods):
         err.print(METHODS[key].title, style="bold")
-        row, model = train(key, METHODS[key], base, tokenizer, data, general, steps, args)
+        row, model = train(key, METHODS[key], base, tokenizer, data, general, steps, args, rows[0]["general_loss"])
         rows.append(row)
         if len(rows) == 2 or row["task_loss"] < best["task_loss"]:
             tuned, best = model, row
@@ -109,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = console()
     show_table(out, rows)
-    shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - ANSWER)
+    shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
     models = {rows[0]["title"]: base, best["title"]: tuned}
     show_samples(out, [(s, {title: answer(model, tokenizer, s.ids) for title, model in models.items()}) for s in shown])
     out.print(f"saved: {output / 'compare.png'}, {output / 'compare.json'}")
@@ -165,9 +168,10 @@ def frozen(base: Any, tokenizer: Any, data: Any, general: Any, batch_size: int) 
 
 
 def train(
-    key: str, method: Method, base: Any, tokenizer: Any, data: Any, general: Any, steps: int, args: argparse.Namespace
+    key: str, method: Method, base: Any, tokenizer: Any, data: Any, general: Any, steps: int, args: argparse.Namespace,
+    start: float,
 ) -> tuple[dict[str, Any], Any]:
-    """The row of one method, and the model that it trained."""
+    """The row of one method, and the model that it trained; `start` is the base's loss on general text."""
     from ..train import Trainer, TrainingArguments
     from .report import count
 
@@ -185,7 +189,6 @@ def train(
     predicted, measured = memory(method, base, data, args.batch_size, pad)
     model = method.prepare(base)
     trainer = Trainer(model, data.train, data.held_out, arguments, pad)
-    start = trainer.evaluate(general)
     result = trainer.train()
     held_out_curve, general_loss = result.losses("eval_loss"), trainer.evaluate(general)
     trainable, total = count(model)
@@ -194,11 +197,21 @@ def train(
         "method": key, "title": method.title, "learning_rate": arguments.learning_rate, "trainable": trainable,
         "parameters": total, "memory_predicted": predicted, "memory_measured": measured,
         "seconds_per_step": statistics.median(seconds),
-        "storage": sum(p.data.nbytes for p in model.parameters() if p.requires_grad),
+        "storage": storage(model),
         "task_loss": held_out_curve[-1][1], "general_loss": general_loss, "forgotten": general_loss - start,
         "curve": result.losses("loss"), "held_out_curve": held_out_curve,
     }  # fmt: skip
     return row, model
+
+
+def storage(model: Any) -> int:
+    """Bytes to keep for the task: what is trained; of an adapter, the arrays of its file."""
+    from ..peft.directory import state
+    from ..peft.model import PeftModel
+
+    if isinstance(model, PeftModel):
+        return sum(p.data.nbytes for name in model.active_adapters for p in state(model, name).values())
+    return sum(p.data.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: int) -> tuple[int, int | None]:
@@ -213,10 +226,11 @@ def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: in
 
     longest = sorted(data.train, key=lambda example: -len(example.input_ids))[:batch_size]
     labels = collate(longest, pad).arguments["labels"]
-    ledger = memory_ledger(
-        architecture(base.config), method.config() if method else "frozen", *labels.shape,
-        labels=labels, mode="train" if method else "evaluate",
-    )  # fmt: skip
+    if method and method.quantized:
+        ledger = memory_ledger(method.prepare(base), None, *labels.shape, labels=labels)
+    else:
+        config, mode = (method.config(), "train") if method else ("frozen", "evaluate")
+        ledger = memory_ledger(architecture(base.config), config, *labels.shape, labels=labels, mode=mode)
     if xp_of(base.parameters()[0].data) is not np:
         return ledger.total, None
     arguments = TrainingArguments(
@@ -226,7 +240,8 @@ def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: in
     def step() -> None:
         model = base.copy()  # so that the weights are counted too
         if method:
-            Trainer(method.prepare(model), longest, args=arguments, pad_token_id=pad).train()
+            model = method.prepare(model)  # where it quantizes, this lets go of the float weights
+            Trainer(model, longest, args=arguments, pad_token_id=pad).train()
         else:
             Trainer(model, longest, longest, arguments, pad).evaluate()
 

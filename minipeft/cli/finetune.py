@@ -8,7 +8,7 @@ The data is a .jsonl file, one JSON object a line, all of one form:
 or a .txt file of running text. Of prompts and completions only the completions are learned. Some records are held out
 for testing, unless --validation names a file of its own.
 
-The output directory is a Hugging Face model directory (of --method lora, a PEFT adapter directory). Beside the model are
+The output directory is a Hugging Face model directory (of a method with an adapter, an adapter directory). Beside it are
 metrics.jsonl, loss.png, finetune.json, and the last checkpoint, from which the same command with --resume goes on (safe
 to delete when the run has ended).
 
@@ -132,13 +132,17 @@ def run(args: argparse.Namespace) -> int:
     records = read_records(args.data)
     held_out = validation(args.validation)
     base, tokenizer = load_model(args.model, args.backend)
-    limit = base.config.max_position_embeddings
+    method = METHODS[args.method]
+    limit = base.config.max_position_embeddings - method.virtual_tokens
+    if limit < 1:
+        raise ValueError(f"--method {args.method} takes {method.virtual_tokens} positions, all that the model has")
     if args.max_length and args.max_length > limit:
-        raise ValueError(f"--max-length {args.max_length} is more than the {limit} positions of the model")
+        taken = f", of which --method {args.method} takes {method.virtual_tokens}" if method.virtual_tokens else ""
+        positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
+        raise ValueError(f"--max-length {args.max_length} is more than the {positions}")
     max_length = args.max_length or min(256, limit)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
 
-    method = METHODS[args.method]
     model = method.prepare(base)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
