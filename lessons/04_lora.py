@@ -256,8 +256,8 @@ assert everywhere["activations"] > full["activations"] > q_and_v["activations"]
 
 # %% [markdown]
 # Gradients and moments, 12 bytes per parameter, nearly vanish. The activations do not: with adapters everywhere they
-# are even a little more than before; with adapters on $q$ and $v$ alone, the inputs of the other projections go. (The peak
-# of full fine-tuning is below the sum of its lines, because gradients are born while activations die.)
+# are even a little more than before; with adapters on $q$ and $v$ alone, the inputs of the other projections go. (The
+# peak of full fine-tuning is below the sum of its lines, because gradients are born while activations die.)
 #
 # How much that is in all depends on what dominates. Here it is the activations: a tiny model and many tokens. In a
 # large model it is the states. For GPT-3 in mixed precision (16 bytes per trained parameter, 2 per frozen one):
@@ -495,9 +495,9 @@ if not REDUCED:
 
 # %% [markdown]
 # That $q$ alone is a poor use of the budget holds here as in the paper: several kinds of matrices with a low rank beat
-# one kind with a high rank. Among the other places the order depends on the base and on the task (this table was not the same for two
-# bases of different age): measure before you believe it. "Everywhere, with a low rank" needs the least luck; "$q$ and
-# $v$" needs the least memory (section 3).
+# one kind with a high rank. Among the other places the order depends on the base and on the task (this table was not
+# the same for two bases of different age): measure before you believe it. "Everywhere, with a low rank" needs the least
+# luck; "$q$ and $v$" needs the least memory (section 3).
 #
 # ## 8 · Merge: the detour disappears
 #
@@ -670,11 +670,11 @@ for group, color in (("attention", ORANGE), ("MLP", GREEN)):
     a.plot(RANKS, spectra[group], "-", color=color, lw=1.5)
     a.plot(RANKS, chance[group], ":", color=color, lw=1.2)
 a.plot(list(worth), list(worth.values()), "o-", color=BLUE, lw=3)
-a.text(1, 1.0, "share of the task's gain", color=BLUE, va="center", weight="bold")
-a.text(3.7, spectra["attention"][2] + 0.02, "energy, attention", color=ORANGE, ha="right")
-a.text(8.6, spectra["MLP"][3] - 0.05, "energy, MLP", color=GREEN)
-a.text(21, 0.2, "energy of\nrandom matrices", color=GREY)
-a.set(xlabel="directions kept, r", ylabel="share", ylim=(-0.02, 1.05))
+a.text(1, 1.07, "what they are worth for the task", color=BLUE, weight="bold")
+a.text(3.7, spectra["attention"][2] + 0.02, "attention", color=ORANGE, ha="right")
+a.text(8.6, spectra["MLP"][3] - 0.04, "MLP", color=GREEN)
+a.text(21, 0.24, "random matrices", color=GREY)
+a.set(xlabel="directions kept, r", ylabel="share of the energy (thin), of the task's gain (thick)", ylim=(-0.02, 1.14))
 a.set_title("What a full fine-tune's update is made of")
 b.plot(list(by_rank), list(by_rank.values()), "o-", color=BLUE, lw=2, label=r"$\alpha$ = 16: the same first step")
 b.plot(list(unscaled), list(unscaled.values()), "s--", color=ORANGE, label=r"$\alpha$ = 2r: a step that grows with r")
