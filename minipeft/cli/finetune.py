@@ -8,7 +8,7 @@ The data is a .jsonl file, one JSON object a line, all of one form:
 or a .txt file of running text. Of prompts and completions only the completions are learned. Some records are held out
 for testing, unless --validation names a file of its own.
 
-The output directory is a Hugging Face model directory (of a method with an adapter, an adapter directory). Beside it are
+The output directory is a Hugging Face model directory (an adapter directory of a method with adapters). Beside it are
 metrics.jsonl, loss.png, finetune.json, and the last checkpoint, from which the same command with --resume goes on (safe
 to delete when the run has ended).
 
