@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from .. import quant  # noqa: F401  its ops enter the registry
     from ..autograd.cases import check_ops, op_cases
     from ..autograd.tensor import REGISTRY
     from .arguments import unknown
