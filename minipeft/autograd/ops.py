@@ -605,7 +605,6 @@ def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tu
         if bias.shape != (n_out,):
             raise ValueError(f"linear: bias {bias.shape} does not match weight {weight.shape} (must be ({n_out},))")
         y += bias
-    del w  # a widened copy must not live in the graph
 
     def dx(g):
         d, w = xp.empty(shape, g.dtype), _widen(weight, g)
