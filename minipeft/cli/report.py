@@ -15,7 +15,9 @@ ANSWER = 48  # tokens of an answer that is shown
 
 
 def count(model: Any) -> tuple[int, int]:
-    """(parameters that are trained, all parameters), a tied one once."""
+    """(parameters that are trained, all parameters), a tied one once; of a PeftModel as PEFT counts them."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        return model.get_nb_trainable_parameters()
     sizes = [(p.size, p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
