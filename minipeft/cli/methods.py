@@ -101,7 +101,7 @@ METHODS: dict[str, Method] = {
     "full": Method("full", 1e-3, _full, lambda: None),
     "lora": Method("LoRA r=8", 3e-3, _adapted(_lora), _lora),
     "qlora": Method("QLoRA r=8", 3e-3, _qlora_model, _lora, quantized=True),
-    "ia3": Method("IA3", 3e-2, _adapted(_ia3), _ia3),
+    "ia3": Method("IA3", 1e-2, _adapted(_ia3), _ia3),
     "bottleneck": Method("adapter m=16", 3e-3, _adapted(_bottleneck), _bottleneck),
     "prompt": Method("prompt P=20", 3e-2, _adapted(_prompt), _prompt),
     "prefix": Method("prefix P=20", 1e-2, _adapted(_prefix), _prefix),
