@@ -1,0 +1,274 @@
+# %% [markdown]
+# # Lesson 5 · Adapters: a small network between the layers
+#
+# LoRA (Lesson 4) changes a matrix. The older idea changes the *path*: after each sublayer of a frozen transformer, put
+# a small network of your own, and train only that (Houlsby et al. 2019, arXiv:1902.00751). It showed early that a few
+# percent of new parameters can do what full fine-tuning does, and it is still the clearest picture of what
+# "parameter-efficient" means: the base is a fixed thing, and the task is a small thing plugged into it.
+#
+# This lesson builds an adapter from its equation, counts it, sees why it can start as *nothing at all*, and measures
+# the price that LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
+#
+# You need Lesson 4. Run it with `python lessons/05_adapters.py`, or open it as a notebook.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.accounting import count_parameters
+from minipeft.text.examples import encode_examples
+from minipeft.text.tasks import task
+
+F = mp.functional
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+rng = np.random.default_rng(0)
+
+# %% [markdown]
+# ## 1 · Down, bend, up
+#
+# Let $h = s(x)$, with $d$ numbers a position, be what a sublayer (attention, or the MLP) computes. An adapter squeezes
+# it through a bottleneck of $m \ll d$ numbers and adds the result:
+#
+# $$h + W_{up}\, f(W_{down}\, h + b_{down}) + b_{up}, \qquad W_{down}\ [m, d], \quad W_{up}\ [d, m].$$
+#
+# $f$ is a non-linearity. By hand, and by the library, on a plain linear layer in the place of the sublayer:
+
+# %%
+d, m = 1024, 64
+sublayer = mp.nn.Sequential(mp.nn.Linear(d, d))
+config = mp.BottleneckConfig(target_modules=["0"], bottleneck_size=m, non_linearity="relu")
+adapted = mp.get_peft_model(sublayer, config)
+adapter = adapted.layers["0"].adapters["default"]
+adapter.up_weight.data = rng.standard_normal((d, m)).astype(np.float32) / 8  # as if it had been trained
+x = rng.standard_normal((4, d)).astype(np.float32)
+
+W, b = sublayer[0].weight.data, sublayer[0].bias.data
+h = x @ W.T + b
+z = np.maximum(h @ adapter.down_weight.data.T + adapter.down_bias.data, 0)  # [4, m]
+by_hand = h + z @ adapter.up_weight.data.T + adapter.up_bias.data
+difference = np.abs(by_hand - adapted(mp.Tensor(x)).data).max()
+print(f"by hand against minipeft: {difference:.1e}")
+assert difference < 1e-4
+
+# %% [markdown]
+# ## 2 · The count
+#
+# Two matrices of $d\,m$ and two biases: $2dm + m + d$. With $d = 1024$ and $m = 64$ that is 131,072, "131K", and 1,088
+# for the biases; one such adapter in each of 12 layers makes 1.6M. Once by formula, once from the model that is built
+# (weights are left unallocated: only shapes matter).
+
+# %%
+config = mp.TransformerConfig.gpt2(
+    vocab_size=1000, hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, max_position_embeddings=64
+)
+base = mp.Transformer(config, seed=None)
+after_mlp = mp.BottleneckConfig(placement="pfeiffer", bottleneck_size=64)  # one adapter a layer
+both = mp.BottleneckConfig(placement="houlsby", bottleneck_size=64)  # and one after attention
+built = mp.PeftModel(base, after_mlp, seed=None).get_nb_trainable_parameters()[0]
+formula = 12 * (2 * 1024 * 64 + 64 + 1024)
+print(f"matrices of one adapter {2 * d * m:,}; of twelve, with biases: formula {formula:,}, built {built:,}")
+assert 2 * d * m == 131_072  # "131K"
+assert formula == built and round(built / 1e6, 1) == 1.6  # "1.6M"
+assert mp.PeftModel(base, both, seed=None).get_nb_trainable_parameters()[0] == 2 * built
+
+gpt3 = count_parameters("gpt3", mp.BottleneckConfig(placement="houlsby", bottleneck_size=1)).trainable
+print(f"GPT-3 with m = 1 after every sublayer: {gpt3:,}; Hu et al. (2021), Table 4: 7.1M")
+assert round(gpt3 / 1e6, 1) == 7.1
+del base
+
+# %% [markdown]
+# Three places have names. **Houlsby**: after attention and after the MLP. **Pfeiffer** (arXiv:2005.00247): after the
+# MLP alone, for half the parameters. **Parallel** (He et al. 2021, arXiv:2110.04366): *beside* the MLP, reading its input
+# rather than its output, scaled. The tree of a model shows where they went:
+
+# %%
+model, tokenizer = mp.load_base()
+houlsby = mp.BottleneckConfig(placement="houlsby", bottleneck_size=16)
+adapted = mp.get_peft_model(model, houlsby)
+print("\n".join(line[:110] for line in adapted.tree().splitlines()[:16]))
+adapted.print_trainable_parameters()
+
+# %% [markdown]
+# ## 3 · Starting as nothing
+#
+# A trained transformer is a delicate thing. Random numbers added after each sublayer would destroy it, and training
+# would first have to repair the damage. So $W_{up}$ and $b_{up}$ start at zero: the adapter adds exactly nothing, and
+# the first step of training starts from the base's own loss. (If *both* matrices started at zero, no gradient would
+# ever pass: each one's gradient is multiplied by the other.)
+
+# %%
+ids = np.array([tokenizer.encode("And it came to pass in those days, that there went out a decree")])
+exact = (adapted(ids).data == model(ids).data).all()
+adapted.loss(ids, ids).backward()
+part = next(iter(adapted.layers.values())).adapters["default"]
+print(f"logits equal the base's, bit for bit: {bool(exact)}")
+up, down = (np.abs(p.grad).max() for p in (part.up_weight, part.down_weight))
+print(f"largest gradient of W_up {up:.1e}, of W_down {down:.1e}")
+assert exact
+assert up > 0 and down == 0
+
+# %% [markdown]
+# In the first step only $W_{up}$ moves; once it is not zero, $W_{down}$ learns too.
+#
+# ## 4 · Learning a task
+#
+# The shipped base and the task `rewrite` (old English Bible verses into plain English), each placement for the same
+# steps. `assert_learning` names any adapter parameter that never moved, and the base is checked bit for bit.
+
+# %%
+STEPS, BATCH = (6, 4) if REDUCED else (60, 8)
+
+
+def examples(split, n):
+    """n of the shorter verses of a split, encoded; only the plain English is learned."""
+    records = [r for r in task("rewrite", split) if len(r.prompt + r.completion) <= 190][:n]
+    return encode_examples(records, tokenizer, max_length=96, on_overflow="truncate").examples
+
+
+train, held_out = examples("train", STEPS * BATCH), examples("test", 8 if REDUCED else 64)
+arguments = dict(max_steps=STEPS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, progress=False)
+before = {path: p.data.copy() for path, p in model.named_parameters()}
+start = mp.Trainer(model, train, args=mp.TrainingArguments(**arguments), pad_token_id=0).evaluate(held_out)
+results = {}
+for name in ("houlsby", "pfeiffer", "parallel"):
+    options = mp.BottleneckConfig(placement=name, bottleneck_size=16, scaling=4.0 if name == "parallel" else 1.0)
+    trained = mp.get_peft_model(model, options)
+    trainer = mp.Trainer(trained, train, args=mp.TrainingArguments(learning_rate=3e-3, **arguments), pad_token_id=0)
+    trainer.train()
+    mp.assert_learning(trained)
+    results[name] = (trained, trained.get_nb_trainable_parameters()[0], trainer.evaluate(held_out))
+    print(f"{name:9} {results[name][1]:7,} parameters   held-out loss {start:.3f} -> {results[name][2]:.3f}")
+    assert results[name][2] < start
+assert all((p.data == before[path]).all() for path, p in model.named_parameters())
+
+# %% [markdown]
+# ## 5 · The price: latency
+#
+# LoRA's detour is linear, so it can be added into the matrix and disappears. $f$ is not linear: no single matrix does
+# what $W_{up} f(W_{down} h)$ does, and the library refuses to pretend.
+
+# %%
+try:
+    results["houlsby"][0].merge_and_unload()
+    raise AssertionError("an adapter cannot be merged")
+except mp.peft.config.PeftError as error:
+    print("refused:", error)
+
+# %% [markdown]
+# So every token passes through two more thin matrices per sublayer, one after the other. The multiplications are few
+# ($2m/d$ of those of one square matrix), but each is an operation of its own that must wait for the one before; when a
+# model generates one token at a time, waiting is what time is spent on. Hu et al. (2021, Table 1) measured 20 to 30
+# percent for a batch of one on a GPU. Here: a step of generation, timed alternately with the base's.
+
+# %%
+def step_of_generation(m):
+    """One token behind a cache of the prompt's positions."""
+    cache = mp.KVCache()
+    m(ids, past_key_values=cache)
+    return lambda: m(ids[:, :1], past_key_values=mp.KVCache(cache))
+
+
+def latency(m, repeats=20 if REDUCED else 100):
+    """The fastest run of each, the two taken in turns (slower ones waited for something else): 1.00 is none."""
+    both = {"adapted": step_of_generation(m), "base": step_of_generation(model)}
+    fastest = dict.fromkeys(both, np.inf)
+    for _ in range(repeats):
+        for name, fn in both.items():
+            begin = time.perf_counter()
+            fn()
+            fastest[name] = min(fastest[name], time.perf_counter() - begin)
+    return fastest["adapted"] / fastest["base"]
+
+
+lora = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules="all-linear"))
+with mp.no_grad():
+    slower = {name: latency(trained) for name, (trained, _, _) in results.items()}
+    slower["LoRA, unmerged"] = latency(lora)
+    slower["LoRA, merged"] = latency(lora.merge_and_unload())
+for name, ratio in slower.items():
+    print(f"{name:15} {ratio:.2f} times the base's time for a token")
+
+# %% [markdown]
+# What can be claimed of every machine is the work, not the clock: a merged model runs the very operations of the base,
+# an adapted one runs more. Counted at the library's own door:
+
+# %%
+def operations(m):
+    """How many ops one forward pass with gradients records, by walking the graph back from the logits."""
+    seen, todo = set(), [m.loss(ids, ids)._node]
+    while todo:
+        node = todo.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            todo += [parent for parent, *_ in node.edges if not isinstance(parent, mp.Tensor)]
+    return len(seen)
+
+
+everything = {name: m.copy().requires_grad_(True) for name, m in (("base", model), ("houlsby", results["houlsby"][0]))}
+everything["LoRA, merged"] = lora.merge_and_unload()
+counts = {name: operations(m) for name, m in everything.items()}
+print(counts)
+assert counts["LoRA, merged"] == counts["base"]
+assert counts["houlsby"] == counts["base"] + 12 * 4  # 6 layers, 2 adapters each: linear, relu, linear, add
+
+# %% [markdown]
+# ## 6 · The picture
+#
+# What is trained, what it buys, what it costs.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+for name, (_, n, loss) in results.items():
+    left.scatter(n, loss, s=60, label=name)
+left.axhline(start, color="0.6", linestyle=":", label="the frozen base")
+left.set(xlabel="trained parameters", ylabel="held-out loss", title="the task", xlim=(0, None))
+left.legend()
+right.barh(list(slower), list(slower.values()), color=["C0", "C1", "C2", "0.7", "0.7"])
+right.axvline(1, color="k", linewidth=0.8)
+right.invert_yaxis()
+right.set(xlabel="time for a token, in units of the base's", title="latency")
+figure.tight_layout()
+figure.savefig(OUT / "05_adapters.png", dpi=120)
+plt.show()
+print("saved", OUT / "05_adapters.png")
+
+# %% [markdown]
+# ## 7 · Break it
+#
+# Start $W_{up}$ at random, as one would start any new layer, and turn up the size of the random numbers. Small ones are
+# harmless (Houlsby et al. used a deviation of 0.01, close enough to nothing); large ones destroy the base before the
+# first step, and training begins with the repair.
+
+# %%
+damaged = mp.get_peft_model(model, houlsby)
+healthy = model.loss(ids, ids).item()
+broken = {}
+for deviation in (0.0, 0.01, 0.1, 1.0):
+    noise = np.random.default_rng(1)
+    for layer in damaged.layers.values():
+        up = layer.adapters["default"].up_weight
+        up.data = deviation * noise.standard_normal(up.shape, np.float32)
+    broken[deviation] = damaged.loss(ids, ids).item()
+    print(f"W_up of deviation {deviation:4}: loss on a verse {broken[deviation]:.2f} (base {healthy:.2f})")
+assert broken[0.0] == healthy and abs(broken[0.01] - healthy) < 0.05
+assert broken[1.0] > healthy + 0.5
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. The multiplications of an adapter are $2m$ for each of $d$ outputs. For which $m$ does a Houlsby pair cost as many
+#    as LoRA of rank 8 on all seven matrices of a layer? Check by counting parameters.
+# 2. Replace the ReLU by the identity (`F.relu` in `minipeft/peft/bottleneck.py`). Now the adapter *is* mergeable: into
+#    which matrix, and what becomes of the residual $h$?
+# 3. Put adapters on the upper three layers only (`layers_to_transform=[3, 4, 5]`). How much of the gain remains?
