@@ -221,6 +221,13 @@ def test_a_checkpoint_of_another_version_or_program_is_refused(tmp_path):
         load_checkpoint(tmp_path / "checkpoint-5")
 
 
+def test_a_checkpoint_that_no_trainer_wrote_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 1, {"model": {"w": np.ones(3, np.float32)}}, {"run": {}}, keep=1)
+    reason = "checkpoint-1: was not written by a Trainer: it has no frozen_sha256, identity, metrics_bytes, optimizer, position"
+    with pytest.raises(CheckpointError, match=reason):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_a_metrics_file_that_was_cut_is_named(tmp_path, finished):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

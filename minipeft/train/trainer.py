@@ -119,6 +119,9 @@ class TrainingArguments:
 # What may differ between a run and the one that resumes it; everything else decides the bytes of the weights.
 _FREE = {"output_dir", "save_steps", "save_total_limit", "per_device_eval_batch_size", "progress"}
 
+# What a checkpoint that is resumed from must hold.
+_SAVED = {"run", "position", "optimizer", "model", "metrics_bytes", "frozen_sha256", "identity"}
+
 
 @dataclass
 class TrainingResult:
@@ -448,6 +451,9 @@ class Trainer:
             raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
         path = newest if source is True else Path(source)
         step, arrays, content = load_checkpoint(path)
+        lacking = sorted(_SAVED - {*content, *arrays})
+        if lacking:
+            raise CheckpointError(f"{path}: was not written by a Trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
         here, there = self._identity(), content["identity"]
