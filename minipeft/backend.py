@@ -125,7 +125,7 @@ def scatter_add(out: Array, ids: Array, rows: Array) -> None:
 BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 SPLIT = 1 << 17  # below so many elements, waking a thread costs more than it saves
-SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 25  # multiplications of a matrix product; see `matmul`
+SMALL_PRODUCT, LARGE_PRODUCT, FEW_ROWS = 1 << 22, 1 << 23, 512  # of matrix products, in multiplications; see `matmul`
 
 _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
@@ -278,8 +278,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """a [n, k] @ b [k, m]. Large products are divided, along the longer side of the result, among this file's threads.
 
     BLAS's own threads start faster, as they spin for a tenth of a second after each product; but meanwhile they take the
-    cores from everything else. They get the products in between: too small to wake a sleeping thread for, too large for
-    one thread.
+    cores from everything else. They get products of few rows, beside which nothing else is spread over threads.
     """
     xp = xp_of(a, b)
     if xp is not np:
@@ -287,10 +286,10 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     if out is None:
         out = np.empty((n, m), np.result_type(a, b))
-    if SMALL_PRODUCT <= n * m * k < LARGE_PRODUCT:
+    if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= FEW_ROWS:
         return np.matmul(a, b, out=out)
     with one_blas_thread():
-        if n * m * k < SMALL_PRODUCT:
+        if n * m * k < LARGE_PRODUCT:
             np.matmul(a, b, out=out)
         elif n >= m:
             split_rows(lambda s: np.matmul(a[s], b, out=out[s]), n, SPLIT)
