@@ -32,9 +32,9 @@ from .methods import METHODS, Method
 SUMMARY = "fine-tune the shipped base with every method and compare them"
 
 REDUCED = "MINIPEFT_REDUCED"
-STEPS, REDUCED_STEPS = 150, 12
-HELD_OUT, REDUCED_HELD_OUT = 200, 24  # examples of the task
-BLOCKS, REDUCED_BLOCKS = 40, 4  # blocks of general text
+STEPS, REDUCED_STEPS = 80, 12
+HELD_OUT, REDUCED_HELD_OUT = 120, 24  # examples of the task
+BLOCKS, REDUCED_BLOCKS = 24, 4  # blocks of general text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
