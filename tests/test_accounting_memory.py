@@ -15,10 +15,13 @@ from minipeft.backend import get_num_threads, set_num_threads
 from minipeft.nn.heads import SequenceClassifier, head_only
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
+from minipeft.peft.bottleneck import BottleneckConfig
 from minipeft.peft.ia3 import IA3Config
 from minipeft.peft.ln_tuning import LNTuningConfig
 from minipeft.peft.lora import LoraConfig
 from minipeft.peft.model import get_peft_model
+from minipeft.peft.prefix_tuning import PrefixTuningConfig
+from minipeft.peft.prompt_tuning import PromptTuningConfig
 from minipeft.peft.vera import VeraConfig
 from minipeft.train.optim import AdamW
 
@@ -34,6 +37,9 @@ METHODS = {
     "vera": VeraConfig(r=16),
     "ia3": IA3Config(),
     "ln": LNTuningConfig(),
+    "bottleneck": BottleneckConfig(placement="houlsby"),
+    "prompt": PromptTuningConfig(num_virtual_tokens=16),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=16),
 }
 IDS = np.random.default_rng(0).integers(0, 512, (B, T)).astype(np.int64)
 

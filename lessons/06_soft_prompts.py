@@ -1,0 +1,270 @@
+# %% [markdown]
+# # Lesson 6 · Soft prompts: training the input instead of the model
+#
+# A prompt changes what a language model does without changing the model. But a prompt of words is chosen from a finite
+# vocabulary, and the model never sees words: it sees their *embeddings*. So train those. Prompt tuning (Lester et al.
+# 2021, arXiv:2104.08691) puts a few free vectors in front of the input and moves them by gradient; prefix tuning (Li &
+# Liang 2021, arXiv:2101.00190) does it for the keys and values of every layer. The model stays frozen, to the last bit.
+#
+# This lesson builds both through two arguments that the model has anyway, counts them, sees how much the outcome
+# depends on the start, and shows what they cost that other methods do not: room in the context.
+#
+# You need Lesson 2 (attention, its cache). Run it with `python lessons/06_soft_prompts.py`, or open it as a notebook.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.accounting import count_parameters, memory_ledger
+from minipeft.text.examples import encode_examples
+from minipeft.text.tasks import task
+
+F = mp.functional
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+model, tokenizer = mp.load_base()
+ids = np.array([tokenizer.encode("And it came to pass in those days")])
+
+# %% [markdown]
+# ## 1 · Vectors in front of the input
+#
+# Let $E(x)$, of shape $[T, d]$, be the embeddings of the input's tokens. Prompt tuning computes
+#
+# $$\mathrm{model}\big([P;\, E(x)]\big), \qquad P\ [p, d]\ \text{trained}.$$
+#
+# The model's seam for this is `inputs_embeds`. By hand, and by the library: the same logits, of which the library gives
+# only those of the input.
+
+# %%
+soft = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=20))
+P = soft.prompts["default"].prompt_embeddings
+by_hand = F.cat([P.reshape(1, *P.shape), model.backbone.embedding(ids)], axis=1)  # [1, 20 + T, d]
+logits = model(inputs_embeds=by_hand).data[:, 20:]
+print("by hand against minipeft:", np.abs(logits - soft(ids).data).max(), "  logits", soft(ids).shape)
+assert np.allclose(logits, soft(ids).data, atol=1e-4)
+assert soft(ids).shape[1] == ids.shape[1]
+
+# %% [markdown]
+# Is a soft prompt more than a prompt? It contains it: if the vectors are the embeddings of real tokens, the model
+# computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and training leaves the
+# finite set of texts for all of $\mathbb R^{p \times d}$.
+
+# %%
+words = tokenizer.encode("Say it in plain English: ")
+hard = np.concatenate([[words], ids], axis=1)
+from_text = mp.PromptTuningConfig(
+    num_virtual_tokens=len(words), prompt_tuning_init="TEXT", prompt_tuning_init_ids=list(words)
+)
+difference = np.abs(mp.get_peft_model(model, from_text)(ids).data - model(hard).data[:, len(words) :]).max()
+print(f"soft tokens that are {len(words)} real ones, against the text itself: {difference:.1e}")
+assert difference < 1e-3
+
+# %% [markdown]
+# ## 2 · Keys and values in front of every layer's own
+#
+# A soft token in the input is processed by every layer like a real one. Prefix tuning is more direct: a token acts on
+# *others* only through its keys and values, so train these, per layer, and let nothing be computed at the virtual
+# positions:
+#
+# $$\mathrm{attention}\big(q,\ [P_k; k],\ [P_v; v]\big) .$$
+#
+# That is a cache of positions where no token ever stood, and `past_key_values` is where the model takes one. To see it,
+# take the cache that a text leaves, and use it as the prefix:
+
+# %%
+cache = mp.KVCache()
+model(np.array([words]), past_key_values=cache)
+prefixed = mp.get_peft_model(model, mp.PrefixTuningConfig(num_virtual_tokens=len(words)))
+flat = [a[0].transpose(1, 0, 2).reshape(len(words), -1) for pair in cache for a in pair]  # of each layer: keys, values
+prefixed.prompts["default"].prompt_embeddings.data = np.concatenate(flat, axis=1)
+difference = np.abs(prefixed(ids).data - model(hard).data[:, len(words) :]).max()
+print(f"a prefix that is a text's keys and values, against the text itself: {difference:.1e}")
+assert difference < 1e-3
+
+plain = prefixed.prompts["default"].key_values()  # (keys, values) of each layer: plain arrays
+continued = model.generate(ids, max_new_tokens=8, past_key_values=plain)
+assert (continued == prefixed.generate(ids, max_new_tokens=8)).all()
+print("the base, given the prefix as a plain cache, continues as the adapted model does")
+
+# %% [markdown]
+# Such a prefix is a file of a few kilobytes that any server with a cache can use: no code of ours runs at inference.
+#
+# ## 3 · The count
+#
+# Prompt tuning trains $p\,d$ numbers. A model of width 1024 with 100 virtual tokens: 102,400, "102K". Prefix tuning has
+# keys and values in each of $L$ layers, $2\,L\,p\,d$; under grouped-query attention only as many heads as have keys.
+
+# %%
+prompt, prefix = (c(num_virtual_tokens=100) for c in (mp.PromptTuningConfig, mp.PrefixTuningConfig))
+gpt2_medium = {name: count_parameters("gpt2-m", c).trainable for name, c in (("prompt", prompt), ("prefix", prefix))}
+print("GPT-2 medium (width 1024, 24 layers), 100 virtual tokens:", gpt2_medium)
+assert gpt2_medium["prompt"] == 100 * 1024 == 102_400  # "102K"
+assert gpt2_medium["prefix"] == 2 * 24 * 102_400
+xxl = count_parameters("t5v1.1-xxl", prompt).trainable
+print(f"T5 XXL (11B), 100 tokens of width 4096: {xxl:,}; Lester et al. (2021), Table 4: 409,600")
+assert xxl == 409_600
+
+for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConfig(num_virtual_tokens=20)):
+    built = mp.get_peft_model(model, config).get_nb_trainable_parameters()[0]
+    assert built == count_parameters(model.config, config).trainable
+    print(f"the shipped base, {config.peft_type}, 20 tokens: {built:,}")
+
+# %% [markdown]
+# A prefix trained directly is hard to train: its rows are far from any keys that the model knows. Li & Liang compute it
+# from a smaller matrix by an MLP while training (`prefix_projection=True`), and throw the MLP away afterwards. So more
+# is trained than is stored; P-tuning (`PromptEncoderConfig`) does the same for soft tokens.
+
+# %%
+through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
+counted = count_parameters(model.config, through_mlp)
+print(f"prefix by an MLP: {counted.trainable:,} trained, {counted.stored:,} stored")
+assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(num_virtual_tokens=20)).trainable
+
+# %% [markdown]
+# ## 4 · The start matters
+#
+# A few thousand numbers that must steer a whole model from outside: where they begin decides much. Lester et al.
+# (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for small models.
+# Here: the task `rewrite`, the same data in the same order, three starts, several seeds each.
+
+# %%
+STEPS, BATCH, SEEDS = (5, 4, 2) if REDUCED else (30, 8, 3)
+
+
+def examples(split, n):
+    """n of the shorter verses of a split, encoded; only the plain English is learned."""
+    records = [r for r in task("rewrite", split) if len(r.prompt + r.completion) <= 190][:n]
+    return encode_examples(records, tokenizer, max_length=96, on_overflow="truncate").examples
+
+
+train, held_out = examples("train", STEPS * BATCH), examples("test", 8 if REDUCED else 32)
+arguments = dict(max_steps=STEPS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=24, progress=False)
+
+
+def outcome(config, lr, seed):
+    """(held-out loss before, after, training losses)."""
+    tuned = mp.get_peft_model(model, config, seed=seed)
+    trainer = mp.Trainer(tuned, train, args=mp.TrainingArguments(learning_rate=lr, **arguments), pad_token_id=0)
+    before = trainer.evaluate(held_out)
+    losses = trainer.train().losses()
+    mp.assert_learning(tuned)
+    return before, trainer.evaluate(held_out), losses
+
+
+start = mp.Trainer(model, train, args=mp.TrainingArguments(**arguments), pad_token_id=0).evaluate(held_out)
+text = list(tokenizer.encode("Say the same thing again in plain English words: "))
+starts = {
+    "random": mp.PromptTuningConfig(num_virtual_tokens=20),
+    "vocabulary": mp.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
+    "text": mp.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="TEXT", prompt_tuning_init_ids=text),
+}
+runs = {name: [outcome(c, 3e-2, seed) for seed in range(1 if name == "text" else SEEDS)] for name, c in starts.items()}
+runs["prefix by MLP"] = [outcome(through_mlp, 1e-2, seed) for seed in range(SEEDS)]
+print(f"the frozen base: {start:.3f}")
+for name, found in runs.items():
+    befores, afters = [r[0] for r in found], [r[1] for r in found]
+    print(f"{name:14} starts at {np.mean(befores):.3f}, ends at " + ", ".join(f"{a:.3f}" for a in afters))
+end = {name: np.mean([r[1] for r in found]) for name, found in runs.items()}
+assert end["random"] > end["vocabulary"]
+assert all(after < before for found in runs.values() for before, after, _ in found)
+
+size = {"a token": np.sqrt((model.backbone.embedding.weight.data ** 2).mean()), "a random vector": 1.0}
+print("root mean square of an element of", ", of ".join(f"{name} {value:.3f}" for name, value in size.items()))
+assert size["a token"] < 0.5
+
+# %% [markdown]
+# Why is random worse? Not because it disturbs more: before training all starts are about equally bad. Look at the
+# sizes. A standard normal vector is far longer than any token's embedding, and AdamW moves every element by about the learning
+# rate a step, whatever its size: in the same number of steps a long vector turns less. Words start near the place where
+# directions mean something, and at a length where steps count.
+#
+# The seeds differ although the data does not: that is the start's doing alone. (A text has no seed.) On a model this
+# small soft prompts gain less than adapters of a similar size; Lester et al.'s main finding (figure 1) is that the gap
+# closes only as models reach billions of parameters.
+#
+# ## 5 · The lost context
+#
+# What is trained sits *in* the sequence. Every virtual token takes a position from the input, and prompt tuning also
+# computes at each of them, in every layer, for every example. The tree says what is left:
+
+# %%
+budget = model.config.max_position_embeddings
+print(soft.tree().splitlines()[1].strip())
+longest = np.zeros((1, budget - 20), int)
+assert soft(longest).shape[1] == budget - 20
+try:
+    soft(np.zeros((1, budget), int))
+    raise AssertionError("20 virtual tokens and a full context cannot fit")
+except ValueError as error:
+    print("refused:", error)
+
+batch, length = 8, 128
+cost = {}
+for p in (1, 20, 100, 200):
+    for name, kind in (("prompt", mp.PromptTuningConfig), ("prefix", mp.PrefixTuningConfig)):
+        ledger = memory_ledger(model.config, kind(num_virtual_tokens=p), batch, length)
+        cost[name, p] = ledger.held["activations"] / 1e6
+        print(f"{name} of {p:3}: {budget - p} positions left, {cost[name, p]:.0f} MB of activations kept for a step")
+assert cost["prompt", 100] > cost["prompt", 1] and cost["prompt", 100] > cost["prefix", 100]
+
+# %% [markdown]
+# Note the first line. One virtual token trains $d$ = 128 numbers, and training it still keeps the activations of the
+# whole model: the gradient must travel back through every layer to reach the input. Few trained parameters do not mean
+# little memory.
+#
+# ## 6 · The picture
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+for color, (name, found) in zip(("C3", "C0", "C2", "C1"), runs.items()):
+    for i, (_, _, losses) in enumerate(found):
+        smooth = np.convolve([y for _, y in losses], np.ones(5) / 5, "valid")
+        left.plot(smooth, color=color, alpha=0.8, linewidth=1.2, label=name if i == 0 else None)
+left.set(xlabel="step", ylabel="loss, mean of 5 steps", title="the same data, different starts")
+left.legend()
+for name in ("prompt", "prefix"):
+    right.plot([p for n, p in cost if n == name], [cost[key] for key in cost if key[0] == name], "o-", label=name)
+right.set(xlabel="virtual tokens", ylabel="MB of activations for a step", title=f"{batch} rows of {length} tokens")
+right.set(ylim=(0, None))
+left_over = right.secondary_xaxis(-0.28, functions=(lambda p: budget - p, lambda rest: budget - rest))
+left_over.set_xlabel("positions left for the input")
+right.legend()
+figure.tight_layout()
+figure.savefig(OUT / "06_soft_prompts.png", dpi=120)
+plt.show()
+print("saved", OUT / "06_soft_prompts.png")
+
+# %% [markdown]
+# ## 7 · Break it
+#
+# Pad a batch on the left, as generation does, and put the virtual tokens in the wrong place: *behind* the padding's
+# positions, counted as if padding were text. That is what happens when positions are not derived from the mask (Hugging
+# Face PEFT's `forward` does it). The row's logits then depend on how long its neighbours are.
+
+# %%
+padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)
+mask = np.concatenate([np.zeros((1, 6), int), np.ones_like(ids)], axis=1)
+alone = soft(ids).data[:, -1]
+right_way = soft(padded, attention_mask=mask).data[:, -1]
+wrong_way = soft(padded, attention_mask=mask, position_ids=np.arange(padded.shape[1])[None]).data[:, -1]
+print(f"positions from the mask: differs by {np.abs(right_way - alone).max():.1e} from the row alone")
+print(f"padding counted as text: differs by {np.abs(wrong_way - alone).max():.1e}")
+assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Take the trained vectors of "text" and find the vocabulary's nearest embedding of each, by cosine. Are they still
+#    words? Replace them by those words: how much of the gain is lost?
+# 2. Train prompts of 1, 5, 20 and 100 tokens. Where does the gain end, and what does each token of it cost in context?
+# 3. A prefix of zeros (`init_weights="zero"`) is not nothing: attention still spends weight on it. Show that it changes
+#    the logits, and derive by how much a layer's output shrinks if all scores were equal.
