@@ -23,6 +23,7 @@ import numpy as np
 
 import minipeft as mp
 from minipeft.accounting import count_parameters, measure_peak, memory_ledger
+from minipeft.backend import one_blas_thread
 from minipeft.files import read_json, write_json
 from minipeft.text.examples import encode_examples
 from minipeft.text.tasks import task
@@ -350,8 +351,16 @@ if not REDUCED:
 # %%
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128]
 originals = dict(base.named_parameters())
+
+
+def svd(matrix):
+    """U, s, Vt with matrix = U diag(s) Vt."""
+    with one_blas_thread():  # thousands of tiny products: to wake a second thread for each takes far longer
+        return np.linalg.svd(matrix, full_matrices=False)
+
+
 updates = {
-    name: np.linalg.svd(p.data - originals[name].data, full_matrices=False)
+    name: svd(p.data - originals[name].data)
     for name, p in tuned.named_parameters() if "_proj" in name
 }  # fmt: skip
 
@@ -369,7 +378,7 @@ spectra = {
 }
 chance = {
     group: np.mean(
-        [energy(np.linalg.svd(noise.standard_normal(p.shape), compute_uv=False))
+        [energy(svd(noise.standard_normal(p.shape))[1])
          for name, p in originals.items() if part in name], axis=0)
     for group, part in (("attention", "self_attn.q_proj"), ("MLP", "mlp.up_proj"))
 }  # fmt: skip
@@ -422,7 +431,7 @@ print("\nenergy of 8 directions      gradient     sign of the gradient")
 for group, part in (("attention", "self_attn"), ("MLP", "mlp")):
     grads = [p.grad for name, p in probe.named_parameters() if part in name]
     raw, signed = (
-        np.mean([energy(np.linalg.svd(g, compute_uv=False))[3] for g in matrices])
+        np.mean([energy(svd(g)[1])[3] for g in matrices])
         for matrices in (grads, [np.sign(g) for g in grads])
     )
     print(f"  {group:20s} {raw:12.0%} {signed:20.0%}")
