@@ -9,13 +9,18 @@ from ..files import write_atomic
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Three panels as one PNG; `rows` are those of compare.json, the first of them the frozen base."""
+    """Three panels as one PNG; `rows` are those of compare.json, the first of them the frozen base.
+
+    The panels share one legend: the names beside the bars, each with the color and the marker of its method.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     base, trained = rows[0], rows[1:]
-    colors = {row["method"]: colormaps["tab10" if len(trained) <= 10 else "tab20"](i) for i, row in enumerate(trained)}
+    hues = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without grey, which is the base's
+    colors = {row["method"]: hues[i % len(hues)] for i, row in enumerate(trained)}
+    markers = {row["method"]: "osD^vP*X<>ph"[i % 12] for i, row in enumerate(trained)}
     figure = Figure(figsize=(13.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     learning, trade, memory = figure.subplots(1, 3)
@@ -24,28 +29,30 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         color = colors[row["method"]]
         learning.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
         held_out = [(0, base["task_loss"]), *row["held_out_curve"]]
-        learning.plot(*zip(*held_out), "o-", color=color, markersize=4, label=row["title"])
-    learning.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1, label=base["title"])
-    learning.set(title="Learning the task", xlabel="step", ylabel="loss on the task (thin: training, dots: held out)")
-    learning.legend(frameon=False)
+        learning.plot(*zip(*held_out), markers[row["method"]] + "-", color=color, markersize=5)
+    learning.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1)
+    learning.set(title="Learning the task", xlabel="step", ylabel="loss on the task (thin: training, marked: held out)")
 
     trade.axhline(0, color="grey", linestyle="--", linewidth=1)
-    middle = (min(row["task_loss"] for row in rows) + max(row["task_loss"] for row in rows)) / 2
-    for row, color in [(base, "grey"), *((row, colors[row["method"]]) for row in trained)]:
-        point, left = (row["task_loss"], row["forgotten"]), row["task_loss"] < middle
-        trade.scatter(*point, s=60, color=color, zorder=3)
-        side = {"xytext": (7, 5), "ha": "left"} if left else {"xytext": (-7, 5), "ha": "right"}
-        trade.annotate(row["title"], point, textcoords="offset points", **side)
-    trade.margins(0.25)
+    trade.scatter(base["task_loss"], 0, s=70, color="grey", marker="o", zorder=3)
+    for row in trained:
+        point = (row["task_loss"], row["forgotten"])
+        trade.scatter(*point, s=70, color=colors[row["method"]], marker=markers[row["method"]], zorder=3)
+    trade.margins(0.12)
     trade.set(
         title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the loss on general text"
     )
 
     for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
         for i, row in enumerate(rows):
-            memory.bar(i + shift, (row[key] or 0) / 1e6, 0.38, color=colors.get(row["method"], "grey"), alpha=alpha)
-    memory.set_xticks(range(len(rows)), [row["title"] for row in rows], rotation=20 if len(rows) > 4 else 0)
-    memory.set(title="Peak memory of a step (pale: predicted)", ylabel="MB, weights included")
+            memory.barh(i + shift, (row[key] or 0) / 1e6, 0.38, color=colors.get(row["method"], "grey"), alpha=alpha)
+    longest = max(row["memory_predicted"] for row in rows) / 1e6
+    for i, row in enumerate(rows):
+        memory.plot(-0.04 * longest, i, markers.get(row["method"], "o"), color=colors.get(row["method"], "grey"), markersize=7)
+    memory.set_xlim(left=-0.08 * longest)
+    memory.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    memory.invert_yaxis()
+    memory.set(title="Peak memory of a step (pale: predicted)", xlabel="MB, weights included")
 
     for axes in (learning, trade, memory):
         axes.spines[["top", "right"]].set_visible(False)
