@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import statistics
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -38,6 +40,14 @@ FP4 = [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]  # ove
 
 def test_nf4_is_the_published_table_to_the_last_bit():
     assert np.array_equal(nf4_code(), np.array(NF4, np.float32))
+
+
+def test_nf4_is_what_the_shipped_table_of_published_figures_says():
+    with files("minipeft.accounting").joinpath("published.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "code value"]
+    assert len(rows) == 16
+    for code, row in zip(nf4_code(), rows):
+        assert abs(code - float(row["published_value"])) <= float(row["tolerance"]), row["id"]
 
 
 def test_fp4_is_the_published_table_to_the_last_bit():
