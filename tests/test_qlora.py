@@ -70,9 +70,9 @@ def test_parameters_are_counted_by_their_elements():
 
 
 def test_dora_over_four_bits_makes_no_float_copy_of_the_weight():
-    layer = nn.Linear(1024, 1024, bias=False, seed=0)
+    layer = nn.Linear(2048, 2048, bias=False, seed=0)  # a tile of 256 rows is an eighth of it
     model = mp.get_peft_model(quantize_model(nn.Sequential(layer)), mp.LoraConfig(target_modules=["0"], r=2, use_dora=True, lora_dropout=0.1))
-    x = Tensor(np.ones((2, 1024), np.float32))
+    x = Tensor(np.ones((2, 2048), np.float32))
 
     def step():
         model(x).sum().backward()
