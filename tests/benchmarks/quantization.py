@@ -186,14 +186,17 @@ def memory() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=list(WHAT))
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of {', '.join(WHAT)} (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=9)
     options = parser.parse_args()
+    unknown = [what for what in options.what if what not in WHAT]
+    if unknown:
+        parser.error(f"unknown: {unknown[0]!r} (choose from {', '.join(WHAT)})")
     os.environ["MINIPEFT_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    for what in options.what:
+    for what in options.what or WHAT:
         print(f"== {what}")
         {
             "codes": lambda: codes(options.repeat),
