@@ -9,7 +9,7 @@ import pytest
 import minipeft as mp
 from minipeft.cli import main
 from minipeft.cli.data import encode, split_off
-from minipeft.cli.methods import METHODS
+from minipeft.experiments.methods import METHODS
 from minipeft.hub.base import load_base
 from minipeft.text.datasets import Completion, Document
 

@@ -26,8 +26,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..experiments.methods import METHODS, Method
 from .arguments import add_machine, add_seed, positive, positive_int, use_machine
-from .methods import METHODS, Method
 
 SUMMARY = "fine-tune the shipped base with every method and compare them"
 

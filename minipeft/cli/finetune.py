@@ -32,8 +32,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..experiments.methods import METHODS
 from .arguments import add_machine, add_seed, natural, positive, positive_int, proportion, use_machine
-from .methods import METHODS
 
 SUMMARY = "fine-tune a model on your own file"
 
