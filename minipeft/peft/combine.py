@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import to_numpy
+from ..backend import one_blas_thread, to_numpy
 from .config import PeftError
 from .layer import fill
 
@@ -106,7 +106,9 @@ def add_weighted_adapter(
         else:
             deltas = [np.float32(a.scaling) * (b @ x) for (a, _), x, b in zip(parts, A, B)]
             rank = min(svd_rank or max(a.shape[0] for a in A), *deltas[0].shape)
-            U, S, Vt = np.linalg.svd(combine(deltas, [w for _, w in parts]), full_matrices=False)
+            total = combine(deltas, [w for _, w in parts])
+            with one_blas_thread():
+                U, S, Vt = np.linalg.svd(total, full_matrices=False)
             combined[path] = Vt[:rank], U[:, :rank] * S[:rank]
 
     _add(model, adapter_name, model.peft_config[adapters[0]], combined)

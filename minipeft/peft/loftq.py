@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, asarray, to_numpy, xp_of
+from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
@@ -58,7 +58,9 @@ def get_loftq_model(
         update = np.zeros_like(W)
         for _ in range(iterations):
             base = base.quantize(asarray(W - update, xp_of(base.weight.data)))
-            U, S, Vt = np.linalg.svd(W - to_numpy(base.dequantize()).astype(np.float32), full_matrices=False)
+            error = W - to_numpy(base.dequantize()).astype(np.float32)
+            with one_blas_thread():
+                U, S, Vt = np.linalg.svd(error, full_matrices=False)
             root = np.sqrt(S[:r] / s)
             A, B = root[:, None] * Vt[:r], U[:, :r] * root
             update = s * (B @ A)

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng, to_numpy, xp_of
+from ..backend import Array, Rng, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..quant.linear import Linear4bit
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, pattern_value, shape_of
@@ -174,7 +174,8 @@ class LoraLinear(Adapter):
         r = A.shape[0]
         if config.init_lora_weights in ("pissa", "olora"):
             W = to_numpy(out_in(layer, dense_weight(layer))).astype(A.dtype)
-            a, b = (_pissa if config.init_lora_weights == "pissa" else _olora)(W, r, self.scaling)
+            with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
+                a, b = (_pissa if config.init_lora_weights == "pissa" else _olora)(W, r, self.scaling)
             fill(A, a)
             fill(B, b)
             self.start_A, self.start_B = (Parameter(p.data.copy(), requires_grad=False) for p in (A, B))
