@@ -11,8 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from test_train import assert_same_bytes, counting, tiny_model, weights
+from test_train import assert_same_bytes, bradley_terry, collate_scored, counting, pairs_of, tiny_model, weights
 
+import minipeft as mp
 from minipeft.files import FileError
 from minipeft.train import (
     CheckpointError,
@@ -162,6 +163,27 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match="is not in output_dir"):
         trainer(tmp_path / "other", max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+def test_a_run_on_another_objective_knows_its_pairs_and_its_loss(tmp_path):
+    def run(seed, **options):
+        pairs = pairs_of(counting(8, np.random.default_rng(seed)))
+        args = TrainingArguments(tmp_path, max_steps=2, save_steps=1)
+        return Trainer(mp.SequenceClassifier(tiny_model(), 1), pairs, args=args, collate=collate_scored, **options)
+
+    run(0, loss=bradley_terry).train()
+    run(0, loss=bradley_terry).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="other training examples"):
+        run(1, loss=bradley_terry).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match=r"other loss \(bradley_terry there, model_loss here\)"):
+        run(0).train(resume_from_checkpoint=True)
+
+
+def test_the_data_are_hashed_once_and_not_at_each_checkpoint(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("minipeft.train.trainer.fingerprint", lambda items: str(hashed.append(len(list(items)))))
+    trainer(tmp_path).train()
+    assert hashed == [2 * 16, 2 * 4]
 
 
 def damage(path, how):

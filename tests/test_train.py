@@ -10,6 +10,7 @@ import pytest
 
 import minipeft as mp
 from minipeft.backend import to_numpy
+from minipeft.text.tokenizer import pad_sequences
 from minipeft.train import AdamW, Batch, Trainer, TrainingArguments, TrainingDiverged, collate
 from minipeft.train.batches import epoch_order
 from minipeft.train.schedule import SCHEDULES
@@ -176,6 +177,54 @@ def test_another_kind_of_example_and_an_optimizer_of_ones_own(rng):
     assert trainer.evaluate() < 0.2
     with pytest.raises(ValueError, match=r"lacks score\.weight"):
         Trainer(model, examples, collate=classes, optimizer=AdamW(model.backbone.parameters()))
+
+
+def pairs_of(examples):
+    """(chosen, rejected): low numbers are better than high ones."""
+    return [(ids % 16, 16 + ids % 16) for ids, _ in examples]
+
+
+def collate_scored(pairs):
+    ids, mask = pad_sequences([ids for pair in pairs for ids in pair], pad_value=0)
+    return Batch({"input_ids": ids, "attention_mask": mask}, weight=len(pairs), tokens=int(mask.sum()))
+
+
+def bradley_terry(model, input_ids, attention_mask, rng=None):
+    scores = model(input_ids, attention_mask, rng=rng).reshape(-1, 2)
+    return -mp.functional.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+
+
+def test_another_objective(rng):
+    """The Trainer's docstring: pairs, and a loss that no model has; accumulated as one batch, evaluated, resumed from."""
+    pairs, trained = pairs_of(counting(48, rng)), []
+    for size, accumulation in ((8, 1), (2, 4)):
+        model = mp.SequenceClassifier(tiny_model(), num_labels=1)
+        args = TrainingArguments(
+            learning_rate=0.02, num_train_epochs=6, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation, optim="sgd", momentum=0.9,
+        )  # fmt: skip
+        trainer = Trainer(model, pairs[:40], pairs[40:], args, collate=collate_scored, loss=bradley_terry)
+        before = trainer.evaluate()
+        losses = [loss for _, loss in trainer.train().losses()]
+        trained.append(losses)
+    assert before == pytest.approx(math.log(2), abs=0.05) and trainer.evaluate() < 0.1
+    np.testing.assert_allclose(trained[0][:6], trained[1][:6], rtol=1e-4)
+    evaluated = mp.train.evaluate(model, pairs[40:], 3, collate=collate_scored, loss=bradley_terry)
+    assert evaluated == pytest.approx(trainer.evaluate(), rel=1e-5)
+
+
+def test_evaluating_needs_nothing_to_train_and_no_batch_size(xp, rng):
+    examples, model = counting(7, rng, prompt=3), tiny_model(0.5).requires_grad_(False).to(xp)
+    with mp.no_grad():
+        by_hand = [(model.loss(xp.asarray(i)[None], xp.asarray(la)[None]).item(), (la[1:] != -100).sum())
+                   for i, la in examples]  # fmt: skip
+    expected = sum(loss * n for loss, n in by_hand) / sum(n for _, n in by_hand)
+    for size in (1, 3, 8):
+        assert mp.train.evaluate(model, examples, size, pad_token_id=5) == pytest.approx(expected, rel=1e-6)
+    ids, labels = examples[0]
+    for wrong, reason in (([], "no examples to evaluate on"), ([(ids, labels * 0 - 100)], "no label counts in any")):
+        with pytest.raises(ValueError, match=reason):
+            mp.train.evaluate(model, wrong)
 
 
 def test_training_runs_on_the_device(xp, rng):

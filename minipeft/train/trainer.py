@@ -14,18 +14,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import no_grad
 from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
 from ..nn.module import Module, Parameter
-from .batches import Batch, check_examples, collate, epoch_order
+from .batches import check_examples, epoch_order
+from .batches import collate as collate_pairs
 from .checkpoint import (
     CheckpointError,
     fingerprint,
@@ -35,6 +35,7 @@ from .checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from .evaluation import Collate, Loss, evaluate, model_loss, on_device
 from .metrics import Metrics, plot_loss
 from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
 from .schedule import SCHEDULES
@@ -151,21 +152,36 @@ class _State:
 
 
 class Trainer:
-    """Trains the parameters of `model` that require gradients, in place, to lower `model.loss` on examples.
+    """Trains the parameters of `model` that require gradients, in place, to lower a loss on examples.
 
     Args:
-        model: any module with `loss(**arguments, rng=...)`, the mean loss of a batch: a Transformer, a PeftModel, ...
+        model: a Transformer, a PeftModel, or any module; without `loss`, one with a method `loss(**arguments, rng=...)`.
         train_examples: (input_ids [n], labels [n]) pairs of integer arrays, labels -100 where they do not count.
         eval_examples: held-out examples, for `eval_steps`, early stopping and `evaluate()`.
         args: see TrainingArguments.
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
+        loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
+            the mean over the batch's `weight` units. By default the model's own.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
     The loss of a step is the mean over all labels that count in it, however it is cut into batches: accumulated
     gradients equal those of one large batch to float32 rounding, dropout included. Weights decay (decoupled), but not
     norms and biases: parameters with one axis.
+
+    `collate` and `loss` are all it takes to train on something else than the next token, such as pairs of answers of
+    which the first should score higher:
+
+        def collate(pairs):                             # [(chosen ids, rejected ids), ...]
+            ids, mask = pad_sequences([ids for pair in pairs for ids in pair], pad_value=0)
+            return Batch({"input_ids": ids, "attention_mask": mask}, weight=len(pairs), tokens=int(mask.sum()))
+
+        def loss(model, input_ids, attention_mask, rng=None):
+            scores = model(input_ids, attention_mask, rng=rng).reshape(-1, 2)
+            return -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+
+        Trainer(reward_model, pairs, args=args, collate=collate, loss=loss).train()
 
     Raises ValueError for examples or arguments that make no sense, TrainingDiverged for a loss, gradient or parameter
     that becomes NaN or infinite.
@@ -178,8 +194,9 @@ class Trainer:
         eval_examples: Sequence[Any] | None = None,
         args: TrainingArguments | None = None,
         pad_token_id: int = 0,
-        collate: Callable[[list[Any]], Batch] | None = None,
+        collate: Collate | None = None,
         optimizer: Optimizer | None = None,
+        loss: Loss | None = None,
     ):
         self.model, self.args = model, args or TrainingArguments()
         self.train_examples, self.eval_examples = train_examples, eval_examples
@@ -189,11 +206,11 @@ class Trainer:
             raise ValueError("eval_examples is empty; leave it out to train without evaluation")
         if eval_examples is None and (self.args.early_stopping_patience or self.args.eval_steps):
             raise ValueError("eval_steps and early_stopping_patience need eval_examples")
-        self._own_collate = collate is None
         if collate is None:
             check_examples(train_examples, "training")
             check_examples(eval_examples or [], "evaluation")
-        self.collate = collate or partial(_collate_pairs, pad_token_id=pad_token_id)
+        self.collate = collate or partial(collate_pairs, pad_token_id=pad_token_id)
+        self.loss = loss or model_loss
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
@@ -289,10 +306,10 @@ class Trainer:
         loss, first_row = 0.0, 0
         with np.errstate(all="ignore"):  # NaN and infinity are looked for below
             for batch in batches:
-                arguments = self._on_device(batch)
+                arguments = on_device(batch, self._xp)
                 if batch.weight:
                     rng = Rng(a.seed, first_row=first_row).at(step)
-                    share = self.model.loss(**arguments, rng=rng)
+                    share = self.loss(self.model, **arguments, rng=rng)
                     loss += share.item() * (batch.weight / total)
                     if not math.isfinite(loss):
                         self._diverged(step, loss)
@@ -318,26 +335,13 @@ class Trainer:
             group["lr"] = rate * factor
         return self.optimizer.param_groups[0]["lr"]
 
-    def _on_device(self, batch: Batch) -> dict[str, Any]:
-        return {k: asarray(v, self._xp) if is_array(v) else v for k, v in batch.arguments.items()}
-
     # ---------------------------------------------------------------------------------------------------- evaluate
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> float:
         """Mean loss over all labels that count in `examples` (default: eval_examples), without dropout."""
         examples = self.eval_examples if examples is None else examples
-        if examples is None or not len(examples):
-            raise ValueError("there are no examples to evaluate on")
-        total, weight, size = 0.0, 0, self.args.per_device_eval_batch_size
-        with no_grad():
-            for i in range(0, len(examples), size):
-                batch = self.collate([examples[k] for k in range(i, min(i + size, len(examples)))])
-                if batch.weight:
-                    total += self.model.loss(**self._on_device(batch)).item() * batch.weight
-                    weight += batch.weight
-        if not weight:
-            raise ValueError(f"no label counts in any of the {len(examples)} evaluation examples")
-        return total / weight
+        size = self.args.per_device_eval_batch_size
+        return evaluate(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
 
     def _evaluate(self, state: _State, metrics: Metrics) -> None:
         loss = self.evaluate()
@@ -396,16 +400,18 @@ class Trainer:
     def _directory(self) -> Path | None:
         return None if self.args.output_dir is None else Path(self.args.output_dir)
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         arguments = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity = {**arguments, "optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
+        identity["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
-            if self._own_collate:
-                arrays = ((str(i), np.asarray(part, np.int64)) for i, pair in enumerate(examples) for part in pair)
-                identity[f"{what} examples"] = fingerprint(arrays)
+            identity[f"{what} examples"] = fingerprint(
+                array for i, example in enumerate(examples) for array in _arrays(str(i), example)
+            )
         return identity
 
     def _position(self, step: int) -> dict[str, Any]:
@@ -435,7 +441,7 @@ class Trainer:
             "optimizer": {"state": scalars, "param_groups": optimizer["param_groups"]},
             "metrics_bytes": metrics.position(),
             "frozen_sha256": self._frozen,
-            "identity": self._identity(),
+            "identity": self._identity,
         }
         save_checkpoint(self._directory(), state.step, arrays, content, self.args.save_total_limit)
 
@@ -456,8 +462,8 @@ class Trainer:
             raise CheckpointError(f"{path}: was not written by a Trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        here, there = self._identity(), content["identity"]
-        here["position"], there["position"] = self._position(step), content["position"]
+        here = {**self._identity, "position": self._position(step)}
+        there = {**content["identity"], "position": content["position"]}
         for name in [*here, *(set(there) - set(here))]:
             if here.get(name) != there.get(name):
                 detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
@@ -488,8 +494,18 @@ def _non_finite(array: Array) -> int:
     return array.size - int(xp_of(array).isfinite(array).sum().item())
 
 
-def _collate_pairs(examples: list[Any], pad_token_id: int) -> Batch:
-    return collate(examples, pad_token_id)
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+    """The arrays, numbers and texts inside an example, by name; of other kinds of objects nothing is known."""
+    if is_array(value):
+        yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # whatever integers they were read as
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _arrays(f"{name}.{i}", part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _arrays(f"{name}.{key}", part)
+    elif isinstance(value, (str, int, float)):
+        yield name, np.frombuffer(repr(value).encode(), np.uint8)
 
 
 class _ProgressBar:
