@@ -21,7 +21,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, xp_of
 from ..nn.module import Module, Parameter
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, with_weight
 
 
@@ -54,7 +54,14 @@ class AdaLoraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+    usual_targets: ClassVar[dict[str, list[str]]] = {
+        **QUERY_AND_VALUE,
+        "roberta": ["query", "key", "value", "dense"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    }
     ignored: ClassVar[frozenset[str]] = frozenset({"r", "fan_in_fan_out"})
 
     def __post_init__(self) -> None:
@@ -171,7 +178,7 @@ def allocate(model: Any, adapter_name: str, step: int) -> None:
     config, parts = model.peft_config[adapter_name], model.parts(adapter_name)
     layers = [(path, a) for path, a in parts if isinstance(a, AdaLoraLayer)]
     final = config.total_step - config.tfinal
-    if step < final:
+    if step < final or step == 1:
         for _, layer in layers:
             layer.follow(config.beta1, config.beta2)
     if step <= final:

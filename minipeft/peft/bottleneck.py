@@ -33,8 +33,14 @@ from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, fill, kaiming_uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-SUBLAYERS = {"gpt2": ("attn", "mlp"), "llama": ("self_attn", "mlp")}  # model_type -> attention, MLP
-LAST = ("c_proj", "o_proj", "down_proj")  # the layer that ends a sublayer, whose output is the sublayer's
+_BERT = (r"attention\.output", r"layer\.\d+\.output")
+SUBLAYERS = {  # model_type -> attention, MLP (names, or ends of paths as regular expressions)
+    "gpt2": ("attn", "mlp"), "llama": ("self_attn", "mlp"), "bert": _BERT, "roberta": _BERT, "deberta-v2": _BERT,
+    "t5": ("SelfAttention", "DenseReluDense"), "mt5": ("SelfAttention", "DenseReluDense"),
+    "bloom": ("self_attention", "mlp"),
+}  # fmt: skip
+# the layers that end a sublayer, whose output is the sublayer's
+LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 
 
 @dataclass
@@ -78,7 +84,9 @@ class BottleneckConfig(PeftConfig):
                 f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
                 f"{', '.join(SUBLAYERS)}"
             )
-        return self.replace(target_modules=list(SUBLAYERS[model_type][self.placement != "houlsby" :]))
+        sublayers = SUBLAYERS[model_type][self.placement != "houlsby" :]
+        named = all(name.isidentifier() for name in sublayers)
+        return self.replace(target_modules=list(sublayers) if named else rf".*\.({'|'.join(sublayers)})")
 
     def check_target(self, name: str, module: Module) -> None:
         _widths(name, module)
@@ -92,7 +100,7 @@ class BottleneckConfig(PeftConfig):
         return {"down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it, in this package's models."""
+        """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it."""
         if kind not in ("linear", "conv1d"):
             return {}
         n_out, n_in = shape if kind == "linear" else shape[::-1]

@@ -22,6 +22,13 @@ Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng
 
 OUTPUT_HEADS = ("lm_head", "score", "classifier", "v_head")  # what "all-linear" leaves out, as PEFT does
 
+# model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
+QUERY_AND_VALUE = {
+    "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "roberta": ["query", "value"],
+    "deberta-v2": ["query_proj", "value_proj"], "t5": ["q", "v"], "mt5": ["q", "v"], "bloom": ["query_key_value"],
+    "opt": ["q_proj", "v_proj"],
+}  # fmt: skip
+
 
 class PeftError(ValueError):
     """A method cannot be applied as it was asked for; nothing has been changed."""
@@ -106,6 +113,13 @@ class PeftConfig:
         """
         raise NotImplementedError(type(self).__name__)
 
+    def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
+        """What the method adds beside that, shared by all targets and never trained; {} for most. It goes into the file.
+
+        `layers` are the targets: {path: (kind, shape of the weight)}.
+        """
+        return {}
+
     def adapter(self, name: str, layer: Module, seed: Seed) -> Any:
         """The trained part for one target, an `Adapter`; `seed` names its initial values (None: about to be loaded)."""
         raise NotImplementedError(type(self).__name__)
@@ -161,20 +175,33 @@ class PeftConfig:
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules. Raises PeftError for a name that matches nothing."""
         found = {name: m for name, m in modules.items() if self.targets(name, kind_of(m) or "")}
+        self.check_names(modules, found)
+        for name, module in found.items():
+            self.check_target(name, module)
+        return found
+
+    def check(self, model: Module) -> None:
+        """Raises PeftError where the method cannot be put on the model; builds nothing."""
+        config = self.with_targets(model)
+        modules = dict(model.named_modules())
+        for name, module in config.resolve(modules).items():
+            config.parameter_shapes(name, kind_of(module) or "", shape_of(module) if kind_of(module) else ())
+        config.resolve_saved(modules)
+
+    def check_names(self, paths: Iterable[str], found: Iterable[str]) -> None:
+        """Raises PeftError where a target name is none of the `paths` of the model, or nothing at all was `found`."""
+        paths = list(paths)
         if isinstance(self.target_modules, list):
             for target in self.target_modules:
-                if not any(_matches([target], name) for name in modules):
-                    raise PeftError(f"target_modules: no module is called {target!r}{_near(target, modules)}")
+                if not any(_matches([target], name) for name in paths):
+                    raise PeftError(f"target_modules: no module is called {target!r}{_near(target, paths)}")
         if (self.kinds or self.target_modules) and not found:
             asked, hint = self.target_modules, ""
             if isinstance(asked, str):
                 hint = " (a string is a regular expression for whole paths; names go into a list)"
             raise PeftError(
-                f"target_modules={asked!r}{hint} matches no module that may be adapted{_near(str(asked), modules)}"
+                f"target_modules={asked!r}{hint} matches no module that may be adapted{_near(str(asked), paths)}"
             )
-        for name, module in found.items():
-            self.check_target(name, module)
-        return found
 
     def check_target(self, name: str, module: Module) -> None:
         """Raises PeftError for a module that the method cannot be put on."""
@@ -184,7 +211,7 @@ class PeftConfig:
                 f"{type(self).__name__} works on {', '.join(self.kinds)}"
             )
 
-    def resolve_saved(self, modules: dict[str, Module]) -> dict[str, Module]:
+    def resolve_saved(self, modules: dict[str, Any]) -> dict[str, Any]:
         """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
         found = {}
         for target in self.modules_to_save or ():

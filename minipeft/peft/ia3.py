@@ -38,8 +38,15 @@ class IA3Config(PeftConfig):
     usual_targets: ClassVar[dict[str, list[str]]] = {
         "gpt2": ["c_attn", "mlp.c_proj"],
         "llama": ["k_proj", "v_proj", "down_proj"],
-    }
-    usual_feedforward: ClassVar[dict[str, list[str]]] = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}
+        "bert": ["key", "value", "output.dense"], "roberta": ["key", "value", "output.dense"],
+        "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+        "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
+        "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
+    }  # fmt: skip
+    usual_feedforward: ClassVar[dict[str, list[str]]] = {
+        "gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "bert": ["output.dense"], "roberta": ["output.dense"],
+        "deberta-v2": ["output.dense"], "t5": ["wo"], "mt5": [], "bloom": ["mlp.dense_4h_to_h"], "opt": ["fc2"],
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,11 @@ class LNTuningConfig(PeftConfig):
     usual_targets: ClassVar[dict[str, list[str]]] = {
         "gpt2": ["ln_1", "ln_2", "ln_f"],
         "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
-    }
+        "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
+        "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
+        "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+        "opt": ["self_attn_layer_norm", "final_layer_norm"],
+    }  # fmt: skip
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         if kind not in ("norm", "bias") or not self.targets(name, "norm"):

@@ -32,7 +32,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..quant.linear import Linear4bit
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, pattern_value, shape_of
+from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, pattern_value, shape_of
 from .layer import Adapter, dense_weight, fill, kaiming_uniform, out_in, with_weight
 
 INITS = (True, False, "gaussian", "pissa", "olora")
@@ -65,7 +65,7 @@ class LoraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
-    usual_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module, Parameter
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, placement, with_weight
 
 
@@ -43,7 +43,7 @@ class VeraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "VERA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
+    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
     ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def __post_init__(self) -> None:
@@ -63,12 +63,16 @@ class VeraConfig(PeftConfig):
             return {}
         return {"vera_lambda_b": (shape[0] if kind == "linear" else shape[1],), "vera_lambda_d": (self.r,)}
 
+    def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
+        """The shared projections, of the largest sizes that a layer needs."""
+        outs, ins = zip(*[shape if kind == "linear" else shape[::-1] for kind, shape in layers.values()])
+        return {"vera_A": (self.r, max(ins)), "vera_B": (max(outs), self.r)}
+
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         if not layers:
             return {}
-        outs, ins = zip(*[out_in_features(layer) for layer in layers.values()])
-        first = next(iter(layers.values()))
-        projection = Projection(self.r, max(ins), max(outs), self.projection_prng_key, first)
+        shapes = self.constant_shapes({name: (kind_of(layer), shape_of(layer)) for name, layer in layers.items()})
+        projection = Projection(shapes, self.projection_prng_key, next(iter(layers.values())))
         return {
             name: VeraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, projection)
             for name, layer in layers.items()
@@ -81,12 +85,12 @@ def out_in_features(layer: Module) -> tuple[int, int]:
 
 
 class Projection(Module):
-    """The shared A [r, in] and B [out, r], Kaiming-uniform, of the largest sizes that a layer needs."""
+    """The shared A [r, in] and B [out, r], Kaiming-uniform."""
 
-    def __init__(self, r: int, n_in: int, n_out: int, key: int, like: Module):
+    def __init__(self, shapes: dict[str, Shape], key: int, like: Module):
         xp, dtype = placement(like)
         generator = np.random.default_rng(key)
-        self.vera_A, self.vera_B = (Parameter(xp.zeros(s, dtype), False) for s in ((r, n_in), (n_out, r)))
+        self.vera_A, self.vera_B = (Parameter(xp.zeros(shapes[k], dtype), False) for k in ("vera_A", "vera_B"))
         for p in (self.vera_A, self.vera_B):
             bound = math.sqrt(6 / p.shape[1])  # gain sqrt(2) (He et al. 2015): variance 2 / fan_in
             fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))
