@@ -4,6 +4,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +14,9 @@ from minipeft.text.examples import (
     encode_documents,
     encode_examples,
     encode_preferences,
+    encode_turns,
 )
-from minipeft.text.templates import chatml, chatml_prompt, custom
+from minipeft.text.templates import Turn, chatml, chatml_prompt, custom
 from minipeft.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(files("minipeft").joinpath("hub", "base"))
@@ -31,6 +33,40 @@ def test_only_the_completion_is_learned():
     prompt = TOKENIZER.encode("Say hi:")
     assert example.input_ids.tolist() == prompt + TOKENIZER.encode(" hi there") + [EOS]
     assert example.labels.tolist() == [-100] * len(prompt) + TOKENIZER.encode(" hi there") + [EOS]
+
+
+def merging_tokenizer(**options):
+    """Byte-pair encoding of the letters a to d and the space, with the merges "b c" and "bc d"."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "a", "b", "c", "d", " ", "bc", "bcd"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("b", "c"), ("bc", "d")], **options))
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+def test_a_completion_starts_where_the_tokens_diverge():
+    def parts(prompt, completion, tokenizer):
+        ((ids, labels),) = encode_examples([Completion(prompt, completion)], tokenizer, 64).examples
+        assert ids.tolist()[:-1] == tokenizer.encode(prompt + completion, add_special_tokens=True)
+        shown = [tokenizer.id_to_token(i) for i in ids]
+        start = next(t for t, label in enumerate(labels) if label != -100)
+        assert labels.tolist() == [-100] * start + ids.tolist()[start:]
+        return shown[:start], shown[start:]
+
+    tokenizer = merging_tokenizer()
+    assert parts("aa", "bcd", tokenizer) == (["a", "a"], ["bcd", "</s>"])
+    assert parts("aab", "cda", tokenizer) == (["a", "a"], ["bcd", "a", "</s>"])  # b is in the prompt, bcd is learned
+    assert parts("abc", "b", tokenizer) == (["a", "bc"], ["b", "</s>"])
+    backend = merging_tokenizer()._plain
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    assert parts("b", "cd", Tokenizer(backend, {"eos_token": "</s>"})) == (["<s>"], ["bcd", "</s>"])
+    assert parts("Say hi: ", "there", TOKENIZER)[1][0] == "Ġthere"  # the prompt's last space is learned again
+
+
+def test_a_completion_ends_where_the_tokens_diverge():
+    turns = [Turn(("a",), ("ab",)), Turn(("ca",), ("d",))]
+    ids, labels = encode_turns(turns, merging_tokenizer())
+    assert ids.tolist() == [2, 2, 7, 2, 5, 1]  # a a bc a d </s>: bc is not the first answer's
+    assert labels.tolist() == [-100, 2, -100, -100, 5, 1]
 
 
 def test_templates_of_the_forms():
@@ -91,9 +127,9 @@ def test_a_block_of_one_token_is_refused():
 
 
 def test_overflow_is_said_not_hidden():
-    records = [Completion("a", "b"), Completion("a", "b " * 50), Completion("a " * 50, "b")]
+    records = [Completion("a", " b"), Completion("a", " b" * 50), Completion("a" + " a" * 49, " b")]
     with pytest.raises(
-        ValueError, match=r"2 of 3 records are longer than 10 tokens, the first of them record 2 with 53"
+        ValueError, match=r"2 of 3 records are longer than 10 tokens, the first of them record 2 with 52"
     ):
         encode_examples(records, TOKENIZER, 10)
     examples, truncated, dropped = encode_examples(records, TOKENIZER, 10, on_overflow="truncate")

@@ -93,21 +93,29 @@ def encode_preferences(
 def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     """The turns one after the other; labels are the completions' tokens, -100 on the prompts.
 
-    A prompt and its completion are encoded apart, so that the prompt has the same tokens here as when the model is
-    later asked to continue it. (A SentencePiece tokenizer that puts a space before every text does so before a
-    completion too.)
+    The text is encoded as a whole, since that is how its words are segmented wherever else the model reads them. A
+    completion starts where the tokens of the text before it and the tokens of the whole diverge: where prompt and
+    completion meet inside a token, that token is learned. (It is never what the model sees when asked, so a prompt should
+    not end in the middle of a token: not in a space, for a tokenizer whose words begin with one.) It ends likewise.
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    for number, turn in enumerate(turns):
-        prompt = tokenizer.encode_pieces(turn.prompt, add_special_tokens=number == 0)
-        completion = tokenizer.encode_pieces(turn.completion)
-        ids += prompt + completion
-        labels += [IGNORE] * len(prompt) + completion
-    if not isinstance(turns[-1].completion[-1], Special):
+    text: list[str] = []  # pieces
+    parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
+    for piece in (piece for turn in turns for piece in turn):
+        text += piece
+        parts.append(tokenizer.encode_pieces(text, add_special_tokens=True))
+    ids = parts[-1]
+    if not isinstance(turns[-1].completion[-1], Special) and ids[-1] != _eos(tokenizer):
         ids.append(_eos(tokenizer))
-        labels.append(_eos(tokenizer))
-    return Example(np.array(ids, np.int64), np.array(labels, np.int64))
+    labels = np.full(len(ids), IGNORE, np.int64)
+    for prompt, through_completion in zip(parts[::2], parts[1::2]):
+        learned = slice(_common(prompt, ids), _common(through_completion, ids))
+        labels[learned] = ids[learned]
+    return Example(np.array(ids, np.int64), labels)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences have in common before they diverge."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
