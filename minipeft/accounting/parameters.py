@@ -1,8 +1,11 @@
 """How many parameters a method trains, stores for a task, and leaves in the model: from shapes, without the model.
 
-Conventions. A tied parameter counts once, a head as the model has it (GPT-2's tied `lm_head` adds nothing). Parameters
-are logical ones: a weight packed into 4 bits counts each of its values. Frozen constants that a method adds (VeRA's
-shared projections, say) count in the total if the configuration lists them, and are not trained.
+Conventions, those of PEFT's `print_trainable_parameters`:
+
+    a tied parameter    counts once (GPT-2's `lm_head` adds nothing); trained as a copy of its own, that copy counts too
+    the head            counts as the model has it
+    packed weights      count their elements: a weight in 4 bits is as many parameters as in 32
+    a method's constants  (VeRA's shared projections) are not trained and not counted in the total, but stored
 
 A method's rule is its configuration's own `parameter_shapes(name, kind, shape) -> {name: shape}`, the one that its
 modules are built with: for a weight or bias of the module called `name`, the parameters that the method trains there.
@@ -11,7 +14,7 @@ modules are built with: for a weight or bias of the module called `name`, the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +24,11 @@ from .architectures import Architecture, Shape, architecture
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """trainable: updated by the optimizer; stored: written to the task's own file; total: in the adapted model."""
+    """trainable: updated by the optimizer; stored: what the task's own file holds; total: in the adapted model.
+
+    What is trained is stored, but for what only computes it (a prefix's or a prompt's network); constants are stored
+    too. Zeros that a file format makes explicit (a fused layer's projections that are not adapted) are not counted.
+    """
 
     trainable: int
     stored: int
@@ -33,6 +40,20 @@ class ParameterCount:
         return self.trainable / self.total if self.total else 0.0
 
 
+def count_parameters(model: Any, config: Any = None) -> ParameterCount:
+    """Trainable, stored and total parameters of a model under a method.
+
+    `model` is an `Architecture`, or what `architecture` takes; `config` as in `trained_parameters`.
+    Raises ValueError as they do.
+    """
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    trained = trained_parameters(arch, config)
+    folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
+    stored = _size(trained_parameters(arch, folded)) + _size(constant_parameters(arch, config))
+    added = _size({name: shape for name, shape in trained.items() if name not in arch.shapes})
+    return ParameterCount(trainable=_size(trained), stored=stored, total=arch.size + added)
+
+
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
     """name -> shape of the parameters that are trained: those of `arch` itself (full fine-tuning), or ones added to it.
 
@@ -40,7 +61,8 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
         config: a method's configuration; None is full fine-tuning, "head" the language model's head alone, "frozen"
             nothing at all. A tied head that is trained alone is untied, as `nn.heads.head_only` does.
 
-    Raises ValueError for a name that is no method and for a model without a head.
+    Raises ValueError for a name that is no method, a model without a head, and targets that the model does not have or
+    the method cannot be put on.
     """
     if config is None:
         return arch.shapes
@@ -51,49 +73,74 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
             raise ValueError(f"{arch.name} has no language-model head to train alone")
         owner = arch.tied.get("lm_head.weight", "lm_head.weight")
         return {"lm_head.weight": arch[owner]}
-    if not hasattr(config, "parameter_shapes"):
-        raise ValueError(
-            f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}"
-        )
-    config = config.with_targets(SimpleNamespace(config=arch.config or arch))
-    saved = config.modules_to_save or ()
+    config = _resolved(arch, config)
+    paths = _paths(arch)
+    saved = config.resolve_saved(paths)
     trained: dict[str, Shape] = {}
-    for name in (*arch, *arch.tied):
-        shape = arch[arch.tied.get(name, name)]
+    for name, kind, shape in _weights(arch):
         path, _, attribute = name.rpartition(".")
-        if any(f".{module}." in f".{path}." for module in saved):
+        if any(f"{path}.".startswith(f"{module}.") for module in saved):
             trained[f"{path}.modules_to_save.{attribute}"] = shape
             continue
-        kind = "linear" if name in arch.tied else arch.kinds[name]
         for key, added in config.parameter_shapes(path, kind, shape).items():
             place = f"{path}.{key}"
             if place in arch:  # BitFit's bias: a copy, beside the frozen one
                 place = f"{path}.modules_to_save.{key}"
             trained[place] = added
-    if not trained:
-        raise ValueError(
-            f"{type(config).__name__} trains nothing of {arch.name}: no module matches target_modules="
-            f"{config.target_modules!r}; its modules are called {', '.join(_last_names(arch))}"
-        )
+    for path, kind in paths.items():
+        named = isinstance(config.target_modules, list)  # a regular expression may match what holds the layers, too
+        if named and config.kinds and config.targets(path, kind) and kind not in config.kinds:
+            what = f"of the kind {kind}" if kind else "not a layer but several"
+            raise ValueError(
+                f"target_modules: {path!r} of {arch.name} is {what}; {type(config).__name__} works on "
+                f"{', '.join(config.kinds)}"
+            )
+    if not trained and config.target_modules is None:
+        raise ValueError(f"{type(config).__name__} trains nothing of {arch.name}: no parameter there is of its kind")
+    config.check_names(paths, trained)
     return trained
 
 
-def _last_names(arch: Architecture) -> list[str]:
-    """The last parts of the module paths, each once."""
-    return list(dict.fromkeys(name.split(".")[-2] for name in arch))
+def constant_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
+    """name -> shape of what a method adds and never trains."""
+    if config is None or isinstance(config, str):
+        return {}
+    config = _resolved(arch, config)
+    layers = {
+        name.rpartition(".")[0]: (kind, shape)
+        for name, kind, shape in _weights(arch)
+        if kind in config.kinds and config.targets(name.rpartition(".")[0], kind)
+    }
+    return config.constant_shapes(layers)
 
 
-def count_parameters(model: Any, config: Any = None) -> ParameterCount:
-    """Trainable, stored and total parameters of a model under a method.
+def _resolved(arch: Architecture, config: Any) -> Any:
+    """The configuration with its targets, or a model's dimensions, filled in."""
+    if not hasattr(config, "parameter_shapes"):
+        raise ValueError(
+            f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}"
+        )
+    return config.with_targets(SimpleNamespace(config=arch.config or arch))
 
-    `model` is an `Architecture`, or what `architecture` takes; `config` as in `trained_parameters`. What is trained is
-    stored, but for what only computes it (a prefix's or a prompt's network): a method's `inference_mode` is without.
-    Raises ValueError as they do.
-    """
-    arch = model if isinstance(model, Architecture) else architecture(model)
-    trained = trained_parameters(arch, config)
-    folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
-    needed = trained_parameters(arch, folded)
-    n, stored = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (trained, needed))
-    added = sum(math.prod(shape) for name, shape in trained.items() if name not in arch.shapes)
-    return ParameterCount(trainable=n, stored=stored, total=arch.size + added)
+
+def _weights(arch: Architecture) -> Iterable[tuple[str, str, Shape]]:
+    """(name, kind, shape) of every parameter under every name: a tied head is a linear layer too."""
+    for name in (*arch, *arch.tied):
+        yield name, "linear" if name in arch.tied else arch.kinds[name], arch[arch.tied.get(name, name)]
+
+
+def _paths(arch: Architecture) -> dict[str, str]:
+    """path -> kind of every module; "" for one that only holds others."""
+    paths: dict[str, str] = {}
+    for name, kind, _ in _weights(arch):
+        path = name.rpartition(".")[0]
+        parents = [path[:i] for i, character in enumerate(path) if character == "."]
+        for parent in parents:
+            paths.setdefault(parent, "")
+        if kind != "bias":
+            paths[path] = kind
+    return paths
+
+
+def _size(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
