@@ -34,12 +34,12 @@ class _HeadedBackbone(Module):
         for p in backbone.parameters():
             if p.requires_grad and not share:
                 p.data = p.data.copy()
-        setattr(self, "model" if self.config.model_type == "llama" else "transformer", backbone)
+        setattr(self, "transformer" if self.config.model_type == "gpt2" else "model", backbone)
 
     @property
     def backbone(self) -> Backbone:
         """The part below the head."""
-        return self.model if self.config.model_type == "llama" else self.transformer
+        return self.transformer if self.config.model_type == "gpt2" else self.model
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keep only each block's input in the forward pass and compute the block again in backward."""

@@ -33,12 +33,50 @@ from .module import Module, ModuleList
 
 KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions, head_dim], arrays or Tensors
 
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies of Llama 3.1 and later, stretched for a context longer than the one of pretraining.
+
+    A frequency whose wavelength is longer than `original_max_position_embeddings / low_freq_factor` is divided by
+    `factor`, one shorter than `original_max_position_embeddings / high_freq_factor` stays, and between them the two are
+    mixed, linearly in the number of turns. Source: Llama 3 (Grattafiori et al. 2024, arXiv:2407.21783) as published in
+    its reference code; `rope_type` "llama3" in Hugging Face.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and self.original_max_position_embeddings >= 1):
+            raise ValueError(
+                f"rope scaling needs a factor of at least 1 and a positive original_max_position_embeddings, "
+                f"not {self.factor!r} and {self.original_max_position_embeddings!r}"
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling needs 0 < low_freq_factor < high_freq_factor, "
+                f"not {self.low_freq_factor!r} and {self.high_freq_factor!r}"
+            )
+
+    def __call__(self, frequency: Array) -> Array:
+        """Angles per position, [D/2] -> [D/2]."""
+        turns = frequency * (self.original_max_position_embeddings / (2 * math.pi))  # in the original context
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = xp_of(frequency).clip(kept, 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The shape of a model, with the field names of Hugging Face's Llama configuration.
 
-    `TransformerConfig.gpt2(...)` and `.llama(...)` set the dialect and its defaults.
+    `TransformerConfig.gpt2(...)` and `.llama(...)` set the dialect and its defaults. The families "mistral" and "qwen2" are
+    the Llama dialect too; Qwen2 has biases in its query, key and value projections.
     Raises ValueError for shapes that do not fit together.
     """
 
@@ -54,6 +92,7 @@ class TransformerConfig:
     rms_norm_eps: float = 1e-6
     layer_norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -68,8 +107,10 @@ class TransformerConfig:
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
 
-        if self.model_type not in ("gpt2", "llama"):
-            raise ValueError(f"model_type must be 'gpt2' or 'llama', not {self.model_type!r}")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type must be one of {', '.join(map(repr, FAMILIES))}, not {self.model_type!r}")
+        if self.model_type in ("mistral", "qwen2") and (self.attention_bias or self.mlp_bias):
+            raise ValueError(f"attention_bias and mlp_bias are options of llama; {self.model_type} has none")
         counts = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings".split()
         derived = "intermediate_size num_key_value_heads head_dim".split()
         for name in counts + derived:
@@ -201,9 +242,10 @@ class LlamaAttention(Module):
 
     def __init__(self, c: TransformerConfig):
         heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, heads, c.attention_bias, seed=None)
-        self.k_proj = Linear(c.hidden_size, kv, c.attention_bias, seed=None)
-        self.v_proj = Linear(c.hidden_size, kv, c.attention_bias, seed=None)
+        bias = c.attention_bias or c.model_type == "qwen2"
+        self.q_proj = Linear(c.hidden_size, heads, bias, seed=None)
+        self.k_proj = Linear(c.hidden_size, kv, bias, seed=None)
+        self.v_proj = Linear(c.hidden_size, kv, bias, seed=None)
         self.o_proj = Linear(heads, c.hidden_size, c.attention_bias, seed=None)
         self.head_dim = c.head_dim
 
@@ -412,6 +454,8 @@ class LlamaModel(Backbone):
         xp, half = xp_of(x.data), self.config.head_dim // 2
         # float64 angles: at position 10,000 a float32 product would already be wrong in its fourth digit
         frequency = self.config.rope_theta ** (-xp.arange(half, dtype=xp.float64) / half)  # [D/2]
+        if self.config.rope_scaling is not None:
+            frequency = self.config.rope_scaling(frequency)
         angle = positions[..., None] * frequency  # [B or 1, T, D/2]
         return x, (xp.cos(angle).astype(x.dtype), xp.sin(angle).astype(x.dtype))
 
@@ -452,10 +496,10 @@ class Transformer(Module):
 
     def __init__(self, config: TransformerConfig, seed: int | None = 0, backend: str | None = None):
         self.config = config
-        if config.model_type == "llama":
-            self.model = LlamaModel(config)
-        else:
+        if config.model_type == "gpt2":
             self.transformer = GPT2Model(config)
+        else:
+            self.model = LlamaModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, seed=None)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
@@ -466,7 +510,7 @@ class Transformer(Module):
     @property
     def backbone(self) -> Backbone:
         """The part below the head."""
-        return self.model if self.config.model_type == "llama" else self.transformer
+        return self.transformer if self.config.model_type == "gpt2" else self.model
 
     def _initialize(self, generator: np.random.Generator) -> None:
         c = self.config
