@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +90,55 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     The arrays are read-only views of a memory map: the file is read as its bytes are used. Raises FileError for a file
     that is missing, truncated or not safetensors.
     """
+    stored, metadata = map_safetensors(path)
+    arrays = {name: tensor.read() for name, tensor in stored.items()}
+    for name, tensor in stored.items():
+        arrays[name].flags.writeable = not tensor.is_view
+    return arrays, metadata
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: shape and dtype are known, the values are read when they are asked for.
+
+    shape    as the array will have it
+    dtype    of the array that `read` gives
+    is_view  whether `read` gives a view of the file's memory map, and not an array of its own
+    read     the values, an array. A view may be written to: a page that is changed becomes this process's own copy, and
+             the file stays as it is.
+    release  take the file's pages under this tensor out of memory again; a view changed before is as in the file again
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_view: bool
+    read: Callable[[], np.ndarray]
+    release: Callable[[], None]
+
+
+class MappedFile:
+    """The bytes of a file, mapped privately: read as they are used, never written back."""
+
+    def __init__(self, path: str | os.PathLike):
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def view(self, begin: int, end: int) -> np.ndarray:
+        """The bytes as a uint8 array."""
+        return np.frombuffer(self._map, np.uint8, end - begin, begin)
+
+    def release(self, begin: int, end: int) -> None:
+        """Let go of the whole pages between two offsets: they are read from the file anew when they are used again."""
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """What a safetensors file holds, without reading it: (tensors by name, metadata). Raises as `read_safetensors`."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -109,12 +161,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
             raise
         raise FileError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
 
-    start, covered = 8 + length, 0
-    if size == start:
-        raw = np.zeros(0, np.uint8)
-    else:
-        raw = np.memmap(path, np.uint8, mode="r", offset=start)
-    arrays = {}
+    start, covered, file = 8 + length, 0, MappedFile(path)
+    tensors = {}
     for name, (code, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if code != "BF16" and code not in _DTYPES:
             raise FileError(f"{path}: tensor {name!r} has the dtype {code}, which is not supported (one of {', '.join(_DTYPES)}, BF16)")
@@ -122,16 +170,26 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
         expected = dtype.itemsize * math.prod(shape)
         if end - begin != expected:
             raise FileError(f"{path}: tensor {name!r} of shape {shape} needs {expected} bytes, its header gives {begin} to {end}")
-        if end > raw.size:
+        if end > size - start:
             raise FileError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}")
         if begin != covered:  # as the format demands: two tensors may not share bytes, nor may any hide between them
             raise FileError(f"{path}: tensor {name!r} begins at byte {begin} of the data, the one before it ends at {covered}")
         covered = end
-        array = np.frombuffer(raw[begin:end], dtype).reshape(shape)
-        arrays[name] = (array.astype(np.uint32) << 16).view(np.float32) if code == "BF16" else array
-    if covered != raw.size:
+        wide = np.dtype(np.float32) if code == "BF16" else dtype
+        read = partial(_read, file, start + begin, start + end, dtype, shape, code == "BF16")
+        tensors[name] = StoredTensor(shape, wide, code != "BF16", read, partial(file.release, start + begin, start + end))
+    if covered != size - start:
         raise FileError(f"{path}: the tensors end at byte {start + covered}, the file at {size}")
-    return {name: arrays[name] for name in entries}, metadata
+    return {name: tensors[name] for name in entries}, metadata
+
+
+def _read(file: MappedFile, begin: int, end: int, dtype: np.dtype, shape: tuple[int, ...], bfloat16: bool) -> np.ndarray:
+    array = file.view(begin, end).view(dtype).reshape(shape)
+    if not bfloat16:
+        return array
+    wide = array.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def _entry(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
