@@ -1,6 +1,6 @@
 """Training: optimizers, schedules, the loop, checkpoints."""
 
-from .batches import Batch, collate
+from .batches import Batch, collate, collate_packed, pack
 from .checkpoint import CheckpointError, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .evaluation import evaluate
 from .metrics import plot_loss
@@ -9,6 +9,6 @@ from .trainer import Trainer, TrainingArguments, TrainingDiverged, TrainingResul
 
 __all__ = [
     "SGD", "Adam", "AdamW", "Batch", "CheckpointError", "NonFiniteGradient", "Optimizer", "Trainer",
-    "TrainingArguments", "TrainingDiverged", "TrainingResult", "clip_grad_norm", "collate", "evaluate",
-    "last_checkpoint", "list_checkpoints", "load_checkpoint", "plot_loss", "save_checkpoint",
+    "TrainingArguments", "TrainingDiverged", "TrainingResult", "clip_grad_norm", "collate", "collate_packed",
+    "evaluate", "last_checkpoint", "list_checkpoints", "load_checkpoint", "pack", "plot_loss", "save_checkpoint",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""From encoded examples to the batches of a training step: the order of an epoch, padding, what counts."""
+"""From encoded examples to the batches of a training step: the order of an epoch, padding or packing, what counts."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,65 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
     if min(lengths) < max(lengths):
         mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
     arguments = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+    return Batch(arguments, counted(labels), sum(lengths))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which examples share a row of `capacity` tokens: the indices of each row's, by best fit, the longest first.
+
+    Each example goes into the row with the least room that still holds it, or into a new one ("best-fit decreasing", which
+    needs at most 11/9 of the fewest rows possible, plus a constant: Johnson 1973). Raises ValueError for an example that no
+    row holds.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens free, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > capacity:
+            raise ValueError(f"example {i} has {lengths[i]} tokens, more than the {capacity} of a row")
+        best = bisect_left(rooms, (lengths[i], 0))
+        if best == len(rooms):
+            rooms.append((capacity, len(rows)))
+            rows.append([])
+        room, row = rooms.pop(best)
+        rows[row].append(i)
+        insort(rooms, (room - lengths[i], row))
+    return rows
+
+
+def collate_packed(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int = 0, capacity: int | None = None
+) -> Batch:
+    """(input_ids, labels) pairs as a batch of fewer rows, in which several stand one after the other (packing).
+
+        input_ids       a0 a1 a2 a3 b0 b1 b2  .      attention_mask   key  a a a a b b b .
+        position_ids     0  1  2  3  0  1  2  0        query of a          x x x x              (and nobody sees what
+        labels           .  1  2  3  .  1  2  .        query of b                  x x x         follows, as ever)
+
+    Positions begin anew with each example, none sees another ([B, 1, T, T] boolean), and the first token of one is not
+    learned from the last of another, so loss and gradients are those of `collate`, but for rounding. What is saved is the
+    padding. (Hugging Face TRL packs the whole data set before training, so that a step holds more examples; here a step
+    has the same examples with and without packing.)
+
+    `capacity` is the number of tokens a row may hold: by default those of the longest example, so that no row becomes
+    longer than it would be without packing, and attention, whose cost grows with T², no dearer.
+    """
+    lengths = [len(ids) for ids, _ in examples]
+    rows = pack(lengths, max(lengths) if capacity is None else capacity)
+    if len(rows) == len(examples):
+        return collate(examples, pad_token_id)
+    shape = (len(rows), max(sum(lengths[i] for i in row) for row in rows))
+    input_ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
+    positions, owner = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            where = (r, slice(start, start + lengths[i]))
+            input_ids[where], labels[where] = examples[i]
+            labels[r, start] = IGNORE
+            positions[where], owner[where] = np.arange(lengths[i]), i
+            start += lengths[i]
+    same = (owner[:, None, :, None] == owner[:, None, None, :]) & (owner >= 0)[:, None, None, :]  # [B, 1, T, T]
+    arguments = {"input_ids": input_ids, "labels": labels, "attention_mask": same, "position_ids": positions}
     return Batch(arguments, counted(labels), sum(lengths))
 
 

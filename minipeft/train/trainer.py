@@ -24,7 +24,7 @@ import numpy as np
 
 from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
 from ..nn.module import Module, Parameter
-from .batches import check_examples, epoch_order
+from .batches import check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .checkpoint import (
     CheckpointError,
@@ -58,7 +58,8 @@ class TrainingArguments:
     `max_grad_norm=None` does not clip. `eval_steps=None` evaluates at the end only, `save_steps=None` saves nothing;
     otherwise there is a checkpoint at the end too, and the newest `save_total_limit` are kept.
     `early_stopping_patience=n` stops when n evaluations in a row bring no lower held-out loss, and ends, in any case,
-    with the weights of the best evaluation. `optim` is "adamw" or "sgd" (with `momentum`).
+    with the weights of the best evaluation. `packing` lets the examples of a batch share rows instead of padding each to
+    the longest (`collate_packed`): the same loss, computed sooner. `optim` is "adamw" or "sgd" (with `momentum`).
 
     With `output_dir`, metrics go to `metrics.jsonl` there, the loss curve to `loss.png`.
     """
@@ -70,6 +71,7 @@ class TrainingArguments:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    packing: bool = False
     optim: str = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -209,7 +211,10 @@ class Trainer:
         if collate is None:
             check_examples(train_examples, "training")
             check_examples(eval_examples or [], "evaluation")
-        self.collate = collate or partial(collate_pairs, pad_token_id=pad_token_id)
+        elif self.args.packing:
+            raise ValueError("packing is for (input_ids, labels) examples; a collate of its own does its own packing")
+        own = collate_packed if self.args.packing else collate_pairs
+        self.collate = collate or partial(own, pad_token_id=pad_token_id)
         self.loss = loss or model_loss
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
