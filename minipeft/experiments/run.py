@@ -1,0 +1,173 @@
+"""One run of an experiment: a base, a task and explicit settings go in, a flat row of measurements comes out.
+
+    settings ─► method on the base ─► steps on task.train (and replay) ─► loss on task.held_out, on task.general
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .. import train
+from ..autograd.tensor import Tensor, is_grad_enabled
+from ..nn.layers import Dropout
+from ..nn.module import Module
+from ..peft.directory import state
+from ..peft.model import PeftModel
+from ..text.examples import Example
+from ..train import Trainer, TrainingArguments, TrainingDiverged
+from .methods import METHODS
+
+
+class Task(NamedTuple):
+    """Encoded examples.
+
+    train, held_out  of what is to be learned
+    general          held-out text of the base's own domain: the loss on it says what was forgotten
+    replay           training text of that domain, for runs that replay some
+    """
+
+    train: list[Example]
+    held_out: list[Example]
+    general: list[Example]
+    replay: list[Example]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fine-tune; with the task and the base, all that decides a row.
+
+    method         a key of METHODS
+    learning_rate  None: the method's own
+    steps          optimizer steps; the schedule is a cosine to 0
+    batch_size     examples of the task in a step
+    accumulation   the number of parts a step is computed in; their gradients are added
+    warmup         share of the steps over which the rate rises from 0
+    weight_decay   decoupled, towards 0 (AdamW)
+    dropout        in the base, on the embeddings and the residual branches
+    replay         blocks of general text that are mixed in, per example of the task
+    l2_start       α of the penalty α/2 · ||w - w_start||² (`l2_sp`)
+    evaluations    how often the held-out loss is measured, evenly spaced; the last is at the end
+    seed           of the order of the data and of dropout
+    """
+
+    method: str = "full"
+    learning_rate: float | None = None
+    steps: int = 40
+    batch_size: int = 16
+    accumulation: int = 1
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    replay: float = 0.0
+    l2_start: float = 0.0
+    evaluations: int = 1
+    seed: int = 0
+
+
+def l2_sp(model: Module, alpha: float) -> Callable[..., Tensor]:
+    """The loss of a model with the penalty α/2 · Σ (w - w_start)² over what is trained, while gradients are recorded.
+
+    Li et al. 2018, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, equation 2; the paper's
+    second term, of a new head towards 0, has no object here.
+    """
+    start = [(p, p.data.copy()) for p in model.parameters() if p.requires_grad]
+
+    def loss(model: Any, **arguments: Any) -> Tensor:
+        value = model.loss(**arguments)
+        if is_grad_enabled():
+            for p, w in start:
+                value = value + ((p - w) ** 2).sum() * (alpha / 2)
+        return value
+
+    return loss
+
+
+def with_dropout(model: Any, p: float) -> Any:
+    """The same language model, sharing its arrays, with another dropout probability."""
+    twin = model.copy(share=True)
+    twin.config = twin.backbone.config = twin.config.replace(dropout=p)
+    for _, module in twin.named_modules():
+        if isinstance(module, Dropout):
+            module.p = p
+    return twin
+
+
+def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any], Any]:
+    """(measurements, the trained model); the base stays as it is.
+
+    trainable, parameters      numbers of parameters, as PEFT counts them
+    storage                    bytes to keep for the task
+    rate                       the learning rate, also where the settings leave it to the method
+    seconds_per_step           median
+    train_loss                 mean over the last quarter of the steps, nats per token; a penalty is part of it
+    task_loss, general_loss    after the last step, nats per token; None where training diverged
+    curve, held_out_curve      [[step, loss], ...]
+
+    Raises ValueError for settings that make no sense together.
+    """
+    s, method = settings, METHODS[settings.method]
+    if s.batch_size % s.accumulation:
+        raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
+    if s.replay and not task.replay:
+        raise ValueError("the task has no general text to replay")
+    rate = s.learning_rate or method.learning_rate
+    model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps)
+    replayed = round(s.replay * len(task.train))
+    examples = task.train + [task.replay[i % len(task.replay)] for i in range(replayed)]
+    arguments = TrainingArguments(
+        learning_rate=rate,
+        max_steps=s.steps,
+        per_device_train_batch_size=round(s.batch_size * (1 + s.replay)) // s.accumulation,
+        gradient_accumulation_steps=s.accumulation,
+        per_device_eval_batch_size=s.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_ratio=s.warmup,
+        weight_decay=s.weight_decay,
+        eval_steps=max(1, s.steps // s.evaluations),
+        seed=s.seed,
+    )
+    loss = l2_sp(model, s.l2_start) if s.l2_start else None
+    trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
+    trainable, total = count(model)
+    row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total, "storage": storage(model)}
+    try:
+        result = trainer.train()
+        general_loss = trainer.evaluate(task.general)
+    except TrainingDiverged:
+        nothing = dict.fromkeys(("seconds_per_step", "train_loss", "task_loss", "general_loss"))
+        return row | nothing | {"curve": [], "held_out_curve": []}, model
+    curve, held_out_curve = result.losses("loss"), result.losses("eval_loss")
+    seconds = [r["tokens"] / r["tokens_per_second"] for r in result.history if "tokens_per_second" in r]
+    row |= {
+        "seconds_per_step": statistics.median(seconds),
+        "train_loss": statistics.mean(loss for _, loss in curve[-math.ceil(s.steps / 4) :]),
+        "task_loss": held_out_curve[-1][1], "general_loss": general_loss,
+        "curve": curve, "held_out_curve": held_out_curve,
+    }  # fmt: skip
+    return row, model
+
+
+def evaluate(model: Any, task: Task, batch_size: int = 16) -> tuple[float, float]:
+    """(loss on the held-out examples of the task, loss on general text) of a model as it is, nats per token."""
+    held_out, general = (train.evaluate(model, e, batch_size, task.pad_token_id) for e in (task.held_out, task.general))
+    return held_out, general
+
+
+def count(model: Any) -> tuple[int, int]:
+    """(parameters that are trained, all parameters), a tied one once; of a PeftModel as PEFT counts them."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    sizes = [(p.size, p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def storage(model: Any) -> int:
+    """Bytes to keep for the task: what is trained; of an adapter, the arrays of its file."""
+    if isinstance(model, PeftModel):
+        return sum(p.data.nbytes for name in model.active_adapters for p in state(model, name).values())
+    return sum(p.data.nbytes for p in model.parameters() if p.requires_grad)

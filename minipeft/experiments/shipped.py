@@ -1,0 +1,131 @@
+"""The experiments' base, task and general text: all shipped, so that every row can be computed again anywhere.
+
+The task is Lesson 3's: verses of the King James Bible into Basic English, short ones, so that a run takes seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from ..hub.base import load_base
+from ..text.corpora import general_text
+from ..text.datasets import Completion
+from ..text.examples import Example, chunk_text, encode_documents, encode_examples
+from ..text.tasks import task
+from .run import Settings, Task, evaluate, fine_tune
+
+CHARACTERS = 190  # of prompt and completion
+HELD_OUT = 96  # verses of the validation split
+BLOCKS = 48  # blocks of held-out general text
+LENGTH = 128  # tokens of such a block
+REPLAY = 64  # tokens of a block of general text to be replayed: about as long as a verse with its prompt
+
+base = cache(load_base)
+
+
+def spaced(items: list[Any], n: int) -> list[Any]:
+    """At most `n` of them, evenly spaced."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)]
+
+
+@cache
+def verses(split: str) -> list[Completion]:
+    """The records of the task "rewrite" that are short."""
+    return [record for record in task("rewrite", split) if len(record.prompt + record.completion) <= CHARACTERS]
+
+
+def general_blocks(tokenizer: Any, length: int, n: int, split: str = "validation") -> list[Example]:
+    """`n` blocks of a split of the base's own training text, evenly spaced through it."""
+    documents = general_text(split)
+    if split == "train":  # 14.7 million tokens: only some are encoded
+        documents = spaced(documents, 20 * n)
+    return [Example(block, block) for block in spaced(chunk_text(encode_documents(documents, tokenizer), length), n)]
+
+
+@cache
+def _held_out(verses_: int, blocks: int) -> tuple[list[Example], list[Example]]:
+    tokenizer = base()[1]
+    held_out = encode_examples(spaced(verses("validation"), verses_), tokenizer, 2 * LENGTH).examples
+    return held_out, general_blocks(tokenizer, LENGTH, blocks)
+
+
+@cache
+def _replay() -> list[Example]:
+    return general_blocks(base()[1], REPLAY, 600, "train")
+
+
+def rewriting(
+    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT, blocks: int = BLOCKS
+) -> Task:
+    """`examples` training verses, chosen by the seed; the held-out ones are always the same.
+
+    noise: the share of them whose completion is that of another one.
+    """
+    tokenizer = base()[1]
+    generator = np.random.default_rng(seed)
+    chosen = [verses("train")[i] for i in generator.permutation(len(verses("train")))[:examples]]
+    wrong = generator.permutation(len(chosen))[: round(noise * len(chosen))]
+    completions = {i: chosen[j].completion for i, j in zip(wrong, np.roll(wrong, 1))}
+    records = [Completion(r.prompt, completions.get(i, r.completion)) for i, r in enumerate(chosen)]
+    train = encode_examples(records, tokenizer, 2 * LENGTH).examples
+    return Task(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Rewriting(Settings):
+    """A run on the task, whose data are settings too.
+
+    examples  training verses, chosen by the seed; None: as many as the steps take, each once
+    noise     the share of them whose completion is that of another one
+    held_out, blocks   verses and blocks of general text that are evaluated on
+    """
+
+    examples: int | None = None
+    noise: float = 0.0
+    held_out: int = HELD_OUT
+    blocks: int = BLOCKS
+
+
+def data(s: Rewriting) -> Task:
+    """What a run learns from and is judged by."""
+    n = s.steps * s.batch_size if s.examples is None else s.examples
+    return rewriting(n, s.seed, s.noise, s.replay > 0, s.held_out, s.blocks)
+
+
+@cache
+def before(held_out: int = HELD_OUT, blocks: int = BLOCKS) -> tuple[float, float]:
+    """(task loss, general loss) of the base as it is."""
+    return evaluate(base()[0], rewriting(1, 0, held_out=held_out, blocks=blocks))
+
+
+def run(settings: Rewriting) -> dict[str, Any]:
+    """The row of a run, flat and rounded; `forgotten` is the rise of the loss on general text. Without the seconds, which
+    say more of the machine than of the settings.
+
+    Where the held-out loss is measured more than once, both curves are in it, as lists with one value a measurement:
+    the training loss as its mean since the one before.
+    """
+    row, _ = fine_tune(base()[0], data(settings), settings)
+    del row["seconds_per_step"]
+    general, curve, held_out = row["general_loss"], dict(row.pop("curve")), row.pop("held_out_curve")
+    row["forgotten"] = None if general is None else general - before(settings.held_out, settings.blocks)[1]
+    if settings.evaluations > 1:
+        last = [0, *(step for step, _ in held_out)]
+        row["train_curve"] = [mean(curve[i] for i in range(a + 1, b + 1)) for a, b in pairwise(last)]
+        row["held_out_curve"] = [loss for _, loss in held_out]
+    return rounded(row)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five decimals, in lists and dictionaries too: more is noise of the machine."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return round(value, 5) if isinstance(value, float) else value
