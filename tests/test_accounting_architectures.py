@@ -85,3 +85,45 @@ def test_unknown_models_and_families_name_the_nearest():
         architecture({"model_type": "gpt_neo"})
     with pytest.raises(ValueError, match="n_layer must be a positive integer, not 'twelve'"):
         architecture({"model_type": "gpt2", "n_layer": "twelve"})
+
+
+def test_a_number_is_a_model_of_which_no_more_is_known():
+    arch = architecture(7_500_000_000)
+    assert (arch.name, arch.size, arch.config) == ("7,500,000,000 parameters", 7_500_000_000, None)
+    with pytest.raises(ValueError, match="must have at least one, not 0"):
+        architecture(0)
+
+
+def test_a_head_takes_the_place_of_the_language_models():
+    llama = architecture("llama-7b", num_labels=1)
+    assert llama["score.weight"] == (1, 4096) and "lm_head.weight" not in llama
+    assert llama.size == architecture("llama-7b").size - 32000 * 4096 + 4096
+    tied = architecture("gpt2", num_labels=2)
+    assert tied.size == architecture("gpt2").size + 2 * 768 and not tied.tied
+    qa = architecture("bert-base-cased", 2, "QUESTION_ANS")
+    assert qa.size == architecture("bert-base-cased").size - 768 * 769 + 2 * 769  # no pooler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("t5-base", 2), "SEQ_CLS heads are known of gpt2, llama, .*; t5-base is of the family t5"),
+        (("gpt2", 2, "QUESTION_ANS"), "QUESTION_ANS heads are known of bert, roberta, deberta-v2; gpt2 is"),
+        (("bert-base", 0), "num_labels must be a positive integer, not 0"),
+        (("bert-base", 2, "TOKEN"), "task must be 'SEQ_CLS' or 'QUESTION_ANS', not 'TOKEN'"),
+        ((1000, 2), "1,000 parameters is of the family nominal"),
+    ],
+)
+def test_heads_that_are_not_known_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        architecture(*arguments)
+
+
+def test_dimensions_have_one_name_in_all_families():
+    for name in names():
+        d = architecture(name).dimensions
+        assert all(type(n) is int and n > 0 for n in d.values()), name
+    assert architecture("t5v1.1-small").dimensions == {
+        "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64,
+    }  # fmt: skip
+    assert architecture("llama3.2-3b").dimensions["num_key_value_heads"] == 8

@@ -8,7 +8,7 @@ dimensions of named models lie in architectures.json, as Hugging Face configurat
 
 Families: gpt2, llama (and mistral, qwen2), bert (and roberta), deberta-v2, t5 (and mt5), bloom, opt. The causal
 language models and T5 have their language-model head; BERT, RoBERTa and DeBERTa are the bare model (the first two with
-their pooler), as their authors count them.
+their pooler), as their authors count them. Another head is asked for with `num_labels`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Architecture(Mapping[str, Shape]):
     kinds: Mapping[str, str]
     tied: Mapping[str, str] = field(default_factory=dict)  # a second name of a parameter -> its first
     config: TransformerConfig | None = None  # for the families that this package builds
+    dimensions: Mapping[str, int] = field(default_factory=dict)  # by the names of TransformerConfig, for all families
 
     def __getitem__(self, name: str) -> Shape:
         return self.shapes[name]
@@ -72,20 +73,28 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 def architecture(
-    model: str | os.PathLike | Mapping[str, Any] | TransformerConfig, num_labels: int | None = None
+    model: str | os.PathLike | Mapping[str, Any] | TransformerConfig | int,
+    num_labels: int | None = None,
+    task: str = "SEQ_CLS",
 ) -> Architecture:
     """The parameter table of a model.
 
     Args:
         model: a published model's name (`names()`); a Hugging Face config.json, its directory, or its content as a
-            dictionary (with "name", changes to the configuration of that published model); or a TransformerConfig,
-            whose table is that of `Transformer(config)`.
-        num_labels: for BERT, RoBERTa and DeBERTa, the model with its sequence-classification head, of so many classes.
+            dictionary (with "name", changes to the configuration of that published model); a TransformerConfig,
+            whose table is that of `Transformer(config)`; or a number, for a model of which no more is known than how
+            many parameters it has.
+        num_labels: the model with Hugging Face's head for `task`, of so many classes, in place of a language model's.
+        task: "SEQ_CLS", or for BERT, RoBERTa and DeBERTa "QUESTION_ANS" too (PEFT's names).
 
     Raises ValueError naming the nearest names when a name is unknown, and for a family without a rule here.
     """
     if num_labels is not None:
-        return _with_classifier(architecture(model), num_labels)
+        return _with_head(architecture(model), num_labels, task)
+    if isinstance(model, int):
+        if isinstance(model, bool) or model < 1:
+            raise ValueError(f"a model given by its number of parameters must have at least one, not {model!r}")
+        return Architecture(f"{model:,} parameters", "nominal", {"model.weight": (model,)}, {"model.weight": "nominal"})
     if isinstance(model, TransformerConfig):
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", _as_hugging_face(model))
     if isinstance(model, Mapping):
@@ -109,20 +118,43 @@ def _known(name: str) -> dict[str, Any]:
     return _published()[name]
 
 
-def _with_classifier(arch: Architecture, num_labels: int) -> Architecture:
-    """Hugging Face's sequence classifier: BERT keeps its pooler, RoBERTa has a dense layer in its place."""
-    if FAMILIES[arch.model_type][0] not in (bert, deberta):
-        raise ValueError(f"num_labels is for BERT, RoBERTa and DeBERTa; {arch.name} is of the family {arch.model_type}")
-    d = arch["embeddings.word_embeddings.weight"][1]
-    table = [(name, arch.kinds[name], shape) for name, shape in arch.items()]
-    if arch.model_type == "roberta":
+def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
+    """Hugging Face's models for a task.
+
+    Sequence classification: BERT and DeBERTa keep (or get) a pooler, RoBERTa has a dense layer in its place, and a
+    decoder has a head without a bias, `score`. Question answering: a layer on all positions, and no pooler.
+    """
+    family = FAMILIES[arch.model_type][0] if arch.model_type in FAMILIES else None
+    if type(num_labels) is not int or num_labels < 1:
+        raise ValueError(f"num_labels must be a positive integer, not {num_labels!r}")
+    if task not in ("SEQ_CLS", "QUESTION_ANS"):
+        raise ValueError(f"task must be 'SEQ_CLS' or 'QUESTION_ANS', not {task!r}")
+    encoder = family in (bert, deberta)
+    if family in (None, t5) or (task == "QUESTION_ANS" and not encoder):
+        known = [
+            t for t, (rule, _) in FAMILIES.items() if rule in (bert, deberta) or (task == "SEQ_CLS" and rule != t5)
+        ]
+        raise ValueError(
+            f"{task} heads are known of {', '.join(known)}; {arch.name} is of the family {arch.model_type}"
+        )
+    d = arch.dimensions["hidden_size"]
+    table = [(name, arch.kinds[name], shape) for name, shape in arch.items() if name != "lm_head.weight"]
+    if encoder and (task == "QUESTION_ANS" or arch.model_type == "roberta"):
         table = [entry for entry in table if not entry[0].startswith("pooler.")]
+    if task == "QUESTION_ANS":
+        table += linear("qa_outputs", d, num_labels)
+    elif not encoder:
+        last = arch["lm_head.weight" if "lm_head.weight" in arch else arch.tied["lm_head.weight"]][1]
+        table += linear("score", last, num_labels, bias=False)  # OPT may project its outputs: as wide as its embedding
+    elif arch.model_type == "roberta":
         table += [*linear("classifier.dense", d, d), *linear("classifier.out_proj", d, num_labels)]
     else:
         table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
-        table += [*linear("classifier", d, num_labels)]
+        table += linear("classifier", d, num_labels)
     shapes, kinds = {name: shape for name, _, shape in table}, {name: kind for name, kind, _ in table}
-    return Architecture(f"{arch.name} with {num_labels} classes", arch.model_type, shapes, kinds)
+    name = f"{arch.name} with {num_labels} {'classes' if task == 'SEQ_CLS' else 'outputs a token'}"
+    model_type = "llama" if family is llama else arch.model_type
+    return Architecture(name, model_type, shapes, kinds, dimensions=arch.dimensions)
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Architecture:
@@ -146,7 +178,21 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
             tied[entry] = shape
         else:
             shapes[entry], kinds[entry] = shape, kind
-    return Architecture(name, model_type, shapes, kinds, tied, _transformer_config(model_type, c))
+    return Architecture(name, model_type, shapes, kinds, tied, _transformer_config(model_type, c), _dimensions(c))
+
+
+def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that methods ask a model for, whatever its family calls them."""
+    d = c.get("hidden_size") or c.get("n_embd") or c.get("d_model")
+    layers = c.get("num_hidden_layers") or c.get("n_layer") or c.get("num_layers")
+    heads = c.get("num_attention_heads") or c.get("n_head") or c.get("num_heads")
+    return {
+        "hidden_size": d,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": c.get("head_dim") or c.get("d_kv") or d // heads,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
@@ -409,11 +455,11 @@ def _as_hugging_face(c: TransformerConfig) -> dict[str, Any]:
             n_layer=c.num_hidden_layers, n_head=c.num_attention_heads, n_inner=c.intermediate_size,
             tie_word_embeddings=c.tie_word_embeddings,
         )  # fmt: skip
-    return {"model_type": "llama", **{key: getattr(c, key) for key in _LLAMA}}
+    return {"model_type": c.model_type, **{key: getattr(c, key) for key in _LLAMA}}
 
 
 def _transformer_config(model_type: str, c: Mapping[str, Any]) -> TransformerConfig | None:
-    """The configuration of `Transformer` for the families it builds (Qwen2's q, k, v biases are not in it)."""
+    """The configuration of `Transformer` for the families it builds."""
     if model_type == "gpt2":
         return TransformerConfig.gpt2(
             vocab_size=c["vocab_size"], max_position_embeddings=c["n_positions"], hidden_size=c["n_embd"],
@@ -421,5 +467,5 @@ def _transformer_config(model_type: str, c: Mapping[str, Any]) -> TransformerCon
             tie_word_embeddings=c["tie_word_embeddings"],
         )  # fmt: skip
     if FAMILIES[model_type][0] is llama:
-        return TransformerConfig.llama(**{key: c[key] for key in _LLAMA})
+        return TransformerConfig(model_type=model_type, **{key: c[key] for key in _LLAMA})
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from minipeft.accounting.architectures import _published, architecture, names
@@ -15,11 +17,21 @@ CLASSES = {
     "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM",
     "opt": "OPTForCausalLM",
 }  # fmt: skip
-SMALLEST = [
-    "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5v1.1-small", "t5-base",
-    "mt5-large", "smollm2-135m", "llama2-70b", "llama3.2-1b", "qwen2.5-3b", "mistral-7b", "bloom-560m", "opt-125m",
-    "opt-350m",
+ONE_EACH = [
+    "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5-base", "smollm2-135m",
+    "qwen2.5-3b", "mistral-7b", "mt5-large", "bloom-560m", "opt-125m", "opt-350m",
 ]  # fmt: skip
+MODULES = {
+    "Linear": "linear", "Conv1D": "conv1d", "Conv1d": "convolution", "Embedding": "embedding",
+    "OPTLearnedPositionalEmbedding": "embedding",
+}  # fmt: skip
+
+
+def on_meta(config: dict):
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    with torch.device("meta"):
+        cls = getattr(transformers, CLASSES[config["model_type"]])
+        return cls(cls.config_class(**fields))
 
 
 def built(config: dict) -> dict:
@@ -27,28 +39,32 @@ def built(config: dict) -> dict:
 
     The checkpoints of T5 v1.1 and mT5 hold a head of their own, which transformers 4 builds; transformers 5 ties it.
     """
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    with torch.device("meta"):
-        cls = getattr(transformers, CLASSES[config["model_type"]])
-        shapes = {name: tuple(p.shape) for name, p in cls(cls.config_class(**fields)).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in on_meta(config).named_parameters()}
     untied = config["model_type"] == "mt5" or (
         config["model_type"] == "t5" and not config.get("tie_word_embeddings", True)
     )
     return shapes | ({"lm_head.weight": shapes["shared.weight"]} if untied else {})
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", names())
 def test_the_table_is_the_model_of_transformers(name):
+    assert dict(architecture(name)) == built(_published()[name]["config"])
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_kinds_are_the_modules_of_transformers(name):
     config = dict(_published()[name]["config"])
-    layers = next(k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in config)
-    config |= {layers: 2} | ({"num_decoder_layers": 2} if "num_decoder_layers" in config else {})
-    assert dict(architecture(config)) == built(config)
+    arch, modules = architecture(config), dict(on_meta(config).named_modules())
+    for path, kind in arch.kinds.items():
+        owner, _, last = path.rpartition(".")
+        module = type(modules[owner]).__name__
+        expected = "norm" if module.endswith(("RMSNorm", "LayerNorm")) else MODULES[module]
+        assert (path, kind) == (path, "bias" if last == "bias" else expected)
 
 
 def test_every_family_is_compared():
-    assert (
-        {architecture(n).model_type for n in names()} == {architecture(n).model_type for n in SMALLEST} == set(CLASSES)
-    )
+    families = {architecture(n).model_type for n in names()}
+    assert families == {architecture(n).model_type for n in ONE_EACH} == set(CLASSES)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
@@ -69,14 +85,23 @@ def test_a_configuration_written_by_transformers_is_read(model_type, tmp_path):
     assert table == built({"model_type": model_type, **small})
 
 
-@pytest.mark.parametrize("name", ["bert-base", "roberta-base", "deberta-v2-xxlarge"])
-def test_the_classification_head_is_that_of_transformers(name):
-    config = _published()[name]["config"] | {"num_hidden_layers": 2}
-    cls = getattr(transformers, CLASSES[config["model_type"]].replace("Model", "ForSequenceClassification"))
+HEADS = [(name, "SEQ_CLS", "ForSequenceClassification") for name in ONE_EACH if "t5" not in name]
+HEADS += [
+    (name, "QUESTION_ANS", "ForQuestionAnswering") for name in ("bert-base", "roberta-base", "deberta-v2-xxlarge")
+]
+
+
+@pytest.mark.parametrize(("name", "task", "head"), HEADS)
+def test_the_head_for_a_task_is_that_of_transformers(name, task, head):
+    config = _published()[name]["config"]
+    config = config | {next(k for k in ("num_hidden_layers", "n_layer") if k in config): 2}
+    base = re.sub("Model$|LMHeadModel$|ForCausalLM$", "", CLASSES[config["model_type"]])
+    cls = getattr(transformers, base + head)
     with torch.device("meta"):
         fields = {k: v for k, v in config.items() if k != "model_type"}
         model = cls(cls.config_class(**fields, num_labels=3))
-    prefix = f"{model.base_model_prefix}."
-    assert dict(architecture(config, num_labels=3)) == {
-        path.removeprefix(prefix): tuple(p.shape) for path, p in model.named_parameters()
-    }
+    prefix = f"{model.base_model_prefix}."  # which the tables of BERT, RoBERTa and DeBERTa leave out
+    shapes = {path: tuple(p.shape) for path, p in model.named_parameters()}
+    if config["model_type"] in ("bert", "roberta", "deberta-v2"):
+        shapes = {path.removeprefix(prefix): shape for path, shape in shapes.items()}
+    assert dict(architecture(config, 3, task)) == shapes
