@@ -120,7 +120,8 @@ def _resolved(arch: Architecture, config: Any) -> Any:
         raise ValueError(
             f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}"
         )
-    return config.with_targets(SimpleNamespace(config=arch.config or arch))
+    dimensions = SimpleNamespace(model_type=arch.model_type, **arch.dimensions)
+    return config.with_targets(SimpleNamespace(config=arch.config or dimensions))
 
 
 def _weights(arch: Architecture) -> Iterable[tuple[str, str, Shape]]:
