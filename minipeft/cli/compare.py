@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="your own .jsonl or .txt file; a tenth of it is held out")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-        help=f"any of {', '.join(METHODS)} (default: all); the frozen base is always shown",
+        "--methods", nargs="+", choices=METHODS, metavar="NAME",
+        help=f"any of {', '.join(METHODS)} (default: all that the model can take); the frozen base is always shown",
     )  # fmt: skip
     parser.add_argument("--output", default="minipeft-compare", metavar="DIR", help="default: ./%(default)s")
     group = parser.add_argument_group("training")
@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     steps = args.steps or (REDUCED_STEPS if reduced else STEPS)
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     base, tokenizer = load_model(args.model, args.backend)
-    virtual = max(METHODS[key].virtual_tokens for key in args.methods)  # all methods see the same examples
+    methods, left_out = applicable(args.methods or list(METHODS), base)
+    if args.methods and left_out:
+        raise ValueError("; ".join(f"--methods {key}: {why}" for key, why in left_out.items()))
+    virtual = max(METHODS[key].virtual_tokens for key in methods)  # all methods see the same examples
     max_length = min(256, base.config.max_position_embeddings - virtual)
     if max_length < 1:
         raise ValueError(f"{virtual} virtual tokens take all of the model's {max_length + virtual} positions")
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tokenizer, data, general, args.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
-    for key in dict.fromkeys(args.methods):
+    for key in methods:
         err.print(METHODS[key].title, style="bold")
         row, model = train(key, METHODS[key], base, tokenizer, data, general, steps, args, rows[0]["general_loss"])
         rows.append(row)
@@ -104,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "data": name, "model": args.model or "the shipped base", "steps": steps, "batch_size": args.batch_size,
         "seed": args.seed, "reduced": reduced, "held_out_examples": len(data.held_out), "max_length": max_length,
+        "left_out": left_out,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": settings, "methods": rows})
     from .plots import plot_comparison
@@ -112,11 +116,19 @@ def run(args: argparse.Namespace) -> int:
 
     out = console()
     show_table(out, rows)
+    for key, why in left_out.items():
+        out.print(f"left out: {METHODS[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
     models = {rows[0]["title"]: base, best["title"]: tuned}
     show_samples(out, [(s, {title: answer(model, tokenizer, s.ids) for title, model in models.items()}) for s in shown])
     out.print(f"saved: {output / 'compare.png'}, {output / 'compare.json'}")
     return 0
+
+
+def applicable(keys: list[str], base: Any) -> tuple[list[str], dict[str, str]]:
+    """(the methods of these names that can be put on the model, {name: why not} of the others)."""
+    reasons = {key: METHODS[key].why_not(base) for key in keys}
+    return [key for key, why in reasons.items() if why is None], {key: why for key, why in reasons.items() if why}
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any, max_length: int, steps: int, held_out: int) -> Any:
@@ -187,7 +199,7 @@ def train(
     )
     pad = tokenizer.pad_token_id or 0
     predicted, measured = memory(method, base, data, args.batch_size, pad)
-    model = method.prepare(base)
+    model = method.prepare(base, steps)
     trainer = Trainer(model, data.train, data.held_out, arguments, pad)
     result = trainer.train()
     held_out_curve, general_loss = result.losses("eval_loss"), trainer.evaluate(general)
@@ -227,7 +239,7 @@ def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: in
     longest = sorted(data.train, key=lambda example: -len(example.input_ids))[:batch_size]
     labels = collate(longest, pad).arguments["labels"]
     if method and method.quantized:
-        ledger = memory_ledger(method.prepare(base), None, *labels.shape, labels=labels)
+        ledger = memory_ledger(method.prepare(base, steps=2), None, *labels.shape, labels=labels)
     else:
         config, mode = (method.config(), "train") if method else ("frozen", "evaluate")
         ledger = memory_ledger(architecture(base.config), config, *labels.shape, labels=labels, mode=mode)
@@ -240,7 +252,7 @@ def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: in
     def step() -> None:
         model = base.copy()  # so that the weights are counted too
         if method:
-            model = method.prepare(model)  # where it quantizes, this lets go of the float weights
+            model = method.prepare(model, steps=2)  # where it quantizes, this lets go of the float weights
             Trainer(model, longest, args=arguments, pad_token_id=pad).train()
         else:
             Trainer(model, longest, longest, arguments, pad).evaluate()

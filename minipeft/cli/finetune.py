@@ -143,10 +143,10 @@ def run(args: argparse.Namespace) -> int:
     max_length = args.max_length or min(256, limit)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
 
-    model = method.prepare(base)
+    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (args.batch_size * args.accumulation)))
+    model = method.prepare(base, steps)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (args.batch_size * args.accumulation)))
     often = max(1, steps // 5)
     arguments = TrainingArguments(
         output_dir=output,

@@ -15,15 +15,14 @@ class Method:
     learning_rate  the default, from a grid (3e-4, 1e-3, 3e-3, 1e-2; to 1e-1 for vectors that are trained themselves) on
                    the shipped base and the validation split of the task "rewrite": above it the task's loss falls
                    little more and what is forgotten multiplies. Larger models want less.
-    prepare        from a base model to the model that is trained; the base stays as it is
-    config         what `minipeft.accounting` takes for the method: None for all parameters, "head", or a configuration
-    quantized      whether `prepare` stores the frozen weights in 4 bits, which shapes and `config` do not tell
+    config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
+                   "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
+    quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not tell
     """
 
     title: str
     learning_rate: float
-    prepare: Callable[[Any], Any]
-    config: Callable[[], Any]
+    config: Callable[..., Any]
     quantized: bool = False
 
     @property
@@ -31,79 +30,81 @@ class Method:
         """Positions of the context that the method takes from every example."""
         return getattr(self.config(), "num_virtual_tokens", 0)
 
+    def prepare(self, base: Any, steps: int) -> Any:
+        """The model that is trained, for a run of so many steps; `base` stays as it is.
 
-def _head(base: Any) -> Any:
-    from ..nn.heads import head_only
+        Raises PeftError for a method that does not fit the model.
+        """
+        config = self.config(steps)
+        if config is None:
+            return base.copy().requires_grad_(True)
+        if config == "head":
+            from ..nn.heads import head_only
 
-    return head_only(base)
-
-
-def _full(base: Any) -> Any:
-    return base.copy().requires_grad_(True)
-
-
-def _adapted(config: Callable[[], Any]) -> Callable[[Any], Any]:
-    """What prepares a method of minipeft.peft: its configuration put on the base."""
-
-    def prepare(base: Any) -> Any:
+            return head_only(base)
         from ..peft.model import get_peft_model
 
-        return get_peft_model(base, config())
+        if self.quantized:
+            from ..quant import quantize_model
 
-    return prepare
+            base = quantize_model(base)
+        return get_peft_model(base, config)
 
+    def why_not(self, base: Any) -> str | None:
+        """Why the method cannot be put on a model (BitFit on one without biases), found without building it; or None."""
+        from ..peft.config import PeftConfig, PeftError
 
-def _lora() -> Any:
-    from ..peft.lora import LoraConfig
-
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-
-
-def _qlora_model(base: Any) -> Any:
-    from ..peft.model import get_peft_model
-    from ..quant import quantize_model
-
-    return get_peft_model(quantize_model(base), _lora())
-
-
-def _ia3() -> Any:
-    from ..peft.ia3 import IA3Config
-
-    return IA3Config()
+        config = self.config()
+        try:
+            if isinstance(config, PeftConfig):
+                config.check(base)
+        except PeftError as error:
+            return str(error)
+        return None
 
 
-def _bottleneck() -> Any:
-    from ..peft.bottleneck import BottleneckConfig
+def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
+    """What makes the configuration of a method of minipeft.peft, the same for a run of any length."""
 
-    return BottleneckConfig(placement="houlsby", bottleneck_size=16)
+    def config(steps: int = 1) -> Any:
+        from ..peft.directory import config_class
 
+        return config_class(peft_type)(**options)
 
-def _prompt() -> Any:
-    from ..peft.prompt_tuning import PromptTuningConfig
-
-    return PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
-
-
-def _prefix() -> Any:
-    from ..peft.prefix_tuning import PrefixTuningConfig
-
-    return PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
+    return config
 
 
-def _p_tuning() -> Any:
-    from ..peft.p_tuning import PromptEncoderConfig
+def _adalora(steps: int = 1) -> Any:
+    """A tenth of the run at full rank, then four tenths of pruning, then half of it at the ranks that are left."""
+    from ..peft.adalora import AdaLoraConfig
 
-    return PromptEncoderConfig(num_virtual_tokens=20)
+    return AdaLoraConfig(
+        total_step=steps, tinit=steps // 10, tfinal=steps // 2, init_r=12, target_r=8, lora_alpha=24,
+        orth_reg_weight=0.1, target_modules="all-linear",
+    )  # fmt: skip
 
+
+_lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_pissa = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "pissa"}
+_vera = {"r": 64, "target_modules": "all-linear"}
+_bottleneck = {"placement": "houlsby", "bottleneck_size": 16}
+_prompt = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
+_prefix = {"num_virtual_tokens": 20, "prefix_projection": True}
 
 METHODS: dict[str, Method] = {
-    "head": Method("last layer", 3e-3, _head, lambda: "head"),
-    "full": Method("full", 1e-3, _full, lambda: None),
-    "lora": Method("LoRA r=8", 3e-3, _adapted(_lora), _lora),
-    "qlora": Method("QLoRA r=8", 3e-3, _qlora_model, _lora, quantized=True),
-    "ia3": Method("IA3", 1e-2, _adapted(_ia3), _ia3),
-    "bottleneck": Method("adapter m=16", 3e-3, _adapted(_bottleneck), _bottleneck),
-    "prompt": Method("prompt P=20", 3e-2, _adapted(_prompt), _prompt),
-    "prefix": Method("prefix P=20", 1e-2, _adapted(_prefix), _prefix),
-    "p-tuning": Method("P-tuning P=20", 1e-2, _adapted(_p_tuning), _p_tuning),
+    "head": Method("last layer", 3e-3, lambda steps=1: "head"),
+    "full": Method("full", 1e-3, lambda steps=1: None),
+    "bitfit": Method("BitFit", 1e-2, _peft("BITFIT")),
+    "ln": Method("LN tuning", 1e-2, _peft("LN_TUNING")),
+    "lora": Method("LoRA r=8", 3e-3, _peft("LORA", **_lora)),
+    "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
+    "pissa": Method("PiSSA r=8", 3e-3, _peft("LORA", **_pissa)),
+    "adalora": Method("AdaLoRA r=8", 1e-2, _adalora),
+    "vera": Method("VeRA r=64", 3e-2, _peft("VERA", **_vera)),
+    "qlora": Method("QLoRA r=8", 3e-3, _peft("LORA", **_lora), quantized=True),
+    "ia3": Method("IA3", 1e-2, _peft("IA3")),
+    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_bottleneck)),
+    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_prompt)),
+    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_prefix)),
+    "p-tuning": Method("P-tuning P=20", 1e-2, _peft("P_TUNING", num_virtual_tokens=20)),
 }

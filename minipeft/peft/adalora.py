@@ -97,8 +97,11 @@ class AdaLoraConfig(PeftConfig):
             raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]")
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        return AdaLoraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, seed)
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {
+            name: AdaLoraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, seeds[name])
+            for name, layer in layers.items()
+        }
 
     def penalty(self, adapters: list[Any]) -> Tensor:
         """orth_reg_weight * mean over all P and Q of ||PᵀP - I||, ||Q Qᵀ - I||."""

@@ -39,14 +39,17 @@ class BitFitConfig(PeftConfig):
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = {path: m for path, m in super().resolve(modules).items() if getattr(m, "bias", None) is not None}
         if not found:
-            raise PeftError("BitFit trains biases, and the modules it was asked for have none")
+            whose = "this model has" if self.target_modules is None else "the modules it was asked for have"
+            raise PeftError(f"BitFit trains biases, and {whose} none")
         return found
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        return Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer)
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {
+            name: Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer) for name, layer in layers.items()
+        }
 
 
 class Bias(Adapter):

@@ -29,7 +29,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
 from .layer import Adapter, fill, kaiming_uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -78,7 +78,7 @@ class BottleneckConfig(PeftConfig):
     def with_targets(self, model: Module) -> BottleneckConfig:
         if self.target_modules is not None:
             return self
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = family_of(model)
         if model_type not in SUBLAYERS:
             raise PeftError(
                 f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
@@ -111,8 +111,11 @@ class BottleneckConfig(PeftConfig):
             return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
         return {}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        return Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seed)
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {
+            name: Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seeds[name])
+            for name, layer in layers.items()
+        }
 
 
 class Bottleneck(Adapter):

@@ -1,7 +1,7 @@
 """What every method's configuration shares: which modules it is for, and how it is read from and written as JSON.
 
 A method is a configuration (a dataclass, with the field names of Hugging Face PEFT) that says which parameters it adds
-where (`parameter_shapes`) and builds them (`adapter`). Targets are chosen by name alone, so that a parameter count can
+where (`parameter_shapes`) and builds them: on layers (`adapters`), or in front of the input (`prompt`). Targets are chosen by name alone, so that a parameter count can
 be had from a table of shapes without building anything.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,13 +46,19 @@ def kind_of(module: Module) -> str | None:
     return "norm" if isinstance(module, (LayerNorm, RMSNorm)) else None
 
 
+def family_of(model: Any) -> str | None:
+    """The model_type whose module names a model has: Mistral's and Qwen2's are Llama's."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return "llama" if model_type in ("mistral", "qwen2") else model_type
+
+
 def shape_of(module: Module) -> Shape:
     """The shape of a layer's weight as it is stored: [out, in] for linear, [in, out] for conv1d, [V, d], or [d]."""
     return (module.out_features, module.in_features) if kind_of(module) == "linear" else module.weight.shape
 
 
 @dataclass(kw_only=True)
-class PeftConfig:
+class PeftConfig(ABC):
     """The options all methods have.
 
     target_modules       names (a module matches when its path is the name or ends in ".name"), a regular expression
@@ -103,6 +110,7 @@ class PeftConfig:
 
     # ------------------------------------------------------------------------------------------ what a method defines
 
+    @abstractmethod
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         """The parameters the method adds for one of the model's: {name within the module: shape}, {} where none.
 
@@ -111,7 +119,6 @@ class PeftConfig:
             kind: "linear", "conv1d", "embedding" or "norm" for a module's weight, "bias" for its bias.
             shape: of that weight or bias, as it is stored.
         """
-        raise NotImplementedError(type(self).__name__)
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """What the method adds beside that, shared by all targets and never trained; {} for most. It goes into the file.
@@ -120,16 +127,15 @@ class PeftConfig:
         """
         return {}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Any:
-        """The trained part for one target, an `Adapter`; `seed` names its initial values (None: about to be loaded)."""
-        raise NotImplementedError(type(self).__name__)
-
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
-        """{path: adapter} for every target. A method whose adapters share something overrides this."""
-        return {name: self.adapter(name, layer, seeds[name]) for name, layer in layers.items()}
+        """For methods that change layers: {path: trained part, an `Adapter`} of every target.
+
+        `seeds` name the initial values by path; None where they are about to be loaded.
+        """
+        return {}
 
     def prompt(self, model: Module, seed: Seed) -> Any:
-        """For methods that change a model's input: the trained `Prompt`; None for all others."""
+        """For methods that change a model's input: the trained part, a `Prompt`; None for all others."""
         return None
 
     def penalty(self, adapters: list[Any]) -> Any:
@@ -138,6 +144,7 @@ class PeftConfig:
 
     def after_step(self, model: Any, adapter_name: str, step: int) -> None:
         """What the method does after step number `step` (from 1) of the optimizer, while the gradients are there."""
+        return None
 
     # ------------------------------------------------------------------------------------------------------- targets
 
@@ -145,7 +152,7 @@ class PeftConfig:
         """This configuration, with target_modules filled in for the model's architecture where it was None."""
         if self.target_modules is not None or not self.kinds:
             return self
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = family_of(model)
         if model_type not in self.usual_targets:
             known = ", ".join(self.usual_targets) or "none"
             raise PeftError(

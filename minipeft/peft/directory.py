@@ -39,6 +39,12 @@ METHODS = {  # peft_type in a file -> module and class
 }
 
 
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The configuration class of a method, by its name in files; its module is imported only now."""
+    module, name = METHODS[peft_type]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
 def state(model: Any, adapter_name: str) -> dict[str, Parameter]:
     """{key in a file: parameter} of a named adapter."""
     found: dict[str, Parameter] = {}
@@ -87,8 +93,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
         raise FileError(f"{directory / CONFIG}: not an adapter's configuration (no peft_type)")
     if options["peft_type"] not in METHODS:
         raise PeftError(f"{directory / CONFIG}: the method {options['peft_type']!r} is not one of {', '.join(METHODS)}")
-    module, name = METHODS[options["peft_type"]]
-    config = getattr(importlib.import_module(f".{module}", __package__), name).from_dict(options)
+    config = config_class(options["peft_type"]).from_dict(options)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
         raise FileError(
             f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"

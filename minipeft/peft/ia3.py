@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
 from .layer import Adapter, dense_weight, out_in, with_weight
 
 
@@ -63,7 +63,7 @@ class IA3Config(PeftConfig):
         config = super().with_targets(model)
         if config.feedforward_modules is not None:
             return config
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = family_of(model)
         if model_type not in self.usual_feedforward:
             raise PeftError(f"IA3Config needs feedforward_modules (or []) for a model of type {model_type!r}")
         usual = self.usual_feedforward[model_type]
@@ -84,9 +84,13 @@ class IA3Config(PeftConfig):
         n_out, n_in = shape if kind == "linear" else shape[::-1]
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        shapes = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
-        return IA3Layer(shapes, layer, self.is_feedforward(name))
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {
+            name: IA3Layer(
+                self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, self.is_feedforward(name)
+            )
+            for name, layer in layers.items()
+        }
 
 
 class IA3Layer(Adapter):

@@ -33,5 +33,5 @@ class LNTuningConfig(PeftConfig):
             return {}
         return {f"ln_tuning_layers.{'weight' if kind == 'norm' else 'bias'}": shape}
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        return TrainedCopy(layer, prefix="ln_tuning_layers.")
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {name: TrainedCopy(layer, prefix="ln_tuning_layers.") for name, layer in layers.items()}

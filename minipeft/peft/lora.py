@@ -123,9 +123,13 @@ class LoraConfig(PeftConfig):
             shapes["lora_magnitude_vector"] = (n_out,)
         return shapes
 
-    def adapter(self, name: str, layer: Module, seed: Seed) -> Adapter:
-        shapes = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
-        return (LoraEmbedding if kind_of(layer) == "embedding" else LoraLinear)(self, name, shapes, layer, seed)
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        found: dict[str, Adapter] = {}
+        for name, layer in layers.items():
+            shapes = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
+            build = LoraEmbedding if kind_of(layer) == "embedding" else LoraLinear
+            found[name] = build(self, name, shapes, layer, seeds[name])
+        return found
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = super().resolve(modules)

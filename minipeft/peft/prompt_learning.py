@@ -13,6 +13,7 @@ the left changes nothing. PEFT's forward counts padding too, and ignores positio
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,12 +81,20 @@ class PromptLearningConfig(PeftConfig):
         at_tokens = kind == "embedding" and name.rpartition(".")[2] in TOKEN_EMBEDDINGS
         return self.shapes(shape[1]) if at_tokens else {}
 
+    @abstractmethod
     def shapes(self, width: int) -> dict[str, Shape]:
         """{name: shape} of what is trained, for a model of this width."""
-        raise NotImplementedError(type(self).__name__)
+
+    @abstractmethod
+    def build(self, model: Transformer, seed: Seed) -> Prompt:
+        """The trained part for a model that it fits."""
 
     def prompt(self, model: Module, seed: Seed) -> Prompt:
         """The trained part. Raises PeftError for what is no language model, and for too short a context."""
+        self.check(model)
+        return self.build(model, seed)
+
+    def check(self, model: Module) -> None:
         if not isinstance(model, Transformer):
             raise PeftError(f"{type(self).__name__} needs a Transformer; this is a {type(model).__name__}")
         limit = model.config.max_position_embeddings
@@ -93,11 +102,6 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
             )
-        return self.build(model, seed)
-
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        """The trained part for a model that it fits."""
-        raise NotImplementedError(type(self).__name__)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name not in NOWHERE}

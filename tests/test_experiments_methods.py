@@ -1,0 +1,94 @@
+"""The table of methods: each trains on either dialect, leaves the base alone, and can be run from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_peft import IDS, base
+
+import minipeft as mp
+from minipeft.cli import main
+from minipeft.experiments.methods import METHODS
+from minipeft.hub.base import load_base
+from minipeft.peft.config import PeftError
+
+WIDE = dict(vocab_size=2048, hidden_size=24, num_attention_heads=4, max_position_embeddings=96)
+
+
+def wide(dialect):
+    """A model that every method fits: AdaLoRA starts with a rank of 12."""
+    grouped = dict(num_key_value_heads=2, intermediate_size=32) if dialect == "llama" else {}
+    return mp.Transformer(mp.TransformerConfig(model_type=dialect, num_hidden_layers=2, **WIDE, **grouped), seed=1)
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+@pytest.mark.parametrize("key", METHODS)
+def test_a_method_trains_on_a_model_and_leaves_it_alone(key, dialect):
+    method, model = METHODS[key], wide(dialect)
+    if method.why_not(model):
+        assert (key, dialect) == ("bitfit", "llama")
+        with pytest.raises(PeftError, match="BitFit trains biases, and this model has none"):
+            method.prepare(model, 4)
+        return
+    before = {path: p.data.copy() for path, p in model.named_parameters()}
+    tuned = method.prepare(model, 4)
+    examples = [(row, row) for row in IDS]
+    arguments = mp.TrainingArguments(learning_rate=1e-2, max_steps=4, progress=False)
+    trainer = mp.Trainer(tuned, examples, examples, arguments)
+    start = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate() < start
+    if isinstance(tuned, mp.PeftModel) and key != "adalora":  # of which a pruned triplet rests
+        mp.assert_learning(tuned)
+    assert all(np.array_equal(before[path], p.data) for path, p in model.named_parameters())
+    arch = mp.accounting.architecture(model.config)
+    counted = mp.accounting.count_parameters(arch, method.config())
+    assert counted.trainable == sum(p.size for p in tuned.parameters() if p.requires_grad)
+
+
+def test_adalora_has_spent_its_budget_when_half_of_the_run_is_over():
+    for steps in (1, 2, 3, 10, 61):
+        method, model = METHODS["adalora"], wide("llama")
+        tuned = method.prepare(model, steps)
+        arguments = mp.TrainingArguments(learning_rate=1e-2, max_steps=steps, progress=False)
+        mp.Trainer(tuned, [(row, row) for row in IDS], args=arguments).train()
+        left = tuned.peft_config["default"].rank_pattern
+        assert sum(map(sum, left.values())) == 8 * len(left) == 8 * 14
+
+
+def test_why_not_says_what_does_not_fit():
+    assert METHODS["lora"].why_not(wide("llama")) is None
+    assert "a rank of 12 is larger than the matrix" in METHODS["adalora"].why_not(base("llama"))
+    assert "needs target_modules" in METHODS["ia3"].why_not(mp.nn.Sequential(mp.nn.Linear(3, 3)))
+    assert "needs a Transformer" in METHODS["prompt"].why_not(mp.nn.Sequential(mp.nn.Linear(3, 3)))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{dialect: directory of a tiny model with the shipped tokenizer}."""
+    tokenizer, root = load_base()[1], tmp_path_factory.mktemp("models")
+    for dialect in ("gpt2", "llama"):
+        mp.save_pretrained(wide(dialect), root / dialect, tokenizer)
+    return {dialect: root / dialect for dialect in ("gpt2", "llama")}
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+@pytest.mark.parametrize("key", [key for key, method in METHODS.items() if not isinstance(method.config(), (str, type(None)))])
+def test_finetune_knows_it(key, dialect, models, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i} and", "completion": f" {i + 1}"}) for i in range(12)))
+    output = tmp_path / "out"
+    argv = ["finetune", "--model", models[dialect], "--data", data, "--method", key, "--steps", 3, "--output", output]
+    status = main([str(a) for a in argv])
+    if (key, dialect) == ("bitfit", "llama"):
+        assert status == 2 and not output.exists()
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "minipeft: error: BitFit trains biases, and this model has none"
+        )
+        return
+    assert status == 0
+    assert (output / "adapter_config.json").exists()
+    loss = json.loads((output / "finetune.json").read_text())["held_out_loss"]
+    assert np.isfinite([loss["before"], loss["after"]]).all() and loss["before"] != loss["after"]
