@@ -95,7 +95,10 @@ def test_what_is_stored_is_what_the_file_holds(config, method, tmp_path):
     assert count_parameters(config, options).stored == sum(a.size for a in arrays.values())
 
 
-FAMILIES = ["gpt2", "llama3.2-1b", "bert-base", "roberta-base", "deberta-v2-xxlarge", "t5-base", "mt5-large", "bloom-560m"]
+FAMILIES = [
+    "gpt2", "llama3.2-1b", "mistral-7b", "qwen2.5-3b", "bert-base", "roberta-base", "deberta-v2-xxlarge", "t5-base",
+    "mt5-large", "bloom-560m",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("model", FAMILIES)

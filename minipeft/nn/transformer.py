@@ -199,7 +199,8 @@ class KVCache:
         for i, new in enumerate((k, v)):
             buffer = self._buffers[layer][i]
             if buffer.shape[2] < m:
-                grown = xp_of(new).empty((*new.shape[:2], max(m, 2 * buffer.shape[2], 16), new.shape[3]), new.dtype)
+                shape = (*new.shape[:2], max(m, 2 * buffer.shape[2], 16), new.shape[3])
+                grown = xp_of(new).empty_like(new, shape=shape, order="C")
                 grown[:, :, :n] = buffer[:, :, :n]
                 self._buffers[layer][i] = buffer = grown
             buffer[:, :, n:m] = new
