@@ -17,7 +17,7 @@ LLAMA_SMALL = TransformerConfig.llama(
     num_hidden_layers=3,
     tie_word_embeddings=False,
 )
-BUILDABLE = [n for n in names() if architecture(n).config is not None and architecture(n).model_type != "qwen2"]
+BUILDABLE = [n for n in names() if architecture(n).config is not None]
 
 
 @pytest.mark.parametrize("name", names())
@@ -41,6 +41,8 @@ def test_the_table_is_the_model_that_this_package_builds(name):
         LLAMA_SMALL,
         LLAMA_SMALL.replace(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
         TransformerConfig.llama(hidden_size=64, num_attention_heads=4, head_dim=32),
+        LLAMA_SMALL.replace(model_type="qwen2"),
+        LLAMA_SMALL.replace(model_type="mistral"),
         TransformerConfig.gpt2(vocab_size=61, hidden_size=36, num_attention_heads=3, intermediate_size=50),
         TransformerConfig.gpt2(tie_word_embeddings=False),
     ],
