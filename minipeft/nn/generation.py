@@ -90,7 +90,7 @@ def generate_stream(
     for step in range(max_new_tokens):
         seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
-            logits = _next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen)
+            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen)
         if np.isnan(logits).any():
             raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
         if temperature == 0:
@@ -148,7 +148,7 @@ def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
     return int(np.searchsorted(total, u * total[-1], side="right"))
 
 
-def _next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
+def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
     """Logits at the last position, in host memory [B, V]."""
     if isinstance(model, Transformer):  # the head on one position, not on the whole prompt
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]

@@ -63,6 +63,7 @@ class AdaLoraConfig(PeftConfig):
         "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     }
     ignored: ClassVar[frozenset[str]] = frozenset({"r", "fan_in_fan_out"})
+    averages: ClassVar[int] = 2  # of sensitivity, and of its uncertainty
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,6 +84,7 @@ class PeftConfig(ABC):
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
     usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
     ignored: ClassVar[frozenset[str]] = frozenset()  # options of PEFT that do not change what a saved adapter computes
+    averages: ClassVar[int] = 0  # running averages of each trained number that `after_step` keeps
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
