@@ -170,3 +170,13 @@ def test_what_is_no_method_or_has_no_head_is_refused():
         count_parameters("gpt2", LoraConfig(modules_to_save=["lm_heat"]))
     with pytest.raises(ValueError, match="BitFitConfig trains nothing of llama-7b"):
         count_parameters("llama-7b", BitFitConfig())
+
+
+def test_only_some_names_are_counted():
+    last_two = count_parameters("gpt2-m", only=r"transformer\.h\.(22|23)\..*")
+    assert last_two.trainable == last_two.total == 2 * (12 * 1024**2 + 13 * 1024)
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    count = count_parameters("llama-7b", lora, only=r".*lora_B.*")
+    assert (count.trainable, count.stored, count.total) == (32 * 4 * 4096,) * 3
+    with pytest.raises(ValueError, match=r"only='\(' is not a regular expression"):
+        count_parameters("gpt2", only="(")

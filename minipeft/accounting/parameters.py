@@ -14,6 +14,7 @@ modules are built with: for a weight or bias of the module called `name`, the pa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -40,18 +41,27 @@ class ParameterCount:
         return self.trainable / self.total if self.total else 0.0
 
 
-def count_parameters(model: Any, config: Any = None) -> ParameterCount:
+def count_parameters(model: Any, config: Any = None, only: str | None = None) -> ParameterCount:
     """Trainable, stored and total parameters of a model under a method.
 
-    `model` is an `Architecture`, or what `architecture` takes; `config` as in `trained_parameters`.
-    Raises ValueError as they do.
+    Args:
+        model: an `Architecture`, or what `architecture` takes.
+        config: as in `trained_parameters`.
+        only: a regular expression; parameters whose whole name it does not match are left out of all three counts.
+
+    Raises ValueError as `architecture` and `trained_parameters` do, and for what is no regular expression.
     """
     arch = model if isinstance(model, Architecture) else architecture(model)
-    trained = trained_parameters(arch, config)
+    trained, stored = trained_parameters(arch, config), stored_parameters(arch, config)
+    total = {**arch.shapes, **trained}
+    counts = [_size(shapes, _compiled(only)) for shapes in (trained, stored, total)]
+    return ParameterCount(*counts)
+
+
+def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
+    """name -> shape of what the file of a trained `config` holds: see `ParameterCount`."""
     folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
-    stored = _size(trained_parameters(arch, folded)) + _size(constant_parameters(arch, config))
-    added = _size({name: shape for name, shape in trained.items() if name not in arch.shapes})
-    return ParameterCount(trainable=_size(trained), stored=stored, total=arch.size + added)
+    return {**trained_parameters(arch, folded), **constant_parameters(arch, config)}
 
 
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
@@ -143,5 +153,12 @@ def _paths(arch: Architecture) -> dict[str, str]:
     return paths
 
 
-def _size(shapes: Mapping[str, Shape]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+def _size(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if only is None or only.fullmatch(name))
+
+
+def _compiled(only: str | None) -> re.Pattern | None:
+    try:
+        return None if only is None else re.compile(only)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"only={only!r} is not a regular expression: {error}") from error
