@@ -5,52 +5,77 @@
     use       a word and its part of speech -> an example phrase of WordNet's in which it stands
 
 The splits are those of the corpora: no verse, headword or gloss of one is in another. The records are in a fixed order,
-that of the corpora. A completion begins with a space, since the prompt ends with a colon.
+that of the corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more
+tasks, put in words.)
 """
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
-from minipeft.text.corpora import bible, wordnet
+from minipeft.text.corpora import Synset, Verse, bible, wordnet
 from minipeft.text.datasets import Completion
 
 MAX_CHARACTERS = 240  # of a verse in either translation, about 80 tokens of the shipped tokenizer
 
 
-def rewrite(split: str) -> list[Completion]:
-    """Verses of at most MAX_CHARACTERS characters in both translations."""
-    return [
-        Completion(f"King James: {verse.king_james}\nPlain English:", f" {verse.basic_english}")
-        for verse in bible(split)
-        if max(len(verse.king_james), len(verse.basic_english)) <= MAX_CHARACTERS
-    ]
+class Entry(NamedTuple):
+    """A word of the dictionary in one of its senses, and a text about it: the definition, or an example phrase."""
+
+    word: str
+    part_of_speech: str
+    text: str
+    synset: Synset
 
 
-def define(split: str) -> list[Completion]:
+def verses(split: str) -> list[Verse]:
+    """The verses of at most MAX_CHARACTERS characters in both translations."""
+    return [v for v in bible(split) if max(len(v.king_james), len(v.basic_english)) <= MAX_CHARACTERS]
+
+
+def definitions(split: str) -> list[Entry]:
     """Every single, uncapitalized word that WordNet's tagged texts use in its first sense, with that sense's gloss."""
     return [
-        Completion(f"Word: {word.lemma} ({synset.part_of_speech})\nMeaning:", f" {synset.definition}")
+        Entry(word.lemma, synset.part_of_speech, synset.definition, synset)
         for synset in wordnet(split)
         for word in synset.headwords
         if word.sense == 1 and word.count > 0 and re.fullmatch("[a-z]+", word.lemma)
     ]
 
 
-def use(split: str) -> list[Completion]:
+def examples(split: str) -> list[Entry]:
     """Every headword that stands, as it is, in one of its synset's examples, with the first such example."""
-    records = []
+    entries = []
     for synset in wordnet(split):
         for word in synset.headwords:
-            example = next((example for example in synset.examples if _stands_in(word.lemma, example)), None)
+            example = next((example for example in synset.examples if stands_in(word.lemma, example)), None)
             if example is not None:
-                prompt = f"Word: {word.lemma} ({synset.part_of_speech})\nExample:"
-                records.append(Completion(prompt, f" {example}"))
-    return records
+                entries.append(Entry(word.lemma, synset.part_of_speech, example, synset))
+    return entries
 
 
-def _stands_in(word: str, example: str) -> bool:
-    word, example = word.lower(), example.lower()
-    return word in example and re.search(rf"\b{re.escape(word)}\b", example) is not None
+def stands_in(word: str, text: str) -> bool:
+    """Whether `word` is one of the words of `text`, in small or capital letters."""
+    word, text = word.lower(), text.lower()
+    return word in text and re.search(rf"\b{re.escape(word)}\b", text) is not None
+
+
+def rewrite(split: str) -> list[Completion]:
+    """The verses, King James to Basic English."""
+    return [
+        Completion(f"King James: {verse.king_james}\nPlain English:", f" {verse.basic_english}")
+        for verse in verses(split)
+    ]
+
+
+def define(split: str) -> list[Completion]:
+    """The words of `definitions`."""
+    return [Completion(f"Word: {e.word} ({e.part_of_speech})\nMeaning:", f" {e.text}") for e in definitions(split)]
+
+
+def use(split: str) -> list[Completion]:
+    """The words of `examples`."""
+    return [Completion(f"Word: {e.word} ({e.part_of_speech})\nExample:", f" {e.text}") for e in examples(split)]
 
 
 TASKS: dict[str, Callable[[str], list[Completion]]] = {"rewrite": rewrite, "define": define, "use": use}
