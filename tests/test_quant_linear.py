@@ -25,7 +25,7 @@ from minipeft.quant import (
     quantize_4bit,
     quantize_model,
 )
-from minipeft.quant.linear import weight_tiles
+from minipeft.quant.linear import Tiles
 
 LLAMA = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -65,7 +65,7 @@ def test_value_and_gradients_are_those_of_the_dequantized_weight(xp, rng, shape,
 def test_tiles_cover_the_weight_and_none_is_more_than_half_of_it(rng):
     for shape in ((600, 40), (5, 100), (2, 7), (513, 33)):
         packed, state = quantize_4bit(rng.standard_normal(shape).astype(np.float32), 64)
-        rows = [(s, w.copy()) for s, w in weight_tiles(packed, state)]
+        rows = [(s, w.copy()) for s, w in Tiles(packed, state).rows()]
         assert np.array_equal(np.concatenate([w for _, w in rows]), dequantize_4bit(packed, state))
         assert max(w.shape[0] for _, w in rows) <= math.ceil(shape[0] / 2)
 

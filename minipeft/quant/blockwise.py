@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, asarray, is_array, parallel_rows, to_numpy, xp_of
+from ..backend import Array, asarray, is_array, parallel_rows, split_rows, to_numpy, xp_of
 from .codebooks import CODES_4BIT, dynamic_map, thresholds
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 SMALLEST = 1e-38  # the least absmax that a 4-bit block is divided by
+PIECE = 1 << 15  # numbers looked up together: with their bytes widened to indices they stay in a core's cache
 
 
 class QuantError(ValueError):
@@ -206,32 +207,49 @@ def dequantize_4bit(packed: Array, state: QuantState) -> Array:
     Equal, bit for bit, to bitsandbytes'. Raises QuantError for a buffer or a state that do not fit each other.
     """
     state.check(packed)
-    xp, n = xp_of(packed), int(np.prod(state.shape, dtype=np.int64))
-    out = xp.empty(n, state.dtype)
-    dequantize_into(out, packed, state, state.scales())
+    xp, size, n = xp_of(packed), state.blocksize, int(np.prod(state.shape, dtype=np.int64))
+    out, scales, pairs = xp.empty(n, state.dtype), state.scales(), byte_table(state.code)
+
+    def run(blocks: slice) -> None:
+        a, b = blocks.start * size, min(blocks.stop * size, n)
+        dequantize_into(out[a:b], packed, size, scales, pairs, a)
+
+    if xp is np:
+        split_rows(run, -(-n // size), n)
+    else:
+        run(slice(0, -(-n // size)))
     return out.reshape(state.shape)
 
 
-def dequantize_into(out: Array, packed: Array, state: QuantState, scales: Array, first: int = 0) -> None:
-    """Write the numbers from position `first` (where a block starts) on into the flat array `out`.
+def byte_table(code: Array) -> Array:
+    """[256] int64: for each byte its two numbers, float32 side by side, the high half's first."""
+    xp = xp_of(code)
+    return xp.stack([code.repeat(16), xp.tile(code, 16)], axis=1).view(xp.int64).reshape(-1)
 
-    `scales` is `state.scales()`: a caller with many parts to write has it once.
+
+def dequantize_into(out: Array, packed: Array, blocksize: int, scales: Array, pairs: Array, first: int = 0) -> None:
+    """Write the numbers from position `first` (where a block starts) on into the flat array `out`, in this thread.
+
+    `scales` is `state.scales()`, `pairs` `byte_table(state.code)`: a caller with many parts to write has them once.
     """
-    xp, size, packed = xp_of(packed), state.blocksize, packed.reshape(-1)
-    code = state.code
-    pairs = xp.stack([code.repeat(16), xp.tile(code, 16)], axis=1).view(xp.int64).reshape(-1)  # byte -> two float32
+    xp, size, stop = xp_of(packed), blocksize, first + out.size
+    codes, absmax = packed.reshape(-1)[first // 2 : (stop + 1) // 2], scales[first // size : -(-stop // size)]
+    full = out.size // size
+    n = full * size
+    unpack(out[:n].reshape(full, size), codes[: n // 2].reshape(full, size // 2), absmax[:full, None], pairs)
+    if n < out.size:  # part of a block; an odd number of codes ends with one that stands for nothing
+        out[n:] = pairs.take(codes[n // 2 :]).view(xp.float32)[: out.size - n] * absmax[full:]
 
-    def block(s: slice) -> None:
-        a, b = s.start * size, min(s.stop * size, out.size)
-        values = pairs.take(packed[(first + a) // 2 : (first + b + 1) // 2]).view(xp.float32)
-        absmax = scales[first // size + s.start : first // size + s.stop]
-        full = (b - a) // size
-        n = full * size
-        xp.multiply(values[:n].reshape(full, size), absmax[:full, None], out=out[a : a + n].reshape(full, size), casting="same_kind")
-        if a + n < b:
-            out[a + n : b] = values[n : b - a] * absmax[full:]
 
-    parallel_rows(xp, block, -(-out.size // size), size)
+def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
+    """out [R, C] = book[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S neighbours in a row."""
+    xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
+    step = max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)
+    for i in range(0, rows, step):
+        s = slice(i, min(i + step, rows))
+        values, into = pairs.take(codes[s]).view(xp.float32), out[s].reshape(-1, runs, width)
+        xp.multiply(values.reshape(into.shape), scales[s, :, None], out=into, casting="same_kind")
+        del values  # before the next are made
 
 
 def _absmax(x: Array) -> Array:

@@ -1,47 +1,93 @@
-"""A linear layer that holds its weight in four bits and multiplies by it a few rows at a time.
+"""A linear layer that holds its weight in four bits and multiplies by it a tile at a time.
 
     y = x Wᵀ + b,  W = book[codes] * absmax           dx = g W;  W itself is frozen and has no gradient
 
-Both products go through W in tiles of rows: a tile is dequantized into a buffer that stays in the cache, multiplied, and
-overwritten by the next. No float copy of a whole weight exists at any time, in forward or in backward, and the graph
-keeps nothing but the packed codes, which the layer holds anyway. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314,
-eq. 5 and 6).
+A tile of W is dequantized into a buffer that stays in the cache, multiplied, and overwritten by the next. No float copy
+of a whole weight exists at any time, in forward or in backward, and the graph keeps nothing but the packed codes, which
+the layer holds anyway. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).
+
+Each thread has tiles of its own, dequantizes and multiplies them, and waits for no other until the end. Forward takes
+them as rows of W, backward as columns: a tile then gives whole columns of the result, and nothing has to be summed up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 
 from ..autograd.cases import Case, cases, normal
 from ..autograd.tensor import Tensor, op
-from ..backend import Array, Rng, matmul, xp_of
+from ..backend import Array, Rng, get_num_threads, matmul, one_blas_thread, split_rows, xp_of
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
-from .blockwise import QuantError, QuantState, dequantize_4bit, dequantize_into, quantize_4bit
+from .blockwise import QuantError, QuantState, byte_table, dequantize_4bit, dequantize_into, quantize_4bit, unpack
 
-TILE_ROWS = 256  # rows dequantized together: enough for the matrix product to run at full speed
-
-
-def tile_rows(n_out: int) -> int:
-    """Rows of a tile: at most half of the weight, also where it is small."""
-    return max(1, min(TILE_ROWS, -(-n_out // 2)))
+TILE = 128  # rows (or columns) dequantized together: enough for the matrix product to run at full speed
 
 
-def weight_tiles(packed: Array, state: QuantState) -> Iterator[tuple[slice, Array]]:
-    """(rows, float32 values [rows, in]) through a quantized weight [out, in]; each is overwritten by the next."""
-    xp, (n_out, n_in), size = xp_of(packed), state.shape, state.blocksize
-    scales, rows = state.scales(), tile_rows(n_out)
-    buffer = xp.empty(rows * n_in + size, xp.float32)  # blocks run across rows: a tile may start inside of one
-    for i in range(0, n_out, rows):
-        j = min(i + rows, n_out)
-        first = i * n_in // size * size
-        values = buffer[: j * n_in - first]
-        dequantize_into(values, packed, state, scales, first)
-        yield slice(i, j), values[i * n_in - first :].reshape(j - i, n_in)
+def tile_size(n: int) -> int:
+    """Rows (of `n`) of a tile: as many that the tiles of all threads together are at most half of the weight."""
+    return max(1, min(TILE, n // (2 * get_num_threads())))
+
+
+class Tiles:
+    """A quantized weight [out, in], read tile by tile as float32. A tile is overwritten by the next of its thread."""
+
+    def __init__(self, packed: Array, state: QuantState):
+        self.packed, self.state, self.xp = packed, state, xp_of(packed)
+        self.scales, self.pairs = state.scales(), byte_table(state.code)
+
+    def rows(self, part: slice | None = None) -> Iterator[tuple[slice, Array]]:
+        """(rows, values [rows, in]) through a part of the rows, or all."""
+        (n_out, n_in), size = self.state.shape, self.state.blocksize
+        part = part or slice(0, n_out)
+        buffer = self.xp.empty(tile_size(n_out) * n_in + size, self.xp.float32)
+        for rows in _pieces(part, tile_size(n_out)):
+            first = rows.start * n_in // size * size  # blocks run across rows: a tile may start inside of one
+            values = buffer[: rows.stop * n_in - first]
+            dequantize_into(values, self.packed, size, self.scales, self.pairs, first)
+            yield rows, values[rows.start * n_in - first :].reshape(-1, n_in)
+
+    @property
+    def column_unit(self) -> int:
+        """How many neighbouring columns share their absmax in every row, and are not more than a tile; 0 if none do."""
+        (_, n_in), size = self.state.shape, self.state.blocksize
+        if n_in % size:
+            return 0
+        return 2 ** max(1, min(5, tile_size(n_in).bit_length() - 1))  # at most 32, the smallest block
+
+    def columns(self, part: slice) -> Iterator[tuple[slice, Array]]:
+        """(columns, values [out, columns]) through a part of the columns, counted in units."""
+        (n_out, n_in), size, unit = self.state.shape, self.state.blocksize, self.column_unit
+        codes, scales = self.packed.reshape(n_out, n_in // 2), self.scales.reshape(n_out, n_in // size)
+        most = max(1, tile_size(n_in) // unit)
+        buffer = self.xp.empty(n_out * most * unit, self.xp.float32)
+        for units in _pieces(part, most):
+            a, b = units.start * unit, units.stop * unit
+            values = buffer[: n_out * (b - a)].reshape(n_out, b - a)
+            unpack(values, codes[:, a // 2 : b // 2], scales[:, self.xp.arange(a, b, unit) // size], self.pairs)
+            yield slice(a, b), values
+
+
+def _pieces(part: slice, most: int) -> Iterator[slice]:
+    """Slices that cover `part`, of about equal length, at most `most`."""
+    n = -(-(part.stop - part.start) // most)
+    cuts = [part.start + (part.stop - part.start) * i // n for i in range(n + 1)] if n else []
+    return (slice(a, b) for a, b in pairwise(cuts))
+
+
+def _spread(xp: ModuleType, run: Callable[[slice], None], n: int, work: int) -> None:
+    """run(slice) for a part of range(n) in each thread, whose products are computed there."""
+    if xp is np:
+        with one_blas_thread():
+            split_rows(run, n, work)
+    else:
+        run(slice(0, n))
 
 
 @op
@@ -53,21 +99,30 @@ def linear_4bit(x, packed, state, bias=None):
     if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
         raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
     xp, (n_out, n_in), shape = xp_of(x, packed, bias), state.shape, x.shape
-    n = math.prod(shape[:-1])
-    x2, y = x.reshape(n, n_in), xp.empty((n, n_out), x.dtype)
-    for rows, w in weight_tiles(packed, state):
-        matmul(x2, w.astype(x.dtype, copy=False).T, out=y[:, rows])
+    n, work = math.prod(shape[:-1]), n_out * n_in
+    x2, y, tiles = x.reshape(n, n_in), xp.empty((n, n_out), x.dtype), Tiles(packed, state)
+
+    def forward(part):
+        for rows, w in tiles.rows(part):
+            xp.matmul(x2, w.astype(x.dtype, copy=False).T, out=y[:, rows])
+
+    _spread(xp, forward, n_out, work)
     if bias is not None:
         y += bias
 
     def dx(g):
-        g2, d = g.reshape(n, n_out), xp.empty((n, n_in), g.dtype)
-        for rows, w in weight_tiles(packed, state):
-            w = w.astype(g.dtype, copy=False)
-            if rows.start == 0:
-                matmul(g2[:, rows], w, out=d)
-            else:
-                d += matmul(g2[:, rows], w)
+        g2, d, tiles = g.reshape(n, n_out), xp.empty((n, n_in), g.dtype), Tiles(packed, state)
+
+        def backward(part):
+            for columns, w in tiles.columns(part):
+                xp.matmul(g2, w.astype(g.dtype, copy=False), out=d[:, columns])
+
+        if tiles.column_unit:
+            _spread(xp, backward, n_in // tiles.column_unit, work)
+        else:  # blocks run across rows, so that no columns share their absmax: the products of row tiles are summed up
+            d[...] = 0
+            for rows, w in tiles.rows():
+                d += matmul(g2[:, rows], w.astype(g.dtype, copy=False))
         return d.reshape(shape)
 
     return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(n, n_out).sum(axis=0)
@@ -136,7 +191,7 @@ class Linear4bit(Module):
 
     def tiles(self) -> Iterator[tuple[slice, Array]]:
         """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next."""
-        return weight_tiles(self.weight.data, self.quant_state)
+        return Tiles(self.weight.data, self.quant_state).rows()
 
     def quantize(self, W: Array) -> Linear4bit:
         """This layer with another weight [out, in], quantized in the same way."""

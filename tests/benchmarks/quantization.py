@@ -47,7 +47,7 @@ def codes(repeat: int) -> None:
     import numpy as np
 
     from minipeft import quant
-    from minipeft.backend import parallel_rows
+    from minipeft.backend import parallel_rows, split_rows
 
     x = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
     out = np.empty_like(x)
@@ -56,12 +56,16 @@ def codes(repeat: int) -> None:
     def copy():
         parallel_rows(np, lambda s: np.copyto(out[s], x[s]), x.shape[0], x.shape[1])
 
+    def tiles():
+        weight = quant.linear.Tiles(packed, state)
+        split_rows(lambda part: [None for _ in weight.rows(part)], x.shape[0], x.size)
+
     calls = {
         "copy": copy,
         "quantize": lambda: quant.quantize_4bit(x),
         "quantize nested": lambda: quant.quantize_4bit(x, compress_statistics=True),
         "dequantize": lambda: quant.dequantize_4bit(packed, state),
-        "tiles": lambda: [None for _ in quant.linear.weight_tiles(packed, state)],
+        "tiles": tiles,
     }
     if importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes.functional as theirs
