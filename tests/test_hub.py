@@ -15,9 +15,10 @@ from minipeft.hub import base, pretrained
 from minipeft.hub.pretrained import HubError
 from minipeft.nn.heads import SequenceClassifier, ValueModel
 from minipeft.nn.layers import Linear
-from minipeft.nn.transformer import Transformer, TransformerConfig
+from minipeft.nn.transformer import RopeScaling, Transformer, TransformerConfig
 
 SHAPE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+FAMILY_CLASS = {"gpt2": "GPT2LMHeadModel", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 CONFIGS = {
     "gpt2": dict(model_type="gpt2", eos_token_id=2, dropout=0.25),
     "gpt2 untied": dict(model_type="gpt2", tie_word_embeddings=False, intermediate_size=24, layer_norm_epsilon=1e-4),
@@ -26,6 +27,9 @@ CONFIGS = {
         model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True, head_dim=6, dropout=0.1,
         rope_theta=500.0, rms_norm_eps=1e-3, initializer_range=0.5,
     ),
+    "llama 3": dict(model_type="llama", rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "mistral": dict(model_type="mistral", num_key_value_heads=2, head_dim=6, tie_word_embeddings=False),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, eos_token_id=(2, 3), rope_theta=1e6),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", CONFIGS)
 dialects = pytest.mark.parametrize("case", ["gpt2", "llama"])
@@ -54,6 +58,8 @@ GPT2_4 = json.loads("""{
   "scale_attn_weights": true, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
   "summary_type": "cls_index", "summary_use_proj": true, "transformers_version": "4.57.6", "use_cache": true,
   "vocab_size": 40}""")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
 GPT2_5 = GPT2_4 | {"add_cross_attention": False, "pad_token_id": None, "tie_word_embeddings": True}
 
 
@@ -184,16 +190,74 @@ def test_device(xp, saved):
     assert all(np.array_equal(to_numpy(p.data), q.data) for p, q in zip(model.parameters(), again.parameters()))
 
 
-def test_loading_holds_the_weights_once(tmp_path):
-    config = TransformerConfig.llama(vocab_size=2000, hidden_size=128, num_hidden_layers=4)
-    for dtype in ("float32", "float16"):
-        mp.save_pretrained(Transformer(config, seed=0), tmp_path, dtype=dtype)
-        tracemalloc.start()
-        model, _ = mp.from_pretrained(tmp_path)
-        peak = tracemalloc.get_traced_memory()[1]
+def peak_of(load):
+    """(what `load()` gives, the most memory that Python's and NumPy's allocators held in it)."""
+    tracemalloc.start()
+    try:
+        made = load()
+        return made, tracemalloc.get_traced_memory()[1]
+    finally:
         tracemalloc.stop()
-        size = sum(p.data.nbytes for p in model.parameters())
-        assert size <= peak < 1.2 * size
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model large enough for its weights to outweigh everything else, in every way of storing it."""
+    directory = tmp_path_factory.mktemp("large")
+    model = Transformer(TransformerConfig.llama(vocab_size=2000, hidden_size=256, num_hidden_layers=4), seed=0)
+    for dtype in ("float32", "float16"):
+        mp.save_pretrained(model, directory / dtype, dtype=dtype)
+    mp.save_pretrained(model, directory / "bfloat16")
+    to_bfloat16(directory / "bfloat16")
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_loading_holds_the_weights_once(dtype, large):
+    """Not at all where they are in the file as they are wanted: there they stay."""
+    (model, _), peak = peak_of(lambda: mp.from_pretrained(large / dtype))
+    size = sum(p.data.nbytes for p in model.parameters())
+    assert peak < (0.1 * size if dtype == "float32" else 1.1 * size)
+    assert (peak > size) == (dtype != "float32")
+    if dtype == "float16":
+        (model, _), peak = peak_of(lambda: mp.from_pretrained(large / dtype, dtype="float16"))
+        assert peak < 0.1 * size and {p.dtype.name for p in model.parameters()} == {"float16"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_loading_in_four_bits(dtype, large):
+    """The model that quantize_model makes, at a peak of little more than its own size."""
+    wide = mp.from_pretrained(large / dtype)[0]
+    (model, _), peak = peak_of(lambda: mp.from_pretrained(large / dtype, load_in_4bit=True))
+    expected = mp.quant.quantize_model(wide)
+    assert same(model, expected) and not any(p.requires_grad for p in model.parameters())
+    assert [type(m) for _, m in model.named_modules()] == [type(m) for _, m in expected.named_modules()]
+    allocated = sum(p.data.nbytes for p in model.parameters() if not (dtype == "float32" and p.dtype == np.float32 and p.ndim > 1))
+    largest = max(p.data.nbytes for p in wide.parameters() if p is not wide.model.embed_tokens.weight)
+    assert allocated < 0.5 * sum(p.data.nbytes for p in wide.parameters())
+    assert peak < 1.1 * allocated + 3 * largest
+
+
+def test_a_loaded_weight_does_not_reach_the_file(large, tmp_path):
+    """It is mapped privately: changed here, and nowhere else."""
+    path = large / "float32" / "model.safetensors"
+    before = path.read_bytes()
+    one, _ = mp.from_pretrained(large / "float32")
+    other, _ = mp.from_pretrained(large / "float32")
+    for p in one.parameters():
+        p.data += 1
+    assert path.read_bytes() == before
+    assert same(other, mp.from_pretrained(large / "float32")[0]) and not same(one, other)
+
+
+def test_a_model_saved_over_itself(saved):
+    """The file that it is mapped from is replaced as a whole; the model keeps the old one."""
+    directory = saved("llama")
+    model, _ = mp.from_pretrained(directory)
+    model.model.norm.weight.data *= 2
+    mp.save_pretrained(model, directory)
+    again, _ = mp.from_pretrained(directory)
+    assert same(again, model) and not same(again, build("llama"))
 
 
 # -------------------------------------------------------------------------------------------------- what others write
@@ -249,6 +313,37 @@ def test_original_gpt2_names_and_buffers(saved):
     assert same(mp.from_pretrained(directory)[0], build("gpt2"))
 
 
+@pytest.mark.parametrize("spelling", ["transformers 4", "transformers 4, before rope_type", "transformers 5"])
+def test_rotary_scaling_of_llama_3(spelling, saved):
+    directory = saved("llama 3")
+    written = json.loads((directory / "config.json").read_text())
+    assert written["rope_scaling"] == LLAMA3 and written["rope_parameters"] == {**LLAMA3, "rope_theta": 5e5}
+    if spelling == "transformers 5":
+        edit(directory, rope_theta="absent", rope_scaling="absent")
+    elif spelling == "transformers 4":
+        edit(directory, rope_parameters="absent")
+    else:
+        scaling = {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}
+        edit(directory, rope_parameters="absent", rope_scaling=scaling)
+    model, _ = mp.from_pretrained(directory)
+    assert model.config == build("llama 3").config
+    plain = Transformer(model.config.replace(rope_scaling=None), seed=None)
+    plain.load_state_dict(model.state_dict())
+    assert not np.allclose(model(ids()).data, plain(ids()).data, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_other_families_of_the_llama_dialect(family, saved):
+    directory = saved(family)
+    written = json.loads((directory / "config.json").read_text())
+    assert written["architectures"] == [FAMILY_CLASS[family]] and written["model_type"] == family
+    arrays, _ = read_safetensors(directory / "model.safetensors")
+    biases = {name.split(".")[-2] for name in arrays if name.endswith(".bias")}
+    assert biases == ({"q_proj", "k_proj", "v_proj"} if family == "qwen2" else set())
+    edit(directory, sliding_window=64, **({"use_sliding_window": False} if family == "qwen2" else {}))
+    assert same(mp.from_pretrained(directory)[0], build(family))
+
+
 def test_bare_llama_with_old_buffers(saved):
     directory = saved("llama")
     arrays, _ = read_safetensors(directory / "model.safetensors")
@@ -280,14 +375,20 @@ def as_bfloat16(data):
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
+def to_bfloat16(directory):
+    """Cut a directory's float32 weights to bfloat16, the upper half of their bits, which is returned."""
+    path = directory / "model.safetensors"
+    arrays = {name: np.array(a) for name, a in read_safetensors(path)[0].items()}
+    halves = {name: (a.view(np.uint32) >> 16).astype(np.uint16) for name, a in arrays.items()}
+    write_safetensors(path, halves)
+    path.write_bytes(as_bfloat16(path.read_bytes()))
+    return halves
+
+
 def test_bfloat16(saved):
     """The upper half of a float32, widened bit for bit."""
     directory = saved("llama")
-    arrays = {name: np.array(a) for name, a in read_safetensors(directory / "model.safetensors")[0].items()}
-    halves = {name: (a.view(np.uint32) >> 16).astype(np.uint16) for name, a in arrays.items()}
-    write_safetensors(directory / "model.safetensors", halves)
-    path = directory / "model.safetensors"
-    path.write_bytes(as_bfloat16(path.read_bytes()))
+    halves = to_bfloat16(directory)
     model, _ = mp.from_pretrained(directory)
     for name, p in model.named_parameters():
         assert p.dtype == np.float32
@@ -324,14 +425,20 @@ def test_weights_in_several_files(case, saved):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(model_type="mistral"), "model_type must be one of 'llama', 'gpt2', not 'mistral'"),
-        (dict(model_type="absent"), "model_type must be one of 'llama', 'gpt2', not None"),
+        (dict(model_type="gemma2"), "model_type must be one of 'llama', 'mistral', 'qwen2', 'gpt2', not 'gemma2'"),
+        (dict(model_type="absent"), "model_type must be one of 'llama', 'mistral', 'qwen2', 'gpt2', not None"),
+        (dict(model_type="mistral", max_position_embeddings=8192), "sliding_window is 4096, narrower than"),
+        (dict(model_type="mistral", sliding_window=16), "sliding_window is 16, narrower than the 32 positions"),
+        (dict(model_type="qwen2", use_sliding_window=True), "use_sliding_window is True: only False is supported"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types names 'sliding_attention'"),
         (dict(architectures=["LlamaForTokenClassification"]), "LlamaForTokenClassification"),
         (dict(architectures="LlamaForCausalLM"), "architectures"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu': only 'silu' or 'swish' is supported"),
         (dict(pretraining_tp=2), "pretraining_tp is 2: only 1 is supported"),
         (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling asks for the rope_type 'linear'"),
-        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling asks for the rope_type 'llama3'"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "of the rope_type 'llama3' lacks the key 'low_freq"),
+        (dict(rope_parameters={**LLAMA3, "factor": "8"}), "rope_parameters: factor must be a number, not '8'"),
+        (dict(rope_scaling={**LLAMA3, "high_freq_factor": 1.0}), "0 < low_freq_factor < high_freq_factor, not 1.0 and 1.0"),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 8.0}), "rope_parameters asks for the rope_type 'yarn'"),
         (
             dict(rope_parameters={"rope_theta": 5.0}),
@@ -385,10 +492,10 @@ def refused(directory, changes, sentence):
 
 
 def test_no_such_directory_and_nothing_downloaded(tmp_path):
-    with pytest.raises(HubError, match="gpt2: no such directory; give a local Hugging Face directory"):
+    with pytest.raises(HubError, match="gpt2: no such directory; give a local Hugging Face directory or"):
         mp.from_pretrained("gpt2")
     (tmp_path / "file").write_text("")
-    with pytest.raises(HubError, match="is a file, not a directory"):
+    with pytest.raises(HubError, match=r"is a file, but no \.gguf; give a local Hugging Face directory or a \.gguf file"):
         mp.from_pretrained(tmp_path / "file")
 
 
@@ -483,7 +590,7 @@ def test_damaged_index(saved):
         mp.from_pretrained(directory)
     path.write_text(json.dumps({"weight_map": placed}))
     (directory / files[0]).unlink()
-    with pytest.raises(FileError, match=f"{files[0]}: no such file"):
+    with pytest.raises(FileError, match=f"index.json: names the file {files[0]}, which is not in this directory"):
         mp.from_pretrained(directory)
 
 

@@ -485,7 +485,7 @@ def test_it_learns_a_sequence_by_heart(dialect, rng):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(model_type="bert"), "model_type must be 'gpt2' or 'llama', not 'bert'"),
+        (dict(model_type="bert"), "model_type must be one of 'gpt2', 'llama', 'mistral', 'qwen2', not 'bert'"),
         (dict(vocab_size=0), "vocab_size must be a positive integer, not 0"),
         (dict(num_hidden_layers=2.5), "num_hidden_layers must be a positive integer, not 2.5"),
         (dict(hidden_size=10), "hidden_size 10 is not a multiple of num_attention_heads 4"),

@@ -1,17 +1,18 @@
-"""`config.json` of Hugging Face's GPT-2 and Llama families <-> `TransformerConfig`.
+"""`config.json` of Hugging Face's families GPT-2, Llama, Mistral and Qwen2 <-> `TransformerConfig`.
 
 Each family names the same things its own way (`n_embd` is `hidden_size`), and the two major versions of transformers
-disagree about a few: version 5 keeps `rope_theta` inside `rope_parameters` and calls `torch_dtype` `dtype`. We read
-both and write both. An option under which our model would compute something else is refused by its name, before any
+disagree about a few: version 5 keeps `rope_theta` and Llama 3's scaling inside `rope_parameters`, where version 4 has
+`rope_theta` and `rope_scaling`, and calls `torch_dtype` `dtype`. We read both and write both. An option under which our model would compute something else is refused by its name, before any
 weight is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
-from ..nn.transformer import TransformerConfig
+from ..nn.transformer import RopeScaling, TransformerConfig
 
 
 class HubError(ValueError):
@@ -19,25 +20,34 @@ class HubError(ValueError):
 
 
 _REQUIRED = object()
+_LLAMA = {
+    "vocab_size": ("vocab_size", _REQUIRED),
+    "hidden_size": ("hidden_size", _REQUIRED),
+    "intermediate_size": ("intermediate_size", _REQUIRED),
+    "num_hidden_layers": ("num_hidden_layers", _REQUIRED),
+    "num_attention_heads": ("num_attention_heads", _REQUIRED),
+    "num_key_value_heads": ("num_key_value_heads", 0),
+    "head_dim": ("head_dim", 0),
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "rms_norm_eps": ("rms_norm_eps", 1e-6),
+    "rope_theta": ("rope_theta", 10000.0),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+    "initializer_range": ("initializer_range", 0.02),
+    "minipeft_dropout": ("dropout", 0.0),  # these families have no residual dropout: the key is ours
+}
 
 # Hugging Face's name -> (ours, what their configuration class assumes where config.json does not say)
 _FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
-    "llama": {
-        "vocab_size": ("vocab_size", _REQUIRED),
-        "hidden_size": ("hidden_size", _REQUIRED),
-        "intermediate_size": ("intermediate_size", _REQUIRED),
-        "num_hidden_layers": ("num_hidden_layers", _REQUIRED),
-        "num_attention_heads": ("num_attention_heads", _REQUIRED),
-        "num_key_value_heads": ("num_key_value_heads", 0),
-        "head_dim": ("head_dim", 0),
-        "max_position_embeddings": ("max_position_embeddings", 2048),
-        "rms_norm_eps": ("rms_norm_eps", 1e-6),
-        "rope_theta": ("rope_theta", 10000.0),
-        "attention_bias": ("attention_bias", False),
-        "mlp_bias": ("mlp_bias", False),
-        "tie_word_embeddings": ("tie_word_embeddings", False),
-        "initializer_range": ("initializer_range", 0.02),
-        "minipeft_dropout": ("dropout", 0.0),  # the family has no residual dropout: the key is ours
+    "llama": _LLAMA | {"attention_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)},
+    "mistral": _LLAMA
+    | {
+        "num_key_value_heads": ("num_key_value_heads", 8),
+        "max_position_embeddings": ("max_position_embeddings", 131072),
+    },
+    "qwen2": _LLAMA
+    | {
+        "num_key_value_heads": ("num_key_value_heads", 32),
+        "max_position_embeddings": ("max_position_embeddings", 32768),
     },
     "gpt2": {
         "vocab_size": ("vocab_size", _REQUIRED),
@@ -52,19 +62,25 @@ _FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
         "resid_pdrop": ("dropout", 0.1),
     },
 }
-_SPECIAL_IDS = {"llama": {"bos_token_id": 1, "eos_token_id": 2}, "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256}}
+_SPECIAL_IDS: dict[str, dict[str, int]] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": {},
+    "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
+}
 
 # the values under which the families compute what our model computes; an option that is absent or null has one of them
 _COMMON = {"quantization_config": (), "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
+_LLAMA_SUPPORTED = _COMMON | {
+    "hidden_act": ("silu", "swish"),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
+}
 _SUPPORTED: dict[str, dict[str, tuple]] = {
-    "llama": _COMMON
-    | {
-        "hidden_act": ("silu", "swish"),
-        "pretraining_tp": (1,),
-        "partial_rotary_factor": (1,),
-        "sliding_window": (),
-        "use_sliding_window": (False,),
-    },
+    "llama": _LLAMA_SUPPORTED | {"sliding_window": ()},
+    "mistral": _LLAMA_SUPPORTED,
+    "qwen2": _LLAMA_SUPPORTED,  # whose sliding_window means nothing unless it is used
     "gpt2": _COMMON
     | {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -88,9 +104,11 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
         if content.get(name) is not None and content[name] not in values:
             can = f"only {' or '.join(map(repr, values))} is" if values else "the option is not"
             raise HubError(f"{name} is {content[name]!r}: {can} supported")
-    if family == "llama":
-        content = content | {"rope_theta": _rope_theta(content)}
     fields: dict[str, Any] = {"model_type": family}
+    if family != "gpt2":
+        _check_attention(content)
+        theta, fields["rope_scaling"] = _rope(content)
+        content = content | {"rope_theta": theta}
     for name, (ours, default) in _FIELDS[family].items():
         value = content.get(name)
         if value is None:
@@ -118,23 +136,50 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _rope_theta(content: dict[str, Any]) -> Any:
-    """The base wavelength, from `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (4)."""
-    theta = content.get("rope_theta")
+def _check_attention(content: dict[str, Any]) -> None:
+    """Every position must see all the earlier ones: no window that is narrower than the model's context."""
+    for kind in content.get("layer_types") or ():
+        if kind != "full_attention":
+            raise HubError(f"layer_types names {kind!r}: only 'full_attention' is supported")
+    if content["model_type"] == "mistral":
+        window, positions = content.get("sliding_window", 4096), content.get("max_position_embeddings", 131072)
+        if isinstance(window, int) and isinstance(positions, int) and window < positions:
+            raise HubError(
+                f"sliding_window is {window}, narrower than the {positions} positions: a window is not supported "
+                "(null, as Mistral has it since version 0.2, is)"
+            )
+
+
+def _rope(content: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """(base wavelength, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    theta, scaling = content.get("rope_theta"), None
     for key in ("rope_parameters", "rope_scaling"):
         rope = content.get(key) or {}
         if not isinstance(rope, dict):
             raise HubError(f"{key} must be an object, not {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise HubError(f"{key} asks for the rope_type {kind!r}: only 'default' is supported")
+        if kind not in ("default", "llama3"):
+            raise HubError(f"{key} asks for the rope_type {kind!r}: only 'default' and 'llama3' are supported")
         if rope.get("partial_rotary_factor") not in (None, 1):
             raise HubError(f"{key}: partial_rotary_factor is {rope['partial_rotary_factor']!r}: only 1 is supported")
         inner = rope.get("rope_theta")
         if None not in (inner, theta) and inner != theta:
             raise HubError(f"{key} says rope_theta is {inner!r}, the key rope_theta {theta!r}")
         theta = theta if inner is None else inner
-    return theta
+        if kind == "llama3":
+            values = {}
+            for name, type_ in _LLAMA3.items():
+                if rope.get(name) is None:
+                    raise HubError(f"{key} of the rope_type 'llama3' lacks the key {name!r}")
+                values[name] = _typed(f"{key}: {name}", rope[name], type_)
+            try:
+                scaling = RopeScaling(**values)
+            except ValueError as error:
+                raise HubError(f"{key}: {error}") from error
+    return theta, scaling
+
+
+_LLAMA3 = {"factor": float, "low_freq_factor": float, "high_freq_factor": float, "original_max_position_embeddings": int}
 
 
 def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
@@ -142,14 +187,15 @@ def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     family = config.model_type
     content: dict[str, Any] = {"model_type": family}
     content |= {name: getattr(config, ours) for name, (ours, _) in _FIELDS[family].items()}
-    if family == "llama":
+    if family != "gpt2":
+        scaling = config.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
         content |= {
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            "pretraining_tp": 1,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_scaling": scaling,
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
         }
+        content |= {"pretraining_tp": 1} if family == "llama" else {"sliding_window": None, "use_sliding_window": False}
     else:
         content |= {
             "activation_function": "gelu_new",

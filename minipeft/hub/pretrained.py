@@ -1,10 +1,12 @@
-"""Hugging Face directories <-> our models: the ecosystem's format is our own format.
+"""Hugging Face directories and GGUF files <-> our models: the ecosystem's format is our own format.
 
     config.json                 the shape, the family, what the head is for          see configuration.py
     model.safetensors           the weights, under their family's names              or several files and an index
     tokenizer.json, ...         the tokenizer, where there is one                    see text/tokenizer.py
+    model.gguf                  all of it in one file, read but never written        see gguf.py
 
-Module trees, names and orientations are those of the family, so nothing is renamed or transposed on the way.
+Module trees, names and orientations are those of the family, so nothing in a directory is renamed or transposed on the
+way. Weights come in one tensor at a time from a memory map, so that no second copy of a model ever exists.
 """
 
 from __future__ import annotations
@@ -16,22 +18,33 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, asarray, get_backend, to_numpy
-from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
+from ..backend import asarray, get_backend, to_numpy
+from ..files import (
+    FileError,
+    StoredTensor,
+    fsync_directory,
+    map_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
 from ..nn.heads import SequenceClassifier
-from ..nn.module import Module
+from ..nn.module import Module, Parameter
 from ..nn.transformer import Transformer
+from ..quant import Linear4bit
+from ..quant.surgery import quantizable_layers
 from ..text.tokenizer import Tokenizer
 from .configuration import HubError, from_hugging_face, to_hugging_face
+from .gguf import read_gguf
 from .quantized import dense_parameters, quantization_config, quantized_layers, split_quantization, take_quantized
 
 __all__ = ["HubError", "from_pretrained", "save_pretrained"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_LANGUAGE_MODEL = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-_CLASSIFIER = {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}
-_BARE = {"llama": "LlamaModel", "gpt2": "GPT2Model"}  # without a head: it has one where it is tied to the embedding
-_BACKBONE = {"llama": "model", "gpt2": "transformer"}
+_CLASS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT2"}  # how a family's classes are called
+_LANGUAGE_MODEL = {family: f"{name}ForCausalLM" for family, name in _CLASS.items()} | {"gpt2": "GPT2LMHeadModel"}
+_CLASSIFIER = {family: f"{name}ForSequenceClassification" for family, name in _CLASS.items()}
+_BARE = {family: f"{name}Model" for family, name in _CLASS.items()}  # has a head only where it is tied to the embedding
 _BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")  # constants in older checkpoints
 _DTYPES = ("float16", "float32")
 
@@ -45,7 +58,7 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write a directory that `transformers` loads as it is: LlamaForCausalLM, GPT2LMHeadModel, or their classifiers.
+    """Write a directory that `transformers` loads as it is: LlamaForCausalLM, GPT2LMHeadModel, ... or their classifiers.
 
     Args:
         path: the directory; made if missing. A model that is already there is replaced.
@@ -130,56 +143,87 @@ def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def from_pretrained(
-    path: str | os.PathLike, dtype: str | None = None, backend: str | None = None
+    path: str | os.PathLike, dtype: str | None = None, backend: str | None = None, load_in_4bit: bool = False
 ) -> tuple[Transformer | SequenceClassifier, Tokenizer | None]:
-    """Read a Hugging Face directory: (model, tokenizer); the tokenizer is None where there is no tokenizer.json.
+    """Read a Hugging Face directory or a .gguf file: (model, tokenizer); the tokenizer is None where there is none.
 
-    Reads the GPT-2 and Llama families as transformers 4 and 5 write them: one safetensors file, or several and an
-    index; float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also without their
-    `transformer.` prefix and with the constant `attn.bias` buffers of older checkpoints. Sequence classifiers come as
-    SequenceClassifier, layers that bitsandbytes quantized to four bits as Linear4bit.
+    A directory: the families GPT-2, Llama, Mistral and Qwen2 as transformers 4 and 5 write them; one safetensors file, or
+    several and an index; float16, bfloat16, float32 or float64 weights; a tied head written or not; GPT-2's weights also
+    without their `transformer.` prefix and with the constant `attn.bias` buffers of older checkpoints. Sequence
+    classifiers come as SequenceClassifier, layers that bitsandbytes quantized to four bits as Linear4bit.
+
+    A .gguf file (extra `hub`): llama.cpp's architectures llama, qwen2 and gpt2, in any of its formats; weights are
+    dequantized.
 
     Args:
         dtype: of the weights in memory: "float32" (by default) or "float16", a storage format that operations widen.
         backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
+        load_in_4bit: the model that `quant.quantize_model` makes, frozen as a base for QLoRA, quantized layer by layer
+            while it is read: the peak of memory is the result and one tensor. (NF4 with double quantization.)
 
-    Nothing is downloaded and no pickle is read. Raises HubError, naming what, for a directory without a model, an
-    option that our model does not compute (before any weight is read), and weights that do not fit the configuration;
-    FileError for a damaged file.
+    The file is mapped into memory. Weights that have the dtype asked for stay there: they are read when they are first
+    used, cost no memory of their own until they are changed, and a change never reaches the file. Others are converted
+    tensor by tensor. So leave the file in its place, or replace it as a whole, while the model is in use.
+
+    Nothing is downloaded and no pickle is read. Raises HubError, naming what, for a path without a model, an
+    architecture or option that our model does not compute (before any weight is read), and weights that do not fit the
+    configuration; FileError for a damaged file.
     """
     path, xp = Path(path), get_backend(backend)
     dtype = dtype or "float32"
     if dtype not in _DTYPES:
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
-    content = _read_config(path)
+    if path.suffix == ".gguf" and path.is_file():
+        config, tensors, tokenizer = read_gguf(path)
+        model: Transformer | SequenceClassifier = Transformer(config, seed=None)
+        quantized = False
+    else:
+        content = _read_config(path)
+        try:
+            content, quantized = split_quantization(content)
+            model = _unallocated_model(content)
+        except HubError as error:
+            raise HubError(f"{path / _CONFIG}: {error}") from error
+        tensors = _map_weights(path)
+        tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
     try:
-        content, quantized = split_quantization(content)
-        model = _unallocated_model(content)
-    except HubError as error:
-        raise HubError(f"{path / _CONFIG}: {error}") from error
-    arrays = _read_weights(path)
-    try:
-        layers = take_quantized(model, arrays) if quantized else {}
+        layers = take_quantized(model, tensors) if quantized else {}
         for place, layer in layers.items():
             model.replace(place, layer.to(xp))
-        _fit(model, arrays)
-        for name, parameter in dense_parameters(model).items():
-            array = arrays.pop(name)
-            owned = array.flags.writeable  # widened while it was read; the others are views of a read-only file
-            array = _cast(name, array, dtype)
-            if xp is np and not (owned or array.flags.writeable):
-                array = array.copy()
-            parameter.data = asarray(array, xp)
+        _fit(model, tensors)
+        _fill(model, tensors, dtype, xp, quantizable_layers(model) if load_in_4bit and not quantized else {})
     except HubError as error:
         raise HubError(f"{path}: {error}") from error
-    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
-    return model, tokenizer
+    return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
+
+
+def _fill(model: Module, tensors: dict[str, StoredTensor], dtype: str, xp: Any, pack: dict[str, Module]) -> None:
+    """Give the model its weights, one tensor after the other; the layers of `pack` are quantized on the way."""
+    packed = {f"{place}.weight": place for place in pack}
+    parameters = dense_parameters(model)
+    for name in list(parameters):
+        stored = tensors.pop(name)
+        mapped = _load(name, parameters.pop(name), stored, dtype, xp)
+        if name in packed:
+            model.replace(packed[name], Linear4bit.from_linear(pack.pop(packed[name])))
+        if name in packed or not mapped:
+            stored.release()
+
+
+def _load(name: str, parameter: Parameter, stored: StoredTensor, dtype: str, xp: Any) -> bool:
+    """Give a parameter its values; returns whether they are a view of the file."""
+    values = stored.read()
+    array = _cast(name, values, dtype)
+    if not array.flags.aligned:  # a file's tensors begin where its header happens to end
+        array = array.copy()
+    parameter.data = asarray(array, xp)
+    return stored.is_view and parameter.data is values
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        what = "is a file, not a directory" if path.exists() else "no such directory"
-        raise HubError(f"{path}: {what}; give a local Hugging Face directory (nothing is ever downloaded)")
+        what = "is a file, but no .gguf" if path.exists() else f"no such {'file' if path.suffix == '.gguf' else 'directory'}"
+        raise HubError(f"{path}: {what}; give a local Hugging Face directory or a .gguf file (nothing is ever downloaded)")
     if not (path / _CONFIG).is_file():
         what = "it is an adapter's: load it with PeftModel.from_pretrained" if _is_adapter(path) else "no model there"
         raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")
@@ -216,10 +260,10 @@ def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassif
     return SequenceClassifier(model, count, seed=None)
 
 
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the directory's safetensors files: read-only views of the files, bfloat16 widened."""
+def _map_weights(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the directory's safetensors files, yet to be read."""
     if (path / _WEIGHTS).is_file():
-        return read_safetensors(path / _WEIGHTS)[0]
+        return map_safetensors(path / _WEIGHTS)[0]
     index = path / _INDEX
     if not index.is_file():
         pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
@@ -234,44 +278,46 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise FileError(f"{index}: must hold an object 'weight_map' that names each tensor's file")
-    arrays = {}
+    tensors = {}
     for file in sorted(set(placed.values())):
         if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
             raise FileError(f"{index}: {file!r} is not the name of a file in this directory")
-        part = read_safetensors(path / file)[0]
+        if not (path / file).is_file():
+            raise FileError(f"{index}: names the file {file}, which is not in this directory")
+        part = map_safetensors(path / file)[0]
         for name in (name for name, where in placed.items() if where == file):
             if name not in part:
                 raise FileError(f"{index}: the tensor {name!r} is not in {file}, where it should be")
-            arrays[name] = part[name]
-    return arrays
+            tensors[name] = part[name]
+    return tensors
 
 
-def _fit(model: Transformer | SequenceClassifier, arrays: dict[str, np.ndarray]) -> None:
-    """Bring the names of `arrays` to those of the model's parameters; HubError unless they fit, name by name."""
-    prefix = _BACKBONE[model.config.model_type] + "."
-    for name in [name for name in arrays if _BUFFERS.search(name)]:
-        del arrays[name]
-    if not any(name.startswith(prefix) for name in arrays):  # saved from the bare backbone, as the original GPT-2 is
-        for name in [name for name in arrays if name not in ("lm_head.weight", "score.weight")]:
-            arrays[prefix + name] = arrays.pop(name)
+def _fit(model: Transformer | SequenceClassifier, tensors: dict[str, StoredTensor]) -> None:
+    """Bring the names of `tensors` to those of the model's parameters; HubError unless they fit, name by name."""
+    prefix = "transformer." if model.config.model_type == "gpt2" else "model."
+    for name in [name for name in tensors if _BUFFERS.search(name)]:
+        del tensors[name]
+    if not any(name.startswith(prefix) for name in tensors):  # saved from the bare backbone, as the original GPT-2 is
+        for name in [name for name in tensors if name not in ("lm_head.weight", "score.weight")]:
+            tensors[prefix + name] = tensors.pop(name)
     parameters = dense_parameters(model)
     if isinstance(model, Transformer) and model.config.tie_word_embeddings:
         embedding = next(name for name, p in parameters.items() if p is model.lm_head.weight)
-        head = arrays.pop("lm_head.weight", None)
-        if head is not None and embedding in arrays and not np.array_equal(head, arrays[embedding]):
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and embedding in tensors and not np.array_equal(head.read(), tensors[embedding].read()):
             raise HubError(f"tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
-    missing, unexpected = sorted(parameters.keys() - arrays.keys()), sorted(arrays.keys() - parameters.keys())
+    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unexpected:
         raise HubError(
             f"the weights do not fit the configuration: missing {_some(missing)}; unexpected {_some(unexpected)}"
         )
     for name, parameter in parameters.items():
-        array: Array = arrays[name]
-        if array.shape != parameter.shape:
-            raise HubError(f"{name} has the shape {array.shape}, the configuration gives {parameter.shape}")
-        if array.dtype.kind != "f":
+        stored = tensors[name]
+        if stored.shape != parameter.shape:
+            raise HubError(f"{name} has the shape {stored.shape}, the configuration gives {parameter.shape}")
+        if stored.dtype.kind != "f":
             raise HubError(
-                f"{name} holds {array.dtype}, not floating-point numbers, and the configuration says of no quantization"
+                f"{name} holds {stored.dtype}, not floating-point numbers, and the configuration says of no quantization"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array
+from ..files import StoredTensor
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from ..quant import Linear4bit, QuantError
@@ -36,20 +36,21 @@ def split_quantization(content: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     return {k: v for k, v in content.items() if k != "quantization_config"}, True
 
 
-def take_quantized(model: Module, arrays: dict[str, Array]) -> dict[str, Linear4bit]:
-    """{path: layer} of the quantized layers among a file's arrays, which lose those entries.
+def take_quantized(model: Module, tensors: dict[str, StoredTensor]) -> dict[str, Linear4bit]:
+    """{path: layer} of the quantized layers among a file's tensors, which lose those entries.
 
     The arrays of the layers are copies. Raises HubError for one that does not fit the model.
     """
     layers = {}
-    for path in [name.partition(_MARK)[0] for name in arrays if _MARK in name]:
+    for path in [name.partition(_MARK)[0] for name in tensors if _MARK in name]:
         try:
             plain = model.get_submodule(path)
         except KeyError:
             plain = None
         if not isinstance(plain, Linear | Conv1D):
             raise HubError(f"{path} is quantized, but the configuration has no linear layer there")
-        own = {name: arrays.pop(name).copy() for name in list(arrays) if name.startswith((f"{path}.weight", f"{path}.bias"))}
+        names = [name for name in tensors if name.startswith((f"{path}.weight", f"{path}.bias"))]
+        own = {name: tensors.pop(name).read().copy() for name in names}
         try:
             layer = Linear4bit.from_state_dict({name[len(path) + 1 :]: array for name, array in own.items()})
         except QuantError as error:

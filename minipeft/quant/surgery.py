@@ -39,11 +39,7 @@ def quantize_model(
             names = dict.fromkeys([path.rpartition(".")[2] for path in paths] + paths)
             near = difflib.get_close_matches(name, list(names), n=3)
             raise QuantError(f"skip: no module is called {name!r}; nearest: {', '.join(near) or 'none'}")
-    layers = {
-        path: module
-        for path, module in twin.named_modules()
-        if isinstance(module, Linear | Conv1D) and not any(_inside(path, name) for name in skip)
-    }
+    layers = quantizable_layers(twin, skip)
     if not layers:
         raise QuantError(f"there is no Linear or Conv1D layer to quantize in this {type(model).__name__} (skip: {', '.join(skip) or 'nothing'})")
     weights = {id(module.weight): path for path, module in layers.items()}
@@ -63,6 +59,15 @@ def quantize_model(
         else:
             twin = made[id(layer)]
     return twin.requires_grad_(False)
+
+
+def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, Linear | Conv1D]:
+    """path -> layer of the Linear and Conv1D layers that `quantize_model` replaces."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Linear | Conv1D) and not any(_inside(path, name) for name in skip)
+    }
 
 
 def dequantize_model(model: Module) -> Module:

@@ -1,0 +1,149 @@
+"""The tokenizer that a GGUF file's metadata describes, as one of the `tokenizers` library.
+
+    tokenizer.ggml.model    "gpt2": byte-level BPE, with merges        "llama": SentencePiece BPE, with scores
+    tokenizer.ggml.pre      how a byte-level one cuts text into words before it merges
+    tokenizer.ggml.tokens, .token_type, .merges, .scores, .bos_token_id, ...    tokenizer.chat_template
+
+The file names the way of cutting and does not spell it out; those of the supported families are here, from their
+tokenizer.json. A kind that is not known is refused: with another one the model would read other tokens than it learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..text.tokenizer import Tokenizer
+from .configuration import HubError
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types
+_CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {  # None: GPT-2's pattern, which ByteLevel has built in
+    "gpt-2": None,
+    "smollm": None,  # and every digit by itself
+    "llama-bpe": rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_CONTRACTIONS_AND_WORDS}|\p{{N}}|{_REST}",
+}
+
+
+def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer; None where the file has none. Raises HubError for a kind that is not supported."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise HubError(f"tokenizer.ggml.model is {kind!r}: only 'gpt2' and 'llama' are supported")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or len(set(tokens)) != len(tokens):
+        raise HubError("tokenizer.ggml.tokens must be a list of tokens, no two alike")
+    try:
+        backend = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
+        _add_special_tokens(backend, metadata, tokens)
+        return Tokenizer(backend, _configuration(metadata, tokens))
+    except HubError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception, with the reason as its text
+        raise HubError(f"the metadata makes no tokenizer ({error})") from error
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Any:
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in _SPLITS:
+        raise HubError(f"tokenizer.ggml.pre is {pre!r}: only {', '.join(map(repr, _SPLITS))} are supported")
+    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    split = _SPLITS[pre]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    if pre == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif split is not None:
+        first = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
+    else:
+        backend.pre_tokenizer = byte_level
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Any:
+    """Llama 2's: `▁` for a space, one put before the text, and bytes where no token is."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    merges = _merges_from_scores(vocabulary, metadata.get("tokenizer.ggml.scores"))
+    backend = Backend(models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    space = normalizers.Replace(" ", "▁")
+    decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+        decoder.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = space
+    backend.decoder = decoders.Sequence(decoder)
+    return backend
+
+
+def _merges_from_scores(vocabulary: dict[str, int], scores: Any) -> list[tuple[str, str]]:
+    """The merges, best first, of a vocabulary that comes with scores: every way to join two tokens into a third.
+
+    SentencePiece joins, of all neighbours whose union is a token, the two of the highest score.
+    """
+    if not isinstance(scores, list) or len(scores) != len(vocabulary):
+        raise HubError("tokenizer.ggml.scores must be a list with a score for each token")
+    found = []
+    for token, i in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-scores[i], i, vocabulary[left], vocabulary[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]
+
+
+def _add_special_tokens(backend: Any, metadata: dict[str, Any], tokens: list[str]) -> None:
+    """Control tokens become special ones, user-defined ones stay whole in a text; BOS and EOS are put where wanted."""
+    from tokenizers import AddedToken, processors
+
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    for token, type_ in zip(tokens, types, strict=True):
+        if type_ == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif type_ == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+    wanted = {}
+    for name, usual in (("bos", metadata["tokenizer.ggml.model"] == "llama"), ("eos", False)):
+        usual = usual or (name == "bos" and metadata.get("tokenizer.ggml.pre") == "llama-bpe")
+        token = _special(metadata, tokens, name)
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) and token is not None:
+            wanted[name] = token
+    if wanted:
+        pieces = [wanted.get("bos"), "$A", wanted.get("eos")]
+        ids = [(token, backend.token_to_id(token)) for token in wanted.values()]
+        backend.post_processor = processors.TemplateProcessing(single=[p for p in pieces if p], special_tokens=ids)
+
+
+def _configuration(metadata: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = _special(metadata, tokens, key)
+        if token is not None:
+            config[f"{name}_token"] = token
+    template = metadata.get("tokenizer.chat_template")
+    return config if template is None else config | {"chat_template": template}
+
+
+def _special(metadata: dict[str, Any], tokens: list[str], key: str) -> str | None:
+    number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise HubError(f"tokenizer.ggml.{key}_token_id is {number!r}, but there are {len(tokens)} tokens")
+    return tokens[number]
