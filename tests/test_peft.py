@@ -266,6 +266,30 @@ def test_lora_keeps_its_input_and_its_rank_and_no_more(rng):
     assert y.data.nbytes <= held <= y.data.nbytes + 2 * between + 20_000
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        mp.LoraConfig(r=512, target_modules="all-linear"), mp.LoraConfig(use_dora=True),
+        mp.LoraConfig(init_lora_weights="pissa"), mp.LoraConfig(modules_to_save=["wte"]), mp.IA3Config(),
+        mp.LNTuningConfig(), mp.BitFitConfig(), mp.VeraConfig(), mp.AdaLoraConfig(total_step=9), mp.BottleneckConfig(),
+        mp.PromptTuningConfig(num_virtual_tokens=9), mp.PromptEncoderConfig(num_virtual_tokens=9),
+        mp.PrefixTuningConfig(num_virtual_tokens=9, prefix_projection=True),
+    ],
+    ids=lambda config: type(config).__name__,
+)  # fmt: skip
+def test_without_a_seed_a_model_of_175_billion_parameters_is_adapted_in_no_memory(config):
+    shape = dict(vocab_size=50257, hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
+    gpt3 = mp.Transformer(mp.TransformerConfig.gpt2(**shape, max_position_embeddings=2048), seed=None)
+    gc.collect()
+    tracemalloc.start()
+    adapted = mp.PeftModel(gpt3, config, seed=None)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 4_000_000 < 4 * trainable + 4 * total
+    assert trainable == mp.accounting.count_parameters(mp.accounting.architecture(gpt3.config), config).trainable
+
+
 # ------------------------------------------------------------------------------------------------------------- merging
 
 

@@ -124,7 +124,7 @@ class AdaLoraLayer(Adapter):
     """P diag(λ) Q around a linear layer."""
 
     def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer)
+        super().__init__(shapes, layer, seed)
         self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
         self.kept: Array | None = None  # boolean [r]: the triplets that pruning left
         self.importance: dict[str, tuple[Array, Array]] = {}  # name -> averages of sensitivity and uncertainty

@@ -48,16 +48,18 @@ class BitFitConfig(PeftConfig):
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         return {
-            name: Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer) for name, layer in layers.items()
+            name: Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer, seeds[name])
+            for name, layer in layers.items()
         }
 
 
 class Bias(Adapter):
     """A trained copy of a layer's bias, [out]."""
 
-    def __init__(self, shapes: dict[str, Shape], layer: Module):
-        super().__init__(shapes, layer)
-        self.bias.data = layer.bias.data.copy()
+    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer, seed)
+        if seed is not None:
+            self.bias.data = layer.bias.data.copy()
 
     def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""

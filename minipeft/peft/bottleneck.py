@@ -122,7 +122,7 @@ class Bottleneck(Adapter):
     """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]."""
 
     def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer)
+        super().__init__(shapes, layer, seed)
         self.parallel, self.scaling = config.placement == "parallel", config.scaling
         self.non_linearity = config.non_linearity
         if seed is not None:

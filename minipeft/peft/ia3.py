@@ -87,7 +87,10 @@ class IA3Config(PeftConfig):
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         return {
             name: IA3Layer(
-                self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, self.is_feedforward(name)
+                self.parameter_shapes(name, kind_of(layer), shape_of(layer)),
+                layer,
+                seeds[name],
+                self.is_feedforward(name),
             )
             for name, layer in layers.items()
         }
@@ -96,10 +99,11 @@ class IA3Config(PeftConfig):
 class IA3Layer(Adapter):
     """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
 
-    def __init__(self, shapes: dict[str, Shape], layer: Module, is_feedforward: bool):
-        super().__init__(shapes, layer)
+    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed, is_feedforward: bool):
+        super().__init__(shapes, layer, seed)
         self.is_feedforward = is_feedforward
-        self.ia3_l.data += 1
+        if seed is not None:
+            self.ia3_l.data += 1
 
     def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""

@@ -21,7 +21,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, asarray, is_array, xp_of
 from ..nn.layers import Linear
 from ..nn.module import Module, Parameter
-from .config import PeftError, Shape
+from .config import PeftError, Seed, Shape
 
 BASE = "__base__"  # in a mixed batch, the name of a row that uses no adapter (as in PEFT)
 STREAM = 1 << 20  # random streams of adapters are numbered from here, apart from those of the model's own dropout
@@ -33,15 +33,16 @@ class Adapter(Module):
     Args:
         shapes: {key: shape}, the key being the parameter's name in a file; up to the first dot it is the attribute.
         like: a layer beside which the parameters are allocated: on its device, in float32 (float64 where it is).
+        seed: of the initial values, which a subclass gives. None allocates nothing: for a model that is about to be
+            loaded, or only counted.
     """
 
     frozen: tuple[str, ...] = ()  # attributes that are constants, neither trained nor counted
 
-    def __init__(self, shapes: dict[str, Shape], like: Module):
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed):
         self.keys = list(shapes)
-        xp, dtype = placement(like)
         for key, shape in shapes.items():
-            setattr(self, key.partition(".")[0], Parameter(xp.zeros(shape, dtype)))
+            setattr(self, key.partition(".")[0], Parameter(zeros(shape, *placement(like), seed)))
 
     def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """The adapted layer's output.
@@ -72,17 +73,23 @@ class Adapter(Module):
         """{key in a file: parameter} of what is written; a key is relative to the layer, or from "base_model."."""
         return {key: getattr(self, key.partition(".")[0]) for key in self.keys}
 
+    def loaded(self, base: Module) -> None:
+        """Called when a file's values are in place, to compute what a file does not hold."""
+
 
 class TrainedCopy(Adapter):
     """A whole module trained as a copy, in the place of the original (modules_to_save, LN tuning).
 
-    `prefix` comes before the names of its parameters in a file.
+    `prefix` comes before the names of its parameters in a file; `seed` None allocates nothing, as in `Adapter`.
     """
 
-    def __init__(self, module: Module, prefix: str = ""):
+    def __init__(self, module: Module, seed: Any, prefix: str = ""):
         if len(inspect.signature(module.forward).parameters) > 2:
             raise PeftError(f"a {type(module).__name__} takes more than one input; name the layers inside it instead")
-        self.module = module.copy().requires_grad_(True)
+        self.module = module.copy(share=seed is None).requires_grad_(True)
+        if seed is None:
+            for p in self.module.parameters():
+                p.data = zeros(p.shape, xp_of(p.data), p.dtype, None)
         self.prefix = prefix
 
     def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
@@ -206,6 +213,11 @@ def placement(layer: Module) -> tuple[Any, Any]:
     arrays = [p.data for p in layer.parameters()[:1]]
     xp = xp_of(*arrays)
     return xp, xp.float64 if arrays and arrays[0].dtype == xp.float64 else xp.float32
+
+
+def zeros(shape: Shape, xp: Any, dtype: Any, seed: Any) -> Array:
+    """Zeros to be given values; with no seed (None) a read-only array of that shape in the memory of one number."""
+    return xp.broadcast_to(xp.zeros((), dtype), shape) if seed is None else xp.zeros(shape, dtype)
 
 
 def dense_weight(layer: Module) -> Array:

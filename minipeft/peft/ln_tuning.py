@@ -34,4 +34,4 @@ class LNTuningConfig(PeftConfig):
         return {f"ln_tuning_layers.{'weight' if kind == 'norm' else 'bias'}": shape}
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {name: TrainedCopy(layer, prefix="ln_tuning_layers.") for name, layer in layers.items()}
+        return {name: TrainedCopy(layer, seeds[name], prefix="ln_tuning_layers.") for name, layer in layers.items()}

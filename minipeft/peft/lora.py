@@ -171,19 +171,19 @@ class LoraLinear(Adapter):
     frozen = ("start_A", "start_B")  # where PiSSA and OLoRA began
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer)
+        super().__init__(shapes, layer, seed)
         self.scaling, self.dropout = config.scaling(name), config.lora_dropout
         self.enable_lora = config.enable_lora
         A, B = self.lora_A, self.lora_B
-        r = A.shape[0]
-        if config.init_lora_weights in ("pissa", "olora"):
-            W = to_numpy(out_in(layer, dense_weight(layer))).astype(A.dtype)
-            with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
-                a, b = (_pissa if config.init_lora_weights == "pissa" else _olora)(W, r, self.scaling)
-            fill(A, a)
-            fill(B, b)
-            self.start_A, self.start_B = (Parameter(p.data.copy(), requires_grad=False) for p in (A, B))
-        elif seed is not None:
+        self.factorise = {"pissa": _pissa, "olora": _olora}.get(config.init_lora_weights)
+        if self.factorise:
+            self.start_A, self.start_B = (Parameter(p.data, requires_grad=False) for p in (A, B))
+        if seed is None:
+            return
+        if self.factorise:
+            self.loaded(layer)
+            A.data, B.data = self.start_A.data.copy(), self.start_B.data.copy()
+        else:
             generator = np.random.default_rng(seed)
             if config.init_lora_weights == "gaussian":
                 fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(config.rank(name)))
@@ -193,6 +193,15 @@ class LoraLinear(Adapter):
                 fill(B, kaiming_uniform(generator, B.shape))
         if config.use_dora:
             self.lora_magnitude_vector.data = self._row_norms(layer)
+
+    def loaded(self, base: Module) -> None:
+        """Find where PiSSA or OLoRA began: it is computed from the base, which is the same."""
+        if self.factorise:
+            W = to_numpy(out_in(base, dense_weight(base))).astype(self.lora_A.dtype)
+            with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
+                start = self.factorise(W, self.lora_A.shape[0], self.scaling)
+            fill(self.start_A, start[0])
+            fill(self.start_B, start[1])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A [R, in], B [out, R]) with W' = W + s B A; R is r, 2r with a start, r per part of a fused layer."""
@@ -267,14 +276,15 @@ class LoraEmbedding(Adapter):
     """LoRA around an embedding: row i of W [V, d] becomes W_i + s (B A_i), with A_i the i-th column of A [r, V]."""
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer)
+        super().__init__(shapes, layer, seed)
         self.scaling = config.scaling(name)
+        if seed is None:
+            return
         A, B = self.lora_embedding_A, self.lora_embedding_B
-        if seed is not None:  # zero and random the other way round, as in loralib: A is looked up, not multiplied
-            generator = np.random.default_rng(seed)
-            fill(B, generator.standard_normal(B.shape, np.float32))
-            if config.init_lora_weights is False:
-                fill(A, generator.standard_normal(A.shape, np.float32))
+        generator = np.random.default_rng(seed)
+        fill(B, generator.standard_normal(B.shape, np.float32))  # A is zero, as in loralib: it is looked up
+        if config.init_lora_weights is False:
+            fill(A, generator.standard_normal(A.shape, np.float32))
         if config.use_dora:
             self.lora_magnitude_vector.data = self._row_norms(layer)
 

@@ -170,7 +170,10 @@ class PeftModel(Module):
         return list(self.selection.names)
 
     def add_adapter(self, adapter_name: str, config: PeftConfig, seed: int | None = 0) -> None:
-        """Add a named adapter, not active yet. Raises PeftError, with nothing changed, when it does not fit."""
+        """Add a named adapter, not active yet; without a seed (None) its values are not allocated, only counted.
+
+        Raises PeftError, with nothing changed, when it does not fit.
+        """
         if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
             raise PeftError(f"an adapter's name consists of letters, digits, '_' and '-'; {adapter_name!r} does not do")
         if adapter_name in self.peft_config:
@@ -183,7 +186,7 @@ class PeftModel(Module):
             targets, {path: None if seed is None else (seed, numbers[path]) for path in targets}
         )
         prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
-        adapters.update({path: TrainedCopy(module) for path, module in copied.items()})
+        adapters.update({path: TrainedCopy(module, seed) for path, module in copied.items()})
         if not adapters and prompt is None:
             raise PeftError(f"{type(config).__name__} trains nothing of this {type(self.base_model).__name__}")
         for path, adapter in adapters.items():
@@ -195,7 +198,9 @@ class PeftModel(Module):
         if prompt is not None:
             self.prompts[adapter_name] = prompt.requires_grad_(False)
         self.peft_config[adapter_name] = config
-        self.mark_start(adapter_name)
+        self._start[adapter_name] = {}
+        if seed is not None:
+            self.mark_start(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Use this adapter (or these, one around the other), and train it unless `inference_mode`; the rest rest."""
@@ -333,7 +338,7 @@ class PeftModel(Module):
             for adapter_name, start in self._start.items()
             for path, adapter in self.parts(adapter_name)
             for key, p in adapter.trained().items()
-            if p.requires_grad and start[name := f"{path}.{key}" if path else key] == _digest(p)
+            if p.requires_grad and start.get(name := f"{path}.{key}" if path else key) == _digest(p)
         ]
 
     # ------------------------------------------------------------------------------------------------------- files
@@ -381,6 +386,8 @@ class PeftModel(Module):
         from .directory import load_arrays
 
         load_arrays(self, adapter_name, arrays, directory)
+        for path, adapter in self.parts(adapter_name):
+            adapter.loaded(self.layers[path].base_layer if path else self.base_model)
         self.mark_start(adapter_name)
 
 

@@ -65,7 +65,7 @@ class PromptEncoderConfig(PromptLearningConfig):
             raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
         embedding = model.backbone.embedding
         if self.inference_mode:
-            return PromptEmbedding(self.shapes(d), embedding)
+            return PromptEmbedding(self.shapes(d), embedding, seed)
         return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)
 
 

@@ -100,7 +100,7 @@ class PrefixEncoder(Prompt):
         self.heads = config.num_attention_heads
         zero = config.init_weights == "zero"
         if not config.projected:
-            super().__init__(config.shapes(config.token_dim), like)
+            super().__init__(config.shapes(config.token_dim), like, seed)
             if seed is not None and not zero:
                 shape = self.prompt_embeddings.shape
                 fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
@@ -109,7 +109,7 @@ class PrefixEncoder(Prompt):
         self.embedding = Embedding(P, d, seed=None)
         self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
         initialize(self, like, seed)
-        if zero:
+        if zero and seed is not None:
             for p in self.transform[2].parameters():
                 p.data[...] = 0
 

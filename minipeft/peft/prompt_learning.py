@@ -24,7 +24,7 @@ from ..nn.layers import Embedding, Linear
 from ..nn.module import Module
 from ..nn.transformer import Transformer, past_length
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Prompt, fill, placement
+from .layer import Prompt, fill, placement, zeros
 
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 NOWHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -169,10 +169,9 @@ def _see_virtual(mask: Array, n: int, as_queries: bool) -> Array:
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:
-    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: zeros)."""
-    xp, dtype = placement(like)
+    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: as in `Adapter`)."""
     for p in module.parameters():
-        p.data = xp.zeros(p.shape, dtype)
+        p.data = zeros(p.shape, *placement(like), seed)
     if seed is None:
         return
     generator = np.random.default_rng(seed)

@@ -64,7 +64,7 @@ class PromptTuningConfig(PromptLearningConfig):
         d = model.config.hidden_size
         if self.token_dim != d:
             raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
-        prompt = PromptEmbedding(self.shapes(d), model.backbone.embedding)
+        prompt = PromptEmbedding(self.shapes(d), model.backbone.embedding, seed)
         if seed is not None and not self.inference_mode:
             prompt.start(self, model.backbone.embedding, np.random.default_rng(seed))
         return prompt
@@ -118,8 +118,8 @@ class SoftTokens(Prompt):
 class PromptEmbedding(SoftTokens):
     """The vectors themselves, prompt_embeddings [P, d]."""
 
-    def __init__(self, shapes: dict[str, Shape], embedding: Module):
-        super().__init__(shapes, embedding)
+    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed):
+        super().__init__(shapes, embedding, seed)
         self.length = self.prompt_embeddings.shape[0]
 
     def start(self, config: PromptTuningConfig, embedding: Module, generator: np.random.Generator) -> None:

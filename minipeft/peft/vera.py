@@ -20,7 +20,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module, Parameter
 from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
-from .layer import Adapter, dense_weight, fill, out_in, placement, with_weight
+from .layer import Adapter, dense_weight, fill, out_in, placement, with_weight, zeros
 
 
 @dataclass
@@ -72,11 +72,14 @@ class VeraConfig(PeftConfig):
         if not layers:
             return {}
         shapes = self.constant_shapes({name: (kind_of(layer), shape_of(layer)) for name, layer in layers.items()})
-        projection = Projection(shapes, self.projection_prng_key, next(iter(layers.values())))
-        return {
-            name: VeraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, projection)
-            for name, layer in layers.items()
-        }
+        first, layer = next(iter(layers.items()))
+        drawn = None if seeds[first] is None else self.projection_prng_key
+        projection = Projection(shapes, layer, drawn)
+        found: dict[str, Adapter] = {}
+        for name, layer in layers.items():
+            added = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
+            found[name] = VeraLayer(self, added, layer, seeds[name], projection)
+        return found
 
 
 def out_in_features(layer: Module) -> tuple[int, int]:
@@ -85,12 +88,15 @@ def out_in_features(layer: Module) -> tuple[int, int]:
 
 
 class Projection(Module):
-    """The shared A [r, in] and B [out, r], Kaiming-uniform."""
+    """The shared A [r, in] and B [out, r], Kaiming-uniform; with no key (None) not drawn, as in `Adapter`."""
 
-    def __init__(self, shapes: dict[str, Shape], key: int, like: Module):
-        xp, dtype = placement(like)
+    def __init__(self, shapes: dict[str, Shape], like: Module, key: int | None):
+        self.vera_A, self.vera_B = (
+            Parameter(zeros(shapes[name], *placement(like), key), False) for name in ("vera_A", "vera_B")
+        )
+        if key is None:
+            return
         generator = np.random.default_rng(key)
-        self.vera_A, self.vera_B = (Parameter(xp.zeros(shapes[k], dtype), False) for k in ("vera_A", "vera_B"))
         for p in (self.vera_A, self.vera_B):
             bound = math.sqrt(6 / p.shape[1])  # gain sqrt(2) (He et al. 2015): variance 2 / fan_in
             fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))
@@ -101,11 +107,14 @@ class VeraLayer(Adapter):
 
     frozen = ("projection",)
 
-    def __init__(self, config: VeraConfig, shapes: dict[str, Shape], layer: Module, projection: Projection):
-        super().__init__(shapes, layer)
+    def __init__(
+        self, config: VeraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed, projection: Projection
+    ):
+        super().__init__(shapes, layer, seed)
         self.projection, self.dropout = projection, config.vera_dropout
         self.out_features, self.in_features = out_in_features(layer)
-        self.vera_lambda_d.data += config.d_initial
+        if seed is not None:
+            self.vera_lambda_d.data += config.d_initial
 
     def _corners(self) -> tuple[Array, Array]:
         return self.projection.vera_A.data[:, : self.in_features], self.projection.vera_B.data[: self.out_features]
