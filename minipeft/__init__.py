@@ -42,6 +42,7 @@ _MODULES = {
     "train": "train",
     "text": "text",
     "hub": "hub",
+    "rlhf": "rlhf",
     "accounting": "accounting",
 }
 

@@ -1,0 +1,123 @@
+"""Direct preference optimization: preferences become a policy without a reward model or samples.
+
+The policy that maximizes reward minus β KL is π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so every policy is the optimum of the
+reward β log(π / π_ref). Put into Bradley-Terry, that reward gives a loss of the policy itself:
+
+    L = -log σ(β [log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)])
+
+Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor, no_grad
+from ..backend import Array, Rng, asarray, to_numpy, xp_of
+from ..nn.module import Module
+from ..text.examples import PreferencePair
+from ..train.batches import IGNORE, Batch
+from ..train.trainer import Trainer, TrainingArguments
+from .logprobs import sequence_logprobs
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Array, ref_rejected: Array, beta: float = 0.1
+) -> Tensor:
+    """Mean of -log σ(β (Δ_chosen - Δ_rejected)), Δ = log π(y) - log π_ref(y) of whole completions: all [pairs]."""
+    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
+
+
+class ReferencedPair(NamedTuple):
+    """A preference pair and what the reference policy makes of it: log-probabilities of the two completions."""
+
+    pair: PreferencePair
+    ref_chosen: float
+    ref_rejected: float
+
+
+def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
+    """Pairs as one batch for `dpo_objective`: the chosen texts, then the rejected ones, padded on the right."""
+    examples = [p.pair.chosen for p in pairs] + [p.pair.rejected for p in pairs]
+    arguments = _padded(examples)
+    arguments["ref_chosen"] = np.array([p.ref_chosen for p in pairs], np.float32)
+    arguments["ref_rejected"] = np.array([p.ref_rejected for p in pairs], np.float32)
+    return Batch(arguments, len(pairs), sum(len(ids) for ids, _ in examples))
+
+
+def _padded(examples: Sequence[Any]) -> dict[str, Any]:
+    length = max(len(ids) for ids, _ in examples)
+    ids, mask = np.zeros((2, len(examples), length), np.int64)
+    labels = np.full((len(examples), length), IGNORE, np.int64)
+    for row, (own, own_labels) in enumerate(examples):
+        ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own_labels, 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def dpo_objective(
+    model: Module,
+    input_ids: Array,
+    labels: Array,
+    attention_mask: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
+    beta: float = 0.1,
+    rng: Rng | None = None,  # no dropout: it would act on the policy and not on the reference
+) -> Tensor:
+    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes."""
+    sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
+    n = ref_chosen.shape[0]
+    return dpo_loss(sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
+
+
+def completion_logprobs(model: Module, pairs: Sequence[PreferencePair], batch_size: int = 32) -> np.ndarray:
+    """log π(completion | prompt) of each pair's (chosen, rejected), without gradients: float32 [n, 2] in host memory."""
+    xp, out = xp_of(model.parameters()[0].data), np.empty((len(pairs), 2), np.float32)
+    with no_grad():
+        for i in range(0, len(pairs), batch_size):
+            part = pairs[i : i + batch_size]
+            batch = _padded([p.chosen for p in part] + [p.rejected for p in part])
+            sums = sequence_logprobs(model, **{k: asarray(v, xp) for k, v in batch.items()})
+            out[i : i + batch_size] = to_numpy(sums.data).reshape(2, -1).T
+    return out
+
+
+def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: int = 32) -> list[ReferencedPair]:
+    """The pairs with the log-probabilities that `model`, as it is now, gives them: the reference of the training."""
+    logprobs = completion_logprobs(model, pairs, batch_size)
+    return [ReferencedPair(pair, *map(float, row)) for pair, row in zip(pairs, logprobs)]
+
+
+def dpo_trainer(
+    policy: Module,
+    pairs: Sequence[PreferencePair],
+    eval_pairs: Sequence[PreferencePair] | None = None,
+    args: TrainingArguments | None = None,
+    beta: float = 0.1,
+) -> Trainer:
+    """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
+
+    The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held.
+    Raises ValueError for a beta that is not above 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    args = args or TrainingArguments()
+    size = args.per_device_eval_batch_size
+    train = with_reference(policy, pairs, size)
+    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, size)
+
+    def loss(model: Module, **arguments: Any) -> Tensor:
+        return dpo_objective(model, **arguments, beta=beta)
+
+    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=loss)
+
+
+def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:
+    """β log(π / π_ref) of each pair's (chosen, rejected) completion: float [n, 2]."""
+    reference = np.array([(p.ref_chosen, p.ref_rejected) for p in pairs])
+    return beta * (completion_logprobs(model, [p.pair for p in pairs]) - reference)

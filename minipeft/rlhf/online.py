@@ -1,0 +1,488 @@
+"""What PPO, RLOO and GRPO have in common: a policy answers prompts, is told how well, and is moved a little.
+
+    for update:   prompts ─► rollout ─► scores, log-probabilities of policy and reference ─► advantages
+                  for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
+
+A method says how scores become advantages (`prepare`) and what is minimized (`loss`). Everything that an update does
+depends on (seed, update) and the weights alone, so a run resumed from a checkpoint ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..autograd.tensor import Tensor, no_grad
+from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
+from ..nn.module import Parameter
+from ..train.batches import epoch_order
+from ..train.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    frozen_fingerprint,
+    last_checkpoint,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from ..train.metrics import Metrics
+from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
+from ..train.schedule import SCHEDULES
+from .advantages import masked_mean
+from .logprobs import entropy, frozen_copy, response_hidden, token_logprobs
+from .reward import RewardModel
+from .rollout import Rollout, distinct_n, rollout
+
+RewardFunction = Callable[[Rollout], np.ndarray]  # scores [B] of a rollout's responses, in host memory
+
+
+class RLHFError(RuntimeError):
+    """The optimization went wrong in a way that more of it would not mend; the message says how, and what helps."""
+
+
+@dataclass(kw_only=True)
+class OnlineConfig:
+    """How to train on one's own samples.
+
+    steps                updates, each on `batch_size` fresh responses
+    num_epochs           passes over them, in minibatches of `mini_batch_size`
+    temperature          of sampling, and of every log-probability
+    stop_token_ids       what ends a response; None: the model's EOS
+    missing_eos_score    the score of a response that nothing ended (OpenAI's -1); None leaves the score as it is
+    missing_eos_penalty  or: what is taken off its score (TRL's way)
+    max_kl               a KL from the reference, in nats a response, above this raises RLHFError
+    stop_kl              above this the run ends, as it should: an early stop
+    save_steps           updates between checkpoints in `output_dir`; metrics go to metrics.jsonl there
+    """
+
+    output_dir: str | os.PathLike | None = None
+    steps: int = 100
+    batch_size: int = 64
+    mini_batch_size: int = 16
+    num_epochs: int = 4
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "linear"
+    max_grad_norm: float = 1.0
+    response_length: int = 24
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] | None = None
+    missing_eos_score: float | None = -1.0
+    missing_eos_penalty: float | None = None
+    cliprange: float = 0.2
+    max_kl: float = 100.0
+    stop_kl: float | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "mini_batch_size", "num_epochs", "response_length", "save_total_limit"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
+                   "an integer of at least 1")  # fmt: skip
+        _check("batch_size", self.batch_size, self.batch_size % self.mini_batch_size == 0,
+               f"a multiple of mini_batch_size, {self.mini_batch_size}")  # fmt: skip
+        for name in ("learning_rate", "temperature", "max_grad_norm", "cliprange", "max_kl"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        _check("lr_scheduler_type", self.lr_scheduler_type, self.lr_scheduler_type in SCHEDULES,
+               f"one of {', '.join(SCHEDULES)}")  # fmt: skip
+        _check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "at least 1, or None")
+        _check("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of at least 0")
+        if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
+            raise ValueError("a missing EOS either replaces the score (missing_eos_score) or takes something off it "
+                             "(missing_eos_penalty): set one of them to None")  # fmt: skip
+        if self.save_steps is not None and self.output_dir is None:
+            raise ValueError("save_steps needs an output_dir to save to")
+
+
+def _check(name: str, value: Any, ok: bool, what: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {what}, got {value!r}")
+
+
+# What may differ between a run and the one that resumes it.
+_FREE = {"output_dir", "save_steps", "save_total_limit"}
+
+
+class Outputs(NamedTuple):
+    """What the policy makes of responses [B, n]."""
+
+    logprobs: Tensor
+    entropy: Array  # of the distribution at every position
+    values: Tensor | None = None
+
+
+def missing_eos(
+    scores: np.ndarray, ended: np.ndarray, score: float | None = None, penalty: float | None = None
+) -> np.ndarray:
+    """Scores [B] where a response that nothing ended has `score` in place of its own, or `penalty` less.
+
+    Without either, a policy learns that never ending costs nothing.
+    """
+    if score is not None:
+        return np.where(ended, scores, score)
+    return scores if penalty is None else scores - penalty * ~ended
+
+
+class OnlineTrainer:
+    """Trains a policy, in place, on its own samples. Subclasses: PPOTrainer, RLOOTrainer, GRPOTrainer.
+
+    Args:
+        policy: a Transformer or a PeftModel; what requires gradients is trained.
+        reward: a RewardModel, or a function of a `Rollout` that gives scores [B].
+        prompts: token ids, one sequence a prompt. They are taken in an order that depends on the seed, again and again.
+        config: the method's configuration.
+        watch: functions like rewards, by name, that are measured and logged as "watch/<name>", and nothing else.
+
+    The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
+    Raises ValueError for arguments that make no sense; RLHFError when a KL, a score, a loss or a gradient shows that
+    the run has gone wrong.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        reward: RewardModel | RewardFunction,
+        prompts: Sequence[Sequence[int]],
+        config: Any,
+        watch: Mapping[str, RewardFunction] | None = None,
+    ):
+        self.policy, self.config, self.watch = policy, config, dict(watch or {})
+        self.prompts = [list(map(int, prompt)) for prompt in prompts]
+        if not self.prompts or not all(self.prompts):
+            raise ValueError("there are no prompts" if not self.prompts else "a prompt must have at least one token")
+        self._reward_model = reward if isinstance(reward, RewardModel) else None
+        self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
+        stops = config.stop_token_ids
+        if stops is None:
+            eos = policy.config.eos_token_id
+            stops = () if eos is None else tuple(np.atleast_1d(eos).tolist())
+        self.stop_token_ids = tuple(stops)
+        if not self.stop_token_ids and (config.missing_eos_score, config.missing_eos_penalty) != (None, None):
+            raise ValueError("the model names no EOS token: give stop_token_ids, or set missing_eos_score to None")
+        self.trainable: dict[str, Parameter] = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        if not self.trainable:
+            raise ValueError("no parameter of the policy requires gradients, so there is nothing to train")
+        self._xp = xp_of(*[p.data for p in self.trainable.values()])
+        self.reference = frozen_copy(policy)
+        self.trainable |= self.extra_parameters()
+        self.optimizer = Adam(self.trainable.items(), lr=config.learning_rate, eps=1e-5)
+        self.updates = 0
+        self.history: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------------------------------ what a method says
+
+    def extra_parameters(self) -> dict[str, Parameter]:
+        """What is trained beside the policy, by name."""
+        return {}
+
+    def prepare(
+        self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
+    ) -> tuple[dict[str, Array], dict[str, float]]:
+        """(arrays [B, ...] that the loss needs, statistics) of a rollout.
+
+        `old` holds the outputs of the policy that sampled, as arrays: "logprobs", and "values" where there are some.
+        """
+        raise NotImplementedError
+
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+        """(what is minimized, statistics) of a minibatch; `batch` holds rows of what `prepare` gave.
+
+        The statistics name "policy/clipfrac", the share of the ratios at which clipping acted.
+        """
+        raise NotImplementedError
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """How many responses to one prompt lie beside each other in a batch."""
+        return 1
+
+    def state(self) -> dict[str, Any]:
+        """What the method remembers from update to update, as JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+
+    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
+        """The policy's log-probabilities of the last `length` tokens, from a full forward pass: never from the cache."""
+        return self._outputs_of(response_hidden(self.policy, input_ids, attention_mask, length), input_ids)
+
+    def _outputs_of(self, hidden: Tensor, input_ids: Array) -> Outputs:
+        logits = self.policy.lm_head(hidden) / self.config.temperature  # [B, n, V]
+        return Outputs(token_logprobs(logits, input_ids[:, -hidden.shape[1] :]), entropy(logits.data))
+
+    # ---------------------------------------------------------------------------------------------------- an update
+
+    def step(self) -> dict[str, Any]:
+        """One update: sample, score, train. Returns its statistics, which are also added to `history`."""
+        c, u = self.config, self.updates
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * SCHEDULES[c.lr_scheduler_type](u, 0, c.steps)
+        with np.errstate(all="ignore"):  # NaN and infinity are looked for below
+            roll = rollout(
+                self.policy, self._prompts(u), c.response_length, c.temperature, self.stop_token_ids, Rng(c.seed, u)
+            )
+            old, ref_logprobs = self._before(roll)
+            raw = self._scores(self.reward, roll, "the reward")
+            ended = to_numpy(roll.ended)
+            scores = missing_eos(raw, ended, c.missing_eos_score, c.missing_eos_penalty)
+            self._check_spread(scores, ended)
+            kl = float(((old["logprobs"] - ref_logprobs) * roll.mask).sum().item()) / c.batch_size
+            self._check_kl(kl)
+            arrays, stats = self.prepare(roll, old, ref_logprobs, scores)
+            arrays |= {"input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask}
+            arrays |= {"old_logprobs": old["logprobs"], "ref_logprobs": ref_logprobs}
+            stats |= self._optimize(arrays, roll.length)
+        self.updates += 1
+        responses = roll.responses()
+        record = {
+            "step": self.updates,
+            "objective/kl": kl,
+            "objective/entropy": -float((old["logprobs"] * roll.mask).sum().item()) / c.batch_size,
+            "objective/scores": float(scores.mean()),
+            "objective/raw_scores": float(raw.mean()),
+            **stats,
+            "num_eos": int(ended.sum()),
+            "text/length": float(np.mean([len(r) for r in responses])),
+            "text/distinct_2": distinct_n(responses, 2),
+            "text/ref_loss": -float(masked_mean(ref_logprobs, roll.mask).item()),
+            **{
+                f"watch/{name}": float(self._scores(f, roll, f"watch {name!r}").mean())
+                for name, f in self.watch.items()
+            },
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        self.history.append(record)
+        return record
+
+    def _prompts(self, update: int) -> list[list[int]]:
+        k, n = self.responses_per_prompt, len(self.prompts)
+        each = self.config.batch_size // k
+        places = range(update * each, (update + 1) * each)
+        orders = {epoch: epoch_order(n, self.config.seed, epoch) for epoch in {place // n for place in places}}
+        return [self.prompts[orders[place // n][place % n]] for place in places for _ in range(k)]
+
+    def _before(self, roll: Rollout) -> tuple[dict[str, Array], Array]:
+        """(outputs of the policy that sampled, the reference's log-probabilities [B, n]), as arrays, 0 at padding."""
+        xp, size, old, ref = self._xp, self.config.mini_batch_size, {}, []
+        with no_grad():
+            for i in range(0, self.config.batch_size, size):
+                ids, mask, real = (a[i : i + size] for a in (roll.input_ids, roll.attention_mask, roll.mask))
+                out = self.outputs(ids, mask, roll.length)
+                for name, x in out._asdict().items():
+                    if isinstance(x, Tensor):
+                        old.setdefault(name, []).append(xp.where(real != 0, x.data, 0))
+                hidden = response_hidden(self.reference, ids, mask, roll.length)
+                logits = self.reference.lm_head(hidden) / self.config.temperature
+                ref.append(xp.where(real != 0, token_logprobs(logits, ids[:, -roll.length :]).data, 0))
+        return {name: xp.concatenate(parts) for name, parts in old.items()}, xp.concatenate(ref)
+
+    def _optimize(self, arrays: dict[str, Array], length: int) -> dict[str, float]:
+        """The epochs of an update; the means of the statistics of its minibatches."""
+        c, xp = self.config, self._xp
+        seen: list[dict[str, float]] = []
+        for epoch in range(c.num_epochs):
+            order = np.random.default_rng([c.seed, self.updates, epoch]).permutation(c.batch_size)
+            for i in range(0, c.batch_size, c.mini_batch_size):
+                rows = asarray(order[i : i + c.mini_batch_size], xp)
+                batch = {name: array[rows] for name, array in arrays.items()}
+                new = self.outputs(batch["input_ids"], batch["attention_mask"], length)
+                loss, own = self.loss(batch, new)
+                stats = {**own, **self._ratio_statistics(batch, new)}
+                if not seen:
+                    check_first_minibatch(stats)
+                if not math.isfinite(loss.item()):
+                    raise RLHFError(f"update {self.updates + 1}: the loss is {loss.item():g}; {self._advice()}")
+                loss.backward()
+                try:
+                    norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm)
+                except NonFiniteGradient as error:
+                    raise RLHFError(f"update {self.updates + 1}: {error}; {self._advice()}") from error
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                seen.append({**stats, "grad_norm": norm})
+        deviations = [s.pop("largest deviation") for s in seen]
+        return {name: float(np.mean([s[name] for s in seen])) for name in seen[0]} | {
+            "val/ratio_max": 1 + max(deviations)
+        }
+
+    def _ratio_statistics(self, batch: dict[str, Array], new: Outputs) -> dict[str, float]:
+        """How far the policy has gone from the one that sampled, over the real tokens."""
+        xp, mask = self._xp, batch["mask"]
+        change = xp.where(mask != 0, new.logprobs.data - batch["old_logprobs"], 0)
+        ratio = xp.exp(change)
+        return {
+            "policy/approxkl": 0.5 * float(masked_mean(change**2, mask).item()),
+            "policy/entropy": float(masked_mean(new.entropy, mask).item()),
+            "val/ratio": float(masked_mean(ratio, mask).item()),
+            "largest deviation": float(abs(ratio - 1).max().item()),
+        }
+
+    # ------------------------------------------------------------------------------------------- what may go wrong
+
+    def _scores(self, function: RewardFunction, roll: Rollout, what: str) -> np.ndarray:
+        scores = np.asarray(function(roll), np.float64)
+        if scores.shape != (self.config.batch_size,):
+            raise ValueError(f"{what} must give one score a response, ({self.config.batch_size},), not {scores.shape}")
+        if not np.isfinite(scores).all():
+            raise RLHFError(
+                f"update {self.updates + 1}: {what} is NaN or infinite for {int((~np.isfinite(scores)).sum())} of "
+                f"{len(scores)} responses; look at the reward, nothing can be learned from it"
+            )
+        return scores
+
+    def _check_spread(self, scores: np.ndarray, ended: np.ndarray) -> None:
+        k = self.responses_per_prompt if self.responses_per_prompt > 1 else len(scores)
+        groups = scores.reshape(-1, k)
+        if k > 1 and (groups == groups[:, :1]).all():
+            why = ": none ended with a stop token; raise response_length" if not ended.any() else ""
+            what = "all responses" if k == len(scores) else "in every group all responses"
+            raise RLHFError(
+                f"update {self.updates + 1}: {what} have the same score ({scores[0]:g}), so there is nothing to prefer{why}"
+            )
+
+    def _check_kl(self, kl: float) -> None:
+        if not abs(kl) <= self.config.max_kl:
+            raise RLHFError(
+                f"update {self.updates + 1}: the policy is {kl:.4g} nats a response from its reference, beyond max_kl="
+                f"{self.config.max_kl:g}; {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        return f"lower learning_rate (it is {self.config.learning_rate:g}), raise the KL coefficient, or stop earlier"
+
+    # ---------------------------------------------------------------------------------------------------- the whole
+
+    def train(
+        self,
+        resume_from_checkpoint: bool = False,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """All updates (or until stop_kl); returns their statistics. `on_step` is told each update's.
+
+        `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir, of a run with the same policy,
+        prompts and configuration; CheckpointError says otherwise. A fresh run refuses an output_dir with checkpoints.
+        """
+        c, directory, position = self.config, None, 0
+        if c.output_dir is not None:
+            directory = Path(c.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+        if resume_from_checkpoint:
+            position = self._resume(directory)
+        elif directory and (found := last_checkpoint(directory)):
+            raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
+        if directory:
+            remove_leftovers(directory)
+        metrics = Metrics(directory and directory / "metrics.jsonl", position)
+        self.history = list(metrics.history)
+        try:
+            while self.updates < c.steps and not self._reached_stop():
+                record = self.step()
+                metrics.write(record)
+                if on_step:
+                    on_step(record)
+                last = self.updates == c.steps or self._reached_stop()
+                if c.save_steps and (last or self.updates % c.save_steps == 0):
+                    self._save(directory, metrics)
+        finally:
+            metrics.close()
+        return self.history
+
+    def _reached_stop(self) -> bool:
+        return (
+            bool(self.history)
+            and self.config.stop_kl is not None
+            and self.history[-1]["objective/kl"] > self.config.stop_kl
+        )
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE}
+        identity = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        identity["method"] = type(self).__name__
+        identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
+        identity["prompts"] = fingerprint((str(i), np.asarray(p, np.int64)) for i, p in enumerate(self.prompts))
+        identity["reference policy"] = frozen_fingerprint(self.reference)
+        if self._reward_model is not None:
+            model = self._reward_model
+            identity["reward model"] = fingerprint((n, p.data) for n, p in model.named_parameters())
+            identity["calibration"] = [model.mean, model.std]
+        return identity
+
+    def _save(self, directory: Path, metrics: Metrics) -> None:
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            f"{i}.{k}": to_numpy(v) for i, entry in optimizer["state"].items() for k, v in entry.items() if is_array(v)
+        }
+        scalars = {
+            str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()
+        }
+        arrays = {"model": {n: to_numpy(p.data) for n, p in self.trainable.items()}, "optimizer": moments}
+        content = {
+            "rlhf": self.state(),
+            "optimizer": {"state": scalars, "param_groups": optimizer["param_groups"]},
+            "metrics_bytes": metrics.position(),
+            "identity": self._identity(),
+        }
+        save_checkpoint(directory, self.updates, arrays, content, self.config.save_total_limit)
+
+    def _resume(self, directory: Path | None) -> int:
+        """Put policy and optimizer where the last checkpoint was; the length of the metrics file then."""
+        if directory is None:
+            raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
+        path = last_checkpoint(directory)
+        if path is None:
+            raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
+        step, arrays, content = load_checkpoint(path)
+        if not {"rlhf", "optimizer", "metrics_bytes", "identity"} <= set(content) or "model" not in arrays:
+            raise CheckpointError(f"{path}: was not written by a {type(self).__name__}")
+        here, there = self._identity(), content["identity"]
+        for name in [*here, *(set(there) - set(here))]:
+            if here.get(name) != there.get(name):
+                detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
+                raise CheckpointError(
+                    f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
+                )
+        optimizer = content["optimizer"]
+        state = {i: dict(entry) for i, entry in optimizer["state"].items()}
+        for name, array in arrays["optimizer"].items():
+            i, _, slot = name.partition(".")
+            state[i][slot] = array
+        self.optimizer.load_state_dict({"state": state, "param_groups": optimizer["param_groups"]})
+        for name, p in self.trainable.items():
+            p.data[...] = asarray(arrays["model"][name], self._xp)
+        self.load_state(content["rlhf"])
+        self.updates = step
+        return content["metrics_bytes"]
+
+
+def learned_reward(model: RewardModel) -> RewardFunction:
+    """The calibrated reward of prompt and response, read at the response's last real token."""
+
+    def scores(roll: Rollout) -> np.ndarray:
+        with no_grad():
+            return to_numpy(model.rewards(roll.input_ids, roll.attention_mask).data).astype(np.float64)
+
+    return scores
+
+
+def check_first_minibatch(stats: dict[str, float]) -> None:
+    """Before the first step of an update the policy is the one that sampled: |ρ - 1| < 1e-4, no KL, nothing clipped.
+
+    Raises RLHFError otherwise, since then the log-probabilities of two forward passes differ: dropout is on, the
+    temperatures differ, or the positions of padded prompts do.
+    """
+    if not stats["largest deviation"] < 1e-4 or not stats["policy/approxkl"] < 1e-8 or stats["policy/clipfrac"]:
+        raise RLHFError(
+            "before the first step of an update the policy already differs from the one that sampled: "
+            f"|ratio - 1| = {stats['largest deviation']:.3g}, approxkl = {stats['policy/approxkl']:.3g}, clipfrac = "
+            f"{stats['policy/clipfrac']:.3g}; is something random in its forward pass, or its weights shared and trained?"
+        )

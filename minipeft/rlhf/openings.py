@@ -1,0 +1,25 @@
+"""Prompts for a model to continue: how sentences of the shipped novels begin."""
+
+from __future__ import annotations
+
+import re
+
+from ..text.corpora import austen
+
+_SENTENCE = re.compile(
+    r"(?:(?<=[.!?] )|^)(?<!\bMr\. )(?<!\bMrs\. )(?<!\bDr\. )[A-Z][^.!?\n\"()]{40,200}[.!?](?=\s|$)", re.MULTILINE
+)
+
+
+def sentence_openings(split: str, words: int = 5) -> list[str]:
+    """The first `words` words of every plain sentence of Jane Austen's novels, each opening once, in the novels' order.
+
+    Plain: 40 to 200 characters without quotation marks or parentheses. The splits are those of the corpora.
+    """
+    found: dict[str, None] = {}
+    for chapter in austen(split):
+        for sentence in _SENTENCE.findall(chapter.text):
+            start = sentence.split()[: words + 1]
+            if len(start) > words:
+                found[" ".join(start[:words])] = None
+    return list(found)

@@ -1,0 +1,183 @@
+"""Proximal policy optimization for language models: the losses, the KL controller, and the trainer.
+
+    maximize   E[r(x, y)] - β KL(π ‖ π_ref)      with      ρ_t = π(y_t) / π_old(y_t)
+
+Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The N+
+implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the value
+head reads the policy's own hidden states, unless a `ValueModel` of its own is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import Array, asarray
+from ..nn.heads import ValueModel
+from ..nn.layers import Linear
+from ..nn.module import Parameter
+from .advantages import gae, masked_mean, shaped_rewards, whiten
+from .logprobs import response_hidden
+from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, _check
+from .reward import RewardModel
+from .rollout import Rollout
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
+) -> Tensor:
+    """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
+    ratio = F.where(mask != 0, logprobs - old_logprobs, 0).exp()
+    return masked_mean(F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange)), mask)
+
+
+def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Array:
+    """The share of the real positions at which `policy_loss` took the clipped side."""
+    clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
+    return masked_mean(clipped.astype(ratio.dtype), mask)
+
+
+def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2) -> Tensor:
+    """Half the masked mean of max((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n]."""
+    clipped = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
+    return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+class KLController:
+    """The KL coefficient β: fixed, or, given a target, moved towards it (Ziegler et al. 2019, section 2.2).
+
+    β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)  after every n responses.
+    """
+
+    def __init__(self, beta: float, target: float | None = None, horizon: int = 10000):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Tell it the mean KL, in nats a response, of n responses."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * n / self.horizon
+
+
+@dataclass(kw_only=True)
+class PPOConfig(OnlineConfig):
+    """PPO's settings beside those of OnlineConfig.
+
+    kl_coef          β, fixed unless there is a target
+    kl_target        nats a response that an adaptive β aims at; kl_horizon: responses over which it may move
+    gamma, lam       discount, and the λ of generalized advantage estimation
+    cliprange        ε of the ratio; cliprange_value: of the values
+    vf_coef          weight of the value loss
+    whiten_rewards   rescale the shaped rewards to variance 1, keeping their mean
+    """
+
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: int = 10000
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    whiten_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("kl_coef", self.kl_coef, self.kl_coef >= 0, "at least 0")
+        _check("kl_target", self.kl_target, self.kl_target is None or self.kl_target > 0, "above 0, or None")
+        for name in ("gamma", "lam"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
+
+
+class PPOTrainer(OnlineTrainer):
+    """PPO of a language model against a reward. Arguments and errors: see `OnlineTrainer`; and
+
+    value_model: a `ValueModel`, or a PeftModel around one, in place of the value head on the policy's hidden states.
+    """
+
+    config: PPOConfig
+
+    def __init__(
+        self,
+        policy: Any,
+        reward: RewardModel | RewardFunction,
+        prompts: Sequence[Sequence[int]],
+        config: PPOConfig | None = None,
+        watch: Mapping[str, RewardFunction] | None = None,
+        value_model: ValueModel | None = None,
+    ):
+        config = config or PPOConfig()
+        self.value_model = value_model
+        self.v_head = Linear(
+            policy.config.hidden_size, 1, seed=None
+        )  # zero: the first advantages are the rewards alone
+        self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        super().__init__(policy, reward, prompts, config, watch)
+
+    def extra_parameters(self) -> dict[str, Parameter]:
+        """The value head's, or the value model's that require gradients."""
+        if self.value_model is not None:
+            return {f"value.{n}": p for n, p in self.value_model.named_parameters() if p.requires_grad}
+        for p in self.v_head.parameters():
+            p.data = self._xp.zeros(p.shape, self._xp.float32)
+        return {f"v_head.{n}": p for n, p in self.v_head.named_parameters()}
+
+    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
+        """Log-probabilities of the last `length` tokens, and the values of the states that they were drawn in."""
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)
+        if self.value_model is None:
+            values = self.v_head(hidden).reshape(hidden.shape[:2])
+        else:
+            values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
+        return self._outputs_of(hidden, input_ids)._replace(values=values)
+
+    def prepare(
+        self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
+    ) -> tuple[dict[str, Array], dict[str, float]]:
+        """Shaped rewards, then returns = advantages + values, and only then whitened advantages."""
+        c, xp = self.config, self._xp
+        beta = self.kl_controller.beta
+        given = asarray(scores.astype(np.float32), xp)
+        rewards = shaped_rewards(old["logprobs"], ref_logprobs, given, roll.mask, beta)
+        kl = float(((old["logprobs"] - ref_logprobs) * roll.mask).sum().item()) / c.batch_size
+        self.kl_controller.update(kl, c.batch_size)
+        if c.whiten_rewards:
+            rewards = whiten(rewards, roll.mask, keep_mean=True)
+        advantages, returns = gae(rewards, old["values"], c.gamma, c.lam, roll.mask)
+        arrays = {"advantages": whiten(advantages, roll.mask), "returns": returns, "old_values": old["values"]}
+        non_score = -beta * kl
+        return arrays, {
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": non_score + float(scores.mean()),
+            "objective/kl_coef": beta,
+        }
+
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+        """policy loss + vf_coef · value loss."""
+        c, mask = self.config, batch["mask"]
+        policy = policy_loss(new.logprobs, batch["old_logprobs"], batch["advantages"], mask, c.cliprange)
+        value = value_loss(new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value)
+        ratio = self._xp.exp(self._xp.where(mask != 0, new.logprobs.data - batch["old_logprobs"], 0))
+        values, old, returns = new.values.data, batch["old_values"], batch["returns"]
+        clipped = old + (values - old).clip(-c.cliprange_value, c.cliprange_value)
+        clipped = (clipped - returns) ** 2 > (values - returns) ** 2
+        return policy + c.vf_coef * value, {
+            "loss/policy": policy.item(),
+            "loss/value": value.item(),
+            "policy/clipfrac": clip_fraction(ratio, batch["advantages"], mask, c.cliprange).item(),
+            "val/clipfrac": masked_mean(clipped.astype(values.dtype), mask).item(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The KL coefficient."""
+        return {"beta": self.kl_controller.beta}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The KL coefficient."""
+        self.kl_controller.beta = state["beta"]

@@ -1,0 +1,241 @@
+"""Rewards, advantages and losses to the digit: the published formulas on small numbers, forward and gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft import rlhf
+from minipeft.backend import to_numpy
+
+# Computed once in float64 by OpenAI's and Hugging Face's definitions; recomputed in tests/oracles/test_rlhf_torchtune.py.
+LOGPROBS = np.array([[-1, -2, -0.5, 0], [-0.7, -1.2, -0.9, -2.3]])
+REFERENCE = np.array([[-1.2, -1.5, -0.6, 0], [-0.9, -1, -1.4, -2]])
+VALUES = np.array([[0.1, 0.2, 0.3, 0], [-0.1, 0, 0.4, 0.5]])
+SCORES, MASK = np.array([1, -0.5]), np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+REWARDS = np.array([[-0.02, 0.05, 0.99, 0], [-0.02, 0.02, -0.05, -0.47]])
+ADVANTAGES = np.array([[0.845225, 0.8055, 0.69, 0], [-0.30752875, -0.407925, -0.8715, -0.97]])
+WHITE = np.array(
+    [[1.1017559254, 1.0517998545, 0.9065531286, 0], [-0.3478865684, -0.4741396127, -1.0571071537, -1.1809755737]]
+)
+NEW_LOGPROBS = LOGPROBS + np.array([[0.1, -0.3, 0.25, 0], [0, 0.3, -0.1, 0.05]])
+NEW_VALUES = VALUES + np.array([[0.3, -0.1, 0.05, 0], [0.25, -0.3, 0.1, 0]])
+JUNK = np.where(MASK, 0, 1e30)  # what stands beyond the mask must not matter
+
+
+def parameter(xp, values):
+    return mp.Tensor(xp.asarray(values), requires_grad=True)
+
+
+def close(array, expected, tolerance=1e-8):
+    np.testing.assert_allclose(to_numpy(array), expected, rtol=0, atol=tolerance)
+
+
+# -------------------------------------------------------------------------------------------- rewards and advantages
+
+
+def test_shaped_rewards_are_the_published_ones(xp):
+    given = [xp.asarray(a) for a in (LOGPROBS + JUNK, REFERENCE - JUNK, SCORES, MASK)]
+    close(rlhf.shaped_rewards(*given, 0.1), REWARDS)
+    assert np.array_equal(to_numpy(given[0]), LOGPROBS + JUNK), "the arguments are left alone"
+
+
+def test_gae_is_the_published_one_and_not_whitened(xp):
+    rewards, values, mask = (xp.asarray(a) for a in (REWARDS + JUNK, VALUES + JUNK, MASK))
+    advantages, returns = rlhf.gae(rewards, values, 1.0, 0.95, mask)
+    close(advantages, ADVANTAGES)
+    close(returns, ADVANTAGES + VALUES)
+    assert advantages.dtype == returns.dtype == np.float64
+
+
+def test_whitened_advantages_are_the_published_ones(xp):
+    close(rlhf.whiten(xp.asarray(ADVANTAGES + JUNK), xp.asarray(MASK)), WHITE)
+
+
+def test_gae_of_lambda_one_is_the_discounted_sum_of_rewards_minus_the_value(rng):
+    rewards, values = rng.standard_normal((2, 3, 7))
+    mask = np.arange(7) < np.array([7, 4, 1])[:, None]
+    advantages, returns = rlhf.gae(rewards, values, 0.9, 1.0, mask)
+    sums = [[(rewards[i, t:n] * 0.9 ** np.arange(n - t)).sum() for t in range(n)] for i, n in enumerate((7, 4, 1))]
+    for row, expected in enumerate(sums):
+        np.testing.assert_allclose(returns[row, : len(expected)], expected, atol=1e-12)
+    assert not advantages[~mask].any() and not returns[~mask].any()
+    one_step, _ = rlhf.gae(rewards, values, 0.9, 0.0, mask)
+    following = np.where(mask, values, 0)[:, 1:]
+    np.testing.assert_allclose(
+        one_step[:, :-1], np.where(mask, rewards - values, 0)[:, :-1] + 0.9 * following * mask[:, :-1], atol=1e-12
+    )
+
+
+def test_gae_ignores_not_a_number_beyond_the_mask_and_keeps_float32():
+    nan = np.where(MASK, 0, np.nan).astype(np.float32)
+    advantages, returns = rlhf.gae(REWARDS.astype("f4") + nan, VALUES.astype("f4") + nan, 1.0, 0.95, MASK)
+    assert np.isfinite(advantages).all() and advantages.dtype == returns.dtype == np.float32
+    with pytest.raises(ValueError, match="one shape"):
+        rlhf.gae(REWARDS, VALUES[:1], 1.0, 0.95, MASK)
+
+
+def test_whitening_rewards_rescales_and_keeps_the_mean(xp):
+    real = MASK == 1
+    white = to_numpy(rlhf.whiten(xp.asarray(REWARDS + JUNK), xp.asarray(MASK), keep_mean=True))
+    assert white[real].mean() == pytest.approx(REWARDS[real].mean())
+    assert white[real].std(ddof=1) == pytest.approx(1, abs=1e-6) and not white[~real].any()
+    with pytest.raises(ValueError, match="at least two real tokens, the mask marks 1"):
+        rlhf.whiten(REWARDS, np.eye(4)[:2] * np.eye(2)[:, :1])
+
+
+def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
+    mask = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    rewards = rlhf.shaped_rewards(np.zeros((3, 3)), np.zeros((3, 3)), np.array([1.0, 2, 3]), mask, 0.5)
+    assert rewards.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 3]]
+    with pytest.raises(ValueError, match="no token as real"):
+        rlhf.shaped_rewards(np.zeros((1, 3)), np.zeros((1, 3)), np.ones(1), np.zeros((1, 3)), 0.5)
+
+
+def test_a_missing_end_replaces_the_score_or_lowers_it():
+    scores, ended = np.array([0.5, 2.0]), np.array([True, False])
+    assert rlhf.missing_eos(scores, ended, score=-1.0).tolist() == [0.5, -1.0]
+    assert rlhf.missing_eos(scores, ended, penalty=0.75).tolist() == [0.5, 1.25]
+    assert rlhf.missing_eos(scores, ended).tolist() == [0.5, 2.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- PPO's losses
+
+
+def test_ppo_losses_and_gradient_are_the_published_ones(xp):
+    logprobs, values = parameter(xp, NEW_LOGPROBS + JUNK), parameter(xp, NEW_VALUES + JUNK)
+    old, old_values, returns, mask = (xp.asarray(a) for a in (LOGPROBS, VALUES, ADVANTAGES + VALUES, MASK))
+    advantages = rlhf.whiten(xp.asarray(ADVANTAGES), mask)
+    policy = rlhf.policy_loss(logprobs, old, advantages, mask, 0.2)
+    value = rlhf.value_loss(values, old_values, returns, mask, 0.2)
+    close(policy.data, 0.0144655480)
+    close(value.data, 0.2774734938)
+    loss = policy + 0.1 * value
+    close(loss.data, 0.0422128973)
+    loss.backward()
+    close(
+        logprobs.grad, [[-0.1739469439, -0.1113132138, 0, 0], [0.0496980812, 0.0914316475, 0.1366443011, 0.1773607837]]
+    )
+    assert not to_numpy(values.grad)[0, 3], "no gradient beyond the mask"
+    ratio = xp.asarray(np.exp(NEW_LOGPROBS - LOGPROBS))
+    close(rlhf.clip_fraction(ratio, advantages, mask, 0.2), 1 / 7)
+
+
+def test_clipping_stops_the_gradient_only_where_it_would_help_too_much():
+    old, mask = np.zeros((1, 4)), np.ones((1, 4))
+    logprobs = parameter(np, np.log([[1.5, 1.5, 0.5, 0.5]]))
+    advantages = np.array([[1.0, -1.0, 1.0, -1.0]])
+    rlhf.policy_loss(logprobs, old, advantages, mask, 0.2).backward()
+    assert (logprobs.grad != 0).tolist() == [[False, True, True, False]]
+
+
+def test_kl_controllers():
+    fixed = rlhf.KLController(0.1)
+    fixed.update(kl=50.0, n=64)
+    assert fixed.beta == 0.1
+    adaptive = rlhf.KLController(0.1, target=6.0, horizon=1000)
+    adaptive.update(kl=6.6, n=100)  # 10% above: β (1 + 0.1 · 100 / 1000)
+    assert adaptive.beta == pytest.approx(0.1 * 1.01)
+    adaptive.update(kl=600.0, n=100)  # the error is clipped at 20%
+    assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02)
+    adaptive.update(kl=0.0, n=100)
+    assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
+
+
+# ------------------------------------------------------------------------------------------------------- reward models
+
+
+def test_bradley_terry_with_margin_and_centering_is_the_published_one(xp):
+    chosen, rejected = parameter(xp, np.array([1, 0.2])), parameter(xp, np.array([0.3, 0.5]))
+    loss = mp.rlhf.reward_loss(chosen, rejected, margin=xp.asarray(np.array([0.5, 0])), center=0.01)
+    close(loss.data, 0.7371471, 5e-8)
+    difference = np.array([0.7 - 0.5, -0.3])
+    expected = (np.log1p(np.exp(-difference)) + 0.01 * np.array([1.3, 0.7]) ** 2).mean()
+    close(loss.data, expected, 1e-12)
+    loss.backward()
+    close(chosen.grad, [-0.212083, -0.280221], 5e-7)
+    close(rejected.grad, [0.238083, 0.294221], 5e-7)
+    slope = -1 / (1 + np.exp(difference)) / 2
+    pull = 0.01 * np.array([1.3, 0.7])
+    close(chosen.grad, slope + pull, 1e-12)
+    close(rejected.grad, -slope + pull, 1e-12)
+    with pytest.raises(ValueError, match=r"rejected must have the shape of chosen, \(2,\), not \(3,\)"):
+        rlhf.reward_loss(chosen, mp.Tensor(xp.asarray(np.zeros(3))))
+
+
+def test_dpo_is_the_published_one(xp):
+    sums = [parameter(xp, np.array(v)) for v in ([-1.7, -1.6], [-1.5, -1.5])]
+    reference = [xp.asarray(np.array(v)) for v in ([-1.9, -1.5], [-1.4, -1.6])]
+    loss = rlhf.dpo_loss(*sums, *reference, beta=0.1)
+    close(loss.data, 0.6907284, 5e-8)
+    logits = 0.1 * (np.array([0.2, -0.1]) - np.array([-0.1, 0.1]))
+    close(loss.data, np.log1p(np.exp(-logits)).mean(), 1e-12)
+    loss.backward()
+    close(sums[0].grad, [-0.024625, -0.025250], 5e-7)
+    close(sums[0].grad, -0.1 / (1 + np.exp(logits)) / 2, 1e-12)
+    close(sums[1].grad, -to_numpy(sums[0].grad), 1e-12)
+
+
+def test_all_pairs_of_a_ranking_count_once_however_many_there_are():
+    better, worse, weight = rlhf.ranking_pairs([2, 4])
+    assert list(zip(better, worse)) == [(0, 1), (2, 3), (2, 4), (2, 5), (3, 4), (3, 5), (4, 5)]
+    assert weight.tolist() == pytest.approx([1 / 2] + [1 / 12] * 6)
+
+
+# ------------------------------------------------------------------------------------------------------ RLOO and GRPO
+
+
+def test_rloo_baseline_is_the_mean_of_the_others(xp):
+    rewards = np.array([1.0, 2, 6, -1, 0, 4])
+    got = to_numpy(rlhf.rloo_advantages(xp.asarray(rewards), 3))
+    np.testing.assert_allclose(got, [1 - 4, 2 - 3.5, 6 - 1.5, -1 - 2, 0 - 1.5, 4 + 0.5])
+
+
+def test_rloo_ratio_is_that_of_the_whole_response(xp):
+    logprobs = parameter(xp, NEW_LOGPROBS + JUNK)
+    loss = rlhf.rloo_loss(logprobs, xp.asarray(LOGPROBS), xp.asarray(np.array([2.0, -1.0])), xp.asarray(MASK), 0.2)
+    ratio = np.exp([0.1 - 0.3 + 0.25, 0.3 - 0.1 + 0.05])
+    expected = np.mean([-2 * ratio[0], max(ratio[1], min(ratio[1], 1.2))])
+    close(loss.data, expected, 1e-12)
+    loss.backward()
+    close(logprobs.grad, np.array([[-2 * ratio[0]] * 3 + [0], [ratio[1]] * 4]) / 2, 1e-12)
+
+
+def test_grpo_advantages_are_standardized_in_each_group(xp):
+    rewards = np.array([1.0, 2, 6, 5, 5, 5])
+    got = to_numpy(rlhf.grpo_advantages(xp.asarray(rewards), 3))
+    np.testing.assert_allclose(got[:3], (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4))
+    assert got[3:].tolist() == [0, 0, 0], "a group without a difference teaches nothing"
+
+
+def test_grpo_loss_is_a_mean_over_responses_of_means_over_tokens(xp):
+    logprobs = parameter(xp, NEW_LOGPROBS + JUNK)
+    old, reference, mask = (xp.asarray(a) for a in (LOGPROBS, REFERENCE - JUNK, MASK))
+    loss = rlhf.grpo_loss(logprobs, old, reference, xp.asarray(np.array([1.0, -1.0])), mask, 0.2, 0.04)
+    ratio, a = np.exp(NEW_LOGPROBS - LOGPROBS), np.array([[1.0], [-1.0]])
+    d = REFERENCE - NEW_LOGPROBS
+    token = np.maximum(-a * ratio, -a * np.clip(ratio, 0.8, 1.2)) + 0.04 * (np.exp(d) - 1 - d)
+    close(loss.data, ((token * MASK).sum(1) / MASK.sum(1)).mean(), 1e-12)
+    loss.backward()
+    gradients = to_numpy(logprobs.grad)
+    assert np.isfinite(gradients).all() and gradients[0, 3] == 0
+
+
+def test_k3_is_never_negative_and_its_mean_is_the_kl(rng):
+    p, q = (np.exp(x) / np.exp(x).sum() for x in rng.standard_normal((2, 8)))
+    estimates = rlhf.k3(mp.Tensor(np.log(p)), np.log(q)).numpy()
+    assert (estimates >= 0).all()
+    assert (p * estimates).sum() == pytest.approx((p * np.log(p / q)).sum())
+
+
+# --------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def test_token_logprobs_and_entropy(xp, rng):
+    logits = rng.standard_normal((2, 3, 5))
+    targets = rng.integers(0, 5, (2, 3))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    got = rlhf.token_logprobs(mp.Tensor(xp.asarray(logits)), xp.asarray(targets))
+    close(got.data, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], 1e-12)
+    close(rlhf.entropy(xp.asarray(logits)), -(np.exp(log_p) * log_p).sum(-1), 1e-12)
