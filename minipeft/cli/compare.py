@@ -9,12 +9,14 @@ text. The table says, per method:
     general loss        on held-out text of the base's own domain, and how much it rose: what was forgotten
     storage             bytes to keep per task
 
-compare.png and compare.json are written to --output; those of an earlier comparison there are replaced.
+compare.png and compare.json are written to --output; those of an earlier comparison there are replaced. --report writes
+the table and its plots as one HTML page, DIR/index.html, that needs nothing else: no network, no other file. Both also
+tell how long it takes to generate a token, with the method in place and after merging it into the weights.
 
 examples:
   minipeft compare
   minipeft compare --task define --steps 300 --methods full
-  minipeft compare --data my.jsonl --output my-comparison
+  minipeft compare --data my.jsonl --report my-comparison
   minipeft compare --reduced
 """
 
@@ -26,15 +28,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..experiments.methods import METHODS, Method
+from ..experiments.methods import METHODS
 from .arguments import add_machine, add_seed, positive, positive_int, use_machine
 
 SUMMARY = "fine-tune the shipped base with every method and compare them"
 
 REDUCED = "MINIPEFT_REDUCED"
+OUTPUT = "minipeft-compare"
 STEPS, REDUCED_STEPS = 80, 12
 HELD_OUT, REDUCED_HELD_OUT = 120, 24  # examples of the task
 BLOCKS, REDUCED_BLOCKS = 24, 4  # blocks of general text
+SPREAD = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=METHODS, metavar="NAME",
         help=f"any of {', '.join(METHODS)} (default: all that the model can take); the frozen base is always shown",
     )  # fmt: skip
-    parser.add_argument("--output", default="minipeft-compare", metavar="DIR", help="default: ./%(default)s")
+    parser.add_argument("--output", metavar="DIR", help=f"default: ./{OUTPUT}, or where the report is")
+    parser.add_argument("--report", metavar="DIR", help="write DIR/index.html, one page with the table and its plots")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive_int, metavar="N", help=f"steps of each method (default: {STEPS})")
     group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="examples a step (default: 16)")
     group.add_argument("--lr", type=positive, metavar="RATE", help="one learning rate for all (default: each its own)")
     add_seed(group, "the choice and order of the data")
+    group.add_argument(
+        "--seeds", type=positive_int, metavar="N", help="so many runs of each method, from --seed on (default: 1; 3 with --report)"
+    )
     group.add_argument(
         "--reduced",
         action="store_true",
@@ -62,12 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.task and args.data:
         raise ValueError("give either --task or --data, not both")
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
+    output = Path(args.output or args.report or OUTPUT)
+    report = Path(args.report) if args.report else None
+    for option, path in (("--output", output), ("--report", report)):
+        if path and path.exists() and not path.is_dir():
+            raise ValueError(f"{option} {path} is a file; a directory is to be written")
     use_machine(args)
     from rich.console import Console
 
+    from ..experiments.run import Task
+    from ..experiments.shipped import general_blocks
     from ..files import write_json
     from .data import samples
     from .models import load_model
@@ -84,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     max_length = min(256, base.config.max_position_embeddings - virtual)
     if max_length < 1:
         raise ValueError(f"{virtual} virtual tokens take all of the model's {max_length + virtual} positions")
-    data = load_data(args, tokenizer, max_length, steps, REDUCED_HELD_OUT if reduced else HELD_OUT)
+    data = load_data(args, args.seed, tokenizer, max_length, steps, REDUCED_HELD_OUT if reduced else HELD_OUT)
     general = general_blocks(tokenizer, max_length, REDUCED_BLOCKS if reduced else BLOCKS)
     name = args.data or f"the task {args.task or 'rewrite'}"
     err.print(
@@ -95,18 +107,24 @@ def run(args: argparse.Namespace) -> int:
         err.print(data.note)
 
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
-    rows = [frozen(base, tokenizer, data, general, args.batch_size)]
+    pad = tokenizer.pad_token_id or 0
+    tasks = {args.seed: Task(data.train, data.held_out, general, [], pad)}
+    seeds = args.seeds or (3 if report and not reduced else 1)
+    for seed in range(args.seed + 1, args.seed + seeds):
+        other = load_data(args, seed, tokenizer, max_length, steps, len(data.held_out))
+        tasks[seed] = Task(other.train, data.held_out, general, [], pad)
+    rows = [frozen(base, tasks[args.seed], args.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key in methods:
         err.print(METHODS[key].title, style="bold")
-        row, model = train(key, METHODS[key], base, tokenizer, data, general, steps, args, rows[0]["general_loss"])
+        row, model = train(key, base, tasks, steps, args.batch_size, args.lr, rows[0]["general_loss"])
         rows.append(row)
         if len(rows) == 2 or row["task_loss"] < best["task_loss"]:
             tuned, best = model, row
 
     settings = {
         "data": name, "model": args.model or "the shipped base", "steps": steps, "batch_size": args.batch_size,
-        "seed": args.seed, "reduced": reduced, "held_out_examples": len(data.held_out), "max_length": max_length,
+        "seed": args.seed, "seeds": seeds, "reduced": reduced, "held_out_examples": len(data.held_out), "max_length": max_length,
         "left_out": left_out,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": settings, "methods": rows})
@@ -120,8 +138,16 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"left out: {METHODS[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
     models = {rows[0]["title"]: base, best["title"]: tuned}
-    show_samples(out, [(s, {title: answer(model, tokenizer, s.ids) for title, model in models.items()}) for s in shown])
-    out.print(f"saved: {output / 'compare.png'}, {output / 'compare.json'}")
+    answers = [(s, {title: answer(model, tokenizer, s.ids) for title, model in models.items()}) for s in shown]
+    show_samples(out, answers)
+    saved = [output / "compare.png", output / "compare.json"]
+    if report:
+        from .page import write_page
+
+        report.mkdir(parents=True, exist_ok=True)
+        saved.append(report / "index.html")
+        write_page(saved[-1], settings, rows, answers)
+    out.print(f"saved: {', '.join(map(str, saved))}")
     return 0
 
 
@@ -131,13 +157,16 @@ def applicable(keys: list[str], base: Any) -> tuple[list[str], dict[str, str]]:
     return [key for key, why in reasons.items() if why is None], {key: why for key, why in reasons.items() if why}
 
 
-def load_data(args: argparse.Namespace, tokenizer: Any, max_length: int, steps: int, held_out: int) -> Any:
+def load_data(
+    args: argparse.Namespace, seed: int, tokenizer: Any, max_length: int, steps: int, held_out: int
+) -> Any:
     """The examples: of the user's file, or of a shipped task, as many as the steps need, chosen by the seed.
 
     The held-out ones do not depend on the seed: the test split's, evenly spaced. Too long ones are left out.
     """
     import numpy as np
 
+    from ..experiments.shipped import spaced
     from ..text.tasks import task
     from .data import encode, read_records
 
@@ -146,124 +175,65 @@ def load_data(args: argparse.Namespace, tokenizer: Any, max_length: int, steps: 
         return data._replace(held_out=data.held_out[:held_out])
     name = args.task or "rewrite"
     records, test = task(name, "train"), task(name, "test")
-    chosen = np.random.default_rng(args.seed).permutation(len(records))[: steps * args.batch_size]
-    spaced = np.linspace(0, len(test) - 1, min(held_out, len(test))).astype(int)
-    return encode([records[i] for i in chosen], [test[i] for i in spaced], tokenizer, max_length, on_overflow="drop")
+    chosen = np.random.default_rng(seed).permutation(len(records))[: steps * args.batch_size]
+    return encode([records[i] for i in chosen], spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
 
 
-def general_blocks(tokenizer: Any, length: int, n: int) -> list[Any]:
-    """`n` blocks of the validation split of the base's own training text, evenly spaced through it."""
-    import numpy as np
-
-    from ..text.corpora import general_text
-    from ..text.examples import Example, chunk_text, encode_documents
-
-    blocks = chunk_text(encode_documents(general_text("validation"), tokenizer), length)
-    spaced = np.linspace(0, len(blocks) - 1, min(n, len(blocks))).astype(int)
-    return [Example(blocks[i], blocks[i]) for i in spaced]
-
-
-def frozen(base: Any, tokenizer: Any, data: Any, general: Any, batch_size: int) -> dict[str, Any]:
+def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:
     """The row of the base as it is."""
-    from ..train import Trainer, TrainingArguments
-    from .report import count
+    from ..experiments.costs import count, latency, memory
+    from ..experiments.run import evaluate
 
-    pad = tokenizer.pad_token_id or 0
-    predicted, measured = memory(None, base, data, batch_size, pad)
-    trainer = Trainer(base, data.train, args=TrainingArguments(per_device_eval_batch_size=batch_size), pad_token_id=pad)
-    task_loss, general_loss = trainer.evaluate(data.held_out), trainer.evaluate(general)
+    predicted, measured = memory(None, base, task.train, batch_size, task.pad_token_id)
+    task_loss, general_loss = evaluate(base, task, batch_size)
+    seconds = latency(base)
     return {
         "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "parameters": count(base)[1],
         "memory_predicted": predicted, "memory_measured": measured, "seconds_per_step": None, "storage": 0,
+        "latency": seconds, "latency_merged": seconds,
         "task_loss": task_loss, "general_loss": general_loss, "forgotten": 0.0, "curve": [], "held_out_curve": [],
     }  # fmt: skip
 
 
 def train(
-    key: str, method: Method, base: Any, tokenizer: Any, data: Any, general: Any, steps: int, args: argparse.Namespace,
-    start: float,
+    key: str, base: Any, tasks: dict[int, Any], steps: int, batch_size: int, rate: float | None, start: float
 ) -> tuple[dict[str, Any], Any]:
-    """The row of one method, and the model that it trained; `start` is the base's loss on general text."""
-    from ..train import Trainer, TrainingArguments
-    from .report import count
+    """The row of one method, and the model of the first seed; `tasks` are by seed.
 
-    arguments = TrainingArguments(
-        learning_rate=args.lr or method.learning_rate,
-        max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        lr_scheduler_type="cosine",
-        warmup_ratio=0.05,
-        eval_steps=max(1, steps // 4),
-        seed=args.seed,
-    )
-    pad = tokenizer.pad_token_id or 0
-    predicted, measured = memory(method, base, data, args.batch_size, pad)
-    model = method.prepare(base, steps)
-    trainer = Trainer(model, data.train, data.held_out, arguments, pad)
-    result = trainer.train()
-    held_out_curve, general_loss = result.losses("eval_loss"), trainer.evaluate(general)
-    trainable, total = count(model)
-    seconds = [r["tokens"] / r["tokens_per_second"] for r in result.history if "tokens_per_second" in r]
+    What the seeds measured stands under "seeds", its means in the row itself; the curves are the first seed's. `start`
+    is the base's loss on general text. Raises ValueError where training diverges.
+    """
+    from ..experiments.costs import latency, memory, merged
+    from ..experiments.run import Settings, fine_tune
+
+    method, first, found = METHODS[key], next(iter(tasks.values())), []
+    predicted, measured = memory(method, base, first.train, batch_size, first.pad_token_id)
+    model: Any = None
+    for seed, task in tasks.items():
+        settings = Settings(key, rate, steps, batch_size, evaluations=4, seed=seed)
+        run, trained = fine_tune(base, task, settings)
+        if run["task_loss"] is None:
+            raise ValueError(f"{method.title} diverged at the learning rate {run['rate']:g}; give a lower one with --lr")
+        model = trained if model is None else model
+        found.append(run | {"seed": seed, "forgotten": run["general_loss"] - start})
+    plain = merged(model)
     row = {
-        "method": key, "title": method.title, "learning_rate": arguments.learning_rate, "trainable": trainable,
-        "parameters": total, "memory_predicted": predicted, "memory_measured": measured,
-        "seconds_per_step": statistics.median(seconds),
-        "storage": storage(model),
-        "task_loss": held_out_curve[-1][1], "general_loss": general_loss, "forgotten": general_loss - start,
-        "curve": result.losses("loss"), "held_out_curve": held_out_curve,
+        "method": key, "title": method.title, "learning_rate": run["rate"],
+        **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},
+        "memory_predicted": predicted, "memory_measured": measured,
+        "latency": latency(model), "latency_merged": None if plain is None else latency(plain),
+        **{name: statistics.mean(run[name] for run in found) for name in SPREAD},
+        "seeds": [{name: run[name] for name in ("seed", *SPREAD)} for run in found],
     }  # fmt: skip
     return row, model
-
-
-def storage(model: Any) -> int:
-    """Bytes to keep for the task: what is trained; of an adapter, the arrays of its file."""
-    from ..peft.directory import state
-    from ..peft.model import PeftModel
-
-    if isinstance(model, PeftModel):
-        return sum(p.data.nbytes for name in model.active_adapters for p in state(model, name).values())
-    return sum(p.data.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def memory(method: Method | None, base: Any, data: Any, batch_size: int, pad: int) -> tuple[int, int | None]:
-    """(predicted, measured) peak bytes of a step on the longest examples, everything included: weights, gradients,
-    optimizer states, activations. For the frozen base (None), of an evaluation. Only host memory can be measured.
-    """
-    import numpy as np
-
-    from ..accounting import architecture, measure_peak, memory_ledger
-    from ..backend import xp_of
-    from ..train import Trainer, TrainingArguments, collate
-
-    longest = sorted(data.train, key=lambda example: -len(example.input_ids))[:batch_size]
-    labels = collate(longest, pad).arguments["labels"]
-    if method and method.quantized:
-        ledger = memory_ledger(method.prepare(base, steps=2), None, *labels.shape, labels=labels)
-    else:
-        config, mode = (method.config(), "train") if method else ("frozen", "evaluate")
-        ledger = memory_ledger(architecture(base.config), config, *labels.shape, labels=labels, mode=mode)
-    if xp_of(base.parameters()[0].data) is not np:
-        return ledger.total, None
-    arguments = TrainingArguments(
-        max_steps=2, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, progress=False
-    )
-
-    def step() -> None:
-        model = base.copy()  # so that the weights are counted too
-        if method:
-            model = method.prepare(model, steps=2)  # where it quantizes, this lets go of the float weights
-            Trainer(model, longest, args=arguments, pad_token_id=pad).train()
-        else:
-            Trainer(model, longest, longest, arguments, pad).evaluate()
-
-    return ledger.total, measure_peak(step)
 
 
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
     """One line a method; the best loss on the task is bold. Fits into 80 columns."""
     from rich.table import Table
     from rich.text import Text
+
+    from .page import megabytes
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nmethod")
@@ -290,8 +260,3 @@ def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
     out.print()
     out.print(table)
     out.print()
-
-
-def megabytes(n: int | None) -> str:
-    """Bytes in MB (10^6), to three figures, or - where there are none."""
-    return "-" if n is None else f"{n / 1e6:,.{2 if n < 1e7 else 1 if n < 1e8 else 0}f}"

@@ -9,8 +9,8 @@ or a .txt file of running text. Of prompts and completions only the completions 
 for testing, unless --validation names a file of its own.
 
 The output directory is a Hugging Face model directory (an adapter directory of a method with adapters). Beside it are
-metrics.jsonl, loss.png, finetune.json, and the last checkpoint, from which the same command with --resume goes on (safe
-to delete when the run has ended).
+metrics.jsonl, loss.png, finetune.json, template.json (the template, for what uses the model next), and the last
+checkpoint, from which the same command with --resume goes on (safe to delete when the run has ended).
 
 examples:
   minipeft finetune --data my.jsonl --output tuned
@@ -38,13 +38,19 @@ from .arguments import add_machine, add_seed, natural, positive, positive_int, p
 SUMMARY = "fine-tune a model on your own file"
 
 WRITTEN = re.compile(
-    r"checkpoint-\d+|metrics\.jsonl|loss\.png|finetune\.json|config\.json|generation_config\.json|tokenizer\.json"
+    r"checkpoint-\d+|metrics\.jsonl|loss\.png|finetune\.json|sft\.json|template\.json|config\.json|generation_config\.json|tokenizer\.json"
     r"|tokenizer_config\.json|model\.safetensors|adapter_config\.json|adapter_model\.safetensors"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="a .jsonl or .txt file to learn from")
+    add_training_arguments(parser)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) -> None:
+    """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
+    parser.set_defaults(longest=longest)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
     methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
@@ -66,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=positive_int,
         metavar="N",
-        help="tokens of an example (default: 256, or what the model takes)",
+        help=f"tokens of an example (default: {longest}, or what the model takes)",
     )
     group.add_argument(
         "--overflow",
@@ -82,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive_int, default=8, metavar="N", help="examples at a time (default: 8)"
     )
     group.add_argument("--accumulation", type=positive_int, default=1, metavar="N", help="batches a step (default: 1)")
+    group.add_argument(
+        "--packing", action="store_true", help="let the examples of a batch share rows: the same loss, less padding"
+    )
     group.add_argument(
         "--lr", type=positive, metavar="RATE", help="learning rate (default: the method's, see --method)"
     )
@@ -115,22 +124,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output = Path(args.output)
-    check_output(output, args.resume, args.overwrite)
+    from .data import read_records
+
+    check_output(Path(args.output), args.resume, args.overwrite)
+    return fine_tune(args, read_records(args.data), validation(args.validation))
+
+
+def fine_tune(
+    args: argparse.Namespace, records: list[Any], held_out: Any, tests: dict[str, list[Any]] | None = None
+) -> int:
+    """Train on records as the options say, save, and print what became of the held-out loss, and of that of each test.
+
+    `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, told apart.
+    """
+    output, tests = Path(args.output), tests or {}
     use_machine(args)
     from rich.console import Console
 
+    from ..experiments.costs import count
     from ..files import write_json
     from ..hub.pretrained import save_pretrained
-    from ..text.templates import get_template
+    from ..text.examples import encode_examples
     from ..train import Trainer, TrainingArguments, last_checkpoint
-    from .data import encode, read_records, samples
+    from .data import encode, samples
     from .models import load_model
-    from .report import ANSWER, answer, console, count, show_samples
+    from .prompts import chosen_template, save_template
+    from .report import ANSWER, answer, console, show_samples
 
-    template = None if args.template is None else get_template(args.template.replace("\\n", "\n"))
-    records = read_records(args.data)
-    held_out = validation(args.validation)
+    name, template = chosen_template(args.template, records[0])
     base, tokenizer = load_model(args.model, args.backend)
     method = METHODS[args.method]
     limit = base.config.max_position_embeddings - method.virtual_tokens
@@ -140,8 +161,11 @@ def run(args: argparse.Namespace) -> int:
         taken = f", of which --method {args.method} takes {method.virtual_tokens}" if method.virtual_tokens else ""
         positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
         raise ValueError(f"--max-length {args.max_length} is more than the {positions}")
-    max_length = args.max_length or min(256, limit)
+    max_length = args.max_length or min(args.longest, limit)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
+    apart = {
+        what: encode_examples(of, tokenizer, max_length, template, args.overflow).examples for what, of in tests.items()
+    }
 
     steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (args.batch_size * args.accumulation)))
     model = method.prepare(base, steps)
@@ -155,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
+        packing=args.packing,
         optim=args.optimizer,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm or None,
@@ -177,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
     if data.note:
         err.print(data.note)
 
-    before = trainer.evaluate() if data.held_out else None
+    before, before_apart = _losses(trainer, data.held_out, apart)
     if args.overwrite:
         remove_earlier(output)
     try:
@@ -186,15 +211,18 @@ def run(args: argparse.Namespace) -> int:
         if last_checkpoint(output) is None:
             raise
         raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
-    after = trainer.evaluate() if data.held_out else None
+    after, after_apart = _losses(trainer, data.held_out, apart)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(output)
         tokenizer.save(output)
     else:
         save_pretrained(model, output, tokenizer)
-    options = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command")}
+    if name is not None:
+        save_template(output, name)
+    settings = {"run", "debug", "resume", "overwrite", "command", "longest"}
+    options = {k: v for k, v in vars(args).items() if k not in settings}
     write_json(
-        output / "finetune.json",
+        output / f"{args.command}.json",
         {
             "options": {**options, "lr": arguments.learning_rate, "max_length": max_length, "steps": steps},
             "parameters": {"trainable": trainable, "all": total},
@@ -202,11 +230,20 @@ def run(args: argparse.Namespace) -> int:
             "steps": result.steps,
             "stopped_early": result.stopped_early,
             "held_out_loss": {"before": before, "after": after},
+            **(
+                {"loss_apart": {k: {"before": before_apart[k], "after": after_apart[k]} for k in apart}}
+                if apart
+                else {}
+            ),
         },
     )
 
     if before is not None and after is not None:
         print(f"held-out loss  before {before:.4f}  after {after:.4f}  (perplexity {_exp(before)} -> {_exp(after)})")
+    for what in apart:
+        print(
+            f"    {what:16} before {before_apart[what]:.4f}  after {after_apart[what]:.4f}  ({len(apart[what])} examples)"
+        )
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
     shown = samples(data, tokenizer, 1, limit - ANSWER, template)
@@ -217,6 +254,10 @@ def run(args: argparse.Namespace) -> int:
     use = f"{on}--adapter {output}" if hasattr(model, "save_pretrained") else f"--model {output}"
     print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
     return 0
+
+
+def _losses(trainer: Any, held_out: list[Any], apart: dict[str, list[Any]]) -> tuple[float | None, dict[str, float]]:
+    return trainer.evaluate() if held_out else None, {what: trainer.evaluate(of) for what, of in apart.items()}
 
 
 def _exp(loss: float) -> str:

@@ -1,62 +1,113 @@
-"""The picture of a comparison: how each method learns, what it gains against what it forgets, what memory it takes."""
+"""The pictures of a comparison: how each method learns, what it gains against what it forgets, what memory it takes.
+
+`rows` are always those of compare.json, the first of them the frozen base.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
 
+Rows = list[dict[str, Any]]
+Style = tuple[Any, str]  # color, marker
 
-def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Three panels as one PNG; `rows` are those of compare.json, the first of them the frozen base.
 
-    The panels share one legend: the names beside the bars, each with the color and the marker of its method.
-    """
-    from matplotlib import colormaps
+def plot_comparison(rows: Rows, path: Path) -> None:
+    """Three panels as one PNG, which share a legend: the names beside the bars, with each method's color and marker."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    base, trained = rows[0], rows[1:]
-    hues = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without grey, which is the base's
-    colors = {row["method"]: hues[i % len(hues)] for i, row in enumerate(trained)}
-    markers = {row["method"]: "osD^vP*X<>ph"[i % 12] for i, row in enumerate(trained)}
     figure = Figure(figsize=(13.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    learning, trade, memory = figure.subplots(1, 3)
-
-    for row in trained:
-        color = colors[row["method"]]
-        learning.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
-        held_out = [(0, base["task_loss"]), *row["held_out_curve"]]
-        learning.plot(*zip(*held_out), markers[row["method"]] + "-", color=color, markersize=5)
-    learning.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1)
-    learning.set(title="Learning the task", xlabel="step", ylabel="loss on the task (thin: training, marked: held out)")
-
-    trade.axhline(0, color="grey", linestyle="--", linewidth=1)
-    trade.scatter(base["task_loss"], 0, s=70, color="grey", marker="o", zorder=3)
-    for row in trained:
-        point = (row["task_loss"], row["forgotten"])
-        trade.scatter(*point, s=70, color=colors[row["method"]], marker=markers[row["method"]], zorder=3)
-    trade.margins(0.12)
-    trade.set(
-        title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the loss on general text"
-    )
-
-    for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
-        for i, row in enumerate(rows):
-            memory.barh(i + shift, (row[key] or 0) / 1e6, 0.38, color=colors.get(row["method"], "grey"), alpha=alpha)
-    longest = max(row["memory_predicted"] for row in rows) / 1e6
-    for i, row in enumerate(rows):
-        memory.plot(-0.04 * longest, i, markers.get(row["method"], "o"), color=colors.get(row["method"], "grey"), markersize=7)
-    memory.set_xlim(left=-0.08 * longest)
-    memory.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    memory.invert_yaxis()
-    memory.set(title="Peak memory of a step (pale: predicted)", xlabel="MB, weights included")
-
-    for axes in (learning, trade, memory):
+    for axes, panel in zip(figure.subplots(1, 3), PANELS.values()):
+        panel(axes, rows)
         axes.spines[["top", "right"]].set_visible(False)
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+
+
+def panel_svg(name: str, rows: Rows, dark: bool) -> bytes:
+    """One of PANELS as an SVG file of its own, with a legend; the same rows give the same bytes."""
+    from matplotlib import rc_context, style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with style.context("dark_background" if dark else "default"), rc_context({"svg.hashsalt": name}):
+        height = 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3)
+        figure = Figure(figsize=(6, height), layout="constrained", facecolor="#15181c" if dark else "white")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        axes.set_facecolor("none")
+        PANELS[name](axes, rows)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name != "memory":
+            for row in rows:
+                color, marker = styles(rows)[row["method"]]
+                axes.plot([], [], marker, color=color, label=row["title"])
+            figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def styles(rows: Rows) -> dict[str, Style]:
+    """The color and the marker of each method; the base's are grey."""
+    from matplotlib import colormaps
+
+    hues = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without grey
+    found = {row["method"]: (hues[i % 9], "osD^vP*X<>ph"[i % 12]) for i, row in enumerate(rows[1:])}
+    return {rows[0]["method"]: ("grey", "o"), **found}
+
+
+def plot_learning(axes: Any, rows: Rows) -> None:
+    """Loss on the task over the steps: thin in training, marked where the held-out examples were measured."""
+    base, looks = rows[0], styles(rows)
+    for row in rows[1:]:
+        color, marker = looks[row["method"]]
+        axes.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
+        held_out = [(0, base["task_loss"]), *row["held_out_curve"]]
+        axes.plot(*zip(*held_out), marker + "-", color=color, markersize=5)
+    axes.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1)
+    axes.set(title="Learning the task", xlabel="step", ylabel="loss on the task (thin: training, marked: held out)")
+
+
+def plot_trade(axes: Any, rows: Rows) -> None:
+    """What was learned against what was forgotten; where there are several seeds, small points are single ones."""
+    base, looks = rows[0], styles(rows)
+    axes.axhline(0, color="grey", linestyle="--", linewidth=1)
+    for row in rows:
+        color, marker = looks[row["method"]]
+        seeds = row.get("seeds", [])
+        if len(seeds) > 1:
+            points = [(run["task_loss"], run["forgotten"]) for run in seeds]
+            axes.scatter(*zip(*points), s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
+        axes.scatter(row["task_loss"], row["forgotten"] if row is not base else 0, s=70, color=color, marker=marker, zorder=3)
+    axes.margins(0.12)
+    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the loss on general text")
+
+
+def plot_memory(axes: Any, rows: Rows) -> None:
+    """Peak memory of a step, as bars: predicted (pale) and measured."""
+    looks = styles(rows)
+    for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
+        for i, row in enumerate(rows):
+            axes.barh(i + shift, (row[key] or 0) / 1e6, 0.38, color=looks[row["method"]][0], alpha=alpha)
+    longest = max(row["memory_predicted"] for row in rows) / 1e6
+    for i, row in enumerate(rows):
+        color, marker = looks[row["method"]]
+        axes.plot(-0.04 * longest, i, marker, color=color, markersize=7)
+    axes.set_xlim(left=-0.08 * longest)
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(title="Peak memory of a step (pale: predicted)", xlabel="MB, weights included")
+
+
+PANELS: dict[str, Callable[[Any, Rows], None]] = {
+    "learning": plot_learning, "trade": plot_trade, "memory": plot_memory,
+}  # fmt: skip
 
 
 def smooth(curve: list[tuple[int, float]], width: int = 10) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""What the commands show of a model: counts of parameters, and its answer to a prompt beside the expected one."""
+"""What the commands show of a model: its answer to a prompt beside the expected one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ if TYPE_CHECKING:
     from .data import Sample
 
 ANSWER = 48  # tokens of an answer that is shown
-
-
-def count(model: Any) -> tuple[int, int]:
-    """(parameters that are trained, all parameters), a tied one once; of a PeftModel as PEFT counts them."""
-    if hasattr(model, "get_nb_trainable_parameters"):
-        return model.get_nb_trainable_parameters()
-    sizes = [(p.size, p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
 def answer(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int = ANSWER) -> str:

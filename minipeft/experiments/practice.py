@@ -6,6 +6,7 @@ sign under each of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..text.corpora import wordnet
 from ..train import Batch, Trainer, TrainingArguments
 from . import shipped
 from .shipped import Rewriting
+from .sweep import Row, is_of
 
 SEEDS = (0, 1, 2)
 RATES = {
@@ -141,3 +143,157 @@ def predict(model: SequenceClassifier, batch: Batch) -> np.ndarray:
     ids, mask = batch.arguments["input_ids"], batch.arguments["attention_mask"]
     with no_grad():
         return model(ids, mask).data.argmax(axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------ what the rows say
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A piece of advice beside what was measured; `agrees` is None where the seeds do not agree with each other."""
+
+    topic: str
+    advice: str
+    measured: str
+    agrees: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return {True: "as advised", False: "NOT as advised", None: "no clear difference"}[self.agrees]
+
+
+def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np.ndarray:
+    """The value of `key` in the rows of these settings, in the order of their seeds; NaN where training diverged."""
+    found = {row["seed"]: row[key] for row in rows if is_of(row, replace(settings, seed=row["seed"]))}
+    if not found:
+        raise ValueError(f"there is no row of {settings}")
+    return np.array([found[seed] for seed in sorted(found)], float)  # None becomes NaN
+
+
+def below(a: np.ndarray, b: np.ndarray) -> bool | None:
+    """Whether a < b under each seed (True), a > b under each (False), or neither (None)."""
+    return True if (a < b).all() else False if (a > b).all() else None
+
+
+def spread(values: np.ndarray, digits: int = 3) -> str:
+    """`mean ± standard deviation` over the seeds."""
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+
+
+def best(rows: Sequence[Row], candidates: Sequence[Any]) -> Any:
+    """The settings, of those given (seeds aside), whose mean held-out loss on the task is lowest."""
+    means = [over_seeds(rows, s).mean() for s in candidates]
+    return candidates[int(np.nanargmin(means))]
+
+
+def find_learning_rate(rows: Sequence[Row]) -> list[Finding]:
+    rates = {m: best(rows, [Rewriting(m, rate) for rate in RATES[m]]).learning_rate for m in RATES}
+    return [
+        Finding(
+            "learning rate", f"{name} wants about ten times the rate of full fine-tuning",
+            f"best of the grid: full {rates['full']:g}, {name} {rates[method]:g}: {rates[method] / rates['full']:.1f} times",
+            3 < rates[method] / rates["full"] < 33,
+        )
+        for method, name in (("lora", "LoRA"), ("bottleneck", "an adapter"))
+    ]  # fmt: skip
+
+
+def find_batch_size(rows: Sequence[Row]) -> list[Finding]:
+    runs = [s for s in batch_size((0,)) if s.accumulation == 1]
+    winner = {size: best(rows, [s for s in runs if s.batch_size == size]) for size in (4, 16, 64)}
+    loss = {size: over_seeds(rows, s) for size, s in winner.items()}
+    rate = {size: s.learning_rate for size, s in winner.items()}
+    parts = [s for s in batch_size((0,)) if s.accumulation > 1]
+    apart = max(np.abs(over_seeds(rows, s) - over_seeds(rows, replace(s, accumulation=1))).max() for s in parts)
+    return [
+        Finding(
+            "batch size", "a larger batch wants a larger rate",
+            "best rate " + ", ".join(f"{rate[size]:g} at {size}" for size in rate),
+            None if rate[64] == rate[4] else rate[64] > rate[4],
+        ),
+        Finding(
+            "batch size", "of the same examples, small batches teach more",
+            "best loss " + ", ".join(f"{spread(loss[size])} at {size}" for size in loss), below(loss[4], loss[64]),
+        ),
+        Finding(
+            "accumulation", "a batch in four parts is the same as a whole one",
+            f"the losses differ by {apart:.5f} at most", bool(apart < 0.005),
+        ),
+    ]  # fmt: skip
+
+
+def find_epochs(rows: Sequence[Row]) -> list[Finding]:
+    found = []
+    for s in epochs((0,)):
+        curves = [row for row in rows if is_of(row, replace(s, seed=row["seed"]))]
+        lowest = np.array([1 + int(np.argmin(row["held_out_curve"])) for row in curves])
+        gap = np.array([row["held_out_curve"][-1] - row["train_curve"][-1] for row in curves])
+        rise = np.array([row["held_out_curve"][-1] - min(row["held_out_curve"]) for row in curves])
+        found.append(
+            Finding(
+                "epochs", "held-out loss is lowest after one to three epochs, then it rises",
+                f"{s.method}, {s.examples} examples: lowest after epoch {', '.join(map(str, lowest))}; after 16 the gap to "
+                f"training is {spread(gap)}, {spread(rise)} above the lowest",
+                True if (lowest <= 3).all() else False if (lowest > 3).all() else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def find_warm_up(rows: Sequence[Row]) -> list[Finding]:
+    found = []
+    for s in (s for s in warm_up((0,)) if s.warmup == 0):
+        loss = {share: over_seeds(rows, replace(s, warmup=share)) for share in (0.0, 0.05, 0.1)}
+        helps = [below(loss[share], loss[0.0]) for share in (0.05, 0.1)]
+        found.append(
+            Finding(
+                "warm-up", f"5 to 10 % of warm-up helps ({s.method}, rate {s.learning_rate:g})",
+                ", ".join(f"{spread(loss[share])} with {share:.0%}" for share in loss),
+                True if True in helps else False if helps == [False, False] else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def find_data_quality(rows: Sequence[Row]) -> list[Finding]:
+    common = Rewriting(learning_rate=1e-3)
+    few = over_seeds(rows, replace(common, examples=160))
+    found = []
+    for noise in (0.25, 0.5):
+        many = over_seeds(rows, replace(common, examples=640, noise=noise))
+        found.append(
+            Finding(
+                "data", f"few clean examples beat four times as many of which {noise:.0%} are wrong",
+                f"160 clean {spread(few)}, 640 with {noise:.0%} wrong {spread(many)}", below(few, many),
+            )
+        )  # fmt: skip
+    return found
+
+
+def find_class_balance(rows: Sequence[Row]) -> list[Finding]:
+    found = []
+    even = over_seeds(rows, Classification(), "accuracy")
+    for majority in (0.9, 0.97):
+        skewed = over_seeds(rows, Classification(majority), "accuracy")
+        repeated = over_seeds(rows, Classification(majority, True), "accuracy")
+        found += [
+            Finding(
+                "balance", f"{majority:.0%} of one class costs the other",
+                f"balanced accuracy {spread(skewed, 2)}, from even classes {spread(even, 2)}", below(skewed, even),
+            ),
+            Finding(
+                "balance", f"repeating the rare class helps, at {majority:.0%}",
+                f"balanced accuracy {spread(repeated, 2)}, without {spread(skewed, 2)}", below(skewed, repeated),
+            ),
+        ]  # fmt: skip
+    return found
+
+
+FINDERS: tuple[Callable[[Sequence[Row]], list[Finding]], ...] = (
+    find_learning_rate, find_batch_size, find_epochs, find_warm_up, find_data_quality, find_class_balance,
+)  # fmt: skip
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """Everything that the rows of RUNS say, each verdict computed from them."""
+    return [finding for find in FINDERS for finding in find(rows)]

@@ -15,10 +15,9 @@ from .. import train
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..nn.layers import Dropout
 from ..nn.module import Module
-from ..peft.directory import state
-from ..peft.model import PeftModel
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
+from .costs import count, storage
 from .methods import METHODS
 
 
@@ -134,16 +133,17 @@ def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any]
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
     trainable, total = count(model)
-    row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total, "storage": storage(model)}
+    row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total}
     try:
         result = trainer.train()
         general_loss = trainer.evaluate(task.general)
     except TrainingDiverged:
         nothing = dict.fromkeys(("seconds_per_step", "train_loss", "task_loss", "general_loss"))
-        return row | nothing | {"curve": [], "held_out_curve": []}, model
+        return row | nothing | {"storage": storage(model), "curve": [], "held_out_curve": []}, model
     curve, held_out_curve = result.losses("loss"), result.losses("eval_loss")
     seconds = [r["tokens"] / r["tokens_per_second"] for r in result.history if "tokens_per_second" in r]
     row |= {
+        "storage": storage(model),  # AdaLoRA keeps what it has not pruned
         "seconds_per_step": statistics.median(seconds),
         "train_loss": statistics.mean(loss for _, loss in curve[-math.ceil(s.steps / 4) :]),
         "task_loss": held_out_curve[-1][1], "general_loss": general_loss,
@@ -156,18 +156,3 @@ def evaluate(model: Any, task: Task, batch_size: int = 16) -> tuple[float, float
     """(loss on the held-out examples of the task, loss on general text) of a model as it is, nats per token."""
     held_out, general = (train.evaluate(model, e, batch_size, task.pad_token_id) for e in (task.held_out, task.general))
     return held_out, general
-
-
-def count(model: Any) -> tuple[int, int]:
-    """(parameters that are trained, all parameters), a tied one once; of a PeftModel as PEFT counts them."""
-    if isinstance(model, PeftModel):
-        return model.get_nb_trainable_parameters()
-    sizes = [(p.size, p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def storage(model: Any) -> int:
-    """Bytes to keep for the task: what is trained; of an adapter, the arrays of its file."""
-    if isinstance(model, PeftModel):
-        return sum(p.data.nbytes for name in model.active_adapters for p in state(model, name).values())
-    return sum(p.data.nbytes for p in model.parameters() if p.requires_grad)
