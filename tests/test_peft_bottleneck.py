@@ -44,12 +44,14 @@ def test_adapters_start_as_the_base_learn_and_leave_it_alone(dialect, placement,
         np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), start)
 
 
+@pytest.mark.parametrize("ln_before", [False, True])
 @pytest.mark.parametrize("non_linearity", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-def test_the_equation(placement, non_linearity, rng):
-    """h + s (W_up f(W_down z + b) + b'), z the sublayer's output h, or in parallel its input."""
+def test_the_equation(placement, non_linearity, ln_before, rng):
+    """h + s (W_up f(W_down z + b) + b'), z the sublayer's output h, or in parallel its input; perhaps normalized."""
     layer = Linear(6, 4)
-    adapted = mp.get_peft_model(Sequential(layer), config(placement, target_modules=["0"], non_linearity=non_linearity))
+    options = {"target_modules": ["0"], "non_linearity": non_linearity, "ln_before": ln_before}
+    adapted = mp.get_peft_model(Sequential(layer), config(placement, **options))
     part = adapted.layers["0"].adapters["default"]
     for p in part.parameters():
         p.data = rng.standard_normal(p.shape).astype(np.float32)
@@ -61,6 +63,9 @@ def test_the_equation(placement, non_linearity, rng):
         "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
     }[non_linearity]
     z = x if placement == "parallel" else h
+    if ln_before:
+        z = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 1e-5)
+        z = z * part.ln_before_weight.data + part.ln_before_bias.data
     a = f(z @ part.down_weight.data.T + part.down_bias.data) @ part.up_weight.data.T + part.up_bias.data
     np.testing.assert_allclose(adapted(mp.Tensor(x)).data, h + 2 * a, rtol=1e-5, atol=1e-5)
 
@@ -76,6 +81,21 @@ def test_the_count_is_2dm_and_the_biases(dialect, placement):
     counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), factor)
     assert counted.trainable == 2 * len(PLACES[dialect, placement]) * (2 * d * 4 + 4 + d)
     assert mp.get_peft_model(model, factor).get_nb_trainable_parameters()[0] == counted.trainable
+
+
+def test_a_norm_of_its_own_starts_as_a_norm_learns_and_counts_2d(xp):
+    model = base("gpt2", xp)
+    start = to_numpy(model(xp.asarray(IDS)).data)
+    adapted = mp.get_peft_model(model, config("pfeiffer", ln_before=True))
+    np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), start)
+    assert all((to_numpy(a.ln_before_weight.data) == 1).all() for _, a in adapted.parts("default"))
+    train(adapted, xp, steps=4)
+    mp.assert_learning(adapted)
+    n = 2 * (2 * 16 * 3 + 3 + 16 + 2 * 16)
+    counted = mp.accounting.count_parameters(
+        mp.accounting.architecture(model.config), config("pfeiffer", ln_before=True)
+    )
+    assert counted.trainable == adapted.get_nb_trainable_parameters()[0] == n
 
 
 def test_published_counts():

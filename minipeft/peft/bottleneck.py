@@ -5,6 +5,7 @@
     houlsby    h + a(h), h = s(x)   after attention and the MLP   Houlsby et al. 2019, arXiv:1902.00751, section 2.1
     pfeiffer   h + a(h), h = s(x)   after the MLP alone           Pfeiffer et al. 2020, arXiv:2005.00247, section 3
     parallel   s(x) + scaling a(x)  beside the MLP                He et al. 2021, arXiv:2110.04366, section 3.3
+    ln_before  a(LN(z)) for a(z), a norm of the adapter's own     Bapna & Firat 2019, arXiv:1909.08478; Lin et al. 2020
 
 s is the sublayer, without the residual connection around it. W_up and b_up start at zero, so the adapted model starts
 as the base, exactly; Houlsby et al. start from small random numbers. The function between the two matrices is not
@@ -53,6 +54,7 @@ class BottleneckConfig(PeftConfig):
     bottleneck_size    m itself
     non_linearity      "relu", "gelu" (tanh form) or "silu" (AdapterHub's houlsby)
     scaling            factor of the adapter's output (4 in He et al.)
+    ln_before          a layer norm of the adapter's own before it: 2 d more parameters (Lin et al. 2020, arXiv:2004.03829)
     target_modules     None: the placement's sublayers; or the names of any modules of one input and one output
     """
 
@@ -61,6 +63,7 @@ class BottleneckConfig(PeftConfig):
     bottleneck_size: int | None = None
     non_linearity: str = "relu"
     scaling: float = 1.0
+    ln_before: bool = False
 
     peft_type: ClassVar[str] = "BOTTLENECK"
 
@@ -97,7 +100,8 @@ class BottleneckConfig(PeftConfig):
         m = self.bottleneck_size or int(n_in // self.reduction_factor)
         if m < 1:
             raise PeftError(f"{name}: reduction_factor={self.reduction_factor} leaves nothing of a width of {n_in}")
-        return {"down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
+        norm = {"ln_before_weight": (n_in,), "ln_before_bias": (n_in,)} if self.ln_before else {}
+        return {**norm, "down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it."""
@@ -119,7 +123,7 @@ class BottleneckConfig(PeftConfig):
 
 
 class Bottleneck(Adapter):
-    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]."""
+    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; before it ln_before_weight and _bias [d]."""
 
     def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -127,11 +131,16 @@ class Bottleneck(Adapter):
         self.non_linearity = config.non_linearity
         if seed is not None:
             fill(self.down_weight, kaiming_uniform(np.random.default_rng(seed), self.down_weight.shape))
+            if config.ln_before:
+                self.ln_before_weight.data += 1
 
     def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         h = inner(x)
-        z = F.linear(x if self.parallel else h, self.down_weight, self.down_bias)  # [..., m]
+        z = x if self.parallel else h
+        if "ln_before_weight" in self.keys:
+            z = F.layer_norm(z, self.ln_before_weight, self.ln_before_bias)
+        z = F.linear(z, self.down_weight, self.down_bias)  # [..., m]
         a = F.linear(NON_LINEARITIES[self.non_linearity](z), self.up_weight, self.up_bias)
         return h + (a if self.scaling == 1 else a * self.scaling)
 
