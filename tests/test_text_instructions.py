@@ -83,7 +83,7 @@ def test_what_is_right_by_the_dictionary_is_right():
 def test_classes_are_known_and_not_all_the_same():
     classes = Counter(output for _, output in pairs("source", "test"))
     assert len(classes) == 3 and len(set(classes.values())) == 1
-    assert set(Counter(o for _, o in pairs("part of speech", "test"))) == {"noun", "verb", "adjective", "adverb"}
+    assert set(Counter(o for _, o in pairs("part-of-speech", "test"))) == {"noun", "verb", "adjective", "adverb"}
 
 
 def test_a_record_is_a_phrasing_with_its_input():

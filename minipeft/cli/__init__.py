@@ -17,10 +17,12 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from . import compare, finetune, generate, gradcheck, lessons
+from . import audit, compare, finetune, generate, gradcheck, lessons, sft
 from .arguments import Parser, nearest
 
-COMMANDS = {module.__name__.rpartition(".")[2]: module for module in (compare, finetune, generate, gradcheck, lessons)}
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module for module in (audit, compare, finetune, generate, sft, gradcheck, lessons)
+}
 
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
 EXAMPLES = """\

@@ -5,7 +5,7 @@
                 source          a sentence -> which of three books has it                                   (checked)
                 define          a word -> its meaning
                 use             a word -> a phrase with it                                                  (checked)
-                part of speech  a word and its meaning -> noun, verb, adjective or adverb                   (checked)
+                part-of-speech  a word and its meaning -> noun, verb, adjective or adverb                   (checked)
                 synonym         a word -> another with the same meaning                                     (checked)
     held out    archaize        a verse in Basic English -> in King James'                    (rewrite, turned round)
                 name            a meaning -> the word                                         (define, turned round) (checked)
@@ -216,7 +216,7 @@ TASKS: dict[str, Task] = {
         ("Put the word into a sentence.", "Write something in which {input} has a place."),
         _uses,
     ),
-    "part of speech": Task(
+    "part-of-speech": Task(
         _part_of_speech,
         (
             "Which part of speech is this word?",

@@ -1,0 +1,48 @@
+"""Which template puts a prompt into words: the one asked for, or the one that was saved beside the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..files import FileError, read_json, write_json
+from ..text.datasets import Completion, Document
+from ..text.templates import Pieces, Template, default_template, get_template
+
+FILE = "template.json"
+
+
+def chosen_template(option: str | None, record: Any) -> tuple[str | None, Template | None]:
+    """(its name or text, the template) of --template, in which \\n is a line break; without it, the usual one of a record.
+
+    (None, None) for running text, which takes none.
+    """
+    if option is not None:
+        option = option.replace("\\n", "\n")
+        return option, get_template(option)
+    if isinstance(record, Document):
+        return None, None
+    template = default_template(record)
+    return template.__name__, template
+
+
+def save_template(directory: str | os.PathLike, name: str) -> None:
+    """Write down which template the model in a directory was trained with: a name, or the text of a custom one."""
+    write_json(Path(directory) / FILE, {"template": name})
+
+
+def saved_template(directory: str | os.PathLike | None) -> str | None:
+    """What `save_template` wrote there, None where it did not. Raises FileError for a file that is something else."""
+    if directory is None or not (path := Path(directory) / FILE).is_file():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("template"), str):
+        raise FileError(f'{path}: must hold {{"template": a name or a text}}')
+    return content["template"]
+
+
+def render_prompt(template: Template, prompt: str) -> Pieces:
+    """The pieces of text that a model is shown for a prompt: what stood before the completion in training."""
+    (turn,) = template(Completion(prompt, "-"))
+    return turn.prompt
