@@ -33,7 +33,7 @@ from .codebooks import CODES_4BIT, dynamic_map, thresholds
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 SMALLEST = 1e-38  # the least absmax that a 4-bit block is divided by
-PIECE = 1 << 15  # numbers looked up together: with their bytes widened to indices they stay in a core's cache
+PIECE = 1 << 16  # numbers looked up together: with their bytes widened to indices they stay in a core's cache
 
 
 class QuantError(ValueError):
