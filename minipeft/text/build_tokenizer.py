@@ -13,17 +13,11 @@ import sys
 from pathlib import Path
 
 from minipeft.text.corpora import general_text
+from minipeft.text.templates import CHATML
 from minipeft.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
 PAD, EOS, IM_START, IM_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 to 3
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def build_tokenizer(documents: list[str]) -> Tokenizer:

@@ -59,7 +59,7 @@ def encode_examples(
     if all(isinstance(record, Document) for record in records):
         blocks = chunk_text(encode_documents([record.text for record in records], tokenizer), max_length)
         return EncodedExamples([Example(block, block.copy()) for block in blocks], 0, 0)
-    encoded = [encode_turns((template or default_template(record))(record), tokenizer) for record in records]
+    encoded = [encode_turns((template or default_template(record, tokenizer))(record), tokenizer) for record in records]
     if on_overflow == "error":
         _refuse_overlong([len(example.input_ids) for example in encoded], max_length)
     examples, truncated, dropped = [], 0, 0
@@ -100,8 +100,8 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
-    for piece in (piece for turn in turns for piece in turn):
-        text += piece
+    for part in (part for turn in turns for part in (turn.prompt, turn.completion)):
+        text += part
         parts.append(tokenizer.encode_pieces(text, add_special_tokens=True))
     ids = parts[-1]
     if not isinstance(turns[-1].completion[-1], Special) and ids[-1] != _eos(tokenizer):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from minipeft.text.datasets import Completion, Conversation, Instruction, Message, Preference, Record
-from minipeft.text.tokenizer import Special
+from minipeft.text.tokenizer import Special, Tokenizer
 
 # The published wording, to the letter: Taori et al. 2023, Stanford Alpaca, PROMPT_DICT in train.py.
 ALPACA_WITH_INPUT = (
@@ -23,6 +23,10 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 IM_START, IM_END = Special("<|im_start|>"), Special("<|im_end|>")
+CHATML = (  # what `chatml` does, as a tokenizer's chat template
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 Pieces = tuple[str, ...]
 
@@ -37,9 +41,11 @@ class Turn(NamedTuple):
 Template = Callable[[Record], list[Turn]]
 
 
-def get_template(name: str) -> Template:
-    """The template called "plain", "alpaca" or "chatml", or `custom(name)` where `name` holds a {field}."""
+def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
+    """The template called "plain", "alpaca", "chatml" or "chat" (the tokenizer's own); `custom(name)` for a name with a {field}."""
     known: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "chatml": chatml}
+    if tokenizer is not None:
+        known["chat"] = chat(tokenizer)
     if name in known:
         return known[name]
     if "{" in name:
@@ -47,8 +53,10 @@ def get_template(name: str) -> Template:
     raise ValueError(f"a template is one of {', '.join(known)} or a text with a {{field}} in it, got {name!r}")
 
 
-def default_template(record: Record) -> Template:
-    """alpaca for Instruction records, chatml for a Conversation, plain for Completion and Preference."""
+def default_template(record: Record, tokenizer: Tokenizer | None = None) -> Template:
+    """alpaca for Instruction records, plain for Completion and Preference; for a Conversation the tokenizer's own, or chatml."""
+    if isinstance(record, Conversation) and tokenizer is not None:
+        return chat(tokenizer)
     return alpaca if isinstance(record, Instruction) else chatml if isinstance(record, Conversation) else plain
 
 
@@ -60,9 +68,15 @@ def plain(record: Record) -> list[Turn]:
 
 
 def alpaca(record: Record) -> list[Turn]:
-    """Instruction: Stanford Alpaca's prompt, with its input where there is one; the output follows `### Response:`."""
+    """Instruction: Stanford Alpaca's prompt, with its input where there is one; the output follows `### Response:`.
+
+    A Completion is an instruction without input: its prompt.
+    """
+    record = _instruction(record)
     if not isinstance(record, Instruction):
-        raise ValueError(f"the alpaca template takes {{instruction, input, output}} records, got {_form(record)}")
+        raise ValueError(
+            f"the alpaca template takes {{instruction, input, output}} or {{prompt, completion}} records, got {_form(record)}"
+        )
     return [Turn(alpaca_prompt(record.instruction, record.input), (record.output,))]
 
 
@@ -78,18 +92,7 @@ def chatml(record: Record) -> list[Turn]:
     Learned are the assistant's words and the `<|im_end|>` after them. The line break after the very last `<|im_end|>`
     is left off: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
     """
-    if isinstance(record, Instruction):
-        question = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
-        messages: Sequence[Message] = (Message("user", question), Message("assistant", record.output))
-    elif isinstance(record, Completion):
-        messages = (Message("user", record.prompt), Message("assistant", record.completion))
-    elif isinstance(record, Conversation):
-        messages = record.messages
-    else:
-        raise ValueError(
-            f"the chatml template takes {{messages}}, {{instruction, input, output}} or {{prompt, completion}} "
-            f"records, got {_form(record)}"
-        )
+    messages = _messages(record, "chatml")
     turns, seen = [], 0
     for position, message in enumerate(messages):
         if message.role == "assistant":
@@ -107,11 +110,73 @@ def chatml_prompt(messages: Sequence[Message]) -> Pieces:
     return (*pieces, IM_START, "assistant\n")
 
 
+def chat(tokenizer: Tokenizer) -> Template:
+    """The tokenizer's own chat template; `chatml` for one that has none, or just that.
+
+    One turn for each of the assistant's messages. What is learned of it is what the template writes after the opening of the
+    answer, up to the last special token there (the end of the turn). Records as for `chatml`. The template raises ValueError
+    for messages that the chat template cannot write, or writes differently once the answer is there.
+    """
+    if tokenizer.chat_template in (None, CHATML):
+        return chatml
+
+    def render(record: Record) -> list[Turn]:
+        messages = _messages(record, "chat")
+        turns, done = [], 0
+        for position, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = "".join(tokenizer.chat_pieces(messages[:position], add_generation_prompt=True))
+            pieces = tokenizer.chat_pieces(messages[: position + 1])
+            text = "".join(pieces)
+            if not text.startswith(prompt) or done > len(prompt):
+                raise ValueError(
+                    "the tokenizer's chat template writes the messages before an answer differently once the answer is "
+                    "there, so the answer cannot be told apart; take another template, such as chatml"
+                )
+            last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Special)), default=-1)
+            end = len("".join(pieces[: last + 1]))
+            end = end if end > len(prompt) else len(text)
+            turns.append(
+                Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end))
+            )
+            done = end
+        return turns
+
+    return render
+
+
+def _cut(pieces: Pieces, begin: int, end: int) -> Pieces:
+    """The pieces between two positions of the text they make; neither lies inside a special token."""
+    part, at = [], 0
+    for piece in pieces:
+        inside = piece[max(0, begin - at) : max(0, end - at)]
+        at += len(piece)
+        if inside:
+            part.append(Special(inside) if isinstance(piece, Special) else inside)
+    return tuple(part)
+
+
+def _messages(record: Record, template: str) -> tuple[Message, ...]:
+    """A record as a conversation: an Instruction or Completion is one question and one answer."""
+    if isinstance(record, Conversation):
+        return record.messages
+    if isinstance(record, Instruction):
+        question = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+        return Message("user", question), Message("assistant", record.output)
+    if isinstance(record, Completion):
+        return Message("user", record.prompt), Message("assistant", record.completion)
+    raise ValueError(
+        f"the {template} template takes {{messages}}, {{instruction, input, output}} or {{prompt, completion}} "
+        f"records, got {_form(record)}"
+    )
+
+
 def custom(prompt: str) -> Template:
     """A template from a format string for the prompt, such as `"Q: {prompt}\\nA:"`; the completion or output follows.
 
-    The fields are those of the record: {prompt} of a Completion, {instruction} and {input} of an Instruction. `{{` is a
-    brace. Anything else a format string can do (attributes, indices, conversions, widths) raises ValueError.
+    The fields are those of the record: {prompt} of a Completion, {instruction} and {input} of an Instruction; a
+    Completion's prompt can be an {instruction} too, without input. `{{` is a brace. Anything else a format string can do (attributes, indices, conversions, widths) raises ValueError.
     """
     allowed = {"prompt": "completion", "instruction": "output", "input": "output"}
     try:
@@ -134,6 +199,7 @@ def custom(prompt: str) -> Template:
 
     def render(record: Record) -> list[Turn]:
         form = Completion if "prompt" in fields else Instruction
+        record = _instruction(record) if form is Instruction else record
         if not isinstance(record, form):
             raise ValueError(
                 f"a template with the fields {fields} takes {{{', '.join(form._fields)}}} records, got {_form(record)}"
@@ -146,11 +212,16 @@ def custom(prompt: str) -> Template:
 
 
 def preference_turns(record: Preference, template: Template = plain) -> tuple[Turn, Turn]:
-    """The (chosen, rejected) answers to one prompt, each as a turn; the template must take Completion records."""
+    """The (chosen, rejected) answers to one prompt, each as a turn; the template takes Completion records."""
     if not isinstance(record, Preference):
         raise ValueError(f"preference pairs are {{prompt, chosen, rejected}} records, got {_form(record)}")
     chosen, rejected = (template(Completion(record.prompt, answer))[0] for answer in (record.chosen, record.rejected))
     return chosen, rejected
+
+
+def _instruction(record: Record) -> Record:
+    """A Completion as the Instruction that its prompt is; any other record as it is."""
+    return Instruction(record.prompt, "", record.completion) if isinstance(record, Completion) else record
 
 
 def _form(record: object) -> str:

@@ -7,13 +7,17 @@ caller asks for them, never because a user's text happens to spell one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minipeft import files
+from minipeft.text import chat
+
+_GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
 
 
 class Special(str):
@@ -29,7 +33,7 @@ class Tokenizer:
     config   the content of `tokenizer_config.json`: `eos_token`, `pad_token`, `chat_template` and what else it holds
 
     Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
-    are 0 .. vocab_size - 1, special tokens included), `chat_template` (str or None).
+    are 0 .. vocab_size - 1, special tokens included), `chat_template` (a Jinja program as str, or None).
     """
 
     def __init__(self, backend: Any, config: dict[str, Any] | None = None):
@@ -45,7 +49,7 @@ class Tokenizer:
         self._special_ids = {id for id, token in added.items() if token.special}
         self.eos_token, self.eos_token_id = self._named_token("eos_token")
         self.pad_token, self.pad_token_id = self._named_token("pad_token")
-        self.chat_template = self.config.get("chat_template")
+        self.chat_template = self._read_chat_template()
 
     def _named_token(self, name: str) -> tuple[str | None, int | None]:
         token = self.config.get(name)
@@ -59,6 +63,15 @@ class Tokenizer:
         if token_id is None:
             raise ValueError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
         return token, token_id
+
+    def _read_chat_template(self) -> str | None:
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # several, each with a name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"tokenizer_config.json: chat_template must be a string, got {type(template).__name__}")
+        return template
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -154,10 +167,12 @@ class Tokenizer:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
 
         Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then the runs
-        of plain text between the special tokens are encoded by themselves. ValueError where a Special piece is not a
-        token of this tokenizer.
+        of plain text between the special tokens are encoded by themselves. Pieces that begin with a special token say
+        themselves how a text begins: `add_special_tokens` adds nothing to them. ValueError where a Special piece is not
+        a token of this tokenizer.
         """
         pieces = list(pieces)
+        add_special_tokens = add_special_tokens and not (pieces and isinstance(pieces[0], Special))
         for piece in pieces:
             if isinstance(piece, Special):
                 self.token_to_id(piece)
@@ -173,6 +188,55 @@ class Tokenizer:
         for run in runs:
             ids += [self.token_to_id(run)] if isinstance(run, Special) else self.encode(run)
         return ids
+
+    def apply_chat_template(
+        self, messages: Sequence[Any], add_generation_prompt: bool = False, tokenize: bool = True, **variables: Any
+    ) -> list[int] | str:
+        """A conversation as the model's own chat template writes it: token ids, or the text with `tokenize=False`.
+
+        messages               [{"role": "user", "content": "..."}, ...] or `Message`s
+        add_generation_prompt  whether the opening of the assistant's answer follows, for the model to go on from
+        variables              further names for the template
+
+        As in Hugging Face, except that a message which spells a special token does not become one. Raises ValueError where
+        the tokenizer has no template, or the template cannot write these messages.
+        """
+        pieces = self.chat_pieces(messages, add_generation_prompt, **variables)
+        return self.encode_pieces(pieces) if tokenize else "".join(pieces)
+
+    def chat_pieces(
+        self, messages: Sequence[Any], add_generation_prompt: bool = False, **variables: Any
+    ) -> tuple[str, ...]:
+        """The pieces of `apply_chat_template`: those that the template wrote as special tokens are `Special`."""
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        content = [_as_mapping(message) for message in messages]
+        said = repr((content, variables))
+        guard = next((mark for mark in _GUARDS if mark not in said), None)
+        if guard is None:
+            raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")
+        # longest first: where a special token's text begins with another's, the longer one is meant
+        special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
+        hidden: list[str] = []
+
+        def hide(value: Any) -> Any:
+            """A message with the special tokens' texts in it taken out, so that all in the result are the template's."""
+            if isinstance(value, str):
+                return special.sub(lambda m: hidden.append(m[0]) or f"{guard}{len(hidden) - 1}{guard}", value)
+            if isinstance(value, Mapping):
+                return {key: hide(item) for key, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list | tuple) else value
+
+        names = {key: text for key in ("bos_token", "eos_token", "pad_token") if (text := self._named_token(key)[0])}
+        variables = names | {key: hide(value) for key, value in variables.items()}
+        text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
+        pieces: list[str] = []
+        for i, piece in enumerate(re.split(f"({special.pattern})", text)):
+            if i % 2:
+                pieces.append(Special(piece))
+            elif piece:
+                pieces.append(re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece))
+        return tuple(pieces)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD."""
@@ -193,6 +257,13 @@ class Tokenizer:
         if pad_id is None:
             raise ValueError("the tokenizer names neither a padding nor an end-of-sequence token to pad with")
         return pad_sequences(sequences, pad_id, side)
+
+
+def _as_mapping(message: Any) -> Mapping[str, Any]:
+    fields = message._asdict() if hasattr(message, "_asdict") else message
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("role"), str):
+        raise TypeError(f'a message must be a mapping with "role" and "content", got {message!r}')
+    return fields
 
 
 def pad_sequences(
