@@ -8,6 +8,7 @@ trained on a rater's labels is a proxy for it, and what optimizing the proxy doe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,15 @@ def vader(texts: Sequence[str]) -> np.ndarray:
     return np.array([analyzer.polarity_scores(text)["compound"] for text in texts], np.float64)
 
 
-def _analyzer(found: list[Any] = []) -> Any:  # noqa: B006 the one analyzer, whose lexicon takes 0.1 s to read
-    if not found:
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as error:
-            raise ImportError(
-                "the gold reward is computed by vaderSentiment, which is not installed: pip install 'minipeft[rlhf]'"
-            ) from error
-        found.append(SentimentIntensityAnalyzer())
-    return found[0]
+@cache
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ImportError(
+            "the gold reward is computed by vaderSentiment, which is not installed: pip install 'minipeft[rlhf]'"
+        ) from error
+    return SentimentIntensityAnalyzer()
 
 
 def rank(scores: np.ndarray, rng: np.random.Generator, temperature: float = 0.1, flip: float = 0.0) -> np.ndarray:

@@ -406,8 +406,8 @@ class OnlineTrainer:
 
     def _identity(self) -> dict[str, Any]:
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE}
-        identity = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        identity["method"] = type(self).__name__
+        identity: dict[str, Any] = {"method": type(self).__name__}
+        identity |= {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         identity["prompts"] = fingerprint((str(i), np.asarray(p, np.int64)) for i, p in enumerate(self.prompts))
         identity["reference policy"] = frozen_fingerprint(self.reference)

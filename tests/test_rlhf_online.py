@@ -1,0 +1,431 @@
+"""PPO, RLOO, GRPO and DPO as trainers: what a rollout marks, what an update does, resuming, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft import rlhf
+from minipeft.backend import to_numpy
+from minipeft.text.examples import Example, PreferencePair
+from minipeft.train.checkpoint import CheckpointError
+
+EOS, LIKED = 1, 7
+PROMPTS = [[3, 4], [5], [6, 3, 9, 2], [8, 8, 8]]
+
+
+def base(xp=np, **fields):
+    shape = dict(vocab_size=16, hidden_size=16, num_hidden_layers=2, max_position_embeddings=32, initializer_range=0.3)
+    return mp.Transformer(mp.TransformerConfig.llama(eos_token_id=EOS, **(shape | fields)), seed=1).to(xp)
+
+
+def liked(roll):
+    """How often the token 7 stands in a response, and a little for its length."""
+    return np.array([sum(t == LIKED for t in r) + 0.01 * len(r) for r in roll.responses()])
+
+
+SMALL = dict(batch_size=16, mini_batch_size=8, num_epochs=2, response_length=6, missing_eos_score=None, steps=4)
+METHODS = {
+    "ppo": (rlhf.PPOTrainer, rlhf.PPOConfig),
+    "rloo": (rlhf.RLOOTrainer, rlhf.GroupConfig),
+    "grpo": (rlhf.GRPOTrainer, rlhf.GroupConfig),
+}
+
+
+def trainer(method="ppo", policy=None, reward=liked, prompts=PROMPTS, watch=None, **fields):
+    kind, config = METHODS[method]
+    return kind(base() if policy is None else policy, reward, prompts, config(**(SMALL | fields)), watch)
+
+
+def parameters(model):
+    return {n: to_numpy(p.data).copy() for n, p in model.named_parameters()}
+
+
+def same(a, b):
+    return all(np.array_equal(a[n], b[n]) for n in a)
+
+
+# ------------------------------------------------------------------------------------------------------------ rollouts
+
+
+def test_a_response_ends_with_its_first_stop_token(xp):
+    mask, ended = rlhf.truncate_response(xp.asarray(np.array([[4, 1, 5, 1], [1, 1, 1, 1], [4, 5, 6, 7]])), [1])
+    assert to_numpy(mask).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert to_numpy(ended).tolist() == [True, True, False]
+    mask, ended = rlhf.truncate_response(xp.asarray(np.array([[4, 6, 5]])), [1, 6])
+    assert to_numpy(mask).tolist() == [[1, 1, 0]]
+    assert not to_numpy(rlhf.truncate_response(xp.asarray(np.array([[4, 1]])), [])[1]).any()
+
+
+def test_a_rollout_is_fixed_length_sampling_cut_at_the_stop_token(xp):
+    policy = base(xp)
+    roll = rlhf.rollout(policy, PROMPTS * 4, 8, 1.0, [EOS], seed=3)
+    ids, mask = to_numpy(roll.input_ids), to_numpy(roll.attention_mask)
+    padded = np.array([[0] * (4 - len(p)) + p for p in PROMPTS * 4])
+    free = policy.generate(padded, mask[:, :4], max_new_tokens=8, temperature=1.0, seed=3, eos_token_id=())[:, 4:]
+    real = np.cumsum(free == EOS, axis=1) - (free == EOS) == 0
+    assert np.array_equal(ids, np.concatenate([padded, np.where(real, free, 0)], axis=1))
+    assert np.array_equal(mask, np.concatenate([padded > 0, real], axis=1))
+    assert roll.prompts() == PROMPTS * 4 and roll.responses() == [f[r].tolist() for f, r in zip(free, real)]
+    assert to_numpy(roll.ended).tolist() == (free == EOS).any(axis=1).tolist() and roll.length == 8
+    assert 0 < to_numpy(roll.ended).sum() < 16, "both kinds of responses were seen"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_do_not_depend_on_padding_or_on_the_batch(temperature):
+    policy = base()
+    roll = rlhf.rollout(policy, PROMPTS, 5, temperature, [EOS], seed=1)
+    together = rlhf.response_logprobs(policy, roll.input_ids, roll.attention_mask, 5, temperature).numpy()
+    for row, (prompt, response) in enumerate(zip(roll.prompts(), roll.responses())):
+        logits = policy(np.array([prompt + response])).numpy()[0, len(prompt) - 1 : -1] / temperature
+        alone = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = alone[np.arange(len(response)), response]
+        np.testing.assert_allclose(together[row, : len(response)], expected, atol=1e-5)
+
+
+def test_sequence_logprobs_are_sums_over_the_completion(rng):
+    policy = base()
+    ids = rng.integers(2, 16, (3, 7))
+    labels, mask = ids.copy(), np.ones_like(ids)
+    labels[0, :3], labels[1, :5], labels[2, :2] = -100, -100, -100
+    labels[2, 5:], mask[2, 5:] = -100, 0
+    got = rlhf.sequence_logprobs(policy, ids, labels, mask).numpy()
+    logits = policy(ids).numpy()
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(got, (each * (labels[:, 1:] != -100)).sum(1), atol=1e-5)
+    assert -got.sum() / (labels[:, 1:] != -100).sum() == pytest.approx(policy.loss(ids, labels).item(), rel=1e-5)
+
+
+def test_distinct_n():
+    assert rlhf.distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
+    assert rlhf.distinct_n([[5] * 11], 2) == 1 / 10 and rlhf.distinct_n([[1]], 2) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_what_is_rewarded_and_tells_everything(method):
+    run = trainer(method, steps=25, learning_rate=3e-3, kl_coef=0.01, watch={"length": lambda r: r.mask.sum(axis=1)})
+    history = run.train()
+    scores = [r["objective/scores"] for r in history]
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 1, scores
+    objective = {f"objective/{n}" for n in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "kl_coef")}
+    expected = objective | {
+        "policy/approxkl",
+        "policy/clipfrac",
+        "policy/entropy",
+        "loss/policy",
+        "val/ratio",
+        "num_eos",
+    }
+    expected |= {"text/distinct_2", "text/ref_loss", "text/length", "watch/length", "learning_rate", "grad_norm"}
+    expected |= {"loss/value", "val/clipfrac"} if method == "ppo" else set()
+    assert expected <= set(history[0]) and all(math.isfinite(v) for r in history for v in r.values())
+    assert history[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is the policy as it was"
+    assert history[-1]["objective/kl"] > 0.1
+    for r in history:
+        assert r["objective/rlhf_reward"] == pytest.approx(r["objective/scores"] + r["objective/non_score_reward"])
+        assert r["watch/length"] == pytest.approx(r["text/length"])
+
+
+def test_statistics_of_the_first_update_are_those_of_its_rollout():
+    run = trainer(steps=1)
+    roll = rlhf.rollout(base(), run._prompts(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
+    logprobs = rlhf.response_logprobs(base(), roll.input_ids, roll.attention_mask, 6).numpy() * roll.mask
+    record = run.step()
+    assert record["objective/entropy"] == pytest.approx(-logprobs.sum(1).mean(), rel=1e-5)
+    assert record["objective/scores"] == liked(roll).mean() and record["num_eos"] == roll.ended.sum()
+    assert record["text/ref_loss"] == pytest.approx(-logprobs.sum() / roll.mask.sum(), rel=1e-5)
+    assert record["text/distinct_2"] == rlhf.distinct_n(roll.responses())
+
+
+def test_one_update_is_the_published_algorithm_step_by_step():
+    """The trainer against the same update written down plainly, with one minibatch and one epoch."""
+    run = trainer(steps=1, mini_batch_size=16, num_epochs=1, learning_rate=1e-3, lr_scheduler_type="constant")
+    policy, head = base(), mp.nn.Linear(16, 1, seed=0)
+    for p in head.parameters():
+        p.data = np.zeros_like(p.data)
+    roll = rlhf.rollout(policy, run._prompts(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
+    logprobs = rlhf.response_logprobs(policy, roll.input_ids, roll.attention_mask, 6)
+    old = logprobs.numpy() * roll.mask
+    rewards = rlhf.shaped_rewards(old, old, liked(roll).astype("f4"), roll.mask, 0.05)
+    advantages, returns = rlhf.gae(rewards, np.zeros_like(old), 1.0, 0.95, roll.mask)
+    hidden = policy.backbone(roll.input_ids, roll.attention_mask)[:, -7:-1]
+    values = head(hidden).reshape(16, 6)
+    loss = rlhf.policy_loss(logprobs, old, rlhf.whiten(advantages, roll.mask), roll.mask)
+    loss = loss + 0.1 * rlhf.value_loss(values, np.zeros_like(old), returns, roll.mask)
+    loss.backward()
+    named = [*policy.named_parameters(), *head.named_parameters()]
+    mp.optim.clip_grad_norm(named, 1.0)
+    mp.optim.Adam(named, lr=1e-3, eps=1e-5).step()
+    run.step()
+    for name, p in policy.named_parameters():
+        np.testing.assert_allclose(run.trainable[name].data, p.data, atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(run.v_head.weight.data, head.weight.data, atol=2e-5)
+
+
+def test_the_reference_shares_what_is_frozen_and_copies_what_is_trained():
+    model = base()
+    full = rlhf.frozen_copy(model)
+    assert not any(np.shares_memory(p.data, q.data) for p, q in zip(model.parameters(), full.parameters()))
+    sft = mp.get_peft_model(model, mp.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with_sft = rlhf.frozen_copy(sft)
+    for (name, p), q in zip(sft.named_parameters(), with_sft.parameters()):
+        assert np.shares_memory(p.data, q.data) != p.requires_grad and not q.requires_grad, name
+    ids = np.array([[3, 4, 5]])
+    start = with_sft(ids).numpy()
+    for p in sft.parameters():
+        if p.requires_grad:
+            p.data += 1
+    sft.set_adapter("default", inference_mode=True)
+    with sft.disable_adapter():
+        assert np.array_equal(with_sft(ids).numpy(), start), "neither training nor switching the policy moves it"
+    assert not np.allclose(start, model(ids).numpy()), "and it holds the adapter it began with"
+
+
+def test_a_lora_policy_trains_its_adapter_and_nothing_else():
+    model = base()
+    before = parameters(model)
+    policy = mp.get_peft_model(model, mp.LoraConfig(r=4, target_modules="all-linear"))
+    run = trainer(policy=policy, steps=2, learning_rate=1e-2)
+    shared = {id(p.data) for p in run.reference.parameters()} & {id(p.data) for p in policy.parameters()}
+    assert {id(p.data) for p in model.parameters()} <= shared, "one base for policy and reference"
+    run.train()
+    assert same(before, parameters(model)) and not policy.unmoved()
+    assert run.history[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and run.history[1]["objective/kl"] != 0
+
+
+def test_a_policy_on_top_of_a_frozen_sft_adapter():
+    policy = mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    policy.add_adapter("rl", mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    policy.set_adapter(["default", "rl"])
+    for _, part in policy.parts("default"):
+        part.requires_grad_(False)
+    sft = {n: p.data.copy() for n, p in policy.named_parameters() if not p.requires_grad}
+    run = trainer(policy=policy, steps=2, learning_rate=1e-2)
+    run.train()
+    assert run.history[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is base plus SFT adapter"
+    assert all(np.array_equal(sft[n], p.data) for n, p in policy.named_parameters() if n in sft)
+
+
+def test_a_value_model_of_its_own():
+    model = base()
+    value = mp.ValueModel(model)
+    run = rlhf.PPOTrainer(model, liked, PROMPTS, rlhf.PPOConfig(**SMALL), value_model=value)
+    start = parameters(value)
+    run.train()
+    assert not np.array_equal(start["v_head.weight"], value.v_head.weight.data)
+    assert not any("v_head" in n for n in run.trainable if not n.startswith("value."))
+
+
+def test_adaptive_kl_moves_beta_and_logs_the_one_it_used():
+    run = trainer(steps=4, learning_rate=3e-3, kl_coef=0.1, kl_target=1e-3, kl_horizon=64)
+    betas = [r["objective/kl_coef"] for r in run.train()]
+    assert betas[0] == 0.1 and betas[1] == pytest.approx(0.1 * (1 - 0.2 * 16 / 64)), "KL 0: 20% below target"
+    assert betas[3] > betas[2], "then it is far above"
+
+
+def test_groups_share_their_prompt_and_epochs_cover_all_prompts():
+    run = trainer("grpo", num_generations=4)
+    first = run._prompts(0)
+    assert all(first[i] == first[i - i % 4] for i in range(16))
+    assert sorted(map(tuple, first[::4])) == sorted(map(tuple, PROMPTS))
+    assert run._prompts(0) == trainer("rloo")._prompts(0)
+
+
+def test_a_reward_model_as_reward_and_another_number_to_watch():
+    model = rlhf.RewardModel(base(), seed=3)
+    model.mean, model.std = 0.25, 2.0
+    run = trainer(
+        reward=model,
+        watch={"same": lambda r: model.score_texts([np.array(p + q) for p, q in zip(r.prompts(), r.responses())])},
+    )
+    record = run.step()
+    assert record["objective/scores"] == pytest.approx(record["watch/same"], abs=1e-5)
+
+
+def test_a_run_works_on_a_device(xp):
+    run = trainer(policy=base(xp), steps=2)
+    run.train()
+    assert np.isfinite(run.history[-1]["loss/policy"])
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints, resume
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_same_bytes(method, tmp_path):
+    options = dict(kl_coef=0.1, learning_rate=1e-3, save_steps=1)
+    adaptive = dict(kl_target=0.5, kl_horizon=64) if method == "ppo" else {}
+    whole = trainer(method, output_dir=tmp_path / "whole", **options, **adaptive)
+    whole.train()
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        trainer(method, output_dir=tmp_path / "halves", **options, **adaptive).train(on_step=stop)
+    again = trainer(method, output_dir=tmp_path / "halves", **options, **adaptive)
+    history = again.train(resume_from_checkpoint=True)
+    for name, p in whole.trainable.items():
+        assert again.trainable[name].data.tobytes() == p.data.tobytes(), name
+    assert history == whole.history
+    lines = [(tmp_path / d / "metrics.jsonl").read_bytes() for d in ("whole", "halves")]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
+    assert json.loads(lines[0].splitlines()[0])["step"] == 1
+    files = [sorted(Path(tmp_path / d).rglob("*.safetensors")) for d in ("whole", "halves")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    reward = rlhf.RewardModel(base(), seed=3)
+    trainer(reward=reward, output_dir=tmp_path, save_steps=2).train()
+    with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run"):
+        trainer(output_dir=tmp_path).train()
+    for match, changed in (
+        ("other kl_coef .0.05 there, 0.3 here", dict(kl_coef=0.3)),
+        ("other prompts", dict(prompts=PROMPTS[:2])),
+        ("other reference policy", dict(policy=base(initializer_range=0.1))),
+        ("other reward model", dict(reward=rlhf.RewardModel(base(), seed=4))),
+        ("other method", dict(method="grpo")),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            trainer(**({"reward": reward} | changed), output_dir=tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        trainer(output_dir=tmp_path / "empty").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="needs the output_dir"):
+        trainer().train(resume_from_checkpoint=True)
+
+
+# ------------------------------------------------------------------------------------------------------ what stops it
+
+
+def test_identical_scores_stop_with_a_reason():
+    with pytest.raises(rlhf.RLHFError, match=r"update 1: all responses have the same score \(2\)"):
+        trainer(reward=lambda r: np.full(16, 2.0)).step()
+    with pytest.raises(rlhf.RLHFError, match="none ended with a stop token; raise response_length"):
+        trainer(stop_token_ids=(99,), missing_eos_score=-1.0).step()
+    by_prompt = lambda r: np.array([float(len(p)) for p in r.prompts()])  # noqa: E731
+    trainer(reward=by_prompt).step()
+    with pytest.raises(rlhf.RLHFError, match="in every group all responses have the same score"):
+        trainer("rloo", reward=by_prompt).step()
+
+
+def test_not_a_number_stops_with_a_reason():
+    with pytest.raises(rlhf.RLHFError, match="update 1: the reward is NaN or infinite for 1 of 16"):
+        trainer(reward=lambda r: np.r_[np.nan, np.arange(15.0)]).step()
+    with pytest.raises(ValueError, match=r"one score a response, \(16,\), not \(3,\)"):
+        trainer(reward=lambda r: np.arange(3.0)).step()
+    run = trainer(learning_rate=1e30, max_grad_norm=1e30)
+    with pytest.raises((rlhf.RLHFError, FloatingPointError), match=r"NaN|loss is"):
+        run.train()
+
+
+def test_a_diverged_kl_stops_with_a_reason_and_a_stop_kl_ends_the_run():
+    with pytest.raises(rlhf.RLHFError, match=r"nats a response from its reference, beyond max_kl=0.01; lower learning"):
+        trainer(learning_rate=3e-2, max_kl=0.01).train()
+    history = trainer(learning_rate=3e-2, stop_kl=0.01, steps=10).train()
+    assert len(history) < 10 and history[-1]["objective/kl"] > 0.01 >= history[-2]["objective/kl"]
+
+
+def test_the_first_minibatch_shows_a_policy_that_is_not_the_one_that_sampled(monkeypatch):
+    good = {"largest deviation": 1e-6, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
+    rlhf.check_first_minibatch(good)
+    for name, value in (
+        ("largest deviation", 2e-4),
+        ("policy/approxkl", 1e-3),
+        ("policy/clipfrac", 0.1),
+        ("policy/approxkl", math.nan),
+    ):
+        with pytest.raises(rlhf.RLHFError, match="already differs from the one that sampled"):
+            rlhf.check_first_minibatch(good | {name: value})
+    run = trainer()
+    scale = iter([1.0, 1.0, 1.01])  # two batches before, then a temperature that has changed
+    original = run.outputs
+
+    def other_temperature(*arguments):
+        out = original(*arguments)
+        return out._replace(logprobs=out.logprobs * next(scale, 1.0))
+
+    monkeypatch.setattr(run, "outputs", other_temperature)
+    with pytest.raises(rlhf.RLHFError, match="is something random in its forward pass"):
+        run.step()
+
+
+def test_arguments_that_make_no_sense():
+    for message, fields in (
+        ("batch_size must be a multiple of mini_batch_size, 8, got 12", dict(batch_size=12)),
+        ("temperature must be above 0, got 0", dict(temperature=0)),
+        ("lam must be between 0 and 1, got 2", dict(lam=2)),
+        ("set one of them to None", dict(missing_eos_score=-1.0, missing_eos_penalty=1.0)),
+        ("kl_coef must not start at 0", dict(kl_coef=0, kl_target=3.0)),
+        ("save_steps needs an output_dir", dict(save_steps=1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(**fields)
+    with pytest.raises(ValueError, match="multiple of num_generations, 5"):
+        trainer("grpo", num_generations=5)
+    with pytest.raises(ValueError, match="there are no prompts"):
+        trainer(prompts=[])
+    with pytest.raises(ValueError, match="the model names no EOS token"):
+        trainer(policy=mp.Transformer(base().config.replace(eos_token_id=None)), missing_eos_score=-1.0)
+    with pytest.raises(ValueError, match="virtual tokens do not fit"):
+        trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))).step()
+    with pytest.raises(ValueError, match="nothing to train"):
+        trainer(policy=base().requires_grad_(False))
+
+
+# ----------------------------------------------------------------------------------------------------------------- DPO
+
+
+def preference(chosen, rejected):
+    prompt = [3, 4]
+    return PreferencePair(*(
+        Example(np.array(prompt + answer + [EOS]), np.array([-100] * 2 + answer + [EOS])) for answer in (chosen, rejected)
+    ))  # fmt: skip
+
+
+def pairs(n, seed):
+    rng = np.random.default_rng(seed)
+    return [
+        preference([LIKED] * int(rng.integers(1, 4)), rng.integers(8, 16, rng.integers(1, 4)).tolist())
+        for _ in range(n)
+    ]
+
+
+def test_dpo_learns_to_prefer_from_where_it_begins():
+    policy = base()
+    args = mp.TrainingArguments(learning_rate=3e-3, max_steps=20, per_device_train_batch_size=8, progress=False)
+    run = rlhf.dpo_trainer(policy, pairs(40, 0), pairs(20, 1), args, beta=0.5)
+    assert run.evaluate() == pytest.approx(math.log(2), abs=1e-5), "the policy is its own reference"
+    result = run.train()
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and run.evaluate() < 0.4
+    rewards = rlhf.implicit_rewards(policy, run.eval_examples, beta=0.5)
+    assert (rewards[:, 0] > rewards[:, 1]).mean() > 0.9
+    margin = rewards[:, 0] - rewards[:, 1]
+    assert np.log1p(np.exp(-margin)).mean() == pytest.approx(run.evaluate(), rel=1e-4)
+    with pytest.raises(ValueError, match="beta must be above 0, got 0"):
+        rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)
+
+
+def test_dpo_of_a_lora_policy_refers_to_the_base():
+    model = base()
+    before = parameters(model)
+    policy = mp.get_peft_model(model, mp.LoraConfig(r=4, target_modules="all-linear"))
+    args = mp.TrainingArguments(learning_rate=1e-2, max_steps=10, progress=False)
+    run = rlhf.dpo_trainer(policy, pairs(16, 0), args=args)
+    on_base = rlhf.with_reference(model, pairs(16, 0))
+    assert [p.ref_chosen for p in run.train_examples] == pytest.approx([p.ref_chosen for p in on_base], abs=1e-5)
+    run.train()
+    assert same(before, parameters(model)) and not policy.unmoved()
