@@ -19,13 +19,14 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere; }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p, li, dd { max-width: 46rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 .scroll:focus-visible { outline: 2px solid var(--soft); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; padding: .5rem .6rem; color: var(--soft); }
+caption span { display: inline-block; max-width: calc(100vw - 4rem); }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { white-space: normal; vertical-align: bottom; font-weight: 600; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
@@ -89,13 +90,13 @@ PAGE = """<!DOCTYPE html>
 """
 
 READING = """<ul>
+<li><b>Task loss</b>: on held-out examples, in nats per token; lower is better, and 0.1 less makes the right token about ten
+percent more probable. <b>General loss</b>: on general English of the kind that the shipped base was trained on.
+<b>Forgotten</b>: by how much it rose.</li>
 <li><b>Trained, share</b>: parameters that are trained, and their share of all. <b>Storage</b>: what is to be kept for each task.</li>
-<li><b>Peak memory</b>: of one step on the longest examples, everything included; predicted from shapes, and measured.</li>
+<li><b>Memory</b>: the peak of one step on the longest examples, everything included; measured, and predicted from shapes.</li>
 <li><b>Step</b>: median seconds of a training step. <b>Token</b>: median milliseconds to generate one, with the method in
 place, and after merging it into the weights where that is possible.</li>
-<li><b>Task loss</b>: on held-out examples, in nats per token; lower is better, and a difference of 0.1 makes the right token
-about ten percent more probable. <b>Forgotten</b>: by how much the loss on general English, of the kind that the shipped
-base was trained on, rose.</li>
 <li>Where several seeds ran, numbers are means with standard deviations. Differences smaller than these mean nothing.</li>
 </ul>"""
 
@@ -171,14 +172,14 @@ def table(rows: Rows) -> str:
     """All numbers, in a box of its own that scrolls where the screen is narrow; the best of a column is marked."""
     base, *trained = rows
     headings = (
-        "Method", "Trained parameters", "Share, %", "Storage, MB", "Peak memory, MB: predicted", "measured", "Step, s",
-        "Token, ms", "merged", "Task loss", "General loss", "Forgotten",
+        "Method", "Task loss", "Forgotten", "General loss", "Trained parameters", "Share, %", "Storage, MB",
+        "Memory, MB", "predicted", "Step, s", "Token, ms", "merged",
     )  # fmt: skip
     best = {key: min(row[key] for row in trained) for key in ("task_loss", "forgotten", "storage", "seconds_per_step")}
 
     def number(row: dict[str, Any], key: str, text: str) -> str:
         marked = ' class="best"' if row is not base and row[key] == best.get(key) else ""
-        plus_minus = spread(row, key) if key in ("task_loss", "general_loss", "forgotten") else ""
+        plus_minus = spread(row, key) if key in ("task_loss", "forgotten") else ""
         return f"<td{marked}>{text}{f'<small>{plus_minus}</small>' if plus_minus else ''}</td>"
 
     lines = []
@@ -186,23 +187,23 @@ def table(rows: Rows) -> str:
         learned = row is not base
         cells = [
             f'<th scope="row">{escape(row["title"])}</th>',
+            number(row, "task_loss", f"{row['task_loss']:.3f}"),
+            number(row, "forgotten", f"{row['forgotten']:+.3f}" if learned else "-"),
+            f"<td>{row['general_loss']:.3f}</td>",
             f"<td>{row['trainable']:,}</td>",
             f"<td>{100 * row['trainable'] / row['parameters']:.2f}</td>",
             number(row, "storage", megabytes(row["storage"]) if learned else "-"),
-            f"<td>{megabytes(row['memory_predicted'])}</td>",
             f"<td>{megabytes(row['memory_measured'])}</td>",
+            f"<td>{megabytes(row['memory_predicted'])}</td>",
             number(row, "seconds_per_step", f"{row['seconds_per_step']:.3f}" if learned else "-"),
             f"<td>{1e3 * row['latency']:.2f}</td>",
             "<td>no</td>" if row["latency_merged"] is None else f"<td>{1e3 * row['latency_merged']:.2f}</td>",
-            number(row, "task_loss", f"{row['task_loss']:.3f}"),
-            number(row, "general_loss", f"{row['general_loss']:.3f}"),
-            number(row, "forgotten", f"{row['forgotten']:+.3f}" if learned else "-"),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     return (
         '<div class="scroll" role="region" aria-label="Table of all methods" tabindex="0"><table>\n'
-        "<caption>One line a method; the best of a column is marked.</caption>\n"
+        "<caption><span>One line a method; the best of a column is marked.</span></caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
 

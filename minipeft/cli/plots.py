@@ -71,7 +71,7 @@ def plot_learning(axes: Any, rows: Rows) -> None:
         held_out = [(0, base["task_loss"]), *row["held_out_curve"]]
         axes.plot(*zip(*held_out), marker + "-", color=color, markersize=5)
     axes.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1)
-    axes.set(title="Learning the task", xlabel="step", ylabel="loss on the task (thin: training, marked: held out)")
+    axes.set(title="Learning the task (thin: training, marked: held out)", xlabel="step", ylabel="loss on the task")
 
 
 def plot_trade(axes: Any, rows: Rows) -> None:

@@ -1,0 +1,216 @@
+"""The report of `minipeft compare`: one file that holds everything, right in its numbers, and whole in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+
+import pytest
+
+from minipeft.cli import page
+from minipeft.cli.data import Sample
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+
+SETTINGS = {
+    "data": "my <own> & only.jsonl", "model": "the shipped base", "steps": 8, "batch_size": 4, "seed": 0, "seeds": 3,
+    "reduced": False, "held_out_examples": 7, "max_length": 64, "left_out": {"bitfit": "this model has no biases"},
+}  # fmt: skip
+
+
+def row(method, title, task_loss, forgotten, storage, **more):
+    seeds = [
+        {"seed": i, "task_loss": task_loss + d, "general_loss": 3 + forgotten, "forgotten": forgotten, "seconds_per_step": 0.1}
+        for i, d in enumerate((-0.01, 0.0, 0.01))
+    ]
+    return {
+        "method": method, "title": title, "learning_rate": 1e-3, "trainable": storage // 4, "parameters": 1_000_000,
+        "memory_predicted": 40_000_000 + storage, "memory_measured": 41_000_000 + storage, "seconds_per_step": 0.1,
+        "storage": storage, "latency": 0.002, "latency_merged": 0.001, "task_loss": task_loss, "general_loss": 3 + forgotten,
+        "forgotten": forgotten, "curve": [[i, 4 - i / 10] for i in range(1, 9)], "held_out_curve": [[4, 3.2], [8, task_loss]],
+        "seeds": seeds, **more,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("frozen", "frozen", 3.5, 0.0, 0, seconds_per_step=None, curve=[], held_out_curve=[], seeds=[]),
+    row("full", "full", 2.5, 0.6, 4_000_000),
+    row("lora", "LoRA r=8", 2.51, 0.2, 400_000),
+    row("prompt", "prompt <P=20>", 3.3, 0.05, 10_000, latency_merged=None),
+]
+SHOWN = [(Sample("<b>Word</b>: a-very-long-word-" * 9, [1], "right & proper"), {"frozen": "x" * 300, "full": "ok"})]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "index.html"
+    page.write_page(path, SETTINGS, ROWS, SHOWN)
+    return path
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and the text of each table cell and list item."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.cells, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "th", "li"):
+            self.open.append(tag)
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        if self.open and tag == self.open[-1]:
+            self.open.pop()
+
+    def handle_data(self, data):
+        if self.open:
+            self.cells[-1] += data
+
+
+def test_the_page_refers_to_nothing_outside_itself(path):
+    text = path.read_text(encoding="utf-8")
+    references = [v for _, attrs in Outline(text).tags for k, v in attrs.items() if k in ("src", "srcset", "href")]
+    assert references and all(reference.startswith("data:") for reference in references)
+    svgs = [base64.b64decode(r.partition("base64,")[2]) for r in references if "svg" in r]
+    assert len(svgs) == 6  # three figures, light and dark
+    assert not any(re.search(rb"(href|src)=\"(?!#)", svg) for svg in svgs), "a picture refers to another file"
+    assert "<script" not in text and "url(" not in text and "@import" not in text
+
+
+def test_the_page_is_accessible(path):
+    tags = Outline(path.read_text(encoding="utf-8")).tags
+    assert dict(tags)["html"] == {"lang": "en"}
+    assert [tag for tag, _ in tags if re.fullmatch("h[1-6]", tag)][:2] == ["h1", "h2"]
+    assert all(len(attrs.get("alt", "")) > 40 for tag, attrs in tags if tag == "img")
+    assert all("scope" in attrs for tag, attrs in tags if tag == "th")
+    regions = [attrs for _, attrs in tags if attrs.get("role") == "region"]
+    assert regions and all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in regions)
+    assert "viewport" in [attrs.get("name") for tag, attrs in tags if tag == "meta"]
+
+
+def test_the_numbers_are_those_of_the_rows(path):
+    text = path.read_text(encoding="utf-8")
+    cells = Outline(text).cells
+    at = cells.index("LoRA r=8")
+    assert cells[at + 1 : at + 12] == [
+        "2.510 ± 0.010", "+0.200 ± 0.000", "3.200", "100,000", "10.00", "0.40", "41.4", "40.4", "0.100", "2.00", "1.00",
+    ]  # fmt: skip
+    assert cells[cells.index("prompt <P=20>") + 11] == "no"  # it cannot be merged
+    assert "&lt;own&gt; &amp; only" in text and "<own>" not in text and "<b>Word" not in text
+
+
+def test_the_conclusions_follow_from_the_rows():
+    lines = page.conclusions(ROWS)
+    assert lines[0].startswith("full learned most: task loss 2.500 ± 0.010")
+    assert "LoRA r=8 comes as close as the seeds can tell apart" in lines[1]
+    assert "LoRA r=8 forgot least: +0.200 on general text, full +0.600" in lines[2]
+    apart = [ROWS[0], ROWS[1], row("lora", "LoRA r=8", 2.6, 0.7, 400_000)]
+    assert not any("as close" in line for line in page.conclusions(apart))
+    assert "full forgot least" in " ".join(page.conclusions(apart))
+    worse = [ROWS[0], row("full", "full", 4.0, 1.0, 4)]
+    assert page.conclusions(worse) == ["No method got below the base's task loss of 3.500: more steps or another learning rate are needed."]
+
+
+def test_the_same_rows_give_the_same_bytes(path, tmp_path):
+    page.write_page(tmp_path / "again.html", SETTINGS, ROWS, SHOWN)
+    assert (tmp_path / "again.html").read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.html"]
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+
+
+class Browser:
+    """Headless Chromium, spoken to through chromedriver in the WebDriver protocol (https://www.w3.org/TR/webdriver2/)."""
+
+    def __init__(self, profile, width, height=800, dark=False):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}"
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        flags = [*FLAGS, f"--user-data-dir={profile}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
+        options = {
+            "binary": CHROMIUM, "args": flags,
+            "mobileEmulation": {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 1, "touch": False}},
+        }  # fmt: skip
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "pageLoadStrategy": "normal"}
+        try:
+            for _ in range(100):
+                try:
+                    self.session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+                    break
+                except ConnectionError:
+                    time.sleep(0.1)
+            else:
+                raise ConnectionError("chromedriver did not answer")
+        except BaseException:
+            self.driver.kill()
+            raise
+        self.url += f"/session/{self.session}"
+
+    def call(self, verb, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=verb)
+        try:
+            with self.opener.open(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode()[:2000]) from error
+        except urllib.error.URLError as error:
+            raise ConnectionError(str(error.reason)) from error
+
+    def show(self, path):
+        self.call("POST", "/url", {"url": path.as_uri()})
+
+    def ask(self, expression):
+        return self.call("POST", "/execute/sync", {"script": f"return {expression}", "args": []})
+
+    def console(self):
+        return self.call("POST", "/se/log", {"type": "browser"})
+
+    def close(self):
+        try:
+            self.call("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.wait(10)
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_whole_and_without_complaint(path, tmp_path, width):
+    browser = Browser(tmp_path / "profile", width)
+    try:
+        browser.show(path)
+        assert browser.console() == []
+        assert browser.ask("document.compatMode") == "CSS1Compat"
+        assert browser.ask("window.innerWidth") == width
+        assert browser.ask("document.documentElement.scrollWidth") <= width
+        cut = (
+            "[...document.querySelectorAll('main *')].filter(e => !e.parentElement.closest('.scroll') &&"
+            " (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < 0)).map(e => e.outerHTML)"
+        )
+        assert browser.ask(cut) == []
+        assert browser.ask("document.querySelector('.scroll').clientWidth") <= width
+        assert browser.ask("[...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True] * 3
+        assert browser.ask("performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length") == 0
+    finally:
+        browser.close()
