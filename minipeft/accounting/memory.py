@@ -1,7 +1,7 @@
 """Where the memory of a training step goes: predicted from shapes line by line, and measured.
 
-    model states     frozen weights · trained weights · master copies · gradients · optimizer states
-    what the batch   activations kept for backward · logits · working memory of the op that runs
+    model states     frozen weights · trained weights or adapters · master copies · gradients · optimizer states
+    what the batch   activations kept for backward · logits · keys and values · working memory of the op that runs
     needs
 
 The states are bytes per parameter (`Precision`) times counts. The rest is read off a step that is run on shapes alone
@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import math
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,14 +25,20 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import no_grad
-from ..backend import Array, get_num_threads
+from ..backend import Array, Rng, get_num_threads
+from ..nn.generation import next_logits
 from ..nn.module import Module, Parameter, unallocated
-from ..nn.transformer import Backbone, Transformer, TransformerConfig
+from ..nn.transformer import Backbone, KeyValue, KVCache, Transformer, TransformerConfig
+from ..peft.layer import TrainedCopy
 from ..peft.model import PeftModel
+from ..quant.blockwise import NESTED_BLOCKSIZE, QuantState
+from ..quant.codebooks import CODES_4BIT, dynamic_map
+from ..quant.linear import Linear4bit, tile_size
+from ..quant.surgery import HEADS, quantizable_layers
 from ..train.optim import ELEMENTS
 from .architectures import Architecture, architecture
-from .parameters import trained_parameters
-from .shapes import Meter
+from .parameters import constant_parameters, trained_parameters
+from .shapes import Meter, ShapeArray
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,15 @@ PRECISIONS = {
     "float32": Precision(),  # 16 bytes a trained parameter with Adam: 4 + 4 + 8
     "float16-base": Precision(frozen=2),  # a frozen base stored in float16, widened where it is used
     "mixed": Precision(2, 2, 2, 4, master=4, activations=2),  # 16: 2 + 2 + 8 + 4 (ZeRO, §3.1)
-    "mixed-float32-gradients": Precision(2, 2, 4, 4, master=4, activations=2),  # 18: 2 + 4 + 8 + 4
+    "mixed-float32-gradients": Precision(2, 2, 4, 4, master=4, activations=2),  # 18: 2 + 4 + 8 + 4 (DeepSpeed's ZeRO-3)
     "bfloat16": Precision(2, 2, 2, 4, activations=2),  # 12: 2 + 2 + 8, no master copy (QLoRA, §1)
 }
 OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # moments kept per parameter
+MODES = ("train", "evaluate", "generate")
+BLOCKSIZE = 64  # weights that share a scale in four bits, as `quantize_model` has it
 
-STATES = ("frozen weights", "trained weights", "master copies", "gradients", "optimizer states")
+WEIGHTS = ("frozen weights", "trained weights", "adapters")
+STATES = (*WEIGHTS, "master copies", "gradients", "optimizer states", "running averages")
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class MemoryLedger:
     """Bytes, by line.
 
     `lines` is the moment of the peak, and sums to `total`. `held` is each line in full: all gradients, everything that
-    the forward pass kept. `activations_per_layer` is what each block keeps for its backward pass.
+    the forward pass kept, all positions of the cache. `activations_per_layer` is what each block keeps for its backward
+    pass.
     """
 
     lines: Mapping[str, int]
@@ -88,11 +98,14 @@ def memory_ledger(
     config: Any = None,
     batch: int = 1,
     seq_len: int | None = None,
-    *,
     optimizer: str = "adamw",
     precision: str | Precision = "float32",
     checkpointing: bool | None = None,
+    quantization: str | None = None,
+    *,
+    double_quantization: bool = True,
     mode: str = "train",
+    max_new_tokens: int = 1,
     labels: Array | None = None,
 ) -> MemoryLedger:
     """The memory of one step in the steady state (the optimizer's moments are there), gradients being None before it.
@@ -100,13 +113,15 @@ def memory_ledger(
     Args:
         model: a `Module` as it is (its parameters' `requires_grad` say what is trained, `config` must be None); or an
             `Architecture`, or what `architecture` takes, with `config` as in `count_parameters`.
-        batch, seq_len: sequences and their length. Without a length only the model states are counted, which is all
-            that can be said of families this package does not build.
-        optimizer: "adamw", "adam", "momentum" or "sgd".
+        batch, seq_len: sequences and their length (of the prompt, in generation). Without a length only the model
+            states are counted, which is all that can be said of families this package does not build.
+        optimizer: "adamw", "adam", "momentum" (SGD with momentum) or "sgd".
         precision: a name in `PRECISIONS` or a `Precision`.
         checkpointing: keep block inputs only; None takes what the model says.
-        mode: "train" (loss, backward, optimizer step), "evaluate" (the loss alone), or "generate" (keys and values of
-            `seq_len` positions, and a forward pass over a prompt of that length).
+        quantization: "nf4", "fp4" or "int4": every linear layer but the output head in four bits, in blocks of 64,
+            as `quantize_model` makes it; None leaves them. `double_quantization` packs the scales too.
+        mode: "train" (loss, backward, optimizer step), "evaluate" (the loss alone), or "generate" (`max_new_tokens`
+            tokens after a prompt, with a cache of keys and values).
         labels: what the model's loss takes: for a language model integers [batch, seq_len], -100 where a position does
             not count (by default all count); for a classifier one a sequence.
 
@@ -115,43 +130,46 @@ def memory_ledger(
     """
     p = _named("precision", precision, PRECISIONS)
     moments = _named("optimizer", optimizer, OPTIMIZERS)
-    if mode not in ("train", "evaluate", "generate"):
-        raise ValueError(f"mode must be 'train', 'evaluate' or 'generate', not {mode!r}")
-    for name, value in (("batch", batch), ("seq_len", seq_len)):
+    quantized = None
+    if quantization is not None:
+        _named("quantization", quantization, CODES_4BIT)
+        quantized = quantization, double_quantization
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    for name, value in (("batch", batch), ("seq_len", seq_len), ("max_new_tokens", max_new_tokens)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     if isinstance(model, Module):
-        if config is not None:
-            raise ValueError("a built model says itself what it trains; config is for models given by name or shapes")
+        if config is not None or quantized:
+            raise ValueError(
+                "a built model says itself what it trains and stores; config and quantization are for models given by "
+                "name or shapes"
+            )
         twin = model.copy(share=True)
-        frozen = sum(q.data.nbytes for q in twin.parameters() if not q.requires_grad)
-        trained = sum(q.size for q in twin.parameters() if q.requires_grad)
+        weights, trained, averaged = _of_model(twin, p, as_stored=True)
     else:
         arch = model if isinstance(model, Architecture) else architecture(model)
-        shapes = trained_parameters(arch, config)
-        trained = sum(math.prod(shape) for shape in shapes.values())
-        frozen = p.frozen * sum(math.prod(shape) for name, shape in arch.items() if name not in shapes)
-        twin = None if seq_len is None else _built(arch, config, p)
-        if isinstance(twin, PeftModel):  # constants that a method adds and does not train: VeRA's projections
-            fixed = sum(q.size for q in twin.parameters() if not q.requires_grad)
-            frozen += p.frozen * (fixed - architecture(arch.config).size)
+        if quantized and config is None:
+            raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
+        if seq_len is None:
+            twin = None
+            weights, trained, averaged = _of_shapes(arch, config, p, quantized)
+        else:
+            twin = _built(arch, config, p, quantized)
+            weights, trained, averaged = _of_model(twin, p, as_stored=False)
     training = mode == "train"
-    held = {
-        "frozen weights": frozen,
-        "trained weights": trained * p.trained,
+    held = weights | {
         "master copies": training * trained * p.master,
         "gradients": training * trained * p.gradients,
         "optimizer states": training * trained * p.states * moments,
+        "running averages": training * averaged * p.states,
     }
     static = {line: n for line, n in held.items() if line != "gradients" and n}
-    if seq_len is None:
+    if twin is None:
         return MemoryLedger({line: n for line, n in held.items() if n}, held)
     if checkpointing is not None:
         _backbone(twin).gradient_checkpointing = checkpointing
-    if mode == "generate":
-        c = _backbone(twin).config
-        static["KV cache"] = held["KV cache"] = kv_cache_bytes(c, batch, seq_len, p.activations)
-    meter, kept, per_layer, by_op = _walk(twin, batch, seq_len, p, mode, labels)
+    meter, kept, per_layer, by_op = _walk(twin, batch, seq_len, p, mode, labels, max_new_tokens)
     held |= kept
     step = {"gradients": held["gradients"], "working memory": 3 * p.states * ELEMENTS * get_num_threads()}
     at_peak = dict(meter.at_peak)
@@ -192,7 +210,59 @@ def _named(what: str, value: Any, known: Mapping[str, Any]) -> Any:
     raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
 
 
-def _built(arch: Architecture, config: Any, p: Precision) -> Module:
+# ------------------------------------------------------------------------------------------------- the model's weights
+
+
+def _of_shapes(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> tuple:
+    """({line: bytes} of the weights, parameters that are trained, numbers of which averages are kept)."""
+    shapes = trained_parameters(arch, config)
+    trained = sum(math.prod(shape) for shape in shapes.values())
+    method = hasattr(config, "parameter_shapes")
+    frozen, packed = 0, []
+    for name, shape in arch.items():
+        path, kind = name.rpartition(".")[0], arch.kinds[name]
+        if name in shapes:
+            continue
+        if quantized and kind in ("linear", "conv1d") and not set(HEADS) & set(path.split(".")):
+            packed.append(_four_bits(shape if kind == "linear" else shape[::-1], quantized))
+        else:
+            frozen += math.prod(shape) * p.frozen
+    frozen += _nbytes(q.data for layer in packed for q in layer.parameters())
+    constants = sum(math.prod(shape) for shape in constant_parameters(arch, config).values())
+    weights = {
+        "frozen weights": frozen,
+        "trained weights": 0 if method else trained * p.trained,
+        "adapters": (trained + constants) * p.trained if method else 0,
+    }
+    followed = (math.prod(shape) for name, shape in shapes.items() if ".modules_to_save." not in name)
+    return weights, trained, getattr(config, "averages", 0) * sum(followed)
+
+
+def _of_model(model: Module, p: Precision, as_stored: bool) -> tuple:
+    """The same of a model; `as_stored`: its frozen weights as they are, not at the precision's size."""
+    peft = [m for _, m in model.named_modules() if isinstance(m, PeftModel)]
+    parts = [(m.peft_config[name], part) for m in peft for name in m.peft_config for _, part in m.parts(name)]
+    added = {id(q) for _, part in parts for q in part.parameters()}
+    packed = {id(q) for _, m in model.named_modules() if isinstance(m, Linear4bit) for q in m.parameters() if q is not m.bias}
+    weights = dict.fromkeys(WEIGHTS, 0)
+    trained, as_they_are = 0, []
+    for q in model.parameters():
+        line = "adapters" if id(q) in added else "trained weights" if q.requires_grad else "frozen weights"
+        if line == "frozen weights" and (as_stored or id(q) in packed):
+            as_they_are.append(q.data)
+        else:
+            weights[line] += q.size * (p.frozen if line == "frozen weights" else p.trained)
+        trained += q.size * q.requires_grad
+    weights["frozen weights"] += _nbytes(as_they_are)
+    averaged = sum(
+        config.averages * sum(q.size for q in part.trained().values())
+        for config, part in parts
+        if not isinstance(part, TrainedCopy)
+    )
+    return weights, trained, averaged
+
+
+def _built(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> Module:
     """The model, unallocated, with what is trained requiring gradients and what is frozen in its storage dtype."""
     if arch.config is None:
         raise ValueError(
@@ -200,6 +270,10 @@ def _built(arch: Architecture, config: Any, p: Precision) -> Module:
             f"{arch.model_type}: leave seq_len out"
         )
     model = Transformer(arch.config, seed=None)
+    if quantized:
+        for path, layer in quantizable_layers(model).items():
+            model.replace(path, _four_bits((layer.out_features, layer.in_features), quantized, layer.bias))
+        model.requires_grad_(False)
     if isinstance(config, str):
         model.requires_grad_(False)
         if config == "head":
@@ -207,9 +281,36 @@ def _built(arch: Architecture, config: Any, p: Precision) -> Module:
     elif config is not None:
         model = PeftModel(model, config, seed=None)
     for q in model.parameters():
-        if not q.requires_grad and p.frozen < p.activations:
+        if not q.requires_grad and q.dtype.kind == "f" and p.frozen < p.activations:
             q.data = np.broadcast_to(np.float16(0), q.shape)
     return model
+
+
+def _four_bits(shape: tuple[int, int], quantized: tuple[str, bool], bias: Parameter | None = None) -> Linear4bit:
+    """An unallocated layer in four bits, of a weight [out, in]."""
+    quant_type, nested = quantized
+    n = math.prod(shape)
+    blocks = -(-n // BLOCKSIZE)
+
+    def empty(dtype: Any, *shape: int) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    float32, inner = np.dtype(np.float32), None
+    if nested:
+        scales = empty(float32, -(-blocks // NESTED_BLOCKSIZE))
+        inner = QuantState(scales, (blocks,), dynamic_map(), NESTED_BLOCKSIZE, None, float32)
+    absmax = empty(np.uint8 if nested else float32, blocks)
+    offset = 0.0 if nested else None
+    state = QuantState(absmax, tuple(shape), CODES_4BIT[quant_type](), BLOCKSIZE, quant_type, float32, offset, inner)
+    return Linear4bit(empty(np.uint8, (n + 1) // 2, 1), state, bias)
+
+
+def _nbytes(arrays: Iterable[Array]) -> int:
+    """Bytes of all, what several layers share (the code book's values) once."""
+    return sum({id(array): array.nbytes for array in arrays}.values())
+
+
+# ------------------------------------------------------------------------------------------------ a step run on shapes
 
 
 def _backbone(model: Module) -> Backbone:
@@ -232,18 +333,67 @@ class _Mark(Module):
         return self.module(*args)
 
 
-def _walk(model: Module, batch: int, seq_len: int, p: Precision, mode: str, labels: Array | None) -> tuple:
+class _Packed(Linear4bit):
+    """A Linear4bit whose dequantized tiles are shapes (DoRA reads them)."""
+
+    def __init__(self, layer: Linear4bit, meter: Meter):
+        self.__dict__.update(layer.__dict__)
+        self.meter = meter
+
+    def tiles(self) -> Iterator[tuple[slice, Array]]:
+        """As in Linear4bit."""
+        (n_out, n_in), size = self.quant_state.shape, tile_size(self.out_features)
+        buffer = ShapeArray.new(self.meter, (size, n_in))
+        for i in range(0, n_out, size):
+            yield slice(i, min(i + size, n_out)), buffer[: min(size, n_out - i)]
+
+
+class _Cache(KVCache):
+    """A cache whose buffers are counted in a line of their own."""
+
+    def __init__(self, meter: Meter):
+        super().__init__()
+        self.meter = meter
+
+    def append(self, layer: int, k: Array, v: Array) -> KeyValue:
+        """As in KVCache."""
+        before, self.meter.line = self.meter.line, "KV cache"
+        try:
+            return super().append(layer, k, v)
+        finally:
+            self.meter.line = before
+
+    @property
+    def room(self) -> int:
+        """Positions that the buffers have."""
+        return self._buffers[0][0].shape[2]
+
+    def skip_to(self, positions: int) -> None:
+        """Hold so many positions, without computing them."""
+        self._lengths = [positions] * len(self._lengths)
+
+
+def _walk(
+    model: Module, batch: int, seq_len: int, p: Precision, mode: str, labels: Array | None, max_new_tokens: int
+) -> tuple:
     """(meter after the step, what the forward pass holds, what each block of it keeps, the same by op)."""
     meter, marks = Meter(p.activations), []
     backbone = _backbone(model)
     paths = {id(m): path for path, m in model.named_modules()}
     for module in (*backbone.blocks, backbone.final_norm):
         model.replace(paths[id(module)], _Mark(module, marks, meter))
+    packed = [(path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit)]
+    insides = {id(q) for _, m in packed for q in m.parameters() if q is not m.bias}  # read as they are
+    for path, layer in packed:
+        model.replace(path, _Packed(layer, meter))
+    for q in model.parameters():
+        if id(q) not in insides:
+            q.data = ShapeArray.uncounted(meter, q.shape, q.dtype)
     ids = np.zeros((batch, seq_len), np.int64)
     labels = ids if labels is None else labels
     with meter:
         if mode == "train":
-            loss = model.loss(ids, labels)
+            loss = model.loss(ids, labels, rng=Rng(0))
             held = {"activations": meter.lines.get("activations", 0), "logits": meter.lines.get("logits", 0)}
             by_op = {op: n for op, n in meter.ops.items() if n}
             layers = tuple(b - a for a, b in pairwise(marks))
@@ -252,7 +402,11 @@ def _walk(model: Module, batch: int, seq_len: int, p: Precision, mode: str, labe
         with no_grad():
             if mode == "evaluate":
                 model.loss(ids, labels)
-            else:
-                hidden = backbone(ids)
-                model.lm_head(hidden[:, -1])
-    return meter, {}, (), {}
+                return meter, {}, (), {}
+            cache = _Cache(meter)
+            next_logits(model, ids, None, cache)
+            end = len(cache) + max_new_tokens - 1
+            while len(cache) < end:  # the steps at which the cache grows, and the last
+                cache.skip_to(min(cache.room, end - 1))
+                next_logits(model, ids[:, :1], None, cache)
+    return meter, {"KV cache": kv_cache_bytes(backbone.config, batch, end, p.activations)}, (), {}

@@ -28,7 +28,7 @@ class ParameterCount:
     """trainable: updated by the optimizer; stored: what the task's own file holds; total: in the adapted model.
 
     What is trained is stored, but for what only computes it (a prefix's or a prompt's network); constants are stored
-    too. Zeros that a file format makes explicit (a fused layer's projections that are not adapted) are not counted.
+    too, unless they follow from the base (PiSSA's start). Zeros that a file format makes explicit (a fused layer's projections that are not adapted) are not counted.
     """
 
     trainable: int
@@ -61,7 +61,8 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
     """name -> shape of what the file of a trained `config` holds: see `ParameterCount`."""
     folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
-    return {**trained_parameters(arch, folded), **constant_parameters(arch, config)}
+    constants = constant_parameters(arch, config) if getattr(config, "stores_constants", False) else {}
+    return {**trained_parameters(arch, folded), **constants}
 
 
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:

@@ -116,6 +116,14 @@ class ShapeArray(np.ndarray):
         array.buffer, array.owner = Buffer(meter, size, op), True
         return array
 
+    @classmethod
+    def uncounted(cls, meter: Meter, shape: Shape, dtype: Any = np.float32) -> ShapeArray:
+        """An array whose bytes are accounted for elsewhere (a weight's); what is made from it counts."""
+        array = cls.new(meter, (0,), dtype)
+        view = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
+        view.buffer = array.buffer
+        return view
+
     def __array_finalize__(self, source: Any) -> None:
         self.buffer = getattr(source, "buffer", None)
 
@@ -135,6 +143,9 @@ class ShapeArray(np.ndarray):
         """Another allocation where the dtype differs."""
         return self if not copy and np.dtype(dtype) == self.dtype else self._like(self.shape, dtype)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """There is no content to set."""
+
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
         if out is not None:
             return out[0]
@@ -150,11 +161,20 @@ class ShapeArray(np.ndarray):
             return source._like(tuple(kept))
         if method != "__call__":
             return None  # in place
+        if ufunc is np.matmul:
+            a, b = inputs
+            return source._like((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
         return source._like(np.broadcast_shapes(*[np.shape(x) for x in inputs]))
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
         if function in (np.zeros_like, np.empty_like, np.ones_like):
-            return args[0]._like(args[0].shape)
+            return args[0]._like(kwargs.get("shape") or args[0].shape)
+        if function is np.concatenate:
+            arrays, axis = args[0], kwargs.get("axis", 0)
+            source = next(x for x in arrays if isinstance(x, ShapeArray))
+            total = [*arrays[0].shape]
+            total[axis] = sum(a.shape[axis] for a in arrays)
+            return source._like(tuple(total))
         return super().__array_function__(function, types, args, kwargs)
 
 

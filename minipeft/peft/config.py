@@ -84,6 +84,7 @@ class PeftConfig(ABC):
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
     usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
     ignored: ClassVar[frozenset[str]] = frozenset()  # options of PEFT that do not change what a saved adapter computes
+    stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
     averages: ClassVar[int] = 0  # running averages of each trained number that `after_step` keeps
 
     def __post_init__(self) -> None:
@@ -122,7 +123,7 @@ class PeftConfig(ABC):
         """
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
-        """What the method adds beside that, shared by all targets and never trained; {} for most. It goes into the file.
+        """{name: shape} of what the method adds and never trains; {} for most.
 
         `layers` are the targets: {path: (kind, shape of the weight)}.
         """
@@ -145,6 +146,14 @@ class PeftConfig(ABC):
 
     def after_step(self, model: Any, adapter_name: str, step: int) -> None:
         """What the method does after step number `step` (from 1) of the optimizer, while the gradients are there."""
+        return None
+
+    def training_state(self, model: Any, adapter_name: str) -> dict[str, Any]:
+        """Arrays by name that `after_step` keeps beside the parameters; {} for most."""
+        return {}
+
+    def load_training_state(self, model: Any, adapter_name: str, arrays: dict[str, Any]) -> None:
+        """Put back what `training_state` gave."""
         return None
 
     # ------------------------------------------------------------------------------------------------------- targets

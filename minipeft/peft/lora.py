@@ -66,6 +66,7 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
     usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    stores_constants: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +123,16 @@ class LoraConfig(PeftConfig):
         if self.use_dora:
             shapes["lora_magnitude_vector"] = (n_out,)
         return shapes
+
+    def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
+        """Where PiSSA and OLoRA begin: a copy of both factors."""
+        if self.init_lora_weights not in ("pissa", "olora"):
+            return {}
+        return {
+            f"{name}.start_{factor}": self.parameter_shapes(name, *layer)[f"lora_{factor}.weight"]
+            for name, layer in layers.items()
+            for factor in "AB"
+        }
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         found: dict[str, Adapter] = {}
