@@ -151,8 +151,8 @@ def fine_tune(
     from .prompts import chosen_template, save_template
     from .report import ANSWER, answer, console, show_samples
 
-    name, template = chosen_template(args.template, records[0])
     base, tokenizer = load_model(args.model, args.backend)
+    name, template = chosen_template(args.template, records[0], tokenizer)
     method = METHODS[args.method]
     limit = base.config.max_position_embeddings - method.virtual_tokens
     if limit < 1:

@@ -1,6 +1,7 @@
 """Let a model continue text: the shipped base, or any saved model, with or without an adapter.
 
-A prompt comes from --prompt (may be repeated), from a file, or from standard input. Without --temperature the most
+A prompt comes from --prompt (may be repeated), from a file, or from standard input. A model or adapter that finetune or sft
+wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without --temperature the most
 probable token is taken each time. On a terminal the text of a single prompt appears as it is written.
 
 examples:
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help="prompts from a .txt file, one a line, or from the 'prompt's of a .jsonl file"
     )
     group.add_argument("--escapes", action="store_true", help=r"read \n and \t in --prompt as line break and tab")
+    group.add_argument(
+        "--template",
+        metavar="NAME|TEXT",
+        help="plain, alpaca, chatml or a text with {prompt}: what the prompts are put in (default: as in training)",
+    )
     group.add_argument("--chat", action="store_true", help="each prompt is a user's message, put as ChatML")
     group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
     group = parser.add_argument_group("generation")
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_seed(group, "the draw")
     group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="prompts at a time (default: 8)")
     group = parser.add_argument_group("output")
-    group.add_argument("--completion-only", action="store_true", help="leave out the prompt (--chat always does)")
+    group.add_argument("--completion-only", action="store_true", help="leave out the prompt (templates always do)")
     group.add_argument("--json", action="store_true", help='one line {"prompt": ..., "completion": ...} a prompt')
     add_machine(parser)
 
@@ -53,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise ValueError("--system goes with --chat")
+    if args.chat and args.template is not None:
+        raise ValueError("--chat is a template; give either --chat or --template")
     if args.adapter is not None and not Path(args.adapter).is_dir():
         raise ValueError(f"--adapter {args.adapter}: there is no such directory")
     if args.temperature == 0 and (args.top_k or args.top_p):
@@ -60,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     use_machine(args)
     prompts = _prompts(args)
     model, tokenizer = _load(args)
-    encoded = [_encode(prompt, args, tokenizer) for prompt in prompts]
+    turns = [_turn(prompt, args, tokenizer) for prompt in prompts]
+    encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    options["eos_token_id"] = _stops(model, tokenizer, args.chat)
-    echo = not (args.completion_only or args.chat)
+    options["eos_token_id"] = _stops(model, tokenizer, turns[0])
+    echo = not args.completion_only and turns[0].prompt == (prompts[0],)
 
     if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
         sys.stdout.write(prompts[0] if echo else "")
@@ -136,24 +145,32 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _encode(prompt: str, args: argparse.Namespace, tokenizer: Any) -> list[int]:
-    from ..text.datasets import Message
-    from ..text.templates import chatml_prompt
+def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:
+    """What the model is shown, and a completion that ends as an answer to it does."""
+    from ..text.datasets import Conversation, Message
+    from ..text.templates import chatml, get_template
+    from .prompts import asked, saved_template
 
     if not args.chat:
-        return tokenizer.encode(prompt, add_special_tokens=True)
-    messages = [Message("system", args.system)] if args.system is not None else []
+        name = args.template or saved_template(args.adapter) or saved_template(args.model) or "plain"
+        return asked(get_template(name.replace("\\n", "\n"), tokenizer), prompt)
+    system = [Message("system", args.system)] if args.system is not None else []
+    turn = chatml(Conversation((*system, Message("user", prompt), Message("assistant", "-"))))[0]
     try:
-        return tokenizer.encode_pieces(chatml_prompt([*messages, Message("user", prompt)]), add_special_tokens=True)
+        tokenizer.encode_pieces(turn.prompt)
     except ValueError as error:
         raise ValueError(f"--chat writes ChatML, which this model's tokenizer cannot: {error}") from error
+    return turn
 
 
-def _stops(model: Any, tokenizer: Any, chat: bool) -> list[int]:
-    """The ids that end a text: the model's, the tokenizer's, and in a chat the end of the turn."""
+def _stops(model: Any, tokenizer: Any, turn: Any) -> list[int]:
+    """The ids that end a text: the model's, the tokenizer's, and the special token that ends an answer in the template."""
+    from ..text.tokenizer import Special
+
     configured = getattr(getattr(model, "config", None), "eos_token_id", None)
     ends = configured if isinstance(configured, (list, tuple)) else [configured]
-    ends = [*ends, tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>") if chat else None]
+    last = turn.completion[-1]
+    ends = [*ends, tokenizer.eos_token_id, tokenizer.token_to_id(last) if isinstance(last, Special) else None]
     return sorted({end for end in ends if end is not None})
 
 

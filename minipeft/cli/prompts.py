@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from ..files import FileError, read_json, write_json
-from ..text.datasets import Completion, Document
-from ..text.templates import Pieces, Template, default_template, get_template
+from ..text.datasets import Completion, Document, Record
+from ..text.templates import Template, Turn, alpaca, chatml, default_template, get_template, plain
+from ..text.tokenizer import Tokenizer
 
 FILE = "template.json"
 
 
-def chosen_template(option: str | None, record: Any) -> tuple[str | None, Template | None]:
+def chosen_template(option: str | None, record: Record, tokenizer: Tokenizer) -> tuple[str | None, Template | None]:
     """(its name or text, the template) of --template, in which \\n is a line break; without it, the usual one of a record.
 
     (None, None) for running text, which takes none.
     """
     if option is not None:
         option = option.replace("\\n", "\n")
-        return option, get_template(option)
+        return option, get_template(option, tokenizer)
     if isinstance(record, Document):
         return None, None
-    template = default_template(record)
-    return template.__name__, template
+    template = default_template(record, tokenizer)
+    return (template.__name__ if template in (plain, alpaca, chatml) else "chat"), template
 
 
 def save_template(directory: str | os.PathLike, name: str) -> None:
@@ -42,7 +42,6 @@ def saved_template(directory: str | os.PathLike | None) -> str | None:
     return content["template"]
 
 
-def render_prompt(template: Template, prompt: str) -> Pieces:
-    """The pieces of text that a model is shown for a prompt: what stood before the completion in training."""
-    (turn,) = template(Completion(prompt, "-"))
-    return turn.prompt
+def asked(template: Template, prompt: str) -> Turn:
+    """What a model is shown for a prompt, as in training, and what an answer there ends with ("-" stands for its words)."""
+    return template(Completion(prompt, "-"))[-1]
