@@ -408,6 +408,56 @@ def test_checkpointing_replays_dropout_and_gives_the_same_gradients():
         close(gradients[0][path], gradients[1][path], 1e-6)
 
 
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+def adalora_run(directory):
+    """Eight steps, of which the third to the sixth prune; the best of the evaluations is kept."""
+    options = dict(total_step=8, tinit=2, tfinal=2, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    adapted = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
+    examples = [(row, row) for row in np.random.default_rng(8).integers(0, 40, (16, 9))]
+    arguments = mp.TrainingArguments(
+        output_dir=directory, max_steps=8, per_device_train_batch_size=4, learning_rate=3e-2, eval_steps=1,
+        early_stopping_patience=8, save_steps=1, progress=False,
+    )  # fmt: skip
+    return mp.Trainer(adapted, examples[:12], examples[12:], arguments)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7])
+def test_adalora_resumed_from_a_checkpoint_ends_with_the_same_bytes(at, tmp_path):
+    whole = adalora_run(tmp_path / "whole")
+    whole.train()
+    run, step = adalora_run(tmp_path / "parts"), None
+    step, run._step = run._step, lambda k: step(k) if k < at else (_ for _ in ()).throw(InterruptedError)
+    with pytest.raises(InterruptedError):
+        run.train()
+    resumed = adalora_run(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    for a, b in ((whole.model, resumed.model),):
+        assert {n: p.data.tobytes() for n, p in a.named_parameters()} == {
+            n: p.data.tobytes() for n, p in b.named_parameters()
+        }
+        assert a.peft_config["default"] == b.peft_config["default"]
+        state, again = a.training_state(), b.training_state()
+        assert state and all(np.array_equal(state[key], again[key]) for key in {*state, *again})
+    whole.model.save_pretrained(tmp_path / "a")
+    resumed.model.save_pretrained(tmp_path / "b")
+    files = [(tmp_path / x / "adapter_model.safetensors").read_bytes() for x in "ab"]
+    assert files[0] == files[1]
+
+
+def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
+    """Early stopping puts the best weights back, of a moment when fewer triplets were pruned: the file has all of them."""
+    run = adalora_run(tmp_path / "run")
+    run.args.learning_rate = 1.0  # far too much: the first step is the best
+    run = mp.Trainer(run.model, run.train_examples, run.eval_examples, run.args)
+    result = run.train()
+    assert result.best_step < 3, "the best evaluation is meant to be one before the first pruning"
+    run.model.save_pretrained(tmp_path / "adapter")
+    loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    close(logits(loaded), logits(run.model), 1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 

@@ -25,6 +25,9 @@ from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of
 from .layer import Adapter, dense_weight, fill, out_in, with_weight
 
 
+MATRICES = ("lora_A", "lora_E", "lora_B")
+
+
 @dataclass
 class AdaLoraConfig(PeftConfig):
     """AdaLoRA's options, with PEFT's names and defaults.
@@ -119,6 +122,21 @@ class AdaLoraConfig(PeftConfig):
         """See `allocate`."""
         allocate(model, adapter_name, step)
 
+    def training_state(self, model: Any, adapter_name: str) -> dict[str, Array]:
+        """The averages, and which triplets pruning has left, by path."""
+        layers = _layers(model, adapter_name)
+        return {f"{path}.{key}": array for path, layer in layers for key, array in layer.averages().items()}
+
+    def load_training_state(self, model: Any, adapter_name: str, arrays: dict[str, Array]) -> None:
+        for path, layer in _layers(model, adapter_name):
+            layer.importance = {
+                name: (arrays[f"{path}.{name}.sensitivity"], arrays[f"{path}.{name}.uncertainty"])
+                for name in MATRICES
+                if f"{path}.{name}.sensitivity" in arrays
+            }
+            layer.kept = arrays.get(f"{path}.kept")
+        _note_pattern(model, adapter_name)
+
 
 class AdaLoraLayer(Adapter):
     """P diag(λ) Q around a linear layer."""
@@ -126,6 +144,7 @@ class AdaLoraLayer(Adapter):
     def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
         self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
+        self.pattern = config.rank_pattern  # of an adapter that was pruned before
         self.kept: Array | None = None  # boolean [r]: the triplets that pruning left
         self.importance: dict[str, tuple[Array, Array]] = {}  # name -> averages of sensitivity and uncertainty
         if seed is not None:
@@ -151,9 +170,16 @@ class AdaLoraLayer(Adapter):
         A, E, B = self.lora_A.data[self.kept], self.lora_E.data[self.kept], self.lora_B.data[:, self.kept]
         return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
 
+    def averages(self) -> dict[str, Array]:
+        """What `follow` and pruning have left, by name."""
+        found = {} if self.kept is None else {"kept": self.kept}
+        for name, pair in self.importance.items():
+            found |= {f"{name}.{what}": array for what, array in zip(("sensitivity", "uncertainty"), pair)}
+        return found
+
     def follow(self, beta1: float, beta2: float) -> None:
         """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
-        for name in ("lora_A", "lora_E", "lora_B"):
+        for name in MATRICES:
             p = getattr(self, name)
             sensitivity = abs(p.data * p.grad)
             mean, uncertainty = self.importance.get(name, (0, 0))
@@ -179,8 +205,7 @@ def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int,
 
 def allocate(model: Any, adapter_name: str, step: int) -> None:
     """After the optimizer's step number `step` (from 1), with the gradients still there: follow, and prune."""
-    config, parts = model.peft_config[adapter_name], model.parts(adapter_name)
-    layers = [(path, a) for path, a in parts if isinstance(a, AdaLoraLayer)]
+    config, layers = model.peft_config[adapter_name], _layers(model, adapter_name)
     final = config.total_step - config.tfinal
     if step < final or step == 1:
         for _, layer in layers:
@@ -195,8 +220,20 @@ def allocate(model: Any, adapter_name: str, step: int) -> None:
         threshold = xp.sort(xp.concatenate(scores))[start - left - 1]
         for (_, layer), s in zip(layers, scores):
             layer.kept = s > threshold
-        pattern = {f"{path}.lora_E": [bool(k) for k in layer.kept.tolist()] for path, layer in layers}
-        model.peft_config[adapter_name] = config.replace(rank_pattern=pattern)
+        _note_pattern(model, adapter_name)
     for _, layer in layers:
         if layer.kept is not None:
             layer.lora_E.data *= layer.kept[:, None]
+
+
+def _layers(model: Any, adapter_name: str) -> list[tuple[str, AdaLoraLayer]]:
+    return [(path, part) for path, part in model.parts(adapter_name) if isinstance(part, AdaLoraLayer)]
+
+
+def _note_pattern(model: Any, adapter_name: str) -> None:
+    """Write down in the configuration which triplets are left: all that there were, before the first pruning."""
+    layers = _layers(model, adapter_name)
+    pattern = layers[0][1].pattern
+    if layers[0][1].kept is not None:
+        pattern = {f"{path}.lora_E": [bool(k) for k in layer.kept.tolist()] for path, layer in layers}
+    model.peft_config[adapter_name] = model.peft_config[adapter_name].replace(rank_pattern=pattern)

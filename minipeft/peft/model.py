@@ -113,6 +113,20 @@ class PeftModel(Module):
         for name in self.selection.names:
             self.peft_config[name].after_step(self, name, global_step)
 
+    def training_state(self) -> dict[str, Array]:
+        """What the active methods keep while they train, beside their parameters: AdaLoRA's averages, by name."""
+        return {
+            f"{name}: {key}": array
+            for name in self.selection.names
+            for key, array in self.peft_config[name].training_state(self, name).items()
+        }
+
+    def load_training_state(self, arrays: dict[str, Array]) -> None:
+        """Put back what `training_state` gave, for a run that goes on where it was interrupted."""
+        for name in self.selection.names:
+            mine = {key.removeprefix(f"{name}: "): a for key, a in arrays.items() if key.startswith(f"{name}: ")}
+            self.peft_config[name].load_training_state(self, name, mine)
+
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
         """Continue the prompts; see `minipeft.nn.generation.generate`."""
         from ..nn.generation import generate

@@ -357,7 +357,7 @@ class Trainer:
         if state.best_eval_loss is None or loss < state.best_eval_loss:
             state.best_eval_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
             if patience:
-                self._best = {name: p.data.copy() for name, p in self.trainable.items()}
+                self._best = {name: array.copy() for name, array in self._values().items()}
         else:
             state.evaluations_without_gain += 1
             state.stopped = patience is not None and state.evaluations_without_gain >= patience
@@ -437,7 +437,7 @@ class Trainer:
         scalars = {
             str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()
         }
-        arrays = {"model": {n: to_numpy(p.data) for n, p in self.trainable.items()}, "optimizer": moments}
+        arrays = {"model": {n: to_numpy(array) for n, array in self._values().items()}, "optimizer": moments}
         if self._best:
             arrays["best"] = {name: to_numpy(array) for name, array in self._best.items()}
         content = {
@@ -489,9 +489,18 @@ class Trainer:
         self._best = {name: asarray(array.copy(), self._xp) for name, array in arrays.get("best", {}).items()}
         return _State(**content["run"]), content["metrics_bytes"]
 
+    def _values(self) -> dict[str, Array]:
+        """What training changes: the trainable parameters, and what a method keeps beside them (AdaLoRA's averages)."""
+        kept = self.model.training_state() if hasattr(self.model, "training_state") else {}
+        return {**{name: p.data for name, p in self.trainable.items()}, **kept}
+
     def _put(self, arrays: dict[str, Array]) -> None:
+        """Put back what `_values` gave."""
         for name, p in self.trainable.items():
             p.data[...] = asarray(arrays[name], self._xp)
+        kept = {name: asarray(array, self._xp).copy() for name, array in arrays.items() if name not in self.trainable}
+        if kept:
+            self.model.load_training_state(kept)
 
 
 def _non_finite(array: Array) -> int:
