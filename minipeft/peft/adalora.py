@@ -24,7 +24,6 @@ from ..nn.module import Module, Parameter
 from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, with_weight
 
-
 MATRICES = ("lora_A", "lora_E", "lora_B")
 
 
