@@ -12,8 +12,7 @@ from .shipped import Rewriting
 
 RATES = {
     **PRACTICE_RATES,
-    "head": (3e-3, 1e-2, 3e-2),
-    "ia3": (1e-2, 3e-2, 1e-1),
+    "bottleneck": (3e-3, 1e-2, 3e-2),
     "prefix": (3e-3, 1e-2, 3e-2),
     "prompt": (1e-2, 3e-2, 1e-1),
 }
@@ -23,9 +22,9 @@ REMEDIES = {
     "none": [FULL],
     "lower rate": [replace(FULL, learning_rate=rate) for rate in (1e-4, 3e-4)],
     "replay": [replace(FULL, replay=share) for share in (0.25, 1.0)],
-    "weight decay": [replace(FULL, weight_decay=w) for w in (1.0, 10.0)],
+    "weight decay": [replace(FULL, weight_decay=w) for w in (10.0,)],
     "dropout": [replace(FULL, dropout=p) for p in (0.1,)],
-    "L2-SP": [replace(FULL, l2_start=alpha) for alpha in (0.03, 0.3, 3.0)],
+    "L2-SP": [replace(FULL, l2_start=alpha) for alpha in (0.3, 3.0)],
     "LoRA": [LORA],
     "LoRA, replay": [replace(LORA, replay=0.5)],
 }
