@@ -1,0 +1,198 @@
+"""minipeft sft: every form of data and template, the shipped instructions, and what the stages after it find."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.cli import main
+from minipeft.cli.prompts import asked, saved_template
+from minipeft.files import read_safetensors
+from minipeft.hub.base import load_base
+from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, get_template
+
+ROWS = [("Translate to Italian.", english, italian) for english, italian in
+        [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei")]]  # fmt: skip
+CUSTOM = "Task: {instruction}\\nText: {input}\\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tiny, randomly initialised model and the shipped tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    _, tokenizer = load_base()
+    config = mp.TransformerConfig.llama(
+        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    mp.save_pretrained(mp.Transformer(config, seed=1), path, tokenizer)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "rows.jsonl", [dict(zip(("instruction", "input", "output"), row)) for row in ROWS])
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sft(output, *more) -> int:
+    options = ("--output", output, "--steps", 4, "--batch-size", 4, "--lr", 0.03, *more)
+    return main(["sft", *map(str, options)])
+
+
+def generate(*argv, capsys) -> str:
+    capsys.readouterr()
+    assert main(["generate", "--max-new-tokens", "4", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def weights(path, name="model.safetensors"):
+    return {key: array.copy() for key, array in read_safetensors(path / name)[0].items()}
+
+
+@pytest.mark.parametrize(
+    "template, name",
+    [(None, "alpaca"), ("alpaca", "alpaca"), ("chatml", "chatml"), (CUSTOM, CUSTOM.replace("\\n", "\n"))],
+)
+def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, capsys, template, name):
+    output = tmp_path / "tuned"
+    assert sft(output, "--model", model, "--data", data, "--validation", data, "--schedule", "constant",
+               *(("--template", template) if template else ())) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    record = json.loads((output / "sft.json").read_text())
+    assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
+    assert f"minipeft generate --model {output}" in out
+    assert saved_template(output) == name
+
+    tuned, tokenizer = mp.from_pretrained(output)
+    turn = asked(get_template(name), "Say one.")
+    ids = tokenizer.encode_pieces(turn.prompt)
+    ends = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
+    answer = tuned.generate([ids], max_new_tokens=4, eos_token_id=ends)[0, len(ids) :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    assert generate("--model", output, "--prompt", "Say one.", capsys=capsys) == text + "\n"
+    raw = generate("--model", output, "--prompt", "Say one.", "--template", "plain", capsys=capsys)
+    assert raw.startswith("Say one.")
+
+
+def test_what_alpaca_learns_is_the_answer_and_the_end(model, data, tmp_path, monkeypatch):
+    seen = []
+    trainer = mp.train.trainer.Trainer.__init__
+    monkeypatch.setattr(
+        mp.train.trainer.Trainer,
+        "__init__",
+        lambda self, m, train, *a, **k: seen.extend(train) or trainer(self, m, train, *a, **k),
+    )
+    assert sft(tmp_path / "o", "--model", model, "--data", data, "--validation", "0") == 0
+    _, tokenizer = load_base()
+    for (ids, labels), (instruction, input, output) in zip(seen, ROWS, strict=True):
+        prompt = ALPACA_WITH_INPUT.format(instruction=instruction, input=input)
+        assert tokenizer.decode(ids) == f"{prompt}{output}<|endoftext|>"
+        assert tokenizer.decode(labels[labels != -100]) == f"{output}<|endoftext|>"
+
+
+def test_packing_and_no_packing_end_in_the_same_place(model, data, tmp_path):
+    for name, more in (("padded", ()), ("packed", ("--packing",))):
+        assert sft(tmp_path / name, "--model", model, "--data", data, "--optimizer", "sgd", *more) == 0
+    padded, packed = weights(tmp_path / "padded"), weights(tmp_path / "packed")
+    for name, array in padded.items():
+        np.testing.assert_allclose(packed[name], array, atol=1e-6, err_msg=name)
+
+
+def test_forms_of_data(model, tmp_path, capsys):
+    chat = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "uno"}]
+    forms = {
+        "chatml": [{"messages": [{"role": "system", "content": f"Be brief {i}."}, *chat, *chat]} for i in range(4)],
+        "plain": [{"prompt": f"Q: {b}\nA:", "completion": f" {c}"} for _, b, c in ROWS],
+        None: [{"text": f"{b} is {c}."} for _, b, c in ROWS],
+    }
+    for name, rows in forms.items():
+        data, output = write(tmp_path / f"{name}.jsonl", rows), tmp_path / f"out-{name}"
+        assert sft(output, "--model", model, "--data", data, "--max-length", 120) == 0, capsys.readouterr().err
+        assert saved_template(output) == name
+    completions = tmp_path / "plain.jsonl"
+    assert sft(tmp_path / "a", "--model", model, "--data", completions, "--template", "alpaca") == 0
+    tuned_prompt = "".join(asked(get_template(saved_template(tmp_path / "a")), "Hi").prompt)
+    assert tuned_prompt == ALPACA_WITHOUT_INPUT.format(instruction="Hi")
+
+
+def test_an_adapter_carries_its_template(model, data, tmp_path, capsys):
+    output = tmp_path / "adapter"
+    assert sft(output, "--model", model, "--data", data, "--method", "lora", "--packing") == 0
+    assert (output / "adapter_config.json").is_file() and saved_template(output) == "alpaca"
+    answer = generate("--model", model, "--adapter", output, "--prompt", "Say one.", capsys=capsys)
+    raw = generate("--model", model, "--adapter", output, "--prompt", "Say one.", "--template", "plain", capsys=capsys)
+    assert "Say one." not in answer and raw.startswith("Say one.")
+
+
+def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    options = ("--model", model, "--tasks", "define", "source", "--per-task", 12, "--template", "chatml", "--packing",
+               "--schedule", "constant")  # fmt: skip
+    assert sft(output, *options) == 0
+    out, record = capsys.readouterr().out, json.loads((output / "sft.json").read_text())
+    assert record["examples"]["training"] == 24
+    apart = record["loss_apart"]
+    assert list(apart) == ["new inputs", "new phrasings", "new tasks"]
+    assert all(loss["after"] < loss["before"] for loss in apart.values())
+    assert all(f"before {loss['before']:.4f}  after {loss['after']:.4f}" in out for loss in apart.values())
+    assert apart["new inputs"] == record["held_out_loss"]
+
+
+def test_a_run_is_repeated_and_resumed_to_the_byte(model, data, tmp_path, monkeypatch):
+    options = ("--model", model, "--data", data, "--save-steps", 2, "--packing")
+    assert sft(tmp_path / "whole", *options) == 0
+    step = mp.Trainer._step
+
+    def interrupted(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(mp.Trainer, "_step", interrupted)
+    assert sft(tmp_path / "parts", *options) == 130
+    monkeypatch.setattr(mp.Trainer, "_step", step)
+    assert sft(tmp_path / "parts", *options, "--resume") == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ((), "--output"),
+        (("--output", "o", "--tasks", "definne"), "unknown task 'definne'; did you mean define?"),
+        (("--output", "o", "--tasks", "fill"), "unknown task 'fill'"),
+        (("--output", "o", "--data", "{data}", "--tasks", "use"), "do not go with --data"),
+        (("--output", "o", "--data", "{data}", "--per-task", "3"), "do not go with --data"),
+        (("--output", "o", "--validation", "0.2"), "--validation goes with --data"),
+        (("--output", "o", "--per-task", "0"), "--per-task: must be a whole number of at least 1"),
+        (("--output", "o", "--data", "no.jsonl"), "no.jsonl"),
+        (("--output", "{data}", "--tasks", "use"), "is a file"),
+        (("--output", "o", "--data", "{data}", "--template", "vicuna"), "a template is one of plain, alpaca, chatml"),
+        (("--output", "o", "--data", "{data}", "--template", "{{prompt}}"), "takes {prompt, completion} records"),
+        (("--output", "o", "--data", "{data}", "--max-length", "20"), "longer than 20 tokens"),
+        (("--output", "o", "--data", "{data}", "--method", "lorra"), "did you mean lora or qlora?"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(model, data, tmp_path, monkeypatch, capsys, more, reason):
+    monkeypatch.chdir(tmp_path)
+    argv = [text.format(data=data) for text in more]
+    assert main(["sft", *argv, *(("--model", str(model)) if argv else ())]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and reason in captured.err, captured.err
+    assert not (tmp_path / "o").exists(), "nothing is written before the input is known to be right"
+
+
+def test_a_template_file_that_is_something_else_is_named(model, data, tmp_path, capsys):
+    assert sft(tmp_path / "o", "--model", model, "--data", data) == 0
+    (tmp_path / "o" / "template.json").write_text('["alpaca"]')
+    assert main(["generate", "--model", str(tmp_path / "o"), "--prompt", "x"]) == 2
+    assert "template.json: must hold" in capsys.readouterr().err
