@@ -129,3 +129,9 @@ def test_dimensions_have_one_name_in_all_families():
         "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64,
     }  # fmt: skip
     assert architecture("llama3.2-3b").dimensions["num_key_value_heads"] == 8
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**30}])
+def test_a_slip_of_the_pen_does_not_end_in_a_table_without_end(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be at most"):
+        architecture({"model_type": "llama", **changes})

@@ -180,3 +180,9 @@ def test_only_some_names_are_counted():
     assert (count.trainable, count.stored, count.total) == (32 * 4 * 4096,) * 3
     with pytest.raises(ValueError, match=r"only='\(' is not a regular expression"):
         count_parameters("gpt2", only="(")
+
+
+def test_targets_that_are_no_names_are_refused():
+    for targets in ([None], ["q_proj", 1], {2, 3}, 7):
+        with pytest.raises(ValueError, match="target_modules must be names or a regular expression, not"):
+            LoraConfig(target_modules=targets)

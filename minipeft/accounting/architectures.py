@@ -29,6 +29,7 @@ from ..nn.transformer import TransformerConfig
 
 Shape = tuple[int, ...]
 Entry = tuple[str, str, Shape]  # parameter name, kind, shape
+MOST, MOST_LAYERS = 2**31, 10_000  # of any dimension: beyond that it is a slip, and the table would not end
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
     for key, default in defaults.items():
         if type(default) is int and (type(c[key]) is not int or (c[key] < 1 and c[key] != default)):
             raise ValueError(f"{name}: {key} must be a positive integer, not {c[key]!r}")
+        if type(default) is int and c[key] > (limit := MOST_LAYERS if "layer" in key else MOST):
+            raise ValueError(f"{name}: {key} must be at most {limit:,}, not {c[key]!r}")
     shapes: dict[str, Shape] = {}
     kinds: dict[str, str] = {}
     tied: dict[str, str] = {}

@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ClassVar
 
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
@@ -90,10 +91,11 @@ class PeftConfig(ABC):
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, (set, frozenset, tuple)):
-                setattr(self, name, sorted(value))
-            elif value is not None and not isinstance(value, (str, list)):
+            names = isinstance(value, (list, set, frozenset, tuple)) and all(isinstance(v, str) for v in value)
+            if not names and not isinstance(value, (str, NoneType)):
                 raise PeftError(f"{name} must be names or a regular expression, not {value!r}")
+            if names and not isinstance(value, list):
+                setattr(self, name, sorted(value))
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
