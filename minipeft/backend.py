@@ -125,7 +125,8 @@ def scatter_add(out: Array, ids: Array, rows: Array) -> None:
 BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 SPLIT = 1 << 17  # below so many elements, waking a thread costs more than it saves
-SMALL_PRODUCT, LARGE_PRODUCT, FEW_ROWS = 1 << 22, 1 << 23, 512  # of matrix products, in multiplications; see `matmul`
+SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 23  # multiplications of a matrix product; see `matmul`
+SHORT_SIDE, FEW_ROWS, LARGE_FACTOR = 512, 64, 1 << 22
 
 _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
@@ -286,7 +287,13 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     (n, k), m = a.shape, b.shape[1]
     if out is None:
         out = np.empty((n, m), np.result_type(a, b))
-    if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= FEW_ROWS:
+    if n <= FEW_ROWS and a.flags.c_contiguous:  # new tokens times a weight: what costs is to read the weight
+        get_num_threads()  # BLAS is told, too
+        step = max(1, LARGE_FACTOR // max(1, k))  # its threads do not share one vector's product with a huge matrix
+        for i in range(0, m, step):
+            _product(a, b[:, i : i + step], out[:, i : i + step])
+        return out
+    if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= SHORT_SIDE:
         return np.matmul(a, b, out=out)
     with one_blas_thread():
         if n * m * k < LARGE_PRODUCT:
@@ -296,6 +303,14 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         else:
             split_rows(lambda s: np.matmul(a, b[:, s], out=out[:, s]), m, SPLIT)
     return out
+
+
+def _product(a: Array, b: Array, out: Array) -> None:
+    """out = a @ b of few rows; of x Wᵀ the transpose, W xᵀ, which BLAS computes in half of the time."""
+    if a.shape[0] > 1 and b.flags.f_contiguous:
+        out[...] = np.matmul(b.T, a.T).T
+    else:
+        np.matmul(a, b, out=out)
 
 
 def _keep_freed_memory() -> None:

@@ -803,7 +803,7 @@ class _Attention:
 
         if self.xp is np:
             with one_blas_thread():
-                split_rows(run, -(-B // rows), self.q.size * self.k.shape[2])
+                split_rows(run, -(-B // rows), self.q.size * self.k.shape[2] // 8)  # a score is worth 5 to 10 elements
         else:
             run(slice(0, 1 if B else 0))
 

@@ -7,7 +7,8 @@ step     a QLoRA step over the same LoRA step in float32: one transformer, 512 t
 peers    a QLoRA step against bitsandbytes + PEFT + transformers, the same shape and adapter
 memory   peak of a QLoRA step of a 135M-parameter model, measured, against the ledger
 
-What is compared is timed alternately, in one process; the figure is the median of the pairwise ratios.
+What is compared is timed in turns: in one process, or, for the peers, each library in its own (see `turns`). A figure is
+the median of its turns, a ratio the median over pairs of turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import argparse
 import importlib.util
 import os
 import statistics
+import sys
 import time
+
+import turns
+from turns import ratio
 
 WHAT = ("codes", "step", "peers", "memory")
 
@@ -36,11 +41,6 @@ def alternate(repeat: int, **calls) -> dict[str, list[float]]:
         for name, call in calls.items():
             times[name].append(seconds(call))
     return times
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-    """The median of a / b, pair by pair."""
-    return statistics.median(x / y for x, y in zip(a, b))
 
 
 def codes(repeat: int) -> None:
@@ -116,15 +116,22 @@ def step(width: int, repeat: int) -> None:
     print(f"width {width}, 512 tokens: LoRA {middle['lora']:.0f} ms, QLoRA {middle['qlora']:.0f} ms, ratio {ratio(times['qlora'], times['lora']):.2f}")
 
 
-def peers(width: int, repeat: int) -> None:
+def ours(width: int) -> dict:
+    import numpy as np
+
+    _, quantized = our_models(width)
+    step = our_step(quantized, np.random.default_rng(0).integers(0, 1024, (4, 128)))
+    return {"steps": lambda n: [step() for _ in range(n)]}
+
+
+def theirs(width: int) -> dict:
     import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    ids = np.random.default_rng(0).integers(0, 1024, (4, 128))
-    _, quantized = our_models(width)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     shape = dict(vocab_size=1024, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=width // 64)
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
@@ -138,21 +145,29 @@ def peers(width: int, repeat: int) -> None:
         layer.weight = type(layer.weight)(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    tokens = torch.from_numpy(ids)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, (4, 128)))
 
-    def theirs() -> float:
+    def step() -> float:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
-    times = alternate(repeat, ours=our_step(quantized, ids), theirs=theirs)
-    middle = {name: 1e3 * statistics.median(found) for name, found in times.items()}
+    return {"steps": lambda n: [step() for _ in range(n)]}
+
+
+def peers(width: int, repeat: int) -> None:
+    workers = [turns.Worker("--serve", library, "--width", str(width)) for library in ("ours", "theirs")]
+    a, b = ([t / 5 for t in times] for times in turns.alternate(workers, repeat, "steps", 5)[0])  # as in training, without pauses
+    (ready, peak), (their_ready, their_peak) = (worker.ask("memory")[1] for worker in workers)
     print(
-        f"width {width}, 512 tokens: minipeft {middle['ours']:.0f} ms, bitsandbytes + PEFT {middle['theirs']:.0f} ms, "
-        f"ratio {ratio(times['ours'], times['theirs']):.2f}"
+        f"width {width}, 512 tokens: minipeft {1e3 * statistics.median(a):.0f} ms, bitsandbytes + PEFT "
+        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); resident memory before and at the peak "
+        f"{ready:.0f} and {peak:.0f} MB, {their_ready:.0f} and {their_peak:.0f} MB"
     )
+    for worker in workers:
+        worker.close()
 
 
 def memory() -> None:
@@ -194,7 +209,10 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        sys.exit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.width)))
     unknown = [what for what in options.what if what not in WHAT]
     if unknown:
         parser.error(f"unknown: {unknown[0]!r} (choose from {', '.join(WHAT)})")

@@ -1,0 +1,135 @@
+"""A LoRA step and generation of a 135M-parameter Llama against `transformers` + `peft` on the CPU, in one run.
+
+    python tests/benchmarks/real_llm.py [step] [generate] [--model DIR] [--repeat 7] [--tokens 48] [--threads 2]
+
+step       LoRA (r 8 on q_proj and v_proj), batch 4 x 128, AdamW, float32: seconds a step, and peak resident memory
+generate   greedy, with the cache, batches of 1 and 8: tokens a second, a prompt of 32 tokens included
+
+Both libraries read the same Hugging Face directory: --model, or SmolLM2-135M's shape with random weights (seed 0), which
+cost the same to compute with. They take turns, each in its own process (see `turns`). They must agree on the loss before
+training; whether they agree on the tokens is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+
+from turns import Worker, alternate, ratio, serve
+
+WHAT = ("step", "generate")
+BATCH, LENGTH, PROMPT = 4, 128, 32
+SHAPE = dict(  # SmolLM2-135M
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def ours(path: str) -> dict:
+    import numpy as np
+
+    import minipeft as mp
+
+    model, _ = mp.from_pretrained(path)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH))
+    tuned = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    optimizer = mp.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        loss = tuned.loss(ids[:BATCH], ids[:BATCH])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def generate(batch: int, new: int) -> list:
+        return model.generate(ids[:batch, :PROMPT], max_new_tokens=new, eos_token_id=()).tolist()
+
+    return {"step": step, "generate": generate}
+
+
+def theirs(path: str) -> dict:
+    import numpy as np
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH)))
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    tuned, optimizer = None, None
+
+    def step() -> float:
+        nonlocal tuned, optimizer
+        if tuned is None:  # PEFT puts its layers into the model itself: not before generation is timed
+            tuned = get_peft_model(model, lora).train()
+            optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
+        loss = tuned(input_ids=ids[:BATCH], labels=ids[:BATCH]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def generate(batch: int, new: int) -> list:
+        prompts = ids[:batch, :PROMPT]
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        return model.eval().generate(prompts, attention_mask=torch.ones_like(prompts), **options).tolist()
+
+    return {"step": step, "generate": generate}
+
+
+def step(workers: list[Worker], repeat: int) -> None:
+    (a, b), losses = alternate(workers, repeat, "step")
+    if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
+        raise SystemExit(f"the losses before training differ: {losses}")
+    print(
+        f"LoRA step, {BATCH} x {LENGTH} tokens: minipeft {statistics.median(a):.2f} s (best {min(a):.2f}), transformers + peft "
+        f"{statistics.median(b):.2f} s (best {min(b):.2f}), ratio {ratio(a, b):.2f} ({repeat} pairs); first loss {losses[0]:.4f}"
+    )
+    (ready, peak), (their_ready, their_peak) = (worker.ask("memory")[1] for worker in workers)
+    print(
+        f"resident memory before and at the peak: minipeft {ready:.0f} and {peak:.0f} MB, transformers + peft "
+        f"{their_ready:.0f} and {their_peak:.0f} MB; ratio of the peaks {peak / their_peak:.2f}"
+    )
+
+
+def generate(workers: list[Worker], repeat: int, new: int) -> None:
+    for batch in (1, 8):
+        (a, b), tokens = alternate(workers, repeat, "generate", batch, new)
+        same = sum(x == y for x, y in zip(*tokens))
+        print(
+            f"generate, batch {batch}, {new} tokens: minipeft {batch * new / statistics.median(a):.1f} tokens/s, transformers "
+            f"{batch * new / statistics.median(b):.1f}, ratio {ratio(b, a):.2f} ({repeat} pairs); {same} of {batch} rows are the same"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of {', '.join(WHAT)} (default: all)")
+    parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory of a Llama-family model")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        sys.exit(serve({"ours": ours, "theirs": theirs}[options.serve](options.model)))
+    unknown = [what for what in options.what if what not in WHAT]
+    if unknown:
+        parser.error(f"unknown: {unknown[0]!r} (choose from {', '.join(WHAT)})")
+    os.environ["MINIPEFT_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as made:
+        if not options.model:
+            import minipeft as mp
+
+            mp.save_pretrained(mp.Transformer(mp.TransformerConfig.llama(**SHAPE), seed=0), made)
+        for what in options.what or WHAT:
+            workers = [Worker("--serve", library, "--model", options.model or made) for library in ("ours", "theirs")]
+            step(workers, options.repeat) if what == "step" else generate(workers, options.repeat, options.tokens)
+            for worker in workers:
+                worker.close()
