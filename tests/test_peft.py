@@ -627,6 +627,20 @@ def test_adapters_on_a_four_bit_base(xp):
         np.testing.assert_array_equal(logits(quantized), start)
 
 
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_of_a_four_bit_model_only_what_has_a_gradient_is_ever_trained(dialect):
+    quantized = mp.quant.quantize_model(base(dialect, hidden_size=64, intermediate_size=64)).requires_grad_(True)
+    flagged = {path for path, p in quantized.named_parameters() if p.requires_grad}
+    packed = {path for path, m in quantized.named_modules() if isinstance(m, mp.quant.Linear4bit)}
+    assert flagged and packed
+    assert {path.rpartition(".")[0] for path in flagged} & packed == (packed if dialect == "gpt2" else set())
+    assert all(path.endswith("bias") for path in flagged if path.rpartition(".")[0] in packed)
+    before = values(quantized)
+    train(quantized)
+    moved = {path for path, v in values(quantized).items() if not np.array_equal(v, before[path])}
+    assert moved == flagged
+
+
 def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
     model = mp.SequenceClassifier(base(), num_labels=3)
     adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score"]))

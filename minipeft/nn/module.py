@@ -118,9 +118,12 @@ class Module:
     # ---------------------------------------------------------------------------------------------------- values
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Set `requires_grad` of every parameter; returns self."""
-        for parameter in self.parameters():
-            parameter.requires_grad = requires_grad
+        """Set `requires_grad` of every parameter that can be trained (of a quantized layer, the bias); returns self."""
+        for value in self.__dict__.values():
+            if isinstance(value, Parameter):
+                value.requires_grad = requires_grad
+        for _, child in self.children():
+            child.requires_grad_(requires_grad)
         return self
 
     def zero_grad(self) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, is_array, to_numpy, xp_of
 from ..nn.module import Module, ModuleList, Parameter
-from ..quant.linear import Linear4bit
+from ..quant import Linear4bit, dequantize_model
 from .config import PeftConfig, PeftError, kind_of
-from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy, with_weight
+from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy
 
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -291,10 +291,7 @@ class PeftModel(Module):
         model = self.base_model.copy(share=True)
         for path, layer in reversed(_adapted(model)):
             model.replace(path, layer.merge(names))
-        for path, layer in list(model.named_modules()) if names else ():
-            if hasattr(layer, "dequantize"):
-                model.replace(path, with_weight(layer, layer.dequantize()))
-        return _independent(model)
+        return _independent(dequantize_model(model) if names else model)
 
     def unload(self) -> Any:
         """A new plain model: the base without adapters. Its arrays are its own."""
@@ -449,9 +446,6 @@ def _adapted(model: Module) -> list[tuple[str, AdaptedLayer]]:
 def _independent(model: Module) -> Any:
     """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
     model = model.copy().requires_grad_(True)
-    for _, module in model.named_modules():
-        if hasattr(module, "dequantize"):  # in unload(): stays quantized, and so frozen
-            module.requires_grad_(False)
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         if model.lm_head.weight is not model.backbone.embedding.weight:

@@ -182,6 +182,12 @@ class Linear4bit(Module):
     in_features = property(lambda self: self.quant_state.shape[1])
     out_features = property(lambda self: self.quant_state.shape[0])
 
+    def requires_grad_(self, requires_grad: bool = True) -> Linear4bit:
+        """Set `requires_grad` of the bias: codes and their scales have no gradient. Returns self."""
+        if self.bias is not None:
+            self.bias.requires_grad = requires_grad
+        return self
+
     def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
         """x [..., in] -> [..., out]."""
         return linear_4bit(x, self.weight, self.quant_state, self.bias)
