@@ -429,3 +429,19 @@ def test_dpo_of_a_lora_policy_refers_to_the_base():
     assert [p.ref_chosen for p in run.train_examples] == pytest.approx([p.ref_chosen for p in on_base], abs=1e-5)
     run.train()
     assert same(before, parameters(model)) and not policy.unmoved()
+
+
+# ---------------------------------------------------------------------------------------------------- a model's own data
+
+
+def test_answers_become_rankings_and_pairs_in_the_raters_order():
+    answers = rlhf.sample_answers(base(), PROMPTS, k=3, length=5, stop_token_ids=[EOS], seed=4, batch_size=5)
+    assert [len(a) for a in answers] == [3] * 4 and max(len(a) for own in answers for a in own) <= 5
+    assert answers == rlhf.sample_answers(base(), PROMPTS, k=3, length=5, stop_token_ids=[EOS], seed=4)
+    assert answers != rlhf.sample_answers(base(), PROMPTS, k=3, length=5, stop_token_ids=[EOS], seed=5)
+    order = np.array([[2, 0, 1]] * 4)
+    ranking = rlhf.rankings(PROMPTS, answers, order)[1]
+    assert [t.tolist() for t in ranking.texts] == [PROMPTS[1] + answers[1][i] for i in (2, 0, 1)]
+    pair = rlhf.preference_pairs(PROMPTS, answers, order)[2]
+    assert pair.chosen.input_ids.tolist() == PROMPTS[2] + answers[2][2]
+    assert pair.rejected.labels.tolist() == [-100] * 4 + answers[2][1]

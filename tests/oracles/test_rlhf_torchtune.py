@@ -42,7 +42,7 @@ def test_whitening_and_masked_mean(numbers):
 
 def test_shaped_rewards(numbers):
     n, last = numbers, numbers["mask"].sum(1) - 1
-    want, kl, kl_reward = theirs.get_rewards_ppo(
+    want, _, _ = theirs.get_rewards_ppo(
         tensor(n["scores"]), tensor(n["old"]), tensor(n["reference"]), 0.1, tensor(last)
     )
     np.testing.assert_allclose(
@@ -72,7 +72,7 @@ def test_ppo_loss_and_gradients(numbers):
 
     leaves = [tensor(new, requires_grad=True), tensor(values, requires_grad=True)]
     mask = tensor(n["mask"])
-    want, want_policy, want_value, ratio, clipfrac = PPOLoss(epsilon=0.2, value_coeff=0.1, value_clip_range=0.2)(
+    want, want_policy, want_value, _, _ = PPOLoss(epsilon=0.2, value_coeff=0.1, value_clip_range=0.2)(
         tensor(n["old"]), leaves[0], tensor(n["advantages"]), tensor(n["values"]), leaves[1], tensor(n["returns"]),
         padding_masks=mask, value_padding_masks=mask,
     )  # fmt: skip

@@ -1,0 +1,58 @@
+"""Data made by a model itself: several answers to each prompt, ordered by a rater, as rankings or as pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backend import Rng
+from ..text.examples import Example, PreferencePair
+from ..train.batches import IGNORE
+from .reward import Ranking
+from .rollout import rollout
+
+Answers = list[list[int]]  # token ids of the answers to one prompt
+
+
+def sample_answers(
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    k: int = 2,
+    length: int = 24,
+    temperature: float = 1.0,
+    stop_token_ids: Sequence[int] = (),
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Answers]:
+    """k answers of at most `length` tokens to every prompt. A prompt's answers depend on the seed and its place alone."""
+    rows = [list(prompt) for prompt in prompts for _ in range(k)]
+    answers: Answers = []
+    for i in range(0, len(rows), batch_size):
+        part, stream = rows[i : i + batch_size], Rng(seed, first_row=i)
+        answers += rollout(policy, part, length, temperature, stop_token_ids, stream).responses()
+    return [answers[i : i + k] for i in range(0, len(answers), k)]
+
+
+def rankings(prompts: Sequence[Sequence[int]], answers: Sequence[Answers], order: np.ndarray) -> list[Ranking]:
+    """For a reward model: each prompt with its answers, best first, as `order` [n, k] says (see `rank`)."""
+    return [
+        Ranking(tuple(np.array([*prompt, *own[i]], np.int64) for i in best_first))
+        for prompt, own, best_first in zip(prompts, answers, order)
+    ]
+
+
+def preference_pairs(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Answers], order: np.ndarray
+) -> list[PreferencePair]:
+    """For DPO: the first and the last of each prompt's answers, as `order` [n, k] says, with labels on the answer."""
+
+    def example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+        ids = np.array([*prompt, *answer], np.int64)
+        return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
+
+    return [
+        PreferencePair(example(prompt, own[best_first[0]]), example(prompt, own[best_first[-1]]))
+        for prompt, own, best_first in zip(prompts, answers, order)
+    ]
