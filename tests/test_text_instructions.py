@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from minipeft.text.corpora import bible, wordnet
-from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, instructions, pairs, phrase
+from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, instructions, is_right, pairs, phrase
 from minipeft.text.splits import SPLITS
 
 every_task = pytest.mark.parametrize("name", TASKS)
@@ -71,6 +71,22 @@ def test_a_check_accepts_the_answer_and_not_another(name):
     assert all(check(input, output, output) for input, output in found)
     assert all(check(input, output, f" {output.upper()}.") for input, output in found)
     assert not any(check(input, output, wrong) for input, output in found for wrong in ("", "zebra crossing"))
+
+
+@every_task
+def test_the_answer_that_a_record_has_is_right(name):
+    for held_out in {False, True} if name in TRAINED else {True}:
+        for record in instructions([name], "test", held_out, cap=30):
+            if TASKS[name].check is None:
+                with pytest.raises(ValueError, match="cannot be right or wrong"):
+                    is_right(name, "test", record, record.output)
+            else:
+                assert is_right(name, "test", record, f" {record.output}.") and not is_right(
+                    name, "test", record, "zebra"
+                )
+    if TASKS[name].check is not None:
+        with pytest.raises(ValueError, match=f"none of the task '{name}' on the split 'test'"):
+            is_right(name, "test", phrase(("garden", "x"), "Define:"), "x")
 
 
 def test_what_is_right_by_the_dictionary_is_right():

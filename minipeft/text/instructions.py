@@ -305,3 +305,24 @@ def instructions(
         asked = rng.integers(len(phrasings), size=len(chosen))
         records += [phrase(found[i], phrasings[k]) for i, k in zip(chosen, asked)]
     return [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
+
+
+def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
+    """Whether an answer to one of `instructions([name], split, ...)` is right, white space and a last full stop aside.
+
+    Of a word that is asked for, any is right that the dictionary has with that meaning. Raises ValueError for a task whose
+    answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and split.
+    """
+    check = TASKS[name].check
+    if check is None:
+        raise ValueError(f"an answer to the task {name!r} cannot be right or wrong, only more or less probable")
+    if record not in _asked(name, split):
+        raise ValueError(f"the record is none of the task {name!r} on the split {split!r}: {record.instruction!r}")
+    return check(*_asked(name, split)[record], answer)
+
+
+@cache
+def _asked(name: str, split: str) -> dict[Instruction, Pair]:
+    """From every record of a task on a split to its pair, whatever the phrasing."""
+    phrasings = (*TASKS[name].phrasings, *TASKS[name].held_out_phrasings)
+    return {phrase(pair, phrasing): pair for pair in pairs(name, split) for phrasing in phrasings}
