@@ -47,12 +47,14 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib
+import inspect
+import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -113,14 +115,14 @@ def read_published(path: str | os.PathLike | None = None) -> list[dict[str, str]
     """The rows of a CSV file of these columns; None reads the shipped one. Raises FileError naming what is wrong."""
     name = "published.csv" if path is None else str(path)
     try:
-        text = files(__package__).joinpath(name).read_text("utf-8") if path is None else Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{name}: cannot be read as a text file ({error})") from error
-    reader = csv.DictReader(text.splitlines(), restkey="")
+        content = (files(__package__).joinpath(name) if path is None else Path(path)).read_bytes()
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), restkey="")
+        rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"{name}: cannot be read as a table of comma-separated values ({error})") from error
     missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
     if missing:
         raise FileError(f"{name}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
-    rows = list(reader)
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         where = f"{name}: row {row['id'] or number!r}"
@@ -159,7 +161,7 @@ def recompute(row: Mapping[str, str]) -> float:
         raise ValueError(f"row {row['id']!r}: the options are not JSON ({error})") from error
     try:
         return _value(options, QUANTITIES.get(row["quantity"])) / _known("unit", row["unit"], UNITS)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"row {row['id']!r}: {error}") from error
 
 
@@ -202,13 +204,26 @@ def _value(options: Any, quantity: str | None) -> float:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise ValueError(f"{factor} must be a number, not {number!r}")
         value *= number
-    return value / _value({**outer, **_object("of", options["of"])}, quantity) if "of" in options else value
+    if "of" not in options:
+        return value
+    whole = _value({**outer, **_object("of", options["of"])}, quantity)
+    if not whole:
+        raise ValueError("of is 0, and nothing can be divided by it")
+    return value / whole
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must hold JSON objects, not {value!r}")
     return value
+
+
+def _arguments(function: Callable, key: str, given: Any, reserved: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments that options give for a function; the reserved ones are not theirs to give."""
+    known = [name for name in inspect.signature(function).parameters if name not in reserved]
+    for name in _object(key, given):
+        _known(f"argument of {function.__name__}", name, known)
+    return given
 
 
 def _term(options: dict[str, Any], quantity: str | None) -> float:
@@ -218,7 +233,7 @@ def _term(options: dict[str, Any], quantity: str | None) -> float:
         book = _known("quant_type", code.get("quant_type"), CODES_4BIT)()
         return float(book[_known("index", code.get("index"), range(len(book)))])
     if "quantize_4bit" in options:
-        arguments = _object("quantize_4bit", options["quantize_4bit"])
+        arguments = _arguments(quantize_4bit, "quantize_4bit", options["quantize_4bit"], ("A",))
         packed, state = quantize_4bit(np.zeros(WEIGHTS, np.float32), **arguments)
         absmax = state.absmax.nbytes + (state.state2.absmax.nbytes if state.state2 is not None else 0)
         return _known("line", options.get("line"), {"codes": packed.nbytes, "absmax": absmax}) / WEIGHTS
@@ -229,7 +244,8 @@ def _term(options: dict[str, Any], quantity: str | None) -> float:
     if "ledger" in options:
         if len(configs) > 1:
             raise ValueError("a ledger is of one method, not of a list")
-        ledger = memory_ledger(arch, configs[0], **_object("ledger", options["ledger"]))
+        arguments = _arguments(memory_ledger, "ledger", options["ledger"], ("model", "config", "labels"))
+        ledger = memory_ledger(arch, configs[0], **arguments)
         sums = {"model states": ledger.model_states, "total": ledger.total}
         return sum(_known("line", line, {**ledger.held, **sums}) for line in _as_list(options.get("line")))
     quantity = options.get("quantity", quantity)
