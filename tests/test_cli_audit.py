@@ -1,0 +1,165 @@
+"""`minipeft audit`: what it prints, what it returns, and what it says of a file that is wrong."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from importlib import import_module
+
+import pytest
+
+from minipeft.accounting import published
+from minipeft.cli import audit as command
+from minipeft.cli import main
+from minipeft.cli.audit import grouped, readable
+
+HEADING = "id,quantity,unit,published_value,tolerance,status,options,source,notes\n"
+FIXED = "trainable parameters,K,{},0.05,{},\"{{\"\"model\"\": \"\"gpt2\"\", \"\"config\"\": {{\"\"peft_type\"\": \"\"LORA\"\"}}}}\""  # fmt: skip
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main(["audit", *map(str, argv)])
+    return status, *capsys.readouterr()
+
+
+def mine(tmp_path, *rows):
+    """A CSV file with a row for each (id, published value, status, source, notes)."""
+    path = tmp_path / "mine.csv"
+    lines = [f"{name},{FIXED.format(value, status)},{source},{notes}\n" for name, value, status, source, notes in rows]
+    path.write_text(HEADING + "".join(lines))
+    return path
+
+
+def test_the_shipped_figures(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0
+    for row in published.read_published():
+        assert f"  {row['id']}" in out
+    assert "\n297 rows: 245 reproduce, 26 differ, 26 not covered." in out
+    assert " ".join(out.split()).endswith("Every row is as its status says.")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_line_has_both_numbers_the_unit_and_the_verdict(capsys):
+    _, out, _ = run(capsys)
+    lines = out.splitlines()
+    assert "  lora-gpt3-rqrv4                  18.8         18.874 M           reproduces" in lines
+    assert "  lester-small-20-train          10,420         10,240 params      differs" in lines
+    assert "  adapterL-gpt2m-6                 0.37         0.3688 M           reproduces *" in lines
+    assert "  lora-vram                         1.2              - TB          not covered" in lines
+
+
+def test_rows_that_differ_come_with_their_source_and_reason(capsys):
+    status, out, _ = run(capsys, "--verdict", "differs")
+    assert status == 0
+    assert "Lester et al. 2021 (arXiv:2104.08691)\n" in out
+    assert "      printed 10,420; 20*512 = 10,240 (digits swapped)\n" in out
+    assert "reproduces" not in out and "not covered\n" not in out
+    assert "297 rows" in out  # the tally is of all
+    _, out, _ = run(capsys, "--verdict", "not-covered")
+    assert "      no rule for the method 'LoHa'\n" in out and "differs" not in out
+
+
+def test_a_source_alone(capsys):
+    status, out, _ = run(capsys, "--source", "zero")
+    assert status == 0
+    assert "4 rows: 4 reproduce" in out
+    status, out, err = run(capsys, "--source", "QLORAA")
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        "minipeft: error: no row's source contains 'QLORAA'; did you mean QLoRA or LoRA? (known: LoRA, "
+    )
+    assert err.count("\n") == 1
+
+
+def test_json(capsys):
+    status, out, _ = run(capsys, "--json", "--verdict", "differs", "--source", "Lester")
+    content = json.loads(out)
+    assert status == 0
+    assert content["tally"]["rows"] == 73
+    row = content["rows"][0]
+    assert (row["id"], row["published"], row["computed"], row["verdict"]) == (
+        "lester-small-20-train", 10420, 10240, "differs",
+    )  # fmt: skip
+    assert row["as_its_status_says"] is True and row["solved_from_the_figure"] is False
+    assert row["reason"].startswith("printed 10,420") and row["model"] == "t5v1.1-small"
+    assert len(content["rows"]) == 3
+
+
+def test_a_file_of_ones_own(capsys, tmp_path):
+    fine = ("lora", 294.9, "", "My paper", "")
+    status, out, _ = run(capsys, mine(tmp_path, fine))
+    assert status == 0 and "My paper\n  lora " in out and "294.912 K " in out
+    status, out, _ = run(capsys, mine(tmp_path, fine, ("slip", 249.9, "does not reproduce", "My paper", "swapped")))
+    assert status == 0 and "differs\n      swapped\n" in out
+    status, out, _ = run(capsys, mine(tmp_path, fine, ("claim", 249.9, "", "", "")))
+    assert status == 1 and "differs !" in out and "1 (!) not as their status says." in out
+    status, out, _ = run(capsys, mine(tmp_path, fine, ("wrong", 294.9, "does not reproduce", "", "")))
+    assert status == 1 and "reproduces !" in out
+
+
+@pytest.mark.parametrize("module", ["minipeft.accounting.published", "minipeft.cli.audit"])
+def test_the_documented_example_works_verbatim(capsys, tmp_path, module):
+    lines = textwrap.dedent(import_module(module).__doc__).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip().startswith("id,quantity,unit"))
+    example = [line.strip() for line in lines[start:]]
+    (tmp_path / "mine.csv").write_text("\n".join(example[: example.index("") if "" in example else None]) + "\n")
+    status, out, _ = run(capsys, tmp_path / "mine.csv")
+    assert status == 0
+    assert "reproduce" in out and "0 differ, 0 not covered" in out
+
+
+def test_every_column_and_option_is_documented():
+    for name in (*published.COLUMNS, *published.OPTIONS, *published.UNITS):
+        assert name == "1" or name in published.__doc__
+    for name in (*published.COLUMNS, "model", "config", "only", "ledger", "line", "bytes", "times", "sum", "of"):
+        assert name in command.__doc__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('{""model"": ""lama-7b""}', "row 'x': unknown model 'lama-7b'; nearest: llama-7b"),
+        ('{""model"": ""gpt2"", ""config"": {""peft_type"": ""LORRA""}}', "row 'x': unknown peft_type 'LORRA'; nearest: LORA"),
+        ('{""modell"": ""gpt2""}', "row 'x': unknown option 'modell'; nearest: model"),
+        ('{""model""', "row 'x': the options are not JSON"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_one_line_and_names_the_nearest(capsys, tmp_path, options, message):
+    path = tmp_path / "mine.csv"
+    path.write_text(f'{HEADING}x,trainable parameters,M,1,1,,"{options}",,\n')
+    status, out, err = run(capsys, path)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"minipeft: error: {message}") and err.count("\n") == 1
+
+
+def test_a_file_that_is_absent_or_no_table(capsys, tmp_path):
+    status, out, err = run(capsys, tmp_path / "absent.csv")
+    assert (status, out) == (2, "") and "absent.csv: cannot be read" in err
+    (tmp_path / "notes.txt").write_text("just text\n")
+    status, out, err = run(capsys, tmp_path / "notes.txt")
+    assert (status, out) == (2, "") and "notes.txt: no column id, quantity" in err
+    status, out, err = run(capsys, "--verdict", "difers")
+    assert status == 2 and "did you mean differs" in err
+
+
+@pytest.mark.parametrize(
+    ("value", "published_value", "shown"),
+    [
+        (18.874368, "18.8", "18.874"),
+        (174604.259328, "175255.8", "174,604.259"),
+        (10240.0, "10420", "10,240"),
+        (0.0006652663, "0.00067", "0.0006653"),
+        (7.1866e-05, "7e-05", "7.19e-05"),
+        (0.0, "0", "0"),
+        (-0.69619280, "-0.696192801", "-0.696192800"),
+    ],
+)
+def test_numbers_are_shown_beside_each_other(value, published_value, shown):
+    assert readable(value, published_value) == shown
+
+
+def test_published_numbers_are_shown_as_printed():
+    assert [grouped(v) for v in ("0.35", "174604.25", "11135332352", "-1", "7e-05")] == [
+        "0.35", "174,604.25", "11,135,332,352", "-1", "7e-05",
+    ]  # fmt: skip
