@@ -248,6 +248,10 @@ class PeftConfig(ABC):
         """The same configuration with some options changed."""
         return dataclasses.replace(self, **fields)
 
+    def saved_as(self, parts: list[Any]) -> Any:
+        """The configuration that goes into a file beside the arrays of these trained parts: this one, for most."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json says."""
         return {"peft_type": self.peft_type, **dataclasses.asdict(self)}

@@ -73,7 +73,8 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     arrays = {
         key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()
     }
-    options = {**config.to_dict(), "inference_mode": True}
+    parts = [part for _, part in model.parts(adapter_name)]
+    options = {**config.saved_as(parts).to_dict(), "inference_mode": True}
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
         options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
     directory.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ class Adapter(Module):
         """{key in a file: parameter} of what is written; a key is relative to the layer, or from "base_model."."""
         return {key: getattr(self, key.partition(".")[0]) for key in self.keys}
 
-    def loaded(self, base: Module) -> None:
-        """Called when a file's values are in place, to compute what a file does not hold."""
+    def loading(self, base: Module) -> None:
+        """Called before a file's values are put in place, to compute what a file does not hold."""
 
 
 class TrainedCopy(Adapter):

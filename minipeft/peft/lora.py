@@ -15,7 +15,9 @@ PiSSA and OLoRA subtract their start from W. Here W stays as it is and the start
 pair: W - s B0 A0 + s B A is a LoRA of rank 2r, [B, -B0] [A; A0]. So the base stays shared, the adapter can be switched
 off, and W is never copied.
 
-Departure from PEFT: OLoRA on GPT-2's [in, out] layers factorises the matrix that is applied, not its transpose.
+Departure from PEFT: OLoRA on GPT-2's [in, out] layers factorises the matrix that is applied. PEFT's factorises its
+transpose, and so does not start at the base (a square layer) or does not run. Such an adapter is saved as the plain one
+of rank 2r that it equals, which PEFT reads.
 """
 
 from __future__ import annotations
@@ -140,6 +142,9 @@ class LoraConfig(PeftConfig):
             shapes = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
             build = LoraEmbedding if kind_of(layer) == "embedding" else LoraLinear
             found[name] = build(self, name, shapes, layer, seeds[name])
+        if self.init_lora_weights == "olora" and any(kind_of(layer) == "conv1d" for layer in layers.values()):
+            for part in found.values():
+                part.folded = True
         return found
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
@@ -152,16 +157,22 @@ class LoraConfig(PeftConfig):
                     )
         return found
 
+    def saved_as(self, parts: list[Any]) -> LoraConfig:
+        """That of the plain adapter of a higher rank which parts of a fused layer, or a folded start, equal."""
+        folded = any(getattr(part, "folded", False) for part in parts)
+        times = 2 if folded else sum(self.enable_lora or [True])
+        factor = math.sqrt(times) if self.use_rslora else times  # keeps alpha/r, or alpha/sqrt(r)
+        return self.replace(
+            r=self.r * times,
+            lora_alpha=self.lora_alpha * factor,
+            rank_pattern={k: v * times for k, v in self.rank_pattern.items()},
+            alpha_pattern={k: v * factor for k, v in self.alpha_pattern.items()},
+            enable_lora=None,
+            init_lora_weights=True if folded else self.init_lora_weights,
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT has it; an adapter of parts of a fused layer is written as the one of the whole layer it equals."""
-        options = super().to_dict()
-        enabled = sum(options.pop("enable_lora") or [True])
-        factor = math.sqrt(enabled) if self.use_rslora else enabled  # keeps alpha/r, or alpha/sqrt(r)
-        options["r"] *= enabled
-        options["lora_alpha"] *= factor
-        options["rank_pattern"] = {k: v * enabled for k, v in self.rank_pattern.items()}
-        options["alpha_pattern"] = {k: v * factor for k, v in self.alpha_pattern.items()}
-        return options
+        return {name: value for name, value in super().to_dict().items() if name != "enable_lora"}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> LoraConfig:
@@ -180,6 +191,7 @@ class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one)."""
 
     frozen = ("start_A", "start_B")  # where PiSSA and OLoRA began
+    folded = False  # whether the start goes into the file with the trained factors, as one adapter of rank 2r
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -192,7 +204,7 @@ class LoraLinear(Adapter):
         if seed is None:
             return
         if self.factorise:
-            self.loaded(layer)
+            self._begin(layer)
             A.data, B.data = self.start_A.data.copy(), self.start_B.data.copy()
         else:
             generator = np.random.default_rng(seed)
@@ -205,14 +217,23 @@ class LoraLinear(Adapter):
         if config.use_dora:
             self.lora_magnitude_vector.data = self._row_norms(layer)
 
-    def loaded(self, base: Module) -> None:
-        """Find where PiSSA or OLoRA began: it is computed from the base, which is the same."""
+    def _begin(self, base: Module) -> None:
+        """Compute the start of PiSSA or OLoRA from the base."""
+        W = to_numpy(out_in(base, dense_weight(base))).astype(self.lora_A.dtype)
+        with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
+            start = self.factorise(W, self.lora_A.shape[0], self.scaling)
+        fill(self.start_A, start[0])
+        fill(self.start_B, start[1])
+
+    def loading(self, base: Module) -> None:
+        """Compute the start once more, from the same base. Raises PeftError where PEFT's is not the one that is needed."""
+        if self.folded:
+            raise PeftError(
+                "init_lora_weights='olora' on GPT-2's [in, out] layers: PEFT factorises the transposed weights there, and "
+                "does not start at the base; only files that hold no such start are read"
+            )
         if self.factorise:
-            W = to_numpy(out_in(base, dense_weight(base))).astype(self.lora_A.dtype)
-            with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
-                start = self.factorise(W, self.lora_A.shape[0], self.scaling)
-            fill(self.start_A, start[0])
-            fill(self.start_B, start[1])
+            self._begin(base)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A [R, in], B [out, R]) with W' = W + s B A; R is r, 2r with a start, r per part of a fused layer."""
@@ -278,8 +299,9 @@ class LoraLinear(Adapter):
 
     def saved(self) -> dict[str, Parameter]:
         found = super().saved()
-        if self.enable_lora:
-            found["lora_B.weight"] = Parameter(self.factors()[1].data)
+        if self.enable_lora or self.folded:
+            A, B = self.factors()
+            found |= {"lora_A.weight": Parameter(A.data), "lora_B.weight": Parameter(B.data)}
         return found
 
 

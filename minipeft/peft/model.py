@@ -396,9 +396,9 @@ class PeftModel(Module):
     def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
         from .directory import load_arrays
 
-        load_arrays(self, adapter_name, arrays, directory)
         for path, adapter in self.parts(adapter_name):
-            adapter.loaded(self.layers[path].base_layer if path else self.base_model)
+            adapter.loading(self.layers[path].base_layer if path else self.base_model)
+        load_arrays(self, adapter_name, arrays, directory)
         self.mark_start(adapter_name)
 
 

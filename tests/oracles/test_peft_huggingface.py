@@ -162,7 +162,7 @@ def close(a, b, tolerance=1e-7):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dialect", "case"), both)
+@pytest.mark.parametrize(("dialect", "case"), [*both, ("gpt2", "olora")])
 def test_our_file_gives_the_same_logits_gradients_and_step_in_peft(dialect, case, tmp_path):
     model, twin, tolerance = bases(dialect, case)
     start, ours = model(IDS).data.copy(), train_ours(mp.get_peft_model(model, configs(dialect, case)[0]))
@@ -311,6 +311,18 @@ def test_options_that_would_change_the_result_are_refused_by_name(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**good, option: value}))
         with pytest.raises(PeftError, match=option):
             mp.PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_pefts_olora_of_gpt2_is_refused_as_it_does_not_start_at_the_base(tmp_path):
+    model, twin = base("gpt2", "float32")
+    options = dict(r=4, init_lora_weights="olora", target_modules=["attn.c_proj"])
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(**options, task_type="CAUSAL_LM")).eval()
+    assert np.abs(logits(theirs) - model(IDS).data).max() > 0.1
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(PeftError, match="init_lora_weights='olora' on GPT-2's"):
+        mp.PeftModel.from_pretrained(model, tmp_path)
+    ours = mp.get_peft_model(model, mp.LoraConfig(**options))
+    close(ours(IDS).data, model(IDS).data, 1e-5)
 
 
 def test_vera_without_its_projections_is_refused(tmp_path):
