@@ -64,6 +64,12 @@ def add_seed(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help=f"seed of {what} (default: 0)")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="PATH", help="a Hugging Face model directory or a .gguf file (default: the shipped base)"
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """--threads and --backend, which `use_machine` obeys."""
     group = parser.add_argument_group("machine")

@@ -12,15 +12,20 @@ The output directory is a Hugging Face model directory (an adapter directory of 
 metrics.jsonl, loss.png, finetune.json, template.json (the template, for what uses the model next), and the last
 checkpoint, from which the same command with --resume goes on (safe to delete when the run has ended).
 
+A model of more than 50 million parameters is trained sparingly unless the options say otherwise: two examples at a time,
+four times a step, activations computed again in backward. Conversations are put in the chat template that comes with the
+model, and --template chat does so with other records.
+
 examples:
   minipeft finetune --data my.jsonl --output tuned
   minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
   minipeft finetune --data my.jsonl --method lora --output adapter
-  minipeft finetune --model SmolLM2-135M --data chat.jsonl --batch-size 2 --accumulation 8 --output tuned
+  minipeft finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --data chat.jsonl --method qlora --output adapter
 
   minipeft generate --model tuned --prompt "..."
   minipeft generate --adapter adapter --prompt "..."
+  minipeft generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter adapter --load-in-4bit --chat
 """
 
 from __future__ import annotations
@@ -33,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from ..experiments.methods import METHODS
-from .arguments import add_machine, add_seed, natural, positive, positive_int, proportion, use_machine
+from .arguments import add_machine, add_model, add_seed, natural, positive, positive_int, proportion, use_machine
 
 SUMMARY = "fine-tune a model on your own file"
+
+LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
 WRITTEN = re.compile(
     r"checkpoint-\d+|metrics\.jsonl|loss\.png|finetune\.json|sft\.json|template\.json|config\.json|generation_config\.json|tokenizer\.json"
@@ -52,9 +59,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
-    parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
+    add_model(parser)
     methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
-    parser.add_argument("--method", choices=METHODS, default="full", help=f"default: full (learning rates: {methods})")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="full",
+        help=f"default: full (learning rates: {methods}; times 128 / hidden_size in wider models)",
+    )
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -66,7 +78,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     group.add_argument(
         "--template",
         metavar="NAME|TEXT",
-        help=r'plain, alpaca, chatml, or a text such as "Q: {prompt}\nA:" (default: by the form of the records)',
+        help=r'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:" (default: by the form of the records)',
     )
     group.add_argument(
         "--max-length",
@@ -85,9 +97,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     group.add_argument("--epochs", type=positive, default=3.0, metavar="N", help="passes over the data (default: 3)")
     group.add_argument("--steps", type=positive_int, metavar="N", help="steps instead of epochs")
     group.add_argument(
-        "--batch-size", type=positive_int, default=8, metavar="N", help="examples at a time (default: 8)"
+        "--batch-size", type=positive_int, metavar="N", help="examples at a time (default: 8, in large models 2)"
     )
-    group.add_argument("--accumulation", type=positive_int, default=1, metavar="N", help="batches a step (default: 1)")
+    group.add_argument(
+        "--accumulation",
+        type=positive_int,
+        metavar="N",
+        help="batches a step (default: 1, in large models without --batch-size 4)",
+    )
     group.add_argument(
         "--packing", action="store_true", help="let the examples of a batch share rows: the same loss, less padding"
     )
@@ -112,8 +129,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     )
     group.add_argument(
         "--gradient-checkpointing",
-        action="store_true",
-        help="compute activations again in backward: less memory, slower",
+        action=argparse.BooleanOptionalAction,
+        help="compute activations again in backward: less memory, slower (default: in large models)",
     )
     add_seed(group, "the order of the data, and of dropout")
 
@@ -141,6 +158,7 @@ def fine_tune(
     use_machine(args)
     from rich.console import Console
 
+    from ..accounting import architecture
     from ..experiments.costs import count
     from ..files import write_json
     from ..hub.pretrained import save_pretrained
@@ -151,9 +169,12 @@ def fine_tune(
     from .prompts import chosen_template, save_template
     from .report import ANSWER, answer, console, show_samples
 
-    base, tokenizer = load_model(args.model, args.backend)
-    name, template = chosen_template(args.template, records[0], tokenizer)
     method = METHODS[args.method]
+    base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
+    name, template = chosen_template(args.template, records[0], tokenizer)
+    large = architecture(base.config).size > LARGE
+    batch_size = args.batch_size or (2 if large else 8)
+    accumulation = args.accumulation or (4 if large and args.batch_size is None else 1)
     limit = base.config.max_position_embeddings - method.virtual_tokens
     if limit < 1:
         raise ValueError(f"--method {args.method} takes {method.virtual_tokens} positions, all that the model has")
@@ -167,18 +188,18 @@ def fine_tune(
         what: encode_examples(of, tokenizer, max_length, template, args.overflow).examples for what, of in tests.items()
     }
 
-    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (args.batch_size * args.accumulation)))
+    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (batch_size * accumulation)))
     model = method.prepare(base, steps)
-    if args.gradient_checkpointing:
+    if large if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     often = max(1, steps // 5)
     arguments = TrainingArguments(
         output_dir=output,
-        learning_rate=args.lr or method.learning_rate,
+        learning_rate=args.lr or method.rate_for(base),
         max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulation,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         packing=args.packing,
         optim=args.optimizer,
         weight_decay=args.weight_decay,
@@ -197,7 +218,7 @@ def fine_tune(
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     err.print(
         f"method {args.method}: {trainable:,} of {total:,} parameters; {len(data.train):,} examples to learn from, "
-        f"{len(data.held_out):,} held out; {steps:,} steps, learning rate {arguments.learning_rate:g}"
+        f"{len(data.held_out):,} held out; {steps:,} steps of {batch_size * accumulation}, learning rate {arguments.learning_rate:.3g}"
     )
     if data.note:
         err.print(data.note)
@@ -224,7 +245,14 @@ def fine_tune(
     write_json(
         output / f"{args.command}.json",
         {
-            "options": {**options, "lr": arguments.learning_rate, "max_length": max_length, "steps": steps},
+            "options": {
+                **options,
+                "lr": arguments.learning_rate,
+                "max_length": max_length,
+                "steps": steps,
+                "batch_size": batch_size,
+                "accumulation": accumulation,
+            },
             "parameters": {"trainable": trainable, "all": total},
             "examples": {"training": len(data.train), "held_out": len(data.held_out)},
             "steps": result.steps,
@@ -252,7 +280,8 @@ def fine_tune(
         show_samples(console(), [(sample, answers)])
     on = f"--model {args.model} " if args.model else ""
     use = f"{on}--adapter {output}" if hasattr(model, "save_pretrained") else f"--model {output}"
-    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
+    use += " --load-in-4bit" if method.quantized else ""
+    print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 
 

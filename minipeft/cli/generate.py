@@ -1,14 +1,20 @@
 """Let a model continue text: the shipped base, or any saved model, with or without an adapter.
 
-A prompt comes from --prompt (may be repeated), from a file, or from standard input. A model or adapter that finetune or sft
-wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without --temperature the most
-probable token is taken each time. On a terminal the text of a single prompt appears as it is written.
+A prompt comes from --prompt (may be repeated), from a file, or from standard input. A model or adapter that finetune or
+sft wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without
+--temperature the most probable token is taken each time. On a terminal the text of a single prompt appears as it is written.
+
+With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is none).
+Without a prompt it is a conversation: each line of standard input is a message, answered before the next is read; it ends
+with /exit or at the end of the input (Ctrl-D).
 
 examples:
   minipeft generate --prompt "It was a fine morning"
   minipeft generate --prompt "Word: garden (noun)\\nMeaning:" --escapes --completion-only
   minipeft generate --model tuned --temperature 0.8 --top-p 0.9 --seed 1 --prompt "Once"
   minipeft generate --model tuned --chat --prompt "What is a dog?"
+  minipeft generate --model SmolLM2-135M-Instruct.Q4_1.gguf --chat
+  minipeft generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter tuned --load-in-4bit --chat
   echo "It was" | minipeft generate --max-new-tokens 40
   minipeft generate --prompts questions.txt --json > answers.jsonl
 """
@@ -22,14 +28,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_machine, add_seed, natural, natural_int, positive_int, probability, use_machine
+from .arguments import add_machine, add_model, add_seed, natural, natural_int, positive_int, probability, use_machine
 
 SUMMARY = "let a model continue text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
+    add_model(parser)
     parser.add_argument("--adapter", metavar="DIR", help="an adapter directory to put on the model")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as --method qlora trained on them"
+    )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
     group.add_argument(
@@ -39,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--template",
         metavar="NAME|TEXT",
-        help="plain, alpaca, chatml or a text with {prompt}: what the prompts are put in (default: as in training)",
+        help="plain, alpaca, chatml, chat or a text with {prompt}: what the prompts are put in (default: as in training)",
     )
-    group.add_argument("--chat", action="store_true", help="each prompt is a user's message, put as ChatML")
+    group.add_argument("--chat", action="store_true", help="talk to the model: one message, or a conversation")
     group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
     group = parser.add_argument_group("generation")
     group.add_argument("--max-new-tokens", type=positive_int, default=100, metavar="N", help="default: %(default)s")
@@ -66,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature == 0 and (args.top_k or args.top_p):
         raise ValueError("--top-k and --top-p limit a random draw; give --temperature above 0 with them")
     use_machine(args)
+    if args.chat and not (args.prompt or args.prompts):
+        return _converse(args)
     prompts = _prompts(args)
     model, tokenizer = _load(args)
     turns = [_turn(prompt, args, tokenizer) for prompt in prompts]
+    options = _options(args, model, tokenizer, turns[0])
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
-    options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    options["eos_token_id"] = _stops(model, tokenizer, turns[0])
     echo = not args.completion_only and turns[0].prompt == (prompts[0],)
 
     if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
@@ -87,6 +97,38 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(prompt + completion if echo else completion, flush=True)
     return 0
+
+
+def _converse(args: argparse.Namespace) -> int:
+    """Answer one line of standard input after the other, each with all that was said before in view."""
+    from ..text.datasets import Message
+    from ..text.templates import chat, chat_prompt
+    from .prompts import asked
+
+    model, tokenizer = _load(args)
+    options = _options(args, model, tokenizer, asked(chat(tokenizer), "-"))
+    messages = [Message("system", args.system)] if args.system is not None else []
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("(a line is a message; /exit or Ctrl-D ends the conversation)", file=sys.stderr)
+    while True:
+        if terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        said = line.strip()
+        if not line or said == "/exit":
+            return 0
+        if not said:
+            continue
+        messages.append(Message("user", said))
+        prompt = tokenizer.encode_pieces(chat_prompt(messages, tokenizer), add_special_tokens=True)
+        answer = ""
+        for text in stream_text(model, tokenizer, prompt, args.max_new_tokens, seed=args.seed, **options):
+            answer += text
+            if not args.json:
+                print(text, end="", flush=True)
+        print(json.dumps({"prompt": said, "completion": answer}, ensure_ascii=False) if args.json else "", flush=True)
+        messages.append(Message("assistant", answer))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -137,7 +179,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter on it, on the device asked for."""
     from .models import load_model
 
-    model, tokenizer = load_model(args.model, args.backend)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit)
     if args.adapter is not None:
         from ..peft.model import PeftModel
 
@@ -148,19 +190,24 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:
     """What the model is shown, and a completion that ends as an answer to it does."""
     from ..text.datasets import Conversation, Message
-    from ..text.templates import chatml, get_template
+    from ..text.templates import chat, get_template
     from .prompts import asked, saved_template
 
     if not args.chat:
         name = args.template or saved_template(args.adapter) or saved_template(args.model) or "plain"
         return asked(get_template(name.replace("\\n", "\n"), tokenizer), prompt)
     system = [Message("system", args.system)] if args.system is not None else []
-    turn = chatml(Conversation((*system, Message("user", prompt), Message("assistant", "-"))))[0]
+    return chat(tokenizer)(Conversation((*system, Message("user", prompt), Message("assistant", "-"))))[0]
+
+
+def _options(args: argparse.Namespace, model: Any, tokenizer: Any, turn: Any) -> dict[str, Any]:
+    """How to draw the tokens, and which end a text. ValueError where the tokenizer lacks a token of the template."""
     try:
-        tokenizer.encode_pieces(turn.prompt)
+        tokenizer.encode_pieces([*turn.prompt, *turn.completion])
     except ValueError as error:
-        raise ValueError(f"--chat writes ChatML, which this model's tokenizer cannot: {error}") from error
-    return turn
+        raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
+    drawing = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return {**drawing, "eos_token_id": _stops(model, tokenizer, turn)}
 
 
 def _stops(model: Any, tokenizer: Any, turn: Any) -> list[int]:

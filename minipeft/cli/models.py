@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def load_model(path: str | None, backend: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of the shipped base (None) or of a Hugging Face directory.
+def load_model(path: str | None, backend: str | None = None, load_in_4bit: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file.
 
     Raises ValueError where it is no language model or comes without a tokenizer: the commands read and write text.
     """
@@ -14,11 +14,12 @@ def load_model(path: str | None, backend: str | None = None) -> tuple[Any, Any]:
     from ..hub.pretrained import from_pretrained
     from ..nn.transformer import Transformer
 
-    model, tokenizer = load_base(backend) if path is None else from_pretrained(path, backend=backend)
+    options: dict[str, Any] = {"backend": backend, "load_in_4bit": load_in_4bit}
+    model, tokenizer = load_base(**options) if path is None else from_pretrained(path, **options)
     if not isinstance(model, Transformer):
         raise ValueError(f"{path}: holds a {type(model).__name__}; this command needs a language model")
     if tokenizer is None:
-        raise ValueError(f"{path}: there is no tokenizer (tokenizer.json) beside the model, and text is to be encoded")
+        raise ValueError(f"{path}: there is no tokenizer with the model (tokenizer.json), and text is to be encoded")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"

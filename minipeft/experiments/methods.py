@@ -14,7 +14,7 @@ class Method:
     title          what a table calls it, short
     learning_rate  the default, from a grid (3e-4, 1e-3, 3e-3, 1e-2; to 1e-1 for vectors that are trained themselves) on
                    the shipped base and the validation split of the task "rewrite": above it the task's loss falls
-                   little more and what is forgotten multiplies. Larger models want less.
+                   little more and what is forgotten multiplies. Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
     quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not tell
@@ -29,6 +29,14 @@ class Method:
     def virtual_tokens(self) -> int:
         """Positions of the context that the method takes from every example."""
         return getattr(self.config(), "num_virtual_tokens", 0)
+
+    def rate_for(self, base: Any) -> float:
+        """The default learning rate on a model: in proportion less for one wider than the shipped base.
+
+        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width (Yang et
+        al. 2022, Tensor Programs V, arXiv:2203.03466).
+        """
+        return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 
     def prepare(self, base: Any, steps: int) -> Any:
         """The model that is trained, for a run of so many steps; `base` stays as it is.
@@ -45,9 +53,10 @@ class Method:
         from ..peft.model import get_peft_model
 
         if self.quantized:
-            from ..quant import quantize_model
+            from ..quant import Linear4bit, quantize_model
 
-            base = quantize_model(base)
+            if not any(isinstance(module, Linear4bit) for _, module in base.named_modules()):
+                base = quantize_model(base)
         return get_peft_model(base, config)
 
     def why_not(self, base: Any) -> str | None:

@@ -11,11 +11,13 @@ from .pretrained import HubError, from_pretrained
 BASE = Path(__file__).parent / "base"
 
 
-def load_base(backend: str | None = None) -> tuple[Transformer, Tokenizer]:
+def load_base(backend: str | None = None, load_in_4bit: bool = False) -> tuple[Transformer, Tokenizer]:
     """(model, tokenizer): the shipped base, a Hugging Face directory read offline; float16 on disk, float32 in memory.
+
+    `load_in_4bit` as in `from_pretrained`.
 
     Raises HubError when this installation lacks its files.
     """
     if not (BASE / "model.safetensors").is_file():
         raise HubError(f"{BASE}: the shipped base's weights are not in this installation; install the package again")
-    return from_pretrained(BASE, backend=backend)
+    return from_pretrained(BASE, backend=backend, load_in_4bit=load_in_4bit)

@@ -146,6 +146,13 @@ def chat(tokenizer: Tokenizer) -> Template:
     return render
 
 
+def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Pieces:
+    """A conversation and the opening of the next answer, as `chat(tokenizer)` writes them."""
+    if tokenizer.chat_template in (None, CHATML):
+        return chatml_prompt(messages)
+    return tokenizer.chat_pieces(messages, add_generation_prompt=True)
+
+
 def _cut(pieces: Pieces, begin: int, end: int) -> Pieces:
     """The pieces between two positions of the text they make; neither lies inside a special token."""
     part, at = [], 0

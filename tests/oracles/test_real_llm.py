@@ -5,6 +5,7 @@ transformers reads the same .gguf file with code of its own: its dequantizer, it
 
 import json
 import logging
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def reference_bpe(tokenizer):
             for word in words.findall(run):
                 parts = [spelled[b] for b in word.encode()]
                 while len(parts) > 1:
-                    rank, i = min((ranks.get(pair, 10**9), i) for i, pair in enumerate(zip(parts, parts[1:])))
+                    rank, i = min((ranks.get(pair, 10**9), i) for i, pair in enumerate(pairwise(parts)))
                     if rank == 10**9:
                         break
                     parts[i : i + 2] = [parts[i] + parts[i + 1]]
