@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 SUMMARY = "recompute the literature's parameter counts and memory figures"
 
 VERDICTS = ("reproduces", "differs", "not-covered")
-WIDTHS = (26, 13, 14, 12)  # of id, published, computed and verdict; the unit has what is left
+NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,21 +116,21 @@ def table(findings: Sequence[Finding], width: int) -> Iterator[str]:
             source = row["source"]
             yield ""
             yield from textwrap.wrap(source, width)
-        label = f"  {row['id']}"
-        if len(label) > WIDTHS[0]:
+        label, printed = f"  {row['id']}", grouped(row["published_value"])
+        if len(label) + len(printed) >= NUMBERS[0]:
             yield label
             label = ""
         mark = ("*" if finding.solved and finding.computed is not None else "") + "!" * (finding.expected is False)
         computed = "-" if finding.computed is None else readable(finding.computed, row["published_value"])
-        yield _line(label, grouped(row["published_value"]), computed, row["unit"], f"{finding.verdict} {mark}".rstrip())
+        yield _line(label, printed, computed, row["unit"], f"{finding.verdict} {mark}")
         if finding.reason and finding.verdict != "reproduces":
             yield from textwrap.wrap(finding.reason, width, initial_indent="      ", subsequent_indent="      ")
     yield ""
 
 
 def _line(label: str, published: str, computed: str, unit: str, verdict: str) -> str:
-    a, b, c, _ = WIDTHS
-    return f"{label:<{a}}{published:>{b}} {computed:>{c}} {unit:<12}{verdict}".rstrip()
+    first, second, third = NUMBERS
+    return f"{label}{published:>{first - len(label)}}{computed:>{second}} {unit:<{third - 1}}{verdict}".rstrip()
 
 
 def readable(value: float, published: str) -> str:
