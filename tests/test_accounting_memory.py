@@ -247,6 +247,11 @@ def test_activations_of_a_llama_block_by_the_formula():
     assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 3
 
 
+def test_a_checkpointed_block_keeps_its_input(dialect):
+    c = CONFIGS[dialect]
+    assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 3
+
+
 def test_weights_gradients_and_optimizer_states_are_the_bytes_that_are_allocated(dialect):
     template = built(dialect, "full")
     held = memory_ledger(CONFIGS[dialect], batch=B, seq_len=T).held

@@ -3,8 +3,9 @@
 from .architectures import Architecture, architecture
 from .memory import MemoryLedger, Precision, measure_peak, memory_ledger
 from .parameters import ParameterCount, count_parameters
+from .ppo import ppo_ledger
 
 __all__ = [
     "Architecture", "MemoryLedger", "ParameterCount", "Precision", "architecture", "count_parameters", "measure_peak",
-    "memory_ledger",
+    "memory_ledger", "ppo_ledger",
 ]  # fmt: skip

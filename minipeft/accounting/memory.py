@@ -5,7 +5,7 @@
     needs
 
 The states are bytes per parameter (`Precision`) times counts. The rest is read off a step that is run on shapes alone
-(`minipeft.accounting.shapes`): the model's own code, the engine's own graph and its walk back, in which activations die
+(`minipeft.accounting.walk`): the model's own code, the engine's own graph and its walk back, in which activations die
 as gradients are born. The ledger is the moment at which the sum is largest.
 
 Sources of the states: Rajbhandari et al. 2019 (ZeRO, arXiv:1910.02054, §3.1): 16 bytes a parameter for mixed precision
@@ -17,28 +17,25 @@ from __future__ import annotations
 import gc
 import math
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import no_grad
-from ..backend import Array, Rng, get_num_threads
-from ..nn.generation import next_logits
+from ..backend import Array, get_num_threads
 from ..nn.module import Module, Parameter, unallocated
-from ..nn.transformer import Backbone, KeyValue, KVCache, Transformer, TransformerConfig
+from ..nn.transformer import Transformer, TransformerConfig
 from ..peft.layer import TrainedCopy
 from ..peft.model import PeftModel
 from ..quant.blockwise import NESTED_BLOCKSIZE, QuantState
 from ..quant.codebooks import CODES_4BIT, dynamic_map
-from ..quant.linear import Linear4bit, tile_size
+from ..quant.linear import Linear4bit
 from ..quant.surgery import HEADS, quantizable_layers
 from ..train.optim import ELEMENTS
+from . import walk
 from .architectures import Architecture, architecture
 from .parameters import constant_parameters, trained_parameters
-from .shapes import Meter, ShapeArray
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,9 @@ BLOCKSIZE = 64  # weights that share a scale in four bits, as `quantize_model` h
 
 WEIGHTS = ("frozen weights", "trained weights", "adapters")
 STATES = (*WEIGHTS, "master copies", "gradients", "optimizer states", "running averages")
+ORDER = (
+    *WEIGHTS, "reference", "value model", "reward model", *STATES[3:], "activations", "logits", "KV cache", "working memory"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class MemoryLedger:
     held: Mapping[str, int]
     activations_per_layer: tuple[int, ...] = ()
     activations_by_op: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lines", "held"):
+            lines = getattr(self, name)
+            object.__setattr__(self, name, {line: lines[line] for line in sorted(lines, key=ORDER.index)})
 
     @property
     def total(self) -> int:
@@ -128,35 +133,30 @@ def memory_ledger(
     Bytes are those of arrays: no allocator's rounding, no code, and input ids are the caller's.
     Raises ValueError for a name that is unknown and for arguments that make no sense together.
     """
-    p = _named("precision", precision, PRECISIONS)
-    moments = _named("optimizer", optimizer, OPTIMIZERS)
-    quantized = None
-    if quantization is not None:
-        _named("quantization", quantization, CODES_4BIT)
-        quantized = quantization, double_quantization
+    p = named("precision", precision, PRECISIONS)
+    moments = named("optimizer", optimizer, OPTIMIZERS)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     for name, value in (("batch", batch), ("seq_len", seq_len), ("max_new_tokens", max_new_tokens)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     if isinstance(model, Module):
-        if config is not None or quantized:
+        if config is not None or quantization is not None:
             raise ValueError(
                 "a built model says itself what it trains and stores; config and quantization are for models given by "
                 "name or shapes"
             )
         twin = model.copy(share=True)
-        weights, trained, averaged = _of_model(twin, p, as_stored=True)
+        weights, trained, averaged = weights_of(twin, p, as_stored=True)
     else:
         arch = model if isinstance(model, Architecture) else architecture(model)
-        if quantized and config is None:
-            raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
+        quantized = packing(config, quantization, double_quantization)
         if seq_len is None:
             twin = None
-            weights, trained, averaged = _of_shapes(arch, config, p, quantized)
+            weights, trained, averaged = weights_of_shapes(arch, config, p, quantized)
         else:
-            twin = _built(arch, config, p, quantized)
-            weights, trained, averaged = _of_model(twin, p, as_stored=False)
+            twin = built(arch, config, p, quantized)
+            weights, trained, averaged = weights_of(twin, p, as_stored=False)
     training = mode == "train"
     held = weights | {
         "master copies": training * trained * p.master,
@@ -167,17 +167,35 @@ def memory_ledger(
     static = {line: n for line, n in held.items() if line != "gradients" and n}
     if twin is None:
         return MemoryLedger({line: n for line, n in held.items() if n}, held)
+    backbone = walk.backbone_of(twin)
     if checkpointing is not None:
-        _backbone(twin).gradient_checkpointing = checkpointing
-    meter, kept, per_layer, by_op = _walk(twin, batch, seq_len, p, mode, labels, max_new_tokens)
-    held |= kept
-    step = {"gradients": held["gradients"], "working memory": 3 * p.states * ELEMENTS * get_num_threads()}
-    at_peak = dict(meter.at_peak)
+        backbone.gradient_checkpointing = checkpointing
+    if mode == "generate":
+        seen = walk.generate(twin, batch, seq_len, p.activations, max_new_tokens)
+        held["KV cache"] = kv_cache_bytes(backbone.config, batch, seen.positions, p.activations)
+    else:
+        seen = (walk.train if training else walk.evaluate)(twin, batch, seq_len, p.activations, labels)
+    at_peak = at_step(seen.at_peak, held["gradients"], p) if training else seen.at_peak
+    lines = {line: n for line, n in (static | dict(at_peak)).items() if n}
+    return MemoryLedger(lines, held | (seen.held or {}), seen.per_layer, seen.by_op)
+
+
+def packing(config: Any, quantization: str | None, double_quantization: bool) -> tuple[str, bool] | None:
+    """(data type, whether its scales are packed too) of a base in four bits; None for one that is not."""
+    if quantization is None:
+        return None
+    named("quantization", quantization, CODES_4BIT)
+    if config is None:
+        raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
+    return quantization, double_quantization
+
+
+def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision) -> Mapping[str, int]:
+    """The larger one of what a backward pass needs at once and what the optimizer's step does after it."""
     if "gradients" in at_peak:
-        at_peak["gradients"] = at_peak["gradients"] * p.gradients // p.activations
-    if training and sum(step.values()) > sum(at_peak.values()):
-        at_peak = step  # the optimizer's step: nothing of the batch is left
-    return MemoryLedger({k: n for k, n in (static | at_peak).items() if n}, held, per_layer, by_op)
+        at_peak = {**at_peak, "gradients": at_peak["gradients"] * p.gradients // p.activations}
+    step = {"gradients": gradients, "working memory": 3 * p.states * ELEMENTS * get_num_threads()}
+    return step if sum(step.values()) > sum(at_peak.values()) else at_peak  # nothing of the batch is left by then
 
 
 def kv_cache_bytes(config: TransformerConfig, batch: int, positions: int, itemsize: int = 4) -> int:
@@ -202,7 +220,8 @@ def measure_peak(fn: Callable[[], Any]) -> int:
             tracemalloc.stop()
 
 
-def _named(what: str, value: Any, known: Mapping[str, Any]) -> Any:
+def named(what: str, value: Any, known: Mapping[str, Any]) -> Any:
+    """The value of a name. Raises ValueError listing those that there are."""
     if isinstance(value, str) and value in known:
         return known[value]
     if isinstance(value, Precision) and what == "precision":
@@ -213,7 +232,7 @@ def _named(what: str, value: Any, known: Mapping[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------- the model's weights
 
 
-def _of_shapes(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> tuple:
+def weights_of_shapes(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> tuple:
     """({line: bytes} of the weights, parameters that are trained, numbers of which averages are kept)."""
     shapes = trained_parameters(arch, config)
     trained = sum(math.prod(shape) for shape in shapes.values())
@@ -238,7 +257,7 @@ def _of_shapes(arch: Architecture, config: Any, p: Precision, quantized: tuple[s
     return weights, trained, getattr(config, "averages", 0) * sum(followed)
 
 
-def _of_model(model: Module, p: Precision, as_stored: bool) -> tuple:
+def weights_of(model: Module, p: Precision, as_stored: bool) -> tuple:
     """The same of a model; `as_stored`: its frozen weights as they are, not at the precision's size."""
     peft = [m for _, m in model.named_modules() if isinstance(m, PeftModel)]
     parts = [(m.peft_config[name], part) for m in peft for name in m.peft_config for _, part in m.parts(name)]
@@ -262,7 +281,7 @@ def _of_model(model: Module, p: Precision, as_stored: bool) -> tuple:
     return weights, trained, averaged
 
 
-def _built(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> Module:
+def built(arch: Architecture, config: Any, p: Precision, quantized: tuple[str, bool] | None) -> Module:
     """The model, unallocated, with what is trained requiring gradients and what is frozen in its storage dtype."""
     if arch.config is None:
         raise ValueError(
@@ -308,105 +327,3 @@ def _four_bits(shape: tuple[int, int], quantized: tuple[str, bool], bias: Parame
 def _nbytes(arrays: Iterable[Array]) -> int:
     """Bytes of all, what several layers share (the code book's values) once."""
     return sum({id(array): array.nbytes for array in arrays}.values())
-
-
-# ------------------------------------------------------------------------------------------------ a step run on shapes
-
-
-def _backbone(model: Module) -> Backbone:
-    found = next((m for _, m in model.named_modules() if isinstance(m, Backbone)), None)
-    if found is None:
-        raise ValueError(
-            f"activations are known of models with a Backbone; this {type(model).__name__} has none: leave seq_len out"
-        )
-    return found
-
-
-class _Mark(Module):
-    """Notes how much is held when a block is reached, and passes on."""
-
-    def __init__(self, module: Module, marks: list[int], meter: Meter):
-        self.module, self.marks, self.meter = module, marks, meter
-
-    def forward(self, *args: Any) -> Any:
-        self.marks.append(self.meter.current)
-        return self.module(*args)
-
-
-class _Packed(Linear4bit):
-    """A Linear4bit whose dequantized tiles are shapes (DoRA reads them)."""
-
-    def __init__(self, layer: Linear4bit, meter: Meter):
-        self.__dict__.update(layer.__dict__)
-        self.meter = meter
-
-    def tiles(self) -> Iterator[tuple[slice, Array]]:
-        """As in Linear4bit."""
-        (n_out, n_in), size = self.quant_state.shape, tile_size(self.out_features)
-        buffer = ShapeArray.new(self.meter, (size, n_in))
-        for i in range(0, n_out, size):
-            yield slice(i, min(i + size, n_out)), buffer[: min(size, n_out - i)]
-
-
-class _Cache(KVCache):
-    """A cache whose buffers are counted in a line of their own."""
-
-    def __init__(self, meter: Meter):
-        super().__init__()
-        self.meter = meter
-
-    def append(self, layer: int, k: Array, v: Array) -> KeyValue:
-        """As in KVCache."""
-        before, self.meter.line = self.meter.line, "KV cache"
-        try:
-            return super().append(layer, k, v)
-        finally:
-            self.meter.line = before
-
-    @property
-    def room(self) -> int:
-        """Positions that the buffers have."""
-        return self._buffers[0][0].shape[2]
-
-    def skip_to(self, positions: int) -> None:
-        """Hold so many positions, without computing them."""
-        self._lengths = [positions] * len(self._lengths)
-
-
-def _walk(
-    model: Module, batch: int, seq_len: int, p: Precision, mode: str, labels: Array | None, max_new_tokens: int
-) -> tuple:
-    """(meter after the step, what the forward pass holds, what each block of it keeps, the same by op)."""
-    meter, marks = Meter(p.activations), []
-    backbone = _backbone(model)
-    paths = {id(m): path for path, m in model.named_modules()}
-    for module in (*backbone.blocks, backbone.final_norm):
-        model.replace(paths[id(module)], _Mark(module, marks, meter))
-    packed = [(path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit)]
-    insides = {id(q) for _, m in packed for q in m.parameters() if q is not m.bias}  # read as they are
-    for path, layer in packed:
-        model.replace(path, _Packed(layer, meter))
-    for q in model.parameters():
-        if id(q) not in insides:
-            q.data = ShapeArray.uncounted(meter, q.shape, q.dtype)
-    ids = np.zeros((batch, seq_len), np.int64)
-    labels = ids if labels is None else labels
-    with meter:
-        if mode == "train":
-            loss = model.loss(ids, labels, rng=Rng(0))
-            held = {"activations": meter.lines.get("activations", 0), "logits": meter.lines.get("logits", 0)}
-            by_op = {op: n for op, n in meter.ops.items() if n}
-            layers = tuple(b - a for a, b in pairwise(marks))
-            meter.backward(loss)
-            return meter, held, layers, by_op
-        with no_grad():
-            if mode == "evaluate":
-                model.loss(ids, labels)
-                return meter, {}, (), {}
-            cache = _Cache(meter)
-            next_logits(model, ids, None, cache)
-            end = len(cache) + max_new_tokens - 1
-            while len(cache) < end:  # the steps at which the cache grows, and the last
-                cache.skip_to(min(cache.room, end - 1))
-                next_logits(model, ids[:, :1], None, cache)
-    return meter, {"KV cache": kv_cache_bytes(backbone.config, batch, end, p.activations)}, (), {}

@@ -83,6 +83,10 @@ class Meter:
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, dict(self.lines)
 
+    def reset_peak(self) -> None:
+        """Look for the largest sum from now on."""
+        self.peak, self.at_peak = self.current, {line: n for line, n in self.lines.items() if n}
+
     def backward(self, loss: Tensor) -> None:
         """The backward pass: what it makes counts as `working memory`, and as `gradients` once a leaf has it."""
         self.line = "working memory"
@@ -284,9 +288,16 @@ def _silu(op, x):
 
 @rule
 def _swiglu(op, gate, up):
-    y = op.new(gate.shape)
+    y, memo = op.new(gate.shape), {}
     op.works_in(op.blocks(gate.size, 1))
-    return y, op.pull(y.shape, gate, up, work=op.blocks(y.size, 2)), op.pull(y.shape, gate, work=op.blocks(y.size, 1))
+
+    def pull(name: str) -> Array:
+        if not memo:
+            memo.update(gate=op.new(gate.shape), up=op.new(up.shape))
+            op.works_in(op.blocks(gate.size, 1))
+        return memo.pop(name)
+
+    return y, lambda g: pull("gate"), lambda g: pull("up")
 
 
 @rule
@@ -450,7 +461,8 @@ def _rms_norm(op, x, weight, eps=1e-6):
 
 @rule
 def _rope(op, x, cos, sin):
-    y, work = op.new(x.shape), op.blocks(x.size, 1) // 2
+    work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines of whole channels
+    y = op.new(x.shape)
     op.works_in(work)
     return y, op.pull(x.shape, cos, sin, work=work), None, None
 

@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from . import audit, compare, finetune, generate, gradcheck, lessons, sft
+from . import audit, compare, count, finetune, generate, gradcheck, lessons, memory, sft
 from .arguments import Parser, nearest
 
 COMMANDS = {
-    module.__name__.rpartition(".")[2]: module for module in (audit, compare, finetune, generate, sft, gradcheck, lessons)
+    module.__name__.rpartition(".")[2]: module
+    for module in (compare, finetune, generate, sft, count, memory, audit, gradcheck, lessons)
 }
 
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."

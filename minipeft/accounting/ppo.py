@@ -1,0 +1,153 @@
+"""The memory of an update of PPO: four models, of which the policy and the reference share what is frozen.
+
+    policy      base + what is trained ──────┐ one base          gradients, optimizer states
+    reference   base + a copy of that ───────┘
+    value       a head on the policy's hidden states, or a model of its own
+    reward      a model of its own, or a function, which costs nothing
+
+An update samples, looks again at what was sampled, scores it, and trains; the ledger is the moment of the most. It is
+read off `PPOTrainer`'s own code, run on shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..autograd.tensor import no_grad
+from ..nn.heads import ValueModel
+from ..nn.module import Module
+from ..nn.transformer import Transformer
+from ..rlhf.ppo import PPOConfig, PPOTrainer
+from ..rlhf.reward import RewardModel
+from . import walk
+from .architectures import Architecture, architecture
+from .memory import (
+    OPTIMIZERS,
+    PRECISIONS,
+    MemoryLedger,
+    Precision,
+    at_step,
+    built,
+    kv_cache_bytes,
+    named,
+    packing,
+    weights_of,
+)
+from .shapes import Meter
+
+
+def ppo_ledger(
+    model: Any,
+    config: Any = None,
+    batch: int = 64,
+    prompt_len: int = 32,
+    response_len: int = 24,
+    *,
+    mini_batch: int | None = None,
+    reward_model: bool | Module = True,
+    value_model: bool | Module = False,
+    optimizer: str = "adam",
+    precision: str | Precision = "float32",
+    checkpointing: bool | None = None,
+    quantization: str | None = None,
+    double_quantization: bool = True,
+) -> MemoryLedger:
+    """The memory of one update: `batch` responses are sampled, and trained on in minibatches (of the batch, by default).
+
+    Args:
+        model, config, optimizer, precision, checkpointing, quantization, double_quantization: the policy, as in
+            `memory_ledger`.
+        prompt_len, response_len: tokens.
+        reward_model: one of the policy's shape, a `RewardModel` as it is, or False for a function.
+        value_model: one of the policy's shape, all of which is trained; a `ValueModel` as it is; or False for a head.
+
+    Raises ValueError as `memory_ledger` does, and where nothing of the policy is trained.
+    """
+    p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
+    for name, value in (("batch", batch), ("prompt_len", prompt_len), ("response_len", response_len), ("mini_batch", mini_batch)):
+        if not (value is None and name == "mini_batch") and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    rows = mini_batch or batch
+    if isinstance(model, Module):
+        policy = model.copy(share=True)
+    else:
+        arch = model if isinstance(model, Architecture) else architecture(model)
+        policy = built(arch, config, p, packing(config, quantization, double_quantization))
+    held, trained, _ = weights_of(policy, p, as_stored=isinstance(model, Module))
+    held["reference"] = trained * p.frozen
+    if checkpointing is not None:
+        walk.backbone_of(policy).gradient_checkpointing = checkpointing
+    reward, value = _reward(reward_model, policy.config), _value(value_model, policy.config)
+    for line, given, other in (("reward model", reward_model, reward), ("value model", value_model, value)):
+        if other is not None:
+            sizes, n, _ = weights_of(other, p, as_stored=isinstance(given, Module))
+            held[line] = sum(sizes.values())
+    extra = policy.config.hidden_size + 1 if value is None else n  # what is trained beside the policy
+    held["value model"], trained = held.get("value model", extra * p.trained), trained + extra
+    held |= {
+        "master copies": trained * p.master,
+        "gradients": trained * p.gradients,
+        "optimizer states": trained * p.states * moments,
+    }
+    static = {line: n for line, n in held.items() if line != "gradients" and n}
+
+    meter = Meter(p.activations)
+    for other in (policy, reward, value):
+        if other is not None:
+            walk.onto_shapes(other, meter)
+    settings = PPOConfig(batch_size=rows, mini_batch_size=rows, response_length=response_len, missing_eos_score=None)
+    trainer = PPOTrainer(policy, reward or _nothing, [[0] * prompt_len], settings, value_model=value)
+    walk.onto_shapes(trainer.reference, meter)
+    walk.onto_shapes(trainer.v_head, meter)
+    ids = np.zeros((batch, prompt_len + response_len), np.int64)
+    ones = np.ones_like(ids)
+    phases = []
+
+    meter.reset_peak()
+    positions = walk.continue_prompt(policy, ids[:, :prompt_len], response_len, meter, sampled=True)
+    held["KV cache"] = kv_cache_bytes(policy.config, batch, positions, p.activations)
+    phases.append(meter.at_peak)
+    with meter, no_grad():
+        meter.reset_peak()
+        trainer.outputs(ids[:rows], ones[:rows], response_len)
+        phases.append(meter.at_peak)
+        if reward is not None:
+            meter.reset_peak()
+            reward.rewards(ids, ones)
+            phases.append(meter.at_peak)
+    with meter:
+        meter.reset_peak()
+        loss, new = _minibatch_loss(trainer, ids[:rows], ones[:rows], response_len)
+        held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
+        meter.backward(loss)
+        del loss, new
+    phases.append(at_step(meter.at_peak, held["gradients"], p))
+    most = max(phases, key=lambda lines: sum(lines.values()))
+    return MemoryLedger({line: n for line, n in (static | dict(most)).items() if n}, held)
+
+
+def _minibatch_loss(trainer: PPOTrainer, ids: Any, mask: Any, n: int) -> tuple[Any, Any]:
+    """(the loss, what it was computed from) of a minibatch, as the trainer has them when it goes backward."""
+    names = ("advantages", "returns", "old_values", "old_logprobs", "ref_logprobs")
+    batch = {name: np.zeros((len(ids), n), np.float32) for name in names} | {"mask": mask[:, -n:]}
+    new = trainer.outputs(ids, mask, n)
+    loss, _ = trainer.loss(batch, new)
+    return loss, new
+
+
+def _nothing(roll: Any) -> Any:
+    raise TypeError("a reward that is only counted gives no scores")
+
+
+def _reward(given: bool | Module, config: Any) -> Any:
+    if isinstance(given, Module):
+        return given.copy(share=True).requires_grad_(False)
+    return RewardModel(Transformer(config, seed=None), seed=None).requires_grad_(False) if given else None
+
+
+def _value(given: bool | Module, config: Any) -> Any:
+    if isinstance(given, Module):
+        return given.copy(share=True)
+    return ValueModel(Transformer(config, seed=None).requires_grad_(False)).requires_grad_(True) if given else None

@@ -1,0 +1,36 @@
+"""Numbers as a person reads them: bytes with a unit, and a stacked bar of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+WIDTH = 72
+MARKS = "█▓▒░#=+-·:"  # told apart without color
+COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow", "white")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit (of powers of 1000) that leaves 1 to 999 before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
+
+
+def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) -> Any:
+    """One bar of all parts, and below it what is what; a part too small for a character has none."""
+    from rich.text import Text
+
+    total, text = sum(parts.values()), Text()
+    edges, reached = [0], 0
+    for n in parts.values():
+        reached += n
+        edges.append(round(WIDTH * reached / max(1, total)))
+    looks = [(MARKS[i % len(MARKS)], COLORS[i % len(COLORS)]) for i in range(len(parts))]
+    for (mark, color), a, b in zip(looks, edges, edges[1:]):
+        text.append(mark * (b - a), color)
+    for (name, n), (mark, color) in zip(parts.items(), looks):
+        text.append("\n").append(mark, color).append(f" {name} {show(n)}")
+    return text

@@ -1,0 +1,88 @@
+"""Count the parameters that a method trains, stores and leaves in a model: from shapes, at once, for any size.
+
+trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
+once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
+
+examples:
+  minipeft count gpt3 --method lora -r 8
+  minipeft count llama-7b --method lora -r 8 --target q_proj v_proj
+  minipeft count bert-base --method bottleneck --placement houlsby --bottleneck 64
+  minipeft count roberta-large --num-labels 3 --method lora --modules-to-save classifier
+  minipeft count gpt2-m --method lora -r 4 --target c_attn --set enable_lora=[true,false,true]
+  minipeft count t5v1.1-xxl --method prompt --virtual-tokens 100 --json
+  minipeft count path/to/config.json --method adalora --target all-linear
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .arguments import positive_int
+from .method_options import add_method_options, architecture_of, configuration
+
+SUMMARY = "count what a method trains and stores, from shapes"
+
+SHOWN = 24  # rows of the table, the rest is one row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_method_options(parser)
+    parser.add_argument("--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..accounting import count_parameters
+    from ..accounting.parameters import trained_parameters
+
+    arch = architecture_of(args.model, args.num_labels)
+    config, _ = configuration(args)
+    count, trained = count_parameters(arch, config), trained_parameters(arch, config)
+    if args.json:
+        record = {
+            "model": arch.name, "method": args.method, "trainable": count.trainable, "stored": count.stored,
+            "total": count.total, "share": count.share,
+            "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
+        }  # fmt: skip
+        print(json.dumps(record, indent=1))
+        return 0
+    from .bars import bar, size
+    from .report import console
+
+    out = console()
+    out.print(f"{arch.name} ({arch.model_type}), {args.method}\n", style="bold")
+    if trained:
+        out.print(_table(trained))
+    out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")
+    out.print(f"stored  {count.stored:>17,}   {size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits")
+    out.print(f"total   {count.total:>17,}   {size(2 * count.total)} in 16 bits\n")
+    out.print(bar({"trained": count.trainable, "frozen": count.total - count.trainable}))
+    return 0
+
+
+def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:
+    """One row for each kind of parameter, layers together."""
+    from rich.table import Table
+
+    rows: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, shape in trained.items():
+        key = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), tuple(shape)
+        rows[key] = rows.get(key, 0) + 1
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("trained", overflow="fold")
+    for heading in ("shape", "how many", "parameters"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    ranked = sorted(rows.items(), key=lambda row: -math.prod(row[0][1]) * row[1])
+    for (name, shape), n in ranked[:SHOWN]:
+        table.add_row(name, " x ".join(map(str, shape)), f"{n:,}", f"{n * math.prod(shape):,}")
+    if len(ranked) > SHOWN:
+        rest = ranked[SHOWN:]
+        table.add_row(
+            f"{len(rest)} more", "", f"{sum(n for _, n in rest):,}", f"{sum(n * math.prod(s) for (_, s), n in rest):,}"
+        )
+    return table
