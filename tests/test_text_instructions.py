@@ -135,6 +135,12 @@ def test_held_out_phrasings_ask_about_the_same_inputs():
     assert not {record.instruction for record in known} & {record.instruction for record in new}
 
 
+def test_fewer_phrasings_of_the_same_pairs():
+    every, one = (instructions(["use", "define"], "test", cap=40, phrasings=n) for n in (None, 1))
+    assert {record.instruction for record in one} == {TASKS[name].phrasings[0] for name in ("use", "define")}
+    assert [record.output for record in one] == [record.output for record in every]
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="the task 'fill' is held out: it has no phrasings to train on"):
         instructions(["fill"], "train")

@@ -284,26 +284,32 @@ def phrase(pair: Pair, phrasing: str) -> Instruction:
 
 
 def instructions(
-    tasks: Sequence[str], split: str, held_out_phrasings: bool = False, cap: int | None = None, seed: int = 0
+    tasks: Sequence[str],
+    split: str,
+    held_out_phrasings: bool = False,
+    cap: int | None = None,
+    seed: int = 0,
+    phrasings: int | None = None,
 ) -> list[Instruction]:
     """The records of some tasks, mixed in a random order; each record's phrasing is drawn at random.
 
     At most `cap` pairs of a task are taken, at random: the share of task i is min(Nᵢ, cap) / Σ min(Nⱼ, cap), the
     "examples-proportional mixing" of T5 (Raffel et al. 2020, section 3.5.2) and FLAN. What is drawn from a task depends on
-    (seed, task) alone, and the pairs not on the phrasings, so that the same inputs can be asked in either.
+    (seed, task) alone, and the pairs not on the phrasings, so that the same inputs can be asked in any. `phrasings` uses
+    only the first so many.
 
     Raises ValueError for an unknown task or split, and for a held-out task without `held_out_phrasings`.
     """
     records = []
     for name in tasks:
         found, task = pairs(name, split), TASKS[name]
-        phrasings = task.held_out_phrasings if held_out_phrasings else task.phrasings
-        if not phrasings:
+        known = (task.held_out_phrasings if held_out_phrasings else task.phrasings)[:phrasings]
+        if not known:
             raise ValueError(f"the task {name!r} is held out: it has no phrasings to train on, only held-out ones")
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         chosen = rng.permutation(len(found))[:cap]
-        asked = rng.integers(len(phrasings), size=len(chosen))
-        records += [phrase(found[i], phrasings[k]) for i, k in zip(chosen, asked)]
+        asked = rng.integers(len(known), size=len(chosen))
+        records += [phrase(found[i], known[k]) for i, k in zip(chosen, asked)]
     return [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
 
 
