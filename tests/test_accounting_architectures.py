@@ -135,3 +135,48 @@ def test_dimensions_have_one_name_in_all_families():
 def test_a_slip_of_the_pen_does_not_end_in_a_table_without_end(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} must be at most"):
         architecture({"model_type": "llama", **changes})
+
+
+# config.json as transformers 2 to 4 wrote them (shortened by what says nothing of shapes), and 5 (the last three).
+WRITTEN = {
+    "gpt2": {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+             "n_inner": None, "vocab_size": 50257, "task_specific_params": {"text-generation": {"do_sample": True}}},
+    "bloom-560m": {"model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24, "num_attention_heads": 16,
+                   "offset_alibi": 100, "pretraining_tp": 1, "vocab_size": 250880},
+    "t5v1.1-small": {"model_type": "t5", "d_ff": 1024, "d_kv": 64, "d_model": 512, "feed_forward_proj": "gated-gelu",
+                     "num_decoder_layers": 8, "num_heads": 6, "num_layers": 8, "relative_attention_num_buckets": 32,
+                     "is_encoder_decoder": True, "tie_word_embeddings": False, "vocab_size": 32128},
+    "t5-base": {"model_type": "t5", "d_ff": 3072, "d_kv": 64, "d_model": 768, "n_positions": 512, "num_heads": 12,
+                "num_layers": 12, "relative_attention_num_buckets": 32, "vocab_size": 32128},
+    "deberta-v3-base": {"model_type": "deberta-v2", "hidden_size": 768, "intermediate_size": 3072, "vocab_size": 128100,
+                        "max_position_embeddings": 512, "relative_attention": True, "position_buckets": 256,
+                        "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+                        "max_relative_positions": -1, "position_biased_input": False, "num_attention_heads": 12,
+                        "num_hidden_layers": 12, "type_vocab_size": 0},
+    "roberta-base": {"model_type": "roberta", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                     "num_attention_heads": 12, "max_position_embeddings": 514, "type_vocab_size": 1,
+                     "vocab_size": 50265, "bos_token_id": 0},
+    "opt-350m": {"model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
+                 "num_attention_heads": 16, "max_position_embeddings": 2048, "word_embed_proj_dim": 512,
+                 "do_layer_norm_before": False, "_remove_final_layer_norm": False, "vocab_size": 50272},
+    "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096, "rope_theta": 10000.0,
+                   "max_position_embeddings": 32768, "tie_word_embeddings": False, "vocab_size": 32000},
+    "llama3.2-1b": {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "dtype": "bfloat16",
+                    "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0},
+                    "max_position_embeddings": 131072, "tie_word_embeddings": True, "vocab_size": 128256},
+    "qwen2.5-3b": {"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+                   "num_attention_heads": 16, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 36,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "sliding_window": None,
+                   "max_position_embeddings": 32768, "tie_word_embeddings": True, "vocab_size": 151936},
+    "t5v1.1-large": {"model_type": "t5", "d_ff": 2816, "d_kv": 64, "d_model": 1024, "feed_forward_proj": "gated-gelu",
+                     "is_gated_act": True, "num_decoder_layers": 24, "num_heads": 16, "num_layers": 24,
+                     "scale_decoder_outputs": False, "tie_word_embeddings": True, "vocab_size": 32128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_published_models_own_configuration_file_has_its_table(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(WRITTEN[name]))
+    assert dict(architecture(tmp_path)) == dict(architecture(name))

@@ -339,7 +339,9 @@ def deberta(c: Mapping[str, Any]) -> Iterator[Entry]:
 def t5(c: Mapping[str, Any]) -> Iterator[Entry]:
     """T5ForConditionalGeneration and MT5's (Raffel et al. 2019, arXiv:1910.10683; v1.1: gated GELU, untied head).
 
-    One table of relative positions in each stack's first block; no biases; RMS norms.
+    One table of relative positions in each stack's first block; no biases; RMS norms. A config.json of transformers 5
+    calls every head tied, whatever its checkpoint holds: of v1.1 it says so by `scale_decoder_outputs`, and mT5's head
+    is always its own.
     """
     d, ff, inner, V = c["d_model"], c["d_ff"], c["d_kv"] * c["num_heads"], c["vocab_size"]
     yield from embedding("shared", V, d)
@@ -364,7 +366,8 @@ def t5(c: Mapping[str, Any]) -> Iterator[Entry]:
                     yield from linear(f"{h}{name}.wo", ff, d, bias=False)
                 yield from rms_norm(f"{h}layer_norm", d)
         yield from rms_norm(f"{stack}.final_layer_norm", d)
-    yield from head(c, V, d, "shared")
+    tied = c["tie_word_embeddings"] and c["scale_decoder_outputs"] and c["model_type"] != "mt5"
+    yield from head({"tie_word_embeddings": tied}, V, d, "shared")
 
 
 def bloom(c: Mapping[str, Any]) -> Iterator[Entry]:
@@ -418,7 +421,7 @@ _BERT = dict(
 )  # fmt: skip
 _T5 = dict(
     vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=0, num_heads=8,
-    relative_attention_num_buckets=32, feed_forward_proj="relu", tie_word_embeddings=True,
+    relative_attention_num_buckets=32, feed_forward_proj="relu", tie_word_embeddings=True, scale_decoder_outputs=True,
 )  # fmt: skip
 
 FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any]], Iterator[Entry]], dict[str, Any]]] = {
@@ -435,8 +438,7 @@ FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any]], Iterator[Entry]], dict[s
         position_biased_input=True, position_buckets=-1, norm_rel_ebd="none", share_att_key=False, pos_att_type="",
         conv_kernel_size=0)),
     "t5": (t5, _T5),
-    "mt5": (t5, dict(_T5, vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj="gated-gelu",
-                     tie_word_embeddings=False)),
+    "mt5": (t5, dict(_T5, vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj="gated-gelu")),
     "bloom": (bloom, dict(vocab_size=250880, hidden_size=64, n_layer=2, n_head=8, tie_word_embeddings=True)),
     "opt": (opt, dict(
         vocab_size=50272, hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12,
