@@ -235,7 +235,7 @@ for name, make in METHODS.items():
     ledger = memory_ledger(make(), batch=BATCH, seq_len=LENGTH)
     held = ledger.held
     foreseen = {
-        "weights": held["frozen weights"] + held["trained weights"], "gradients": held["gradients"],
+        "weights": held["frozen weights"] + held["adapters"] + held["trained weights"], "gradients": held["gradients"],
         "optimizer": held["optimizer states"], "activations": held["activations"] + held["logits"],
     }  # fmt: skip
     two_steps(make)
