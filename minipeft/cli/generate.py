@@ -138,7 +138,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt:
         prompts = [p.replace("\\n", "\n").replace("\\t", "\t") if args.escapes else p for p in args.prompt]
     elif args.prompts:
-        prompts = _read_prompts(Path(args.prompts))
+        prompts = read_prompts(Path(args.prompts))
     else:
         if sys.stdin.isatty():
             print("(the prompt is read from standard input; end it with Ctrl-D)", file=sys.stderr)
@@ -149,7 +149,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """The lines of a text file, or the field 'prompt' of every line of a .jsonl file."""
     from ..text.datasets import DatasetError
 
