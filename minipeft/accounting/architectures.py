@@ -114,7 +114,8 @@ def architecture(
 
 def _known(name: str) -> dict[str, Any]:
     if name not in _published():
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.3) or names()[:3]
+        wanted = name.rpartition("/")[2].lower()  # as the hub writes it: Qwen/Qwen2.5-3B
+        near = difflib.get_close_matches(wanted, names(), n=3, cutoff=0.3) or names()[:3]
         raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
     return _published()[name]
 
