@@ -1,0 +1,143 @@
+"""`minipeft count`: published counts at the terminal, and every wrong word named with the nearest right one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+import minipeft as mp
+from minipeft.accounting import count_parameters
+from minipeft.cli import main
+from minipeft.experiments.methods import METHODS
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    status = main(["count", *map(str, argv)])
+    return status, *capsys.readouterr()
+
+
+def counted(capsys, *argv) -> dict:
+    status, out, err = run(capsys, *argv, "--json")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def test_the_table_the_sums_and_the_bar(capsys):
+    status, out, err = run(capsys, "llama-7b", "--method", "lora", "-r", 8, "--target", "q_proj", "v_proj")
+    assert (status, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "llama-7b (llama), lora"
+    for row in (
+        "model.layers.*.self_attn.q_proj.lora_A.weight 8 x 4096 32 1,048,576",
+        "model.layers.*.self_attn.v_proj.lora_B.weight 4096 x 8 32 1,048,576",
+        "trained 4,194,304 0.0622% of all",
+        "stored 4,194,304 16.8 MB a task in float32, 8.39 MB in 16 bits",
+        "total 6,742,609,920 13.5 GB in 16 bits",
+        "█ trained 4,194,304",
+        "▓ frozen 6,738,415,616",
+    ):
+        assert row in lines
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_bar_is_divided_as_the_parameters_are(capsys):
+    _, out, _ = run(capsys, "gpt2", "--method", "head")
+    bar = next(line for line in out.splitlines() if line.startswith("█" * 3))
+    head, gpt2 = 50257 * 768, 124_439_808
+    assert (bar.count("█"), bar.count("▓")) == (round(72 * head / (gpt2 + head)), round(72 * gpt2 / (gpt2 + head)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "trainable"),
+    [
+        (["gpt2"], 124_439_808),
+        (["gpt2", "--method", "frozen"], 0),
+        # Hu et al. 2021, table 4: LoRA of q and v, r = 1, in GPT-3
+        (["gpt3", "--method", "lora", "-r", 1, "--set", "enable_lora=[true,false,true]"], 4_718_592),
+        # Lester et al. 2021, table 4: a prompt of 100 in T5 XXL
+        (["t5v1.1-xxl", "--method", "prompt", "--virtual-tokens", 100], 409_600),
+        # Houlsby et al. 2019, size 64 in BERT-base
+        (["bert-base", "--method", "bottleneck", "--placement", "houlsby", "--bottleneck", 64], 2_379_264),
+        # PEFT's MetaMathQA comparison on Llama-3.2-3B
+        (["llama3.2-3b", "--method", "ia3"], 286_720),
+        (["llama3.2-3b", "--method", "ln"], 175_104),
+        (["llama3.2-3b", "--method", "prefix", "--virtual-tokens", 200], 11_468_800),
+        (["llama3.2-3b", "--method", "p-tuning"], 28_382_208),
+        (["llama3.2-3b", "--method", "lora", "-r", 32], 9_175_040),
+        # biases of BERT, with the pooler's
+        (["bert-base", "--method", "bitfit"], 102_912),
+        (["roberta-base", "--num-labels", 3, "--method", "lora", "--modules-to-save", "classifier"], 294_912 + 592_899),
+        (["gpt2", "--method", "lora", "--target", "c_attn", "c_fc", "c_proj", "--layers", 0, 1, "--exclude", "mlp.c_proj"],
+         2 * 8 * (768 + 2304 + 768 + 768 + 768 + 3072)),
+    ],
+)  # fmt: skip
+def test_published_counts(capsys, argv, trainable):
+    assert counted(capsys, *argv)["trainable"] == trainable
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_package_can_be_counted(capsys, method):
+    record = counted(capsys, "gpt2", "--method", method)
+    assert 0 < record["trainable"] <= record["total"]
+    assert record["share"] == record["trainable"] / record["total"]
+    if record["parameters"]:
+        assert sum(math.prod(s) for s in record["parameters"].values()) == record["trainable"]
+
+
+def test_methods_differ_as_they_should(capsys):
+    lora, dora = (counted(capsys, "gpt2", "--method", m, "--target", "all-linear")["trainable"] for m in ("lora", "dora"))
+    assert dora - lora == 12 * (2304 + 768 + 3072 + 768)  # a magnitude for each output
+    assert counted(capsys, "gpt2", "--method", "qlora")["trainable"] == lora
+    assert counted(capsys, "gpt2", "--method", "adalora", "-r", 4)["trainable"] == 12 * 4 * (768 + 2304 + 1)
+    projected = counted(capsys, "gpt2", "--method", "prefix", "--projection", "--hidden-size", 512)
+    assert projected["stored"] == 20 * 2 * 12 * 768 < projected["trainable"]
+
+
+def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
+    config = mp.TransformerConfig.llama(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = mp.Transformer(config, seed=0)
+    mp.save_pretrained(model, tmp_path / "model")
+    adapter = mp.LoraConfig(r=2, target_modules=["up_proj"])
+    mp.get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
+    expected = count_parameters(config, adapter)
+    for path in (tmp_path / "model", tmp_path / "model" / "config.json"):
+        record = counted(capsys, path, "--adapter", tmp_path / "adapter")
+        assert (record["trainable"], record["total"]) == (expected.trainable, expected.total)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lama-7b"], "unknown model 'lama-7b'; nearest: llama-7b"),
+        (["gpt2", "--method", "lorra"], "unknown value of --method 'lorra'; did you mean lora"),
+        (["gpt2", "--method", "ia3", "-r", 8], "--method ia3 has no option --rank; it has --target"),
+        (["gpt2", "--method", "full", "-r", 8], "--method full has no options, so --rank means nothing there"),
+        (["gpt2", "--method", "lora", "--target", "c_atn"], "no module is called 'c_atn'; nearest: c_attn"),
+        (["gpt2", "--method", "lora", "--set", "use_dorra=true"], "'use_dorra' is no option of LoraConfig; did you mean use_dora"),
+        (["gpt2", "--method", "lora", "-r", 1000], "a rank of 1000 is larger than the matrix"),
+        (["gpt2", "--method", "lora", "-r", 0], "must be a whole number of at least 1, not '0'"),
+        (["gpt2", "--method", "bottleneck", "--placement", "above"], "placement must be 'houlsby', 'pfeiffer' or 'parallel'"),
+        (["llama-7b", "--method", "bitfit"], "BitFitConfig trains nothing of llama-7b"),
+        (["bert-base", "--method", "head"], "bert-base has no language-model head"),
+        (["gpt2", "--adapter", "nowhere"], "nowhere"),
+        (["gpt2", "--adapter", "nowhere", "-r", 8], "--adapter says everything about the method; leave --rank out"),
+        (["gpt2", "--methud", "lora"], "unknown option '--methud'; did you mean --method"),
+        ([], "required: MODEL"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_help_has_examples_that_run(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    examples = [line.split()[2:] for line in out.splitlines() if line.startswith("  minipeft count ")]
+    assert len(examples) >= 5
+    for argv in examples:
+        if "path/to" not in argv[0]:
+            assert run(capsys, *argv)[0] == 0
