@@ -17,12 +17,12 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from . import audit, compare, count, finetune, generate, gradcheck, lessons, memory, sft
+from . import audit, compare, count, dpo, finetune, generate, gradcheck, lessons, memory, ppo, reward, sft
 from .arguments import Parser, nearest
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (compare, finetune, generate, sft, count, memory, audit, gradcheck, lessons)
+    for module in (compare, finetune, generate, sft, reward, ppo, dpo, count, memory, audit, gradcheck, lessons)
 }
 
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."

@@ -5,11 +5,13 @@ rollout.py     sampling, where a response ends        ratings.py   real people's
 advantages.py  shaped rewards, GAE, whitening         openings.py  prompts from the shipped novels
 ppo.py         PPO                                    logprobs.py  log-probabilities of tokens and of texts
 group.py       RLOO, GRPO                             dpo.py       DPO
-online.py      the loop that PPO, RLOO and GRPO share
+curves.py      pictures of a run
+answers.py     a model's own answers as data          online.py    the loop that PPO, RLOO and GRPO share
 """
 
 from .advantages import gae, masked_mean, shaped_rewards, whiten
 from .answers import preference_pairs, rankings, sample_answers
+from .curves import plot_calibration, plot_run
 from .dpo import dpo_loss, dpo_trainer, implicit_rewards, with_reference
 from .gold import gold_reward, rank, vader
 from .group import (
@@ -42,7 +44,7 @@ __all__ = [
     "GRPOTrainer", "GroupConfig", "KLController", "PPOConfig", "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking",
     "RewardModel", "Rollout", "calibration_curve", "check_first_minibatch", "clip_fraction", "collate_rankings", "distinct_n",
     "dpo_loss", "dpo_trainer", "entropy", "frozen_copy", "gae", "gold_reward", "grpo_advantages", "grpo_loss",
-    "human_preferences", "human_ratings", "implicit_rewards", "k3", "masked_mean", "missing_eos", "policy_loss", "preference_pairs", "rank",
+    "human_preferences", "human_ratings", "implicit_rewards", "k3", "masked_mean", "missing_eos", "plot_calibration", "plot_run", "policy_loss", "preference_pairs", "rank",
     "ranking_pairs", "rankings", "response_logprobs", "reward_accuracy", "reward_loss", "rloo_advantages", "rloo_loss", "rollout",
     "sample_answers", "sentence_openings", "sequence_logprobs", "shaped_rewards", "token_logprobs", "truncate_response", "vader",
     "value_loss", "whiten", "with_reference",

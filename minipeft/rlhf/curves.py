@@ -1,0 +1,65 @@
+"""Pictures of a run: what is optimized beside what is only watched, and how far the policy has gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..files import write_atomic
+
+
+def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Reward (and what was watched), KL from the reference, and the signs of trouble, over updates, as a PNG file."""
+    figure, axes = _figure(3)
+    steps = [record["step"] for record in history]
+    watched = [key for key in history[0] if key.startswith("watch/")]
+    _line(axes[0], steps, [r["objective/scores"] for r in history], "reward, optimized")
+    for key in watched:
+        _line(axes[0], steps, [r[key] for r in history], f"{key.removeprefix('watch/')}, watched")
+    axes[0].set(title="Reward", xlabel="update")
+    _line(axes[1], steps, [r["objective/kl"] for r in history], "KL")
+    axes[1].set(title="KL from the reference", xlabel="update", ylabel="nats a response")
+    for key, label in (("policy/clipfrac", "clipped ratios"), ("text/distinct_2", "distinct bigrams")):
+        _line(axes[2], steps, [r[key] for r in history], label)
+    axes[2].set(title="Shares", xlabel="update", ylim=(-0.02, 1.02))
+    for ax in (axes[0], axes[2]):
+        ax.legend(frameon=False, fontsize=8)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+
+
+def plot_calibration(
+    predicted: np.ndarray, observed: np.ndarray, count: np.ndarray, losses: Sequence[tuple[int, float]], path: Any
+) -> None:
+    """A reward model's loss over steps, and its observed against its predicted preferences, as a PNG file."""
+    figure, axes = _figure(2)
+    _line(axes[0], [step for step, _ in losses], [loss for _, loss in losses], "loss")
+    axes[0].axhline(np.log(2), color="grey", linestyle="--", linewidth=1)
+    axes[0].set(title="Loss (dashed: a coin)", xlabel="step", ylabel="-log σ(r_chosen - r_rejected)")
+    axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+    axes[1].plot(predicted, observed, "-", linewidth=1)
+    axes[1].scatter(predicted, observed, s=10 + 90 * count / count.max())
+    axes[1].set(title="Held-out preferences", xlabel="predicted", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+
+
+def _line(axes: Any, x: Sequence[float], y: Sequence[float], label: str) -> None:
+    """The values, pale, and their running mean over a tenth of the run."""
+    width = max(1, len(y) // 10)
+    means = [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
+    (line,) = axes.plot(x, means, linewidth=1.8, label=label)
+    axes.plot(x, y, color=line.get_color(), alpha=0.3, linewidth=0.8)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
