@@ -261,18 +261,22 @@ def split_rows(run: Callable[[slice], None], rows: int, work: int) -> None:
     run_tasks([lambda a=a, b=b: run(slice(a, b)) for a, b in pairwise(cuts)])
 
 
-def elementwise(fn: Callable[..., None], *arrays: Array) -> Array:
-    """y = fn over equally shaped arrays, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result."""
+def elementwise(fn: Callable[..., None], *arrays: Array, outputs: int = 1) -> Any:
+    """y = fn over equally shaped arrays, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result.
+
+    With more `outputs` it is given as many arrays to write into, and they are returned as a list.
+    """
     xp, first = xp_of(*arrays), arrays[0]
-    out = xp.empty(first.shape, arrays[0].dtype if len(arrays) == 1 else xp.result_type(*arrays))
-    if xp is np and out.size >= SPLIT and all(a.flags.c_contiguous for a in arrays):
-        flat, inputs = out.reshape(-1), [a.reshape(-1) for a in arrays]
-        parallel_rows(xp, lambda s: fn(flat[s], *[a[s] for a in inputs]), flat.size, 1)
-    elif out.ndim == 0:  # NumPy's functions give scalars for 0-d arrays, which cannot be written into
-        fn(out.reshape(1), *[a.reshape(1) for a in arrays])
+    dtype = first.dtype if len(arrays) == 1 else xp.result_type(*arrays)
+    outs = [xp.empty(first.shape, dtype) for _ in range(outputs)]
+    if xp is np and first.size >= SPLIT and all(a.flags.c_contiguous for a in arrays):
+        flat = [a.reshape(-1) for a in (*outs, *arrays)]
+        parallel_rows(xp, lambda s: fn(*[a[s] for a in flat]), first.size, 1)
+    elif first.ndim == 0:  # NumPy's functions give scalars for 0-d arrays, which cannot be written into
+        fn(*[a.reshape(1) for a in (*outs, *arrays)])
     else:
-        fn(out, *arrays)
-    return out
+        fn(*outs, *arrays)
+    return outs[0] if outputs == 1 else outs
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:

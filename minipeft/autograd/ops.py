@@ -50,7 +50,8 @@ def _binary(symbol: str, fn: Any, a: Array, b: Array) -> Array:
     """fn(a, b) by broadcasting; a shape mismatch becomes one sentence."""
     try:
         if is_array(a) and is_array(b):
-            if a.shape == b.shape and a.size >= SPLIT and a.dtype.kind == b.dtype.kind == "f":
+            # one pass over fewer elements is done before another thread is awake
+            if a.shape == b.shape and a.size >= 4 * SPLIT and a.dtype.kind == b.dtype.kind == "f":
                 return elementwise(lambda out, x, y: fn(x, y, out=out), a, b)
             xp_of(a, b)
         return fn(a, b)
@@ -236,19 +237,18 @@ def _silu_into(out: Array, x: Array) -> None:
     xp.true_divide(x, e, out=out)
 
 
-def _silu_slope(x: Array) -> tuple[Array, Array]:
-    """(sigmoid(x), d silu(x) / dx = s + x s (1 - s))."""
+def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
+    """y = x s, slope = dy/dx = s + y (1 - s), with s = 1 / (1 + e^-x)."""
     xp = xp_of(x)
-    s = xp.negative(x)
-    xp.minimum(s, _exp_limit(x.dtype), out=s)
-    xp.exp(s, out=s)
-    s += 1
-    xp.true_divide(1, s, out=s)
-    slope = xp.subtract(1, s)
-    slope *= x
+    xp.negative(x, out=slope)
+    xp.minimum(slope, _exp_limit(x.dtype), out=slope)
+    xp.exp(slope, out=slope)
     slope += 1
-    slope *= s
-    return s, slope
+    xp.true_divide(1, slope, out=slope)  # s
+    xp.multiply(x, slope, out=y)
+    rest = xp.subtract(1, slope)
+    rest *= y
+    slope += rest
 
 
 @op
@@ -256,7 +256,8 @@ def silu(x):
     """x * sigmoid(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415; "swish")."""
 
     def dx_into(out, g, x):
-        xp_of(x).multiply(g, _silu_slope(x)[1], out=out)
+        _silu_and_slope_into(xp_of(x).empty_like(x), out, x)
+        out *= g
 
     return elementwise(_silu_into, x), lambda g: elementwise(dx_into, g, x)
 
@@ -265,26 +266,26 @@ def silu(x):
 def swiglu(gate, up):
     """silu(gate) * up: the gated activation of Llama's MLP (Shazeer 2020, arXiv:2002.05202, eq. 6), in one pass.
 
-    Composed of `silu` and `mul` it would keep three arrays; it keeps its two inputs.
+    Composed of `silu` and `mul` it would keep three arrays; it keeps its two inputs. One exponential serves both gradients.
     """
+    memo: dict[str, Array] = {}
 
     def into(out, gate, up):
         _silu_into(out, gate)
         out *= up
 
-    def dgate_into(out, g, gate, up):
-        xp_of(gate).multiply(g, _silu_slope(gate)[1], out=out)
-        out *= up
+    def both_into(dgate, dup, g, gate, up):
+        _silu_and_slope_into(dup, dgate, gate)
+        dup *= g
+        dgate *= g
+        dgate *= up
 
-    def dup_into(out, g, gate):
-        _silu_into(out, gate)
-        out *= g
+    def pull(name, g):
+        if not memo:
+            memo["gate"], memo["up"] = elementwise(both_into, g, gate, up, outputs=2)
+        return memo.pop(name)
 
-    return (
-        elementwise(into, gate, up),
-        lambda g: elementwise(dgate_into, g, gate, up),
-        lambda g: elementwise(dup_into, g, gate),
-    )
+    return elementwise(into, gate, up), lambda g: pull("gate", g), lambda g: pull("up", g)
 
 
 _C = math.sqrt(2 / math.pi)
@@ -749,18 +750,19 @@ def rope(x, cos, sin):
     The pullback of a rotation is the rotation by the opposite angle.
     """
     xp, half = xp_of(x, cos, sin), x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
 
-    def rotate(x, sin):
+    def rotate(x, sin):  # (a, b) -> (a, b) (cos, cos) + (b, a) (-sin, sin): whole channels, as halves make short inner loops
+        c, n = xp.concatenate([cos, cos], -1)[:, None], xp.concatenate([-sin, sin], -1)[:, None]  # [B or 1, 1, T, D]
         y = xp.empty_like(x)  # keeps the memory layout of x, so that transposing it back stays free
 
         def block(s):
-            one = slice(None) if cos.shape[0] == 1 else s
-            a, b, c, n = x[s, ..., :half], x[s, ..., half:], cos[one], sin[one]
-            xp.multiply(a, c, out=y[s, ..., :half])
-            y[s, ..., :half] -= b * n
-            xp.multiply(b, c, out=y[s, ..., half:])
-            y[s, ..., half:] += a * n
+            one = slice(None) if c.shape[0] == 1 else s
+            part = x[s]
+            swapped = xp.empty_like(part)
+            swapped[..., :half], swapped[..., half:] = part[..., half:], part[..., :half]
+            swapped *= n[one]
+            xp.multiply(part, c[one], out=y[s])
+            y[s] += swapped
 
         parallel_rows(xp, block, x.shape[0], x[:1].size)
         return y
