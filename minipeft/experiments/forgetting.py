@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from . import shipped
 from .practice import RATES as PRACTICE_RATES
-from .practice import SEEDS
+from .practice import SEEDS, over_seeds
 from .shipped import Rewriting
+from .sweep import Row
 
 RATES = {
     **PRACTICE_RATES,
-    "bottleneck": (3e-3, 1e-2, 3e-2),
-    "prefix": (3e-3, 1e-2, 3e-2),
-    "prompt": (1e-2, 3e-2, 1e-1),
+    "bottleneck": (3e-3, 1e-2),
+    "prefix": (3e-3, 1e-2),
+    "prompt": (1e-2, 3e-2),
 }
 FULL = Rewriting(learning_rate=1e-3)
 LORA = Rewriting("lora", 3e-3)
@@ -24,9 +27,9 @@ REMEDIES = {
     "replay": [replace(FULL, replay=share) for share in (0.25, 1.0)],
     "weight decay": [replace(FULL, weight_decay=w) for w in (10.0,)],
     "dropout": [replace(FULL, dropout=p) for p in (0.1,)],
-    "L2-SP": [replace(FULL, l2_start=alpha) for alpha in (0.3, 3.0)],
+    "L2-SP": [replace(FULL, l2_start=alpha) for alpha in (0.3,)],
     "LoRA": [LORA],
-    "LoRA, replay": [replace(LORA, replay=0.5)],
+    "LoRA, replay": [replace(LORA, replay=0.25)],
 }
 
 
@@ -51,3 +54,33 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or y < best[-1][1]:
             best.append((x, y))
     return best
+
+
+def point(rows: Sequence[Row], settings: Rewriting) -> tuple[float, float]:
+    """(task loss, forgotten), means over the seeds."""
+    return float(over_seeds(rows, settings).mean()), float(over_seeds(rows, settings, "forgotten").mean())
+
+
+def price(rows: Sequence[Row], method: str, task_loss: float | np.ndarray) -> np.ndarray:
+    """What a method has forgotten where its loss on the task has come down to `task_loss` (one, or one a seed), by seed.
+
+    On the straight lines from the base through the points of its rates, the lowest first, up to its best; NaN where it
+    does not come down so far.
+    """
+    base_loss = shipped.before()[0]
+    losses, forgotten = (
+        np.array([over_seeds(rows, Rewriting(method, rate), key) for rate in RATES[method]])  # [rates, seeds]
+        for key in ("task_loss", "forgotten")
+    )
+    prices = []
+    for x, y, level in zip(losses.T, forgotten.T, np.broadcast_to(task_loss, losses.shape[1])):
+        best = int(x.argmin()) + 1
+        xs, ys = np.array([base_loss, *x[:best]]), np.array([0.0, *y[:best]])
+        reached = np.flatnonzero(xs <= level)
+        if not len(reached):
+            prices.append(np.nan)
+            continue
+        i = int(reached[0])
+        share = 0.0 if i == 0 else (xs[i - 1] - level) / (xs[i - 1] - xs[i])
+        prices.append(ys[i] if i == 0 else ys[i - 1] + share * (ys[i] - ys[i - 1]))
+    return np.array(prices)

@@ -53,6 +53,13 @@ def is_of(row: Row, settings: Any) -> bool:
     return all(key in row and row[key] == value for key, value in described(settings).items())
 
 
+def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[int]]:
+    """(rows, seeds) of those seeds of which every run is there, so that means are over the same seeds everywhere."""
+    seeds = sorted({s.seed for s in runs})
+    whole = [seed for seed in seeds if all(any(is_of(row, s) for row in rows) for s in runs if s.seed == seed)]
+    return [row for row in rows if row["seed"] in whole], whole
+
+
 def sweep(
     runs: Sequence[Any],
     run: Callable[[Any], Row],
