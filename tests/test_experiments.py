@@ -1,0 +1,313 @@
+"""Experiments: a run measures what it says, a sweep loses nothing, and verdicts follow from the rows alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minipeft as mp
+from minipeft.experiments import decision, forgetting, practice, shipped
+from minipeft.experiments.costs import count, latency, merged, storage
+from minipeft.experiments.methods import METHODS
+from minipeft.experiments.practice import Classification, Rewriting
+from minipeft.experiments.run import Settings, Task, evaluate, fine_tune, l2_sp, with_dropout
+from minipeft.experiments.sweep import complete, described, is_of, read_rows, sweep
+from minipeft.files import FileError
+from minipeft.text.examples import Example
+
+RESULTS = Path(__file__).parent.parent / "lessons" / "results"
+
+
+@pytest.fixture(scope="module")
+def base():
+    config = mp.TransformerConfig.llama(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, eos_token_id=1,
+    )  # fmt: skip
+    return mp.Transformer(config, seed=0)
+
+
+def examples(n, seed, offset):
+    """Sequences in which every token is the one before plus `offset`: something that can be learned."""
+    starts = np.random.default_rng(seed).integers(2, 32, n)
+    rows = [2 + (start - 2 + offset * np.arange(8)) % 30 for start in starts]
+    return [Example(ids, np.where(np.arange(8) < 2, -100, ids)) for ids in rows]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task(examples(64, 0, 3), examples(16, 1, 3), examples(16, 2, 5), examples(10, 3, 5), 0)
+
+
+S = Settings(learning_rate=1e-2, steps=8, batch_size=8)
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_measures_the_model_that_it_returns_and_leaves_the_base_as_it_was(base, task):
+    before = {name: p.data.copy() for name, p in base.named_parameters()}
+    row, model = fine_tune(base, task, replace(S, evaluations=4))
+    assert (row["task_loss"], row["general_loss"]) == pytest.approx(evaluate(model, task), rel=1e-6)
+    assert row["task_loss"] < evaluate(base, task)[0]
+    assert [step for step, _ in row["curve"]] == list(range(1, 9))
+    assert [step for step, _ in row["held_out_curve"]] == [2, 4, 6, 8]
+    assert row["train_loss"] == pytest.approx(np.mean([loss for _, loss in row["curve"][-2:]]))
+    assert all(np.array_equal(p.data, before[name]) for name, p in base.named_parameters())
+
+
+def test_the_seed_decides_everything(base, task):
+    rows = [fine_tune(base, task, replace(S, seed=seed, dropout=0.1))[0] for seed in (0, 0, 1)]
+    for row in rows:
+        del row["seconds_per_step"]
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "bottleneck", "prefix"])
+def test_counts_and_storage_are_the_models(base, task, method):
+    row, model = fine_tune(base, task, replace(S, method=method, learning_rate=None, steps=2))
+    assert row["rate"] == METHODS[method].learning_rate
+    assert (row["trainable"], row["parameters"]) == count(model) and row["storage"] == storage(model)
+
+
+def test_a_step_in_parts_is_the_same_step(base, task):
+    whole, parts = (fine_tune(base, task, replace(S, accumulation=n))[0]["task_loss"] for n in (1, 4))
+    assert parts == pytest.approx(whole, abs=1e-4)
+    with pytest.raises(ValueError, match="8 examples cannot be cut into 3 equal parts"):
+        fine_tune(base, task, replace(S, accumulation=3))
+
+
+def test_replay_keeps_what_it_replays(base, task):
+    _, pretrained = fine_tune(base, task._replace(train=task.replay * 8), replace(S, steps=40))
+    learned, kept = (fine_tune(pretrained, task, replace(S, steps=16, replay=r))[0]["general_loss"] for r in (0.0, 1.0))
+    assert kept < learned
+    with pytest.raises(ValueError, match="no general text to replay"):
+        fine_tune(base, task._replace(replay=[]), replace(S, replay=0.5))
+
+
+def test_the_penalty_of_l2_sp_is_half_alpha_times_the_squared_distance(base, task):
+    model = base.copy().requires_grad_(True)
+    loss = l2_sp(model, alpha=0.5)
+    ids, labels = (np.stack(arrays) for arrays in zip(*task.train[:4]))
+    plain = model.loss(input_ids=ids, labels=labels).item()
+    assert loss(model, input_ids=ids, labels=labels).item() == pytest.approx(plain)
+    moved = 0.0
+    for p in model.parameters():
+        p.data = p.data + np.float32(0.01)
+        moved += p.size * 1e-4
+    far = model.loss(input_ids=ids, labels=labels).item()
+    assert loss(model, input_ids=ids, labels=labels).item() == pytest.approx(far + 0.25 * moved, rel=1e-4)
+    with mp.no_grad():
+        assert loss(model, input_ids=ids, labels=labels).item() == pytest.approx(far)
+
+
+def test_l2_sp_is_a_leash(base, task):
+    def distance(alpha):
+        _, model = fine_tune(base, task, replace(S, l2_start=alpha))
+        return sum(float(((p.data - q.data) ** 2).sum()) for p, q in zip(model.parameters(), base.parameters()))
+
+    assert distance(100.0) < distance(1.0) < distance(0.0)
+
+
+def test_dropout_is_put_into_a_twin(base):
+    twin, ids = with_dropout(base, 0.5), np.arange(2, 10)[None]
+    assert np.array_equal(twin(ids).data, base(ids).data)
+    assert not np.array_equal(twin(ids, rng=0).data, base(ids, rng=0).data)
+    assert np.array_equal(base(ids, rng=0).data, base(ids).data)
+    assert all(p.data is q.data for p, q in zip(twin.parameters(), base.parameters()))
+
+
+def test_a_run_that_diverges_is_a_row_without_losses(base, task):
+    row, _ = fine_tune(base, task, replace(S, learning_rate=1e30))
+    assert row["task_loss"] is None and row["general_loss"] is None and row["curve"] == []
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+# ------------------------------------------------------------------------------------------------------------ costs
+
+
+def test_merged_models_compute_the_same_and_soft_prompts_have_none(base, task):
+    ids = np.arange(2, 12)[None]
+    for method in ("full", "lora", "ia3"):
+        _, model = fine_tune(base, task, replace(S, method=method, steps=2))
+        assert np.allclose(merged(model)(ids).data, model(ids).data, atol=1e-4), method
+    for method in ("bottleneck", "prompt", "prefix"):
+        assert merged(METHODS[method].prepare(base, 2)) is None, method
+    assert 0 < latency(base, prompt=4, tokens=4) < 1
+
+
+# ---------------------------------------------------------------------------------------------------- the shipped task
+
+
+def test_noise_mixes_completions_up_and_nothing_else():
+    clean, noisy = shipped.rewriting(40, 0), shipped.rewriting(40, 0, noise=0.25)
+    answers = [tuple(e.input_ids[e.labels >= 0]) for e in clean.train], [tuple(e.input_ids[e.labels >= 0]) for e in noisy.train]
+    prompts = [[tuple(e.input_ids[e.labels < 0]) for e in t.train] for t in (clean, noisy)]
+    assert prompts[0] == prompts[1] and Counter(answers[0]) == Counter(answers[1])
+    assert sum(a != b for a, b in zip(*answers)) == 10
+
+
+def test_what_is_held_out_depends_on_no_seed():
+    a, b = shipped.rewriting(4, 0), shipped.rewriting(4, 1)
+    assert a.held_out is b.held_out and a.general is b.general and len(a.held_out) == shipped.HELD_OUT
+    assert not all(np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a.train, b.train))
+
+
+# ----------------------------------------------------------------------------------------------------------- a sweep
+
+
+@dataclass(frozen=True)
+class Square:
+    x: int
+    seed: int = 0
+
+
+def squared(settings):
+    return {"y": settings.x**2, "pid": os.getpid()}
+
+
+RUNS = [Square(x, seed) for seed in (0, 1) for x in (1, 2, 3)]
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
+    path, done = tmp_path / "rows.jsonl", []
+
+    def run(settings):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(settings)
+        return {"y": settings.x**2}
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(RUNS, run, path)
+    assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
+    rows = sweep(RUNS, lambda s: {"y": s.x**2}, path)
+    assert rows == read_rows(path) == [{**described(s), "y": s.x**2} for s in RUNS]
+    assert sweep(RUNS[::-1], lambda s: 1 / 0, path) == rows[::-1], "nothing is computed twice"
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_sweep_in_two_processes_gives_the_same_rows(tmp_path):
+    rows = sweep(RUNS, squared, tmp_path / "rows.jsonl", processes=2)
+    assert [(row["x"], row["seed"], row["y"]) for row in rows] == [(s.x, s.seed, s.x**2) for s in RUNS]
+    assert os.getpid() not in {row["pid"] for row in rows}
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"run": "Square"}\n{"run": "Squ', encoding="utf-8")
+    with pytest.raises(FileError, match="line 2: not valid JSON"):
+        read_rows(path)
+    path.write_text('{"run": "Square"}\n[1]\n', encoding="utf-8")
+    with pytest.raises(FileError, match="line 2: not a row"):
+        read_rows(path)
+    assert read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_only_whole_seeds_are_complete():
+    rows = [{**described(s)} for s in RUNS[:-1]]
+    assert complete(rows, RUNS) == (rows[:3], [0])
+    assert complete([*rows, described(RUNS[-1])], RUNS)[1] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------------------- verdicts
+
+
+def rows_of(loss):
+    """Rows of all of practice.RUNS, with the losses that a function of the settings gives."""
+    rows = []
+    for s in practice.RUNS:
+        value = loss(s) + 0.001 * s.seed
+        row = described(s) | {"task_loss": value, "accuracy": value, "recall_nouns": 1.0, "recall_verbs": value}
+        if getattr(s, "evaluations", 1) > 1:
+            row |= {"held_out_curve": [value, value - 0.1, *[value + i for i in range(14)]], "train_curve": [1 / (i + 1) for i in range(16)]}
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows):
+    return {f.advice: f.agrees for f in practice.findings(rows)}
+
+
+def test_a_verdict_follows_from_the_rows_and_turns_with_them():
+    def textbook(s):
+        if isinstance(s, Classification):
+            return 0.9 if s.majority == 0.5 else 0.8 if s.oversampled else 0.6
+        best = {"full": 1e-3, "lora": 1e-2}[s.method] * {4: 0.3, 16: 1, 64: 3}[s.batch_size]
+        loss = 2.5 + abs(np.log10((s.learning_rate) / best)) + s.batch_size / 1000 - s.warmup
+        return float(loss + s.noise + (0.01 if s.examples == 160 else 0))
+
+    found = verdicts(rows_of(textbook))
+    assert all(agrees is True for advice, agrees in found.items() if "learns as much" not in advice)
+    assert found["each at its best rate, LoRA learns as much as full fine-tuning"] is None  # equal is neither
+
+    def contrary(s):
+        if isinstance(s, Classification):
+            return 0.5 if s.majority == 0.5 else 0.6 if s.oversampled else 0.9
+        best = 1e-3 * {4: 3, 16: 1, 64: 0.3}[s.batch_size]
+        loss = 2.5 + abs(np.log10(s.learning_rate / best)) - s.batch_size / 1000 + s.warmup + (s.accumulation > 1)
+        return float(loss + (0.2 if s.method == "lora" else 0) - s.noise + (0.5 if s.examples == 160 else 0))
+
+    found = verdicts(rows_of(contrary))
+    assert all(agrees is False for advice, agrees in found.items() if "epochs" not in advice)
+
+
+def test_a_difference_counts_when_every_seed_has_its_sign():
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([1.5, 2.5, 2.9])
+    assert practice.below(a, b) is None
+    assert practice.below(a, a + 1) is True and practice.below(a + 1, a) is False
+    assert practice.spread(a) == "2.000 ± 1.000" and practice.spread(a[:1]) == "1.000 ± 0.000"
+
+
+def test_nothing_beats_a_point_of_the_frontier():
+    points = [tuple(p) for p in np.random.default_rng(0).random((50, 2))]
+    edge = forgetting.frontier(points)
+    assert set(edge) <= set(points)
+    for p in points:
+        beaten = any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)
+        assert (p in edge) == (not beaten)
+
+
+def test_the_price_is_read_off_the_line_between_two_rates():
+    start = shipped.before()[0]
+    losses = dict(zip(forgetting.RATES["full"], (start - 0.2, start - 0.4, start - 0.6, start - 0.1, start + 1)))
+    forgotten = dict(zip(forgetting.RATES["full"], (0.1, 0.2, 0.6, 2.0, 3.0)))
+    rows = [
+        described(Rewriting("full", rate, seed=seed)) | {"task_loss": losses[rate], "forgotten": forgotten[rate] * (seed + 1)}
+        for rate in losses for seed in (0, 1)
+    ]  # fmt: skip
+    assert forgetting.price(rows, "full", start - 0.1) == pytest.approx([0.05, 0.1])
+    assert forgetting.price(rows, "full", start - 0.5) == pytest.approx([0.4, 0.8])
+    assert forgetting.price(rows, "full", np.array([start, start - 0.6])) == pytest.approx([0.0, 1.2])
+    assert np.isnan(forgetting.price(rows, "full", start - 0.7)).all()
+
+
+def test_overlap_is_rouge_1():
+    assert decision.overlap("a b b", "b b c c") == pytest.approx(2 * 2 / 7)
+    assert decision.overlap("The end", "the END") == 1 and decision.overlap("", "x") == 0
+
+
+# -------------------------------------------------------------------------------------------------- what is shipped
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [("14_best_practices", practice.RUNS), ("15_forgetting", forgetting.RUNS), ("16_which_method", decision.RUNS)],
+)
+def test_the_shipped_rows_are_those_of_the_sweep(name, runs):
+    rows = read_rows(RESULTS / f"{name}.jsonl")
+    missing = [s for s in runs if not any(is_of(row, s) for row in rows)]
+    assert not missing, f"python -m minipeft.experiments.sweep computes the {len(missing)} rows that are missing"
+    assert {row["seed"] for row in rows} == {0, 1, 2}
+    assert all(any(is_of(row, s) for s in runs) for row in rows)
+
+
+def test_the_shipped_rows_are_of_the_shipped_base():
+    for row in read_rows(RESULTS / "15_forgetting.jsonl"):
+        assert row["general_loss"] - row["forgotten"] == pytest.approx(shipped.before()[1], abs=1e-3)
