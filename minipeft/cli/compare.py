@@ -35,8 +35,8 @@ SUMMARY = "fine-tune the shipped base with every method and compare them"
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
-STEPS, REDUCED_STEPS = 80, 12
-HELD_OUT, REDUCED_HELD_OUT = 120, 24  # examples of the task
+STEPS, REDUCED_STEPS = 48, 12
+HELD_OUT, REDUCED_HELD_OUT = 96, 24  # examples of the task
 BLOCKS, REDUCED_BLOCKS = 24, 4  # blocks of general text
 SPREAD = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
 
