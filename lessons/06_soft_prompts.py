@@ -230,7 +230,9 @@ for color, (name, found) in zip(("C3", "C0", "C2", "C1"), runs.items()):
         smooth = np.convolve([y for _, y in losses], np.ones(5) / 5, "valid")
         left.plot(smooth, color=color, alpha=0.8, linewidth=1.2, label=name if i == 0 else None)
 left.set(xlabel="step", ylabel="loss, mean of 5 steps", title="the same data, different starts")
-left.legend()
+low, high = left.get_ylim()
+left.set_ylim(low, high + 0.25 * (high - low))  # the legend gets a strip of its own, above the curves
+left.legend(loc="upper center", ncols=4, fontsize=8, columnspacing=1.2)
 for name in ("prompt", "prefix"):
     right.plot([p for n, p in cost if n == name], [cost[key] for key in cost if key[0] == name], "o-", label=name)
 right.set(xlabel="virtual tokens", ylabel="MB of activations for a step", title=f"{batch} rows of {length} tokens")

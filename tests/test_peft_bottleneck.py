@@ -98,6 +98,15 @@ def test_a_norm_of_its_own_starts_as_a_norm_learns_and_counts_2d(xp):
     assert counted.trainable == adapted.get_nb_trainable_parameters()[0] == n
 
 
+def test_what_is_not_said_is_adapterhubs_preset():
+    presets = {p: mp.BottleneckConfig(placement=p) for p in ("houlsby", "pfeiffer", "parallel")}
+    assert {p: (c.reduction_factor, c.non_linearity, c.scaling) for p, c in presets.items()} == {
+        "houlsby": (16, "silu", 1.0), "pfeiffer": (16, "relu", 1.0), "parallel": (2, "relu", 4.0)
+    }  # fmt: skip
+    n = mp.get_peft_model(base(), presets["parallel"]).get_nb_trainable_parameters()[0]
+    assert n == 2 * (2 * 16 * 8 + 8 + 16)
+
+
 def test_published_counts():
     houlsby = mp.BottleneckConfig(bottleneck_size=64, target_modules=["output.dense"])  # after attention and the MLP
     assert mp.accounting.count_parameters("bert-base", houlsby).trainable == 24 * (2 * 768 * 64 + 64 + 768)

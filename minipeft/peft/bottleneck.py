@@ -40,29 +40,31 @@ SUBLAYERS = {  # model_type -> attention, MLP (names, or ends of paths as regula
     "t5": ("SelfAttention", "DenseReluDense"), "mt5": ("SelfAttention", "DenseReluDense"),
     "bloom": ("self_attention", "mlp"),
 }  # fmt: skip
+PRESETS = {  # placement -> reduction_factor, non_linearity, scaling: AdapterHub's double_seq_bn, seq_bn and par_bn
+    "houlsby": (16, "silu", 1.0), "pfeiffer": (16, "relu", 1.0), "parallel": (2, "relu", 4.0)
+}  # fmt: skip
 # the layers that end a sublayer, whose output is the sublayer's
 LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """The options of bottleneck adapters.
+    """The options of bottleneck adapters. Where one is None it is AdapterHub's for the placement (`PRESETS`).
 
     placement          "houlsby", "pfeiffer" or "parallel"
-    reduction_factor   m = d // reduction_factor, d the sublayer's width (16 in AdapterHub's houlsby and pfeiffer, 2 in
-                       its parallel adapter), or
+    reduction_factor   m = d // reduction_factor, d the sublayer's width, or
     bottleneck_size    m itself
-    non_linearity      "relu", "gelu" (tanh form) or "silu" (AdapterHub's houlsby)
+    non_linearity      "relu", "gelu" (tanh form) or "silu"
     scaling            factor of the adapter's output (4 in He et al.)
     ln_before          a layer norm of the adapter's own before it: 2 d more parameters (Lin et al. 2020, arXiv:2004.03829)
     target_modules     None: the placement's sublayers; or the names of any modules of one input and one output
     """
 
     placement: str = "pfeiffer"
-    reduction_factor: float = 16
+    reduction_factor: float | None = None
     bottleneck_size: int | None = None
-    non_linearity: str = "relu"
-    scaling: float = 1.0
+    non_linearity: str | None = None
+    scaling: float | None = None
     ln_before: bool = False
 
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -71,6 +73,9 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         if self.placement not in ("houlsby", "pfeiffer", "parallel"):
             raise PeftError(f"placement must be 'houlsby', 'pfeiffer' or 'parallel', not {self.placement!r}")
+        for name, value in zip(("reduction_factor", "non_linearity", "scaling"), PRESETS[self.placement]):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.non_linearity not in NON_LINEARITIES:
             raise PeftError(f"non_linearity must be one of {', '.join(NON_LINEARITIES)}, not {self.non_linearity!r}")
         if self.bottleneck_size is not None and (type(self.bottleneck_size) is not int or self.bottleneck_size < 1):
