@@ -44,6 +44,8 @@ def test_a_packed_batch_to_the_letter():
     assert arguments["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 9], [8, 8, 9, 9]]
     arguments, _, _ = collate_packed(examples, pad_token_id=9, capacity=6)
     assert arguments["input_ids"].tolist() == [[1, 2, 3, 4, 8, 8], [5, 6, 7, 9, 9, 9]]
+    shorter, _, _ = collate_packed(examples, capacity=2)
+    assert shorter["input_ids"].shape == (3, 4), "a row holds at least the longest example"
     assert not arguments["attention_mask"][1, :, 3:].any() and not arguments["attention_mask"][1, :, :, 3:].any()
 
 
@@ -109,7 +111,7 @@ def test_both_the_mask_and_the_positions_matter(rng, what):
 @pytest.mark.parametrize("dialect", ["llama", "gpt2"])
 def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(rng, dialect):
     examples, ends = counting(40, rng, prompt=3, shortest=5, longest=20), {}
-    for packing in (False, True):
+    for packing in (False, True, 40):
         args = TrainingArguments(
             learning_rate=0.05, optim="sgd", max_steps=12, per_device_train_batch_size=4, packing=packing,
             gradient_accumulation_steps=2, eval_steps=6,
@@ -117,16 +119,17 @@ def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(
         model = tiny_model(dialect=dialect)
         result = Trainer(model, examples[:32], examples[32:], args).train()
         ends[packing] = (weights(model), result)
-    (padded, without), (packed, with_packing) = ends[False], ends[True]
-    assert [r["tokens"] for r in without.history if "tokens" in r] == [
-        r["tokens"] for r in with_packing.history if "tokens" in r
-    ]
-    for key in ("loss", "grad_norm", "eval_loss"):
-        np.testing.assert_allclose(without.losses(key), with_packing.losses(key), rtol=1e-5)
-    for name, array in padded.items():
-        np.testing.assert_allclose(packed[name], array, rtol=0, atol=2e-6, err_msg=name)
+    padded, without = ends[0]
+    for packed, with_packing in (ends[True], ends[40]):
+        assert without.losses("tokens") == with_packing.losses("tokens")
+        for key in ("loss", "grad_norm", "eval_loss"):
+            np.testing.assert_allclose(without.losses(key), with_packing.losses(key), rtol=1e-5)
+        for name, array in padded.items():
+            np.testing.assert_allclose(packed[name], array, rtol=0, atol=2e-6, err_msg=name)
 
 
 def test_packing_is_for_pairs_of_ids_and_labels(rng):
     with pytest.raises(ValueError, match="a collate of its own does its own packing"):
         Trainer(tiny_model(), counting(4, rng), args=TrainingArguments(packing=True), collate=collate)
+    with pytest.raises(ValueError, match="packing must be True, False or the number of tokens of a row, got -1"):
+        TrainingArguments(packing=-1)

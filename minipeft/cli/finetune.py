@@ -106,7 +106,13 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
         help="batches a step (default: 1, in large models without --batch-size 4)",
     )
     group.add_argument(
-        "--packing", action="store_true", help="let the examples of a batch share rows: the same loss, less padding"
+        "--packing",
+        nargs="?",
+        type=positive_int,
+        const=True,
+        default=False,
+        metavar="N",
+        help="let the examples of a batch share rows, of N tokens (default: the longest's): the same loss, less padding",
     )
     group.add_argument(
         "--lr", type=positive, metavar="RATE", help="learning rate (default: the method's, see --method)"

@@ -59,7 +59,7 @@ class TrainingArguments:
     otherwise there is a checkpoint at the end too, and the newest `save_total_limit` are kept.
     `early_stopping_patience=n` stops when n evaluations in a row bring no lower held-out loss, and ends, in any case,
     with the weights of the best evaluation. `packing` lets the examples of a batch share rows instead of padding each to
-    the longest (`collate_packed`): the same loss, computed sooner. `optim` is "adamw" or "sgd" (with `momentum`).
+    the longest (`collate_packed`): the same loss, computed sooner; a number is the tokens of a row. `optim` is "adamw" or "sgd" (with `momentum`).
 
     With `output_dir`, metrics go to `metrics.jsonl` there, the loss curve to `loss.png`.
     """
@@ -71,7 +71,7 @@ class TrainingArguments:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    packing: bool = False
+    packing: bool | int = False
     optim: str = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -100,6 +100,8 @@ class TrainingArguments:
                 raise ValueError(
                     f"{name} must be an integer of at least 1{' or None' if optional else ''}, got {value!r}"
                 )
+        if not isinstance(self.packing, int) or self.packing < 0:
+            raise ValueError(f"packing must be True, False or the number of tokens of a row, got {self.packing!r}")
         if self.max_steps is None and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.optim not in ("adamw", "sgd"):
@@ -213,8 +215,10 @@ class Trainer:
             check_examples(eval_examples or [], "evaluation")
         elif self.args.packing:
             raise ValueError("packing is for (input_ids, labels) examples; a collate of its own does its own packing")
-        own = collate_packed if self.args.packing else collate_pairs
-        self.collate = collate or partial(own, pad_token_id=pad_token_id)
+        own: Collate = partial(collate_pairs, pad_token_id=pad_token_id)
+        if self.args.packing:
+            own = partial(collate_packed, pad_token_id=pad_token_id, capacity=int(self.args.packing))
+        self.collate = collate or own
         self.loss = loss or model_loss
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
