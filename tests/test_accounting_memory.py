@@ -12,7 +12,7 @@ import pytest
 from minipeft.accounting import MemoryLedger, Precision, architecture, measure_peak, memory_ledger
 from minipeft.accounting.memory import WEIGHTS, kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
-from minipeft.backend import Rng, get_num_threads, set_num_threads
+from minipeft.backend import Rng, get_num_threads, is_array, set_num_threads
 from minipeft.nn.heads import SequenceClassifier, head_only
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
@@ -28,7 +28,7 @@ from minipeft.peft.prefix_tuning import PrefixTuningConfig
 from minipeft.peft.prompt_tuning import PromptTuningConfig
 from minipeft.peft.vera import VeraConfig
 from minipeft.quant import quantize_model
-from minipeft.train.optim import AdamW
+from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
 SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
@@ -269,6 +269,49 @@ def test_weights_gradients_and_optimizer_states_are_the_bytes_that_are_allocated
         return optimizer
 
     assert held["optimizer states"] == pytest.approx(held_by(optimizer), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
+        ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
+    ],
+)  # fmt: skip
+def test_every_optimizer_is_foretold(dialect, name, make):
+    def steps(result):
+        model = built(dialect, "full")
+        optimizer = make(model.parameters())
+        for _ in range(2):
+            model.loss(IDS, IDS).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        result["states"] = sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
+
+    found = {}
+    measured = measure_peak(lambda: steps(found))
+    ledger = foretold(dialect, "full", optimizer=name)
+    assert ledger.total == pytest.approx(measured, rel=0.10)
+    assert ledger.held["optimizer states"] == found["states"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_base_in_float16_is_foretold(dialect, checkpointing):
+    base = built(dialect, "frozen")
+    for p in base.parameters():
+        p.data = p.data.astype(np.float16)
+
+    def steps():
+        model = get_peft_model(base.copy(), METHODS["lora"])
+        model.gradient_checkpointing_enable(checkpointing)
+        optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+        for _ in range(2):
+            model.loss(IDS, IDS).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    ledger = foretold(dialect, "lora", precision="float16-base", checkpointing=checkpointing)
+    assert ledger.total == pytest.approx(measure_peak(steps), rel=0.10)
 
 
 def test_a_classifier_is_foretold_too(dialect):

@@ -12,8 +12,9 @@ from minipeft.accounting.shapes import RULES, Meter, ShapeArray
 from minipeft.autograd import ops as F
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import REGISTRY, Slice, Tensor, unbroadcast
+from minipeft.quant import linear
 
-OPS = [name for name in REGISTRY if REGISTRY[name].__module__ == F.__name__]
+OPS = [name for name in REGISTRY if REGISTRY[name].__module__ in (F.__name__, linear.__name__)]
 
 
 def reached(thing, seen):

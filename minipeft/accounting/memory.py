@@ -130,7 +130,7 @@ def memory_ledger(
         labels: what the model's loss takes: for a language model integers [batch, seq_len], -100 where a position does
             not count (by default all count); for a classifier one a sequence.
 
-    Bytes are those of arrays: no allocator's rounding, no code, and input ids are the caller's.
+    Bytes are those of arrays: no allocator's rounding, no code, and input ids are the caller's. PPO: see `ppo_ledger`.
     Raises ValueError for a name that is unknown and for arguments that make no sense together.
     """
     p = named("precision", precision, PRECISIONS)

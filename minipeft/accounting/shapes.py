@@ -430,7 +430,7 @@ def _linear_4bit(op, x, packed, state, bias=None):
         back = work(rows) + op.meter.itemsize * x.size  # the product of one tile, before it is added
     else:
         back = work(tile_size(n_in) * n_out)
-    return y, op.pull(x.shape, packed, work=back), None, None, op.pull((n_out,))
+    return y, op.pull(x.shape, packed, state, work=back), None, None, op.pull((n_out,))
 
 
 @rule

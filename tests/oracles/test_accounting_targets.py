@@ -1,0 +1,28 @@
+"""Where each method is put when nothing is said: the tables of Hugging Face PEFT, for the families counted here."""
+
+from __future__ import annotations
+
+import pytest
+
+from minipeft.peft.directory import config_class
+
+constants = pytest.importorskip("peft.utils.constants", reason="needs the extra 'oracles'")
+
+TABLES = {
+    "LORA": "LORA", "VERA": "VERA", "ADALORA": "ADALORA", "IA3": "IA3", "LN_TUNING": "LNTUNING",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("peft_type", TABLES)
+def test_the_usual_targets_are_pefts(peft_type):
+    theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{TABLES[peft_type]}_TARGET_MODULES_MAPPING")
+    ours = config_class(peft_type).usual_targets
+    shared = {family for family in ours if theirs.get(family)}
+    assert {"gpt2", "llama", "t5", "bloom"} <= shared
+    assert {family: ours[family] for family in shared} == {family: theirs[family] for family in shared}
+
+
+def test_the_feedforward_layers_of_ia3_are_pefts():
+    theirs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    ours = config_class("IA3").usual_feedforward
+    assert ours == {family: theirs[family] for family in ours}
