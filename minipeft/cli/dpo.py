@@ -28,11 +28,10 @@ from .preferences import (
     add_pairs,
     add_training,
     load_pairs,
-    load_policy,
+    load_trained,
     remove_earlier,
     save_policy,
     template_of,
-    with_method,
 )
 
 SUMMARY = "train a model on preferences, directly"
@@ -64,9 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from ..files import write_json
     from ..train import TrainingArguments, last_checkpoint
 
-    base, tokenizer = load_policy(args.model, args.adapter, args.backend)
+    policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    policy = with_method(base, args)
     err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     pairs, held_out = load_pairs(args, policy, tokenizer, template)
     steps = args.steps or math.ceil(args.epochs * math.ceil(len(pairs) / args.batch_size))

@@ -207,10 +207,10 @@ def _options(args: argparse.Namespace, model: Any, tokenizer: Any, turn: Any) ->
     except ValueError as error:
         raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
     drawing = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return {**drawing, "eos_token_id": _stops(model, tokenizer, turn)}
+    return {**drawing, "eos_token_id": stops(model, tokenizer, turn)}
 
 
-def _stops(model: Any, tokenizer: Any, turn: Any) -> list[int]:
+def stops(model: Any, tokenizer: Any, turn: Any) -> list[int]:
     """The ids that end a text: the model's, the tokenizer's, and the special token that ends an answer in the template."""
     from ..text.tokenizer import Special
 

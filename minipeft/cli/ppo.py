@@ -31,11 +31,10 @@ from .preferences import (
     WRITTEN_BY_ALL,
     add_method,
     add_output,
-    load_policy,
+    load_trained,
     remove_earlier,
     save_policy,
     template_of,
-    with_method,
 )
 
 SUMMARY = "train a model on how its own answers are scored (PPO, RLOO, GRPO)"
@@ -105,11 +104,13 @@ def run(args: argparse.Namespace) -> int:
     from .. import rlhf
     from ..files import write_json
     from ..train import last_checkpoint
+    from .generate import stops
+    from .prompts import asked
 
-    base, tokenizer = load_policy(args.model, args.adapter, args.backend)
+    policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    policy = with_method(base, args)
     prompts = _prompts(args, tokenizer, template, policy.config.max_position_embeddings - args.response_length)
+    ends = stops(policy, tokenizer, asked(template, "-"))
     reward, watch = _reward(args, tokenizer)
     common = dict(
         output_dir=output, steps=args.steps, batch_size=args.batch_size, mini_batch_size=args.mini_batch_size,
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         response_length=args.response_length, temperature=args.temperature, seed=args.seed, save_total_limit=1,
         missing_eos_score=-1.0 if args.missing_eos == "replace" else None,
         missing_eos_penalty=1.0 if args.missing_eos == "penalize" else None,
-        save_steps=args.save_steps or max(1, args.steps // 5),
+        save_steps=args.save_steps or max(1, args.steps // 5), stop_token_ids=tuple(ends),
     )  # fmt: skip
     if args.algorithm == "ppo":
         trainer = rlhf.PPOTrainer(policy, reward, prompts, rlhf.PPOConfig(**common, kl_target=args.kl_target), watch)
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite:
         remove_earlier(output, WRITTEN)
     shown = prompts[: min(3, len(prompts))]
-    before = _answers(trainer.reference, shown, tokenizer, args)
+    before = _answers(trainer.reference, shown, tokenizer, ends, args)
     try:
         with _progress(args.steps) as show:
             history = trainer.train(resume_from_checkpoint=args.resume, on_step=show)
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         if last_checkpoint(output) is None:
             raise
         raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
-    after = _answers(policy, shown, tokenizer, args)
+    after = _answers(policy, shown, tokenizer, ends, args)
     rlhf.plot_run(history, output / "ppo.png")
     save_policy(policy, tokenizer, output, name)
     options = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command")}
@@ -216,11 +217,12 @@ def _vocabulary(tokenizer: Any) -> list[str]:
     return [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
 
 
-def _answers(policy: Any, prompts: list[list[int]], tokenizer: Any, args: argparse.Namespace) -> list[str]:
+def _answers(
+    policy: Any, prompts: list[list[int]], tokenizer: Any, ends: list[int], args: argparse.Namespace
+) -> list[str]:
     from .. import rlhf
-    from .preferences import stops
 
-    roll = rlhf.rollout(policy, prompts, args.response_length, args.temperature, stops(policy), args.seed)
+    roll = rlhf.rollout(policy, prompts, args.response_length, args.temperature, ends, args.seed)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in roll.responses()]
 
 

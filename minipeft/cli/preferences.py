@@ -114,8 +114,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_method(policy: Any, args: argparse.Namespace) -> Any:
-    """The policy as it is trained: whole, through the adapter that it has, or through a new one."""
+def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(policy, tokenizer): trained whole, through the adapter that it has, or through a new one."""
     from ..peft.lora import LoraConfig
     from ..peft.model import get_peft_model
 
@@ -123,11 +123,10 @@ def with_method(policy: Any, args: argparse.Namespace) -> Any:
         raise ValueError(
             "--adapter trains the adapter that is given; --method lora would make a new one: give one of them"
         )
-    return (
-        get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=args.seed)
-        if args.method == "lora"
-        else policy
-    )
+    policy, tokenizer = load_policy(args.model, args.adapter, args.backend)
+    if args.method == "lora":
+        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=args.seed)
+    return policy, tokenizer
 
 
 def save_policy(policy: Any, tokenizer: Any, output: Path, template: str) -> None:
@@ -174,34 +173,32 @@ def load_pairs(args: argparse.Namespace, policy: Any, tokenizer: Any, template: 
         if not isinstance(records[0], Preference):
             raise DatasetError(args.data, None, "preference pairs are wanted: {prompt, chosen, rejected} on every line")
     else:
-        return _made_pairs(args, policy, tokenizer)
+        return _made_pairs(args, policy, tokenizer, template)
     train, held_out = split_off(records, args.validation) if args.validation else (list(records), [])
     length = args.max_length or limit
     train, held_out = (encode_preferences(side, tokenizer, length, template) for side in (train, held_out))
     return train, held_out
 
 
-def _made_pairs(args: argparse.Namespace, policy: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+def _made_pairs(args: argparse.Namespace, policy: Any, tokenizer: Any, template: Any) -> tuple[list[Any], list[Any]]:
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER finds happier."""
     from .. import rlhf
+    from .generate import stops
+    from .prompts import asked
 
+    ends = stops(policy, tokenizer, asked(template, "-"))
     rlhf.vader([])  # a missing extra is told before anything is computed
     rng, sides = np.random.default_rng(args.seed), []
     counts = {"train": args.pairs, "validation": round(args.validation * args.pairs)}
     for number, (split, n) in enumerate(counts.items()):
-        prompts = [tokenizer.encode(text) for text in rlhf.sentence_openings(split, OPENING)]
+        texts = rlhf.sentence_openings(split, OPENING)
+        prompts = [tokenizer.encode_pieces(asked(template, text).prompt, add_special_tokens=True) for text in texts]
         chosen = [prompts[i % len(prompts)] for i in rng.permutation(max(n, len(prompts)))[:n]]
         seed = 2 * args.seed + number
-        answers = rlhf.sample_answers(policy, chosen, 2, args.response_length, stop_token_ids=stops(policy), seed=seed)
+        answers = rlhf.sample_answers(policy, chosen, 2, args.response_length, stop_token_ids=ends, seed=seed)
         scores = np.array(
             [rlhf.vader([tokenizer.decode(a, skip_special_tokens=True) for a in own]) for own in answers]
         ).reshape(-1, 2)
         order = rlhf.rank(scores, rng, args.rater_temperature, args.rater_flip)
         sides.append(rlhf.preference_pairs(chosen, answers, order))
     return sides[0], sides[1]
-
-
-def stops(policy: Any) -> list[int]:
-    """The ids that end a response: the model's EOS."""
-    eos = policy.config.eos_token_id
-    return [] if eos is None else np.atleast_1d(eos).tolist()
