@@ -120,7 +120,6 @@ def held_by(fn) -> int:
 
 def arrays() -> int:
     """Bytes of all NumPy arrays made since tracemalloc was started, and of nothing else."""
-    gc.collect()
     domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
 
@@ -250,25 +249,6 @@ def test_activations_of_a_llama_block_by_the_formula():
 def test_a_checkpointed_block_keeps_its_input(dialect):
     c = CONFIGS[dialect]
     assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 3
-
-
-def test_weights_gradients_and_optimizer_states_are_the_bytes_that_are_allocated(dialect):
-    template = built(dialect, "full")
-    held = memory_ledger(CONFIGS[dialect], batch=B, seq_len=T).held
-    assert held["trained weights"] == pytest.approx(held_by(lambda: template.copy()), rel=0.02)
-
-    def gradients():
-        template.zero_grad()
-        template.loss(IDS, IDS).backward()
-
-    assert held["gradients"] == pytest.approx(held_by(gradients), rel=0.02)
-
-    def optimizer():
-        optimizer = AdamW(template.parameters(), lr=0.0)
-        optimizer.step()
-        return optimizer
-
-    assert held["optimizer states"] == pytest.approx(held_by(optimizer), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,17 @@ def policy(dialect, config, quantization=None):
 
 
 def update(dialect, method, reward_model, value_model, checkpointing):
-    """Two updates, for the optimizer's states are there from the second on; the models are made here, to be counted."""
+    """One of two minibatches: at the second there are the optimizer's states. The models are made here, to be counted."""
     config, options = METHODS[method]
     model = policy(dialect, config, **options)
     model.gradient_checkpointing_enable(checkpointing)
     reward = RewardModel(Transformer(CONFIGS[dialect], seed=1)) if reward_model else lambda roll: np.arange(BATCH) % 3.0
     value = ValueModel(Transformer(CONFIGS[dialect], seed=2)) if value_model else None
     settings = PPOConfig(
-        steps=2, batch_size=BATCH, mini_batch_size=MINI, num_epochs=1, response_length=RESPONSE, missing_eos_score=None
+        steps=1, batch_size=BATCH, mini_batch_size=MINI, num_epochs=1, response_length=RESPONSE, missing_eos_score=None
     )
     trainer = PPOTrainer(model, reward, [[1] * PROMPT], settings, value_model=value)
-    for _ in range(2):
-        trainer.step()
+    trainer.step()
 
 
 @pytest.mark.parametrize(
