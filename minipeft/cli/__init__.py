@@ -31,6 +31,7 @@ examples:
   minipeft compare                                   every method on the shipped base, side by side
   minipeft finetune --data my.jsonl --output tuned   one run on your own file
   minipeft generate --model tuned --prompt "Once"    text from any saved model
+  minipeft memory llama-7b --method qlora --seq 512  what a method needs, and the GPUs it fits on
   minipeft COMMAND --help                            all options of a command, with examples
 """
 
