@@ -77,6 +77,7 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
     file = MappedFile(path) if path.stat().st_size else None
     header = _Header(path, file)
     try:
+        _check_whole(header.metadata)
         architecture = header.metadata.get("general.architecture")
         if architecture not in _NAMES:
             raise HubError(f"the architecture is {architecture!r}: only {', '.join(_NAMES)} are supported")
@@ -85,6 +86,15 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
         return config, tensors, tokenizer_of(header.metadata)
     except HubError as error:
         raise HubError(f"{path}: {error}") from error
+
+
+def _check_whole(metadata: dict[str, Any]) -> None:
+    """The file is a model, and all of one."""
+    kind, parts = metadata.get("general.type", "model"), metadata.get("split.count", 0)
+    if kind != "model":
+        raise HubError(f"general.type is {kind!r}: only a model is read")
+    if parts not in (0, 1):
+        raise HubError(f"split.count is {parts!r}: the model is spread over several files; join them with llama-gguf-split --merge")
 
 
 class _Header:

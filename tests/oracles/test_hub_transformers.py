@@ -1,5 +1,6 @@
 """Directories: what we write transformers loads as it is, and what it writes we read."""
 
+import dataclasses
 import json
 import logging
 
@@ -9,7 +10,7 @@ import pytest
 import minipeft as mp
 from minipeft.hub.base import BASE
 from minipeft.nn.heads import SequenceClassifier
-from minipeft.nn.transformer import Transformer, TransformerConfig
+from minipeft.nn.transformer import RopeScaling, Transformer, TransformerConfig
 
 torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
@@ -22,7 +23,11 @@ CONFIGS = {
     "llama untied": dict(
         model_type="llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True, head_dim=10, rope_theta=500.0
     ),
+    "llama 3": dict(model_type="llama", head_dim=12, rope_theta=500.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 12)),
+    "mistral": dict(model_type="mistral", num_key_value_heads=2, head_dim=8, tie_word_embeddings=False, rope_theta=500.0),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, rope_theta=500.0),
 }
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 every_case = pytest.mark.parametrize("case", CONFIGS)
 dialects = pytest.mark.parametrize("case", ["gpt2", "llama"])
 
@@ -41,15 +46,19 @@ def theirs(case, task="CausalLM", **options):
         sizes = dict(n_embd=c.hidden_size, n_head=4, n_layer=2, n_positions=256, n_inner=c.intermediate_size)
         config = transformers.GPT2Config(vocab_size=60, bos_token_id=1, **sizes, **common)
     else:
-        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-        names += " max_position_embeddings attention_bias mlp_bias rms_norm_eps"
+        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        names += "max_position_embeddings rms_norm_eps"
+        names += {"llama": " head_dim attention_bias mlp_bias", "mistral": " head_dim", "qwen2": ""}[c.model_type]
+        scaling = c.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(c.rope_scaling)}
         major = int(transformers.__version__.partition(".")[0])
         rope = (
-            dict(rope_theta=c.rope_theta)
+            dict(rope_theta=c.rope_theta, rope_scaling=scaling)
             if major < 5
-            else dict(rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta))
+            else dict(rope_parameters={**(scaling or {"rope_type": "default"}), "rope_theta": c.rope_theta})
         )
-        config = transformers.LlamaConfig(vocab_size=60, **rope, **{n: getattr(c, n) for n in names.split()}, **common)
+        window = {} if c.model_type == "llama" else {"sliding_window": None}
+        kind = transformers.CONFIG_MAPPING[c.model_type]
+        config = kind(vocab_size=60, **rope, **window, **{n: getattr(c, n) for n in names.split()}, **common)
     torch.manual_seed(0)
     model = getattr(transformers, "AutoModelFor" + task).from_config(config).eval()
     for name, parameter in model.named_parameters():  # initialized to zero and one, where a mistake would not show
@@ -91,7 +100,7 @@ def test_transformers_loads_what_we_write(case, dtype, tmp_path):
     mp.save_pretrained(model, tmp_path, dtype=dtype)
     twin = load(tmp_path, dtype="auto")  # what version 5 does by default
     c, d = model.config, twin.config
-    assert type(twin).__name__ == ("GPT2LMHeadModel" if c.model_type == "gpt2" else "LlamaForCausalLM")
+    assert type(twin).__name__ == CLASSES[c.model_type]
     assert twin.dtype == (torch.float16 if dtype else torch.float32)
     ends = list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
     assert (d.bos_token_id, d.eos_token_id, d.pad_token_id) == (c.bos_token_id, ends, c.pad_token_id)
@@ -125,6 +134,17 @@ def test_we_read_what_transformers_writes(case, stored, tmp_path):
     close(model(tokens()), twin(torch.tensor(tokens())).logits)
     for name, parameter in twin.named_parameters():
         assert np.array_equal(dict(model.named_parameters())[name].data, parameter.detach().numpy()), name
+
+
+@pytest.mark.parametrize("case", ["llama 3", "qwen2", "gpt2"])
+def test_we_read_what_transformers_writes_in_several_files(case, tmp_path):
+    theirs(case).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model, twin = mp.from_pretrained(tmp_path)[0], load(tmp_path, dtype=torch.float32)
+    close(model(tokens()), twin(torch.tensor(tokens())).logits)
+    packed = mp.from_pretrained(tmp_path, load_in_4bit=True)[0].state_dict()
+    expected = mp.quant.quantize_model(model).state_dict()
+    assert packed.keys() == expected.keys() and all(np.array_equal(packed[n], a) for n, a in expected.items())
 
 
 @every_case
