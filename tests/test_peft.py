@@ -641,6 +641,17 @@ def test_of_a_four_bit_model_only_what_has_a_gradient_is_ever_trained(dialect):
     assert moved == flagged
 
 
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_on_a_base_in_float16_what_is_trained_is_float32_and_merges_into_float16(dialect, method, xp):
+    model = base(dialect, xp, dtype=np.float16)
+    adapted = train(mp.get_peft_model(model, METHODS[method](dialect)), xp)
+    mp.assert_learning(adapted)
+    assert {str(p.dtype) for p in adapted.parameters() if p.requires_grad} == {"float32"}
+    merged = adapted.merge_and_unload()
+    assert {str(p.dtype) for p in merged.parameters()} == {"float16"}
+    close(logits(merged), logits(adapted), 2e-2)  # a weight is known to 1 part in 2,000
+
+
 def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
     model = mp.SequenceClassifier(base(), num_labels=3)
     adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score"]))

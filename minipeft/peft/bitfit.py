@@ -59,12 +59,12 @@ class Bias(Adapter):
     def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
         if seed is not None:
-            self.bias.data = layer.bias.data.copy()
+            self.bias.data = layer.bias.data.astype(self.bias.dtype)
 
     def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         return inner(x) + (self.bias - base.bias.data)
 
     def merge(self, layer: Module, base: Module) -> Module:
-        bias = self.bias.data.copy() if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
+        bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
         return with_weight(layer, dense_weight(layer), bias)

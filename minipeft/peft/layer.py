@@ -78,7 +78,7 @@ class Adapter(Module):
 
 
 class TrainedCopy(Adapter):
-    """A whole module trained as a copy, in the place of the original (modules_to_save, LN tuning).
+    """A whole module trained as a copy, in the place of the original (modules_to_save, LN tuning); in float32 at least.
 
     `prefix` comes before the names of its parameters in a file; `seed` None allocates nothing, as in `Adapter`.
     """
@@ -87,9 +87,10 @@ class TrainedCopy(Adapter):
         if len(inspect.signature(module.forward).parameters) > 2:
             raise PeftError(f"a {type(module).__name__} takes more than one input; name the layers inside it instead")
         self.module = module.copy(share=seed is None).requires_grad_(True)
-        if seed is None:
-            for p in self.module.parameters():
-                p.data = zeros(p.shape, xp_of(p.data), p.dtype, None)
+        for p in self.module.parameters():
+            xp = xp_of(p.data)
+            dtype = xp.float32 if p.dtype == xp.float16 else p.dtype
+            p.data = zeros(p.shape, xp, dtype, None) if seed is None else p.data.astype(dtype, copy=False)
         self.prefix = prefix
 
     def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
@@ -97,7 +98,10 @@ class TrainedCopy(Adapter):
         return self.module(x, rng)
 
     def merge(self, layer: Module, base: Module) -> Module:
-        return self.module.copy()
+        merged = self.module.copy()
+        for p, original in zip(merged.parameters(), base.parameters()):
+            p.data = p.data.astype(original.dtype, copy=False)
+        return merged
 
     def saved(self) -> dict[str, Parameter]:
         return {self.prefix + path: p for path, p in self.module.named_parameters()}
@@ -240,7 +244,7 @@ def with_weight(layer: Module, weight: Array, bias: Array | None = None) -> Modu
         twin, dtype = layer.copy(share=True), layer.weight.dtype
     twin.weight = Parameter(xp_of(weight).ascontiguousarray(weight.astype(dtype, copy=False)))
     if bias is not None:
-        twin.bias = Parameter(bias)
+        twin.bias = Parameter(bias.astype(layer.bias.dtype))
     return twin
 
 
