@@ -157,6 +157,33 @@ def test_any_module_can_be_adapted(xp, rng):
     assert net.parameters()[0].grad is None
 
 
+def test_a_layer_alone_has_no_name_to_be_found_by():
+    with pytest.raises(PeftError, match="no module is called '0'; nothing is inside this one: .* Sequential"):
+        mp.get_peft_model(Linear(3, 3), mp.LoraConfig(target_modules=["0"]))
+
+
+def test_a_layer_used_twice_is_adapted_where_it_is_named(rng):
+    class Twice(mp.nn.Module):
+        def __init__(self):
+            self.a = Linear(4, 4, seed=1)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    net, x = Twice(), mp.Tensor(rng.standard_normal((3, 4)).astype(np.float32))
+    adapted = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=["a"]))
+    np.testing.assert_array_equal(adapted(x).data, net(x).data)
+    optimizer = mp.optim.AdamW(adapted.parameters(), lr=0.1)
+    for _ in range(3):
+        adapted.zero_grad()
+        (adapted(x) ** 2).sum().backward()
+        optimizer.step()
+    merged = adapted.merge_and_unload()
+    close(merged(x).data, adapted(x).data)
+    assert merged.a is not merged.b and np.array_equal(merged.b.weight.data, net.b.weight.data)
+
+
 def test_parts_of_a_fused_projection():
     adapted = train(mp.get_peft_model(base("gpt2"), METHODS["fused"]("gpt2")))
     layer = adapted.layers["transformer.h.0.attn.c_attn"]

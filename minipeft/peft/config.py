@@ -293,6 +293,8 @@ def _matches(targets: list[str] | str | None, name: str) -> bool:
 def _near(name: str, modules: Iterable[str]) -> str:
     """"; nearest: a, b" of the module names (last parts, and whole paths) that resemble `name`."""
     paths = [p for p in modules if p]
+    if not paths:
+        return "; nothing is inside this one: put a single layer into a Sequential, where it has the name '0'"
     last = dict.fromkeys(p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit())
     near = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=3, cutoff=0.4) or difflib.get_close_matches(
         name, paths, n=3, cutoff=0.4
