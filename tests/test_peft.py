@@ -634,6 +634,27 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
         mp.PeftModel.from_pretrained(base(), tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_of_every_method_an_option_that_is_unknown_and_an_array_that_is_missing_are_refused_by_name(
+    dialect, method, tmp_path
+):
+    mp.get_peft_model(base(dialect), METHODS[method](dialect)).save_pretrained(tmp_path)
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    options = json.loads(config.read_text())
+    config.write_text(json.dumps({**options, "an_option_of_tomorrow": 3}))
+    with pytest.raises(PeftError, match="options that .*Config does not have: an_option_of_tomorrow=3"):
+        mp.PeftModel.from_pretrained(base(dialect), tmp_path)
+    config.write_text(json.dumps({**options, "an_option_of_tomorrow": None}))  # not set: changes nothing
+    mp.PeftModel.from_pretrained(base(dialect), tmp_path)
+    arrays = read_safetensors(path)[0]
+    for key in (min(arrays), max(arrays)):
+        if key.endswith("base_layer.weight"):  # the base's own, which the model has
+            continue
+        write_safetensors(path, {k: np.array(a) for k, a in arrays.items() if k != key})
+        with pytest.raises(PeftError, match=f"its file lacks {key}"):
+            mp.PeftModel.from_pretrained(base(dialect), tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------ other models
 
 
