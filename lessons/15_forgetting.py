@@ -1,0 +1,276 @@
+# %% [markdown]
+# # Lesson 15 · Forgetting: what is learned, and what it costs
+#
+# Fine-tuning asks for one thing, and nothing in its loss asks to keep the rest. So the rest gets worse: *catastrophic
+# forgetting*. Everybody has a remedy: a lower rate, some of the old text in between, weight decay, dropout, a leash to the
+# start, or LoRA, which "learns less and forgets less" (Biderman et al. 2024). This lesson puts all of them into one
+# picture, with what is learned on one axis and what is forgotten on the other, and draws the frontier: the runs that no
+# other run beats at both. The conclusion is what is measured.
+#
+# You need Lessons 3, 4 and 14. Run it with `python lessons/15_forgetting.py`, or open it as a notebook. It computes a few
+# runs now, in less than a minute on two idle cores, and reads the others, with three seeds each, from
+# `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` computes every line that is missing there.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.experiments import forgetting, shipped
+from minipeft.experiments.forgetting import FULL, LORA, RATES, REMEDIES, Rewriting, frontier, point
+from minipeft.experiments.methods import METHODS
+from minipeft.experiments.practice import below, over_seeds, spread
+from minipeft.experiments.run import evaluate, fine_tune
+from minipeft.experiments.sweep import complete, read_rows
+
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "15_forgetting.jsonl"
+
+if "--full" in sys.argv:
+    subprocess.run([sys.executable, "-m", "minipeft.experiments.sweep", "forgetting", RESULTS], check=True)
+rows, SEEDS = complete(read_rows(RESULTS), forgetting.RUNS)
+base, tokenizer = mp.load_base()
+small = {"steps": 2, "held_out": 8, "blocks": 2} if REDUCED else {}
+task_before, general_before = shipped.before()
+print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base: task loss {task_before:.3f}, general loss {general_before:.3f}")
+
+# %% [markdown]
+# ## 1 · Two numbers
+#
+# The task is Lesson 3's, King James English to plain English. What the base could do before is its loss on held-out text of
+# all that it was trained on: two Bibles, novels, a dictionary. With $\theta_0$ the base and $\theta$ a fine-tuned model,
+#
+# $$\text{learned} = L_\text{task}(\theta_0) - L_\text{task}(\theta), \qquad
+# \text{forgotten} = L_\text{general}(\theta) - L_\text{general}(\theta_0).$$
+#
+# Here is one run of full fine-tuning, now.
+
+# %%
+settings = replace(FULL, **small)
+data = shipped.data(settings)
+row, tuned = fine_tune(base, data, settings)
+start = evaluate(base, data)
+print(f"\nnow: learned {start[0] - row['task_loss']:.3f}, forgotten {row['general_loss'] - start[1]:.3f} nats a token")
+if not REDUCED:
+    there = point([r for r in rows if r["seed"] == 0], FULL)
+    print(f"as measured before: learned {task_before - there[0]:.3f}, forgotten {there[1]:.3f}")
+    assert abs(row["task_loss"] - there[0]) < 0.02 and abs(row["general_loss"] - start[1] - there[1]) < 0.04
+
+# %% [markdown]
+# ## 2 · Why it is paid for: the way back
+#
+# Walk on the straight line from the base to the tuned model, $\theta_t = \theta_0 + t\,(\theta - \theta_0)$. The base is
+# near a minimum of its own loss, where the gradient is about zero, so with the Hessian $H$ of that loss
+#
+# $$\text{forgotten}(t) \approx \tfrac12\, t^2\, (\theta - \theta_0)^\top H\, (\theta - \theta_0),$$
+#
+# a parabola: the first half of the way costs a quarter. The task's gradient at $\theta_0$ is *not* zero, so what is learned
+# starts like a straight line. The first steps of the way are cheap, the last ones dear.
+
+# %%
+def between(t, far):
+    """The base with its weights moved by the share t of the way to those of `far`."""
+    model = base.copy()
+    for p, q in zip(model.parameters(), far.parameters()):
+        p.data += t * (q.data - p.data)
+    return model
+
+
+ts = [0.0, 0.25, 0.5, 0.75, 1.0]
+line = np.array([evaluate(between(t, tuned), data) for t in ts])  # [ts, (task, general)]
+learned, forgotten = line[0, 0] - line[:, 0], line[:, 1] - line[0, 1]
+print("\nof the way    learned    forgotten    a parabola's")
+for t, gain, loss in zip(ts, learned, forgotten):
+    print(f"{t:10.0%} {gain:10.3f} {loss:12.3f} {t * t * forgotten[-1]:15.3f}")
+if not REDUCED:
+    assert learned[2] > learned[-1] / 2, "half of the way brings more than half"
+    assert forgotten[2] < forgotten[-1] / 2, "and costs less than half"
+
+# %% [markdown]
+# So whatever makes the way shorter is a remedy of sorts: going only half of it (averaging the weights of base and tuned
+# model is known as WiSE-FT, Wortsman et al. 2022), fewer steps, a lower rate, a leash. The question is only what is lost in
+# learning, and whether something does better than a shorter way.
+#
+# ## 3 · Methods and rates
+#
+# Every method at several rates, three seeds each. A low rate is near the base: little learned, little forgotten. Raising it
+# draws a curve. Good curves go far to the left and stay low.
+
+# %%
+points = {method: [point(rows, Rewriting(method, rate)) for rate in rates] for method, rates in RATES.items()}
+print("\n(task loss, forgotten) at each rate, means over the seeds")
+for method, rates in RATES.items():
+    cells = (f"{rate:g}: ({x:.2f}, {y:+.2f})" for rate, (x, y) in zip(rates, points[method]))
+    print(f"  {METHODS[method].title:14s}", "  ".join(cells))
+for method in ("full", "lora"):
+    losses, costs = np.array(points[method]).T
+    assert (np.diff(costs[: losses.argmin() + 1]) > 0).all(), "up to the best rate, a higher rate forgets more"
+edge = frontier([(task_before, 0.0)] + [p for several in points.values() for p in several])
+names = {p: f"{METHODS[m].title} at {rate:g}" for m, rates in RATES.items() for rate, p in zip(rates, points[m])}
+print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for p in edge if p in names))
+assert all(not (q[0] < p[0] and q[1] < p[1]) for p in edge for q in names), "nothing beats a point of the frontier at both"
+
+# %% [markdown]
+# ### Does LoRA forget less?
+#
+# Compared at its usual rate with full fine-tuning at its own, it may; but it also may have learned less, and a lower rate
+# does the same. The fair question is the price of the *same* learning: how much is forgotten where the task's loss has come
+# down to a given value? Read it off the lines between the points, for each seed.
+
+# %%
+levels = (2.8, 2.7, 2.6, 2.55)
+prices = {m: {level: forgetting.price(rows, m, level) for level in levels} for m in RATES}
+print("\nforgotten where the task loss is" + "".join(f"{level:>18}" for level in levels))
+for m in RATES:
+    cells = ("not reached" if np.isnan(prices[m][level]).any() else spread(prices[m][level]) for level in levels)
+    print(f"  {METHODS[m].title:30s}" + "".join(f"{cell:>18s}" for cell in cells))
+print()
+for level in levels:
+    lora, full = prices["lora"][level], prices["full"][level]
+    verdict = {True: "less than", False: "MORE than", None: "about as much as"}[below(lora, full)]
+    if np.isnan([lora, full]).any():
+        verdict = "not comparable with"
+    print(f"at a task loss of {level}: LoRA forgets {verdict} full fine-tuning ({lora.mean():.3f} and {full.mean():.3f})")
+
+# %% [markdown]
+# Whatever the lines above say is what holds for this model, of 1.4 million parameters, after 40 steps. The claim was made
+# for models of 7 billion after billions of tokens, where full fine-tuning can go very far from the base.
+#
+# ## 4 · The remedies
+#
+# All on full fine-tuning at its usual rate, so that something is there to be saved:
+#
+# - **lower rate**;
+# - **replay**: for every four verses, one block of 64 tokens of the base's own training text (or one for each);
+# - **weight decay**, decoupled (AdamW): each step $w \leftarrow (1 - \eta \lambda)\, w$, towards *zero*;
+# - **dropout** in the base;
+# - **L2-SP** (Li et al. 2018), a leash: $\frac{\alpha}{2} \lVert \theta - \theta_0 \rVert^2$ in the loss, towards the *start*;
+# - **LoRA**, and LoRA with replay.
+
+# %%
+def strength(s):
+    """What is special about these settings."""
+    usual = LORA if s.method == "lora" else FULL
+    found = [f"{k.replace('_', ' ')} {getattr(s, k):g}" for k in ("learning_rate", "replay", "weight_decay", "dropout", "l2_start") if getattr(s, k) != getattr(usual, k)]
+    return ", ".join(found) or "-"
+
+
+by_rates = np.array([over_seeds(rows, Rewriting("full", rate)) for rate in RATES["full"]]).min(axis=0)  # best, by seed
+saved = {}
+print(f"\n{'remedy':14s}{'strength':24s}{'task loss':>17s}{'forgotten':>17s}   against the same learning by a lower rate")
+for name, several in REMEDIES.items():
+    for s in several:
+        loss, cost = over_seeds(rows, s), over_seeds(rows, s, "forgotten")
+        print(f"{name:14s}{strength(s):24s}{spread(loss):>17s}{spread(cost):>17s}", end="   ")
+        if name in ("none", "lower rate"):
+            print("-")
+            continue
+        lower = forgetting.price(rows, "full", np.maximum(loss, by_rates))
+        saved[f"{name} ({strength(s)})" if strength(s) != "-" else name] = lower - cost
+        print({True: "forgets less", False: "forgets more", None: "no clear difference"}[below(cost, lower)], f"({spread(lower)})")
+print("\nwhat a remedy saves, beyond a lower rate for the same learning, from the best to the worst:")
+for name, by_seed in sorted(saved.items(), key=lambda item: -item[1].mean()):
+    print(f"  {name:28s} {spread(by_seed):>16s}{'' if (by_seed > 0).all() or (by_seed < 0).all() else '   (the seeds disagree)'}")
+for s in REMEDIES["replay"]:
+    assert below(over_seeds(rows, s, "forgotten"), over_seeds(rows, FULL, "forgotten")), "replay saves something, under every seed"
+
+# %% [markdown]
+# The last column is the test: a remedy that only slows learning down lies on the line of the lower rates. One that
+# forgets *less than a lower rate would for the same learning* is worth its trouble, and the list says which do. Note what
+# each of them knows. Replay knows some of the old text, and pays for it with steps that take longer. L2-SP knows where it
+# came from, and nothing else. Weight decay knows nothing: zero is no place the base has ever been.
+
+# %%
+everything = {**names, **{point(rows, s): f"{name} ({strength(s)})" for name, several in REMEDIES.items() for s in several if strength(s) != "-"}}
+edge_all = frontier([(task_before, 0.0), *everything])
+print("\nthe frontier of everything, from the best at the task to the base:")
+for p in edge_all:
+    print(f"  task loss {p[0]:.3f}, forgotten {p[1]:+.3f}: {everything.get(p, 'the base')}")
+assert (task_before, 0.0) in edge_all, "the base itself forgets nothing"
+assert len(edge_all) > 2
+
+# %% [markdown]
+# ## The picture
+#
+# Left, methods over their rates; right, the remedies. Below a line is better; the black steps are the frontier.
+
+# %%
+figure, (a, b) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained", sharey=True)
+COLORS = dict(zip(RATES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")))
+
+
+def steps(axis, edge):
+    """The frontier as a staircase: everything above and to the right of it is beaten."""
+    xs, ys = np.array(edge).T
+    axis.step(xs, ys, where="post", color="black", linewidth=1, alpha=0.7, label="frontier")
+
+
+for method, rates in RATES.items():
+    a.plot(*zip((task_before, 0.0), *points[method]), "o-", color=COLORS[method], markersize=5, label=METHODS[method].title)
+    for rate in rates:
+        s = Rewriting(method, rate)
+        a.plot(over_seeds(rows, s), over_seeds(rows, s, "forgotten"), ".", color=COLORS[method], markersize=3)
+    best = int(np.argmin([x for x, _ in points[method]]))
+    a.annotate(f"{rates[best]:g}", points[method][best], xytext=(5, 5), textcoords="offset points", fontsize=8, color=COLORS[method])
+steps(a, edge)
+b.plot(*zip((task_before, 0.0), *points["full"]), "-", color="0.7", label="full, over its rates")
+for (name, several), marker, color in zip(REMEDIES.items(), "oDsv^PX*", ("black", *plt.cm.tab10.colors)):
+    for s in several:
+        x, y = point(rows, s)
+        b.errorbar(x, y, *(over_seeds(rows, s, key).std(ddof=len(SEEDS) > 1) for key in ("forgotten", "task_loss")), marker=marker, color=color, linestyle="", markersize=7, label=name if s is several[0] else None)
+        b.annotate(strength(s) if strength(s) != "-" else "", (x, y), xytext=(7, 3), textcoords="offset points", fontsize=7)
+steps(b, edge_all)
+limit = max(y for x, y in map(lambda s: point(rows, s), (s for several in REMEDIES.values() for s in several)))
+xs = [point(rows, s)[0] for several in REMEDIES.values() for s in several]
+a.set(xlim=(2.45, task_before + 0.1), ylim=(-0.03, 1.6 * limit), title="Methods, each over its learning rates (its best is labelled)", ylabel="forgotten: rise of the loss on general text")
+b.set(xlim=(min(xs) - 0.05, max(xs) + 0.2), title="Remedies for full fine-tuning")
+for axis in (a, b):
+    axis.set_xlabel("held-out loss on the task (left is better)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+figure.savefig(OUT / "15_forgetting.png", dpi=120)
+print("picture:", OUT / "15_forgetting.png")
+
+# %% [markdown]
+# ## Break it: too far to walk back
+#
+# Half of the way back was a bargain in section 2, because the base's valley and the tuned model's are one. Fine-tune at
+# ten times the rate, and try the same.
+
+# %%
+settings = replace(FULL, learning_rate=1e-2, **small)
+row, wrecked = fine_tune(base, data, settings)
+line = np.array([evaluate(between(t, wrecked), data) for t in ts])
+print("\nof the way    task loss    general loss")
+for t, (task_loss, general_loss) in zip(ts, line):
+    print(f"{t:10.0%} {task_loss:12.3f} {general_loss:15.3f}")
+prompt = "It was a fine morning, and"
+for name, model in (("the base", base), ("tuned at 1e-3", tuned), ("tuned at 1e-2", wrecked)):
+    text = tokenizer.decode(model.generate([tokenizer.encode(prompt)], max_new_tokens=20)[0], skip_special_tokens=True)
+    print(f"{name:14s} {text!r}")
+if not REDUCED:
+    assert line[-1, 1] - line[0, 1] > 3 * forgotten[-1], "it forgot far more"
+    assert line[-1, 0] > row["task_loss"] - 1e-6 and line[:, 0].min() > start[0] - learned[-1], "and no point on the way is as good at the task"
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. **Which text to replay?** `shipped.general_blocks` takes all corpora. Replay only novels: is the Bible's English, which
+#    the task is near to anyway, kept all the same? What is kept of the dictionary?
+# 2. **A leash that knows what matters.** L2-SP holds every weight alike. Elastic weight consolidation (Kirkpatrick et al.
+#    2017) weighs each by the mean square of its gradient on old text. Write it as a loss for the Trainer (see `l2_sp` in
+#    `minipeft/experiments/run.py`) and put its point into the picture.
+# 3. **Averaging as a method.** Give the points of section 2, $t = 0.25 \dots 1$, a line of their own in the picture. Is
+#    walking back part of the way from a higher rate better than having gone at a lower one?
