@@ -44,11 +44,14 @@ def test_the_gradient_of_the_input_and_the_bias(case):
     assert case.check() < 1e-9
 
 
-@pytest.mark.parametrize("shape", [(600, 40), (3, 64), (1, 1), (257, 33), (64, 100)])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"),
+    [((600, 40), 32), ((3, 64), 32), ((1, 1), 32), ((257, 33), 32), ((64, 100), 32), ((513, 576), 64), ((9, 4096), 2048)],
+)
 @pytest.mark.parametrize("nested", [False, True])
-def test_value_and_gradients_are_those_of_the_dequantized_weight(xp, rng, shape, nested):
+def test_value_and_gradients_are_those_of_the_dequantized_weight(xp, rng, shape, blocksize, nested):
     W = xp.asarray(rng.standard_normal(shape).astype(np.float32))
-    packed, state = quantize_4bit(W, 32, compress_statistics=nested)
+    packed, state = quantize_4bit(W, blocksize, compress_statistics=nested)
     dense = dequantize_4bit(packed, state)
     x, b = rng.standard_normal((2, 5, shape[1])).astype(np.float32), rng.standard_normal(shape[0]).astype(np.float32)
     g = xp.asarray(rng.standard_normal((2, 5, shape[0])).astype(np.float32))

@@ -244,7 +244,7 @@ def dequantize_into(out: Array, packed: Array, blocksize: int, scales: Array, pa
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = book[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S neighbours in a row."""
     xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
-    step = max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)
+    step = max(1, -(-rows // -(-max(1, out.size) // PIECE))) if xp is np else max(1, rows)  # of pieces of equal length
     for i in range(0, rows, step):
         s = slice(i, min(i + step, rows))
         values, into = pairs.take(codes[s]).view(xp.float32), out[s].reshape(-1, runs, width)
