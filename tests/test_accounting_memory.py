@@ -171,7 +171,9 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
     held = dict(ledger.held)
     held["weights"] = sum(held[line] for line in WEIGHTS)
     held["kept"] = held["activations"] + held["logits"]
-    assert {line: held[line] for line in found} == {line: pytest.approx(n, rel=0.02, abs=64) for line, n in found.items()}
+    assert {line: held[line] for line in found} == {
+        line: pytest.approx(n, rel=0.02, abs=64) for line, n in found.items()
+    }
 
 
 def test_states_from_shapes_are_those_of_the_model(dialect, method):
@@ -241,7 +243,7 @@ def test_activations_of_a_llama_block_by_the_formula():
     weights = sum(
         64 * 64 * (i + 1) for i in range(T // 64)
     )  # the causal trapezoid: per head, keys that a query block sees
-    token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # two norms, attention, swiglu, and x̂'s rstd
+    token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # norms with x̂'s rstd, attention, swiglu
     expected = 4 * (B * T * token + B * c.num_attention_heads * (weights + T))
     assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 3
 
@@ -351,9 +353,7 @@ def test_bits_a_packed_weight(name, double):
 def test_qlora_fits_65_billion_parameters_into_48_gb():
     """QLoRA, section 1: full fine-tuning takes more than 780 GB, QLoRA less than 48."""
     lora = LoraConfig(r=64, target_modules=EVERY)
-    ledger = memory_ledger(
-        "llama-65b", lora, 1, 512, precision="bfloat16", quantization="nf4", checkpointing=True
-    )
+    ledger = memory_ledger("llama-65b", lora, 1, 512, precision="bfloat16", quantization="nf4", checkpointing=True)
     assert ledger.held["frozen weights"] == pytest.approx(34.3e9, rel=0.005)
     assert 35e9 < ledger.total < 48e9
     assert memory_ledger("llama-65b", precision="bfloat16").model_states > 780e9

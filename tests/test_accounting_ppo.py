@@ -19,7 +19,12 @@ PROMPT, RESPONSE, BATCH, MINI = 12, 16, 12, 6
 SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
 CONFIGS = {"llama": TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": TransformerConfig.gpt2(**SHAPE)}
 LORA = LoraConfig(r=8, target_modules="all-linear")
-METHODS = {"full": (None, {}), "lora": (LORA, {}), "qlora": (LORA, {"quantization": "nf4"}), "bitfit": (BitFitConfig(), {})}
+METHODS = {
+    "full": (None, {}),
+    "lora": (LORA, {}),
+    "qlora": (LORA, {"quantization": "nf4"}),
+    "bitfit": (BitFitConfig(), {}),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,7 +44,7 @@ def policy(dialect, config, quantization=None):
 
 
 def update(dialect, method, reward_model, value_model, checkpointing):
-    """One of two minibatches: at the second there are the optimizer's states. The models are made here, to be counted."""
+    """One of two minibatches: at the second there are optimizer states. The models are made here, to be counted."""
     config, options = METHODS[method]
     model = policy(dialect, config, **options)
     model.gradient_checkpointing_enable(checkpointing)
@@ -86,7 +91,9 @@ def test_the_reference_shares_what_is_frozen():
     assert full["reference"] == full["trained weights"] == 4 * 6_738_415_616
     assert lora["reference"] == lora["adapters"] == 4 * 4_194_304
     assert lora["frozen weights"] == full["trained weights"]
-    assert full["reward model"] == lora["reward model"] == 4 * (6_738_415_616 - 32000 * 4096 + 4096)  # a score for a head
+    assert (
+        full["reward model"] == lora["reward model"] == 4 * (6_738_415_616 - 32000 * 4096 + 4096)
+    )  # a score for a head
 
 
 def test_nonsense_is_refused_in_one_sentence():

@@ -64,7 +64,8 @@ BLOCKSIZE = 64  # weights that share a scale in four bits, as `quantize_model` h
 WEIGHTS = ("frozen weights", "trained weights", "adapters")
 STATES = (*WEIGHTS, "master copies", "gradients", "optimizer states", "running averages")
 ORDER = (
-    *WEIGHTS, "reference", "value model", "reward model", *STATES[3:], "activations", "logits", "KV cache", "working memory"
+    *WEIGHTS, "reference", "value model", "reward model", *STATES[3:],
+    "activations", "logits", "KV cache", "working memory",
 )  # fmt: skip
 
 
@@ -262,7 +263,9 @@ def weights_of(model: Module, p: Precision, as_stored: bool) -> tuple:
     peft = [m for _, m in model.named_modules() if isinstance(m, PeftModel)]
     parts = [(m.peft_config[name], part) for m in peft for name in m.peft_config for _, part in m.parts(name)]
     added = {id(q) for _, part in parts for q in part.parameters()}
-    packed = {id(q) for _, m in model.named_modules() if isinstance(m, Linear4bit) for q in m.parameters() if q is not m.bias}
+    packed = {
+        id(q) for _, m in model.named_modules() if isinstance(m, Linear4bit) for q in m.parameters() if q is not m.bias
+    }
     weights = dict.fromkeys(WEIGHTS, 0)
     trained, as_they_are = 0, []
     for q in model.parameters():

@@ -28,7 +28,8 @@ class ParameterCount:
     """trainable: updated by the optimizer; stored: what the task's own file holds; total: in the adapted model.
 
     What is trained is stored, but for what only computes it (a prefix's or a prompt's network); constants are stored
-    too, unless they follow from the base (PiSSA's start). Zeros that a file format makes explicit (a fused layer's projections that are not adapted) are not counted.
+    too, unless they follow from the base (PiSSA's start). Zeros that a file format makes explicit (a fused layer's
+    projections that are not adapted) are not counted.
     """
 
     trainable: int

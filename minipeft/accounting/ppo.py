@@ -54,7 +54,7 @@ def ppo_ledger(
     quantization: str | None = None,
     double_quantization: bool = True,
 ) -> MemoryLedger:
-    """The memory of one update: `batch` responses are sampled, and trained on in minibatches (of the batch, by default).
+    """The memory of one update: `batch` responses are sampled, and trained on in minibatches (of all, by default).
 
     Args:
         model, config, optimizer, precision, checkpointing, quantization, double_quantization: the policy, as in
@@ -66,7 +66,12 @@ def ppo_ledger(
     Raises ValueError as `memory_ledger` does, and where nothing of the policy is trained.
     """
     p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
-    for name, value in (("batch", batch), ("prompt_len", prompt_len), ("response_len", response_len), ("mini_batch", mini_batch)):
+    for name, value in (
+        ("batch", batch),
+        ("prompt_len", prompt_len),
+        ("response_len", response_len),
+        ("mini_batch", mini_batch),
+    ):
         if not (value is None and name == "mini_batch") and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     rows = mini_batch or batch

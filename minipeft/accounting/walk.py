@@ -38,7 +38,7 @@ class Walk(NamedTuple):
 
 
 def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array | None = None) -> Walk:
-    """Loss and backward pass; the model is changed, give a copy. Lines: activations, logits, working memory, gradients."""
+    """Loss and backward pass, in the lines activations, logits, working memory and gradients. Changes the model."""
     meter, marks = Meter(itemsize), []
     backbone = backbone_of(model)
     paths = {id(m): path for path, m in model.named_modules()}
@@ -100,6 +100,7 @@ def onto_shapes(model: Module, meter: Meter) -> None:
 
 
 def backbone_of(model: Module) -> Backbone:
+    """The transformer inside a model. Raises ValueError where there is none."""
     found = next((m for _, m in model.named_modules() if isinstance(m, Backbone)), None)
     if found is None:
         raise ValueError(

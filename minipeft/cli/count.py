@@ -32,7 +32,9 @@ SHOWN = 24  # rows of the table, the rest is one row
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser)
-    parser.add_argument("--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes")
+    parser.add_argument(
+        "--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")
-    out.print(f"stored  {count.stored:>17,}   {size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits")
+    out.print(
+        f"stored  {count.stored:>17,}   {size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits"
+    )
     out.print(f"total   {count.total:>17,}   {size(2 * count.total)} in 16 bits\n")
     out.print(bar({"trained": count.trainable, "frozen": count.total - count.trainable}))
     return 0

@@ -1,8 +1,8 @@
 """Foretell the memory of training a model, or of using it, line by line: nothing is allocated.
 
 The ledger is the moment at which the sum is largest. Activations are read off the model's own code run on shapes, for
-the families that this package builds (GPT-2, Llama, Mistral, Qwen2); of others, or without --seq, the weights, gradients
-and optimizer states are told. "Fits" compares with 10^9 bytes a GB; code and an allocator's rounding come on top.
+the families that this package builds (GPT-2, Llama, Mistral, Qwen2); of others, or without --seq, it tells the weights,
+gradients and optimizer states. "Fits" takes a GB as 10^9 bytes; code and an allocator's rounding come on top.
 
   precision                 weights  gradients  moments  master copy    bytes a trained parameter with Adam
   float32 (default)               4          4        8            -    16
@@ -39,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser)
     group = parser.add_argument_group("the step")
     group.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences at a time (default: 1)")
-    group.add_argument("--seq", type=positive_int, metavar="N", help="tokens of each (of a prompt); without it, states only")
-    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: float32, what is computed here")
+    group.add_argument(
+        "--seq", type=positive_int, metavar="N", help="tokens of each (of a prompt); without it, states only"
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="default: float32, what is computed here"
+    )
     group.add_argument(
         "--optimizer", choices=("adamw", "adam", "momentum", "sgd"), default="adamw", help="default: adamw"
     )
@@ -53,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--inference", action="store_true", help="a forward pass without gradients, instead of training")
     what.add_argument("--generate", type=positive_int, metavar="N", help="N tokens after a prompt, with a cache")
     what.add_argument("--ppo", type=positive_int, metavar="N", help="PPO on responses of N tokens: four models")
-    group.add_argument("--mini-batch", type=positive_int, metavar="N", help="with --ppo: rows of a gradient (default: --batch)")
+    group.add_argument(
+        "--mini-batch", type=positive_int, metavar="N", help="with --ppo: rows of a gradient (default: --batch)"
+    )
     group.add_argument("--value-model", action="store_true", help="with --ppo: a value model of its own, not a head")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -78,7 +84,14 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.ppo:
         ledger = ppo_ledger(
-            arch, config, args.batch, args.seq, args.ppo, mini_batch=args.mini_batch, value_model=args.value_model, **common
+            arch,
+            config,
+            args.batch,
+            args.seq,
+            args.ppo,
+            mini_batch=args.mini_batch,
+            value_model=args.value_model,
+            **common,
         )
     else:
         mode = "generate" if args.generate else "evaluate" if args.inference else "train"
@@ -145,7 +158,8 @@ def _table(ledger: Any) -> Any:
 
 def _verdict(total: int, fits: list[int]) -> str:
     if not fits:
-        return f"fits on: none of {', '.join(map(str, DEVICES))} GB (the sum is {total / 1e9 / DEVICES[-1]:.1f} times {DEVICES[-1]} GB)"
+        times = f"{total / 1e9 / DEVICES[-1]:.1f} times {DEVICES[-1]} GB"
+        return f"fits on: none of {', '.join(map(str, DEVICES))} GB (the sum is {times})"
     text = f"fits on: {', '.join(f'{gb} GB' for gb in fits)}"
     rest = [gb for gb in DEVICES if gb not in fits]
     return text + (f"; not on {', '.join(f'{gb} GB' for gb in rest)}" if rest else "")

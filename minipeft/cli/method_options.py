@@ -36,11 +36,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a published model's name (any wrong one lists the nearest), a config.json or a .gguf file, or a model directory",
+        help="a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory",
     )
     parser.add_argument("--method", choices=CHOICES, default="full", help="default: full (all parameters)")
     group = parser.add_argument_group("the method (where nothing is said: Hugging Face PEFT's defaults)")
-    group.add_argument("-r", "--rank", type=positive_int, metavar="N", help="rank of lora, dora, pissa, qlora, vera, adalora")
+    group.add_argument(
+        "-r", "--rank", type=positive_int, metavar="N", help="rank of lora, dora, pissa, qlora, vera, adalora"
+    )
     group.add_argument(
         "--target",
         nargs="+",
@@ -49,8 +51,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--exclude", nargs="+", metavar="NAME", help="modules that are left out")
     group.add_argument("--layers", nargs="+", type=int, metavar="N", help="only these layers")
-    group.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside it, as copies")
-    group.add_argument("--virtual-tokens", type=positive_int, metavar="N", help="of prompt, prefix, p-tuning (default: 20)")
+    group.add_argument(
+        "--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside it, as copies"
+    )
+    group.add_argument(
+        "--virtual-tokens", type=positive_int, metavar="N", help="of prompt, prefix, p-tuning (default: 20)"
+    )
     group.add_argument("--projection", action="store_true", default=None, help="prefix: computed by an MLP in training")
     group.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the MLP of prefix and p-tuning")
     group.add_argument("--placement", metavar="NAME", help="of a bottleneck: houlsby, pfeiffer (default) or parallel")
@@ -85,13 +91,17 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.adapter is not None:
         if given or args.set:
-            raise ValueError(f"--adapter says everything about the method; leave {_named(next(iter(given), 'set'))} out")
+            raise ValueError(
+                f"--adapter says everything about the method; leave {_named(next(iter(given), 'set'))} out"
+            )
         return _read(Path(args.adapter)), args.method == "qlora"
     method = METHODS.get(args.method)
     like = None if method is None else method.config()
     if like is None or isinstance(like, str):
         if given or args.set:
-            raise ValueError(f"--method {args.method} has no options, so {_named(next(iter(given), 'set'))} means nothing there")
+            raise ValueError(
+                f"--method {args.method} has no options, so {_named(next(iter(given), 'set'))} means nothing there"
+            )
         return (args.method if method is None else like), False
     fields = set(like.to_dict()) | set(vars(like))
     options = _fixed(args.method, like)
