@@ -76,6 +76,7 @@ _LLAMA_SUPPORTED = _COMMON | {
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1,),
     "use_sliding_window": (False,),
+    "rope_interleaved": (False,),
 }
 _SUPPORTED: dict[str, dict[str, tuple]] = {
     "llama": _LLAMA_SUPPORTED | {"sliding_window": ()},
