@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Lesson 12 · Counting: where 4.7 million, 780 GB and 0.1 % come from
 #
-# Papers state numbers: so many trainable parameters, so much memory. Nearly all of them follow from the shapes of a model
-# and the options of a method. This lesson recomputes the famous ones, each twice: from a formula, and from a model that
+# Papers state numbers: so many trainable parameters, so much memory. Nearly all of them follow from a model's shapes and
+# a method's options. This lesson recomputes the famous ones, each twice: from a formula, and from a model that
 # is built (for 175 billion parameters without giving it memory). Then it audits the literature, finds three slips, and
 # foretells, line by line, the memory of three ways to fine-tune, which it measures as well.
 #
@@ -99,7 +99,8 @@ qkvo = lambda r: [  # noqa: E731
 ]
 grid = [  # matrices a layer, configurations, rank, published (in millions)
     ("q, v", 2, qv, 1, 4.7), ("q, v", 2, qv, 2, 9.4), ("q, k, v, o", 4, qkvo, 1, 9.4), ("q, v", 2, qv, 4, 18.8),
-    ("q, v", 2, qv, 8, 37.7), ("q, k, v, o", 4, qkvo, 4, 37.7), ("q, v", 2, qv, 64, 301.9), ("q, k, v, o", 4, qkvo, 64, 603.9),
+    ("q, v", 2, qv, 8, 37.7), ("q, k, v, o", 4, qkvo, 4, 37.7), ("q, v", 2, qv, 64, 301.9),
+    ("q, k, v, o", 4, qkvo, 64, 603.9),
 ]  # fmt: skip
 print("\nGPT-3, LoRA on      r   2 n L d r        built        paper")
 for where, n, configs, r, published in grid:
@@ -125,7 +126,11 @@ for size, width in sizes.items():
         counted = count_parameters(f"t5v1.1-{size}", mp.PromptTuningConfig(num_virtual_tokens=P))
         assert counted.trainable == P * width
         table[size, P] = counted
-    print(f"T5 v1.1 {size:6s}" + "".join(f"{table[size, P].trainable:12,}" for P in lengths) + f"   {table[size, 150].share:.5%}")
+    print(
+        f"T5 v1.1 {size:6s}"
+        + "".join(f"{table[size, P].trainable:12,}" for P in lengths)
+        + f"   {table[size, 150].share:.5%}"
+    )
 c = dict(V=32128, d=4096, ff=10240, layers=24, inner=64 * 64, heads=64)  # T5 v1.1 XXL, by hand
 encoder = 4 * c["d"] * c["inner"] + 3 * c["d"] * c["ff"] + 2 * c["d"]
 decoder = encoder + 4 * c["d"] * c["inner"] + c["d"]
@@ -133,13 +138,15 @@ by_hand = 2 * c["V"] * c["d"] + c["layers"] * (encoder + decoder) + 2 * c["d"] +
 print(f"T5 v1.1 XXL: {by_hand:,} parameters by hand, {architecture('t5v1.1-xxl').size:,} from the table of shapes")
 assert by_hand == architecture("t5v1.1-xxl").size == 11_135_332_352  # Lester et al., Table 4, without the prompt
 wide = mp.TransformerConfig.llama(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32)
-assert built(mp.Transformer(wide, seed=None), mp.PromptTuningConfig(num_virtual_tokens=150)) == table["xxl", 150].trainable
+assert (
+    built(mp.Transformer(wide, seed=None), mp.PromptTuningConfig(num_virtual_tokens=150)) == table["xxl", 150].trainable
+)
 
 # %% [markdown]
 # ## 5 · From 16 bits to 4
 #
-# "Four times smaller": $16 / 4$. Almost: a block of 64 weights shares a scale, and the scales are packed too (Lesson 7),
-# so a weight takes 4.127 bits, and 3.88 times less. And only the linear layers are packed.
+# "Four times smaller": $16 / 4$. Almost: a block of 64 weights shares a scale, and scales are packed too (Lesson 7), so
+# a weight takes 4.127 bits, and 3.88 times less. And only the linear layers are packed.
 
 # %%
 llama = architecture("llama-65b")
@@ -147,7 +154,10 @@ options = dict(precision="bfloat16", quantization="nf4")
 linear = sum(int(np.prod(s)) for name, s in llama.items() if llama.kinds[name] == "linear" and name != "lm_head.weight")
 stored = memory_ledger(llama, "frozen", **options).held["frozen weights"]
 bits = 8 * (stored - 2 * (llama.size - linear)) / linear
-print(f"\nLLaMA-65B: {linear / llama.size:.1%} of {llama.size:,} parameters are packed, at {bits:.3f} bits: {16 / bits:.2f} times smaller")
+print(
+    f"\nLLaMA-65B: {linear / llama.size:.1%} of {llama.size:,} parameters are packed, "
+    f"at {bits:.3f} bits: {16 / bits:.2f} times smaller"
+)
 assert 16 / 4 == 4
 assert abs(bits - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-3
 small, config = mp.load_base()[0], mp.LoraConfig(r=8, target_modules="all-linear")
@@ -164,9 +174,9 @@ assert memory_ledger(small.config, "frozen", quantization="nf4").held["frozen we
 # $$\underbrace{2}_{\text{weight}} + \underbrace{2}_{\text{gradient}} + \underbrace{4 + 4}_{\text{Adam's moments}} = 12
 # \text{ bytes,} \qquad + \underbrace{4}_{\text{float32 copy of the weight}} = 16 .$$
 #
-# Both are in use. ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) counts 12,
-# and gets "more than 780 GB" for 65B. A frozen parameter costs its storage alone: 2 bytes, or half a byte in NF4. That is
-# all there is to "65B on one GPU of 48 GB".
+# Both are in use. ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) counts
+# 12, and gets "more than 780 GB" for 65B. A frozen parameter costs its storage alone: 2 bytes, or half a byte in NF4. That
+# is all there is to "65B on one GPU of 48 GB".
 
 # %%
 lora = mp.LoraConfig(r=64, target_modules="all-linear")
@@ -190,7 +200,11 @@ def grouped(lines):
 print("\nLLaMA-65B, one sequence of 512 tokens, checkpointing; GB at the peak")
 print("                 " + "".join(f"{name:>17s}" for name in names) + "     sum")
 for title, ledger in ledgers.items():
-    print(f"  {title:15s}" + "".join(f"{n / 1e9:17.2f}" for n in grouped(ledger.lines).values()) + f"{ledger.total / 1e9:8.1f}")
+    print(
+        f"  {title:15s}"
+        + "".join(f"{n / 1e9:17.2f}" for n in grouped(ledger.lines).values())
+        + f"{ledger.total / 1e9:8.1f}"
+    )
 assert ledgers["full, 12 bytes"].model_states == 12 * llama.size > 780e9
 assert ledgers["full, 16 bytes"].model_states == 16 * llama.size
 assert ledgers["QLoRA r=64"].total < 48e9 < ledgers["LoRA r=64"].total
@@ -207,21 +221,33 @@ assert nominal == 24e9, "ZeRO, section 3.1: GPT-2's nominal 1.5 billion paramete
 findings = audit()
 found = {f.row["id"]: f for f in findings}
 summary = tally(findings)
-print(f"\n{summary['rows']} published figures: {summary['reproduces']} follow, {summary['differs']} do not, {summary['not covered']} are not covered")
+print(
+    f"\n{summary['rows']} published figures: {summary['reproduces']} follow, {summary['differs']} do not, "
+    f"{summary['not covered']} are not covered"
+)
 
 
 def witness(row):
     f = found[row]
-    print(f"    {f.row['source'].split(' (')[0]}, {f.row['table_or_path']}: {f.row['model']}, {f.row['hyperparameters']}: "
-          f"{float(f.row['published_value']):g} {f.row['unit']} published, {f.computed:.6g} computed: {f.verdict}")  # fmt: skip
+    published, unit = float(f.row["published_value"]), f.row["unit"]
+    print(f"    {f.row['source'].split(' (')[0]}, {f.row['table_or_path']}: {f.row['model']}, {f.row['hyperparameters']}:")
+    print(f"        {published:.8g} {unit} published, {f.computed:.8g} computed: {f.verdict}")
     return f.verdict
 
 
 print("1. two digits changed places: 20 x 512 is 10,240, and the share beside it was computed from that")
-assert [witness(f"lester-small-20-{what}") for what in ("train", "total", "pct")] == ["differs", "differs", "reproduces"]
+assert [witness(f"lester-small-20-{what}") for what in ("train", "total", "pct")] == [
+    "differs",
+    "differs",
+    "reproduces",
+]
 assert 20 * 512 == 10_240 and found["lester-small-20-total"].computed - architecture("t5v1.1-small").size == 10_240
 print("2. a rank is wrong, not its count: with the released script's r = 16, count and checkpoint agree")
-assert [witness(f"lora-{what}") for what in ("debxxl-r8", "debxxl-r16", "file-debxxl")] == ["differs", "reproduces", "reproduces"]
+assert [witness(f"lora-{what}") for what in ("debxxl-r8", "debxxl-r16", "file-debxxl")] == [
+    "differs",
+    "reproduces",
+    "reproduces",
+]
 print("3. 0.35M is 0.1 % of GPT-2 medium, the label of another row; the released checkpoint holds 0.39M numbers")
 assert [witness(f"lora-{what}") for what in ("gpt2m", "file-gpt2m")] == ["differs", "reproduces"]
 assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 0.001 / 1e6, 2) == 0.35
@@ -267,7 +293,12 @@ def apart(make):
     gradients = arrays() - weights
     optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     optimizer.step()
-    return {"weights": weights, "kept for backward": kept, "gradients": gradients, "optimizer states": arrays() - weights - gradients}
+    return {
+        "weights": weights,
+        "kept for backward": kept,
+        "gradients": gradients,
+        "optimizer states": arrays() - weights - gradients,
+    }
 
 
 def peak(make):
@@ -302,7 +333,10 @@ for name, (method, how, make) in METHODS.items():
     measured = apart(make)
     tracemalloc.stop()
     foretold["peak"], measured["peak"] = ledger.total, measured["weights"] + peak(make)
-    print(f"  {name:6s}" + "".join(f"  {line} {foretold[line] / 1e6:.1f} / {measured[line] / 1e6:.1f}" for line in foretold))
+    print(
+        f"  {name:6s}"
+        + "".join(f"  {line} {foretold[line] / 1e6:.1f} / {measured[line] / 1e6:.1f}" for line in foretold)
+    )
     for line in foretold:
         assert abs(foretold[line] - measured[line]) < 0.1 * measured[line], line
     bars[name] = foretold, measured
@@ -316,8 +350,8 @@ assert bars["LoRA"][1]["optimizer states"] < bars["full"][1]["optimizer states"]
 #
 # ## 9 · Break it
 #
-# **Count what is there.** The head of GPT-2 is its embedding. Counted as a matrix of its own it adds 39 million parameters
-# that nobody stores. And a packed weight is half a byte: an array of bytes has half as many elements as the matrix.
+# **Count what is there.** The head of GPT-2 is its embedding. Counted as a matrix of its own it adds 39 million
+# parameters that nobody stores. And a packed weight is half a byte: an array of bytes has half as many elements as the matrix.
 
 # %%
 gpt2 = architecture("gpt2")
@@ -327,11 +361,14 @@ assert (gpt2.size, twice) == (124_439_808, 163_037_184)
 naive = sum(p.size for p in quantized.parameters())
 print(f"the shipped base has {count_parameters(small.config).total:,}; as arrays in four bits, {naive:,} elements")
 assert naive < 0.75 * count_parameters(small.config).total
-assert mp.get_peft_model(quantized, config).get_nb_trainable_parameters() == mp.get_peft_model(small, config).get_nb_trainable_parameters()
+assert (
+    mp.get_peft_model(quantized, config).get_nb_trainable_parameters()
+    == mp.get_peft_model(small, config).get_nb_trainable_parameters()
+)
 
 # %% [markdown]
-# **Forget the batch.** Model states alone say that QLoRA of a 7B model fits on a GPU of 8 GB, for any batch. Break that:
-# how long may one sequence be, without checkpointing, and with it?
+# **Forget the batch.** Model states alone say that QLoRA of a 7B model fits on a GPU of 8 GB, for any batch. Break it: how
+# long may one sequence be, without checkpointing, and with it?
 
 # %%
 lengths7 = (256, 512, 1024, 2048)
@@ -350,7 +387,11 @@ assert states < 8e9 < seven[False, 2048] and seven[True, 2048] < 8e9
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), gridspec_kw={"width_ratios": [1.35, 1, 1]})
 colors = {"weights": "C0", "optimizer states": "C2", "batch": "C1"}
-labels = {"weights": "weights", "optimizer states": "optimizer states", "batch": "activations, gradients, working memory"}
+labels = {
+    "weights": "weights",
+    "optimizer states": "optimizer states",
+    "batch": "activations, gradients, working memory",
+}
 for i, (foretold, measured) in enumerate(bars.values()):
     for shift, lines, alpha in ((-0.2, foretold, 0.5), (0.2, measured, 1.0)):
         parts = {"weights": lines["weights"], "optimizer states": lines["optimizer states"]}
@@ -364,7 +405,10 @@ for i, (foretold, measured) in enumerate(bars.values()):
 axes[0].set_yticks(range(len(bars)), list(bars))
 axes[0].invert_yaxis()
 axes[0].margins(x=0.12)
-axes[0].set(title=f"A step of {count_parameters(mine).total / 1e6:.1f}M parameters (pale: foretold, full: measured)", xlabel="MB")
+axes[0].set(
+    title=f"A step of {count_parameters(mine).total / 1e6:.1f}M parameters (pale: foretold, full: measured)",
+    xlabel="MB",
+)
 axes[0].legend(fontsize=8, loc="lower right")
 
 for i, ledger in enumerate(ledgers.values()):
@@ -383,8 +427,16 @@ for f in findings:
     if f.row["id"].startswith("lester") and f.row["id"].endswith("train"):
         P, slip = int(f.row["hyperparameters"].split()[-1]), f.verdict == "differs"
         axes[2].plot(P, float(f.row["published_value"]), "rX" if slip else "k.", markersize=10 if slip else 5)
-axes[2].annotate("10,420 printed:\n10,240 meant", (20, 10420), xytext=(28, 1500), fontsize=8, arrowprops={"arrowstyle": "->"})
-axes[2].set(title="Lester's table: dots printed, lines P d", xlabel="virtual tokens P", ylabel="trained", xscale="log", yscale="log")
+axes[2].annotate(
+    "10,420 printed:\n10,240 meant", (20, 10420), xytext=(28, 1500), fontsize=8, arrowprops={"arrowstyle": "->"}
+)
+axes[2].set(
+    title="Lester's table: dots printed, lines P d",
+    xlabel="virtual tokens P",
+    ylabel="trained",
+    xscale="log",
+    yscale="log",
+)
 axes[2].legend(fontsize=8)
 for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
@@ -394,9 +446,9 @@ figure.savefig(OUT / "12_counting.png", dpi=120)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$". Which rank is meant? Which other
+# 1. **Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$". Which rank is meant? Which
 #    table of the same paper says so? (`minipeft audit --source LoRA --verdict differs` lists this one and more.)
-# 2. **Your model.** `minipeft count path/to/config.json --method lora -r 16` and `minipeft memory ... --seq 1024`: what is
-#    the longest sequence that your GPU takes with full fine-tuning, LoRA and QLoRA? Which line decides in each case?
+# 2. **Your model.** `minipeft count path/to/config.json --method lora -r 16` and `minipeft memory ... --seq 1024`: what
+#    is the longest sequence that your GPU takes with full fine-tuning, LoRA and QLoRA? Which line decides in each case?
 # 3. **The other ledger.** DeepSpeed counts 18 bytes a parameter. Find the precision in
-#    `minipeft.accounting.memory.PRECISIONS` that gives it, and say which two bytes more there are than ZeRO's 16, and why.
+#    `minipeft.accounting.memory.PRECISIONS` that gives it, and say which two bytes it has more than ZeRO's 16.
