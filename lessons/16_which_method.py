@@ -172,8 +172,8 @@ assert np.abs(moved).max() < learned("full").min(), "what PPO does to the loss i
 #
 # ## The picture: the table, in colors
 #
-# Each cell is colored by its distance from the best of its column: green is as good, red ten times as much, or, of the last
-# two, half a nat.
+# Each cell is colored by its distance from the best of its column: green is as good; red is ten times as much, of the first
+# two columns a thousand times, of the last two half a nat.
 
 # %%
 shown = ["trained %", "MB a task", "peak MB", "s a step", "ms a token", "merged", "task loss", "forgotten"]
@@ -182,7 +182,8 @@ shades = np.empty_like(values)
 for j, name in enumerate(shown):
     column = values[:, j]
     least = np.nanmin(column)
-    shades[:, j] = (column - least) / 0.5 if name in ("task loss", "forgotten") else np.log10(column / least)
+    decades = 3 if name in ("trained %", "MB a task") else 1
+    shades[:, j] = (column - least) / 0.5 if name in ("task loss", "forgotten") else np.log10(column / least) / decades
 figure, axis = plt.subplots(figsize=(12, 5.6), layout="constrained")
 axis.imshow(np.ma.masked_invalid(shades), cmap="RdYlGn_r", aspect="auto", alpha=0.65, vmin=0, vmax=1)
 for i, m in enumerate(TITLES):
