@@ -42,6 +42,7 @@ def test_alpaca_wording():
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a dog.\n\n### Response:"
     )
+    assert alpaca(Completion("Name a dog.", "Rex")) == [turn]
     braces = Instruction("Explain {input}", "{instruction}", "{}")
     assert "Explain {input}\n\n### Input:\n{instruction}\n" in "".join(alpaca(braces)[0].prompt)
 
@@ -66,6 +67,7 @@ def test_custom():
     assert custom("Q: {prompt}\n{{A}}:")(Completion("why", " so")) == [Turn(("Q: why\n{A}:",), (" so",))]
     render = custom("{instruction} [{input}] =")
     assert render(WITH_INPUT) == [Turn(("Translate. [chien] =",), ("dog",))]
+    assert render(Completion("Name a dog.", "Rex")) == render(WITHOUT_INPUT) == [Turn(("Name a dog. [] =",), ("Rex",))]
     with pytest.raises(ValueError, match=r"takes \{prompt, completion\} records, got \{instruction, input, output\}"):
         custom("{prompt}")(WITH_INPUT)
     with pytest.raises(ValueError, match=r"has no \{input\}"):
@@ -111,3 +113,5 @@ def test_preference_turns():
     assert preference_turns(record) == (Turn(("Q",), ("good",)), Turn(("Q",), ("bad",)))
     chosen, rejected = preference_turns(record, chatml)
     assert chosen.prompt == rejected.prompt and chosen.completion == ("good", "<|im_end|>")
+    chosen, rejected = preference_turns(record, alpaca)
+    assert chosen.prompt == rejected.prompt == alpaca(Instruction("Q", "", "x"))[0].prompt
