@@ -1,8 +1,8 @@
 """What every method's configuration shares: which modules it is for, and how it is read from and written as JSON.
 
 A method is a configuration (a dataclass, with the field names of Hugging Face PEFT) that says which parameters it adds
-where (`parameter_shapes`) and builds them: on layers (`adapters`), or in front of the input (`prompt`). Targets are chosen by name alone, so that a parameter count can
-be had from a table of shapes without building anything.
+where (`parameter_shapes`) and builds them: on layers (`adapters`), or in front of the input (`prompt`). Targets are
+chosen by name alone, so that a parameter count can be had from a table of shapes without building anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from ..nn.module import Module
 
 Shape = tuple[int, ...]
-Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng(seed); None: leave values at zero
+Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng(seed); None: allocate nothing
 
 OUTPUT_HEADS = ("lm_head", "score", "classifier", "v_head")  # what "all-linear" leaves out, as PEFT does
 
