@@ -375,6 +375,8 @@ def test_other_files(tmp_path, capsys):
     path.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + bytes(100))
     with pytest.raises(FileError, match="GGUF version 1 is not supported, only 2 and 3"):
         mp.from_pretrained(path)
+    with pytest.raises(HubError, match=r"there is no config\.json in this directory; give the path of the file instead: model\.gguf"):
+        mp.from_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(HubError, match=r"model\.gguf: no such file"):
         mp.from_pretrained(path)

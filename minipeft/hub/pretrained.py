@@ -225,7 +225,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "is a file, but no .gguf" if path.exists() else f"no such {'file' if path.suffix == '.gguf' else 'directory'}"
         raise HubError(f"{path}: {what}; give a local Hugging Face directory or a .gguf file (nothing is ever downloaded)")
     if not (path / _CONFIG).is_file():
-        what = "it is an adapter's: load it with PeftModel.from_pretrained" if _is_adapter(path) else "no model there"
+        what, ggufs = "no model there", sorted(file.name for file in path.glob("*.gguf"))
+        if _is_adapter(path):
+            what = "it is an adapter's: load it with PeftModel.from_pretrained"
+        elif ggufs:
+            what = f"give the path of the file instead: {_some(ggufs)}"
         raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")
     content = read_json(path / _CONFIG)
     if not isinstance(content, dict):
