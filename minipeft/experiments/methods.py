@@ -96,7 +96,7 @@ def _adalora(steps: int = 1) -> Any:
 _lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 _pissa = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "pissa"}
 _vera = {"r": 64, "target_modules": "all-linear"}
-_bottleneck = {"placement": "houlsby", "bottleneck_size": 16}
+_bottleneck = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
 _prompt = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
 _prefix = {"num_virtual_tokens": 20, "prefix_projection": True}
 
