@@ -12,9 +12,10 @@ class Method:
     """One way to fine-tune.
 
     title          what a table calls it, short
-    learning_rate  the default, from a grid (3e-4, 1e-3, 3e-3, 1e-2; to 1e-1 for vectors that are trained themselves) on
-                   the shipped base and the validation split of the task "rewrite": above it the task's loss falls
-                   little more and what is forgotten multiplies. Wider models want less: `rate_for`.
+    learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s length
+                   and the validation split of its task: the highest rate whose loss on the task is still at least 0.05
+                   nats below that of the next lower one. Above it little is learned in addition, or nothing, and what
+                   is forgotten multiplies. Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
     quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not tell
@@ -104,14 +105,14 @@ METHODS: dict[str, Method] = {
     "head": Method("last layer", 3e-3, lambda steps=1: "head"),
     "full": Method("full", 1e-3, lambda steps=1: None),
     "bitfit": Method("BitFit", 1e-2, _peft("BITFIT")),
-    "ln": Method("LN tuning", 1e-2, _peft("LN_TUNING")),
+    "ln": Method("LN tuning", 3e-2, _peft("LN_TUNING")),
     "lora": Method("LoRA r=8", 3e-3, _peft("LORA", **_lora)),
     "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
-    "pissa": Method("PiSSA r=8", 3e-3, _peft("LORA", **_pissa)),
-    "adalora": Method("AdaLoRA r=8", 1e-2, _adalora),
-    "vera": Method("VeRA r=64", 3e-2, _peft("VERA", **_vera)),
+    "pissa": Method("PiSSA r=8", 1e-3, _peft("LORA", **_pissa)),
+    "adalora": Method("AdaLoRA r=8", 3e-2, _adalora),
+    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", **_vera)),
     "qlora": Method("QLoRA r=8", 3e-3, _peft("LORA", **_lora), quantized=True),
-    "ia3": Method("IA3", 1e-2, _peft("IA3")),
+    "ia3": Method("IA3", 3e-2, _peft("IA3")),
     "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_bottleneck)),
     "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_prompt)),
     "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_prefix)),
