@@ -104,7 +104,7 @@ _prefix = {"num_virtual_tokens": 20, "prefix_projection": True}
 METHODS: dict[str, Method] = {
     "head": Method("last layer", 3e-3, lambda steps=1: "head"),
     "full": Method("full", 1e-3, lambda steps=1: None),
-    "bitfit": Method("BitFit", 1e-2, _peft("BITFIT")),
+    "bitfit": Method("BitFit", 1e-2, _peft("BITFIT")),  # not from the grid: the shipped base has no biases
     "ln": Method("LN tuning", 3e-2, _peft("LN_TUNING")),
     "lora": Method("LoRA r=8", 3e-3, _peft("LORA", **_lora)),
     "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
