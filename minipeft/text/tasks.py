@@ -11,6 +11,7 @@ tasks, put in words.)
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from minipeft.text.corpora import Synset, Verse, bible, wordnet
@@ -28,11 +29,13 @@ class Entry(NamedTuple):
     synset: Synset
 
 
+@cache
 def verses(split: str) -> list[Verse]:
     """The verses of at most MAX_CHARACTERS characters in both translations."""
     return [v for v in bible(split) if max(len(v.king_james), len(v.basic_english)) <= MAX_CHARACTERS]
 
 
+@cache
 def definitions(split: str) -> list[Entry]:
     """Every single, uncapitalized word that WordNet's tagged texts use in its first sense, with that sense's gloss."""
     return [
@@ -43,6 +46,7 @@ def definitions(split: str) -> list[Entry]:
     ]
 
 
+@cache
 def examples(split: str) -> list[Entry]:
     """Every headword that stands, as it is, in one of its synset's examples, with the first such example."""
     entries = []
