@@ -106,7 +106,7 @@ class StoredTensor:
     is_view  whether `read` gives a view of the file's memory map, and not an array of its own
     read     the values, an array. A view may be written to: a page that is changed becomes this process's own copy, and
              the file stays as it is.
-    release  take the file's pages under this tensor out of memory again; a view changed before is as in the file again
+    release  take the file's pages around this tensor out of memory again, before anything is written to the map
     """
 
     shape: tuple[int, ...]
@@ -131,10 +131,17 @@ class MappedFile:
         return np.frombuffer(self._map, np.uint8, end - begin, begin)
 
     def release(self, begin: int, end: int) -> None:
-        """Let go of the whole pages between two offsets: they are read from the file anew when they are used again."""
-        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+        """Take the pages between two offsets, and near them, out of memory: they are read anew when they are used again.
+
+        To be called before anything is written to the map: what was written there would be as in the file again. (Pages
+        near them, because the system may have mapped up to 2 MiB around every byte that was read.)
+        """
+        first, last = begin // _HUGE_PAGE * _HUGE_PAGE, min(-(-end // _HUGE_PAGE) * _HUGE_PAGE, len(self))
+        if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+_HUGE_PAGE = 1 << 21
 
 
 def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
