@@ -359,6 +359,12 @@ def test_qlora_fits_65_billion_parameters_into_48_gb():
     assert memory_ledger("llama-65b", precision="bfloat16").model_states > 780e9
 
 
+@pytest.mark.parametrize("config", ["frozen", LoraConfig(), BottleneckConfig()])
+def test_generation_computes_the_logits_of_the_last_position_alone(config):
+    every_position = 4 * 4 * 128 * 49152
+    assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").total < 538e6 + 0.3 * every_position
+
+
 def test_nonsense_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"precision must be one of float32, .* not 'fp8'"):
         memory_ledger("gpt2", precision="fp8")

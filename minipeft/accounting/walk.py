@@ -77,14 +77,14 @@ def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter
     """Generate from a model that is on shapes; returns how many positions the cache holds in the end."""
     with meter, no_grad():
         cache = _Cache(meter)
-        logits = next_logits(model, ids, None, cache)
+        logits = next_logits(model, ids, None, cache)  # alive until the next ones are there, as in `generate`
         if sampled:
             Buffer(meter, 3 * 8 * logits.size)  # scores, their distance from the largest, and probabilities in float64
-        del logits
+            probabilities = Buffer(meter, 8 * logits.size)  # noqa: F841  alive as well
         end = len(cache) + max_new_tokens - 1  # the last token is not fed back
         while len(cache) < end:  # of the steps after the prompt, those at which the cache grows, and the last
             cache.skip_to(min(cache.room, end - 1))
-            next_logits(model, ids[:, :1], None, cache)
+            logits = next_logits(model, ids[:, :1], None, cache)
     return end
 
 

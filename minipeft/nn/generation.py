@@ -20,7 +20,7 @@ import numpy as np
 from ..autograd.tensor import no_grad
 from ..backend import Array, Rng, as_rng, is_array, to_numpy, xp_of
 from .module import Module
-from .transformer import KeyValue, KVCache, Transformer
+from .transformer import KeyValue, KVCache
 
 
 def generate(
@@ -150,7 +150,8 @@ def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
 
 def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
     """Logits at the last position, in host memory [B, V]."""
-    if isinstance(model, Transformer):  # the head on one position, not on the whole prompt
+    in_front = getattr(model, "virtual_tokens", 0)  # of a model with a trained prompt, which it adds itself
+    if hasattr(model, "backbone") and hasattr(model, "lm_head") and not in_front:  # the head on one position alone
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
         return to_numpy(model.lm_head(hidden[:, -1]).data)
     return to_numpy(model(ids, attention_mask=mask, past_key_values=past).data[:, -1])
