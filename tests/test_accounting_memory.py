@@ -362,7 +362,7 @@ def test_qlora_fits_65_billion_parameters_into_48_gb():
 @pytest.mark.parametrize("config", ["frozen", LoraConfig(), BottleneckConfig()])
 def test_generation_computes_the_logits_of_the_last_position_alone(config):
     every_position = 4 * 4 * 128 * 49152
-    assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").total < 538e6 + 0.3 * every_position
+    assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").lines["activations"] < every_position / 5
 
 
 def test_nonsense_is_refused_in_one_sentence():
