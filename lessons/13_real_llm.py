@@ -27,9 +27,10 @@ from minipeft.accounting import memory_ledger
 from minipeft.hub.smollm2 import HOW_TO_GET, find_smollm2
 from minipeft.nn.generation import generate
 from minipeft.text.corpora import austen, bible, wordnet
-from minipeft.text.datasets import Instruction
+from minipeft.text.datasets import Conversation, Instruction, Message
 from minipeft.text.examples import chunk_text, encode_documents, encode_examples
-from minipeft.text.templates import chat
+from minipeft.text.templates import chat, chat_prompt
+from minipeft.train import evaluate
 from minipeft.train.metrics import chrf
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -148,7 +149,8 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
-# And the loss on texts that have nothing to do with the task, for what the training destroys.
+# And the loss on what has nothing to do with the task, for what the training destroys: a novel, a dictionary, and the model's
+# own answers of before to general questions. Of those it was sure; is it still, afterwards?
 
 # %%
 other_texts = {
@@ -159,7 +161,10 @@ blocks = {
     name: [(block, block) for block in chunk_text(encode_documents(texts, tokenizer), LENGTH)[: 1 if REDUCED else 6]]
     for name, texts in other_texts.items()
 }
-chats = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "Write one sentence about the sea.")]
+questions = (
+    "What is the capital of France?", "Write one sentence about the sea.", "Name three colours.",
+    "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
+)[: 2 if REDUCED else 6]  # fmt: skip
 
 
 def answers(model, prompts, n=64):
@@ -170,9 +175,8 @@ def answers(model, prompts, n=64):
 
 
 def loss(model, examples):
-    """Nats a token."""
-    arguments = mp.TrainingArguments(per_device_eval_batch_size=8)
-    return mp.Trainer(model, train_examples, args=arguments, pad_token_id=tokenizer.pad_token_id).evaluate(examples)
+    """Nats a token that is to be learned."""
+    return evaluate(model, examples, 8, tokenizer.pad_token_id)
 
 
 def measure(model):
@@ -183,7 +187,7 @@ def measure(model):
         "held-out loss": loss(model, test_examples),
         "chrF": chrf(texts, [record.output for record in test_records[:SHOWN]]),
         "texts": texts,
-        "chats": answers(model, [tokenizer.apply_chat_template(c, add_generation_prompt=True) for c in chats], 40),
+        "chats": answers(model, [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions], 40),
         **{name: loss(model, of) for name, of in blocks.items()},
     }
 
@@ -194,6 +198,14 @@ def line(name, m):
 
 
 results = {"before": measure(model)}
+own_words = [
+    Conversation((Message("user", question), Message("assistant", answer)))
+    for question, answer in zip(questions, results["before"]["chats"])
+]
+blocks["its own answers"] = encode_examples(own_words, tokenizer, 160, template).examples
+for example in blocks["its own answers"]:
+    example.labels[-1] = -100  # the words count, not the end: an answer of more than 40 tokens was cut
+results["before"]["its own answers"] = loss(model, blocks["its own answers"])
 print(line("before", results["before"]))
 copied = chrf([r.input for r in test_records[:SHOWN]], [r.output for r in test_records[:SHOWN]])
 print(f"         (the verse as it is, unchanged, has chrF {copied:.1f})")
@@ -254,20 +266,22 @@ for i in range(min(3, SHOWN)):
 # %% [markdown]
 # ## 7 · What it forgot
 #
-# It was shown one task and nothing else. What is its loss on other texts now, and is it still the assistant that it was?
+# It was shown one task and nothing else. The novel and the dictionary lose nothing: this model was a chat model, and is nearer
+# to plain text now than before. What it forgets, if slowly, is how it used to answer.
 
 # %%
 for name in tuned:
     lost = {text: results[name][text] - results["before"][text] for text in blocks}
     print(f"{name}: " + ", ".join(f"{text} {change:+.3f}" for text, change in lost.items()) + " nats a token")
-for conversation, *texts in zip(chats, *(m["chats"] for m in results.values())):
-    print(f"\n{conversation[0]['content']}")
+for question, *texts in list(zip(questions, *(m["chats"] for m in results.values())))[:3]:
+    print(f"\n{question}")
     for name, text in zip(results, texts):
         print(f"  {name:8s} {text}")
 if not REDUCED:
     gained = results["before"]["held-out loss"] - results["LoRA"]["held-out loss"]
     for text in blocks:
         assert results["LoRA"][text] - results["before"][text] < gained, "it lost less than it gained"
+    assert results["LoRA"]["its own answers"] > results["before"]["its own answers"], "what it was sure of, it is less sure of"
 
 # %% [markdown]
 # An adapter can also be taken off, and then nothing is forgotten at all: the base was only read.
