@@ -1,0 +1,321 @@
+# %% [markdown]
+# # Lesson 9 · A reward model: from choices to a number
+#
+# People cannot say how good a text is on a scale of one to a hundred, and no two would agree; but shown two texts, they
+# can say which is better. A reward model turns such choices into a number. This lesson builds one: the loss that follows
+# from a model of how people choose, rankings of more than two, where the number is read, what it is worth with few labels
+# and noisy ones, and whether it knows how sure it can be.
+#
+# You need the lesson on full fine-tuning. It needs the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with
+# `python lessons/09_reward_model.py`, or open it as a notebook. `python lessons/09_reward_model.py --full` computes all
+# runs behind the curves anew, with three seeds (about ten minutes of one core), where their results are missing in
+# `lessons/results/09_reward_model.jsonl`.
+#
+# Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft import rlhf
+from minipeft.experiments.sweep import read_rows, sweep
+
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "09_reward_model.jsonl"
+
+base, tokenizer = mp.load_base()
+STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
+LENGTH, K = 20, 4
+
+# %% [markdown]
+# ## 1 · How people choose
+#
+# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on the
+# difference alone,
+#
+# $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right).$$
+#
+# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it:
+
+# %%
+chosen, rejected = np.array([1.0, 0.2]), np.array([0.3, 0.5])
+by_hand = np.log1p(np.exp(-(chosen - rejected))).mean()
+r_w, r_l = (mp.Tensor(r, requires_grad=True) for r in (chosen, rejected))
+loss = rlhf.reward_loss(r_w, r_l)
+loss.backward()
+print(f"by hand {by_hand:.10f}, library {loss.item():.10f}; gradient {r_w.grad} of the chosen, {r_l.grad} of the rejected")
+assert abs(loss.item() - by_hand) < 1e-12
+assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest where the model is wrong"
+assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
+
+# %% [markdown]
+# Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2); **centering**
+# adds $c\,(r_w + r_l)^2$, which pins the zero down. The numbers below are the reference implementation's.
+
+# %%
+full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
+print(f"with a margin of 0.5 on the first pair, and centering: {full.item():.7f} (published definition: 0.7371471)")
+assert abs(full.item() - 0.7371471) < 5e-8
+
+# %% [markdown]
+# ## 2 · A rater
+#
+# We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the
+# happier text is preferred. The texts are the base model's own: it continues openings of sentences by Jane Austen, four
+# times each. And the rater is human enough to be noisy: it adds Gumbel noise of scale $T$ to each score and sorts, which
+# makes every pair Bradley-Terry with $r = \text{score} / T$; with probability `flip` it holds the scale upside down.
+
+# %%
+@cache
+def labelled(split, n, seed):
+    """(prompts, answers, gold scores [n, K])."""
+    prompts = [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
+    prompts = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:n]]
+    answers = rlhf.sample_answers(base, prompts, K, LENGTH, stop_token_ids=STOPS, seed=seed)
+    gold = np.array([rlhf.vader([tokenizer.decode(a, skip_special_tokens=True) for a in own]) for own in answers])
+    return prompts, answers, gold
+
+
+LARGEST = 600 if "--full" in sys.argv else 32 if REDUCED else 300
+prompts, answers, gold = labelled("train", LARGEST, 0)
+order = rlhf.rank(gold, np.random.default_rng(0), temperature=0.1)
+print(f"\n{len(prompts)} prompts; one of them, ranked by the rater:")
+for i in order[1]:
+    print(f"  {gold[1, i]:+.2f}  {tokenizer.decode(prompts[1])} |{tokenizer.decode(answers[1][i], skip_special_tokens=True)}")
+scores = np.tile([0.3, 0.2], (20000, 1))
+wins = (rlhf.rank(scores, np.random.default_rng(1), temperature=0.1)[:, 0] == 0).mean()
+print(f"0.3 against 0.2 at T = 0.1: preferred in {wins:.3f}, sigma(1) = {1 / (1 + np.exp(-1)):.3f}")
+assert abs(wins - 1 / (1 + np.exp(-1))) < 0.01
+
+# %% [markdown]
+# ## 3 · All pairs of a ranking, each text once
+#
+# A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$ texts
+# are computed once, and their scores are compared in every pair. It is cheaper, and comparisons that share a text do not
+# come back as if they were new, which overfits.
+
+# %%
+ranked = rlhf.rankings(prompts, answers, order)
+batch = rlhf.collate_rankings(ranked[:8])
+pairs = len(batch.arguments["better"])
+print(f"\n8 rankings of {K}: {pairs} pairs from {len(batch.arguments['input_ids'])} texts; as pairs they would take {2 * pairs} texts")
+assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 * K
+
+# %% [markdown]
+# ## 4 · Where the number is read
+#
+# The model is the base with a scalar head in place of the vocabulary's, and the score is that of the **last real token**,
+# which has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the end-of-text
+# token, and then the real one is skipped. We look at the length.
+
+# %%
+model = rlhf.RewardModel(base, seed=0)
+end = tokenizer.eos_token_id
+text = [*prompts[0], *answers[0][0][:5], end]
+padded, mask = np.array([text + [end] * 4]), np.array([[1] * len(text) + [0] * 4])
+alone, right = model.rewards(np.array([text])).item(), model.rewards(padded, mask).item()
+wrong = model.rewards(padded[:, : len(text) - 1]).item()
+print(f"\nalone {alone:.4f}, padded with end-of-text {right:.4f}; looking for the last id that is not padding: {wrong:.4f}")
+assert abs(alone - right) < 1e-4 < abs(alone - wrong)
+
+# %% [markdown]
+# ## 5 · Train, and what labels are worth
+#
+# One pass, as reward models overfit in the second. A fresh head's scores have any scale, so we first give them mean 0 and
+# standard deviation 1, and at the end again: a *calibrated* reward means the same for every model, and so does a price of
+# KL that is set against it.
+
+# %%
+@dataclass(frozen=True)
+class Run:
+    """A reward model from so many rankings, of a rater who turns so many of them round."""
+
+    rankings: int
+    flip: float = 0.0
+    seed: int = 0
+    learning_rate: float = 2e-3
+
+
+@cache
+def train(run, pool):
+    """(model, rewards of the held-out answers [n, K] in units of the loss, their gold)."""
+    prompts, answers, gold = (part[: run.rankings] for part in labelled("train", pool, run.seed))
+    rng = np.random.default_rng(run.seed)
+    ranked = rlhf.rankings(prompts, answers, rlhf.rank(gold, rng, temperature=0.1, flip=run.flip))
+    texts = [text for ranking in ranked for text in ranking.texts]
+    model = rlhf.RewardModel(base, seed=run.seed)
+    model.calibrate(texts[:512])
+    args = mp.TrainingArguments(
+        learning_rate=run.learning_rate, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1,
+        seed=run.seed, progress=False,
+    )  # fmt: skip
+    mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
+    prompts, answers, gold = labelled("validation", 16 if REDUCED else 128, run.seed)
+    held_out = [np.array([*p, *a]) for p, own in zip(prompts, answers) for a in own]
+    rewards = model.score_texts(held_out).reshape(-1, K)
+    model.calibrate(texts[:512])
+    return model, rewards, gold
+
+
+def accuracy(rewards, gold, gap=0.0):
+    """In how many pairs, whose gold scores differ by more than `gap`, the model prefers the better one."""
+    i, j = np.triu_indices(K, 1)
+    better, guess = (gold[:, i] - gold[:, j]).ravel(), (rewards[:, i] - rewards[:, j]).ravel()
+    return float((better * guess > 0)[abs(better) > gap].mean())
+
+
+def measure(run):
+    """What the sweep writes down."""
+    _, rewards, gold = train(run, LARGEST)
+    chosen, rejected = labels_of(rewards, gold, run)
+    predicted, observed, count = rlhf.calibration_curve(chosen, rejected)
+    return {
+        "accuracy": round(accuracy(rewards, gold), 4),
+        "accuracy_clear": round(accuracy(rewards, gold, 0.3), 4),
+        "correlation": round(float(np.corrcoef(rewards.ravel(), gold.ravel())[0, 1]), 4),
+        "agreement": round(rlhf.reward_accuracy(chosen, rejected), 4),
+        "calibration": [[round(float(v), 4) for v in row] for row in zip(predicted, observed, count)],
+    }
+
+
+def labels_of(rewards, gold, run):
+    """(rewards of the preferred, of the other) for a rater's fresh labels of all held-out pairs."""
+    rng = np.random.default_rng([run.seed, 1])
+    i, j = np.triu_indices(K, 1)
+    both = np.stack([gold[:, i].ravel(), gold[:, j].ravel()], axis=1)
+    first = rlhf.rank(both, rng, temperature=0.1, flip=run.flip)[:, 0] == 0
+    a, b = rewards[:, i].ravel(), rewards[:, j].ravel()
+    return np.where(first, a, b), np.where(first, b, a)
+
+
+RUNS = [Run(n, flip, seed) for seed in range(3) for flip in (0.0, 0.25) for n in (100, 300, 600)]
+if "--full" in sys.argv:
+    sweep(RUNS, measure, RESULTS, show=lambda line: print(line, flush=True))
+rows = read_rows(RESULTS)
+
+live = [Run(16), Run(32)] if REDUCED else [Run(100), Run(300), Run(300, flip=0.25)]
+print("\n rankings  labels turned round   pairs in which the better answer is preferred (a coin: 0.5)")
+for run in live:
+    _, rewards, held_gold = train(run, LARGEST)
+    acc = accuracy(rewards, held_gold)
+    print(f"{run.rankings:9d}  {run.flip:19.0%}   {acc:.3f}, where the gold differs by more than 0.3: {accuracy(rewards, held_gold, 0.3):.3f}")
+    same = [row for row in rows if (row["rankings"], row["flip"], row["seed"]) == (run.rankings, run.flip, 0)]
+    if same and not REDUCED:
+        assert abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of these settings says the same"
+
+# %% [markdown]
+# The curves of three seeds, from the file that `--full` writes:
+
+# %%
+SIZES, FLIPS = sorted({r["rankings"] for r in rows}), sorted({r["flip"] for r in rows})
+
+
+def seeds(n, flip, key):
+    """A number of all seeds."""
+    return np.array([r[key] for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
+
+
+for flip in FLIPS:
+    means = ", ".join(f"{n}: {seeds(n, flip, 'accuracy').mean():.3f} ± {seeds(n, flip, 'accuracy').std(ddof=1):.3f}" for n in SIZES)
+    print(f"labels turned round {flip:.0%}: {means}")
+assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
+most = {flip: seeds(SIZES[-1], flip, "accuracy").mean() for flip in FLIPS}
+assert most[0.0] > seeds(SIZES[0], 0.0, "accuracy").mean(), "more rankings, a better judge"
+assert most[0.0] > most[0.25], "labels turned round cost accuracy"
+
+# %% [markdown]
+# ## 6 · Does it know how sure it can be?
+#
+# $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
+# in 70%? We let the rater label every held-out pair anew, and look.
+
+# %%
+run = live[1]
+model, rewards, held_gold = train(run, LARGEST)
+curve = rlhf.calibration_curve(*labels_of(rewards, held_gold, run))
+print("\npredicted  observed  pairs")
+for p, share, n in zip(*curve):
+    print(f"{p:9.2f}  {share:8.2f}  {n:5.0f}")
+error = float(np.sum(curve[2] * abs(curve[0] - curve[1])) / curve[2].sum())
+print(f"expected calibration error {error:.3f}")
+assert np.allclose(curve[0] + curve[0][::-1], 1), "each pair is looked at from both sides"
+if not REDUCED:
+    assert curve[1][-1] > 0.5, "where it is surest, it is right more often than not"
+
+# %% [markdown]
+# Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and scale,
+# which makes rewards comparable:
+
+# %%
+texts = [np.array([*p, *a]) for p, own in zip(prompts[: run.rankings], answers) for a in own]
+standard = model.score_texts(texts[:512])
+print(f"rewards of the reference texts: mean {standard.mean():+.6f}, standard deviation {standard.std():.6f}")
+assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
+
+# %% [markdown]
+# ## 7 · Break it: texts that nobody ever compared
+#
+# The judge was taught on texts that the base writes. Nobody told it about others. So write ten times the same token after a
+# prompt, for every token there is, and let it choose the best.
+
+# %%
+vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)
+nonsense = [np.array(prompts[0] + [token] * 10) for token in vocabulary]
+judged = model.score_texts(nonsense)
+best = np.argsort(-judged)[:5]
+top = float(np.sort(standard)[-1])
+print(f"\nthe best of {len(standard)} real answers: {top:+.2f} standard deviations")
+for i in best:
+    print(f"{judged[i]:+.2f}  {tokenizer.decode(nonsense[i])}")
+if not REDUCED:
+    assert judged[best[0]] > standard.mean() + 1, "nonsense that beats most real answers is easily found"
+
+# %% [markdown]
+# A policy that is trained on this judge will find such texts, too, and faster: that is Lesson 11. Now break it yourself:
+# train with `flip=0.5`, and with `flip=1`. Which is the worse judge, and which is the more useful one?
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+for flip, color in zip(FLIPS, ("C0", "C3")):
+    mean = [seeds(n, flip, "accuracy").mean() for n in SIZES]
+    axes[0].plot(SIZES, mean, "o-", color=color, label=f"labels turned round: {flip:.0%}")
+    for n in SIZES:
+        axes[0].plot([n] * 3, seeds(n, flip, "accuracy"), ".", color=color, alpha=0.5)
+axes[0].axhline(0.5, color="grey", linestyle="--", linewidth=1)
+axes[0].set(xscale="log", xlabel=f"rankings of {K} (each {K * (K - 1) // 2} pairs)", ylabel="held-out accuracy against the gold")
+axes[0].set(title="What labels are worth (3 seeds)")
+axes[0].set_xticks(SIZES, [str(n) for n in SIZES])
+axes[0].minorticks_off()
+axes[0].legend(frameon=False)
+axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+axes[1].scatter(curve[0], curve[1], s=10 + 120 * curve[2] / curve[2].max())
+axes[1].plot(curve[0], curve[1], linewidth=1)
+axes[1].set(title=f"{run.rankings} rankings: is it honest?", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
+axes[2].hist(standard, bins=40, density=True, alpha=0.6, label="the base's answers")
+axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")
+axes[2].set(title="The judge on texts it never saw", xlabel="calibrated reward")
+axes[2].legend(frameon=False)
+for ax in axes:
+    ax.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+figure.savefig(OUT / "09_reward_model.png", dpi=120)
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. **Pairs or rankings?** Train on as many *pairs* as `Run(300)` sees, each from a prompt of its own (K = 2). What did the
+#    pairs that share a text cost in accuracy, and what did they save in labels and in time?
+# 2. **A second pass.** Set `num_train_epochs=2`. Follow the training loss and the held-out accuracy: where do they part?
+# 3. **Real people.** If you have vaderSentiment's source archive, `rlhf.human_preferences("vaderSentiment-3.3.2.tar.gz")`
+#    gives pairs of texts that people rated, with the noise of people. How far does the same model get on them?

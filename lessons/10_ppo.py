@@ -1,0 +1,382 @@
+# %% [markdown]
+# # Lesson 10 · PPO: trained on one's own words
+#
+# Fine-tuning shows a model what to say. Here nobody shows it anything: it says something itself, is told *how good that
+# was*, and makes the better half of what it said a little more probable. This lesson takes PPO, the method behind
+# InstructGPT, apart into functions of a few lines, checks each by hand, runs it against the reward model of Lesson 9, and
+# puts its three simpler successors, DPO, RLOO and GRPO, beside it.
+#
+# You need Lesson 9. It needs the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with `python lessons/10_ppo.py`, or
+# open it as a notebook. `python lessons/10_ppo.py --full` computes all runs behind the comparison anew, with three seeds
+# (about ten minutes of one core), where their results are missing in `lessons/results/10_ppo.jsonl`.
+#
+# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft import rlhf
+from minipeft.autograd.tensor import no_grad
+from minipeft.experiments.sweep import read_rows, sweep
+
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "10_ppo.jsonl"
+
+base, tokenizer = mp.load_base()
+STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
+LENGTH = 20
+
+
+def openings(split):
+    """Prompts: the first four words of sentences of Jane Austen's."""
+    return [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
+
+
+def show(ids):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# %% [markdown]
+# ## 1 · The rollout
+#
+# Prompts of different lengths are padded on the **left**, so that all go on at the same column. Tokens are drawn at
+# temperature 1 from the whole distribution: cutting its tail (top-k, top-p) would draw from another distribution than
+# the one whose log-probabilities we are going to compare. What comes after the first token that ends a sentence is not
+# the model's answer any more, and is masked. The log-probabilities of the answer come from one ordinary forward pass.
+
+# %%
+prompts = openings("train")
+roll = rlhf.rollout(base, prompts[:4], LENGTH, temperature=1.0, stop_token_ids=STOPS, seed=0)
+for prompt, response in zip(roll.prompts(), roll.responses()):
+    print(f"  {show(prompt):24s} |{show(response)}")
+print("mask of the last:", *roll.mask[-1])
+logprobs = rlhf.response_logprobs(base, roll.input_ids, roll.attention_mask, LENGTH).numpy()  # [4, LENGTH]
+alone = [*roll.prompts()[1], *roll.responses()[1]]
+with no_grad():
+    logits = base(np.array([alone])).numpy()[0]  # [T, V], not padded
+n = len(roll.responses()[1])
+by_hand = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+by_hand = by_hand[np.arange(len(alone) - n - 1, len(alone) - 1), alone[-n:]]
+print(f"log-probabilities, in the padded batch and alone, differ by {abs(by_hand - logprobs[1, :n]).max():.1e}")
+assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matter"
+
+# %% [markdown]
+# ## 2 · Rewards: a price for leaving, and the score at the end
+#
+# The reward model scores the whole answer once. Every token pays for what it deviates from the reference policy, which is
+# the policy as it was at the start:
+#
+# $$r_t = -\beta \left(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t)\right) + [t \text{ is last}] \cdot \text{score}.$$
+#
+# ## 3 · Advantages: was that token better than expected?
+#
+# A value head guesses, at every token, what is still to come, $V_t$. What happened minus what was expected is
+# $\delta_t = r_t + \gamma V_{t+1} - V_t$, and generalized advantage estimation sums it up over the rest of the answer:
+#
+# $$A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
+#
+# Whoever whitens the advantages must take the returns $R$ first. The numbers are the references' test vector.
+
+# %%
+old = np.array([[-1, -2, -0.5, 0], [-0.7, -1.2, -0.9, -2.3]])
+ref = np.array([[-1.2, -1.5, -0.6, 0], [-0.9, -1, -1.4, -2]])
+V, score = np.array([[0.1, 0.2, 0.3, 0], [-0.1, 0, 0.4, 0.5]]), np.array([1, -0.5])
+mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+rewards = rlhf.shaped_rewards(old, ref, score, mask, beta=0.1)
+A, R = rlhf.gae(rewards, V, 1.0, 0.95, mask)
+A_hand = np.zeros(3)
+for t in (2, 1, 0):  # the first answer, by hand
+    following = (V[0, t + 1], A_hand[t + 1]) if t < 2 else (0.0, 0.0)
+    A_hand[t] = rewards[0, t] + following[0] - V[0, t] + 0.95 * following[1]
+print("\nrewards   ", *rewards.round(4))
+print("advantages", *A.round(6), "  published for the first: 0.845225 0.8055 0.69")
+assert np.allclose(A[0, :3], A_hand) and np.allclose(A_hand, [0.845225, 0.8055, 0.69])
+assert np.allclose(R, (A + V) * mask)
+A_white = rlhf.whiten(A, mask)
+
+# %% [markdown]
+# ## 4 · The loss: no more than twenty percent at a time
+#
+# The answers are used for several passes, and after the first step they are somebody else's: the policy has moved. The
+# ratio $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, and clipping takes the incentive away to move further
+# than $\varepsilon$ on the strength of old data:
+#
+# $$\mathcal L = \text{mean} \max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 \pm \varepsilon)\right)
+#   + 0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
+
+# %%
+new = mp.Tensor(old + np.array([[0.1, -0.3, 0.25, 0], [0, 0.3, -0.1, 0.05]]), requires_grad=True)
+V_new = mp.Tensor(V + np.array([[0.3, -0.1, 0.05, 0], [0.25, -0.3, 0.1, 0]]), requires_grad=True)
+pg, vf = rlhf.policy_loss(new, old, A_white, mask), rlhf.value_loss(V_new, V, R, mask)
+(pg + 0.1 * vf).backward()
+print(f"policy loss {pg.item():.10f} (published 0.0144655480), value loss {vf.item():.10f} (published 0.2774734938)")
+assert abs(pg.item() - 0.0144655480) < 1e-9 and abs(vf.item() - 0.2774734938) < 1e-9
+print("gradient of the first answer", *new.grad[0].round(6), "  the third token's ratio is 1.28, and clipped: 0")
+assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
+
+# %% [markdown]
+# ## 5 · Run it
+#
+# The judge is Lesson 9's: a reward model of a rater who follows VADER. VADER itself, the gold, is only watched. With
+# every update the trainer checks that, before the first step, every ratio is 1: a policy that scores its own
+# answers otherwise has dropout on, or another temperature, or lost its positions.
+
+# %%
+@cache
+def judge_and_pairs(rankings, seed):
+    """A reward model, and the same rater's best and worst answers as pairs for DPO."""
+    rng = np.random.default_rng(seed)
+    prompts = openings("train")
+    prompts = [prompts[i] for i in rng.permutation(len(prompts))[:rankings]]
+    answers = rlhf.sample_answers(base, prompts, 4, LENGTH, stop_token_ids=STOPS, seed=seed)
+    order = rlhf.rank(np.array([rlhf.vader([show(a) for a in own]) for own in answers]), rng, temperature=0.1)
+    ranked = rlhf.rankings(prompts, answers, order)
+    texts = [text for ranking in ranked for text in ranking.texts]
+    model = rlhf.RewardModel(base, seed=seed)
+    model.calibrate(texts[:512])
+    args = mp.TrainingArguments(
+        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False
+    )
+    mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
+    model.calibrate(texts[:512])
+    return model, rlhf.preference_pairs(prompts, answers, order)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to make the base happier, from so many rankings of the rater's."""
+
+    method: str
+    seed: int = 0
+    updates: int = 16
+    rankings: int = 1000
+    beta: float = 0.05
+    learning_rate: float = 3e-4
+
+
+TRAINERS = {
+    "PPO": (rlhf.PPOTrainer, rlhf.PPOConfig), "RLOO": (rlhf.RLOOTrainer, rlhf.GroupConfig),
+    "GRPO": (rlhf.GRPOTrainer, rlhf.GroupConfig),
+}  # fmt: skip
+gold = rlhf.gold_reward(tokenizer)
+cached = {}
+
+
+def learn(run):
+    """(policy, history) after `updates` updates of 32 answers each; DPO takes the pairs once instead."""
+    if run in cached:
+        return cached[run]
+    judge, pairs = judge_and_pairs(run.rankings, run.seed)
+    policy, history = base.copy(), []
+    if run.method == "DPO":
+        args = mp.TrainingArguments(
+            learning_rate=run.learning_rate, num_train_epochs=1, per_device_train_batch_size=16, warmup_ratio=0.1,
+            per_device_eval_batch_size=32, seed=run.seed, progress=False,
+        )  # fmt: skip
+        rlhf.dpo_trainer(policy, pairs, args=args, beta=run.beta).train()
+    elif run.method != "base":
+        kind, config = TRAINERS[run.method]
+        config = config(
+            steps=run.updates, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH, max_kl=1e6,
+            stop_token_ids=STOPS, missing_eos_score=None, kl_coef=run.beta, learning_rate=run.learning_rate,
+            lr_scheduler_type="constant", seed=run.seed,
+        )  # fmt: skip
+        history = kind(policy, judge, openings("train"), config, watch={"gold": gold}).train()
+    cached[run] = policy, history
+    return policy, history
+
+
+def judged(policy, judge, seed=0):
+    """What a policy has become, on 128 held-out prompts: reward, gold, KL from the base, distinct bigrams."""
+    test = openings("validation")
+    roll = rlhf.rollout(policy, test[: 32 if REDUCED else 128], LENGTH, 1.0, STOPS, seed=10_000 + seed)
+    with no_grad():
+        logp, ref = (
+            rlhf.response_logprobs(m, roll.input_ids, roll.attention_mask, LENGTH).numpy() for m in (policy, base)
+        )
+        proxy = judge.rewards(roll.input_ids, roll.attention_mask).numpy().mean()
+    return {
+        "reward": round(float(proxy), 4), "gold": round(float(gold(roll).mean()), 4),
+        "kl": round(float(((logp - ref) * roll.mask).sum(axis=1).mean()), 4),
+        "distinct_2": round(rlhf.distinct_n(roll.responses()), 4), "ended": round(float(roll.ended.mean()), 4),
+    }  # fmt: skip
+
+
+def measure(run):
+    """What the sweep writes down."""
+    judge, _ = judge_and_pairs(run.rankings, run.seed)
+    began = time.process_time()
+    policy, history = learn(run)
+    seconds = time.process_time() - began
+    curves = {
+        name: [round(r[key], 4) for r in history]
+        for name, key in (("reward", "objective/scores"), ("kl", "objective/kl"), ("gold", "watch/gold"))
+    }
+    return {**judged(policy, judge, run.seed), "history": curves if history else None, "cpu_seconds": round(seconds, 1)}
+
+
+METHODS = ("PPO", "RLOO", "GRPO", "DPO")
+RUNS = [Run(method, seed) for seed in range(3) for method in ("base", *METHODS)]
+if "--full" in sys.argv:
+    sweep(RUNS, measure, RESULTS, show=lambda line: print(line, flush=True))
+rows = read_rows(RESULTS)
+
+small = dict(updates=2, rankings=16) if REDUCED else {}
+ppo = Run("PPO", **small)
+judge, pairs = judge_and_pairs(ppo.rankings, ppo.seed)
+policy, history = learn(ppo)
+print("\nupdate  reward    gold      KL  clipped  entropy  distinct-2  ended")
+for r in history[:: max(1, len(history) // 6)] + history[-1:]:
+    print(
+        f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}  {r['policy/clipfrac']:7.2f}"
+        f"  {r['policy/entropy']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
+    )
+assert abs(history[0]["objective/kl"]) < 1e-3, "it starts as its own reference"
+for r in history:  # the first minibatch of each update was checked while it ran; the books balance, too
+    assert abs(r["objective/rlhf_reward"] - r["objective/scores"] - r["objective/non_score_reward"]) < 1e-6
+if not REDUCED:
+    start, end = ([np.mean([r[k] for r in part]) for k in ("objective/scores", "watch/gold")] for part in (history[:4], history[-4:]))
+    assert end[0] > start[0] + 0.5, "what is optimized rises"
+
+# %% [markdown]
+# The same prompts, before and after:
+
+# %%
+shown = openings("validation")[:4]
+for name, model in (("before", base), ("after", policy)):
+    print(name)
+    roll = rlhf.rollout(model, shown, LENGTH, 1.0, STOPS, seed=1)
+    for prompt, response in zip(roll.prompts(), roll.responses()):
+        print(f"  {show(prompt):24s} |{show(response)}")
+
+# %% [markdown]
+# ## 6 · Three successors
+#
+# PPO needs a value function, a second thing that can be wrong. What came after it does without:
+#
+# | | what an answer is compared with | ratio | KL |
+# |---|---|---|---|
+# | **RLOO** | the mean score of the *other* answers to its prompt | whole answers | in the reward |
+# | **GRPO** | the mean of its group, in standard deviations: $(r - \bar r)/(s + 10^{-4})$ | tokens | in the loss, $e^{d} - 1 - d$ |
+# | **DPO** | the other answer of a pair: no reward model, no sampling at all | – | in the loss: it *is* the reward |
+#
+# DPO turns the objective around. Its optimum is $\pi \propto \pi_{\text{ref}}\, e^{r/\beta}$, so every policy is the optimum
+# of some reward, $r = \beta \log (\pi / \pi_{\text{ref}})$, and Bradley-Terry can be fitted to *that*:
+#
+# $$\mathcal L = -\log \sigma\left(\beta \log \tfrac{\pi(y_w)}{\pi_{\text{ref}}(y_w)} - \beta \log \tfrac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}\right).$$
+
+# %%
+group = np.array([1.0, 2, 6])
+print("\nscores 1 2 6:  RLOO", rlhf.rloo_advantages(group, 3), " GRPO", rlhf.grpo_advantages(group, 3).round(4))
+assert np.allclose(rlhf.rloo_advantages(group, 3), [1 - 4, 2 - 3.5, 6 - 1.5])
+assert np.allclose(rlhf.grpo_advantages(group, 3), (group - 3) / (group.std(ddof=1) + 1e-4))
+sums = [mp.Tensor(np.array(s)) for s in ([-1.7, -1.6], [-1.5, -1.5])]
+dpo = rlhf.dpo_loss(*sums, np.array([-1.9, -1.5]), np.array([-1.4, -1.6]), beta=0.1).item()
+print(f"DPO of the test vector {dpo:.7f} (published 0.6907284)")
+assert abs(dpo - 0.6907284) < 5e-8
+
+print("\non held-out prompts   reward    gold      KL  distinct-2  ended")
+page = {}
+for method in ("base", *METHODS):
+    model, _ = learn(Run(method, **small))
+    page[method] = judged(model, judge)
+    p = page[method]
+    print(f"{method:20s}  {p['reward']:+.3f}  {p['gold']:+.3f}  {p['kl']:6.2f}  {p['distinct_2']:10.2f}  {p['ended']:5.0%}")
+assert page["base"]["kl"] == 0
+if not REDUCED:
+    for method in ("PPO", "RLOO", "GRPO"):
+        assert page[method]["reward"] > page["base"]["reward"], method
+
+# %% [markdown]
+# One seed says little. Three of them, from the file that `--full` writes:
+
+# %%
+table = {m: [r for r in rows if r["method"] == m] for m in ("base", *METHODS)}
+assert all(len({r["seed"] for r in found}) >= 3 for found in table.values())
+print("\nmean of 3 seeds       reward         gold           KL   CPU seconds")
+for method, found in table.items():
+    numbers = {k: np.array([r[k] for r in found]) for k in ("reward", "gold", "kl", "cpu_seconds")}
+    print(
+        f"{method:20s}  " + "  ".join(f"{numbers[k].mean():+.2f} ± {numbers[k].std(ddof=1):.2f}" for k in ("reward", "gold"))
+        + f"  {numbers['kl'].mean():6.1f}  {numbers['cpu_seconds'].mean():12.0f}"
+    )  # fmt: skip
+gains = {m: np.mean([r["gold"] for r in table[m]]) - np.mean([r["gold"] for r in table["base"]]) for m in METHODS}
+assert max(gains.values()) > 0, "a learned judge makes the true score rise, too, as long as one does not go far"
+
+# %% [markdown]
+# Read it with care: the three that sample were given the same number of answers at the same learning rate, which suits one
+# of them better than another, and DPO saw the rater's pairs instead of the judge. It is a page to compare *mechanisms*.
+# That the true score rises here is no law: Lesson 11 goes on until it does not mean much any more.
+#
+# ## 7 · Break it: whiten first, then take the returns
+#
+# The most quoted bug of PPO is one of order. Give the value head perfect foresight, up to a thousandth. The advantages are
+# then nothing but that thousandth, and there is nothing to learn. Whitening blows them up to variance one, which is right
+# for the policy loss. But returns taken *after* it, as $R = A_{\text{white}} + V$, tell a perfect value head that it is
+# wrong by one.
+
+# %%
+rng = np.random.default_rng(0)
+ones = np.ones((32, LENGTH))
+paid = rng.standard_normal((32, LENGTH)) * 0.1
+perfect = np.cumsum(paid[:, ::-1], axis=1)[:, ::-1] + 1e-3 * rng.standard_normal((32, LENGTH))
+A, R = rlhf.gae(paid, perfect, 1.0, 0.95, ones)
+R_wrong = rlhf.whiten(A, ones) + perfect
+losses = [rlhf.value_loss(mp.Tensor(perfect), perfect, target, ones).item() for target in (R, R_wrong)]
+print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening before the returns: {losses[1]:.2f}")
+assert losses[0] < 1e-5 and losses[1] > 0.4
+
+# %% [markdown]
+# Now break it yourself: give PPO ten times the learning rate, and `max_kl=100` back. Which number tells first that something
+# is wrong, in which update, and which check stops the run?
+
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+colors = dict(zip(METHODS, ("C0", "C1", "C2", "C4")))
+
+
+def smooth(y, width=4):
+    return [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
+
+
+for method in METHODS[:3]:
+    for ax, key in zip(axes, ("reward", "gold", "kl")):
+        each = np.array([smooth(r["history"][key]) for r in table[method]])
+        x = np.arange(1, each.shape[1] + 1)
+        ax.plot(x, each.mean(axis=0), color=colors[method], label=method)
+        ax.fill_between(x, each.min(axis=0), each.max(axis=0), color=colors[method], alpha=0.15, linewidth=0)
+for ax, title in zip(axes, ("Reward: optimized", "Gold: only watched", "KL from the base, nats an answer")):
+    ax.set(title=title, xlabel="update")
+axes[0].legend(frameon=False)
+for method in METHODS:
+    kl, value = ([r[k] for r in table[method]] for k in ("kl", "gold"))
+    axes[3].plot(np.sqrt(np.maximum(kl, 0)), value, "o", color=colors[method], label=method)
+axes[3].axhline(np.mean([r["gold"] for r in table["base"]]), color="grey", linestyle="--", linewidth=1)
+axes[3].set(title="What it cost (each dot a seed)", xlabel="sqrt(KL)", ylabel="gold, held-out prompts")
+axes[3].legend(frameon=False)
+for ax in axes:
+    ax.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+figure.savefig(OUT / "10_ppo.png", dpi=120)
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and ten times
+#    the learning rate. Which arrays do policy and reference share? How does reward per KL compare?
+# 2. **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it move?
+# 3. **One pass.** With `num_epochs=1` and `mini_batch_size=32` every ratio is 1 and clipping never acts. What is left of
+#    PPO, and is it worse?
