@@ -114,6 +114,24 @@ def test_ones_own_file(model, tmp_path, capsys):
     assert "[b]truly[/b]" in capsys.readouterr().out  # a file's text is never markup
 
 
+def test_a_report_on_ones_own_file_over_several_seeds(model, tmp_path, capsys):
+    data, report = tmp_path / "mine.jsonl", tmp_path / "report"
+    data.write_text("\n".join(json.dumps({"prompt": f"<{i}> is", "completion": f" {i}"}) for i in range(30)))
+    argv = ["compare", "--model", str(model), "--data", str(data), "--steps", "4", "--methods", "lora", "prompt"]
+    assert main([*argv, "--seeds", "2", "--seed", "5", "--lr", "0.01", "--report", str(report)]) == 0
+    assert {path.name for path in report.iterdir()} == {"index.html", "compare.json", "compare.png"}
+    content = json.loads((report / "compare.json").read_text())
+    for row in content["methods"][1:]:
+        assert [run["seed"] for run in row["seeds"]] == [5, 6]
+        assert row["task_loss"] == pytest.approx(sum(run["task_loss"] for run in row["seeds"]) / 2)
+        assert row["latency"] > 0 and (row["latency_merged"] is None) == (row["method"] == "prompt")
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert "&lt;" in page and "each with 2 seeds" in page and f"{content['methods'][1]['task_loss']:.3f}" in page
+    capsys.readouterr()
+    assert main([*argv, "--report", str(data)]) == 2
+    assert f"--report {data} is a file" in capsys.readouterr().err
+
+
 def test_what_is_held_out_depends_on_the_records_alone():
     records = [Completion(f"p{i}", f"c{i}") for i in range(40)]
     train, held = split_off(records, 0.1)

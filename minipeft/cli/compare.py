@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --task or --data, not both")
     output = Path(args.output or args.report or OUTPUT)
     report = Path(args.report) if args.report else None
-    for option, path in (("--output", output), ("--report", report)):
+    for option, path in (("--report", report), ("--output", output)):
         if path and path.exists() and not path.is_dir():
             raise ValueError(f"{option} {path} is a file; a directory is to be written")
     use_machine(args)
