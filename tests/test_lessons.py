@@ -45,7 +45,7 @@ def test_lesson_runs_and_leaves_its_picture(path, tmp_path):
     environment.setdefault("MINIPEFT_THREADS", "1")  # the models are small, and a thread may wait for a busy core
     run = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
-        cwd=home, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=home, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, f"{path.name} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     if HOW_TO_GET in run.stdout:
