@@ -438,7 +438,7 @@ for title, color in (("rewrite, new inputs", "C0"), ("3 new tasks", "C3")):
     tasks_axes.plot(numbers, values.mean(axis=1), color=color, label=title)
     tasks_axes.plot(numbers, values, "o", color=color, markersize=4)
 tasks_axes.set(xlabel="tasks trained, for the same number of records", ylabel="loss, nats a token", xticks=numbers)
-tasks_axes.set(title="more tasks: dearer for one, better for all others")
+tasks_axes.set(title="more tasks: dearer each, cheaper the new")
 tasks_axes.legend(frameon=False, title="(dotted: the base)")
 
 place, width = np.arange(3), 0.2
@@ -452,19 +452,21 @@ for k, (label, row, color) in enumerate((("right, base", before, "0.6"), ("right
         place + (k + 0.5) * width, [overall(row, "right", new) for new in kinds_of_new], width, label=label, color=color
     )
 form_axes.set(
-    xticks=place, xticklabels=[f"new {new}" for new in kinds_of_new], ylim=(0, 1.05), ylabel="share of answers"
+    xticks=place, xticklabels=[f"new {new}" for new in kinds_of_new], ylim=(0, 1.3), ylabel="share of answers"
 )
 form_axes.set_title("the form carries over to new tasks, the skill does not")
-form_axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.9))
+form_axes.legend(frameon=False, ncols=2, loc="upper center")
 
-conditions = {"seven tasks": seven, "one phrasing": one_phrasing, "prompt learned too": everything}
-for k, (title, color) in enumerate(zip(list(COLUMNS)[1:], ("C0", "C1", "C3"))):
-    values = np.array([of[title] for of in conditions.values()])
-    words_axes.bar(np.arange(3) + (k - 1) * 0.25, values.mean(axis=1), 0.25, color=color, alpha=0.6, label=title)
-    words_axes.plot(np.arange(3) + (k - 1) * 0.25, values, "k.", markersize=4)
-words_axes.set(xticks=range(3), xticklabels=conditions, ylabel="loss, nats a token", title="what the words do")
-words_axes.set(ylim=(0, 6.6))
-words_axes.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
+for k, (name, of, color) in enumerate((("one phrasing", one_phrasing, "C1"), ("prompt learned too", everything, "C4"))):
+    more = np.array([of[title] - seven[title] for title in COLUMNS])  # [columns, seeds]
+    words_axes.bar(np.arange(4) + (k - 0.5) * 0.3, more.mean(axis=1), 0.3, color=color, alpha=0.6, label=name)
+    words_axes.plot(np.arange(4) + (k - 0.5) * 0.3, more, "k.", markersize=4)
+words_axes.axhline(0, color="black", linewidth=0.8)
+words_axes.set(xticks=range(4), xticklabels=[title.replace(", ", ",\n") for title in COLUMNS])
+words_axes.set(
+    ylabel="nats a token more than seven tasks", title="one phrasing, and learning the prompt: worse or better?"
+)
+words_axes.legend(frameon=False, loc="upper left")
 for other in (tasks_axes, form_axes, words_axes):
     other.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
@@ -475,8 +477,7 @@ print("saved", OUT / "08_instruction_tuning.png")
 # %% [markdown]
 # ## 7 · Break it
 #
-# First: ask in another template than the one of the training. Nothing is wrong with either, no error is raised, and the
-# only sign is that the answers are bad.
+# First: ask in another template than the one of the training. Each is a good template, and no error is raised.
 
 # %%
 asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=8)]
@@ -496,7 +497,13 @@ for name, template in {
         f"{name:30} loss {loss:.2f}, {right:.0%} right, {np.mean([end for _, end in written]):.0%} stop by themselves"
     )
 
+if not REDUCED:
+    assert mismatch["the template of the training"] > mismatch["Alpaca"] > mismatch["ChatML"]
+
 # %% [markdown]
+# A letter does not matter. Alpaca, of which the model has never seen a word, is understood a good deal less (it too ends in a colon),
+# and ChatML, whose tokens the base has never met, not at all. That is why `minipeft sft` saves the template beside the model.
+#
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is masked
 # by its id. The answers are learned as before, but not that they end.
 
