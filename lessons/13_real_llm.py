@@ -266,8 +266,8 @@ for i in range(min(3, SHOWN)):
 # %% [markdown]
 # ## 7 · What it forgot
 #
-# It was shown one task and nothing else. The novel and the dictionary lose nothing: this model was a chat model, and is nearer
-# to plain text now than before. What it forgets, if slowly, is how it used to answer.
+# It was shown one task and nothing else. The novel and the dictionary lose little or nothing: this was a chat model, and is
+# nearer to plain text now than before. What it forgets is how it used to answer: what it was sure of, it is less sure of.
 
 # %%
 for name in tuned:
@@ -279,8 +279,8 @@ for question, *texts in list(zip(questions, *(m["chats"] for m in results.values
         print(f"  {name:8s} {text}")
 if not REDUCED:
     gained = results["before"]["held-out loss"] - results["LoRA"]["held-out loss"]
-    for text in blocks:
-        assert results["LoRA"][text] - results["before"][text] < gained, "it lost less than it gained"
+    for text in other_texts:
+        assert results["LoRA"][text] - results["before"][text] < gained / 2, "it lost far less than it gained"
     assert results["LoRA"]["its own answers"] > results["before"]["its own answers"], "what it was sure of, it is less sure of"
 
 # %% [markdown]
@@ -344,7 +344,7 @@ for kind in kinds:
     height = np.array([bill.lines.get(kind, 0) / 1e6 for bill in bills.values()])
     axes[0, 0].bar(list(bills), height, bottom=bottom, label=kind)
     bottom += height
-axes[0, 0].axhline(2000, color="0.3", linestyle="--", linewidth=1)
+axes[0, 0].axhline(2000, color="0.3", linestyle="--", linewidth=1, label="what this lesson may take")
 axes[0, 0].set(title="The bill of one step, 4 x 128 tokens", ylabel="MB")
 axes[0, 0].legend(fontsize=8)
 for name, losses in curves.items():
