@@ -275,7 +275,7 @@ class LoraLinear(Adapter):
         bias = getattr(base, "bias", None)
         frozen = y if z is x else base(z)
         frozen = frozen if bias is None else frozen - bias
-        return y + (scale - 1) * frozen + scale * delta
+        return y + delta + (scale - 1) * (frozen + delta)  # of the two, backward keeps the sum alone
 
     def delta_weight(self) -> Array:
         """s B A, [out, in]."""
