@@ -1,19 +1,20 @@
 # %% [markdown]
 # # Lesson 8 · Instruction tuning: from continuing text to doing what is asked
 #
-# A language model continues. Ask the shipped base "Define the word." and it goes on as a novel might; it has read a whole
-# dictionary, but nobody ever told it that a question wants an answer, and an end. Telling it that is the first of the three
-# stages that made GPT-3 into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*, SFT, on pairs of
-# an instruction and a good answer. The loss is Lesson 3's. What is new is how the data are put: a template, a mask, rows
-# that are shared, and above all, *many tasks in many words*, so that what is learned is not a task but following.
+# A language model continues. Ask the shipped base "Define the word." and it goes on as a novel might; it has read a
+# whole dictionary, but nobody ever told it that a question wants an answer, and an end. Telling it that is the first of
+# the three stages that made GPT-3 into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*,
+# SFT, on pairs of an instruction and a good answer. The loss is Lesson 3's. What is new is how the data are put: a
+# template, a mask, rows that are shared, and above all, *many tasks in many words*, so that what is learned is not a
+# task but following.
 #
 # Does it generalize? Three things can be new to a tuned model: the input, the words it is asked in, and the task. The
 # lesson measures them apart, on a model of 1.4 million parameters, and reports what it finds.
 #
-# You need Lesson 3. Run it with `python lessons/08_instruction_tuning.py`, or open it as a notebook. It trains one seed now;
-# the curves over three seeds are read from `lessons/results/08_instruction_tuning.jsonl`, one line a run with its settings.
-# `python lessons/08_instruction_tuning.py --full` computes every line that is missing there (delete the file first to
-# compute all 15: about a quarter of an hour of one core).
+# You need Lesson 3. Run it with `python lessons/08_instruction_tuning.py`, or open it as a notebook. It trains one seed
+# now; the curves over three seeds are read from `lessons/results/08_instruction_tuning.jsonl`, one line a run with its
+# settings. `python lessons/08_instruction_tuning.py --full` computes every line that is missing there (delete the file
+# first to compute all 15: about a quarter of an hour of one core).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -48,9 +49,9 @@ base, tokenizer = mp.load_base()
 # %% [markdown]
 # ## 1 · The data: tasks, and ways to ask
 #
-# Every record is an instruction, an input that may be empty, and an output, all of it real: from two Bible translations,
-# six novels and a dictionary. Seven tasks are trained, each in four phrasings. Two phrasings of each are kept back, and so
-# are three whole tasks, of which two are trained ones turned round.
+# Every record is an instruction, an input that may be empty, and an output, all of it real: from two Bible
+# translations, six novels and a dictionary. Seven tasks are trained, each in four phrasings. Two phrasings of each are
+# kept back, and so are three whole tasks, of which two are trained ones turned round.
 
 # %%
 for name, task in TASKS.items():
@@ -69,14 +70,14 @@ assert not asked_in_training & {way for task in TASKS.values() for way in task.h
 # %% [markdown]
 # ## 2 · The template, and what of it is learned
 #
-# The model reads one sequence of tokens. A template says where the instruction ends and the answer begins; the one below is
-# Stanford Alpaca's, to the letter. Which tokens are learned? Whoever asks will type the prompt, so only the answer counts,
-# and the end-of-sequence token, from which the model learns to *stop*:
+# The model reads one sequence of tokens. A template says where the instruction ends and the answer begins; the one
+# below is Stanford Alpaca's, to the letter. Which tokens are learned? Whoever asks will type the prompt, so only the
+# answer counts, and the end-of-sequence token, from which the model learns to *stop*:
 #
 # $$L = -\frac{1}{|A|} \sum_{t \in A} \log p(x_t \mid x_{<t}), \qquad A = \text{the answer's tokens and the end.}$$
 #
-# All other labels are $-100$. The sum runs over all answers of a *batch*, and $|A|$ counts them all: a mean of means would
-# give a token of a short answer more weight than one of a long answer.
+# All other labels are $-100$. The sum runs over all answers of a *batch*, and $|A|$ counts them all: a mean of means
+# would give a token of a short answer more weight than one of a long answer.
 
 # %%
 record = instructions(["synonym"], "validation", cap=5, phrasings=1)[0]
@@ -95,8 +96,8 @@ assert tokenizer.decode(ids[answer]) == record.output + "<|endoftext|>"
 print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 
 # %% [markdown]
-# Chat models use ChatML: each message between `<|im_start|>role` and `<|im_end|>`, which are single tokens that no text of
-# a user can spell. All of the assistant's turns are learned, each with its end; the user's and the system's are not.
+# Chat models use ChatML: each message between `<|im_start|>role` and `<|im_end|>`, which are single tokens that no text
+# of a user can spell. All of the assistant's turns are learned, each with its end; the user's and the system's are not.
 
 # %%
 messages = [
@@ -114,8 +115,9 @@ typed = tokenizer.encode("<|im_end|>")
 assert len(typed) > 1 and tokenizer.token_to_id("<|im_end|>") not in typed, "typed by a user, it is only text"
 
 # %% [markdown]
-# Where exactly does the answer begin? Not where its characters do: tokens can reach across. So prompt and prompt + answer
-# are both encoded, and the answer begins where the two *diverge*. End a prompt with a space, and see what becomes of it:
+# Where exactly does the answer begin? Not where its characters do: tokens can reach across. So prompt and prompt +
+# answer are both encoded, and the answer begins where the two *diverge*. End a prompt with a space, and see what
+# becomes of it:
 
 # %%
 space = custom("Word: {prompt} Answer: ")
@@ -127,13 +129,13 @@ for template in (custom("Word: {prompt} Answer:"), space):
 assert begins == len(alone) - 1
 
 # %% [markdown]
-# With the space, the last token of the prompt as the user will type it, a lone space, never stood there in training, where
-# it was the first letter of a word. The model is asked from a place that it has never been. Hence the rule: no space at
-# the end of a prompt.
+# With the space, the last token of the prompt as the user will type it, a lone space, never stood there in training,
+# where it was the first letter of a word. The model is asked from a place that it has never been. Hence the rule: no
+# space at the end of a prompt.
 #
-# Alpaca's template takes 70 tokens of every record before anything is asked. A large model does not feel that; ours would
-# spend more than half its time on it, so it gets a short one of our own. Which template does not matter. That it is the
-# same one later does (section 7).
+# Alpaca's template takes 70 tokens of every record before anything is asked. A large model does not feel that; ours
+# would spend more than half its time on it, so it gets a short one of our own. Which template does not matter. That it
+# is the same one later does (section 7).
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -154,8 +156,8 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 #
 # Records differ in length, and a batch is a rectangle: most of it is padding, which is computed like everything else.
 # Packing lets several records share a row. They must not notice: positions begin anew with each, and a mask (boolean,
-# [rows, 1, T, T]) lets a token see only its own record. Then every record is computed as if it were alone, and the loss,
-# the mean over all label tokens of the batch, is the same number:
+# [rows, 1, T, T]) lets a token see only its own record. Then every record is computed as if it were alone, and the
+# loss, the mean over all label tokens of the batch, is the same number:
 
 # %%
 batch = encode(some[:32])
@@ -179,9 +181,7 @@ alone = [evaluate(base, [example]) for example in batch]
 counts = [collate([example]).weight for example in batch]
 for name, b, spent in (("padded", padded, padded_seconds), ("packed", packed, seconds)):
     shape = b.arguments["input_ids"].shape
-    print(
-        f"{name}: {shape[0]} rows of {shape[1]}, {1 - b.tokens / (shape[0] * shape[1]):.0%} padding, {spent:.2f} s a step"
-    )
+    print(f"{name}: {shape[0]} rows of {shape[1]}, {1 - b.tokens / np.prod(shape):.0%} padding, {spent:.2f} s a step")
 print(f"loss packed {loss:.6f}, padded {padded_loss:.6f}, one by one {np.average(alone, weights=counts):.6f}")
 assert abs(loss - padded_loss) < 1e-5 and abs(loss - np.average(alone, weights=counts)) < 1e-5
 assert np.abs(gradient - padded_gradient).max() < 1e-5 * np.abs(padded_gradient).max()
@@ -198,14 +198,14 @@ for what in ("position_ids", "attention_mask"):
 assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"] - loss)
 
 # %% [markdown]
-# Wrong positions do nothing here! Ours is a Llama: its rotary positions enter attention only as differences, and within a
-# record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings; there both matter.) The mask
-# always does.
+# Wrong positions do nothing here! Ours is a Llama: its rotary positions enter attention only as differences, and within
+# a record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings; there both matter.) The
+# mask always does.
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records. What differs is what they are of: of one task, of three, of all seven, *for the same
-# number of records*. So whoever learns more tasks sees less of each.
+# A run takes 60 steps of 24 records. What differs is what they are of: of one task, of three, of all seven, *for the
+# same number of records*. So whoever learns more tasks sees less of each.
 
 # %%
 MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}
@@ -213,7 +213,7 @@ MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}
 
 @dataclass(frozen=True)
 class Tuning:
-    """A run. learned: "answer" or "everything"; phrasings: in how many ways each task is asked; tested: records a task."""
+    """A run. learned: "answer" or "everything"; phrasings: ways each task is asked in; tested: records a task."""
 
     tasks: int = 7
     phrasings: int = 4
@@ -292,8 +292,8 @@ if "--full" in sys.argv:
     sys.exit()
 
 # %% [markdown]
-# One of these runs now, the one on seven tasks, and what it writes. First the inputs that it never saw, asked in the words
-# of the training.
+# One of these runs now, the one on seven tasks, and what it writes. First the inputs that it never saw, asked in the
+# words of the training.
 
 # %%
 small = dict(steps=2, batch_size=4, tested=2) if REDUCED else {}
@@ -328,15 +328,15 @@ most = max(kinds.values()) / kinds.total()
 print(f"part of speech: {now['right']['inputs']['part-of-speech']:.2f} right; who always says 'noun' has {most:.2f}")
 
 # %% [markdown]
-# Read the columns. New **phrasings** cost almost nothing: asked in words that it never saw, the model does nearly as well.
-# New **tasks** are another matter. The loss falls by much, and yet not one answer is right! What carried over is the form:
-# after "Answer:" comes something short, and then the end. What a *gap* is, and what belongs there, nobody taught it, and it
-# does not find out. FLAN's gains on new tasks came with size: its models of up to eight billion parameters got *worse*
-# there (Wei et al. 2022, figure 7). Ours has less than a thousandth of that.
+# Read the columns. New **phrasings** cost almost nothing: asked in words that it never saw, the model does nearly as
+# well. New **tasks** are another matter. The loss falls by much, and yet not one answer is right! What carried over is
+# the form: after "Answer:" comes something short, and then the end. What a *gap* is, and what belongs there, nobody
+# taught it, and it does not find out. FLAN's gains on new tasks came with size: its models of up to eight billion
+# parameters got *worse* there (Wei et al. 2022, figure 7). Ours has less than a thousandth of that.
 #
 # Even on trained tasks, form comes before content: asked for a part of speech, the model always names one, but not more
-# often the right one than by always saying "noun". (Zhou et al. 2023 hold that it is so at every size: tuning teaches the
-# form, and what a model knows it knew before. LIMA, arXiv:2305.11206.)
+# often the right one than by always saying "noun". (Zhou et al. 2023 hold that it is so at every size: tuning teaches
+# the form, and what a model knows it knew before. LIMA, arXiv:2305.11206.)
 
 # %%
 if not REDUCED:
@@ -348,13 +348,15 @@ if not REDUCED:
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
-# Now all conditions, with three seeds each, from the file. Two columns compare fairly. *Rewrite* is trained in all of them
-# (but seven tasks leave it a seventh of the records). The *new tasks* are trained in none.
+# Now all conditions, with three seeds each, from the file. Two columns compare fairly. *Rewrite* is trained in all of
+# them (but seven tasks leave it a seventh of the records). The *new tasks* are trained in none.
 
 # %%
 rows = read_rows(RESULTS)
-NAMES = {Tuning(tasks=1): "one task", Tuning(tasks=3): "three tasks", Tuning(): "seven tasks",
-         Tuning(phrasings=1): "... in one phrasing", Tuning(learned="everything"): "... prompt learned too"}  # fmt: skip
+NAMES = {
+    Tuning(tasks=1): "one task", Tuning(tasks=3): "three tasks", Tuning(): "seven tasks",
+    Tuning(phrasings=1): "... in one phrasing", Tuning(learned="everything"): "... prompt learned too",
+}  # fmt: skip
 
 
 def over_seeds(condition, new, tasks, what="loss"):
@@ -383,18 +385,19 @@ if not REDUCED:
     assert abs(overall(now, "loss", "inputs") - stored) < 0.03, "the same settings, the same result, but for rounding"
 
 # %% [markdown]
-# **More tasks** make each of them dearer, since the budget is shared, and every *other* task cheaper: the loss on tasks that
-# nobody trained falls with each one that is added. That is FLAN's figure 6 in small. (It is a loss: section 4 says how much
-# of it is skill.)
+# **More tasks** make each of them dearer, since the budget is shared, and every *other* task cheaper: the loss on tasks
+# that nobody trained falls with each one that is added. That is FLAN's figure 6 in small. (It is a loss: section 4 says
+# how much of it is skill.)
 #
-# **More phrasings** help, as the textbook has it, though not by much: asked in words that neither had met, the model that
-# knew four ways to ask is better than the one that knew a single one, and on new tasks too. (The second column is no fair
-# comparison here: it asks in all four, of which three are new to the other model.) In FLAN, too, the number of templates
-# mattered far less than that of tasks (appendix B.1).
+# **More phrasings** help, as the textbook has it, though not by much: asked in words that neither had met, the model
+# that knew four ways to ask is better than the one that knew a single one, and on new tasks too. (The second column is
+# no fair comparison here: it asks in all four, of which three are new to the other model.) In FLAN, too, the number of
+# templates mattered far less than that of tasks (appendix B.1).
 #
-# **Learning the prompt too** spends part of the model on predicting questions: it is worse at every task that was trained.
-# And it is *better* at the new ones, where "only the answer counts" is not the whole truth: prompts are text, too, of the
-# kind that will be asked. (Shi et al. 2024, arXiv:2405.14394, report gains from it where prompts are long and answers short.)
+# **Learning the prompt too** spends part of the model on predicting questions: it is worse at every task that was
+# trained. And it is *better* at the new ones, where "only the answer counts" is not the whole truth: prompts are text,
+# too, of the kind that will be asked. (Shi et al. 2024, arXiv:2405.14394, report gains from it where prompts are long
+# and answers short.)
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -414,9 +417,9 @@ print("right on new inputs:", ", ".join(f"{name} {share.mean():.2f}" for name, s
 assert abs(right["source"].mean() - 1 / 3) < 0.1 and abs(right["part-of-speech"].mean() - most) < 0.1, "as by guessing"
 
 # %% [markdown]
-# The last line is sobering: three books, told apart as well as by a throw of a die; parts of speech, as by always saying
-# "noun". After 1,440 records this model knows what an answer *looks like*, and little else. (It can learn to tell: exercise
-# 2.)
+# The last line is sobering: three books, told apart as well as by a throw of a die; parts of speech, as by always
+# saying "noun". After 1,440 records this model knows what an answer *looks like*, and little else. (It can learn to
+# tell: exercise 2.)
 
 # %% [markdown]
 # ## 6 · The picture
@@ -501,11 +504,12 @@ if not REDUCED:
     assert mismatch["the template of the training"] > mismatch["Alpaca"] > mismatch["ChatML"]
 
 # %% [markdown]
-# A letter does not matter. Alpaca, of which the model has never seen a word, is understood a good deal less (it too ends in a colon),
-# and ChatML, whose tokens the base has never met, not at all. That is why `minipeft sft` saves the template beside the model.
+# A letter does not matter. Alpaca, of which the model has never seen a word, is understood a good deal less (it too
+# ends in a colon), and ChatML, whose tokens the base has never met, not at all. That is why `minipeft sft` saves the
+# template beside the model.
 #
-# Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is masked
-# by its id. The answers are learned as before, but not that they end.
+# Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
+# masked by its id. The answers are learned as before, but not that they end.
 
 # %%
 endless = [
@@ -526,16 +530,16 @@ if not REDUCED:
     assert stops < 0.1
 
 # %% [markdown]
-# The first words are the same. But whoever reads the answer by a program gets rubbish behind them, and whoever pays by the
-# token pays until the limit.
+# The first words are the same. But whoever reads the answer by a program gets rubbish behind them, and whoever pays by
+# the token pays until the limit.
 #
 # ## Exercises
 #
-# 1. Turn the loss into a mean of means: average the loss of each *record* instead of each token (a `loss` and a `collate`
-#    of your own for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
-# 2. Train on "source" alone, `MIX[1] = ("source",)`, for 60 steps and for 300. When does the share of right answers leave
-#    chance? How many records is a task away, for a model that already knows the form (start from `tuned`)?
-# 3. Tune with ChatML: `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`. After
-#    full fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the base has
-#    never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
+# 1. Turn the loss into a mean of means: average the loss of each *record* instead of each token (a `loss` and a
+#    `collate` of your own for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
+# 2. Train on "source" alone, `MIX[1] = ("source",)`, for 60 steps and for 300. When does the share of right answers
+#    leave chance? How many records is a task away, for a model that already knows the form (start from `tuned`)?
+# 3. Tune with ChatML: `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`.
+#    After full fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the
+#    base has never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
 #    `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?

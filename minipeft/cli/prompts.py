@@ -14,7 +14,7 @@ FILE = "template.json"
 
 
 def chosen_template(option: str | None, record: Record, tokenizer: Tokenizer) -> tuple[str | None, Template | None]:
-    """(its name or text, the template) of --template, in which \\n is a line break; without it, the usual one of a record.
+    """(name or text, template) of --template, in which \\n is a line break; without it, the usual one of a record.
 
     (None, None) for running text, which takes none.
     """
@@ -43,5 +43,5 @@ def saved_template(directory: str | os.PathLike | None) -> str | None:
 
 
 def asked(template: Template, prompt: str) -> Turn:
-    """What a model is shown for a prompt, as in training, and what an answer there ends with ("-" stands for its words)."""
+    """What a model is shown for a prompt, as in training, and how an answer there ends ("-" stands for its words)."""
     return template(Completion(prompt, "-"))[-1]

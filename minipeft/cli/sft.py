@@ -5,9 +5,11 @@ The data is a .jsonl file of one form (or a .txt file), as for `minipeft finetun
     {"prompt": ..., "completion": ...}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"text": ...}
-Without --data the model learns seven tasks over the shipped corpora, each asked for in four ways (rewrite a verse in plain
-English, define a word, name its part of speech, ...), and is then tested apart on new inputs, on phrasings it was never
-asked in, and on three tasks it was never taught. Only the answers are learned, and the token that ends them.
+Without --data the model learns seven tasks over the shipped corpora, each asked for in four ways (rewrite a verse in
+plain English, define a word, name its part of speech, ...), and is then tested apart on new inputs, on phrasings it was
+never asked in, and on three tasks it was never taught. Only the answers are learned, and the token that ends them. (The
+shipped base has never met the tokens of ChatML: with --template chatml take --method full, as adapters leave embeddings
+frozen.)
 
 The output directory is a model directory, or an adapter directory, with sft.json and template.json beside it: the later
 stages (reward, dpo, ppo) and generate put their prompts in the same template.

@@ -95,8 +95,9 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
 
     The text is encoded as a whole, since that is how its words are segmented wherever else the model reads them. A
     completion starts where the tokens of the text before it and the tokens of the whole diverge: where prompt and
-    completion meet inside a token, that token is learned. (It is never what the model sees when asked, so a prompt should
-    not end in the middle of a token: not in a space, for a tokenizer whose words begin with one.) It ends likewise.
+    completion meet inside a token, that token is learned. (It is never what the model sees when asked, so a prompt
+    should not end in the middle of a token: not in a space, for a tokenizer whose words begin with one.) It ends
+    likewise.
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion

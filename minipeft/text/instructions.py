@@ -7,8 +7,8 @@
                 use             a word -> a phrase with it                                                  (checked)
                 part-of-speech  a word and its meaning -> noun, verb, adjective or adverb                   (checked)
                 synonym         a word -> another with the same meaning                                     (checked)
-    held out    archaize        a verse in Basic English -> in King James'                    (rewrite, turned round)
-                name            a meaning -> the word                                         (define, turned round) (checked)
+    held out    archaize        a verse in Basic English -> in King James' (rewrite, turned round)
+                name            a meaning -> the word (define, turned round)                             (checked)
                 fill            a phrase with a gap -> the word that is missing                             (checked)
 
 Three things are new to a model that was trained on them, and are told apart when it is tested:
@@ -17,12 +17,13 @@ Three things are new to a model that was trained on them, and are told apart whe
     new phrasings   the same inputs, but asked in words that no training record uses
     new tasks       the held-out tasks, of which there is no training record at all
 
-The splits are the corpora's (no verse, chapter, headword, gloss or example phrase is on two sides, see `build_corpora`).
-Where parts of texts could still coincide (two verses that begin alike), the test side leaves them out: no input of a task
-occurs on two sides. A held-out task asks about the test side only, so its answers, too, were never seen as inputs.
+The splits are the corpora's (no verse, chapter, headword, gloss or example phrase is on two sides, see
+`build_corpora`). Where parts of texts could still coincide (two verses that begin alike), the test side leaves them
+out: no input of a task occurs on two sides. A held-out task asks about the test side only, so its answers, too, were
+never seen as inputs.
 
-Source of the scheme: Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners" (FLAN, arXiv:2109.01652), which
-has ten phrasings a task, tests on tasks that were not trained, and mixes in proportion to size with a cap.
+Source of the scheme: Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners" (FLAN, arXiv:2109.01652),
+which has ten phrasings a task, tests on tasks that were not trained, and mixes in proportion to size with a cap.
 """
 
 from __future__ import annotations
@@ -294,9 +295,9 @@ def instructions(
     """The records of some tasks, mixed in a random order; each record's phrasing is drawn at random.
 
     At most `cap` pairs of a task are taken, at random: the share of task i is min(Nᵢ, cap) / Σ min(Nⱼ, cap), the
-    "examples-proportional mixing" of T5 (Raffel et al. 2020, section 3.5.2) and FLAN. What is drawn from a task depends on
-    (seed, task) alone, and the pairs not on the phrasings, so that the same inputs can be asked in any. `phrasings` uses
-    only the first so many.
+    "examples-proportional mixing" of T5 (Raffel et al. 2020, section 3.5.2) and FLAN. What is drawn from a task depends
+    on (seed, task) alone, and the pairs not on the phrasings, so that the same inputs can be asked in any. `phrasings`
+    uses only the first so many.
 
     Raises ValueError for an unknown task or split, and for a held-out task without `held_out_phrasings`.
     """
@@ -316,8 +317,8 @@ def instructions(
 def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
     """Whether an answer to one of `instructions([name], split, ...)` is right, white space and a last full stop aside.
 
-    Of a word that is asked for, any is right that the dictionary has with that meaning. Raises ValueError for a task whose
-    answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and split.
+    Of a word that is asked for, any is right that the dictionary has with that meaning. Raises ValueError for a task
+    whose answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and split.
     """
     check = TASKS[name].check
     if check is None:

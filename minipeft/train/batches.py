@@ -54,9 +54,9 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Which examples share a row of `capacity` tokens: the indices of each row's, by best fit, the longest first.
 
-    Each example goes into the row with the least room that still holds it, or into a new one ("best-fit decreasing", which
-    needs at most 11/9 of the fewest rows possible, plus a constant: Johnson 1973). Raises ValueError for an example that no
-    row holds.
+    Each example goes into the row with the least room that still holds it, or into a new one ("best-fit decreasing",
+    which needs at most 11/9 of the fewest rows possible, plus a constant: Johnson 1973). Raises ValueError for an
+    example that no row holds.
     """
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens free, row), sorted
@@ -83,13 +83,14 @@ def collate_packed(
         labels           .  1  2  3  .  1  2  .        query of b                  x x x         follows, as ever)
 
     Positions begin anew with each example, none sees another ([B, 1, T, T] boolean), and the first token of one is not
-    learned from the last of another, so loss and gradients are those of `collate`, but for rounding. What is saved is the
-    padding. (Hugging Face TRL packs the whole data set before training, so that a step holds more examples; here a step
-    has the same examples with and without packing.)
+    learned from the last of another, so loss and gradients are those of `collate`, but for rounding. What is saved is
+    the padding. (Hugging Face TRL packs the whole data set before training, so that a step holds more examples; here a
+    step has the same examples with and without packing.)
 
-    `capacity` is the number of tokens a row may hold, at least those of the longest example, which are the default: then no
-    row becomes longer than it would be without packing, and attention, whose cost grows with T², no dearer. Longer rows
-    waste less where examples are about equally long, and pay for a wide model, in which attention is the smaller part.
+    `capacity` is the number of tokens a row may hold, at least those of the longest example, which are the default:
+    then no row becomes longer than it would be without packing, and attention, whose cost grows with T², no dearer.
+    Longer rows waste less where examples are about equally long, and pay for a wide model, in which attention is the
+    smaller part.
     """
     lengths = [len(ids) for ids, _ in examples]
     rows = pack(lengths, max(max(lengths), capacity or 0))

@@ -40,8 +40,8 @@ def evaluate(
 
         sum over batches of (loss · weight) / sum of weights
 
-    so the result does not depend on `batch_size` but for rounding. `collate` and `loss` are those of `Trainer`, for other
-    kinds of examples and other objectives; the loss is then in their units.
+    so the result does not depend on `batch_size` but for rounding. `collate` and `loss` are those of `Trainer`, for
+    other kinds of examples and other objectives; the loss is then in their units.
 
     Raises ValueError where there is nothing to evaluate.
     """

@@ -58,8 +58,9 @@ class TrainingArguments:
     `max_grad_norm=None` does not clip. `eval_steps=None` evaluates at the end only, `save_steps=None` saves nothing;
     otherwise there is a checkpoint at the end too, and the newest `save_total_limit` are kept.
     `early_stopping_patience=n` stops when n evaluations in a row bring no lower held-out loss, and ends, in any case,
-    with the weights of the best evaluation. `packing` lets the examples of a batch share rows instead of padding each to
-    the longest (`collate_packed`): the same loss, computed sooner; a number is the tokens of a row. `optim` is "adamw" or "sgd" (with `momentum`).
+    with the weights of the best evaluation. `packing` lets the examples of a batch share rows instead of padding each
+    to the longest (`collate_packed`): the same loss, computed sooner; a number is the tokens of a row. `optim` is
+    "adamw" or "sgd" (with `momentum`).
 
     With `output_dir`, metrics go to `metrics.jsonl` there, the loss curve to `loss.png`.
     """
@@ -159,7 +160,8 @@ class Trainer:
     """Trains the parameters of `model` that require gradients, in place, to lower a loss on examples.
 
     Args:
-        model: a Transformer, a PeftModel, or any module; without `loss`, one with a method `loss(**arguments, rng=...)`.
+        model: a Transformer, a PeftModel, or any module; without `loss`, one with a method
+            `loss(**arguments, rng=...)`.
         train_examples: (input_ids [n], labels [n]) pairs of integer arrays, labels -100 where they do not count.
         eval_examples: held-out examples, for `eval_steps`, early stopping and `evaluate()`.
         args: see TrainingArguments.
