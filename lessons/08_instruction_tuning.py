@@ -417,9 +417,9 @@ print("right on new inputs:", ", ".join(f"{name} {share.mean():.2f}" for name, s
 assert abs(right["source"].mean() - 1 / 3) < 0.1 and abs(right["part-of-speech"].mean() - most) < 0.1, "as by guessing"
 
 # %% [markdown]
-# The last line is sobering: three books, told apart as well as by a throw of a die; parts of speech, as by always
-# saying "noun". After 1,440 records this model knows what an answer *looks like*, and little else. (It can learn to
-# tell: exercise 2.)
+# The last line is sobering: three books, told apart as well as by a throw of a die; parts of speech, as by always saying
+# "noun". After 1,440 records of seven tasks this model knows what an answer *looks like*, and little else. (It could tell
+# the books apart: exercise 2.)
 
 # %% [markdown]
 # ## 6 · The picture
@@ -537,8 +537,9 @@ if not REDUCED:
 #
 # 1. Turn the loss into a mean of means: average the loss of each *record* instead of each token (a `loss` and a
 #    `collate` of your own for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
-# 2. Train on "source" alone, `MIX[1] = ("source",)`, for 60 steps and for 300. When does the share of right answers
-#    leave chance? How many records is a task away, for a model that already knows the form (start from `tuned`)?
+# 2. Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten are right. What
+#    did the other six tasks take from it, records or room? Keep its records (206) and leave the others out; then give it
+#    1,440 among 8,640 of the others.
 # 3. Tune with ChatML: `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`.
 #    After full fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the
 #    base has never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
