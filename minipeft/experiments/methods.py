@@ -15,7 +15,8 @@ class Method:
     learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s length
                    and the validation split of its task: the highest rate whose loss on the task is still at least 0.05
                    nats below that of the next lower one. Above it little is learned in addition, or nothing, and what
-                   is forgotten multiplies. Wider models want less: `rate_for`.
+                   is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an earlier grid,
+                   with runs of 80 steps.) Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
     quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not tell
