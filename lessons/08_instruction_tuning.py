@@ -537,9 +537,9 @@ if not REDUCED:
 #
 # 1. Turn the loss into a mean of means: average the loss of each *record* instead of each token (a `loss` and a
 #    `collate` of your own for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
-# 2. Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten are right. What
-#    did the other six tasks take from it, records or room? Keep its records (206) and leave the others out; then give it
-#    1,440 among 8,640 of the others.
+# 2. Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten are right.
+#    What did the other six tasks take from it, records or room? Keep its 206 records and leave the others out; then
+#    give it 1,440 among 8,640 of the others.
 # 3. Tune with ChatML: `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`.
 #    After full fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the
 #    base has never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
