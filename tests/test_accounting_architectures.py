@@ -83,7 +83,7 @@ def test_a_configuration_file_and_its_directory_are_read(tmp_path):
 def test_unknown_models_and_families_name_the_nearest():
     with pytest.raises(ValueError, match="unknown model 'lama-7b'; nearest: llama-7b"):
         architecture("lama-7b")
-    with pytest.raises(ValueError, match="unknown model 'Qwen/Qwen2.5-3B-Instruct'; nearest: qwen2.5-3b"):
+    with pytest.raises(ValueError, match=r"unknown model 'Qwen/Qwen2.5-3B-Instruct'; nearest: qwen2.5-3b"):
         architecture("Qwen/Qwen2.5-3B-Instruct")
     with pytest.raises(ValueError, match=r"model_type='gpt_neo'.*there are gpt2, llama"):
         architecture({"model_type": "gpt_neo"})

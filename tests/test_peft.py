@@ -158,7 +158,7 @@ def test_any_module_can_be_adapted(xp, rng):
 
 
 def test_a_layer_alone_has_no_name_to_be_found_by():
-    with pytest.raises(PeftError, match="no module is called '0'; nothing is inside this one: .* Sequential"):
+    with pytest.raises(PeftError, match=r"no module is called '0'; nothing is inside this one: .* Sequential"):
         mp.get_peft_model(Linear(3, 3), mp.LoraConfig(target_modules=["0"]))
 
 
@@ -642,7 +642,7 @@ def test_of_every_method_an_option_that_is_unknown_and_an_array_that_is_missing_
     path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     options = json.loads(config.read_text())
     config.write_text(json.dumps({**options, "an_option_of_tomorrow": 3}))
-    with pytest.raises(PeftError, match="options that .*Config does not have: an_option_of_tomorrow=3"):
+    with pytest.raises(PeftError, match=r"options that .*Config does not have: an_option_of_tomorrow=3"):
         mp.PeftModel.from_pretrained(base(dialect), tmp_path)
     config.write_text(json.dumps({**options, "an_option_of_tomorrow": None}))  # not set: changes nothing
     mp.PeftModel.from_pretrained(base(dialect), tmp_path)

@@ -61,7 +61,9 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the MLP of prefix and p-tuning")
     group.add_argument("--placement", metavar="NAME", help="of a bottleneck: houlsby, pfeiffer (default) or parallel")
     group.add_argument("--bottleneck", type=positive_int, metavar="N", help="width of a bottleneck, or")
-    group.add_argument("--reduction", type=positive, metavar="X", help="how many times narrower it is (default: 16; parallel 2)")
+    group.add_argument(
+        "--reduction", type=positive, metavar="X", help="how many times narrower it is (default: 16; parallel 2)"
+    )
     group.add_argument(
         "--set",
         nargs="+",
