@@ -49,8 +49,8 @@ def openings(split):
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six pairs
-# of a ranking at once (Lesson 9). We give it few rankings on purpose: a judge that is right a little more often than a coin
-# is what makes a lesson out of this.
+# of a ranking at once (Lesson 9). A thousand rankings make a judge that is right in some 60% of the pairs; three hundred,
+# one that is often no better than a coin. Both are confident enough to be optimized.
 
 # %%
 def continued(split, n, rng, seed):
@@ -143,14 +143,17 @@ if "--full" in sys.argv:
 rows = read_rows(RESULTS)
 
 
-def found(beta, missing_eos_score=None):
+def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
     """The runs of all seeds with these settings: {name: [seeds, updates]}."""
-    same = [r for r in rows if (r["beta"], r["missing_eos_score"]) == (beta, missing_eos_score)]
+    wanted = (beta, missing_eos_score, rankings)
+    same = [r for r in rows if (r["beta"], r["missing_eos_score"], r["rankings"]) == wanted]
     return {name: np.array([r["history"][name] for r in same]) for name in same[0]["history"]}
 
 
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
-print("the judges agree with the gold in", *(f"{a:.1%}" for a in sorted({r["accuracy"] for r in rows})), "of held-out pairs")
+for rankings in (WEAK, Run(0).rankings):
+    accuracies = sorted({r["accuracy"] for r in rows if r["rankings"] == rankings})
+    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in accuracies), "of held-out pairs")
 
 # %% [markdown]
 # One run, live, with nothing to hold it. Proxy and gold start together. Read the last column, too.
@@ -176,11 +179,11 @@ if not REDUCED:
 #
 # $$R_{\text{gold}}(d) = R_0 + d\,(\alpha - \beta \log d) .$$
 #
-# It rises first, since the proxy knows something; it turns where what is left to win is what the proxy has wrong. We fit
-# the two coefficients to the free runs of all seeds.
+# It rises first, since the proxy knows something; it turns where what is left to win is what the proxy has wrong: the
+# earlier, the less the proxy knows. We fit it to the free runs ($\beta = 0$ in the objective) of each judge.
 
 # %%
-BINS = np.linspace(0, 8, 17)
+BINS = np.linspace(0, 9, 19)
 
 
 def against_distance(columns, name):
@@ -191,20 +194,54 @@ def against_distance(columns, name):
     return np.array(groups).T
 
 
-columns = found(0.0)
-d, y = np.sqrt(np.maximum(columns["kl"], 0)).ravel(), columns["gold"].ravel()
-moved = d > 0.3
-basis = np.stack([np.ones(moved.sum()), d[moved], -d[moved] * np.log(d[moved])], axis=1)
-(R0, alpha, bend), *_ = np.linalg.lstsq(basis, y[moved], rcond=None)
-peak = np.exp(alpha / bend - 1) if bend > 0 else np.inf
-print(f"\nfit of the free runs: R0 = {R0:.3f}, alpha = {alpha:.3f}, beta = {bend:.3f}; it turns at sqrt(KL) = {peak:.1f}, the runs reach {d.max():.1f}")
-last = {beta: {k: v[:, -5:].mean(axis=1) for k, v in found(beta).items()} for beta in BETAS}
-print("\nlast five updates     proxy           gold             KL    distinct-2  reference loss  (mean ± deviation of 3 seeds)")
+def gao(kl, gold_scores):
+    """(R0, alpha, beta, the distance at which the fitted curve turns)."""
+    d, y = np.sqrt(np.maximum(kl, 0)).ravel(), np.ravel(gold_scores)
+    moved = d > 0.3
+    basis = np.stack([np.ones(moved.sum()), d[moved], -d[moved] * np.log(d[moved])], axis=1)
+    (R0, alpha, bend), *_ = np.linalg.lstsq(basis, y[moved], rcond=None)
+    return R0, alpha, bend, np.exp(alpha / bend - 1) if bend > 0 else np.inf
+
+
+def ends(columns):
+    """({name: mean of each seed's first five updates}, ... of its last five)."""
+    return tuple({k: v[:, part].mean(axis=1) for k, v in columns.items()} for part in (slice(5), slice(-5, None)))
+
+
+columns, weak = found(0.0), found(0.0, rankings=WEAK)
+print("\nnothing holds it        judge   proxy, first and last    gold, first and last       KL   the fit turns at sqrt(KL) =")
+for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
+    for seed in range(3):
+        accuracy = next(r["accuracy"] for r in rows if (r["rankings"], r["seed"]) == (rankings, seed))
+        (a, z), turn = ends({k: v[seed : seed + 1] for k, v in c.items()}), gao(c["kl"][seed], c["gold"][seed])[3]
+        print(
+            f"{rankings:5d} rankings, seed {seed}   {accuracy:.1%}   {a['proxy'][0]:+8.2f} {z['proxy'][0]:+8.2f}       {a['gold'][0]:+8.2f} {z['gold'][0]:+8.2f}"
+            f"        {z['kl'][0]:6.1f}   {'beyond the run' if turn > np.sqrt(c['kl'][seed].max()) else f'{turn:.1f}'}"
+        )
+weak_first, weak_last = ends(weak)
+first, _ = ends(columns)
+last = {beta: ends(found(beta))[1] for beta in BETAS}
+assert all((z["proxy"] > a["proxy"]).all() for a, z in ((weak_first, weak_last), (first, last[0.0]))), "every proxy rises"
+assert weak_last["gold"].mean() < weak_first["gold"].mean() + 0.02, "a judge that knows nothing brings nothing, or takes"
+assert last[0.0]["gold"].mean() > first["gold"].mean() + 0.3, "a judge that knows something brings something"
+ceiling = columns["gold"][1]  # seed 1: the poorest of the better judges
+assert ceiling[-5:].mean() < max(ceiling[i : i + 5].mean() for i in range(len(ceiling) - 5)) - 0.05, "here the gold turns over"
+print("\nlast five updates       proxy            gold             KL    distinct-2  reference loss  (mean ± deviation of 3 seeds)")
 for beta, end in last.items():
     print(
         f"beta = {beta:4.2f}       {end['proxy'].mean():+.2f} ± {end['proxy'].std(ddof=1):.2f}    {end['gold'].mean():+.2f} ± {end['gold'].std(ddof=1):.2f}"
         f"   {end['kl'].mean():6.1f}   {end['distinct_2'].mean():8.2f}    {end['ref_loss'].mean():8.2f}"
     )
+
+# %% [markdown]
+# With the judges from 300 rankings, and with seed 1 of the better ones, it is as Gao et al. have it: the proxy climbs, and the
+# gold stays, or turns and falls. That holds even for the one of them that agrees with the gold in 62% of the held-out pairs:
+# those are pairs of the *base's* answers, and say little about answers that the base would never give.
+#
+# **Where this goes against the textbook.** With the two better judges *the gold does not turn*. It climbs to 0.9, while the
+# text becomes "great great great great". Nobody would call that an answer; VADER does, since it counts happy words. The proxy
+# had learned to count them, too. So the gold was only another measure, and it was optimized through the proxy that
+# had learned from it. What turned over is what we meant, and of all numbers on this page only the next two noticed.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -214,7 +251,6 @@ for beta, end in last.items():
 # loss**, what the base thinks of the policy's tokens: language that no longer surprises in a good way.
 
 # %%
-first = {k: v[:, :5].mean(axis=1) for k, v in columns.items()}
 for name, text in (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token")):
     print(f"beta = 0: {text} {first[name].mean():.2f} -> {last[0.0][name].mean():.2f};  beta = {BETAS[-1]}: -> {last[BETAS[-1]][name].mean():.2f}")
 assert (last[0.0]["distinct_2"] < first["distinct_2"]).all(), "in every seed"
@@ -225,14 +261,14 @@ assert last[0.0]["kl"].mean() > last[BETAS[-1]]["kl"].mean(), "a price of KL kee
 # ## 5 · What repairs what
 #
 # **KL** in the reward makes going far cost what it may bring. A **penalty** for answers without an end repairs another hole:
-# nothing in the judge asks for an end, and words after the end earn nothing, so ends die out. **Early stopping** changes
-# nothing in the objective, and just does not go there: here, at the first update whose KL passes 8.
+# nothing in the judge asks for an end, and in most runs ends die out. **Early stopping** changes nothing in the objective,
+# and just does not go there: here, at the first update whose KL passes 8.
 
 # %%
 STOP = 8.0
 ended = found(0.05, -1.0)
 repairs = {f"beta = {beta}": last[beta] for beta in BETAS}
-repairs["beta = 0.05, no end: -1"] = {k: v[:, -5:].mean(axis=1) for k, v in ended.items()}
+repairs["beta = 0.05, no end: -1"] = ends(ended)[1]
 passed = [int(np.argmax(kl > STOP)) if (kl > STOP).any() else len(kl) - 1 for kl in columns["kl"]]
 repairs["beta = 0, stopped at KL 8"] = {
     k: np.array([row[max(0, u - 2) : u + 1].mean() for row, u in zip(v, passed)]) for k, v in columns.items()
@@ -245,6 +281,11 @@ for name, end in repairs.items():
 finished = repairs["beta = 0.05, no end: -1"]["ended"].mean(), repairs["beta = 0.05"]["ended"].mean()
 assert finished[0] > finished[1], "whoever pays for not ending, ends"
 assert repairs["beta = 0, stopped at KL 8"]["distinct_2"].mean() > repairs["beta = 0.0"]["distinct_2"].mean()
+
+# %% [markdown]
+# What each bought: the price of KL kept the language (distinct bigrams, reference loss) and gave up proxy and gold for it; the
+# penalty brought the ends back, in every seed; the early stop cost nothing to try and ends beside the dearest KL, but one
+# has to know when. None of them makes the judge any wiser, and in seed 1, whose judge knows little, none brought much gold.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
@@ -280,10 +321,12 @@ colors = dict(zip(BETAS, ("C3", "C1", "C0")))
 for beta in BETAS:
     c = found(beta)
     for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
-        ax.plot(np.sqrt(np.maximum(c["kl"], 0)).ravel(), c[name].ravel(), ".", color=colors[beta], alpha=0.25, markersize=4)
+        for seed in range(3):
+            ax.plot(np.sqrt(np.maximum(c["kl"][seed], 0)), c[name][seed], "-", color=colors[beta], alpha=0.25, linewidth=0.8)
         ax.plot(*against_distance(c, name), "-", color=colors[beta], linewidth=2, label=f"β = {beta:g}")
-grid = np.linspace(0.3, d.max(), 100)
-axes[1].plot(grid, R0 + grid * (alpha - bend * np.log(grid)), "--", color="black", linewidth=1, label="fit to β = 0")
+for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
+    ax.plot(*against_distance(weak, name), "--", color="black", linewidth=1.5, label=f"β = 0, judges from {WEAK} rankings")
+axes[1].plot(*against_distance({k: v[1:2] for k, v in columns.items()}, "gold"), ":", color="C3", linewidth=2, label="β = 0, seed 1")
 for ax, title in zip(axes, ("Proxy: optimized", "Gold: only watched", "Distinct bigrams")):
     ax.set(title=title, xlabel="sqrt(KL)")
     ax.legend(frameon=False, fontsize=8)
@@ -302,7 +345,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **A better judge.** Add `Run(0.0, rankings=1200)` to `RUNS`. Does the gold go higher, and does it turn later?
-# 2. **Another gold.** Watch `lambda roll: ...` the share of words of an answer that it uses once. Where does *it* turn?
+# 1. **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get better?
+# 2. **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are different.
+#    Where does *it* turn?
 # 3. **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
 #    target matter for what is found there?
