@@ -98,6 +98,20 @@ def test_a_missing_end_replaces_the_score_or_lowers_it():
     assert rlhf.missing_eos(scores, ended, score=-1.0).tolist() == [0.5, -1.0]
     assert rlhf.missing_eos(scores, ended, penalty=0.75).tolist() == [0.5, 1.25]
     assert rlhf.missing_eos(scores, ended).tolist() == [0.5, 2.0]
+    with pytest.raises(ValueError, match=r"gets the score -1.0 or loses 0.75: give one"):
+        rlhf.missing_eos(scores, ended, -1.0, 0.75)
+
+
+def test_a_mean_over_no_token_and_a_group_of_one_are_refused(xp):
+    x, mask = xp.asarray(np.ones((2, 3))), xp.asarray(np.zeros((2, 3)))
+    for values in (x, mp.Tensor(x)):
+        with pytest.raises(ValueError, match="a mean over no token"):
+            rlhf.masked_mean(values, mask)
+    for advantages in (rlhf.rloo_advantages, rlhf.grpo_advantages):
+        with pytest.raises(ValueError, match="k of at least 2, got 1"):
+            advantages(xp.asarray(np.ones(4)), 1)
+        with pytest.raises(ValueError, match="4 rewards are not groups of k=3"):
+            advantages(xp.asarray(np.ones(4)), 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- PPO's losses
@@ -141,6 +155,10 @@ def test_kl_controllers():
     assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02)
     adaptive.update(kl=0.0, n=100)
     assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
+    with pytest.raises(ValueError, match="n must be below 5 · horizon, 50, got 64"):
+        rlhf.KLController(0.1, 1, horizon=10).update(0, 64)
+    with pytest.raises(ValueError, match="horizon must be above 0, got 0"):
+        rlhf.KLController(0.1, 1, horizon=0)
 
 
 # ------------------------------------------------------------------------------------------------------- reward models

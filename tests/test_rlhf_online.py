@@ -37,9 +37,10 @@ METHODS = {
 }
 
 
-def trainer(method="ppo", policy=None, reward=liked, prompts=PROMPTS, watch=None, **fields):
+def trainer(method="ppo", policy=None, reward=liked, prompts=PROMPTS, watch=None, value_model=None, **fields):
     kind, config = METHODS[method]
-    return kind(base() if policy is None else policy, reward, prompts, config(**(SMALL | fields)), watch)
+    more = {} if value_model is None else {"value_model": value_model}
+    return kind(base() if policy is None else policy, reward, prompts, config(**(SMALL | fields)), watch, **more)
 
 
 def parameters(model):
@@ -225,6 +226,79 @@ def test_a_value_model_of_its_own():
     assert not any("v_head" in n for n in run.trainable if not n.startswith("value."))
 
 
+def test_a_value_model_with_adapters_needs_a_head_that_learns():
+    options = dict(r=2, target_modules="all-linear")
+    value = mp.get_peft_model(mp.ValueModel(base()), mp.LoraConfig(**options))
+    with pytest.raises(ValueError, match=r'v_head requires gradients.*modules_to_save=\["v_head"\]'):
+        trainer(value_model=value)
+    value = mp.get_peft_model(mp.ValueModel(base()), mp.LoraConfig(**options, modules_to_save=["v_head"]))
+    trainer(value_model=value, steps=1).train()
+    head = [to_numpy(p.data) for n, p in value.named_parameters() if p.requires_grad and "v_head" in n]
+    assert len(head) == 2 and all(a.any() for a in head)
+
+
+def test_adalora_is_refused_rather_than_half_done():
+    config = mp.AdaLoraConfig(total_step=100, target_modules=["q_proj"])
+    adaptive = mp.get_peft_model(base(), config)
+    with pytest.raises(ValueError, match="the policy's adapter 'default' is ADALORA, which adds a penalty"):
+        trainer(policy=adaptive)
+    value = mp.get_peft_model(mp.ValueModel(base()), mp.AdaLoraConfig(total_step=9, modules_to_save=["v_head"]))
+    with pytest.raises(ValueError, match="the value model's adapter 'default' is ADALORA"):
+        trainer(value_model=value)
+    adaptive.add_adapter("rl", mp.LoraConfig(r=2, target_modules=["v_proj"]))
+    adaptive.set_adapter(["default", "rl"])
+    for _, part in adaptive.parts("default"):
+        part.requires_grad_(False)
+    trainer(policy=adaptive, steps=1).train()  # one that is finished and frozen does no harm
+
+
+def test_what_is_watched_never_stops_a_run_and_is_asked_before_training(tmp_path):
+    policy, asked = base(), []
+
+    def length(roll):
+        asked.append(parameters(policy))
+        return np.where(np.arange(16) == 3, np.nan if len(asked) == 2 else 1.0, 1.0)
+
+    untrained = parameters(policy)
+    run = trainer(policy=policy, watch={"gold": length}, steps=3, output_dir=tmp_path, learning_rate=1e-3)
+    assert [r["watch/gold"] for r in run.train()] == [1.0, None, 1.0]
+    assert same(asked[0], untrained) and not same(asked[1], untrained)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.history, "None is null"
+    rlhf.plot_run(run.history, tmp_path / "run.png")
+    with pytest.raises(ValueError, match="watch 'gold' must give one score a response"):
+        trainer(watch={"gold": lambda r: np.ones(3)}).step()
+
+
+def test_the_largest_ratio_is_the_largest_ratio(monkeypatch):
+    run = trainer(steps=1, mini_batch_size=16, num_epochs=2, learning_rate=1e-2)
+    seen = []
+    original = run._ratio_statistics
+
+    def kept(batch, new):
+        seen.append(np.exp(np.where(batch["mask"] != 0, new.logprobs.data - batch["old_logprobs"], np.nan)))
+        return original(batch, new)
+
+    monkeypatch.setattr(run, "_ratio_statistics", kept)
+    record = run.step()
+    assert record["val/ratio_max"] == pytest.approx(max(np.nanmax(r) for r in seen), rel=1e-6)
+    assert record["val/ratio_deviation"] == pytest.approx(max(np.nanmax(abs(r - 1)) for r in seen), rel=1e-5)
+    assert record["val/ratio"] == pytest.approx(np.mean([np.nanmean(r) for r in seen]), rel=1e-6)
+
+
+def test_without_max_grad_norm_nothing_is_clipped():
+    free, huge = (trainer(steps=2, max_grad_norm=norm) for norm in (None, 1e9))
+    assert free.train() == huge.train() and free.history[0]["grad_norm"] > 0
+
+
+def test_asking_for_the_value_heads_parameters_leaves_them_alone():
+    run = trainer(steps=1, learning_rate=1e-2)
+    run.train()
+    head = run.v_head.weight.data.copy()
+    assert head.any() and run.extra_parameters()["v_head.weight"] is run.v_head.weight
+    assert np.array_equal(run.v_head.weight.data, head)
+
+
 def test_adaptive_kl_moves_beta_and_logs_the_one_it_used():
     run = trainer(steps=4, learning_rate=3e-3, kl_coef=0.1, kl_target=1e-3, kl_horizon=64)
     betas = [r["objective/kl_coef"] for r in run.train()]
@@ -302,10 +376,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=match):
             trainer(**({"reward": reward} | changed), output_dir=tmp_path).train(resume_from_checkpoint=True)
+    value = mp.ValueModel(base()).requires_grad_(False)
+    value.v_head.requires_grad_(True)
+    trainer(value_model=value, output_dir=tmp_path / "value", save_steps=2).train()
+    value = mp.ValueModel(base(initializer_range=0.1)).requires_grad_(False)
+    value.v_head.requires_grad_(True)
+    with pytest.raises(CheckpointError, match="other value model"):
+        trainer(value_model=value, output_dir=tmp_path / "value").train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         trainer(output_dir=tmp_path / "empty").train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="needs the output_dir"):
         trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_max_kl_stopped_goes_on_with_a_higher_one(tmp_path):
+    options = dict(learning_rate=1e-2, save_steps=1)
+    whole = trainer(output_dir=tmp_path / "whole", **options).train()
+    limit = whole[1]["objective/kl"] / 2
+    with pytest.raises(rlhf.RLHFError, match=r"update 2.*beyond max_kl"):
+        trainer(output_dir=tmp_path / "stopped", max_kl=limit, **options).train()
+    assert trainer(output_dir=tmp_path / "stopped", **options).train(resume_from_checkpoint=True) == whole
 
 
 # ------------------------------------------------------------------------------------------------------ what stops it
@@ -340,10 +430,10 @@ def test_a_diverged_kl_stops_with_a_reason_and_a_stop_kl_ends_the_run():
 
 
 def test_the_first_minibatch_shows_a_policy_that_is_not_the_one_that_sampled(monkeypatch):
-    good = {"largest deviation": 1e-6, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
+    good = {"val/ratio_deviation": 1e-6, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
     rlhf.check_first_minibatch(good)
     for name, value in (
-        ("largest deviation", 2e-4),
+        ("val/ratio_deviation", 2e-4),
         ("policy/approxkl", 1e-3),
         ("policy/clipfrac", 0.1),
         ("policy/approxkl", math.nan),
@@ -371,6 +461,13 @@ def test_arguments_that_make_no_sense():
         ("set one of them to None", dict(missing_eos_score=-1.0, missing_eos_penalty=1.0)),
         ("kl_coef must not start at 0", dict(kl_coef=0, kl_target=3.0)),
         ("save_steps needs an output_dir", dict(save_steps=1)),
+        ("max_grad_norm must be above 0, or None, got 0", dict(max_grad_norm=0)),
+        ("stop_kl must be above 0, or None, got -5", dict(stop_kl=-5)),
+        ("cliprange_value must be above 0, got -1", dict(cliprange_value=-1)),
+        ("vf_coef must be at least 0, got -1", dict(vf_coef=-1)),
+        ("kl_horizon must be above 0, got 0", dict(kl_horizon=0)),
+        ("kl_horizon must be above batch_size / 5, 3.2, got 3", dict(kl_horizon=3, kl_target=1.0)),
+        (r"prompts\[1\] has 27 tokens; with response_length=6 at most 26 fit", dict(prompts=[[3], [4] * 27])),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(**fields)
@@ -384,6 +481,11 @@ def test_arguments_that_make_no_sense():
         trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))).step()
     with pytest.raises(ValueError, match="nothing to train"):
         trainer(policy=base().requires_grad_(False))
+    with pytest.raises(TypeError, match="abstract"):
+        rlhf.OnlineTrainer(base(), liked, PROMPTS, rlhf.OnlineConfig(**SMALL))
+    for prompts in ([], [[3], []]):
+        with pytest.raises(ValueError, match="each of at least one token"):
+            rlhf.rollout(base(), prompts, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DPO
@@ -417,6 +519,31 @@ def test_dpo_learns_to_prefer_from_where_it_begins():
     assert np.log1p(np.exp(-margin)).mean() == pytest.approx(run.evaluate(), rel=1e-4)
     with pytest.raises(ValueError, match="beta must be above 0, got 0"):
         rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)
+
+
+def test_dpo_resumes_with_another_evaluation_batch(tmp_path):
+    def run(size, **more):
+        options = dict(max_steps=4, save_steps=2, output_dir=tmp_path, learning_rate=1e-3, progress=False, **more)
+        args = mp.TrainingArguments(per_device_eval_batch_size=size, **options)
+        return rlhf.dpo_trainer(base(), pairs(37, 0), pairs(9, 1), args)
+
+    class Interrupted(Exception):
+        pass
+
+    first = run(8)
+    original = first._step
+
+    def step(number):
+        if number == 3:
+            raise Interrupted
+        return original(number)
+
+    first._step = step
+    with pytest.raises(Interrupted):
+        first.train()
+    assert run(32).train(resume_from_checkpoint=True).steps == 4
+    with pytest.raises(ValueError, match="reference_batch_size must be at least 1, got 0"):
+        rlhf.dpo_trainer(base(), pairs(4, 0), reference_batch_size=0)
 
 
 def test_dpo_of_a_lora_policy_refers_to_the_base():

@@ -114,7 +114,7 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
     (tmp_path / "rm" / "reward_calibration.json").write_text("[]")
     with pytest.raises(FileError, match="numbers 'mean' and 'std'"):
         rlhf.RewardModel.from_pretrained(tmp_path / "rm")
-    with pytest.raises(ValueError, match=r"standard deviation 0\.0"):
+    with pytest.raises(ValueError, match=r"standard deviation .*: nothing to scale by"):
         model.calibrate([texts[0], texts[0]])
     mp.save_pretrained(base, tmp_path / "lm")
     with pytest.raises(ValueError, match="holds no reward model"):

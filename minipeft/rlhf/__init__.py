@@ -25,7 +25,16 @@ from .group import (
     rloo_loss,
 )
 from .logprobs import entropy, frozen_copy, response_logprobs, sequence_logprobs, token_logprobs
-from .online import RLHFError, check_first_minibatch, missing_eos
+from .online import (
+    OnlineConfig,
+    OnlineTrainer,
+    Outputs,
+    RewardFunction,
+    RLHFError,
+    check_first_minibatch,
+    learned_reward,
+    missing_eos,
+)
 from .openings import sentence_openings
 from .ppo import KLController, PPOConfig, PPOTrainer, clip_fraction, policy_loss, value_loss
 from .ratings import human_preferences, human_ratings
@@ -41,11 +50,13 @@ from .reward import (
 from .rollout import Rollout, distinct_n, rollout, truncate_response
 
 __all__ = [
-    "GRPOTrainer", "GroupConfig", "KLController", "PPOConfig", "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking",
-    "RewardModel", "Rollout", "calibration_curve", "check_first_minibatch", "clip_fraction", "collate_rankings", "distinct_n",
-    "dpo_loss", "dpo_trainer", "entropy", "frozen_copy", "gae", "gold_reward", "grpo_advantages", "grpo_loss",
-    "human_preferences", "human_ratings", "implicit_rewards", "k3", "masked_mean", "missing_eos", "plot_calibration", "plot_run", "policy_loss", "preference_pairs", "rank",
-    "ranking_pairs", "rankings", "response_logprobs", "reward_accuracy", "reward_loss", "rloo_advantages", "rloo_loss", "rollout",
-    "sample_answers", "sentence_openings", "sequence_logprobs", "shaped_rewards", "token_logprobs", "truncate_response", "vader",
-    "value_loss", "whiten", "with_reference",
+    "GRPOTrainer", "GroupConfig", "KLController", "OnlineConfig", "OnlineTrainer", "Outputs", "PPOConfig",
+    "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking", "RewardFunction", "RewardModel", "Rollout",
+    "calibration_curve", "check_first_minibatch", "clip_fraction", "collate_rankings", "distinct_n", "dpo_loss",
+    "dpo_trainer", "entropy", "frozen_copy", "gae", "gold_reward", "grpo_advantages", "grpo_loss",
+    "human_preferences", "human_ratings", "implicit_rewards", "k3", "learned_reward", "masked_mean", "missing_eos",
+    "plot_calibration", "plot_run", "policy_loss", "preference_pairs", "rank", "ranking_pairs", "rankings",
+    "response_logprobs", "reward_accuracy", "reward_loss", "rloo_advantages", "rloo_loss", "rollout",
+    "sample_answers", "sentence_openings", "sequence_logprobs", "shaped_rewards", "token_logprobs",
+    "truncate_response", "vader", "value_loss", "whiten", "with_reference",
 ]  # fmt: skip

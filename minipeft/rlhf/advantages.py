@@ -19,11 +19,17 @@ from ..nn.heads import last_real_token
 
 
 def masked_mean(x: Any, mask: Array) -> Any:
-    """Mean of x [B, T], a Tensor or an array, over the positions where the mask is not zero."""
+    """Mean of x [B, T], a Tensor or an array, over the positions where the mask is not zero: a scalar of x's kind.
+
+    Raises ValueError for a mask without any.
+    """
     real = mask != 0
+    count = real.sum()
+    if not count.item():
+        raise ValueError("a mean over no token: the mask is zero everywhere")
     if isinstance(x, Tensor):
-        return F.where(real, x, 0).sum() / real.sum().item()
-    return xp_of(x).where(real, x, 0).sum() / real.sum()
+        return F.where(real, x, 0).sum() / count.item()
+    return xp_of(x).where(real, x, 0).sum() / count
 
 
 def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
@@ -45,7 +51,8 @@ def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
 def shaped_rewards(logprobs: Array, ref_logprobs: Array, scores: Array, mask: Array, beta: float) -> Array:
     """r_t = -β (log π(y_t) - log π_ref(y_t)), plus the score [B] at the last real token: [B, T].
 
-    The KL estimate is k1 (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Raises ValueError for a row without real tokens.
+    The KL estimate is k1 (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Raises ValueError for a row without real
+    tokens.
     """
     xp = xp_of(logprobs)
     rewards = xp.where(mask != 0, -beta * (logprobs - ref_logprobs), 0)

@@ -26,7 +26,7 @@ def sample_answers(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Answers]:
-    """k answers of at most `length` tokens to every prompt. A prompt's answers depend on the seed and its place alone."""
+    """k answers of at most `length` tokens to every prompt. They depend on the seed and the prompt's place alone."""
     rows = [list(prompt) for prompt in prompts for _ in range(k)]
     answers: Answers = []
     for i in range(0, len(rows), batch_size):

@@ -12,7 +12,10 @@ from ..files import write_atomic
 
 
 def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Reward (and what was watched), KL from the reference, and the signs of trouble, over updates, as a PNG file."""
+    """Reward (and what was watched), KL from the reference, and the signs of trouble, over updates, as a PNG file.
+
+    A line has a gap where a watched number is None.
+    """
     figure, axes = _figure(3)
     steps = [record["step"] for record in history]
     watched = [key for key in history[0] if key.startswith("watch/")]
@@ -45,8 +48,9 @@ def plot_calibration(
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
 
 
-def _line(axes: Any, x: Sequence[float], y: Sequence[float], label: str) -> None:
+def _line(axes: Any, x: Sequence[float], y: Sequence[float | None], label: str) -> None:
     """The values, pale, and their running mean over a tenth of the run."""
+    y = np.array(y, np.float64)  # None becomes NaN
     width = max(1, len(y) // 10)
     means = [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
     (line,) = axes.plot(x, means, linewidth=1.8, label=label)

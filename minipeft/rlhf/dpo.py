@@ -1,7 +1,7 @@
 """Direct preference optimization: preferences become a policy without a reward model or samples.
 
-The policy that maximizes reward minus β KL is π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so every policy is the optimum of the
-reward β log(π / π_ref). Put into Bradley-Terry, that reward gives a loss of the policy itself:
+The policy that maximizes reward minus β KL is π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so every policy is the optimum of
+the reward β log(π / π_ref). Put into Bradley-Terry, that reward gives a loss of the policy itself:
 
     L = -log σ(β [log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)])
 
@@ -75,7 +75,7 @@ def dpo_objective(
 
 
 def completion_logprobs(model: Module, pairs: Sequence[PreferencePair], batch_size: int = 32) -> np.ndarray:
-    """log π(completion | prompt) of each pair's (chosen, rejected), without gradients: float32 [n, 2] in host memory."""
+    """log π(completion | prompt) of each pair's (chosen, rejected), without gradients: float32 [n, 2], in memory."""
     xp, out = xp_of(model.parameters()[0].data), np.empty((len(pairs), 2), np.float32)
     with no_grad():
         for i in range(0, len(pairs), batch_size):
@@ -98,18 +98,21 @@ def dpo_trainer(
     eval_pairs: Sequence[PreferencePair] | None = None,
     args: TrainingArguments | None = None,
     beta: float = 0.1,
+    reference_batch_size: int = 32,
 ) -> Trainer:
     """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
 
-    The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held.
-    Raises ValueError for a beta that is not above 0.
+    The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
+    `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
+    run is resumed with the same one, from the policy that it began with. Raises ValueError for a beta or a
+    reference_batch_size that is not above 0.
     """
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
-    args = args or TrainingArguments()
-    size = args.per_device_eval_batch_size
-    train = with_reference(policy, pairs, size)
-    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, size)
+    if reference_batch_size < 1:
+        raise ValueError(f"reference_batch_size must be at least 1, got {reference_batch_size}")
+    train = with_reference(policy, pairs, reference_batch_size)
+    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 
     def loss(model: Module, **arguments: Any) -> Tensor:
         return dpo_objective(model, **arguments, beta=beta)

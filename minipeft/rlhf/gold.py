@@ -1,8 +1,8 @@
 """A gold reward that no one trains on: the rules of VADER, and a rater who follows them, with noise.
 
-VADER (Hutto & Gilbert 2014, the library vaderSentiment) computes the sentiment of an English text from words that people
-rated and from rules for negation, emphasis and the like. It is independent of every model here, so a reward model
-trained on a rater's labels is a proxy for it, and what optimizing the proxy does to the gold can be watched.
+VADER (Hutto & Gilbert 2014, the library vaderSentiment) computes the sentiment of an English text from words that
+people rated and from rules for negation, emphasis and the like. It is independent of every model here, so a reward
+model trained on a rater's labels is a proxy for it, and what optimizing the proxy does to the gold can be watched.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def _analyzer() -> Any:
 def rank(scores: np.ndarray, rng: np.random.Generator, temperature: float = 0.1, flip: float = 0.0) -> np.ndarray:
     """How a noisy rater orders K answers with gold scores [n, K]: indices [n, K], best first.
 
-    The rater adds Gumbel noise, of scale `temperature`, to each score and sorts. Of any two answers i is then put before
-    j with the Bradley-Terry probability
+    The rater adds Gumbel noise, of scale `temperature`, to each score and sorts. Of any two answers i is then put
+    before j with the Bradley-Terry probability
 
         P(i before j) = σ((s_i - s_j) / temperature)
 
-    (of K answers the order has Plackett and Luce's distribution). At temperature 0 the better one always wins, and equals
-    are ordered at random. With probability `flip` the rater reads the scale the wrong way round and the order is
+    (of K answers the order has Plackett and Luce's distribution). At temperature 0 the better one always wins, and
+    equals are ordered at random. With probability `flip` the rater reads the scale the wrong way round and the order is
     reversed, so no reward model can agree with more than 1 - flip of such labels.
     """
     if not (temperature >= 0 and 0 <= flip <= 1):

@@ -4,7 +4,9 @@
     RLOO         mean score of the other answers           whole sequences   k1, in the reward
     GRPO         mean of the group, over its deviation     each token        k3, in the loss
 
-Sources: Ahmadian et al. 2024 (RLOO, arXiv:2402.14740); Shao et al. 2024 (GRPO, arXiv:2402.03300, eq. 3 and 4).
+Sources: Ahmadian et al. 2024 (RLOO, arXiv:2402.14740), which is plain REINFORCE: one optimizer step a sample, no ratio;
+the ratio and its clipping, for several, are TRL's. Shao et al. 2024 (GRPO, arXiv:2402.03300, eq. 3 and 4). k3 is
+Schulman's (2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
@@ -18,35 +20,53 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, asarray
 from .advantages import masked_mean
-from .online import OnlineConfig, OnlineTrainer, Outputs, _check
+from .online import OnlineConfig, OnlineTrainer, Outputs, check_setting
 from .ppo import clip_fraction
 from .rollout import Rollout
 
 
 def rloo_advantages(rewards: Array, k: int) -> Array:
-    """A_i = r_i - mean of the other k - 1 rewards of the group: rewards [n · k], groups beside each other -> [n · k]."""
-    groups = rewards.reshape(-1, k)
+    """A_i = r_i - mean of the other k - 1 rewards of the group: rewards [n · k], groups beside each other -> [n · k].
+
+    Raises ValueError for k < 2, or rewards that are not groups of k.
+    """
+    groups = _groups(rewards, k)
     return (groups - (groups.sum(axis=1, keepdims=True) - groups) / (k - 1)).reshape(-1)
 
 
 def rloo_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Tensor:
     """Mean over responses of max(-A ρ, -A clip(ρ, 1 ± ε)), where ρ = π(y) / π_old(y) is that of the whole response.
 
-    logprobs, mask [B, n]; advantages [B].
+    logprobs, old_logprobs, mask [B, n]; advantages [B]. At the first optimizer step of an update, ρ = 1, its gradient
+    is REINFORCE's: that of the mean of -A log π(y).
     """
     ratio = F.where(mask != 0, logprobs - old_logprobs, 0).sum(axis=1).exp()  # [B]
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange)).mean()
 
 
 def grpo_advantages(rewards: Array, k: int) -> Array:
-    """A = (r - mean) / (std + 1e-4) within each group of k, std with Bessel's correction: [n · k] -> [n · k]."""
-    groups = rewards.reshape(-1, k)
+    """A = (r - mean) / (std + 1e-4) within each group of k, std with Bessel's correction: [n · k] -> [n · k].
+
+    Raises as `rloo_advantages`.
+    """
+    groups = _groups(rewards, k)
     centered = groups - groups.mean(axis=1, keepdims=True)
     return (centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
+def _groups(rewards: Array, k: int) -> Array:
+    if k < 2:
+        raise ValueError(f"an answer is compared with others to its prompt, so a group has k of at least 2, got {k}")
+    if rewards.shape[0] % k:
+        raise ValueError(f"{rewards.shape[0]} rewards are not groups of k={k}")
+    return rewards.reshape(-1, k)
+
+
 def k3(logprobs: Tensor, ref_logprobs: Array) -> Tensor:
-    """exp(ref - lp) - 1 - (ref - lp): an estimate of KL(π ‖ π_ref) at tokens drawn from π, unbiased and never negative."""
+    """exp(ref - lp) - 1 - (ref - lp): an estimate of KL(π ‖ π_ref) at tokens drawn from π, unbiased and never negative.
+
+    Both of one shape, which the result has (Schulman 2020).
+    """
     difference = ref_logprobs - logprobs
     return difference.exp() - 1 - difference
 
@@ -62,7 +82,8 @@ def grpo_loss(
 ) -> Tensor:
     """Mean over responses of the mean over their tokens of max(-A ρ_t, -A clip(ρ_t, 1 ± ε)) + β k3_t (GRPO, eq. 3).
 
-    logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response.
+    logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response, which has at
+    least one. β = 0.04 is the paper's.
     """
     real = mask != 0
     ratio = F.where(real, logprobs - old_logprobs, 0).exp()
@@ -75,17 +96,22 @@ def grpo_loss(
 
 @dataclass(kw_only=True)
 class GroupConfig(OnlineConfig):
-    """Settings beside those of OnlineConfig: `num_generations` answers to each prompt, and β."""
+    """Settings beside those of OnlineConfig.
+
+    num_generations  answers to each prompt
+    kl_coef          β, the price of KL: taken off the reward by RLOO, added to the loss by GRPO. 0.05 is TRL's for PPO
+                     and RLOO, and PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04
+    """
 
     num_generations: int = 4
     kl_coef: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("num_generations", self.num_generations, self.num_generations >= 2, "at least 2")
-        _check("batch_size", self.batch_size, self.batch_size % self.num_generations == 0,
+        check_setting("num_generations", self.num_generations, self.num_generations >= 2, "at least 2")
+        check_setting("batch_size", self.batch_size, self.batch_size % self.num_generations == 0,
                f"a multiple of num_generations, {self.num_generations}")  # fmt: skip
-        _check("kl_coef", self.kl_coef, self.kl_coef >= 0, "at least 0")
+        check_setting("kl_coef", self.kl_coef, self.kl_coef >= 0, "at least 0")
 
 
 class RLOOTrainer(OnlineTrainer):

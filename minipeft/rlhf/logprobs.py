@@ -21,8 +21,8 @@ def token_logprobs(logits: Tensor, targets: Array) -> Tensor:
 def response_hidden(model: Module, input_ids: Array, attention_mask: Array, length: int) -> Tensor:
     """Hidden states [B, length, d] from which the last `length` tokens of input_ids [B, T] are predicted.
 
-    The positions are those of the real tokens (`cumsum(mask) - 1`), so prompts may be padded on the left. Raises ValueError
-    for a model that has no backbone, or puts virtual tokens before its input.
+    The positions are those of the real tokens (`cumsum(mask) - 1`), so prompts may be padded on the left. Raises
+    ValueError for a model that has no backbone, or puts virtual tokens before its input.
     """
     if getattr(model, "virtual_tokens", 0) or not hasattr(model, "backbone"):
         raise ValueError(

@@ -3,8 +3,9 @@
     for update:   prompts ─► rollout ─► scores, log-probabilities of policy and reference ─► advantages
                   for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
 
-A method says how scores become advantages (`prepare`) and what is minimized (`loss`). Everything that an update does
-depends on (seed, update) and the weights alone, so a run resumed from a checkpoint ends with the same bytes.
+An update is one turn of the outer loop, an optimizer step one of the inner. A method says how scores become advantages
+(`prepare`) and what is minimized (`loss`). Everything that an update does depends on (seed, update) and the weights
+alone, so a run resumed from a checkpoint ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +21,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
+from ..autograd.tensor import Tensor, is_grad_enabled, no_grad
+from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Parameter
 from ..train.batches import epoch_order
 from ..train.checkpoint import (
     CheckpointError,
+    check_identity,
     fingerprint,
     frozen_fingerprint,
     last_checkpoint,
     load_checkpoint,
+    pack_optimizer,
     remove_leftovers,
     save_checkpoint,
+    unpack_optimizer,
 )
 from ..train.metrics import Metrics
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
 from ..train.schedule import SCHEDULES
 from .advantages import masked_mean
-from .logprobs import entropy, frozen_copy, response_hidden, token_logprobs
+from .logprobs import entropy, frozen_copy, response_hidden, response_logprobs, token_logprobs
 from .reward import RewardModel
 from .rollout import Rollout, distinct_n, rollout
 
@@ -52,14 +57,20 @@ class OnlineConfig:
     """How to train on one's own samples.
 
     steps                updates, each on `batch_size` fresh responses
-    num_epochs           passes over them, in minibatches of `mini_batch_size`
+    num_epochs           passes over them, in minibatches of `mini_batch_size`, each of which is one optimizer step
+    max_grad_norm        gradients of a larger 2-norm are scaled down to it; None does not clip
+    response_length      tokens that a response has at most; prompt and response must fit the policy's positions
     temperature          of sampling, and of every log-probability
     stop_token_ids       what ends a response; None: the model's EOS
     missing_eos_score    the score of a response that nothing ended (OpenAI's -1); None leaves the score as it is
     missing_eos_penalty  or: what is taken off its score (TRL's way)
+    cliprange            ε: how far from 1 a ratio counts
     max_kl               a KL from the reference, in nats a response, above this raises RLHFError
-    stop_kl              above this the run ends, as it should: an early stop
+    stop_kl              an early stop: the run ends after the first update whose KL is above this. The KL is that of
+                         the policy which sampled, so that update has trained the policy once more
     save_steps           updates between checkpoints in `output_dir`; metrics go to metrics.jsonl there
+
+    Raises ValueError, naming the setting, for a value that makes no sense.
     """
 
     output_dir: str | os.PathLike | None = None
@@ -69,7 +80,7 @@ class OnlineConfig:
     num_epochs: int = 4
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "linear"
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     response_length: int = 24
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] | None = None
@@ -84,16 +95,20 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "mini_batch_size", "num_epochs", "response_length", "save_total_limit"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
+            check_setting(name, getattr(self, name), isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
                    "an integer of at least 1")  # fmt: skip
-        _check("batch_size", self.batch_size, self.batch_size % self.mini_batch_size == 0,
+        check_setting("batch_size", self.batch_size, self.batch_size % self.mini_batch_size == 0,
                f"a multiple of mini_batch_size, {self.mini_batch_size}")  # fmt: skip
-        for name in ("learning_rate", "temperature", "max_grad_norm", "cliprange", "max_kl"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        _check("lr_scheduler_type", self.lr_scheduler_type, self.lr_scheduler_type in SCHEDULES,
+        for name in ("learning_rate", "temperature", "cliprange", "max_kl"):
+            check_setting(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("max_grad_norm", "stop_kl"):
+            value = getattr(self, name)
+            check_setting(name, value, value is None or value > 0, "above 0, or None")
+        check_setting("lr_scheduler_type", self.lr_scheduler_type, self.lr_scheduler_type in SCHEDULES,
                f"one of {', '.join(SCHEDULES)}")  # fmt: skip
-        _check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "at least 1, or None")
-        _check("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of at least 0")
+        steps = self.save_steps
+        check_setting("save_steps", steps, steps is None or steps >= 1, "at least 1, or None")
+        check_setting("seed", self.seed, isinstance(self.seed, int) and self.seed >= 0, "an integer of at least 0")
         if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
             raise ValueError("a missing EOS either replaces the score (missing_eos_score) or takes something off it "
                              "(missing_eos_penalty): set one of them to None")  # fmt: skip
@@ -101,20 +116,21 @@ class OnlineConfig:
             raise ValueError("save_steps needs an output_dir to save to")
 
 
-def _check(name: str, value: Any, ok: bool, what: str) -> None:
+def check_setting(name: str, value: Any, ok: bool, what: str) -> None:
+    """ValueError "<name> must be <what>, got <value>" unless `ok`."""
     if not ok:
         raise ValueError(f"{name} must be {what}, got {value!r}")
 
 
-# What may differ between a run and the one that resumes it.
-_FREE = {"output_dir", "save_steps", "save_total_limit"}
+# What may differ between a run and the one that resumes it: it changes no byte of what an update does.
+_FREE = {"output_dir", "save_steps", "save_total_limit", "max_kl"}
 
 
 class Outputs(NamedTuple):
-    """What the policy makes of responses [B, n]."""
+    """What the policy makes of responses of n tokens: every array is [B, n]."""
 
     logprobs: Tensor
-    entropy: Array  # of the distribution at every position
+    entropy: Array | None  # of the distribution at every position; None without gradients, where nothing reads it
     values: Tensor | None = None
 
 
@@ -123,14 +139,18 @@ def missing_eos(
 ) -> np.ndarray:
     """Scores [B] where a response that nothing ended has `score` in place of its own, or `penalty` less.
 
-    Without either, a policy learns that never ending costs nothing.
+    ended [B] is boolean. Without either, a policy learns that never ending costs nothing. Sources: replacing the score,
+    by -1, is OpenAI's lm-human-preferences' (Huang et al. 2024, arXiv:2403.17031, calls it the EOS trick); the penalty
+    is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
     """
+    if score is not None and penalty is not None:
+        raise ValueError(f"a missing EOS either gets the score {score} or loses {penalty}: give one of them")
     if score is not None:
         return np.where(ended, scores, score)
     return scores if penalty is None else scores - penalty * ~ended
 
 
-class OnlineTrainer:
+class OnlineTrainer(ABC):
     """Trains a policy, in place, on its own samples. Subclasses: PPOTrainer, RLOOTrainer, GRPOTrainer.
 
     Args:
@@ -138,11 +158,15 @@ class OnlineTrainer:
         reward: a RewardModel, or a function of a `Rollout` that gives scores [B].
         prompts: token ids, one sequence a prompt. They are taken in an order that depends on the seed, again and again.
         config: the method's configuration.
-        watch: functions like rewards, by name, that are measured and logged as "watch/<name>", and nothing else.
+        watch: functions like rewards, by name, whose means over an update's responses are logged as "watch/<name>".
+            They are asked before the update trains. A mean that is no finite number is logged as None (null in the
+            file): nothing that is only watched stops a run.
 
     The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
-    Raises ValueError for arguments that make no sense; RLHFError when a KL, a score, a loss or a gradient shows that
-    the run has gone wrong.
+
+    Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
+    policy's positions, a policy without an EOS token or a trained parameter, or one whose adapter takes part in the
+    training loop (AdaLoRA).
     """
 
     def __init__(
@@ -157,6 +181,14 @@ class OnlineTrainer:
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
             raise ValueError("there are no prompts" if not self.prompts else "a prompt must have at least one token")
+        limit = policy.config.max_position_embeddings
+        for i, prompt in enumerate(self.prompts):
+            if len(prompt) + config.response_length > limit:
+                raise ValueError(
+                    f"prompts[{i}] has {len(prompt)} tokens; with response_length={config.response_length} at most "
+                    f"{limit - config.response_length} fit the policy's {limit} positions"
+                )
+        check_adapters(policy, "policy")
         self._reward_model = reward if isinstance(reward, RewardModel) else None
         self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
         stops = config.stop_token_ids
@@ -182,21 +214,22 @@ class OnlineTrainer:
         """What is trained beside the policy, by name."""
         return {}
 
+    @abstractmethod
     def prepare(
         self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
     ) -> tuple[dict[str, Array], dict[str, float]]:
         """(arrays [B, ...] that the loss needs, statistics) of a rollout.
 
         `old` holds the outputs of the policy that sampled, as arrays: "logprobs", and "values" where there are some.
+        `ref_logprobs` are [B, n], `scores` [B].
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(what is minimized, statistics) of a minibatch; `batch` holds rows of what `prepare` gave.
 
         The statistics name "policy/clipfrac", the share of the ratios at which clipping acted.
         """
-        raise NotImplementedError
 
     @property
     def responses_per_prompt(self) -> int:
@@ -209,58 +242,101 @@ class OnlineTrainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
+        return None
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
-        """The policy's log-probabilities of the last `length` tokens, from a full forward pass: never from the cache."""
+        """The policy's outputs for the last `length` tokens, from a full forward pass: never from the cache."""
         return self._outputs_of(response_hidden(self.policy, input_ids, attention_mask, length), input_ids)
 
     def _outputs_of(self, hidden: Tensor, input_ids: Array) -> Outputs:
         logits = self.policy.lm_head(hidden) / self.config.temperature  # [B, n, V]
-        return Outputs(token_logprobs(logits, input_ids[:, -hidden.shape[1] :]), entropy(logits.data))
+        spread = entropy(logits.data) if is_grad_enabled() else None
+        return Outputs(token_logprobs(logits, input_ids[:, -hidden.shape[1] :]), spread)
 
     # ---------------------------------------------------------------------------------------------------- an update
 
     def step(self) -> dict[str, Any]:
-        """One update: sample, score, train. Returns its statistics, which are also added to `history`."""
+        """One update: sample, score, train. Returns its statistics, which are also added to `history`.
+
+        Of the responses, before anything is trained on them (π is the policy that sampled, y_t are the real tokens):
+
+            step                        the number of the update, from 1
+            objective/kl                mean over responses of Σ_t log π(y_t) - log π_ref(y_t): nats a response
+            objective/entropy           mean over responses of -Σ_t log π(y_t): nats a response
+            objective/raw_scores        mean score, as the reward gave it
+            objective/scores            mean score that is trained on: after `missing_eos`
+            objective/non_score_reward  what KL takes off the reward, -β objective/kl; GRPO, whose KL is in the loss: 0
+            objective/rlhf_reward       objective/scores + objective/non_score_reward
+            objective/kl_coef           β of this update
+            num_eos                     how many responses a stop token ended
+            text/length                 mean tokens of a response, its stop token included
+            text/distinct_2             distinct bigrams over all bigrams (`distinct_n`)
+            text/ref_loss               mean of -log π_ref(y_t) over all tokens: nats a token
+            watch/<name>                mean of a watcher's scores; None where that is no finite number
+
+        Of the training, means over the minibatches of all epochs (ρ is the ratio π_new(y_t) / π(y_t)):
+
+            loss/policy                 PPO, RLOO: the clipped objective; GRPO: with β loss/kl
+            loss/value                  PPO: before vf_coef
+            loss/kl                     GRPO: k3, nats a token, before β
+            policy/approxkl             mean of (log ρ)² / 2: nats a token
+            policy/clipfrac             share of tokens (RLOO: responses) at whose ratio clipping acted
+            policy/entropy              mean entropy of the whole distribution at a position: nats a token
+            val/ratio                   mean ρ over tokens
+            val/ratio_max               largest ρ of any minibatch, not a mean
+            val/ratio_deviation         largest |ρ - 1| of any minibatch, not a mean
+            val/clipfrac                PPO: share of values at which clipping acted
+            grad_norm                   2-norm of all gradients before it is clipped
+            learning_rate               of this update
+
+        Raises RLHFError, naming the update and what helps, for a score that is NaN or infinite, for scores that are all
+        equal (in every group, where a method compares answers to one prompt), a KL above max_kl, a loss or a gradient
+        that is NaN or infinite, and where `check_first_minibatch` does. FloatingPointError where the policy's logits
+        are NaN while it samples; ValueError where a reward or a watcher does not give one number a response, and for a
+        policy whose hidden states cannot be read, as one with virtual tokens.
+        """
         c, u = self.config, self.updates
         for group in self.optimizer.param_groups:
             group["lr"] = c.learning_rate * SCHEDULES[c.lr_scheduler_type](u, 0, c.steps)
         with np.errstate(all="ignore"):  # NaN and infinity are looked for below
+            # [seed, u] names the random numbers; token t of row i is drawn with [seed, u, i, t].
             roll = rollout(
                 self.policy, self._prompts(u), c.response_length, c.temperature, self.stop_token_ids, Rng(c.seed, u)
             )
             old, ref_logprobs = self._before(roll)
-            raw = self._scores(self.reward, roll, "the reward")
-            ended = to_numpy(roll.ended)
+            raw, ended = self._scores(self.reward, roll, "the reward"), to_numpy(roll.ended)
+            self._check_finite(raw)
             scores = missing_eos(raw, ended, c.missing_eos_score, c.missing_eos_penalty)
             self._check_spread(scores, ended)
-            kl = float(((old["logprobs"] - ref_logprobs) * roll.mask).sum().item()) / c.batch_size
-            self._check_kl(kl)
+            record = self._record(roll, old["logprobs"], ref_logprobs, raw, scores)
+            self._check_kl(record["objective/kl"])
             arrays, stats = self.prepare(roll, old, ref_logprobs, scores)
             arrays |= {"input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask}
             arrays |= {"old_logprobs": old["logprobs"], "ref_logprobs": ref_logprobs}
-            stats |= self._optimize(arrays, roll.length)
+            record |= stats | self._optimize(arrays, roll.length)
+        record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.updates += 1
-        responses = roll.responses()
-        record = {
-            "step": self.updates,
-            "objective/kl": kl,
-            "objective/entropy": -float((old["logprobs"] * roll.mask).sum().item()) / c.batch_size,
+        self.history.append(record)
+        return record
+
+    def _record(
+        self, roll: Rollout, logprobs: Array, ref_logprobs: Array, raw: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Any]:
+        """The statistics of an update's responses, before anything is trained on them."""
+        size, responses = self.config.batch_size, roll.responses()
+        watched = {name: float(self._scores(f, roll, f"watch {name!r}").mean()) for name, f in self.watch.items()}
+        return {
+            "step": self.updates + 1,
+            "objective/kl": float(((logprobs - ref_logprobs) * roll.mask).sum().item()) / size,
+            "objective/entropy": -float((logprobs * roll.mask).sum().item()) / size,
             "objective/scores": float(scores.mean()),
             "objective/raw_scores": float(raw.mean()),
-            **stats,
-            "num_eos": int(ended.sum()),
+            "num_eos": int(roll.ended.sum().item()),
             "text/length": float(np.mean([len(r) for r in responses])),
             "text/distinct_2": distinct_n(responses, 2),
             "text/ref_loss": -float(masked_mean(ref_logprobs, roll.mask).item()),
-            **{
-                f"watch/{name}": float(self._scores(f, roll, f"watch {name!r}").mean())
-                for name, f in self.watch.items()
-            },
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **{f"watch/{name}": mean if math.isfinite(mean) else None for name, mean in watched.items()},
         }
-        self.history.append(record)
-        return record
 
     def _prompts(self, update: int) -> list[list[int]]:
         k, n = self.responses_per_prompt, len(self.prompts)
@@ -279,16 +355,17 @@ class OnlineTrainer:
                 for name, x in out._asdict().items():
                     if isinstance(x, Tensor):
                         old.setdefault(name, []).append(xp.where(real != 0, x.data, 0))
-                hidden = response_hidden(self.reference, ids, mask, roll.length)
-                logits = self.reference.lm_head(hidden) / self.config.temperature
-                ref.append(xp.where(real != 0, token_logprobs(logits, ids[:, -roll.length :]).data, 0))
+                logprobs = response_logprobs(self.reference, ids, mask, roll.length, self.config.temperature)
+                ref.append(xp.where(real != 0, logprobs.data, 0))
         return {name: xp.concatenate(parts) for name, parts in old.items()}, xp.concatenate(ref)
 
     def _optimize(self, arrays: dict[str, Array], length: int) -> dict[str, float]:
-        """The epochs of an update; the means of the statistics of its minibatches."""
+        """The epochs of an update, an optimizer step a minibatch; the means of the minibatches' statistics."""
         c, xp = self.config, self._xp
         seen: list[dict[str, float]] = []
         for epoch in range(c.num_epochs):
+            # A SeedSequence pads with zeros: this stream is [seed, u, epoch, 0], with which `rollout` drew the first
+            # token of row `epoch`. Order and token share bits but no meaning, and a longer path would change every run.
             order = np.random.default_rng([c.seed, self.updates, epoch]).permutation(c.batch_size)
             for i in range(0, c.batch_size, c.mini_batch_size):
                 rows = asarray(order[i : i + c.mini_batch_size], xp)
@@ -302,16 +379,14 @@ class OnlineTrainer:
                     raise RLHFError(f"update {self.updates + 1}: the loss is {loss.item():g}; {self._advice()}")
                 loss.backward()
                 try:
-                    norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm)
+                    norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
                 except NonFiniteGradient as error:
                     raise RLHFError(f"update {self.updates + 1}: {error}; {self._advice()}") from error
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 seen.append({**stats, "grad_norm": norm})
-        deviations = [s.pop("largest deviation") for s in seen]
-        return {name: float(np.mean([s[name] for s in seen])) for name in seen[0]} | {
-            "val/ratio_max": 1 + max(deviations)
-        }
+        over = {name: np.max if name in ("val/ratio_max", "val/ratio_deviation") else np.mean for name in seen[0]}
+        return {name: float(over[name]([s[name] for s in seen])) for name in seen[0]}
 
     def _ratio_statistics(self, batch: dict[str, Array], new: Outputs) -> dict[str, float]:
         """How far the policy has gone from the one that sampled, over the real tokens."""
@@ -322,7 +397,8 @@ class OnlineTrainer:
             "policy/approxkl": 0.5 * float(masked_mean(change**2, mask).item()),
             "policy/entropy": float(masked_mean(new.entropy, mask).item()),
             "val/ratio": float(masked_mean(ratio, mask).item()),
-            "largest deviation": float(abs(ratio - 1).max().item()),
+            "val/ratio_max": float((ratio * (mask != 0)).max().item()),
+            "val/ratio_deviation": float(abs(ratio - 1).max().item()),
         }
 
     # ------------------------------------------------------------------------------------------- what may go wrong
@@ -331,12 +407,15 @@ class OnlineTrainer:
         scores = np.asarray(function(roll), np.float64)
         if scores.shape != (self.config.batch_size,):
             raise ValueError(f"{what} must give one score a response, ({self.config.batch_size},), not {scores.shape}")
-        if not np.isfinite(scores).all():
-            raise RLHFError(
-                f"update {self.updates + 1}: {what} is NaN or infinite for {int((~np.isfinite(scores)).sum())} of "
-                f"{len(scores)} responses; look at the reward, nothing can be learned from it"
-            )
         return scores
+
+    def _check_finite(self, scores: np.ndarray) -> None:
+        bad = int((~np.isfinite(scores)).sum())
+        if bad:
+            raise RLHFError(
+                f"update {self.updates + 1}: the reward is NaN or infinite for {bad} of {len(scores)} responses; look "
+                "at the reward, nothing can be learned from it"
+            )
 
     def _check_spread(self, scores: np.ndarray, ended: np.ndarray) -> None:
         k = self.responses_per_prompt if self.responses_per_prompt > 1 else len(scores)
@@ -345,7 +424,8 @@ class OnlineTrainer:
             why = ": none ended with a stop token; raise response_length" if not ended.any() else ""
             what = "all responses" if k == len(scores) else "in every group all responses"
             raise RLHFError(
-                f"update {self.updates + 1}: {what} have the same score ({scores[0]:g}), so there is nothing to prefer{why}"
+                f"update {self.updates + 1}: {what} have the same score ({scores[0]:g}), so there is nothing to "
+                f"prefer{why}"
             )
 
     def _check_kl(self, kl: float) -> None:
@@ -368,7 +448,10 @@ class OnlineTrainer:
         """All updates (or until stop_kl); returns their statistics. `on_step` is told each update's.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir, of a run with the same policy,
-        prompts and configuration; CheckpointError says otherwise. A fresh run refuses an output_dir with checkpoints.
+        prompts and configuration; CheckpointError says otherwise. To resume, build the trainer from the policy that the
+        run began with, for that is its reference; the checkpoint then puts in what was trained. (output_dir,
+        save_steps, save_total_limit and max_kl may differ, so a run that max_kl stopped can go on with a higher one.) A
+        fresh run refuses an output_dir with checkpoints. Other errors are those of `step`.
         """
         c, directory, position = self.config, None, 0
         if c.output_dir is not None:
@@ -418,17 +501,11 @@ class OnlineTrainer:
         return identity
 
     def _save(self, directory: Path, metrics: Metrics) -> None:
-        optimizer = self.optimizer.state_dict()
-        moments = {
-            f"{i}.{k}": to_numpy(v) for i, entry in optimizer["state"].items() for k, v in entry.items() if is_array(v)
-        }
-        scalars = {
-            str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()
-        }
+        moments, optimizer = pack_optimizer(self.optimizer)
         arrays = {"model": {n: to_numpy(p.data) for n, p in self.trainable.items()}, "optimizer": moments}
         content = {
             "rlhf": self.state(),
-            "optimizer": {"state": scalars, "param_groups": optimizer["param_groups"]},
+            "optimizer": optimizer,
             "metrics_bytes": metrics.position(),
             "identity": self._identity(),
         }
@@ -444,19 +521,8 @@ class OnlineTrainer:
         step, arrays, content = load_checkpoint(path)
         if not {"rlhf", "optimizer", "metrics_bytes", "identity"} <= set(content) or "model" not in arrays:
             raise CheckpointError(f"{path}: was not written by a {type(self).__name__}")
-        here, there = self._identity(), content["identity"]
-        for name in [*here, *(set(there) - set(here))]:
-            if here.get(name) != there.get(name):
-                detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
-                raise CheckpointError(
-                    f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
-                )
-        optimizer = content["optimizer"]
-        state = {i: dict(entry) for i, entry in optimizer["state"].items()}
-        for name, array in arrays["optimizer"].items():
-            i, _, slot = name.partition(".")
-            state[i][slot] = array
-        self.optimizer.load_state_dict({"state": state, "param_groups": optimizer["param_groups"]})
+        check_identity(path, self._identity(), content["identity"])
+        unpack_optimizer(self.optimizer, arrays["optimizer"], content["optimizer"])
         for name, p in self.trainable.items():
             p.data[...] = asarray(arrays["model"][name], self._xp)
         self.load_state(content["rlhf"])
@@ -465,7 +531,10 @@ class OnlineTrainer:
 
 
 def learned_reward(model: RewardModel) -> RewardFunction:
-    """The calibrated reward of prompt and response, read at the response's last real token."""
+    """A reward for the trainers: the model's calibrated reward [B] of prompt and response, float64 in host memory.
+
+    It is read at the last real token of the response.
+    """
 
     def scores(roll: Rollout) -> np.ndarray:
         with no_grad():
@@ -474,15 +543,28 @@ def learned_reward(model: RewardModel) -> RewardFunction:
     return scores
 
 
-def check_first_minibatch(stats: dict[str, float]) -> None:
-    """Before the first step of an update the policy is the one that sampled: |ρ - 1| < 1e-4, no KL, nothing clipped.
+def check_adapters(model: Any, what: str) -> None:
+    """ValueError for a PeftModel that trains an adapter whose method takes part in the training loop: AdaLoRA."""
+    for name in getattr(model, "active_adapters", ()):
+        config = model.peft_config[name]
+        if config.averages and any(p.requires_grad for _, part in model.parts(name) for p in part.parameters()):
+            raise ValueError(
+                f"the {what}'s adapter {name!r} is {config.peft_type}, which adds a penalty to the model's own loss "
+                "and prunes after every optimizer step; this trainer does neither: take another method, such as LoRA"
+            )
 
+
+def check_first_minibatch(stats: dict[str, float]) -> None:
+    """Before an update's first optimizer step the policy is the one that sampled: |ρ - 1| < 1e-4, no KL, no clipping.
+
+    `stats` are a minibatch's "val/ratio_deviation", "policy/approxkl" and "policy/clipfrac" (see `OnlineTrainer.step`).
     Raises RLHFError otherwise, since then the log-probabilities of two forward passes differ: dropout is on, the
     temperatures differ, or the positions of padded prompts do.
     """
-    if not stats["largest deviation"] < 1e-4 or not stats["policy/approxkl"] < 1e-8 or stats["policy/clipfrac"]:
+    if not stats["val/ratio_deviation"] < 1e-4 or not stats["policy/approxkl"] < 1e-8 or stats["policy/clipfrac"]:
         raise RLHFError(
-            "before the first step of an update the policy already differs from the one that sampled: "
-            f"|ratio - 1| = {stats['largest deviation']:.3g}, approxkl = {stats['policy/approxkl']:.3g}, clipfrac = "
-            f"{stats['policy/clipfrac']:.3g}; is something random in its forward pass, or its weights shared and trained?"
+            "before the first optimizer step of an update the policy already differs from the one that sampled: "
+            f"|ratio - 1| = {stats['val/ratio_deviation']:.3g}, approxkl = {stats['policy/approxkl']:.3g}, clipfrac = "
+            f"{stats['policy/clipfrac']:.3g}; is something random in its forward pass, or its weights shared and "
+            "trained?"
         )

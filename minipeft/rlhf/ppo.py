@@ -2,9 +2,9 @@
 
     maximize   E[r(x, y)] - β KL(π ‖ π_ref)      with      ρ_t = π(y_t) / π_old(y_t)
 
-Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The N+
-implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the value
-head reads the policy's own hidden states, unless a `ValueModel` of its own is given.
+Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
+N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the
+value head reads the policy's own hidden states, unless a `ValueModel` of its own is given.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray
+from ..backend import Array, asarray, xp_of
 from ..nn.heads import ValueModel
 from ..nn.layers import Linear
 from ..nn.module import Parameter
+from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, shaped_rewards, whiten
 from .logprobs import response_hidden
-from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, _check
+from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, check_adapters, check_setting
 from .reward import RewardModel
 from .rollout import Rollout
 
@@ -37,13 +38,21 @@ def policy_loss(
 
 
 def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Array:
-    """The share of the real positions at which `policy_loss` took the clipped side."""
+    """The share of the real positions at which `policy_loss` took the clipped side: a scalar array.
+
+    ratio, advantages and mask have one shape, or broadcast to that of mask: [B, n], or [B] for ratios of whole
+    responses.
+    """
     clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
     return masked_mean(clipped.astype(ratio.dtype), mask)
 
 
 def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2) -> Tensor:
-    """Half the masked mean of max((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n]."""
+    """Half the masked mean of max((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n].
+
+    The PPO paper does not clip values; OpenAI's code does (baselines' ppo2, then lm-human-preferences; Huang et al.
+    2024).
+    """
     clipped = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
     return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -52,14 +61,19 @@ class KLController:
     """The KL coefficient β: fixed, or, given a target, moved towards it (Ziegler et al. 2019, section 2.2).
 
     β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)  after every n responses.
+
+    Raises ValueError for a target or a horizon that is not above 0, and for n so large that β would not stay above 0.
     """
 
     def __init__(self, beta: float, target: float | None = None, horizon: int = 10000):
+        check_setting("target", target, target is None or target > 0, "above 0, or None")
+        check_setting("horizon", horizon, horizon > 0, "above 0")
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, n: int) -> None:
         """Tell it the mean KL, in nats a response, of n responses."""
         if self.target is not None:
+            check_setting("n", n, 0 <= n < 5 * self.horizon, f"below 5 · horizon, {5 * self.horizon}")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * n / self.horizon
 
@@ -69,7 +83,8 @@ class PPOConfig(OnlineConfig):
     """PPO's settings beside those of OnlineConfig.
 
     kl_coef          β, fixed unless there is a target
-    kl_target        nats a response that an adaptive β aims at; kl_horizon: responses over which it may move
+    kl_target        nats a response that an adaptive β aims at
+    kl_horizon       responses over which β may move by a fifth; more than batch_size / 5, or β would not stay above 0
     gamma, lam       discount, and the λ of generalized advantage estimation
     cliprange        ε of the ratio; cliprange_value: of the values
     vf_coef          weight of the value loss
@@ -87,10 +102,16 @@ class PPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("kl_coef", self.kl_coef, self.kl_coef >= 0, "at least 0")
-        _check("kl_target", self.kl_target, self.kl_target is None or self.kl_target > 0, "above 0, or None")
+        for name in ("kl_coef", "vf_coef"):
+            check_setting(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("kl_horizon", "cliprange_value"):
+            check_setting(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        check_setting("kl_target", self.kl_target, self.kl_target is None or self.kl_target > 0, "above 0, or None")
         for name in ("gamma", "lam"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+            check_setting(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.kl_target is not None:
+            check_setting("kl_horizon", self.kl_horizon, 5 * self.kl_horizon > self.batch_size,
+                          f"above batch_size / 5, {self.batch_size / 5:g}")  # fmt: skip
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
 
@@ -99,6 +120,7 @@ class PPOTrainer(OnlineTrainer):
     """PPO of a language model against a reward. Arguments and errors: see `OnlineTrainer`; and
 
     value_model: a `ValueModel`, or a PeftModel around one, in place of the value head on the policy's hidden states.
+        Its v_head must be trained, which a PeftModel does with modules_to_save=["v_head"]; ValueError otherwise.
     """
 
     config: PPOConfig
@@ -114,9 +136,18 @@ class PPOTrainer(OnlineTrainer):
     ):
         config = config or PPOConfig()
         self.value_model = value_model
-        self.v_head = Linear(
-            policy.config.hidden_size, 1, seed=None
-        )  # zero: the first advantages are the rewards alone
+        self.v_head: Linear | None = None
+        if value_model is None:
+            self.v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
+            for p in self.v_head.parameters():  # zero: the first advantages are the rewards alone
+                p.data = xp.zeros(p.shape, xp.float32)
+        else:
+            check_adapters(value_model, "value model")
+            if not any(p.requires_grad and "v_head" in n.split(".") for n, p in value_model.named_parameters()):
+                raise ValueError(
+                    "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
+                    'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
+                )
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         super().__init__(policy, reward, prompts, config, watch)
 
@@ -124,12 +155,10 @@ class PPOTrainer(OnlineTrainer):
         """The value head's, or the value model's that require gradients."""
         if self.value_model is not None:
             return {f"value.{n}": p for n, p in self.value_model.named_parameters() if p.requires_grad}
-        for p in self.v_head.parameters():
-            p.data = self._xp.zeros(p.shape, self._xp.float32)
         return {f"v_head.{n}": p for n, p in self.v_head.named_parameters()}
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
-        """Log-probabilities of the last `length` tokens, and the values of the states that they were drawn in."""
+        """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
         hidden = response_hidden(self.policy, input_ids, attention_mask, length)
         if self.value_model is None:
             values = self.v_head(hidden).reshape(hidden.shape[:2])
@@ -173,6 +202,10 @@ class PPOTrainer(OnlineTrainer):
             "policy/clipfrac": clip_fraction(ratio, batch["advantages"], mask, c.cliprange).item(),
             "val/clipfrac": masked_mean(clipped.astype(values.dtype), mask).item(),
         }
+
+    def _identity(self) -> dict[str, Any]:
+        model = self.value_model
+        return super()._identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})
 
     def state(self) -> dict[str, Any]:
         """The KL coefficient."""

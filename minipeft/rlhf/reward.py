@@ -2,13 +2,13 @@
 
     answers to one prompt, best first ─► scores r_1 .. r_K ─► -log σ(r_i - r_j) for every pair i before j
 
-The score is read at the last real token, found by length and not by looking for a padding id, so that a text may end with
-the very id that pads. Scores have no natural zero and scale; calibration gives them mean 0 and standard deviation 1 on
-reference texts, so that a KL coefficient means the same for every reward model.
+The score is read at the last real token, found by length and not by looking for a padding id, so that a text may end
+with the very id that pads. Scores have no natural zero and scale; calibration gives them mean 0 and standard deviation
+1 on reference texts, so that a KL coefficient means the same for every reward model.
 
-Sources: Bradley & Terry 1952; Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155,
-eq. 1); the margin is that of Llama 2 (arXiv:2307.09288, eq. 2), centering that of Eisenstein et al. 2023
-(arXiv:2312.09244).
+Sources: Bradley & Terry 1952; Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (InstructGPT,
+arXiv:2203.02155, eq. 1); the margin is that of Llama 2 (arXiv:2307.09288, eq. 2), centering that of Eisenstein et al.
+2023 (arXiv:2312.09244).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Ranking(NamedTuple):
 
 
 def ranking_pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs of rankings that lie one after the other in a batch: (row of better, row of worse, weight), [pairs] each.
+    """All pairs of rankings that lie one after the other in a batch: (row of better, of worse, weight), [pairs] each.
 
     A ranking of K answers gives K(K-1)/2 pairs, each with the weight 1 / (rankings · K(K-1)/2): every ranking counts
     once, and its answers are computed once (InstructGPT, eq. 1).
@@ -102,7 +102,7 @@ class RewardModel(SequenceClassifier):
 
     Args:
         model: the language model whose backbone is copied (arrays of frozen parameters are shared).
-        seed: of the head's weights, N(0, 1 / (d + 1)) as in OpenAI's lm-human-preferences; None leaves them unallocated.
+        seed: of the head's weights, N(0, 1 / (d + 1)) as in OpenAI's lm-human-preferences; None allocates none.
 
     Called, it gives raw scores [B, 1], as the LlamaForSequenceClassification that it is saved as does; `rewards` gives
     calibrated ones, (raw - mean) / std.
@@ -131,7 +131,7 @@ class RewardModel(SequenceClassifier):
         center: float = 0.0,
         rng: Rng | None = None,  # no dropout: a reward is to be a function of the text
     ) -> Tensor:
-        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each of which is computed once."""
+        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once."""
         scores = self.rewards(input_ids, attention_mask)
         return reward_loss(scores[better], scores[worse], margin, center, weight)
 
@@ -149,19 +149,20 @@ class RewardModel(SequenceClassifier):
     def calibrate(self, texts: Sequence[np.ndarray]) -> None:
         """Choose mean and std so that the rewards of these reference texts have mean 0 and standard deviation 1.
 
-        Raises ValueError where the texts have all the same score.
+        Raises ValueError where the texts have all the same score, up to float32's rounding.
         """
         self.mean, self.std = 0.0, 1.0
         scores = self.score_texts(texts)
         mean, std = float(scores.mean()), float(scores.std())
-        if not 0 < std < math.inf:
+        if not 1e-5 * abs(scores).max() < std < math.inf:
             raise ValueError(
-                f"the {len(texts)} reference texts have scores of standard deviation {std}: nothing to scale by"
+                f"the {len(texts)} reference texts have scores of mean {mean:g} and standard deviation {std:.1g}: "
+                "nothing to scale by"
             )
         self.mean, self.std = mean, std
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
-        """Write a directory that transformers loads as LlamaForSequenceClassification, and the calibration beside it."""
+        """Write a directory that transformers loads as LlamaForSequenceClassification, with the calibration."""
         from ..hub.pretrained import save_pretrained
 
         save_pretrained(self, directory, tokenizer)

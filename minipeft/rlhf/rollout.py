@@ -76,9 +76,14 @@ def rollout(
 
     A row's random numbers depend on the seed, its index and the position alone, so stopping it at its stop token gives
     the tokens that sampling `length` of them and truncating afterwards gives.
+
+    Raises ValueError for a temperature that is not above 0, for no prompts or an empty one, and for prompts that with
+    `length` tokens more are longer than the model's positions; FloatingPointError where the model's logits are NaN.
     """
     if not temperature > 0:
         raise ValueError(f"a rollout samples: temperature must be above 0, got {temperature}")
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a rollout answers prompts, each of at least one token; there is an empty one, or none")
     ids, prompt_mask = pad_sequences(prompts, 0, side="left")  # [B, P]
     out = generate(
         policy, ids, prompt_mask, length, temperature=temperature, seed=seed, eos_token_id=list(stop_token_ids),

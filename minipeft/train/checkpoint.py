@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, to_numpy
+from ..backend import Array, is_array, to_numpy
 from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
 from ..nn.module import Module
+from .optim import Optimizer
 
 FORMAT = "minipeft checkpoint"
 VERSION = 1
@@ -53,6 +54,34 @@ def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
 def frozen_fingerprint(model: Module) -> str:
     """The fingerprint of a model's parameters that do not require gradients."""
     return fingerprint((path, p.data) for path, p in model.named_parameters() if not p.requires_grad)
+
+
+def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An optimizer's state as (host arrays by "parameter.slot", JSON values): what a checkpoint can hold."""
+    state = optimizer.state_dict()
+    entries = state["state"].items()
+    arrays = {f"{i}.{k}": to_numpy(v) for i, entry in entries for k, v in entry.items() if is_array(v)}
+    scalars = {str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in entries}
+    return arrays, {"state": scalars, "param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: Optimizer, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+    """Put an optimizer where `pack_optimizer` found it."""
+    state = {i: dict(entry) for i, entry in values["state"].items()}
+    for name, array in arrays.items():
+        i, _, slot = name.partition(".")
+        state[i][slot] = array
+    optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})
+
+
+def check_identity(path: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
+    """CheckpointError naming the first thing in which the run that is `here` differs from that of a checkpoint."""
+    for name in [*here, *(set(there) - set(here))]:
+        if here.get(name) != there.get(name):
+            detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
+            raise CheckpointError(
+                f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
+            )
 
 
 def _digest(value: Any) -> str:

@@ -28,12 +28,15 @@ from .batches import check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .checkpoint import (
     CheckpointError,
+    check_identity,
     fingerprint,
     frozen_fingerprint,
     last_checkpoint,
     load_checkpoint,
+    pack_optimizer,
     remove_leftovers,
     save_checkpoint,
+    unpack_optimizer,
 )
 from .evaluation import Collate, Loss, evaluate, model_loss, on_device
 from .metrics import Metrics, plot_loss
@@ -436,20 +439,14 @@ class Trainer:
 
     def _save(self, state: _State, metrics: Metrics) -> None:
         self._check_parameters(state.step, math.nan)
-        optimizer = self.optimizer.state_dict()
-        moments = {
-            f"{i}.{k}": to_numpy(v) for i, entry in optimizer["state"].items() for k, v in entry.items() if is_array(v)
-        }
-        scalars = {
-            str(i): {k: v for k, v in entry.items() if not is_array(v)} for i, entry in optimizer["state"].items()
-        }
+        moments, optimizer = pack_optimizer(self.optimizer)
         arrays = {"model": {n: to_numpy(array) for n, array in self._values().items()}, "optimizer": moments}
         if self._best:
             arrays["best"] = {name: to_numpy(array) for name, array in self._best.items()}
         content = {
             "run": dataclasses.asdict(state),
             "position": self._position(state.step),
-            "optimizer": {"state": scalars, "param_groups": optimizer["param_groups"]},
+            "optimizer": optimizer,
             "metrics_bytes": metrics.position(),
             "frozen_sha256": self._frozen,
             "identity": self._identity,
@@ -474,23 +471,12 @@ class Trainer:
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
         here = {**self._identity, "position": self._position(step)}
-        there = {**content["identity"], "position": content["position"]}
-        for name in [*here, *(set(there) - set(here))]:
-            if here.get(name) != there.get(name):
-                detail = "" if len(str(there.get(name))) > 40 else f" ({there.get(name)} there, {here.get(name)} here)"
-                raise CheckpointError(
-                    f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
-                )
+        check_identity(path, here, {**content["identity"], "position": content["position"]})
         if content["frozen_sha256"] != frozen_fingerprint(self.model):
             raise CheckpointError(
                 f"{path}: was trained on another base: the frozen parameters of this model differ from its own"
             )
-        optimizer = content["optimizer"]
-        state = {i: dict(entry) for i, entry in optimizer["state"].items()}
-        for name, array in arrays["optimizer"].items():
-            i, _, slot = name.partition(".")
-            state[i][slot] = array
-        self.optimizer.load_state_dict({"state": state, "param_groups": optimizer["param_groups"]})
+        unpack_optimizer(self.optimizer, arrays["optimizer"], content["optimizer"])
         self._put(arrays["model"])
         self._best = {name: asarray(array.copy(), self._xp) for name, array in arrays.get("best", {}).items()}
         return _State(**content["run"]), content["metrics_bytes"]
