@@ -80,6 +80,13 @@ def test_sft_reward_and_ppo_chain_through_their_directories(model, tmp_path, pro
     assert json.loads((aligned / "template.json").read_text()) == {"template": "alpaca"}
 
 
+def test_a_watcher_without_a_number_is_told_as_none(model, judge, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(mp.rlhf, "gold_reward", lambda tokenizer: lambda roll: np.full(8, np.nan))
+    assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--prompts", prompts) == 0
+    assert "none -> none" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "ppo.json").read_text())["last"]["watch/vader"] is None
+
+
 def test_defaults_need_no_file(tmp_path, capsys):
     assert ppo(tmp_path / "happy") == 0
     assert "reward" in capsys.readouterr().out

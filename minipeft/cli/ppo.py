@@ -1,12 +1,12 @@
 """Reinforcement learning from human feedback: let a model answer prompts, and train it on how its answers are scored.
 
-The reward is a directory of `minipeft reward`, or, without --reward, VADER's sentiment of the answer (extra 'rlhf'). The
-prompts are a .jsonl file with a "prompt" in every line or a .txt file with one a line; without --prompts, openings of
-sentences of the shipped novels. The reference policy is the model as it is at the start.
+The reward is a directory of `minipeft reward`, or, without --reward, VADER's sentiment of the answer (extra 'rlhf').
+The prompts are a .jsonl file with a "prompt" in every line or a .txt file with one a line; without --prompts, openings
+of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
-The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl (all
-statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last checkpoint.
-The run stops with a sentence where the KL diverges, a number is not finite, or all answers score the same.
+The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
+(all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
+checkpoint. The run stops with a sentence where the KL diverges, a number is not finite, or all answers score the same.
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive_int, default=32, metavar="N", help="answers an update (default: 32)"
     )
     group.add_argument(
-        "--mini-batch-size", type=positive_int, default=16, metavar="N", help="answers a step (default: 16)"
+        "--mini-batch-size", type=positive_int, default=16, metavar="N", help="answers an optimizer step (default: 16)"
     )
     group.add_argument(
         "--epochs", type=positive_int, default=2, metavar="N", help="passes over the answers (default: 2)"
@@ -73,10 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kl-target", type=positive, metavar="KL", help="adapt the price to this KL, nats a response (ppo)"
     )
-    group.add_argument("--stop-kl", type=positive, metavar="KL", help="end the run when the KL passes this")
     group.add_argument(
-        "--max-kl", type=positive, default=100.0, metavar="KL", help="an error above this KL (default: 100)"
-    )
+        "--stop-kl", type=positive, metavar="KL",
+        help="end the run after the first update that samples above this KL; that update still trains",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-kl", type=positive, default=100.0, metavar="KL",
+        help="an error above this KL (default: 100); may be raised with --resume",
+    )  # fmt: skip
     group.add_argument("--response-length", type=positive_int, default=24, metavar="N", help="tokens (default: 24)")
     group.add_argument("--temperature", type=positive, default=1.0, metavar="T", help="of sampling (default: 1)")
     group.add_argument(
@@ -127,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
         trainer = kind(policy, reward, prompts, rlhf.GroupConfig(**common, num_generations=args.generations), watch)
     trained = sum(p.size for p in trainer.trainable.values())
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {args.steps:,} updates of "
-        f"{args.batch_size} answers, learning rate {args.lr:g}, KL coefficient {args.kl_coef:g}"
+        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {args.steps:,} "
+        f"updates of {args.batch_size} answers, learning rate {args.lr:g}, KL coefficient {args.kl_coef:g}"
     )
     if args.overwrite:
         remove_earlier(output, WRITTEN)
@@ -164,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
         ("objective/kl", "KL"),
         *((f"watch/{w}", f"{w} (watched)") for w in watch),
     ):
-        print(f"{what:16} {history[0][key]:8.3f} -> {history[-1][key]:.3f}")
+        first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
+        print(f"{what:16} {first:>8} -> {last}")
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
     kind = "--adapter" if hasattr(policy, "save_pretrained") else "--model"
@@ -187,7 +192,8 @@ def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, room: int)
             what = (
                 "is empty"
                 if not ids
-                else f"has {len(ids)} tokens; with --response-length {args.response_length} the model has room for {room}"
+                else f"has {len(ids)} tokens; with --response-length {args.response_length} the model has room for "
+                f"{room}"
             )
             raise ValueError(f"{args.prompts}: prompt {number} {what}")
     return encoded

@@ -1,12 +1,12 @@
 """Train a reward model, the second stage of RLHF: a score for a text, learned from which of two answers was preferred.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts that
-real people rated, from the source archive of vaderSentiment where you have it. Without either, the model itself answers
-openings of sentences twice, and a noisy rater prefers the answer that VADER finds happier (extra 'rlhf').
+The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts
+that real people rated, from the source archive of vaderSentiment where you have it. Without either, the model itself
+answers openings of sentences twice, and a noisy rater prefers the answer that VADER finds happier (extra 'rlhf').
 
-The output directory is a Hugging Face directory (LlamaForSequenceClassification with one label) with the calibration that
-gives its rewards mean 0 and deviation 1, the tokenizer, metrics.jsonl, reward.png (loss; predicted against observed
-preferences) and reward.json. `minipeft ppo --reward DIR` optimizes it.
+The output directory is a Hugging Face directory (LlamaForSequenceClassification with one label) with the calibration
+that gives its rewards mean 0 and deviation 1, the tokenizer, metrics.jsonl, reward.png (loss; predicted against
+observed preferences) and reward.json. `minipeft ppo --reward DIR` optimizes it.
 
 examples:
   minipeft reward --output judge                                        made pairs, the shipped base
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
     trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
     err.print(
-        f"{len(train):,} pairs to learn from, {len(test):,} held out; {steps:,} steps of {args.batch_size}, learning rate {args.lr:g}"
+        f"{len(train):,} pairs to learn from, {len(test):,} held out; {steps:,} steps of {args.batch_size}, "
+        f"learning rate {args.lr:g}"
     )
     if args.overwrite:
         remove_earlier(output, WRITTEN)
