@@ -136,12 +136,10 @@ class PPOTrainer(OnlineTrainer):
     ):
         config = config or PPOConfig()
         self.value_model = value_model
-        self.v_head: Linear | None = None
-        if value_model is None:
-            self.v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
-            for p in self.v_head.parameters():  # zero: the first advantages are the rewards alone
-                p.data = xp.zeros(p.shape, xp.float32)
-        else:
+        self.v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
+        for p in self.v_head.parameters():  # zero: the first advantages are the rewards alone
+            p.data = xp.zeros(p.shape, xp.float32)
+        if value_model is not None:
             check_adapters(value_model, "value model")
             if not any(p.requires_grad and "v_head" in n.split(".") for n, p in value_model.named_parameters()):
                 raise ValueError(
