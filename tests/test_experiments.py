@@ -258,11 +258,29 @@ def test_a_verdict_follows_from_the_rows_and_turns_with_them():
     assert all(agrees is False for advice, agrees in found.items() if "epochs" not in advice)
 
 
-def test_a_difference_counts_when_every_seed_has_its_sign():
+def test_a_difference_counts_when_every_seed_has_its_sign_and_it_is_large_beside_its_spread():
     a, b = np.array([1.0, 2.0, 3.0]), np.array([1.5, 2.5, 2.9])
     assert practice.below(a, b) is None
     assert practice.below(a, a + 1) is True and practice.below(a + 1, a) is False
+    assert practice.below(a, a) is None and practice.below(a, np.array([2.0, 3.0, np.nan])) is None
+    small = np.array([0.1, 0.2, 0.3])  # 2.0 standard deviations from 0
+    assert practice.below(a, a + small) is None and practice.below(a, a + small + 0.1) is True
+    assert practice.below(a[:1], b[:1]) is True
     assert practice.spread(a) == "2.000 ± 1.000" and practice.spread(a[:1]) == "1.000 ± 0.000"
+
+
+def test_rates_that_cannot_be_told_apart_are_all_best():
+    def loss(s):
+        if isinstance(s, Classification):
+            return 0.5
+        if s.method == "full":
+            return 2.5 + abs(np.log10(s.learning_rate / 1e-3))
+        return {3e-3: 2.5, 1e-2: 2.5 + 0.01 * s.seed}.get(s.learning_rate, 3.0)
+
+    rows = rows_of(loss)
+    assert practice.best_rates(rows, [Rewriting("lora", rate) for rate in practice.RATES["lora"]]) == [3e-3, 1e-2]
+    finding = practice.find_learning_rate(rows)[0]
+    assert finding.agrees is None and "LoRA 0.003 or 0.01: 3 or 10 times" in finding.measured
 
 
 def test_nothing_beats_a_point_of_the_frontier():
