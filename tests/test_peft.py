@@ -251,6 +251,45 @@ def test_a_mixed_batch_is_each_row_alone(dialect, xp):
         adapted(ids if xp is np else xp.asarray(ids), adapter_names=["a", "b", "c"])
     with pytest.raises(PeftError, match="no adapter 'd'"):
         adapted(ids, adapter_names=["d"] * 5)
+    with pytest.raises(PeftError, match="without dropout: leave rng out"):
+        adapted(xp.asarray(ids), adapter_names=names, rng=1)
+
+
+def test_a_mixed_batch_with_adapted_positions(xp):
+    config = mp.LoraConfig(r=2, target_modules=["wpe", "wte"], init_lora_weights=False)
+    adapted = mp.get_peft_model(base("gpt2", xp), config)
+    mixed = logits(adapted, adapter_names=["default", "__base__", "default"])
+    close(mixed[::2], logits(adapted)[::2])
+    close(mixed[1:2], logits(adapted.unload())[1:2])
+    close(logits(adapted, adapter_names=["default"] * 3), logits(adapted))
+    with pytest.raises(PeftError, match="3 names for an input of 1 rows"):
+        logits(adapted, IDS[:1], adapter_names=["default", "__base__", "default"])
+
+
+def test_checkpointed_blocks_are_computed_again_with_the_adapters_of_their_forward_pass():
+    """Backward comes after the call of a mixed batch is over, or after other adapters have been selected."""
+    adapted = three()
+    for rows in (["a", "__base__", "a"], None):
+        gradients = []
+        for checkpointing in (False, True):
+            adapted.gradient_checkpointing_enable(checkpointing)
+            adapted.set_adapter("a")
+            adapted.zero_grad()
+            loss = adapted.loss(IDS, IDS, adapter_names=rows)
+            with adapted.disable_adapter():
+                loss.backward()
+            gradients.append({path: p.grad for path, p in adapted.named_parameters() if p.requires_grad})
+        assert all(np.abs(g).max() > 0 for g in gradients[0].values())
+        for path in gradients[0]:
+            close(gradients[0][path], gradients[1][path], 1e-6)
+
+
+def test_the_penalty_is_that_of_the_adapters_of_the_batch():
+    adapted = mp.get_peft_model(base(), METHODS["adalora"]("llama"))
+    adapted.add_adapter("b", METHODS["lora"]("llama"))
+    plain = base().loss(IDS, IDS).item()
+    assert adapted.loss(IDS, IDS, adapter_names=["b"] * 3).item() == plain
+    assert adapted.loss(IDS, IDS, adapter_names=["default"] * 3).item() > plain
 
 
 def test_active_adapters_are_applied_one_around_the_other_and_merge_so():
@@ -332,6 +371,21 @@ def test_merged_weights_are_used_while_their_adapters_are_and_dropped_exactly(me
     np.testing.assert_array_equal(logits(adapted), y)
 
 
+def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
+    adapted = mp.get_peft_model(base(), METHODS["adalora"]("llama"))
+    adapted.merge_adapter()
+    with pytest.raises(PeftError, match="merged adapters get no gradient: call unmerge_adapter"):
+        adapted.loss(IDS, IDS)
+    with mp.no_grad():
+        merged = adapted.loss(IDS, IDS).item()
+    assert not adapted(IDS).requires_grad
+    copy = adapted.copy().to(xp)
+    close(logits(copy), logits(adapted))
+    adapted.unmerge_adapter()
+    with mp.no_grad():
+        assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
+
+
 def test_merging_and_subtracting_restores_the_weight_to_rounding():
     adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
     for layer in adapted.layers.values():
@@ -394,6 +448,10 @@ def test_what_cannot_be_combined_is_refused():
     for names, kind, options, match in [
         (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
         (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
+        (["a"], "svd", {"svd_rank": -1}, "svd_rank must be a positive integer, not -1"),
+        (["a"], "svd", {"svd_rank": 0}, "svd_rank must be a positive integer, not 0"),
+        (["a"], "cat", {"svd_rank": 2}, "cat has no svd_rank"), (["a"], "svd", {"density": 0.5}, "it has no density"),
+        (["a"] * 9, "cat", {}, "a rank of 18, but its matrix has one of 16 at most; svd"),
     ]:  # fmt: skip
         with pytest.raises(PeftError, match=match):
             adapted.add_weighted_adapter(names, [1.0] * len(names), "new", combination_type=kind, **options)
@@ -411,6 +469,14 @@ def test_dropout_acts_only_with_a_stream_and_replays(xp):
     assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, plain)
     part = to_numpy(adapted(ids[1:], rng=Rng(1, first_row=1)).data)  # a row's mask does not depend on its neighbours
     close(part, one[1:])
+
+
+def test_dropout_acts_on_an_adapted_head_in_the_loss_as_in_the_logits():
+    config = mp.LoraConfig(r=2, lora_dropout=0.5, target_modules=["lm_head"], init_lora_weights=False)
+    adapted = mp.get_peft_model(base(tie_word_embeddings=False), config)
+    expected = F.cross_entropy(adapted(IDS, rng=Rng(1))[:, :-1], IDS[:, 1:]).item()
+    assert abs(adapted.loss(IDS, IDS, rng=Rng(1)).item() - expected) < 1e-6
+    assert abs(adapted.loss(IDS, IDS).item() - expected) > 1e-3
 
 
 def test_each_layer_draws_its_own_mask():
@@ -473,6 +539,26 @@ def test_adalora_resumed_from_a_checkpoint_ends_with_the_same_bytes(at, tmp_path
     assert files[0] == files[1]
 
 
+def test_adalora_goes_on_after_a_move_to_another_device(xp):
+    options = dict(total_step=6, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    with pytest.raises(PeftError, match="call update_and_allocate after backward"):
+        mp.get_peft_model(base(), mp.AdaLoraConfig(**options)).update_and_allocate(1)
+    runs = []
+    for moved in (False, True):
+        adapted = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
+        for step in (1, 2, 3, 4, 5, 6):
+            for library in (xp,) * moved * (step in (3, 6)):  # amid the pruning, and before a step that only applies it
+                adapted.to(library)
+            ids = xp_of(adapted.parameters()[0].data).asarray(IDS)
+            adapted.zero_grad()
+            adapted.loss(ids, ids).backward()
+            adapted.update_and_allocate(step)
+        runs.append(adapted.to("numpy"))
+    assert runs[0].peft_config["default"].rank_pattern == runs[1].peft_config["default"].rank_pattern is not None
+    parts = [run.parts("default")[0][1].saved() for run in runs]
+    assert all(np.array_equal(parts[0][key].data, parts[1][key].data) for key in parts[0])
+
+
 def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
     """Early stopping puts the best weights back, of a moment when fewer triplets were pruned: the file has all of them."""
     run = adalora_run(tmp_path / "run")
@@ -519,12 +605,32 @@ def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
         (lambda: mp.AdaLoraConfig(), "total_step"),
         (lambda: mp.AdaLoraConfig(total_step=5, tinit=3, tfinal=2), "leave none"),
         (lambda: mp.VeraConfig(save_projection=False), "save_projection"),
+        (lambda: mp.VeraConfig(projection_prng_key=None), "projection_prng_key must be an integer, not None"),
+        (lambda: mp.LoraConfig(exclude_modules=["v_porj"]), "exclude_modules: no .* 'v_porj'; nearest: v_proj"),
+        (lambda: mp.LoraConfig(exclude_modules=".*v_porj"), "exclude_modules: no module is called"),
+        (lambda: mp.LoraConfig(rank_pattern={"q(": 4}), r"rank_pattern='q\(' is not a regular expression"),
+        (
+            lambda: mp.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["(layers"]),
+            r"layers_pattern='\(layers' is not a regular expression",
+        ),
+        (lambda: mp.LoraConfig(lora_alpha="16"), "lora_alpha must be a finite number, not '16'"),
+        (lambda: mp.LoraConfig(lora_alpha=None), "lora_alpha must be a finite number, not None"),
+        (lambda: mp.LoraConfig(lora_alpha=0, init_lora_weights="pissa"), "lora_alpha must be positive, not 0"),
+        (lambda: mp.AdaLoraConfig(total_step=5, deltaT=0), "deltaT must be a positive integer"),
+        (lambda: mp.BitFitConfig(layers_to_transform=[0]), "give names to target_modules, too"),
     ],
 )
 def test_a_method_that_does_not_fit_is_a_clear_error(config, message):
     model = base()
     with pytest.raises(PeftError, match=message):
         mp.get_peft_model(model, config())
+
+
+def test_public_names_are_found_in_the_package():
+    assert mp.peft.PeftError is PeftError and mp.peft.LoraConfig is mp.LoraConfig
+    assert all(hasattr(mp.peft, name) for name in mp.peft.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfi'"):
+        mp.peft.LoraConfi  # noqa: B018
 
 
 def test_names_of_adapters():
@@ -534,6 +640,9 @@ def test_names_of_adapters():
             adapted.add_adapter(name, mp.LoraConfig())
     with pytest.raises(PeftError, match="no adapter 'x'; there are default"):
         adapted.set_adapter("x")
+    for use in (adapted.set_adapter, adapted.merge_and_unload, adapted.merge_adapter):
+        with pytest.raises(PeftError, match="used once, but the names are default, default"):
+            use(["default", "default"])
     with pytest.raises(PeftError, match="already"):
         mp.get_peft_model(adapted, mp.LoraConfig())
     net = Sequential(Embedding(4, 3))
@@ -578,6 +687,20 @@ def test_a_directory_holds_the_adapter(dialect, method, tmp_path, xp):
     more = mp.PeftModel.from_pretrained(base(dialect, xp), tmp_path, is_trainable=True)
     train(more, xp)
     mp.assert_learning(more)
+
+
+def test_inference_mode_and_is_trainable_say_whether_an_adapter_is_trained(tmp_path):
+    frozen = mp.get_peft_model(base(), mp.LoraConfig(inference_mode=True))
+    assert frozen.get_nb_trainable_parameters()[0] == 0
+    frozen.set_adapter("default")
+    count = frozen.get_nb_trainable_parameters()[0]
+    assert count > 0
+    frozen.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        adapted = mp.get_peft_model(base(), mp.LoraConfig(inference_mode=True))
+        adapted.load_adapter(tmp_path, "b", is_trainable=is_trainable)
+        assert adapted.get_nb_trainable_parameters()[0] == count * is_trainable
+        assert adapted.active_adapters == ["default"]
 
 
 def test_named_adapters_go_into_sub_directories(tmp_path):

@@ -244,10 +244,19 @@ def test_named_prompts_on_one_base_and_with_lora():
     np.testing.assert_array_equal(prompted(IDS).data, first)  # LoRA starts at zero
     with pytest.raises(PeftError, match="at most one of the active adapters can change the input"):
         prompted.set_adapter(["default", "other"])
-    with pytest.raises(PeftError, match="changes the input; no plain model equals it"):
-        prompted.merge_and_unload()
+    for merge in (prompted.merge_and_unload, prompted.merge_adapter):
+        with pytest.raises(PeftError, match="changes the input; no plain model equals it"):
+            merge()
+    np.testing.assert_array_equal(prompted(IDS, adapter_names=["__base__"] * 3).data, prompted.unload()(IDS).data)
     with pytest.raises(PeftError, match="cannot be mixed with others in a batch"):
         prompted(IDS, adapter_names=["default", "lora", "lora"])
+
+
+@pytest.mark.parametrize("config", [mp.PromptTuningConfig, mp.PrefixTuningConfig, mp.PromptEncoderConfig])
+def test_a_new_prompt_without_its_network_is_drawn_all_the_same(config):
+    prompted = mp.get_peft_model(base("llama"), config(num_virtual_tokens=4, inference_mode=True))
+    assert prompted.prompts["default"].prompt_embeddings.data.std() > 0.5
+    assert prompted.get_nb_trainable_parameters()[0] == 0
 
 
 def test_the_same_seed_gives_the_same_start():

@@ -123,6 +123,22 @@ def test_a_requantized_merge_of_an_untrained_adapter_changes_no_code_but_where_s
     np.testing.assert_allclose(again(IDS).data, model(IDS).data, atol=1e-5)
 
 
+def test_a_requantized_merge_owns_its_arrays_and_merges_only_the_adapters_asked_for():
+    model = base("gpt2")
+    peft = mp.get_peft_model(quantize_model(model), config(r=4), "active")
+    peft.add_adapter("other", mp.LoraConfig(r=4, target_modules=["c_attn", "wte"]))
+    before = {name: p.data.tobytes() for name, p in peft.named_parameters()}
+    again, errors = merge_and_requantize(peft, ["active"])
+    assert again.config.tie_word_embeddings and "transformer.wte" not in errors
+    again.requires_grad_(True)
+    train(again, 2)
+    peft.set_adapter("other")
+    untouched, errors = merge_and_requantize(peft)
+    assert not untouched.config.tie_word_embeddings and all("c_attn" in path for path in errors)
+    train(untouched, 2)
+    assert {name: p.data.tobytes() for name, p in peft.named_parameters()} == before
+
+
 # --------------------------------------------------------------------------------------------------------------- LoftQ
 
 
@@ -146,6 +162,13 @@ def test_loftq_leaves_the_model_as_it_was_and_trains():
     losses = train(made, 6)
     assert losses[-1] < losses[0]
     assert {name: p.data.tobytes() for name, p in model.named_parameters()} == before
+
+
+def test_what_is_trained_whole_is_in_floats():
+    made = get_loftq_model(base(), config(r=4, modules_to_save=["lm_head"]))
+    assert train(made, 2)
+    with pytest.raises(PeftError, match="a Linear4bit with quantized weights cannot be trained whole"):
+        mp.get_peft_model(quantize_model(base()), config(r=4, modules_to_save=["q_proj"]))
 
 
 def test_loftq_refuses_what_it_does_not_start():

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -400,7 +401,9 @@ class Backbone(Module):
                     *block.parameters(),
                     *(t for t in (past_key_values or [()] * (i + 1))[i] if isinstance(t, Tensor)),
                 ]
-                x = checkpoint(lambda x, b=block, i=i, r=layer_rng: b(x, context, i, r), x, parameters=used)
+                run = copy_context().run  # computed again in backward, a block sees the context variables of now
+                compute = lambda x, run=run, b=block, i=i, r=layer_rng: run(b, x, context, i, r)  # noqa: E731
+                x = checkpoint(compute, x, parameters=used)
             else:
                 x = block(x, context, i, layer_rng)
         return self.final_norm(x, rng)
@@ -558,9 +561,9 @@ class Transformer(Module):
         of `forward`. Logits are computed only where a label counts, and held once.
         """
         hidden = self.backbone(input_ids, **arguments)
-        return self.head_loss(hidden, labels)
+        return self.head_loss(hidden, labels, as_rng(arguments.get("rng")))
 
-    def head_loss(self, hidden: Tensor, labels: Array) -> Tensor:
+    def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None) -> Tensor:
         """The loss of `loss`, from hidden states [B, T, d]."""
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
@@ -569,7 +572,7 @@ class Transformer(Module):
         targets[:, :-1] = labels[:, 1:]
         if type(self.lm_head) is Linear and self.lm_head.bias is None:
             return F.linear_cross_entropy(hidden, self.lm_head.weight, targets)
-        return F.cross_entropy(self.lm_head(hidden), targets)
+        return F.cross_entropy(self.lm_head(hidden, rng), targets)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keep only each block's input in the forward pass and compute the block again in backward."""

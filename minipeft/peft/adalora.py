@@ -19,7 +19,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng, xp_of
+from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
 from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, with_weight
@@ -36,6 +36,9 @@ class AdaLoraConfig(PeftConfig):
     deltaT             steps between two prunings
     beta1, beta2       decay of the averages of sensitivity and of its uncertainty
     orth_reg_weight    weight of the penalty
+    lora_alpha         the numerator of s
+    lora_dropout       probability of dropping an element of the adapter's input
+    init_lora_weights  True (P and Q random, λ zero), or False (λ random too: not the base at the start; for tests)
     total_step         steps of the whole training; must be given
     rank_pattern       which triplets are left, by path: the result of training
     """
@@ -74,6 +77,8 @@ class AdaLoraConfig(PeftConfig):
                 "AdaLoRA spends its budget over the training: total_step must be its number of steps, "
                 f"not {self.total_step!r}"
             )
+        if not isinstance(self.deltaT, int) or self.deltaT < 1:
+            raise PeftError(f"deltaT must be a positive integer, the steps between two prunings, not {self.deltaT!r}")
         if self.tinit >= self.total_step - self.tfinal:
             raise PeftError(
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; "
@@ -138,7 +143,7 @@ class AdaLoraConfig(PeftConfig):
 
 
 class AdaLoraLayer(Adapter):
-    """P diag(λ) Q around a linear layer."""
+    """P diag(λ) Q around a linear layer: lora_B [out, r], lora_E [r, 1], lora_A [r, in]."""
 
     def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -159,6 +164,7 @@ class AdaLoraLayer(Adapter):
         return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
 
     def merge(self, layer: Module, base: Module) -> Module:
+        """W' = W + s P diag(λ) Q."""
         delta = self.lora_B.data @ (self.lora_A.data * self.lora_E.data)
         delta *= self.scaling
         return with_weight(layer, out_in(layer, out_in(layer, dense_weight(layer)) + delta))
@@ -166,8 +172,13 @@ class AdaLoraLayer(Adapter):
     def saved(self) -> dict[str, Parameter]:
         if self.kept is None:
             return super().saved()
-        A, E, B = self.lora_A.data[self.kept], self.lora_E.data[self.kept], self.lora_B.data[:, self.kept]
+        kept = self._beside(self.kept)
+        A, E, B = self.lora_A.data[kept], self.lora_E.data[kept], self.lora_B.data[:, kept]
         return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
+
+    def _beside(self, array: Array) -> Array:
+        """An array that is kept beside the parameters, on their device: `to` moves parameters alone."""
+        return asarray(array, xp_of(self.lora_E.data))
 
     def averages(self) -> dict[str, Array]:
         """What `follow` and pruning have left, by name."""
@@ -178,10 +189,13 @@ class AdaLoraLayer(Adapter):
 
     def follow(self, beta1: float, beta2: float) -> None:
         """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
+        if any(getattr(self, name).grad is None for name in MATRICES):
+            raise PeftError("AdaLoRA follows the gradients: call update_and_allocate after backward, before zero_grad")
         for name in MATRICES:
             p = getattr(self, name)
             sensitivity = abs(p.data * p.grad)
-            mean, uncertainty = self.importance.get(name, (0, 0))
+            zero = xp_of(sensitivity).zeros_like(sensitivity)
+            mean, uncertainty = map(self._beside, self.importance.get(name, (zero, zero)))
             mean = beta1 * mean + (1 - beta1) * sensitivity
             self.importance[name] = mean, beta2 * uncertainty + (1 - beta2) * abs(sensitivity - mean)
 
@@ -222,7 +236,7 @@ def allocate(model: Any, adapter_name: str, step: int) -> None:
         _note_pattern(model, adapter_name)
     for _, layer in layers:
         if layer.kept is not None:
-            layer.lora_E.data *= layer.kept[:, None]
+            layer.lora_E.data *= layer._beside(layer.kept)[:, None]
 
 
 def _layers(model: Any, adapter_name: str) -> list[tuple[str, AdaLoraLayer]]:

@@ -28,6 +28,11 @@ class BitFitConfig(PeftConfig):
     peft_type: ClassVar[str] = "BITFIT"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules is None and self.layers_to_transform is not None:
+            raise PeftError("layers_to_transform chooses among target_modules: give names to target_modules, too")
+
     def with_targets(self, model: Module) -> BitFitConfig:
         return self
 
@@ -66,5 +71,6 @@ class Bias(Adapter):
         return inner(x) + (self.bias - base.bias.data)
 
     def merge(self, layer: Module, base: Module) -> Module:
+        """The layer with b - b0 added to its bias."""
         bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
         return with_weight(layer, dense_weight(layer), bias)

@@ -4,9 +4,9 @@
     svd     the best approximation of that sum of rank `svd_rank`
     linear  A = Σ sqrt(w_i s_i) A_i,  B = Σ sqrt(w_i s_i) B_i: cheap, but its product has cross terms B_i A_j
     ties    the same on trimmed factors, adding only what agrees with the sign that wins
-            Yadav et al. 2023, arXiv:2306.01708
+            Yadav et al. 2023, arXiv:2306.01708, algorithm 1
     dare_linear, dare_ties   the same on factors of which a random part is dropped and the rest rescaled
-                             Yu et al. 2023, arXiv:2311.03099
+                             Yu et al. 2023, arXiv:2311.03099, section 3.2
     magnitude_prune          linear on trimmed factors
 
 `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` may end in `_svd`: then the products s_i B_i A_i are combined,
@@ -47,71 +47,121 @@ def add_weighted_adapter(
     Args:
         adapters, weights: which, and with what weight each; weights may be negative.
         combination_type: one of the names above ("dare" is "dare_linear").
-        svd_rank: of the result of svd; by default the largest of the parts' ranks.
+        svd_rank: of the result of svd and the types that end so; by default the largest of the parts' ranks.
         density: the part of the values that trimming or dropping keeps (ties, dare, magnitude_prune), in (0, 1].
         majority_sign_method: "total" (the sign of the sum) or "frequency" (of the most values) wins in ties.
         seed: of what dare drops.
 
     Raises PeftError for adapters that cannot be combined so: other methods than LoRA, DoRA, differing ranks (linear and
-    ties, which add factors elementwise).
+    ties, which add factors elementwise), ranks whose sum is larger than a matrix has (cat); and for an option that the
+    type does not have.
     """
     kind = "dare_linear" if combination_type == "dare" else combination_type
-    if kind not in COMBINATIONS:
-        raise PeftError(f"combination_type must be one of {', '.join(COMBINATIONS)}, not {combination_type!r}")
-    if not adapters or len(adapters) != len(weights):
-        raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
-    if not all(math.isfinite(w) for w in weights):
-        raise PeftError(f"the weights must be finite, not {weights}")
-    rule = kind.removesuffix("_svd")
-    if rule not in ("cat", "svd", "linear") and (density is None or not 0 < density <= 1):
-        raise PeftError(f"{kind} needs a density in (0, 1], the part of the values to keep, not {density}")
-    if majority_sign_method not in ("total", "frequency"):
-        raise PeftError(f"majority_sign_method must be 'total' or 'frequency', not {majority_sign_method!r}")
-    for name in adapters:
-        model._known(name)
-        config = model.peft_config[name]
-        if config.peft_type != "LORA" or config.use_dora or config.modules_to_save:
-            what = (
-                "modules_to_save"
-                if config.peft_type == "LORA" and config.modules_to_save
-                else "DoRA"
-                if config.peft_type == "LORA"
-                else config.peft_type
-            )
-            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
+    _check(model, adapters, weights, kind, svd_rank, density, majority_sign_method)
+    rule, generator = kind.removesuffix("_svd"), np.random.default_rng(seed)
 
-    generator = np.random.default_rng(seed)
+    def combine(tensors: list[np.ndarray], ws: list[float]) -> np.ndarray:
+        return _combine(rule, tensors, ws, density, majority_sign_method, generator)
+
     combined: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, layer in model.layers.items():
         parts = [(layer.adapters[n], w) for n, w in zip(adapters, weights) if n in layer.adapters]
         if not parts:
             continue
-        A = [to_numpy(a.factors()[0].data) for a, _ in parts]
-        B = [to_numpy(a.factors()[1].data) for a, _ in parts]
-        ws = [w * a.scaling for a, w in parts]
-
-        def combine(tensors: list[np.ndarray], ws: list[float]) -> np.ndarray:
-            return _combine(rule, tensors, ws, density, majority_sign_method, generator)
-
+        A, B = ([to_numpy(a.factors()[i].data) for a, _ in parts] for i in (0, 1))
+        scalings, ws = [a.scaling for a, _ in parts], [w for _, w in parts]
         if kind == "cat":
-            combined[path] = np.concatenate([a * np.float32(w) for a, w in zip(A, ws)]), np.concatenate(B, axis=1)
+            combined[path] = _side_by_side(path, A, B, scalings, ws)
         elif kind in RULES:
-            if len({a.shape for a in A}) > 1:
-                raise PeftError(
-                    f"{kind} adds factors elementwise, but at {path} the ranks are {[a.shape[0] for a in A]}; "
-                    "use cat or svd"
-                )
-            roots = [math.sqrt(abs(w)) for w in ws]
-            combined[path] = combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), combine(B, roots)
+            combined[path] = _factors(kind, path, A, B, scalings, ws, combine)
         else:
-            deltas = [np.float32(a.scaling) * (b @ x) for (a, _), x, b in zip(parts, A, B)]
-            rank = min(svd_rank or max(a.shape[0] for a in A), *deltas[0].shape)
-            total = combine(deltas, [w for _, w in parts])
-            with one_blas_thread():
-                U, S, Vt = np.linalg.svd(total, full_matrices=False)
-            combined[path] = Vt[:rank], U[:, :rank] * S[:rank]
-
+            combined[path] = _products(A, B, scalings, ws, combine, svd_rank)
     _add(model, adapter_name, model.peft_config[adapters[0]], combined)
+
+
+def _check(
+    model: Any, adapters: list[str], weights: list[float], kind: str, svd_rank: Any, density: Any, majority: str
+) -> None:
+    """Raises PeftError for what `add_weighted_adapter` cannot do."""
+    if kind not in COMBINATIONS:
+        raise PeftError(f"combination_type must be one of {', '.join(COMBINATIONS)}, not {kind!r}")
+    if not adapters or len(adapters) != len(weights):
+        raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
+    if not all(math.isfinite(w) for w in weights):
+        raise PeftError(f"the weights must be finite, not {weights}")
+    if kind.removesuffix("_svd") in ("cat", "svd", "linear"):
+        if density is not None:
+            raise PeftError(f"{kind} keeps all values: it has no density")
+    elif density is None or not 0 < density <= 1:
+        raise PeftError(f"{kind} needs a density in (0, 1], the part of the values to keep, not {density}")
+    if svd_rank is not None and not kind.endswith("svd"):
+        raise PeftError(f"{kind} has no svd_rank; svd and the types that end in _svd have")
+    if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
+        raise PeftError(f"svd_rank must be a positive integer, not {svd_rank!r}")
+    if majority not in ("total", "frequency"):
+        raise PeftError(f"majority_sign_method must be 'total' or 'frequency', not {majority!r}")
+    for name in adapters:
+        model._known(name)
+        config, what = model.peft_config[name], ""
+        if config.peft_type != "LORA":
+            what = config.peft_type
+        elif config.modules_to_save:
+            what = "modules_to_save"
+        elif config.use_dora:
+            what = "DoRA"
+        if what:
+            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
+
+
+Factors = tuple[np.ndarray, np.ndarray]  # A [r, in], B [out, r]
+Combine = Callable[[list[np.ndarray], list[float]], np.ndarray]
+
+
+def _side_by_side(
+    path: str, A: list[np.ndarray], B: list[np.ndarray], scalings: list[float], weights: list[float]
+) -> Factors:
+    """A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], B = [B_1, B_2, ...]."""
+    r, full = sum(a.shape[0] for a in A), min(A[0].shape[1], B[0].shape[0])
+    if r > full:
+        raise PeftError(
+            f"cat gives {path} a rank of {r}, but its matrix has one of {full} at most; svd gives one of svd_rank"
+        )
+    return np.concatenate([a * np.float32(w * s) for a, w, s in zip(A, weights, scalings)]), np.concatenate(B, axis=1)
+
+
+def _factors(
+    kind: str,
+    path: str,
+    A: list[np.ndarray],
+    B: list[np.ndarray],
+    scalings: list[float],
+    weights: list[float],
+    combine: Combine,
+) -> Factors:
+    """The A combined and the B combined, each with sqrt(w_i s_i); the A with its sign."""
+    if len({a.shape for a in A}) > 1:
+        raise PeftError(
+            f"{kind} adds factors elementwise, but at {path} the ranks are {[a.shape[0] for a in A]}; use cat or svd"
+        )
+    ws = [w * s for w, s in zip(weights, scalings)]
+    roots = [math.sqrt(abs(w)) for w in ws]
+    return combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), combine(B, roots)
+
+
+def _products(
+    A: list[np.ndarray],
+    B: list[np.ndarray],
+    scalings: list[float],
+    weights: list[float],
+    combine: Combine,
+    svd_rank: int | None,
+) -> Factors:
+    """A = Vᵀ and B = U S of the largest singular values of the s_i B_i A_i combined."""
+    total = combine([np.float32(s) * (b @ a) for a, b, s in zip(A, B, scalings)], weights)
+    rank = min(svd_rank or max(a.shape[0] for a in A), *total.shape)
+    with one_blas_thread():
+        U, S, Vt = np.linalg.svd(total, full_matrices=False)
+    return Vt[:rank], U[:, :rank] * S[:rank]
 
 
 def _add(model: Any, adapter_name: str, like: Any, factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

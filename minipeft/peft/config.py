@@ -18,11 +18,10 @@ from typing import Any, ClassVar
 
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from ..nn.module import Module
+from ..quant.surgery import HEADS
 
 Shape = tuple[int, ...]
 Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng(seed); None: allocate nothing
-
-OUTPUT_HEADS = ("lm_head", "score", "classifier", "v_head")  # what "all-linear" leaves out, as PEFT does
 
 # model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
 QUERY_AND_VALUE = {
@@ -67,9 +66,13 @@ class PeftConfig(ABC):
                          takes the method's usual ones for the model's architecture.
     exclude_modules      names or a regular expression; what matches is not a target
     layers_to_transform  only the layers of these numbers, the first number of a path (with target names only)
-    layers_pattern       the name of the list of layers, where a path has several numbers
+    layers_pattern       the name of the list of layers (or a regular expression), where a path has several numbers
     modules_to_save      ends of paths ("norm" matches input_layernorm, as in PEFT) of modules that are trained whole,
                          as copies, and saved with the adapter
+    base_model_name_or_path   what the adapter was trained on, for the reader of its file
+    task_type            what the model is for, in PEFT's words: "CAUSAL_LM", "SEQ_CLS", ...; it goes into the file
+    inference_mode       a new model's adapter is frozen (`set_adapter` decides anew); of P-tuning and prefix tuning
+                         the vectors are trained themselves, without the network that computes them
     """
 
     target_modules: list[str] | str | None = None
@@ -100,13 +103,11 @@ class PeftConfig(ABC):
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
-        for name in ("target_modules", "exclude_modules"):
-            pattern = getattr(self, name)
-            if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if isinstance(getattr(self, name), str):
+                check_pattern(name, getattr(self, name))
+        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else ():
+            check_pattern("layers_pattern", pattern)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -178,7 +179,7 @@ class PeftConfig(ABC):
         if not name or self._saves(name) or _matches(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
-            return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in OUTPUT_HEADS
+            return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in HEADS  # as in PEFT
         if not _matches(self.target_modules, name):
             return False
         if self.layers_to_transform is None or name in self.target_modules:
@@ -208,12 +209,16 @@ class PeftConfig(ABC):
         config.resolve_saved(modules)
 
     def check_names(self, paths: Iterable[str], found: Iterable[str]) -> None:
-        """Raises PeftError where a target name is none of the `paths` of the model, or nothing at all was `found`."""
+        """Raises PeftError where a name to target or exclude is none of the model's `paths`, or nothing was `found`."""
         paths = list(paths)
         if isinstance(self.target_modules, list):
             for target in self.target_modules:
                 if not any(_matches([target], name) for name in paths):
                     raise PeftError(f"target_modules: no module is called {target!r}{_near(target, paths)}")
+        out = self.exclude_modules
+        for name in [out] if isinstance(out, str) else out or ():
+            if not any(_matches(out if isinstance(out, str) else [name], path) for path in paths):
+                raise PeftError(f"exclude_modules: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or self.target_modules) and not found:
             asked, hint = self.target_modules, ""
             if isinstance(asked, str):
@@ -300,6 +305,14 @@ def _near(name: str, modules: Iterable[str]) -> str:
         name, paths, n=3, cutoff=0.4
     )
     return f"; nearest: {', '.join(near)}" if near else f"; the modules are called {', '.join(list(last)[:12])}"
+
+
+def check_pattern(option: str, pattern: str) -> None:
+    """Raises PeftError where an option's pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PeftError(f"{option}={pattern!r} is not a regular expression: {error}") from error
 
 
 def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:

@@ -111,6 +111,7 @@ class IA3Layer(Adapter):
         return inner(x * l) if self.is_feedforward else inner(x) * l
 
     def merge(self, layer: Module, base: Module) -> Module:
+        """W' = diag(l) W and b' = l * b; of a feedforward module W' = W diag(l)."""
         W = out_in(layer, dense_weight(layer)) * self.ia3_l.data  # rows, or columns
         bias = getattr(layer, "bias", None)
         scaled = None if bias is None or self.is_feedforward else bias.data * self.ia3_l.data.reshape(-1)

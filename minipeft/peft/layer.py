@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,11 @@ class TrainedCopy(Adapter):
     def __init__(self, module: Module, seed: Any, prefix: str = ""):
         if len(inspect.signature(module.forward).parameters) > 2:
             raise PeftError(f"a {type(module).__name__} takes more than one input; name the layers inside it instead")
+        if any(p.dtype.kind != "f" for p in module.parameters()):
+            raise PeftError(
+                f"a {type(module).__name__} with quantized weights cannot be trained whole; "
+                "keep it in floats (quantize_model(skip=...)) or adapt it"
+            )
         self.module = module.copy(share=seed is None).requires_grad_(True)
         for p in self.module.parameters():
             xp = xp_of(p.data)
@@ -121,11 +128,33 @@ class Prompt(Adapter):
 
 
 class Selection(Module):
-    """Which adapters the layers of one model use: the same object in every layer."""
+    """Which adapters the layers of one model use: the same object in every layer.
+
+    A call of the model fixes the choice, in a context variable: a checkpointed block that is computed again in backward
+    uses the adapters of its forward pass, whatever has been selected since.
+    """
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # active, in order
-        self.rows: list[str] | None = None  # in a mixed batch, the adapter of each row
+        self.names: list[str] = []  # active, in order; a new list for each choice
+
+    @contextmanager
+    def call(self, rows: list[str] | None) -> Iterator[None]:
+        """Inside, a call of the model: with the active adapters, or in a mixed batch with one for each of its rows."""
+        token = _CALL.set((self, self.names, rows))
+        try:
+            yield
+        finally:
+            _CALL.reset(token)
+
+    def now(self) -> tuple[list[str], list[str] | None]:
+        """(active adapters, None), or in a mixed batch ([], the adapter of each row)."""
+        selection, names, rows = _CALL.get()
+        if selection is not self:
+            return self.names, None
+        return ([], rows) if rows is not None else (names, None)
+
+
+_CALL: ContextVar[tuple[Any, list[str], list[str] | None]] = ContextVar("call", default=(None, [], None))
 
 
 class AdaptedLayer(Module):
@@ -136,7 +165,8 @@ class AdaptedLayer(Module):
         self.adapters: dict[str, Adapter] = {}
         self.selection = selection
         self.stream = stream
-        self.merged: tuple[list[str], Module] | None = None  # (adapters, plain layer that computes them)
+        self.merged: Module | None = None  # a plain layer that computes the base layer with
+        self.merged_names: list[str] = []  # these adapters
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_layer" not in self.__dict__:
@@ -156,20 +186,24 @@ class AdaptedLayer(Module):
 
     def forward(self, x: Any, *arguments: Any) -> Tensor:
         """The base layer's arguments and result; the last argument is the random stream, or None."""
-        rows = self.selection.rows
+        names, rows = self.selection.now()
         if rows is None:
-            return self._through(self._active(), x, arguments)
-        if x.shape[0] != len(rows):
+            return self._through([name for name in names if name in self.adapters], x, arguments)
+        positions = is_array(x) and x.shape[0] == 1  # the same for every row
+        if x.shape[0] != len(rows) and not positions:
             raise PeftError(f"adapter_names has {len(rows)} names for an input of {x.shape[0]} rows")
         mine = [name if name in self.adapters else BASE for name in rows]
         if len(set(mine)) == 1:
             return self._through([n for n in mine[:1] if n != BASE], x, arguments)
         if any(a is not None for a in arguments):
             raise PeftError(
-                "a batch that mixes adapters is computed without dropout, and on plain layers alone, "
-                f"not on a {type(self.base_layer).__name__}"
+                "a batch that mixes adapters is computed without dropout: leave rng out"
+                if all(a is None or isinstance(a, Rng) for a in arguments)
+                else f"a {type(self.base_layer).__name__} with several inputs cannot mix adapters in a batch"
             )
         xp = xp_of(x if is_array(x) else x.data)
+        if positions:
+            x = xp.broadcast_to(x, (len(rows), *x.shape[1:]))
         parts, order = [], []
         for name in dict.fromkeys(mine):
             index = [i for i, n in enumerate(mine) if n == name]
@@ -177,14 +211,11 @@ class AdaptedLayer(Module):
             order += index
         return F.cat(parts, axis=0)[xp.asarray(np.argsort(order))]
 
-    def _active(self) -> list[str]:
-        return [name for name in self.selection.names if name in self.adapters]
-
     def _through(self, names: list[str], x: Any, arguments: tuple) -> Tensor:
         if not names:
             return self.base_layer(x, *arguments)
-        if self.merged is not None and self.merged[0] == names:
-            return self.merged[1](x, *arguments)
+        if self.merged is not None and self.merged_names == names:
+            return self.merged(x, *arguments)
         rng = arguments[-1] if arguments and isinstance(arguments[-1], Rng) else None
 
         def around(adapter: Adapter, inner: Callable, number: int) -> Callable[[Any], Tensor]:
@@ -197,9 +228,12 @@ class AdaptedLayer(Module):
         return layer(x)
 
     def merge(self, names: list[str] | None = None) -> Module:
-        """A new plain layer that computes the base layer with these adapters (the active ones by default), in order."""
+        """A new plain layer that computes what these adapters (by default the active ones), in order, make of the base.
+
+        Where the layer has none of them it is the base layer itself.
+        """
         layer = self.base_layer
-        for name in self._active() if names is None else [n for n in names if n in self.adapters]:
+        for name in [n for n in (self.selection.now()[0] if names is None else names) if n in self.adapters]:
             layer = self.adapters[name].merge(layer, self.base_layer)
             for path, p in layer.named_parameters():
                 if not bool(xp_of(p.data).isfinite(p.data).all().item()):
@@ -237,15 +271,15 @@ def out_in(layer: Module, weight: Array) -> Array:
 def with_weight(layer: Module, weight: Array, bias: Array | None = None) -> Module:
     """A new layer like `layer`, with this weight (and bias): a quantized layer becomes a plain Linear."""
     if hasattr(layer, "dequantize"):
-        twin = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
-        twin.bias = None if layer.bias is None else Parameter(layer.bias.data)
+        made = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
+        made.bias = None if layer.bias is None else Parameter(layer.bias.data)
         dtype = weight.dtype
     else:
-        twin, dtype = layer.copy(share=True), layer.weight.dtype
-    twin.weight = Parameter(xp_of(weight).ascontiguousarray(weight.astype(dtype, copy=False)))
+        made, dtype = layer.copy(share=True), layer.weight.dtype
+    made.weight = Parameter(xp_of(weight).ascontiguousarray(weight.astype(dtype, copy=False)))
     if bias is not None:
-        twin.bias = Parameter(bias.astype(layer.bias.dtype))
-    return twin
+        made.bias = Parameter(bias.astype(layer.bias.dtype))
+    return made
 
 
 def kaiming_uniform(generator: np.random.Generator, shape: Shape) -> np.ndarray:

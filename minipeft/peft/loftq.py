@@ -25,9 +25,9 @@ from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
-from .layer import dense_weight, fill, out_in
+from .layer import TrainedCopy, dense_weight, fill, out_in
 from .lora import LoraConfig
-from .model import PeftModel, get_peft_model
+from .model import PeftModel, _adapted, _independent, get_peft_model
 
 
 def get_loftq_model(
@@ -41,7 +41,8 @@ def get_loftq_model(
         iterations: how many turns; the paper uses 1 to 10 and finds most of the gain in the first.
         options: of `quantize_model`.
 
-    Raises PeftError for another method or start, and for an adapted layer that is not quantized.
+    Raises PeftError for another method or start, and for an adapted layer that is not quantized (other than those of
+    modules_to_save, which are trained whole).
     """
     if not isinstance(config, LoraConfig) or config.init_lora_weights is not True or config.use_dora or config.enable_lora:
         raise PeftError("LoftQ starts a plain LoRA: a LoraConfig with init_lora_weights=True, without use_dora or enable_lora")
@@ -50,6 +51,8 @@ def get_loftq_model(
     peft = get_peft_model(quantize_model(model, **options), config, adapter_name, seed)
     for path, layer in peft.layers.items():
         base, adapter = layer.base_layer, layer.adapters[adapter_name]
+        if isinstance(adapter, TrainedCopy):  # of modules_to_save
+            continue
         if not isinstance(base, Linear4bit):
             raise PeftError(f"{path}: LoftQ is for quantized layers; this one is a {type(base).__name__}")
         dense = model.get_submodule(path)
@@ -93,11 +96,11 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
     Each layer is quantized as it was; layers that were not quantized are merged as `merge_and_unload` does. One layer's
     dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made.
     """
-    names = model.active_adapters if adapter_names is None else list(adapter_names)
-    twin, errors = model.unload(), {}
-    for path, layer in model.layers.items():
+    names = model._mergeable(adapter_names)
+    made, errors = model.base_model.copy(share=True), {}
+    for path, layer in reversed(_adapted(made)):
         merged, base = layer.merge(names), layer.base_layer
-        if isinstance(base, Linear4bit):
+        if isinstance(base, Linear4bit) and merged is not base:
             again = base.quantize(out_in(merged, merged.weight.data))
             again.bias = merged.bias
             probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
@@ -105,15 +108,15 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
             with no_grad():
                 adapted = layer._through([n for n in names if n in layer.adapters], x, ()).data
                 dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
-            errors[path] = MergeError(
+            errors[path.replace(".base_layer", "")] = MergeError(
                 dense / _norm(adapted),
                 requantized / _norm(adapted),
                 requantized / plain if plain else math.inf,
                 float((again.weight.data != base.weight.data).mean().item()),
             )
             merged = again
-        twin.replace(path, merged)
-    return twin, errors
+        made.replace(path, merged)
+    return _independent(made), dict(reversed(errors.items()))
 
 
 def _norm(x: Array) -> float:

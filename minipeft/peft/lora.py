@@ -34,7 +34,17 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..quant.linear import Linear4bit
-from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, pattern_value, shape_of
+from .config import (
+    QUERY_AND_VALUE,
+    PeftConfig,
+    PeftError,
+    Seed,
+    Shape,
+    check_pattern,
+    kind_of,
+    pattern_value,
+    shape_of,
+)
 from .layer import Adapter, dense_weight, fill, kaiming_uniform, out_in, with_weight
 
 INITS = (True, False, "gaussian", "pissa", "olora")
@@ -76,6 +86,15 @@ class LoraConfig(PeftConfig):
         for what, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise PeftError(f"{what} must be a positive integer, not {r!r}")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        for what, alpha in alphas.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise PeftError(f"{what} must be a finite number, not {alpha!r}")
+            if alpha <= 0 and self.init_lora_weights == "pissa":
+                raise PeftError(f"PiSSA starts from W / s, so {what} must be positive, not {alpha!r}")
+        for what in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, what):
+                check_pattern(what, pattern)
         if not 0 <= self.lora_dropout < 1:
             raise PeftError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         if self.init_lora_weights not in INITS:
@@ -144,7 +163,7 @@ class LoraConfig(PeftConfig):
             found[name] = build(self, name, shapes, layer, seeds[name])
         if self.init_lora_weights == "olora" and any(kind_of(layer) == "conv1d" for layer in layers.values()):
             for part in found.values():
-                part.folded = True
+                part.saves_start = True
         return found
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
@@ -158,9 +177,9 @@ class LoraConfig(PeftConfig):
         return found
 
     def saved_as(self, parts: list[Any]) -> LoraConfig:
-        """That of the plain adapter of a higher rank which parts of a fused layer, or a folded start, equal."""
-        folded = any(getattr(part, "folded", False) for part in parts)
-        times = 2 if folded else sum(self.enable_lora or [True])
+        """That of the plain adapter of a higher rank which parts of a fused layer, or a saved start, equal."""
+        start = any(getattr(part, "saves_start", False) for part in parts)
+        times = 2 if start else sum(self.enable_lora or [True])
         factor = math.sqrt(times) if self.use_rslora else times  # keeps alpha/r, or alpha/sqrt(r)
         return self.replace(
             r=self.r * times,
@@ -168,7 +187,7 @@ class LoraConfig(PeftConfig):
             rank_pattern={k: v * times for k, v in self.rank_pattern.items()},
             alpha_pattern={k: v * factor for k, v in self.alpha_pattern.items()},
             enable_lora=None,
-            init_lora_weights=True if folded else self.init_lora_weights,
+            init_lora_weights=True if start else self.init_lora_weights,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,10 +207,14 @@ class LoraConfig(PeftConfig):
 
 
 class LoraLinear(Adapter):
-    """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one)."""
+    """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one).
+
+    lora_A [r, in] and lora_B [out, r]; lora_magnitude_vector [out] with DoRA; with `enable_lora` of k parts lora_A
+    [k r, in] and lora_B [k width, r].
+    """
 
     frozen = ("start_A", "start_B")  # where PiSSA and OLoRA began
-    folded = False  # whether the start goes into the file with the trained factors, as one adapter of rank 2r
+    saves_start = False  # whether the start goes into the file with the trained factors, as one adapter of rank 2r
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -227,7 +250,7 @@ class LoraLinear(Adapter):
 
     def loading(self, base: Module) -> None:
         """Compute the start once more, from the same base. Raises PeftError where PEFT's is not the one that is needed."""
-        if self.folded:
+        if self.saves_start:
             raise PeftError(
                 "init_lora_weights='olora' on GPT-2's [in, out] layers: PEFT factorises the transposed weights there, and "
                 "does not start at the base; only files that hold no such start are read"
@@ -292,6 +315,7 @@ class LoraLinear(Adapter):
         return xp_of(V).sqrt((V * V).sum(axis=1))
 
     def merge(self, layer: Module, base: Module) -> Module:
+        """W' = W + s B A; with DoRA each row of it times m / ||W0 + s B A||, W0 being the base's weight."""
         W = out_in(layer, dense_weight(layer)) + self.delta_weight()
         if "lora_magnitude_vector" in self.keys:
             W *= (self.lora_magnitude_vector.data / self._row_norms(base))[:, None]
@@ -299,14 +323,17 @@ class LoraLinear(Adapter):
 
     def saved(self) -> dict[str, Parameter]:
         found = super().saved()
-        if self.enable_lora or self.folded:
+        if self.enable_lora or self.saves_start:
             A, B = self.factors()
             found |= {"lora_A.weight": Parameter(A.data), "lora_B.weight": Parameter(B.data)}
         return found
 
 
 class LoraEmbedding(Adapter):
-    """LoRA around an embedding: row i of W [V, d] becomes W_i + s (B A_i), with A_i the i-th column of A [r, V]."""
+    """LoRA around an embedding: row i of W [V, d] becomes W_i + s (B A_i), with A_i the i-th column of A [r, V].
+
+    As in PEFT, lora_dropout does not act here.
+    """
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)

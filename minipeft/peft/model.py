@@ -13,8 +13,9 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class PeftModel(Module):
         self.selection = Selection()
         self._start: dict[str, dict[str, str]] = {}  # adapter -> parameter -> digest of its first value
         self.add_adapter(adapter_name, config, seed)
-        self.set_adapter(adapter_name)
+        self.set_adapter(adapter_name, config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_model" not in self.__dict__:
@@ -69,14 +70,24 @@ class PeftModel(Module):
         yield "base_model", self.base_model
         yield from self.prompts.items()
 
+    def to(self, xp: ModuleType | str) -> PeftModel:
+        """Move every parameter, and the merged weights, to an array library's device; see `Module.to`."""
+        for layer in self.layers.values():
+            if layer.merged is not None:
+                layer.merged.to(xp)
+        return super().to(xp)
+
     # ------------------------------------------------------------------------------------------------- computing
 
     def forward(self, *inputs: Any, adapter_names: list[str] | None = None, **arguments: Any) -> Any:
         """What the model gives: for a language model, logits of the input's length.
 
-        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters.
+        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters. A layer is
+        computed once for each of the names, so a 4-bit weight is decoded as often. Raises PeftError for names that are
+        unknown, belong to a prompt or are not one a row, and for dropout (`rng`) in a batch that mixes adapters.
         """
-        with self._rows(adapter_names):
+        first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
+        with self._call(adapter_names, first):
             prompt = self._prompt()
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
@@ -90,9 +101,15 @@ class PeftModel(Module):
         """The model's loss; labels have the input's length.
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
-        While gradients are recorded, a method's own penalty (AdaLoRA's) is added.
+        While gradients are recorded, a method's own penalty (AdaLoRA's) is added. Raises PeftError where they would be
+        recorded for merged adapters, which get none.
         """
-        with self._rows(adapter_names):
+        merged = any(layer.merged_names for layer in self.layers.values())
+        if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
+            raise PeftError(
+                "merged adapters get no gradient: call unmerge_adapter() before training, or compute in no_grad()"
+            )
+        with self._call(adapter_names, input_ids):
             prompt = self._prompt()
             if prompt is None:
                 loss = self.base_model.loss(input_ids, labels, **arguments)
@@ -101,9 +118,12 @@ class PeftModel(Module):
                 hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or T
                 xp = xp_of(labels)
                 uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
-                loss = self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1))
+                labels = xp.concatenate([uncounted, labels], axis=1)
+                loss = self.base_model.head_loss(hidden, labels, as_rng(given["rng"]))
         if is_grad_enabled():
-            for name in self.selection.names:
+            for name in dict.fromkeys(self.selection.names if adapter_names is None else adapter_names):
+                if name == BASE:
+                    continue
                 penalty = self.peft_config[name].penalty([part for _, part in self.parts(name)])
                 loss = loss if penalty is None else loss + penalty
         return loss
@@ -158,23 +178,17 @@ class PeftModel(Module):
             )
 
     def _prompt(self) -> Prompt | None:
-        return next((self.prompts[n] for n in self.selection.names if n in self.prompts), None)
+        return next((self.prompts[n] for n in self.selection.now()[0] if n in self.prompts), None)
 
-    @contextmanager
-    def _rows(self, names: list[str] | None) -> Iterator[None]:
-        if names is not None:
-            for name in dict.fromkeys(names):
-                if name != BASE:
-                    self._known(name)
-                if name in self.prompts:
-                    raise PeftError(
-                        f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch"
-                    )
-        before, self.selection.rows = self.selection.rows, names
-        try:
-            yield
-        finally:
-            self.selection.rows = before
+    def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
+        if rows is not None and first is not None and first.shape[0] != len(rows):
+            raise PeftError(f"adapter_names has {len(rows)} names for an input of {first.shape[0]} rows")
+        for name in dict.fromkeys(rows or ()):
+            if name != BASE:
+                self._known(name)
+            if name in self.prompts:
+                raise PeftError(f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch")
+        return self.selection.call(rows)
 
     # -------------------------------------------------------------------------------------------- named adapters
 
@@ -217,10 +231,12 @@ class PeftModel(Module):
             self.mark_start(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Use this adapter (or these, one around the other), and train it unless `inference_mode`; the rest rest."""
+        """Use this adapter (or these, one around the other), and train it unless `inference_mode`; freeze all others.
+
+        Raises PeftError for a name that is unknown or given twice, and for more than one prompt.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self._known(name)
+        self._known(*names)
         if sum(name in self.prompts for name in names) > 1:
             raise PeftError("at most one of the active adapters can change the input")
         self.selection.names = names
@@ -229,13 +245,16 @@ class PeftModel(Module):
                 adapter.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; a layer without adapters becomes the plain layer again."""
+        """Forget an adapter; a layer without adapters becomes the plain layer again.
+
+        Raises PeftError for a name that is unknown.
+        """
         self._known(adapter_name)
         modules = dict(plain_modules(self.base_model))
         for path, layer in list(self.layers.items()):
             layer.adapters.pop(adapter_name, None)
-            if layer.merged is not None and adapter_name in layer.merged[0]:
-                layer.merged = None
+            if adapter_name in layer.merged_names:
+                layer.merged, layer.merged_names = None, []
             if not layer.adapters:
                 parent, _, name = path.rpartition(".")
                 modules[parent]._set_child(name, layer.base_layer)
@@ -270,9 +289,12 @@ class PeftModel(Module):
         ]
         return found + ([("", self.prompts[adapter_name])] if adapter_name in self.prompts else [])
 
-    def _known(self, name: str) -> None:
-        if name not in self.peft_config:
-            raise PeftError(f"there is no adapter {name!r}; there are {', '.join(self.peft_config)}")
+    def _known(self, *names: str) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise PeftError(f"there is no adapter {name!r}; there are {', '.join(self.peft_config)}")
+        if len(set(names)) < len(names):
+            raise PeftError(f"each adapter can be used once, but the names are {', '.join(names)}")
 
     # ---------------------------------------------------------------------------------------------------- merging
 
@@ -283,11 +305,7 @@ class PeftModel(Module):
         the model and in its configuration. Raises PeftError for a method that no plain model equals, and for a
         merge that is not finite.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        for name in names:
-            self._known(name)
-            if name in self.prompts:
-                raise PeftError(f"the adapter {name!r} changes the input; no plain model equals it")
+        names = self._mergeable(adapter_names)
         model = self.base_model.copy(share=True)
         for path, layer in reversed(_adapted(model)):
             model.replace(path, layer.merge(names))
@@ -298,18 +316,29 @@ class PeftModel(Module):
         return self.merge_and_unload([])
 
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
-        """Compute with merged weights while exactly these adapters (the active ones) are in use; keep the base's."""
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        for name in names:
-            self._known(name)
-        merged = {path: layer.merge(names) for path, layer in self.layers.items()}
+        """Compute with merged weights while exactly these adapters (the active ones) are in use; keep the base's.
+
+        Merged adapters get no gradient: `loss` raises PeftError where one would be recorded. Raises PeftError, with
+        nothing changed, where `merge_and_unload` does.
+        """
+        names = self._mergeable(adapter_names)
+        merged = {path: layer.merge(names).requires_grad_(False) for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
-            layer.merged = ([n for n in names if n in layer.adapters], merged[path])
+            layer.merged, layer.merged_names = merged[path], [n for n in names if n in layer.adapters]
 
     def unmerge_adapter(self) -> None:
         """Drop the merged weights; the base's, which were kept, are used again: nothing is subtracted or rounded."""
         for layer in self.layers.values():
-            layer.merged = None
+            layer.merged, layer.merged_names = None, []
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
+        """These names, or the active ones. Raises PeftError for those that no plain model equals."""
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._known(*names)
+        for name in names:
+            if name in self.prompts:
+                raise PeftError(f"the adapter {name!r} changes the input; no plain model equals it")
+        return names
 
     # ------------------------------------------------------------------------------------------------ what is there
 
@@ -382,7 +411,10 @@ class PeftModel(Module):
         return adapted
 
     def load_adapter(self, directory: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
-        """Add the adapter of a directory under a name of its own, not active yet."""
+        """Add the adapter of a directory under a name of its own, not active yet; frozen unless `is_trainable`.
+
+        `set_adapter` decides anew. Raises what `from_pretrained` raises, with nothing changed.
+        """
         from .directory import read_adapter
 
         config, arrays = read_adapter(directory)
@@ -392,6 +424,8 @@ class PeftModel(Module):
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
+        for _, adapter in self.parts(adapter_name):
+            adapter.requires_grad_(is_trainable)
 
     def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
         from .directory import load_arrays

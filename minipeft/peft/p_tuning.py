@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..nn.layers import Embedding, Linear
@@ -65,7 +67,10 @@ class PromptEncoderConfig(PromptLearningConfig):
             raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
         embedding = model.backbone.embedding
         if self.inference_mode:
-            return PromptEmbedding(self.shapes(d), embedding, seed)
+            prompt = PromptEmbedding(self.shapes(d), embedding, seed)
+            if seed is not None:
+                prompt.draw(np.random.default_rng(seed))
+            return prompt
         return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)
 
 

@@ -134,8 +134,8 @@ class PrefixEncoder(Prompt):
 
     def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
         """The prefix as past_key_values; a KVCache that is empty yet is given it as its first positions."""
-        given, fresh = make_room(self.length, given, model.config.max_position_embeddings, in_input=False)
-        if not fresh:
+        given, absent = make_room(self.length, given, model.config.max_position_embeddings, in_input=False)
+        if not absent:
             return given
         past, inputs = given["past_key_values"], given["input_ids"]
         prefix = self._layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])

@@ -27,7 +27,7 @@ from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Prompt, fill, placement, zeros
 
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
-NOWHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @dataclass
@@ -51,7 +51,7 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in NOWHERE:
+        for name in MODULE_OPTIONS:
             if getattr(self, name) is not None:
                 raise PeftError(f"{type(self).__name__} puts nothing on modules: it has no {name}")
         numbers = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size")
@@ -104,7 +104,7 @@ class PromptLearningConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name not in NOWHERE}
+        return {name: value for name, value in super().to_dict().items() if name not in MODULE_OPTIONS}
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Any:
@@ -129,8 +129,8 @@ def make_room(n: int, given: dict[str, Any], limit: int, in_input: bool) -> tupl
     mask, positions = given["attention_mask"], given["position_ids"]
     B, T = inputs.shape[:2]
     seen = past_length(given["past_key_values"])
-    fresh = seen == 0
-    if not fresh:
+    absent = seen == 0
+    if not absent:
         seen -= n
         if seen < 0:
             raise PeftError(f"past_key_values hold {seen + n} positions; the {n} virtual tokens cannot be among them")
@@ -147,14 +147,14 @@ def make_room(n: int, given: dict[str, Any], limit: int, in_input: bool) -> tupl
             f"shorten it to at most {limit - n} tokens"
         )
     if mask is not None:
-        mask = _see_virtual(mask, n, in_input and fresh)
+        mask = _see_virtual(mask, n, in_input and absent)
     if positions is not None:
         positions = positions + n
-        if in_input and fresh:
+        if in_input and absent:
             xp = xp_of(positions)
             first = xp.broadcast_to(xp.arange(n, dtype=positions.dtype), (positions.shape[0], n))
             positions = xp.concatenate([first, positions], axis=1)
-    return {**given, "attention_mask": mask, "position_ids": positions}, fresh
+    return {**given, "attention_mask": mask, "position_ids": positions}, absent
 
 
 def _see_virtual(mask: Array, n: int, as_queries: bool) -> Array:

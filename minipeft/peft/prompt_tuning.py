@@ -65,7 +65,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if self.token_dim != d:
             raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
         prompt = PromptEmbedding(self.shapes(d), model.backbone.embedding, seed)
-        if seed is not None and not self.inference_mode:
+        if seed is not None:
             prompt.start(self, model.backbone.embedding, np.random.default_rng(seed))
         return prompt
 
@@ -102,8 +102,8 @@ class SoftTokens(Prompt):
 
     def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
         """The input's embeddings with the vectors in front: inputs_embeds [B, P + T, d] in place of input_ids."""
-        given, fresh = make_room(self.length, given, model.config.max_position_embeddings, in_input=True)
-        if not fresh:  # the vectors are among the positions seen
+        given, absent = make_room(self.length, given, model.config.max_position_embeddings, in_input=True)
+        if not absent:  # the vectors are among the positions seen
             return given
         x = given["inputs_embeds"]
         if x is None:
@@ -125,7 +125,7 @@ class PromptEmbedding(SoftTokens):
     def start(self, config: PromptTuningConfig, embedding: Module, generator: np.random.Generator) -> None:
         """Give the vectors their first values."""
         if config.prompt_tuning_init == "RANDOM":
-            fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
+            self.draw(generator)
             return
         weight = embedding.weight.data
         vocabulary = weight.shape[0]
@@ -137,6 +137,10 @@ class PromptEmbedding(SoftTokens):
             ids = generator.integers(0, vocabulary, self.length).tolist()
         xp = xp_of(weight)
         self.prompt_embeddings.data = weight[xp.asarray(ids)].astype(self.prompt_embeddings.dtype)
+
+    def draw(self, generator: np.random.Generator) -> None:
+        """Give the vectors standard normal values."""
+        fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
 
     def vectors(self) -> Tensor:
         return self.prompt_embeddings

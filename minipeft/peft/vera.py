@@ -32,6 +32,7 @@ class VeraConfig(PeftConfig):
     save_projection      must be True: the projections go into the file, because no other library draws the same numbers
     vera_dropout         probability of dropping an element of the adapter's input
     d_initial            where d starts
+    fan_in_fan_out       accepted for PEFT's sake; the layer's own layout is what counts
     """
 
     r: int = 256
@@ -50,6 +51,8 @@ class VeraConfig(PeftConfig):
         super().__post_init__()
         if not isinstance(self.r, int) or self.r < 1:
             raise PeftError(f"r must be a positive integer, not {self.r!r}")
+        if not isinstance(self.projection_prng_key, int):
+            raise PeftError(f"projection_prng_key must be an integer, not {self.projection_prng_key!r}")
         if not 0 <= self.vera_dropout < 1:
             raise PeftError(f"vera_dropout must lie in [0, 1), not {self.vera_dropout}")
         if not self.save_projection:
@@ -82,11 +85,6 @@ class VeraConfig(PeftConfig):
         return found
 
 
-def out_in_features(layer: Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer of either layout."""
-    return layer.out_features, layer.in_features
-
-
 class Projection(Module):
     """The shared A [r, in] and B [out, r], Kaiming-uniform; with no key (None) not drawn, as in `Adapter`."""
 
@@ -103,7 +101,7 @@ class Projection(Module):
 
 
 class VeraLayer(Adapter):
-    """VeRA around a linear layer."""
+    """VeRA around a linear layer: vera_lambda_d [r] and vera_lambda_b [out]."""
 
     frozen = ("projection",)
 
@@ -112,7 +110,7 @@ class VeraLayer(Adapter):
     ):
         super().__init__(shapes, layer, seed)
         self.projection, self.dropout = projection, config.vera_dropout
-        self.out_features, self.in_features = out_in_features(layer)
+        self.out_features, self.in_features = layer.out_features, layer.in_features
         if seed is not None:
             self.vera_lambda_d.data += config.d_initial
 
@@ -126,6 +124,7 @@ class VeraLayer(Adapter):
         return inner(x) + self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(z, A), B)
 
     def merge(self, layer: Module, base: Module) -> Module:
+        """W' = W + diag(b) B diag(d) A."""
         A, B = self._corners()
         delta = (self.vera_lambda_b.data[:, None] * B) @ (self.vera_lambda_d.data[:, None] * A)
         return with_weight(layer, out_in(layer, out_in(layer, dense_weight(layer)) + delta))
