@@ -178,8 +178,22 @@ def test_what_cannot_be_quantized_is_named_and_nothing_is_changed():
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3, 3] = np.nan
     with pytest.raises(QuantError, match=r"model.layers.1.mlp.up_proj: .* NaN or infinity"):
         quantize_model(model)
-    with pytest.raises(QuantError, match="blocksize"):
-        quantize_model(small(), blocksize=100)
+    for blocksize in (100, 64.0):
+        with pytest.raises(QuantError, match="blocksize"):
+            quantize_model(small(), blocksize=blocksize)
+
+
+def test_a_layer_with_two_paths_stays_one_there_and_back():
+    layer = nn.Linear(32, 32, seed=1)
+    there = quantize_model(nn.Sequential(layer, layer))
+    back = dequantize_model(there)
+    assert there[0] is there[1] and back[0] is back[1] and type(back[0]) is nn.Linear
+
+
+def test_an_input_of_integers_is_refused():
+    layer = Linear4bit.from_linear(nn.Linear(32, 8, seed=1))
+    with pytest.raises(ValueError, match="input must be floating-point, not int64"):
+        layer(np.ones((2, 32), np.int64))
 
 
 def test_the_lm_head_can_be_quantized_where_it_is_asked_for():

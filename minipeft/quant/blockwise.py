@@ -2,7 +2,7 @@
 
     absmax_b = max |x_i|,  i in block b
     code_i   = the point of the code book nearest to x_i / absmax_b          four bits, two codes to a byte
-    x_i     ~= book[code_i] * absmax_b
+    x_i     ~= book[code_i] * absmax_b                                       the book is `QuantState.code`
 
 With blocks of 64 and a float32 absmax that is 4 + 32/64 = 4.5 bits a weight. Double quantization stores the absmax
 themselves in blocks: 8-bit codes of absmax - mean(absmax), 256 to a block, and one float32 for each such block:
@@ -20,6 +20,7 @@ byte at once, in a table of 256 pairs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,7 @@ class QuantState:
 
     absmax      [blocks] float32, or with double quantization [blocks] uint8: codes of absmax - offset
     shape       of the array that was quantized
-    code        [16] or [256] float32: the number that each code stands for
+    code        [16] or [256] float32: the code book, the number that each code stands for (in files: quant_map)
     blocksize   weights that share an absmax
     quant_type  "nf4", "fp4", "int4"; None for 8-bit codes
     dtype       of the array that was quantized, and will be of the dequantized one
@@ -244,7 +245,8 @@ def dequantize_into(out: Array, packed: Array, blocksize: int, scales: Array, pa
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = book[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S neighbours in a row."""
     xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
-    step = max(1, -(-rows // -(-max(1, out.size) // PIECE))) if xp is np else max(1, rows)  # of pieces of equal length
+    pieces = math.ceil(out.size / PIECE) if xp is np else 1
+    step = max(1, math.ceil(rows / max(1, pieces)))
     for i in range(0, rows, step):
         s = slice(i, min(i + step, rows))
         values, into = pairs.take(codes[s]).view(xp.float32), out[s].reshape(-1, runs, width)
@@ -278,7 +280,8 @@ def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantSta
 
     As bitsandbytes does on the CPU, x * (1 / absmax) is rounded to the nearest of 65536 even steps of [-1, 1] and the
     step's nearest point is taken. In a block whose absmax has no finite reciprocal a number above zero is 1, any other code 0.
-    Raises QuantError for a dtype other than float32 or float16, and for NaN or infinity.
+    Raises QuantError for a dtype other than float32 or float16, and for NaN or infinity. Source: Dettmers et al. 2022,
+    "8-bit Optimizers via Block-wise Quantization" (arXiv:2110.02861, section 2.1).
     """
     _check_array("quantize_blockwise", A)
     if not isinstance(blocksize, int) or blocksize < 1:
@@ -307,7 +310,7 @@ def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantSta
 
 
 def dequantize_blockwise(codes: Array, state: QuantState) -> Array:
-    """map[code] * absmax, in the state's dtype and the codes' shape."""
+    """book[code] * absmax, in the state's dtype and the codes' shape. Raises QuantError for codes that do not fit."""
     size = state.blocksize
     blocks = -(-codes.size // size)
     if codes.dtype != np.uint8 or state.absmax.shape != (blocks,):
@@ -333,7 +336,7 @@ def _steps() -> np.ndarray:
 
 
 def _check_options(blocksize: Any, quant_type: Any) -> None:
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise QuantError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, not {blocksize!r}")
     if quant_type not in CODES_4BIT:
         raise QuantError(f"quant_type must be one of {', '.join(CODES_4BIT)}, not {quant_type!r}")

@@ -25,7 +25,7 @@ def int8_vectorwise_quant(A: Array) -> tuple[Array, Array]:
 
 
 def int8_vectorwise_dequant(codes: Array, absmax: Array) -> Array:
-    """codes * absmax / 127 in float32; codes [..., d], absmax [rows]."""
+    """codes * absmax / 127 in float32; codes [..., d], absmax [rows]. Raises QuantError for shapes that do not fit."""
     xp = xp_of(codes, absmax)
     rows = codes.reshape(-1, codes.shape[-1])
     if codes.dtype != xp.int8 or absmax.shape != (rows.shape[0],):

@@ -55,14 +55,14 @@ class Tiles:
 
     @property
     def column_unit(self) -> int:
-        """How many neighbouring columns share their absmax in every row, and are not more than a tile; 0 if none do."""
+        """A number of neighbouring columns that share their absmax in every row, at most a tile's; 0: no columns do."""
         (_, n_in), size = self.state.shape, self.state.blocksize
         if n_in % size:
             return 0
         return 2 ** max(1, min(5, tile_size(n_in).bit_length() - 1))  # at most 32, the smallest block
 
     def columns(self, part: slice) -> Iterator[tuple[slice, Array]]:
-        """(columns, values [out, columns]) through a part of the columns, counted in units."""
+        """(columns, values [out, columns]) through a part of the columns, counted in `column_unit`, which is not 0."""
         (n_out, n_in), size, unit = self.state.shape, self.state.blocksize, self.column_unit
         codes, scales = self.packed.reshape(n_out, n_in // 2), self.scales.reshape(n_out, n_in // size)
         most = max(1, tile_size(n_in) // unit)
@@ -94,13 +94,15 @@ def _spread(xp: ModuleType, run: Callable[[slice], None], n: int, work: int) -> 
 def linear_4bit(x, packed, state, bias=None):
     """y = x Wᵀ + b with x [..., in] and the codes of W [out, in] (`quantize_4bit`); no gradient reaches them.
 
-    The product has x's dtype. Raises ValueError where x does not match the weight.
+    The product has x's dtype. Raises ValueError where x does not match the weight, or is not floating-point.
     """
     if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
         raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
+    if x.dtype.kind != "f":
+        raise ValueError(f"linear_4bit: the input must be floating-point, not {x.dtype}")
     xp, (n_out, n_in), shape = xp_of(x, packed, bias), state.shape, x.shape
     n = math.prod(shape[:-1])
-    work = n_out * n_in * max(1, n // 64)  # elements to pass through; a product is 64 times as fast
+    work = n_out * n_in * max(1, n // 64)  # decoding a weight takes as long as 64 of its products
     x2, y, tiles = x.reshape(n, n_in), xp.empty((n, n_out), x.dtype), Tiles(packed, state)
 
     def forward(part):
@@ -139,6 +141,8 @@ class Linear4bit(Module):
     Args:
         packed, state: what `quantize_4bit` gave for a matrix [out, in].
         bias: the layer's parameter, kept as it is, or None.
+
+    Raises QuantError where they do not fit each other, or the weight is no matrix.
     """
 
     def __init__(self, packed: Array, state: QuantState, bias: Parameter | None = None):
@@ -157,13 +161,16 @@ class Linear4bit(Module):
     def from_linear(
         cls, layer: Linear | Conv1D, blocksize: int = 64, quant_type: str = "nf4", compress_statistics: bool = True
     ) -> Linear4bit:
-        """The layer with its weight quantized; it shares the bias."""
+        """The layer with its weight quantized; it shares the bias. Raises QuantError as `quantize_4bit`."""
         W = layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
         return cls(*quantize_4bit(W, blocksize, quant_type, compress_statistics), layer.bias)
 
     @classmethod
     def from_state_dict(cls, arrays: Mapping[str, Array]) -> Linear4bit:
-        """The layer from the entries of a checkpoint, ours or bitsandbytes': weight, weight.absmax, ..., and bias if any."""
+        """The layer from a checkpoint's entries, ours or bitsandbytes': weight, weight.absmax, ..., and bias if any.
+
+        Raises QuantError naming what is missing or contradictory.
+        """
         if "weight" not in arrays:
             raise QuantError(f"a quantized layer has an entry 'weight'; there are {', '.join(arrays) or 'none'}")
         state = QuantState.from_dict({k[len("weight.") :]: a for k, a in arrays.items() if k.startswith("weight.")})
@@ -201,10 +208,13 @@ class Linear4bit(Module):
         return Tiles(self.weight.data, self.quant_state).rows()
 
     def quantize(self, W: Array) -> Linear4bit:
-        """This layer with another weight [out, in], quantized in the same way."""
+        """A layer with another weight [out, in], quantized in the same way, and this bias.
+
+        Raises QuantError as `quantize_4bit`.
+        """
         state = self.quant_state
-        packed, fresh = quantize_4bit(W.astype(state.dtype, copy=False), state.blocksize, state.quant_type, state.nested)
-        return Linear4bit(packed, fresh, self.bias)
+        packed, new = quantize_4bit(W.astype(state.dtype, copy=False), state.blocksize, state.quant_type, state.nested)
+        return Linear4bit(packed, new, self.bias)
 
 
 @cases("linear_4bit")

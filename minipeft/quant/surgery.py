@@ -32,33 +32,33 @@ def quantize_model(
     for a weight that another module shares: quantizing it would untie the two.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    twin = model.copy(share=True)
-    paths = [path for path, _ in twin.named_modules()]
+    made = model.copy(share=True)
+    paths = [path for path, _ in made.named_modules()]
     for name in skip:
         if name not in HEADS and not any(_inside(path, name) for path in paths):
             names = dict.fromkeys([path.rpartition(".")[2] for path in paths] + paths)
             near = difflib.get_close_matches(name, list(names), n=3)
             raise QuantError(f"skip: no module is called {name!r}; nearest: {', '.join(near) or 'none'}")
-    layers = quantizable_layers(twin, skip)
+    layers = quantizable_layers(made, skip)
     if not layers:
         raise QuantError(f"there is no Linear or Conv1D layer to quantize in this {type(model).__name__} (skip: {', '.join(skip) or 'nothing'})")
     weights = {id(module.weight): path for path, module in layers.items()}
-    for name, parameter in twin.all_named_parameters():
+    for name, parameter in made.all_named_parameters():
         path = weights.get(id(parameter))
         if path is not None and name.rpartition(".")[0] not in layers:
             raise QuantError(f"{path} shares its weight with {name}: quantizing it would untie them; put {path!r} into skip")
-    made: dict[int, Linear4bit] = {}  # a layer that has several paths stays one
+    quantized: dict[int, Linear4bit] = {}  # a layer that has several paths stays one
     for path, layer in layers.items():
-        if id(layer) not in made:
+        if id(layer) not in quantized:
             try:
-                made[id(layer)] = Linear4bit.from_linear(layer, blocksize, quant_type, compress_statistics)
+                quantized[id(layer)] = Linear4bit.from_linear(layer, blocksize, quant_type, compress_statistics)
             except QuantError as error:
                 raise QuantError(f"{path}: {error}") from error
         if path:
-            twin.replace(path, made[id(layer)])
+            made.replace(path, quantized[id(layer)])
         else:
-            twin = made[id(layer)]
-    return twin.requires_grad_(False)
+            made = quantized[id(layer)]
+    return made.requires_grad_(False)
 
 
 def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, Linear | Conv1D]:
@@ -72,15 +72,17 @@ def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, 
 
 def dequantize_model(model: Module) -> Module:
     """A new model whose Linear4bit layers are Linear layers of their dequantized weights; the rest shares its arrays."""
-    twin = model.copy(share=True)
-    for path, layer in list(twin.named_modules()):
+    made = model.copy(share=True)
+    dense: dict[int, Linear] = {}  # a layer that has several paths stays one
+    for path, layer in list(made.named_modules()):
         if isinstance(layer, Linear4bit):
-            dense = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
-            dense.weight, dense.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
+            if id(layer) not in dense:
+                dense[id(layer)] = linear = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
+                linear.weight, linear.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
             if not path:
-                return dense
-            twin.replace(path, dense)
-    return twin
+                return dense[id(layer)]
+            made.replace(path, dense[id(layer)])
+    return made
 
 
 def _inside(path: str, name: str) -> bool:
