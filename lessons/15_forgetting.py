@@ -283,7 +283,7 @@ for (name, several), marker, color in zip(REMEDIES.items(), "oDsv^PX*", ("black"
 steps(b, edge_all)
 limit = max(y for x, y in map(lambda s: point(rows, s), (s for several in REMEDIES.values() for s in several)))
 xs = [point(rows, s)[0] for several in REMEDIES.values() for s in several]
-a.set(xlim=(2.45, task_before + 0.1), ylim=(-0.03, 1.6 * limit), title="Methods, each over its learning rates (its best is labelled)", ylabel="forgotten: rise of the loss on general text")
+a.set(xlim=(2.4, task_before + 0.1), ylim=(-0.03, 1.6 * limit), title="Methods, each over its learning rates (its best is labelled)", ylabel="forgotten: rise of the loss on general text")
 b.set(xlim=(min(xs) - 0.05, max(xs) + 0.2), title="Remedies for full fine-tuning")
 for axis in (a, b):
     axis.set_xlabel("held-out loss on the task (left is better)")
