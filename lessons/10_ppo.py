@@ -3,14 +3,16 @@
 #
 # Fine-tuning shows a model what to say. Here nobody shows it anything: it says something itself, is told *how good that
 # was*, and makes the better half of what it said a little more probable. This lesson takes PPO, the method behind
-# InstructGPT, apart into functions of a few lines, checks each by hand, runs it against the reward model of Lesson 9, and
-# puts its three simpler successors, DPO, RLOO and GRPO, beside it.
+# InstructGPT, apart into functions of a few lines, checks each by hand, runs it against the reward model of Lesson 9,
+# and puts its three simpler successors, DPO, RLOO and GRPO, beside it.
 #
-# You need Lesson 9. It needs the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with `python lessons/10_ppo.py`, or
-# open it as a notebook. `python lessons/10_ppo.py --full` computes all runs behind the comparison anew, with three seeds
-# (about ten minutes of one core), where their results are missing in `lessons/results/10_ppo.jsonl`.
+# You need Lesson 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with `python lessons/10_ppo.py` (about
+# a minute and a half on two cores), or open it as a notebook. `python lessons/10_ppo.py --full` (in a notebook
+# `!python lessons/10_ppo.py --full`) first computes those of the fifteen runs behind the comparison, with three seeds,
+# that are missing in `lessons/results/10_ppo.jsonl` (all of them: about five minutes), and goes on with the lesson.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes
+# (`lessons/out`).
 
 # %%
 import os
@@ -30,7 +32,10 @@ from minipeft.autograd.tensor import no_grad
 from minipeft.experiments.sweep import read_rows, sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+HERE = (
+    Path(__file__).parent if "__file__" in globals()
+    else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
+)  # fmt: skip
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "10_ppo.jsonl"
@@ -76,8 +81,9 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 # %% [markdown]
 # ## 2 · Rewards: a price for leaving, and the score at the end
 #
-# The reward model scores the whole answer once. Every token pays for what it deviates from the reference policy, which is
-# the policy as it was at the start:
+# The reward model scores the whole answer once. Let $\pi(y_t)$ be the probability that the policy gives to the answer's
+# token $y_t$, after the prompt and the tokens before it, and $\pi_{\text{ref}}(y_t)$ that of the **reference**, which
+# is the policy as it was at the start. Every token pays for what the two differ by, at the price $\beta$:
 #
 # $$r_t = -\beta \left(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t)\right) + [t \text{ is last}] \cdot \text{score}.$$
 #
@@ -88,7 +94,13 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 #
 # $$A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
 #
-# Whoever whitens the advantages must take the returns $R$ first. The numbers are the references' test vector.
+# $A_t$ is the **advantage** of a token, $R_t$ the **return** that the value head is trained on. The discount $\gamma$
+# is 1 here: a reward counts the same however late it comes. $\lambda = 0.95$ makes a surprise count a little less with
+# every token that lies before it: with 0 an advantage is $\delta_t$ alone, with 1 the sum of all that follow.
+#
+# Last, the advantages are **whitened**: subtract their mean over all tokens of the batch, divide by their standard
+# deviation. Whoever does so must take the returns first. The numbers below are test values, whose results were computed
+# without this library.
 
 # %%
 old = np.array([[-1, -2, -0.5, 0], [-0.7, -1.2, -0.9, -2.3]])
@@ -102,7 +114,7 @@ for t in (2, 1, 0):  # the first answer, by hand
     following = (V[0, t + 1], A_hand[t + 1]) if t < 2 else (0.0, 0.0)
     A_hand[t] = rewards[0, t] + following[0] - V[0, t] + 0.95 * following[1]
 print("\nrewards   ", *rewards.round(4))
-print("advantages", *A.round(6), "  published for the first: 0.845225 0.8055 0.69")
+print("advantages", *A.round(6), "  expected for the first: 0.845225 0.8055 0.69")
 assert np.allclose(A[0, :3], A_hand) and np.allclose(A_hand, [0.845225, 0.8055, 0.69])
 assert np.allclose(R, (A + V) * mask)
 A_white = rlhf.whiten(A, mask)
@@ -111,18 +123,21 @@ A_white = rlhf.whiten(A, mask)
 # ## 4 · The loss: no more than twenty percent at a time
 #
 # The answers are used for several passes, and after the first step they are somebody else's: the policy has moved. The
-# ratio $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, and clipping takes the incentive away to move further
-# than $\varepsilon$ on the strength of old data:
+# ratio $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, where $\pi_{\text{old}}$ is the policy that drew
+# them; and clipping, into $1 \pm \varepsilon$ with $\varepsilon = 0.2$, takes the incentive away to move further on the
+# strength of old data. The value head is clipped in the same way, around its old guess $V_{\text{old}}$, and its loss
+# weighs 0.1. $A$ is whitened, $R$ is not, and the means are over all tokens of the answers:
 #
 # $$\mathcal L = \text{mean} \max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 \pm \varepsilon)\right)
-#   + 0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
+#   + 0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2,
+#   (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
 
 # %%
 new = mp.Tensor(old + np.array([[0.1, -0.3, 0.25, 0], [0, 0.3, -0.1, 0.05]]), requires_grad=True)
 V_new = mp.Tensor(V + np.array([[0.3, -0.1, 0.05, 0], [0.25, -0.3, 0.1, 0]]), requires_grad=True)
 pg, vf = rlhf.policy_loss(new, old, A_white, mask), rlhf.value_loss(V_new, V, R, mask)
 (pg + 0.1 * vf).backward()
-print(f"policy loss {pg.item():.10f} (published 0.0144655480), value loss {vf.item():.10f} (published 0.2774734938)")
+print(f"policy loss {pg.item():.10f} (expected 0.0144655480), value loss {vf.item():.10f} (expected 0.2774734938)")
 assert abs(pg.item() - 0.0144655480) < 1e-9 and abs(vf.item() - 0.2774734938) < 1e-9
 print("gradient of the first answer", *new.grad[0].round(6), "  the third token's ratio is 1.28, and clipped: 0")
 assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
@@ -133,6 +148,9 @@ assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
 # The judge is Lesson 9's: a reward model of a rater who follows VADER. VADER itself, the gold, is only watched. With
 # every update the trainer checks that, before the first step, every ratio is 1: a policy that scores its own
 # answers otherwise has dropout on, or another temperature, or lost its positions.
+#
+# The run printed here is computed now. Another machine, or another number of threads, rounds otherwise, after a few
+# updates draws other words, and ends with other numbers; what we claim, we read off the three seeds in section 6.
 
 # %%
 @cache
@@ -148,8 +166,9 @@ def judge_and_pairs(rankings, seed):
     model = rlhf.RewardModel(base, seed=seed)
     model.calibrate(texts[:512])
     args = mp.TrainingArguments(
-        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False
-    )
+        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed,
+        progress=False,
+    )  # fmt: skip
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
     return model, rlhf.preference_pairs(prompts, answers, order)
@@ -241,15 +260,15 @@ policy, history = learn(ppo)
 print("\nupdate  reward    gold      KL  clipped  entropy  distinct-2  ended")
 for r in history[:: max(1, len(history) // 6)] + history[-1:]:
     print(
-        f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}  {r['policy/clipfrac']:7.2f}"
-        f"  {r['policy/entropy']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
+        f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}"
+        f"  {r['policy/clipfrac']:7.2f}  {r['policy/entropy']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
     )
 assert abs(history[0]["objective/kl"]) < 1e-3, "it starts as its own reference"
 for r in history:  # the first minibatch of each update was checked while it ran; the books balance, too
     assert abs(r["objective/rlhf_reward"] - r["objective/scores"] - r["objective/non_score_reward"]) < 1e-6
 if not REDUCED:
-    start, end = ([np.mean([r[k] for r in part]) for k in ("objective/scores", "watch/gold")] for part in (history[:4], history[-4:]))
-    assert end[0] > start[0] + 0.5, "what is optimized rises"
+    start, end = (np.mean([r["objective/scores"] for r in part]) for part in (history[:4], history[-4:]))
+    assert end > start + 0.5, "what is optimized rises"
 
 # %% [markdown]
 # The same prompts, before and after:
@@ -271,12 +290,18 @@ for name, model in (("before", base), ("after", policy)):
 # |---|---|---|---|
 # | **RLOO** | the mean score of the *other* answers to its prompt | whole answers | in the reward |
 # | **GRPO** | the mean of its group, in standard deviations: $(r - \bar r)/(s + 10^{-4})$ | tokens | in the loss, $e^{d} - 1 - d$ |
-# | **DPO** | the other answer of a pair: no reward model, no sampling at all | – | in the loss: it *is* the reward |
+# | **DPO** | the other answer of a pair: no reward model, and nothing is sampled while it trains | – | in the loss: it *is* the reward |
 #
-# DPO turns the objective around. Its optimum is $\pi \propto \pi_{\text{ref}}\, e^{r/\beta}$, so every policy is the optimum
-# of some reward, $r = \beta \log (\pi / \pi_{\text{ref}})$, and Bradley-Terry can be fitted to *that*:
+# A group is the answers to one prompt; $r$ is the score of one of them, $\bar r$ and $s$ are the mean and the standard
+# deviation of their scores, and $d = \log \pi_{\text{ref}}(y_t) - \log \pi(y_t)$.
 #
-# $$\mathcal L = -\log \sigma\left(\beta \log \tfrac{\pi(y_w)}{\pi_{\text{ref}}(y_w)} - \beta \log \tfrac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}\right).$$
+# DPO turns the objective around. Its optimum is $\pi \propto \pi_{\text{ref}}\, e^{r/\beta}$, so every policy is the
+# optimum of some reward, $r = \beta \log (\pi / \pi_{\text{ref}})$, and Bradley-Terry (Lesson 9) can be fitted to
+# *that*. With $y_w$ the answer that won, $y_l$ the one that lost, $\pi(y)$ the probability of a whole answer and
+# $\sigma(z) = 1/(1 + e^{-z})$:
+#
+# $$\mathcal L = -\log \sigma\left(\beta \log \tfrac{\pi(y_w)}{\pi_{\text{ref}}(y_w)}
+#   - \beta \log \tfrac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}\right).$$
 
 # %%
 group = np.array([1.0, 2, 6])
@@ -285,7 +310,7 @@ assert np.allclose(rlhf.rloo_advantages(group, 3), [1 - 4, 2 - 3.5, 6 - 1.5])
 assert np.allclose(rlhf.grpo_advantages(group, 3), (group - 3) / (group.std(ddof=1) + 1e-4))
 sums = [mp.Tensor(np.array(s)) for s in ([-1.7, -1.6], [-1.5, -1.5])]
 dpo = rlhf.dpo_loss(*sums, np.array([-1.9, -1.5]), np.array([-1.4, -1.6]), beta=0.1).item()
-print(f"DPO of the test vector {dpo:.7f} (published 0.6907284)")
+print(f"DPO of the test vector {dpo:.7f} (expected 0.6907284)")
 assert abs(dpo - 0.6907284) < 5e-8
 
 print("\non held-out prompts   reward    gold      KL  distinct-2  ended")
@@ -294,7 +319,9 @@ for method in ("base", *METHODS):
     model, _ = learn(Run(method, **small))
     page[method] = judged(model, judge)
     p = page[method]
-    print(f"{method:20s}  {p['reward']:+.3f}  {p['gold']:+.3f}  {p['kl']:6.2f}  {p['distinct_2']:10.2f}  {p['ended']:5.0%}")
+    print(
+        f"{method:20s}  {p['reward']:+.3f}  {p['gold']:+.3f}  {p['kl']:6.2f}  {p['distinct_2']:10.2f}  {p['ended']:5.0%}"
+    )
 assert page["base"]["kl"] == 0
 if not REDUCED:
     for method in ("PPO", "RLOO", "GRPO"):
@@ -304,29 +331,55 @@ if not REDUCED:
 # One seed says little. Three of them, from the file that `--full` writes:
 
 # %%
-table = {m: [r for r in rows if r["method"] == m] for m in ("base", *METHODS)}
-assert all(len({r["seed"] for r in found}) >= 3 for found in table.values())
-print("\nmean of 3 seeds       reward         gold           KL   CPU seconds")
-for method, found in table.items():
-    numbers = {k: np.array([r[k] for r in found]) for k in ("reward", "gold", "kl", "cpu_seconds")}
+table = {m: sorted((r for r in rows if r["method"] == m), key=lambda r: r["seed"]) for m in ("base", *METHODS)}
+assert all([r["seed"] for r in found] == [0, 1, 2] for found in table.values()), "three seeds of each: see --full"
+swept = {
+    m: {k: np.array([r[k] for r in found]) for k in ("reward", "gold", "kl", "distinct_2", "ended", "cpu_seconds")}
+    for m, found in table.items()
+}  # {method: {name: [seeds]}}
+print("\nmean of 3 seeds       reward         gold           KL   distinct-2  ended  CPU seconds of training")
+for method, c in swept.items():
     print(
-        f"{method:20s}  " + "  ".join(f"{numbers[k].mean():+.2f} ± {numbers[k].std(ddof=1):.2f}" for k in ("reward", "gold"))
-        + f"  {numbers['kl'].mean():6.1f}  {numbers['cpu_seconds'].mean():12.0f}"
+        f"{method:20s}  " + "  ".join(f"{c[k].mean():+.2f} ± {c[k].std(ddof=1):.2f}" for k in ("reward", "gold"))
+        + f"  {c['kl'].mean():6.1f}  {c['distinct_2'].mean():11.2f}  {c['ended'].mean():5.0%}"
+        f"  {c['cpu_seconds'].mean():23.0f}"
     )  # fmt: skip
-gains = {m: np.mean([r["gold"] for r in table[m]]) - np.mean([r["gold"] for r in table["base"]]) for m in METHODS}
-assert max(gains.values()) > 0, "a learned judge makes the true score rise, too, as long as one does not go far"
+before, sampling = swept["base"], METHODS[:3]
+for method in METHODS:
+    for name in ("reward", "gold"):
+        assert (swept[method][name] > before[name]).all(), f"{method}: the {name} rises in every seed"
+    assert (swept[method]["distinct_2"] < before["distinct_2"]).all(), f"{method}: fewer distinct bigrams in every seed"
+for method in sampling:
+    for name in ("reward", "kl"):
+        assert (swept["DPO"][name] < swept[method][name]).all(), f"DPO has less {name} than {method} in every seed"
+assert max(swept["DPO"]["kl"]) < 3.2 and 5.7 < min(min(swept[m]["kl"]) for m in sampling), "DPO goes least far by far"
+assert len({max(sampling, key=lambda m: swept[m]["gold"][seed]) for seed in range(3)}) > 1, "no sampler is ahead in all"
+more_ends = [(m, seed) for m in METHODS for seed in range(3) if swept[m]["ended"][seed] >= before["ended"][seed]]
+assert more_ends == [("PPO", 2)], "ends become rarer in eleven runs of twelve"
 
 # %% [markdown]
-# Read it with care: the three that sample were given the same number of answers at the same learning rate, which suits one
-# of them better than another, and DPO saw the rater's pairs instead of the judge. It is a page to compare *mechanisms*.
-# That the true score rises here is no law: Lesson 11 goes on until it does not mean much any more.
+# In every seed all four raise the judge's reward, *and the gold with it*: from 0.10 to 0.24 (DPO) and to 0.31, 0.32 and
+# 0.33 (GRPO, RLOO, PPO). None of the three that sample has the most gold in every seed, and their means are closer
+# than their seeds: this comparison does not part them. DPO goes about a third as far, at a KL of 3 against 8 to 9, and
+# gets less reward than each of them in every seed.
+#
+# Two things fell that nobody asked about. Distinct bigrams become fewer in all twelve runs. And of the base's answers
+# 46% end their sentence, of the trained policies' 37% (PPO), 16% (RLOO), 14% (GRPO) and 28% (DPO): fewer in eleven of
+# twelve runs, while in the twelfth, PPO with seed 2, 86% end. Nothing here asks for an end; Lesson 11 puts a price on
+# its absence.
+#
+# Read it with care: the three that sample were given the same number of answers at the same learning rate, which suits
+# one of them better than another, and DPO saw the rater's pairs instead of the judge. The seconds are those of the
+# training alone. They leave out the 4,000 answers of the base that the rater ordered, of which DPO's pairs are made,
+# and the training of the judge on them, without which the other three cannot begin. It is a page to compare
+# *mechanisms*. That the gold rises here is no law: Lesson 11 goes on until it does not mean much any more.
 #
 # ## 7 · Break it: whiten first, then take the returns
 #
-# The most quoted bug of PPO is one of order. Give the value head perfect foresight, up to a thousandth. The advantages are
-# then nothing but that thousandth, and there is nothing to learn. Whitening blows them up to variance one, which is right
-# for the policy loss. But returns taken *after* it, as $R = A_{\text{white}} + V$, tell a perfect value head that it is
-# wrong by one.
+# The most quoted bug of PPO is one of order. Give the value head perfect foresight, up to a thousandth. The advantages
+# are then nothing but that thousandth, and there is nothing to learn. Whitening blows them up to variance one, which is
+# right for the policy loss. But returns taken *after* it, as $R = A_{\text{white}} + V$, tell a perfect value head that
+# it is wrong by one, and its loss is $\tfrac12 \cdot 1^2$.
 
 # %%
 rng = np.random.default_rng(0)
@@ -337,11 +390,11 @@ A, R = rlhf.gae(paid, perfect, 1.0, 0.95, ones)
 R_wrong = rlhf.whiten(A, ones) + perfect
 losses = [rlhf.value_loss(mp.Tensor(perfect), perfect, target, ones).item() for target in (R, R_wrong)]
 print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening before the returns: {losses[1]:.2f}")
-assert losses[0] < 1e-5 and losses[1] > 0.4
+assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 
 # %% [markdown]
-# Now break it yourself: give PPO ten times the learning rate, and `max_kl=100` back. Which number tells first that something
-# is wrong, in which update, and which check stops the run?
+# Now break it yourself: give PPO ten times the learning rate, and `max_kl=100` back. Which number tells first that
+# something is wrong, in which update, and which check stops the run?
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
@@ -364,7 +417,7 @@ axes[0].legend(frameon=False)
 for method in METHODS:
     kl, value = ([r[k] for r in table[method]] for k in ("kl", "gold"))
     axes[3].plot(np.sqrt(np.maximum(kl, 0)), value, "o", color=colors[method], label=method)
-axes[3].axhline(np.mean([r["gold"] for r in table["base"]]), color="grey", linestyle="--", linewidth=1)
+axes[3].axhline(np.mean([r["gold"] for r in table["base"]]), color="grey", linestyle="--", linewidth=1, label="base")
 axes[3].set(title="What it cost (each dot a seed)", xlabel="sqrt(KL)", ylabel="gold, held-out prompts")
 axes[3].legend(frameon=False)
 for ax in axes:
@@ -375,8 +428,9 @@ figure.savefig(OUT / "10_ppo.png", dpi=120)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and ten times
-#    the learning rate. Which arrays do policy and reference share? How does reward per KL compare?
-# 2. **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it move?
-# 3. **One pass.** With `num_epochs=1` and `mini_batch_size=32` every ratio is 1 and clipping never acts. What is left of
-#    PPO, and is it worse?
+# 1. **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and
+#    ten times the learning rate. Which arrays do policy and reference share? How does reward per KL compare?
+# 2. **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it
+#    move?
+# 3. **One pass.** With `num_epochs=1` and `mini_batch_size=32` every ratio is 1 and clipping never acts. What is left
+#    of PPO, and is it worse?

@@ -1,17 +1,19 @@
 # %% [markdown]
 # # Lesson 11 · Reward hacking: what you measure, and what you meant
 #
-# A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and you
-# get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good measure*.
-# In this lesson we own what nobody owns in practice: the true reward. A rater follows the rules of VADER, a reward
-# model learns from the rater, PPO optimizes the model, and VADER itself, the **gold**, only watches.
+# A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and
+# you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
+# measure*. In this lesson we own what nobody owns in practice: the true reward. A rater follows the rules of VADER, a
+# reward model learns from the rater, PPO optimizes the model, and VADER itself, the **gold**, only watches.
 #
-# You need Lessons 9 and 10. It needs the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with
-# `python lessons/11_reward_hacking.py`, or open it as a notebook. `python lessons/11_reward_hacking.py --full` computes
-# all runs behind the curves anew, with three seeds (about ten minutes of one core), where their results are missing in
-# `lessons/results/11_reward_hacking.jsonl`.
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with
+# `python lessons/11_reward_hacking.py` (about a minute and a half on two cores), or open it as a notebook.
+# `python lessons/11_reward_hacking.py --full` (in a notebook `!python lessons/11_reward_hacking.py --full`) first
+# computes those of the fifteen runs behind the curves, with three seeds, that are missing in
+# `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes), and goes on with the lesson.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes
+# (`lessons/out`).
 
 # %%
 import os
@@ -29,13 +31,16 @@ from minipeft import rlhf
 from minipeft.experiments.sweep import read_rows, sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+HERE = (
+    Path(__file__).parent if "__file__" in globals()
+    else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
+)  # fmt: skip
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 
 base, tokenizer = mp.load_base()
-STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer should finish its sentence
+STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
 LENGTH = 20
 gold = rlhf.gold_reward(tokenizer)
 
@@ -48,9 +53,11 @@ def openings(split):
 # %% [markdown]
 # ## 1 · A guess: a reward model from a few rankings
 #
-# The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six pairs
-# of a ranking at once (Lesson 9). A thousand rankings make a judge that is right in some 60% of the pairs; three hundred,
-# one that is often no better than a coin. Both are confident enough to be optimized.
+# The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
+# pairs of a ranking at once (Lesson 9). Of three judges from a thousand rankings, two are right in 62% of held-out
+# pairs, and the third in 54%; of three from three hundred, one in 62%, and the others in 52% and 48%, no better than a
+# coin. More rankings help on average, but so does luck: the best of the six has seen three hundred. None of them shows
+# that it is guessing: all give rewards of one scale, and any can be optimized.
 
 # %%
 def continued(split, n, rng, seed):
@@ -58,7 +65,8 @@ def continued(split, n, rng, seed):
     prompts = openings(split)
     prompts = [prompts[i] for i in rng.permutation(len(prompts))[:n]]
     answers = rlhf.sample_answers(base, prompts, 4, LENGTH, stop_token_ids=STOPS, seed=seed)
-    return prompts, answers, np.array([rlhf.vader([tokenizer.decode(a, skip_special_tokens=True) for a in own]) for own in answers])
+    texts = [[tokenizer.decode(a, skip_special_tokens=True) for a in own] for own in answers]
+    return prompts, answers, np.array([rlhf.vader(own) for own in texts])
 
 
 @cache
@@ -71,8 +79,9 @@ def reward_model(rankings, seed):
     model = rlhf.RewardModel(base, seed=seed)
     model.calibrate(texts[:512])
     args = mp.TrainingArguments(
-        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False
-    )
+        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed,
+        progress=False,
+    )  # fmt: skip
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
     prompts, answers, scores = continued("validation", 64, rng, seed)
@@ -150,13 +159,21 @@ def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
     return {name: np.array([r["history"][name] for r in same]) for name in same[0]["history"]}
 
 
-assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
-for rankings in (WEAK, Run(0).rankings):
-    accuracies = sorted({r["accuracy"] for r in rows if r["rankings"] == rankings})
-    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in accuracies), "of held-out pairs")
+assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}, "three seeds of each: see --full"
+accuracies = {
+    rankings: [next(r["accuracy"] for r in rows if (r["rankings"], r["seed"]) == (rankings, seed)) for seed in range(3)]
+    for rankings in (WEAK, Run(0).rankings)
+}  # of each seed
+for rankings, each in accuracies.items():
+    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), "of held-out pairs")
+weak_accuracy, accuracy = accuracies.values()
+assert np.mean(accuracy) > np.mean(weak_accuracy) and sum(a > 0.6 for a in accuracy) == 2, "more rankings help"
+assert max(weak_accuracy) > max(accuracy) and sorted(weak_accuracy)[1] < 0.53, "but so does luck"
 
 # %% [markdown]
-# One run, live, with nothing to hold it. Proxy and gold start together. Read the last column, too.
+# One run, live, with nothing to hold it. Proxy and gold rise together. Read the last two columns, and the samples, too.
+# (Another machine, or another number of threads, rounds otherwise, and after a few updates draws other words. What we
+# claim, we read off three seeds.)
 
 # %%
 free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0)
@@ -164,7 +181,10 @@ live = optimize(free)
 h = live["history"]
 print("\nupdate   proxy    gold      KL  distinct-2  reference loss")
 for u in sorted({*range(0, free.updates, max(1, free.updates // 6)), free.updates - 1}):
-    print(f"{u + 1:6d}  {h['proxy'][u]:+.3f}  {h['gold'][u]:+.3f}  {h['kl'][u]:6.2f}  {h['distinct_2'][u]:10.2f}  {h['ref_loss'][u]:14.2f}")
+    print(
+        f"{u + 1:6d}  {h['proxy'][u]:+.3f}  {h['gold'][u]:+.3f}  {h['kl'][u]:6.2f}  {h['distinct_2'][u]:10.2f}"
+        f"  {h['ref_loss'][u]:14.2f}"
+    )
 print(*live["samples"], sep="\n")
 assert abs(h["kl"][0]) < 1e-3
 if not REDUCED:
@@ -174,13 +194,15 @@ if not REDUCED:
 # %% [markdown]
 # ## 3 · The price of going far
 #
-# How far has a policy gone? Gao, Schulman and Hilton (2022) measure it by $d = \sqrt{\mathrm{KL}}$ and find that the *gold*,
-# along an optimization by reinforcement learning, follows
+# How far has a policy gone? Gao, Schulman and Hilton (2022) measure it by $d = \sqrt{\mathrm{KL}}$ and find that the
+# *gold*, along an optimization by reinforcement learning, follows
 #
-# $$R_{\text{gold}}(d) = R_0 + d\,(\alpha - \beta \log d) .$$
+# $$R_{\text{gold}}(d) = R_0 + d\,(a - b \log d) ,$$
 #
-# It rises first, since the proxy knows something; it turns where what is left to win is what the proxy has wrong: the
-# earlier, the less the proxy knows. We fit it to the free runs ($\beta = 0$ in the objective) of each judge.
+# where $R_0$ is what the base has and $a$ and $b$ are fitted (they write $\alpha$ and $\beta$; our $\beta$ is the price
+# of KL). With $b > 0$ it rises first, since the proxy knows something, and turns at $d = e^{a/b - 1}$, where what is
+# left to win is what the proxy has wrong. We fit it to the free runs ($\beta = 0$), each for itself. "No turn" is a fit
+# that has no top in the run at all: with $b < 0$, or one at a distance below 0.3, which we leave out of the fit.
 
 # %%
 BINS = np.linspace(0, 9, 19)
@@ -194,13 +216,17 @@ def against_distance(columns, name):
     return np.array(groups).T
 
 
+NEAR = 0.3  # distances below are noise: the policy is still the base
+
+
 def gao(kl, gold_scores):
-    """(R0, alpha, beta, the distance at which the fitted curve turns)."""
+    """(R0, a, b, the distance at which the fitted curve turns; None where it has no top)."""
     d, y = np.sqrt(np.maximum(kl, 0)).ravel(), np.ravel(gold_scores)
-    moved = d > 0.3
+    moved = d > NEAR
     basis = np.stack([np.ones(moved.sum()), d[moved], -d[moved] * np.log(d[moved])], axis=1)
-    (R0, alpha, bend), *_ = np.linalg.lstsq(basis, y[moved], rcond=None)
-    return R0, alpha, bend, np.exp(alpha / bend - 1) if bend > 0 else np.inf
+    (R0, a, b), *_ = np.linalg.lstsq(basis, y[moved], rcond=None)
+    turn = np.exp(a / b - 1) if b > 0 else 0.0
+    return R0, a, b, turn if turn > NEAR else None
 
 
 def ends(columns):
@@ -209,60 +235,84 @@ def ends(columns):
 
 
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
-print("\nnothing holds it        judge   proxy, first and last    gold, first and last       KL   the fit turns at sqrt(KL) =")
+turns = {}  # {(rankings, seed): distance, None for no turn, infinity for one beyond the run}
+print("\nnothing holds it        judge   proxy, first and last    gold, first and last       KL   fit turns at sqrt(KL) =")
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
+    (a, z), far = ends(c), np.sqrt(c["kl"].max(axis=1))
     for seed in range(3):
-        accuracy = next(r["accuracy"] for r in rows if (r["rankings"], r["seed"]) == (rankings, seed))
-        (a, z), turn = ends({k: v[seed : seed + 1] for k, v in c.items()}), gao(c["kl"][seed], c["gold"][seed])[3]
+        turn = gao(c["kl"][seed], c["gold"][seed])[3]
+        turns[rankings, seed] = turn if turn is None or turn < far[seed] else np.inf
+        told = "no turn" if turn is None else "beyond the run" if turn >= far[seed] else f"{turn:.1f}"
         print(
-            f"{rankings:5d} rankings, seed {seed}   {accuracy:.1%}   {a['proxy'][0]:+8.2f} {z['proxy'][0]:+8.2f}       {a['gold'][0]:+8.2f} {z['gold'][0]:+8.2f}"
-            f"        {z['kl'][0]:6.1f}   {'beyond the run' if turn > np.sqrt(c['kl'][seed].max()) else f'{turn:.1f}'}"
+            f"{rankings:5d} rankings, seed {seed}   {accuracies[rankings][seed]:.1%}"
+            f"   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}       {a['gold'][seed]:+8.2f} {z['gold'][seed]:+8.2f}"
+            f"        {z['kl'][seed]:6.1f}   {told}"
         )
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
-assert all((z["proxy"] > a["proxy"]).all() for a, z in ((weak_first, weak_last), (first, last[0.0]))), "every proxy rises"
-assert weak_last["gold"].mean() < weak_first["gold"].mean() + 0.02, "a judge that knows nothing brings nothing, or takes"
-assert last[0.0]["gold"].mean() > first["gold"].mean() + 0.3, "a judge that knows something brings something"
-ceiling = columns["gold"][1]  # seed 1: the poorest of the better judges
-assert ceiling[-5:].mean() < max(ceiling[i : i + 5].mean() for i in range(len(ceiling) - 5)) - 0.05, "here the gold turns over"
-print("\nlast five updates       proxy            gold             KL    distinct-2  reference loss  (mean ± deviation of 3 seeds)")
+for a, z in ((weak_first, weak_last), (first, last[0.0])):
+    assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
+assert (weak_last["gold"] < weak_first["gold"]).all(), "none of the judges from 300 rankings brought any gold"
+gained = last[0.0]["gold"] - first["gold"]
+assert gained[0] > 0.7 and gained[2] > 0.7 and gained[1] < 0.1, "of those from 1000, two did"
+best, weak_best = ([np.convolve(g, np.ones(5) / 5, "valid").max() for g in c["gold"]] for c in (columns, weak))
+for seed in (0, 2):
+    assert turns[1000, seed] == np.inf and last[0.0]["gold"][seed] > best[seed] - 0.01, "here the gold does not turn"
+assert last[0.0]["gold"][1] < best[1] - 0.05 and 4 < turns[1000, 1] < 4.2, "in seed 1 it does"
+assert weak_last["gold"][0] < weak_best[0] - 0.1 and 2.7 < turns[WEAK, 0] < 2.9, "and with the best judge from 300"
+assert turns[WEAK, 1] is turns[WEAK, 2] is None
+print("\nmean ± deviation of 3 seeds, last five updates")
+print("                     proxy            gold             KL  distinct-2  reference loss")
 for beta, end in last.items():
     print(
-        f"beta = {beta:4.2f}       {end['proxy'].mean():+.2f} ± {end['proxy'].std(ddof=1):.2f}    {end['gold'].mean():+.2f} ± {end['gold'].std(ddof=1):.2f}"
-        f"   {end['kl'].mean():6.1f}   {end['distinct_2'].mean():8.2f}    {end['ref_loss'].mean():8.2f}"
-    )
+        f"beta = {beta:4.2f}       "
+        + "    ".join(f"{end[k].mean():+.2f} ± {end[k].std(ddof=1):.2f}" for k in ("proxy", "gold"))
+        + f"   {end['kl'].mean():6.1f}  {end['distinct_2'].mean():10.2f}  {end['ref_loss'].mean():14.2f}"
+    )  # fmt: skip
 
 # %% [markdown]
-# With the judges from 300 rankings, and with seed 1 of the better ones, it is as Gao et al. have it: the proxy climbs, and the
-# gold stays, or turns and falls. That holds even for the one of them that agrees with the gold in 62% of the held-out pairs:
-# those are pairs of the *base's* answers, and say little about answers that the base would never give.
+# **As in the textbook.** Every proxy climbs. With seed 1 of the judges from 1000 rankings (54%), and with seed 0 of
+# those from 300 (62%), the gold rises a little, turns and falls, by about 0.1; the other two judges from 300, which
+# know nothing, bring no gold that could turn. A good agreement does not protect: the 62% are of pairs of the *base's*
+# answers, and say little about answers that the base would never give.
 #
-# **Where this goes against the textbook.** With the two better judges *the gold does not turn*. It climbs to 0.9, while the
-# text becomes "great great great great". Nobody would call that an answer; VADER does, since it counts happy words. The proxy
-# had learned to count them, too. So the gold was only another measure, and it was optimized through the proxy that
-# had learned from it. What turned over is what we meant, and of all numbers on this page only the next two noticed.
+# **Against the textbook.** With the two better judges from 1000 *the gold does not turn*. It climbs to 0.88 and 0.93,
+# while the text becomes "great great great great". Nobody would call that an answer; VADER does, since it counts happy
+# words. The proxy had learned to count them, too. So the gold was only another measure, and it was optimized through
+# the proxy that had learned from it. What turned over is what we meant. Neither proxy nor gold noticed; the KL did,
+# which went to 66 and 65 nats, and so do two numbers more.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
 #
-# In practice nobody watches the gold. Two numbers cost nothing and give the game away. **Distinct-2**, the share of bigrams
-# in a batch that are different: a policy that found a phrase the judge likes says it again and again. And the **reference
-# loss**, what the base thinks of the policy's tokens: language that no longer surprises in a good way.
+# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** is the share of bigrams in a batch that
+# are different: it falls where a policy that found a phrase the judge likes says it again and again. The **reference
+# loss** is how unlikely the base finds the policy's tokens, $-\log \pi_{\text{ref}}$ in the mean over tokens: it rises
+# where the language gets strange. In all six free runs the one falls and the other rises. But ask both: each of them
+# hardly moves in one run in which the other speaks clearly.
 
 # %%
-for name, text in (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token")):
-    print(f"beta = 0: {text} {first[name].mean():.2f} -> {last[0.0][name].mean():.2f};  beta = {BETAS[-1]}: -> {last[BETAS[-1]][name].mean():.2f}")
-assert (last[0.0]["distinct_2"] < first["distinct_2"]).all(), "in every seed"
-assert (last[0.0]["ref_loss"] > first["ref_loss"]).all()
-assert last[0.0]["kl"].mean() > last[BETAS[-1]]["kl"].mean(), "a price of KL keeps it near"
+witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
+for name, text in witnesses:
+    for rankings, a, z in ((WEAK, weak_first, weak_last), (Run(0).rankings, first, last[0.0])):
+        moves = ", ".join(f"{x:.2f} -> {y:.2f}" for x, y in zip(a[name], z[name]))
+        print(f"beta = 0, {rankings:4d} rankings: {text:30s} {moves}  (each seed)")
+for a, z in ((weak_first, weak_last), (first, last[0.0])):
+    assert (z["distinct_2"] < a["distinct_2"]).all() and (z["ref_loss"] > a["ref_loss"]).all(), "in all six"
+fallen = weak_first["distinct_2"] - weak_last["distinct_2"]
+risen = weak_last["ref_loss"] - weak_first["ref_loss"]
+assert fallen[0] > 0.3 and risen[0] < 0.2, "seed 0 of 300 rankings repeats itself in words that are not strange"
+assert fallen[1] < 0.05 and risen[1] > 1, "seed 1 is strange without repeating itself"
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
-# **KL** in the reward makes going far cost what it may bring. A **penalty** for answers without an end repairs another hole:
-# nothing in the judge asks for an end, and in most runs ends die out. **Early stopping** changes nothing in the objective,
-# and just does not go there: here, at the first update whose KL passes 8.
+# **KL** in the reward makes going far cost what it may bring. A **penalty** for answers without an end repairs another
+# hole: nothing in the judge asks for an end. In six of the twelve runs without it, fewer than 10% of the answers still
+# have one at the end of the run; in three, all of seed 2, more than 90% have. **Early stopping** changes nothing in the
+# objective, and just does not go there: here we read off the free runs what they had at the first update whose KL
+# passes 8 (in a run, the setting is `stop_kl=8`).
 
 # %%
 STOP = 8.0
@@ -276,22 +326,50 @@ repairs["beta = 0, stopped at KL 8"] = {
 print("\n                              proxy    gold      KL  distinct-2  finished")
 for name, end in repairs.items():
     print(
-        f"{name:26s}    {end['proxy'].mean():+.2f}   {end['gold'].mean():+.2f}  {end['kl'].mean():6.1f}  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():7.0%}"
+        f"{name:26s}    {end['proxy'].mean():+.2f}   {end['gold'].mean():+.2f}  {end['kl'].mean():6.1f}"
+        f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():7.0%}"
     )
-finished = repairs["beta = 0.05, no end: -1"]["ended"].mean(), repairs["beta = 0.05"]["ended"].mean()
-assert finished[0] > finished[1], "whoever pays for not ending, ends"
-assert repairs["beta = 0, stopped at KL 8"]["distinct_2"].mean() > repairs["beta = 0.0"]["distinct_2"].mean()
+unpenalized = np.array([weak_last["ended"], *(last[beta]["ended"] for beta in BETAS)])  # [4 settings, seeds]
+assert (unpenalized < 0.1).sum() == 6 and (unpenalized > 0.9).sum() == 3 == (unpenalized[:, 2] > 0.9).sum()
+cheap, dear = last[0.05], last[0.2]
+for name, sign in (("proxy", -1), ("kl", -1), ("distinct_2", 1)):
+    steps = sign * np.diff([last[beta][name] for beta in BETAS], axis=0)
+    assert (steps > 0).all(), f"the dearer the KL, the {'more' if sign > 0 else 'less'} {name}, in every seed"
+assert (dear["ref_loss"] < last[0.0]["ref_loss"] - 0.5).all() and (dear["gold"] < cheap["gold"]).all()
+assert abs(cheap["gold"].mean() - last[0.0]["gold"].mean()) < 0.01, "beta = 0.05: no gold lost on average,"
+change = cheap["gold"] - last[0.0]["gold"]
+assert abs(change[0]) < 0.05 and change[1] > 0.25 and change[2] < -0.25, "but it came from other seeds"
+assert dear["gold"].mean() < 0.5 * last[0.0]["gold"].mean() and (dear["gold"] < last[0.0]["gold"]).all()
+penalized, stopped = repairs["beta = 0.05, no end: -1"], repairs["beta = 0, stopped at KL 8"]
+assert (penalized["ended"] > cheap["ended"]).all(), "whoever pays for not ending, ends"
+assert (penalized["gold"] < cheap["gold"] - 0.05).all() and (penalized["proxy"] < cheap["proxy"]).all()
+assert penalized["gold"][1] < first["gold"][1], "in seed 1 all of it"
+assert (stopped["distinct_2"] > last[0.0]["distinct_2"]).all() and (stopped["gold"] > first["gold"]).all()
+assert abs(stopped["kl"].mean() - dear["kl"].mean()) < 1 and abs(stopped["gold"].mean() - dear["gold"].mean()) < 0.05
+assert max(passed) < len(columns["kl"][0]) / 2
 
 # %% [markdown]
-# What each bought: the price of KL kept the language (distinct bigrams, reference loss) and gave up proxy and gold for it; the
-# penalty brought the ends back, in every seed; the early stop cost nothing to try and ends beside the dearest KL, but one
-# has to know when. None of them makes the judge any wiser, and in seed 1, whose judge knows little, none brought much gold.
+# What each bought:
+#
+# - A small **price of KL** (0.05) cost no gold on average, 0.65 with it and without it. But it came from elsewhere:
+#   seed 1, whose judge knows little, had 0.44 in place of 0.14, and seed 2 had 0.63 in place of 0.93. It made more of
+#   the bigrams distinct in every seed.
+# - A high one (0.2) kept the language (0.89 distinct bigrams against 0.45, and a lower reference loss in every seed),
+#   and gave up more than half of the gold: 0.27.
+# - The **penalty** made more answers end in every seed, from 2.5, 3.8 and 95.6% to 95.6, 72.5 and 100%. It cost gold
+#   in every seed, too: 0.37 on average against 0.65 at the same price of KL; in seed 1, none was left of what had been
+#   gained.
+# - The **early stop** ends about where the high price does (KL 7.5 and 6.9, gold 0.24 and 0.27), in half the updates;
+#   but one has to know when.
+#
+# None of them makes the judge any wiser.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
 # If one judge can be fooled, why not two? Train a second one, on other prompts and other answers, and show it what the
-# policy wrote for the first. If it was fooled as well, then the two share what they have wrong: both grew on the same base.
+# policy wrote for the first. If it was fooled as well, then the two share what they have wrong: both grew on the same
+# base. (One live run, and one pair of judges: an example, no measurement over seeds.)
 
 # %%
 policy = POLICIES[free]
@@ -302,7 +380,8 @@ table = {}
 for name, model in (("base", base), ("policy", policy)):
     roll = rlhf.rollout(model, prompts, LENGTH, 1.0, STOPS, seed=2)
     with mp.no_grad():
-        table[name] = [j.rewards(roll.input_ids, roll.attention_mask).numpy().mean() for j in (judge, second)] + [gold(roll).mean()]
+        opinions = [j.rewards(roll.input_ids, roll.attention_mask).numpy().mean() for j in (judge, second)]
+    table[name] = [*opinions, gold(roll).mean()]
 print("\n            judge it was trained on   second judge    gold")
 for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")
@@ -322,21 +401,26 @@ for beta in BETAS:
     c = found(beta)
     for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
         for seed in range(3):
-            ax.plot(np.sqrt(np.maximum(c["kl"][seed], 0)), c[name][seed], "-", color=colors[beta], alpha=0.25, linewidth=0.8)
+            d = np.sqrt(np.maximum(c["kl"][seed], 0))
+            ax.plot(d, c[name][seed], "-", color=colors[beta], alpha=0.25, linewidth=0.8)
         ax.plot(*against_distance(c, name), "-", color=colors[beta], linewidth=2, label=f"β = {beta:g}")
 for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
-    ax.plot(*against_distance(weak, name), "--", color="black", linewidth=1.5, label=f"β = 0, judges from {WEAK} rankings")
-axes[1].plot(*against_distance({k: v[1:2] for k, v in columns.items()}, "gold"), ":", color="C3", linewidth=2, label="β = 0, seed 1")
+    label = f"β = 0, judges from {WEAK} rankings"
+    ax.plot(*against_distance(weak, name), "--", color="black", linewidth=1.5, label=label)
+poorest = {k: v[1:2] for k, v in columns.items()}
+axes[1].plot(*against_distance(poorest, "gold"), ":", color="C3", linewidth=2, label="β = 0, seed 1")
 for ax, title in zip(axes, ("Proxy: optimized", "Gold: only watched", "Distinct bigrams")):
     ax.set(title=title, xlabel="sqrt(KL)")
-    ax.legend(frameon=False, fontsize=8)
+axes[0].legend(frameon=False, fontsize=8)  # the colors are the same in the next two
+axes[1].legend(handles=axes[1].lines[-1:], frameon=False, fontsize=8, loc="lower right")
 names = list(repairs)
 for shift, key, color in ((-0.2, "gold", "C2"), (0.2, "distinct_2", "C7")):
-    axes[3].barh(np.arange(len(names)) + shift, [repairs[n][key].mean() for n in names], 0.38, color=color, label=key.replace("_", "-"))
-axes[3].set_yticks(range(len(names)), names, fontsize=8)
+    widths = [repairs[n][key].mean() for n in names]
+    axes[3].barh(np.arange(len(names)) + shift, widths, 0.38, color=color, label=key.replace("_", "-"))
+axes[3].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
 axes[3].invert_yaxis()
-axes[3].set(title="At the end", xlim=(0, 1.35))
-axes[3].legend(frameon=False, fontsize=8, loc="lower right")
+axes[3].set(title="At the end", xlim=(0, 1))
+axes[3].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 for ax in axes:
     ax.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
@@ -345,8 +429,9 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get better?
-# 2. **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are different.
-#    Where does *it* turn?
+# 1. **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
+#    better?
+# 2. **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are
+#    different. Where does *it* turn?
 # 3. **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
 #    target matter for what is found there?
