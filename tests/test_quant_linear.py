@@ -14,7 +14,7 @@ from minipeft.accounting import memory_ledger
 from minipeft.accounting.memory import measure_peak
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import AutogradError, Tensor, no_grad
-from minipeft.backend import to_numpy
+from minipeft.backend import get_num_threads, set_num_threads, to_numpy
 from minipeft.nn.transformer import Transformer, TransformerConfig
 from minipeft.quant import (
     Linear4bit,
@@ -238,7 +238,16 @@ def test_bits_a_parameter_of_a_layer():
         assert books < 1500  # the code books and the description, the same for a layer of any size
 
 
-def test_memory_of_a_forward_pass_is_foretold():
+@pytest.fixture
+def one_thread():
+    """How many threads hold a decoded tile at the same moment is the scheduler's affair; with one it is always the same."""
+    before = get_num_threads()
+    set_num_threads(1)
+    yield
+    set_num_threads(before)
+
+
+def test_memory_of_a_forward_pass_is_foretold(one_thread):
     config = TransformerConfig.llama(**{**LLAMA, "hidden_size": 256, "intermediate_size": 512})
     model = quantize_model(Transformer(config, seed=0))
     ids = np.zeros((2, 32), np.int64)
