@@ -162,19 +162,19 @@ def load_data(
 ) -> Any:
     """The examples: of the user's file, or of a shipped task, as many as the steps need, chosen by the seed.
 
-    The held-out ones do not depend on the seed: the test split's, evenly spaced. Too long ones are left out.
+    The held-out ones do not depend on the seed: the test split's, evenly spaced. Of a shipped task all are short (as in
+    the lessons), so that the comparison ends soon; of a file, those too long for the model are left out.
     """
     import numpy as np
 
-    from ..experiments.shipped import spaced
-    from ..text.tasks import task
+    from ..experiments.shipped import short, spaced
     from .data import encode, read_records
 
     if args.data:
         data = encode(read_records(args.data), 0.1, tokenizer, max_length, on_overflow="drop")
         return data._replace(held_out=data.held_out[:held_out])
     name = args.task or "rewrite"
-    records, test = task(name, "train"), task(name, "test")
+    records, test = short(name, "train"), short(name, "test")
     chosen = np.random.default_rng(seed).permutation(len(records))[: steps * args.batch_size]
     return encode([records[i] for i in chosen], spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
 
