@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .arguments import add_model, natural, natural_int, positive, positive_int, proportion
 
 WRITTEN_BY_ALL = (
@@ -182,6 +180,8 @@ def load_pairs(args: argparse.Namespace, policy: Any, tokenizer: Any, template: 
 
 def _made_pairs(args: argparse.Namespace, policy: Any, tokenizer: Any, template: Any) -> tuple[list[Any], list[Any]]:
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER finds happier."""
+    import numpy as np
+
     from .. import rlhf
     from .generate import stops
     from .prompts import asked
