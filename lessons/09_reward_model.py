@@ -326,7 +326,7 @@ axes[0].set_xticks(SIZES, [str(n) for n in SIZES])
 axes[0].minorticks_off()
 axes[0].legend(frameon=False)
 axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-most_rankings = np.array([r["calibration"] for r in rows if (r["rankings"], r["flip"], r["seed"]) == (2000, 0.0, 0)][0]).T
+most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], r["flip"], r["seed"]) == (2000, 0.0, 0))).T
 for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
     axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color)
     axes[1].plot(shown[0], shown[1], linewidth=1, color=color, label=f"{n} rankings")
