@@ -134,7 +134,8 @@ def test_logits_loss_and_gradients(case, dtype):
 
 @dialects
 @both
-@pytest.mark.parametrize("shape", [(1, 2), (1, 9), (2, 64), (2, 65), (2, 130)])
+# of two tokens only the first predicts, which sees itself alone: its query's gradient is zero, and rounding here and there
+@pytest.mark.parametrize("shape", [(1, 3), (1, 9), (2, 64), (2, 65), (2, 130)])
 def test_lengths_around_the_blocks_of_attention(case, dtype, shape):
     ids = tokens(*shape)
     compare(case, dtype, ids, ids, {}, {})
