@@ -176,7 +176,7 @@ assert max(weak_accuracy) > max(accuracy) and sorted(weak_accuracy)[1] < 0.53, "
 # claim, we read off three seeds.)
 
 # %%
-free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0)
+free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, updates=24)  # of the 30 of the sweep
 live = optimize(free)
 h = live["history"]
 print("\nupdate   proxy    gold      KL  distinct-2  reference loss")
@@ -367,13 +367,13 @@ assert max(passed) < len(columns["kl"][0]) / 2
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
-# If one judge can be fooled, why not two? Train a second one, on other prompts and other answers, and show it what the
-# policy wrote for the first. If it was fooled as well, then the two share what they have wrong: both grew on the same
+# If one judge can be fooled, why not two? Train a second one, on 400 rankings of other prompts and other answers, and show
+# it what the policy wrote for the first. If it was fooled as well, then the two share what they have wrong: both grew on the same
 # base. (One live run, and one pair of judges: an example, no measurement over seeds.)
 
 # %%
 policy = POLICIES[free]
-second, agrees = reward_model(free.rankings, 1)
+second, _ = reward_model(8 if REDUCED else 400, 1)
 judge, _ = reward_model(free.rankings, 0)
 prompts = openings("validation")[: 16 if REDUCED else 128]
 table = {}
