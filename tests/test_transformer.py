@@ -305,7 +305,7 @@ def test_frozen_weights_hold_no_activations(dialect, rng):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_step_leaves_nothing_behind_without_the_garbage_collector(dialect, checkpointing, backward, rng):
-    model, ids = Transformer(config(dialect, dropout=0.1), seed=0), tokens(rng, 8, 32)
+    model, ids = Transformer(config(dialect, dropout=0.1), seed=0), tokens(rng, 32, 32)
     model.gradient_checkpointing_enable(checkpointing)
 
     def step(seed):
@@ -327,7 +327,7 @@ def test_a_step_leaves_nothing_behind_without_the_garbage_collector(dialect, che
     finally:
         tracemalloc.stop()
         gc.enable()
-    assert growth < 8 * 32 * 16 * 4  # less than a single activation
+    assert growth < 32 * 32 * 16 * 4  # less than a single activation; Python's own small objects are a sixth of it
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
