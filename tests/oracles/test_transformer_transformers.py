@@ -143,9 +143,10 @@ def test_lengths_around_the_blocks_of_attention(case, dtype, shape):
 
 @dialects
 @both
-def test_one_token(case, dtype):
+@pytest.mark.parametrize("shape", [(3, 1), (1, 2)])
+def test_one_and_two_tokens(case, dtype, shape):
     model, twin = pair(case, dtype)
-    ids = tokens(3, 1)
+    ids = tokens(*shape)
     close(model(ids).data, twin(torch.tensor(ids)).logits, dtype, "logits")
 
 
