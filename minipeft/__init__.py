@@ -18,17 +18,8 @@ _HOMES = {
     "train.trainer": "Trainer TrainingArguments",
     "hub.pretrained": "from_pretrained save_pretrained",
     "hub.base": "load_base",
-    "peft.model": "get_peft_model PeftModel assert_learning",
-    "peft.lora": "LoraConfig",
-    "peft.ia3": "IA3Config",
-    "peft.ln_tuning": "LNTuningConfig",
-    "peft.bitfit": "BitFitConfig",
-    "peft.vera": "VeraConfig",
-    "peft.adalora": "AdaLoraConfig",
-    "peft.bottleneck": "BottleneckConfig",
-    "peft.prompt_tuning": "PromptTuningConfig",
-    "peft.prefix_tuning": "PrefixTuningConfig",
-    "peft.p_tuning": "PromptEncoderConfig",
+    "peft": "get_peft_model PeftModel assert_learning LoraConfig AdaLoraConfig VeraConfig IA3Config LNTuningConfig "
+    "BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
 }
 _OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 _MODULES = {
