@@ -1,0 +1,222 @@
+"""One declaration an option: a field that carries its default, its range and its help.
+
+    @configuration
+    class Settings:
+        learning_rate: float = option(1e-3, "peak learning rate", above=0, flag="--lr")
+        max_steps: int | None = option(None, "optimizer steps; None: as many as the epochs have", least=1)
+
+Three things follow from it, so they cannot disagree: the check of every value (`check`, when a `Settings` is made), the
+flags of a command (`add_options`, `from_arguments`), and the list of options at the end of the class's docstring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: Iterable[Any] | None = None,
+    flag: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field: `default` (lists and dicts are copied), one line of `help`, and the range least <= value <= most
+    or above < value < below, or the `choices`. None is allowed where the annotation says so. `flag` and `metavar` are
+    the command line's; by default --name-of-the-field, and the kind of value.
+    """
+    limits = {"least": least, "above": above, "most": most, "below": below}
+    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "flag": flag, "metavar": metavar}
+    metadata |= {name: value for name, value in limits.items() if value is not None}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass_transform(field_specifiers=(option, dataclasses.field))
+def configuration(cls: type | None = None, **arguments: Any) -> Any:
+    """`dataclass(**arguments)`, whose docstring also lists the options, and whose values are checked.
+
+    A class that has a `__post_init__` calls `check(self)` there itself, or its parent's that does.
+    """
+    if cls is None:
+        return lambda cls: configuration(cls, **arguments)
+    if not hasattr(cls, "__post_init__"):
+        cls.__post_init__ = check
+    cls = dataclasses.dataclass(**arguments)(cls)
+    cls.__doc__ = f"{(cls.__doc__ or cls.__name__).rstrip()}\n\n    Options:\n{_table(cls)}"
+    return cls
+
+
+def check(config: Any, error: type[Exception] = ValueError) -> None:
+    """Raises `error`, "<name> must be <what>, got <value>", for the first option whose type or value is wrong.
+
+    NumPy's scalars become Python's.
+    """
+    for field in _options(type(config)):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, field.name, value)
+        if not _fits(value, _hint(type(config), field.name)) or not _within(value, field.metadata):
+            raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
+
+
+def add_options(parser: Any, cls: type, *names: str, **helps: str) -> None:
+    """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
+
+    An option that is not given is not set in the result, so that `from_arguments` leaves its default to the class.
+    `helps` replaces the help of a field in this command.
+    """
+    fields = {f.name: f for f in _options(cls)}
+    for name in names or fields:
+        field, hint = fields[name], _hint(cls, name)
+        kinds = [kind for kind in _kinds(hint) if kind is not NoneType]
+        flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
+        text = helps.get(name, field.metadata["help"]).replace("%", "%%")
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        default = _default(field)
+        if kinds == [bool]:
+            action = "store_false" if default else "store_true"
+            no = [f"--no-{flag.removeprefix('--no-').lstrip('-')}" for flag in flags] if default else flags
+            parser.add_argument(*no, action=action, help=f"{'not: ' if default else ''}{text}", **common)
+            continue
+        shown = text if default is None else f"{text} (default: {_shown(default)})"
+        choices = field.metadata["choices"]
+        many = get_origin(kinds[0]) in (list, tuple)
+        inner = get_args(kinds[0])[0] if many else kinds[0]
+        word = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
+        if choices:
+            common["choices"] = tuple(c for c in choices if c is not None)
+        else:
+            common["metavar"] = word
+        parser.add_argument(
+            *flags, type=_reader(cls, field, inner, many), nargs="+" if many else None, help=shown, **common
+        )
+
+
+def from_arguments(cls: type, given: argparse.Namespace | Mapping[str, Any], **fixed: Any) -> Any:
+    """A configuration from a parsed command line: its own fields that are given there, and `fixed` ones."""
+    values = given if isinstance(given, Mapping) else vars(given)
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return cls(**{**{k: v for k, v in values.items() if k in names}, **fixed})
+
+
+# -------------------------------------------------------------------------------------------------- from annotations
+
+
+def _options(cls: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _hint(cls: type, name: str) -> Any:
+    return _hints(cls)[name]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN and infinity are none."""
+    kinds = _kinds(hint)
+    if len(kinds) > 1:
+        return any(_fits(value, kind) for kind in kinds)
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint in (int, float):
+        number = isinstance(value, (int, np.integer) if hint is int else (int, float, np.number))
+        return number and not isinstance(value, bool) and math.isfinite(value)
+    if origin in (list, tuple, set, frozenset):
+        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, inside[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+    return hint is Any or not isinstance(origin or hint, type) or isinstance(value, origin or hint)
+
+
+def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
+    if metadata["choices"] is not None:
+        return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
+    if isinstance(value, (list, tuple)):
+        return all(_within(v, metadata) for v in value)
+    if isinstance(value, dict):
+        return all(_within(v, metadata) for v in value.values())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    return (
+        value >= metadata.get("least", -math.inf)
+        and value > metadata.get("above", -math.inf)
+        and value <= metadata.get("most", math.inf)
+        and value < metadata.get("below", math.inf)
+    )
+
+
+def _wanted(cls: type, field: dataclasses.Field) -> str:
+    """"an integer of at least 1, or None"."""
+    if field.metadata["choices"] is not None:
+        return f"one of {', '.join(map(str, field.metadata['choices']))}"
+    return ", or ".join(
+        dict.fromkeys(_words(kind, field.metadata) for kind in _kinds(_hint(cls, field.name)))
+    )
+
+
+def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a text", NoneType: "None"}
+    if kind not in (int, float):
+        inside = [_words(k, metadata) for k in get_args(kind)]
+        origin = get_origin(kind) or kind
+        if origin in (list, tuple):
+            return f"a list, each {inside[0]}"
+        if origin is dict:
+            return f"a dictionary, each value {inside[1]}"
+        return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+    limits = {"least": "of at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
+    said = [text.format(f"{metadata[name]:g}") for name, text in limits.items() if name in metadata]
+    name = "a number" if said and kind is float else names[kind]
+    return f"{name} {' and '.join(said)}".rstrip()
+
+
+def _reader(cls: type, field: dataclasses.Field, kind: Any, many: bool) -> Callable[[str], Any]:
+    """From the text of a command line to a value; argparse prints the sentence of what it raises."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text) if kind in (int, float) else text
+        except ValueError:
+            value = None
+        if value is None or not _fits(value, kind) or (not field.metadata["choices"] and not _within(value, field.metadata)):
+            raise argparse.ArgumentTypeError(f"must be {_words(kind, field.metadata)}, not {text!r}")
+        return value
+
+    return read
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _table(cls: type) -> str:
+    rows = [(f.name, _default(f), f.metadata["help"]) for f in _options(cls)]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "".join(f"        {name:{width}}  {text} (default: {default!r})\n" for name, default, text in rows)
