@@ -28,9 +28,10 @@ from ..nn.module import Module, Parameter, unallocated
 from ..nn.transformer import Transformer, TransformerConfig
 from ..peft.layer import TrainedCopy
 from ..peft.model import PeftModel
-from ..quant.blockwise import NESTED_BLOCKSIZE, QuantState
+from ..quant.bitsandbytes import QuantState
 from ..quant.codebooks import CODES_4BIT, dynamic_map
 from ..quant.linear import Linear4bit
+from ..quant.nf4 import NESTED_BLOCKSIZE
 from ..quant.surgery import HEADS, quantizable_layers
 from ..train.optim import ELEMENTS
 from . import walk

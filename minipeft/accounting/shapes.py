@@ -22,8 +22,7 @@ import numpy as np
 from ..autograd.ops import QUERY_BLOCK, TILE
 from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
-from ..quant.blockwise import PIECE
-from ..quant.linear import tile_size
+from ..quant.kernels import PIECE, tile_size
 
 Shape = tuple[int, ...]
 

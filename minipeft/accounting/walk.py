@@ -17,7 +17,8 @@ from ..backend import Array, Rng
 from ..nn.generation import next_logits
 from ..nn.module import Module
 from ..nn.transformer import Backbone, KeyValue, KVCache
-from ..quant.linear import Linear4bit, tile_size
+from ..quant.kernels import tile_size
+from ..quant.linear import Linear4bit
 from .shapes import Buffer, Meter, ShapeArray
 
 
