@@ -17,10 +17,13 @@ quantization. These are the definitions; `kernels` computes the same bits faster
 Departures, all of arithmetic and all bitsandbytes' on the CPU (0.50), so that a weight next to a threshold gets its code:
 1. A whole block is multiplied by the float32 reciprocal of c; a partial one, at the end, is divided by c.
 2. No c counts as less than 1e-38; a partial block's is stored as that, too.
-3. A GPU's kernels read numbers below 1.2e-38 as zero. There such blocks, of c below that, get the codes of zeros.
+3. A GPU's kernels take numbers below 1.2e-38 for zero: there a block has the codes of zeros where c, or in a whole block
+   1 / c, is below that.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from ..backend import Array, asarray, xp_of
 from . import eight_bits
@@ -39,8 +42,8 @@ def quantize(x: Array, blocksize: int = 64, quant_type: str = "nf4") -> tuple[Ar
     c = abs(blocks).max(axis=1)
     scaled = blocks * reciprocal(c)[:, None]  # in [-1, 1]
     if n % blocksize:
-        c[-1] = xp.maximum(c[-1], SMALLEST)
-        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)
+        c[-1:] = xp.where(c[-1:] <= SMALLEST, asarray(np.array([SMALLEST], np.float32), xp), c[-1:])
+        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)  # not above 0: on a GPU
     nearest = xp.searchsorted(midpoints, scaled)  # how many midpoints lie below: the rank of the nearest point
     return order.take(nearest).reshape(-1)[:n], c
 
