@@ -14,7 +14,7 @@ x Wᵀ takes them as rows of W, g W as columns, so that a tile gives whole colum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -74,17 +74,15 @@ def dequantize(packed: Array, state: QuantState) -> Array:
     """code[codes] * scales, of the state's shape and dtype: packed uint8 [(n + 1) // 2]."""
     xp, n, size, tiles = xp_of(packed), math.prod(state.shape), state.blocksize, Tiles(packed, state)
     out = xp.empty(n, state.dtype)
-    _spread(xp, lambda s: tiles.read(out[s.start * size : s.stop * size], s.start * size), tiles.scales.size, n)
+    work = n if xp is np else 0
+    split_rows(lambda s: tiles.read(out[s.start * size : s.stop * size], s.start * size), tiles.scales.size, work)
     return out.reshape(state.shape)
 
 
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = code[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S columns side by side."""
     xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
-    pieces = math.ceil(out.size / PIECE) if xp is np else 1
-    step = max(1, math.ceil(rows / max(1, pieces)))
-    for i in range(0, rows, step):
-        s = slice(i, min(i + step, rows))
+    for s in _pieces(slice(0, rows), max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)):
         values, into = pairs.take(codes[s], axis=0), out[s].reshape(-1, runs, width)
         xp.multiply(values.reshape(into.shape), scales[s, :, None], out=into, casting="same_kind")
         del values  # before the next are made
@@ -103,7 +101,7 @@ def times_transposed(x: Array, packed: Array, state: QuantState) -> Array:
             xp.matmul(x, w.astype(x.dtype, copy=False).T, out=y[:, rows])
 
     with one_blas_thread():  # each thread computes its own products
-        _spread(xp, part, n_out, tiles.work(x.shape[0]))
+        split_rows(part, n_out, tiles.work(x.shape[0]))
     return y
 
 
@@ -122,7 +120,7 @@ def times(g: Array, packed: Array, state: QuantState) -> Array:
             xp.matmul(g, w.astype(g.dtype, copy=False), out=d[:, columns])
 
     with one_blas_thread():
-        _spread(xp, part, n_in // tiles.column_unit, tiles.work(g.shape[0]))
+        split_rows(part, n_in // tiles.column_unit, tiles.work(g.shape[0]))
     return d
 
 
@@ -141,8 +139,11 @@ class Tiles:
         self.pairs = self.xp.stack([code.repeat(16), self.xp.tile(code, 16)], axis=1)  # [256, 2]: the numbers of each byte
 
     def work(self, n: int) -> int:
-        """What a product with n rows is worth, in elements: decoding a weight takes as long as 64 of its products."""
-        return math.prod(self.state.shape) * max(1, n // 64)
+        """How many elements a product with n rows is worth, for `split_rows`; on a device none, it is not split.
+
+        To dequantize a weight takes as long as 64 of its products.
+        """
+        return math.prod(self.state.shape) * max(1, n // 64) if self.xp is np else 0
 
     def read(self, out: Array, first: int) -> None:
         """Write the numbers from position `first` (where a block starts) on into the flat array `out`, in this thread."""
@@ -190,11 +191,3 @@ def _pieces(part: slice, most: int) -> Iterator[slice]:
     n = -(-(part.stop - part.start) // most)
     cuts = [part.start + (part.stop - part.start) * i // n for i in range(n + 1)] if n else []
     return (slice(a, b) for a, b in pairwise(cuts))
-
-
-def _spread(xp: ModuleType, run: Callable[[slice], None], n: int, work: int) -> None:
-    """run(slice) for a part of range(n) in each thread; on a device once, for all."""
-    if xp is np:
-        split_rows(run, n, work)
-    else:
-        run(slice(0, n))
