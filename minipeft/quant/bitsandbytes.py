@@ -1,6 +1,6 @@
 """Four and eight bits with bitsandbytes' names, bytes and files (0.50): a port of its `functional` for the CPU.
 
-    quantize_4bit(A) = two codes to a byte [(n + 1) // 2, 1], and a QuantState; dequantize_4bit has the numbers back
+    quantize_4bit(A) = two codes to a byte [(n + 1) // 2, 1], and a QuantState; dequantize_4bit restores the numbers
     QuantState.as_dict, from_dict = what its files hold beside a weight
 
 The arithmetic is that of `nf4` and `eight_bits`.

@@ -47,8 +47,8 @@ def quantize(x: Array, blocksize: int, quant_type: str) -> tuple[Array, Array]:
 
     def part(s: slice) -> None:
         block = blocks[s].astype(xp.float32, copy=False)
-        magnitudes = block.view(xp.int32) & 0x7FFFFFFF  # as integers they are ordered as the floats, and compared faster
-        absmax[s] = magnitudes.max(axis=1).view(xp.float32)
+        bits = block.view(xp.int32)  # magnitudes, as integers, are ordered as the floats are, and compared faster
+        absmax[s] = (bits & 0x7FFFFFFF).max(axis=1).view(xp.float32)
         scaled = block * nf4.reciprocal(absmax[s])[:, None]
         rank = xp.zeros(block.shape, xp.uint8)
         for midpoint in midpoints:  # faster than a search, a few cache-sized comparisons at a time
