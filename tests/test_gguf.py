@@ -367,6 +367,14 @@ def test_damaged_headers(made):
     assert refused > 20
 
 
+def test_an_empty_tensor_is_damage(made):
+    """Of the one kind that is read before shapes are compared."""
+    empty = gguf.quants.quantize(np.zeros((1, 32), np.float32), Q8_0)[:, :0]
+    path = made(change=lambda w: w.add_tensor("rope_freqs.weight", empty, raw_shape=(1, 0), raw_dtype=Q8_0))
+    with pytest.raises(FileError, match=r"damaged: rope_freqs\.weight of shape \(1, 0\) is not made of Q8_0's blocks"):
+        mp.from_pretrained(path)
+
+
 def test_other_files(tmp_path, capsys):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 a zip, say")
