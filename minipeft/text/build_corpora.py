@@ -42,7 +42,7 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from minipeft.text.splits import side
+from .splits import side
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 

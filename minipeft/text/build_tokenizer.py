@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from minipeft.text.corpora import general_text
-from minipeft.text.templates import CHATML
-from minipeft.text.tokenizer import Tokenizer
+from .corpora import general_text
+from .templates import CHATML
+from .tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
 PAD, EOS, IM_START, IM_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 to 3
