@@ -3,14 +3,13 @@
 A Llama-dialect model of 1.4 million parameters learns next-token prediction on the training split of the shipped
 corpora (King James and Basic English Bible, Jane Austen, WordNet), with this package's own trainer. OUT_DIR receives
 the model as a Hugging Face directory (float16), the tokenizer, the loss curve, and `training.json`: the settings and
-the held-out losses. The work directory holds the checkpoints; the same command run again goes on from the last one.
+the held-out losses. The work directory holds the checkpoints; the same command continues from the last one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from ..files import write_json
 from ..nn.transformer import Transformer, TransformerConfig
 from ..text.corpora import general_text
+from ..text.examples import encode_documents
 from ..text.tokenizer import Tokenizer
 from ..train.metrics import plot_loss
 from ..train.trainer import Trainer, TrainingArguments, TrainingResult
@@ -47,13 +47,9 @@ def config_of(tokenizer: Tokenizer) -> TransformerConfig:
 def blocks(split: str, tokenizer: Tokenizer, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """The general text of a split as (input_ids, labels) blocks of CONTEXT tokens: documents shuffled, EOS after each."""
     documents = general_text(split)
-    stream: list[int] = []
-    for i in np.random.default_rng(seed).permutation(len(documents)):
-        stream += tokenizer.encode(documents[i])
-        stream.append(tokenizer.eos_token_id)
-    count = len(stream) // CONTEXT
-    rows = np.array(stream[: count * CONTEXT], np.int64).reshape(count, CONTEXT)
-    return [(row, row) for row in rows]
+    order = np.random.default_rng(seed).permutation(len(documents))
+    stream = encode_documents([documents[i] for i in order], tokenizer)
+    return [(row, row) for row in stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)]
 
 
 def arguments(work: Path, steps: int) -> TrainingArguments:
@@ -74,7 +70,7 @@ def arguments(work: Path, steps: int) -> TrainingArguments:
 
 
 def build(out: Path, work: Path, steps: int) -> None:
-    """Train (or go on training) and write the base into `out`."""
+    """Train (or continue training) and write the base into `out`."""
     tokenizer = Tokenizer.load(BASE)
     model = Transformer(config_of(tokenizer), seed=0)
     training, validation = blocks("train", tokenizer), blocks("validation", tokenizer)[:64]
@@ -107,7 +103,7 @@ def write_record(
     plot_loss(result.history, out / "loss.png")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m minipeft.hub.build_base", description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory for the model (made if missing)")
@@ -115,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3600, help="training steps of 4,096 tokens (default: %(default)s, an hour)")
     args = parser.parse_args(argv)
     build(args.out, args.work or args.out / "work", args.steps)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
