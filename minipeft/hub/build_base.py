@@ -31,17 +31,10 @@ CONTEXT = 512
 def config_of(tokenizer: Tokenizer) -> TransformerConfig:
     """The shape of the base."""
     return TransformerConfig.llama(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def blocks(split: str, tokenizer: Tokenizer, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -55,18 +48,10 @@ def blocks(split: str, tokenizer: Tokenizer, seed: int = 0) -> list[tuple[np.nda
 def arguments(work: Path, steps: int) -> TrainingArguments:
     """The run's settings."""
     return TrainingArguments(
-        output_dir=work,
-        learning_rate=3e-3,
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps),
-        eval_steps=200,
-        save_steps=200,
-        seed=0,
-    )
+        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0,
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
+        eval_steps=200, save_steps=200,
+    )  # fmt: skip
 
 
 def build(out: Path, work: Path, steps: int) -> None:

@@ -21,40 +21,24 @@ class HubError(ValueError):
 
 _REQUIRED = object()
 _LLAMA = dict.fromkeys("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split(), _REQUIRED) | {
-    "num_key_value_heads": 0,
-    "head_dim": 0,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
+    "num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "initializer_range": 0.02,
     "minipeft_dropout": 0.0,  # these families have no residual dropout: the key is ours
-}
+}  # fmt: skip
 # Hugging Face's name -> what its configuration class assumes where config.json does not say
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072},
     "qwen2": _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "gpt2": dict.fromkeys("vocab_size n_embd n_layer n_head".split(), _REQUIRED)
-    | {
-        "n_inner": 0,
-        "n_positions": 1024,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.02,
-        "resid_pdrop": 0.1,
-    },
+    | {"n_inner": 0, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
+    | {"tie_word_embeddings": True, "initializer_range": 0.02},
 }
 # Hugging Face's name -> ours, where they differ
 _OURS = {
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "resid_pdrop": "dropout",
-    "minipeft_dropout": "dropout",
-}
+    "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings", "resid_pdrop": "dropout", "minipeft_dropout": "dropout",
+}  # fmt: skip
 _SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},

@@ -40,35 +40,20 @@ _CHUNK = 1 << 20  # weights dequantized together
 
 # llama.cpp's names -> Hugging Face's, for each architecture
 _LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.*.attn_norm": "model.layers.*.input_layernorm",
-    "blk.*.attn_q": "model.layers.*.self_attn.q_proj",
-    "blk.*.attn_k": "model.layers.*.self_attn.k_proj",
-    "blk.*.attn_v": "model.layers.*.self_attn.v_proj",
-    "blk.*.attn_output": "model.layers.*.self_attn.o_proj",
-    "blk.*.ffn_norm": "model.layers.*.post_attention_layernorm",
-    "blk.*.ffn_gate": "model.layers.*.mlp.gate_proj",
-    "blk.*.ffn_up": "model.layers.*.mlp.up_proj",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "blk.*.attn_norm": "model.layers.*.input_layernorm", "blk.*.ffn_norm": "model.layers.*.post_attention_layernorm",
+    "blk.*.attn_q": "model.layers.*.self_attn.q_proj", "blk.*.attn_k": "model.layers.*.self_attn.k_proj",
+    "blk.*.attn_v": "model.layers.*.self_attn.v_proj", "blk.*.attn_output": "model.layers.*.self_attn.o_proj",
+    "blk.*.ffn_gate": "model.layers.*.mlp.gate_proj", "blk.*.ffn_up": "model.layers.*.mlp.up_proj",
     "blk.*.ffn_down": "model.layers.*.mlp.down_proj",
-}
-_NAMES = {
-    "llama": _LLAMA_NAMES,
-    "qwen2": _LLAMA_NAMES,
-    "gpt2": {
-        "token_embd": "transformer.wte",
-        "position_embd": "transformer.wpe",
-        "output_norm": "transformer.ln_f",
-        "output": "lm_head",
-        "blk.*.attn_norm": "transformer.h.*.ln_1",
-        "blk.*.attn_qkv": "transformer.h.*.attn.c_attn",
-        "blk.*.attn_output": "transformer.h.*.attn.c_proj",
-        "blk.*.ffn_norm": "transformer.h.*.ln_2",
-        "blk.*.ffn_up": "transformer.h.*.mlp.c_fc",
-        "blk.*.ffn_down": "transformer.h.*.mlp.c_proj",
-    },
-}
+}  # fmt: skip
+_GPT2_NAMES = {
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+    "output": "lm_head", "blk.*.attn_norm": "transformer.h.*.ln_1", "blk.*.ffn_norm": "transformer.h.*.ln_2",
+    "blk.*.attn_qkv": "transformer.h.*.attn.c_attn", "blk.*.attn_output": "transformer.h.*.attn.c_proj",
+    "blk.*.ffn_up": "transformer.h.*.mlp.c_fc", "blk.*.ffn_down": "transformer.h.*.mlp.c_proj",
+}  # fmt: skip
+_NAMES = {"llama": _LLAMA_NAMES, "qwen2": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
 
 
 def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], Tokenizer | None]:

@@ -77,8 +77,8 @@ def save_pretrained(
         content["quantization_config"] = quantization
     content["architectures"] = [_architecture(model)]
     if isinstance(model, SequenceClassifier):
-        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
-        content["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+        labels = [f"LABEL_{i}" for i in range(model.num_labels)]
+        content |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "label2id": {n: i for i, n in enumerate(labels)}}
 
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -109,9 +109,8 @@ def _check_plain(model: Transformer | SequenceClassifier) -> None:
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
     for path, layer in quantized_layers(model):
         plain.replace(path, layer)
-    have = {name: p.shape for name, p in model.named_parameters()}
-    want = {name: p.shape for name, p in plain.named_parameters()}
-    differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    have, want = ({(name, p.shape) for name, p in m.named_parameters()} for m in (model, plain))
+    differing = sorted({name for name, _ in have ^ want})
     if differing:
         raise HubError(
             f"{some(differing)} differ from what the configuration of a {_architecture(model)} describes: "

@@ -94,13 +94,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception, with the reason as its text
             raise FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
         config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (directory / name).is_file():
-                content = read_json(directory / name)
-                if not isinstance(content, dict):
-                    raise FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
-                wanted = content if name == "tokenizer_config.json" else ("eos_token", "pad_token")
-                config |= {key: content[key] for key in wanted if content.get(key) is not None}
+        for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
+            content = read_json(directory / name) if (directory / name).is_file() else {}
+            if not isinstance(content, dict):
+                raise FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
+            config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, config)
@@ -221,13 +219,11 @@ class Tokenizer:
         names = {key: text for key in ("bos_token", "eos_token", "pad_token") if (text := self._named_token(key)[0])}
         variables = names | {key: hide(value) for key, value in variables.items()}
         text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
-        pieces: list[str] = []
-        for i, piece in enumerate(re.split(f"({special.pattern})", text)):
-            if i % 2:
-                pieces.append(Special(piece))
-            elif piece:
-                pieces.append(re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece))
-        return tuple(pieces)
+        pieces = [  # plain text and special tokens take turns
+            Special(piece) if i % 2 else re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece)
+            for i, piece in enumerate(re.split(f"({special.pattern})", text))
+        ]
+        return tuple(filter(None, pieces))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD."""
