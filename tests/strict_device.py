@@ -23,11 +23,11 @@ import numpy as np
 
 FUNCTIONS = """
 sum prod mean var std max min amax amin ptp argmax argmin any all cumsum cumprod count_nonzero nansum nanmean nanmax
-nanmin median quantile percentile average reshape ravel transpose swapaxes moveaxis expand_dims squeeze broadcast_to flip
-roll repeat tile split array_split pad take take_along_axis put_along_axis where nonzero flatnonzero argwhere compress
-diagonal diag tril triu trace fill_diagonal copyto sort argsort partition argpartition searchsorted digitize unique
-bincount isin dot vdot inner outer tensordot kron clip round nan_to_num interp diff allclose isclose array_equal packbits
-unpackbits zeros_like ones_like empty_like full_like ascontiguousarray copy
+nanmin median quantile percentile average reshape ravel transpose swapaxes moveaxis expand_dims squeeze broadcast_to
+flip roll repeat tile split array_split pad take take_along_axis put_along_axis where nonzero flatnonzero argwhere
+compress diagonal diag tril triu trace fill_diagonal copyto sort argsort partition argpartition searchsorted digitize
+unique bincount isin dot vdot inner outer tensordot kron clip round nan_to_num interp diff allclose isclose
+array_equal packbits unpackbits zeros_like ones_like empty_like full_like ascontiguousarray copy
 """.split()  # the first argument is an array
 JOINS = "concatenate stack hstack vstack".split()  # the first argument is a sequence of arrays
 VARIADIC = "einsum broadcast_arrays atleast_1d atleast_2d meshgrid".split()  # every argument is an array, or a text
@@ -42,12 +42,12 @@ isnan signbit ldexp frexp modf nextafter equal not_equal less less_equal greater
 logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not invert left_shift right_shift matmul
 """.split()
 HOST_NAMES = """
-bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 int_ intp float16 float32 float64 dtype finfo iinfo generic number
-integer signedinteger unsignedinteger inexact floating pi e inf nan newaxis
+bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 int_ intp float16 float32 float64 dtype finfo iinfo generic
+number integer signedinteger unsignedinteger inexact floating pi e inf nan newaxis
 """.split()
 METHODS = """
-all any argmax argmin argpartition argsort astype clip copy cumprod cumsum diagonal dot fill flatten max mean min nonzero
-partition prod ravel repeat reshape round searchsorted sort squeeze std sum swapaxes take trace transpose var view
+all any argmax argmin argsort astype clip copy cumprod cumsum diagonal dot fill flatten max mean min
+nonzero prod ravel repeat reshape round sort squeeze std sum swapaxes take trace transpose var view
 """.split()
 ATTRIBUTES = "shape dtype strides ndim size itemsize nbytes flags".split()
 OPERATORS = {
@@ -55,7 +55,7 @@ OPERATORS = {
     "mod": "remainder", "pow": "power", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
     "lshift": "left_shift", "rshift": "right_shift", "matmul": "matmul",
 }  # fmt: skip
-COMPARISONS = {"eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"}
+ORDER = {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}
 UNARY = {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert"}
 AT_TYPES = {"add": "efdiILQ", "subtract": "iI", "maximum": "fdiILQ", "minimum": "fdiILQ"}  # CuPy's atomic operations
 NUMPY_ONLY = frozenset("where initial like device correction mean stable stat_length".split())  # keywords
@@ -98,7 +98,7 @@ def _device(x):
 
 
 def _function(name: str, call, arrays=lambda args: args[:1], result=_device):
-    """A device function or method that NumPy's `call` computes; `arrays` picks the arguments that must be on the device."""
+    """A device function or method, computed by NumPy's `call`; `arrays` picks those arguments that must be arrays."""
 
     def function(*args, out=None, **kwargs):
         if not NUMPY_ONLY.isdisjoint(kwargs) and name != "copyto":
@@ -169,7 +169,7 @@ class ndarray:
     __array_ufunc__ = None  # numpy_array * device_array comes to __rmul__, which refuses it
 
     def __array__(self, dtype=None, copy=None):
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to copy it to the host.")
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to copy it.")
 
     def __array_function__(self, func, types, args, kwargs):
         raise TypeError(f"numpy.{func.__name__} was given a device array; use the array's own library, xp_of(array)")
@@ -208,7 +208,7 @@ for _name in ATTRIBUTES:
     setattr(ndarray, _name, property(lambda self, name=_name: getattr(self._host, name)))
 for _name in METHODS:
     setattr(ndarray, _name, _function(_name, getattr(np.ndarray, _name)))
-for _name, _ufunc in (OPERATORS | COMPARISONS).items():
+for _name, _ufunc in (OPERATORS | ORDER).items():
     setattr(ndarray, f"__{_name}__", _operator(_ufunc))
 for _name, _ufunc in OPERATORS.items():
     setattr(ndarray, f"__r{_name}__", _operator(_ufunc, reflected=True))
@@ -240,9 +240,9 @@ def asnumpy(a) -> np.ndarray:
 
 
 def default_rng(seed=None) -> SimpleNamespace:
-    """What CuPy's Generator has of NumPy's, as far as it is used (CuPy has no normal, permutation, choice or shuffle)."""
-    rng = np.random.default_rng(seed)
-    return SimpleNamespace(**{n: _function(n, getattr(rng, n), lambda args: ()) for n in ("random", "standard_normal", "integers")})
+    """A part of what CuPy's Generator has of NumPy's (it has no normal, permutation, choice or shuffle)."""
+    rng, names = np.random.default_rng(seed), ("random", "standard_normal", "integers")
+    return SimpleNamespace(**{name: _function(name, getattr(rng, name), lambda args: ()) for name in names})
 
 
 DIFFERENT = {"empty": partial(_poisoned, np.empty), "empty_like": partial(_poisoned, np.empty_like)}

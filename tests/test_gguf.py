@@ -154,7 +154,7 @@ def test_block_formats(case, kind, made):
 
 
 def test_rows_of_a_head():
-    """Rotary pairs: llama.cpp turns neighbours, Hugging Face the two halves."""
+    """Rotary pairs: llama.cpp rotates adjacent rows, Hugging Face the two halves."""
     rows = np.array([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15])
     assert _halves_from_pairs(rows, heads=2).tolist() == list(range(16))
     w = np.random.default_rng(0).standard_normal((12, 3))

@@ -1,9 +1,9 @@
 """`config.json` of Hugging Face's families GPT-2, Llama, Mistral and Qwen2 <-> `TransformerConfig`.
 
-Each family has its own names for the same things (`n_embd` is `hidden_size`), and the major versions of transformers differ
-in a few: version 4 has `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 has `rope_parameters`, which holds the
-first two, and `dtype`. We read both and write both. An option under which our model would compute something else is refused
-by its name, before any weight is read.
+Each family has its own names for the same things (`n_embd` is `hidden_size`), and the major versions of transformers
+differ in a few: version 4 has `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 has `rope_parameters`, which
+holds the first two, and `dtype`. We read both and write both. An option under which our model would compute something
+else is refused by its name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class HubError(ValueError):
 
 
 _REQUIRED = object()
-_LLAMA = dict.fromkeys("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split(), _REQUIRED) | {
-    "num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "tie_word_embeddings": False, "initializer_range": 0.02,
+_SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+_LLAMA = dict.fromkeys(_SHAPE, _REQUIRED) | {
+    "num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "initializer_range": 0.02,
     "minipeft_dropout": 0.0,  # these families have no residual dropout: the key is ours
 }  # fmt: skip
 # Hugging Face's name -> what its configuration class assumes where config.json does not say
@@ -36,8 +37,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 # Hugging Face's name -> ours, where they differ
 _OURS = {
-    "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings", "resid_pdrop": "dropout", "minipeft_dropout": "dropout",
+    "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "resid_pdrop": "dropout",
+    "minipeft_dropout": "dropout",
 }  # fmt: skip
 _SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
@@ -71,9 +73,9 @@ _SUPPORTED: dict[str, dict[str, tuple]] = {
 def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
     """The configuration in the content of a `config.json`.
 
-    In the GPT-2 family `resid_pdrop` becomes `dropout`; dropout of attention weights, which our model does not have, is
-    not read. Several EOS ids become a tuple. Raises HubError naming the key that is missing, of the wrong type, or set to
-    something that our model does not compute.
+    In the GPT-2 family `resid_pdrop` becomes `dropout`; dropout of attention weights, which our model does not have,
+    is not read. Several EOS ids become a tuple. Raises HubError naming the key that is missing, of the wrong type, or
+    set to something that our model does not compute.
     """
     family = content.get("model_type")
     if family not in _FIELDS:

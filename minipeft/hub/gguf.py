@@ -5,14 +5,14 @@
     tensor table     name, shape (fastest axis first), block format, offset
     data             from the next multiple of general.alignment
 
-The `gguf` package turns the blocks of a quantized tensor (32 or 256 weights of a row that share their scales) into float32.
-Tensor names are llama.cpp's and are translated here. One thing about the values differs, too: llama.cpp's rotary embedding
-for the architecture "llama" turns the pairs (0, 1), (2, 3), ... of a head, Hugging Face's (0, D/2), (1, D/2 + 1), ...; the
-rows of the query and key projections are put back into Hugging Face's order.
+The `gguf` package turns the blocks of a quantized tensor (32 or 256 weights of a row that share their scales) into
+float32. Tensor names are llama.cpp's and are translated here. One thing about the values differs, too: llama.cpp's
+rotary embedding for the architecture "llama" turns the pairs (0, 1), (2, 3), ... of a head, Hugging Face's (0, D/2),
+(1, D/2 + 1), ...; the rows of the query and key projections are put back into Hugging Face's order.
 
-The header is read here and not by gguf.GGUFReader (version 0.19), which does not check lengths against the end of the file:
-a file of 1 KB that announces an array of 2^40 numbers keeps it busy without end (0.9 GB after 10 seconds). It is also
-slower: 1.4 seconds against 0.05 for a vocabulary of 49,152 tokens.
+The header is read here and not by gguf.GGUFReader (version 0.19), which does not check lengths against the end of the
+file: a file of 1 KB that announces an array of 2^40 numbers keeps it busy without end (0.9 GB after 10 seconds). It
+is also slower: 1.4 seconds against 0.05 for a vocabulary of 49,152 tokens.
 
 Source: the specification in ggml's repository, docs/gguf.md; llama.cpp's convert_hf_to_gguf.py.
 """
@@ -34,7 +34,7 @@ from ..text.tokenizer import Tokenizer
 from .configuration import HubError, from_hugging_face
 from .gguf_tokenizer import tokenizer_of
 
-_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "u1 i1 <u2 <i2 <u4 <i4 <f4 ? <u8 <i8 <f8".split()))  # value types
+_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _CHUNK = 1 << 20  # weights dequantized together
 
@@ -273,9 +273,7 @@ def _halves_from_pairs(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def _read(
-    file: MappedFile, begin: int, end: int, shape: tuple[int, ...], format_: Any, arrange: Callable[[np.ndarray], np.ndarray] | None
-) -> np.ndarray:
+def _read(file: MappedFile, begin: int, end: int, shape: tuple[int, ...], format_: Any, arrange: Any) -> np.ndarray:
     raw = file.view(begin, end)
     if format_.name in _PLAIN:
         values = raw.view(_PLAIN[format_.name]).reshape(shape)

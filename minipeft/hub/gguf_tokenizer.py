@@ -105,7 +105,7 @@ def _merges_from_scores(vocabulary: dict[str, int], scores: Any) -> list[tuple[s
 
 
 def _add_special_tokens(backend: Any, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Control tokens become special ones, user-defined ones stay whole in a text; BOS and EOS are added where wanted."""
+    """Control tokens become special, user-defined ones stay whole in a text; BOS and EOS are added where wanted."""
     from tokenizers import AddedToken, processors
 
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)

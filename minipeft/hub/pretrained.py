@@ -5,8 +5,8 @@
     tokenizer.json, ...         the tokenizer, where there is one                    see text/tokenizer.py
     model.gguf                  all of it in one file, read but never written        see gguf.py
 
-Module trees, names and orientations are those of the family, so nothing in a directory is renamed or transposed. Weights
-are read one tensor at a time from a memory map, so there is never a second copy of a model.
+Module trees, names and orientations are those of the family, so nothing in a directory is renamed or transposed.
+Weights are read one tensor at a time from a memory map, so there is never a second copy of a model.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def save_pretrained(
     content["architectures"] = [_architecture(model)]
     if isinstance(model, SequenceClassifier):
         labels = [f"LABEL_{i}" for i in range(model.num_labels)]
-        content |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "label2id": {n: i for i, n in enumerate(labels)}}
+        content["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        content["label2id"] = {label: i for i, label in enumerate(labels)}
 
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -103,7 +104,7 @@ def _architecture(model: Module) -> str:
 
 
 def _check_plain(model: Transformer | SequenceClassifier) -> None:
-    """Raises HubError unless the parameters are those of the configuration, dense or quantized: no adapter, no untied head."""
+    """Raises HubError unless the parameters are the configuration's, dense or quantized: no adapter, no untied head."""
     plain: Module = Transformer(model.config, seed=None)
     if isinstance(model, SequenceClassifier):
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
@@ -119,7 +120,7 @@ def _check_plain(model: Transformer | SequenceClassifier) -> None:
 
 
 def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in a float dtype (None: its own; no copy where it has it already). Raises HubError where float16 overflows."""
+    """The array in a float dtype (None: its own); no copy where it has it. Raises HubError where float16 overflows."""
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -150,15 +151,16 @@ def from_pretrained(
         dtype: of the weights in memory: "float32" (by default) or "float16", a storage format that operations widen.
         backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
         load_in_4bit: the model that `quant.quantize_model` makes (NF4 with double quantization), frozen as a base for
-            QLoRA. Layers are quantized one by one while they are read, so the peak of memory is the result and one tensor.
+            QLoRA. Layers are quantized one by one while they are read, so the peak of memory is the result and one
+            tensor.
 
     The file is mapped into memory. Weights that have the wanted dtype stay there: they are read at their first use and
     cost no memory of their own until they are changed; a change never reaches the file. Others are converted tensor by
     tensor. So leave the file in its place, or replace it as a whole, while the model is in use.
 
-    Nothing is downloaded and no pickle is read. Raises HubError for a path without a model, an architecture or option that
-    our model does not compute (before any weight is read), and weights that do not fit the configuration; FileError for a
-    damaged file.
+    Nothing is downloaded and no pickle is read. Raises HubError for a path without a model, an architecture or option
+    that our model does not compute (before any weight is read), and weights that do not fit the configuration;
+    FileError for a damaged file.
     """
     path, xp = Path(path), get_backend(backend)
     dtype = dtype or "float32"
@@ -189,7 +191,7 @@ def from_pretrained(
 
 
 def _fill(model: Module, tensors: dict[str, StoredTensor], dtype: str, xp: Any, to_quantize: dict[str, Module]) -> None:
-    """Give the model its weights, one tensor after the other; quantize the layers {path: layer} of `to_quantize` at once."""
+    """Give the model its weights, one tensor after the other; quantize the layers of `to_quantize` on the way."""
     parameters = dense_parameters(model)
     for name in list(parameters):
         stored = tensors.pop(name)
@@ -240,7 +242,7 @@ def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassif
     try:
         model = Transformer(config, seed=None)
     except (ValueError, OverflowError) as error:
-        raise HubError(f"no array has the shapes that hidden_size, vocab_size and the others ask for ({error})") from error
+        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
     if names[0] != _CLASSIFIER[family]:
         return model
     labels = content.get("id2label")
@@ -298,10 +300,11 @@ def _fit(model: Transformer | SequenceClassifier, tensors: dict[str, StoredTenso
             raise HubError(f"tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
     missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unexpected:
-        raise HubError(f"the weights do not fit the configuration: missing {some(missing)}; unexpected {some(unexpected)}")
+        names = f"missing {some(missing)}; unexpected {some(unexpected)}"
+        raise HubError(f"the weights do not fit the configuration: {names}")
     for name, parameter in parameters.items():
         stored = tensors[name]
         if stored.shape != parameter.shape:
             raise HubError(f"{name} has the shape {stored.shape}, the configuration gives {parameter.shape}")
         if stored.dtype.kind != "f":
-            raise HubError(f"{name} holds {stored.dtype}, not floating-point numbers, and the configuration names no quantization")
+            raise HubError(f"{name} holds {stored.dtype}, no floating-point numbers; config.json names no quantization")

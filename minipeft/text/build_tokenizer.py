@@ -42,8 +42,9 @@ def build_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m minipeft.text.build_tokenizer", description=__doc__, formatter_class=plain)
+    """The command line."""
+    name, form = "python -m minipeft.text.build_tokenizer", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=form)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     out = parser.parse_args(argv).out
     documents = general_text("train")

@@ -1,8 +1,8 @@
 """Chat templates: the Jinja program that comes with a model's tokenizer and writes a conversation as the model knows it.
 
-A template is a stranger's code, so it runs in Jinja's immutable sandbox: it can read its variables and write text, and do
-nothing else. Beside Jinja itself it may use what `transformers` offers: `raise_exception`, `strftime_now`, the filter
-`tojson`, `break` and `continue`. Blocks are trimmed as in `transformers`.
+A template is a stranger's code, so it runs in Jinja's immutable sandbox: it can read its variables and write text,
+and do nothing else. Beside Jinja itself it may use what `transformers` offers: `raise_exception`, `strftime_now`, the
+filter `tojson`, `break` and `continue`. Blocks are trimmed as in `transformers`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """The text that a chat template makes of messages, each a mapping with "role" and "content".
 
-    `variables` are further names that it may use: add_generation_prompt, bos_token, eos_token, tools, ...
-    Raises ValueError for a template that is not valid, that refuses the messages (because user and assistant do not take
+    `variables` are further names that it may use: add_generation_prompt, bos_token, eos_token, tools, ... Raises
+    ValueError for a template that is not valid, that refuses the messages (because user and assistant do not take
     turns, say), or that tries something that the sandbox forbids.
     """
     import jinja2.sandbox  # here: only those who render a template wait for the import

@@ -85,8 +85,8 @@ def read_dataset(path: str | Path) -> list[Record]:
         try:
             record = parse_record(line)
             if records and type(record) is not type(records[0]):
-                mine, others = _fields(type(record)), _fields(type(records[0]))
-                raise ValueError(f"the record has the form {mine}, the lines before it {others}; one file holds one form")
+                one, other = _fields(type(record)), _fields(type(records[0]))
+                raise ValueError(f"the record has the form {one}, the lines before it {other}; one file holds one form")
         except ValueError as error:
             raise DatasetError(path, number, str(error)) from error
         records.append(record)
@@ -129,7 +129,7 @@ def _read_text(path: Path, content: bytes) -> Document:
 
 
 def _form_of(value: dict[str, Any]) -> type[Record]:
-    """The form with these fields; where there is none, ValueError names the nearest form and what is missing or too much."""
+    """The form with these fields. Where there is none, ValueError says what the nearest form lacks or does not have."""
     keys = set(value)
     for form in FORMS:
         if set(form._fields) - _OPTIONAL.get(form, set()) <= keys <= set(form._fields):
@@ -152,7 +152,7 @@ def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half of a surrogate pair at character {error.start}, which is no text") from error
+        raise ValueError(f"{what} holds half of a surrogate pair at character {error.start}, no text") from error
     return value
 
 
@@ -178,7 +178,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
             )
     if messages[-1].role != "assistant":
         last = messages[-1].role
-        raise ValueError(f"the last message must be the assistant's (there is nothing to learn otherwise), got the {last}'s")
+        raise ValueError(f"the last message must be the assistant's, since that is what is learned; got the {last}'s")
     return tuple(messages)
 
 

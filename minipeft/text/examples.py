@@ -1,8 +1,8 @@
 """From records to training examples (input_ids, labels), and from running text to blocks.
 
-Labels have the length of the input ids and are not shifted: `labels[t]` is `input_ids[t]` where that token is learned,
-and -100 where it is not (a prompt, padding). `model.loss(input_ids, labels)` shifts inside, as in Hugging Face: the logits
-at position t are compared with the label at t + 1, so the label of the first token is never used.
+Labels have the length of the input ids and are not shifted: `labels[t]` is `input_ids[t]` where that token is
+learned, and -100 where it is not (a prompt, padding). `model.loss(input_ids, labels)` shifts inside, as in Hugging
+Face: the logits at position t are compared with the label at t + 1, so the label of the first token is never used.
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,9 +48,9 @@ def encode_examples(
     """Records to examples of at most `max_length` tokens.
 
     Documents become one token stream with an end-of-sequence token after each, cut into blocks of `max_length`
-    (`chunk_text`); every token is learned. `template` (by default the usual one of their form) renders all other records,
-    and only completions are learned, with the end-of-sequence token after the last one where the template does not end it
-    with a special token itself.
+    (`chunk_text`); every token is learned. `template` (by default the usual one of their form) renders all other
+    records, and only completions are learned, with the end-of-sequence token after the last one where the template
+    does not end it with a special token itself.
 
     on_overflow is what happens to a record longer than `max_length`: "error" raises ValueError, "truncate" keeps its
     first `max_length` tokens (and drops it if nothing to learn is left), "drop" leaves it out. The result counts them.
@@ -94,8 +94,8 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
 
     The text is encoded as a whole, as the model reads it everywhere else. A completion starts where the tokens of the
     text before it and the tokens of the whole diverge: where prompt and completion meet inside a token, that token is
-    learned. (When asked, the model reads another token there. So a prompt should not end in the middle of a token, not in
-    a space for a tokenizer whose words begin with one.) A completion ends likewise.
+    learned. (When asked, the model reads another token there. So a prompt should not end in the middle of a token,
+    not in a space for a tokenizer whose words begin with one.) A completion ends likewise.
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
@@ -125,10 +125,10 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def chunk_text(ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """A token stream in blocks of `length`, in order. The last may be shorter; a single token, with nothing to predict, is
-    left out."""
+    """A token stream in blocks of `length`, in order. The last may be shorter; a single token, which predicts nothing,
+    is left out. Raises ValueError for a length below 2."""
     if length < 2:
-        raise ValueError(f"a block needs at least 2 tokens, one to predict and one to predict it from; got length {length}")
+        raise ValueError(f"a block needs at least 2 tokens, the second to be predicted; got length {length}")
     blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
     return blocks[:-1] if blocks and len(blocks[-1]) < 2 else blocks
 

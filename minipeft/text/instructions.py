@@ -18,8 +18,9 @@ A test asks for three new things, each by itself:
     new tasks       the held-out tasks, which no training record shows
 
 The splits are those of the corpora (no verse, chapter, headword, gloss or example phrase is in two of them, see
-`build_corpora`). Where parts of texts still coincide (two verses begin alike), the later split leaves them out: no input of
-a task occurs in two splits. A held-out task asks about the test side only, so its answers were never inputs either.
+`build_corpora`). Where parts of texts still coincide (two verses begin alike), the later split leaves them out: no
+input of a task occurs in two splits. A held-out task asks about the test side only, so its answers were never inputs
+either.
 
 Source of the scheme: Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners" (FLAN, arXiv:2109.01652),
 which has ten phrasings a task, tests on tasks that were not trained, and mixes in proportion to size with a cap.
@@ -162,7 +163,8 @@ TASKS: dict[str, InstructionTask] = {
     ),
     "define": InstructionTask(
         lambda split: ((_word(entry), entry.text) for entry in definitions(split)),
-        ("Give the meaning of this word.", "Define the word.", "What does this word mean?", "What is the meaning of {input}?"),
+        ("Give the meaning of this word.", "Define the word.",
+         "What does this word mean?", "What is the meaning of {input}?"),
         ("Explain this word.", "Tell me what {input} means."),
     ),
     "use": InstructionTask(
@@ -207,8 +209,8 @@ HELD_OUT = tuple(name for name, task in TASKS.items() if not task.phrasings)
 def pairs(name: str, split: str) -> list[Pair]:
     """The (input, output) pairs of a task in a split.
 
-    An input that recurs keeps its first output, and belongs to one split only: the first of train, validation, test that
-    has it. Raises ValueError for an unknown task or split.
+    An input that recurs keeps its first output, and belongs to one split only: the first of train, validation, test
+    that has it. Raises ValueError for an unknown task or split.
     """
     check_split(split)
     if name not in TASKS:
@@ -240,9 +242,9 @@ def instructions(
     """The records of some tasks, mixed in a random order; each record's phrasing is drawn at random.
 
     At most `cap` pairs of a task are taken, at random: the share of task i is min(Nᵢ, cap) / Σ min(Nⱼ, cap), the
-    "examples-proportional mixing" of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2) and FLAN. What is drawn from
-    a task depends on (seed, task) alone, and the pairs do not depend on the phrasings, so the same inputs can be asked in
-    any words. `phrasings` is the number of phrasings to use, the first ones; None uses all.
+    "examples-proportional mixing" of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2) and FLAN. What is drawn
+    from a task depends on (seed, task) alone, and the pairs do not depend on the phrasings, so the same inputs can be
+    asked in any words. `phrasings` is the number of phrasings to use, the first ones; None uses all.
 
     Raises ValueError for an unknown task or split, and for a held-out task without `held_out_phrasings`.
     """
@@ -260,10 +262,12 @@ def instructions(
 
 
 def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
-    """Whether an answer to one of `instructions([name], split, ...)` is right, whatever white space or full stop ends it.
+    """Whether an answer to one of `instructions([name], split, ...)` is right. White space and full stops around it do
+    not matter.
 
-    Where a word is asked for, every word that the dictionary has with that meaning is right. Raises ValueError for a task
-    whose answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and split.
+    Where a word is asked for, every word that the dictionary has with that meaning is right. Raises ValueError for a
+    task whose answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and
+    split.
     """
     check = TASKS[name].check
     if check is None:

@@ -1,7 +1,8 @@
 """Which split a piece of shipped text belongs to: train, validation or test, fixed by its name.
 
-The split is a function of a key (a chapter's name, a headword) alone: the first eight bytes of the key's BLAKE2b digest,
-modulo 100, are 0..89 for train, 90..94 for validation and 95..99 for test. A text that is added later moves no other.
+The split is a function of a key (a chapter's name, a headword) alone: the first eight bytes of the key's BLAKE2b
+digest, modulo 100, are 0..89 for train, 90..94 for validation and 95..99 for test. A text that is added later moves
+no other.
 """
 
 import hashlib

@@ -5,7 +5,8 @@
     use       a word and its part of speech -> an example phrase of WordNet's that contains it
 
 The splits are those of the corpora: no verse, headword or gloss of one is in another. Records are in the order of the
-corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more tasks, in words.)
+corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more tasks, in
+words.)
 """
 
 import re

@@ -1,7 +1,7 @@
 """Prompt templates: a record becomes turns of (prompt, completion); only the completion is learned.
 
-A prompt or completion is a tuple of pieces of text. A piece that is a `Special` is a special token, all others are plain
-text (`Tokenizer.encode_pieces`). `"".join(pieces)` is the text as it is usually shown.
+A prompt or completion is a tuple of pieces of text. A piece that is a `Special` is a special token, all others are
+plain text (`Tokenizer.encode_pieces`). `"".join(pieces)` is the text as it is usually shown.
 """
 
 import string
@@ -54,7 +54,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
 
 
 def default_template(record: Record, tokenizer: Tokenizer | None = None) -> Template:
-    """`alpaca` for an Instruction, the tokenizer's own (or `chatml`) for a Conversation, `plain` for the other forms."""
+    """`alpaca` for an Instruction, the tokenizer's own (or `chatml`) for a Conversation, else `plain`."""
     if isinstance(record, Conversation):
         return chatml if tokenizer is None else chat(tokenizer)
     return alpaca if isinstance(record, Instruction) else plain
@@ -84,8 +84,8 @@ def alpaca_prompt(instruction: str, input: str = "") -> Pieces:
 def chatml(record: Record) -> list[Turn]:
     """ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` per message; one turn for each of the assistant's messages.
 
-    The assistant's words and the `<|im_end|>` after them are learned. The line break after the very last `<|im_end|>` is
-    left out: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
+    The assistant's words and the `<|im_end|>` after them are learned. The line break after the very last `<|im_end|>`
+    is left out: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
     """
     messages = _messages(record, "chatml")
     turns, seen = [], 0
@@ -108,9 +108,10 @@ def chatml_prompt(messages: Sequence[Message]) -> Pieces:
 def chat(tokenizer: Tokenizer) -> Template:
     """The tokenizer's own chat template; `chatml` where it has none, or that one.
 
-    There is one turn for each of the assistant's messages. Its completion is what the template writes after the opening of
-    the answer, up to the last special token there (the end of the turn). Records as for `chatml`. The template raises
-    ValueError for messages that the chat template cannot write, or writes differently once the answer is there.
+    There is one turn for each of the assistant's messages. Its completion is what the template writes after the
+    opening of the answer, up to the last special token there (the end of the turn). Records as for `chatml`. The
+    template raises ValueError for messages that the chat template cannot write, or writes differently once the answer
+    is there.
     """
     if tokenizer.chat_template in (None, CHATML):
         return chatml
@@ -127,7 +128,7 @@ def chat(tokenizer: Tokenizer) -> Template:
             if not text.startswith(prompt) or done > len(prompt):
                 raise ValueError(
                     "the tokenizer's chat template writes the messages before an answer differently once the answer is "
-                    "there, so the answer cannot be told apart; take another template, such as chatml"
+                    "there, so the answer cannot be found in it; use another template, such as chatml"
                 )
             last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Special)), default=-1)
             end = len("".join(pieces[: last + 1]))
@@ -173,8 +174,8 @@ def custom(prompt: str) -> Template:
     """A template from a format string for the prompt, such as `"Q: {prompt}\\nA:"`; the completion or output follows.
 
     The fields are those of the record: {prompt} of a Completion, {instruction} and {input} of an Instruction. A
-    Completion's prompt can also be an {instruction}, without input. `{{` is a brace. Whatever else a format string can do
-    (attributes, indices, conversions, widths) raises ValueError.
+    Completion's prompt can also be an {instruction}, without input. `{{` is a brace. Whatever else a format string
+    can do (attributes, indices, conversions, widths) raises ValueError.
     """
     allowed = {"prompt": "completion", "instruction": "output", "input": "output"}
     try:
@@ -218,7 +219,7 @@ def _instruction(record: Record) -> Record:
 
 
 def _check_form(record: object, form: type[Record], taker: str) -> None:
-    """Raises ValueError unless the record has this form; `_instruction` and `_messages` have brought in others before."""
+    """Raises ValueError unless the record has this form, into which `_instruction` and `_messages` turn other forms."""
     if not isinstance(record, form):
         others = {Instruction: (Instruction, Completion), Conversation: (Conversation, Instruction, Completion)}
         wanted = " or ".join(_fields(other) for other in others.get(form, (form,)))

@@ -1,8 +1,8 @@
 """A Hugging Face tokenizer as a small class: `tokenizer.json` + `tokenizer_config.json` in, integers out and back.
 
-The `tokenizers` library segments the text. This class adds the ids of end-of-sequence and padding, padding itself, and a
-line between text and control: special tokens such as `<|im_end|>` appear only where the caller asks for them, never because
-a user's text happens to spell one.
+The `tokenizers` library segments the text. This class adds the ids of end-of-sequence and padding, padding itself,
+and a line between text and control: special tokens such as `<|im_end|>` appear only where the caller asks for them,
+never because a user's text happens to spell one.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Reads a Hugging Face directory's `tokenizer.json`, and `tokenizer_config.json` where there is one.
 
-        An `eos_token` or `pad_token` that the config leaves out is taken from `special_tokens_map.json`; where neither
-        file names one, its id is None. Raises FileError where `tokenizer.json` is missing (a directory with only
-        `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`, must be converted) or a file is damaged, and
-        ValueError where the files contradict one another.
+        An `eos_token` or `pad_token` that the config leaves out is taken from `special_tokens_map.json`; where
+        neither file names one, its id is None. Raises FileError where `tokenizer.json` is missing (a directory with
+        only `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`, must be converted) or a file is
+        damaged, and ValueError where the files contradict one another.
         """
         import tokenizers
 
@@ -157,10 +157,10 @@ class Tokenizer:
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
 
-        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then each run of
-        plain text between special tokens is encoded by itself. `add_special_tokens` adds nothing to pieces that begin
-        with a special token: they say themselves how a text begins. Raises ValueError where a Special piece is not a
-        token of this tokenizer.
+        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then each
+        run of plain text between special tokens is encoded by itself. `add_special_tokens` adds nothing to pieces
+        that begin with a special token: they say themselves how a text begins. Raises ValueError where a Special
+        piece is not a token of this tokenizer.
         """
         runs: list[str] = []  # plain text and Special, never two plain ones in a row
         for piece in pieces:

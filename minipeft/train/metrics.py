@@ -1,4 +1,4 @@
-"""What a run measures: records in memory and in a file, a line of JSON each; the picture of its losses; chrF of its texts."""
+"""What a run measures: records in memory and in a file of JSON lines, the picture of its losses, chrF of its texts."""
 
 from __future__ import annotations
 
