@@ -1,4 +1,4 @@
-"""What a run measures: records in memory and in a file of JSON lines, the picture of its losses, chrF of its texts."""
+"""What a run measured: records in memory and as lines of JSON, the loss curve; and chrF, the quality of its texts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..files import FileError, write_atomic
 class Metrics:
     """Records in memory (`history`) and, given a path, one JSON line each in a file.
 
-    `position` is the number of bytes to keep of what an earlier run wrote. What follows them was written after the
-    checkpoint from which the run resumes; it is cut off, so that no line stands there twice. 0 begins anew.
+    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint from
+    which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
 
     Raises FileError when the file is shorter than `position`, or holds anything but JSON lines up to there.
     """
