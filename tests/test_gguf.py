@@ -293,7 +293,7 @@ def test_sentencepiece_vocabulary(made):
     "change, sentence",
     [
         (lambda w: w.add_string("general.type", "adapter"), "general.type is 'adapter': only a model is read"),
-        (lambda w: w.add_uint16("split.count", 3), "split.count is 3: the model is spread over several files"),
+        (lambda w: w.add_uint16("split.count", 3), "split.count is 3: the model is in several files"),
         (lambda w: w.add_expert_count(8), "llama.expert_count is 8: only 0 is supported"),
         (lambda w: w.add_sliding_window(8), "llama.attention.sliding_window is 8: only 256 is supported"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type is 'yarn': only 'none'"),

@@ -68,9 +68,7 @@ def build(out: Path, work: Path, steps: int) -> None:
     write_record(out, args, result, held_out, len(training))
 
 
-def write_record(
-    out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict[str, float], training_blocks: int
-) -> None:
+def write_record(out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, training_blocks: int) -> None:
     """`training.json` and `loss.png` beside the weights."""
     settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output_dir", "progress")}
     curve = [[step, round(loss, 4)] for step, loss in result.losses() if step % 20 == 0 or step == 1]

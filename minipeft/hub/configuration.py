@@ -51,12 +51,9 @@ _SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
 # the values under which the families compute what our model computes; an option that is absent or null has one of them
 _COMMON = {"quantization_config": (), "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
 _LLAMA_SUPPORTED = _COMMON | {
-    "hidden_act": ("silu", "swish"),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1,),
-    "use_sliding_window": (False,),
-    "rope_interleaved": (False,),
-}
+    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,), "rope_interleaved": (False,),
+}  # fmt: skip
 _SUPPORTED: dict[str, dict[str, tuple]] = {
     "llama": _LLAMA_SUPPORTED | {"sliding_window": ()},
     "mistral": _LLAMA_SUPPORTED,
@@ -176,14 +173,10 @@ def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         content |= {"pretraining_tp": 1} if family == "llama" else {"sliding_window": None, "use_sliding_window": False}
     else:
         content |= {
-            "activation_function": "gelu_new",
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": 0.0,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False,
+            "activation_function": "gelu_new", "embd_pdrop": config.dropout, "attn_pdrop": 0.0,
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
             "add_cross_attention": False,
-        }
+        }  # fmt: skip
     # written also where they are null: transformers assumes its family's usual ids for those that are left out
     content |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}

@@ -54,6 +54,18 @@ _GPT2_NAMES = {
     "blk.*.ffn_up": "transformer.h.*.mlp.c_fc", "blk.*.ffn_down": "transformer.h.*.mlp.c_proj",
 }  # fmt: skip
 _NAMES = {"llama": _LLAMA_NAMES, "qwen2": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
+# config.json's names -> the metadata's
+_LLAMA_KEYS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
+_GPT2_KEYS = {
+    "n_embd": "embedding_length", "n_inner": "feed_forward_length", "n_layer": "block_count",
+    "n_head": "attention.head_count", "n_positions": "context_length",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+}  # fmt: skip
+_KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "gpt2": _GPT2_KEYS}
 
 
 def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], Tokenizer | None]:
@@ -65,7 +77,11 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
     file = MappedFile(path) if path.stat().st_size else None
     header = _Header(path, file)
     try:
-        _check_whole(header.metadata)
+        kind, files = header.metadata.get("general.type", "model"), header.metadata.get("split.count", 0)
+        if kind != "model":
+            raise HubError(f"general.type is {kind!r}: only a model is read")
+        if files not in (0, 1):
+            raise HubError(f"split.count is {files!r}: the model is in several files; llama-gguf-split --merge joins them")
         architecture = header.metadata.get("general.architecture")
         if architecture not in _NAMES:
             raise HubError(f"the architecture is {architecture!r}: only {', '.join(_NAMES)} are supported")
@@ -74,15 +90,6 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
         return config, tensors, tokenizer_of(header.metadata)
     except HubError as error:
         raise HubError(f"{path}: {error}") from error
-
-
-def _check_whole(metadata: dict[str, Any]) -> None:
-    """The file is a model, and all of one."""
-    kind, parts = metadata.get("general.type", "model"), metadata.get("split.count", 0)
-    if kind != "model":
-        raise HubError(f"general.type is {kind!r}: only a model is read")
-    if parts not in (0, 1):
-        raise HubError(f"split.count is {parts!r}: the model is spread over several files; join them with llama-gguf-split --merge")
 
 
 class _Header:
@@ -174,10 +181,6 @@ def _configuration(architecture: str, header: _Header) -> dict[str, Any]:
     def value(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
 
-    def refuse(key: str, supported: Any) -> None:
-        if value(key) not in (None, supported):
-            raise HubError(f"{architecture}.{key} is {value(key)!r}: only {supported!r} is supported")
-
     if "token_embd.weight" not in tensors:
         raise HubError("there is no tensor token_embd.weight, the embedding")
     d, heads = value("embedding_length"), value("attention.head_count")
@@ -187,31 +190,18 @@ def _configuration(architecture: str, header: _Header) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
         **{f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
     }
+    content |= {name: value(key) for name, key in _KEYS[architecture].items()}
     if architecture == "gpt2":
-        return content | {
-            "n_embd": d,
-            "n_inner": value("feed_forward_length"),
-            "n_layer": value("block_count"),
-            "n_head": heads,
-            "n_positions": value("context_length"),
-            "layer_norm_epsilon": value("attention.layer_norm_epsilon"),
-            "resid_pdrop": 0.0,
-        }
+        return content | {"resid_pdrop": 0.0}
     head_dim = value("attention.key_length", d // heads if isinstance(d, int) and isinstance(heads, int) and heads else None)
-    refuse("attention.value_length", head_dim)
-    refuse("rope.dimension_count", head_dim)
-    refuse("rope.scaling.type", "none")
-    refuse("expert_count", 0)
-    refuse("attention.sliding_window", value("context_length"))
+    supported = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
+    supported |= {"rope.scaling.type": "none", "expert_count": 0, "attention.sliding_window": value("context_length")}
+    for key, only in supported.items():
+        if value(key) not in (None, only):
+            raise HubError(f"{architecture}.{key} is {value(key)!r}: only {only!r} is supported")
     return content | {
-        "hidden_size": d,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
         "rope_theta": value("rope.freq_base", 10000.0),
         "attention_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,

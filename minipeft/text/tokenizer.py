@@ -151,8 +151,7 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text to encode is not valid Unicode: {error}") from error
         backend = self._control if allow_special else self._plain
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
