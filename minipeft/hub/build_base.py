@@ -68,14 +68,14 @@ def build(out: Path, work: Path, steps: int) -> None:
     write_record(out, args, result, held_out, len(training))
 
 
-def write_record(out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, training_blocks: int) -> None:
+def write_record(out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, count: int) -> None:
     """`training.json` and `loss.png` beside the weights."""
     settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output_dir", "progress")}
     curve = [[step, round(loss, 4)] for step, loss in result.losses() if step % 20 == 0 or step == 1]
     record = {
         "command": f"python -m minipeft.hub.build_base OUT_DIR --steps {args.max_steps}",
         "tokens_seen": args.max_steps * args.per_device_train_batch_size * CONTEXT,
-        "training_blocks": training_blocks,
+        "training_blocks": count,
         "tokens_per_block": CONTEXT,
         "held_out_loss_nats_per_token": {split: round(loss, 4) for split, loss in held_out.items()},
         "settings": settings,

@@ -81,7 +81,7 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
         if kind != "model":
             raise HubError(f"general.type is {kind!r}: only a model is read")
         if files not in (0, 1):
-            raise HubError(f"split.count is {files!r}: the model is in several files; llama-gguf-split --merge joins them")
+            raise HubError(f"split.count is {files!r}: the model is in several files; llama-gguf-split merges them")
         architecture = header.metadata.get("general.architecture")
         if architecture not in _NAMES:
             raise HubError(f"the architecture is {architecture!r}: only {', '.join(_NAMES)} are supported")
