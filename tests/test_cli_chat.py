@@ -14,7 +14,6 @@ from minipeft.nn.transformer import TransformerConfig
 from minipeft.text.datasets import Message
 from minipeft.text.tokenizer import Tokenizer
 
-pytest.importorskip("jinja2", reason="needs the extra 'hub': pip install 'minipeft[hub]'")
 QUESTIONS = {"red": "warm", "blue": "cold", "green": "mild", "black": "dark", "white": "light"}
 
 
@@ -134,11 +133,6 @@ def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     say(monkeypatch, "Hello\n" + "word " * 400)
     fails("this model has 256 positions", "--model", model, "--chat", "--max-new-tokens", "4")
     fails("give either --chat or --template", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    from minipeft.text import chat
-
-    chat._compiled.cache_clear()
-    fails("takes the package jinja2: pip install 'minipeft[hub]'", "--model", model, "--chat", "--prompt", "x")
 
 
 # ------------------------------------------------------------------------------------------------------ the whole way

@@ -154,7 +154,7 @@ def test_block_formats(case, kind, made):
 
 
 def test_rows_of_a_head():
-    """Rotary pairs: llama.cpp turns neighbours, Hugging Face the two halves."""
+    """Rotary pairs: llama.cpp rotates adjacent rows, Hugging Face the two halves."""
     rows = np.array([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15])
     assert _halves_from_pairs(rows, heads=2).tolist() == list(range(16))
     w = np.random.default_rng(0).standard_normal((12, 3))
@@ -293,7 +293,7 @@ def test_sentencepiece_vocabulary(made):
     "change, sentence",
     [
         (lambda w: w.add_string("general.type", "adapter"), "general.type is 'adapter': only a model is read"),
-        (lambda w: w.add_uint16("split.count", 3), "split.count is 3: the model is spread over several files"),
+        (lambda w: w.add_uint16("split.count", 3), "split.count is 3: the model is in several files"),
         (lambda w: w.add_expert_count(8), "llama.expert_count is 8: only 0 is supported"),
         (lambda w: w.add_sliding_window(8), "llama.attention.sliding_window is 8: only 256 is supported"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type is 'yarn': only 'none'"),
@@ -365,6 +365,14 @@ def test_damaged_headers(made):
             refused += 1
             assert "model.gguf" in str(error)
     assert refused > 20
+
+
+def test_an_empty_tensor_is_damage(made):
+    """Of the one kind that is read before shapes are compared."""
+    empty = gguf.quants.quantize(np.zeros((1, 32), np.float32), Q8_0)[:, :0]
+    path = made(change=lambda w: w.add_tensor("rope_freqs.weight", empty, raw_shape=(1, 0), raw_dtype=Q8_0))
+    with pytest.raises(FileError, match=r"damaged: rope_freqs\.weight of shape \(1, 0\) is not made of Q8_0's blocks"):
+        mp.from_pretrained(path)
 
 
 def test_other_files(tmp_path, capsys):

@@ -1,28 +1,12 @@
-"""chrF against its definition by hand, against published behaviour, and against values of sacreBLEU's."""
+"""chrF against its definition by hand and against published behavior; sacreBLEU computes it."""
+
+import sys
 
 import pytest
 
 from minipeft.train.metrics import chrf
 
-PAIRS = [
-    ("There were six steps going up to it.", "There were six steps going up to it, and the top was round."),
-    ("And God said light", "God said, Let there be light: and there was light."),
-    ("", "Something was expected here."),
-    ("abc", "ab"),
-    ("naïve café 🐱", "naive café 🐱🐱"),
-]
-OF_SACREBLEU = [62.6702, 21.9680, 0.0, 87.5, 56.9168]  # sacrebleu 2.6.0, corpus_chrf of each pair alone
-
-
-@pytest.mark.parametrize("pair, expected", list(zip(PAIRS, OF_SACREBLEU)))
-def test_values_of_sacrebleu(pair, expected):
-    assert chrf([pair[0]], [pair[1]]) == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_corpus_is_not_the_mean_of_its_sentences():
-    whole = chrf(*zip(*PAIRS))
-    assert whole == pytest.approx(37.8324, abs=1e-4)
-    assert abs(whole - sum(OF_SACREBLEU) / len(OF_SACREBLEU)) > 1
+pytest.importorskip("sacrebleu", reason="needs the extra 'hub': pip install 'minipeft[hub]'")
 
 
 def test_by_hand():
@@ -30,9 +14,11 @@ def test_by_hand():
     p = r = (2 / 3 + 1 / 2 + 0) / 3
     assert chrf(["abc"], ["abd"]) == pytest.approx(100 * 5 * p * r / (4 * p + r))
     assert chrf(["aaaa"], ["a"], char_order=1) == pytest.approx(100 * 5 * 0.25 / (4 * 0.25 + 1))
+    precision, recall = 2 / 4, 2 / 3  # of two pairs together, and so no mean of 100 and of 0
+    assert chrf(("ab", "cd"), ("ab", "e"), char_order=1, beta=1) == pytest.approx(200 / (1 / precision + 1 / recall))
 
 
-def test_limits():
+def test_limits(monkeypatch):
     text = "The same words."
     assert chrf([text], [text]) == pytest.approx(100)
     assert chrf(["The  same\nwords."], [text]) == pytest.approx(100)  # white space does not count
@@ -42,3 +28,6 @@ def test_limits():
     for hypotheses, references in (([], []), (["a"], ["a", "b"])):
         with pytest.raises(ValueError, match="chrF compares texts in pairs"):
             chrf(hypotheses, references)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.chrf", None)
+    with pytest.raises(ImportError, match=r"computing chrF takes the package sacrebleu: pip install 'minipeft\[hub\]'"):
+        chrf([text], [text])

@@ -1,7 +1,6 @@
 """Chat templates: rendered in a sandbox, encoded so that a message stays a message, cut into turns to learn."""
 
 import json
-import sys
 
 import pytest
 
@@ -13,7 +12,6 @@ from minipeft.text.templates import CHATML, chat_prompt, chatml, default_templat
 from minipeft.text.templates import chat as own
 from minipeft.text.tokenizer import Special, Tokenizer
 
-pytest.importorskip("jinja2", reason="needs the extra 'hub': pip install 'minipeft[hub]'")
 MESSAGES = (Message("user", "What is a dog?"), Message("assistant", "An animal."), Message("user", "And a cat?"))
 SYSTEM = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -71,15 +69,6 @@ def test_messages_are_left_as_they_were():
     with pytest.raises(ValueError):
         chat.render("{{ messages[0].more.append(2) }}", messages)
     assert messages == [{"role": "user", "content": "hi", "more": [1]}]
-
-
-def test_without_jinja2(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    chat._compiled.cache_clear()
-    with pytest.raises(ImportError, match=r"takes the package jinja2: pip install 'minipeft\[hub\]'"):
-        tokenizer().apply_chat_template(MESSAGES)
-    # ChatML needs none, so the shipped base chats with the core dependencies alone
-    assert chat_prompt(MESSAGES, mp.load_base()[1])[-1] == "assistant\n"
 
 
 # --------------------------------------------------------------------------------------------------------- encoding

@@ -3,14 +3,13 @@
 A Llama-dialect model of 1.4 million parameters learns next-token prediction on the training split of the shipped
 corpora (King James and Basic English Bible, Jane Austen, WordNet), with this package's own trainer. OUT_DIR receives
 the model as a Hugging Face directory (float16), the tokenizer, the loss curve, and `training.json`: the settings and
-the held-out losses. The work directory holds the checkpoints; the same command run again goes on from the last one.
+the held-out losses. The work directory holds the checkpoints; the same command continues from the last one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from ..files import write_json
 from ..nn.transformer import Transformer, TransformerConfig
 from ..text.corpora import general_text
+from ..text.examples import encode_documents
 from ..text.tokenizer import Tokenizer
 from ..train.metrics import plot_loss
 from ..train.trainer import Trainer, TrainingArguments, TrainingResult
@@ -31,50 +31,31 @@ CONTEXT = 512
 def config_of(tokenizer: Tokenizer) -> TransformerConfig:
     """The shape of the base."""
     return TransformerConfig.llama(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
 
 
 def blocks(split: str, tokenizer: Tokenizer, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     """The general text of a split as (input_ids, labels) blocks of CONTEXT tokens: documents shuffled, EOS after each."""
     documents = general_text(split)
-    stream: list[int] = []
-    for i in np.random.default_rng(seed).permutation(len(documents)):
-        stream += tokenizer.encode(documents[i])
-        stream.append(tokenizer.eos_token_id)
-    count = len(stream) // CONTEXT
-    rows = np.array(stream[: count * CONTEXT], np.int64).reshape(count, CONTEXT)
-    return [(row, row) for row in rows]
+    order = np.random.default_rng(seed).permutation(len(documents))
+    stream = encode_documents([documents[i] for i in order], tokenizer)
+    return [(row, row) for row in stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)]
 
 
 def arguments(work: Path, steps: int) -> TrainingArguments:
     """The run's settings."""
     return TrainingArguments(
-        output_dir=work,
-        learning_rate=3e-3,
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps),
-        eval_steps=200,
-        save_steps=200,
-        seed=0,
-    )
+        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0,
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
+        eval_steps=200, save_steps=200,
+    )  # fmt: skip
 
 
 def build(out: Path, work: Path, steps: int) -> None:
-    """Train (or go on training) and write the base into `out`."""
+    """Train (or continue training) and write the base into `out`."""
     tokenizer = Tokenizer.load(BASE)
     model = Transformer(config_of(tokenizer), seed=0)
     training, validation = blocks("train", tokenizer), blocks("validation", tokenizer)[:64]
@@ -87,16 +68,14 @@ def build(out: Path, work: Path, steps: int) -> None:
     write_record(out, args, result, held_out, len(training))
 
 
-def write_record(
-    out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict[str, float], training_blocks: int
-) -> None:
+def write_record(out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, count: int) -> None:
     """`training.json` and `loss.png` beside the weights."""
     settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output_dir", "progress")}
     curve = [[step, round(loss, 4)] for step, loss in result.losses() if step % 20 == 0 or step == 1]
     record = {
         "command": f"python -m minipeft.hub.build_base OUT_DIR --steps {args.max_steps}",
         "tokens_seen": args.max_steps * args.per_device_train_batch_size * CONTEXT,
-        "training_blocks": training_blocks,
+        "training_blocks": count,
         "tokens_per_block": CONTEXT,
         "held_out_loss_nats_per_token": {split: round(loss, 4) for split, loss in held_out.items()},
         "settings": settings,
@@ -107,7 +86,7 @@ def write_record(
     plot_loss(result.history, out / "loss.png")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m minipeft.hub.build_base", description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory for the model (made if missing)")
@@ -115,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3600, help="training steps of 4,096 tokens (default: %(default)s, an hour)")
     args = parser.parse_args(argv)
     build(args.out, args.work or args.out / "work", args.steps)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,9 +1,9 @@
 """`config.json` of Hugging Face's families GPT-2, Llama, Mistral and Qwen2 <-> `TransformerConfig`.
 
-Each family names the same things its own way (`n_embd` is `hidden_size`), and the two major versions of transformers
-disagree about a few: version 5 keeps `rope_theta` and Llama 3's scaling inside `rope_parameters`, where version 4 has
-`rope_theta` and `rope_scaling`, and calls `torch_dtype` `dtype`. We read both and write both. An option under which our model would compute something else is refused by its name, before any
-weight is read.
+Each family has its own names for the same things (`n_embd` is `hidden_size`), and the major versions of transformers
+differ in a few: version 4 has `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 has `rope_parameters`, which
+holds the first two, and `dtype`. We read both and write both. An option under which our model would compute something
+else is refused by its name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -20,49 +20,28 @@ class HubError(ValueError):
 
 
 _REQUIRED = object()
-_LLAMA = {
-    "vocab_size": ("vocab_size", _REQUIRED),
-    "hidden_size": ("hidden_size", _REQUIRED),
-    "intermediate_size": ("intermediate_size", _REQUIRED),
-    "num_hidden_layers": ("num_hidden_layers", _REQUIRED),
-    "num_attention_heads": ("num_attention_heads", _REQUIRED),
-    "num_key_value_heads": ("num_key_value_heads", 0),
-    "head_dim": ("head_dim", 0),
-    "max_position_embeddings": ("max_position_embeddings", 2048),
-    "rms_norm_eps": ("rms_norm_eps", 1e-6),
-    "rope_theta": ("rope_theta", 10000.0),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-    "initializer_range": ("initializer_range", 0.02),
-    "minipeft_dropout": ("dropout", 0.0),  # these families have no residual dropout: the key is ours
+_SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+_LLAMA = dict.fromkeys(_SHAPE, _REQUIRED) | {
+    "num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "initializer_range": 0.02,
+    "minipeft_dropout": 0.0,  # these families have no residual dropout: the key is ours
+}  # fmt: skip
+# Hugging Face's name -> what its configuration class assumes where config.json does not say
+_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
+    "mistral": _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "gpt2": dict.fromkeys("vocab_size n_embd n_layer n_head".split(), _REQUIRED)
+    | {"n_inner": 0, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
+    | {"tie_word_embeddings": True, "initializer_range": 0.02},
 }
-
-# Hugging Face's name -> (ours, what their configuration class assumes where config.json does not say)
-_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
-    "llama": _LLAMA | {"attention_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)},
-    "mistral": _LLAMA
-    | {
-        "num_key_value_heads": ("num_key_value_heads", 8),
-        "max_position_embeddings": ("max_position_embeddings", 131072),
-    },
-    "qwen2": _LLAMA
-    | {
-        "num_key_value_heads": ("num_key_value_heads", 32),
-        "max_position_embeddings": ("max_position_embeddings", 32768),
-    },
-    "gpt2": {
-        "vocab_size": ("vocab_size", _REQUIRED),
-        "n_embd": ("hidden_size", _REQUIRED),
-        "n_inner": ("intermediate_size", 0),
-        "n_layer": ("num_hidden_layers", _REQUIRED),
-        "n_head": ("num_attention_heads", _REQUIRED),
-        "n_positions": ("max_position_embeddings", 1024),
-        "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
-        "tie_word_embeddings": ("tie_word_embeddings", True),
-        "initializer_range": ("initializer_range", 0.02),
-        "resid_pdrop": ("dropout", 0.1),
-    },
-}
-_SPECIAL_IDS: dict[str, dict[str, int]] = {
+# Hugging Face's name -> ours, where they differ
+_OURS = {
+    "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "resid_pdrop": "dropout",
+    "minipeft_dropout": "dropout",
+}  # fmt: skip
+_SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {},
@@ -72,12 +51,9 @@ _SPECIAL_IDS: dict[str, dict[str, int]] = {
 # the values under which the families compute what our model computes; an option that is absent or null has one of them
 _COMMON = {"quantization_config": (), "add_cross_attention": (False,), "is_encoder_decoder": (False,)}
 _LLAMA_SUPPORTED = _COMMON | {
-    "hidden_act": ("silu", "swish"),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1,),
-    "use_sliding_window": (False,),
-    "rope_interleaved": (False,),
-}
+    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,), "rope_interleaved": (False,),
+}  # fmt: skip
 _SUPPORTED: dict[str, dict[str, tuple]] = {
     "llama": _LLAMA_SUPPORTED | {"sliding_window": ()},
     "mistral": _LLAMA_SUPPORTED,
@@ -94,9 +70,9 @@ _SUPPORTED: dict[str, dict[str, tuple]] = {
 def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
     """The configuration in the content of a `config.json`.
 
-    In the GPT-2 family `resid_pdrop` becomes `dropout`; dropout of attention weights is not something our model has,
-    and is not read. Several EOS ids become a tuple. Raises HubError naming the key that is missing, of the wrong type,
-    or set to something that our model does not compute.
+    In the GPT-2 family `resid_pdrop` becomes `dropout`; dropout of attention weights, which our model does not have,
+    is not read. Several EOS ids become a tuple. Raises HubError naming the key that is missing, of the wrong type, or
+    set to something that our model does not compute.
     """
     family = content.get("model_type")
     if family not in _FIELDS:
@@ -110,12 +86,11 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
         _check_attention(content)
         theta, fields["rope_scaling"] = _rope(content)
         content = content | {"rope_theta": theta}
-    for name, (ours, default) in _FIELDS[family].items():
-        value = content.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                raise HubError(f"the key {name!r} is missing")
-            value = default
+    for name, default in _FIELDS[family].items():
+        value = default if content.get(name) is None else content[name]
+        if value is _REQUIRED:
+            raise HubError(f"the key {name!r} is missing")
+        ours = _OURS.get(name, name)
         fields[ours] = _typed(name, value, type(getattr(TransformerConfig, ours)))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         default = _SPECIAL_IDS[family].get(name)
@@ -138,7 +113,7 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 
 def _check_attention(content: dict[str, Any]) -> None:
-    """Every position must see all the earlier ones: no window that is narrower than the model's context."""
+    """Every position must see all earlier ones: a window narrower than the model's context is refused."""
     for kind in content.get("layer_types") or ():
         if kind != "full_attention":
             raise HubError(f"layer_types names {kind!r}: only 'full_attention' is supported")
@@ -146,13 +121,13 @@ def _check_attention(content: dict[str, Any]) -> None:
         window, positions = content.get("sliding_window", 4096), content.get("max_position_embeddings", 131072)
         if isinstance(window, int) and isinstance(positions, int) and window < positions:
             raise HubError(
-                f"sliding_window is {window}, narrower than the {positions} positions: a window is not supported "
-                "(null, as Mistral has it since version 0.2, is)"
+                f"sliding_window is {window}, narrower than the {positions} positions: not supported "
+                "(null, which Mistral has had since version 0.2, is)"
             )
 
 
 def _rope(content: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """(base wavelength, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """(theta, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     theta, scaling = content.get("rope_theta"), None
     for key in ("rope_parameters", "rope_scaling"):
         rope = content.get(key) or {}
@@ -168,11 +143,10 @@ def _rope(content: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
             raise HubError(f"{key} says rope_theta is {inner!r}, the key rope_theta {theta!r}")
         theta = theta if inner is None else inner
         if kind == "llama3":
-            values = {}
-            for name, type_ in _LLAMA3.items():
-                if rope.get(name) is None:
-                    raise HubError(f"{key} of the rope_type 'llama3' lacks the key {name!r}")
-                values[name] = _typed(f"{key}: {name}", rope[name], type_)
+            missing = next((name for name in _LLAMA3 if rope.get(name) is None), None)
+            if missing is not None:
+                raise HubError(f"{key} of the rope_type 'llama3' lacks the key {missing!r}")
+            values = {name: _typed(f"{key}: {name}", rope[name], type_) for name, type_ in _LLAMA3.items()}
             try:
                 scaling = RopeScaling(**values)
             except ValueError as error:
@@ -187,7 +161,7 @@ def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """The content of a `config.json` that transformers 4 and 5 read alike; `dtype` is that of the stored weights."""
     family = config.model_type
     content: dict[str, Any] = {"model_type": family}
-    content |= {name: getattr(config, ours) for name, (ours, _) in _FIELDS[family].items()}
+    content |= {name: getattr(config, _OURS.get(name, name)) for name in _FIELDS[family]}
     if family != "gpt2":
         scaling = config.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
         content |= {
@@ -199,14 +173,10 @@ def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         content |= {"pretraining_tp": 1} if family == "llama" else {"sliding_window": None, "use_sliding_window": False}
     else:
         content |= {
-            "activation_function": "gelu_new",
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": 0.0,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False,
+            "activation_function": "gelu_new", "embd_pdrop": config.dropout, "attn_pdrop": 0.0,
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
             "add_cross_attention": False,
-        }
-    # said also where there is none: left out, transformers would assume its family's usual ids
+        }  # fmt: skip
+    # written also where they are null: transformers assumes its family's usual ids for those that are left out
     content |= {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}

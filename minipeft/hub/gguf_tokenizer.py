@@ -4,8 +4,8 @@
     tokenizer.ggml.pre      how a byte-level one cuts text into words before it merges
     tokenizer.ggml.tokens, .token_type, .merges, .scores, .bos_token_id, ...    tokenizer.chat_template
 
-The file names the way of cutting and does not spell it out; those of the supported families are here, from their
-tokenizer.json. A kind that is not known is refused: with another one the model would read other tokens than it learned.
+The file only names the way of cutting; the patterns of the supported families are here, from their tokenizer.json. An
+unknown kind is refused: with another one the model would read other tokens than it was trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPLITS = {  # None: GPT-2's pattern, which ByteLevel has built in
 
 
 def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer; None where the file has none. Raises HubError for a kind that is not supported."""
+    """The tokenizer; None where the file has none. Raises HubError for a kind that is not supported, and for damage."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None:
         return None
@@ -57,14 +57,11 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Any:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     split = _SPLITS[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    first = pre_tokenizers.Split(Regex(split), behavior="isolated") if split else None
     if pre == "smollm":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif split is not None:
-        first = pre_tokenizers.Split(Regex(split), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
-    else:
-        backend.pre_tokenizer = byte_level
+        first = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level]) if first else byte_level
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
@@ -72,7 +69,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Any:
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Any:
-    """Llama 2's: `▁` for a space, one put before the text, and bytes where no token is."""
+    """Llama 2's: `▁` stands for a space, one is put before the text, and bytes spell what has no token."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -92,23 +89,23 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Any:
 
 
 def _merges_from_scores(vocabulary: dict[str, int], scores: Any) -> list[tuple[str, str]]:
-    """The merges, best first, of a vocabulary that comes with scores: every way to join two tokens into a third.
+    """The merges, best first, of a vocabulary with scores: every way to join two tokens into a third.
 
-    SentencePiece joins, of all neighbours whose union is a token, the two of the highest score.
+    SentencePiece joins, of all adjacent tokens whose union is a token, the two whose union has the highest score.
     """
     if not isinstance(scores, list) or len(scores) != len(vocabulary):
         raise HubError("tokenizer.ggml.scores must be a list with a score for each token")
-    found = []
-    for token, i in vocabulary.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-scores[i], i, vocabulary[left], vocabulary[right], (left, right)))
+    found = [
+        (-scores[i], i, vocabulary[token[:cut]], vocabulary[token[cut:]], (token[:cut], token[cut:]))
+        for token, i in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
     return [pair for *_, pair in sorted(found)]
 
 
 def _add_special_tokens(backend: Any, metadata: dict[str, Any], tokens: list[str]) -> None:
-    """Control tokens become special ones, user-defined ones stay whole in a text; BOS and EOS are put where wanted."""
+    """Control tokens become special, user-defined ones stay whole in a text; BOS and EOS are added where wanted."""
     from tokenizers import AddedToken, processors
 
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -117,9 +114,9 @@ def _add_special_tokens(backend: Any, metadata: dict[str, Any], tokens: list[str
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif type_ == _USER_DEFINED:
             backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+    begins = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     wanted = {}
-    for name, usual in (("bos", metadata["tokenizer.ggml.model"] == "llama"), ("eos", False)):
-        usual = usual or (name == "bos" and metadata.get("tokenizer.ggml.pre") == "llama-bpe")
+    for name, usual in (("bos", begins), ("eos", False)):
         token = _special(metadata, tokens, name)
         if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) and token is not None:
             wanted[name] = token
@@ -131,13 +128,11 @@ def _add_special_tokens(backend: Any, metadata: dict[str, Any], tokens: list[str
 
 def _configuration(metadata: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = _special(metadata, tokens, key)
-        if token is not None:
-            config[f"{name}_token"] = token
-    template = metadata.get("tokenizer.chat_template")
-    return config if template is None else config | {"chat_template": template}
+    config |= {f"{name}_token": _special(metadata, tokens, key) for name, key in names.items()}
+    config["chat_template"] = metadata.get("tokenizer.chat_template")
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _special(metadata: dict[str, Any], tokens: list[str], key: str) -> str | None:

@@ -5,8 +5,8 @@
     tokenizer.json, ...         the tokenizer, where there is one                    see text/tokenizer.py
     model.gguf                  all of it in one file, read but never written        see gguf.py
 
-Module trees, names and orientations are those of the family, so nothing in a directory is renamed or transposed on the
-way. Weights come in one tensor at a time from a memory map, so that no second copy of a model ever exists.
+Module trees, names and orientations are those of the family, so nothing in a directory is renamed or transposed.
+Weights are read one tensor at a time from a memory map, so there is never a second copy of a model.
 """
 
 from __future__ import annotations
@@ -19,17 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import asarray, get_backend, to_numpy
-from ..files import (
-    FileError,
-    StoredTensor,
-    fsync_directory,
-    map_safetensors,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from ..files import FileError, StoredTensor, fsync_directory, map_safetensors, read_json, write_json, write_safetensors
 from ..nn.heads import SequenceClassifier
-from ..nn.module import Module, Parameter
+from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers
@@ -65,12 +57,12 @@ def save_pretrained(
         tokenizer: written beside the model, as AutoTokenizer reads it; None leaves a tokenizer that is there.
         dtype: "float32" or "float16", of the stored weights; None keeps each as it is.
 
-    A tied head is written once. Everything is checked before anything is written. The configuration of the old model is
-    taken away first and the new one written last, so a crash in between leaves a directory that does not load, and
-    never one model's weights under another's configuration.
-    Layers in four bits are written as bitsandbytes has them. Raises HubError for a model that is not of one of these
-    classes, for one whose layers have been replaced by others (merge adapters first), and for values that float16 cannot
-    hold.
+    A tied head is written once, layers in four bits as bitsandbytes has them. Everything is checked before anything is
+    written. The old model's configuration is removed first and the new one written last, so a crash in between leaves a
+    directory that does not load, never one model's weights under another's configuration.
+
+    Raises HubError for another class of model, for layers that have been replaced by others (merge adapters first), and
+    for values that float16 cannot hold.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
         raise HubError(f"save_pretrained writes a Transformer or a SequenceClassifier, not a {type(model).__name__}")
@@ -85,8 +77,9 @@ def save_pretrained(
         content["quantization_config"] = quantization
     content["architectures"] = [_architecture(model)]
     if isinstance(model, SequenceClassifier):
-        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
-        content["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+        labels = [f"LABEL_{i}" for i in range(model.num_labels)]
+        content["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        content["label2id"] = {label: i for i, label in enumerate(labels)}
 
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -111,24 +104,23 @@ def _architecture(model: Module) -> str:
 
 
 def _check_plain(model: Transformer | SequenceClassifier) -> None:
-    """The parameters are those that the configuration alone gives, or quantized: no adapter, no untied head."""
+    """Raises HubError unless the parameters are the configuration's, dense or quantized: no adapter, no untied head."""
     plain: Module = Transformer(model.config, seed=None)
     if isinstance(model, SequenceClassifier):
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
     for path, layer in quantized_layers(model):
         plain.replace(path, layer)
-    have = {name: p.shape for name, p in model.named_parameters()}
-    want = {name: p.shape for name, p in plain.named_parameters()}
-    differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    have, want = ({(name, p.shape) for name, p in m.named_parameters()} for m in (model, plain))
+    differing = sorted({name for name, _ in have ^ want})
     if differing:
         raise HubError(
-            f"{_some(differing)} differ from what the configuration of a {_architecture(model)} describes: "
+            f"{some(differing)} differ from what the configuration of a {_architecture(model)} describes: "
             "merge adapters before saving, or save the adapter by itself"
         )
 
 
 def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array in another float dtype (None: its own), itself where it has it; HubError where float16 overflows."""
+    """The array in a float dtype (None: its own); no copy where it has it. Raises HubError where float16 overflows."""
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
@@ -158,16 +150,17 @@ def from_pretrained(
     Args:
         dtype: of the weights in memory: "float32" (by default) or "float16", a storage format that operations widen.
         backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
-        load_in_4bit: the model that `quant.quantize_model` makes, frozen as a base for QLoRA, quantized layer by layer
-            while it is read: the peak of memory is the result and one tensor. (NF4 with double quantization.)
+        load_in_4bit: the model that `quant.quantize_model` makes (NF4 with double quantization), frozen as a base for
+            QLoRA. Layers are quantized one by one while they are read, so the peak of memory is the result and one
+            tensor.
 
-    The file is mapped into memory. Weights that have the dtype asked for stay there: they are read when they are first
-    used, cost no memory of their own until they are changed, and a change never reaches the file. Others are converted
-    tensor by tensor. So leave the file in its place, or replace it as a whole, while the model is in use.
+    The file is mapped into memory. Weights that have the wanted dtype stay there: they are read at their first use and
+    cost no memory of their own until they are changed; a change never reaches the file. Others are converted tensor by
+    tensor. So leave the file in its place, or replace it as a whole, while the model is in use.
 
-    Nothing is downloaded and no pickle is read. Raises HubError, naming what, for a path without a model, an
-    architecture or option that our model does not compute (before any weight is read), and weights that do not fit the
-    configuration; FileError for a damaged file.
+    Nothing is downloaded and no pickle is read. Raises HubError for a path without a model, an architecture or option
+    that our model does not compute (before any weight is read), and weights that do not fit the configuration;
+    FileError for a damaged file.
     """
     path, xp = Path(path), get_backend(backend)
     dtype = dtype or "float32"
@@ -197,21 +190,22 @@ def from_pretrained(
     return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
 
 
-def _fill(model: Module, tensors: dict[str, StoredTensor], dtype: str, xp: Any, pack: dict[str, Module]) -> None:
-    """Give the model its weights, one tensor after the other; the layers of `pack` are quantized on the way."""
-    packed = {f"{place}.weight": place for place in pack}
+def _fill(model: Module, tensors: dict[str, StoredTensor], dtype: str, xp: Any, to_quantize: dict[str, Module]) -> None:
+    """Give the model its weights, one tensor after the other; quantize the layers of `to_quantize` on the way."""
     parameters = dense_parameters(model)
     for name in list(parameters):
         stored = tensors.pop(name)
         mapped = _load(name, parameters.pop(name), stored, dtype, xp)
-        if name in packed:
-            model.replace(packed[name], Linear4bit.from_linear(pack.pop(packed[name])))
-        if name in packed or not mapped:
+        layer = to_quantize.pop(name.removesuffix(".weight"), None)
+        if layer is not None:
+            model.replace(name.removesuffix(".weight"), Linear4bit.from_linear(layer))
+        if layer is not None or not mapped:
             stored.release()
+        del layer  # its float weights
 
 
 def _load(name: str, parameter: Parameter, stored: StoredTensor, dtype: str, xp: Any) -> bool:
-    """Give a parameter its values; returns whether they are a view of the file."""
+    """Give a parameter its values. Returns whether they are a view of the file."""
     values = stored.read()
     array = _cast(name, values, dtype)
     if not array.flags.aligned:  # a file's tensors begin where its header happens to end
@@ -226,10 +220,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise HubError(f"{path}: {what}; give a local Hugging Face directory or a .gguf file (nothing is ever downloaded)")
     if not (path / _CONFIG).is_file():
         what, ggufs = "no model there", sorted(file.name for file in path.glob("*.gguf"))
-        if _is_adapter(path):
+        if (path / "adapter_config.json").is_file():
             what = "it is an adapter's: load it with PeftModel.from_pretrained"
         elif ggufs:
-            what = f"give the path of the file instead: {_some(ggufs)}"
+            what = f"give the path of the file instead: {some(ggufs)}"
         raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")
     content = read_json(path / _CONFIG)
     if not isinstance(content, dict):
@@ -237,12 +231,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
-
-
 def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassifier:
-    """The model that a config.json describes, its weights yet to be loaded."""
+    """The model that a config.json describes, without its weights."""
     config = from_hugging_face(content)
     family = config.model_type
     names = content.get("architectures") or [_LANGUAGE_MODEL[family]]
@@ -252,9 +242,7 @@ def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassif
     try:
         model = Transformer(config, seed=None)
     except (ValueError, OverflowError) as error:
-        raise HubError(
-            f"no array has the shapes that hidden_size, vocab_size and the others ask for ({error})"
-        ) from error
+        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
     if names[0] != _CLASSIFIER[family]:
         return model
     labels = content.get("id2label")
@@ -265,16 +253,16 @@ def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassif
 
 
 def _map_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the directory's safetensors files, yet to be read."""
+    """Every tensor of the directory's safetensors files, not read yet."""
     if (path / _WEIGHTS).is_file():
         return map_safetensors(path / _WEIGHTS)[0]
     index = path / _INDEX
     if not index.is_file():
-        pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
+        pickles = [p.name for pattern in ("*.bin", "*.pt*") for p in sorted(path.glob(pattern))]
         if pickles:
             raise HubError(
-                f"{path}: the weights are only there as {_some(pickles)}, a pickle, which can run code when read "
-                f"and is never read here; convert it once, where you trust it: with transformers, "
+                f"{path}: the weights are only there as {some(pickles)}, a pickle, which can run code when it is read "
+                f"and so is never read here; convert it once, where you trust it: with transformers, "
                 f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(DIR) writes safetensors"
             )
         raise HubError(f"{path}: there is neither {_WEIGHTS} nor {_INDEX} in this directory")
@@ -297,7 +285,7 @@ def _map_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _fit(model: Transformer | SequenceClassifier, tensors: dict[str, StoredTensor]) -> None:
-    """Bring the names of `tensors` to those of the model's parameters; HubError unless they fit, name by name."""
+    """Give `tensors` the names of the model's parameters. Raises HubError unless names, shapes and dtypes fit."""
     prefix = "transformer." if model.config.model_type == "gpt2" else "model."
     for name in [name for name in tensors if _BUFFERS.search(name)]:
         del tensors[name]
@@ -312,20 +300,11 @@ def _fit(model: Transformer | SequenceClassifier, tensors: dict[str, StoredTenso
             raise HubError(f"tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
     missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unexpected:
-        raise HubError(
-            f"the weights do not fit the configuration: missing {_some(missing)}; unexpected {_some(unexpected)}"
-        )
+        names = f"missing {some(missing)}; unexpected {some(unexpected)}"
+        raise HubError(f"the weights do not fit the configuration: {names}")
     for name, parameter in parameters.items():
         stored = tensors[name]
         if stored.shape != parameter.shape:
             raise HubError(f"{name} has the shape {stored.shape}, the configuration gives {parameter.shape}")
         if stored.dtype.kind != "f":
-            raise HubError(
-                f"{name} holds {stored.dtype}, not floating-point numbers, and the configuration says of no quantization"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ("nothing" if not names else ", ".join(names[:5])) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+            raise HubError(f"{name} holds {stored.dtype}, no floating-point numbers; config.json names no quantization")

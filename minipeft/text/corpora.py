@@ -1,6 +1,7 @@
 """The corpora that ship with the package, one list per split: aligned Bible verses, Jane Austen's novels, WordNet.
 
-Loaded when asked for and kept; `build_corpora` says where they come from and how the three splits are kept apart.
+A corpus is loaded at its first use and kept. `build_corpora` says where they come from and how the splits are kept
+apart.
 """
 
 import lzma
@@ -9,7 +10,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import NamedTuple
 
-from minipeft.text.splits import check_split
+from .splits import check_split
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
@@ -37,9 +38,9 @@ class Chapter(NamedTuple):
 
 
 class Headword(NamedTuple):
-    """A word that a synset defines, with the number of the sense it has here and how often that sense was met.
+    """A word that a synset defines, in one of its senses.
 
-    `sense` 1 is the word's most usual sense; `count` is its number of occurrences in WordNet's hand-tagged texts.
+    `sense` 1 is the word's most usual one; `count` is how often WordNet's hand-tagged texts use the word in this sense.
     """
 
     lemma: str
@@ -77,17 +78,15 @@ def wordnet(split: str) -> list[Synset]:
         for words, definition, examples in _rows(f"wordnet-{short}", split):
             triples = (word.rsplit("#", 2) for word in words.split("|"))
             headwords = tuple(Headword(lemma, int(sense), int(count)) for lemma, sense, count in triples)
-            synsets.append(
-                Synset(headwords, part_of_speech, definition, tuple(examples.split("|")) if examples else ())
-            )
+            synsets.append(Synset(headwords, part_of_speech, definition, tuple(filter(None, examples.split("|")))))
     return synsets
 
 
 def general_text(split: str) -> list[str]:
-    """Documents of general English, what the base model is pretrained on: every corpus once, in a fixed order.
+    """Documents of general English, on which the base model is pretrained: every corpus once, in a fixed order.
 
     A document is a chapter of the King James Bible, a chapter of the Basic English Bible, a chapter of a novel, or one
-    synset as `word, other word (noun): definition; "an example"`. Documents are not shuffled: a trainer does that.
+    synset as `word, other word (noun): definition; "an example"`. They are not shuffled: a trainer does that.
     """
     documents = []
     for translation in ("king_james", "basic_english"):

@@ -1,6 +1,6 @@
-"""Data sets that people bring: reading a file into records, or saying exactly which line is wrong and why.
+"""Data sets of your own: a file becomes records, or an error says which line is wrong and why.
 
-A `.jsonl` file holds one JSON object per line, all of one form; the form is known by its fields:
+A `.jsonl` file holds one JSON object per line, all of one form. The fields say which form it is:
 
     {"text": ...}                                           Document     text to continue, no prompt
     {"prompt": ..., "completion": ...}                      Completion   a prompt and what should follow it
@@ -10,8 +10,8 @@ A `.jsonl` file holds one JSON object per line, all of one form; the form is kno
     {"prompt": ..., "chosen": ..., "rejected": ...}         Preference   two answers, the first preferred
 
 A `.txt` file is one Document: all of it, blank lines included. (For many documents, write `{"text": ...}` lines.)
-Both are UTF-8; a byte-order mark at the start is accepted and dropped, as are blank lines at the end. Everything else
-that is not as described raises DatasetError; no line is ever skipped.
+Both are UTF-8; a byte-order mark at the start and blank lines at the end are dropped. Anything else that is not as
+described raises DatasetError; no line is ever skipped.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 
 class DatasetError(ValueError):
-    """A data file is not what it should be: says the file, the line, what is wrong and what would be right."""
+    """A data file is not as it should be; the text says the file, the line, what is wrong and what would be right."""
 
     def __init__(self, path: str | Path, line: int | None, reason: str):
         super().__init__(f"{path}:{line}: {reason}" if line is not None else f"{path}: {reason}")
@@ -60,8 +60,7 @@ class Preference(NamedTuple):
 Record = Document | Completion | Instruction | Conversation | Preference
 
 FORMS = (Document, Completion, Instruction, Conversation, Preference)
-_MAY_BE_EMPTY = {(Instruction, "input")}
-_FORMS_IN_WORDS = ", ".join("{" + ", ".join(form._fields) + "}" for form in FORMS)
+_OPTIONAL = {Instruction: {"input"}}  # fields that may be "" or left out
 
 
 def read_dataset(path: str | Path) -> list[Record]:
@@ -86,10 +85,8 @@ def read_dataset(path: str | Path) -> list[Record]:
         try:
             record = parse_record(line)
             if records and type(record) is not type(records[0]):
-                raise ValueError(
-                    f"the record has the form {_fields(type(record))}, the lines before it {_fields(type(records[0]))}"
-                    f"; one file holds one form"
-                )
+                one, other = _fields(type(record)), _fields(type(records[0]))
+                raise ValueError(f"the record has the form {one}, the lines before it {other}; one file holds one form")
         except ValueError as error:
             raise DatasetError(path, number, str(error)) from error
         records.append(record)
@@ -102,9 +99,7 @@ def parse_record(line: str | bytes) -> Record:
         try:
             line = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"not UTF-8: byte {error.start} of the line is 0x{error.object[error.start]:02x}"
-            ) from error
+            raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
@@ -118,9 +113,8 @@ def parse_record(line: str | bytes) -> Record:
     form = _form_of(value)
     if form is Conversation:
         return Conversation(_messages(value["messages"]))
-    return form(
-        *(_text(value.get(field, ""), f"field {field!r}", (form, field) in _MAY_BE_EMPTY) for field in form._fields)
-    )
+    optional = _OPTIONAL.get(form, ())
+    return form(*(_text(value.get(field, ""), f"field {field!r}", field in optional) for field in form._fields))
 
 
 def _read_text(path: Path, content: bytes) -> Document:
@@ -135,20 +129,19 @@ def _read_text(path: Path, content: bytes) -> Document:
 
 
 def _form_of(value: dict[str, Any]) -> type[Record]:
-    """The form whose fields these are; otherwise the nearest form is named, with what is missing or too much."""
+    """The form with these fields. Where there is none, ValueError says what the nearest form lacks or does not have."""
     keys = set(value)
     for form in FORMS:
-        optional = {field for owner, field in _MAY_BE_EMPTY if owner is form}
-        if set(form._fields) - optional <= keys <= set(form._fields):
+        if set(form._fields) - _OPTIONAL.get(form, set()) <= keys <= set(form._fields):
             return form
     nearest = max(FORMS, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
+    every = ", ".join(map(_fields, FORMS))
     if not keys & set(nearest._fields):
-        raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {_FORMS_IN_WORDS}")
-    optional = {field for owner, field in _MAY_BE_EMPTY if owner is nearest}
-    missing = [field for field in nearest._fields if field not in keys | optional]
-    extra = sorted(keys - set(nearest._fields))
-    wrong = [f"field {field!r} is missing" for field in missing] + [f"field {field!r} is unknown" for field in extra]
-    raise ValueError(f"{', '.join(wrong)}; the form is {_fields(nearest)} (all forms: {_FORMS_IN_WORDS})")
+        raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {every}")
+    missing = [field for field in nearest._fields if field not in keys | _OPTIONAL.get(nearest, set())]
+    wrong = [f"field {field!r} is missing" for field in missing]
+    wrong += [f"field {field!r} is unknown" for field in sorted(keys - set(nearest._fields))]
+    raise ValueError(f"{', '.join(wrong)}; the form is {_fields(nearest)} (all forms: {every})")
 
 
 def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
@@ -159,9 +152,7 @@ def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} holds half of a surrogate pair at character {error.start}, which is no text"
-        ) from error
+        raise ValueError(f"{what} holds half of a surrogate pair at character {error.start}, no text") from error
     return value
 
 
@@ -177,27 +168,26 @@ def _messages(value: Any) -> tuple[Message, ...]:
         if item["role"] not in ("system", "user", "assistant"):
             raise ValueError(f"the role of {what} must be 'system', 'user' or 'assistant', got {item['role']!r}")
         messages.append(Message(item["role"], _text(item["content"], f"the content of {what}")))
-    offset = 1 if messages[0].role == "system" else 0
-    for number, message in enumerate(messages[offset:], start=offset):
-        expected = ("user", "assistant")[(number - offset) % 2]
+    first = 1 + (messages[0].role == "system")
+    for number, message in enumerate(messages[first - 1 :], start=first):
+        expected = ("user", "assistant")[(number - first) % 2]
         if message.role != expected:
             raise ValueError(
-                f"message {number + 1} is the {message.role}'s where the {expected}'s is due; after an optional first "
+                f"message {number} is the {message.role}'s where the {expected}'s is due; after an optional first "
                 f"system message, user and assistant take turns"
             )
     if messages[-1].role != "assistant":
-        raise ValueError(
-            f"the last message must be the assistant's (there is nothing to learn otherwise), "
-            f"got the {messages[-1].role}'s"
-        )
+        last = messages[-1].role
+        raise ValueError(f"the last message must be the assistant's, since that is what is learned; got the {last}'s")
     return tuple(messages)
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"field {name!r} stands there twice")
+        value[name] = item
     return value
 
 
@@ -206,8 +196,5 @@ def _fields(form: type[Record]) -> str:
 
 
 def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}[type(value)]
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object", list: "a list"}
+    return "null" if value is None else "an empty list" if value == [] else names[type(value)]

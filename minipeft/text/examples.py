@@ -1,18 +1,19 @@
-"""From records to what a model is trained on: (input_ids, labels), blocks of running text.
+"""From records to training examples (input_ids, labels), and from running text to blocks.
 
-Labels have the length of the input ids and are not shifted: `labels[t]` is `input_ids[t]` where that token is to be
-learned and -100 where it is not (a prompt, padding). `model.loss(input_ids, labels)` shifts inside, as in Hugging Face:
-the logits at position t are compared with the label at t + 1, so the label of the first token is never used.
+Labels have the length of the input ids and are not shifted: `labels[t]` is `input_ids[t]` where that token is
+learned, and -100 where it is not (a prompt, padding). `model.loss(input_ids, labels)` shifts inside, as in Hugging
+Face: the logits at position t are compared with the label at t + 1, so the label of the first token is never used.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from minipeft.text.datasets import Document, Preference, Record
-from minipeft.text.templates import Template, Turn, default_template, plain, preference_turns
-from minipeft.text.tokenizer import Special, Tokenizer
+from .datasets import Document, Preference, Record
+from .templates import Template, Turn, default_template, plain, preference_turns
+from .tokenizer import Special, Tokenizer
 
 IGNORE = -100  # cross entropy's ignore_index
 
@@ -47,13 +48,13 @@ def encode_examples(
     """Records to examples of at most `max_length` tokens.
 
     Documents become one token stream with an end-of-sequence token after each, cut into blocks of `max_length`
-    (`chunk_text`); every token is learned. All other records are rendered by `template` (by default the usual one of
-    their form) and only completions are learned, with the end-of-sequence token after the last one where the template
+    (`chunk_text`); every token is learned. `template` (by default the usual one of their form) renders all other
+    records, and only completions are learned, with the end-of-sequence token after the last one where the template
     does not end it with a special token itself.
 
-    on_overflow says what to do with a record longer than `max_length`: "error" raises ValueError, "truncate" keeps its
-    first `max_length` tokens (and drops it if nothing learnable is left), "drop" leaves it out. The result counts them.
-    Preference records are for `encode_preferences`; they raise ValueError here.
+    on_overflow is what happens to a record longer than `max_length`: "error" raises ValueError, "truncate" keeps its
+    first `max_length` tokens (and drops it if nothing to learn is left), "drop" leaves it out. The result counts them.
+    Preference records raise ValueError: they are for `encode_preferences`.
     """
     _check_lengths(max_length, on_overflow)
     if all(isinstance(record, Document) for record in records):
@@ -77,27 +78,24 @@ def encode_examples(
 def encode_preferences(
     records: Sequence[Preference], tokenizer: Tokenizer, max_length: int, template: Template = plain
 ) -> list[PreferencePair]:
-    """Preference records to pairs of examples with the same prompt, of which the answers are learned.
+    """Preference records to pairs of examples with the same prompt; the answers are learned.
 
-    An answer longer than `max_length` with its prompt raises ValueError: cut answers would be another preference.
+    Raises ValueError where prompt and answer are longer than `max_length`: a cut answer would be another preference.
     """
     _check_lengths(max_length, "error")
-    pairs = [
-        PreferencePair(*(encode_turns([turn], tokenizer) for turn in preference_turns(record, template)))
-        for record in records
-    ]
+    rendered = [preference_turns(record, template) for record in records]
+    pairs = [PreferencePair(*(encode_turns([turn], tokenizer) for turn in turns)) for turns in rendered]
     _refuse_overlong([max(len(example.input_ids) for example in pair) for pair in pairs], max_length)
     return pairs
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
-    """The turns one after the other; labels are the completions' tokens, -100 on the prompts.
+    """The turns one after the other; labels are the completions' tokens, and -100 on the prompts.
 
-    The text is encoded as a whole, since that is how its words are segmented wherever else the model reads them. A
-    completion starts where the tokens of the text before it and the tokens of the whole diverge: where prompt and
-    completion meet inside a token, that token is learned. (It is never what the model sees when asked, so a prompt
-    should not end in the middle of a token: not in a space, for a tokenizer whose words begin with one.) It ends
-    likewise.
+    The text is encoded as a whole, as the model reads it everywhere else. A completion starts where the tokens of the
+    text before it and the tokens of the whole diverge: where prompt and completion meet inside a token, that token is
+    learned. (When asked, the model reads another token there. So a prompt should not end in the middle of a token,
+    not in a space for a tokenizer whose words begin with one.) A completion ends likewise.
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
@@ -115,7 +113,7 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences have in common before they diverge."""
+    """The number of tokens that two sequences have in common before they diverge."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
@@ -123,19 +121,14 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """All texts as one int64 token stream, the end-of-sequence token after each."""
     eos = _eos(tokenizer)
     encoded = tokenizer.encode_batch(list(texts))
-    stream = np.full(sum(len(ids) + 1 for ids in encoded), eos, np.int64)
-    position = 0
-    for ids in encoded:
-        stream[position : position + len(ids)] = ids
-        position += len(ids) + 1
-    return stream
+    return np.fromiter(chain.from_iterable((*ids, eos) for ids in encoded), np.int64)
 
 
 def chunk_text(ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """A token stream in blocks of `length`, in order; the last may be shorter, but not of a single token, which would
-    hold nothing to predict."""
+    """A token stream in blocks of `length`, in order. The last may be shorter; a single token, which predicts nothing,
+    is left out. Raises ValueError for a length below 2."""
     if length < 2:
-        raise ValueError(f"a block needs at least 2 tokens, one to predict the other from; got length {length}")
+        raise ValueError(f"a block needs at least 2 tokens, the second to be predicted; got length {length}")
     blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
     return blocks[:-1] if blocks and len(blocks[-1]) < 2 else blocks
 

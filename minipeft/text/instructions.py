@@ -1,26 +1,26 @@
-"""Multi-task instruction data: ten tasks over the shipped corpora, each put in several phrasings, as Alpaca's records.
+"""Multi-task instruction data: ten tasks over the shipped corpora, each in several phrasings, as Alpaca's records.
 
     trained     rewrite         a verse of the King James Bible -> in Basic English
                 continue        the beginning of such a verse -> its end
-                source          a sentence -> which of three books has it                                   (checked)
+                source          a sentence -> which of three books it is from                               (checked)
                 define          a word -> its meaning
                 use             a word -> a phrase with it                                                  (checked)
                 part-of-speech  a word and its meaning -> noun, verb, adjective or adverb                   (checked)
                 synonym         a word -> another with the same meaning                                     (checked)
-    held out    archaize        a verse in Basic English -> in King James' (rewrite, turned round)
-                name            a meaning -> the word (define, turned round)                             (checked)
-                fill            a phrase with a gap -> the word that is missing                             (checked)
+    held out    archaize        a verse in Basic English -> in King James' (rewrite, reversed)
+                name            a meaning -> the word (define, reversed)                                 (checked)
+                fill            a phrase with a gap -> the missing word                                     (checked)
 
-Three things are new to a model that was trained on them, and are told apart when it is tested:
+A test asks for three new things, each by itself:
 
     new inputs      the split "test" (or "validation"), trained tasks, trained phrasings
-    new phrasings   the same inputs, but asked in words that no training record uses
-    new tasks       the held-out tasks, of which there is no training record at all
+    new phrasings   the same inputs, in words that no training record uses
+    new tasks       the held-out tasks, which no training record shows
 
-The splits are the corpora's (no verse, chapter, headword, gloss or example phrase is on two sides, see
-`build_corpora`). Where parts of texts could still coincide (two verses that begin alike), the test side leaves them
-out: no input of a task occurs on two sides. A held-out task asks about the test side only, so its answers, too, were
-never seen as inputs.
+The splits are those of the corpora (no verse, chapter, headword, gloss or example phrase is in two of them, see
+`build_corpora`). Where parts of texts still coincide (two verses begin alike), the later split leaves them out: no
+input of a task occurs in two splits. A held-out task asks about the test side only, so its answers were never inputs
+either.
 
 Source of the scheme: Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners" (FLAN, arXiv:2109.01652),
 which has ten phrasings a task, tests on tasks that were not trained, and mixes in proportion to size with a cap.
@@ -45,12 +45,13 @@ Pair = tuple[str, str]  # input, output
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is asked, and how.
+class InstructionTask:
+    """A task: what is asked, and in which words.
 
-    pairs     from a split to its (input, output) pairs, in a fixed order
-    phrasings, held_out_phrasings    instructions; one with {input} in it asks in one sentence, with no input apart
-    check     (input, output, answer) -> whether a model's answer is right; None where only the loss can judge
+    pairs      split -> its (input, output) pairs, in a fixed order
+    phrasings  the instructions of training; one that contains {input} asks in one sentence, without a separate input
+    held_out_phrasings    those of tests
+    check      (input, output, answer) -> whether a model's answer is right; None where only the loss can judge
     """
 
     pairs: Callable[[str], Iterator[Pair]]
@@ -62,14 +63,6 @@ class Task:
 # ------------------------------------------------------------------------------------------- the pairs of each task
 
 
-def _rewrite(split: str) -> Iterator[Pair]:
-    return ((verse.king_james, verse.basic_english) for verse in verses(split))
-
-
-def _archaize(split: str) -> Iterator[Pair]:
-    return ((verse.basic_english, verse.king_james) for verse in verses(split))
-
-
 def _continue(split: str) -> Iterator[Pair]:
     """Verses of two parts, cut at the colon."""
     for verse in verses(split):
@@ -79,9 +72,9 @@ def _continue(split: str) -> Iterator[Pair]:
 
 
 def _source(split: str) -> Iterator[Pair]:
-    """As many sentences of each book as there are of the rarest, Austen's of a verse's length."""
+    """The same number of sentences from each book, all about as long as a verse."""
     lines = (line for chapter in austen(split) for line in chapter.text.split("\n"))
-    # A sentence ends behind a word of four small letters or more, so not behind "Mr." or "Mrs."
+    # a sentence ends after a word of four small letters or more, so not after "Mr." or "Mrs."
     sentences = dict.fromkeys(part for line in lines for part in re.split(r"(?<=[a-z]{4}[.!?]) (?=[A-Z])", line))
     short = [sentence for sentence in sentences if 60 <= len(sentence) <= 160 and '"' not in sentence]
     either = [v for v in bible(split) if 60 <= min(len(v.king_james), len(v.basic_english)) <= 160]
@@ -91,27 +84,11 @@ def _source(split: str) -> Iterator[Pair]:
         yield other.basic_english, "the Basic English Bible"
 
 
-def _define(split: str) -> Iterator[Pair]:
-    return ((_word(entry), entry.text) for entry in definitions(split))
-
-
-def _use(split: str) -> Iterator[Pair]:
-    return ((_word(entry), entry.text) for entry in examples(split))
-
-
-def _part_of_speech(split: str) -> Iterator[Pair]:
-    return ((f"{entry.word}: {entry.text}", entry.part_of_speech) for entry in definitions(split))
-
-
 def _synonym(split: str) -> Iterator[Pair]:
     for synset in wordnet(split):
         words = [headword.lemma for headword in synset.headwords if _is_word(headword.lemma)]
         if len(words) > 1:
             yield f"{words[0]} ({synset.part_of_speech})", words[1]
-
-
-def _name(split: str) -> Iterator[Pair]:
-    return ((entry.text, entry.word) for entry in definitions(split))
 
 
 def _fill(split: str) -> Iterator[Pair]:
@@ -164,107 +141,77 @@ def _dictionary() -> tuple[dict[str, set[str]], dict[str, list[set[str]]]]:
 
 # --------------------------------------------------------------------------------------------------------- the tasks
 
-TASKS: dict[str, Task] = {
-    "rewrite": Task(
-        _rewrite,
-        (
-            "Rewrite this verse in plain English.",
-            "Say the same in simple words of today.",
-            "Put this old text into easy English.",
-            "In plain English, what is said here? {input}",
-        ),
+TASKS: dict[str, InstructionTask] = {
+    "rewrite": InstructionTask(
+        lambda split: ((verse.king_james, verse.basic_english) for verse in verses(split)),
+        ("Rewrite this verse in plain English.", "Say the same in simple words of today.",
+         "Put this old text into easy English.", "In plain English, what is said here? {input}"),
         ("Make this verse easy to understand.", "Give these old words a simple form: {input}"),
     ),
-    "continue": Task(
+    "continue": InstructionTask(
         _continue,
-        (
-            "Continue the verse.",
-            "How does this verse of the Bible go on?",
-            "Write the second part of this verse.",
-            "Complete this verse: {input}",
-        ),
+        ("Continue the verse.", "How does this verse of the Bible go on?",
+         "Write the second part of this verse.", "Complete this verse: {input}"),
         ("Give the rest of the verse.", "What are the words after these? {input}"),
     ),
-    "source": Task(
+    "source": InstructionTask(
         _source,
-        (
-            "From which book is this sentence?",
-            "Name the source of this text.",
-            "Who or what is quoted here?",
-            "In which of the books does this stand? {input}",
-        ),
+        ("From which book is this sentence?", "Name the source of this text.",
+         "Who or what is quoted here?", "In which of the books does this stand? {input}"),
         ("Where was this written?", "Say from where this is taken: {input}"),
         _same,
     ),
-    "define": Task(
-        _define,
-        (
-            "Give the meaning of this word.",
-            "Define the word.",
-            "What does this word mean?",
-            "What is the meaning of {input}?",
-        ),
+    "define": InstructionTask(
+        lambda split: ((_word(entry), entry.text) for entry in definitions(split)),
+        ("Give the meaning of this word.", "Define the word.",
+         "What does this word mean?", "What is the meaning of {input}?"),
         ("Explain this word.", "Tell me what {input} means."),
     ),
-    "use": Task(
-        _use,
-        (
-            "Use this word in a phrase.",
-            "Give an example of how this word is used.",
-            "Write a sentence with this word.",
-            "Show the use of {input}.",
-        ),
+    "use": InstructionTask(
+        lambda split: ((_word(entry), entry.text) for entry in examples(split)),
+        ("Use this word in a phrase.", "Give an example of how this word is used.",
+         "Write a sentence with this word.", "Show the use of {input}."),
         ("Put the word into a sentence.", "Write something in which {input} has a place."),
         _uses,
     ),
-    "part-of-speech": Task(
-        _part_of_speech,
-        (
-            "Which part of speech is this word?",
-            "Is this a noun, a verb, an adjective or an adverb?",
-            "Name the part of speech.",
-            "What kind of word is {input}?",
-        ),
+    "part-of-speech": InstructionTask(
+        lambda split: ((f"{entry.word}: {entry.text}", entry.part_of_speech) for entry in definitions(split)),
+        ("Which part of speech is this word?", "Is this a noun, a verb, an adjective or an adverb?",
+         "Name the part of speech.", "What kind of word is {input}?"),
         ("To which class of words does it belong?", "Say what part of speech we have here: {input}"),
         _same,
     ),
-    "synonym": Task(
+    "synonym": InstructionTask(
         _synonym,
-        (
-            "Give a word with the same meaning.",
-            "Name a synonym.",
-            "Which other word means the same?",
-            "What is another word for {input}?",
-        ),
+        ("Give a word with the same meaning.", "Name a synonym.",
+         "Which other word means the same?", "What is another word for {input}?"),
         ("Find a word that could take its place.", "Say {input} in another word."),
         _is_synonym,
     ),
-    "archaize": Task(
-        _archaize,
+    "archaize": InstructionTask(
+        lambda split: ((verse.basic_english, verse.king_james) for verse in verses(split)),
         (),
         ("Rewrite this verse in the old English of King James.", "How did the old Bible say this? {input}"),
     ),
-    "name": Task(
-        _name,
+    "name": InstructionTask(
+        lambda split: ((entry.text, entry.word) for entry in definitions(split)),
         (),
         ("Which word has this meaning?", "Name the thing or act that is described: {input}"),
         _names,
     ),
-    "fill": Task(
-        _fill,
-        (),
-        ("Which word is missing?", "Fill the gap: {input}"),
-        _same,
-    ),
-}
+    "fill": InstructionTask(_fill, (), ("Which word is missing?", "Fill the gap: {input}"), _same),
+}  # fmt: skip
 TRAINED = tuple(name for name, task in TASKS.items() if task.phrasings)
 HELD_OUT = tuple(name for name, task in TASKS.items() if not task.phrasings)
 
 
 @cache
 def pairs(name: str, split: str) -> list[Pair]:
-    """The (input, output) pairs of a task on a split; an input that recurs keeps its first output, and stands on one side
-    only: the first of train, validation, test that has it."""
+    """The (input, output) pairs of a task in a split.
+
+    An input that recurs keeps its first output, and belongs to one split only: the first of train, validation, test
+    that has it. Raises ValueError for an unknown task or split.
+    """
     check_split(split)
     if name not in TASKS:
         raise ValueError(f"the instruction tasks are {', '.join(TASKS)}, got {name!r}")
@@ -277,7 +224,7 @@ def pairs(name: str, split: str) -> list[Pair]:
 
 
 def phrase(pair: Pair, phrasing: str) -> Instruction:
-    """The pair as a record, asked in these words."""
+    """The pair as a record that asks in these words."""
     input, output = pair
     if "{input}" in phrasing:
         return Instruction(phrasing.replace("{input}", input), "", output)
@@ -295,9 +242,9 @@ def instructions(
     """The records of some tasks, mixed in a random order; each record's phrasing is drawn at random.
 
     At most `cap` pairs of a task are taken, at random: the share of task i is min(Nᵢ, cap) / Σ min(Nⱼ, cap), the
-    "examples-proportional mixing" of T5 (Raffel et al. 2020, section 3.5.2) and FLAN. What is drawn from a task depends
-    on (seed, task) alone, and the pairs not on the phrasings, so that the same inputs can be asked in any. `phrasings`
-    uses only the first so many.
+    "examples-proportional mixing" of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2) and FLAN. What is drawn
+    from a task depends on (seed, task) alone, and the pairs do not depend on the phrasings, so the same inputs can be
+    asked in any words. `phrasings` is the number of phrasings to use, the first ones; None uses all.
 
     Raises ValueError for an unknown task or split, and for a held-out task without `held_out_phrasings`.
     """
@@ -315,10 +262,12 @@ def instructions(
 
 
 def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
-    """Whether an answer to one of `instructions([name], split, ...)` is right, white space and a last full stop aside.
+    """Whether an answer to one of `instructions([name], split, ...)` is right. White space and full stops around it do
+    not matter.
 
-    Of a word that is asked for, any is right that the dictionary has with that meaning. Raises ValueError for a task
-    whose answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and split.
+    Where a word is asked for, every word that the dictionary has with that meaning is right. Raises ValueError for a
+    task whose answers cannot be checked (`TASKS[name].check` is None), and for a record that is not of this task and
+    split.
     """
     check = TASKS[name].check
     if check is None:
@@ -330,6 +279,6 @@ def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
 
 @cache
 def _asked(name: str, split: str) -> dict[Instruction, Pair]:
-    """From every record of a task on a split to its pair, whatever the phrasing."""
+    """{record: its pair} of a task in a split, in every phrasing."""
     phrasings = (*TASKS[name].phrasings, *TASKS[name].held_out_phrasings)
     return {phrase(pair, phrasing): pair for pair in pairs(name, split) for phrasing in phrasings}

@@ -1,8 +1,8 @@
-"""Which side of train / validation / test a piece of shipped text is on: fixed for ever by its name.
+"""Which split a piece of shipped text belongs to: train, validation or test, fixed by its name.
 
-The side is a function of a key (a chapter's name, a headword) and of nothing else: the first eight bytes of the
-key's BLAKE2b digest, modulo 100, are 0..89 for train, 90..94 for validation and 95..99 for test. Nothing else in the
-data set changes where a key falls, so a text added later moves no other.
+The split is a function of a key (a chapter's name, a headword) alone: the first eight bytes of the key's BLAKE2b
+digest, modulo 100, are 0..89 for train, 90..94 for validation and 95..99 for test. A text that is added later moves
+no other.
 """
 
 import hashlib

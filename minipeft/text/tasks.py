@@ -1,12 +1,12 @@
-"""The built-in tasks: real, checkable instructions over the shipped corpora, as {prompt, completion} records per split.
+"""The built-in tasks over the shipped corpora, as {prompt, completion} records.
 
     rewrite   a verse of the King James Bible -> the same verse in Basic English
     define    a word and its part of speech -> its first meaning in WordNet
-    use       a word and its part of speech -> an example phrase of WordNet's in which it stands
+    use       a word and its part of speech -> an example phrase of WordNet's that contains it
 
-The splits are those of the corpora: no verse, headword or gloss of one is in another. The records are in a fixed order,
-that of the corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more
-tasks, put in words.)
+The splits are those of the corpora: no verse, headword or gloss of one is in another. Records are in the order of the
+corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more tasks, in
+words.)
 """
 
 import re
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from minipeft.text.corpora import Synset, Verse, bible, wordnet
-from minipeft.text.datasets import Completion
+from .corpora import Synset, Verse, bible, wordnet
+from .datasets import Completion
 
 MAX_CHARACTERS = 240  # of a verse in either translation, about 80 tokens of the shipped tokenizer
 
@@ -48,14 +48,14 @@ def definitions(split: str) -> list[Entry]:
 
 @cache
 def examples(split: str) -> list[Entry]:
-    """Every headword that stands, as it is, in one of its synset's examples, with the first such example."""
-    entries = []
-    for synset in wordnet(split):
-        for word in synset.headwords:
-            example = next((example for example in synset.examples if stands_in(word.lemma, example)), None)
-            if example is not None:
-                entries.append(Entry(word.lemma, synset.part_of_speech, example, synset))
-    return entries
+    """Every headword that one of its synset's examples contains as it is, with the first such example."""
+    return [
+        Entry(word.lemma, synset.part_of_speech, example, synset)
+        for synset in wordnet(split)
+        for word in synset.headwords
+        for example in [next((text for text in synset.examples if stands_in(word.lemma, text)), None)]
+        if example is not None
+    ]
 
 
 def stands_in(word: str, text: str) -> bool:
@@ -66,10 +66,7 @@ def stands_in(word: str, text: str) -> bool:
 
 def rewrite(split: str) -> list[Completion]:
     """The verses, King James to Basic English."""
-    return [
-        Completion(f"King James: {verse.king_james}\nPlain English:", f" {verse.basic_english}")
-        for verse in verses(split)
-    ]
+    return [Completion(f"King James: {v.king_james}\nPlain English:", f" {v.basic_english}") for v in verses(split)]
 
 
 def define(split: str) -> list[Completion]:

@@ -1,6 +1,6 @@
-"""Prompt templates: a record becomes turns of (prompt, completion), of which only the completion is learned.
+"""Prompt templates: a record becomes turns of (prompt, completion); only the completion is learned.
 
-A prompt or completion is a tuple of pieces of text; a piece that is a `Special` is a special token, everything else is
+A prompt or completion is a tuple of pieces of text. A piece that is a `Special` is a special token, all others are
 plain text (`Tokenizer.encode_pieces`). `"".join(pieces)` is the text as it is usually shown.
 """
 
@@ -8,8 +8,8 @@ import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from minipeft.text.datasets import Completion, Conversation, Instruction, Message, Preference, Record
-from minipeft.text.tokenizer import Special, Tokenizer
+from .datasets import Completion, Conversation, Instruction, Message, Preference, Record
+from .tokenizer import Special, Tokenizer
 
 # The published wording, to the letter: Taori et al. 2023, Stanford Alpaca, PROMPT_DICT in train.py.
 ALPACA_WITH_INPUT = (
@@ -32,7 +32,7 @@ Pieces = tuple[str, ...]
 
 
 class Turn(NamedTuple):
-    """What the model is shown, and what it should say next."""
+    """What the model reads, and what it should write next."""
 
     prompt: Pieces
     completion: Pieces
@@ -54,50 +54,45 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
 
 
 def default_template(record: Record, tokenizer: Tokenizer | None = None) -> Template:
-    """alpaca for Instruction records, plain for Completion and Preference; for a Conversation the tokenizer's own, or chatml."""
-    if isinstance(record, Conversation) and tokenizer is not None:
-        return chat(tokenizer)
-    return alpaca if isinstance(record, Instruction) else chatml if isinstance(record, Conversation) else plain
+    """`alpaca` for an Instruction, the tokenizer's own (or `chatml`) for a Conversation, else `plain`."""
+    if isinstance(record, Conversation):
+        return chatml if tokenizer is None else chat(tokenizer)
+    return alpaca if isinstance(record, Instruction) else plain
 
 
 def plain(record: Record) -> list[Turn]:
     """Completion: the prompt and the completion as they are, nothing between them."""
-    if not isinstance(record, Completion):
-        raise ValueError(f"the plain template takes {{prompt, completion}} records, got {_form(record)}")
+    _check_form(record, Completion, "the plain template")
     return [Turn((record.prompt,), (record.completion,))]
 
 
 def alpaca(record: Record) -> list[Turn]:
     """Instruction: Stanford Alpaca's prompt, with its input where there is one; the output follows `### Response:`.
 
-    A Completion is an instruction without input: its prompt.
+    The prompt of a Completion is an instruction without input.
     """
     record = _instruction(record)
-    if not isinstance(record, Instruction):
-        raise ValueError(
-            f"the alpaca template takes {{instruction, input, output}} or {{prompt, completion}} records, got {_form(record)}"
-        )
+    _check_form(record, Instruction, "the alpaca template")
     return [Turn(alpaca_prompt(record.instruction, record.input), (record.output,))]
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> Pieces:
-    if input:
-        return (ALPACA_WITH_INPUT.format(instruction=instruction, input=input),)
-    return (ALPACA_WITHOUT_INPUT.format(instruction=instruction),)
+    """Alpaca's prompt for an instruction, with or without an input."""
+    return ((ALPACA_WITH_INPUT if input else ALPACA_WITHOUT_INPUT).format(instruction=instruction, input=input),)
 
 
 def chatml(record: Record) -> list[Turn]:
     """ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` per message; one turn for each of the assistant's messages.
 
-    Learned are the assistant's words and the `<|im_end|>` after them. The line break after the very last `<|im_end|>`
-    is left off: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
+    The assistant's words and the `<|im_end|>` after them are learned. The line break after the very last `<|im_end|>`
+    is left out: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
     """
     messages = _messages(record, "chatml")
     turns, seen = [], 0
     for position, message in enumerate(messages):
         if message.role == "assistant":
             prompt = chatml_prompt(messages[seen:position])
-            turns.append(Turn((("\n", *prompt) if turns else prompt), (message.content, IM_END)))
+            turns.append(Turn(("\n", *prompt) if turns else prompt, (message.content, IM_END)))
             seen = position + 1
     return turns
 
@@ -111,11 +106,12 @@ def chatml_prompt(messages: Sequence[Message]) -> Pieces:
 
 
 def chat(tokenizer: Tokenizer) -> Template:
-    """The tokenizer's own chat template; `chatml` for one that has none, or just that.
+    """The tokenizer's own chat template; `chatml` where it has none, or that one.
 
-    One turn for each of the assistant's messages. What is learned of it is what the template writes after the opening of the
-    answer, up to the last special token there (the end of the turn). Records as for `chatml`. The template raises ValueError
-    for messages that the chat template cannot write, or writes differently once the answer is there.
+    There is one turn for each of the assistant's messages. Its completion is what the template writes after the
+    opening of the answer, up to the last special token there (the end of the turn). Records as for `chatml`. The
+    template raises ValueError for messages that the chat template cannot write, or writes differently once the answer
+    is there.
     """
     if tokenizer.chat_template in (None, CHATML):
         return chatml
@@ -132,14 +128,12 @@ def chat(tokenizer: Tokenizer) -> Template:
             if not text.startswith(prompt) or done > len(prompt):
                 raise ValueError(
                     "the tokenizer's chat template writes the messages before an answer differently once the answer is "
-                    "there, so the answer cannot be told apart; take another template, such as chatml"
+                    "there, so the answer cannot be found in it; use another template, such as chatml"
                 )
             last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Special)), default=-1)
             end = len("".join(pieces[: last + 1]))
             end = end if end > len(prompt) else len(text)
-            turns.append(
-                Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end))
-            )
+            turns.append(Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end)))
             done = end
         return turns
 
@@ -154,7 +148,7 @@ def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Pieces:
 
 
 def _cut(pieces: Pieces, begin: int, end: int) -> Pieces:
-    """The pieces between two positions of the text they make; neither lies inside a special token."""
+    """The pieces between two positions of their text; neither position lies inside a special token."""
     part, at = [], 0
     for piece in pieces:
         inside = piece[max(0, begin - at) : max(0, end - at)]
@@ -173,17 +167,15 @@ def _messages(record: Record, template: str) -> tuple[Message, ...]:
         return Message("user", question), Message("assistant", record.output)
     if isinstance(record, Completion):
         return Message("user", record.prompt), Message("assistant", record.completion)
-    raise ValueError(
-        f"the {template} template takes {{messages}}, {{instruction, input, output}} or {{prompt, completion}} "
-        f"records, got {_form(record)}"
-    )
+    _check_form(record, Conversation, f"the {template} template")
 
 
 def custom(prompt: str) -> Template:
     """A template from a format string for the prompt, such as `"Q: {prompt}\\nA:"`; the completion or output follows.
 
-    The fields are those of the record: {prompt} of a Completion, {instruction} and {input} of an Instruction; a
-    Completion's prompt can be an {instruction} too, without input. `{{` is a brace. Anything else a format string can do (attributes, indices, conversions, widths) raises ValueError.
+    The fields are those of the record: {prompt} of a Completion, {instruction} and {input} of an Instruction. A
+    Completion's prompt can also be an {instruction}, without input. `{{` is a brace. Whatever else a format string
+    can do (attributes, indices, conversions, widths) raises ValueError.
     """
     allowed = {"prompt": "completion", "instruction": "output", "input": "output"}
     try:
@@ -205,12 +197,8 @@ def custom(prompt: str) -> Template:
         raise ValueError("a template with {input} needs {instruction} too")
 
     def render(record: Record) -> list[Turn]:
-        form = Completion if "prompt" in fields else Instruction
-        record = _instruction(record) if form is Instruction else record
-        if not isinstance(record, form):
-            raise ValueError(
-                f"a template with the fields {fields} takes {{{', '.join(form._fields)}}} records, got {_form(record)}"
-            )
+        record = record if "prompt" in fields else _instruction(record)
+        _check_form(record, Completion if "prompt" in fields else Instruction, f"a template with the fields {fields}")
         if isinstance(record, Instruction) and record.input and "input" not in fields:
             raise ValueError("the record has an input, for which the template has no {input}")
         return [Turn((prompt.format(**record._asdict()),), (record[-1],))]
@@ -220,8 +208,7 @@ def custom(prompt: str) -> Template:
 
 def preference_turns(record: Preference, template: Template = plain) -> tuple[Turn, Turn]:
     """The (chosen, rejected) answers to one prompt, each as a turn; the template takes Completion records."""
-    if not isinstance(record, Preference):
-        raise ValueError(f"preference pairs are {{prompt, chosen, rejected}} records, got {_form(record)}")
+    _check_form(record, Preference, "a preference pair")
     chosen, rejected = (template(Completion(record.prompt, answer))[0] for answer in (record.chosen, record.rejected))
     return chosen, rejected
 
@@ -231,5 +218,13 @@ def _instruction(record: Record) -> Record:
     return Instruction(record.prompt, "", record.completion) if isinstance(record, Completion) else record
 
 
-def _form(record: object) -> str:
-    return "{" + ", ".join(getattr(record, "_fields", (type(record).__name__,))) + "}"
+def _check_form(record: object, form: type[Record], taker: str) -> None:
+    """Raises ValueError unless the record has this form, into which `_instruction` and `_messages` turn other forms."""
+    if not isinstance(record, form):
+        others = {Instruction: (Instruction, Completion), Conversation: (Conversation, Instruction, Completion)}
+        wanted = " or ".join(_fields(other) for other in others.get(form, (form,)))
+        raise ValueError(f"{taker} takes {wanted} records, got {_fields(record)}")
+
+
+def _fields(form: object) -> str:
+    return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"

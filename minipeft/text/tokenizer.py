@@ -1,8 +1,8 @@
 """A Hugging Face tokenizer as a small class: `tokenizer.json` + `tokenizer_config.json` in, integers out and back.
 
-The segmentation is done by the `tokenizers` library; what is added here is which ids are end-of-sequence and padding,
-padding itself, and a line between text and control: special tokens such as `<|im_end|>` are produced only where the
-caller asks for them, never because a user's text happens to spell one.
+The `tokenizers` library segments the text. This class adds the ids of end-of-sequence and padding, padding itself,
+and a line between text and control: special tokens such as `<|im_end|>` appear only where the caller asks for them,
+never because a user's text happens to spell one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minipeft import files
-from minipeft.text import chat
+from ..files import FileError, read_json, write_json, write_text
+from . import chat
 
 _GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
 
@@ -30,7 +30,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     backend  a `tokenizers.Tokenizer`
-    config   the content of `tokenizer_config.json`: `eos_token`, `pad_token`, `chat_template` and what else it holds
+    config   the content of `tokenizer_config.json`: `eos_token`, `pad_token`, `chat_template`, ...
 
     Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
     are 0 .. vocab_size - 1, special tokens included), `chat_template` (a Jinja program as str, or None).
@@ -77,35 +77,28 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Reads a Hugging Face directory's `tokenizer.json`, and `tokenizer_config.json` where there is one.
 
-        Without a config, or where it leaves out `eos_token` or `pad_token`, they are taken from
-        `special_tokens_map.json`; where neither names them, `eos_token_id` and `pad_token_id` are None. Raises
-        FileError where `tokenizer.json` is missing (a directory with only `vocab.json` and `merges.txt`, or
-        SentencePiece's `tokenizer.model`, must be converted) or either file is damaged, ValueError where they
-        contradict one another.
+        An `eos_token` or `pad_token` that the config leaves out is taken from `special_tokens_map.json`; where
+        neither file names one, its id is None. Raises FileError where `tokenizer.json` is missing (a directory with
+        only `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`, must be converted) or a file is
+        damaged, and ValueError where the files contradict one another.
         """
         import tokenizers
 
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise files.FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
+            raise FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
         text = path.read_bytes()
         try:
             backend = tokenizers.Tokenizer.from_buffer(text)
         except Exception as error:  # the library raises bare Exception, with the reason as its text
-            raise files.FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
+            raise FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
         config: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (directory / name).is_file():
-                content = files.read_json(directory / name)
-                if not isinstance(content, dict):
-                    raise files.FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
-                wanted = (
-                    content
-                    if name == "tokenizer_config.json"
-                    else {key: content[key] for key in ("eos_token", "pad_token") if key in content}
-                )
-                config.update({key: value for key, value in wanted.items() if value is not None})
+        for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
+            content = read_json(directory / name) if (directory / name).is_file() else {}
+            if not isinstance(content, dict):
+                raise FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
+            config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, config)
@@ -114,13 +107,12 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
-        files.write_json(
-            directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
-        )
+        write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
+        write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
         return self._plain.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int:
@@ -141,9 +133,8 @@ class Tokenizer:
         """Token ids of `text`.
 
         allow_special       False: `text` is only text; `<|im_end|>` in it becomes several ordinary tokens, so nobody
-                            can end a turn by typing its marker. True: special tokens are recognized, as
-                            Hugging Face does. (Added tokens that are not marked special are ordinary words,
-                            recognized either way.)
+                            can end a turn by typing its marker. True: special tokens are recognized, as in Hugging
+                            Face. (Added tokens that are not marked special are ordinary words, always recognized.)
         add_special_tokens  True: also what the tokenizer's own post-processor adds, a Llama's BOS for example.
         """
         return self.encode_batch([text], allow_special, add_special_tokens)[0]
@@ -160,28 +151,25 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text to encode is not valid Unicode: {error}") from error
         backend = self._control if allow_special else self._plain
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
 
-        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then the runs
-        of plain text between the special tokens are encoded by themselves. Pieces that begin with a special token say
-        themselves how a text begins: `add_special_tokens` adds nothing to them. ValueError where a Special piece is not
-        a token of this tokenizer.
+        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then each
+        run of plain text between special tokens is encoded by itself. `add_special_tokens` adds nothing to pieces
+        that begin with a special token: they say themselves how a text begins. Raises ValueError where a Special
+        piece is not a token of this tokenizer.
         """
-        pieces = list(pieces)
-        add_special_tokens = add_special_tokens and not (pieces and isinstance(pieces[0], Special))
+        runs: list[str] = []  # plain text and Special, never two plain ones in a row
         for piece in pieces:
             if isinstance(piece, Special):
                 self.token_to_id(piece)
-        runs: list[str] = []  # plain text and Special, alternating where there is any plain text
-        for piece in pieces:
             if isinstance(piece, Special) or not runs or isinstance(runs[-1], Special):
                 runs.append(piece)
             else:
                 runs[-1] += piece
+        add_special_tokens = add_special_tokens and not (runs and isinstance(runs[0], Special))
         if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
             return self.encode("".join(runs), True, add_special_tokens)
         ids: list[int] = self.encode("", False, add_special_tokens)
@@ -195,11 +183,11 @@ class Tokenizer:
         """A conversation as the model's own chat template writes it: token ids, or the text with `tokenize=False`.
 
         messages               [{"role": "user", "content": "..."}, ...] or `Message`s
-        add_generation_prompt  whether the opening of the assistant's answer follows, for the model to go on from
+        add_generation_prompt  whether the opening of the assistant's answer follows, for the model to continue
         variables              further names for the template
 
-        As in Hugging Face, except that a message which spells a special token does not become one. Raises ValueError where
-        the tokenizer has no template, or the template cannot write these messages.
+        As in Hugging Face, except that a message that spells a special token stays text. Raises ValueError where the
+        tokenizer has no template, or the template cannot write these messages.
         """
         pieces = self.chat_pieces(messages, add_generation_prompt, **variables)
         return self.encode_pieces(pieces) if tokenize else "".join(pieces)
@@ -207,7 +195,7 @@ class Tokenizer:
     def chat_pieces(
         self, messages: Sequence[Any], add_generation_prompt: bool = False, **variables: Any
     ) -> tuple[str, ...]:
-        """The pieces of `apply_chat_template`: those that the template wrote as special tokens are `Special`."""
+        """The pieces of `apply_chat_template`; a special token that the template wrote is a `Special`."""
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         content = [_as_mapping(message) for message in messages]
@@ -220,7 +208,7 @@ class Tokenizer:
         hidden: list[str] = []
 
         def hide(value: Any) -> Any:
-            """A message with the special tokens' texts in it taken out, so that all in the result are the template's."""
+            """A value without the special tokens' texts in it, so that each one in the result is the template's."""
             if isinstance(value, str):
                 return special.sub(lambda m: hidden.append(m[0]) or f"{guard}{len(hidden) - 1}{guard}", value)
             if isinstance(value, Mapping):
@@ -230,23 +218,20 @@ class Tokenizer:
         names = {key: text for key in ("bos_token", "eos_token", "pad_token") if (text := self._named_token(key)[0])}
         variables = names | {key: hide(value) for key, value in variables.items()}
         text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
-        pieces: list[str] = []
-        for i, piece in enumerate(re.split(f"({special.pattern})", text)):
-            if i % 2:
-                pieces.append(Special(piece))
-            elif piece:
-                pieces.append(re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece))
-        return tuple(pieces)
+        pieces = [  # plain text and special tokens take turns
+            Special(piece) if i % 2 else re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece)
+            for i, piece in enumerate(re.split(f"({special.pattern})", text))
+        ]
+        return tuple(filter(None, pieces))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD."""
-        ids = [int(token_id) for token_id in ids]
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"token ids are 0 to {self.vocab_size - 1}, got {token_id}")
-        if skip_special_tokens:
-            ids = [token_id for token_id in ids if token_id not in self._special_ids]
-        return self._plain.decode(ids, skip_special_tokens=False)
+        ids, size = [int(token_id) for token_id in ids], self.vocab_size
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < size), None)
+        if wrong is not None:
+            raise ValueError(f"token ids are 0 to {size - 1}, got {wrong}")
+        skipped = self._special_ids if skip_special_tokens else ()
+        return self._plain.decode([token_id for token_id in ids if token_id not in skipped], skip_special_tokens=False)
 
     def pad(self, sequences: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
         """`(ids, mask)`, int64 [batch, longest]: sequences filled up with the padding token, 1 where a token is real.

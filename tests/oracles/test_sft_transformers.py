@@ -14,7 +14,6 @@ from minipeft.train import collate, collate_packed
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
 torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
-pytest.importorskip("jinja2", reason="needs the extra 'hub'")
 
 BASE = str(files("minipeft").joinpath("hub", "base"))
 GENERATION = (  # ChatML whose template says, in transformers' way, which parts the assistant wrote
