@@ -11,6 +11,7 @@ of rows to blocks depends on shapes only, so results do not depend on timing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -35,9 +36,19 @@ class BackendError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------- library
 
 
+@functools.cache
+def _library(kind: type) -> ModuleType | None:
+    """The array library of a type of arrays; None for every other type (Python's and NumPy's scalars among them)."""
+    if issubclass(kind, np.ndarray):
+        return np
+    if all(hasattr(kind, name) for name in ("dtype", "strides", "get")):
+        return sys.modules[kind.__module__.partition(".")[0]]
+    return None
+
+
 def is_array(value: object) -> bool:
     """True for an array of any library (not for Python or NumPy scalars)."""
-    return isinstance(value, np.ndarray) or (hasattr(value, "dtype") and hasattr(value, "strides") and hasattr(value, "get"))
+    return _library(type(value)) is not None
 
 
 def xp_of(*arrays: Array) -> ModuleType:
@@ -45,24 +56,17 @@ def xp_of(*arrays: Array) -> ModuleType:
 
     Arguments that are not arrays (None, Python scalars) are ignored. Raises BackendError when two libraries meet.
     """
-    found: type | None = None
+    found = None
     for array in arrays:
-        kind = type(array)
-        if kind is found or not is_array(array):
-            continue
-        if found is not None and _module_name(kind) != _module_name(found):
+        library = _library(type(array))
+        if found is None:
+            found = library
+        elif library is not None and library is not found:
             raise BackendError(
-                f"arrays of two libraries meet in one operation ({_module_name(found)} and {_module_name(kind)}); "
+                f"arrays of two libraries meet in one operation ({found.__name__} and {library.__name__}); "
                 "move one of them explicitly with minipeft.backend.to_numpy or minipeft.backend.asarray"
             )
-        found = kind
-    if found is None or issubclass(found, np.ndarray):
-        return np
-    return sys.modules[_module_name(found)]
-
-
-def _module_name(kind: type) -> str:
-    return "numpy" if issubclass(kind, np.ndarray) else kind.__module__.partition(".")[0]
+    return found or np
 
 
 def get_backend(name: str | None = None) -> ModuleType:
