@@ -294,9 +294,9 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         return xp.matmul(a, b, out=out)
     (n, k), m = a.shape, b.shape[1]
     if out is None:
-        out = np.empty((n, m), np.result_type(a, b))
+        out = np.empty((n, m), a.dtype if a.dtype == b.dtype else np.result_type(a, b))
     if n <= FEW_ROWS and a.flags.c_contiguous:  # new tokens times a weight: what costs is to read the weight
-        get_num_threads()  # BLAS is told, too
+        _threads or get_num_threads()  # which sets BLAS's number of threads too
         step = max(1, LARGE_FACTOR // max(1, k))  # its threads do not share one vector's product with a huge matrix
         for i in range(0, m, step):
             _product(a, b[:, i : i + step], out[:, i : i + step])

@@ -12,6 +12,7 @@ import weakref
 
 import numpy as np
 import pytest
+import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
@@ -408,6 +409,66 @@ def test_methods_and_operators_are_the_functions():
     assert (x.ndim, x.size, len(x), x.shape) == (2, 4, 2, (2, 2))
     assert x[1, 1].item() == 5.0 and type(x[1, 1].item()) is float
     np.testing.assert_array_equal(x.numpy(), x.data)
+
+
+@pytest.mark.parametrize("compare", [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge])
+def test_comparisons_are_elementwise_boolean_arrays(compare, xp):
+    a, b = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0], [3.0]])
+    x, y = Tensor(xp.asarray(a), requires_grad=True), Tensor(xp.asarray(b))
+    for left, right, expected in [
+        (x, y, compare(a, b)),
+        (x, y.data, compare(a, b)),
+        (x, 2.0, compare(a, 2.0)),
+        (2.0, x, compare(2.0, a)),
+        *([(a, x, compare(a, a))] if xp is np else []),
+    ]:
+        found = compare(left, right)
+        assert type(found) is xp.ndarray and found.dtype == bool
+        np.testing.assert_array_equal(to_numpy(found), expected)
+
+
+def test_sets_and_dictionaries_of_tensors_go_by_identity():
+    a, b = leaf(2), leaf(2)
+    assert len({a, b, a}) == 2 and {a: 1, b: 2}[b] == 2 and hash(a) == hash(a)
+    assert [name for name, p in (("a", a), ("b", b)) if any(p is q for q in [b])] == ["b"]
+
+
+def test_a_tensor_with_one_element_is_a_number(xp):
+    for shape in ((), (1,), (1, 1)):
+        x = Tensor(xp.asarray(np.full(shape, 2.75, np.float32)), requires_grad=True)
+        assert (float(x), int(x), bool(x), f"{x:.1f}", f"{x:8.3f}") == (2.75, 2, True, "2.8", "   2.750")
+        assert type(float(x)) is float and type(int(x)) is int and bool(x * 0.0) is False
+    assert f"{Tensor(np.array([1, 2]))}" == "Tensor(array([1, 2]))" and f"{Tensor(np.array(7)):03d}" == "007"
+
+
+@pytest.mark.parametrize(
+    "convert, what",
+    [
+        (float, r"float\(\)"),
+        (int, r"int\(\)"),
+        (bool, "a truth value"),
+        (lambda x: f"{x:.2f}", r"the format '\.2f'"),
+        (lambda x: x.item(), r"item\(\)"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 3), (0,)])
+def test_a_tensor_with_several_elements_is_none(convert, what, shape):
+    with pytest.raises(ValueError, match=rf"^{what} needs a tensor with one element; this one has shape"):
+        convert(Tensor(np.ones(shape)))
+
+
+def test_numpy_takes_a_tensor_that_has_no_graph_to_lose():
+    data = np.arange(3.0)
+    assert np.asarray(Tensor(data)) is data and np.array(Tensor(data)) is not data
+    assert np.asarray(Tensor(data), np.float32).dtype == np.float32
+    np.testing.assert_array_equal(np.stack([Tensor(data), leaf(3).detach()])[0], data)
+    for x in (leaf(3), leaf(3) * 2.0):
+        with pytest.raises(AutogradError, match=r"requires gradients: use tensor\.detach\(\)"):
+            np.asarray(x)
+    with no_grad():
+        assert np.asarray(leaf(3) * 2.0).shape == (3,)
+    with pytest.raises(TypeError, match=r"to the host unasked: use tensor\.numpy\(\)"):
+        np.asarray(Tensor(strict_device.asarray(data)))
 
 
 def test_inputs_given_by_name_are_inputs_all_the_same():

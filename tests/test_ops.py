@@ -633,6 +633,11 @@ MISUSE = [
     (lambda: F.linear(Tensor(ones((2, 3))), Tensor(ones((5, 3))), Tensor(ones(3))), ValueError, r"bias \(3,\).*\(5,\)"),
     (lambda: F.addmm(None, Tensor(ones((2, 3))), Tensor(ones((4, 3)))), ValueError, r"\(2, 3\).*\(4, 3\).*must be 4"),
     (
+        lambda: F.addmm(Tensor(ones(3)), Tensor(ones((2, 3))), Tensor(ones((3, 5)))),
+        ValueError,
+        r"addmm: bias \(3,\).*must be \(5,\)",
+    ),
+    (
         lambda: F.layer_norm(Tensor(ones((2, 3))), Tensor(ones(4)), Tensor(ones(3))),
         ValueError,
         r"weight \(4,\).*\(2, 3\)",
@@ -654,6 +659,16 @@ MISUSE = [
         lambda: F.linear_cross_entropy(Tensor(ones((2, 3))), Tensor(ones((5, 4))), np.array([0, 1])),
         ValueError,
         r"\(2, 3\).*\(5, 4\)",
+    ),
+    (
+        lambda: F.linear_cross_entropy(Tensor(ones((2, 3))), Tensor(ones((5, 3))), np.array([0, 5])),
+        IndexError,
+        r"^linear_cross_entropy: target 5 .*0\.\.4",
+    ),
+    (
+        lambda: F.where(np.ones(2, bool), Tensor(ones(3)), Tensor(ones(4))),
+        ValueError,
+        r"where: shapes \(2,\), \(3,\) and \(4,\)",
     ),
     (lambda: Tensor(ones((2, 3))).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
     (

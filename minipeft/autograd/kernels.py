@@ -176,20 +176,10 @@ def _matmul(a, b):
 
 
 @kernel(ops.linear)
-def _linear(x, weight, bias=None):
-    check_linear("linear", x, weight, bias)
-    return _affine(x, weight, bias, transposed=True)
-
-
-@kernel(ops.addmm)
-def _addmm(bias, x, weight):
-    check_linear("addmm", x, weight, bias, inputs=0)
-    y, dx, dw, db = _affine(x, weight, bias, transposed=False)
-    return y, db, dx, dw
-
-
-def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple:
-    """y = x Wᵀ + b (transposed), or x W + b, through `backend.matmul`; float16 weights are widened anew in backward."""
+def _linear(x, weight, bias=None, name="linear"):
+    """Products through `backend.matmul`; a float16 weight is widened anew in backward, and not kept so."""
+    transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
+    check_linear(name, x, weight, bias, inputs=1 if transposed else 0)
     xp = xp_of(x, weight, bias)
     n_out = weight.shape[0 if transposed else 1]
     x2, shape = _rows(x), x.shape  # [N, in]
@@ -208,6 +198,12 @@ def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tu
         return backend.matmul(g2.T, x2) if transposed else backend.matmul(x2.T, g2)
 
     return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: _rows(g).sum(axis=0)
+
+
+@kernel(ops.addmm)
+def _addmm(bias, x, weight):
+    y, dx, dw, db = _linear(x, weight, bias, "addmm")
+    return y, db, dx, dw
 
 
 # ---------------------------------------------------------------------------------------------------- normalization

@@ -247,8 +247,13 @@ def _run(edge: tuple, g: Array, pending: dict, deliver: Callable) -> None:
     d = pullback(g)
     del edge, pullback  # and with them the arrays that this pullback alone kept, before a sum needs memory
     is_new = True
-    if not isinstance(d, Slice):
-        d = _fitted(d, shape, dtype)
+    if not isinstance(d, Slice):  # an array of the input's shape and dtype
+        if d.shape != shape:
+            d = unbroadcast(d, shape)
+        if isinstance(d, np.generic):
+            d = np.asarray(d)
+        if d.dtype != dtype:
+            d = d.astype(dtype)
         is_new = d is not g and d.base is None
     if isinstance(parent, Tensor):
         deliver(parent, d, is_new)
@@ -256,14 +261,6 @@ def _run(edge: tuple, g: Array, pending: dict, deliver: Callable) -> None:
         pending[id(parent)] = _added(*pending.pop(id(parent), (None, True)), d, shape, dtype), True
     else:
         pending[id(parent)] = d, is_new
-
-
-def _fitted(d: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    """A pullback's result as an array of its input's shape and dtype."""
-    d = unbroadcast(d, shape)
-    if isinstance(d, np.generic):
-        d = np.asarray(d)
-    return d if d.dtype == dtype else d.astype(dtype)
 
 
 def _added(total: Array | None, ours: bool, d: Array | Slice, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -438,7 +438,7 @@ class Backbone(Module):
         return mask, positions
 
     def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
-        raise TypeError("a Backbone subclass says how positions enter")
+        raise NotImplementedError(f"{type(self).__name__} does not say how positions enter")
 
 
 class LlamaModel(Backbone):

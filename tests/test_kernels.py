@@ -1,0 +1,204 @@
+"""Every kernel against the plain definition that it computes in the place of: value, gradients, dtypes, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from test_ops import big, close, run
+
+from minipeft import functional as F
+from minipeft.autograd import cases as C
+from minipeft.autograd.tensor import REGISTRY, Tensor, evaluated_by, kernel, op
+from minipeft.backend import to_numpy
+
+KERNELS = [name for name, fn in REGISTRY.items() if fn.__module__ == F.__name__ and fn.forms[""] is not fn.definition]
+
+
+def by_definition():
+    """Inside, ops compute by their definitions, whatever kernels there are."""
+    return evaluated_by(lambda name, *arrays, **options: REGISTRY[name].definition(*arrays, **options))
+
+
+def normal16(*shape):
+    return C.normal(*shape).astype(np.float16)
+
+
+def attention(**options):
+    return lambda q, k, v, mask=None: F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def qkv(B, H, kv, T, S, D=4, Dv=3):
+    return C.normal(B, H, T, D), C.normal(B, kv, S, D, seed=1), C.normal(B, kv, S, Dv, seed=2)
+
+
+far_apart = np.array([[1000.0, 999.0, -1000.0], [-1000.0, -1000.0, -1000.5], [0.0, 3e4, 1.0]])
+targets = C.integers(300, 700)
+some = np.where(targets % 3 == 0, -100, targets)
+angle, hidden = C.normal(8, 32, 16), np.zeros((2, 1, 3, 5), bool)
+hidden[1, 0, 1] = True
+EDGES = {  # beside the cases that every op has: several blocks, several tiles, and what only kernels take apart
+    "add": [C.Case("large", F.add, (C.normal(800, 700), C.normal(800, 700, seed=1)))],
+    "mul": [C.Case("large", F.mul, (C.normal(800, 700), C.normal(800, 700, seed=1)))],
+    "silu": [C.Case("blocks", F.silu, (200 * C.normal(700, 300),))],
+    "swiglu": [C.Case("blocks", F.swiglu, (200 * C.normal(700, 300), C.normal(700, 300, seed=1)))],
+    "gelu": [C.Case("blocks", F.gelu, (9 * C.normal(700, 300),))],
+    "layer_norm": [C.Case("blocks", F.layer_norm, (C.normal(700, 300) + 50, C.positive(300), C.normal(300)))],
+    "rms_norm": [C.Case("blocks", F.rms_norm, (C.normal(700, 300), C.positive(300)))],
+    "rope": [C.Case("blocks", F.rope, (C.normal(8, 32, 32, 32),), (np.cos(angle), np.sin(angle)))],
+    "matmul": [C.Case("threads", F.matmul, (C.normal(2, 300, 200), C.normal(200, 250)))],
+    "linear": [C.Case("threads", F.linear, (C.normal(3, 400, 200), C.normal(250, 200), C.normal(250)))],
+    "addmm": [C.Case("threads", F.addmm, (C.normal(250), C.normal(3, 400, 200), C.normal(200, 250)))],
+    "scaled_dot_product_attention": [
+        C.Case("a cache longer than the queries", attention(is_causal=True), qkv(2, 4, 2, 70, 150)),
+        C.Case("more queries than keys", attention(is_causal=True), qkv(1, 4, 1, 130, 65)),
+        C.Case("no keys", attention(), qkv(1, 2, 1, 3, 0)),
+        C.Case("no keys, causal", attention(is_causal=True), qkv(1, 2, 1, 3, 0)),
+        C.Case("rows that see nothing", attention(is_causal=True), qkv(2, 4, 2, 3, 5), (~hidden,)),
+        C.Case("masks of every row", attention(is_causal=True), qkv(3, 2, 2, 70, 70), (C.integers(2, 3, 1, 70, 70) == 1,)),
+        C.Case("masks of every head", attention(), qkv(3, 2, 2, 70, 70), (C.normal(1, 2, 70, 70),)),
+        *[
+            C.Case(f"{T} x {S}, {H} / {kv} heads{', causal' * causal}", attention(is_causal=causal), qkv(1, H, kv, T, S))
+            for T, S in [(1, 4), (63, 63), (64, 64), (65, 65), (130, 130), (65, 130), (130, 65)]
+            for H, kv in [(2, 2), (4, 2), (2, 1)]
+            for causal in (False, True)
+        ],
+        C.Case("scores far apart", attention(is_causal=True), tuple(9 * a for a in qkv(1, 2, 2, 6, 6))),
+    ],
+    "packed_attention": [
+        C.Case(f"{T} positions", lambda x, m: F.packed_attention(x, 2, attn_mask=m), (C.normal(2, T, 24),), (mask,))
+        for T in (1, 5, 64, 65, 130)
+        for mask in (np.ones((1, 1, 1, T), bool), (np.arange(T) >= np.array([[0], [T // 2]]))[:, None, None])
+    ],
+    "cross_entropy": [
+        C.Case("blocks", F.cross_entropy, (C.normal(700, 300), some)),
+        C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
+        C.Case("ignored class 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (C.normal(700, 3), targets % 3)),
+    ],
+    "linear_cross_entropy": [
+        C.Case("blocks", F.linear_cross_entropy, (C.normal(700, 8), C.normal(300, 8), targets)),
+        C.Case("blocks, ignored", F.linear_cross_entropy, (C.normal(700, 8), C.normal(300, 8), some)),
+    ],
+}  # fmt: skip
+CASES = [
+    C.Case(c.label, c.fn, c.inputs, c.constants, name)
+    for name in KERNELS
+    for c in [*C.op_cases([name]), *EDGES.get(name, [])]
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".replace(" ", "_") for c in CASES])
+
+
+def both(case, **options):
+    found = run(case, **options)
+    with by_definition():
+        expected = run(case, **options)
+    return zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True)
+
+
+def test_every_kernel_has_its_edges():
+    assert set(EDGES) == set(KERNELS)
+
+
+@every_case
+def test_a_kernel_equals_its_definition_in_value_and_gradients(case):
+    for a, b in both(case):
+        assert a.dtype == b.dtype == np.float64
+        close(a, b, 1e-13 * math.sqrt(max(1, *(i.size for i in case.inputs))))
+
+
+@every_case
+def test_in_float32_too(case):
+    for a, b in both(case, dtype=np.float32):
+        assert a.dtype == b.dtype == np.float32
+        close(a, b, 3e-5 if case.label not in ("far apart", "scores far apart") else 1e-3)
+
+
+@pytest.mark.parametrize("case", C.op_cases(KERNELS), ids=lambda c: f"{c.op}-{c.label}".replace(" ", "_"))
+def test_definitions_compute_on_every_device(case, xp):
+    expected = run(case)
+    with by_definition():
+        found = run(case, xp=xp)
+    for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        close(a, b, 1e-12)
+
+
+HALF = {  # op -> arrays, the weights in float16, which is a storage format
+    "linear": (C.normal(3, 4), normal16(5, 4), normal16(5)),
+    "addmm": (C.normal(5), C.normal(3, 4), normal16(4, 5)),
+    "layer_norm": (C.normal(3, 4), normal16(4), normal16(4)),
+    "rms_norm": (C.normal(3, 4), normal16(4)),
+    "linear_cross_entropy": (C.normal(3, 4), normal16(5, 4), np.array([0, -100, 2])),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_weights_stored_in_float16(name):
+    results = []
+    for context in (evaluated_by(None), by_definition()):
+        with context:
+            arrays = [a.astype(np.float32) if a.dtype == np.float64 else a for a in HALF[name]]
+            tensors = [Tensor(a, requires_grad=True) if a.dtype.kind == "f" else a for a in arrays]
+            y = REGISTRY[name](*tensors)
+            y.backward(big(*y.shape, seed=3))
+        assert y.dtype == np.float32
+        assert all(t.grad.dtype == t.dtype for t in tensors if isinstance(t, Tensor))
+        results.append([y.data, *(t.grad for t in tensors if isinstance(t, Tensor))])
+    for a, b in zip(*results):
+        close(a.astype(np.float64), b.astype(np.float64), 2e-3 if a.dtype == np.float16 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_when_no_target_counts_both_are_nan(name):
+    arrays = [C.normal(2, 3), *([C.normal(4, 3)] if name.startswith("linear") else [])]
+    for context in (evaluated_by(None), by_definition()):
+        with context:
+            assert math.isnan(REGISTRY[name](*map(Tensor, arrays), np.array([-100, -100])).item())
+
+
+REFUSED = [
+    ("add", (np.ones((2, 3)), np.ones((2, 4))), ValueError),
+    ("mul", (np.ones(3), np.ones(4)), ValueError),
+    ("matmul", (np.ones((2, 3)), np.ones((2, 3))), ValueError),
+    ("matmul", (np.ones((2, 3, 4)), np.ones((5, 4, 2))), ValueError),
+    ("linear", (np.ones((2, 3)), np.ones((5, 4))), ValueError),
+    ("linear", (np.ones((2, 3)), np.ones((5, 3)), np.ones(3)), ValueError),
+    ("addmm", (np.ones(4), np.ones((2, 3)), np.ones((3, 5))), ValueError),
+    ("layer_norm", (np.ones((2, 3)), np.ones(4), np.ones(3)), ValueError),
+    ("rms_norm", (np.ones((2, 3)), np.ones(4)), ValueError),
+    ("scaled_dot_product_attention", [np.ones((1, h, 2, 4)) for h in (3, 2, 2)], ValueError),
+    ("scaled_dot_product_attention", [*[np.ones((1, 2, 2, 4))] * 3, np.ones((3, 3), bool)], ValueError),
+    ("cross_entropy", (np.ones((2, 3)), np.array([0, 3])), IndexError),
+    ("linear_cross_entropy", (np.ones((2, 3)), np.ones((5, 4)), np.array([0, 1])), ValueError),
+    ("linear_cross_entropy", (np.ones((2, 3)), np.ones((5, 3)), np.array([0.0, 1.0])), TypeError),
+]
+
+
+@pytest.mark.parametrize("name, arrays, error", REFUSED, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(REFUSED)])
+def test_both_refuse_the_same_in_the_same_words(name, arrays, error):
+    with pytest.raises(error, match="attention: " if "attention" in name else f"^{name}: ") as fast:
+        REGISTRY[name](*map(Tensor, arrays[:2]), *arrays[2:])
+    with by_definition(), pytest.raises(error) as plain:
+        REGISTRY[name](*map(Tensor, arrays[:2]), *arrays[2:])
+    assert str(fast.value) == str(plain.value)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def test_a_kernel_for_one_library_goes_before_the_one_for_all(xp):
+    @op
+    def twice_for_the_test(x):
+        return 2 * x, lambda g: 2 * g
+
+    try:
+        x = Tensor(xp.asarray(np.ones(2)), requires_grad=True)
+        library = "numpy" if xp is np else xp.__name__
+        for libraries, value in [((), 2), (("",), 3), (("", "another"), 3), (("", "another", library), 4)]:
+            for n, name in enumerate(libraries):
+                kernel(twice_for_the_test, name)(lambda x, n=n: ((3 + n // 2) * x, lambda g: 2 * g))
+            y = twice_for_the_test(x)
+            assert to_numpy(y.data).tolist() == [value, value] and y._node.op == "twice_for_the_test"
+            assert twice_for_the_test.definition(np.ones(1))[0] == 2
+    finally:
+        del REGISTRY["twice_for_the_test"]
