@@ -485,20 +485,18 @@ def test_it_learns_a_sequence_by_heart(dialect, rng):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(model_type="bert"), "model_type must be one of 'gpt2', 'llama', 'mistral', 'qwen2', not 'bert'"),
-        (dict(vocab_size=0), "vocab_size must be a positive integer, not 0"),
-        (dict(num_hidden_layers=2.5), "num_hidden_layers must be a positive integer, not 2.5"),
+        (dict(model_type="bert"), "model_type must be one of gpt2, llama, mistral, qwen2, got 'bert'"),
+        (dict(vocab_size=0), "vocab_size must be an integer of at least 1, got 0"),
+        (dict(num_hidden_layers=2.5), "num_hidden_layers must be an integer of at least 1, got 2.5"),
         (dict(hidden_size=10), "hidden_size 10 is not a multiple of num_attention_heads 4"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         (dict(hidden_size=12), "even head_dim, not 3"),
-        (
-            dict(num_key_value_heads=-2),
-            "num_key_value_heads must be a positive integer, or 0 for the usual one, not -2",
-        ),
-        (dict(head_dim=-4), "head_dim must be a positive integer, or 0"),
-        (dict(intermediate_size=1.5), "intermediate_size must be a positive integer, or 0"),
+        (dict(num_key_value_heads=-2), "num_key_value_heads must be an integer of at least 0, got -2"),
+        (dict(head_dim=-4), "head_dim must be an integer of at least 0, got -4"),
+        (dict(intermediate_size=1.5), "intermediate_size must be an integer of at least 0, got 1.5"),
         (dict(model_type="gpt2", num_key_value_heads=2), "as many key heads as query heads"),
-        (dict(dropout=1.0), r"dropout must lie in \[0, 1\), not 1.0"),
+        (dict(dropout=1.0), "dropout must be a number of at least 0 and below 1, got 1.0"),
+        (dict(model_type="qwen2", mlp_bias=True), "options of llama; qwen2 has none"),
     ],
 )
 def test_a_configuration_that_does_not_fit_says_why(fields, message):
