@@ -266,7 +266,7 @@ def _transpose():
 @cases("swapaxes")
 def _swapaxes():
     yield Case("ends", lambda x: F.swapaxes(x, 0, -1), (normal(2, 3, 4),))
-    yield Case("neighbours", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),))
+    yield Case("adjacent", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),))
 
 
 @cases("broadcast_to")

@@ -33,16 +33,15 @@ def check_matmul(a: Array, b: Array) -> None:
 def check_linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs: int = 1) -> None:
     """x [..., in], weight with its inputs on axis `inputs`, bias [out] or None."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[inputs]:
-        raise ValueError(
-            f"{name}: input {x.shape} does not match weight {weight.shape} (last axis must be {weight.shape[min(inputs, weight.ndim - 1)]})"
-        )
+        need = weight.shape[-inputs]
+        raise ValueError(f"{name}: input {x.shape} does not match weight {weight.shape} (last axis must be {need})")
     out = weight.shape[1 - inputs]
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"{name}: bias {bias.shape} does not match weight {weight.shape} (must be ({out},))")
 
 
 def check_ids(ids: Array, rows: int) -> None:
-    """Of an embedding of so many `rows`: integers, each one of its rows."""
+    """Integers, each the number of one of an embedding's `rows`."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, not {ids.dtype}")
     if ids.size:
@@ -65,7 +64,8 @@ def check_attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
     B, H, T, D = q.shape
     if k.shape[:3] != v.shape[:3] or k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
         raise ValueError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not match: [B, H, T, D], [B, H', S, D], [B, H', S, Dv] with H' dividing H"
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not match: "
+            "[B, H, T, D], [B, H', S, D], [B, H', S, Dv] with H' dividing H"
         )
     if mask is not None:
         want = (B, H, T, k.shape[2])
@@ -82,6 +82,7 @@ def check_targets(name: str, targets: Array, rows: tuple[int, ...], classes: int
     if targets.dtype.kind not in "iu":
         raise TypeError(f"{name}: targets must be integer class ids, not {targets.dtype}")
     real = targets[targets != ignore_index]
-    if real.size and (int(real.min().item()) < 0 or int(real.max().item()) >= classes):
-        bad = int(real.min().item()) if int(real.min().item()) < 0 else int(real.max().item())
+    low, high = (int(real.min().item()), int(real.max().item())) if real.size else (0, 0)
+    if low < 0 or (high >= classes and real.size):
+        bad = low if low < 0 else high
         raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in 0..{classes - 1} (or be {ignore_index})")
