@@ -10,6 +10,7 @@ in blocks that stay in a core's cache, spread over threads (`elementwise`, `para
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def _matmul(a, b):
     def product(a, b):
         if b.ndim == 2 and a.ndim > 1:
             return backend.matmul(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
-        with backend.one_blas_thread():
+        with one_blas_thread():
             return xp.matmul(a, b)
 
     y = product(a, b)
@@ -300,25 +301,30 @@ TILE = 1 << 19  # scores computed together, at most: several heads and batch row
 class _Attention:
     """Softmax attention over tiles of (a few batch rows) x (a block of queries); see `scaled_dot_product_attention`.
 
-    q [B, H, T, D], k [B, kv, S, D], v [B, kv, S, Dv], mask with four axes or None; out [B, H, T, Dv] is written into.
     A tile keeps its unnormalized weights E = exp(S - max S) and the reciprocal row sums 1/l. With dO' = dO / l:
         O = (E V) / l        dV = Eᵀ dO'       dS = E * (dO' Vᵀ - rowsum(dO' * O))       dQ = dS K       dK = dSᵀ Q
     which needs no normalized copy of the weights.
+
+    Arrays: q and dq [B, H, T, D]; k and dk [B, kv, S, D]; v and dv [B, kv, S, Dv]; out and its gradient [B, H, T, Dv].
+    In a tile of b rows and t queries, which together see n keys, the H/kv query heads of a key head stand one below the
+    other: queries [b, kv, H/kv * t, D], weights E [b, kv, H/kv * t, n].
     """
 
-    def __init__(self, q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float, out: Array):
-        self.q, self.k, self.v, self.out, self.scale, self.causal = q, k, v, out, scale, causal
-        self.xp = xp_of(q, k, v)
-        B, H, T, _ = q.shape
-        self.kv, S = k.shape[1], k.shape[2]
-        rows = max(1, min(TILE // max(1, H * min(T, QUERY_BLOCK) * S), -(-B // get_num_threads()))) if self.xp is np else B
-        block = QUERY_BLOCK if causal else max(1, T)
-        self.starts = list(range(0, T, block))[::-1]  # the last block sees every key, and so comes first in backward
-        self.block, self.rows = block, rows
-        self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}
+    def __init__(self, q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None):
+        check_attention(q, k, v, mask)
+        self.xp, (B, H, T, D), (_, self.kv, S, Dv) = xp_of(q, k, v, mask), q.shape, v.shape
+        self.q, self.k, self.v, self.causal, self.scale = q, k, v, causal, 1 / math.sqrt(D) if scale is None else scale
+        self.out = self.xp.empty((B, T, H, Dv), q.dtype).transpose(0, 2, 1, 3)  # merging the heads is then a free view
+        self.block = QUERY_BLOCK if causal else max(1, T)
+        self.starts = list(range(0, T, self.block))[::-1]  # the last block, which sees every key, is the first to be done
+        tile = TILE // max(1, H * min(T, QUERY_BLOCK) * S)
+        self.rows = max(1, min(tile, -(-B // get_num_threads()))) if self.xp is np else B
+        self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}  # (first row, first query) -> E, 1/l
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         self._tiles(lambda b, i: self._forward(b, i, mask))
 
-    def _tiles(self, work: Any) -> None:
+    def _tiles(self, work: Callable[[slice, int], None]) -> None:
         """work(batch rows, first query) for every tile; the tiles of one batch row run in order, in one thread."""
         B, rows = self.q.shape[0], self.rows
 
@@ -333,19 +339,22 @@ class _Attention:
         else:
             run(slice(0, 1 if B else 0))
 
+    def _ends(self, i: int) -> tuple[int, int]:
+        """Of the tile whose first query is i: the query after its last one, and how many keys that last one may see."""
+        T, S = self.q.shape[2], self.k.shape[2]
+        j = min(i + self.block, T)
+        return j, max(0, S - T + j) if self.causal else S
+
     def _queries(self, array: Array, b: slice, i: int) -> Array:
-        """A tile of an array shaped like q, its heads grouped by the key head they share: [b, kv, H/kv * t, D]."""
+        """A tile's part of an array shaped like q or out: [b, kv, H/kv * t, D or Dv]."""
         part = array[b, :, i : i + self.block]
         return part.reshape(part.shape[0], self.kv, -1, part.shape[3])
 
     def _forward(self, b: slice, i: int, mask: Array | None) -> None:
-        xp, (_, H, T, _), S = self.xp, self.q.shape, self.k.shape[2]
-        j = min(i + self.block, T)  # queries i:j
-        n = max(0, S - T + j) if self.causal else S  # keys that query j - 1 may see
-        qs = self._queries(self.q, b, i) * self.scale
-        e = xp.matmul(qs, self.k[b, :, :n].swapaxes(-1, -2))  # [b, kv, H/kv * t, n]
+        xp, (_, H, T, _), S, (j, n) = self.xp, self.q.shape, self.k.shape[2], self._ends(i)
+        e = xp.matmul(self._queries(self.q, b, i) * self.scale, self.k[b, :, :n].swapaxes(-1, -2))
         rows = e.shape[0]
-        scores = e.reshape(rows, H, j - i, n)
+        scores = e.reshape(rows, H, j - i, n)  # the same memory, one head after the other
         if self.causal and n:
             first = max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
             hidden = xp.arange(first, n)[None, :] > xp.arange(S - T + i, S - T + j)[:, None]
@@ -369,49 +378,37 @@ class _Attention:
         self.saved[b.start, i] = e, inverse
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
-        """Write the three gradients into the given arrays."""
-        xp, (_, H, T, D), S = self.xp, self.q.shape, self.k.shape[2]
+        """From the gradient g of `out`, write the three gradients into the given arrays (dk and dv hold zeros)."""
+        xp, (_, H, _, D) = self.xp, self.q.shape
 
         def work(b, i):
-            j = min(i + self.block, T)
-            n = max(0, S - T + j) if self.causal else S
+            j, n = self._ends(i)
             e, inverse = self.saved.pop((b.start, i))
             qs = self._queries(self.q, b, i) * self.scale
-            k, v = self.k[b, :, :n], self.v[b, :, :n]
             do = self._queries(g, b, i) * inverse
             delta = xp.einsum("bhtd,bhtd->bht", do, self._queries(self.out, b, i))[..., None]
-            if i == self.starts[0]:
-                xp.matmul(e.swapaxes(-1, -2), do, out=dv[b, :, :n])
-            else:
-                dv[b, :, :n] += xp.matmul(e.swapaxes(-1, -2), do)
-            ds = xp.matmul(do, v.swapaxes(-1, -2))
+            self._add_product(dv[b, :, :n], e, do, i)
+            ds = xp.matmul(do, self.v[b, :, :n].swapaxes(-1, -2))
             ds -= delta
             ds *= e
-            dqs = xp.matmul(ds, k)
+            dqs = xp.matmul(ds, self.k[b, :, :n])
             dqs *= self.scale
             dq[b, :, i:j] = dqs.reshape(-1, H, j - i, D)
-            if i == self.starts[0]:
-                xp.matmul(ds.swapaxes(-1, -2), qs, out=dk[b, :, :n])
-            else:
-                dk[b, :, :n] += xp.matmul(ds.swapaxes(-1, -2), qs)
+            self._add_product(dk[b, :, :n], ds, qs, i)
 
         self._tiles(work)
 
-
-def _attend(q, k, v, mask, causal, scale) -> _Attention:
-    """Check the arguments, and compute forward."""
-    xp, (B, H, T, D) = xp_of(q, k, v, mask), q.shape
-    check_attention(q, k, v, mask)
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out = xp.empty((B, T, H, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)  # merging the heads is then a free view
-    return _Attention(q, k, v, mask, causal, 1 / math.sqrt(D) if scale is None else scale, out)
+    def _add_product(self, total: Array, a: Array, b: Array, i: int) -> None:
+        """total += aᵀ b, over the tiles of one batch row: the first of them writes."""
+        if i == self.starts[0]:
+            self.xp.matmul(a.swapaxes(-1, -2), b, out=total)
+        else:
+            total += self.xp.matmul(a.swapaxes(-1, -2), b)
 
 
 @kernel(ops.scaled_dot_product_attention)
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
-    a = _attend(q, k, v, attn_mask, is_causal, scale)
-    memo: dict[str, Array] = {}
+    a, memo = _Attention(q, k, v, attn_mask, is_causal, scale), {}
 
     def pull(name, g):
         if not memo:
@@ -428,11 +425,10 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     """The three gradients are written straight into one array of qkv's shape, where slices would each be added to zeros."""
     B, T, d3 = qkv.shape
     heads = qkv.reshape(B, T, 3, num_heads, d3 // 3 // num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
-    a = _attend(heads[0], heads[1], heads[2], attn_mask, is_causal, None)
+    a = _Attention(heads[0], heads[1], heads[2], attn_mask, is_causal, None)
 
     def dqkv(g):
-        xp = a.xp
-        d = xp.zeros(qkv.shape, qkv.dtype)
+        d = a.xp.zeros(qkv.shape, qkv.dtype)
         parts = d.reshape(B, T, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
         a.backward(g.reshape(B, T, num_heads, -1).transpose(0, 2, 1, 3), parts[0], parts[1], parts[2])
         return d
@@ -444,7 +440,7 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 
 
 def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
-    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
+    """Of logits [N, V], targets and counts (0 or 1) [N]: (Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
 
     The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
     of the largest logit, and that absolute error in an exponent is a relative one in every probability.
@@ -467,7 +463,7 @@ def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Arr
 def _nll_gradient(
     logits: Array, targets: Array, counts: Array, divisor: tuple[Array, Array], g: Array, out: Array
 ) -> None:
-    """out = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
+    """out [N, V] = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
     xp, (rows, classes) = xp_of(logits), logits.shape
     weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
     top, scale = divisor[0], weight / divisor[1]
