@@ -17,8 +17,8 @@ import numpy as np
 
 from .. import backend
 from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_thread, parallel_rows, split_rows, xp_of
+from . import checks as check
 from . import ops
-from .checks import check_attention, check_linear, check_matmul, check_norm, check_targets
 from .ops import _rows, _widen
 from .tensor import kernel
 
@@ -148,7 +148,7 @@ def _gelu(x):
 def _matmul(a, b):
     """Products with a matrix are one product of all rows; products of a batch run in this thread."""
     xp = xp_of(a, b)
-    check_matmul(a, b)
+    check.matmul(a, b)
 
     def product(a, b):
         if b.ndim == 2 and a.ndim > 1:
@@ -180,7 +180,7 @@ def _matmul(a, b):
 def _linear(x, weight, bias=None, name="linear"):
     """Products through `backend.matmul`; a float16 weight is widened anew in backward, and not kept so."""
     transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
-    check_linear(name, x, weight, bias, inputs=1 if transposed else 0)
+    check.linear(name, x, weight, bias, inputs=1 if transposed else 0)
     xp = xp_of(x, weight, bias)
     n_out = weight.shape[0 if transposed else 1]
     x2, shape = _rows(x), x.shape  # [N, in]
@@ -223,7 +223,7 @@ def _rms_norm(x, weight, eps=1e-6):
 def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) -> tuple:
     """Both norms: layer norm subtracts means (of x, and of h in dx) and adds a bias, RMS norm does neither."""
     xp, shape, d, centered = xp_of(x, weight, bias), x.shape, x.shape[-1], bias is not None
-    check_norm(name, x, weight=weight, **({"bias": bias} if centered else {}))
+    check.norm(name, x, weight=weight, **({"bias": bias} if centered else {}))
     weight, bias = _widen(weight, x), _widen(bias, x) if centered else None
     x2 = x.reshape(-1, d)
     normed, y, rstd = xp.empty_like(x2), xp.empty_like(x2), xp.empty((x2.shape[0], 1), x.dtype)
@@ -291,7 +291,7 @@ def _rope(x, cos, sin):
         parallel_rows(xp, block, x.shape[0], x[:1].size)
         return y
 
-    return rotate(x, sin), lambda g: rotate(g, -sin), None, None
+    return rotate(x, sin), lambda g: rotate(g, -sin)
 
 
 QUERY_BLOCK = 64  # queries that are answered together; keys that causality hides from all of them are never touched
@@ -311,7 +311,7 @@ class _Attention:
     """
 
     def __init__(self, q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None):
-        check_attention(q, k, v, mask)
+        check.attention(q, k, v, mask)
         self.xp, (B, H, T, D), (_, self.kv, S, Dv) = xp_of(q, k, v, mask), q.shape, v.shape
         self.q, self.k, self.v, self.causal, self.scale = q, k, v, causal, 1 / math.sqrt(D) if scale is None else scale
         self.out = self.xp.empty((B, T, H, Dv), q.dtype).transpose(0, 2, 1, 3)  # merging the heads is then a free view
@@ -417,7 +417,7 @@ def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
             a.backward(g, memo["q"], memo["k"], memo["v"])
         return memo.pop(name)
 
-    return a.out, lambda g: pull("q", g), lambda g: pull("k", g), lambda g: pull("v", g), None, None, None
+    return a.out, lambda g: pull("q", g), lambda g: pull("k", g), lambda g: pull("v", g)
 
 
 @kernel(ops.packed_attention)
@@ -433,7 +433,7 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
         a.backward(g.reshape(B, T, num_heads, -1).transpose(0, 2, 1, 3), parts[0], parts[1], parts[2])
         return d
 
-    return a.out.transpose(0, 2, 1, 3).reshape(B, T, d3 // 3), dqkv, None, None, None
+    return a.out.transpose(0, 2, 1, 3).reshape(B, T, d3 // 3), dqkv
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -482,7 +482,7 @@ def _nll_gradient(
 def _cross_entropy(logits, targets, ignore_index=-100):
     """The pullback is computed from the logits again: no second array of their size is kept."""
     xp, shape, classes = xp_of(logits, targets), logits.shape, logits.shape[-1]
-    check_targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
+    check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
     flat, t = logits.reshape(-1, classes), targets.reshape(-1)
     counts = (t != ignore_index).astype(logits.dtype)
     t = xp.where(t == ignore_index, 0, t)
@@ -495,7 +495,7 @@ def _cross_entropy(logits, targets, ignore_index=-100):
         _nll_gradient(flat, t, counts, divisor, g / n, d.reshape(-1, classes))
         return d
 
-    return loss, dlogits, None, None
+    return loss, dlogits
 
 
 @kernel(ops.linear_cross_entropy)
@@ -505,8 +505,8 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     A 49k-word head so costs one array of [rows that count, V] instead of two of [all rows, V].
     """
     xp, (classes, width) = xp_of(hidden, weight, targets), weight.shape
-    check_linear("linear_cross_entropy", hidden, weight)
-    check_targets("linear_cross_entropy", targets, hidden.shape[:-1], classes, ignore_index)
+    check.linear("linear_cross_entropy", hidden, weight)
+    check.targets("linear_cross_entropy", targets, hidden.shape[:-1], classes, ignore_index)
     flat, t = hidden.reshape(-1, width), targets.reshape(-1)
     rows = xp.nonzero(t != ignore_index)[0]
     everything = rows.size == t.size
@@ -534,4 +534,4 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
             d.reshape(-1, width)[rows] = backend.matmul(dlogits(g), _widen(weight, h))
         return d
 
-    return loss, dhidden, lambda g: backend.matmul(dlogits(g).T, h), None, None
+    return loss, dhidden, lambda g: backend.matmul(dlogits(g).T, h)

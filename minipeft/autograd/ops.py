@@ -4,6 +4,7 @@
     def mul(a, b):
         return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
 
+An option has no pullback: None in the middle, nothing at the end.
 Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for PyTorch's `dim`. Each op works on
 arrays of any library; `op` makes it a function of Tensors. Where an input may be a Python number, its pullback is simply
 never asked for. A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
@@ -21,17 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, Rng, is_array, scatter_add, xp_of
-from .checks import (
-    check_attention,
-    check_axis,
-    check_gather,
-    check_ids,
-    check_linear,
-    check_matmul,
-    check_norm,
-    check_probability,
-    check_targets,
-)
+from . import checks as check
 from .tensor import Slice, Tensor, checkpoint, op
 
 __all__ = [
@@ -80,7 +71,7 @@ def neg(x):
 @op
 def pow(x, exponent):
     """x ** exponent, for a number `exponent` that is not differentiated."""
-    return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0), None
+    return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0)
 
 
 @op
@@ -123,13 +114,13 @@ def clip(x, minimum=None, maximum=None):
             inside &= x <= maximum
         return xp.where(inside, g, 0)
 
-    return xp.clip(x, minimum, maximum), dx, None, None
+    return xp.clip(x, minimum, maximum), dx
 
 
 @op
 def to(x, dtype):
     """x converted to another floating-point dtype (as `tensor.to(dtype)`); its gradient is converted back."""
-    return x.astype(dtype, copy=False), lambda g: g, None
+    return x.astype(dtype, copy=False), lambda g: g
 
 
 # ------------------------------------------------------------------------------------------------ elementwise, unary
@@ -237,9 +228,9 @@ def dropout(x, p, rng):
         rng: a `minipeft.backend.Rng`, whose mask depends on the row (first axis) and not on the call; or a generator of
             the array's library (`numpy.random.Generator`), which is drawn from. None, or p = 0, gives x.
     """
-    check_probability(p)
+    check.probability(p)
     if rng is None or p == 0:
-        return x, lambda g: g, None, None
+        return x, lambda g: g
     xp = xp_of(x)
     u = rng.uniform_rows(x.shape, xp) if isinstance(rng, Rng) else rng.random(x.shape, dtype=xp.float32)
     keep = u >= p
@@ -249,7 +240,7 @@ def dropout(x, p, rng):
         y *= 1 / (1 - p)
         return y
 
-    return masked(x), masked, None, None
+    return masked(x), masked
 
 
 # ------------------------------------------------------------------------------------------------------- reductions
@@ -257,7 +248,7 @@ def dropout(x, p, rng):
 
 def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-    return tuple(check_axis(a, ndim) for a in axes)
+    return tuple(check.axis(a, ndim) for a in axes)
 
 
 def _expand(g: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
@@ -269,7 +260,7 @@ def _expand(g: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
 def sum(x, axis=None, keepdims=False):
     """Sum over `axis` (all axes by default)."""
     xp, shape, axes = xp_of(x), x.shape, _axes(axis, x.ndim)
-    return x.sum(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g, axes, keepdims), shape), None, None
+    return x.sum(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g, axes, keepdims), shape)
 
 
 @op
@@ -280,8 +271,6 @@ def mean(x, axis=None, keepdims=False):
     return (
         x.mean(axis=axes, keepdims=keepdims),
         lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape),
-        None,
-        None,
     )
 
 
@@ -296,7 +285,7 @@ def max(x, axis=None, keepdims=False):
         hit /= hit.sum(axis=axes, keepdims=True)
         return hit * _expand(g, axes, keepdims)
 
-    return (y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes))), dx, None, None
+    return (y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes))), dx
 
 
 @op
@@ -309,7 +298,7 @@ def logsumexp(x, axis=-1, keepdims=False):
     y = xp.log(total) + m
     e /= total
     axes = _axes(axis, x.ndim)  # bound here: a pullback that asks x for it would keep x
-    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, axes, keepdims), None, None
+    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, axes, keepdims)
 
 
 @op
@@ -323,7 +312,7 @@ def softmax(x, axis=-1):
         d = g * y
         return d - y * d.sum(axis=axis, keepdims=True)
 
-    return y, dx, None
+    return y, dx
 
 
 @op
@@ -332,7 +321,7 @@ def log_softmax(x, axis=-1):
     xp = xp_of(x)
     y = x - x.max(axis=axis, keepdims=True)
     y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
-    return y, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True), None
+    return y, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes
@@ -343,7 +332,7 @@ def reshape(x, shape):
     """The same elements in another shape."""
     before = x.shape
     try:
-        return x.reshape(shape), lambda g: g.reshape(before), None
+        return x.reshape(shape), lambda g: g.reshape(before)
     except ValueError as error:
         raise ValueError(f"reshape: a tensor of shape {before} cannot be seen as {tuple(shape)}") from error
 
@@ -352,19 +341,19 @@ def reshape(x, shape):
 def transpose(x, axes=None):
     """The axes in another order (reversed by default); a view."""
     inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
-    return x.transpose(axes), lambda g: g.transpose(inverse), None
+    return x.transpose(axes), lambda g: g.transpose(inverse)
 
 
 @op
 def swapaxes(x, axis1, axis2):
     """Two axes exchanged; a view."""
-    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2), None, None
+    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2)
 
 
 @op
 def broadcast_to(x, shape):
     """x repeated along new or size-one axes; a view."""
-    return xp_of(x).broadcast_to(x, shape), lambda g: g, None
+    return xp_of(x).broadcast_to(x, shape), lambda g: g
 
 
 @op
@@ -374,15 +363,15 @@ def getitem(x, index):
     fancy = any(is_array(i) or isinstance(i, list) for i in parts)
     repeats = any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
     y = x[index]
-    return (y if fancy or is_array(y) else xp_of(x).asarray(y)), lambda g: Slice(index, g, repeats), None
+    return (y if fancy or is_array(y) else xp_of(x).asarray(y)), lambda g: Slice(index, g, repeats)
 
 
 @op
 def gather(x, indices, axis=-1):
     """x's elements at `indices` along `axis`, where indices has x's number of axes (torch.gather, take_along_axis)."""
     xp, shape, ndim = xp_of(x), x.shape, x.ndim
-    axis = check_axis(axis, ndim)
-    check_gather(shape, indices, axis)
+    axis = check.axis(axis, ndim)
+    check.gather(shape, indices, axis)
 
     def dx(g):  # the index arrays of every axis: `indices` itself along `axis`, positions along the others
         grid = [xp.arange(n).reshape((-1,) + (1,) * (ndim - 1 - i)) for i, n in enumerate(indices.shape)]
@@ -391,7 +380,7 @@ def gather(x, indices, axis=-1):
         xp.add.at(d, tuple(grid), g)
         return d
 
-    return xp.take_along_axis(x, indices, axis=axis), dx, None, None
+    return xp.take_along_axis(x, indices, axis=axis), dx
 
 
 @op
@@ -415,7 +404,7 @@ def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors along a new axis (torch.stack)."""
-    position = check_axis(axis, len(tensors[0].shape) + 1)
+    position = check.axis(axis, len(tensors[0].shape) + 1)
     return _cat(*[getitem(t, (slice(None),) * position + (None,)) for t in tensors], axis=position)
 
 
@@ -427,6 +416,11 @@ def _widen(w: Array, x: Array) -> Array:
     return w.astype(x.dtype) if w.dtype.itemsize == 2 and x.dtype.itemsize > 2 else w
 
 
+def _t(x: Array) -> Array:
+    """The transpose of each matrix: [..., n, m] -> [..., m, n]."""
+    return x.swapaxes(-1, -2)
+
+
 def _rows(x: Array) -> Array:
     """[..., d] -> [N, d]; unlike reshape(-1, d) also where d is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -434,24 +428,26 @@ def _rows(x: Array) -> Array:
 
 @op
 def matmul(a, b):
-    """a @ b, batched over leading axes with broadcasting. dA = g Bᵀ, dB = Aᵀ g. A vector is a row on the left, a column
-    on the right."""
-    check_matmul(a, b)
+    """a @ b, batched over leading axes with broadcasting; a vector is a row on the left, a column on the right.
+
+    dA = g Bᵀ, dB = Aᵀ g.
+    """
+    check.matmul(a, b)
     A, B = (a[None] if a.ndim == 1 else a), (b[:, None] if b.ndim == 1 else b)  # [..., n, k], [..., k, m]
     Y = A @ B  # [..., n, m]
-    y = Y.reshape(Y.shape[:-2] + (A.shape[-2:-1] if a.ndim > 1 else ()) + (B.shape[-1:] if b.ndim > 1 else ()))
-    shape, column = Y.shape, b.ndim == 1
-    return (
-        y,
-        lambda g: g.reshape(shape) @ B.swapaxes(-1, -2),
-        lambda g: A.swapaxes(-1, -2) @ g.reshape(shape) if not column else _rows(A).T @ g.reshape(-1),
-    )
+    y = Y[..., 0, :] if a.ndim == 1 else Y
+    y, shape, column = y[..., 0] if b.ndim == 1 else y, Y.shape, b.ndim == 1
+
+    def db(g):
+        return _rows(A).T @ g.reshape(-1) if column else _t(A) @ g.reshape(shape)
+
+    return y, lambda g: g.reshape(shape) @ _t(B), db
 
 
 @op
 def linear(x, weight, bias=None):
     """y = x Wᵀ + b with x [..., in], weight [out, in], bias [out] or None. dx = g W, dW = gᵀ x, db = Σ g."""
-    check_linear("linear", x, weight, bias)
+    check.linear("linear", x, weight, bias)
     w = _widen(weight, x)
     y = x @ w.T  # [..., out]
     return y if bias is None else y + bias, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g
@@ -460,7 +456,7 @@ def linear(x, weight, bias=None):
 @op
 def addmm(bias, x, weight):
     """y = b + x W with x [..., in], weight [in, out], bias [out] or None: GPT-2's `Conv1D` (torch.addmm)."""
-    check_linear("addmm", x, weight, bias, inputs=0)
+    check.linear("addmm", x, weight, bias, inputs=0)
     w = _widen(weight, x)
     y = x @ w  # [..., out]
     return y if bias is None else y + bias, lambda g: g, lambda g: g @ w.T, lambda g: _rows(x).T @ _rows(g)
@@ -470,7 +466,7 @@ def addmm(bias, x, weight):
 def embedding(ids, weight):
     """Rows of `weight` [V, d] at the integer array `ids` [...]: [..., d]. Its pullback adds each row back (scatter-add)."""
     xp = xp_of(ids, weight)
-    check_ids(ids, weight.shape[0])
+    check.ids(ids, weight.shape[0])
 
     def dw(g):
         d = xp.zeros(weight.shape, g.dtype)
@@ -494,7 +490,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
     With x̂ the normalized input and h = g * weight:  dx = (h - mean(h) - x̂ mean(h x̂)) / sqrt(var + eps).
     """
-    check_norm("layer_norm", x, weight=weight, bias=bias)
+    check.norm("layer_norm", x, weight=weight, bias=bias)
     w, b = _widen(weight, x), _widen(bias, x)
     centered = x - _mean(x)
     rstd = 1 / xp_of(x).sqrt(_mean(centered**2) + eps)  # [..., 1]
@@ -513,7 +509,7 @@ def rms_norm(x, weight, eps=1e-6):
 
     With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps).
     """
-    check_norm("rms_norm", x, weight=weight)
+    check.norm("rms_norm", x, weight=weight)
     w = _widen(weight, x)
     rstd = 1 / xp_of(x).sqrt(_mean(x * x) + eps)  # [..., 1]
     normed = x * rstd  # x̂ [..., d]
@@ -545,7 +541,7 @@ def rope(x, cos, sin):
         a, b = x[..., :half], x[..., half:]  # [B, H, T, D/2] each
         return xp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
 
-    return rotate(x, s), lambda g: rotate(g, -s), None, None
+    return rotate(x, s), lambda g: rotate(g, -s)
 
 
 @op
@@ -564,15 +560,15 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     A row that may attend to nothing gives 0 and no gradient. Departures from PyTorch: 1. is_causal aligns at the bottom
     right (PyTorch: top left). 2. A fully masked row gives 0 (PyTorch: NaN for boolean masks).
     """
-    check_attention(q, k, v, attn_mask)
+    check.attention(q, k, v, attn_mask)
     (B, H, T, D), (_, kv, S, Dv) = q.shape, v.shape
     scale = 1 / math.sqrt(D) if scale is None else scale
     Q, K, V = q.reshape(B, kv, H // kv, T, D), k[:, :, None], v[:, :, None]  # query heads beside the key head they read
-    scores = (Q @ K.swapaxes(-1, -2)).reshape(B, H, T, S) * scale
+    scores = (Q @ _t(K)).reshape(B, H, T, S) * scale
     P = _weights(scores, attn_mask, is_causal).reshape(B, kv, H // kv, T, S)
 
     def dS(dO):  # through the softmax and the scale, of dO [B, kv, H/kv, T, Dv]
-        dP = dO @ V.swapaxes(-1, -2)  # [B, kv, H/kv, T, S]
+        dP = dO @ _t(V)  # [B, kv, H/kv, T, S]
         return P * (dP - (P * dP).sum(axis=-1, keepdims=True)) * scale
 
     def grouped(g):
@@ -581,11 +577,8 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     return (
         (P @ V).reshape(B, H, T, Dv),
         lambda g: (dS(grouped(g)) @ K).reshape(B, H, T, D),
-        lambda g: (dS(grouped(g)).swapaxes(-1, -2) @ Q).sum(axis=2),  # over the query heads that share the key head
-        lambda g: (P.swapaxes(-1, -2) @ grouped(g)).sum(axis=2),
-        None,
-        None,
-        None,
+        lambda g: (_t(dS(grouped(g))) @ Q).sum(axis=2),  # over the query heads that share the key head
+        lambda g: (_t(P) @ grouped(g)).sum(axis=2),
     )
 
 
@@ -617,7 +610,7 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
         heads = g.reshape(B, T, num_heads, D).swapaxes(1, 2)
         return xp.concatenate([merged(pullback(heads)) for pullback in pullbacks[:3]], axis=-1)
 
-    return merged(y), dqkv, None, None, None
+    return merged(y), dqkv
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -631,12 +624,12 @@ def cross_entropy(logits, targets, ignore_index=-100):
     Pullback: (softmax - onehot) / n, in the n rows that count.
     """
     xp, classes = xp_of(logits, targets), logits.shape[-1]
-    check_targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
+    check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
     counts = (targets != ignore_index)[..., None]  # [..., 1]
     onehot = counts & (targets[..., None] == xp.arange(classes))  # [..., V]
     n = int(counts.sum().item()) or math.nan
     log_p, *_ = log_softmax.definition(logits)
-    return -xp.where(onehot, log_p, 0).sum() / n, lambda g: (xp.exp(log_p) * counts - onehot) * (g / n), None, None
+    return -xp.where(onehot, log_p, 0).sum() / n, lambda g: (xp.exp(log_p) * counts - onehot) * (g / n)
 
 
 @op
@@ -645,11 +638,11 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
 
     hidden [..., d], weight [V, d], targets [...]. The chain rule, once: its kernel needs a fraction of the memory.
     """
-    check_linear("linear_cross_entropy", hidden, weight)
-    check_targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index)
+    check.linear("linear_cross_entropy", hidden, weight)
+    check.targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index)
     logits, dhidden, dweight, _ = linear.definition(hidden, weight)
     loss, dlogits, *_ = cross_entropy.definition(logits, targets, ignore_index)
-    return loss, lambda g: dhidden(dlogits(g)), lambda g: dweight(dlogits(g)), None, None
+    return loss, lambda g: dhidden(dlogits(g)), lambda g: dweight(dlogits(g))
 
 
 # --------------------------------------------------------------------------------------- the operators of a Tensor

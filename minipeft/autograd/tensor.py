@@ -1,7 +1,7 @@
 """The engine: tensors, the graph that an expression leaves behind, and the walk back through it.
 
 An op is a plain function on arrays that returns its value and, for each positional input, one *pullback*: a function
-from dL/dy to dL/dx_i (None for an input that has no derivative).
+from dL/dy to dL/dx_i (None, or at the end nothing, for an input that has no derivative).
 
     @op
     def mul(a, b):
@@ -30,6 +30,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
 from operator import attrgetter
 from typing import Any
 
@@ -149,7 +150,7 @@ def op(definition: Callable) -> Callable:
         result.data, result.grad, result._node, result.requires_grad = value, None, None, False
         if _mode.enabled:
             edges = []
-            for a, pullback in zip(args, pullbacks):
+            for a, pullback in zip_longest(args, pullbacks):
                 if isinstance(a, Tensor) and a.requires_grad:
                     if pullback is None:
                         raise AutogradError(f"{name}: the input of shape {a.shape} has no derivative in this op")
