@@ -181,7 +181,11 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         get_num_threads()  # which sets BLAS's number of threads too
         step = max(1, LARGE_FACTOR // max(1, k))  # its threads do not share one vector's product with a huge matrix
         for i in range(0, m, step):
-            _product(a, b[:, i : i + step], out[:, i : i + step])
+            factor, part = b[:, i : i + step], out[:, i : i + step]
+            if n > 1 and factor.flags.f_contiguous:  # x Wᵀ: its transpose, W xᵀ, BLAS computes in half of the time
+                part[...] = np.matmul(factor.T, a.T).T
+            else:
+                np.matmul(a, factor, out=part)
         return out
     if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= SHORT_SIDE:
         return np.matmul(a, b, out=out)
@@ -193,14 +197,6 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         else:
             split_rows(lambda s: np.matmul(a, b[:, s], out=out[:, s]), m, SPLIT)
     return out
-
-
-def _product(a: Array, b: Array, out: Array) -> None:
-    """out = a @ b of few rows; of x Wᵀ the transpose, W xᵀ, which BLAS computes in half of the time."""
-    if a.shape[0] > 1 and b.flags.f_contiguous:
-        out[...] = np.matmul(b.T, a.T).T
-    else:
-        np.matmul(a, b, out=out)
 
 
 # ----------------------------------------------------------------------------------------------------------- random
