@@ -43,16 +43,10 @@ class GradcheckError(AssertionError):
     not about one element (a gradient of the wrong shape, say).
     """
 
-    def __init__(
-        self,
-        message: str,
-        name: str = "",
-        input: int | str | None = None,
-        index: tuple[int, ...] | None = None,
-        pullback: float | None = None,
-        difference: float | None = None,
-        tolerance: float | None = None,
-    ):
+    input: int | str | None
+    index: tuple[int, ...] | None
+
+    def __init__(self, message: str, name: str = "", input=None, index=None, pullback=None, difference=None, tolerance=None):
         super().__init__(message)
         self.name, self.input, self.index = name, input, index
         self.pullback, self.difference, self.tolerance = pullback, difference, tolerance
@@ -218,12 +212,8 @@ def _pull_back(
         g = np.zeros(x.shape) if x.grad is None else to_numpy(x.grad)
         x.grad = None
         if g.shape != x.shape or g.dtype != x.dtype:
-            raise GradcheckError(
-                f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, "
-                f"the input is {x.dtype} of shape {x.shape}",
-                name,
-                i,
-            )
+            message = f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, the input {x.dtype} of {x.shape}"
+            raise GradcheckError(message, name, i)
         if not np.isfinite(g).all():
             index = tuple(int(n) for n in np.argwhere(~np.isfinite(g))[0])
             message = f"{name}: the gradient of input {i} is {g[index]} at {index}"

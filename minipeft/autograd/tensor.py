@@ -134,16 +134,13 @@ def op(definition: Callable) -> Callable:
         for a in args:
             arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
         form = forms[""] if len(forms) == 1 else forms.get(xp_of(*arrays).__name__, forms[""])
+        if _mode.evaluate is not None:
+            form = functools.partial(_mode.evaluate, name)
         try:
-            if _mode.evaluate is None:
-                value, *pullbacks = form(*arrays, **options)
-            else:
-                value, *pullbacks = _mode.evaluate(name, *arrays, **options)
+            value, *pullbacks = form(*arrays, **options)
         except (TypeError, ValueError) as error:
-            explanation = _explanation(name, arrays, str(error))
-            if explanation is None:
-                raise
-            raise explanation from error
+            _explain(name, arrays, error)
+            raise
         if isinstance(value, (np.generic, float, int)):  # NumPy's reductions give scalars where a device gives 0-d arrays
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)
@@ -180,16 +177,13 @@ def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
     return register
 
 
-def _explanation(name: str, arrays: list, message: str) -> ValueError | None:
-    """What went wrong in an op, in its terms: a library's own message names neither the op nor, always, the shapes.
-
-    Raises BackendError where the arrays are of two libraries.
-    """
+def _explain(name: str, arrays: list, error: Exception) -> None:
+    """Raise what an array library's error means: BackendError for arrays of two libraries; shapes that do not match."""
     xp_of(*arrays)
     shapes = [str(a.shape) for a in arrays if is_array(a)]
-    if "could not be broadcast" not in message or len(shapes) < 2:
-        return None
-    return ValueError(f"{name}: shapes {', '.join(shapes[:-1])} and {shapes[-1]} cannot be broadcast together")
+    if "could not be broadcast" in str(error) and len(shapes) > 1:
+        both = f"{', '.join(shapes[:-1])} and {shapes[-1]}"
+        raise ValueError(f"{name}: shapes {both} cannot be broadcast together") from error
 
 
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
