@@ -5,8 +5,8 @@ its library from the arrays it is given (`xp = xp_of(x)`), so the same line comp
 copied between host and device unless `to_numpy` or `asarray` says so.
 
 On the CPU the work of an operation is cut into blocks of rows small enough to stay in a core's cache, and the blocks
-are spread over a few threads (`parallel_rows`; the threads themselves are in `threads`). The assignment of rows to blocks
-depends on shapes only, so results do not depend on timing.
+are spread over a few threads (`parallel_rows`; the threads themselves are in `threads`). The assignment of rows to
+blocks depends on shapes only, so results do not depend on timing.
 """
 
 from __future__ import annotations

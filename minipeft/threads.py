@@ -1,7 +1,7 @@
 """How the CPU computes: with how many threads, which of them multiply matrices, and what becomes of freed memory.
 
-NumPy releases the interpreter lock while it computes, so threads of Python share the work of one operation: `split_rows`
-gives each thread one part. BLAS has threads of its own; inside `one_blas_thread` they stand back.
+NumPy releases the interpreter lock while it computes, so threads of Python share the work of one operation:
+`split_rows` gives each thread one part. BLAS has threads of its own; inside `one_blas_thread` it uses one.
 """
 
 from __future__ import annotations

@@ -23,13 +23,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def threads():
-    before = backend.get_num_threads()
-    yield backend.set_num_threads
-    backend.set_num_threads(before)
-
-
 # --------------------------------------------------------------------------------------------------------- library
 
 

@@ -14,7 +14,6 @@ import pytest
 import strict_device
 
 import minipeft
-from minipeft import backend
 from minipeft import functional as F
 from minipeft.autograd import cases as C
 from minipeft.autograd.gradcheck import GradcheckError, check_parameters, gradcheck
@@ -313,68 +312,8 @@ def test_the_same_numbers_on_a_device_and_from_run_to_run(case, xp):
             close(a, b, 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- threads
-
-
-@pytest.fixture
-def threads():
-    before = backend.get_num_threads()
-    yield backend.set_num_threads
-    backend.set_num_threads(before)
-
-
 def big(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-ANGLES = big(1, 32, 32)
-ROWS = {  # elementwise or row by row: bit-equal whatever the number of threads
-    "add": (F.add, big(700, 300), big(700, 300, seed=1)),
-    "mul": (F.mul, big(700, 300), big(700, 300, seed=1)),
-    "gelu": (F.gelu, big(700, 300)),
-    "silu": (F.silu, big(700, 300)),
-    "swiglu": (F.swiglu, big(700, 300), big(700, 300, seed=1)),
-    "dropout": (lambda a: F.dropout(a, 0.3, Rng(3)), big(700, 300)),
-    "rope": (lambda a: F.rope(a, np.cos(ANGLES), np.sin(ANGLES)), big(8, 32, 32, 64)),
-    "log_softmax": (F.log_softmax, big(700, 300)),
-}
-SUMS = {  # sums over rows and matrix products: equal to rounding
-    "layer_norm": (F.layer_norm, big(700, 300), big(300), big(300, seed=1)),
-    "rms_norm": (F.rms_norm, big(700, 300), big(300)),
-    "linear": (F.linear, big(700, 300), big(200, 300) / 20, big(200)),
-    "attention": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        *(big(5, 4, 130, 16, seed=s) for s in range(3)),
-    ),
-    "packed_attention": (lambda x: F.packed_attention(x, 4), big(5, 130, 192)),
-    "cross_entropy": (lambda x: F.cross_entropy(x, np.arange(700) % 300), big(700, 300)),
-    "linear_cross_entropy": (lambda x, w: F.linear_cross_entropy(x, w, np.arange(700) % 300), big(700, 64), big(300, 64) / 8),
-    "embedding": (lambda w: F.embedding(np.arange(4000) % 37, w), big(37, 64)),
-}
-
-
-def forward_backward(fn, arrays):
-    tensors = [Tensor(a, requires_grad=True) for a in arrays]
-    y = fn(*tensors)
-    y.backward(big(*y.shape, seed=9) if y.shape else None)
-    return [y.data, *(t.grad for t in tensors)]
-
-
-@pytest.mark.parametrize("name", [*ROWS, *SUMS])
-def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_for_bit(name, threads):
-    fn, *arrays = {**ROWS, **SUMS}[name]
-    results = {}
-    for n in (1, 2, 3):
-        threads(n)
-        results[n] = forward_backward(fn, arrays)
-        for a, b in zip(forward_backward(fn, arrays), results[n]):
-            np.testing.assert_array_equal(a, b)
-    for n in (2, 3):
-        for a, b in zip(results[n], results[1]):
-            if name in ROWS:
-                np.testing.assert_array_equal(a, b)
-            else:
-                close(a, b, 2e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- attention

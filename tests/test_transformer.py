@@ -307,7 +307,8 @@ STATE = {
 @dialects
 def test_state_dict_has_the_names_and_orientation_of_hugging_face(dialect):
     rows = [row.split() for row in STATE[dialect].replace("\n", ";").split(";")]
-    expected, fields = {name: tuple(map(int, shape)) for name, *shape in rows}, dict(num_hidden_layers=1, intermediate_size=64)
+    expected = {name: tuple(map(int, shape)) for name, *shape in rows}
+    fields = dict(num_hidden_layers=1, intermediate_size=64)
     tied = Transformer(config(dialect, **fields), seed=None)
     assert {path: a.shape for path, a in tied.state_dict().items()} == expected
     untied = Transformer(config(dialect, tie_word_embeddings=False, **fields), seed=None)

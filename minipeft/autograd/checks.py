@@ -15,7 +15,9 @@ def axis(axis: int, ndim: int) -> int:
 def gather(shape: tuple[int, ...], indices: Array, axis: int) -> None:
     """Indices have x's shape on every other axis."""
     if indices.shape[:axis] != shape[:axis] or indices.shape[axis + 1 :] != shape[axis + 1 :]:
-        raise ValueError(f"gather: indices of shape {indices.shape} must equal x's shape {shape} on every axis but {axis}")
+        raise ValueError(
+            f"gather: indices of shape {indices.shape} must equal x's shape {shape} on every axis but {axis}"
+        )
 
 
 def probability(p: float) -> None:
@@ -78,11 +80,13 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
 def targets(name: str, targets: Array, rows: tuple[int, ...], classes: int, ignore_index: int) -> None:
     """One integer class id in 0..classes-1 (or ignore_index) for each row of logits."""
     if targets.shape != rows:
-        raise ValueError(f"{name}: targets of shape {targets.shape} must have the shape {rows}, one class id per row of logits")
+        raise ValueError(
+            f"{name}: targets of shape {targets.shape} must have the shape {rows}, one class id per row of logits"
+        )
     if targets.dtype.kind not in "iu":
         raise TypeError(f"{name}: targets must be integer class ids, not {targets.dtype}")
     real = targets[targets != ignore_index]
     low, high = (int(real.min().item()), int(real.max().item())) if real.size else (0, 0)
     if low < 0 or (high >= classes and real.size):
-        bad = low if low < 0 else high
-        raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in 0..{classes - 1} (or be {ignore_index})")
+        bad, allowed = low if low < 0 else high, f"0..{classes - 1} (or be {ignore_index})"
+        raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in {allowed}")

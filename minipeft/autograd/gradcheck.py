@@ -46,7 +46,9 @@ class GradcheckError(AssertionError):
     input: int | str | None
     index: tuple[int, ...] | None
 
-    def __init__(self, message: str, name: str = "", input=None, index=None, pullback=None, difference=None, tolerance=None):
+    def __init__(
+        self, message: str, name: str = "", input=None, index=None, pullback=None, difference=None, tolerance=None
+    ):
         super().__init__(message)
         self.name, self.input, self.index = name, input, index
         self.pullback, self.difference, self.tolerance = pullback, difference, tolerance
@@ -199,7 +201,7 @@ def _pull_back(
     for x in inputs.values():
         x.grad = None
     y = evaluate()
-    found: dict[int | str, np.ndarray] = {}
+    gradients: dict[int | str, np.ndarray] = {}
     if y.requires_grad:  # otherwise the result does not depend on these inputs, or fn has cut the graph
         value = to_numpy(y.data).copy()
         cotangent = asarray(w.astype(value.dtype), xp_of(y.data))
@@ -212,14 +214,14 @@ def _pull_back(
         g = np.zeros(x.shape) if x.grad is None else to_numpy(x.grad)
         x.grad = None
         if g.shape != x.shape or g.dtype != x.dtype:
-            message = f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, the input {x.dtype} of {x.shape}"
-            raise GradcheckError(message, name, i)
+            found = f"the gradient of input {i} is {g.dtype} of shape {g.shape}"
+            raise GradcheckError(f"{name}: {found}, the input is {x.dtype} of shape {x.shape}", name, i)
         if not np.isfinite(g).all():
             index = tuple(int(n) for n in np.argwhere(~np.isfinite(g))[0])
             message = f"{name}: the gradient of input {i} is {g[index]} at {index}"
             raise GradcheckError(message, name, i, index, float(g[index]))
-        found[i] = g
-    return found
+        gradients[i] = g
+    return gradients
 
 
 def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np.ndarray) -> _Difference:

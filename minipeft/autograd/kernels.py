@@ -1,10 +1,11 @@
-"""The room of kernels: faster forms of definitions in `ops`, in cache-sized blocks, on several threads, or in less memory.
+"""Kernels: faster forms of definitions in `ops`, in cache-sized blocks, on several threads, or in less memory.
 
-Each takes its definition's arguments, checks them as it does, and equals it in value and gradients to rounding, which
-tests/test_kernels.py holds. They work on arrays of every library; on a device a "block" is the whole.
+Each takes its definition's arguments, checks them as it does, and equals it in value and gradients to rounding:
+tests/test_kernels.py compares them. They work on arrays of every library; on a device a "block" is the whole.
 
-NumPy's matrix products are as fast as any; what is left to gain is the time of passes through memory. So large work runs
-in blocks that stay in a core's cache, spread over threads (`elementwise`, `parallel_rows`), with `out=` and few temporaries.
+NumPy's matrix products are as fast as any; what is left to gain is the time of passes through memory. So large work
+runs in blocks that stay in a core's cache, spread over threads (`elementwise`, `parallel_rows`), with `out=` and few
+temporaries.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def _mul(a, b):
 
 def _large(name: str, a: Array, b: Array) -> Array:
     """fn(a, b), on several threads where both are large: fewer elements are done before another thread is awake."""
-    fn = getattr(xp_of(a, b), name)
-    if type(a) is type(b) is np.ndarray and a.shape == b.shape and a.size >= 4 * SPLIT and a.dtype.kind == b.dtype.kind == "f":
+    fn, arrays = getattr(xp_of(a, b), name), type(a) is type(b) is np.ndarray
+    if arrays and a.shape == b.shape and a.size >= 4 * SPLIT and a.dtype.kind == b.dtype.kind == "f":
         return elementwise(lambda out, x, y: fn(x, y, out=out), a, b)
     return fn(a, b)
 
@@ -316,7 +317,7 @@ class _Attention:
         self.q, self.k, self.v, self.causal, self.scale = q, k, v, causal, 1 / math.sqrt(D) if scale is None else scale
         self.out = self.xp.empty((B, T, H, Dv), q.dtype).transpose(0, 2, 1, 3)  # merging the heads is then a free view
         self.block = QUERY_BLOCK if causal else max(1, T)
-        self.starts = list(range(0, T, self.block))[::-1]  # the last block, which sees every key, is the first to be done
+        self.starts = list(range(0, T, self.block))[::-1]  # the last block, which sees every key, is done first
         tile = TILE // max(1, H * min(T, QUERY_BLOCK) * S)
         self.rows = max(1, min(tile, -(-B // get_num_threads()))) if self.xp is np else B
         self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}  # (first row, first query) -> E, 1/l
@@ -422,7 +423,7 @@ def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
 
 @kernel(ops.packed_attention)
 def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
-    """The three gradients are written straight into one array of qkv's shape, where slices would each be added to zeros."""
+    """The three gradients are written straight into one array of qkv's shape; slices would each be added to zeros."""
     B, T, d3 = qkv.shape
     heads = qkv.reshape(B, T, 3, num_heads, d3 // 3 // num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
     a = _Attention(heads[0], heads[1], heads[2], attn_mask, is_causal, None)
@@ -440,8 +441,9 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 
 
 def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Of logits [N, V], targets and counts (0 or 1) [N]: (Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
+    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
 
+    logits are [N, V], targets and counts (0 or 1) [N].
     The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
     of the largest logit, and that absolute error in an exponent is a relative one in every probability.
     """

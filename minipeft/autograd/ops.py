@@ -6,11 +6,11 @@
 
 An option has no pullback: None in the middle, nothing at the end.
 Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for PyTorch's `dim`. Each op works on
-arrays of any library; `op` makes it a function of Tensors. Where an input may be a Python number, its pullback is simply
-never asked for. A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
+arrays of any library; `op` makes it a function of Tensors. An input may be a Python number: its pullback is not called.
+A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
 
-These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory, which
-compute in their place; each is tested to equal its definition here. `minipeft.functional` is this module.
+These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
+which compute in their place; each is tested to equal its definition here. `minipeft.functional` is this module.
 """
 
 from __future__ import annotations
@@ -555,7 +555,7 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
         is_causal: query t sees the keys s <= t + (S - T): aligned at the bottom right, so that a cache of S - T earlier
             positions is seen whole. May be combined with a mask.
 
-    With P the weights and O = P V:  dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - Σ_s P dP), dQ = dS K, dK = dSᵀ Q (times scale).
+    With P the weights and O = P V:  dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - Σ_s P dP) * scale, dQ = dS K, dK = dSᵀ Q.
 
     A row that may attend to nothing gives 0 and no gradient. Departures from PyTorch: 1. is_causal aligns at the bottom
     right (PyTorch: top left). 2. A fully masked row gives 0 (PyTorch: NaN for boolean masks).
@@ -600,15 +600,15 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     """Attention that takes GPT-2's fused projection: qkv [B, T, 3d] -> [B, T, d], heads side by side in each d."""
     (B, T, d3), xp = qkv.shape, xp_of(qkv)
     d, D = d3 // 3, d3 // 3 // num_heads
-    q, k, v = (qkv[..., i * d : (i + 1) * d].reshape(B, T, num_heads, D).swapaxes(1, 2) for i in range(3))  # [B, H, T, D]
-    y, *pullbacks = scaled_dot_product_attention.definition(q, k, v, attn_mask, is_causal)
+    heads = [qkv[..., i * d : (i + 1) * d].reshape(B, T, num_heads, D).swapaxes(1, 2) for i in range(3)]
+    y, *pullbacks = scaled_dot_product_attention.definition(*heads, attn_mask, is_causal)  # of q, k, v [B, H, T, D]
 
     def merged(a):  # [B, H, T, D] -> [B, T, d]
         return a.swapaxes(1, 2).reshape(B, T, d)
 
     def dqkv(g):
-        heads = g.reshape(B, T, num_heads, D).swapaxes(1, 2)
-        return xp.concatenate([merged(pullback(heads)) for pullback in pullbacks[:3]], axis=-1)
+        split = g.reshape(B, T, num_heads, D).swapaxes(1, 2)
+        return xp.concatenate([merged(pullback(split)) for pullback in pullbacks], axis=-1)
 
     return merged(y), dqkv
 

@@ -88,7 +88,7 @@ def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
 
 
 class Node:
-    """One application of an op: for each input that needs a gradient, where the gradient goes and how it is computed."""
+    """One application of an op: where the gradient of each input that needs one goes, and how it is computed."""
 
     __slots__ = ("edges", "op")
 
@@ -141,7 +141,7 @@ def op(definition: Callable) -> Callable:
         except (TypeError, ValueError) as error:
             _explain(name, arrays, error)
             raise
-        if isinstance(value, (np.generic, float, int)):  # NumPy's reductions give scalars where a device gives 0-d arrays
+        if isinstance(value, (np.generic, float, int)):  # where a device gives 0-d arrays, NumPy gives scalars
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)
         result.data, result.grad, result._node, result.requires_grad = value, None, None, False
@@ -223,8 +223,8 @@ def _sorted(root: Node) -> list[Node]:
 def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Slice, bool], None]) -> None:
     """Walk from `root` back to the leaves, handing each leaf its gradients through `deliver(leaf, g, is_new)`.
 
-    `is_new` says that nobody else holds the array. Memory is freed on the way: a node's gradient leaves `pending` before
-    its pullbacks run, an edge leaves `edges` when its pullback runs, and with the edge goes what only that pullback kept.
+    `is_new` says that nobody else holds the array. Memory is freed on the way: a node's gradient leaves `pending`
+    before its pullbacks run, an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
     """
     order = _sorted(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (gradient, may we write into it)
@@ -360,9 +360,9 @@ class Tensor:
         return format(self._number(f"the format {spec!r}"), spec) if spec else str(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """For `np.asarray(tensor)`: the values, of a tensor in host memory that requires no gradient (as PyTorch has it)."""
+        """For `np.asarray(tensor)`: the values of a tensor in host memory that requires no gradient, as in PyTorch."""
         if self.requires_grad:
-            raise AutogradError("NumPy would lose the graph of a tensor that requires gradients: use tensor.detach() or .data")
+            raise AutogradError("NumPy would lose the graph of a tensor that requires gradients: use tensor.detach()")
         if xp_of(self.data) is not np:
             raise TypeError("NumPy would move a tensor from its device to the host unasked: use tensor.numpy()")
         return np.array(self.data, dtype, copy=copy)
@@ -450,11 +450,11 @@ def _as_leaves(tensors: list[Tensor]) -> Iterator[None]:
 
 
 def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
-    """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is thrown away and computed again in backward.
+    """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is dropped, and computed again in backward.
 
-    One recomputation serves all inputs. `parameters` are the tensors that `fn` uses and that are not among its arguments.
-    `fn` must compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training Deep
-    Nets with Sublinear Memory Cost" (arXiv:1604.06174).
+    One recomputation serves all inputs. `parameters` are the tensors that `fn` uses and that are not its arguments.
+    `fn` must compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training
+    Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
     """
     with no_grad():
         value = fn(*inputs).data

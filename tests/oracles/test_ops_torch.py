@@ -225,8 +225,9 @@ CASES = {
         F.matmul,
         torch.matmul,
         [
-            (normal(*map(int, a)), normal(*map(int, b), seed=1))
-            for a, b in (pair.split() for pair in "34 45|4 45|34 4|4 4|234 45|34 245|2134 546|234 4|4 245|234 245".split("|"))
+            (normal(*a), normal(*b, seed=1))
+            for a in ((4,), (3, 4), (2, 3, 4), (2, 1, 3, 4))
+            for b in ((4,), (4, 5), (2, 4, 5), *([(5, 4, 6)] if len(a) == 4 else []))
         ],
     ),
     "linear": table(
