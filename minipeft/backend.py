@@ -1,43 +1,49 @@
-"""Which array library computes, on which device, with how many threads, from which random stream.
+"""Which array library computes, on which device, in which blocks of work, from which random stream.
 
 Everything above this file is written against "an array library": NumPy on the CPU, CuPy on a GPU. A function takes
 its library from the arrays it is given (`xp = xp_of(x)`), so the same line computes on either, and nothing is ever
 copied between host and device unless `to_numpy` or `asarray` says so.
 
 On the CPU the work of an operation is cut into blocks of rows small enough to stay in a core's cache, and the blocks
-are spread over a few threads (`parallel_rows`): NumPy releases the interpreter lock while it computes. The assignment
-of rows to blocks depends on shapes only, so results do not depend on timing.
+are spread over a few threads (`parallel_rows`; the threads themselves are in `threads`). The assignment of rows to
+blocks depends on shapes only, so results do not depend on timing.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import copy_context
-from itertools import pairwise
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from .threads import SPLIT, BackendError, get_num_threads, one_blas_thread, split_rows
+from .threads import run_tasks as run_tasks
+from .threads import set_num_threads as set_num_threads
+
 Array = Any  # numpy.ndarray, cupy.ndarray, or any array type whose top-level module offers NumPy's functions
-
-
-class BackendError(RuntimeError):
-    """The array library or device that was asked for cannot be used, or arrays of two devices were mixed."""
 
 
 # ---------------------------------------------------------------------------------------------------------- library
 
 
+@functools.cache
+def _library(kind: type) -> ModuleType | None:
+    """The array library of a type of arrays; None for every other type (Python's and NumPy's scalars among them)."""
+    if issubclass(kind, np.ndarray):
+        return np
+    if all(hasattr(kind, name) for name in ("dtype", "strides", "get")):
+        return sys.modules[kind.__module__.partition(".")[0]]
+    return None
+
+
 def is_array(value: object) -> bool:
     """True for an array of any library (not for Python or NumPy scalars)."""
-    return isinstance(value, np.ndarray) or (hasattr(value, "dtype") and hasattr(value, "strides") and hasattr(value, "get"))
+    return _library(type(value)) is not None
 
 
 def xp_of(*arrays: Array) -> ModuleType:
@@ -45,24 +51,17 @@ def xp_of(*arrays: Array) -> ModuleType:
 
     Arguments that are not arrays (None, Python scalars) are ignored. Raises BackendError when two libraries meet.
     """
-    found: type | None = None
+    found = None
     for array in arrays:
-        kind = type(array)
-        if kind is found or not is_array(array):
-            continue
-        if found is not None and _module_name(kind) != _module_name(found):
+        library = _library(type(array))
+        if found is None:
+            found = library
+        elif library is not None and library is not found:
             raise BackendError(
-                f"arrays of two libraries meet in one operation ({_module_name(found)} and {_module_name(kind)}); "
+                f"arrays of two libraries meet in one operation ({found.__name__} and {library.__name__}); "
                 "move one of them explicitly with minipeft.backend.to_numpy or minipeft.backend.asarray"
             )
-        found = kind
-    if found is None or issubclass(found, np.ndarray):
-        return np
-    return sys.modules[_module_name(found)]
-
-
-def _module_name(kind: type) -> str:
-    return "numpy" if issubclass(kind, np.ndarray) else kind.__module__.partition(".")[0]
+    return found or np
 
 
 def get_backend(name: str | None = None) -> ModuleType:
@@ -120,118 +119,12 @@ def scatter_add(out: Array, ids: Array, rows: Array) -> None:
     out[sorted_ids[starts]] += np.add.reduceat(rows[order], starts, axis=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- threads
+# ------------------------------------------------------------------------------------------------------------ blocks
 
 BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
-SPLIT = 1 << 17  # below so many elements, waking a thread costs more than it saves
 SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 23  # multiplications of a matrix product; see `matmul`
 SHORT_SIDE, FEW_ROWS, LARGE_FACTOR = 512, 64, 1 << 22
-
-_lock = threading.Lock()
-_threads = 0  # 0: not decided yet
-_pool: ThreadPoolExecutor | None = None
-_blas: list | None = None  # threadpoolctl's controllers of the BLAS that NumPy calls
-_inside = threading.local()  # .pool: this thread is one of the pool's
-_regions = 0  # how many callers are inside `one_blas_thread`
-_blas_threads: list[int] = []  # what BLAS used before the first of them
-
-
-def get_num_threads() -> int:
-    """How many threads the CPU operations use (default: the environment variable MINIPEFT_THREADS, or every core)."""
-    global _threads
-    if not _threads:
-        asked = os.environ.get("MINIPEFT_THREADS")
-        if asked is None:
-            _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        elif asked.isdigit() and int(asked) > 0:
-            set_num_threads(int(asked))
-        else:
-            raise BackendError(f"MINIPEFT_THREADS={asked!r} is not a number of threads; give an integer of at least 1")
-    return _threads
-
-
-def set_num_threads(n: int) -> None:
-    """Use `n` threads in every CPU operation from now on, BLAS products included."""
-    global _threads, _pool, _blas_threads
-    if not isinstance(n, int) or n < 1:
-        raise BackendError(f"the number of threads must be an integer of at least 1, not {n!r}")
-    with _lock:
-        _threads = n
-        _pool = None  # not shut down: another thread may be about to use it, and it ends when nobody holds it
-        if _regions:  # somebody is inside `one_blas_thread`: this is what they will go back to
-            _blas_threads = [n] * len(_blas_controllers())
-        else:
-            for blas in _blas_controllers():
-                blas.set_num_threads(n)
-
-
-def _blas_controllers() -> list:
-    global _blas
-    if _blas is None:
-        from threadpoolctl import ThreadpoolController
-
-        found = [c for c in ThreadpoolController().lib_controllers if c.user_api == "blas"]
-        _blas = [c for c in found if "numpy" in c.filepath] or found
-    return _blas
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Inside, each BLAS product runs in its calling thread, for work that is itself spread over threads; then as before."""
-    global _regions, _blas_threads
-    with _lock:
-        _regions += 1
-        if _regions == 1:
-            _blas_threads = [blas.num_threads for blas in _blas_controllers()]
-            for blas in _blas_controllers():
-                blas.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _regions -= 1
-            if _regions == 0:
-                for blas, threads in zip(_blas_controllers(), _blas_threads):
-                    blas.set_num_threads(threads)
-
-
-def _enter_pool() -> None:
-    _inside.pool = True
-
-
-def _after_fork() -> None:
-    """A forked process has none of its parent's threads, and perhaps a lock that one of them held."""
-    global _pool, _lock, _regions
-    _pool, _lock, _regions = None, threading.Lock(), 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def run_tasks(tasks: list[Callable[[], None]]) -> None:
-    """Run the tasks, one a thread, and return when all have ended; the first exception, in task order, is raised.
-
-    `numpy.errstate` of the caller holds in every task. A task's own tasks run in its thread: if they waited for a free
-    thread, threads that wait for each other could use up the pool.
-    """
-    global _pool
-    if len(tasks) == 1 or getattr(_inside, "pool", False):
-        for task in tasks:
-            task()
-        return
-    workers = max(1, get_num_threads() - 1)
-    with _lock:
-        pool = _pool = _pool or ThreadPoolExecutor(workers, "minipeft", initializer=_enter_pool)
-    futures = [pool.submit(copy_context().run, task) for task in tasks[1:]]
-    try:
-        tasks[0]()
-    finally:
-        for future in futures:
-            future.exception()  # wait, also when the first task failed: the others write into shared arrays
-    for future in futures:
-        future.result()
 
 
 def parallel_rows(xp: ModuleType, block: Callable[[slice], None], rows: int, row_size: int) -> None:
@@ -254,13 +147,6 @@ def parallel_rows(xp: ModuleType, block: Callable[[slice], None], rows: int, row
     split_rows(run, rows, rows * row_size)
 
 
-def split_rows(run: Callable[[slice], None], rows: int, work: int) -> None:
-    """Call `run(slice)` for one contiguous part of `range(rows)` a thread; on one thread when `work` elements are few."""
-    n = max(1, min(get_num_threads(), rows)) if work >= SPLIT else 1
-    cuts = [rows * i // n for i in range(n + 1)]
-    run_tasks([lambda a=a, b=b: run(slice(a, b)) for a, b in pairwise(cuts)])
-
-
 def elementwise(fn: Callable[..., None], *arrays: Array, outputs: int = 1) -> Any:
     """y = fn over equally shaped arrays, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result.
 
@@ -280,7 +166,7 @@ def elementwise(fn: Callable[..., None], *arrays: Array, outputs: int = 1) -> An
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a [n, k] @ b [k, m]. Large products are divided, along the longer side of the result, among this file's threads.
+    """a [n, k] @ b [k, m]. Large products are divided, along the longer side of the result, among the threads of `threads`.
 
     BLAS's own threads start faster, as they spin for a tenth of a second after each product; but meanwhile they take the
     cores from everything else. They get products of few rows, beside which nothing else is spread over threads.
@@ -290,12 +176,16 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         return xp.matmul(a, b, out=out)
     (n, k), m = a.shape, b.shape[1]
     if out is None:
-        out = np.empty((n, m), np.result_type(a, b))
+        out = np.empty((n, m), a.dtype if a.dtype == b.dtype else np.result_type(a, b))
     if n <= FEW_ROWS and a.flags.c_contiguous:  # new tokens times a weight: what costs is to read the weight
-        get_num_threads()  # BLAS is told, too
+        get_num_threads()  # which sets BLAS's number of threads too
         step = max(1, LARGE_FACTOR // max(1, k))  # its threads do not share one vector's product with a huge matrix
         for i in range(0, m, step):
-            _product(a, b[:, i : i + step], out[:, i : i + step])
+            factor, part = b[:, i : i + step], out[:, i : i + step]
+            if n > 1 and factor.flags.f_contiguous:  # x Wᵀ: its transpose, W xᵀ, BLAS computes in half of the time
+                part[...] = np.matmul(factor.T, a.T).T
+            else:
+                np.matmul(a, factor, out=part)
         return out
     if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= SHORT_SIDE:
         return np.matmul(a, b, out=out)
@@ -307,34 +197,6 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         else:
             split_rows(lambda s: np.matmul(a, b[:, s], out=out[:, s]), m, SPLIT)
     return out
-
-
-def _product(a: Array, b: Array, out: Array) -> None:
-    """out = a @ b of few rows; of x Wᵀ the transpose, W xᵀ, which BLAS computes in half of the time."""
-    if a.shape[0] > 1 and b.flags.f_contiguous:
-        out[...] = np.matmul(b.T, a.T).T
-    else:
-        np.matmul(a, b, out=out)
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to reuse freed arrays instead of returning their pages to the kernel.
-
-    A training step frees and takes the same arrays over and over; having each page zeroed and mapped anew costs a tenth
-    of the step. Arrays above 32 MiB (the most that glibc allows here) are still returned at once.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):  # another C library
-            return
-        for option, value in ((-1, 1 << 30), (-3, 32 << 20), (-2, 64 << 20)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
-
-
-_keep_freed_memory()
 
 
 # ----------------------------------------------------------------------------------------------------------- random

@@ -13,6 +13,8 @@ import socket
 import numpy as np
 import pytest
 
+from minipeft import backend
+
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -59,6 +61,14 @@ def xp(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; afterwards it is as before."""
+    before = backend.get_num_threads()
+    yield backend.set_num_threads
+    backend.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

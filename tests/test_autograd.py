@@ -1,4 +1,4 @@
-"""The engine: what a graph keeps, how gradients add up, when memory is freed, and how misuse is told."""
+"""The engine: what a graph keeps, how gradients add up, when memory is freed, and what misuse says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import weakref
 
 import numpy as np
 import pytest
+import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
@@ -206,23 +207,18 @@ def test_a_deep_chain_forward_backward_and_freed_without_backward(no_collector):
     del y  # the graph is dropped unused: its destruction must not recurse either
 
 
-def test_a_graph_dies_with_its_result(no_collector):
+@pytest.mark.parametrize("end", ["its result is dropped", "backward"])
+def test_a_graph_frees_what_it_held(no_collector, end):
     array, alive = watched(4, 4)
     w = leaf(4, 4)
     y = F.exp(Tensor(array) @ w).sum()
     del array
     assert alive() is not None
-    del y
-    assert alive() is None
-
-
-def test_backward_frees_what_the_graph_held(no_collector):
-    array, alive = watched(4, 4)
-    w = leaf(4, 4)
-    y = F.exp(Tensor(array) @ w).sum()
-    del array
-    y.backward()
-    assert alive() is None and w.grad is not None
+    if end == "backward":
+        y.backward()
+    else:
+        del y
+    assert alive() is None and (w.grad is not None) == (end == "backward")
 
 
 def test_training_steps_leave_nothing_behind(no_collector):
@@ -410,6 +406,66 @@ def test_methods_and_operators_are_the_functions():
     np.testing.assert_array_equal(x.numpy(), x.data)
 
 
+@pytest.mark.parametrize("compare", [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge])
+def test_comparisons_are_elementwise_boolean_arrays(compare, xp):
+    a, b = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0], [3.0]])
+    x, y = Tensor(xp.asarray(a), requires_grad=True), Tensor(xp.asarray(b))
+    for left, right, expected in [
+        (x, y, compare(a, b)),
+        (x, y.data, compare(a, b)),
+        (x, 2.0, compare(a, 2.0)),
+        (2.0, x, compare(2.0, a)),
+        *([(a, x, compare(a, a))] if xp is np else []),
+    ]:
+        found = compare(left, right)
+        assert type(found) is xp.ndarray and found.dtype == bool
+        np.testing.assert_array_equal(to_numpy(found), expected)
+
+
+def test_sets_and_dictionaries_of_tensors_go_by_identity():
+    a, b = leaf(2), leaf(2)
+    assert len({a, b, a}) == 2 and {a: 1, b: 2}[b] == 2 and hash(a) == hash(a)
+    assert [name for name, p in (("a", a), ("b", b)) if any(p is q for q in [b])] == ["b"]
+
+
+def test_a_tensor_with_one_element_is_a_number(xp):
+    for shape in ((), (1,), (1, 1)):
+        x = Tensor(xp.asarray(np.full(shape, 2.75, np.float32)), requires_grad=True)
+        assert (float(x), int(x), bool(x), f"{x:.1f}", f"{x:8.3f}") == (2.75, 2, True, "2.8", "   2.750")
+        assert type(float(x)) is float and type(int(x)) is int and bool(x * 0.0) is False
+    assert f"{Tensor(np.array([1, 2]))}" == "Tensor(array([1, 2]))" and f"{Tensor(np.array(7)):03d}" == "007"
+
+
+@pytest.mark.parametrize(
+    "convert, what",
+    [
+        (float, r"float\(\)"),
+        (int, r"int\(\)"),
+        (bool, "a truth value"),
+        (lambda x: f"{x:.2f}", r"the format '\.2f'"),
+        (lambda x: x.item(), r"item\(\)"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 3), (0,)])
+def test_a_tensor_with_several_elements_is_none(convert, what, shape):
+    with pytest.raises(ValueError, match=rf"^{what} needs a tensor with one element; this one has shape"):
+        convert(Tensor(np.ones(shape)))
+
+
+def test_numpy_takes_a_tensor_that_has_no_graph_to_lose():
+    data = np.arange(3.0)
+    assert np.asarray(Tensor(data)) is data and np.array(Tensor(data)) is not data
+    assert np.asarray(Tensor(data), np.float32).dtype == np.float32
+    np.testing.assert_array_equal(np.stack([Tensor(data), leaf(3).detach()])[0], data)
+    for x in (leaf(3), leaf(3) * 2.0):
+        with pytest.raises(AutogradError, match=r"requires gradients: use tensor\.detach\(\)"):
+            np.asarray(x)
+    with no_grad():
+        assert np.asarray(leaf(3) * 2.0).shape == (3,)
+    with pytest.raises(TypeError, match=r"to the host unasked: use tensor\.numpy\(\)"):
+        np.asarray(Tensor(strict_device.asarray(data)))
+
+
 def test_inputs_given_by_name_are_inputs_all_the_same():
     x, w, b = leaf(2, 3), leaf(4, 3, seed=1), leaf(4, seed=2)
     F.linear(x, bias=b, weight=w).sum().backward()
@@ -429,12 +485,33 @@ def block(x, w, seed=0):
     return F.gelu(F.dropout(x @ w, 0.3, Rng(seed))) + x
 
 
-def test_checkpoint_gives_the_same_value_and_gradients():
+def without(fn, *inputs, parameters=()):
+    """Called like `checkpoint`, and calls `fn` plainly."""
+    return fn(*inputs)
+
+
+def of_the_leaves(h, w, run):
+    return run(lambda h: block(h, w), h * 2.0, parameters=[w])
+
+
+def nested(h, w, run):
+    def inner(h):
+        return block(h, w)
+
+    return run(lambda h: block(run(inner, h, parameters=[w]), w, seed=1), h, parameters=[w])
+
+
+def of_a_computed_parameter(h, w, run):
+    prefix = w * w  # a trained prefix computed by a small network, say
+    return run(lambda h: h * prefix, h, parameters=[prefix]) * prefix
+
+
+@pytest.mark.parametrize("model", [of_the_leaves, nested, of_a_computed_parameter])
+def test_checkpoint_gives_the_same_value_and_gradients(model):
     results = []
-    for checkpointed in (False, True):
+    for run in (checkpoint, without):
         x, w = leaf(4, 4), leaf(4, 4, seed=1)
-        h = x * 2.0
-        y = checkpoint(lambda h, w=w: block(h, w), h, parameters=[w]) if checkpointed else block(h, w)
+        y = model(x, w, run)
         (y * y).sum().backward()
         results.append((y.data, x.grad, w.grad))
     for a, b in zip(*results):
@@ -455,37 +532,6 @@ def test_checkpoint_computes_again_once_for_all_inputs():
     assert calls == [False, True]
     np.testing.assert_allclose(w.grad, a.data * b.data)
     np.testing.assert_allclose(a.grad, b.data * w.data)
-
-
-def test_nested_checkpoints():
-    results = []
-    for nested in (False, True):
-        x, w = leaf(3, 3), leaf(3, 3, seed=1)
-
-        def inner(h, w=w):
-            return block(h, w)
-
-        def outer(h, w=w, inner=inner, nested=nested):
-            middle = checkpoint(inner, h, parameters=[w]) if nested else inner(h)
-            return block(middle, w, seed=1)
-
-        y = checkpoint(outer, x, parameters=[w]) if nested else outer(x)
-        y.sum().backward()
-        results.append((x.grad, w.grad))
-    for a, b in zip(*results):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_checkpoint_with_a_parameter_that_was_itself_computed():
-    results = []
-    for checkpointed in (False, True):
-        x, w = leaf(3), leaf(3, seed=1)
-        prefix = w * w  # a trained prefix computed by a small network, say
-        y = checkpoint(lambda h, p=prefix: h * p, x, parameters=[prefix]) if checkpointed else x * prefix
-        (y * prefix).sum().backward()
-        results.append((x.grad, w.grad))
-    for a, b in zip(*results):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_checkpoint_keeps_nothing_of_the_inside(no_collector):
@@ -549,18 +595,12 @@ def test_a_freed_part_of_a_graph():
         (lambda: Tensor(np.array([True]), requires_grad=True), TypeError, "bool"),
         (lambda: Tensor(np.array(["a"])), TypeError, "real numbers; data of dtype <U1"),
         (lambda: Tensor(np.array([1j])), TypeError, "complex128"),
-        (lambda: Tensor(np.ones((2, 3))).item(), ValueError, r"one element; this one has shape \(2, 3\)"),
-        (lambda: F.where(np.array([True]), leaf(2), leaf(3)), ValueError, r"\(2,\).*\(3,\)"),
-        (
-            lambda: F.pow(Tensor(np.ones(2)), leaf(2)),
-            AutogradError,
-            r"pow: the input of shape \(2,\) has no derivative",
-        ),
+        (lambda: F.pow(Tensor(np.ones(2)), leaf(2)), AutogradError, r"pow: the input of shape \(2,\) has no derivative"),
         (lambda: F.broadcast_to(leaf(2), (3,)), ValueError, r"\(2,\).*\(3,\)"),
         (lambda: F.stack([leaf(2), leaf(3)]), ValueError, r"cat: shapes"),
     ],
 )
-def test_misuse_is_told(misuse, error, message):
+def test_misuse_is_reported(misuse, error, message):
     with pytest.raises(error, match=message):
         misuse()
 

@@ -23,13 +23,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def threads():
-    before = backend.get_num_threads()
-    yield backend.set_num_threads
-    backend.set_num_threads(before)
-
-
 # --------------------------------------------------------------------------------------------------------- library
 
 
@@ -261,22 +254,19 @@ def test_the_number_of_threads_can_change_while_others_compute(threads):
     assert errors == []
 
 
-def test_set_num_threads_reaches_blas(threads):
+def blas_threads():
     from threadpoolctl import threadpool_info
 
+    return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]}
+
+
+def test_set_num_threads_reaches_blas(threads):
     for n in (1, 2):
         threads(n)
-        assert backend.get_num_threads() == n
-        assert all(
-            i["num_threads"] == n for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
-        )
+        assert backend.get_num_threads() == n and blas_threads() == {n}
         with backend.one_blas_thread():
-            assert all(
-                i["num_threads"] == 1 for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
-            )
-        assert all(
-            i["num_threads"] == n for i in threadpool_info() if i["user_api"] == "blas" and "numpy" in i["filepath"]
-        )
+            assert blas_threads() == {1}
+        assert blas_threads() == {n}
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", None])

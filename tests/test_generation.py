@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import models
 import numpy as np
 import pytest
+from models import dialects
 
 import minipeft as mp
 from minipeft.autograd.tensor import is_grad_enabled
 from minipeft.backend import Rng, to_numpy
 from minipeft.nn.generation import generate, generate_stream, token_probabilities
-from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
-
-DIALECTS = ["gpt2", "llama"]
+from minipeft.nn.transformer import KVCache
 
 
 def build(dialect, xp=np, **fields):
-    grouped = dict(num_key_value_heads=2) if dialect == "llama" else {}
-    shape = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, max_position_embeddings=48, initializer_range=0.4)
-    model = Transformer(TransformerConfig(model_type=dialect, **(shape | grouped | fields)), seed=1)
-    for p in model.parameters():
-        p.data = p.data.astype("float64")  # two ways to the same logits then never differ by enough to change a token
-    return model.to(xp)
+    return models.build(dialect, xp, **(dict(max_position_embeddings=48) | fields))
 
 
 def left_padded(prompts, fill=0):
@@ -37,7 +32,7 @@ SAMPLING = dict(temperature=1.3, top_k=20, top_p=0.95)
 # ------------------------------------------------------------------------------------------------------- the tokens
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@dialects
 def test_greedy_takes_the_most_probable_token_of_the_full_forward(dialect, xp):
     model, ids = build(dialect, xp), np.array([[3, 17, 5], [8, 8, 1]])
     expected = ids
@@ -51,7 +46,7 @@ def test_greedy_takes_the_most_probable_token_of_the_full_forward(dialect, xp):
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLING, SAMPLING | dict(eos_token_id=[4, 5, 6, 7, 8, 9])])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@dialects
 def test_cached_and_uncached_tokens_are_the_same_with_left_padding(dialect, options, xp):
     model, (ids, mask) = build(dialect, xp), left_padded(PROMPTS)
     cached, uncached = (
@@ -61,7 +56,7 @@ def test_cached_and_uncached_tokens_are_the_same_with_left_padding(dialect, opti
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLING | dict(eos_token_id=[4, 5, 6, 7, 8, 9])])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@dialects
 def test_a_row_does_not_depend_on_its_neighbours_nor_on_its_padding(dialect, options):
     model, (ids, mask) = build(dialect), left_padded(PROMPTS, fill=33)
     batch = model.generate(ids, mask, max_new_tokens=15, seed=4, pad_token_id=0, **options)
@@ -129,7 +124,7 @@ def test_the_stream_yields_the_columns_of_generate_and_leaves_gradients_on():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@dialects
 def test_past_key_values_continue_and_are_never_changed(dialect, use_cache, xp):
     model, ids = build(dialect, xp), np.array([[3, 17, 5, 9], [8, 1, 2, 30], [4, 4, 6, 6]])
     options = dict(max_new_tokens=10, use_cache=use_cache, eos_token_id=[1, 2, 3, 4, 5, 6, 7], **SAMPLING)
@@ -139,9 +134,8 @@ def test_past_key_values_continue_and_are_never_changed(dialect, use_cache, xp):
     before = [to_numpy(a).copy() for pair in cache for a in pair]
     for past in (cache, list(cache), [(mp.Tensor(k), mp.Tensor(v)) for k, v in cache]):
         assert np.array_equal(model.generate(ids[:, 3:], past_key_values=past, **options), whole[:, 3:])
-    assert len(cache) == 3 and all(
-        np.array_equal(a, to_numpy(b)) for a, b in zip(before, (a for p in cache for a in p))
-    )
+    assert len(cache) == 3
+    assert all(np.array_equal(a, to_numpy(b)) for a, b in zip(before, (a for p in cache for a in p)))
 
 
 def test_anything_with_the_signature_of_the_model_generates():
@@ -224,11 +218,7 @@ def test_tokens_are_drawn_with_their_probabilities():
         ([[]], {}, "is empty; a prompt needs at least one token"),
         ([[1.5, 2.0]], {}, "must be integers, not float64"),
         ([[1, 2]], dict(attention_mask=[[1]]), r"attention_mask must have the shape \(1, 2\), not \(1, 1\)"),
-        (
-            [[1, 2]],
-            dict(attention_mask=[[1, 0]]),
-            "ends with padding in some row; to be continued, pad prompts on the left",
-        ),
+        ([[1, 2]], dict(attention_mask=[[1, 0]]), "ends with padding in some row; to be continued, pad prompts on the left"),
         ([[1, 2]], dict(max_new_tokens=-1), "max_new_tokens must be a non-negative integer, not -1"),
         ([[1, 2]], dict(max_new_tokens=2.5), "max_new_tokens must be a non-negative integer, not 2.5"),
         ([[1, 2]], dict(temperature=-0.1), "temperature must be 0 .* not -0.1"),
@@ -247,15 +237,13 @@ def test_arguments_that_make_no_sense_say_why(input_ids, options, message):
         build("gpt2").generate(input_ids, **options)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@dialects
 def test_the_last_position_can_be_used_and_padding_takes_none(dialect):
     model = build(dialect)
     assert model.generate([[1, 2]], max_new_tokens=46).shape == (1, 48)
     ids, mask = left_padded([[1, 2], [3]])
     wide = np.concatenate([np.zeros((2, 10), int), ids], axis=1), np.concatenate([np.zeros((2, 10), int), mask], axis=1)
-    assert np.array_equal(
-        model.generate(*wide, max_new_tokens=46)[:, 10:], model.generate(ids, mask, max_new_tokens=46)
-    )
+    assert np.array_equal(model.generate(*wide, max_new_tokens=46)[:, 10:], model.generate(ids, mask, max_new_tokens=46))
     with pytest.raises(ValueError, match="generate at most 46"):
         model.generate(*wide, max_new_tokens=47)
 

@@ -455,7 +455,7 @@ def test_weights_in_several_files(case, saved):
         (dict(hidden_size="absent"), "the key 'hidden_size' is missing"),
         (dict(hidden_size="16"), "hidden_size must be an integer, not '16'"),
         (dict(hidden_size=True), "hidden_size must be an integer, not True"),
-        (dict(hidden_size=-16), "hidden_size must be a positive integer"),
+        (dict(hidden_size=-16), "hidden_size must be an integer of at least 1"),
         (dict(hidden_size=10**30), "hidden_size"),
         (dict(rms_norm_eps="tiny"), "rms_norm_eps must be a number, not 'tiny'"),
         (dict(tie_word_embeddings=1), "tie_word_embeddings must be true or false, not 1"),
@@ -474,7 +474,7 @@ def test_llama_configurations_that_are_refused(changes, sentence, saved):
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True: only False is"),
         (dict(scale_attn_weights=False), "scale_attn_weights is False: only True is supported"),
         (dict(n_embd=None), "the key 'n_embd' is missing"),
-        (dict(resid_pdrop=1.0), "dropout must lie in"),
+        (dict(resid_pdrop=1.0), "dropout must be a number of at least 0 and below 1"),
     ],
 )  # fmt: skip
 def test_gpt2_configurations_that_are_refused(changes, sentence, saved):

@@ -183,5 +183,5 @@ def test_an_unallocated_weight_has_a_shape_no_memory_and_cannot_be_written():
 
 
 def test_a_module_without_a_forward_says_so():
-    with pytest.raises(TypeError, match="ModuleList defines no forward"):
+    with pytest.raises(NotImplementedError, match="ModuleList defines no forward"):
         ModuleList([])(1)

@@ -11,14 +11,14 @@ import pkgutil
 
 import numpy as np
 import pytest
+import strict_device
 
 import minipeft
-from minipeft import backend
 from minipeft import functional as F
 from minipeft.autograd import cases as C
 from minipeft.autograd.gradcheck import GradcheckError, check_parameters, gradcheck
 from minipeft.autograd.tensor import REGISTRY, Tensor
-from minipeft.backend import Rng, to_numpy, xp_of
+from minipeft.backend import BackendError, Rng, to_numpy, xp_of
 
 OPS = [name for name, fn in REGISTRY.items() if fn.__module__ == "minipeft.autograd.ops"]
 CASES = C.op_cases(OPS)
@@ -209,20 +209,11 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
     "broadcast_to": (lambda a: F.broadcast_to(a, (2, 2, 3, 4)), lambda a: a + np.zeros((2, 1, 1, 1)), x),
     "getitem": (lambda a: a[:, [0, 2], 1:], lambda a: np.stack([a[:, 0, 1:], a[:, 2, 1:]], axis=1), x),
     "gather": (lambda a: F.gather(a, ids[:, :3, None] % 4), lambda a: naive_gather(a, ids[:, :3, None] % 4), x),
-    "_cat": (
-        lambda a, b: F.cat([a, b], axis=1),
-        lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]),
-        x,
-        y,
-    ),
+    "_cat": (lambda a, b: F.cat([a, b], 1), lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]), x, y),
     "matmul": (F.matmul, naive_matmul, x, C.normal(2, 4, 5)),
     "linear": (F.linear, lambda a, w, b: naive_matmul(a, w.T) + b, x, C.normal(5, 4), C.normal(5)),
     "addmm": (F.addmm, lambda b, a, w: naive_matmul(a, w) + b, C.normal(5), x, C.normal(4, 5)),
-    "embedding": (
-        lambda w: F.embedding(ids, w),
-        lambda w: naive_matmul(ids[..., None] == np.arange(6), w),
-        C.normal(6, 3),
-    ),
+    "embedding": (lambda w: F.embedding(ids, w), lambda w: naive_matmul(ids[..., None] == np.arange(6), w), C.normal(6, 3)),
     "layer_norm": (F.layer_norm, lambda a, w, b: naive_norm(a, w, b, True, 1e-5), x, C.positive(4), C.normal(4)),
     "rms_norm": (F.rms_norm, lambda a, w: naive_norm(a, w, 0 * w, False, 1e-6), x, C.positive(4)),
     "rope": (
@@ -236,11 +227,7 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
         *(C.normal(2, 4, 3, 2), C.normal(2, 2, 5, 2), C.normal(2, 2, 5, 3)),
     ),
     "packed_attention": (lambda a: F.packed_attention(a, 2), lambda a: naive_packed(a, 2), C.normal(2, 5, 12)),
-    "cross_entropy": (
-        lambda a: F.cross_entropy(a, ids[:, :3] % 4),
-        lambda a: naive_cross_entropy(a, ids[:, :3] % 4),
-        x,
-    ),
+    "cross_entropy": (lambda a: F.cross_entropy(a, ids[:, :3] % 4), lambda a: naive_cross_entropy(a, ids[:, :3] % 4), x),
     "linear_cross_entropy": (
         lambda a, w: F.linear_cross_entropy(a, w, ids[:, :3]),
         lambda a, w: naive_cross_entropy(naive_matmul(a, w.T), ids[:, :3]),
@@ -291,17 +278,14 @@ def test_memory_layout_does_not_matter(case, layout):
 
 @every_case
 def test_the_incoming_gradient_may_be_a_read_only_view_of_any_layout(case):
-    ones = run(case, cotangent=np.ones(run(case)[0].shape))[1]
-    tensors = [Tensor(a, requires_grad=True) if a.dtype.kind == "f" else a for a in case.inputs]
-    y = case.fn(*tensors, *case.constants)
-    y.backward(np.broadcast_to(np.ones((), y.dtype), y.shape))  # stride 0, and read-only
-    for a, b in zip([t.grad for t in tensors if isinstance(t, Tensor)], ones, strict=True):
-        close(a, b, 1e-12)
-    g = np.asarray(np.random.default_rng(1).standard_normal(y.shape), y.dtype)
-    tensors = [Tensor(a, requires_grad=True) if a.dtype.kind == "f" else a for a in case.inputs]
-    case.fn(*tensors, *case.constants).backward(transposed(g))
-    for a, b in zip([t.grad for t in tensors if isinstance(t, Tensor)], run(case)[1], strict=True):
-        close(a, b, 1e-12)
+    y, gradients = run(case)
+    g = np.asarray(np.random.default_rng(1).standard_normal(y.shape))
+    for cotangent, expected in [
+        (np.broadcast_to(np.ones(()), y.shape), run(case, cotangent=np.ones(y.shape))[1]),  # stride 0, and read-only
+        (transposed(g), gradients),
+    ]:
+        for a, b in zip(run(case, cotangent=cotangent)[1], expected, strict=True):
+            close(a, b, 1e-12)
 
 
 @every_case
@@ -328,112 +312,19 @@ def test_the_same_numbers_on_a_device_and_from_run_to_run(case, xp):
             close(a, b, 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- threads
-
-
-@pytest.fixture
-def threads():
-    before = backend.get_num_threads()
-    yield backend.set_num_threads
-    backend.set_num_threads(before)
-
-
 def big(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-ANGLES = big(1, 32, 32)
-ROWS = {  # elementwise or row by row: bit-equal whatever the number of threads
-    "add": (F.add, big(700, 300), big(700, 300, seed=1)),
-    "mul": (F.mul, big(700, 300), big(700, 300, seed=1)),
-    "gelu": (F.gelu, big(700, 300)),
-    "silu": (F.silu, big(700, 300)),
-    "swiglu": (F.swiglu, big(700, 300), big(700, 300, seed=1)),
-    "dropout": (lambda a: F.dropout(a, 0.3, Rng(3)), big(700, 300)),
-    "rope": (lambda a: F.rope(a, np.cos(ANGLES), np.sin(ANGLES)), big(8, 32, 32, 64)),
-    "log_softmax": (F.log_softmax, big(700, 300)),
-}
-SUMS = {  # sums over rows and matrix products: equal to rounding
-    "layer_norm": (F.layer_norm, big(700, 300), big(300), big(300, seed=1)),
-    "rms_norm": (F.rms_norm, big(700, 300), big(300)),
-    "linear": (F.linear, big(700, 300), big(200, 300) / 20, big(200)),
-    "attention": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        *(big(5, 4, 130, 16, seed=s) for s in range(3)),
-    ),
-    "packed_attention": (lambda x: F.packed_attention(x, 4), big(5, 130, 192)),
-    "cross_entropy": (lambda x: F.cross_entropy(x, np.arange(700) % 300), big(700, 300)),
-    "linear_cross_entropy": (
-        lambda x, w: F.linear_cross_entropy(x, w, np.arange(700) % 300),
-        big(700, 64),
-        big(300, 64) / 8,
-    ),
-    "embedding": (lambda w: F.embedding(np.arange(4000) % 37, w), big(37, 64)),
-}
-
-
-def forward_backward(fn, arrays):
-    tensors = [Tensor(a, requires_grad=True) for a in arrays]
-    y = fn(*tensors)
-    y.backward(big(*y.shape, seed=9) if y.shape else None)
-    return [y.data, *(t.grad for t in tensors)]
-
-
-@pytest.mark.parametrize("name", [*ROWS, *SUMS])
-def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_for_bit(name, threads):
-    fn, *arrays = {**ROWS, **SUMS}[name]
-    results = {}
-    for n in (1, 2, 3):
-        threads(n)
-        results[n] = forward_backward(fn, arrays)
-        for a, b in zip(forward_backward(fn, arrays), results[n]):
-            np.testing.assert_array_equal(a, b)
-    for n in (2, 3):
-        for a, b in zip(results[n], results[1]):
-            if name in ROWS:
-                np.testing.assert_array_equal(a, b)
-            else:
-                close(a, b, 2e-6)
-
-
-@pytest.mark.parametrize("name", ["gelu", "silu", "swiglu", "layer_norm", "rms_norm", "add", "mul"])
-def test_work_in_blocks_equals_work_at_once(name):
-    fn, *arrays = {**ROWS, **SUMS}[name]
-    whole = forward_backward(fn, arrays)[0]
-    rows = [fn(*[Tensor(a[i : i + 1] if a.ndim > 1 else a) for a in arrays]).data for i in (0, 350, 699)]
-    np.testing.assert_allclose(np.concatenate(rows), whole[[0, 350, 699]], rtol=1e-6, atol=1e-7)
-
-
 # ----------------------------------------------------------------------------------------------------- attention
 
-SIZES = [(3, 3), (2, 5), (5, 2), (1, 4), (63, 63), (64, 64), (65, 65), (130, 130), (65, 130), (130, 65)]
-
-
-@pytest.mark.parametrize("T, S", SIZES)
+@pytest.mark.parametrize("T, S", [(3, 3), (2, 5), (5, 2), (1, 4), (63, 63), (64, 64), (65, 65)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads, kv", [(2, 2), (4, 2), (2, 1)])
 def test_attention_over_block_boundaries_and_grouped_heads(T, S, causal, heads, kv):
     q, k, v = C.normal(1, heads, T, 4), C.normal(1, kv, S, 4, seed=1), C.normal(1, kv, S, 2, seed=2)
-    tensors = [Tensor(a, requires_grad=True) for a in (q, k, v)]
-    out = F.scaled_dot_product_attention(*tensors, is_causal=causal)
-    assert not np.isnan(out.data).any()
-    if T * S <= 65 * 65:
-        np.testing.assert_allclose(out.data, naive_attention(q, k, v, is_causal=causal), rtol=1e-12, atol=1e-13)
-    # and against a composition of simple ops, gradients included
-    plain = [Tensor(a, requires_grad=True) for a in (q, k, v)]
-    keys, values = (
-        F.reshape(F.broadcast_to(t[:, :, None], (1, kv, heads // kv, *t.shape[2:])), (1, heads, *t.shape[2:]))
-        for t in plain[1:]
-    )
-    hidden = np.arange(S) > np.arange(T)[:, None] + S - T if causal else np.zeros((T, S), bool)
-    weights = F.softmax(F.where(~hidden, plain[0] @ keys.swapaxes(-1, -2) * 0.5, -1e30))
-    expected = F.where(~hidden.all(-1, keepdims=True), weights @ values, 0.0)
-    np.testing.assert_allclose(out.data, expected.data, rtol=1e-11, atol=1e-12)
-    g = np.random.default_rng(0).standard_normal(out.shape)
-    out.backward(g)
-    expected.backward(g)
-    for a, b in zip(tensors, plain):
-        np.testing.assert_allclose(a.grad, b.grad, rtol=1e-10, atol=1e-11)
+    out = F.scaled_dot_product_attention(Tensor(q), Tensor(k), Tensor(v), is_causal=causal).data
+    np.testing.assert_allclose(out, naive_attention(q, k, v, is_causal=causal), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -471,44 +362,7 @@ def test_fewer_keys_than_queries_leaves_the_first_rows_empty():
     assert (q.grad[0, 0, :2] == 0).all() and np.isfinite(q.grad).all() and np.isfinite(k.grad).all()
 
 
-@pytest.mark.parametrize("T", [1, 5, 64, 65, 130])
-@pytest.mark.parametrize("padded", [False, True])
-def test_packed_attention_equals_its_split_form(T, padded):
-    x = C.normal(2, T, 24)
-    mask = (np.arange(T) >= np.array([[0], [T // 2]]))[:, None, None] if padded else None
-    a, b = Tensor(x, requires_grad=True), Tensor(x, requires_grad=True)
-    packed = F.packed_attention(a, 2, attn_mask=mask)
-    q, k, v = (b[..., i * 8 : (i + 1) * 8].reshape(2, T, 2, 4).swapaxes(1, 2) for i in range(3))
-    split = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True).swapaxes(1, 2).reshape(2, T, 8)
-    np.testing.assert_allclose(packed.data, split.data, rtol=1e-12, atol=1e-13)
-    g = C.normal(2, T, 8, seed=3)
-    packed.backward(g)
-    split.backward(g)
-    np.testing.assert_allclose(a.grad, b.grad, rtol=1e-11, atol=1e-12)
-
-
 # --------------------------------------------------------------------------------------------------------- losses
-
-
-@pytest.mark.parametrize("ignored", [0, 2, 6])
-def test_linear_cross_entropy_is_linear_then_cross_entropy(ignored, xp):
-    targets = np.array([[0, 4, 2], [1, 1, 3]])
-    targets.reshape(-1)[:ignored] = -100
-    results = []
-    for fused in (False, True):
-        h, w = (Tensor(xp.asarray(C.normal(*s)), requires_grad=True) for s in [(2, 3, 4), (5, 4)])
-        loss = (
-            F.linear_cross_entropy(h, w, xp.asarray(targets))
-            if fused
-            else F.cross_entropy(F.linear(h, w), xp.asarray(targets))
-        )
-        if ignored == 6:  # no target counts
-            assert math.isnan(loss.item())
-            continue
-        loss.backward()
-        results.append([to_numpy(a) for a in (loss.data, h.grad, w.grad)])
-    for a, b in zip(*results) if results else ():
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
@@ -535,14 +389,8 @@ def test_extreme_inputs_give_the_limits_without_overflow(name):
         y = REGISTRY[name](t)
         y.backward(np.ones(y.shape, np.float32))
     assert np.isfinite(y.data).all() and np.isfinite(t.grad).all()
-    limits = {
-        "sigmoid": [0, 1],
-        "softplus": [0, 1e4],
-        "logsigmoid": [-1e4, 0],
-        "silu": [0, 1e4],
-        "gelu": [0, 1e4],
-        "tanh": [-1, 1],
-    }
+    limits = {"sigmoid": [0, 1], "softplus": [0, 1e4], "logsigmoid": [-1e4, 0], "tanh": [-1, 1]}
+    limits |= {"silu": [0, 1e4], "gelu": [0, 1e4]}
     if name in limits:
         np.testing.assert_allclose([y.data[0, 0], y.data[1, 0]], limits[name], atol=1e-6)
 
@@ -550,16 +398,13 @@ def test_extreme_inputs_give_the_limits_without_overflow(name):
 # -------------------------------------------------------------------------------------- float16, dropout, ties
 
 
-HALF = {
-    "linear": (lambda x, w: F.linear(x, w), (3, 4), (5, 4)),
+HALF = {  # op -> (call, input, weight)
+    "linear": (F.linear, (3, 4), (5, 4)),
     "addmm": (lambda x, w: F.addmm(None, x, w), (3, 4), (4, 5)),
-    "linear_cross_entropy": (
-        lambda x, w: F.linear_cross_entropy(x, w, xp_of(x.data).asarray([0, 1, 2])),
-        (3, 4),
-        (5, 4),
-    ),
+    "linear_cross_entropy": (lambda x, w: F.linear_cross_entropy(x, w, xp_of(x.data).asarray([0, 1, 2])), (3, 4), (5, 4)),
     "embedding": (lambda x, w: F.embedding(xp_of(w.data).asarray([0, 1, 1]), w), (3, 4), (5, 4)),
-    "rms_norm": (lambda x, w: F.rms_norm(x, w), (3, 4), (4,)),
+    "layer_norm": (lambda x, w: F.layer_norm(x, w, w.detach()), (3, 4), (4,)),
+    "rms_norm": (F.rms_norm, (3, 4), (4,)),
 }
 
 
@@ -623,61 +468,55 @@ def test_ties_share_the_gradient():
 
 # ---------------------------------------------------------------------------------------------------------- misuse
 
-ones = np.ones
+
+
+def ones(*shape):
+    return Tensor(np.ones(shape))
+
+
+def misused_attention(*heads, mask=None):
+    return lambda: F.scaled_dot_product_attention(*(ones(1, h, 2, 4) for h in heads), mask)
+
+
 MISUSE = [
-    (lambda: Tensor(ones((2, 3))) + Tensor(ones((2, 4))), ValueError, r"add: shapes \(2, 3\) and \(2, 4\)"),
-    (lambda: Tensor(ones(3)) * Tensor(ones(4)), ValueError, r"mul: shapes \(3,\) and \(4,\)"),
-    (lambda: Tensor(ones((2, 3))) @ Tensor(ones((2, 3))), ValueError, r"matmul: shapes \(2, 3\) and \(2, 3\)"),
-    (lambda: F.matmul(Tensor(ones((2, 3, 4))), Tensor(ones((5, 4, 2)))), ValueError, r"\(2, 3, 4\) and \(5, 4, 2\)"),
-    (lambda: F.linear(Tensor(ones((2, 3))), Tensor(ones((5, 4)))), ValueError, r"\(2, 3\).*\(5, 4\).*must be 4"),
-    (lambda: F.linear(Tensor(ones((2, 3))), Tensor(ones((5, 3))), Tensor(ones(3))), ValueError, r"bias \(3,\).*\(5,\)"),
-    (lambda: F.addmm(None, Tensor(ones((2, 3))), Tensor(ones((4, 3)))), ValueError, r"\(2, 3\).*\(4, 3\).*must be 4"),
+    (lambda: ones(2, 3) + ones(2, 4), ValueError, r"^add: shapes \(2, 3\) and \(2, 4\) cannot be broadcast together"),
+    (lambda: ones(3) * ones(4), ValueError, r"^mul: shapes \(3,\) and \(4,\)"),
+    (lambda: ones(3) - ones(4), ValueError, r"^sub: shapes \(3,\) and \(4,\)"),
+    (lambda: F.maximum(ones(3), ones(4)), ValueError, r"^maximum: shapes \(3,\) and \(4,\)"),
+    (lambda: F.where(np.ones(2, bool), ones(3), ones(4)), ValueError, r"^where: shapes \(2,\), \(3,\) and \(4,\)"),
+    (lambda: ones(2, 3) @ ones(2, 3), ValueError, r"^matmul: shapes \(2, 3\) and \(2, 3\)"),
+    (lambda: ones(2, 3, 4) @ ones(5, 4, 2), ValueError, r"^matmul: shapes \(2, 3, 4\) and \(5, 4, 2\) cannot be broadcast"),
+    (lambda: F.linear(ones(2, 3), ones(5, 4)), ValueError, r"^linear: input \(2, 3\).*\(5, 4\).*must be 4"),
+    (lambda: F.linear(ones(2, 3), ones(5, 3), ones(3)), ValueError, r"^linear: bias \(3,\).*\(5,\)"),
+    (lambda: F.addmm(None, ones(2, 3), ones(4, 3)), ValueError, r"^addmm: input \(2, 3\).*\(4, 3\).*must be 4"),
+    (lambda: F.addmm(ones(3), ones(2, 3), ones(3, 5)), ValueError, r"^addmm: bias \(3,\).*must be \(5,\)"),
+    (lambda: F.layer_norm(ones(2, 3), ones(4), ones(3)), ValueError, r"^layer_norm: weight \(4,\).*\(2, 3\)"),
+    (lambda: F.layer_norm(ones(2, 3), ones(3), ones(4)), ValueError, r"^layer_norm: bias \(4,\).*\(2, 3\)"),
+    (lambda: F.rms_norm(ones(2, 3), ones(4)), ValueError, r"^rms_norm: weight \(4,\).*\(2, 3\)"),
+    (lambda: F.embedding(np.array([0, 7]), ones(5, 2)), IndexError, r"token id 7 .*0\.\.4"),
+    (lambda: F.embedding(np.array([-1]), ones(5, 2)), IndexError, r"token id -1 .*0\.\.4"),
+    (lambda: F.embedding(np.array([0.0]), ones(5, 2)), TypeError, "integers, not float64"),
+    (lambda: F.cross_entropy(ones(2, 3), np.array([0])), ValueError, r"^cross_entropy: .*\(1,\).*\(2,\)"),
+    (lambda: F.cross_entropy(ones(2, 3), np.array([0, 3])), IndexError, r"^cross_entropy: target 3 .*0\.\.2"),
+    (lambda: F.cross_entropy(ones(2, 3), np.array([0, -1])), IndexError, r"target -1 .*0\.\.2"),
+    (lambda: F.cross_entropy(ones(2, 3), np.array([0.0, 1.0])), TypeError, "integer class ids, not float64"),
     (
-        lambda: F.layer_norm(Tensor(ones((2, 3))), Tensor(ones(4)), Tensor(ones(3))),
+        lambda: F.linear_cross_entropy(ones(2, 3), ones(5, 4), np.array([0, 1])),
         ValueError,
-        r"weight \(4,\).*\(2, 3\)",
+        r"^linear_cross_entropy: input \(2, 3\).*\(5, 4\)",
     ),
     (
-        lambda: F.layer_norm(Tensor(ones((2, 3))), Tensor(ones(3)), Tensor(ones(4))),
-        ValueError,
-        r"bias \(4,\).*\(2, 3\)",
+        lambda: F.linear_cross_entropy(ones(2, 3), ones(5, 3), np.array([0, 5])),
+        IndexError,
+        r"^linear_cross_entropy: target 5 .*0\.\.4",
     ),
-    (lambda: F.rms_norm(Tensor(ones((2, 3))), Tensor(ones(4))), ValueError, r"weight \(4,\).*\(2, 3\)"),
-    (lambda: F.embedding(np.array([0, 7]), Tensor(ones((5, 2)))), IndexError, r"token id 7 .*0\.\.4"),
-    (lambda: F.embedding(np.array([-1]), Tensor(ones((5, 2)))), IndexError, r"token id -1 .*0\.\.4"),
-    (lambda: F.embedding(np.array([0.0]), Tensor(ones((5, 2)))), TypeError, "integers, not float64"),
-    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0])), ValueError, r"\(1,\).*\(2,\)"),
-    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0, 3])), IndexError, r"target 3 .*0\.\.2"),
-    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0, -1])), IndexError, r"target -1 .*0\.\.2"),
-    (lambda: F.cross_entropy(Tensor(ones((2, 3))), np.array([0.0, 1.0])), TypeError, "integer class ids, not float64"),
-    (
-        lambda: F.linear_cross_entropy(Tensor(ones((2, 3))), Tensor(ones((5, 4))), np.array([0, 1])),
-        ValueError,
-        r"\(2, 3\).*\(5, 4\)",
-    ),
-    (lambda: Tensor(ones((2, 3))).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
-    (
-        lambda: F.cat([Tensor(ones((2, 3))), Tensor(ones((2, 4)))]),
-        ValueError,
-        r"\(2, 3\), \(2, 4\) differ outside axis 0",
-    ),
-    (lambda: F.gather(Tensor(ones((2, 3))), np.zeros((3, 1), int)), ValueError, r"\(3, 1\).*\(2, 3\)"),
-    (lambda: F.dropout(Tensor(ones(3)), 1.0, Rng(0)), ValueError, r"\[0, 1\), not 1.0"),
-    (
-        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, h, 2, 4))) for h in (3, 2, 2))),
-        ValueError,
-        r"q \(1, 3, 2, 4\), k \(1, 2, 2, 4\)",
-    ),
-    (
-        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, 2, 2, 4))),) * 3, np.ones((3, 3), bool)),
-        ValueError,
-        r"\(3, 3\).*\(1, 2, 2, 2\)",
-    ),
-    (
-        lambda: F.scaled_dot_product_attention(*(Tensor(ones((1, 2, 2, 4))),) * 3, np.ones((2, 2), int)),
-        TypeError,
-        "not int64",
-    ),
+    (lambda: ones(2, 3).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
+    (lambda: F.cat([ones(2, 3), ones(2, 4)]), ValueError, r"\(2, 3\), \(2, 4\) differ outside axis 0"),
+    (lambda: F.gather(ones(2, 3), np.zeros((3, 1), int)), ValueError, r"\(3, 1\).*\(2, 3\)"),
+    (lambda: F.dropout(ones(3), 1.0, Rng(0)), ValueError, r"\[0, 1\), not 1.0"),
+    (misused_attention(3, 2, 2), ValueError, r"q \(1, 3, 2, 4\), k \(1, 2, 2, 4\)"),
+    (misused_attention(2, 2, 2, mask=np.ones((3, 3), bool)), ValueError, r"\(3, 3\).*\(1, 2, 2, 2\)"),
+    (misused_attention(2, 2, 2, mask=np.ones((2, 2), int)), TypeError, "not int64"),
 ]
 
 
@@ -685,6 +524,12 @@ MISUSE = [
 def test_misuse_names_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("fn", [F.add, F.sub, F.div, F.maximum, F.matmul, F.rms_norm])
+def test_arrays_of_two_libraries_are_refused(fn):
+    with pytest.raises(BackendError, match=r"\(numpy and strict_device\).*to_numpy or"):
+        fn(ones(3), Tensor(strict_device.ones(3)))
 
 
 # ------------------------------------------------------------------------------------------------------ gradcheck
@@ -794,14 +639,8 @@ def test_gradcheck_judges_on_the_device_too(xp):
 
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_every_parameter_of_a_whole_model(dialect):
-    shape = dict(
-        vocab_size=11,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=8,
-        initializer_range=0.3,
-    )
+    shape = dict(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=8)
+    shape["initializer_range"] = 0.3
     if dialect == "llama":
         shape |= dict(num_key_value_heads=2, intermediate_size=12, tie_word_embeddings=False)
     model = minipeft.Transformer(getattr(minipeft.TransformerConfig, dialect)(**shape), seed=1)

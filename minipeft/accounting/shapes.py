@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.ops import QUERY_BLOCK, TILE
+from ..autograd.kernels import QUERY_BLOCK, TILE
 from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
 from ..quant.kernels import PIECE, tile_size

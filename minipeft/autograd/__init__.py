@@ -1,4 +1,5 @@
-"""Reverse-mode automatic differentiation: `tensor` is the engine, `ops` the book of derivatives, `gradcheck` the judge."""
+"""Reverse-mode automatic differentiation: `tensor` is the engine, `ops` the book of derivatives, `kernels` holds faster
+forms of its definitions, `gradcheck` is the judge."""
 
-from . import ops as ops  # gives Tensor its operators: whoever imports the engine has them
-
+from . import kernels as kernels  # whoever imports the engine has the ops (Tensor's operators) in their fastest forms
+from . import ops as ops

@@ -152,9 +152,8 @@ def _where():
     for label, a, b in PAIRS:
         condition = integers(2, *np.broadcast_shapes(a, b)) == 1
         yield Case(label, lambda a, b, c: F.where(c, a, b), (normal(*a), normal(*b)), (condition,))
-    yield Case(
-        "broadcast condition", lambda a, b, c: F.where(c, a, b), (normal(3, 4), normal(4)), (integers(2, 3, 1) == 1,)
-    )
+    both = normal(3, 4), normal(4)
+    yield Case("broadcast condition", lambda a, b, c: F.where(c, a, b), both, (integers(2, 3, 1) == 1,))
     yield Case("number", lambda a, c: F.where(c, a, 0.0), (normal(3, 4),), (integers(2, 4) == 1,))
 
 
@@ -179,14 +178,10 @@ def _to():
 
 @cases("neg", "exp", "abs", "tanh", "relu", "sigmoid", "softplus", "logsigmoid", "silu", "gelu")
 def _elementwise(name):
-    for label, x in [
-        ("matrix", normal(3, 4)),
-        ("large values", 3 * normal(2, 3, 2)),
-        ("size-one axes", normal(1, 1)),
-        ("scalar", normal()),
-        ("empty axis", normal(2, 0)),
-    ]:
-        yield Case(label, REGISTRY[name], (x,))
+    yield Case("matrix", REGISTRY[name], (normal(3, 4),))
+    yield Case("large values", REGISTRY[name], (3 * normal(2, 3, 2),))
+    for label, shape in [("size-one axes", (1, 1)), ("scalar", ()), ("empty axis", (2, 0))]:
+        yield Case(label, REGISTRY[name], (normal(*shape),))
 
 
 @cases("log", "sqrt")
@@ -266,7 +261,7 @@ def _transpose():
 @cases("swapaxes")
 def _swapaxes():
     yield Case("ends", lambda x: F.swapaxes(x, 0, -1), (normal(2, 3, 4),))
-    yield Case("neighbours", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),))
+    yield Case("adjacent", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),))
 
 
 @cases("broadcast_to")
@@ -438,18 +433,8 @@ def _attention():
             yield Case(f"{label}{', causal' if causal else ''}", attention(causal), qkv)
     B, H, T, S = 2, 4, 3, 5
     qkv = (normal(B, H, T, 2), normal(B, 2, S, 2, seed=1), normal(B, 2, S, 2, seed=2))
-    for shape in [
-        (S,),
-        (T, S),
-        (1, S),
-        (T, 1),
-        (H, 1, 1),
-        (B, 1, 1, S),
-        (B, 1, T, S),
-        (1, H, T, S),
-        (B, H, T, S),
-        (1,) * 4,
-    ]:
+    masks = [(S,), (T, S), (1, S), (T, 1), (H, 1, 1), (B, 1, 1, S), (B, 1, T, S), (1, H, T, S), (B, H, T, S), (1,) * 4]
+    for shape in masks:
         keep = integers(3, *shape) > 0
         for causal in (False, True):
             suffix = ", causal" if causal else ""
@@ -467,9 +452,8 @@ def _attention():
 @cases("packed_attention")
 def _packed():
     for causal in (True, False):
-        yield Case(
-            f"is_causal={causal}", lambda x, c=causal: F.packed_attention(x, 2, is_causal=c), (normal(2, 3, 12),)
-        )
+        attend = lambda x, c=causal: F.packed_attention(x, 2, is_causal=c)  # noqa: E731
+        yield Case(f"is_causal={causal}", attend, (normal(2, 3, 12),))
     keep = np.array([[True, True, False], [True, False, True]])[:, None, None]
     yield Case("padding", lambda x, m: F.packed_attention(x, 2, attn_mask=m), (normal(2, 3, 12),), (keep,))
     yield Case("one head", lambda x: F.packed_attention(x, 1), (normal(1, 3, 6),))
@@ -484,9 +468,8 @@ def _packed():
 def _cross_entropy():
     yield Case("rows", F.cross_entropy, (normal(4, 5), np.array([0, 4, 2, 2])))
     yield Case("ignored targets", F.cross_entropy, (normal(2, 3, 5), np.array([[0, -100, 4], [-100, 1, 1]])))
-    yield Case(
-        "ignore_index 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (normal(3, 5), np.array([0, 4, 2]))
-    )
+    ids = np.array([0, 4, 2])
+    yield Case("ignore_index 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (normal(3, 5), ids))
     yield Case("one row", F.cross_entropy, (normal(5), np.array(3)))
     yield Case("one class", F.cross_entropy, (normal(3, 1), np.zeros(3, np.int64)))
     yield Case("large logits", F.cross_entropy, (30 * normal(4, 5), np.array([0, 4, 2, 2])))

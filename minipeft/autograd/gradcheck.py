@@ -43,15 +43,11 @@ class GradcheckError(AssertionError):
     not about one element (a gradient of the wrong shape, say).
     """
 
+    input: int | str | None
+    index: tuple[int, ...] | None
+
     def __init__(
-        self,
-        message: str,
-        name: str = "",
-        input: int | str | None = None,
-        index: tuple[int, ...] | None = None,
-        pullback: float | None = None,
-        difference: float | None = None,
-        tolerance: float | None = None,
+        self, message: str, name: str = "", input=None, index=None, pullback=None, difference=None, tolerance=None
     ):
         super().__init__(message)
         self.name, self.input, self.index = name, input, index
@@ -205,7 +201,7 @@ def _pull_back(
     for x in inputs.values():
         x.grad = None
     y = evaluate()
-    found: dict[int | str, np.ndarray] = {}
+    gradients: dict[int | str, np.ndarray] = {}
     if y.requires_grad:  # otherwise the result does not depend on these inputs, or fn has cut the graph
         value = to_numpy(y.data).copy()
         cotangent = asarray(w.astype(value.dtype), xp_of(y.data))
@@ -218,18 +214,14 @@ def _pull_back(
         g = np.zeros(x.shape) if x.grad is None else to_numpy(x.grad)
         x.grad = None
         if g.shape != x.shape or g.dtype != x.dtype:
-            raise GradcheckError(
-                f"{name}: the gradient of input {i} is {g.dtype} of shape {g.shape}, "
-                f"the input is {x.dtype} of shape {x.shape}",
-                name,
-                i,
-            )
+            found = f"the gradient of input {i} is {g.dtype} of shape {g.shape}"
+            raise GradcheckError(f"{name}: {found}, the input is {x.dtype} of shape {x.shape}", name, i)
         if not np.isfinite(g).all():
             index = tuple(int(n) for n in np.argwhere(~np.isfinite(g))[0])
             message = f"{name}: the gradient of input {i} is {g[index]} at {index}"
             raise GradcheckError(message, name, i, index, float(g[index]))
-        found[i] = g
-    return found
+        gradients[i] = g
+    return gradients
 
 
 def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np.ndarray) -> _Difference:

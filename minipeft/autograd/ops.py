@@ -1,11 +1,16 @@
-"""The book of derivatives: every op, its value and its pullbacks, side by side.
+"""The book of derivatives: every op, its value and its pullbacks, side by side, in plain array code.
 
+    @op
+    def mul(a, b):
+        return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
+
+An option has no pullback: None in the middle, nothing at the end.
 Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for PyTorch's `dim`. Each op works on
-plain arrays of any library; `op` makes it a function of Tensors. Where an input may be a Python number, its pullback is
-simply never asked for. `minipeft.functional` is this module.
+arrays of any library; `op` makes it a function of Tensors. An input may be a Python number: its pullback is not called.
+A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
 
-Large elementwise work runs in cache-sized blocks spread over threads (`elementwise`, `parallel_rows`), with `out=` and
-few temporaries: the matrix products of NumPy are as fast as anybody's, the passes through memory are what is lost.
+These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
+which compute in their place; each is tested to equal its definition here. `minipeft.functional` is this module.
 """
 
 from __future__ import annotations
@@ -16,20 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import backend
-from ..backend import (
-    SPLIT,
-    Array,
-    Rng,
-    elementwise,
-    get_num_threads,
-    is_array,
-    one_blas_thread,
-    parallel_rows,
-    scatter_add,
-    split_rows,
-    xp_of,
-)
+from ..backend import Array, Rng, is_array, scatter_add, xp_of
+from . import checks as check
 from .tensor import Slice, Tensor, checkpoint, op
 
 __all__ = [
@@ -40,51 +33,32 @@ __all__ = [
     "sum", "swapaxes", "swiglu", "tanh", "to", "transpose", "where",
 ]  # fmt: skip
 
-_max, _min = max, min  # Python's own, before PyTorch's names hide them
-
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
-
-
-def _binary(symbol: str, fn: Any, a: Array, b: Array) -> Array:
-    """fn(a, b) by broadcasting; a shape mismatch becomes one sentence."""
-    try:
-        if is_array(a) and is_array(b):
-            # one pass over fewer elements is done before another thread is awake
-            if a.shape == b.shape and a.size >= 4 * SPLIT and a.dtype.kind == b.dtype.kind == "f":
-                return elementwise(lambda out, x, y: fn(x, y, out=out), a, b)
-            xp_of(a, b)
-        return fn(a, b)
-    except ValueError as error:
-        raise ValueError(f"{symbol}: shapes {_shape(a)} and {_shape(b)} cannot be broadcast together") from error
-
-
-def _shape(a: Any) -> tuple[int, ...]:
-    return a.shape if is_array(a) else ()
 
 
 @op
 def add(a, b):
     """a + b."""
-    return _binary("add", xp_of(a, b).add, a, b), lambda g: g, lambda g: g
+    return a + b, lambda g: g, lambda g: g
 
 
 @op
 def sub(a, b):
     """a - b."""
-    return _binary("sub", xp_of(a, b).subtract, a, b), lambda g: g, lambda g: -g
+    return a - b, lambda g: g, lambda g: -g
 
 
 @op
 def mul(a, b):
     """a * b."""
-    return _binary("mul", xp_of(a, b).multiply, a, b), lambda g: g * b, lambda g: g * a
+    return a * b, lambda g: g * b, lambda g: g * a
 
 
 @op
 def div(a, b):
     """a / b."""
-    y = _binary("div", xp_of(a, b).true_divide, a, b)
+    y = a / b
     return y, lambda g: g / b, lambda g: g * (-y / b)
 
 
@@ -97,15 +71,14 @@ def neg(x):
 @op
 def pow(x, exponent):
     """x ** exponent, for a number `exponent` that is not differentiated."""
-    return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0), None
+    return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0)
 
 
 @op
 def maximum(a, b):
     """Elementwise maximum; where equal, each side receives half of the gradient, as in PyTorch."""
-    xp = xp_of(a, b)
     return (
-        _binary("maximum", xp.maximum, a, b),
+        xp_of(a, b).maximum(a, b),
         lambda g: g * ((a > b) + 0.5 * (a == b)).astype(g.dtype),
         lambda g: g * ((b > a) + 0.5 * (a == b)).astype(g.dtype),
     )
@@ -114,9 +87,8 @@ def maximum(a, b):
 @op
 def minimum(a, b):
     """Elementwise minimum; where equal, each side receives half of the gradient, as in PyTorch."""
-    xp = xp_of(a, b)
     return (
-        _binary("minimum", xp.minimum, a, b),
+        xp_of(a, b).minimum(a, b),
         lambda g: g * ((a < b) + 0.5 * (a == b)).astype(g.dtype),
         lambda g: g * ((b < a) + 0.5 * (a == b)).astype(g.dtype),
     )
@@ -142,13 +114,13 @@ def clip(x, minimum=None, maximum=None):
             inside &= x <= maximum
         return xp.where(inside, g, 0)
 
-    return xp.clip(x, minimum, maximum), dx, None, None
+    return xp.clip(x, minimum, maximum), dx
 
 
 @op
 def to(x, dtype):
     """x converted to another floating-point dtype (as `tensor.to(dtype)`); its gradient is converted back."""
-    return x.astype(dtype, copy=False), lambda g: g, None
+    return x.astype(dtype, copy=False), lambda g: g
 
 
 # ------------------------------------------------------------------------------------------------ elementwise, unary
@@ -223,72 +195,18 @@ def logsigmoid(x):
     return xp.minimum(x, 0) - xp.log1p(xp.exp(-xp.absolute(x))), lambda g: g * _sigmoid(-x)
 
 
-def _exp_limit(dtype: Any) -> float:
-    return {2: 11.0, 4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
-
-
-def _silu_into(out: Array, x: Array) -> None:
-    """out = x / (1 + e^-x)."""
-    xp = xp_of(x)
-    e = xp.negative(x)
-    xp.minimum(e, _exp_limit(x.dtype), out=e)
-    xp.exp(e, out=e)
-    e += 1
-    xp.true_divide(x, e, out=out)
-
-
-def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
-    """y = x s, slope = dy/dx = s + y (1 - s), with s = 1 / (1 + e^-x)."""
-    xp = xp_of(x)
-    xp.negative(x, out=slope)
-    xp.minimum(slope, _exp_limit(x.dtype), out=slope)
-    xp.exp(slope, out=slope)
-    slope += 1
-    xp.true_divide(1, slope, out=slope)  # s
-    xp.multiply(x, slope, out=y)
-    rest = xp.subtract(1, slope)
-    rest *= y
-    slope += rest
-
-
 @op
 def silu(x):
-    """x * sigmoid(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415; "swish")."""
-
-    def dx_into(out, g, x):
-        _silu_and_slope_into(xp_of(x).empty_like(x), out, x)
-        out *= g
-
-    return elementwise(_silu_into, x), lambda g: elementwise(dx_into, g, x)
+    """x σ(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415; "swish")."""
+    s = _sigmoid(x)
+    return x * s, lambda g: g * (s + x * s * (1 - s))
 
 
 @op
 def swiglu(gate, up):
-    """silu(gate) * up: the gated activation of Llama's MLP (Shazeer 2020, arXiv:2002.05202, eq. 6), in one pass.
-
-    Composed of `silu` and `mul` it would keep three arrays; it keeps its two inputs. One exponential serves both gradients.
-    """
-    memo: dict[str, Array] = {}
-
-    def into(out, gate, up):
-        _silu_into(out, gate)
-        out *= up
-
-    def both_into(dgate, dup, g, gate, up):
-        _silu_and_slope_into(dup, dgate, gate)
-        dup *= g
-        dgate *= g
-        dgate *= up
-
-    def pull(name, g):
-        if not memo:
-            memo["gate"], memo["up"] = elementwise(both_into, g, gate, up, outputs=2)
-        return memo.pop(name)
-
-    return elementwise(into, gate, up), lambda g: pull("gate", g), lambda g: pull("up", g)
-
-
-_C = math.sqrt(2 / math.pi)
+    """silu(gate) * up: the gated activation of Llama's MLP (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    y, dgate = silu.definition(gate)
+    return y * up, lambda g: dgate(g * up), lambda g: g * y
 
 
 @op
@@ -297,37 +215,9 @@ def gelu(x):
 
     This is PyTorch's gelu(approximate="tanh") and Hugging Face's "gelu_new".
     """
-    xp = xp_of(x)
-
-    def tanh_into(t, x):  # t = tanh(C x (1 + 0.044715 x^2))
-        xp.multiply(x, x, out=t)
-        t *= _C * 0.044715
-        t += _C
-        t *= x
-        xp.tanh(t, out=t)
-
-    def into(out, x):
-        tanh_into(out, x)
-        out += 1
-        out *= x
-        out *= 0.5
-
-    def dx_into(out, g, x):  # 0.5 (1 + t) + 0.5 x (1 - t^2) C (1 + 3 * 0.044715 x^2)
-        t = xp.empty_like(x)
-        tanh_into(t, x)
-        xp.multiply(x, x, out=out)
-        out *= 1.5 * _C * 0.044715
-        out += 0.5 * _C
-        out *= x
-        slope = xp.multiply(t, t)
-        xp.subtract(1, slope, out=slope)
-        out *= slope
-        t *= 0.5
-        t += 0.5
-        out += t
-        out *= g
-
-    return elementwise(into, x), lambda g: elementwise(dx_into, g, x)
+    c = math.sqrt(2 / math.pi)
+    t = xp_of(x).tanh(c * (x + 0.044715 * x**3))
+    return 0.5 * x * (1 + t), lambda g: g * 0.5 * (1 + t + x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))
 
 
 @op
@@ -338,10 +228,9 @@ def dropout(x, p, rng):
         rng: a `minipeft.backend.Rng`, whose mask depends on the row (first axis) and not on the call; or a generator of
             the array's library (`numpy.random.Generator`), which is drawn from. None, or p = 0, gives x.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout probability must lie in [0, 1), not {p}")
+    check.probability(p)
     if rng is None or p == 0:
-        return x, lambda g: g, None, None
+        return x, lambda g: g
     xp = xp_of(x)
     u = rng.uniform_rows(x.shape, xp) if isinstance(rng, Rng) else rng.random(x.shape, dtype=xp.float32)
     keep = u >= p
@@ -351,22 +240,15 @@ def dropout(x, p, rng):
         y *= 1 / (1 - p)
         return y
 
-    return masked(x), masked, None, None
+    return masked(x), masked
 
 
 # ------------------------------------------------------------------------------------------------------- reductions
 
 
-def _axis(axis: int, ndim: int) -> int:
-    """The axis counted from the front. Raises IndexError where there is no such axis."""
-    if not -ndim <= axis < ndim:
-        raise IndexError(f"axis {axis} is out of range for a tensor with {ndim} axes")
-    return axis % ndim
-
-
 def _axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-    return tuple(_axis(a, ndim) for a in axes)
+    return tuple(check.axis(a, ndim) for a in axes)
 
 
 def _expand(g: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
@@ -378,7 +260,7 @@ def _expand(g: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
 def sum(x, axis=None, keepdims=False):
     """Sum over `axis` (all axes by default)."""
     xp, shape, axes = xp_of(x), x.shape, _axes(axis, x.ndim)
-    return x.sum(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g, axes, keepdims), shape), None, None
+    return x.sum(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g, axes, keepdims), shape)
 
 
 @op
@@ -389,8 +271,6 @@ def mean(x, axis=None, keepdims=False):
     return (
         x.mean(axis=axes, keepdims=keepdims),
         lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape),
-        None,
-        None,
     )
 
 
@@ -405,7 +285,7 @@ def max(x, axis=None, keepdims=False):
         hit /= hit.sum(axis=axes, keepdims=True)
         return hit * _expand(g, axes, keepdims)
 
-    return (y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes))), dx, None, None
+    return (y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes))), dx
 
 
 @op
@@ -418,7 +298,7 @@ def logsumexp(x, axis=-1, keepdims=False):
     y = xp.log(total) + m
     e /= total
     axes = _axes(axis, x.ndim)  # bound here: a pullback that asks x for it would keep x
-    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, axes, keepdims), None, None
+    return (y if keepdims else y.squeeze(axis)), lambda g: e * _expand(g, axes, keepdims)
 
 
 @op
@@ -432,7 +312,7 @@ def softmax(x, axis=-1):
         d = g * y
         return d - y * d.sum(axis=axis, keepdims=True)
 
-    return y, dx, None
+    return y, dx
 
 
 @op
@@ -441,7 +321,7 @@ def log_softmax(x, axis=-1):
     xp = xp_of(x)
     y = x - x.max(axis=axis, keepdims=True)
     y -= xp.log(xp.exp(y).sum(axis=axis, keepdims=True))
-    return y, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True), None
+    return y, lambda g: g - xp.exp(y) * g.sum(axis=axis, keepdims=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes
@@ -452,7 +332,7 @@ def reshape(x, shape):
     """The same elements in another shape."""
     before = x.shape
     try:
-        return x.reshape(shape), lambda g: g.reshape(before), None
+        return x.reshape(shape), lambda g: g.reshape(before)
     except ValueError as error:
         raise ValueError(f"reshape: a tensor of shape {before} cannot be seen as {tuple(shape)}") from error
 
@@ -461,19 +341,19 @@ def reshape(x, shape):
 def transpose(x, axes=None):
     """The axes in another order (reversed by default); a view."""
     inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
-    return x.transpose(axes), lambda g: g.transpose(inverse), None
+    return x.transpose(axes), lambda g: g.transpose(inverse)
 
 
 @op
 def swapaxes(x, axis1, axis2):
     """Two axes exchanged; a view."""
-    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2), None, None
+    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2)
 
 
 @op
 def broadcast_to(x, shape):
     """x repeated along new or size-one axes; a view."""
-    return xp_of(x).broadcast_to(x, shape), lambda g: g, None
+    return xp_of(x).broadcast_to(x, shape), lambda g: g
 
 
 @op
@@ -483,26 +363,24 @@ def getitem(x, index):
     fancy = any(is_array(i) or isinstance(i, list) for i in parts)
     repeats = any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
     y = x[index]
-    return (y if fancy or is_array(y) else xp_of(x).asarray(y)), lambda g: Slice(index, g, repeats), None
+    return (y if fancy or is_array(y) else xp_of(x).asarray(y)), lambda g: Slice(index, g, repeats)
 
 
 @op
 def gather(x, indices, axis=-1):
     """x's elements at `indices` along `axis`, where indices has x's number of axes (torch.gather, take_along_axis)."""
     xp, shape, ndim = xp_of(x), x.shape, x.ndim
-    axis = _axis(axis, ndim)
+    axis = check.axis(axis, ndim)
+    check.gather(shape, indices, axis)
 
-    def dx(g):
-        # the index arrays of every axis: `indices` itself along `axis`, positions along the others
+    def dx(g):  # the index arrays of every axis: `indices` itself along `axis`, positions along the others
         grid = [xp.arange(n).reshape((-1,) + (1,) * (ndim - 1 - i)) for i, n in enumerate(indices.shape)]
         grid[axis] = indices
         d = xp.zeros(shape, g.dtype)
         xp.add.at(d, tuple(grid), g)
         return d
 
-    if indices.shape[:axis] != shape[:axis] or indices.shape[axis + 1 :] != shape[axis + 1 :]:
-        raise ValueError(f"gather: indices of shape {indices.shape} must equal x's shape {shape} on every axis but {axis}")
-    return xp.take_along_axis(x, indices, axis=axis), dx, None, None
+    return xp.take_along_axis(x, indices, axis=axis), dx
 
 
 @op
@@ -526,7 +404,7 @@ def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors along a new axis (torch.stack)."""
-    position = _axis(axis, len(tensors[0].shape) + 1)
+    position = check.axis(axis, len(tensors[0].shape) + 1)
     return _cat(*[getitem(t, (slice(None),) * position + (None,)) for t in tensors], axis=position)
 
 
@@ -538,6 +416,11 @@ def _widen(w: Array, x: Array) -> Array:
     return w.astype(x.dtype) if w.dtype.itemsize == 2 and x.dtype.itemsize > 2 else w
 
 
+def _t(x: Array) -> Array:
+    """The transpose of each matrix: [..., n, m] -> [..., m, n]."""
+    return x.swapaxes(-1, -2)
+
+
 def _rows(x: Array) -> Array:
     """[..., d] -> [N, d]; unlike reshape(-1, d) also where d is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -545,91 +428,45 @@ def _rows(x: Array) -> Array:
 
 @op
 def matmul(a, b):
-    """a @ b, batched over leading axes with broadcasting. dA = g Bᵀ, dB = Aᵀ g."""
-    xp = xp_of(a, b)
-    if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
-        raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not match (inner dimensions must be equal)")
-    def product(a, b):
-        if b.ndim == 2 and a.ndim > 1:
-            return backend.matmul(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
-        with backend.one_blas_thread():
-            return xp.matmul(a, b)
+    """a @ b, batched over leading axes with broadcasting; a vector is a row on the left, a column on the right.
 
-    try:
-        y = product(a, b)
-    except ValueError as error:
-        raise ValueError(f"matmul: the batch axes of {a.shape} and {b.shape} cannot be broadcast together") from error
-
-    a_ndim, b_ndim, inner = a.ndim, b.ndim, a.shape[-1]  # bound here: neither pullback keeps the array it is for
-
-    def da(g):
-        if b_ndim == 1:
-            return g[..., None] * b
-        return product(g[..., None, :] if a_ndim == 1 else g, b.swapaxes(-1, -2)).reshape(*g.shape[:-1], inner)
+    dA = g Bᵀ, dB = Aᵀ g.
+    """
+    check.matmul(a, b)
+    A, B = (a[None] if a.ndim == 1 else a), (b[:, None] if b.ndim == 1 else b)  # [..., n, k], [..., k, m]
+    Y = A @ B  # [..., n, m]
+    y = Y[..., 0, :] if a.ndim == 1 else Y
+    y, shape, column = y[..., 0] if b.ndim == 1 else y, Y.shape, b.ndim == 1
 
     def db(g):
-        if a_ndim == 1:
-            return a[:, None] * g[..., None, :] if b_ndim > 1 else a * g
-        if b_ndim == 1:
-            return _rows(a * g[..., None]).sum(axis=0)
-        if b_ndim == 2:  # [..., n, k]ᵀ [..., n, m]: one product instead of a batch that is summed afterwards
-            return backend.matmul(_rows(a).T, _rows(g))
-        return product(a.swapaxes(-1, -2), g)
+        return _rows(A).T @ g.reshape(-1) if column else _t(A) @ g.reshape(shape)
 
-    return y, da, db
+    return y, lambda g: g.reshape(shape) @ _t(B), db
 
 
 @op
 def linear(x, weight, bias=None):
     """y = x Wᵀ + b with x [..., in], weight [out, in], bias [out] or None. dx = g W, dW = gᵀ x, db = Σ g."""
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear: input {x.shape} does not match weight {weight.shape} (last axis must be {weight.shape[-1]})")
-    return _affine(x, weight, bias, transposed=True)
+    check.linear("linear", x, weight, bias)
+    w = _widen(weight, x)
+    y = x @ w.T  # [..., out]
+    return y if bias is None else y + bias, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g
 
 
 @op
 def addmm(bias, x, weight):
     """y = b + x W with x [..., in], weight [in, out], bias [out] or None: GPT-2's `Conv1D` (torch.addmm)."""
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(f"addmm: input {x.shape} does not match weight {weight.shape} (last axis must be {weight.shape[0]})")
-    y, dx, dw, db = _affine(x, weight, bias, transposed=False)
-    return y, db, dx, dw
-
-
-def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple:
-    xp = xp_of(x, weight, bias)
-    n_out = weight.shape[0 if transposed else 1]
-    x2, shape = _rows(x), x.shape  # [N, in]
+    check.linear("addmm", x, weight, bias, inputs=0)
     w = _widen(weight, x)
-    y = backend.matmul(x2, w.T if transposed else w)  # [N, out]
-    if bias is not None:
-        if bias.shape != (n_out,):
-            raise ValueError(f"linear: bias {bias.shape} does not match weight {weight.shape} (must be ({n_out},))")
-        y += bias
-
-    def dx(g):
-        d, w = xp.empty(shape, g.dtype), _widen(weight, g)
-        backend.matmul(_rows(g), w if transposed else w.T, out=_rows(d))
-        return d
-
-    def dw(g):
-        g2 = _rows(g)
-        return backend.matmul(g2.T, x2) if transposed else backend.matmul(x2.T, g2)
-
-    return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: _rows(g).sum(axis=0)
+    y = x @ w  # [..., out]
+    return y if bias is None else y + bias, lambda g: g, lambda g: g @ w.T, lambda g: _rows(x).T @ _rows(g)
 
 
 @op
 def embedding(ids, weight):
     """Rows of `weight` [V, d] at the integer array `ids` [...]: [..., d]. Its pullback adds each row back (scatter-add)."""
     xp = xp_of(ids, weight)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"embedding: ids must be integers, not {ids.dtype}")
-    n = weight.shape[0]
-    if ids.size:
-        low, high = int(ids.min().item()), int(ids.max().item())
-        if low < 0 or high >= n:
-            raise IndexError(f"embedding: token id {low if low < 0 else high} is out of range; ids must lie in 0..{n - 1}")
+    check.ids(ids, weight.shape[0])
 
     def dw(g):
         d = xp.zeros(weight.shape, g.dtype)
@@ -643,43 +480,27 @@ def embedding(ids, weight):
 # ---------------------------------------------------------------------------------------------------- normalization
 
 
+def _mean(a: Array) -> Array:
+    return a.mean(axis=-1, keepdims=True)
+
+
 @op
 def layer_norm(x, weight, bias, eps=1e-5):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
     With x̂ the normalized input and h = g * weight:  dx = (h - mean(h) - x̂ mean(h x̂)) / sqrt(var + eps).
     """
-    xp, shape, d = xp_of(x, weight, bias), x.shape, x.shape[-1]
-    _check_norm("layer_norm", shape, weight, bias)
-    weight, bias = _widen(weight, x), _widen(bias, x)
-    x2 = x.reshape(-1, d)
-    normed, y, rstd = xp.empty_like(x2), xp.empty_like(x2), xp.empty((x2.shape[0], 1), x.dtype)
-
-    def forward(s):
-        xs, n, r = x2[s], normed[s], rstd[s]
-        xp.subtract(xs, _row_means(xs), out=n)
-        r[...] = 1 / xp.sqrt(_row_means(n, n) + eps)
-        n *= r
-        xp.multiply(n, weight, out=y[s])
-        y[s] += bias
-
-    parallel_rows(xp, forward, x2.shape[0], d)
+    check.norm("layer_norm", x, weight=weight, bias=bias)
+    w, b = _widen(weight, x), _widen(bias, x)
+    centered = x - _mean(x)
+    rstd = 1 / xp_of(x).sqrt(_mean(centered**2) + eps)  # [..., 1]
+    normed = centered * rstd  # x̂ [..., d]
 
     def dx(g):
-        out, g2 = xp.empty(shape, g.dtype), g.reshape(-1, d)
-        out2 = out.reshape(-1, d)
+        h = g * w
+        return (h - _mean(h) - normed * _mean(h * normed)) * rstd
 
-        def block(s):
-            h, n, o = g2[s] * weight, normed[s], out2[s]
-            xp.multiply(n, _row_means(h, n), out=o)
-            h -= _row_means(h)
-            xp.subtract(h, o, out=o)
-            o *= rstd[s]
-
-        parallel_rows(xp, block, g2.shape[0], d)
-        return out
-
-    return y.reshape(shape), dx, lambda g: _sum_products(g.reshape(-1, d), normed), lambda g: g.reshape(-1, d).sum(axis=0)
+    return normed * w + b, dx, lambda g: g * normed, lambda g: g
 
 
 @op
@@ -688,52 +509,16 @@ def rms_norm(x, weight, eps=1e-6):
 
     With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps).
     """
-    xp, shape, d = xp_of(x, weight), x.shape, x.shape[-1]
-    _check_norm("rms_norm", shape, weight, None)
-    weight = _widen(weight, x)
-    x2 = x.reshape(-1, d)
-    normed, y, rstd = xp.empty_like(x2), xp.empty_like(x2), xp.empty((x2.shape[0], 1), x.dtype)
-
-    def forward(s):
-        xs, n, r = x2[s], normed[s], rstd[s]
-        r[...] = 1 / xp.sqrt(_row_means(xs, xs) + eps)
-        xp.multiply(xs, r, out=n)
-        xp.multiply(n, weight, out=y[s])
-
-    parallel_rows(xp, forward, x2.shape[0], d)
+    check.norm("rms_norm", x, weight=weight)
+    w = _widen(weight, x)
+    rstd = 1 / xp_of(x).sqrt(_mean(x * x) + eps)  # [..., 1]
+    normed = x * rstd  # x̂ [..., d]
 
     def dx(g):
-        out, g2 = xp.empty(shape, g.dtype), g.reshape(-1, d)
-        out2 = out.reshape(-1, d)
+        h = g * w
+        return (h - normed * _mean(h * normed)) * rstd
 
-        def block(s):
-            h, n, o = g2[s] * weight, normed[s], out2[s]
-            xp.multiply(n, _row_means(h, n), out=o)
-            xp.subtract(h, o, out=o)
-            o *= rstd[s]
-
-        parallel_rows(xp, block, g2.shape[0], d)
-        return out
-
-    return y.reshape(shape), dx, lambda g: _sum_products(g.reshape(-1, d), normed)
-
-
-def _check_norm(name: str, shape: tuple[int, ...], weight: Array, bias: Array | None) -> None:
-    for what, p in (("weight", weight), ("bias", bias)):
-        if p is not None and p.shape != shape[-1:]:
-            raise ValueError(f"{name}: {what} {p.shape} does not match the last axis of the input {shape}")
-
-
-def _row_means(a: Array, b: Array | None = None) -> Array:
-    """Mean over the last axis of a [N, d], or of a * b: [N, 1]. einsum takes a third of the time of `mean`."""
-    xp = xp_of(a)
-    total = xp.einsum("nd->n", a) if b is None else xp.einsum("nd,nd->n", a, b)
-    return total[:, None] / a.shape[1]
-
-
-def _sum_products(a: Array, b: Array) -> Array:
-    """Σ_i a[i] * b[i] over the rows, without a full-size product."""
-    return xp_of(a).einsum("nd,nd->d", a, b)
+    return normed * w, dx, lambda g: g * normed
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -750,146 +535,13 @@ def rope(x, cos, sin):
     The pullback of a rotation is the rotation by the opposite angle.
     """
     xp, half = xp_of(x, cos, sin), x.shape[-1] // 2
+    c, s = cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
 
-    def rotate(x, sin):  # (a, b) -> (a, b) (cos, cos) + (b, a) (-sin, sin): whole channels, as halves make short inner loops
-        c, n = xp.concatenate([cos, cos], -1)[:, None], xp.concatenate([-sin, sin], -1)[:, None]  # [B or 1, 1, T, D]
-        y = xp.empty_like(x)  # keeps the memory layout of x, so that transposing it back stays free
+    def rotate(x, s):
+        a, b = x[..., :half], x[..., half:]  # [B, H, T, D/2] each
+        return xp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
 
-        def block(s):
-            one = slice(None) if c.shape[0] == 1 else s
-            part = x[s]
-            swapped = xp.empty_like(part)
-            swapped[..., :half], swapped[..., half:] = part[..., half:], part[..., :half]
-            swapped *= n[one]
-            xp.multiply(part, c[one], out=y[s])
-            y[s] += swapped
-
-        parallel_rows(xp, block, x.shape[0], x[:1].size)
-        return y
-
-    return rotate(x, sin), lambda g: rotate(g, -sin), None, None
-
-
-QUERY_BLOCK = 64  # queries that are answered together; keys that causality hides from all of them are never touched
-TILE = 1 << 19  # scores computed together, at most: several heads and batch rows in one call of each NumPy function
-
-
-class _Attention:
-    """Softmax attention over tiles of (a few batch rows) x (a block of queries); see `scaled_dot_product_attention`.
-
-    A tile keeps its unnormalized weights E = exp(S - max S) and the reciprocal row sums 1/l. With dO' = dO / l:
-        O = (E V) / l        dV = Eᵀ dO'       dS = E * (dO' Vᵀ - rowsum(dO' * O))       dQ = dS K       dK = dSᵀ Q
-    which needs no normalized copy of the weights.
-    """
-
-    def __init__(self, q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float, out: Array):
-        self.q, self.k, self.v, self.out, self.scale, self.causal = q, k, v, out, scale, causal
-        self.xp = xp_of(q, k, v)
-        B, H, T, _ = q.shape
-        self.kv, S = k.shape[1], k.shape[2]
-        rows = _max(1, _min(TILE // _max(1, H * _min(T, QUERY_BLOCK) * S), -(-B // get_num_threads()))) if self.xp is np else B
-        block = QUERY_BLOCK if causal else _max(1, T)
-        self.starts = list(range(0, T, block))[::-1]  # the last block sees every key, and so comes first in backward
-        self.block, self.rows = block, rows
-        self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}
-        self._tiles(lambda b, i: self._forward(b, i, mask))
-
-    def _tiles(self, work: Any) -> None:
-        """work(batch rows, first query) for every tile; the tiles of one batch row run in order, in one thread."""
-        B, rows = self.q.shape[0], self.rows
-
-        def run(s):
-            for b in range(s.start, s.stop):
-                for i in self.starts:
-                    work(slice(b * rows, _min((b + 1) * rows, B)), i)
-
-        if self.xp is np:
-            with one_blas_thread():
-                split_rows(run, -(-B // rows), self.q.size * self.k.shape[2] // 8)  # a score is worth 5 to 10 elements
-        else:
-            run(slice(0, 1 if B else 0))
-
-    def _queries(self, array: Array, b: slice, i: int) -> Array:
-        """A tile of an array shaped like q, its heads grouped by the key head they share: [b, kv, H/kv * t, D]."""
-        part = array[b, :, i : i + self.block]
-        return part.reshape(part.shape[0], self.kv, -1, part.shape[3])
-
-    def _forward(self, b: slice, i: int, mask: Array | None) -> None:
-        xp, (_, H, T, _), S = self.xp, self.q.shape, self.k.shape[2]
-        j = _min(i + self.block, T)  # queries i:j
-        n = _max(0, S - T + j) if self.causal else S  # keys that query j - 1 may see
-        qs = self._queries(self.q, b, i) * self.scale
-        e = xp.matmul(qs, self.k[b, :, :n].swapaxes(-1, -2))  # [b, kv, H/kv * t, n]
-        rows = e.shape[0]
-        scores = e.reshape(rows, H, j - i, n)
-        if self.causal and n:
-            first = _max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
-            hidden = xp.arange(first, n)[None, :] > xp.arange(S - T + i, S - T + j)[:, None]
-            scores[..., first:] += xp.where(hidden, -xp.inf, 0).astype(e.dtype)
-        if mask is not None:
-            m = mask[(b if mask.shape[0] > 1 else slice(None))]
-            m = m[:, :, (slice(i, j) if m.shape[2] > 1 else slice(None)), : n if m.shape[3] > 1 else None]
-            if m.dtype == bool:
-                scores[...] = xp.where(m, scores, -xp.inf)
-            else:
-                scores += m
-        if n:
-            top = e.max(axis=-1, keepdims=True)
-            e -= xp.where(xp.isfinite(top), top, 0)  # a fully masked row: exp(-inf - 0) = 0
-            xp.exp(e, out=e)
-        total = xp.matmul(e, xp.ones((n, 1), e.dtype))  # row sums, three times as fast as sum(axis=-1)
-        inverse = xp.where(total > 0, 1 / xp.where(total > 0, total, 1), 0).astype(e.dtype, copy=False)
-        o = xp.matmul(e, self.v[b, :, :n])
-        o *= inverse
-        self.out[b, :, i:j] = o.reshape(rows, H, j - i, -1)
-        self.saved[b.start, i] = e, inverse
-
-    def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
-        """Write the three gradients into the given arrays."""
-        xp, (_, H, T, D), S = self.xp, self.q.shape, self.k.shape[2]
-
-        def work(b, i):
-            j = _min(i + self.block, T)
-            n = _max(0, S - T + j) if self.causal else S
-            e, inverse = self.saved.pop((b.start, i))
-            qs = self._queries(self.q, b, i) * self.scale
-            k, v = self.k[b, :, :n], self.v[b, :, :n]
-            do = self._queries(g, b, i) * inverse
-            delta = xp.einsum("bhtd,bhtd->bht", do, self._queries(self.out, b, i))[..., None]
-            if i == self.starts[0]:
-                xp.matmul(e.swapaxes(-1, -2), do, out=dv[b, :, :n])
-            else:
-                dv[b, :, :n] += xp.matmul(e.swapaxes(-1, -2), do)
-            ds = xp.matmul(do, v.swapaxes(-1, -2))
-            ds -= delta
-            ds *= e
-            dqs = xp.matmul(ds, k)
-            dqs *= self.scale
-            dq[b, :, i:j] = dqs.reshape(-1, H, j - i, D)
-            if i == self.starts[0]:
-                xp.matmul(ds.swapaxes(-1, -2), qs, out=dk[b, :, :n])
-            else:
-                dk[b, :, :n] += xp.matmul(ds.swapaxes(-1, -2), qs)
-
-        self._tiles(work)
-
-
-def _attend(q, k, v, mask, causal, scale) -> _Attention:
-    B, H, T, D = q.shape
-    xp = xp_of(q, k, v, mask)
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not match: [B, H, T, D], [B, H', S, D], [B, H', S, Dv] with H' dividing H"
-        )
-    if mask is not None:
-        want = (B, H, T, k.shape[2])
-        if mask.dtype.kind not in "fb":
-            raise TypeError(f"attention: the mask must be boolean (True = attend) or additive floats, not {mask.dtype}")
-        if mask.ndim > 4 or any(m not in (1, w) for m, w in zip(mask.shape[::-1], want[::-1])):
-            raise ValueError(f"attention: a mask of shape {mask.shape} cannot be broadcast to [B, H, T, S] = {want}")
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out = xp.empty((B, T, H, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)  # merging the heads is then a free view
-    return _Attention(q, k, v, mask, causal, 1 / math.sqrt(D) if scale is None else scale, out)
+    return rotate(x, s), lambda g: rotate(g, -s)
 
 
 @op
@@ -903,161 +555,94 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
         is_causal: query t sees the keys s <= t + (S - T): aligned at the bottom right, so that a cache of S - T earlier
             positions is seen whole. May be combined with a mask.
 
+    With P the weights and O = P V:  dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - Σ_s P dP) * scale, dQ = dS K, dK = dSᵀ Q.
+
     A row that may attend to nothing gives 0 and no gradient. Departures from PyTorch: 1. is_causal aligns at the bottom
     right (PyTorch: top left). 2. A fully masked row gives 0 (PyTorch: NaN for boolean masks).
     """
-    a = _attend(q, k, v, attn_mask, is_causal, scale)
-    memo: dict[str, Array] = {}
+    check.attention(q, k, v, attn_mask)
+    (B, H, T, D), (_, kv, S, Dv) = q.shape, v.shape
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    Q, K, V = q.reshape(B, kv, H // kv, T, D), k[:, :, None], v[:, :, None]  # query heads beside the key head they read
+    scores = (Q @ _t(K)).reshape(B, H, T, S) * scale
+    P = _weights(scores, attn_mask, is_causal).reshape(B, kv, H // kv, T, S)
 
-    def pull(name, g):
-        if not memo:
-            xp = a.xp
-            memo.update(q=xp.empty_like(q), k=xp.zeros_like(k), v=xp.zeros_like(v))
-            a.backward(g, memo["q"], memo["k"], memo["v"])
-        return memo.pop(name)
+    def dS(dO):  # through the softmax and the scale, of dO [B, kv, H/kv, T, Dv]
+        dP = dO @ _t(V)  # [B, kv, H/kv, T, S]
+        return P * (dP - (P * dP).sum(axis=-1, keepdims=True)) * scale
 
-    return a.out, lambda g: pull("q", g), lambda g: pull("k", g), lambda g: pull("v", g), None, None, None
+    def grouped(g):
+        return g.reshape(B, kv, H // kv, T, Dv)
+
+    return (
+        (P @ V).reshape(B, H, T, Dv),
+        lambda g: (dS(grouped(g)) @ K).reshape(B, H, T, D),
+        lambda g: (_t(dS(grouped(g))) @ Q).sum(axis=2),  # over the query heads that share the key head
+        lambda g: (_t(P) @ grouped(g)).sum(axis=2),
+    )
+
+
+def _weights(scores: Array, mask: Array | None, is_causal: bool) -> Array:
+    """softmax(scores [B, H, T, S]) over the keys that a query may see; zeros where it may see none."""
+    xp, (T, S) = xp_of(scores, mask), scores.shape[-2:]
+    if mask is not None:
+        scores = xp.where(mask, scores, -xp.inf) if mask.dtype == bool else scores + mask.astype(scores.dtype)
+    if is_causal:
+        scores = xp.where(xp.arange(S) <= xp.arange(S - T, S)[:, None], scores, -xp.inf)
+    top = scores.max(axis=-1, keepdims=True) if S else xp.zeros((*scores.shape[:-1], 1), scores.dtype)
+    e = xp.exp(scores - xp.where(xp.isfinite(top), top, 0))  # of a row of -inf alone: zeros
+    total = e.sum(axis=-1, keepdims=True)
+    return e / xp.where(total > 0, total, 1)
 
 
 @op
 def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
-    """Attention that takes GPT-2's fused projection: qkv [B, T, 3d] -> [B, T, d].
+    """Attention that takes GPT-2's fused projection: qkv [B, T, 3d] -> [B, T, d], heads side by side in each d."""
+    (B, T, d3), xp = qkv.shape, xp_of(qkv)
+    d, D = d3 // 3, d3 // 3 // num_heads
+    heads = [qkv[..., i * d : (i + 1) * d].reshape(B, T, num_heads, D).swapaxes(1, 2) for i in range(3)]
+    y, *pullbacks = scaled_dot_product_attention.definition(*heads, attn_mask, is_causal)  # of q, k, v [B, H, T, D]
 
-    The same as slicing q, k, v and splitting d into heads, but the three gradients are written straight into one array
-    of qkv's shape; slices would each scatter into a full-size array of zeros.
-    """
-    B, T, d3 = qkv.shape
-    heads = qkv.reshape(B, T, 3, num_heads, d3 // 3 // num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
-    a = _attend(heads[0], heads[1], heads[2], attn_mask, is_causal, None)
+    def merged(a):  # [B, H, T, D] -> [B, T, d]
+        return a.swapaxes(1, 2).reshape(B, T, d)
 
     def dqkv(g):
-        xp = a.xp
-        d = xp.zeros(qkv.shape, qkv.dtype)
-        parts = d.reshape(B, T, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
-        a.backward(g.reshape(B, T, num_heads, -1).transpose(0, 2, 1, 3), parts[0], parts[1], parts[2])
-        return d
+        split = g.reshape(B, T, num_heads, D).swapaxes(1, 2)
+        return xp.concatenate([merged(pullback(split)) for pullback in pullbacks], axis=-1)
 
-    return a.out.transpose(0, 2, 1, 3).reshape(B, T, d3 // 3), dqkv, None, None, None
+    return merged(y), dqkv
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
-
-
-def _check_targets(name: str, targets: Array, shape: tuple[int, ...], classes: int, ignore_index: int) -> None:
-    if targets.shape != shape:
-        raise ValueError(f"{name}: targets of shape {targets.shape} must have the shape {shape}, one class id per row of logits")
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"{name}: targets must be integer class ids, not {targets.dtype}")
-    real = targets[targets != ignore_index]
-    if real.size and (int(real.min().item()) < 0 or int(real.max().item()) >= classes):
-        bad = int(real.min().item()) if int(real.min().item()) < 0 else int(real.max().item())
-        raise IndexError(f"{name}: target {bad} is out of range; class ids must lie in 0..{classes - 1} (or be {ignore_index})")
-
-
-def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
-    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
-
-    The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
-    of the largest logit, and that absolute error in an exponent is a relative one in every probability.
-    """
-    xp, (rows, classes) = xp_of(logits), logits.shape
-    top, total, picked = (xp.empty((rows, 1), logits.dtype) for _ in range(3))
-
-    def block(s):
-        x = logits[s]
-        top[s] = x.max(axis=1, keepdims=True)
-        e = xp.subtract(x, top[s])
-        xp.exp(e, out=e)
-        total[s] = xp.einsum("nv->n", e)[:, None]
-        picked[s, 0] = x[xp.arange(x.shape[0]), targets[s]]
-
-    parallel_rows(xp, block, rows, classes)
-    return ((xp.log(total) + (top - picked))[:, 0] * counts).sum(), (top, total)
-
-
-def _nll_gradient(
-    logits: Array, targets: Array, counts: Array, divisor: tuple[Array, Array], g: Array, out: Array
-) -> None:
-    """out = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
-    xp, (rows, classes) = xp_of(logits), logits.shape
-    weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
-    top, scale = divisor[0], weight / divisor[1]
-
-    def block(s):
-        o = out[s]
-        xp.subtract(logits[s], top[s], out=o)
-        xp.exp(o, out=o)
-        o *= scale[s]
-        o[xp.arange(o.shape[0]), targets[s]] -= weight[s, 0]
-
-    parallel_rows(xp, block, rows, classes)
 
 
 @op
 def cross_entropy(logits, targets, ignore_index=-100):
     """Mean over the targets that count of -log softmax(logits)[target]; logits [..., V], targets [...] (class last).
 
-    Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch. The pullback
-    (softmax - onehot) / n is computed from the logits again: no second array of their size is kept.
+    Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
+    Pullback: (softmax - onehot) / n, in the n rows that count.
     """
-    xp, shape, classes = xp_of(logits, targets), logits.shape, logits.shape[-1]
-    _check_targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
-    flat, t = logits.reshape(-1, classes), targets.reshape(-1)
-    counts = (t != ignore_index).astype(logits.dtype)
-    t = xp.where(t == ignore_index, 0, t)
-    n = counts.sum()
-    total, divisor = _nll(flat, t, counts)
-    loss = total / n if n.item() else total * xp.nan
-
-    def dlogits(g):
-        d = xp.empty(shape, flat.dtype)
-        _nll_gradient(flat, t, counts, divisor, g / n, d.reshape(-1, classes))
-        return d
-
-    return loss, dlogits, None, None
+    xp, classes = xp_of(logits, targets), logits.shape[-1]
+    check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
+    counts = (targets != ignore_index)[..., None]  # [..., 1]
+    onehot = counts & (targets[..., None] == xp.arange(classes))  # [..., V]
+    n = int(counts.sum().item()) or math.nan
+    log_p, *_ = log_softmax.definition(logits)
+    return -xp.where(onehot, log_p, 0).sum() / n, lambda g: (xp.exp(log_p) * counts - onehot) * (g / n)
 
 
 @op
 def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
-    """cross_entropy(linear(hidden, weight), targets), computing logits only for the rows that count, and holding them once.
+    """cross_entropy(linear(hidden, weight), targets): a language model's head and its loss in one.
 
-    hidden [..., d], weight [V, d], targets [...]. In backward the logits' own memory becomes their gradient, so a 49k-word
-    head costs one array of [rows that count, V] instead of two of [all rows, V].
+    hidden [..., d], weight [V, d], targets [...]. The chain rule, once: its kernel needs a fraction of the memory.
     """
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_cross_entropy: input {hidden.shape} does not match weight {weight.shape} (last axis must be {weight.shape[-1]})"
-        )
-    xp, (classes, width) = xp_of(hidden, weight, targets), weight.shape
-    _check_targets("cross_entropy", targets, hidden.shape[:-1], classes, ignore_index)
-    flat, t = hidden.reshape(-1, width), targets.reshape(-1)
-    rows = xp.nonzero(t != ignore_index)[0]
-    everything = rows.size == t.size
-    h, t = (flat, t) if everything else (flat[rows], t[rows])
-    n = rows.size
-    logits = backend.matmul(h, _widen(weight, h).T)  # [n, V]
-    counts = xp.ones(n, h.dtype)
-    total, divisor = _nll(logits, t, counts)
-    loss = total / n if n else total * xp.nan
-    memo = {"logits": logits}
-    del logits
-
-    def dlogits(g):
-        if "logits" in memo:
-            logits = memo.pop("logits")
-            _nll_gradient(logits, t, counts, divisor, g / n if n else g, out=logits)
-            memo["dlogits"] = logits
-        return memo["dlogits"]
-
-    def dhidden(g):
-        d = (xp.empty if everything else xp.zeros)(hidden.shape, h.dtype)
-        if everything:
-            backend.matmul(dlogits(g), _widen(weight, h), out=d.reshape(-1, width))
-        else:
-            d.reshape(-1, width)[rows] = backend.matmul(dlogits(g), _widen(weight, h))
-        return d
-
-    return loss, dhidden, lambda g: backend.matmul(dlogits(g).T, h), None, None
+    check.linear("linear_cross_entropy", hidden, weight)
+    check.targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index)
+    logits, dhidden, dweight, _ = linear.definition(hidden, weight)
+    loss, dlogits, *_ = cross_entropy.definition(logits, targets, ignore_index)
+    return loss, lambda g: dhidden(dlogits(g)), lambda g: dweight(dlogits(g))
 
 
 # --------------------------------------------------------------------------------------- the operators of a Tensor
@@ -1067,8 +652,12 @@ def _reversed(fn: Any) -> Any:
     return lambda self, other: fn(other, self)
 
 
-def _shape_args(args: tuple) -> tuple[int, ...]:
-    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+def _reshape(self: Tensor, *shape: Any) -> Tensor:
+    return reshape(self, tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+
+
+def _transpose(self: Tensor, *axes: Any) -> Tensor:
+    return transpose(self, (tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes) or None)
 
 
 Tensor.__add__, Tensor.__radd__ = add, add
@@ -1079,6 +668,4 @@ Tensor.__matmul__, Tensor.__rmatmul__ = matmul, _reversed(matmul)
 Tensor.__pow__, Tensor.__neg__, Tensor.__getitem__ = pow, neg, getitem
 Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh, Tensor.abs = exp, log, sqrt, tanh, abs
 Tensor.sum, Tensor.mean, Tensor.max, Tensor.to = sum, mean, max, to
-Tensor.reshape = lambda self, *shape: reshape(self, _shape_args(shape))
-Tensor.transpose = lambda self, *axes: transpose(self, _shape_args(axes) or None)
-Tensor.swapaxes = swapaxes
+Tensor.reshape, Tensor.transpose, Tensor.swapaxes = _reshape, _transpose, swapaxes

@@ -1,7 +1,7 @@
 """The engine: tensors, the graph that an expression leaves behind, and the walk back through it.
 
 An op is a plain function on arrays that returns its value and, for each positional input, one *pullback*: a function
-from dL/dy to dL/dx_i (None for an input that has no derivative).
+from dL/dy to dL/dx_i (None, or at the end nothing, for an input that has no derivative).
 
     @op
     def mul(a, b):
@@ -9,7 +9,7 @@ from dL/dy to dL/dx_i (None for an input that has no derivative).
 
 `@op` lets it be called with Tensors. When an input requires a gradient the result gets a Node holding the pullbacks of
 just those inputs; the other pullbacks are dropped at once, and with them every array that only they had captured. A
-frozen weight therefore costs no gradient *and* no saved activation.
+frozen weight therefore costs no gradient *and* no saved activation. `@kernel` gives an op a faster form of the same.
 
     x ──┐                       Tensor.data   an array
         ├─ Node(mul) ─ y        Tensor._node  how it was made (None for a leaf)
@@ -30,6 +30,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,14 @@ from ..backend import Array, is_array, to_numpy, xp_of
 
 REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
-_mode = threading.local()
+
+class _Mode(threading.local):
+    """What holds on this thread: whether ops record a graph, and who evaluates them (None: they themselves)."""
+
+    enabled, evaluate = True, None
+
+
+_mode = _Mode()
 
 _NOT_FLOAT = "only floating-point tensors can require gradients; this one is {} of shape {}"
 
@@ -49,43 +58,37 @@ class AutogradError(RuntimeError):
 
 def is_grad_enabled() -> bool:
     """False inside `no_grad()` on this thread."""
-    return getattr(_mode, "enabled", True)
+    return _mode.enabled
 
 
 @contextmanager
-def _grad_mode(enabled: bool) -> Iterator[None]:
-    before = is_grad_enabled()
-    _mode.enabled = enabled
+def _set_mode(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_mode, name)
+    setattr(_mode, name, value)
     try:
         yield
     finally:
-        _mode.enabled = before
+        setattr(_mode, name, before)
 
 
 def no_grad() -> AbstractContextManager[None]:
     """Inside `with no_grad():`, on this thread, ops record no graph."""
-    return _grad_mode(False)
+    return _set_mode("enabled", False)
 
 
-@contextmanager
-def evaluated_by(evaluate: Callable | None) -> Iterator[None]:
+def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
     """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, *arrays, **options)`.
 
-    The graph, and the walk back through it, are those of the real ops: how a model's memory is foretold from shapes.
+    The graph, and the walk back through it, are those of the real ops: so a model's memory is predicted from shapes.
     """
-    before = getattr(_mode, "evaluate", None)
-    _mode.evaluate = evaluate
-    try:
-        yield
-    finally:
-        _mode.evaluate = before
+    return _set_mode("evaluate", evaluate)
 
 
 # ------------------------------------------------------------------------------------------------------------ graph
 
 
 class Node:
-    """One application of an op: for each input that needs a gradient, whom to tell and how."""
+    """One application of an op: where the gradient of each input that needs one goes, and how it is computed."""
 
     __slots__ = ("edges", "op")
 
@@ -112,39 +115,75 @@ class Slice:
             total[self.index] += self.value
 
 
-def op(fn: Callable) -> Callable:
-    """Turn `fn(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors, and register it."""
-    names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+def op(definition: Callable) -> Callable:
+    """Turn `definition(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors.
 
-    @functools.wraps(fn)
+    It is registered by its name. `op.definition` stays callable on plain arrays; `op.forms` are what computes, by array
+    library: "" for every library (the definition, until a `kernel` takes its place), "cupy" for CuPy alone.
+    """
+    name, forms = definition.__name__, {"": definition}
+    names = [p.name for p in inspect.signature(definition).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(definition)
     def apply(*args: Any, **options: Any) -> Tensor:
-        if options:  # inputs given by name are inputs all the same
-            for name in names[len(args) :]:
-                if name not in options:
-                    break
-                args = (*args, options.pop(name))
-        arrays = [a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a for a in args]
-        evaluate = getattr(_mode, "evaluate", None)
-        value, *pullbacks = fn(*arrays, **options) if evaluate is None else evaluate(fn.__name__, *arrays, **options)
-        if isinstance(value, np.generic):  # NumPy's reductions give scalars where a device gives 0-d arrays
+        for input_name in names[len(args) :] if options else ():  # inputs given by name are inputs all the same
+            if input_name not in options:
+                break
+            args = (*args, options.pop(input_name))
+        arrays = []
+        for a in args:
+            arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
+        form = forms[""] if len(forms) == 1 else forms.get(xp_of(*arrays).__name__, forms[""])
+        if _mode.evaluate is not None:
+            form = functools.partial(_mode.evaluate, name)
+        try:
+            value, *pullbacks = form(*arrays, **options)
+        except (TypeError, ValueError) as error:
+            _explain(name, arrays, error)
+            raise
+        if isinstance(value, (np.generic, float, int)):  # where a device gives 0-d arrays, NumPy gives scalars
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)
         result.data, result.grad, result._node, result.requires_grad = value, None, None, False
-        if is_grad_enabled():
+        if _mode.enabled:
             edges = []
-            for a, pullback in zip(args, pullbacks):
+            for a, pullback in zip_longest(args, pullbacks):
                 if isinstance(a, Tensor) and a.requires_grad:
                     if pullback is None:
-                        raise AutogradError(f"{fn.__name__}: the input of shape {a.shape} has no derivative in this op")
+                        raise AutogradError(f"{name}: the input of shape {a.shape} has no derivative in this op")
                     if a.data.dtype.kind != "f":
                         raise TypeError(_NOT_FLOAT.format(a.data.dtype, a.data.shape))
                     edges.append((a if a._node is None else a._node, pullback, a.data.shape, a.data.dtype))
             if edges:
-                result._node, result.requires_grad = Node(fn.__name__, edges), True
+                result._node, result.requires_grad = Node(name, edges), True
         return result
 
-    REGISTRY[fn.__name__] = apply
+    apply.definition, apply.forms = definition, forms
+    REGISTRY[name] = apply
     return apply
+
+
+def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
+    """Register a faster form of an op: the same arguments, values and gradients, to rounding.
+
+        @kernel(ops.gelu)              for the arrays of every library
+        @kernel(ops.gelu, "cupy")      for CuPy's alone, in the place of the one above
+    """
+
+    def register(fn: Callable) -> Callable:
+        of.forms[library] = fn
+        return fn
+
+    return register
+
+
+def _explain(name: str, arrays: list, error: Exception) -> None:
+    """Raise what an array library's error means: BackendError for arrays of two libraries; shapes that do not match."""
+    xp_of(*arrays)
+    shapes = [str(a.shape) for a in arrays if is_array(a)]
+    if "could not be broadcast" in str(error) and len(shapes) > 1:
+        both = f"{', '.join(shapes[:-1])} and {shapes[-1]}"
+        raise ValueError(f"{name}: shapes {both} cannot be broadcast together") from error
 
 
 def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
@@ -184,51 +223,56 @@ def _sorted(root: Node) -> list[Node]:
 def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Slice, bool], None]) -> None:
     """Walk from `root` back to the leaves, handing each leaf its gradients through `deliver(leaf, g, is_new)`.
 
-    `is_new` tells that nobody else holds the array. Interior gradients live in a dict here and die as they are used.
+    `is_new` says that nobody else holds the array. Memory is freed on the way: a node's gradient leaves `pending`
+    before its pullbacks run, an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
     """
     order = _sorted(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (gradient, may we write into it)
     while order:
-        node = order.pop()
+        node = order.pop()  # every node that it feeds has run: its gradient is complete
         g, _ = pending.pop(id(node))
-        edges, node.edges = node.edges, None
-        for i, (parent, pullback, shape, dtype) in enumerate(edges):
-            edges[i] = None
-            d = pullback(g)
-            del pullback
-            if isinstance(d, Slice):
-                if isinstance(parent, Tensor):
-                    deliver(parent, d, True)
-                    continue
-                total, ours = pending.get(id(parent), (None, False))
-                if total is None:
-                    total = xp_of(d.value).zeros(shape, dtype)
-                elif not ours:
-                    total = total.copy()
-                d.add_to(total)
-                pending[id(parent)] = (total, True)
-                continue
+        edges, node.edges = node.edges[::-1], None  # None: a second backward must not find half a graph
+        while edges:
+            _run(edges.pop(), g, pending, deliver)
+
+
+def _run(edge: tuple, g: Array, pending: dict, deliver: Callable) -> None:
+    """Call one pullback; its gradient goes to a leaf, or is added to what the parent node has received so far."""
+    parent, pullback, shape, dtype = edge
+    d = pullback(g)
+    del edge, pullback  # and with them the arrays that this pullback alone kept, before a sum needs memory
+    is_new = True
+    if not isinstance(d, Slice):  # an array of the input's shape and dtype
+        if d.shape != shape:
             d = unbroadcast(d, shape)
-            if isinstance(d, np.generic):
-                d = np.asarray(d)
-            if d.dtype != dtype:
-                d = d.astype(dtype)
-            is_new = d is not g and d.base is None
-            if isinstance(parent, Tensor):
-                deliver(parent, d, is_new)
-            elif id(parent) not in pending:
-                pending[id(parent)] = (d, is_new)
-            else:
-                total, ours = pending[id(parent)]
-                if ours:
-                    total += d
-                else:
-                    total = total + d
-                    if isinstance(total, np.generic):  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
-                        total = np.asarray(total)
-                pending[id(parent)] = (total, True)
-            del d
-        del edges, g, node
+        if isinstance(d, np.generic):
+            d = np.asarray(d)
+        if d.dtype != dtype:
+            d = d.astype(dtype)
+        is_new = d is not g and d.base is None
+    if isinstance(parent, Tensor):
+        deliver(parent, d, is_new)
+    elif isinstance(d, Slice) or id(parent) in pending:
+        pending[id(parent)] = _added(*pending.pop(id(parent), (None, True)), d, shape, dtype), True
+    else:
+        pending[id(parent)] = d, is_new
+
+
+def _added(total: Array | None, ours: bool, d: Array | Slice, shape: tuple[int, ...], dtype: Any) -> Array:
+    """total + d, in place where the total is ours alone; no total is a total of zeros."""
+    if isinstance(d, Slice):
+        if total is None:
+            total = xp_of(d.value).zeros(shape, dtype)
+        elif not ours:
+            total = total.copy()
+        d.add_to(total)
+    elif ours:
+        total += d
+    else:
+        total = total + d
+        if isinstance(total, np.generic):  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
+            total = np.asarray(total)
+    return total
 
 
 def _accumulate(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
@@ -277,10 +321,10 @@ class Tensor:
         self.requires_grad = requires_grad
         self._node: Node | None = None
 
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
-    ndim = property(lambda self: self.data.ndim)
-    size = property(lambda self: self.data.size)
+    shape = property(attrgetter("data.shape"))
+    dtype = property(attrgetter("data.dtype"))
+    ndim = property(attrgetter("data.ndim"))
+    size = property(attrgetter("data.size"))
     T = property(lambda self: self.transpose())
 
     def __repr__(self) -> str:
@@ -296,9 +340,32 @@ class Tensor:
 
     def item(self) -> float | int | bool:
         """The value of a tensor with one element, as a Python number."""
+        return self._number("item()")
+
+    def _number(self, what: str) -> Any:
         if self.size != 1:
-            raise ValueError(f"item() needs a tensor with one element; this one has shape {self.shape}")
+            raise ValueError(f"{what} needs a tensor with one element; this one has shape {self.shape}")
         return self.data.item()
+
+    def __float__(self) -> float:
+        return float(self._number("float()"))
+
+    def __int__(self) -> int:
+        return int(self._number("int()"))
+
+    def __bool__(self) -> bool:
+        return bool(self._number("a truth value"))
+
+    def __format__(self, spec: str) -> str:
+        return format(self._number(f"the format {spec!r}"), spec) if spec else str(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For `np.asarray(tensor)`: the values of a tensor in host memory that requires no gradient, as in PyTorch."""
+        if self.requires_grad:
+            raise AutogradError("NumPy would lose the graph of a tensor that requires gradients: use tensor.detach()")
+        if xp_of(self.data) is not np:
+            raise TypeError("NumPy would move a tensor from its device to the host unasked: use tensor.numpy()")
+        return np.array(self.data, dtype, copy=copy)
 
     def detach(self) -> Tensor:
         """The same array without the graph."""
@@ -327,7 +394,16 @@ class Tensor:
         else:
             pull_back(self._node, grad, _accumulate)
 
-    # Comparisons give plain boolean arrays: there is nothing to differentiate.
+    # Comparisons give plain boolean arrays: there is nothing to differentiate. Sets and dictionaries go by identity;
+    # so must a search in a list (`any(x is t for x in tensors)`), where `in` would ask for the truth of an array.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: Any) -> Array:
+        return self.data == _value(other)
+
+    def __ne__(self, other: Any) -> Array:
+        return self.data != _value(other)
+
     def __lt__(self, other: Any) -> Array:
         return self.data < _value(other)
 
@@ -362,7 +438,7 @@ def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Arr
 
 @contextmanager
 def _as_leaves(tensors: list[Tensor]) -> Iterator[None]:
-    """Inside, what is computed from these tensors begins with them, also where they were computed themselves."""
+    """Inside, these tensors are leaves: a graph that is recorded from them ends there, however they were computed."""
     nodes = [t._node for t in tensors]
     for t in tensors:
         t._node = None
@@ -374,16 +450,15 @@ def _as_leaves(tensors: list[Tensor]) -> Iterator[None]:
 
 
 def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
-    """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is thrown away and computed again in backward.
+    """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is dropped, and computed again in backward.
 
-    One recomputation serves all inputs. `parameters` are the tensors that `fn` uses without being handed them. `fn` must
-    compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training Deep Nets
-    with Sublinear Memory Cost" (arXiv:1604.06174).
+    One recomputation serves all inputs. `parameters` are the tensors that `fn` uses and that are not its arguments.
+    `fn` must compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training
+    Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
     """
     with no_grad():
         value = fn(*inputs).data
-    leaves = list(dict.fromkeys([*inputs, *parameters]))
-    needed = [leaf for leaf in leaves if leaf.requires_grad]
+    needed = [leaf for leaf in dict.fromkeys([*inputs, *parameters]) if leaf.requires_grad]
     result = Tensor(value)
     if not (needed and is_grad_enabled()):
         return result
@@ -392,19 +467,16 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     def pullback(i: int, g: Array) -> Array:
         if not memo:
             again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
-            with _grad_mode(True), _as_leaves(needed):
+            with _set_mode("enabled", True), _as_leaves(needed):
                 out = fn(*[again[id(x)] for x in inputs])
             found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
             xp = xp_of(g)
             memo.update({k: xp.zeros_like(needed[k].data) if d is None else d for k, d in enumerate(found)})
         return memo.pop(i)
 
-    result._node = Node(
-        "checkpoint",
-        [
-            (leaf if leaf._node is None else leaf._node, functools.partial(pullback, i), leaf.shape, leaf.dtype)
-            for i, leaf in enumerate(needed)
-        ],
-    )
-    result.requires_grad = True
+    edges = [
+        (leaf if leaf._node is None else leaf._node, functools.partial(pullback, i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(needed)
+    ]
+    result._node, result.requires_grad = Node("checkpoint", edges), True
     return result

@@ -7,7 +7,7 @@ The model is asked through its call signature alone, so anything called like `Tr
 ends it leaves the batch. The logits of the last position are moved to the host, where the token is chosen: NumPy and
 CuPy models draw the same tokens from the same logits.
 
-A row's tokens do not depend on its neighbours: the random number of step t in row i is a function of (seed, i, t).
+A row's tokens do not depend on the other rows: the random number of step t in row i is a function of (seed, i, t).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..backend import Array, asarray, get_backend, xp_of
 
 
 class Parameter(Tensor):
-    """A Tensor that belongs to a module; it requires gradients unless told otherwise."""
+    """A Tensor that belongs to a module; it requires gradients unless `requires_grad` is False."""
 
     __slots__ = ()
 
@@ -32,13 +32,20 @@ def unallocated(*shape: int) -> np.ndarray:
 
 
 class Module:
-    """Base of all layers: subclasses assign Parameters and Modules in `__init__` and define `forward`."""
+    """Base of all layers: subclasses assign Parameters and Modules in `__init__` and define `forward`.
+
+    `module(x)` is `module.forward(x)`, without a function in between: that halves the stack through a model.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        """What the module computes. Raises NotImplementedError where a subclass does not say."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+    __call__ = forward
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__call__ = cls.forward
 
     # ------------------------------------------------------------------------------------------------- the tree
 

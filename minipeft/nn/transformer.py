@@ -29,6 +29,7 @@ import numpy as np
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
 from ..backend import Array, Rng, as_rng, get_backend, xp_of
+from ..options import check, configuration, option
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList
 
@@ -72,7 +73,7 @@ class RopeScaling:
         return frequency * (kept + (1 - kept) / self.factor)
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class TransformerConfig:
     """The shape of a model, with the field names of Hugging Face's Llama configuration.
 
@@ -81,71 +82,54 @@ class TransformerConfig:
     Raises ValueError for shapes that do not fit together.
     """
 
-    model_type: str = "llama"
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    intermediate_size: int = 0  # 0: 4 * hidden_size (gpt2), 8/3 * hidden_size rounded up to a multiple of 32 (llama)
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 0  # 0: num_attention_heads
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
-    max_position_embeddings: int = 256
-    rms_norm_eps: float = 1e-6
-    layer_norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    initializer_range: float = 0.02
-    dropout: float = 0.0
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None  # several ids: any of them ends a text
-    pad_token_id: int | None = None
+    model_type: str = option("llama", "the family", choices=FAMILIES)
+    vocab_size: int = option(2048, "tokens", least=1)
+    hidden_size: int = option(128, "channels of a position", least=1)
+    intermediate_size: int = option(
+        0, "channels inside the MLP; 0: 4 * hidden_size (gpt2), 8/3 of it, to the next multiple of 32 (llama)", least=0
+    )
+    num_hidden_layers: int = option(4, "blocks", least=1)
+    num_attention_heads: int = option(4, "query heads", least=1)
+    num_key_value_heads: int = option(0, "key and value heads; 0: num_attention_heads", least=0)
+    head_dim: int = option(0, "channels of a head; 0: hidden_size / num_attention_heads", least=0)
+    max_position_embeddings: int = option(256, "positions, at most", least=1)
+    rms_norm_eps: float = option(1e-6, "added to the mean square in RMSNorm (llama)")
+    layer_norm_epsilon: float = option(1e-5, "added to the variance in LayerNorm (gpt2)")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = option(None, "rotary frequencies for a longer context")
+    tie_word_embeddings: bool = option(True, "the head is the embedding")
+    attention_bias: bool = option(False, "biases in the attention's projections (llama)")
+    mlp_bias: bool = option(False, "biases in the MLP (llama)")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    dropout: float = option(0.0, "probability, of the embeddings and the residual branches", least=0, below=1)
+    bos_token_id: int | None = option(None, "begins a text")
+    eos_token_id: int | tuple[int, ...] | None = option(None, "ends a text; several: any of them does")
+    pad_token_id: int | None = option(None, "fills a batch up")
 
     def __post_init__(self) -> None:
-        def fill(name: str, value: int) -> None:
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-
-        if self.model_type not in FAMILIES:
-            raise ValueError(f"model_type must be one of {', '.join(map(repr, FAMILIES))}, not {self.model_type!r}")
+        check(self)
+        gpt2, heads = self.model_type == "gpt2", self.num_attention_heads
         if self.model_type in ("mistral", "qwen2") and (self.attention_bias or self.mlp_bias):
             raise ValueError(f"attention_bias and mlp_bias are options of llama; {self.model_type} has none")
-        counts = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings".split()
-        derived = "intermediate_size num_key_value_heads head_dim".split()
-        for name in counts + derived:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < (name in counts):
-                or_zero = "" if name in counts else ", or 0 for the usual one"
-                raise ValueError(f"{name} must be a positive integer{or_zero}, not {value!r}")
-        fill("num_key_value_heads", self.num_attention_heads)
-        if self.hidden_size % self.num_attention_heads and not self.head_dim:
+        if self.hidden_size % heads and not self.head_dim:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+        for name, value in (
+            ("num_key_value_heads", heads),
+            ("head_dim", self.hidden_size // heads),
+            ("intermediate_size", 4 * self.hidden_size if gpt2 else -(-8 * self.hidden_size // 96) * 32),
+        ):
+            object.__setattr__(self, name, getattr(self, name) or value)
+        if heads % self.num_key_value_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        fill("head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
+        if gpt2 and (self.num_key_value_heads != heads or self.head_dim * heads != self.hidden_size):
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                "the gpt2 dialect has as many key heads as query heads, "
+                "and a head_dim of hidden_size / num_attention_heads"
             )
-        if self.model_type == "gpt2":
-            if (
-                self.num_key_value_heads != self.num_attention_heads
-                or self.head_dim * self.num_attention_heads != self.hidden_size
-            ):
-                raise ValueError(
-                    "the gpt2 dialect has as many key heads as query heads, "
-                    "and a head_dim of hidden_size / num_attention_heads"
-                )
-            fill("intermediate_size", 4 * self.hidden_size)
-        else:
-            if self.head_dim % 2:
-                raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
-            fill("intermediate_size", -(-8 * self.hidden_size // 96) * 32)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if not gpt2 and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, not {self.head_dim}")
 
     @classmethod
     def gpt2(cls, **fields: Any) -> TransformerConfig:
@@ -229,7 +213,7 @@ def past_length(past: KVCache | Sequence[KeyValue] | None) -> int:
 
 @dataclass
 class Context:
-    """What every block of one forward pass is told beside its input."""
+    """What every block of one forward pass gets beside its input."""
 
     mask: Array | None  # boolean, broadcastable to [B, 1, T, S]; None where causality says everything
     rotation: tuple[Array, Array] | None  # cos and sin [B or 1, T, head_dim/2] of the positions (llama)
@@ -438,7 +422,7 @@ class Backbone(Module):
         return mask, positions
 
     def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
-        raise TypeError("a Backbone subclass says how positions enter")
+        raise NotImplementedError(f"{type(self).__name__} does not say how positions enter")
 
 
 class LlamaModel(Backbone):

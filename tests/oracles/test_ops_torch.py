@@ -4,6 +4,9 @@ PyTorch computes in float64 in both cases, from the same inputs, so its own roun
 """
 
 import math
+import operator
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -81,10 +84,10 @@ def torch_attention(q, k, v, attn_mask=None, **options):
     return TF.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
 
 
-def torch_packed(qkv, heads, mask=None):
+def torch_packed(qkv, heads, mask=True):
     B, T, d3 = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    mask = t(causal(T, T)) if mask is None else t(causal(T, T) & mask)
+    mask = t(causal(T, T) & mask)
     return TF.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, d3 // 3)
 
 
@@ -115,19 +118,46 @@ drop = Rng(7, 1)
 kept = (F.dropout(Tensor(np.ones((4, 5))), 0.4, drop).data > 0).astype(float)
 
 
+def table(ours, theirs, inputs, options=((),)):
+    """(what, ours, theirs, inputs) for all inputs (an array, or several) with all options, which both take."""
+    inputs, options = [x if isinstance(x, tuple) else (x,) for x in inputs], list(options)
+    return [
+        (f"{[a.shape for a in x]} {o}", lambda *x, o=o: ours(*x, *o), lambda *x, o=o: theirs(*x, *o), x)
+        for x in inputs
+        for o in options
+    ]
+
+
 def unary(name, theirs, *more):
     """An elementwise op on a small and a blocked, threaded array, and on what `more` says."""
-    return [(f"{a.shape}", getattr(F, name), theirs, (a,)) for a in (x34, normal(300, 700), *more)]
+    return table(getattr(F, name), theirs, [x34, normal(300, 700), *more])
 
 
 def binary(name, theirs, *more):
-    shapes = (
-        (x34, y34 + 3),
-        (x34, normal(4) + 3),
-        (normal(3, 1), normal(1, 4) + 3),
-        (normal(300, 400), normal(300, 400, seed=1) + 3),
+    shapes = [(x34, y34 + 3), (x34, normal(4) + 3), (normal(3, 1), normal(1, 4) + 3)]
+    return table(getattr(F, name), theirs, [*shapes, (normal(300, 400), normal(300, 400, seed=1) + 3), *more])
+
+
+def reduction(name, theirs, *inputs, axes=((0, 1, 2), 0, -1, (0, 2))):
+    return table(getattr(F, name), lambda x, a, k: theirs(x, a, keepdim=k), inputs, product(axes, (False, True)))
+
+
+def norm(name, theirs, parameters):
+    shapes = product(((3, 4), (2, 3, 48), (700, 128)), (1.0, 100.0))
+    return table(
+        getattr(F, name),
+        lambda x, *p: theirs(x, p[0].shape, *p),
+        [(normal(*s, scale=c), *[normal(s[-1], seed=1 + i) for i in range(parameters)]) for s, c in shapes],
     )
-    return [(f"{a.shape} {b.shape}", getattr(F, name), theirs, (a, b)) for a, b in (*shapes, *more)]
+
+
+def our_attention(*qkv, attn_mask=None, **options):
+    mask = attn_mask.astype(qkv[0].dtype) if attn_mask is not None and attn_mask.dtype != bool else attn_mask
+    return F.scaled_dot_product_attention(*qkv, attn_mask=mask, **options)
+
+
+def torch_cross_entropy(x, i, ignore_index=-100):
+    return TF.cross_entropy(x.reshape(-1, x.shape[-1]), t(i).reshape(-1), ignore_index=ignore_index)
 
 
 # op -> (what, ours, theirs, differentiable inputs)
@@ -141,8 +171,8 @@ CASES = {
     "neg": unary("neg", torch.neg),
     "abs": unary("abs", torch.abs, ties),
     "exp": unary("exp", torch.exp),
-    "log": [("", F.log, torch.log, (positive,))],
-    "sqrt": [("", F.sqrt, torch.sqrt, (positive,))],
+    "log": table(F.log, torch.log, [positive]),
+    "sqrt": table(F.sqrt, torch.sqrt, [positive]),
     "tanh": unary("tanh", torch.tanh, edges),
     "relu": unary("relu", torch.relu, ties),
     "sigmoid": unary("sigmoid", torch.sigmoid, edges),
@@ -150,203 +180,103 @@ CASES = {
     "logsigmoid": unary("logsigmoid", TF.logsigmoid, edges),
     "silu": unary("silu", TF.silu, edges),
     "gelu": unary("gelu", lambda x: TF.gelu(x, approximate="tanh"), edges),
-    "swiglu": [
-        (f"{a.shape}", F.swiglu, lambda a, b: TF.silu(a) * b, (a, b))
-        for a, b in ((x34, y34), (normal(300, 400), normal(300, 400, seed=1)), (edges, edges[::-1].copy()))
-    ],
-    "pow": [(f"{e}", lambda x, e=e: F.pow(x, e), lambda x, e=e: x**e, (positive,)) for e in (0, 1, 2, -1, 0.5, -2.5)],
+    "swiglu": table(
+        F.swiglu,
+        lambda a, b: TF.silu(a) * b,
+        [(x34, y34), (normal(300, 400), normal(300, 400, seed=1)), (edges, edges[::-1].copy())],
+    ),
+    "pow": table(F.pow, torch.pow, [positive], [(e,) for e in (0, 1, 2, -1, 0.5, -2.5)]),
     "where": [
         ("", lambda a, b: F.where(ties > 0, a, b), lambda a, b: torch.where(t(ties > 0), a, b), (ties, ties[:, :1] + 1))
     ],
-    "clip": [
-        (
-            f"{low} {high}",
-            lambda x, a=low, b=high: F.clip(x, a, b),
-            lambda x, a=low, b=high: torch.clamp(x, a, b),
-            (ties,),
-        )
-        for low, high in ((0.0, 3.0), (None, 3.0), (-2.0, None), (-1.0, 2.0))
-    ],
-    "to": [("", lambda x: F.to(F.to(x, "float64") * 3, x.dtype), lambda x: x * 3, (x34,))],
-    "dropout": [("", lambda x: F.dropout(x, 0.4, drop), lambda x: x * t(kept).to(x.dtype) / 0.6, (normal(4, 5),))],
-    "sum": [
-        (
-            f"{a} {k}",
-            lambda x, a=a, k=k: F.sum(x, a, k),
-            lambda x, a=a, k=k: torch.sum(x, a, keepdim=k),
-            (normal(2, 3, 4),),
-        )
-        for a in ((0, 1, 2), 0, -1, (0, 2))
-        for k in (False, True)
-    ],
-    "mean": [
-        (
-            f"{a} {k}",
-            lambda x, a=a, k=k: F.mean(x, a, k),
-            lambda x, a=a, k=k: torch.mean(x, a, keepdim=k),
-            (normal(2, 3, 4),),
-        )
-        for a in ((0, 1, 2), 0, -1, (0, 2))
-        for k in (False, True)
-    ],
-    "max": [
-        (f"{a} {k}", lambda x, a=a, k=k: F.max(x, a, k), lambda x, a=a, k=k: torch.amax(x, a, keepdim=k), (x,))
-        for x in (ties, x34)
-        for a in ((0, 1), 0, -1)
-        for k in (False, True)
-    ],
-    "logsumexp": [
-        (f"{x.shape} {a}", lambda x, a=a: F.logsumexp(x, a), lambda x, a=a: torch.logsumexp(x, a), (x,))
-        for x in (x34, big, ties)
-        for a in (0, -1)
-    ],
-    "softmax": [
-        (f"{x.shape} {a}", lambda x, a=a: F.softmax(x, a), lambda x, a=a: torch.softmax(x, a), (x,))
-        for x in (x34, big, normal(2, 3, 50))
-        for a in (0, -1)
-    ],
-    "log_softmax": [
-        (f"{x.shape} {a}", lambda x, a=a: F.log_softmax(x, a), lambda x, a=a: torch.log_softmax(x, a), (x,))
-        for x in (x34, big, normal(2, 3, 50))
-        for a in (0, -1)
-    ],
-    "reshape": [("", lambda x: F.reshape(x, (2, -1)), lambda x: x.reshape(2, -1), (x34,))],
-    "transpose": [
-        ("reversed", F.transpose, lambda x: x.permute(2, 1, 0), (normal(2, 3, 4),)),
-        ("rotated", lambda x: F.transpose(x, (1, 2, 0)), lambda x: x.permute(1, 2, 0), (normal(2, 3, 4),)),
-    ],
-    "swapaxes": [("", lambda x: F.swapaxes(x, 0, -1), lambda x: x.swapaxes(0, -1), (normal(2, 3, 4),))],
-    "broadcast_to": [("", lambda x: F.broadcast_to(x, (2, 3, 4)), lambda x: x.broadcast_to(2, 3, 4), (normal(3, 1),))],
+    "clip": table(F.clip, torch.clamp, [ties], [(0.0, 3.0), (None, 3.0), (-2.0, None), (-1.0, 2.0)]),
+    "to": table(lambda x: F.to(F.to(x, "float64") * 3, x.dtype), lambda x: x * 3, [x34]),
+    "dropout": table(lambda x: F.dropout(x, 0.4, drop), lambda x: x * t(kept).to(x.dtype) / 0.6, [normal(4, 5)]),
+    "sum": reduction("sum", torch.sum, normal(2, 3, 4)),
+    "mean": reduction("mean", torch.mean, normal(2, 3, 4)),
+    "max": reduction("max", torch.amax, ties, x34, axes=((0, 1), 0, -1)),
+    "logsumexp": table(F.logsumexp, torch.logsumexp, [x34, big, ties], [(0,), (-1,)]),
+    "softmax": table(F.softmax, torch.softmax, [x34, big, normal(2, 3, 50)], [(0,), (-1,)]),
+    "log_softmax": table(F.log_softmax, torch.log_softmax, [x34, big, normal(2, 3, 50)], [(0,), (-1,)]),
+    "reshape": table(F.reshape, torch.reshape, [x34], [((2, -1),)]),
+    "transpose": table(F.transpose, lambda x, axes=(2, 1, 0): x.permute(axes), [normal(2, 3, 4)], [(), ((1, 2, 0),)]),
+    "swapaxes": table(F.swapaxes, torch.swapaxes, [normal(2, 3, 4)], [(0, -1)]),
+    "broadcast_to": table(F.broadcast_to, torch.broadcast_to, [normal(3, 1)], [((2, 3, 4),)]),
     "getitem": [
-        (f"{i}", lambda x, i=i: x[i], lambda x, i=i: x[i], (normal(4, 5, 6),))
-        for i in (
-            1,
-            -1,
-            slice(1, 3),
-            (Ellipsis, 2),
-            (None, 0),
-            (slice(None), slice(None, None, 2)),
-            [0, 2, 2],
-            ([1, 1], [3, 3]),
-        )
-    ]
-    + [("boolean", lambda x: x[ties > 0], lambda x: x[t(ties > 0)], (x34,))],
-    "gather": [
-        (
-            f"{a}",
-            lambda x, a=a: F.gather(x, ids(3, 4, high=3), a),
-            lambda x, a=a: torch.gather(x, a, t(ids(3, 4, high=3))),
-            (x34,),
-        )
-        for a in (0, 1, -1)
+        *table(
+            operator.getitem,
+            operator.getitem,
+            [normal(4, 5, 6)],
+            [(1,), (-1,), (slice(1, 3),), ((..., 2),), ((None, 0),), (np.s_[:, ::2],), ([0, 2, 2],), (([1, 1], [3, 3]),)],
+        ),
+        ("boolean", lambda x: x[ties > 0], lambda x: x[t(ties > 0)], (x34,)),
     ],
+    "gather": table(
+        lambda x, a: F.gather(x, ids(3, 4, high=3), a),
+        lambda x, a: torch.gather(x, a, t(ids(3, 4, high=3))),
+        [x34],
+        [(0,), (1,), (-1,)],
+    ),
     "_cat": [
         ("cat", lambda a, b: F.cat([a, b, a], axis=1), lambda a, b: torch.cat([a, b, a], 1), (x34, normal(3, 2))),
         ("stack", lambda a, b: F.stack([a, b], axis=-1), lambda a, b: torch.stack([a, b], -1), (x34, y34)),
     ],
-    "matmul": [
-        (f"{a} {b}", F.matmul, torch.matmul, (normal(*a), normal(*b, seed=1)))
-        for a, b in (
-            ((3, 4), (4, 5)),
-            ((4,), (4, 5)),
-            ((3, 4), (4,)),
-            ((4,), (4,)),
-            ((2, 3, 4), (4, 5)),
-            ((3, 4), (2, 4, 5)),
-            ((2, 1, 3, 4), (5, 4, 6)),
-            ((2, 3, 4), (4,)),
-            ((4,), (2, 4, 5)),
-            ((2, 3, 4), (2, 4, 5)),
-        )
-    ],
-    "linear": [
-        (f"{s}", F.linear, TF.linear, (normal(*s, 4), normal(5, 4, seed=1), *bias))
-        for s in ((), (3,), (2, 3), (0, 3))
-        for bias in ((), (normal(5),))
-    ],
-    "addmm": [
-        (
-            f"{s}",
-            F.addmm,
-            lambda b, x, w: torch.addmm(b, x.reshape(-1, 4), w).reshape(*x.shape[:-1], 5),
-            (normal(5), normal(*s, 4), normal(4, 5)),
-        )
-        for s in ((3,), (2, 3))
-    ],
-    "embedding": [
-        (f"{s}", lambda w, i=i: F.embedding(i, w), lambda w, i=i: TF.embedding(t(i), w), (normal(6, 3),))
-        for s in ((5,), (2, 40), (0,))
-        for i in (ids(*s, high=6),)
-    ],
-    "layer_norm": [
-        (
-            f"{s} {scale}",
-            F.layer_norm,
-            lambda x, w, b: TF.layer_norm(x, w.shape, w, b),
-            (normal(*s, scale=scale), normal(s[-1], seed=1), normal(s[-1], seed=2)),
-        )
-        for s in ((3, 4), (2, 3, 48), (700, 128))
-        for scale in (1.0, 100.0)
-    ],
-    "rms_norm": [
-        (
-            f"{s} {scale}",
-            F.rms_norm,
-            lambda x, w: TF.rms_norm(x, w.shape, w, eps=1e-6),
-            (normal(*s, scale=scale), normal(s[-1], seed=1)),
-        )
-        for s in ((3, 4), (2, 3, 48), (700, 128))
-        for scale in (1.0, 100.0)
-    ],
+    "matmul": table(
+        F.matmul,
+        torch.matmul,
+        [
+            (normal(*a), normal(*b, seed=1))
+            for a in ((4,), (3, 4), (2, 3, 4), (2, 1, 3, 4))
+            for b in ((4,), (4, 5), (2, 4, 5), *([(5, 4, 6)] if len(a) == 4 else []))
+        ],
+    ),
+    "linear": table(
+        F.linear,
+        TF.linear,
+        [(normal(*s, 4), normal(5, 4, seed=1), *b) for s in ((), (3,), (2, 3), (0, 3)) for b in ((), (normal(5),))],
+    ),
+    "addmm": table(
+        F.addmm,
+        lambda b, x, w: torch.addmm(b, x.reshape(-1, 4), w).reshape(*x.shape[:-1], 5),
+        [(normal(5), normal(*s, 4), normal(4, 5)) for s in ((3,), (2, 3))],
+    ),
+    "embedding": table(
+        lambda w, i: F.embedding(i, w),
+        lambda w, i: TF.embedding(t(i), w),
+        [normal(6, 3)],
+        [(ids(*s, high=6),) for s in ((5,), (2, 40), (0,))],
+    ),
+    "layer_norm": norm("layer_norm", TF.layer_norm, 2),
+    "rms_norm": norm("rms_norm", lambda x, shape, w: TF.rms_norm(x, shape, w, eps=1e-6), 1),
     "rope": list(rope_cases()),
     "scaled_dot_product_attention": [
-        (
-            what,
-            lambda *qkv, o=ours: F.scaled_dot_product_attention(
-                *qkv, **{k: v.astype(qkv[0].dtype) if k == "attn_mask" and v.dtype != bool else v for k, v in o.items()}
-            ),
-            lambda *qkv, o=theirs: torch_attention(*qkv, **o),
-            qkv,
-        )
+        (what, partial(our_attention, **ours), partial(torch_attention, **theirs), qkv)
         for what, qkv, ours, theirs in attention_cases()
     ],
     "packed_attention": [
-        ("causal", lambda x: F.packed_attention(x, 4), lambda x: torch_packed(x, 4), (normal(2, 5, 24),)),
-        ("causal, 130", lambda x: F.packed_attention(x, 2), lambda x: torch_packed(x, 2), (normal(1, 130, 24),)),
-        (
-            "mask",
-            lambda x: F.packed_attention(x, 4, attn_mask=np.array([[[[1, 1, 0, 1, 1]]]], bool)),
-            lambda x: torch_packed(x, 4, np.array([1, 1, 0, 1, 1], bool)),
-            (normal(2, 5, 24),),
-        ),
+        *table(F.packed_attention, torch_packed, [normal(2, 5, 24)], [(4,)]),
+        *table(F.packed_attention, torch_packed, [normal(1, 130, 24)], [(2,)]),
+        *table(F.packed_attention, torch_packed, [normal(2, 5, 24)], [(4, np.array([[[[1, 1, 0, 1, 1]]]], bool))]),
     ],
     "cross_entropy": [
-        (
-            f"{x.shape}",
-            lambda x, i=i: F.cross_entropy(x, i),
-            lambda x, i=i: TF.cross_entropy(x.reshape(-1, x.shape[-1]), t(i).reshape(-1)),
-            (x,),
-        )
-        for x in (normal(6, 5), normal(2, 7, 9, scale=10), big, normal(300, 400))
-        for i in (ids(*x.shape[:-1], high=x.shape[-1]), some(ids(*x.shape[:-1], high=x.shape[-1])))
-    ]
-    + [
-        (
-            "ignore_index=0",
-            lambda x: F.cross_entropy(x, np.array([0, 2, 0]), ignore_index=0),
-            lambda x: TF.cross_entropy(x, t([0, 2, 0]), ignore_index=0),
-            (x34,),
-        )
+        *(
+            case
+            for x in (normal(6, 5), normal(2, 7, 9, scale=10), big, normal(300, 400))
+            for i in [ids(*x.shape[:-1], high=x.shape[-1])]
+            for case in table(F.cross_entropy, torch_cross_entropy, [x], [(i,), (some(i),)])
+        ),
+        *table(F.cross_entropy, torch_cross_entropy, [x34], [(np.array([0, 2, 0]), 0)]),
     ],
     "linear_cross_entropy": [
-        (
-            f"{x.shape}",
-            lambda x, w, i=i: F.linear_cross_entropy(x, w, i),
-            lambda x, w, i=i: TF.cross_entropy((x @ w.T).reshape(-1, 9), t(i).reshape(-1)),
-            (x, normal(9, 4, seed=1)),
-        )
+        case
         for x in (normal(6, 4), normal(2, 7, 4, scale=5))
-        for i in (ids(*x.shape[:-1], high=9), some(ids(*x.shape[:-1], high=9)))
+        for i in [ids(*x.shape[:-1], high=9)]
+        for case in table(
+            F.linear_cross_entropy,
+            lambda x, w, i: torch_cross_entropy(x @ w.T, i),
+            [(x, normal(9, 4, seed=1))],
+            [(i,), (some(i),)],
+        )
     ],
 }
 

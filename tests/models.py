@@ -1,0 +1,30 @@
+"""Small models with large initial weights, so that attention is far from uniform and every path shows in the logits."""
+
+import numpy as np
+import pytest
+
+from minipeft.nn.transformer import Transformer, TransformerConfig
+
+DIALECTS = ["gpt2", "llama"]
+dialects = pytest.mark.parametrize("dialect", DIALECTS)
+SHAPE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+
+
+def config(dialect, **fields):
+    grouped = dict(num_key_value_heads=2) if dialect == "llama" else {}
+    return TransformerConfig(model_type=dialect, **(SHAPE | dict(initializer_range=0.4) | grouped | fields))
+
+
+def double(model):
+    """The same model in float64, where only real differences are visible."""
+    for p in model.parameters():
+        p.data = p.data.astype("float64")
+    return model
+
+
+def build(dialect, xp=np, **fields):
+    return double(Transformer(config(dialect, **fields), seed=1)).to(xp)
+
+
+def tokens(rng, *shape):
+    return rng.integers(0, SHAPE["vocab_size"], shape)

@@ -1,0 +1,201 @@
+"""Every kernel against the plain definition that it computes in the place of: value, gradients, dtypes, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from test_ops import HALF, MISUSE, big, close, run
+
+from minipeft import functional as F
+from minipeft.autograd import cases as C
+from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_by, kernel, op
+from minipeft.backend import to_numpy
+
+KERNELS = [name for name, fn in REGISTRY.items() if fn.__module__ == F.__name__ and fn.forms[""] is not fn.definition]
+
+
+def by_definition():
+    """Inside, ops compute by their definitions, whatever kernels there are."""
+    return evaluated_by(lambda name, *arrays, **options: REGISTRY[name].definition(*arrays, **options))
+
+
+def attention(**options):
+    return lambda q, k, v, mask=None: F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def qkv(B, H, kv, T, S, D=4, Dv=3):
+    return C.normal(B, H, T, D), C.normal(B, kv, S, D, seed=1), C.normal(B, kv, S, Dv, seed=2)
+
+
+far_apart = np.array([[1000.0, 999.0, -1000.0], [-1000.0, -1000.0, -1000.5], [0.0, 3e4, 1.0]])
+targets = C.integers(300, 700)
+some = np.where(targets % 3 == 0, -100, targets)
+angle, hidden, rows = C.normal(8, 32, 16), np.zeros((2, 1, 3, 5), bool), C.integers(2, 3, 1, 70, 70) == 1
+hidden[1, 0, 1] = True
+EDGES = {  # beside the cases that every op has: several blocks, several tiles, and what only kernels take apart
+    "add": [C.Case("large", F.add, (C.normal(800, 700), C.normal(800, 700, seed=1)))],
+    "mul": [C.Case("large", F.mul, (C.normal(800, 700), C.normal(800, 700, seed=1)))],
+    "silu": [C.Case("blocks", F.silu, (200 * C.normal(700, 300),))],
+    "swiglu": [C.Case("blocks", F.swiglu, (200 * C.normal(700, 300), C.normal(700, 300, seed=1)))],
+    "gelu": [C.Case("blocks", F.gelu, (9 * C.normal(700, 300),))],
+    "layer_norm": [C.Case("blocks", F.layer_norm, (C.normal(700, 300) + 50, C.positive(300), C.normal(300)))],
+    "rms_norm": [C.Case("blocks", F.rms_norm, (C.normal(700, 300), C.positive(300)))],
+    "rope": [C.Case("blocks", F.rope, (C.normal(8, 32, 32, 32),), (np.cos(angle), np.sin(angle)))],
+    "matmul": [C.Case("threads", F.matmul, (C.normal(2, 300, 200), C.normal(200, 250)))],
+    "linear": [C.Case("threads", F.linear, (C.normal(3, 400, 200), C.normal(250, 200), C.normal(250)))],
+    "addmm": [C.Case("threads", F.addmm, (C.normal(250), C.normal(3, 400, 200), C.normal(200, 250)))],
+    "scaled_dot_product_attention": [
+        C.Case("threads", attention(is_causal=True), qkv(5, 4, 2, 130, 130, 16, 16)),
+        C.Case("a cache longer than the queries", attention(is_causal=True), qkv(2, 4, 2, 70, 150)),
+        C.Case("more queries than keys", attention(is_causal=True), qkv(1, 4, 1, 130, 65)),
+        C.Case("no keys", attention(), qkv(1, 2, 1, 3, 0)),
+        C.Case("no keys, causal", attention(is_causal=True), qkv(1, 2, 1, 3, 0)),
+        C.Case("rows that see nothing", attention(is_causal=True), qkv(2, 4, 2, 3, 5), (~hidden,)),
+        C.Case("masks of every row", attention(is_causal=True), qkv(3, 2, 2, 70, 70), (rows,)),
+        C.Case("masks of every head", attention(), qkv(3, 2, 2, 70, 70), (C.normal(1, 2, 70, 70),)),
+        *[
+            C.Case(f"{T} x {S}, {H} / {kv} heads{', causal' * causal}", attention(is_causal=causal), qkv(1, H, kv, T, S))
+            for T, S in [(1, 4), (63, 63), (64, 64), (65, 65), (130, 130), (65, 130), (130, 65)]
+            for H, kv in [(2, 2), (4, 2), (2, 1)]
+            for causal in (False, True)
+        ],
+        C.Case("scores far apart", attention(is_causal=True), tuple(9 * a for a in qkv(1, 2, 2, 6, 6))),
+    ],
+    "packed_attention": [
+        C.Case("threads", lambda x: F.packed_attention(x, 4), (C.normal(5, 130, 192),)),
+        *[
+            C.Case(f"{T} positions", lambda x, m: F.packed_attention(x, 2, attn_mask=m), (C.normal(2, T, 24),), (mask,))
+            for T in (1, 5, 64, 65, 130)
+            for mask in (np.ones((1, 1, 1, T), bool), (np.arange(T) >= np.array([[0], [T // 2]]))[:, None, None])
+        ],
+    ],
+    "cross_entropy": [
+        C.Case("blocks", F.cross_entropy, (C.normal(700, 300), some)),
+        C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
+        C.Case("ignored class 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (C.normal(700, 3), targets % 3)),
+    ],
+    "linear_cross_entropy": [
+        C.Case("blocks", F.linear_cross_entropy, (C.normal(700, 64), C.normal(300, 64), targets)),
+        C.Case("blocks, ignored", F.linear_cross_entropy, (C.normal(700, 64), C.normal(300, 64), some)),
+    ],
+}  # fmt: skip
+CASES = [
+    C.Case(c.label, c.fn, c.inputs, c.constants, name)
+    for name in KERNELS
+    for c in [*C.op_cases([name]), *EDGES.get(name, [])]
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".replace(" ", "_") for c in CASES])
+
+
+def both(case, **options):
+    found = run(case, **options)
+    with by_definition():
+        expected = run(case, **options)
+    return zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True)
+
+
+def test_every_kernel_has_its_edges():
+    assert set(EDGES) == set(KERNELS)
+
+
+@every_case
+def test_a_kernel_equals_its_definition_in_value_and_gradients(case):
+    for a, b in both(case):
+        assert a.dtype == b.dtype == np.float64
+        close(a, b, 1e-13 * math.sqrt(max(1, *(i.size for i in case.inputs))))
+
+
+@every_case
+def test_in_float32_too(case):
+    for a, b in both(case, dtype=np.float32):
+        assert a.dtype == b.dtype == np.float32
+        close(a, b, 3e-5 if case.label not in ("far apart", "scores far apart") else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.label.startswith(("large", "blocks", "threads"))], ids=lambda c: f"{c.op}-{c.label}"
+)
+def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_for_bit(case, threads):
+    results = {}
+    for n in (1, 2, 3):
+        threads(n)
+        results[n], again = ([y, *gradients] for y, gradients in (run(case, dtype=np.float32) for _ in range(2)))
+        for a, b in zip(again, results[n], strict=True):
+            np.testing.assert_array_equal(a, b)
+    for a, b in [pair for n in (2, 3) for pair in zip(results[n], results[1], strict=True)]:
+        if case.op in ("add", "mul", "silu", "swiglu", "gelu", "rope"):  # elementwise or row by row
+            np.testing.assert_array_equal(a, b)
+        else:  # sums over rows, and matrix products
+            close(a, b, 2e-6)
+
+
+@pytest.mark.parametrize("case", C.op_cases(KERNELS), ids=lambda c: f"{c.op}-{c.label}".replace(" ", "_"))
+def test_definitions_compute_on_every_device(case, xp):
+    expected = run(case)
+    with by_definition():
+        found = run(case, xp=xp)
+    for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_weights_stored_in_float16(name):
+    fn, x_shape, w_shape = HALF[name]
+    results = []
+    for context in (evaluated_by(None), by_definition()):
+        x, w = (Tensor(a, requires_grad=True) for a in (big(*x_shape), big(*w_shape, seed=1).astype(np.float16)))
+        with context:
+            y = fn(x, w)
+            y.backward(big(*y.shape, seed=2))
+        assert y.dtype == np.float32 and w.grad.dtype == np.float16
+        results.append([y.data, w.grad.astype(np.float32), *([x.grad] if name != "embedding" else [])])
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_when_no_target_counts_both_are_nan(name):
+    arrays = [C.normal(2, 3), *([C.normal(4, 3)] if name.startswith("linear") else [])]
+    for context in (evaluated_by(None), by_definition()):
+        with context:
+            assert math.isnan(REGISTRY[name](*map(Tensor, arrays), np.array([-100, -100])).item())
+
+
+@pytest.mark.parametrize("call, error, message", MISUSE, ids=[m[2] for m in MISUSE])
+def test_definitions_refuse_the_same_in_the_same_words(call, error, message):
+    with pytest.raises(error) as fast:
+        call()
+    with by_definition(), pytest.raises(error, match=message) as plain:
+        call()
+    assert str(fast.value) == str(plain.value)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+@pytest.fixture
+def twice():
+    @op
+    def twice_for_the_test(x, option=None):
+        return 2 * x, lambda g: 2 * g
+
+    yield twice_for_the_test
+    del REGISTRY["twice_for_the_test"]
+
+
+def test_an_input_without_a_pullback_has_no_derivative(twice):
+    assert twice(Tensor(np.ones(2)), Tensor(np.ones(2))).shape == (2,)
+    with pytest.raises(AutogradError, match=r"twice_for_the_test: the input of shape .* has no derivative"):
+        twice(Tensor(np.ones(2)), Tensor(np.ones(3), requires_grad=True))
+
+
+def test_a_kernel_for_one_library_goes_before_the_one_for_all(twice, xp):
+    x = Tensor(xp.asarray(np.ones(2)), requires_grad=True)
+    for library, value in [(None, 2), ("", 3), ("another", 3), (xp.__name__, 5)]:
+        if library is not None:  # "another" is wrong on purpose: no array here is of that library
+            kernel(twice, library)(lambda x, n=7 if library == "another" else value: (n * x, lambda g: n * g))
+        y = twice(x)
+        assert to_numpy(y.data).tolist() == [value] * 2 and y._node.op == "twice_for_the_test"
+        assert twice.definition(np.ones(1))[0] == 2
