@@ -10,7 +10,7 @@ import pytest
 from minipeft.backend import get_num_threads, set_num_threads, to_numpy
 from minipeft.nn import Parameter
 from minipeft.train import SGD, Adam, AdamW, NonFiniteGradient, clip_grad_norm
-from minipeft.train.optim import pack
+from minipeft.train.kernels import pack
 
 SHAPES = [(400, 330), (5,), (), (0, 3), (7, 2), (1,)]  # several blocks; a shared block; empty and size-one axes
 
@@ -154,6 +154,21 @@ def test_groups_have_their_own_options(xp, rng):
         np.testing.assert_allclose(to_numpy(p.data), old - lr * to_numpy(p.grad), rtol=1e-6)
     optimizer.zero_grad()
     assert fast.grad is None and slow.grad is None
+
+
+def test_options_may_be_numbers_of_numpy(rng):
+    """Also those that a schedule of one's own writes into the groups: nothing becomes float64, all can be saved."""
+    ends = []
+    for kind in (float, np.float64, np.float32):
+        p = Parameter(np.linspace(-1, 1, 6, dtype=np.float32))
+        optimizer = AdamW([{"params": p, "lr": kind(0.25)}], betas=(kind(0.5), kind(0.75)), weight_decay=kind(0.125))
+        json.dumps({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        for step in range(2):
+            optimizer.param_groups[0]["lr"] = kind(0.5**step)
+            p.grad = np.linspace(3, 4, 6, dtype=np.float32)
+            optimizer.step()
+        ends.append(p.data.tobytes())
+    assert ends[0] == ends[1] == ends[2]
 
 
 @pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.01), lambda p: SGD(p, lr=0.1, momentum=0.9)])

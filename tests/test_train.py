@@ -388,6 +388,8 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
             lambda: TrainingArguments(lr_scheduler_type="step"),
         "max_grad_norm must be a number of at least 0, or None, got -1": lambda: TrainingArguments(max_grad_norm=-1),
         "warmup_ratio must be a number of at least 0 and at most 1, got 2": lambda: TrainingArguments(warmup_ratio=2),
+        "momentum is not an option of optim='adamw'; got 0.9": lambda: TrainingArguments(momentum=0.9),
+        "adam_beta1 is not an option of optim='sgd'": lambda: TrainingArguments(optim="sgd", adam_beta1=0.5),
         "seed must be an integer of at least 0, got True": lambda: TrainingArguments(seed=True),
         "learning_rate must be a number above 0, got nan": lambda: TrainingArguments(learning_rate=math.nan),
         "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),

@@ -190,7 +190,7 @@ def progress_bar(wanted: bool, unit: str, step: int, total: int) -> Iterator[Cal
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    columns = (f"{unit} {{task.completed}}/{{task.total}}", BarColumn(), "{task.fields[text]}  left", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    count, text = f"{unit} {{task.completed}}/{{task.total}}", "{task.fields[text]}  left"
+    with Progress(count, BarColumn(), text, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", completed=step, total=total, text="")
         yield lambda step, text: bar.update(task, completed=step, text=text)
