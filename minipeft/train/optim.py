@@ -10,20 +10,21 @@ updated in flat pieces of `ELEMENTS`: beside the state, an update holds at most 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from ..backend import Array, xp_of
 from .kernels import ELEMENTS, in_pieces, sum_of_squares
-from .optimizer import Named, Optimizer, with_names
+from .optimizer import Named, Optimizer, Params, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
 
 __all__ = [
     "ELEMENTS", "SCHEDULES", "SGD", "Adam", "AdamW", "NonFiniteGradient", "Optimizer", "clip_grad_norm", "constant",
     "cosine", "linear",
 ]  # fmt: skip
+
+Betas = tuple[float, float]
 
 
 class Adam(Optimizer):
@@ -38,14 +39,9 @@ class Adam(Optimizer):
     decoupled = False
 
     def __init__(
-        self,
-        params: Named | Iterable[dict],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
     ):
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """exp_avg and exp_avg_sq."""
@@ -77,12 +73,7 @@ class AdamW(Adam):
     decoupled = True
 
     def __init__(
-        self,
-        params: Named | Iterable[dict],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
     ):
         super().__init__(params, lr, betas, eps, weight_decay)
 
@@ -98,14 +89,9 @@ class SGD(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Named | Iterable[dict],
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ):
+        self, params: Params, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = False,
+    ):  # fmt: skip
         options = {"lr": lr, "momentum": momentum, "dampening": dampening}
         super().__init__(params, {**options, "weight_decay": weight_decay, "nesterov": nesterov})
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, asarray, is_array, xp_of
+from ..backend import Array, asarray, xp_of
 from ..nn.module import Parameter
 from .kernels import in_pieces
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
+Params = Named | Iterable[dict[str, Any]]
 
 
 def with_names(parameters: Named) -> list[tuple[str | None, Parameter]]:
@@ -38,17 +39,17 @@ class Optimizer:
     to nothing. Store what is trained in float32 (a frozen base may stay in float16).
     """
 
-    def __init__(self, params: Named | Iterable[dict], defaults: dict[str, Any]):
+    def __init__(self, params: Params, defaults: dict[str, Any]):
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Parameter, dict[str, Any]] = {}
+        self._labels: dict[Parameter, str] = {}  # for error messages
         if isinstance(params, Parameter):
             raise TypeError("params must be an iterable of Parameters, not a single one: write [parameter]")
         params = list(params)
         if not params:
             raise ValueError("the optimizer got no parameters; give model.parameters(), or a list of groups")
-        groups = params if isinstance(params[0], dict) else [{"params": params}]
-        for group in groups:
+        for group in params if isinstance(params[0], dict) else [{"params": params}]:
             self.add_param_group(group)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -57,16 +58,16 @@ class Optimizer:
         if unknown:
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(self.defaults)}")
         pairs = with_names([group["params"]] if isinstance(group["params"], Parameter) else group["params"])
-        parameters = [p for _, p in pairs]
-        known = {id(p) for g in self.param_groups for p in g["params"]}
-        if len({id(p) for p in parameters}) < len(parameters) or any(id(p) in known for p in parameters):
-            raise ValueError("a parameter appears more than once in the optimizer's parameters")
-        new = {**group, **_options({**self.defaults, **group}), "params": parameters}
+        new = {**group, **_options({**self.defaults, **group}), "params": [p for _, p in pairs]}
         if any(name is not None for name, _ in pairs):
             new["param_names"] = [name for name, _ in pairs]
         self._check(new)
+        labels = {p: name or f"parameter {j} of group {len(self.param_groups)}" for j, (name, p) in enumerate(pairs)}
+        if len(labels) < len(pairs) or labels.keys() & self._labels.keys():
+            raise ValueError("a parameter appears more than once in the optimizer's parameters")
+        self._labels |= labels
         self.param_groups.append(new)
-        for p in parameters:
+        for p in labels:
             if p.requires_grad:
                 self._check_parameter(p)
 
@@ -79,30 +80,17 @@ class Optimizer:
             if not 0 <= beta < 1:
                 raise ValueError(f"{type(self).__name__}: betas must lie in [0, 1), got {group['betas']}")
 
-    def _label(self, parameter: Parameter) -> str:
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                if p is parameter:
-                    name = group.get("param_names", [None] * (j + 1))[j]
-                    return name or f"parameter {j} of group {i}"
-        return "a parameter"
-
     def _check_parameter(self, p: Parameter) -> None:
+        what = f"{type(self).__name__}: {self._labels[p]} of shape {p.shape}"
         if p.dtype.kind != "f":
-            raise TypeError(
-                f"{type(self).__name__}: {self._label(p)} of shape {p.shape} is {p.dtype}; only floating-point parameters "
-                "are trained: set requires_grad=False, as for a quantized weight"
-            )
+            advice = "only floating-point parameters are trained: set requires_grad=False, as for a quantized weight"
+            raise TypeError(f"{what} is {p.dtype}; {advice}")
         if p.dtype.itemsize < 4:
-            raise TypeError(
-                f"{type(self).__name__}: {self._label(p)} of shape {p.shape} is {p.dtype}, in which most steps would "
-                "round to nothing; store what is trained in float32"
-            )
+            advice = "in which most steps would round to nothing; store what is trained in float32"
+            raise TypeError(f"{what} is {p.dtype}, {advice}")
         if isinstance(p.data, np.ndarray) and not p.data.flags.writeable:
-            raise ValueError(
-                f"{type(self).__name__}: {self._label(p)} of shape {p.shape} cannot be written: it is not allocated "
-                "yet, or is a view of a file; load or copy the weights first"
-            )
+            advice = "it is not allocated yet, or is a view of a file; load or copy the weights first"
+            raise ValueError(f"{what} cannot be written: {advice}")
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -123,7 +111,7 @@ class Optimizer:
                     continue
                 self._check_parameter(p)
                 if p.grad.shape != p.shape:
-                    raise ValueError(f"{self._label(p)} has the shape {p.shape}, its gradient {p.grad.shape}")
+                    raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
                 state = self._state_of(p, slots)
                 state["step"] += 1
                 update = partial(self.update, options, state["step"])
@@ -160,49 +148,39 @@ class Optimizer:
 
         Raises ValueError, and changes nothing, where groups, counts, kinds of state or shapes differ.
         """
-        name, groups = type(self).__name__, state["param_groups"]
-        here, there = [len(g["params"]) for g in self.param_groups], [len(g["params"]) for g in groups]
+        name, mine, theirs = type(self).__name__, self.param_groups, state["param_groups"]
+        here, there = ([len(group["params"]) for group in groups] for groups in (mine, theirs))
         if here != there:
             raise ValueError(f"{name}: the state is of groups with {there} parameters, this optimizer has {here}")
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        options = [
-            {**{k: tuple(v) if isinstance(v, list) else v for k, v in new.items()}, "params": old["params"]}
-            for old, new in zip(self.param_groups, groups)
-        ]
-        for i, (group, old) in enumerate(zip(options, self.param_groups)):
-            if set(group) - {"param_names"} != set(old) - {"param_names"}:
-                raise ValueError(f"{name}: group {i} of the state has the options {sorted(group)}, here {sorted(old)}")
-            self._check(group)
-            if "param_names" in group:
-                group["param_names"] = list(group["param_names"])
-        slots = {p: self.slots(group) for group in options for p in group["params"]}
         loaded: dict[Parameter, dict[str, Any]] = {}
+        parameters = []  # (parameter, the names of its arrays)
+        for i, (old, new) in enumerate(zip(mine, theirs)):
+            options = _options(new)
+            if options.keys() != _options(old).keys():
+                raise ValueError(f"{name}: group {i} of the state has the options {sorted(new)}, here {sorted(old)}")
+            self._check(options)
+            parameters += [(p, self.slots(options)) for p in old["params"]]
         for i, entry in state["state"].items():
             if not 0 <= int(i) < len(parameters):
                 raise ValueError(f"{name}: the state names parameter {i}; there are {len(parameters)}")
-            p = parameters[int(i)]
-            if set(entry) != {"step", *slots[p]}:
-                raise ValueError(
-                    f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots[p])}"
-                )
-            for slot in slots[p]:
+            p, slots = parameters[int(i)]
+            if set(entry) != {"step", *slots}:
+                raise ValueError(f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots)}")
+            loaded[p] = {"step": int(entry["step"])}
+            for slot in slots:
                 if entry[slot].shape != p.shape:
-                    raise ValueError(
-                        f"{name}: {slot} of parameter {i} has shape {entry[slot].shape}, the parameter {p.shape}"
-                    )
-            loaded[p] = {
-                k: asarray(v, xp_of(p.data)).astype(p.dtype, order="C", copy=True) if is_array(v) else int(v)
-                for k, v in entry.items()
-            }
+                    there = f"{slot} of parameter {i} has shape {entry[slot].shape}"
+                    raise ValueError(f"{name}: {there}, the parameter {p.shape}")
+                loaded[p][slot] = asarray(entry[slot], xp_of(p.data)).astype(p.dtype, order="C", copy=True)
         self.state = loaded
-        for old, new in zip(self.param_groups, options):
-            old.update(new)
+        for old, new in zip(mine, theirs):
+            old.update({**new, **_options(new), "params": old["params"]})
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group as Python numbers: NumPy's would make float64 of float32 arrays, and cannot be saved."""
 
     def plain(value: Any) -> Any:
-        return tuple(map(plain, value)) if isinstance(value, tuple) else getattr(value, "item", lambda: value)()
+        return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else getattr(value, "item", lambda: value)()
 
     return {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}

@@ -65,20 +65,11 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Any,
-        total_steps: int,
-        parameters: Mapping[str, Parameter],
-        optimizer: Optimizer,
-        callbacks: Callbacks,
-        *,
-        identity: Callable[[], dict[str, Any]],
-        state: Callable[[], dict[str, Any]] = dict,
-        load_state: Callable[[dict[str, Any]], object] = lambda state: None,
-        show: Mapping[str, str] | None = None,
-        unit: str = "step",
-        progress: bool = True,
-    ):
+        self, config: Any, total_steps: int, parameters: Mapping[str, Parameter], optimizer: Optimizer,
+        callbacks: Callbacks, *, identity: Callable[[], dict[str, Any]], state: Callable[[], dict[str, Any]] = dict,
+        load_state: Callable[[dict[str, Any]], object] = lambda state: None, show: Mapping[str, str] | None = None,
+        unit: str = "step", progress: bool = True,
+    ):  # fmt: skip
         self.config, self.total_steps = config, total_steps
         self.parameters, self.optimizer, self.callbacks = parameters, optimizer, callbacks
         self._make_identity, self._state, self._load_state = identity, state, load_state
