@@ -76,45 +76,54 @@ def test_steps_after_the_checkpoint_are_done_again_and_recorded_once(tmp_path, o
 
 
 class Average(Callback):
-    """Keeps a moving average of the norm's weight, from its first step on."""
+    """Keeps a moving average of the norm's weight, and ends the run after its `last` step."""
 
-    def __init__(self):
-        self.mean = None
+    def __init__(self, last=None):
+        self.kept, self.last = {}, last
 
     def after_step(self, model, step, record):
         new = model.model.norm.weight.data
-        self.mean = 0.5 * self.mean + 0.5 * new if self.mean is not None else new.copy()
+        self.kept = {"mean": 0.5 * self.kept.get("mean", new) + 0.5 * new}
+        return step == self.last
 
     def state_dict(self):
-        return {} if self.mean is None else {"mean": self.mean}
+        return self.kept
 
     def load_state_dict(self, arrays):
-        self.mean = arrays.get("mean")
+        self.kept = arrays
 
 
 def test_what_callbacks_keep_is_saved_and_a_run_without_them_is_another(tmp_path, whole):
-    first, average, resumed = Average(), Average(), Average()
-    run = trainer(tmp_path / "whole")
+    average, resumed, run = Average(), Average(), trainer(tmp_path / "whole")
     run.train(callbacks=[Callback(), average])
     assert_same_bytes(weights(run.model), whole[0])
-    interrupted(tmp_path / "run", 5, callbacks=[Callback(), first])
+    interrupted(tmp_path / "run", 5, callbacks=[Callback(), Average()])
     again = trainer(tmp_path / "run", model=tiny_model(0.1, seed=99))
     for callbacks, there, here in (([], "'Callback', 'Average'", ""), ([Average()] * 2, "'Callback'", "'Average'")):
         with pytest.raises(CheckpointError, match=f"other callbacks .*{there}.* there, .*{here}.* here"):
             again.train(resume_from_checkpoint=True, callbacks=callbacks)
     again.train(resume_from_checkpoint=True, callbacks=[Callback(), resumed])
-    np.testing.assert_array_equal(resumed.mean, average.mean)
+    np.testing.assert_array_equal(resumed.kept["mean"], average.kept["mean"])
     trainer(tmp_path / "bare", max_steps=2).train()
     with pytest.raises(CheckpointError, match=r"other callbacks \(\[\] there, \['Average'\] here\)"):
         trainer(tmp_path / "bare", max_steps=2).train(resume_from_checkpoint=True, callbacks=[Average()])
 
 
-def test_a_run_that_a_callback_ended_is_resumed_as_finished(tmp_path):
-    class Enough(Callback):
-        def after_step(self, model, step, record):
-            return step == 3
+def test_adalora_is_resumed_with_its_averages_and_what_it_pruned(tmp_path):
+    def run(directory):
+        config = mp.AdaLoraConfig(total_step=STEPS, init_r=4, target_r=2, tfinal=1, target_modules=["q_proj", "v_proj"])
+        return {"directory": tmp_path / directory, "model": mp.get_peft_model(tiny_model(0.1), config)}
 
-    first, second = (trainer(tmp_path, save_steps=5).train(r, callbacks=[Enough()]) for r in (False, True))
+    whole, again = trainer(**run("whole")), trainer(**run("parts"))
+    whole.train()
+    interrupted(**run("parts"), at=5)
+    again.train(resume_from_checkpoint=True)
+    assert_same_bytes(weights(again.model), weights(whole.model))
+    assert any((p.data == 0).any() for n, p in again.model.named_parameters() if "lora_E" in n), "it has pruned"
+
+
+def test_a_run_that_a_callback_ended_is_resumed_as_finished(tmp_path):
+    first, second = (trainer(tmp_path, save_steps=5).train(r, callbacks=[Average(last=3)]) for r in (False, True))
     assert first.steps == second.steps == 3 and mp.train.last_checkpoint(tmp_path).name == "checkpoint-3"
 
 

@@ -8,7 +8,7 @@ from test_train import counting, tiny_model, train, weights
 
 import minipeft as mp
 from minipeft.backend import asarray, to_numpy
-from minipeft.train import TrainingArguments, collate, collate_packed, pack
+from minipeft.train import collate, collate_packed, pack
 
 
 @settings(deadline=None)
@@ -124,10 +124,3 @@ def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(
             np.testing.assert_allclose(without.losses(key), with_packing.losses(key), rtol=1e-5)
         for name, array in padded.items():
             np.testing.assert_allclose(packed[name], array, rtol=0, atol=2e-6, err_msg=name)
-
-
-def test_packing_is_for_pairs_of_ids_and_labels(rng):
-    with pytest.raises(ValueError, match="a collate of its own does its own packing"):
-        train(tiny_model(), counting(4, rng), packing=True, collate=collate)
-    with pytest.raises(ValueError, match="packing must be True or False, or an integer of at least 0, got -1"):
-        TrainingArguments(packing=-1)

@@ -346,38 +346,38 @@ def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_
 
 
 def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
-    model, examples = tiny_model(), counting(4, rng)
+    model, examples, frozen = tiny_model(), counting(4, rng), tiny_model().requires_grad_(False)
     ids, labels = examples[2]
-    silent = [*examples[:2], (ids, np.full_like(ids, -100))]
-    first_only = np.where(np.arange(len(ids)) == 0, ids, -100)
-    for match, make in {
-        "there are no training examples": lambda: Trainer(model, []),
-        "eval_examples is empty": lambda: Trainer(model, examples, []),
-        r"training example 2 \(\d+ tokens\) has no label that counts": lambda: Trainer(model, silent),
-        "evaluation example 0 .* has no label": lambda: Trainer(model, examples, [(ids, first_only)]),
-        "training example 0: input_ids and labels must be integer arrays of one length":
-            lambda: Trainer(model, [(ids, labels[1:])]),
-        "training example 0 is not a pair": lambda: Trainer(model, [ids]),
-        "need eval_examples": lambda: Trainer(model, examples, args=TrainingArguments(eval_steps=2)),
-        "nothing to train": lambda: Trainer(tiny_model().requires_grad_(False), examples),
-        "per_device_train_batch_size must be an integer of at least 1, got 0":
-            lambda: TrainingArguments(per_device_train_batch_size=0),
-        "max_steps must be an integer of at least 1, or None, got -1": lambda: TrainingArguments(max_steps=-1),
-        "num_train_epochs must be a number above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
-        "optim must be one of adamw, sgd, got 'lion'": lambda: TrainingArguments(optim="lion"),
-        "lr_scheduler_type must be one of constant, linear, cosine":
-            lambda: TrainingArguments(lr_scheduler_type="step"),
-        "max_grad_norm must be a number of at least 0, or None, got -1": lambda: TrainingArguments(max_grad_norm=-1),
-        "warmup_ratio must be a number of at least 0 and at most 1, got 2": lambda: TrainingArguments(warmup_ratio=2),
-        "momentum is not an option of optim='adamw'; got 0.9": lambda: TrainingArguments(momentum=0.9),
-        "adam_beta1 is not an option of optim='sgd'": lambda: TrainingArguments(optim="sgd", adam_beta1=0.5),
-        "seed must be an integer of at least 0, got True": lambda: TrainingArguments(seed=True),
-        "learning_rate must be a number above 0, got nan": lambda: TrainingArguments(learning_rate=math.nan),
-        "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),
-        "needs the output_dir": lambda: Trainer(model, examples).train(resume_from_checkpoint=True),
-        "holds no checkpoint": lambda: Trainer(model, examples, args=TrainingArguments(tmp_path)).train(True),
-        "there are no examples to evaluate on": lambda: Trainer(model, examples).evaluate(),
-    }.items():  # fmt: skip
+    silent, first_only = np.full_like(ids, -100), np.where(np.arange(len(ids)) == 0, ids, -100)
+    for match, arguments in {
+        "per_device_train_batch_size must be an integer of at least 1, got 0": {"per_device_train_batch_size": 0},
+        "max_steps must be an integer of at least 1, or None, got -1": {"max_steps": -1},
+        "num_train_epochs must be a number above 0, got 0": {"num_train_epochs": 0},
+        "optim must be one of adamw, sgd, got 'lion'": {"optim": "lion"},
+        "lr_scheduler_type must be one of constant, linear, cosine": {"lr_scheduler_type": "step"},
+        "max_grad_norm must be a number of at least 0, or None, got -1": {"max_grad_norm": -1},
+        "warmup_ratio must be a number of at least 0 and at most 1, got 2": {"warmup_ratio": 2},
+        "seed must be an integer of at least 0, got True": {"seed": True},
+        "learning_rate must be a number above 0, got nan": {"learning_rate": math.nan},
+        "packing must be True or False, or an integer of at least 0, got -1": {"packing": -1},
+        "packing is for .* a collate of its own does its own packing": {"packing": True, "collate": collate},
+        "momentum is not an option of optim='adamw'; got 0.9": {"momentum": 0.9},
+        "adam_beta1 is not an option of optim='sgd'": {"optim": "sgd", "adam_beta1": 0.5},
+        "save_steps needs an output_dir": {"save_steps": 1},
+        "need eval_examples": {"eval_steps": 2},
+        "there are no training examples": {"examples": []},
+        "eval_examples is empty": {"held_out": []},
+        r"training example 2 \(\d+ tokens\) has no label that counts": {"examples": [*examples[:2], (ids, silent)]},
+        "evaluation example 0 .* has no label": {"held_out": [(ids, first_only)]},
+        "example 0: input_ids and labels must be integer arrays of one length": {"examples": [(ids, labels[1:])]},
+        "training example 0 is not a pair": {"examples": [ids]},
+        "nothing to train": {"model": frozen},
+    }.items():
         with pytest.raises(ValueError, match=match):
-            make()
+            train(**{"model": model, "examples": examples, **arguments})
+    for match, directory in (("needs the output_dir", None), ("holds no checkpoint", tmp_path)):
+        with pytest.raises(ValueError, match=match):
+            Trainer(model, examples, args=TrainingArguments(directory)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="there are no examples to evaluate on"):
+        Trainer(model, examples).evaluate()
     assert list(tmp_path.iterdir()) == []
