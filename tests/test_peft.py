@@ -462,10 +462,10 @@ def test_what_cannot_be_combined_is_refused():
     for names, kind, options, match in [
         (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
         (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
-        (["a"], "svd", {"svd_rank": -1}, "svd_rank must be a positive integer, not -1"),
-        (["a"], "svd", {"svd_rank": 0}, "svd_rank must be a positive integer, not 0"),
+        (["a"], "svd", {"svd_rank": -1}, "svd_rank must be an integer of at least 1, or None, got -1"),
+        (["a"], "svd", {"svd_rank": 0}, "svd_rank must be an integer of at least 1, or None, got 0"),
         (["a"], "cat", {"svd_rank": 2}, "cat has no svd_rank"), (["a"], "svd", {"density": 0.5}, "it has no density"),
-        (["a"] * 9, "cat", {}, "a rank of 18, but its matrix has one of 16 at most; svd"),
+        (["a"] * 9, "cat", {}, "a rank of 18, but its matrix has one of 16 at most; use svd"),
     ]:  # fmt: skip
         with pytest.raises(PeftError, match=match):
             adapted.add_weighted_adapter(names, [1.0] * len(names), "new", combination_type=kind, **options)
