@@ -27,7 +27,7 @@ from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, out_in_shape
+from .targets import QUERY_AND_VALUE, check_rank
 from .weights import fill, with_update
 
 MATRICES = ("lora_A", "lora_E", "lora_B")
@@ -223,12 +223,9 @@ class AdaLoraConfig(PeftConfig):
         kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
-        if r > min(n_in, n_out):
-            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]")
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        r = self.rank(name)
+        check_rank(name, r, n_out, n_in)
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> AdaLoraLinear:

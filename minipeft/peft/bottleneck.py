@@ -116,7 +116,7 @@ class BottleneckConfig(PeftConfig):
     def check_target(self, name: str, module: Module) -> None:
         _widths(name, module)
 
-    def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+    def bottleneck_shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
         """Of the adapter on a sublayer with this many inputs and outputs."""
         n_in = n_in if self.placement == "parallel" else n_out
         m = self.bottleneck_size or int(n_in // self.reduction_factor)
@@ -132,14 +132,14 @@ class BottleneckConfig(PeftConfig):
         n_out, n_in = out_in_shape(kind, shape)
         parent, _, last = name.rpartition(".")
         if self.targets(name, kind):
-            return self.shapes(name, n_in, n_out)
+            return self.bottleneck_shapes(name, n_in, n_out)
         if last in LAST and self.targets(parent, ""):
-            return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
+            return self.bottleneck_shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
         return {}
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         return {
-            name: Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seeds[name])
+            name: Bottleneck(self, self.bottleneck_shapes(name, *_widths(name, layer)), layer, seeds[name])
             for name, layer in layers.items()
         }
 

@@ -8,7 +8,6 @@ The factors start at 1. Merged, they scale W's rows (and b), or its columns.
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 from ..autograd.tensor import Tensor
@@ -17,7 +16,7 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner
-from .targets import family_of, out_in_shape
+from .targets import family_of, matches
 from .weights import dense_weight, out_in, with_weight
 
 
@@ -91,13 +90,10 @@ class IA3Config(PeftConfig):
     def is_feedforward(self, name: str) -> bool:
         """Whether the module at a path has its input scaled."""
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, name) is not None
+            return matches(self.feedforward_modules, name)
         return any(name.endswith(end) for end in self.feedforward_modules or ())
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        n_out, n_in = out_in_shape(kind, shape)
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> IA3Layer:

@@ -24,13 +24,15 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, check_patterns, kind_of, out_in_shape, pattern_value
+from .targets import QUERY_AND_VALUE, check_patterns, check_rank, kind_of, pattern_value
 from .variants import check_variant, variant
 from .weights import fill, kaiming_uniform, with_update
 
 
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
+
+    constants: ClassVar[dict[str, str]] = {}  # what a variant keeps untrained: {attribute: key that has its shape}
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -75,11 +77,6 @@ class LoraLinear(Adapter):
         """{key: shape} of what is trained at a layer of this many outputs and inputs."""
         return {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
 
-    @staticmethod
-    def constant_shapes(trained: dict[str, Shape]) -> dict[str, Shape]:
-        """{key: shape} of what is kept beside it and not trained."""
-        return {}
-
 
 @configuration
 class LoraConfig(PeftConfig):
@@ -120,13 +117,9 @@ class LoraConfig(PeftConfig):
         r, alpha = self.rank(name), pattern_value(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
-        if r > min(n_in, n_out):
-            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller r")
-        return variant(self, name, kind).shapes(self, name, r, n_out, n_in)
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        check_rank(name, self.rank(name), n_out, n_in)
+        return variant(self, name, kind).shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:
         return variant(self, name, kind_of(layer))(self, name, shapes, layer, seed)
@@ -134,9 +127,9 @@ class LoraConfig(PeftConfig):
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """The start of PiSSA and OLoRA."""
         return {
-            f"{name}.{key}": constant
+            f"{name}.{constant}": self.parameter_shapes(name, kind, shape)[key]
             for name, (kind, shape) in layers.items()
-            for key, constant in variant(self, name, kind).constant_shapes(self.parameter_shapes(name, kind, shape)).items()
+            for constant, key in variant(self, name, kind).constants.items()
         }
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:

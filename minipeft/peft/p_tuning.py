@@ -57,7 +57,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         if self.encoder_reparameterization_type == "LSTM" and not self.folded:
             raise PeftError("encoder_reparameterization_type='LSTM' is not built for training; 'MLP' is")
 
-    def shapes(self, width: int) -> dict[str, Shape]:
+    def prompt_shapes(self, width: int) -> dict[str, Shape]:
         P, d = self.num_virtual_tokens, self.token_dim or width
         if self.folded:
             return {self.stored_key: (P, d)}
@@ -72,5 +72,5 @@ class PromptEncoderConfig(PromptLearningConfig):
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         d, embedding = width_of(self, model), model.backbone.embedding
         if self.folded:
-            return PromptEmbedding(self.shapes(d), embedding, seed)
+            return PromptEmbedding(self.prompt_shapes(d), embedding, seed)
         return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)

@@ -79,10 +79,10 @@ class PromptLearningConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         """What is trained, named at the token embedding [V, d]: it is where the virtual tokens join the input."""
         at_tokens = kind == "embedding" and name.rpartition(".")[2] in TOKEN_EMBEDDINGS
-        return self.shapes(shape[1]) if at_tokens else {}
+        return self.prompt_shapes(shape[1]) if at_tokens else {}
 
     @abstractmethod
-    def shapes(self, width: int) -> dict[str, Shape]:
+    def prompt_shapes(self, width: int) -> dict[str, Shape]:
         """{name: shape} of what is trained, for a model of this width."""
 
     @abstractmethod

@@ -80,12 +80,12 @@ class PromptTuningConfig(PromptLearningConfig):
                     "tokenizer_name_or_path"
                 )
 
-    def shapes(self, width: int) -> dict[str, Shape]:
+    def prompt_shapes(self, width: int) -> dict[str, Shape]:
         return {self.stored_key: (self.num_virtual_tokens, self.token_dim or width)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         embedding = model.backbone.embedding
-        prompt = PromptEmbedding(self.shapes(width_of(self, model)), embedding, seed)
+        prompt = PromptEmbedding(self.prompt_shapes(width_of(self, model)), embedding, seed)
         if seed is not None and self.prompt_tuning_init != "RANDOM":
             weight = embedding.weight.data  # [V, d]
             ids = self.first_ids(weight.shape[0], seed)

@@ -64,6 +64,12 @@ def family_of(model: Any) -> str | None:
     return "llama" if model_type in ("mistral", "qwen2") else model_type
 
 
+def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
+    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have."""
+    if r > min(n_in, n_out):
+        raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller one")
+
+
 @configuration(kw_only=True)
 class Targets:
     """The options that say which layers a method is put on.

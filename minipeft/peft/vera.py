@@ -99,10 +99,8 @@ class VeraConfig(PeftConfig):
                 "it must be True"
             )
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        return {"vera_lambda_b": out_in_shape(kind, shape)[:1], "vera_lambda_d": (self.r,)}
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        return {"vera_lambda_b": (n_out,), "vera_lambda_d": (self.r,)}
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """The shared projections, of the largest sizes that a layer needs."""
