@@ -142,7 +142,7 @@ def test_the_counts_are_those_of_the_formula(dialect, method):
 
 @pytest.mark.parametrize(("dialect", "method"), ALL)
 def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
-    """In a random direction, by a central difference. DoRA's norm is a constant in backward alone: only its m is free."""
+    """In a random direction, by a central difference. DoRA's norm is a constant in backward alone: only m is free."""
     adapted, step = train(mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method](dialect))), 1e-5
     named = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     generator = np.random.default_rng(4)
@@ -483,7 +483,7 @@ def test_dropout_acts_only_with_a_stream_and_replays(xp):
     ids = xp.asarray(IDS)
     plain, one, again, other = (to_numpy(adapted(ids, rng=rng).data) for rng in (None, Rng(1), Rng(1), Rng(2)))
     assert np.array_equal(one, again) and not np.array_equal(one, other) and not np.array_equal(one, plain)
-    part = to_numpy(adapted(ids[1:], rng=Rng(1, first_row=1)).data)  # a row's mask does not depend on its neighbours
+    part = to_numpy(adapted(ids[1:], rng=Rng(1, first_row=1)).data)  # a row's mask does not depend on the other rows
     close(part, one[1:])
 
 
@@ -613,7 +613,7 @@ def test_adalora_goes_on_after_a_move_to_another_device(xp):
 
 
 def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
-    """Early stopping puts the best weights back, of a moment when fewer triplets were pruned: the file has all of them."""
+    """Early stopping puts the best weights back, of a moment when fewer triplets were pruned: all are saved."""
     run = adalora_run(tmp_path / "run")
     run.args.learning_rate = 1.0  # far too much: the first step is the best
     run = mp.Trainer(run.model, run.train_examples, run.eval_examples, run.args)
@@ -656,7 +656,7 @@ def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
         ("Lora", dict(exclude_modules=["v_porj"]), "exclude_modules: no .* 'v_porj'; nearest: v_proj"),
         ("Lora", dict(exclude_modules=".*v_porj"), "exclude_modules: no module is called"),
         ("Lora", dict(rank_pattern={"q(": 4}), r"rank_pattern='q\(' is not a regular expression"),
-        ("Lora", dict(layers_to_transform=[0], layers_pattern=["(l"]), r"layers_pattern='\(l' is not a regular expression"),
+        ("Lora", dict(layers_to_transform=[0], layers_pattern=["(l"]), r"layers_pattern='\(l' is not a regular exp"),
         ("Lora", dict(lora_alpha="16"), "lora_alpha must be a finite number, got '16'"),
         ("Lora", dict(lora_alpha=None), "lora_alpha must be a finite number, got None"),
         ("Lora", dict(lora_alpha=0, init_lora_weights="pissa"), "lora_alpha must be positive, got 0"),
@@ -673,9 +673,11 @@ def test_a_method_that_does_not_fit_is_a_clear_error(method, options, message):
 @pytest.mark.parametrize(("dialect", "stored"), [("llama", True), ("gpt2", False)])
 @pytest.mark.parametrize("method", [mp.LoraConfig, mp.IA3Config, mp.VeraConfig])
 def test_a_layout_that_contradicts_the_layers_is_refused(dialect, stored, method):
-    mp.get_peft_model(base(dialect), method(fan_in_fan_out=not stored, **({} if method is mp.IA3Config else {"r": 2})))
-    with pytest.raises(PeftError, match=rf"fan_in_fan_out={stored}, but .* stores its weight \[{'out' if stored else 'in'}"):
-        mp.get_peft_model(base(dialect), method(fan_in_fan_out=stored, **({} if method is mp.IA3Config else {"r": 2})))
+    options = {} if method is mp.IA3Config else {"r": 2}
+    mp.get_peft_model(base(dialect), method(fan_in_fan_out=not stored, **options))
+    layout = "out, in" if stored else "in, out"
+    with pytest.raises(PeftError, match=rf"fan_in_fan_out={stored}, but .* stores its weight \[{layout}\]"):
+        mp.get_peft_model(base(dialect), method(fan_in_fan_out=stored, **options))
 
 
 def test_lora_loads_neither_quantization_nor_the_cases_of_gradcheck():
@@ -683,7 +685,8 @@ def test_lora_loads_neither_quantization_nor_the_cases_of_gradcheck():
         "import sys, minipeft as mp; net = mp.nn.Sequential(mp.nn.Linear(4, 4)); "
         "model = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=['0'])); "
         "model.get_nb_trainable_parameters(), model.merge_and_unload(), model.tree(); "
-        "print([m for m in sys.modules if m.startswith(('minipeft.quant', 'minipeft.autograd.cases', 'minipeft.peft.d'))])"
+        "rooms = 'minipeft.quant', 'minipeft.autograd.cases', 'minipeft.peft.dora'; "
+        "print([m for m in sys.modules if m.startswith(rooms)])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 

@@ -261,7 +261,7 @@ def test_the_positions_that_are_left(method):
             "no tokenizer.json is there",
         ),
         ("PrefixTuning", {"init_weights": "ones"}, "init_weights must be one of None, zero, got 'ones'"),
-        ("PrefixTuning", {"encoder_hidden_size": 0}, "encoder_hidden_size must be an integer of at least 1, or None, got 0"),
+        ("PrefixTuning", {"encoder_hidden_size": 0}, "encoder_hidden_size must be an integer of at least 1, or None"),
         ("PromptEncoder", {"encoder_reparameterization_type": "LSTM"}, "'LSTM' is not built for training"),
         ("PromptEncoder", {"encoder_reparameterization_type": "GRU"}, "must be one of MLP, LSTM, got 'GRU'"),
     ],

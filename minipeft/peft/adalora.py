@@ -10,8 +10,8 @@ every number, and sets the λ of the least important triplets of the whole model
 As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
 
 Departures from PEFT:
-1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained (DPO,
-   PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
+1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained
+   (DPO, PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class AdaLoraLinear(Adapter):
 
 
 class AdaLoraCallback:
-    """What AdaLoRA does around every step of the optimizer (see `minipeft.train.callbacks`), for one adapter of a PeftModel.
+    """What AdaLoRA does around every step of the optimizer for one adapter (see `minipeft.train.callbacks`).
 
     In a loop of one's own:
 
@@ -109,7 +109,7 @@ class AdaLoraCallback:
         return F.stack(norms).mean() * self.config.orth_reg_weight
 
     def after_step(self, model: Any, step: int, record: Any = None) -> None:
-        """Follow the gradients of step number `step` (from 1), and set the λ of the least important triplets to zero."""
+        """Follow the gradients of step `step` (from 1), and set the λ of the least important triplets to zero."""
         config, layers = self.config, self.layers
         final = config.total_step - config.tfinal
         if step < final or step == 1:
@@ -146,7 +146,8 @@ class AdaLoraCallback:
 
     def scores(self, path: str) -> Array:
         """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
-        A, E, B = (self.averages[f"{path}.{n}.sensitivity"] * self.averages[f"{path}.{n}.uncertainty"] for n in MATRICES)
+        s = self.averages
+        A, E, B = (s[f"{path}.{name}.sensitivity"] * s[f"{path}.{name}.uncertainty"] for name in MATRICES)
         return E[:, 0] + A.mean(axis=1) + B.mean(axis=0)
 
     def state_dict(self) -> dict[str, Array]:
@@ -183,7 +184,7 @@ def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int,
 class AdaLoraConfig(PeftConfig):
     """AdaLoRA's options, with PEFT's names and defaults."""
 
-    total_step: int = option(None, "steps of the whole training, over which the budget is spent; must be given", least=1)
+    total_step: int = option(None, "steps of the whole training, which spend the budget; must be given", least=1)
     target_r: int = option(8, "average rank at the end", least=1)
     init_r: int = option(12, "every rank at the start", least=1)
     tinit: int = option(0, "steps at the start without pruning", least=0)

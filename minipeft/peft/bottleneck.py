@@ -50,7 +50,7 @@ LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 
 
 class Bottleneck(Adapter):
-    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; before it ln_before_weight and _bias [d]."""
+    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; ln_before_weight, ln_before_bias [d]."""
 
     def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -134,7 +134,7 @@ class BottleneckConfig(PeftConfig):
         if self.targets(name, kind):
             return self.bottleneck_shapes(name, n_in, n_out)
         if last in LAST and self.targets(parent, ""):
-            return self.bottleneck_shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
+            return self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
         return {}
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:

@@ -10,7 +10,7 @@
     magnitude_prune          linear on trimmed factors
 
 `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` may end in `_svd`: then the products s_i B_i A_i are combined,
-and the result is factorised. These are PEFT's names and rules. The new adapter has scaling 1, whatever the scalings
+and the result is decomposed. These are PEFT's names and rules. The new adapter has scaling 1, whatever the scalings
 of its parts, so that one adapter with weight 1 gives itself (also with rsLoRA).
 """
 
@@ -37,7 +37,7 @@ class Combination:
     """How adapters are combined."""
 
     combination_type: str = option("svd", "one of the names above (dare is dare_linear)", choices=COMBINATIONS)
-    svd_rank: int | None = option(None, "rank of svd and the types that end so; None: the largest of the parts'", least=1)
+    svd_rank: int | None = option(None, "rank of svd and types that end so; None: the largest of the parts'", least=1)
     density: float | None = option(None, "part of the values that trimming or dropping keeps", above=0, most=1)
     majority_sign_method: str = option(
         "total", "ties: the sign of the sum wins, or (frequency) that of most values", choices=("total", "frequency")
@@ -91,7 +91,7 @@ class Combination:
         return ((weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)).astype(np.float32)
 
     def thin(self, rule: str, t: np.ndarray) -> np.ndarray:
-        """t with all but its int(density * size) largest values set to zero; dare: with random ones, the rest rescaled."""
+        """t with its int(density * size) largest values alone; dare: with random ones alone, rescaled."""
         if rule.startswith("dare"):
             return t * (self.generator.random(t.shape, np.float32) < self.density) / np.float32(self.density)
         if rule not in ("ties", "magnitude_prune"):
@@ -102,19 +102,19 @@ class Combination:
 
 
 def add_weighted_adapter(
-    model: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **options: Any
+    model: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd", **more: Any
 ) -> None:
     """Add to a PeftModel the adapter `adapter_name` that combines others. It is not active yet.
 
     Args:
         adapters, weights: which, and with what weight each; weights may be negative.
-        combination_type, options: see `Combination`.
+        combination_type, and further options: see `Combination`.
 
     Raises PeftError for adapters that cannot be combined so: other methods than LoRA, DoRA, differing ranks (linear and
     ties, which add factors elementwise), ranks whose sum is larger than a matrix has (cat); and for an option that the
     type does not have.
     """
-    how = Combination(combination_type, **options)
+    how = Combination(combination_type, **more)
     if not adapters or len(adapters) != len(weights):
         raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
     if not all(math.isfinite(w) for w in weights):

@@ -57,7 +57,7 @@ class PeftConfig(Targets, ABC):
         return {}
 
     def training_state_shapes(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
-        """{name: shape} of the arrays that the training callback keeps, from the adapter's {path: shape}; {} for most."""
+        """{name: shape} of what the training callback keeps, from the adapter's {path: shape}; {} for most."""
         return {}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Any:
@@ -65,7 +65,7 @@ class PeftConfig(Targets, ABC):
         raise NotImplementedError(f"{type(self).__name__} defines no adapter")
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
-        """{path: trained part} of every target. `seeds` name the initial values; None where they are about to be loaded."""
+        """{path: trained part} of every target. `seeds` name the initial values; None: they are about to be loaded."""
         return {
             name: self.adapter(name, layer, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), seeds[name])
             for name, layer in layers.items()
@@ -76,7 +76,7 @@ class PeftConfig(Targets, ABC):
         return None
 
     def training_callback(self, model: Any, adapter_name: str) -> Any:
-        """What takes part in the training of this adapter of a PeftModel (`minipeft.train.callbacks`); None for most."""
+        """What takes part in the training of this adapter (see `minipeft.train.callbacks`); None for most."""
         return None
 
     def check(self, model: Module) -> None:

@@ -4,8 +4,9 @@
 
 LoRA turns each row's direction, m alone sets its length. n is a constant in backward (section 4.3).
 
-Around a layer that other adapters have changed, W x is theirs and n the base layer's: y = b + m/n (inner(x) - b + s B A x),
-b being the base layer's bias.
+Around a layer that other adapters have changed, W x is theirs, and n and the bias b are the base layer's:
+
+    y = b + m/n (inner(x) - b + s B A x)
 """
 
 from __future__ import annotations

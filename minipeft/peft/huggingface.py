@@ -208,8 +208,8 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
     """
     if _plain_rank(model, model.peft_config[adapter_name]):
         raise PeftError(
-            f"{directory}: neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers is read from a "
-            "file: PEFT has no such adapters, or decomposes the transposed weights, which does not start at the base"
+            f"{directory}: neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers is read from "
+            "a file: PEFT has no such adapters, or decomposes the transposed weights, which does not start at the base"
         )
     for path, adapter in model.parts(adapter_name):
         adapter.loading(model.layers[path].base_layer if path else model.base_model)

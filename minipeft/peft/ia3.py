@@ -47,7 +47,7 @@ class IA3Config(PeftConfig):
     """(IA)³'s options, with PEFT's names."""
 
     feedforward_modules: list[str] | str | None = option(
-        None, "targets whose input is scaled: ends of paths, or a regular expression; None: the architecture's usual ones"
+        None, "targets whose input is scaled: ends of paths, or a regular expression; None: the usual ones"
     )
     init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")

@@ -119,7 +119,7 @@ class PeftModel(Module):
         position_ids: Array | None = None, inputs_embeds: Tensor | None = None, past_key_values: Any = None,
         rng: Any = None,
     ) -> tuple[Tensor, int, Any]:  # fmt: skip
-        """(hidden states of the input behind a prompt, length of the input, random stream); Transformer.forward's arguments."""
+        """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""
         given = prompt.arguments(
             self.base_model, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             inputs_embeds=inputs_embeds, past_key_values=past_key_values, rng=rng,
@@ -152,13 +152,14 @@ class PeftModel(Module):
     ) -> None:
         if past_key_values:
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
-        rows = ids if mask is None else [row[row != 0] for row in (to_numpy(mask) if is_array(mask) else np.asarray(mask))]
-        longest = max(map(len, rows))
+        if mask is not None:
+            ids = [row[row != 0] for row in (to_numpy(mask) if is_array(mask) else np.asarray(mask))]
+        longest = max(map(len, ids))
         room = self.base_model.config.max_position_embeddings - self.virtual_tokens
         if longest + max_new_tokens > room:
             raise PeftError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
-                f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {max(0, room - longest)}"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, "
+                f"but {self.virtual_tokens} virtual tokens leave {room} positions: at most {max(0, room - longest)}"
             )
 
     def _prompt(self) -> Any:

@@ -74,8 +74,8 @@ def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
 class Targets:
     """The options that say which layers a method is put on.
 
-    A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but the
-    output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
+    A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
+    the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
     modules_to_save may begin amid a word ("norm" matches input_layernorm), as in PEFT.
     """
 
@@ -172,11 +172,9 @@ class Targets:
                 if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
                     raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or names) and not found:
-            hint = " (a string is a regular expression for whole paths; names go into a list)"
-            raise PeftError(
-                f"target_modules={names!r}{hint if isinstance(names, str) else ''} matches no module that may be adapted"
-                f"{_near(str(names), paths)}"
-            )
+            hint = " (a string is a regular expression for whole paths; names go into a list)" * isinstance(names, str)
+            near = _near(str(names), paths)
+            raise PeftError(f"target_modules={names!r}{hint} matches no module that may be adapted{near}")
 
     def check_target(self, name: str, module: Module) -> None:
         """Raises PeftError for a module that the method cannot be put on."""
