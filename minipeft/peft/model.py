@@ -158,8 +158,8 @@ class PeftModel(Module):
         room = self.base_model.config.max_position_embeddings - self.virtual_tokens
         if longest + max_new_tokens > room:
             raise PeftError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, "
-                f"but {self.virtual_tokens} virtual tokens leave {room} positions: at most {max(0, room - longest)}"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
+                f"{self.virtual_tokens} virtual tokens leave {room}: generate at most {max(0, room - longest)}"
             )
 
     def _prompt(self) -> Any:
