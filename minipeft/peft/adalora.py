@@ -10,13 +10,12 @@ every number, and sets the λ of the least important triplets of the whole model
 As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
 
 Departures from PEFT:
-1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained (DPO,
-   PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
+1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained
+   (DPO, PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,8 +26,8 @@ from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
-from .targets import QUERY_AND_VALUE, out_in_shape
+from .layer import Adapter, Inner
+from .targets import QUERY_AND_VALUE, check_rank
 from .weights import fill, with_update
 
 MATRICES = ("lora_A", "lora_E", "lora_B")
@@ -50,7 +49,7 @@ class AdaLoraLinear(Adapter):
             if config.init_lora_weights is False:
                 fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s P diag(λ) Q z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
@@ -71,7 +70,7 @@ class AdaLoraLinear(Adapter):
 
 
 class AdaLoraCallback:
-    """What AdaLoRA does around every step of the optimizer (see `minipeft.train.callbacks`), for one adapter of a PeftModel.
+    """What AdaLoRA does around every step of the optimizer for one adapter (see `minipeft.train.callbacks`).
 
     In a loop of one's own:
 
@@ -110,7 +109,7 @@ class AdaLoraCallback:
         return F.stack(norms).mean() * self.config.orth_reg_weight
 
     def after_step(self, model: Any, step: int, record: Any = None) -> None:
-        """Follow the gradients of step number `step` (from 1), and set the λ of the least important triplets to zero."""
+        """Follow the gradients of step `step` (from 1), and set the λ of the least important triplets to zero."""
         config, layers = self.config, self.layers
         final = config.total_step - config.tfinal
         if step < final or step == 1:
@@ -147,7 +146,8 @@ class AdaLoraCallback:
 
     def scores(self, path: str) -> Array:
         """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
-        A, E, B = (self.averages[f"{path}.{n}.sensitivity"] * self.averages[f"{path}.{n}.uncertainty"] for n in MATRICES)
+        s = self.averages
+        A, E, B = (s[f"{path}.{name}.sensitivity"] * s[f"{path}.{name}.uncertainty"] for name in MATRICES)
         return E[:, 0] + A.mean(axis=1) + B.mean(axis=0)
 
     def state_dict(self) -> dict[str, Array]:
@@ -184,7 +184,7 @@ def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int,
 class AdaLoraConfig(PeftConfig):
     """AdaLoRA's options, with PEFT's names and defaults."""
 
-    total_step: int = option(None, "steps of the whole training, over which the budget is spent; must be given", least=1)
+    total_step: int = option(None, "steps of the whole training, which spend the budget; must be given", least=1)
     target_r: int = option(8, "average rank at the end", least=1)
     init_r: int = option(12, "every rank at the start", least=1)
     tinit: int = option(0, "steps at the start without pruning", least=0)
@@ -195,12 +195,8 @@ class AdaLoraConfig(PeftConfig):
     orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", least=0)
     lora_alpha: float = option(8, "numerator of the scaling")
     lora_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
-    init_lora_weights: bool = option(
-        True, "True (P and Q random, λ zero), or False (λ random too: not the base at the start; for tests)"
-    )
-    rank_pattern: dict[str, list[bool]] | None = option(
-        None, "which triplets are left, by path: the result of training"
-    )
+    init_lora_weights: bool = option(True, "True: λ starts at zero; False: random as P and Q (for tests)")
+    rank_pattern: dict[str, list[bool]] | None = option(None, "which triplets training has left, by path")
 
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -228,12 +224,9 @@ class AdaLoraConfig(PeftConfig):
         kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
-        if r > min(n_in, n_out):
-            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]")
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        r = self.rank(name)
+        check_rank(name, r, n_out, n_in)
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> AdaLoraLinear:

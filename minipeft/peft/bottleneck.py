@@ -21,7 +21,7 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import family_of, out_in_shape
 from .weights import fill, kaiming_uniform
 
@@ -50,7 +50,7 @@ LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 
 
 class Bottleneck(Adapter):
-    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; before it ln_before_weight and _bias [d]."""
+    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; ln_before_weight, ln_before_bias [d]."""
 
     def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
@@ -61,7 +61,7 @@ class Bottleneck(Adapter):
             if config.ln_before:
                 self.ln_before_weight.data += 1
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         h = inner(x)
         z = x if self.parallel else h
@@ -116,7 +116,7 @@ class BottleneckConfig(PeftConfig):
     def check_target(self, name: str, module: Module) -> None:
         _widths(name, module)
 
-    def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+    def bottleneck_shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
         """Of the adapter on a sublayer with this many inputs and outputs."""
         n_in = n_in if self.placement == "parallel" else n_out
         m = self.bottleneck_size or int(n_in // self.reduction_factor)
@@ -132,14 +132,14 @@ class BottleneckConfig(PeftConfig):
         n_out, n_in = out_in_shape(kind, shape)
         parent, _, last = name.rpartition(".")
         if self.targets(name, kind):
-            return self.shapes(name, n_in, n_out)
+            return self.bottleneck_shapes(name, n_in, n_out)
         if last in LAST and self.targets(parent, ""):
-            return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
+            return self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
         return {}
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
         return {
-            name: Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seeds[name])
+            name: Bottleneck(self, self.bottleneck_shapes(name, *_widths(name, layer)), layer, seeds[name])
             for name, layer in layers.items()
         }
 

@@ -11,12 +11,12 @@ A configuration is a dataclass with the field names of Hugging Face PEFT; `targe
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from typing import Any, ClassVar
 
 from ..nn.module import Module
 from ..options import configuration, option
-from .targets import PeftError, Shape, Targets, kind_of, shape_of
+from .targets import PeftError, Shape, Targets, kind_of, out_in_shape, shape_of
 
 __all__ = ["PeftConfig", "PeftError", "Seed", "Shape", "kind_of", "shape_of"]
 
@@ -34,7 +34,6 @@ class PeftConfig(Targets, ABC):
     peft_type: ClassVar[str]
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
 
-    @abstractmethod
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         """The parameters the method adds for one of the model's: {name within the module: shape}, {} where none.
 
@@ -43,6 +42,12 @@ class PeftConfig(Targets, ABC):
             kind: "linear", "conv1d", "embedding" or "norm" for a module's weight, "bias" for its bias.
             shape: of that weight or bias, as it is stored.
         """
+        mine = kind in self.kinds and self.targets(name, kind)
+        return self.shapes(name, kind, *out_in_shape(kind, shape)) if mine else {}
+
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        """`parameter_shapes` at a target with this many outputs and inputs."""
+        raise NotImplementedError(f"{type(self).__name__} defines no shapes")
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """{name: shape} of what the method adds and never trains; {} for most.
@@ -52,15 +57,15 @@ class PeftConfig(Targets, ABC):
         return {}
 
     def training_state_shapes(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
-        """{name: shape} of the arrays that the training callback keeps, from the adapter's {path: shape}; {} for most."""
+        """{name: shape} of what the training callback keeps, from the adapter's {path: shape}; {} for most."""
         return {}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Any:
         """The trained part at one target, an `Adapter`, with the parameters of `parameter_shapes`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no adapter")
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
-        """{path: trained part} of every target. `seeds` name the initial values; None where they are about to be loaded."""
+        """{path: trained part} of every target. `seeds` name the initial values; None: they are about to be loaded."""
         return {
             name: self.adapter(name, layer, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), seeds[name])
             for name, layer in layers.items()
@@ -71,7 +76,7 @@ class PeftConfig(Targets, ABC):
         return None
 
     def training_callback(self, model: Any, adapter_name: str) -> Any:
-        """What takes part in the training of this adapter of a PeftModel (`minipeft.train.callbacks`); None for most."""
+        """What takes part in the training of this adapter (see `minipeft.train.callbacks`); None for most."""
         return None
 
     def check(self, model: Module) -> None:

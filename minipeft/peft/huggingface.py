@@ -153,14 +153,12 @@ def state(model: Any, adapter_name: str) -> dict[str, Parameter]:
 
 def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
     """The weights of adapted embeddings and heads under the keys that PEFT gives them."""
-    paths = [p for p, _ in model.parts(adapter_name) if p.rpartition(".")[2] in EMBEDDINGS]
-    saved = state(model, adapter_name)
-    keys = {p: f"{PREFIX}model.{p}.base_layer.weight" for p in paths if f"{PREFIX}model.{p}.weight" not in saved}
-    return {
-        key: model.layers[p].base_layer.weight
-        for p, key in keys.items()
-        if hasattr(model.layers[p].base_layer, "weight")
-    }
+    saved, found = state(model, adapter_name), {}
+    for path, _ in model.parts(adapter_name):
+        named = path.rpartition(".")[2] in EMBEDDINGS and f"{PREFIX}model.{path}.weight" not in saved
+        if named and hasattr(model.layers[path].base_layer, "weight"):
+            found[f"{PREFIX}model.{path}.base_layer.weight"] = model.layers[path].base_layer.weight
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- directories
@@ -169,9 +167,8 @@ def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
 def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) -> None:
     """Write one adapter. Each file appears whole or not at all, the configuration last."""
     directory, config = Path(directory), model.peft_config[adapter_name]
-    arrays = {
-        key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()
-    }
+    saved = {**state(model, adapter_name), **_base_weights(model, adapter_name)}
+    arrays = {key: to_numpy(p.data) for key, p in saved.items()}
     plain = _plain_rank(model, config)
     options = {**to_dict(_as_plain(config, plain) if plain else config), "inference_mode": True}
     if "fan_in_fan_out" in options:
@@ -211,21 +208,18 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
     """
     if _plain_rank(model, model.peft_config[adapter_name]):
         raise PeftError(
-            "init_lora_weights='olora' on GPT-2's [in, out] layers: PEFT decomposes the transposed weights there, and "
-            "does not start at the base; only files that hold no such start are read"
+            f"{directory}: neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers is read from "
+            "a file: PEFT has no such adapters, or decomposes the transposed weights, which does not start at the base"
         )
     for path, adapter in model.parts(adapter_name):
         adapter.loading(model.layers[path].base_layer if path else model.base_model)
     expected, optional = state(model, adapter_name), _base_weights(model, adapter_name)
     missing = [key for key in expected if key not in arrays]
     unexpected = [key for key in arrays if key not in expected and key not in optional]
-    if missing or unexpected:
-        listed = [
-            f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
-            for what, keys in (("lacks", missing), ("has unexpected", unexpected))
-            if keys
-        ]
-        raise PeftError(f"{directory}: the adapter does not fit this model; its file {' and '.join(listed)}")
+    wrong = [f"{what} {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}"
+             for what, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys]  # fmt: skip
+    if wrong:
+        raise PeftError(f"{directory}: the adapter does not fit this model; its file {' and '.join(wrong)}")
     known = {**optional, **expected}
     for key, array in arrays.items():
         if array.shape != known[key].shape:

@@ -1,7 +1,7 @@
 """Between an adapter and a quantized base: LoftQ's start, and what quantizing a merge again loses.
 
-**LoftQ** (Li et al. 2023, arXiv:2310.08659, algorithm 1). A quantized base starts with an error, W - Q, that LoRA's zero
-start leaves in place. LoftQ lets the adapter begin with the best rank-r correction of it, in turns:
+**LoftQ** (Li et al. 2023, arXiv:2310.08659, algorithm 1). A quantized base starts with an error, W - Q, that LoRA's
+zero start leaves in place. LoftQ lets the adapter begin with the best rank-r correction of it, in turns:
 
     Q <- quantize(W - s B A)        s B A <- the r largest singular directions of W - Q        (A, B = 0 at first)
 
@@ -45,8 +45,9 @@ def get_loftq_model(
     Raises PeftError for another method or start, and for an adapted layer that is not quantized (other than those of
     modules_to_save, which are trained whole).
     """
-    if not isinstance(config, LoraConfig) or config.init_lora_weights is not True or config.use_dora or config.enable_lora:
-        raise PeftError("LoftQ starts a plain LoRA: a LoraConfig with init_lora_weights=True, without use_dora or enable_lora")
+    plain = isinstance(config, LoraConfig) and config.init_lora_weights is True
+    if not plain or config.use_dora or config.enable_lora:
+        raise PeftError("LoftQ starts a plain LoRA: init_lora_weights=True, without use_dora and enable_lora")
     if not isinstance(iterations, int) or iterations < 1:
         raise PeftError(f"iterations must be a positive integer, not {iterations!r}")
     peft = get_peft_model(quantize_model(model, **options), config, adapter_name, seed)

@@ -13,8 +13,7 @@ What grew on LoRA stands beside it, an idea a file: `dora`, `pissa`, `olora`, `f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,8 +23,8 @@ from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
-from .targets import QUERY_AND_VALUE, check_patterns, kind_of, out_in_shape, pattern_value
+from .layer import Adapter, Inner
+from .targets import QUERY_AND_VALUE, check_patterns, check_rank, kind_of, pattern_value
 from .variants import check_variant, variant
 from .weights import fill, kaiming_uniform, with_update
 
@@ -33,13 +32,15 @@ from .weights import fill, kaiming_uniform, with_update
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
 
+    constants: ClassVar[dict[str, str]] = {}  # what a variant keeps untrained: {attribute: key that has its shape}
+
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
         self.scaling, self.dropout = config.scaling(name), config.lora_dropout
         if seed is not None:
             self.start(config.init_lora_weights, layer, np.random.default_rng(seed))
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s B A z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + self.update(z)
@@ -76,11 +77,6 @@ class LoraLinear(Adapter):
         """{key: shape} of what is trained at a layer of this many outputs and inputs."""
         return {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
 
-    @staticmethod
-    def constant_shapes(trained: dict[str, Shape]) -> dict[str, Shape]:
-        """{key: shape} of what is kept beside it and not trained."""
-        return {}
-
 
 @configuration
 class LoraConfig(PeftConfig):
@@ -92,16 +88,12 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = option(False, "divide lora_alpha by sqrt(r) in place of r")
     use_dora: bool = option(False, "train each row's length apart from its direction (DoRA)")
     init_lora_weights: bool | str = option(
-        True,
-        "True (A Kaiming-uniform, B zero), gaussian (A of deviation 1/r), pissa, olora, or False (A and B random: the "
-        "start differs from the base; for tests)",
+        True, "the start; True: A Kaiming-uniform, gaussian: of deviation 1/r; False: B random, too (for tests)",
         choices=(True, False, "gaussian", "pissa", "olora"),
-    )
+    )  # fmt: skip
     rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
     alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
-    enable_lora: list[bool] | None = option(
-        None, "for layers that fuse several projections of the input's width: which are adapted"
-    )
+    enable_lora: list[bool] | None = option(None, "which projections of a fused layer are adapted")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
     peft_type: ClassVar[str] = "LORA"
@@ -125,16 +117,9 @@ class LoraConfig(PeftConfig):
         r, alpha = self.rank(name), pattern_value(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        if kind not in self.kinds or not self.targets(name, kind):
-            return {}
-        (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
-        if r > min(n_in, n_out):
-            raise PeftError(
-                f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; "
-                f"r must be at most {min(n_in, n_out)}"
-            )
-        return variant(self, name, kind).shapes(self, name, r, n_out, n_in)
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        check_rank(name, self.rank(name), n_out, n_in)
+        return variant(self, name, kind).shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:
         return variant(self, name, kind_of(layer))(self, name, shapes, layer, seed)
@@ -142,9 +127,9 @@ class LoraConfig(PeftConfig):
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """The start of PiSSA and OLoRA."""
         return {
-            f"{name}.{key}": constant
+            f"{name}.{constant}": self.parameter_shapes(name, kind, shape)[key]
             for name, (kind, shape) in layers.items()
-            for key, constant in variant(self, name, kind).constant_shapes(self.parameter_shapes(name, kind, shape)).items()
+            for constant, key in variant(self, name, kind).constants.items()
         }
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:

@@ -2,8 +2,8 @@
 
     W = Q R,    A0 = R[:r],    B0 = Q[:, :r]        W' = (W - s B0 A0) + s B A
 
-Departure from PEFT: on GPT-2's [in, out] layers the matrix that is applied is decomposed. PEFT decomposes its transpose,
-and so does not start at the base (a square layer) or does not run.
+Departure from PEFT: on GPT-2's [in, out] layers the matrix that is applied is decomposed. PEFT decomposes its
+transpose, and so does not start at the base (a square layer) or does not run.
 """
 
 from __future__ import annotations

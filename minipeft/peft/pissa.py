@@ -10,6 +10,8 @@ is never copied.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from ..autograd import ops as F
@@ -24,7 +26,8 @@ from .weights import dense_weight, fill, out_in
 class PissaLinear(LoraLinear):
     """LoRA beside its start: start_A [r, in] and start_B [out, r], constants that are computed from the base layer."""
 
-    frozen = ("start_A", "start_B")
+    constants: ClassVar[dict[str, str]] = {"start_A": "lora_A.weight", "start_B": "lora_B.weight"}
+    frozen = tuple(constants)
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(config, name, shapes, layer, None)
@@ -56,7 +59,3 @@ class PissaLinear(LoraLinear):
         """s (B A - B0 A0) z."""
         A, B = self.factors()
         return F.linear(F.linear(z, A) * self.scaling, B)
-
-    @staticmethod
-    def constant_shapes(trained: dict[str, Shape]) -> dict[str, Shape]:
-        return {"start_A": trained["lora_A.weight"], "start_B": trained["lora_B.weight"]}

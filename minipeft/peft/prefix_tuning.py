@@ -44,7 +44,7 @@ class Prefix(Prompt):
 
     def build(self, config: PrefixTuningConfig, like: Module, seed: Seed) -> None:
         """Allocate what is trained and give it its first values."""
-        super().__init__(config.shapes(config.token_dim), like, seed)
+        super().__init__(config.prompt_shapes(config.token_dim), like, seed)
         if seed is not None and config.init_weights != "zero":
             shape = self.prompt_embeddings.shape
             fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
@@ -119,7 +119,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         config = PromptLearningConfig.with_targets(config, model)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 
-    def shapes(self, width: int) -> dict[str, Shape]:
+    def prompt_shapes(self, width: int) -> dict[str, Shape]:
         if self.num_layers is None or self.token_dim is None:
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim

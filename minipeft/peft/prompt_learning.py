@@ -1,8 +1,8 @@
 """What the methods that learn virtual tokens share: prompt tuning, prefix tuning and P-tuning.
 
 What stands at the P virtual positions in front of the input is all that is trained. In a file it is one matrix,
-`prompt_embeddings`, with a row per virtual token: what the trained part computes, not how (as in PEFT). So an adapter that
-was read from a file is that matrix: it is `folded`, and the network that computed it is gone.
+`prompt_embeddings`, with a row per virtual token: what the trained part computes, not how (as in PEFT). So an adapter
+that was read from a file is that matrix: it is `folded`, and the network that computed it is gone.
 """
 
 from __future__ import annotations
@@ -49,11 +49,9 @@ class PromptLearningConfig(PeftConfig):
     """The options these methods share, with PEFT's names; all but the first come from the model where they are None."""
 
     num_virtual_tokens: int = option(None, "virtual tokens, P; must be given", least=1)
-    token_dim: int | None = option(None, "numbers per virtual token (prefix tuning: per key, all heads together)", least=1)
+    token_dim: int | None = option(None, "numbers per virtual token (prefix: per key, of all heads)", least=1)
     num_layers: int | None = option(None, "layers of the model", least=1)
-    num_attention_heads: int | None = option(
-        None, "heads of the model (prefix tuning: those that have keys of their own)", least=1
-    )
+    num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
     stored_key: ClassVar[str] = "prompt_embeddings"
@@ -81,10 +79,10 @@ class PromptLearningConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         """What is trained, named at the token embedding [V, d]: it is where the virtual tokens join the input."""
         at_tokens = kind == "embedding" and name.rpartition(".")[2] in TOKEN_EMBEDDINGS
-        return self.shapes(shape[1]) if at_tokens else {}
+        return self.prompt_shapes(shape[1]) if at_tokens else {}
 
     @abstractmethod
-    def shapes(self, width: int) -> dict[str, Shape]:
+    def prompt_shapes(self, width: int) -> dict[str, Shape]:
         """{name: shape} of what is trained, for a model of this width."""
 
     @abstractmethod

@@ -147,7 +147,7 @@ both = [(d, c) for d in ("gpt2", "llama") for c in CASES] + [("llama", "olora")]
 CASES["olora"] = ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=LINEAR[d]))
 
 
-IN_FLOAT32 = ("pissa", "olora")  # PEFT factorises float32 weights only
+IN_FLOAT32 = ("pissa", "olora")  # PEFT decomposes float32 weights only
 
 
 def bases(dialect, case):

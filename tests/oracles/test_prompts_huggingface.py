@@ -136,7 +136,7 @@ def test_greedy_continuations_are_those_of_pefts_forward(dialect, case, tmp_path
 
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_left_padding_is_pefts_where_it_takes_positions(dialect, tmp_path):
-    """PEFT's prefix tuning takes position_ids, which transformers counts over padding unless told."""
+    """PEFT's prefix tuning takes position_ids, which transformers counts over padding unless they are given."""
     model, twin = base(dialect)
     ours = train_ours(mp.get_peft_model(model, configs("prefix")[0]))
     ours.save_pretrained(tmp_path)
