@@ -163,7 +163,7 @@ class GRPOTrainer(OnlineTrainer):
         loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
         return loss, {
             "loss/policy": loss.item(),
-            "loss/kl": masked_mean(kl.data, mask).item(),
+            "loss/kl": masked_mean(kl.detach(), mask).item(),
             "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }

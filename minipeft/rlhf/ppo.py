@@ -14,7 +14,7 @@ them, the price of KL and the value head's errors, to variance one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..autograd import ops as F
@@ -23,6 +23,7 @@ from ..backend import Array, xp_of
 from ..nn.heads import ValueModel
 from ..nn.layers import Linear
 from ..options import configuration, option
+from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, priced, token_kl, whiten
 from .logprobs import response_hidden, response_logprobs
@@ -215,3 +216,33 @@ class PPOTrainer(OnlineTrainer):
             "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
+
+    def state(self) -> dict[str, Any]:
+        """The KL coefficient."""
+        return {"beta": self.kl_controller.beta}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The KL coefficient."""
+        self.kl_controller.beta = state["beta"]
+
+    def _identity(self) -> dict[str, Any]:
+        model = self.value_model
+        return super()._identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})
+
+    def _gathered(self, callbacks: Iterable[Callback] = ()) -> Callbacks:
+        own = Callbacks(self.value_model).members  # None has none
+        return super()._gathered([*(_OfValueModel(callback, self.value_model) for callback in own), *callbacks])
+
+
+class _OfValueModel(Callback):
+    """A callback of the value model, which is called with it in place of the policy."""
+
+    def __init__(self, callback: Callback, model: Any):
+        self.callback, self.model = callback, model
+        self.state_dict, self.load_state_dict = callback.state_dict, callback.load_state_dict
+
+    def before_step(self, model: Any, step: int) -> None:
+        self.callback.before_step(self.model, step)
+
+    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> bool | None:
+        return self.callback.after_step(self.model, step, record)
