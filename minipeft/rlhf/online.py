@@ -42,10 +42,10 @@ class OnlineConfig:
     """How to train on one's own samples: what PPO, RLOO and GRPO have in common.
 
     batch_size, num_epochs, cliprange and response_length are those of OpenAI's lm-human-preferences (`PpoHParams`, the
-    books task); TRL has 4 epochs, too. learning_rate and steps suit the shipped base, of 1.4 million parameters:
-    lm-human-preferences takes 1e-5 for 124 million and 2,000 updates; here 40 raise VADER's score of an answer from
-    0.07 to 0.36 at a KL of 2 nats, with 5e-5, at which 0.15 of the ratios of a first update are clipped; with 1e-4 it
-    is 0.3. An adapter takes about ten times the rate.
+    books task); TRL has 4 epochs, too. learning_rate and steps suit the shipped base of 1.4 million parameters, where
+    lm-human-preferences takes 1e-5 for 124 million: VADER's score of its answers rose from 0.09 to 0.33 at a KL of 1.9
+    nats (two seeds), and clipping acted on 18% of the ratios of the first update; at 1e-4 it acts on 31%. An adapter
+    takes about ten times the rate.
 
     Raises ValueError, naming the option, for a value that makes no sense.
     """
@@ -365,8 +365,8 @@ class OnlineTrainer(ABC):
                 if on_step:
                     on_step(record)
                 run.stopped = c.stop_kl is not None and record["objective/kl"] > c.stop_kl
-                last = self.history[-c.max_equal_updates :]
-                if len(last) == c.max_equal_updates and all(r["objective/scores_equal"] == 1 for r in last):
+                last = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
+                if run.step < c.steps and len(last) == c.max_equal_updates and all(last):
                     raise self._nothing_to_prefer(run)
         return self.history
 
