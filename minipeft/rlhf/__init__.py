@@ -24,11 +24,10 @@ from .group import (
     rloo_advantages,
     rloo_loss,
 )
-from .logprobs import entropy, frozen_copy, response_logprobs, sequence_logprobs, token_logprobs
+from .logprobs import Outputs, entropy, frozen_copy, response_logprobs, sequence_logprobs, token_logprobs
 from .online import (
     OnlineConfig,
     OnlineTrainer,
-    Outputs,
     RewardFunction,
     learned_reward,
     missing_eos,

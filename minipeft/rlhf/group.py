@@ -17,9 +17,9 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..options import configuration, option
-from .advantages import masked_mean, token_kl
-from .logprobs import response_logprobs
-from .online import OnlineConfig, OnlineTrainer, Outputs, forward_only, minibatches
+from .advantages import masked_mean
+from .logprobs import Outputs
+from .online import OnlineConfig, OnlineTrainer
 from .ppo import clipped, log_ratio
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -121,12 +121,11 @@ class RLOOTrainer(OnlineTrainer):
 
     def update(self) -> dict[str, Any]:
         """One update: scores minus β KL of the whole response, against the other responses to the prompt."""
-        beta, k = self.config.kl_coef, self.config.num_generations
-        batch, scores, kl, record = answered(self)
-        kl = (kl * batch["mask"]).sum(axis=1)  # [B]
-        batch["advantages"] = rloo_advantages(scores - beta * kl, k)  # [B]
-        record |= of_objective(record, -beta * float(kl.mean().item()), beta)
-        return record | epochs(self, batch)
+        beta = self.config.kl_coef
+        batch, scores, record = answered(self)
+        kl = (batch["kl"] * batch["mask"]).sum(axis=1)  # [B]
+        batch["advantages"] = rloo_advantages(scores - beta * kl, self.config.num_generations)  # [B]
+        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`rloo_loss`, statistics) of a minibatch."""
@@ -148,10 +147,9 @@ class GRPOTrainer(OnlineTrainer):
 
     def update(self) -> dict[str, Any]:
         """One update: scores, standardized within each group; the KL is in the loss."""
-        batch, scores, _, record = answered(self)
+        batch, scores, record = answered(self)
         batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
-        record |= of_objective(record, 0.0, self.config.kl_coef)
-        return record | epochs(self, batch)
+        return record | of_objective(record, 0.0, self.config.kl_coef) | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`grpo_loss`, statistics) of a minibatch."""
@@ -169,33 +167,21 @@ class GRPOTrainer(OnlineTrainer):
         }
 
 
-def answered(trainer: RLOOTrainer | GRPOTrainer) -> tuple[dict[str, Array], Array, Array, dict[str, Any]]:
-    """Steps 1 to 3 of `PPOTrainer.update`, without values: (arrays of the minibatches, scores [B], KL [B, n], record).
+def answered(trainer: OnlineTrainer) -> tuple[dict[str, Array], Array, dict[str, Any]]:
+    """Steps 1 to 3 of `PPOTrainer.update`: (the arrays of the minibatches, scores [B], the record so far).
 
     The num_generations responses to a prompt lie beside each other.
     """
-    c, k = trainer.config, trainer.config.num_generations
-    roll = trainer.rollout(k)
-    (old_logprobs,) = forward_only(trainer.outputs, roll, c.mini_batch_size)
-    (ref_logprobs,) = forward_only(
-        lambda *a: [response_logprobs(trainer.reference, *a, c.temperature)], roll, c.mini_batch_size
-    )
-    kl = token_kl(old_logprobs, ref_logprobs, roll.mask)
-    scores, record = trainer.score(roll, old_logprobs, ref_logprobs, kl, group=k)
-    arrays = {
-        "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
-        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-    }  # fmt: skip
-    return arrays, scores, kl, record
+    roll = trainer.rollout(trainer.config.num_generations)
+    batch = trainer.look(roll)
+    return batch, *trainer.score(roll, batch, trainer.config.num_generations)
 
 
-def epochs(trainer: RLOOTrainer | GRPOTrainer, whole: dict[str, Array]) -> dict[str, float]:
+def epochs(trainer: OnlineTrainer, batch: dict[str, Array]) -> dict[str, float]:
     """Step 6 of `PPOTrainer.update`."""
     seen: list[dict[str, float]] = []
-    for rows in minibatches(trainer.config, trainer.updates, xp_of(whole["mask"])):
-        batch = {name: array[rows] for name, array in whole.items()}
-        new = trainer.outputs(batch["input_ids"], batch["attention_mask"], trainer.config.response_length)
-        loss, stats = trainer.loss(batch, new)
-        if trainer.descend(loss, stats, seen):
+    for part in trainer.minibatches(batch):
+        new = trainer.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
+        if trainer.descend(*trainer.loss(part, new), seen):
             break
     return over_minibatches(seen)

@@ -25,17 +25,9 @@ from ..nn.layers import Linear
 from ..options import configuration, option
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
-from .advantages import gae, masked_mean, priced, token_kl, whiten
-from .logprobs import response_hidden, response_logprobs
-from .online import (
-    OnlineConfig,
-    OnlineTrainer,
-    Outputs,
-    RewardFunction,
-    forward_only,
-    minibatches,
-    policy_outputs,
-)
+from .advantages import gae, masked_mean, priced, whiten
+from .logprobs import Outputs, outputs_of, response_hidden
+from .online import OnlineConfig, OnlineTrainer, RewardFunction
 from .reward import RewardModel
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -158,36 +150,29 @@ class PPOTrainer(OnlineTrainer):
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
     def update(self) -> dict[str, Any]:
-        """One update; n is response_length, B batch_size."""
-        c, size = self.config, self.config.mini_batch_size
+        """One update, of B = batch_size responses of up to n = response_length tokens. Returns its record."""
+        c = self.config
         # 1. Rollout: the policy answers the next prompts.
         roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
-        # 2. Log-probabilities of policy and reference, and values, from full forward passes: [B, n], 0 at padding.
-        old_logprobs, old_values = forward_only(self.outputs, roll, size)
-        (ref_logprobs,) = forward_only(lambda *a: [response_logprobs(self.reference, *a, c.temperature)], roll, size)
-        kl = token_kl(old_logprobs, ref_logprobs, roll.mask)  # [B, n]
-        # 3. Scores of whole responses: [B].
-        scores, record = self.score(roll, old_logprobs, ref_logprobs, kl, group=c.batch_size)
-        # 4. Shaped rewards: every token pays for its KL, the last one has the score: [B, n].
-        beta = self.kl_controller.beta
-        rewards = priced(kl, scores, roll.mask, beta)
-        record |= of_objective(record, -beta * record["objective/kl"], beta)
-        self.kl_controller.update(record["objective/kl"], c.batch_size)
+        # 2. Log-probabilities of policy and reference, their difference, and values, from full forward passes.
+        batch = self.look(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
+        # 3. Scores of whole responses.
+        scores, record = self.score(roll, batch, group=c.batch_size)  # [B]
+        # 4. Shaped rewards: every token pays for its KL, the last one has the score.
+        beta, kl = self.kl_controller.beta, record["objective/kl"]
+        rewards = priced(batch["kl"], scores, roll.mask, beta)  # [B, n]
+        record |= of_objective(record, -beta * kl, beta)
+        self.kl_controller.update(kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)
-        # 5. Advantages and returns, and only then whitened advantages: [B, n].
-        advantages, returns = gae(rewards, old_values, c.gamma, c.lam, roll.mask)
-        advantages = whiten(advantages, roll.mask) * (record["objective/scores_equal"] < 1)  # departure 1
-        # 6. Epochs of minibatches, an optimizer step each: loss, gradients, clipping, Adam.
-        whole = {
-            "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
-            "old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns,
-        }  # fmt: skip
+        # 5. Advantages and returns, and only then whitened advantages.
+        advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
+        batch["advantages"] = whiten(advantages, roll.mask) * (record["objective/scores_equal"] < 1)  # departure 1
+        # 6. Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam.
         seen: list[dict[str, float]] = []
-        for rows in minibatches(c, self.updates, xp_of(roll.mask)):
-            batch = {name: array[rows] for name, array in whole.items()}
-            new = self.outputs(batch["input_ids"], batch["attention_mask"], c.response_length)
-            loss, stats = self.loss(batch, new)
+        for part in self.minibatches(batch):
+            new = self.outputs(part["input_ids"], part["attention_mask"], roll.length)
+            loss, stats = self.loss(part, new)
             if self.descend(loss, stats, seen):
                 break
         return record | over_minibatches(seen)
@@ -199,7 +184,7 @@ class PPOTrainer(OnlineTrainer):
             values = self.v_head(hidden).reshape(hidden.shape[:2])
         else:
             values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
-        return policy_outputs(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
+        return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
