@@ -11,7 +11,7 @@ from ..backend import Rng
 from ..text.examples import Example, PreferencePair
 from ..train.batches import IGNORE
 from .reward import Ranking
-from .rollout import rollout
+from .rollouts import rollout
 
 Answers = list[list[int]]  # token ids of the answers to one prompt
 

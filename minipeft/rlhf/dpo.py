@@ -19,10 +19,11 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module
-from ..options import configuration, option
 from ..text.examples import PreferencePair
+from ..text.tokenizer import pad_sequences
 from ..train.batches import IGNORE, Batch
 from ..train.trainer import Trainer, TrainingArguments
+from .config import DPOConfig
 from .logprobs import sequence_logprobs
 
 
@@ -31,14 +32,6 @@ def dpo_loss(
 ) -> Tensor:
     """Mean of -log σ(β (Δ_chosen - Δ_rejected)), Δ = log π(y) - log π_ref(y) of whole completions: all [pairs]."""
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
-
-
-@configuration(kw_only=True)
-class DPOConfig:
-    """What DPO asks beside TrainingArguments."""
-
-    beta: float = option(0.1, "β: how much leaving the reference costs", above=0, metavar="B")  # Rafailov et al., B
-    reference_batch_size: int = option(32, "pairs at a time whose reference log-probabilities are computed", least=1)
 
 
 class ReferencedPair(NamedTuple):
@@ -59,11 +52,8 @@ def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
 
 
 def _padded(examples: Sequence[Any]) -> dict[str, Any]:
-    length = max(len(ids) for ids, _ in examples)
-    ids, mask = np.zeros((2, len(examples), length), np.int64)
-    labels = np.full((len(examples), length), IGNORE, np.int64)
-    for row, (own, own_labels) in enumerate(examples):
-        ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own_labels, 1
+    ids, mask = pad_sequences([ids for ids, _ in examples], 0)
+    labels, _ = pad_sequences([labels for _, labels in examples], IGNORE)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 

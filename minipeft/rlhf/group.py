@@ -16,10 +16,10 @@ from typing import Any
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
-from ..options import configuration, option
 from .advantages import masked_mean
+from .config import GroupConfig
 from .logprobs import Outputs
-from .online import OnlineConfig, OnlineTrainer
+from .online import OnlineTrainer
 from .ppo import clipped, log_ratio
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -93,25 +93,6 @@ def grpo_loss(
 def mean_of_means(token: Tensor, mask: Array) -> Tensor:
     """The mean over responses of the mean over their real tokens, of which each has at least one: [B, n] -> scalar."""
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
-
-
-@configuration(kw_only=True)
-class GroupConfig(OnlineConfig):
-    """RLOO's and GRPO's options beside those of OnlineConfig.
-
-    β is taken off the reward by RLOO, and weighs the KL in the loss of GRPO. 0.05 is TRL's for PPO and RLOO, and
-    PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04.
-    """
-
-    num_generations: int = option(4, "responses to each prompt", least=2, flag="--generations", metavar="K")
-    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size % self.num_generations:
-            raise ValueError(
-                f"batch_size must be a multiple of num_generations, {self.num_generations}, got {self.batch_size}"
-            )
 
 
 class RLOOTrainer(OnlineTrainer):

@@ -22,66 +22,19 @@ import numpy as np
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Parameter
-from ..options import check, configuration, option
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import fingerprint, frozen_fingerprint
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
 from .advantages import token_kl
+from .config import OnlineConfig
 from .logprobs import Outputs, frozen_copy, outputs_of, response_hidden, response_logprobs
 from .reward import RewardModel
-from .rollout import Rollout, rollout
+from .rollouts import Rollout, rollout
 from .statistics import RLHFError, check_first_minibatch, of_responses, of_scores
 
 RewardFunction = Callable[[Rollout], np.ndarray]  # scores [B] of a rollout's responses, in host memory
-
-
-@configuration(kw_only=True)
-class OnlineConfig:
-    """How to train on one's own samples: what PPO, RLOO and GRPO have in common.
-
-    batch_size, num_epochs, cliprange and response_length are those of OpenAI's lm-human-preferences (`PpoHParams`, the
-    books task); TRL has 4 epochs, too. learning_rate and steps suit the shipped base of 1.4 million parameters, where
-    lm-human-preferences takes 1e-5 for 124 million: VADER's score of its answers rose from 0.09 to 0.33 at a KL of 1.9
-    nats (two seeds), and clipping acted on 18% of the ratios of the first update; at 1e-4 it acts on 31%. An adapter
-    takes about ten times the rate.
-
-    Raises ValueError, naming the option, for a value that makes no sense.
-    """
-
-    output_dir: str | os.PathLike | None = option(None, "where metrics and checkpoints go", flag="--output", metavar="DIR")
-    steps: int = option(40, "updates, each on batch_size fresh responses", least=1)
-    batch_size: int = option(64, "responses an update", least=1)
-    mini_batch_size: int = option(16, "responses an optimizer step", least=1)
-    num_epochs: int = option(4, "passes over an update's responses", least=1, flag="--epochs")
-    learning_rate: float = option(5e-5, "learning rate of Adam", above=0, flag="--lr", metavar="RATE")
-    lr_scheduler_type: str = option("linear", "learning-rate schedule, over updates", choices=SCHEDULES, flag="--schedule")
-    max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
-    response_length: int = option(24, "tokens that a response has at most", least=1)
-    temperature: float = option(1.0, "of sampling, and of every log-probability", above=0, metavar="T")
-    stop_token_ids: tuple[int, ...] | None = option(None, "what ends a response; None: the model's EOS", least=0)
-    # OpenAI replaces the score by -1; TRL's missing_eos_penalty is None by default. A policy that was never taught to end
-    # its answers, as the shipped base, would have -1 for nearly all of them, and nothing to learn from.
-    missing_eos_score: float | None = option(None, "score of a response that no stop token ended, such as -1")
-    missing_eos_penalty: float | None = option(None, "or: what such a response loses of its score")
-    cliprange: float = option(0.2, "ε: how far from 1 a ratio counts", above=0)
-    max_kl: float = option(100.0, "stop with an error above this KL from the reference, in nats a response", above=0)
-    stop_kl: float | None = option(None, "end with the first update that samples above this KL, and trains on it", above=0)
-    max_equal_updates: int = option(20, "stop with an error after N updates in a row without scores that differ", least=1)
-    save_steps: int | None = option(None, "updates between checkpoints; None: no checkpoints", least=1)
-    save_total_limit: int = option(2, "how many checkpoints are kept, the newest", least=1)
-    seed: int = option(0, "seed of the order of the prompts, the responses and the minibatches", least=0)
-    progress: bool = option(True, "a progress bar on stderr, if that is a terminal")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.batch_size % self.mini_batch_size:
-            wanted = f"a multiple of mini_batch_size, {self.mini_batch_size}"
-            raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
-        missing_eos(np.zeros(0), np.zeros(0, bool), self.missing_eos_score, self.missing_eos_penalty)  # not both
-        if self.save_steps is not None and self.output_dir is None:
-            raise ValueError("save_steps needs an output_dir to save to")
 
 
 # What may differ between a run and the one that resumes it: it changes no byte of what an update does.
@@ -98,10 +51,7 @@ def missing_eos(
     is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
     """
     if score is not None and penalty is not None:
-        raise ValueError(
-            f"a response without EOS either has the score {score} (missing_eos_score) or loses {penalty} "
-            "(missing_eos_penalty): set one of them to None"
-        )
+        raise ValueError(f"a missing EOS either gets the score {score} or loses {penalty}: give one of them")
     if score is not None:
         return np.where(ended, scores, score)
     return scores if penalty is None else scores - penalty * ~ended
@@ -142,7 +92,7 @@ class OnlineTrainer(ABC):
         policy: Any,
         reward: RewardModel | RewardFunction,
         prompts: Sequence[Sequence[int]],
-        config: Any,
+        config: OnlineConfig,
         watch: Mapping[str, RewardFunction] | None = None,
         beside: Mapping[str, Parameter] | None = None,
     ):

@@ -22,12 +22,12 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..nn.heads import ValueModel
 from ..nn.layers import Linear
-from ..options import configuration, option
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, priced, whiten
+from .config import PPOConfig
 from .logprobs import Outputs, outputs_of, response_hidden
-from .online import OnlineConfig, OnlineTrainer, RewardFunction
+from .online import OnlineTrainer, RewardFunction
 from .reward import RewardModel
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -88,30 +88,6 @@ class KLController:
                 raise ValueError(f"n must be below 5 · horizon, {5 * self.horizon}, got {n}")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * n / self.horizon
-
-
-@configuration(kw_only=True)
-class PPOConfig(OnlineConfig):
-    """PPO's options beside those of OnlineConfig. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
-
-    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
-    kl_target: float | None = option(None, "move β towards this KL, nats a response", above=0, metavar="KL")
-    kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
-    gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
-    lam: float = option(0.95, "λ of generalized advantage estimation", least=0, most=1)
-    cliprange_value: float = option(0.2, "ε of the values: how far a value may move in an update", above=0)
-    vf_coef: float = option(0.1, "weight of the value loss", least=0)
-    whiten_rewards: bool = option(False, "rescale the shaped rewards to variance 1, keeping their mean")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:
-            raise ValueError(
-                f"kl_horizon must be above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0; got "
-                f"{self.kl_horizon}"
-            )
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
 
 
 class PPOTrainer(OnlineTrainer):

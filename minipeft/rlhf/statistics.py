@@ -44,7 +44,7 @@ import numpy as np
 
 from ..backend import Array
 from .advantages import masked_mean
-from .rollout import Rollout, distinct_n
+from .rollouts import Rollout, distinct_n
 
 
 class RLHFError(RuntimeError):
