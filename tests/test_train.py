@@ -87,23 +87,27 @@ def test_the_trainer_is_the_loop_one_would_write(rng):
     assert_same_bytes(weights(model), weights(twin))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_accumulated_gradients_equal_those_of_the_large_batch(rng, dropout):
-    """Examples of different lengths and counts: the mean is over tokens, not over batches; dropout masks agree too."""
-    examples = counting(24, rng, prompt=3, shortest=5, longest=20)
-    trained = {}
+@pytest.mark.parametrize("dropout, packing", [(0.0, False), (0.2, False), (0.0, True), (0.2, True)])
+def test_accumulated_gradients_equal_those_of_the_large_batch(rng, dropout, packing):
+    """Examples of different lengths and counts: the mean is over tokens, not over batches; dropout masks agree too.
+
+    Not so in packed rows, which another cut fills otherwise: they get other masks, though the loss is the same without.
+    """
+    examples, trained = counting(24, rng, prompt=3, shortest=5, longest=20), {}
     for size, accumulation in ((12, 1), (4, 3), (1, 12)):
         args = TrainingArguments(
             learning_rate=0.1, optim="sgd", momentum=0.9, max_steps=4, per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation, max_grad_norm=None,
+            gradient_accumulation_steps=accumulation, max_grad_norm=None, packing=packing,
         )  # fmt: skip
         model = tiny_model(dropout)
-        result = Trainer(model, examples, args=args).train()
-        trained[size] = (weights(model), [loss for _, loss in result.losses()])
+        trained[size] = np.array(Trainer(model, examples, args=args).train().losses())[:, 1], weights(model)
     for size in (4, 1):
-        np.testing.assert_allclose(trained[size][1], trained[12][1], rtol=1e-5)
-        for name, array in trained[12][0].items():
-            np.testing.assert_allclose(trained[size][0][name], array, rtol=1e-4, atol=2e-6, err_msg=name)
+        if dropout and packing:
+            assert abs(trained[size][0] / trained[12][0] - 1).max() > 1e-4
+            continue
+        np.testing.assert_allclose(trained[size][0], trained[12][0], rtol=1e-5)
+        for name, array in trained[12][1].items():
+            np.testing.assert_allclose(trained[size][1][name], array, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 def test_dropout_acts_in_training_and_follows_the_seed(rng):
@@ -154,28 +158,28 @@ def test_callbacks_stand_around_the_optimizers_step_the_models_own_first(rng):
         def __init__(self, name, last=None):
             self.name, self.last = name, last
 
-        def norm(self):
-            return math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+        def see(self, when, step):
+            norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+            seen.append((self.name, when, step, norm, model.lm_head.weight.data.copy()))
 
         def before_step(self, model, step):
             if self.name == "own":
                 model.lm_head.weight.grad += 3
-            seen.append((self.name, "before", step, self.norm(), model.lm_head.weight.data.copy()))
+            self.see("before", step)
 
         def after_step(self, model, step, record):
-            seen.append((self.name, "after", step, self.norm(), model.lm_head.weight.data.copy()))
-            assert record["grad_norm"] == pytest.approx(seen[1][3], rel=0.1) and record["step"] == step
+            self.see("after", step)
+            assert record["grad_norm"] == pytest.approx(seen[-3][3], rel=1e-5) and record["step"] == step
             return step == self.last
 
     model.training_callbacks = lambda: [Watcher("own", last=3)]
     result = Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=9)).train(callbacks=[Watcher("mine")])
-    assert [entry[:3] for entry in seen[:4]] == [
-        ("own", "before", 1), ("mine", "before", 1), ("own", "after", 1), ("mine", "after", 1)
-    ]  # fmt: skip
-    assert seen[1][3] > 3 * math.sqrt(32 * 16) * 0.9, "what the first added, the second sees, not clipped"
-    assert seen[2][3] == pytest.approx(1, rel=1e-3), "after the step the clipped gradients are still there"
-    assert (seen[0][4] == seen[1][4]).all() and (seen[1][4] != seen[2][4]).any()
-    assert result.steps == 3 and result.stopped_early and len(seen) == 3 * 4
+    order = [(name, when, step) for step in (1, 2, 3) for when in ("before", "after") for name in ("own", "mine")]
+    assert [entry[:3] for entry in seen] == order and result.steps == 3 and result.stopped_early
+    norms, arrays = [entry[3] for entry in seen], [entry[4] for entry in seen]
+    assert norms[1] > 0.9 * 3 * math.sqrt(32 * 16), "what the first added, the second sees, not clipped"
+    assert norms[2] == pytest.approx(1, rel=1e-3), "after the step the clipped gradients are still there"
+    assert (arrays[0] == arrays[1]).all() and (arrays[1] != arrays[2]).any()
 
 
 def test_early_stopping_ends_with_the_best_weights(rng):
@@ -200,10 +204,8 @@ def test_another_kind_of_example_and_an_optimizer_of_ones_own(rng):
         ids = np.stack([ids for ids, _ in batch])
         return Batch({"input_ids": ids, "labels": np.array([label for _, label in batch])}, len(batch), ids.size)
 
-    optimizer = AdamW([{"params": model.parameters(), "lr": 0.01}])
-    trainer = Trainer(
-        model, examples, examples, TrainingArguments(num_train_epochs=8), collate=classes, optimizer=optimizer
-    )
+    optimizer, args = AdamW([{"params": model.parameters(), "lr": 0.01}]), TrainingArguments(num_train_epochs=8)
+    trainer = Trainer(model, examples, examples, args, collate=classes, optimizer=optimizer)
     trainer.train()
     assert trainer.evaluate() < 0.2
     with pytest.raises(ValueError, match=r"lacks score\.weight"):
@@ -274,9 +276,8 @@ def test_a_learning_rate_beyond_reason_is_named_with_step_and_parameter(rng):
     args = TrainingArguments(
         learning_rate=1e39, lr_scheduler_type="constant", optim="sgd", max_grad_norm=None, max_steps=9
     )
-    with pytest.raises(
-        TrainingDiverged, match=r"diverged at step 2: the loss is nan; .* lower learning_rate \(it was 1e\+39"
-    ) as error:
+    reason = r"diverged at step 2: the loss is nan; .* lower learning_rate \(it was 1e\+39"
+    with pytest.raises(TrainingDiverged, match=reason) as error:
         Trainer(model, counting(8, rng), args=args).train()
     assert error.value.step == 2 and error.value.parameter in dict(model.named_parameters())
     assert "became NaN or infinite in the update before" in str(error.value)
@@ -317,36 +318,24 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
     result = Trainer(tiny_model(), counting(8, rng), counting(4, rng), args).train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == result.history
-    assert [(r["step"], "loss" in r) for r in lines] == [
-        (1, True),
-        (2, True),
-        (2, False),
-        (3, True),
-        (4, True),
-        (4, False),
-    ]
+    kinds = [(1, True), (2, True), (2, False), (3, True), (4, True), (4, False)]
+    assert [(r["step"], "loss" in r) for r in lines] == kinds
     assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["loss.png", "metrics.jsonl"]
     assert capsys.readouterr() == ("", ""), "nothing is printed where stderr is not a terminal"
 
 
-def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    shown = {}
-    for progress in (True, False):
-        monkeypatch.setattr(sys, "stderr", Terminal())
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "120")
-        Trainer(tiny_model(), counting(8, rng), args=TrainingArguments(max_steps=3, progress=progress)).train()
-        shown[progress] = sys.stderr.getvalue()
-    assert (
-        "step 3/3" in shown[True] and "loss 3." in shown[True] and "tokens/s" in shown[True] and "left" in shown[True]
-    )
-    assert shown[False] == ""
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng, progress):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    Trainer(tiny_model(), counting(8, rng), args=TrainingArguments(max_steps=3, progress=progress)).train()
+    shown = terminal.getvalue()
+    assert all(text in shown for text in ("step 3/3", "loss 3.", "tokens/s", "left")) if progress else shown == ""
 
 
 def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_path):
@@ -358,9 +347,9 @@ def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_
             seed=np.uint8(3), save_steps=np.int32(1), optim="sgd",
         )  # fmt: skip
         assert (type(args.max_steps), type(args.seed), type(args.learning_rate)) == (int, int, float)
-        model = tiny_model()
-        assert Trainer(model, examples, args=args).train().steps == 2
-        ends.append(weights(model))
+        trainer = Trainer(tiny_model(), examples, args=args)
+        trainer.train()
+        ends.append(weights(trainer.model))
     assert_same_bytes(*ends)
 
 
@@ -388,6 +377,8 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
             lambda: TrainingArguments(lr_scheduler_type="step"),
         "max_grad_norm must be a number of at least 0, or None, got -1": lambda: TrainingArguments(max_grad_norm=-1),
         "warmup_ratio must be a number of at least 0 and at most 1, got 2": lambda: TrainingArguments(warmup_ratio=2),
+        "momentum is not an option of optim='adamw'; got 0.9": lambda: TrainingArguments(momentum=0.9),
+        "adam_beta1 is not an option of optim='sgd'": lambda: TrainingArguments(optim="sgd", adam_beta1=0.5),
         "seed must be an integer of at least 0, got True": lambda: TrainingArguments(seed=True),
         "learning_rate must be a number above 0, got nan": lambda: TrainingArguments(learning_rate=math.nan),
         "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),
