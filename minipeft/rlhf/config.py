@@ -51,10 +51,7 @@ class OnlineConfig:
             wanted = f"a multiple of mini_batch_size, {self.mini_batch_size}"
             raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
         if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
-            raise ValueError(
-                "a missing EOS either replaces the score (missing_eos_score) or takes something off it "
-                "(missing_eos_penalty): set one of them to None"
-            )
+            raise ValueError("missing_eos_score replaces a score, missing_eos_penalty lowers it: set one of them to None")
         if self.save_steps is not None and self.output_dir is None:
             raise ValueError("save_steps needs an output_dir to save to")
 
@@ -75,10 +72,8 @@ class PPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:
-            raise ValueError(
-                f"kl_horizon must be above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0; got "
-                f"{self.kl_horizon}"
-            )
+            wanted = f"above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0"
+            raise ValueError(f"kl_horizon must be {wanted}, got {self.kl_horizon}")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
 
@@ -97,16 +92,15 @@ class GroupConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.num_generations:
-            raise ValueError(
-                f"batch_size must be a multiple of num_generations, {self.num_generations}, got {self.batch_size}"
-            )
+            wanted = f"a multiple of num_generations, {self.num_generations}"
+            raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
 
 
 @configuration(kw_only=True)
 class RewardConfig:
     """What the loss of a reward model asks beside TrainingArguments."""
 
-    # Eisenstein et al. 2023 take 0.01
+    # 0.01 is what TRL recommends
     center: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards near 0", least=0, metavar="C")
 
 

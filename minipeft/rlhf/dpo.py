@@ -58,16 +58,13 @@ def _padded(examples: Sequence[Any]) -> dict[str, Any]:
 
 
 def dpo_objective(
-    model: Module,
-    input_ids: Array,
-    labels: Array,
-    attention_mask: Array,
-    ref_chosen: Array,
-    ref_rejected: Array,
-    beta: float = 0.1,
-    rng: Rng | None = None,  # no dropout: it would act on the policy and not on the reference
-) -> Tensor:
-    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes."""
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array, ref_chosen: Array, ref_rejected: Array,
+    beta: float = 0.1, rng: Rng | None = None,
+) -> Tensor:  # fmt: skip
+    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
+
+    `rng` is not used: dropout would act on the policy and not on the reference.
+    """
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
     n = ref_chosen.shape[0]
     return dpo_loss(sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
@@ -92,13 +89,9 @@ def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: i
 
 
 def dpo_trainer(
-    policy: Module,
-    pairs: Sequence[PreferencePair],
-    eval_pairs: Sequence[PreferencePair] | None = None,
-    args: TrainingArguments | None = None,
-    beta: float = 0.1,
-    reference_batch_size: int = 32,
-) -> Trainer:
+    policy: Module, pairs: Sequence[PreferencePair], eval_pairs: Sequence[PreferencePair] | None = None,
+    args: TrainingArguments | None = None, beta: float = 0.1, reference_batch_size: int = 32,
+) -> Trainer:  # fmt: skip
     """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,

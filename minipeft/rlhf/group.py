@@ -71,14 +71,9 @@ def k3(logprobs: Tensor, ref_logprobs: Array) -> Tensor:
 
 
 def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Array,
-    ref_logprobs: Array,
-    advantages: Array,
-    mask: Array,
-    cliprange: float = 0.2,
+    logprobs: Tensor, old_logprobs: Array, ref_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2,
     beta: float = 0.04,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Mean over responses of the mean over their tokens of max(-A ρ_t, -A clip(ρ_t, 1 ± ε)) + β k3_t (GRPO, eq. 3).
 
     logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response, which has at

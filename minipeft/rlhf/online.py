@@ -88,14 +88,9 @@ class OnlineTrainer(ABC):
     """
 
     def __init__(
-        self,
-        policy: Any,
-        reward: RewardModel | RewardFunction,
-        prompts: Sequence[Sequence[int]],
-        config: OnlineConfig,
-        watch: Mapping[str, RewardFunction] | None = None,
-        beside: Mapping[str, Parameter] | None = None,
-    ):
+        self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
+        watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Parameter] | None = None,
+    ):  # fmt: skip
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
@@ -103,10 +98,8 @@ class OnlineTrainer(ABC):
         n, limit = config.response_length, policy.config.max_position_embeddings
         for i, prompt in enumerate(self.prompts):
             if len(prompt) + n > limit:
-                raise ValueError(
-                    f"prompts[{i}] has {len(prompt)} tokens; with response_length={n} at most {limit - n} fit the "
-                    f"policy's {limit} positions"
-                )
+                room = f"with response_length={n} at most {limit - n} fit the policy's {limit} positions"
+                raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; {room}")
         self._reward_model = reward if isinstance(reward, RewardModel) else None
         self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
         stops, eos = config.stop_token_ids, policy.config.eos_token_id
@@ -190,10 +183,8 @@ class OnlineTrainer(ABC):
         """(scores [B] of the responses, on the device; the record so far). `group` responses in a row are compared."""
         c, raw = self.config, self._asked(self.reward, roll, "the reward")
         if bad := int((~np.isfinite(raw)).sum()):
-            raise self._error(
-                f"the reward is NaN or infinite for {bad} of {len(raw)} responses; look at the reward, nothing can be "
-                "learned from it"
-            )
+            where = f"NaN or infinite for {bad} of {len(raw)} responses"
+            raise self._error(f"the reward is {where}; look at the reward, nothing can be learned from it")
         scores = missing_eos(raw, to_numpy(roll.ended), c.missing_eos_score, c.missing_eos_penalty)
         watched = {name: self._asked(function, roll, f"watch {name!r}") for name, function in self.watch.items()}
         record = of_scores(raw, scores, group) | of_responses(roll, batch, watched)
@@ -251,11 +242,9 @@ class OnlineTrainer(ABC):
     # ---------------------------------------------------------------------------------------------------- the whole
 
     def train(
-        self,
-        resume_from_checkpoint: bool | str | os.PathLike = False,
-        on_step: Callable[[dict[str, Any]], None] | None = None,
-        callbacks: Iterable[Callback] = (),
-    ) -> list[dict[str, Any]]:
+        self, resume_from_checkpoint: bool | str | os.PathLike = False,
+        on_step: Callable[[dict[str, Any]], None] | None = None, callbacks: Iterable[Callback] = (),
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """All updates (or until stop_kl); returns their statistics. `on_step` is given each update's.
 
         The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*, which

@@ -20,7 +20,6 @@ from typing import Any
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
-from ..nn.heads import ValueModel
 from ..nn.layers import Linear
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
@@ -42,9 +41,7 @@ def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
-) -> Tensor:
+def policy_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
     return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 
@@ -100,15 +97,9 @@ class PPOTrainer(OnlineTrainer):
     config: PPOConfig
 
     def __init__(
-        self,
-        policy: Any,
-        reward: RewardModel | RewardFunction,
-        prompts: Sequence[Sequence[int]],
-        config: PPOConfig | None = None,
-        watch: Mapping[str, RewardFunction] | None = None,
-        value_model: ValueModel | None = None,
-    ):
-        config = config or PPOConfig()
+        self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]],
+        config: PPOConfig | None = None, watch: Mapping[str, RewardFunction] | None = None, value_model: Any = None,
+    ):  # fmt: skip
         v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
         for p in v_head.parameters():  # zero: the first advantages are the rewards alone
             p.data = xp.zeros(p.shape, xp.float32)
@@ -121,9 +112,9 @@ class PPOTrainer(OnlineTrainer):
                     "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
                     'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
                 )
-        super().__init__(policy, reward, prompts, config, watch, beside)
+        super().__init__(policy, reward, prompts, config or PPOConfig(), watch, beside)
         self.v_head, self.value_model = v_head, value_model
-        self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
 
     def update(self) -> dict[str, Any]:
         """One update, of B = batch_size responses of up to n = response_length tokens. Returns its record."""
@@ -143,7 +134,8 @@ class PPOTrainer(OnlineTrainer):
             rewards = whiten(rewards, roll.mask, keep_mean=True)
         # 5. Advantages and returns, and only then whitened advantages.
         advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
-        batch["advantages"] = whiten(advantages, roll.mask) * (record["objective/scores_equal"] < 1)  # departure 1
+        white = whiten(advantages, roll.mask)
+        batch["advantages"] = white if record["objective/scores_equal"] < 1 else 0 * white  # departure 1
         # 6. Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam.
         seen: list[dict[str, float]] = []
         for part in self.minibatches(batch):

@@ -51,9 +51,7 @@ class RLHFError(RuntimeError):
     """A run cannot learn on as it is. The message names the update, what went wrong and what helps."""
 
 
-def of_responses(
-    roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def of_responses(roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Statistics of an update's responses but for the scores; old_logprobs, ref_logprobs and kl of `batch` are [B, n]."""
     size, responses = len(roll.mask), roll.responses()
     means = {name: float(scores.mean()) for name, scores in watched.items()}
