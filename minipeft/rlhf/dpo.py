@@ -90,7 +90,8 @@ def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: i
 
 def dpo_trainer(
     policy: Module, pairs: Sequence[PreferencePair], eval_pairs: Sequence[PreferencePair] | None = None,
-    args: TrainingArguments | None = None, beta: float = 0.1, reference_batch_size: int = 32,
+    args: TrainingArguments | None = None, beta: float = DPOConfig.beta,
+    reference_batch_size: int = DPOConfig.reference_batch_size,
 ) -> Trainer:  # fmt: skip
     """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
 

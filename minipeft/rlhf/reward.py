@@ -29,6 +29,7 @@ from ..nn.heads import SequenceClassifier
 from ..nn.transformer import Transformer
 from ..text.tokenizer import Tokenizer, pad_sequences
 from ..train.batches import Batch
+from .config import RewardConfig
 
 CALIBRATION = "reward_calibration.json"
 
@@ -118,7 +119,7 @@ class RewardModel(SequenceClassifier):
 
     def loss(
         self, input_ids: Array, attention_mask: Array, better: Array, worse: Array, weight: Array | None = None,
-        margin: Array | None = None, center: float = 0.0, rng: Rng | None = None,
+        margin: Array | None = None, center: float = RewardConfig.center, rng: Rng | None = None,
     ) -> Tensor:  # fmt: skip
         """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once.
 
