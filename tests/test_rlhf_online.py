@@ -640,6 +640,20 @@ def test_dpo_of_a_lora_policy_refers_to_the_base():
     assert same(before, parameters(model)) and not policy.unmoved()
 
 
+def test_a_models_callbacks_take_part_in_dpo_and_in_reward_training():
+    args = mp.TrainingArguments(max_steps=3, progress=False)
+    policy, judge = base(), rlhf.RewardModel(base())
+    ranked = [rlhf.Ranking((p.chosen.input_ids, p.rejected.input_ids)) for p in pairs(8, 0)]
+    for model, run in (
+        (policy, rlhf.dpo_trainer(policy, pairs(8, 0), args=args)),
+        (judge, mp.Trainer(judge, ranked, args=args, collate=rlhf.collate_rankings)),
+    ):
+        recorder = Recorder()
+        model.training_callbacks = lambda recorder=recorder: [recorder]
+        run.train()
+        assert recorder.models == [model] * 3 and recorder.steps == [1, 2, 3]
+
+
 # ---------------------------------------------------------------------------------------------------- a model's own data
 
 
