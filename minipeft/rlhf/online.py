@@ -159,7 +159,7 @@ class OnlineTrainer(ABC):
         hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
         return outputs_of(self.policy, hidden, input_ids, self.config.temperature)
 
-    def look(self, roll: Rollout) -> dict[str, Array]:
+    def examine(self, roll: Rollout) -> dict[str, Array]:
         """What policy and reference make of the responses: the arrays of which minibatches are made.
 
         old_logprobs, ref_logprobs, kl (`token_kl`) and, where the policy gives values, old_values are [B, n], 0 at
