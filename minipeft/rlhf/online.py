@@ -281,7 +281,7 @@ class OnlineTrainer(ABC):
     def _nothing_to_prefer(self, run: Run) -> RLHFError:
         record, n, kept = self.history[-1], self.config.max_equal_updates, ""
         if run.directory:
-            run.save()
+            run._save()  # now, not at the end of the step, which is not reached
             kept = f"; checkpoint-{run.step} keeps the run, which goes on with a higher max_equal_updates"
         why = ": none ended with a stop token; raise response_length" if not record["num_eos"] else ""
         return RLHFError(
