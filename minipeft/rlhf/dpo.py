@@ -20,8 +20,10 @@ from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module
 from ..text.examples import PreferencePair
+from ..text.tokenizer import pad_sequences
 from ..train.batches import IGNORE, Batch
 from ..train.trainer import Trainer, TrainingArguments
+from .config import DPOConfig
 from .logprobs import sequence_logprobs
 
 
@@ -50,25 +52,19 @@ def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
 
 
 def _padded(examples: Sequence[Any]) -> dict[str, Any]:
-    length = max(len(ids) for ids, _ in examples)
-    ids, mask = np.zeros((2, len(examples), length), np.int64)
-    labels = np.full((len(examples), length), IGNORE, np.int64)
-    for row, (own, own_labels) in enumerate(examples):
-        ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own_labels, 1
+    ids, mask = pad_sequences([ids for ids, _ in examples], 0)
+    labels, _ = pad_sequences([labels for _, labels in examples], IGNORE)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def dpo_objective(
-    model: Module,
-    input_ids: Array,
-    labels: Array,
-    attention_mask: Array,
-    ref_chosen: Array,
-    ref_rejected: Array,
-    beta: float = 0.1,
-    rng: Rng | None = None,  # no dropout: it would act on the policy and not on the reference
-) -> Tensor:
-    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes."""
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array, ref_chosen: Array, ref_rejected: Array,
+    beta: float = 0.1, rng: Rng | None = None,
+) -> Tensor:  # fmt: skip
+    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
+
+    `rng` is not used: dropout would act on the policy and not on the reference.
+    """
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
     n = ref_chosen.shape[0]
     return dpo_loss(sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
@@ -93,30 +89,24 @@ def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: i
 
 
 def dpo_trainer(
-    policy: Module,
-    pairs: Sequence[PreferencePair],
-    eval_pairs: Sequence[PreferencePair] | None = None,
-    args: TrainingArguments | None = None,
-    beta: float = 0.1,
-    reference_batch_size: int = 32,
-) -> Trainer:
+    policy: Module, pairs: Sequence[PreferencePair], eval_pairs: Sequence[PreferencePair] | None = None,
+    args: TrainingArguments | None = None, beta: float = DPOConfig.beta,
+    reference_batch_size: int = DPOConfig.reference_batch_size,
+) -> Trainer:  # fmt: skip
     """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
     `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
-    run is resumed with the same one, from the policy that it began with. Raises ValueError for a beta or a
-    reference_batch_size that is not above 0.
+    run is resumed with the same one, from the policy that it began with. Raises ValueError as `DPOConfig` does.
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
-    if reference_batch_size < 1:
-        raise ValueError(f"reference_batch_size must be at least 1, got {reference_batch_size}")
+    DPOConfig(beta=beta, reference_batch_size=reference_batch_size)  # checks both
     train = with_reference(policy, pairs, reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 
     def loss(model: Module, **arguments: Any) -> Tensor:
         return dpo_objective(model, **arguments, beta=beta)
 
+    loss.__qualname__ = f"dpo_loss(beta={beta:g})"  # by which a run is resumed with the same β
     return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=loss)
 
 

@@ -29,16 +29,13 @@ from ..nn.heads import SequenceClassifier
 from ..nn.transformer import Transformer
 from ..text.tokenizer import Tokenizer, pad_sequences
 from ..train.batches import Batch
+from .config import RewardConfig
 
 CALIBRATION = "reward_calibration.json"
 
 
 def reward_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Array | None = None,
-    center: float = 0.0,
-    weight: Array | None = None,
+    chosen: Tensor, rejected: Tensor, margin: Array | None = None, center: float = 0.0, weight: Array | None = None
 ) -> Tensor:
     """Bradley-Terry: mean of -log σ(r_chosen - r_rejected - margin) + center · mean of (r_chosen + r_rejected)².
 
@@ -121,17 +118,13 @@ class RewardModel(SequenceClassifier):
         return (self(input_ids, attention_mask).reshape(-1) - self.mean) / self.std
 
     def loss(
-        self,
-        input_ids: Array,
-        attention_mask: Array,
-        better: Array,
-        worse: Array,
-        weight: Array | None = None,
-        margin: Array | None = None,
-        center: float = 0.0,
-        rng: Rng | None = None,  # no dropout: a reward is to be a function of the text
-    ) -> Tensor:
-        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once."""
+        self, input_ids: Array, attention_mask: Array, better: Array, worse: Array, weight: Array | None = None,
+        margin: Array | None = None, center: float = RewardConfig.center, rng: Rng | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once.
+
+        `rng` is not used, so there is no dropout: a reward is to be a function of the text.
+        """
         scores = self.rewards(input_ids, attention_mask)
         return reward_loss(scores[better], scores[worse], margin, center, weight)
 
@@ -155,10 +148,8 @@ class RewardModel(SequenceClassifier):
         scores = self.score_texts(texts)
         mean, std = float(scores.mean()), float(scores.std())
         if not 1e-5 * abs(scores).max() < std < math.inf:
-            raise ValueError(
-                f"the {len(texts)} reference texts have scores of mean {mean:g} and standard deviation {std:.1g}: "
-                "nothing to scale by"
-            )
+            found = f"scores of mean {mean:g} and standard deviation {std:.1g}"
+            raise ValueError(f"the {len(texts)} reference texts have {found}: nothing to scale by")
         self.mean, self.std = mean, std
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
@@ -201,14 +192,13 @@ def reward_accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
     return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
 
-def calibration_curve(
-    chosen: np.ndarray, rejected: np.ndarray, bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def calibration_curve(chosen: np.ndarray, rejected: np.ndarray, bins: int = 10) -> tuple[np.ndarray, ...]:
     """How often the first of two answers is preferred, where the model says so with probability p: what a plot shows.
 
     Each pair is looked at from both sides: predicted p = σ(r_first - r_second), preferred or not. Returns, for each of
-    the equally wide bins of p that is not empty, (mean predicted, observed share, number of pairs).
-    The rewards must be those that the loss saw: for a calibrated model, times its std.
+    the equally wide bins of p that are not empty, (mean predicted, observed share, number of pairs).
+    The rewards must be those that the loss was computed from: with the mean and std that the model had while it was
+    trained, not those of a later `calibrate`.
     """
     p = 1 / (1 + np.exp(-(chosen - rejected).astype(np.float64)))
     p, preferred = np.concatenate([p, 1 - p]), np.repeat([1.0, 0.0], len(p))
