@@ -55,7 +55,7 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
     arch = model if isinstance(model, Architecture) else architecture(model)
     trained, stored = trained_parameters(arch, config), stored_parameters(arch, config)
     total = {**arch.shapes, **trained}
-    counts = [_size(shapes, _compiled(only)) for shapes in (trained, stored, total)]
+    counts = [elements(shapes, _compiled(only)) for shapes in (trained, stored, total)]
     return ParameterCount(*counts)
 
 
@@ -155,7 +155,8 @@ def _paths(arch: Architecture) -> dict[str, str]:
     return paths
 
 
-def _size(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+def elements(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+    """The number of elements of all shapes, or of those whose whole name matches `only`."""
     return sum(math.prod(shape) for name, shape in shapes.items() if only is None or only.fullmatch(name))
 
 

@@ -22,8 +22,6 @@ import numpy as np
 from ..autograd.ops import QUERY_BLOCK, TILE
 from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
-from ..quant.blockwise import PIECE
-from ..quant.linear import tile_size
 
 Shape = tuple[int, ...]
 
@@ -412,25 +410,6 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
     op.works_in(widened)
     y = op.new((*x.shape[:-1], n_out))
     return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
-
-
-@rule
-def _linear_4bit(op, x, packed, state, bias=None):
-    (n_out, n_in), blocks, size = state.shape, state.absmax.size, state.blocksize
-    threads = op.meter.threads if n_out * n_in * max(1, x.size // n_in // 64) >= SPLIT else 1
-    absmax = 8 * blocks if state.nested else 0  # while they are made, twice
-
-    def work(tile: int) -> int:  # each thread's tile; the indices of its bytes and what is looked up, a piece at a time
-        return absmax + threads * 4 * (tile + size + 2 * min(tile, PIECE))
-
-    y = op.new((*x.shape[:-1], n_out))
-    rows = tile_size(n_out) * n_in
-    op.works_in(work(rows))
-    if n_in % size:
-        back = work(rows) + op.meter.itemsize * x.size  # the product of one tile, before it is added
-    else:
-        back = work(tile_size(n_in) * n_out)
-    return y, op.pull(x.shape, packed, state, work=back), None, None, op.pull((n_out,))
 
 
 @rule
