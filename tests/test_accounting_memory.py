@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from minipeft.accounting import MemoryLedger, Precision, architecture, measure_peak, memory_ledger
-from minipeft.accounting.memory import WEIGHTS, kv_cache_bytes
+from minipeft.accounting.four_bits import layers_bytes
+from minipeft.accounting.memory import WEIGHT_LINES, kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import Rng, get_num_threads, is_array, set_num_threads
 from minipeft.nn.heads import SequenceClassifier, head_only
+from minipeft.nn.layers import Linear
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
 from minipeft.peft.adalora import AdaLoraConfig
@@ -27,7 +29,7 @@ from minipeft.peft.p_tuning import PromptEncoderConfig
 from minipeft.peft.prefix_tuning import PrefixTuningConfig
 from minipeft.peft.prompt_tuning import PromptTuningConfig
 from minipeft.peft.vera import VeraConfig
-from minipeft.quant import quantize_model
+from minipeft.quant import Linear4bit, quantize_model
 from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
@@ -95,7 +97,7 @@ def built(dialect: str, method: str) -> Module:
     return head_only(model) if config == "head" else model.requires_grad_(False)
 
 
-def foretold(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
+def predicted(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
     config = METHODS.get(method, method)
     return memory_ledger(CONFIGS[dialect], config, batch, seq_len, **QUANTIZED.get(method, {}), **options)
 
@@ -106,40 +108,40 @@ def after_step(model: Module, step: int) -> None:
         model.update_and_allocate(step)
 
 
-def held_by(fn) -> int:
-    """Bytes of the arrays that `fn` leaves allocated; Python's own objects weigh much on models this small."""
-    fn()  # whatever is made once is made
-    gc.collect()
-    tracemalloc.start()
-    result = fn()
-    held = arrays()
-    tracemalloc.stop()
-    del result
-    return held
-
-
 def arrays() -> int:
-    """Bytes of all NumPy arrays made since tracemalloc was started, and of nothing else."""
+    """Bytes of all NumPy arrays made since tracemalloc was started; Python's own objects weigh much on small models."""
     domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
 
 
-def train(dialect: str, method: str, checkpointing: bool) -> None:
-    """Two steps, for the optimizer's states are there from the second on."""
-    model = built(dialect, method)
+def kept(model: Module) -> int:
+    """Bytes of the arrays that the forward pass keeps."""
+    model.loss(IDS, IDS)  # whatever is made once is made
+    gc.collect()
+    tracemalloc.start()
+    loss = model.loss(IDS, IDS)
+    held = arrays()
+    tracemalloc.stop()
+    del loss
+    return held
+
+
+def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
+    """Two steps, for the optimizer's states are there from the second on; returns the bytes of those states."""
     model.gradient_checkpointing_enable(checkpointing)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
     for step in (1, 2):
         model.loss(IDS, IDS, rng=Rng(step)).backward()
         optimizer.step()
         after_step(model, step)
         optimizer.zero_grad()
+    return sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_training_is_within_10_percent(dialect, method, checkpointing):
-    measured = measure_peak(lambda: train(dialect, method, checkpointing))
-    by_name = foretold(dialect, method, checkpointing=checkpointing)
+    measured = measure_peak(lambda: train(built(dialect, method), checkpointing))
+    by_name = predicted(dialect, method, checkpointing=checkpointing)
     assert by_name.total == pytest.approx(measured, rel=0.10)
     assert sum(by_name.lines.values()) == by_name.total
     of_model = memory_ledger(built(dialect, method), batch=B, seq_len=T, checkpointing=checkpointing)
@@ -148,7 +150,7 @@ def test_the_peak_of_training_is_within_10_percent(dialect, method, checkpointin
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect, method, checkpointing):
-    ledger, ids = foretold(dialect, method, 2, 64, checkpointing=checkpointing), IDS[:2, :64]
+    ledger, ids = predicted(dialect, method, 2, 64, checkpointing=checkpointing), IDS[:2, :64]
     built(dialect, method).loss(ids, ids)  # whatever is made once is made
     tracemalloc.start()
     try:
@@ -169,17 +171,15 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
     finally:
         tracemalloc.stop()
     held = dict(ledger.held)
-    held["weights"] = sum(held[line] for line in WEIGHTS)
+    held["weights"] = sum(held[line] for line in WEIGHT_LINES)
     held["kept"] = held["activations"] + held["logits"]
     assert {line: held[line] for line in found} == {
         line: pytest.approx(n, rel=0.02, abs=64) for line, n in found.items()
     }
 
 
-def test_states_from_shapes_are_those_of_the_model(dialect, method):
-    """Without a length nothing is built, with one everything is: two ways to the same bytes."""
-    by_shape, built = foretold(dialect, method, seq_len=None).held, foretold(dialect, method).held
-    assert by_shape == {line: built[line] for line in by_shape}
+def test_states_from_shapes_are_those_of_the_built_model(dialect, method):
+    assert predicted(dialect, method, seq_len=None) == memory_ledger(built(dialect, method))
 
 
 def test_the_peak_of_evaluation_is_within_10_percent(dialect, method):
@@ -190,7 +190,7 @@ def test_the_peak_of_evaluation_is_within_10_percent(dialect, method):
         with no_grad():
             model.loss(IDS, IDS)
 
-    assert foretold(dialect, method, mode="evaluate").total == pytest.approx(measure_peak(evaluate), rel=0.10)
+    assert predicted(dialect, method, mode="evaluate").total == pytest.approx(measure_peak(evaluate), rel=0.10)
 
 
 def test_the_peak_of_generation_is_within_10_percent(dialect, method):
@@ -199,15 +199,15 @@ def test_the_peak_of_generation_is_within_10_percent(dialect, method):
     def generate():
         template.copy().generate(prompt, max_new_tokens=12)
 
-    ledger = foretold(dialect, method, seq_len=24, mode="generate", max_new_tokens=12)
+    ledger = predicted(dialect, method, seq_len=24, mode="generate", max_new_tokens=12)
     assert ledger.total == pytest.approx(measure_peak(generate), rel=0.10)
 
 
-def test_the_cache_of_generation_is_foretold_as_it_grows(dialect):
+def test_the_cache_of_generation_is_predicted_as_it_grows(dialect):
     """Positions held, and the room that doubling leaves."""
     c = CONFIGS[dialect]
     for prompt, new, room in ((16, 1, 16), (16, 2, 32), (16, 17, 32), (16, 18, 64), (3, 1, 16)):
-        ledger = foretold(dialect, "frozen", seq_len=prompt, mode="generate", max_new_tokens=new)
+        ledger = predicted(dialect, "frozen", seq_len=prompt, mode="generate", max_new_tokens=new)
         assert ledger.held["KV cache"] == kv_cache_bytes(c, B, prompt + new - 1)
         model, cache = built(dialect, "frozen"), KVCache()
         with no_grad():
@@ -219,30 +219,21 @@ def test_the_cache_of_generation_is_foretold_as_it_grows(dialect):
         assert ledger.lines["KV cache"] <= kv_cache_bytes(c, B, room) * 1.5
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_the_forward_pass_keeps_is_foretold_to_2_percent(dialect, checkpointing):
-    model = built(dialect, "full")
+@pytest.mark.parametrize(("trained", "checkpointing"), [("full", False), ("full", True), ("head", False)])
+def test_what_the_forward_pass_keeps_is_predicted_to_2_percent(dialect, trained, checkpointing):
+    model = built(dialect, trained)
     model.gradient_checkpointing_enable(checkpointing)
     ledger = memory_ledger(model, batch=B, seq_len=T)
-    kept = ledger.held["activations"] + ledger.held["logits"]
-    assert kept == pytest.approx(held_by(lambda: model.loss(IDS, IDS)), rel=0.02)
-    assert sum(ledger.activations_by_op.values()) == kept
-
-
-def test_a_frozen_backbone_keeps_no_activations(dialect):
-    model = built(dialect, "head")
-    ledger = memory_ledger(model, batch=B, seq_len=T)
-    assert ledger.activations_per_layer == (0,) * 3
-    kept = ledger.held["activations"] + ledger.held["logits"]
-    assert kept == pytest.approx(held_by(lambda: model.loss(IDS, IDS)), rel=0.02)
+    predicted_bytes = ledger.held["activations"] + ledger.held["logits"]
+    assert predicted_bytes == pytest.approx(kept(model), rel=0.02)
+    assert sum(ledger.activations_by_op.values()) == predicted_bytes
+    assert trained == "full" or ledger.activations_per_layer == (0,) * 3  # a frozen backbone keeps nothing
 
 
 def test_activations_of_a_llama_block_by_the_formula():
     c = CONFIGS["llama"]
     d, q, kv, ff = c.hidden_size, c.hidden_size, 2 * c.head_dim, c.intermediate_size
-    weights = sum(
-        64 * 64 * (i + 1) for i in range(T // 64)
-    )  # the causal trapezoid: per head, keys that a query block sees
+    weights = sum(64 * 64 * (i + 1) for i in range(T // 64))  # causal: the keys that each block of queries sees
     token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # norms with x̂'s rstd, attention, swiglu
     expected = 4 * (B * T * token + B * c.num_attention_heads * (weights + T))
     assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 3
@@ -260,43 +251,25 @@ def test_a_checkpointed_block_keeps_its_input(dialect):
         ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
     ],
 )  # fmt: skip
-def test_every_optimizer_is_foretold(dialect, name, make):
-    def steps(result):
-        model = built(dialect, "full")
-        optimizer = make(model.parameters())
-        for _ in range(2):
-            model.loss(IDS, IDS).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        result["states"] = sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
-
-    found = {}
-    measured = measure_peak(lambda: steps(found))
-    ledger = foretold(dialect, "full", optimizer=name)
+def test_every_optimizer_is_predicted(dialect, name, make):
+    states = []
+    measured = measure_peak(lambda: states.append(train(built(dialect, "full"), make=make)))
+    ledger = predicted(dialect, "full", optimizer=name)
     assert ledger.total == pytest.approx(measured, rel=0.10)
-    assert ledger.held["optimizer states"] == found["states"]
+    assert [ledger.held["optimizer states"]] == states
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_base_in_float16_is_foretold(dialect, checkpointing):
+def test_a_base_in_float16_is_predicted(dialect, checkpointing):
     base = built(dialect, "frozen")
     for p in base.parameters():
         p.data = p.data.astype(np.float16)
-
-    def steps():
-        model = get_peft_model(base.copy(), METHODS["lora"])
-        model.gradient_checkpointing_enable(checkpointing)
-        optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-        for _ in range(2):
-            model.loss(IDS, IDS).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    ledger = foretold(dialect, "lora", precision="float16-base", checkpointing=checkpointing)
-    assert ledger.total == pytest.approx(measure_peak(steps), rel=0.10)
+    measured = measure_peak(lambda: train(get_peft_model(base.copy(), METHODS["lora"]), checkpointing))
+    ledger = predicted(dialect, "lora", precision="float16-base", checkpointing=checkpointing)
+    assert ledger.total == pytest.approx(measured, rel=0.10)
 
 
-def test_a_classifier_is_foretold_too(dialect):
+def test_a_classifier_is_predicted_too(dialect):
     base, labels = Transformer(CONFIGS[dialect], seed=0), np.arange(B) % 3
     measured = measure_peak(lambda: SequenceClassifier(base, num_labels=3).loss(IDS, labels).backward())
     ledger = memory_ledger(SequenceClassifier(base, num_labels=3), batch=B, seq_len=T, labels=labels)
@@ -315,6 +288,9 @@ def test_a_float16_base_costs_half():
     whole, half = (memory_ledger(c, "head", B, T, precision=p) for p in ("float32", "float16-base"))
     assert half.held["frozen weights"] * 2 == whole.held["frozen weights"]
     assert half.held["trained weights"] == whole.held["trained weights"]
+    packed = memory_ledger(c, "frozen", B, T, precision="float16-base", quantization="nf4")  # the rest of the base halves
+    table = memory_ledger(c, "frozen", B, T, quantization="nf4").held["frozen weights"] - packed.held["frozen weights"]
+    assert table == 2 * (512 * 128 + 7 * 128)  # the tied table and the norms
 
 
 def test_the_classical_ledgers_of_full_fine_tuning():
@@ -324,10 +300,8 @@ def test_the_classical_ledgers_of_full_fine_tuning():
     assert memory_ledger("llama-65b", precision="mixed-float32-gradients").model_states == 18 * n
     assert memory_ledger("llama-65b", precision="bfloat16").model_states == 12 * n == 783_427_928_064
     assert memory_ledger("llama-65b", optimizer="sgd").model_states == 8 * n
-    assert (
-        memory_ledger("t5v1.1-xxl", precision=Precision(trained=2, gradients=2, states=1)).model_states
-        == 6 * 11_135_332_352
-    )
+    one_byte = Precision(trained=2, gradients=2, states=1)
+    assert memory_ledger("t5v1.1-xxl", precision=one_byte).model_states == 6 * 11_135_332_352
 
 
 def test_a_model_of_175_billion_parameters_is_walked_without_being_allocated():
@@ -365,26 +339,34 @@ def test_generation_computes_the_logits_of_the_last_position_alone(config):
     assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").lines["activations"] < every_position / 5
 
 
-def test_nonsense_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"precision must be one of float32, .* not 'fp8'"):
-        memory_ledger("gpt2", precision="fp8")
-    with pytest.raises(ValueError, match="optimizer must be one of adamw"):
-        memory_ledger("gpt2", optimizer="lion")
-    with pytest.raises(ValueError, match="seq_len must be a positive integer, not 0"):
-        memory_ledger("gpt2", seq_len=0)
-    with pytest.raises(ValueError, match=r"activations are known of .*gpt2, llama.* leave seq_len out"):
-        memory_ledger("bert-base", seq_len=128)
-    with pytest.raises(ValueError, match="config must be None"):
-        memory_ledger("gpt2", "lora")
-    with pytest.raises(ValueError, match="mode must be one of train, evaluate, generate, not 'dream'"):
-        memory_ledger("gpt2", mode="dream")
-    with pytest.raises(ValueError, match="quantization must be one of nf4, fp4, int4, not 'nf3'"):
-        memory_ledger("gpt2", LoraConfig(), quantization="nf3")
-    with pytest.raises(ValueError, match="weights in four bits are frozen"):
-        memory_ledger("gpt2", quantization="nf4")
-    with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, not 0"):
-        memory_ledger("gpt2", "frozen", 1, 8, mode="generate", max_new_tokens=0)
-    with pytest.raises(ValueError, match="this model has 1024 positions"):
-        memory_ledger("gpt2", seq_len=1025)
-    with pytest.raises(ValueError, match="a built model says itself"):
-        memory_ledger(Transformer(CONFIGS["llama"], seed=None), quantization="nf4")
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(8, 64), (5, 33), (3, 1), (400, 48)])
+def test_the_bytes_of_four_bits_are_those_of_a_quantized_layer(shape, nested):
+    layer = Linear4bit.from_linear(Linear(shape[1], shape[0], bias=False, seed=0), compress_statistics=nested)
+    assert layers_bytes([math.prod(shape)], nested) == sum(p.data.nbytes for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(precision="fp8"), r"precision must be one of float32, .* not 'fp8'"),
+        (dict(optimizer="lion"), "optimizer must be one of adamw"),
+        (dict(seq_len=0), "seq_len must be a positive integer, not 0"),
+        (dict(model="bert-base", seq_len=128), r"activations are known of .*gpt2, llama.* leave seq_len out"),
+        (dict(config="lora"), "config must be None"),
+        (dict(mode="dream"), "mode must be one of train, evaluate, generate, not 'dream'"),
+        (dict(config=LoraConfig(), quantization="nf3"), "quantization must be one of nf4, fp4, int4, not 'nf3'"),
+        (dict(quantization="nf4"), "weights in four bits are frozen"),
+        (dict(seq_len=8, mode="generate", max_new_tokens=0), "max_new_tokens must be a positive integer, not 0"),
+        (dict(seq_len=1025), "this model has 1024 positions"),
+        (dict(model=Transformer(CONFIGS["llama"], seed=None), quantization="nf4"), "a built model says itself"),
+        (dict(config="frozen", mode="generate"), "mode='generate' needs seq_len, the length of the prompt"),
+        (dict(seq_len=8, max_new_tokens=2), "max_new_tokens has no effect with mode='train' and seq_len=8"),
+        (dict(labels=IDS), "labels has no effect with mode='train' and seq_len=None"),
+        (dict(seq_len=8, labels=IDS, mode="generate"), "labels has no effect with mode='generate'"),
+        (dict(seq_len=8, checkpointing=True, mode="evaluate"), "checkpointing has no effect with mode='evaluate'"),
+    ],
+)
+def test_nonsense_is_refused_in_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        memory_ledger(**{"model": "gpt2", **arguments})

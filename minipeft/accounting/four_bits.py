@@ -1,21 +1,20 @@
-"""Layers in four bits on shapes: their bytes, their product's rule, and a stand-in that has no weight.
+"""Layers in four bits on shapes: their bytes, and a stand-in that has no weight.
 
 Loaded only for a model that has such layers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import SPLIT, Array
+from ..backend import Array
 from ..nn.module import Parameter
-from ..quant.blockwise import NESTED_BLOCKSIZE, PIECE
+from ..quant.blockwise import NESTED_BLOCKSIZE
 from ..quant.linear import Linear4bit, tile_size
-from .shapes import Meter, Shape, ShapeArray, rule
+from .shapes import Meter, Shape, ShapeArray
 
 BLOCKSIZE = 64  # weights that share a scale, as in `quantize_model`
 
@@ -57,23 +56,3 @@ class Packed(Linear4bit):
         buffer = ShapeArray.new(self.meter, (size, n_in))
         for i in range(0, n_out, size):
             yield slice(i, min(i + size, n_out)), buffer[: min(size, n_out - i)]
-
-
-@rule
-def _linear_4bit(op, x, packed, state, bias=None):
-    (n_out, n_in), size = state.shape, state.blocksize
-    blocks = -(-math.prod(state.shape) // size)
-    threads = op.meter.threads if n_out * n_in * max(1, x.size // n_in // 64) >= SPLIT else 1
-    absmax = 8 * blocks if state.nested else 0  # while they are made, twice
-
-    def work(tile: int) -> int:  # each thread's tile; the indices of its bytes and what is looked up, a piece at a time
-        return absmax + threads * 4 * (tile + size + 2 * min(tile, PIECE))
-
-    y = op.new((*x.shape[:-1], n_out))
-    rows = tile_size(n_out) * n_in
-    op.works_in(work(rows))
-    if n_in % size:
-        back = work(rows) + op.meter.itemsize * x.size  # the product of one tile, before it is added
-    else:
-        back = work(tile_size(n_in) * n_out)
-    return y, op.pull(x.shape, packed, state, work=back), None, None, op.pull((n_out,))

@@ -110,10 +110,13 @@ def memory_ledger(
     training = mode == "train"
     if mode == "generate" and seq_len is None:
         raise ValueError("mode='generate' needs seq_len, the length of the prompt")
-    if max_new_tokens is not None and mode != "generate":
-        raise ValueError(f"max_new_tokens is for mode='generate', not {mode!r}")
-    if labels is not None and (seq_len is None or mode == "generate"):
-        raise ValueError("labels are for a loss: give seq_len and mode='train' or 'evaluate'")
+    for name, given, effective in (
+        ("max_new_tokens", max_new_tokens is not None, mode == "generate"),
+        ("labels", labels is not None, seq_len and mode != "generate"),
+        ("checkpointing", checkpointing, seq_len and training),
+    ):
+        if given and not effective:
+            raise ValueError(f"{name} has no effect with mode={mode!r} and seq_len={seq_len}: leave it out")
     if isinstance(model, Module):
         if config is not None or quantization is not None:
             raise ValueError(

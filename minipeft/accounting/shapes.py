@@ -5,10 +5,12 @@
         meter.backward(loss)                the engine's own walk
     meter.peak, meter.at_peak               bytes
 
-An array here is a NumPy array of the right shape and dtype over a single element, holding a `Buffer` that counts the
-bytes it stands for from its creation until reference counting frees it, as it would free the real array. What is stated
-here is the memory of each op, beside `minipeft.autograd.ops`: what it makes, what each pullback keeps, and how much
-both work in. That is all there is to know: the engine drops a frozen weight's pullback, and what it kept goes with it.
+An array here is a NumPy array of the right shape and dtype over a single element. It holds a `Buffer`, which counts the
+bytes that the array stands for, from its creation until reference counting frees it, as it would free the real array.
+
+The rules below state the memory of each op of `minipeft.autograd.ops`: the arrays that it makes, what each pullback
+keeps, and how many bytes both work in. Nothing else is needed: the engine drops a frozen weight's pullback, and what
+that pullback kept is freed with it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 class Buffer:
-    """Bytes of one array, counted in a meter's line from creation to deletion."""
+    """The bytes of one array, counted in a meter's line from creation to deletion."""
 
     __slots__ = ("line", "meter", "nbytes", "op")
 
@@ -37,16 +39,19 @@ class Buffer:
 
     def move(self, line: str) -> None:
         """Count these bytes in another line from now on."""
-        self.meter.lines[self.line] -= self.nbytes
-        self.line = line
-        self.meter.lines[line] = self.meter.lines.get(line, 0) + self.nbytes
+        lines = self.meter.lines
+        lines[self.line] -= self.nbytes
+        self.line, lines[line] = line, lines.get(line, 0) + self.nbytes
 
     def __del__(self) -> None:
         self.meter.count(self, -self.nbytes)
 
 
 class Meter:
-    """Evaluates ops on shapes, on this thread, while it is entered; counts the bytes alive, by line and by op.
+    """Evaluates ops on shapes, on this thread, inside `with`; counts the bytes of the arrays alive, by line and by op.
+
+    line, current, lines, ops   the line that new arrays are counted in; bytes now, their sum and by line and op
+    peak, at_peak               the largest sum since `reset_peak`, and the bytes by line at that moment
 
     Args:
         itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
@@ -74,7 +79,7 @@ class Meter:
         return RULES[name](_Op(self, name), *arrays, **options)
 
     def count(self, buffer: Buffer, nbytes: int) -> None:
-        """Add (or, negative, take off) bytes of a buffer."""
+        """Add bytes of a buffer, or subtract them when negative."""
         self.lines[buffer.line] = self.lines.get(buffer.line, 0) + nbytes
         self.ops[buffer.op] = self.ops.get(buffer.op, 0) + nbytes
         self.current += nbytes
@@ -82,11 +87,11 @@ class Meter:
             self.peak, self.at_peak = self.current, dict(self.lines)
 
     def reset_peak(self) -> None:
-        """Look for the largest sum from now on."""
+        """Start to look for the largest sum."""
         self.peak, self.at_peak = self.current, {line: n for line, n in self.lines.items() if n}
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass: what it makes counts as `working memory`, and as `gradients` once a leaf has it."""
+        """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""
         self.line = "working memory"
 
         def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
@@ -108,23 +113,25 @@ class ShapeArray(np.ndarray):
     owner = False
 
     @classmethod
+    def over(cls, buffer: Buffer, shape: Shape, dtype: Any) -> ShapeArray:
+        """A view of a buffer."""
+        array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
+        array.buffer = buffer
+        return array
+
+    @classmethod
     def new(cls, meter: Meter, shape: Shape, dtype: Any = np.float32, op: str = "") -> ShapeArray:
         """An array that counts as allocated."""
         dtype = np.dtype(dtype)
-        array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
-        size = math.prod(shape) * (
-            meter.itemsize if dtype.kind == "f" and dtype.itemsize > meter.itemsize else dtype.itemsize
-        )
-        array.buffer, array.owner = Buffer(meter, size, op), True
+        itemsize = min(dtype.itemsize, meter.itemsize) if dtype.kind == "f" else dtype.itemsize
+        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op), shape, dtype)
+        array.owner = True
         return array
 
     @classmethod
     def uncounted(cls, meter: Meter, shape: Shape, dtype: Any = np.float32) -> ShapeArray:
-        """An array whose bytes are accounted for elsewhere (a weight's); what is made from it counts."""
-        array = cls.new(meter, (0,), dtype)
-        view = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
-        view.buffer = array.buffer
-        return view
+        """An array whose bytes are counted elsewhere (a weight's); what is made from it counts."""
+        return cls.over(Buffer(meter, 0), shape, dtype)
 
     def __array_finalize__(self, source: Any) -> None:
         self.buffer = getattr(source, "buffer", None)
@@ -153,14 +160,7 @@ class ShapeArray(np.ndarray):
             return out[0]
         source = next(x for x in inputs if isinstance(x, ShapeArray))
         if method == "reduce":
-            axis = options.get("axis", 0)
-            axes = (
-                range(self.ndim)
-                if axis is None
-                else {a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
-            )
-            kept = [1 if i in axes else n for i, n in enumerate(self.shape) if i not in axes or options.get("keepdims")]
-            return source._like(tuple(kept))
+            return source._like(_reduced(self, options.get("axis", 0), options.get("keepdims", False)))
         if method != "__call__":
             return None  # in place
         if ufunc is np.matmul:
@@ -181,7 +181,7 @@ class ShapeArray(np.ndarray):
 
 
 class Pullback:
-    """Makes a gradient of a shape, working in `work` bytes; until then it keeps arrays (and buffers) alive."""
+    """Makes a gradient of a shape, working in `work` bytes; until it is dropped it keeps the arrays in `kept` alive."""
 
     __slots__ = ("kept", "op", "shape", "work")
 
@@ -195,7 +195,7 @@ class Pullback:
 
 
 class _Op:
-    """One application of an op: what its rule is told beside the arrays."""
+    """One application of an op: what its rule makes arrays and pullbacks with."""
 
     __slots__ = ("meter", "name")
 
@@ -207,24 +207,22 @@ class _Op:
         return ShapeArray.new(self.meter, shape, dtype, self.name)
 
     def view(self, source: Array, shape: Shape) -> Array:
-        """`source` seen in another shape, without memory of its own (of a weight, a plain array)."""
+        """`source` in another shape, without memory of its own; of a plain array, a plain array."""
         if not isinstance(source, ShapeArray):
             return np.broadcast_to(np.zeros((), source.dtype), shape)
-        view = np.ndarray.__new__(ShapeArray, shape, source.dtype, np.zeros(1, source.dtype), 0, (0,) * len(shape))
-        view.buffer = source.buffer
-        return view
+        return ShapeArray.over(source.buffer, shape, source.dtype)
 
     def works_in(self, nbytes: int) -> None:
-        """Memory that the op needs and gives back before it returns."""
+        """Bytes that the op needs and frees before it returns."""
         if nbytes:
             Buffer(self.meter, nbytes, self.name)
 
     def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Pullback:
-        """A pullback to an array of `shape`."""
+        """A pullback that makes a gradient of `shape`."""
         return Pullback(self, shape, kept, work)
 
     def blocks(self, size: int, arrays: int) -> int:
-        """Bytes of `arrays` temporaries of cache-sized blocks, one set a thread, of work over `size` elements."""
+        """Bytes of the temporaries of work over `size` elements in blocks: `arrays` of them on each thread."""
         return arrays * self.meter.itemsize * (size if size < SPLIT else min(size, BLOCK * self.meter.threads))
 
 
@@ -232,19 +230,19 @@ RULES: dict[str, Callable[..., tuple]] = {}
 
 
 def rule(fn: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register `fn(op, *arrays, **options) -> (value, *pullbacks)`, as an op's own code has it, for the op `_name`."""
+    """Register `_name(op, *arrays, **options) -> (value, *pullbacks)` for the op `name`, with that op's own arguments."""
     RULES[fn.__name__[1:]] = fn
     return fn
 
 
 def _through(g: Array) -> Array:
-    """The pullback that hands the gradient on as it is."""
+    """The pullback that returns the gradient itself."""
     return g
 
 
 # ------------------------------------------------------------------------------------- elementwise ops and reductions
 
-# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g hands the gradient on.
+# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns the gradient itself.
 _ELEMENTWISE = {
     "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab",
     "minimum": "ab ab", "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y",
@@ -413,6 +411,29 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
 
 
 @rule
+def _linear_4bit(op, x, packed, state, bias=None):
+    from ..quant.blockwise import PIECE
+    from ..quant.linear import tile_size
+
+    (n_out, n_in), size = state.shape, state.blocksize
+    blocks = -(-math.prod(state.shape) // size)
+    threads = op.meter.threads if n_out * n_in * max(1, x.size // n_in // 64) >= SPLIT else 1
+    absmax = 8 * blocks if state.nested else 0  # while they are made, twice
+
+    def work(tile: int) -> int:  # each thread's tile; the indices of its bytes and what is looked up, a piece at a time
+        return absmax + threads * 4 * (tile + size + 2 * min(tile, PIECE))
+
+    y = op.new((*x.shape[:-1], n_out))
+    rows = tile_size(n_out) * n_in
+    op.works_in(work(rows))
+    if n_in % size:
+        back = work(rows) + op.meter.itemsize * x.size  # the product of one tile, before it is added
+    else:
+        back = work(tile_size(n_in) * n_out)
+    return y, op.pull(x.shape, packed, state, work=back), None, None, op.pull((n_out,))
+
+
+@rule
 def _embedding(op, ids, weight):
     n, d = ids.size, weight.shape[1]
     scatter = 4 * d * (n + 2 * min(n, weight.shape[0])) + 16 * n  # rows sorted, their sums, the sums added; their order
@@ -447,7 +468,10 @@ def _rope(op, x, cos, sin):
 
 
 class _Tiles:
-    """What attention keeps: q, k, v, the output, each tile's unnormalized weights and the inverse of their row sums."""
+    """What attention keeps: q, k, v, the output, each tile's unnormalized weights and the inverse of their row sums.
+
+    q [B, H, T, D], k and v [B, H, S, D]; a tile is a block of queries against the keys that it may see.
+    """
 
     def __init__(self, op: _Op, q: Array, k: Array, v: Array, causal: bool):
         B, H, T, D = q.shape
@@ -467,7 +491,7 @@ class _Tiles:
         self.backward_work = tile * (S + 3 * D)  # gradients of scores, outputs and queries, and scaled queries
 
     def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:
-        """Empty gradients; the weights are given back while they are filled."""
+        """Empty gradients; the weights are freed while they are filled."""
         made = [op.new(shape) for shape in shapes]
         op.works_in(self.backward_work)
         self.weights.clear()

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arguments import positive_int
-from .method_options import add_method_options, architecture_of, configuration
+from .method_options import add_method_options, architecture_of, configuration, method_name
 
 SUMMARY = "count what a method trains and stores, from shapes"
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     count, trained = count_parameters(arch, config), trained_parameters(arch, config)
     if args.json:
         record = {
-            "model": arch.name, "method": args.method, "trainable": count.trainable, "stored": count.stored,
+            "model": arch.name, "method": method_name(args, config), "trainable": count.trainable, "stored": count.stored,
             "total": count.total, "share": count.share,
             "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
         }  # fmt: skip
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .report import console
 
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {args.method}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {method_name(args, config)}\n", style="bold")
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")

@@ -1,4 +1,8 @@
-"""MODEL, --method and its options on a command line: a table of shapes, and the configuration of a method."""
+"""MODEL, --method and its options on a command line: a table of shapes, and the configuration of a method.
+
+One flag serves all methods that have what it sets (`FIELDS`), and a command's help loads no method: so the flags stand
+here, while the fields' defaults, ranges and checks are those of the methods' configurations.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,27 @@ if TYPE_CHECKING:
 
 CHOICES = (*METHODS, "frozen")
 
-# option -> (the configuration's fields that it sets, those that the method has)
-FIELDS = {
-    "rank": ("r", "init_r"),
-    "target": ("target_modules",),
-    "exclude": ("exclude_modules",),
-    "layers": ("layers_to_transform",),
-    "modules_to_save": ("modules_to_save",),
-    "virtual_tokens": ("num_virtual_tokens",),
-    "projection": ("prefix_projection",),
-    "hidden_size": ("encoder_hidden_size",),
-    "placement": ("placement",),
-    "bottleneck": ("bottleneck_size",),
-    "reduction": ("reduction_factor",),
-}
+# flag -> (the configuration's fields that it sets, those that the method has; argparse's arguments)
+_NAMES = {"nargs": "+", "metavar": "NAME"}
+_NUMBER = {"type": positive_int, "metavar": "N"}
+FIELDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "rank": (("r", "init_r"), _NUMBER | {"help": "rank of lora, dora, pissa, qlora, vera, adalora"}),
+    "target": (("target_modules",), _NAMES | {
+        "help": "the modules it is put on, by the ends of their paths; or all-linear (qlora's default)"}),
+    "exclude": (("exclude_modules",), _NAMES | {"help": "modules that are left out"}),
+    "layers": (("layers_to_transform",), {"nargs": "+", "type": int, "metavar": "N", "help": "only these layers"}),
+    "modules_to_save": (("modules_to_save",), _NAMES | {"help": "modules trained whole beside it, as copies"}),
+    "virtual_tokens": (("num_virtual_tokens",), _NUMBER | {"help": "of prompt, prefix, p-tuning (default: 20)"}),
+    "projection": (("prefix_projection",), {
+        "action": "store_true", "default": None, "help": "prefix: computed by an MLP in training"}),
+    "hidden_size": (("encoder_hidden_size",), _NUMBER | {
+        "help": "width of the MLP of p-tuning, and of prefix with --projection"}),
+    "placement": (("placement",), {
+        "metavar": "NAME", "help": "of a bottleneck: houlsby, pfeiffer (default) or parallel"}),
+    "bottleneck": (("bottleneck_size",), _NUMBER | {"help": "width of a bottleneck, or"}),
+    "reduction": (("reduction_factor",), {
+        "type": positive, "metavar": "X", "help": "how many times narrower it is (default: 16; parallel 2)"}),
+}  # fmt: skip
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -38,32 +49,10 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory",
     )
-    parser.add_argument("--method", choices=CHOICES, default="full", help="default: full (all parameters)")
-    group = parser.add_argument_group("the method (where nothing is said: Hugging Face PEFT's defaults)")
-    group.add_argument(
-        "-r", "--rank", type=positive_int, metavar="N", help="rank of lora, dora, pissa, qlora, vera, adalora"
-    )
-    group.add_argument(
-        "--target",
-        nargs="+",
-        metavar="NAME",
-        help="the modules it is put on, by the ends of their paths; or all-linear (qlora's default)",
-    )
-    group.add_argument("--exclude", nargs="+", metavar="NAME", help="modules that are left out")
-    group.add_argument("--layers", nargs="+", type=int, metavar="N", help="only these layers")
-    group.add_argument(
-        "--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside it, as copies"
-    )
-    group.add_argument(
-        "--virtual-tokens", type=positive_int, metavar="N", help="of prompt, prefix, p-tuning (default: 20)"
-    )
-    group.add_argument("--projection", action="store_true", default=None, help="prefix: computed by an MLP in training")
-    group.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the MLP of prefix and p-tuning")
-    group.add_argument("--placement", metavar="NAME", help="of a bottleneck: houlsby, pfeiffer (default) or parallel")
-    group.add_argument("--bottleneck", type=positive_int, metavar="N", help="width of a bottleneck, or")
-    group.add_argument(
-        "--reduction", type=positive, metavar="X", help="how many times narrower it is (default: 16; parallel 2)"
-    )
+    parser.add_argument("--method", choices=CHOICES, help="default: full (all parameters)")
+    group = parser.add_argument_group("the method (default of every option: as in Hugging Face PEFT)")
+    for name, (_, arguments) in FIELDS.items():
+        group.add_argument(*["-r"] * (name == "rank"), flag(name), **arguments)
     group.add_argument(
         "--set",
         nargs="+",
@@ -72,6 +61,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="any other option, by PEFT's name, its value as JSON: use_dora=true",
     )
     group.add_argument("--adapter", metavar="PATH", help="take the method from an adapter_config.json or its directory")
+
+
+def flag(name: str) -> str:
+    """--virtual-tokens"""
+    return f"--{name.replace('_', '-')}"
 
 
 def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
@@ -85,33 +79,36 @@ def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
     return architecture(model, num_labels)
 
 
+def method_name(args: argparse.Namespace, config: Any) -> str:
+    """What a report calls the method: --method, or the type that an adapter's file names."""
+    return args.method or (config.peft_type if args.adapter is not None else "full")
+
+
 def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     """(what `minipeft.accounting` takes for the method and its options, whether the base is stored in four bits).
 
-    Raises ValueError for an option that the method does not have, naming those that it has.
+    Raises ValueError for an option that the method does not have, naming those that it has, and for one that another
+    option leaves without effect.
     """
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.adapter is not None:
-        if given or args.set:
-            raise ValueError(
-                f"--adapter says everything about the method; leave {_named(next(iter(given), 'set'))} out"
-            )
+        if given or args.set or args.method not in (None, "qlora"):
+            other = next(iter(given), "set" if args.set else "method")
+            raise ValueError(f"--adapter says everything about the method; leave {flag(other)} out")
         return _read(Path(args.adapter)), args.method == "qlora"
-    method = METHODS.get(args.method)
-    like = None if method is None else method.config()
+    name = args.method or "full"
+    like = METHODS[name].config() if name in METHODS else name
     if like is None or isinstance(like, str):
         if given or args.set:
-            raise ValueError(
-                f"--method {args.method} has no options, so {_named(next(iter(given), 'set'))} means nothing there"
-            )
-        return (args.method if method is None else like), False
+            raise ValueError(f"--method {name} has no options, so {flag(next(iter(given), 'set'))} means nothing there")
+        return like, False
     fields = set(like.to_dict()) | set(vars(like))
-    options = _fixed(args.method, like)
-    for name, value in given.items():
-        field = next((f for f in FIELDS[name] if f in fields), None)
+    options = _fixed(name, like)
+    for option, value in given.items():
+        field = next((f for f in FIELDS[option][0] if f in fields), None)
         if field is None:
-            mine = [_named(n) for n, names in FIELDS.items() if fields & set(names)]
-            raise ValueError(f"--method {args.method} has no option {_named(name)}; it has {', '.join(mine)} and --set")
+            mine = [flag(n) for n, (names, _) in FIELDS.items() if fields & set(names)]
+            raise ValueError(f"--method {name} has no option {flag(option)}; it has {', '.join(mine)} and --set")
         options[field] = value
     if options.get("target_modules") == ["all-linear"]:
         options["target_modules"] = "all-linear"
@@ -125,13 +122,18 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
             options[field] = json.loads(value)
         except json.JSONDecodeError:
             options[field] = value  # a bare word
+    if args.bottleneck and args.reduction:
+        raise ValueError("--bottleneck is the width and --reduction divides another by it: give one of them")
     if "init_r" in options:
         options.setdefault("target_r", min(options["init_r"], like.target_r))
-    return type(like)(**options), method.quantized
+    config = type(like)(**options)
+    if args.hidden_size and not getattr(config, "prefix_projection", True):
+        raise ValueError("--hidden-size is the width of the MLP that computes a prefix: give --projection too")
+    return config, METHODS[name].quantized
 
 
 def _fixed(method: str, like: Any) -> dict[str, Any]:
-    """What makes the method itself, or has no default in PEFT."""
+    """The options that make the method itself, or have no default in PEFT."""
     fixed = {
         "dora": {"use_dora": True},
         "pissa": {"init_lora_weights": "pissa"},
@@ -141,10 +143,6 @@ def _fixed(method: str, like: Any) -> dict[str, Any]:
     if hasattr(like, "num_virtual_tokens"):
         fixed["num_virtual_tokens"] = like.num_virtual_tokens
     return fixed
-
-
-def _named(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _read(path: Path) -> Any:
