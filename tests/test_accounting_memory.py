@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from minipeft.accounting import MemoryLedger, Precision, architecture, measure_peak, memory_ledger
-from minipeft.accounting.four_bits import layers_bytes
 from minipeft.accounting.memory import WEIGHT_LINES, kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import Rng, get_num_threads, is_array, set_num_threads
 from minipeft.nn.heads import SequenceClassifier, head_only
-from minipeft.nn.layers import Linear
 from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
 from minipeft.peft.adalora import AdaLoraConfig
@@ -29,7 +27,7 @@ from minipeft.peft.p_tuning import PromptEncoderConfig
 from minipeft.peft.prefix_tuning import PrefixTuningConfig
 from minipeft.peft.prompt_tuning import PromptTuningConfig
 from minipeft.peft.vera import VeraConfig
-from minipeft.quant import Linear4bit, quantize_model
+from minipeft.quant import quantize_model
 from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
@@ -337,13 +335,6 @@ def test_qlora_fits_65_billion_parameters_into_48_gb():
 def test_generation_computes_the_logits_of_the_last_position_alone(config):
     every_position = 4 * 4 * 128 * 49152
     assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").lines["activations"] < every_position / 5
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape", [(8, 64), (5, 33), (3, 1), (400, 48)])
-def test_the_bytes_of_four_bits_are_those_of_a_quantized_layer(shape, nested):
-    layer = Linear4bit.from_linear(Linear(shape[1], shape[0], bias=False, seed=0), compress_statistics=nested)
-    assert layers_bytes([math.prod(shape)], nested) == sum(p.data.nbytes for p in layer.parameters())
 
 
 @pytest.mark.parametrize(

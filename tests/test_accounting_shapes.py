@@ -12,7 +12,7 @@ from minipeft.accounting.shapes import RULES, Meter, ShapeArray
 from minipeft.autograd import ops as F
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import REGISTRY, Slice, Tensor, unbroadcast
-from minipeft.quant import linear
+from minipeft.quant import cases, linear  # noqa: F401
 
 OPS = [name for name in REGISTRY if REGISTRY[name].__module__ in (F.__name__, linear.__name__)]
 

@@ -25,7 +25,8 @@ from minipeft.quant import (
     quantize_4bit,
     quantize_model,
 )
-from minipeft.quant.linear import Tiles
+from minipeft.quant import cases as _cases  # noqa: F401
+from minipeft.quant.kernels import Tiles
 
 LLAMA = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 

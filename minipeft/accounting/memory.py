@@ -240,9 +240,11 @@ def states_from_shapes(
     packed = {name: frozen.pop(name) for name in list(frozen) if quantization and _is_packed(name, arch.kinds[name])}
     nbytes = elements(frozen) * p.frozen
     if packed:
-        from .four_bits import layers_bytes
+        from ..quant.nf4 import book_bytes, storage_bytes
 
-        nbytes += layers_bytes(map(math.prod, packed.values()), double_quantization)
+        books = book_bytes(double_quantization)  # which all layers share
+        sizes = map(math.prod, packed.values())
+        nbytes += books + sum(storage_bytes(n, compress_statistics=double_quantization) - books for n in sizes)
     lines = {
         "frozen weights": nbytes,
         "trained weights": 0 if is_method else trained * p.trained,

@@ -412,8 +412,7 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
 
 @rule
 def _linear_4bit(op, x, packed, state, bias=None):
-    from ..quant.blockwise import PIECE
-    from ..quant.linear import tile_size
+    from ..quant.kernels import PIECE, tile_size
 
     (n_out, n_in), size = state.shape, state.blocksize
     blocks = -(-math.prod(state.shape) // size)

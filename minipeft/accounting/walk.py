@@ -107,10 +107,10 @@ def unallocated_model(
     model = Transformer(arch.config, seed=None)
     if quantization:
         from ..quant.surgery import quantizable_layers
-        from .four_bits import BLOCKSIZE, Packed, PackedShape
+        from .four_bits import Packed, PackedShape
 
         for path, layer in quantizable_layers(model).items():
-            shape = PackedShape((layer.out_features, layer.in_features), BLOCKSIZE, double_quantization)
+            shape = PackedShape((layer.out_features, layer.in_features), double_quantization)
             model.replace(path, Packed(shape, layer.bias))
         model.requires_grad_(False)
     if isinstance(config, str):

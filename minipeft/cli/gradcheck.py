@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from .. import quant  # noqa: F401  its ops enter the registry
     from ..autograd.cases import check_ops, op_cases
     from ..autograd.tensor import REGISTRY
+    from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
     from .arguments import unknown
     from .report import console
 

@@ -86,8 +86,8 @@ CODES_4BIT = {"nf4": nf4_code, "fp4": fp4_code, "int4": int4_code}
 
 
 @cache
-def thresholds(quant_type: str) -> tuple[tuple[float, ...], np.ndarray]:
-    """(the 15 midpoints between neighbouring points, ascending; [16] the code of the point at each rank).
+def thresholds(quant_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """([15] float32, the midpoints between adjacent points, ascending; [16] uint8, the code of the point at each rank).
 
     The number of midpoints below x is the rank of the point nearest to x; of two points at the same distance it is the
     lower.
@@ -96,4 +96,4 @@ def thresholds(quant_type: str) -> tuple[tuple[float, ...], np.ndarray]:
     order = np.argsort(code, kind="stable")
     ascending = code[order]
     midpoints = (ascending[:-1] + ascending[1:]) / np.float32(2)
-    return tuple(midpoints.tolist()), _read_only(order.astype(np.uint8))
+    return _read_only(midpoints), _read_only(order.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A model's linear layers in four bits, and back: surgery that leaves the model it is given as it was."""
+"""A model's linear layers in four bits, and back: surgery that leaves the given model as it was."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
-from .blockwise import QuantError
+from .checks import QuantError
 from .linear import Linear4bit
 
-HEADS = ("lm_head", "score", "classifier", "v_head")  # what is kept in floats unless told otherwise
+HEADS = ("lm_head", "score", "classifier", "v_head")  # what is kept in floats unless `skip` says otherwise
 
 
 def quantize_model(

@@ -14,7 +14,7 @@ import minipeft as mp  # noqa: E402
 from minipeft import quant  # noqa: E402
 from minipeft.autograd.tensor import Tensor  # noqa: E402
 from minipeft.files import read_safetensors, write_safetensors  # noqa: E402
-from minipeft.quant.blockwise import BLOCKSIZES  # noqa: E402
+from minipeft.quant.checks import BLOCKSIZES  # noqa: E402
 from minipeft.quant.codebooks import dynamic_map, fp4_code, nf4_code, thresholds  # noqa: E402
 
 KINDS = ("nf4", "fp4")
