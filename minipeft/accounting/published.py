@@ -25,14 +25,13 @@ from __future__ import annotations
 
 import csv
 import difflib
-import inspect
 import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -226,7 +225,6 @@ def _term(options: Options, quantity: str | None) -> float:
     if options.ledger is not None:
         if len(configs) > 1:
             raise ValueError("a ledger is of one method, not of a list")
-        _check_arguments(memory_ledger, options.ledger, ("model", "config", "labels"))
         ledger = memory_ledger(arch, configs[0], **options.ledger)
         lines = {**ledger.held, "model states": ledger.model_states, "total": ledger.total}
         return sum(_known("line", line, lines) for line in _as_list(options.line))
@@ -242,7 +240,6 @@ def _quantized(arguments: dict[str, Any]) -> dict[str, int]:
 
     from ..quant import quantize_4bit
 
-    _check_arguments(quantize_4bit, arguments, ("A",))
     packed, state = quantize_4bit(np.zeros(SAMPLE, np.float32), **arguments)
     nested = 0 if state.state2 is None else state.state2.absmax.nbytes
     return {"codes": packed.nbytes, "absmax": state.absmax.nbytes + nested}
@@ -279,13 +276,6 @@ def _known(what: str, name: Any, known: Mapping[str, Any] | Iterable[Any]) -> An
         hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(map(str, known))}"
         raise ValueError(f"unknown {what} {name!r}; {hint}")
     return known[name] if isinstance(known, Mapping) else name
-
-
-def _check_arguments(function: Callable, given: Mapping[str, Any], reserved: tuple[str, ...]) -> None:
-    """Raises ValueError for what is no argument of a function, and for one that a row may not set."""
-    known = [name for name in inspect.signature(function).parameters if name not in reserved]
-    for name in given:
-        _known(f"argument of {function.__name__}", name, known)
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts

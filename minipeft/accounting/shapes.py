@@ -16,7 +16,7 @@ that pullback kept is freed with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,26 +172,9 @@ class ShapeArray(np.ndarray):
         if function in (np.zeros_like, np.empty_like, np.ones_like):
             return args[0]._like(kwargs.get("shape") or args[0].shape)
         if function is np.concatenate:
-            arrays, axis = args[0], kwargs.get("axis", 0)
-            source = next(x for x in arrays if isinstance(x, ShapeArray))
-            total = [*arrays[0].shape]
-            total[axis] = sum(a.shape[axis] for a in arrays)
-            return source._like(tuple(total))
+            source = next(x for x in args[0] if isinstance(x, ShapeArray))
+            return source._like(_joined(args[0], kwargs.get("axis", 0)))
         return super().__array_function__(function, types, args, kwargs)
-
-
-class Pullback:
-    """Makes a gradient of a shape, working in `work` bytes; until it is dropped it keeps the arrays in `kept` alive."""
-
-    __slots__ = ("kept", "op", "shape", "work")
-
-    def __init__(self, op: _Op, shape: Shape, kept: Iterable[Any] = (), work: int = 0):
-        self.op, self.shape, self.kept, self.work = op, shape, tuple(kept), work
-
-    def __call__(self, g: Array) -> Array:
-        made = self.op.new(self.shape)
-        self.op.works_in(self.work)
-        return made
 
 
 class _Op:
@@ -217,9 +200,26 @@ class _Op:
         if nbytes:
             Buffer(self.meter, nbytes, self.name)
 
-    def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Pullback:
-        """A pullback that makes a gradient of `shape`."""
-        return Pullback(self, shape, kept, work)
+    def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Callable[[Array], Array]:
+        """A pullback that makes a gradient of `shape`, working in `work` bytes; until it is dropped, `kept` is alive."""
+
+        def pullback(g: Array, kept: Any = kept) -> Array:
+            made = self.new(shape)
+            self.works_in(work)
+            return made
+
+        return pullback
+
+    def pull_together(self, n: int, make: Callable[[], Iterable[Array]]) -> list[Callable[[Array], Array]]:
+        """Pullbacks to n inputs, the first of which makes all gradients."""
+        made: dict[int, Array] = {}
+
+        def pull(i: int) -> Array:
+            if not made:
+                made.update(enumerate(make()))
+            return made.pop(i)
+
+        return [lambda g, i=i: pull(i) for i in range(n)]
 
     def blocks(self, size: int, arrays: int) -> int:
         """Bytes of the temporaries of work over `size` elements in blocks: `arrays` of them on each thread."""
@@ -284,16 +284,15 @@ def _silu(op, x):
 
 @rule
 def _swiglu(op, gate, up):
-    y, memo = op.new(gate.shape), {}
+    y = op.new(gate.shape)
     op.works_in(op.blocks(gate.size, 1))
 
-    def pull(name: str) -> Array:
-        if not memo:
-            memo.update(gate=op.new(gate.shape), up=op.new(up.shape))
-            op.works_in(op.blocks(gate.size, 1))
-        return memo.pop(name)
+    def gradients() -> list[Array]:
+        made = [op.new(gate.shape), op.new(up.shape)]
+        op.works_in(op.blocks(gate.size, 1))
+        return made
 
-    return y, lambda g: pull("gate"), lambda g: pull("up")
+    return y, *op.pull_together(2, gradients)
 
 
 @rule
@@ -314,6 +313,12 @@ def _dropout(op, x, p, rng):
 def _reduced(x: Array, axis: Any, keepdims: bool) -> Shape:
     axes = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     return tuple(1 if i in axes else n for i, n in enumerate(x.shape) if i not in axes or keepdims)
+
+
+def _joined(arrays: Sequence[Array], axis: int) -> Shape:
+    shape = [*arrays[0].shape]
+    shape[axis] = sum(a.shape[axis] for a in arrays)
+    return tuple(shape)
 
 
 @rule
@@ -376,10 +381,7 @@ def _gather(op, x, indices, axis=-1):
 
 @rule
 def __cat(op, *arrays, axis):
-    axis %= arrays[0].ndim
-    total = [*arrays[0].shape]
-    total[axis] = sum(a.shape[axis] for a in arrays)
-    return op.new(tuple(total)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
+    return op.new(_joined(arrays, axis)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
 
 
 # -------------------------------------------------------------------------------------------------- matrix products
@@ -499,15 +501,10 @@ class _Tiles:
 
 @rule
 def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, scale=None):
-    tiles, memo = _Tiles(op, q, k, v, is_causal), {}
+    tiles = _Tiles(op, q, k, v, is_causal)
     op.works_in(tiles.forward_work)
-
-    def pull(name: str) -> Array:
-        if not memo:
-            memo.update(zip("qkv", tiles.gradients(op, [a.shape for a in tiles.inputs])))
-        return memo.pop(name)
-
-    return tiles.out, lambda g: pull("q"), lambda g: pull("k"), lambda g: pull("v"), None, None, None
+    pulls = op.pull_together(3, lambda: tiles.gradients(op, [a.shape for a in tiles.inputs]))
+    return tiles.out, *pulls, None, None, None
 
 
 @rule
