@@ -6,93 +6,32 @@ import gc
 import math
 import tracemalloc
 
+import accounting_cases
 import numpy as np
 import pytest
+from accounting_cases import CONFIGS, EVERY, METHODS, QUANTIZED, built, skip_what_does_not_fit
 
+from minipeft import BottleneckConfig, LoraConfig, SequenceClassifier, Transformer, get_peft_model
 from minipeft.accounting import MemoryLedger, Precision, architecture, measure_peak, memory_ledger
 from minipeft.accounting.memory import WEIGHT_LINES, kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
-from minipeft.backend import Rng, get_num_threads, is_array, set_num_threads
-from minipeft.nn.heads import SequenceClassifier, head_only
+from minipeft.backend import Rng, is_array
+from minipeft.nn.layers import Linear
 from minipeft.nn.module import Module
-from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
-from minipeft.peft.adalora import AdaLoraConfig
-from minipeft.peft.bitfit import BitFitConfig
-from minipeft.peft.bottleneck import BottleneckConfig
-from minipeft.peft.ia3 import IA3Config
-from minipeft.peft.ln_tuning import LNTuningConfig
-from minipeft.peft.lora import LoraConfig
-from minipeft.peft.model import get_peft_model
-from minipeft.peft.p_tuning import PromptEncoderConfig
-from minipeft.peft.prefix_tuning import PrefixTuningConfig
-from minipeft.peft.prompt_tuning import PromptTuningConfig
-from minipeft.peft.vera import VeraConfig
-from minipeft.quant import quantize_model
+from minipeft.nn.transformer import KVCache
+from minipeft.quant import Linear4bit
+from minipeft.quant.nf4 import storage_bytes
 from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
-SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
-CONFIGS = {"llama": TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": TransformerConfig.gpt2(**SHAPE)}
-EVERY = "all-linear"
-METHODS = {
-    "full": None,
-    "head": "head",
-    "lora": LoraConfig(r=8),
-    "lora, every layer": LoraConfig(r=8, target_modules=EVERY, modules_to_save=["lm_head"]),
-    "lora with dropout": LoraConfig(r=8, target_modules=EVERY, lora_dropout=0.1),
-    "dora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "pissa": LoraConfig(r=8, target_modules=EVERY, init_lora_weights="pissa"),
-    "qlora": LoraConfig(r=8, target_modules=EVERY),
-    "qlora, plain scales": LoraConfig(r=8, target_modules=EVERY),
-    "qdora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "vera": VeraConfig(r=16),
-    "adalora": AdaLoraConfig(total_step=10, target_modules=EVERY),
-    "ia3": IA3Config(),
-    "ln": LNTuningConfig(),
-    "bitfit": BitFitConfig(),
-    "houlsby": BottleneckConfig(placement="houlsby"),
-    "parallel": BottleneckConfig(placement="parallel", scaling=4),
-    "prompt": PromptTuningConfig(num_virtual_tokens=16),
-    "prefix": PrefixTuningConfig(num_virtual_tokens=16),
-    "prefix by an MLP": PrefixTuningConfig(num_virtual_tokens=16, prefix_projection=True),
-    "p-tuning": PromptEncoderConfig(num_virtual_tokens=16),
-}
-QUANTIZED = {  # what of METHODS stands on a base in four bits, and how
-    "qlora": dict(quantization="nf4"),
-    "qlora, plain scales": dict(quantization="nf4", double_quantization=False),
-    "qdora": dict(quantization="nf4"),
-}
+dialect, one_thread = accounting_cases.dialect, accounting_cases.one_thread
 IDS = np.random.default_rng(0).integers(0, 512, (B, T)).astype(np.int64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """How many threads work at the same moment is the scheduler's affair; with one, measurements repeat themselves."""
-    before = get_num_threads()
-    set_num_threads(1)
-    yield
-    set_num_threads(before)
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def dialect(request):
-    return request.param
 
 
 @pytest.fixture(params=METHODS)
 def method(request, dialect):
-    if request.param == "bitfit" and dialect == "llama":
-        pytest.skip("the Llama dialect has no biases to train")
+    skip_what_does_not_fit(dialect, request.param)
     return request.param
-
-
-def built(dialect: str, method: str) -> Module:
-    model, config = Transformer(CONFIGS[dialect], seed=0), METHODS.get(method, method)
-    if method in QUANTIZED:
-        model = quantize_model(model, compress_statistics=QUANTIZED[method].get("double_quantization", True))
-    if not isinstance(config, str):
-        return model if config is None else get_peft_model(model, config)
-    return head_only(model) if config == "head" else model.requires_grad_(False)
 
 
 def predicted(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
@@ -335,6 +274,14 @@ def test_qlora_fits_65_billion_parameters_into_48_gb():
 def test_generation_computes_the_logits_of_the_last_position_alone(config):
     every_position = 4 * 4 * 128 * 49152
     assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").lines["activations"] < every_position / 5
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(8, 64), (5, 33), (400, 48)])
+def test_bytes_in_four_bits_by_formula_are_those_of_a_layer(shape, double):
+    layer = Linear4bit.from_linear(Linear(shape[1], shape[0], bias=False, seed=0), compress_statistics=double)
+    nbytes = sum(p.data.nbytes for p in layer.parameters())
+    assert storage_bytes(math.prod(shape), compress_statistics=double) == nbytes
 
 
 @pytest.mark.parametrize(

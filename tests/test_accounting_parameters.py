@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import accounting_cases
 import numpy as np
 import pytest
 
+from minipeft import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    Transformer,
+    TransformerConfig,
+    VeraConfig,
+    get_peft_model,
+    head_only,
+)
 from minipeft.accounting import architecture, count_parameters
 from minipeft.files import read_safetensors
-from minipeft.nn.heads import head_only
-from minipeft.nn.transformer import Transformer, TransformerConfig
-from minipeft.peft.adalora import AdaLoraConfig
-from minipeft.peft.bitfit import BitFitConfig
-from minipeft.peft.bottleneck import BottleneckConfig
-from minipeft.peft.ia3 import IA3Config
-from minipeft.peft.ln_tuning import LNTuningConfig
-from minipeft.peft.lora import LoraConfig
-from minipeft.peft.model import PeftModel, get_peft_model
-from minipeft.peft.p_tuning import PromptEncoderConfig
-from minipeft.peft.prefix_tuning import PrefixTuningConfig
-from minipeft.peft.prompt_tuning import PromptTuningConfig
-from minipeft.peft.vera import VeraConfig
 
 CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfig.llama(tie_word_embeddings=False)]
 
@@ -39,24 +41,11 @@ def test_a_frozen_model_trains_nothing():
 
 
 METHODS = {
-    "usual targets": LoraConfig(r=4),
-    "every linear layer": LoraConfig(r=2, target_modules="all-linear"),
-    "dora": LoraConfig(r=3, target_modules="all-linear", use_dora=True),
+    **{name: config for name, config in accounting_cases.METHODS.items() if hasattr(config, "peft_type")},
     "the embedding": LoraConfig(r=2, target_modules=["wte", "embed_tokens"]),
-    "the head trained whole": LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]),
     "one layer": LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
     "ranks by name": LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
-    "vera": VeraConfig(r=16),
-    "ia3": IA3Config(),
-    "layer norms": LNTuningConfig(),
-    "biases": BitFitConfig(),
-    "adalora": AdaLoraConfig(total_step=10),
-    "bottleneck": BottleneckConfig(placement="houlsby"),
-    "parallel bottleneck": BottleneckConfig(placement="parallel", bottleneck_size=7),
-    "prompt": PromptTuningConfig(num_virtual_tokens=9),
-    "prefix": PrefixTuningConfig(num_virtual_tokens=9),
-    "prefix by an MLP": PrefixTuningConfig(num_virtual_tokens=9, prefix_projection=True),
-    "p-tuning": PromptEncoderConfig(num_virtual_tokens=9),
+    "a parallel bottleneck's size": BottleneckConfig(placement="parallel", bottleneck_size=7),
 }
 
 
@@ -69,8 +58,7 @@ def config(request):
 def method(request, config):
     """A configuration whose targets the model has."""
     options, of_model = METHODS[request.param], {p.split(".")[-2] for p in architecture(config)}
-    if request.param == "biases" and config.model_type == "llama":
-        pytest.skip("the Llama dialect has no biases to train")
+    accounting_cases.skip_what_does_not_fit(config.model_type, request.param)
     if isinstance(options.target_modules, list):
         options = options.replace(target_modules=[t for t in options.target_modules if t in of_model])
     return options

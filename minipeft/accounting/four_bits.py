@@ -13,6 +13,7 @@ from ..quant.kernels import tile_size
 from ..quant.linear import Linear4bit
 from .shapes import Meter, Shape, ShapeArray
 
+
 class PackedShape(NamedTuple):
     """The part of a `QuantState` that the memory of a product depends on."""
 
