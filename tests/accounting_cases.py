@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import pytest
 
-from minipeft import (
-    AdaLoraConfig,
-    BitFitConfig,
-    BottleneckConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    Transformer,
-    TransformerConfig,
-    VeraConfig,
-    get_peft_model,
-    head_only,
-)
+import minipeft as mp
 from minipeft.backend import get_num_threads, set_num_threads
 from minipeft.quant import quantize_model
 
 SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
-CONFIGS = {"llama": TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": TransformerConfig.gpt2(**SHAPE)}
+CONFIGS = {"llama": mp.TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": mp.TransformerConfig.gpt2(**SHAPE)}
 EVERY = "all-linear"
 METHODS = {
     "full": None,
     "head": "head",
-    "lora": LoraConfig(r=8),
-    "lora, every layer": LoraConfig(r=8, target_modules=EVERY, modules_to_save=["lm_head"]),
-    "lora with dropout": LoraConfig(r=8, target_modules=EVERY, lora_dropout=0.1),
-    "dora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "pissa": LoraConfig(r=8, target_modules=EVERY, init_lora_weights="pissa"),
-    "qlora": LoraConfig(r=8, target_modules=EVERY),
-    "qlora, plain scales": LoraConfig(r=8, target_modules=EVERY),
-    "qdora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "vera": VeraConfig(r=16),
-    "adalora": AdaLoraConfig(total_step=10, target_modules=EVERY),
-    "ia3": IA3Config(),
-    "ln": LNTuningConfig(),
-    "bitfit": BitFitConfig(),
-    "houlsby": BottleneckConfig(placement="houlsby"),
-    "parallel": BottleneckConfig(placement="parallel", scaling=4),
-    "prompt": PromptTuningConfig(num_virtual_tokens=16),
-    "prefix": PrefixTuningConfig(num_virtual_tokens=16),
-    "prefix by an MLP": PrefixTuningConfig(num_virtual_tokens=16, prefix_projection=True),
-    "p-tuning": PromptEncoderConfig(num_virtual_tokens=16),
+    "lora": mp.LoraConfig(r=8),
+    "lora, every layer": mp.LoraConfig(r=8, target_modules=EVERY, modules_to_save=["lm_head"]),
+    "lora with dropout": mp.LoraConfig(r=8, target_modules=EVERY, lora_dropout=0.1),
+    "dora": mp.LoraConfig(r=8, target_modules=EVERY, use_dora=True),
+    "pissa": mp.LoraConfig(r=8, target_modules=EVERY, init_lora_weights="pissa"),
+    "qlora": mp.LoraConfig(r=8, target_modules=EVERY),
+    "qlora, plain scales": mp.LoraConfig(r=8, target_modules=EVERY),
+    "qdora": mp.LoraConfig(r=8, target_modules=EVERY, use_dora=True),
+    "vera": mp.VeraConfig(r=16),
+    "adalora": mp.AdaLoraConfig(total_step=10, target_modules=EVERY),
+    "ia3": mp.IA3Config(),
+    "ln": mp.LNTuningConfig(),
+    "bitfit": mp.BitFitConfig(),
+    "houlsby": mp.BottleneckConfig(placement="houlsby"),
+    "parallel": mp.BottleneckConfig(placement="parallel", scaling=4),
+    "prompt": mp.PromptTuningConfig(num_virtual_tokens=16),
+    "prefix": mp.PrefixTuningConfig(num_virtual_tokens=16),
+    "prefix by an MLP": mp.PrefixTuningConfig(num_virtual_tokens=16, prefix_projection=True),
+    "p-tuning": mp.PromptEncoderConfig(num_virtual_tokens=16),
 }
 QUANTIZED = {  # what of METHODS stands on a base in four bits, and how
     "qlora": dict(quantization="nf4"),
@@ -83,12 +68,12 @@ def skip_what_does_not_fit(dialect: str, method: str) -> None:
 
 def built(dialect: str, method: str):
     """The model under a method of METHODS, or "frozen"."""
-    model, config = Transformer(CONFIGS[dialect], seed=0), METHODS.get(method, method)
+    model, config = mp.Transformer(CONFIGS[dialect], seed=0), METHODS.get(method, method)
     if method in QUANTIZED:
         model = quantize_model(model, compress_statistics=QUANTIZED[method].get("double_quantization", True))
     if not isinstance(config, str):
-        return model if config is None else get_peft_model(model, config)
-    return head_only(model) if config == "head" else model.requires_grad_(False)
+        return model if config is None else mp.get_peft_model(model, config)
+    return mp.head_only(model) if config == "head" else model.requires_grad_(False)
 
 
 def on_meta(config: dict, name: str | None = None, **fields):

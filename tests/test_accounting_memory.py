@@ -181,13 +181,10 @@ def test_a_checkpointed_block_keeps_its_input(dialect):
     assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
-        ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "make"), [
+    ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
+    ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
+])  # fmt: skip
 def test_every_optimizer_is_predicted(dialect, name, make):
     states = []
     measured = measure_peak(lambda: states.append(train(built(dialect, "full"), make=make)))
@@ -284,27 +281,24 @@ def test_bytes_in_four_bits_by_formula_are_those_of_a_layer(shape, double):
     assert storage_bytes(math.prod(shape), compress_statistics=double) == nbytes
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (dict(precision="fp8"), r"precision must be one of float32, .* not 'fp8'"),
-        (dict(optimizer="lion"), "optimizer must be one of adamw"),
-        (dict(seq_len=0), "seq_len must be a positive integer, not 0"),
-        (dict(model="bert-base", seq_len=128), r"activations are known of .*gpt2, llama.* leave seq_len out"),
-        (dict(config="lora"), "config must be None"),
-        (dict(mode="dream"), "mode must be one of train, evaluate, generate, not 'dream'"),
-        (dict(config=LoraConfig(), quantization="nf3"), "quantization must be one of nf4, fp4, int4, not 'nf3'"),
-        (dict(quantization="nf4"), "weights in four bits are frozen"),
-        (dict(seq_len=8, mode="generate", max_new_tokens=0), "max_new_tokens must be a positive integer, not 0"),
-        (dict(seq_len=1025), "this model has 1024 positions"),
-        (dict(model=Transformer(CONFIGS["llama"], seed=None), quantization="nf4"), "a built model says itself"),
-        (dict(config="frozen", mode="generate"), "mode='generate' needs seq_len, the length of the prompt"),
-        (dict(seq_len=8, max_new_tokens=2), "max_new_tokens has no effect with mode='train' and seq_len=8"),
-        (dict(labels=IDS), "labels has no effect with mode='train' and seq_len=None"),
-        (dict(seq_len=8, labels=IDS, mode="generate"), "labels has no effect with mode='generate'"),
-        (dict(seq_len=8, checkpointing=True, mode="evaluate"), "checkpointing has no effect with mode='evaluate'"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (dict(precision="fp8"), r"precision must be one of float32, .* not 'fp8'"),
+    (dict(optimizer="lion"), "optimizer must be one of adamw"),
+    (dict(seq_len=0), "seq_len must be a positive integer, not 0"),
+    (dict(model="bert-base", seq_len=128), r"activations are known of .*gpt2, llama.* leave seq_len out"),
+    (dict(config="lora"), "config must be None"),
+    (dict(mode="dream"), "mode must be one of train, evaluate, generate, not 'dream'"),
+    (dict(config=LoraConfig(), quantization="nf3"), "quantization must be one of nf4, fp4, int4, not 'nf3'"),
+    (dict(quantization="nf4"), "weights in four bits are frozen"),
+    (dict(seq_len=8, mode="generate", max_new_tokens=0), "max_new_tokens must be a positive integer, not 0"),
+    (dict(seq_len=1025), "this model has 1024 positions"),
+    (dict(model=Transformer(CONFIGS["llama"], seed=None), quantization="nf4"), "a built model says itself"),
+    (dict(config="frozen", mode="generate"), "mode='generate' needs seq_len, the length of the prompt"),
+    (dict(seq_len=8, max_new_tokens=2), "max_new_tokens has no effect with mode='train' and seq_len=8"),
+    (dict(labels=IDS), "labels has no effect with mode='train' and seq_len=None"),
+    (dict(seq_len=8, labels=IDS, mode="generate"), "labels has no effect with mode='generate'"),
+    (dict(seq_len=8, checkpointing=True, mode="evaluate"), "checkpointing has no effect with mode='evaluate'"),
+])
 def test_nonsense_is_refused_in_one_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         memory_ledger(**{"model": "gpt2", **arguments})

@@ -6,31 +6,18 @@ import accounting_cases
 import numpy as np
 import pytest
 
-from minipeft import (
-    AdaLoraConfig,
-    BitFitConfig,
-    BottleneckConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoraConfig,
-    PeftModel,
-    Transformer,
-    TransformerConfig,
-    VeraConfig,
-    get_peft_model,
-    head_only,
-)
+import minipeft as mp
 from minipeft.accounting import architecture, count_parameters
 from minipeft.files import read_safetensors
 
-CONFIGS = [TransformerConfig.gpt2(), TransformerConfig.llama(), TransformerConfig.llama(tie_word_embeddings=False)]
+CONFIGS = [mp.TransformerConfig.gpt2(), mp.TransformerConfig.llama(), mp.TransformerConfig.llama(tie_word_embeddings=False)]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_full_fine_tuning_and_the_head_alone_are_the_models_that_are_built(config):
-    full, n = count_parameters(config), sum(p.size for p in Transformer(config, seed=None).parameters())
+    full, n = count_parameters(config), sum(p.size for p in mp.Transformer(config, seed=None).parameters())
     assert (full.trainable, full.stored, full.total, full.share) == (n, n, n, 1)
-    model, count = head_only(Transformer(config, seed=0)), count_parameters(config, "head")
+    model, count = mp.head_only(mp.Transformer(config, seed=0)), count_parameters(config, "head")
     assert count.trainable == sum(p.size for p in model.parameters() if p.requires_grad) == 2048 * 128
     assert count.total == sum(p.size for p in model.parameters())
 
@@ -42,10 +29,10 @@ def test_a_frozen_model_trains_nothing():
 
 METHODS = {
     **{name: config for name, config in accounting_cases.METHODS.items() if hasattr(config, "peft_type")},
-    "the embedding": LoraConfig(r=2, target_modules=["wte", "embed_tokens"]),
-    "one layer": LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
-    "ranks by name": LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
-    "a parallel bottleneck's size": BottleneckConfig(placement="parallel", bottleneck_size=7),
+    "the embedding": mp.LoraConfig(r=2, target_modules=["wte", "embed_tokens"]),
+    "one layer": mp.LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
+    "ranks by name": mp.LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
+    "a parallel bottleneck's size": mp.BottleneckConfig(placement="parallel", bottleneck_size=7),
 }
 
 
@@ -66,14 +53,14 @@ def method(request, config):
 
 def test_a_method_is_counted_as_the_model_that_it_builds(config, method):
     count = count_parameters(config, method)
-    built = PeftModel(Transformer(config, seed=None), method, seed=None)
+    built = mp.PeftModel(mp.Transformer(config, seed=None), method, seed=None)
     assert (count.trainable, count.total) == built.get_nb_trainable_parameters()
 
 
 def test_what_is_stored_is_what_the_file_holds(config, method, tmp_path):
     if method.modules_to_save or {"wte", "embed_tokens"} & set(method.target_modules or ()):
         pytest.skip("PEFT's format adds the base's own embedding or head")
-    get_peft_model(Transformer(config, seed=0), method).save_pretrained(tmp_path)
+    mp.get_peft_model(mp.Transformer(config, seed=0), method).save_pretrained(tmp_path)
     arrays, _ = read_safetensors(tmp_path / "adapter_model.safetensors")
     assert count_parameters(config, method).stored == sum(a.size for a in arrays.values())
 
@@ -87,7 +74,7 @@ FAMILIES = [
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     "options",
-    [LoraConfig(r=4), VeraConfig(r=4), IA3Config(), LNTuningConfig(), AdaLoraConfig(total_step=1), BottleneckConfig()],
+    [mp.LoraConfig(r=4), mp.VeraConfig(r=4), mp.IA3Config(), mp.LNTuningConfig(), mp.AdaLoraConfig(total_step=1), mp.BottleneckConfig()],
     ids=lambda c: c.peft_type,
 )
 def test_every_family_has_usual_targets(model, options):
@@ -100,14 +87,14 @@ def test_adapters_around_the_sublayers_of_other_families():
     for model in ("bert-base", "roberta-base", "t5-base"):
         layers = 24 if model == "t5-base" else 12
         houlsby, pfeiffer, parallel = (
-            count_parameters(model, BottleneckConfig(placement=p, bottleneck_size=64)).trainable
+            count_parameters(model, mp.BottleneckConfig(placement=p, bottleneck_size=64)).trainable
             for p in ("houlsby", "pfeiffer", "parallel")
         )
         assert (houlsby, pfeiffer, parallel) == (2 * layers * one, layers * one, layers * one)
 
 
 def test_the_projections_that_vera_shares_are_stored_and_not_counted_otherwise():
-    config = VeraConfig(r=256, target_modules=["q_proj", "v_proj"])
+    config = mp.VeraConfig(r=256, target_modules=["q_proj", "v_proj"])
     count, arch = count_parameters("llama3.2-3b", config), architecture("llama3.2-3b")
     assert count.stored - count.trainable == 256 * (3072 + 3072)
     assert count.total == arch.size + count.trainable
@@ -115,38 +102,35 @@ def test_the_projections_that_vera_shares_are_stored_and_not_counted_otherwise()
 
 def test_a_rank_costs_no_time_however_large_the_model(monkeypatch):
     monkeypatch.setattr(np, "zeros", None)  # nothing is allocated
-    count = count_parameters("gpt3", LoraConfig(r=12288, target_modules="all-linear"))
+    count = count_parameters("gpt3", mp.LoraConfig(r=12288, target_modules="all-linear"))
     assert count.trainable == 96 * 12288 * 12288 * (2 + 4 + 5 + 5)
 
 
 def test_trained_biases_are_copies_beside_the_frozen_ones():
-    count = count_parameters(CONFIGS[0], BitFitConfig())
+    count = count_parameters(CONFIGS[0], mp.BitFitConfig())
     assert count.total == architecture(CONFIGS[0]).size + count.trainable
 
 
 def test_published_counts_of_lora():
-    q_and_v = LoraConfig(r=4, enable_lora=[True, False, True], target_modules=["c_attn"])
+    q_and_v = mp.LoraConfig(r=4, enable_lora=[True, False, True], target_modules=["c_attn"])
     assert count_parameters("gpt3", q_and_v).trainable == 18_874_368  # Hu et al. 2021, table 15: 18.8M
-    qwen = count_parameters("qwen2.5-3b", LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
+    qwen = count_parameters("qwen2.5-3b", mp.LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
     assert (qwen.trainable, qwen.total) == (3_686_400, 3_089_625_088)  # the README of Hugging Face PEFT
-    roberta = count_parameters("roberta-base", LoraConfig(r=8, target_modules=["query", "value"]))
+    roberta = count_parameters("roberta-base", mp.LoraConfig(r=8, target_modules=["query", "value"]))
     assert roberta.trainable == 294_912  # 0.3M
 
 
-@pytest.mark.parametrize(
-    ("model", "config", "sentence"),
-    [
-        ("gpt2", "lora", "config must be None"),
-        ("bert-base", "head", "bert-base has no language-model head"),
-        ("bert-base", LoraConfig(target_modules=["q_proj"]), r"no module is called 'q_proj'; .*query, key, value"),
-        ("llama-7b", LoraConfig(target_modules=["q_proj", "v_pro"]), "no module is called 'v_pro'; nearest: v_proj"),
-        ("bert-base", LoraConfig(target_modules=["query", "attention"]),
-         r"'encoder\.layer\.0\.attention' of bert-base is not a layer but several"),
-        ("bert-base", LoraConfig(target_modules=["LayerNorm"]), r"'embeddings\.LayerNorm' of bert-base is of the kind norm"),
-        ("gpt2", LoraConfig(modules_to_save=["lm_heat"]), "modules_to_save: no module is called 'lm_heat'"),
-        ("llama-7b", BitFitConfig(), "BitFitConfig trains nothing of llama-7b"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("model", "config", "sentence"), [
+    ("gpt2", "lora", "config must be None"),
+    ("bert-base", "head", "bert-base has no language-model head"),
+    ("bert-base", mp.LoraConfig(target_modules=["q_proj"]), r"no module is called 'q_proj'; .*query, key, value"),
+    ("llama-7b", mp.LoraConfig(target_modules=["q_proj", "v_pro"]), "no module is called 'v_pro'; nearest: v_proj"),
+    ("bert-base", mp.LoraConfig(target_modules=["query", "attention"]),
+     r"'encoder\.layer\.0\.attention' of bert-base is not a layer but several"),
+    ("bert-base", mp.LoraConfig(target_modules=["LayerNorm"]), r"'embeddings\.LayerNorm' of bert-base is of the kind norm"),
+    ("gpt2", mp.LoraConfig(modules_to_save=["lm_heat"]), "modules_to_save: no module is called 'lm_heat'"),
+    ("llama-7b", mp.BitFitConfig(), "BitFitConfig trains nothing of llama-7b"),
+])  # fmt: skip
 def test_what_is_no_method_or_fits_no_parameter_is_refused(model, config, sentence):
     with pytest.raises(ValueError, match=sentence):
         count_parameters(model, config)
@@ -155,7 +139,7 @@ def test_what_is_no_method_or_fits_no_parameter_is_refused(model, config, senten
 def test_only_some_names_are_counted():
     last_two = count_parameters("gpt2-m", only=r"transformer\.h\.(22|23)\..*")
     assert last_two.trainable == last_two.total == 2 * (12 * 1024**2 + 13 * 1024)
-    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    lora = mp.LoraConfig(r=4, target_modules=["q_proj"])
     count = count_parameters("llama-7b", lora, only=r".*lora_B.*")
     assert (count.trainable, count.stored, count.total) == (32 * 4 * 4096,) * 3
     with pytest.raises(ValueError, match=r"only='\(' is not a regular expression"):
@@ -165,4 +149,4 @@ def test_only_some_names_are_counted():
 def test_targets_that_are_no_names_are_refused():
     for targets in ([None], ["q_proj", 1], {2, 3}, 7):
         with pytest.raises(ValueError, match="target_modules must be names or a regular expression, not"):
-            LoraConfig(target_modules=targets)
+            mp.LoraConfig(target_modules=targets)

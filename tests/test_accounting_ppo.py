@@ -69,14 +69,11 @@ def test_the_reference_shares_what_is_frozen():
     assert full["reward model"] == lora["reward model"] == score_for_head
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("gpt2", None, 8, 32, 24, 0), "mini_batch must be a positive integer, not 0"),
-        (("gpt2", "frozen", 8), "nothing to train"),
-        (("bert-base", LoraConfig()), "activations are known of"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (("gpt2", None, 8, 32, 24, 0), "mini_batch must be a positive integer, not 0"),
+    (("gpt2", "frozen", 8), "nothing to train"),
+    (("bert-base", LoraConfig()), "activations are known of"),
+])
 def test_nonsense_is_refused_in_one_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         ppo_ledger(*arguments[:5], **({"mini_batch": arguments[5]} if arguments[5:] else {}))

@@ -79,26 +79,23 @@ def test_without_a_length_the_states_of_any_family(capsys):
     assert "model states in mixed; give --seq for what the batch needs" in out
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("lama-7b", "unknown model 'lama-7b'; nearest: llama-7b"),
-        ("gpt2 --method qlorra", "did you mean qlora"),
-        ("gpt2 --precision fp8", "unknown value of --precision 'fp8'"),
-        ("gpt2 --generate 8", "give their length, --seq"),
-        ("gpt2 --seq 2048", "1024 positions"),
-        ("gpt2 --seq 64 --quantization nf4", "weights in four bits are frozen"),
-        ("gpt2 --seq 64 --plain-scales", "--plain-scales is about weights in four bits"),
-        ("gpt2 --seq 64 --mini-batch 2", "--mini-batch belongs to --ppo"),
-        ("gpt2 --seq 64 --inference --generate 4", "not allowed with argument"),
-        ("gpt2 --seq 64 --inference --checkpointing", "--checkpointing is for training, and --inference trains nothing"),
-        ("gpt2 --seq 64 --generate 4 --optimizer sgd", "--optimizer is for training, and --generate trains nothing"),
-        ("gpt2 --batch 4", "--batch is about sequences: give their length, --seq"),
-        ("gpt2 --checkpointing", "--checkpointing is about sequences: give their length, --seq"),
-        ("bert-base --seq 64", "activations are known of the families this package builds"),
-        ("gpt2 --batch 0", "of at least 1, not '0'"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), [
+    ("lama-7b", "unknown model 'lama-7b'; nearest: llama-7b"),
+    ("gpt2 --method qlorra", "did you mean qlora"),
+    ("gpt2 --precision fp8", "unknown value of --precision 'fp8'"),
+    ("gpt2 --generate 8", "give their length, --seq"),
+    ("gpt2 --seq 2048", "1024 positions"),
+    ("gpt2 --seq 64 --quantization nf4", "weights in four bits are frozen"),
+    ("gpt2 --seq 64 --plain-scales", "--plain-scales is about weights in four bits"),
+    ("gpt2 --seq 64 --mini-batch 2", "--mini-batch belongs to --ppo"),
+    ("gpt2 --seq 64 --inference --generate 4", "not allowed with argument"),
+    ("gpt2 --seq 64 --inference --checkpointing", "--checkpointing is for training, and --inference trains nothing"),
+    ("gpt2 --seq 64 --generate 4 --optimizer sgd", "--optimizer is for training, and --generate trains nothing"),
+    ("gpt2 --batch 4", "--batch is about sequences: give their length, --seq"),
+    ("gpt2 --checkpointing", "--checkpointing is about sequences: give their length, --seq"),
+    ("bert-base --seq 64", "activations are known of the families this package builds"),
+    ("gpt2 --batch 0", "of at least 1, not '0'"),
+])
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     status, out, err = run(capsys, *argv.split())
     assert (status, out) == (2, "")
