@@ -117,31 +117,16 @@ def memory_ledger(
     ):
         if given and not effective:
             raise ValueError(f"{name} has no effect with mode={mode!r} and seq_len={seq_len}: leave it out")
-    if isinstance(model, Module):
-        if config is not None or quantization is not None:
-            raise ValueError(
-                "a built model says itself what it trains and stores; config and quantization are for models given by "
-                "name or shapes"
-            )
-        states, twin = states_of(model, p), model.copy(share=True)
-    else:
-        arch = model if isinstance(model, Architecture) else architecture(model)
-        check_quantization(quantization, config)
-        states, twin = states_from_shapes(arch, config, p, quantization, double_quantization), None
-    held = states.lines | {
-        "master copies": training * states.trained * p.master,
-        "gradients": training * states.trained * p.gradients,
-        "optimizer states": training * states.trained * p.states * moments,
-        "running averages": training * states.averaged * p.states,
-    }
+    states, build = states_and_model(model, config, p, quantization, double_quantization)
+    held = states.lines | optimizer_lines(training * states.trained, p, moments)
+    held["running averages"] = training * states.averaged * p.states
     if seq_len is None:
         return MemoryLedger({line: n for line, n in held.items() if n}, held)
     always = {line: n for line, n in held.items() if line != "gradients"}
 
     from . import walk
 
-    if twin is None:
-        twin = walk.unallocated_model(arch, config, p, quantization, double_quantization)
+    twin = build()
     backbone = walk.backbone_of(twin)
     if checkpointing is not None:
         backbone.gradient_checkpointing = checkpointing
@@ -153,6 +138,12 @@ def memory_ledger(
     at_peak = at_step(seen.at_peak, held["gradients"], p) if training else seen.at_peak
     lines = {line: n for line, n in (always | dict(at_peak)).items() if n}
     return MemoryLedger(lines, held | (seen.held or {}), seen.per_layer, seen.by_op)
+
+
+def optimizer_lines(trained: int, p: Precision, moments: int) -> dict[str, int]:
+    """Bytes of what the optimizer needs beside the weights."""
+    sizes = {"master copies": p.master, "gradients": p.gradients, "optimizer states": p.states * moments}
+    return {line: trained * size for line, size in sizes.items()}
 
 
 def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision) -> Mapping[str, int]:
@@ -206,14 +197,6 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
-def check_quantization(quantization: str | None, config: Any) -> None:
-    """Raises ValueError for an unknown data type, and for weights in four bits that would be trained."""
-    if quantization is not None:
-        named("quantization", quantization, QUANT_TYPES)
-        if config is None:
-            raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
-
-
 # ------------------------------------------------------------------------------------------------------- model states
 
 
@@ -230,8 +213,38 @@ class States(NamedTuple):
     averaged: int
 
 
+def states_and_model(
+    model: Any, config: Any, p: Precision, quantization: str | None, double_quantization: bool
+) -> tuple[States, Callable[[], Module]]:
+    """(the states of what `memory_ledger` takes for a model, a function that makes a model to run on shapes).
+
+    Raises ValueError for an unknown data type, for weights in four bits that would be trained, and for a built model
+    with options that it decides itself.
+    """
+    if isinstance(model, Module):
+        if config is not None or quantization is not None:
+            raise ValueError(
+                "a built model says itself what it trains and stores; config and quantization are for models given by "
+                "name or shapes"
+            )
+        return states_of(model, p), lambda: model.copy(share=True)
+    if quantization is not None:
+        named("quantization", quantization, QUANT_TYPES)
+        if config is None:
+            raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    given = arch, config, p, quantization, double_quantization
+
+    def build() -> Module:
+        from .walk import unallocated_model
+
+        return unallocated_model(*given)
+
+    return states_from_shapes(*given), build
+
+
 def states_from_shapes(
-    arch: Architecture, config: Any, p: Precision, quantization: str | None = None, double_quantization: bool = True
+    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
 ) -> States:
     """The states of a model under a method, from its table of shapes."""
     shapes = trained_parameters(arch, config)

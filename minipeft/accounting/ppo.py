@@ -22,15 +22,14 @@ from ..nn.transformer import Transformer
 from ..rlhf.ppo import PPOConfig, PPOTrainer
 from ..rlhf.reward import RewardModel
 from . import walk
-from .architectures import Architecture, architecture
 from .memory import (
     MemoryLedger,
     at_step,
     check_positive,
-    check_quantization,
     kv_cache_bytes,
     named,
-    states_from_shapes,
+    optimizer_lines,
+    states_and_model,
     states_of,
 )
 from .precision import OPTIMIZERS, PRECISIONS, Precision
@@ -67,13 +66,8 @@ def ppo_ledger(
     p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
     check_positive(batch=batch, prompt_len=prompt_len, response_len=response_len, mini_batch=mini_batch)
     rows = mini_batch or batch
-    if isinstance(model, Module):
-        (held, trained, _), policy = states_of(model, p), model.copy(share=True)
-    else:
-        arch = model if isinstance(model, Architecture) else architecture(model)
-        check_quantization(quantization, config)
-        given = arch, config, p, quantization, double_quantization
-        (held, trained, _), policy = states_from_shapes(*given), walk.unallocated_model(*given)
+    (held, trained, _), build = states_and_model(model, config, p, quantization, double_quantization)
+    policy = build()
     held["reference"] = trained * p.frozen
     if checkpointing is not None:
         walk.backbone_of(policy).gradient_checkpointing = checkpointing
@@ -86,12 +80,7 @@ def ppo_ledger(
     else:
         extra = sum(q.size for q in value.parameters() if q.requires_grad)
         held["value model"] = _bytes(value_model, value, p.trained, p)
-    trained += extra
-    held |= {
-        "master copies": trained * p.master,
-        "gradients": trained * p.gradients,
-        "optimizer states": trained * p.states * moments,
-    }
+    held |= optimizer_lines(trained + extra, p, moments)
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
     meter = Meter(p.activations)

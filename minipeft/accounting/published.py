@@ -61,21 +61,17 @@ SAMPLE = 2**18  # numbers quantized for the bytes of one; every block size divid
 
 @configuration(kw_only=True)
 class Options:
-    """What a figure is about, and what is done with it."""
+    """What a figure is about (a model, under one or several methods together), and what is done with it.
 
-    model: Any = option(
-        None, "a published model's name, {name: ..., changed fields}, a config.json's content, or a number of parameters"
-    )
+    The quantity is by default the one that the column names. The options inside `sum` and `of` have the model, num_labels
+    and task beside them where they do not give their own.
+    """
+
+    model: Any = option(None, "a published model's name, {name: ..., changes}, a config.json's content, or a number")
     num_labels: int | None = option(None, "classes of the head, as in `architecture`")
     task: str = option("SEQ_CLS", "the head, as in `architecture`")
-    config: Any = option(
-        None,
-        "the method: null (full fine-tuning), frozen, head, an adapter_config.json's content, or a list of these, which "
-        "are there together",
-    )
-    quantity: str | None = option(
-        None, "what is counted; null: as the column says", choices=(None, "trainable", "stored", "total", "share")
-    )
+    config: Any = option(None, "null (full fine-tuning), frozen, head, an adapter_config.json's content, or a list of these")
+    quantity: str | None = option(None, "what is counted", choices=(None, "trainable", "stored", "total", "share"))
     only: str | None = option(None, "a regular expression: parameters of other names are not counted")
     ledger: dict | None = option(None, "arguments of `memory_ledger`, for a figure of memory instead of a count, with")
     line: Any = option(None, "a line of the ledger, a list of lines, model states or total")
@@ -83,10 +79,8 @@ class Options:
     code: dict | None = option(None, "{quant_type: ..., index: ...}: a number of a code book")
     bytes: float = option(1, "bytes a parameter, for sizes")
     times: float = option(1, "a factor: copies of a model, a part of it, -1 in a difference")
-    sum: list[dict] | None = option(
-        None, "a list of options, whose values are added; a term's model, num_labels and task are by default those beside it"
-    )
-    of: dict | None = option(None, "options (which inherit in the same way) whose value this one is divided by")
+    sum: list[dict] | None = option(None, "options whose values are added")
+    of: dict | None = option(None, "options whose value this one is divided by")
 
 
 class NotCovered(ValueError):

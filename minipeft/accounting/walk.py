@@ -93,7 +93,7 @@ def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter
 
 
 def unallocated_model(
-    arch: Architecture, config: Any, p: Precision, quantization: str | None = None, double_quantization: bool = True
+    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
 ) -> Module:
     """A model under a method, without values: what is trained requires gradients, the frozen rest has its storage dtype.
 

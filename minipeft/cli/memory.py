@@ -56,16 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    arch = architecture_of(args.model)
-    config, packed = configuration(args)
+    arch, (config, packed) = architecture_of(args.model), configuration(args)
+    method = method_name(args, config)
     quantization = args.quantization or ("nf4" if packed else None)
     _check(args, quantization)
     ledger = _ledger(args, arch, config, quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
     if args.json:
         record = {
-            "model": arch.name, "method": method_name(args, config), "lines": dict(ledger.lines),
-            "held": dict(ledger.held), "activations_per_layer": list(ledger.activations_per_layer),
+            "model": arch.name, "method": method, "lines": dict(ledger.lines), "held": dict(ledger.held),
+            "activations_per_layer": list(ledger.activations_per_layer),
             "total": ledger.total, "fits_gb": fits,
         }  # fmt: skip
         print(json.dumps(record, indent=1))
@@ -74,15 +74,12 @@ def run(args: argparse.Namespace) -> int:
     from .report import console
 
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {method_name(args, config)}: {_step(args)}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {method}: {_step(args)}\n", style="bold")
     out.print(_table(ledger))
     if ledger.activations_per_layer and max(ledger.activations_per_layer):
         layers = ledger.activations_per_layer
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
-    out.print()
-    out.print(bar(ledger.lines, size))
-    out.print()
-    out.print(_verdict(ledger.total, fits))
+    out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
     return 0
 
 
@@ -136,14 +133,9 @@ def _step(args: argparse.Namespace) -> str:
 
 def _table(ledger: Any) -> Any:
     """The lines at the peak; beside them, what they come to in full where that is another moment's."""
-    from rich.table import Table
+    from .bars import grid, size
 
-    from .bars import size
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("at the peak")
-    for heading in ("bytes", "", "share", "in full"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = grid("at the peak", "bytes", "", "share", "in full")
     for line, n in ledger.lines.items():
         full = ledger.held.get(line, n)
         table.add_row(line, f"{n:,}", size(n), f"{100 * n / ledger.total:.1f}%", size(full) if full > n else "")

@@ -19,47 +19,36 @@ if TYPE_CHECKING:
 
 CHOICES = (*METHODS, "frozen")
 
-# flag -> (the configuration's fields that it sets, those that the method has; argparse's arguments)
 _NAMES = {"nargs": "+", "metavar": "NAME"}
-_NUMBER = {"type": positive_int, "metavar": "N"}
-FIELDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "rank": (("r", "init_r"), _NUMBER | {"help": "rank of lora, dora, pissa, qlora, vera, adalora"}),
-    "target": (("target_modules",), _NAMES | {
-        "help": "the modules it is put on, by the ends of their paths; or all-linear (qlora's default)"}),
-    "exclude": (("exclude_modules",), _NAMES | {"help": "modules that are left out"}),
-    "layers": (("layers_to_transform",), {"nargs": "+", "type": int, "metavar": "N", "help": "only these layers"}),
-    "modules_to_save": (("modules_to_save",), _NAMES | {"help": "modules trained whole beside it, as copies"}),
-    "virtual_tokens": (("num_virtual_tokens",), _NUMBER | {"help": "of prompt, prefix, p-tuning (default: 20)"}),
-    "projection": (("prefix_projection",), {
-        "action": "store_true", "default": None, "help": "prefix: computed by an MLP in training"}),
-    "hidden_size": (("encoder_hidden_size",), _NUMBER | {
-        "help": "width of the MLP of p-tuning, and of prefix with --projection"}),
-    "placement": (("placement",), {
-        "metavar": "NAME", "help": "of a bottleneck: houlsby, pfeiffer (default) or parallel"}),
-    "bottleneck": (("bottleneck_size",), _NUMBER | {"help": "width of a bottleneck, or"}),
-    "reduction": (("reduction_factor",), {
-        "type": positive, "metavar": "X", "help": "how many times narrower it is (default: 16; parallel 2)"}),
-}  # fmt: skip
+_NUMBER, _FACTOR = {"type": positive_int, "metavar": "N"}, {"type": positive, "metavar": "X"}
+_LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": "store_true", "default": None}
+
+# flag -> (the configuration's fields that it sets, those that the method has; help; what else argparse takes)
+FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "rank": (("r", "init_r"), "rank of lora, dora, pissa, qlora, vera, adalora", _NUMBER),
+    "target": (("target_modules",), "modules to adapt, by the ends of their paths; or all-linear (default of qlora)", _NAMES),
+    "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
+    "layers": (("layers_to_transform",), "only these layers", _LAYERS),
+    "modules_to_save": (("modules_to_save",), "modules trained whole beside it, as copies", _NAMES),
+    "virtual_tokens": (("num_virtual_tokens",), "of prompt, prefix, p-tuning (default: 20)", _NUMBER),
+    "projection": (("prefix_projection",), "prefix: computed by an MLP in training", _SWITCH),
+    "hidden_size": (("encoder_hidden_size",), "width of the MLP of p-tuning, and of prefix with --projection", _NUMBER),
+    "placement": (("placement",), "of a bottleneck: houlsby, pfeiffer (default) or parallel", {"metavar": "NAME"}),
+    "bottleneck": (("bottleneck_size",), "width of a bottleneck, or", _NUMBER),
+    "reduction": (("reduction_factor",), "how many times narrower it is (default: 16; parallel 2)", _FACTOR),
+}
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, --method, and an option for what decides a method's size."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory",
-    )
+    what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
+    parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--method", choices=CHOICES, help="default: full (all parameters)")
     group = parser.add_argument_group("the method (default of every option: as in Hugging Face PEFT)")
-    for name, (_, arguments) in FIELDS.items():
-        group.add_argument(*["-r"] * (name == "rank"), flag(name), **arguments)
-    group.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other option, by PEFT's name, its value as JSON: use_dora=true",
-    )
+    for name, (_, text, arguments) in FIELDS.items():
+        group.add_argument(*["-r"] * (name == "rank"), flag(name), help=text, **arguments)
+    text = "any other option, by PEFT's name, its value as JSON: use_dora=true"
+    group.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=text)
     group.add_argument("--adapter", metavar="PATH", help="take the method from an adapter_config.json or its directory")
 
 
@@ -107,7 +96,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     for option, value in given.items():
         field = next((f for f in FIELDS[option][0] if f in fields), None)
         if field is None:
-            mine = [flag(n) for n, (names, _) in FIELDS.items() if fields & set(names)]
+            mine = [flag(n) for n, (names, *_) in FIELDS.items() if fields & set(names)]
             raise ValueError(f"--method {name} has no option {flag(option)}; it has {', '.join(mine)} and --set")
         options[field] = value
     if options.get("target_modules") == ["all-linear"]:
