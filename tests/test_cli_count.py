@@ -118,7 +118,7 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
     ("gpt2 --method lora --set use_dorra=1", "'use_dorra' is no option of LoraConfig; did you mean"),
     ("gpt2 --method lora -r 1000", "a rank of 1000 is larger than the matrix"),
     ("gpt2 --method lora -r 0", "of at least 1, not '0'"),
-    ("gpt2 --method bottleneck --placement above", "placement must be"),
+    ("gpt2 --method bottleneck --placement above", "placement must be one of houlsby, pfeiffer"),
     ("gpt2 --method bottleneck --bottleneck 8 --reduction 4", "--reduction divides another by it: give one of them"),
     ("gpt2 --method prefix --hidden-size 64", "the MLP that computes a prefix: give --projection too"),
     ("llama-7b --method bitfit", "BitFitConfig trains nothing of llama-7b"),

@@ -252,11 +252,19 @@ def test_named_prompts_on_one_base_and_with_lora():
         prompted(IDS, adapter_names=["default", "lora", "lora"])
 
 
-@pytest.mark.parametrize("config", [mp.PromptTuningConfig, mp.PrefixTuningConfig, mp.PromptEncoderConfig])
-def test_a_new_prompt_without_its_network_is_drawn_all_the_same(config):
-    prompted = mp.get_peft_model(base("llama"), config(num_virtual_tokens=4, inference_mode=True))
-    assert prompted.prompts["default"].prompt_embeddings.data.std() > 0.5
-    assert prompted.get_nb_trainable_parameters()[0] == 0
+@pytest.mark.parametrize("config", [mp.PrefixTuningConfig, mp.PromptEncoderConfig])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_folded_trains_the_vectors_themselves_and_inference_mode_only_freezes(config, frozen):
+    options = {"prefix_projection": True} if config is mp.PrefixTuningConfig else {}
+    network = config(num_virtual_tokens=4, inference_mode=frozen, **options)
+    model = mp.get_peft_model(base("llama"), network)
+    assert "prompt_embeddings" not in dict(model.prompts["default"].named_parameters())
+    assert (model.get_nb_trainable_parameters()[0] == 0) == frozen
+    folded = mp.get_peft_model(base("llama"), network.replace(folded=True))
+    assert folded.prompts["default"].prompt_embeddings.data.std() > 0.5
+    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), network.replace(folded=True))
+    assert folded.get_nb_trainable_parameters()[0] == (not frozen) * counted.trainable
+    assert counted.trainable == counted.stored == folded.prompts["default"].prompt_embeddings.size
 
 
 def test_the_same_seed_gives_the_same_start():
@@ -302,7 +310,7 @@ def p_tuning(**options):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: mp.PromptTuningConfig(), "num_virtual_tokens must be a positive integer, not None"),
+        (lambda: mp.PromptTuningConfig(), "num_virtual_tokens must be an integer of at least 1, got None"),
         (
             lambda: mp.PromptTuningConfig(num_virtual_tokens=LIMIT),
             "num_virtual_tokens=32 leaves no position for the input",
@@ -316,7 +324,7 @@ def p_tuning(**options):
         (lambda: prefix(num_layers=3), "num_layers=3, but .* need 2"),
         (lambda: prompt(target_modules=["q_proj"]), "it has no target_modules"),
         (lambda: prompt(task_type="SEQ_CLS"), "task_type='CAUSAL_LM', not 'SEQ_CLS'"),
-        (lambda: prompt(prompt_tuning_init="ZERO"), "RANDOM, SAMPLE_VOCAB, TEXT, not 'ZERO'"),
+        (lambda: prompt(prompt_tuning_init="ZERO"), "RANDOM, SAMPLE_VOCAB, TEXT, got 'ZERO'"),
         (lambda: prompt(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_ids, or"),
         (
             lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_ids=[40]),
@@ -326,15 +334,15 @@ def p_tuning(**options):
             lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="none"),
             "no tokenizer.json is there",
         ),
-        (lambda: prefix(init_weights="ones"), "init_weights must be None or 'zero'"),
-        (lambda: prefix(encoder_hidden_size=0), "encoder_hidden_size must be a positive"),
+        (lambda: prefix(init_weights="ones"), "init_weights must be one of None, zero, got 'ones'"),
+        (lambda: prefix(encoder_hidden_size=0), "encoder_hidden_size must be an integer of at least 1, or None, got 0"),
         (
             lambda: p_tuning(encoder_reparameterization_type="LSTM"),
             "'LSTM' is not built for training",
         ),
         (
             lambda: p_tuning(encoder_reparameterization_type="GRU"),
-            "must be 'MLP', not 'GRU'",
+            "must be one of MLP, LSTM, got 'GRU'",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.text.tokenizer import pad_sequences
-from minipeft.train import AdamW, Batch, Trainer, TrainingArguments, TrainingDiverged, collate
+from minipeft.train import AdamW, Batch, Callback, Trainer, TrainingArguments, TrainingDiverged, collate
 from minipeft.train.batches import epoch_order
 from minipeft.train.schedule import SCHEDULES
 
@@ -145,6 +145,37 @@ def test_adalora_spends_its_budget_as_it_is_trained(rng):
     Trainer(model, counting(8, rng), args=args).train()
     values = [p.data for name, p in model.named_parameters() if "lora_E" in name]
     assert sum(int((to_numpy(v) != 0).sum()) for v in values) == len(values)  # target_r = 1 triplet a layer, on average
+
+
+def test_callbacks_stand_around_the_optimizers_step_the_models_own_first(rng):
+    model, seen = tiny_model(), []
+
+    class Watcher(Callback):
+        def __init__(self, name, last=None):
+            self.name, self.last = name, last
+
+        def norm(self):
+            return math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+
+        def before_step(self, model, step):
+            if self.name == "own":
+                model.lm_head.weight.grad += 3
+            seen.append((self.name, "before", step, self.norm(), model.lm_head.weight.data.copy()))
+
+        def after_step(self, model, step, record):
+            seen.append((self.name, "after", step, self.norm(), model.lm_head.weight.data.copy()))
+            assert record["grad_norm"] == pytest.approx(seen[1][3], rel=0.1) and record["step"] == step
+            return step == self.last
+
+    model.training_callbacks = lambda: [Watcher("own", last=3)]
+    result = Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=9)).train(callbacks=[Watcher("mine")])
+    assert [entry[:3] for entry in seen[:4]] == [
+        ("own", "before", 1), ("mine", "before", 1), ("own", "after", 1), ("mine", "after", 1)
+    ]  # fmt: skip
+    assert seen[1][3] > 3 * math.sqrt(32 * 16) * 0.9, "what the first added, the second sees, not clipped"
+    assert seen[2][3] == pytest.approx(1, rel=1e-3), "after the step the clipped gradients are still there"
+    assert (seen[0][4] == seen[1][4]).all() and (seen[1][4] != seen[2][4]).any()
+    assert result.steps == 3 and result.stopped_early and len(seen) == 3 * 4
 
 
 def test_early_stopping_ends_with_the_best_weights(rng):
@@ -294,7 +325,7 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
         (4, True),
         (4, False),
     ]
-    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["loss.png", "metrics.jsonl"]
     assert capsys.readouterr() == ("", ""), "nothing is printed where stderr is not a terminal"
@@ -318,6 +349,21 @@ def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng):
     assert shown[False] == ""
 
 
+def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_path):
+    """As a sweep over np.logspace or np.arange gives them; they are saved with a checkpoint, too."""
+    examples, ends = counting(8, rng), []
+    for norm in (np.float32(0), None):
+        args = TrainingArguments(
+            tmp_path / str(norm), learning_rate=np.float32(0.5), max_steps=np.int64(2), max_grad_norm=norm,
+            seed=np.uint8(3), save_steps=np.int32(1), optim="sgd",
+        )  # fmt: skip
+        assert (type(args.max_steps), type(args.seed), type(args.learning_rate)) == (int, int, float)
+        model = tiny_model()
+        assert Trainer(model, examples, args=args).train().steps == 2
+        ends.append(weights(model))
+    assert_same_bytes(*ends)
+
+
 def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
     model, examples = tiny_model(), counting(4, rng)
     ids, labels = examples[2]
@@ -335,13 +381,15 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
         "nothing to train": lambda: Trainer(tiny_model().requires_grad_(False), examples),
         "per_device_train_batch_size must be an integer of at least 1, got 0":
             lambda: TrainingArguments(per_device_train_batch_size=0),
-        "max_steps must be an integer of at least 1 or None, got -1": lambda: TrainingArguments(max_steps=-1),
-        "num_train_epochs must be above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
-        "optim must be 'adamw' or 'sgd', got 'lion'": lambda: TrainingArguments(optim="lion"),
+        "max_steps must be an integer of at least 1, or None, got -1": lambda: TrainingArguments(max_steps=-1),
+        "num_train_epochs must be a number above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
+        "optim must be one of adamw, sgd, got 'lion'": lambda: TrainingArguments(optim="lion"),
         "lr_scheduler_type must be one of constant, linear, cosine":
             lambda: TrainingArguments(lr_scheduler_type="step"),
-        "max_grad_norm must be above 0": lambda: TrainingArguments(max_grad_norm=0),
-        "warmup_ratio must lie in": lambda: TrainingArguments(warmup_ratio=2),
+        "max_grad_norm must be a number of at least 0, or None, got -1": lambda: TrainingArguments(max_grad_norm=-1),
+        "warmup_ratio must be a number of at least 0 and at most 1, got 2": lambda: TrainingArguments(warmup_ratio=2),
+        "seed must be an integer of at least 0, got True": lambda: TrainingArguments(seed=True),
+        "learning_rate must be a number above 0, got nan": lambda: TrainingArguments(learning_rate=math.nan),
         "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),
         "needs the output_dir": lambda: Trainer(model, examples).train(resume_from_checkpoint=True),
         "holds no checkpoint": lambda: Trainer(model, examples, args=TrainingArguments(tmp_path)).train(True),

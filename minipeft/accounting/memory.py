@@ -205,7 +205,7 @@ class States(NamedTuple):
 
     lines     bytes of the frozen weights, the trained weights and the adapters
     trained   trained parameters: each has a gradient and the optimizer's moments
-    averaged  elements of the running averages that the method keeps
+    averaged  elements of the arrays that the method keeps (AdaLoRA's running averages)
     """
 
     lines: dict[str, int]
@@ -263,8 +263,7 @@ def states_from_shapes(
         "trained weights": 0 if is_method else trained * p.trained,
         "adapters": (trained + elements(constant_parameters(arch, config))) * p.trained if is_method else 0,
     }
-    followed = {name: shape for name, shape in shapes.items() if ".modules_to_save." not in name}
-    return States(lines, trained, getattr(config, "averages", 0) * elements(followed))
+    return States(lines, trained, elements(config.training_state_shapes(shapes)) if is_method else 0)
 
 
 def _is_packed(name: str, kind: str) -> bool:
@@ -275,15 +274,13 @@ def _is_packed(name: str, kind: str) -> bool:
 
 def states_of(model: Module, p: Precision) -> States:
     """The states of a built model: its frozen weights as they are stored."""
-    from ..peft.layer import TrainedCopy
-
-    parts = [
-        (config, part)
-        for _, module in model.named_modules()
-        for name, config in getattr(module, "peft_config", {}).items()
-        for _, part in module.parts(name)
-    ]
-    added = {id(q) for _, part in parts for q in part.parameters()}
+    added, averaged = set(), 0
+    for _, peft in model.named_modules():
+        for name, config in getattr(peft, "peft_config", {}).items():
+            parts = dict(peft.parts(name))
+            added |= {id(q) for part in parts.values() for q in part.parameters()}
+            shapes = {f"{path}.{key}": q.shape for path, part in parts.items() for key, q in part.trained().items()}
+            averaged += elements(config.training_state_shapes(shapes))
     lines, frozen, trained = dict.fromkeys(WEIGHT_LINES, 0), {}, 0
     for q in model.parameters():
         trained += q.size * q.requires_grad
@@ -294,9 +291,4 @@ def states_of(model: Module, p: Precision) -> States:
         else:
             frozen[id(q.data)] = q.data.nbytes  # what several layers share (the code book's values) once
     lines["frozen weights"] = sum(frozen.values())
-    averaged = sum(
-        config.averages * sum(q.size for q in part.trained().values())
-        for config, part in parts
-        if not isinstance(part, TrainedCopy)
-    )
     return States(lines, trained, averaged)

@@ -39,7 +39,7 @@ from typing import Any
 
 from ..files import FileError
 from ..options import configuration, option
-from ..peft.directory import METHODS, config_class
+from ..peft.huggingface import METHODS, config_class
 from .architectures import Architecture, architecture, names
 from .memory import memory_ledger
 from .parameters import ParameterCount, count_parameters
@@ -244,8 +244,7 @@ def _config(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     _known("peft_type", value.get("peft_type"), METHODS)
-    config = config_class(value["peft_type"]).from_dict(value)
-    return config.replace(inference_mode=value.get("inference_mode", False))  # a prompt read from a file is folded
+    return config_class(value["peft_type"]).from_dict(value)
 
 
 def _count(arch: Architecture, configs: list, only: str | None) -> ParameterCount:

@@ -21,7 +21,6 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,8 +29,11 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
-from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
-from .layer import Adapter, fill, kaiming_uniform
+from ..options import configuration, option
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter
+from .targets import family_of, out_in_shape
+from .weights import fill, kaiming_uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _BERT = (r"attention\.output", r"layer\.\d+\.output")
@@ -45,86 +47,6 @@ PRESETS = {  # placement -> reduction_factor, non_linearity, scaling: AdapterHub
 }  # fmt: skip
 # the layers that end a sublayer, whose output is the sublayer's
 LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
-
-
-@dataclass
-class BottleneckConfig(PeftConfig):
-    """The options of bottleneck adapters. Where one is None it is AdapterHub's for the placement (`PRESETS`).
-
-    placement          "houlsby", "pfeiffer" or "parallel"
-    reduction_factor   m = d // reduction_factor, d the sublayer's width, or
-    bottleneck_size    m itself
-    non_linearity      "relu", "gelu" (tanh form) or "silu"
-    scaling            factor of the adapter's output (4 in He et al.)
-    ln_before          a layer norm of the adapter's own before it: 2 d more parameters (Lin et al. 2020, arXiv:2004.03829)
-    target_modules     None: the placement's sublayers; or the names of any modules of one input and one output
-    """
-
-    placement: str = "pfeiffer"
-    reduction_factor: float | None = None
-    bottleneck_size: int | None = None
-    non_linearity: str | None = None
-    scaling: float | None = None
-    ln_before: bool = False
-
-    peft_type: ClassVar[str] = "BOTTLENECK"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
-            raise PeftError(f"placement must be 'houlsby', 'pfeiffer' or 'parallel', not {self.placement!r}")
-        for name, value in zip(("reduction_factor", "non_linearity", "scaling"), PRESETS[self.placement]):
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.non_linearity not in NON_LINEARITIES:
-            raise PeftError(f"non_linearity must be one of {', '.join(NON_LINEARITIES)}, not {self.non_linearity!r}")
-        if self.bottleneck_size is not None and (type(self.bottleneck_size) is not int or self.bottleneck_size < 1):
-            raise PeftError(f"bottleneck_size must be a positive integer, not {self.bottleneck_size!r}")
-        if not self.reduction_factor > 0:
-            raise PeftError(f"reduction_factor must be a positive number, not {self.reduction_factor!r}")
-
-    def with_targets(self, model: Module) -> BottleneckConfig:
-        if self.target_modules is not None:
-            return self
-        model_type = family_of(model)
-        if model_type not in SUBLAYERS:
-            raise PeftError(
-                f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
-                f"{', '.join(SUBLAYERS)}"
-            )
-        sublayers = SUBLAYERS[model_type][self.placement != "houlsby" :]
-        named = all(name.isidentifier() for name in sublayers)
-        return self.replace(target_modules=list(sublayers) if named else rf".*\.({'|'.join(sublayers)})")
-
-    def check_target(self, name: str, module: Module) -> None:
-        _widths(name, module)
-
-    def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
-        """Of the adapter on a sublayer with so many inputs and outputs."""
-        n_in = n_in if self.placement == "parallel" else n_out
-        m = self.bottleneck_size or int(n_in // self.reduction_factor)
-        if m < 1:
-            raise PeftError(f"{name}: reduction_factor={self.reduction_factor} leaves nothing of a width of {n_in}")
-        norm = {"ln_before_weight": (n_in,), "ln_before_bias": (n_in,)} if self.ln_before else {}
-        return {**norm, "down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
-
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it."""
-        if kind not in ("linear", "conv1d"):
-            return {}
-        n_out, n_in = shape if kind == "linear" else shape[::-1]
-        parent, _, last = name.rpartition(".")
-        if self.targets(name, kind):
-            return self.shapes(name, n_in, n_out)
-        if last in LAST and self.targets(parent, ""):
-            return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
-        return {}
-
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seeds[name])
-            for name, layer in layers.items()
-        }
 
 
 class Bottleneck(Adapter):
@@ -156,10 +78,76 @@ class Bottleneck(Adapter):
         )
 
 
+@configuration
+class BottleneckConfig(PeftConfig):
+    """The options of bottleneck adapters. Where one is None it is AdapterHub's for the placement (`PRESETS`).
+
+    target_modules None: the placement's sublayers; or the names of any modules of one input and one output.
+    """
+
+    placement: str = option("pfeiffer", "where the adapters stand", choices=("houlsby", "pfeiffer", "parallel"))
+    reduction_factor: float | None = option(None, "the middle has d // reduction_factor numbers", above=0)
+    bottleneck_size: int | None = option(None, "numbers in the middle, in place of reduction_factor", least=1)
+    non_linearity: str | None = option(None, "function between the matrices", choices=(None, "relu", "gelu", "silu"))
+    scaling: float | None = option(None, "factor of the adapter's output (4 in He et al.)")
+    ln_before: bool = option(False, "a layer norm of the adapter's own before it (Lin et al. 2020, arXiv:2004.03829)")
+
+    peft_type: ClassVar[str] = "BOTTLENECK"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in zip(("reduction_factor", "non_linearity", "scaling"), PRESETS[self.placement]):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def with_targets(self, model: Module) -> BottleneckConfig:
+        if self.target_modules is not None:
+            return self
+        model_type = family_of(model)
+        if model_type not in SUBLAYERS:
+            raise PeftError(
+                f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
+                f"{', '.join(SUBLAYERS)}"
+            )
+        sublayers = SUBLAYERS[model_type][self.placement != "houlsby" :]
+        named = all(name.isidentifier() for name in sublayers)
+        return self.replace(target_modules=list(sublayers) if named else rf".*\.({'|'.join(sublayers)})")
+
+    def check_target(self, name: str, module: Module) -> None:
+        _widths(name, module)
+
+    def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+        """Of the adapter on a sublayer with this many inputs and outputs."""
+        n_in = n_in if self.placement == "parallel" else n_out
+        m = self.bottleneck_size or int(n_in // self.reduction_factor)
+        if m < 1:
+            raise PeftError(f"{name}: reduction_factor={self.reduction_factor} leaves nothing of a width of {n_in}")
+        norm = {"ln_before_weight": (n_in,), "ln_before_bias": (n_in,)} if self.ln_before else {}
+        return {**norm, "down_weight": (m, n_in), "down_bias": (m,), "up_weight": (n_out, m), "up_bias": (n_out,)}
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it."""
+        if kind not in ("linear", "conv1d"):
+            return {}
+        n_out, n_in = out_in_shape(kind, shape)
+        parent, _, last = name.rpartition(".")
+        if self.targets(name, kind):
+            return self.shapes(name, n_in, n_out)
+        if last in LAST and self.targets(parent, ""):
+            return self.shapes(parent, n_out, n_out)  # what goes around a residual connection is as wide as what comes
+        return {}
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
+        return {
+            name: Bottleneck(self, self.shapes(name, *_widths(name, layer)), layer, seeds[name])
+            for name, layer in layers.items()
+        }
+
+
 def _widths(name: str, module: Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer; of a sublayer, inputs of its first linear layer and outputs of its last."""
     layers = [m for _, m in module.named_modules() if kind_of(m) in ("linear", "conv1d")]
     if not layers:
         raise PeftError(f"target_modules: {name!r}, a {type(module).__name__}, holds no linear layer, so has no width")
-    ends = [shape_of(m) if kind_of(m) == "linear" else shape_of(m)[::-1] for m in (layers[0], layers[-1])]
+    ends = [out_in_shape(kind_of(m), shape_of(m)) for m in (layers[0], layers[-1])]
     return ends[0][1], ends[1][0]
