@@ -9,32 +9,30 @@ import numpy as np
 import pytest
 
 from minipeft import functional as F
-from minipeft import nn
+from minipeft import nn, quant
 from minipeft.accounting import memory_ledger
 from minipeft.accounting.memory import measure_peak
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import AutogradError, Tensor, no_grad
 from minipeft.backend import get_num_threads, set_num_threads, to_numpy
 from minipeft.nn.transformer import Transformer, TransformerConfig
-from minipeft.quant import (
-    Linear4bit,
-    QuantError,
-    dequantize_4bit,
-    dequantize_model,
-    linear_4bit,
-    quantize_4bit,
-    quantize_model,
-)
-from minipeft.quant import cases as _cases  # noqa: F401
+from minipeft.quant import cases  # noqa: F401
 from minipeft.quant.kernels import Tiles
 
-LLAMA = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+IDS = np.arange(12).reshape(2, 6)
+both_dialects = pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 
 
-def small(model_type="llama", **changes):
-    if model_type == "gpt2":
-        return Transformer(TransformerConfig.gpt2(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), seed=1)
-    return Transformer(TransformerConfig.llama(**{**LLAMA, **changes}), seed=1)
+def small(model_type="llama", seed=1, **changes):
+    if model_type == "llama":
+        changes = {"intermediate_size": 48, **changes}
+    return Transformer(getattr(TransformerConfig, model_type)(**{**SHAPE, **changes}), seed=seed)
+
+
+def layer_of(rng, *shape, dtype="float32", **options):
+    """A layer of normal weights [out, in]."""
+    return quant.Linear4bit(*quant.quantize_4bit(rng.standard_normal(shape).astype(dtype), **options))
 
 
 # ----------------------------------------------------------------------------------------------------------- the product
@@ -52,12 +50,12 @@ def test_the_gradient_of_the_input_and_the_bias(case):
 @pytest.mark.parametrize("nested", [False, True])
 def test_value_and_gradients_are_those_of_the_dequantized_weight(xp, rng, shape, blocksize, nested):
     W = xp.asarray(rng.standard_normal(shape).astype(np.float32))
-    packed, state = quantize_4bit(W, blocksize, compress_statistics=nested)
-    dense = dequantize_4bit(packed, state)
+    packed, state = quant.quantize_4bit(W, blocksize, compress_statistics=nested)
+    dense = quant.dequantize_4bit(packed, state)
     x, b = rng.standard_normal((2, 5, shape[1])).astype(np.float32), rng.standard_normal(shape[0]).astype(np.float32)
     g = xp.asarray(rng.standard_normal((2, 5, shape[0])).astype(np.float32))
     found = []
-    for call in (lambda x, b: linear_4bit(x, packed, state, b), lambda x, b: F.linear(x, dense, b)):
+    for call in (lambda x, b: quant.linear_4bit(x, packed, state, b), lambda x, b: F.linear(x, dense, b)):
         tx, tb = Tensor(xp.asarray(x), requires_grad=True), Tensor(xp.asarray(b), requires_grad=True)
         y = call(tx, tb)
         y.backward(g)
@@ -67,11 +65,14 @@ def test_value_and_gradients_are_those_of_the_dequantized_weight(xp, rng, shape,
 
 
 def test_tiles_cover_the_weight_and_none_is_more_than_half_of_it(rng):
-    for shape in ((600, 40), (5, 100), (2, 7), (513, 33)):
-        packed, state = quantize_4bit(rng.standard_normal(shape).astype(np.float32), 64)
-        rows = [(s, w.copy()) for s, w in Tiles(packed, state).rows()]
-        assert np.array_equal(np.concatenate([w for _, w in rows]), dequantize_4bit(packed, state))
+    for shape in ((600, 40), (5, 100), (2, 7), (513, 33), (30, 192)):
+        layer = layer_of(rng, *shape)
+        rows, tiles = [(s, w.copy()) for s, w in layer.tiles()], Tiles(layer.weight.data, layer.quant_state)
+        assert np.array_equal(np.concatenate([w for _, w in rows]), layer.dequantize())
         assert max(w.shape[0] for _, w in rows) <= math.ceil(shape[0] / 2)
+    columns = [w.copy() for _, w in tiles.columns(slice(0, 192 // tiles.column_unit))]
+    assert np.array_equal(np.concatenate(columns, axis=1), layer.dequantize())
+    assert max(w.shape[1] for w in columns) <= 192 / 2
 
 
 @pytest.fixture
@@ -84,19 +85,18 @@ def one_thread():
 
 
 def test_no_float_copy_of_the_weight_exists_in_forward_or_backward(rng, one_thread):
-    W = rng.standard_normal((2048, 1024)).astype(np.float32)
-    layer = Linear4bit(*quantize_4bit(W, compress_statistics=True))
+    layer = layer_of(rng, 2048, 1024, compress_statistics=True)
     x = Tensor(rng.standard_normal((4, 1024)).astype(np.float32), requires_grad=True)
 
     def step():
         layer(x).sum().backward()
 
     step()
-    assert measure_peak(step) < 0.25 * W.nbytes
+    assert measure_peak(step) < 0.25 * 4 * 2048 * 1024
 
 
 def test_the_graph_keeps_no_more_than_the_layer_holds(rng):
-    layer = Linear4bit(*quantize_4bit(rng.standard_normal((512, 512)).astype(np.float32), compress_statistics=True))
+    layer = layer_of(rng, 512, 512, compress_statistics=True)
     x = Tensor(rng.standard_normal((8, 512)).astype(np.float32), requires_grad=True)
     layer(x)
     tracemalloc.start()
@@ -108,8 +108,8 @@ def test_the_graph_keeps_no_more_than_the_layer_holds(rng):
     assert held < y.data.nbytes + 4000
 
 
-def test_the_weight_gets_no_gradient_and_says_so_when_asked_for_one(rng):
-    layer = Linear4bit(*quantize_4bit(rng.standard_normal((8, 8)).astype(np.float32)))
+def test_the_weight_gets_no_gradient_and_an_input_that_does_not_fit_is_refused(rng):
+    layer = layer_of(rng, 8, 8)
     x = Tensor(rng.standard_normal((2, 8)).astype(np.float32), requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None and all(p.grad is None for p in layer.parameters())
@@ -117,14 +117,15 @@ def test_the_weight_gets_no_gradient_and_says_so_when_asked_for_one(rng):
         nn.Parameter(layer.weight.data)
     with pytest.raises(ValueError, match=r"input \(2, 7\) does not match the quantized weight \(8, 8\)"):
         layer(x[:, :7])
+    with pytest.raises(ValueError, match="input must be floating-point, not int64"):
+        layer(np.ones((2, 8), np.int64))
     layer.weight.requires_grad = True
     with pytest.raises(AutogradError, match="no derivative"):
         layer(x)
 
 
 def test_float16_weights_are_multiplied_in_the_inputs_dtype(rng):
-    W = rng.standard_normal((6, 64)).astype(np.float16)
-    layer = Linear4bit(*quantize_4bit(W))
+    layer = layer_of(rng, 6, 64, dtype="float16")
     x = rng.standard_normal((2, 64)).astype(np.float32)
     assert layer.dequantize().dtype == np.float16
     y = layer(Tensor(x)).data
@@ -135,25 +136,22 @@ def test_float16_weights_are_multiplied_in_the_inputs_dtype(rng):
 # ----------------------------------------------------------------------------------------------------------- the surgery
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@both_dialects
 def test_a_quantized_model_computes_what_its_dequantized_weights_do(model_type):
     model = small(model_type)
-    twin = quantize_model(model)
-    ids = np.arange(12).reshape(2, 6)
-    np.testing.assert_allclose(twin(ids).data, dequantize_model(twin)(ids).data, rtol=1e-4, atol=1e-4)
-    linear = [m for _, m in twin.named_modules() if isinstance(m, Linear4bit)]
+    twin = quant.quantize_model(model)
+    np.testing.assert_allclose(twin(IDS).data, quant.dequantize_model(twin)(IDS).data, rtol=1e-4, atol=1e-4)
+    linear = [m for _, m in twin.named_modules() if isinstance(m, quant.Linear4bit)]
     assert len(linear) == {"llama": 14, "gpt2": 8}[model_type]
-    assert 0 < np.abs(twin(ids).data - model(ids).data).max() < 0.5 * np.abs(model(ids).data).max()
+    assert 0 < np.abs(twin(IDS).data - model(IDS).data).max() < 0.5 * np.abs(model(IDS).data).max()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@both_dialects
 def test_the_model_stays_as_it_was_and_shares_what_is_not_quantized(model_type):
     model = small(model_type)
-    before = {name: p.data.tobytes() for name, p in model.named_parameters()}
-    grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    twin = quantize_model(model)
-    assert {name: p.data.tobytes() for name, p in model.named_parameters()} == before
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+    before = {name: (p.data.tobytes(), p.requires_grad) for name, p in model.named_parameters()}
+    twin = quant.quantize_model(model)
+    assert {name: (p.data.tobytes(), p.requires_grad) for name, p in model.named_parameters()} == before
     dense, packed = dict(model.named_parameters()), dict(twin.named_parameters())
     shared = [name for name in dense if packed[name].data is dense[name].data]
     assert set(dense) - set(shared) == {name for name, p in packed.items() if p.dtype == np.uint8 and name in dense}
@@ -162,17 +160,17 @@ def test_the_model_stays_as_it_was_and_shares_what_is_not_quantized(model_type):
 
 def test_a_conv1d_is_quantized_along_its_inputs(rng):
     conv = nn.Conv1D(64, 96, seed=3)
-    layer = Linear4bit.from_linear(conv)
+    layer = quant.Linear4bit.from_linear(conv)
     assert (layer.in_features, layer.out_features) == (64, 96)
-    packed, _ = quantize_4bit(np.ascontiguousarray(conv.weight.data.T), compress_statistics=True)
+    packed, _ = quant.quantize_4bit(np.ascontiguousarray(conv.weight.data.T), compress_statistics=True)
     assert np.array_equal(layer.weight.data, packed)
     x = rng.standard_normal((3, 64)).astype(np.float32)
     np.testing.assert_allclose(layer(Tensor(x)).data, x @ layer.dequantize().T + conv.bias.data, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_skipped_keeps_its_floats():
-    twin = quantize_model(small(), skip=("lm_head", "layers.1", "o_proj"))
-    found = {path for path, m in twin.named_modules() if isinstance(m, Linear4bit)}
+    twin = quant.quantize_model(small(), skip=("lm_head", "layers.1", "o_proj"))
+    found = {path for path, m in twin.named_modules() if isinstance(m, quant.Linear4bit)}
     assert found == {f"model.layers.0.{p}" for p in "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj mlp.down_proj".split()}
 
 
@@ -183,74 +181,55 @@ def test_what_cannot_be_quantized_is_named_and_nothing_is_changed():
         (("lm_head", "model"), "there is no Linear or Conv1D layer to quantize"),
         ((), "lm_head shares its weight with model.embed_tokens.weight"),
     ):
-        with pytest.raises(QuantError, match=message):
-            quantize_model(model, skip=skip)
+        with pytest.raises(quant.QuantError, match=message):
+            quant.quantize_model(model, skip=skip)
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3, 3] = np.nan
-    with pytest.raises(QuantError, match=r"model.layers.1.mlp.up_proj: .* NaN or infinity"):
-        quantize_model(model)
+    with pytest.raises(quant.QuantError, match=r"model.layers.1.mlp.up_proj: .* NaN or infinity"):
+        quant.quantize_model(model)
     for blocksize in (100, 64.0):
-        with pytest.raises(QuantError, match="blocksize"):
-            quantize_model(small(), blocksize=blocksize)
+        with pytest.raises(quant.QuantError, match="blocksize"):
+            quant.quantize_model(small(), blocksize=blocksize)
 
 
 def test_a_layer_with_two_paths_stays_one_there_and_back():
     layer = nn.Linear(32, 32, seed=1)
-    there = quantize_model(nn.Sequential(layer, layer))
-    back = dequantize_model(there)
+    there = quant.quantize_model(nn.Sequential(layer, layer))
+    back = quant.dequantize_model(there)
     assert there[0] is there[1] and back[0] is back[1] and type(back[0]) is nn.Linear
-
-
-def test_an_input_of_integers_is_refused():
-    layer = Linear4bit.from_linear(nn.Linear(32, 8, seed=1))
-    with pytest.raises(ValueError, match="input must be floating-point, not int64"):
-        layer(np.ones((2, 32), np.int64))
 
 
 def test_the_lm_head_can_be_quantized_where_it_is_asked_for():
     model = small(tie_word_embeddings=False)
-    twin = quantize_model(model, skip=())
-    assert isinstance(twin.get_submodule("lm_head"), Linear4bit)
-    ids = np.arange(12).reshape(2, 6)
-    assert abs(twin.loss(ids, ids).item() - model.loss(ids, ids).item()) < 0.2
-    assert twin.generate(ids, max_new_tokens=3).shape == (2, 9)
+    twin = quant.quantize_model(model, skip=())
+    assert isinstance(twin.get_submodule("lm_head"), quant.Linear4bit)
+    assert abs(twin.loss(IDS, IDS).item() - model.loss(IDS, IDS).item()) < 0.2
+    assert twin.generate(IDS, max_new_tokens=3).shape == (2, 9)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_state_dict_is_bitsandbytes_and_loads_into_another_quantized_model(nested):
-    model = quantize_model(small(), compress_statistics=nested)
+    model = quant.quantize_model(small(), compress_statistics=nested)
     state = model.state_dict()
     entries = {name.removeprefix("model.layers.0.mlp.up_proj.") for name in state if "layers.0.mlp.up_proj." in name}
     assert entries == {"weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"} | (
         {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
     )
-    other = quantize_model(Transformer(TransformerConfig.llama(**LLAMA), seed=2), compress_statistics=nested)
-    ids = np.arange(12).reshape(2, 6)
-    assert not np.array_equal(other(ids).data, model(ids).data)
+    other = quant.quantize_model(small(seed=2), compress_statistics=nested)
+    assert not np.array_equal(other(IDS).data, model(IDS).data)
     other.load_state_dict(state)
-    assert np.array_equal(other(ids).data, model(ids).data)
+    assert np.array_equal(other(IDS).data, model(IDS).data)
 
 
 def test_copies_are_independent_and_move_between_devices(xp):
-    layer = Linear4bit.from_linear(nn.Linear(32, 8, seed=1))
+    layer = quant.Linear4bit.from_linear(nn.Linear(32, 8, seed=1))
     twin = layer.copy().to(xp)
     assert np.array_equal(to_numpy(twin.dequantize()), layer.dequantize())
     layer.weight.data[...] = 0
     assert not np.array_equal(to_numpy(twin.dequantize()), layer.dequantize())
 
 
-def test_bits_a_parameter_of_a_layer():
-    layer, n = nn.Linear(1024, 2048, bias=False, seed=0), 1024 * 2048
-    for nested, expected in ((False, 4.5), (True, 4.127)):
-        made = Linear4bit.from_linear(layer, compress_statistics=nested)
-        books = sum(p.data.nbytes for name, p in made.named_parameters() if "map" in name or "quant_state" in name)
-        bits = 8 * (sum(p.data.nbytes for p in made.parameters()) - books) / n
-        assert abs(bits - expected) < 0.0005
-        assert books < 1500  # the code books and the description, the same for a layer of any size
-
-
-def test_memory_of_a_forward_pass_is_foretold(one_thread):
-    config = TransformerConfig.llama(**{**LLAMA, "hidden_size": 256, "intermediate_size": 512})
-    model = quantize_model(Transformer(config, seed=0))
+def test_the_ledger_predicts_the_memory_of_a_forward_pass(one_thread):
+    model = quant.quantize_model(small(hidden_size=256, intermediate_size=512, seed=0))
     ids = np.zeros((2, 32), np.int64)
     ledger = memory_ledger(model, batch=2, seq_len=32, mode="evaluate")
     held = sum(p.data.nbytes for p in model.parameters())

@@ -41,12 +41,9 @@ def take_quantized(model: Module, tensors: dict[str, StoredTensor]) -> dict[str,
 
     The arrays of the layers are copies. Raises HubError for one that does not fit the model.
     """
-    layers = {}
+    layers, modules = {}, dict(model.named_modules())
     for path in [name.partition(_MARK)[0] for name in tensors if _MARK in name]:
-        try:
-            plain = model.get_submodule(path)
-        except KeyError:
-            plain = None
+        plain = modules.get(path)
         if not isinstance(plain, Linear | Conv1D):
             raise HubError(f"{path} is quantized, but the configuration has no linear layer there")
         names = [name for name in tensors if name.startswith((f"{path}.weight", f"{path}.bias"))]

@@ -1,6 +1,6 @@
 """Four and eight bits with bitsandbytes' names, bytes and files (0.50): a port of its `functional` for the CPU.
 
-    quantize_4bit(A) = two codes to a byte [(n + 1) // 2, 1], and a QuantState; dequantize_4bit has the numbers back
+    quantize_4bit(A) = two codes to a byte [(n + 1) // 2, 1], and a QuantState; dequantize_4bit restores the numbers
     QuantState.as_dict, from_dict = what its files hold beside a weight
 
 The arithmetic is that of `nf4` and `eight_bits`.
@@ -59,20 +59,12 @@ class QuantState:
 
         Keys when packed: absmax, quant_map, nested_absmax, nested_quant_map, quant_state.bitsandbytes__nf4.
         """
-        arrays = {"absmax": self.absmax, "quant_map": self.code}
-        rest = {
-            "quant_type": self.quant_type,
-            "blocksize": self.blocksize,
-            "dtype": np.dtype(self.dtype).name,
-            "shape": list(self.shape),
-        }
-        if self.state2 is not None:
-            arrays |= {"nested_absmax": self.state2.absmax, "nested_quant_map": self.state2.code}
-            rest |= {
-                "nested_blocksize": self.state2.blocksize,
-                "nested_dtype": np.dtype(self.state2.dtype).name,
-                "nested_offset": self.offset,
-            }
+        arrays, inner = {"absmax": self.absmax, "quant_map": self.code}, self.state2
+        rest = {"quant_type": self.quant_type, "blocksize": self.blocksize}
+        rest |= {"dtype": np.dtype(self.dtype).name, "shape": list(self.shape)}
+        if inner is not None:
+            arrays |= {"nested_absmax": inner.absmax, "nested_quant_map": inner.code}
+            rest |= {"nested_blocksize": inner.blocksize, "nested_dtype": np.dtype(inner.dtype).name, "nested_offset": self.offset}
         if not packed:
             return arrays | rest
         text = json.dumps(rest).encode().ljust(nf4.DESCRIPTION)  # one length, whatever the digits of the offset
@@ -91,45 +83,46 @@ class QuantState:
                 entries |= json.loads(bytes(to_numpy(entries.pop(key))))
             except (ValueError, TypeError) as error:
                 raise QuantError(f"{key} holds no JSON object: {error}") from error
+        needed = ["absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape"]
         double = ["nested_absmax", "nested_quant_map", "nested_blocksize", "nested_offset"]
-        nested = any(k in entries for k in double)
-        needed = ["absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape", *(double if nested else [])]
+        needed += double if any(k in entries for k in double) else []
         missing = [k for k in needed if k not in entries]
         if missing:
             raise QuantError(f"a quantization state lacks {', '.join(missing)}; it has {', '.join(sorted(entries)) or 'nothing'}")
-        absmax, code, quant_type, blocksize, dtype, shape = (entries[k] for k in needed[:6])
+        absmax, code, quant_type, blocksize, dtype, shape, *nested = (entries[k] for k in needed)
         if dtype not in ("float32", "float16", "bfloat16"):
             raise QuantError(f"a quantization state's dtype must be float32, float16 or bfloat16, not {dtype!r}")
-        dtype = np.dtype("float32" if dtype == "bfloat16" else dtype)
+        dtype, float32 = np.dtype("float32" if dtype == "bfloat16" else dtype), np.dtype("float32")
         check_options(blocksize, quant_type)
-        offset = state2 = None
+        state2, offset, sizes = None, None, [*shape]
         if nested:
-            absmax2, code2, blocksize2, offset = (entries[k] for k in double)
-            state2 = cls(absmax2, (absmax.size,), code2, blocksize2, None, np.dtype("float32"))
-            offset = float(offset)
+            absmax2, code2, blocksize2, offset = nested
+            state2 = cls(absmax2, absmax.shape, code2, blocksize2, None, float32)
+            offset, sizes = float(offset), [*sizes, blocksize2]
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise QuantError(f"the shape and the block sizes of a quantization state are positive integers, not {sizes}")
         state = cls(absmax, tuple(shape), code, blocksize, quant_type, dtype, offset, state2)
         state.check()
         return state
 
-    def check(self, packed: Array | None = None) -> None:
+    def check(self, packed: Array | None = None, prefix: str = "") -> None:
         """Raises QuantError where the arrays do not fit each other, or `packed` is not what the shape needs."""
-        n, inner = math.prod(self.shape), self.state2
-        blocks = -(-n // self.blocksize)
+        n = math.prod(self.shape)
         if packed is not None and (packed.dtype != np.uint8 or packed.size != (n + 1) // 2):
             raise QuantError(
                 f"4-bit codes of the shape {tuple(self.shape)} are {(n + 1) // 2} bytes of uint8; "
                 f"the packed buffer holds {packed.size} of {packed.dtype}, of shape {packed.shape}"
             )
-        wanted = [("absmax", self.absmax, blocks, "uint8" if inner else "float32"), ("quant_map", self.code, 16, "float32")]
-        if inner:
-            blocks2 = -(-blocks // inner.blocksize)
-            wanted += [("nested_absmax", inner.absmax, blocks2, "float32"), ("nested_quant_map", inner.code, 256, "float32")]
-        for name, array, size, dtype in wanted:
+        absmax = self.absmax, -(-n // self.blocksize), "uint8" if self.nested else "float32"
+        code = self.code, 16 if self.quant_type else 256, "float32"
+        for name, (array, size, dtype) in {"absmax": absmax, "quant_map": code}.items():
             if array.shape != (size,) or array.dtype != dtype:
                 raise QuantError(
-                    f"{name} must be [{size}] {dtype} for the shape {tuple(self.shape)} in blocks of {self.blocksize}, "
+                    f"{prefix}{name} must be [{size}] {dtype} for the shape {tuple(self.shape)} in blocks of {self.blocksize}, "
                     f"not {list(array.shape)} {array.dtype}"
                 )
+        if self.state2 is not None:
+            self.state2.check(prefix="nested_")
 
 
 def quantize_4bit(
@@ -166,8 +159,7 @@ def dequantize_4bit(packed: Array, state: QuantState) -> Array:
     Equal, bit for bit, to bitsandbytes'. Raises QuantError for a buffer or a state that do not fit each other.
     """
     state.check(packed)
-    n = math.prod(state.shape)
-    return kernels.dequantize(packed, state.scales(), state.code, n, state.blocksize, state.dtype).reshape(state.shape)
+    return kernels.dequantize(packed, state)
 
 
 def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantState]:

@@ -28,7 +28,7 @@ def quantize(blocks: Array) -> tuple[Array, Array]:
     c = abs(blocks).max(axis=1)
     usable = c > 2.0**-128
     scaled = blocks * (1 / xp.where(usable, c, 1))[:, None]
-    step = ((xp.clip(scaled, -1, 1) + 1) * 0.5 * 65535 + 0.5).astype(xp.int32)
+    step = ((xp.clip(scaled, -1, 1) + 1) * (65535 / 2) + 0.5).astype(xp.int32)
     return xp.where(usable[:, None], asarray(_steps(), xp).take(step), (blocks > 0) * xp.uint8(255)), c
 
 

@@ -14,7 +14,7 @@ x Wᵀ takes them as rows of W, g W as columns, so that a tile gives whole colum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -47,8 +47,8 @@ def quantize(x: Array, blocksize: int, quant_type: str) -> tuple[Array, Array]:
 
     def part(s: slice) -> None:
         block = blocks[s].astype(xp.float32, copy=False)
-        magnitudes = block.view(xp.int32) & 0x7FFFFFFF  # as integers they are ordered as the floats, and compared faster
-        absmax[s] = magnitudes.max(axis=1).view(xp.float32)
+        bits = block.view(xp.int32)  # magnitudes, as integers, are ordered as the floats are, and compared faster
+        absmax[s] = (bits & 0x7FFFFFFF).max(axis=1).view(xp.float32)
         scaled = block * nf4.reciprocal(absmax[s])[:, None]
         rank = xp.zeros(block.shape, xp.uint8)
         for midpoint in midpoints:  # faster than a search, a few cache-sized comparisons at a time
@@ -70,43 +70,19 @@ def _pack(codes: Array) -> Array:
     return (two << 4 | two >> 8).astype(np.uint8)
 
 
-def dequantize(packed: Array, scales: Array, code: Array, n: int, blocksize: int, dtype: np.dtype) -> Array:
-    """code[codes] * scales, [n]: packed uint8 [(n + 1) // 2], scales float32 [blocks], the code book [16]."""
-    xp, blocks = xp_of(packed), scales.size
-    out, pairs = xp.empty(n, dtype), byte_table(code)
-
-    def part(s: slice) -> None:
-        a, b = s.start * blocksize, min(s.stop * blocksize, n)
-        dequantize_into(out[a:b], packed, blocksize, scales, pairs, a)
-
-    _spread(xp, part, blocks, n)
-    return out
-
-
-def byte_table(code: Array) -> Array:
-    """[256, 2] float32: the two numbers of each byte, the high half's first."""
-    xp = xp_of(code)
-    return xp.stack([code.repeat(16), xp.tile(code, 16)], axis=1)
-
-
-def dequantize_into(out: Array, packed: Array, blocksize: int, scales: Array, pairs: Array, first: int) -> None:
-    """Write the numbers from position `first` (where a block starts) on into the flat array `out`, in this thread."""
-    size, stop = blocksize, first + out.size
-    codes, absmax = packed.reshape(-1)[first // 2 : (stop + 1) // 2], scales[first // size : -(-stop // size)]
-    full = out.size // size
-    n = full * size
-    unpack(out[:n].reshape(full, size), codes[: n // 2].reshape(full, size // 2), absmax[:full, None], pairs)
-    if n < out.size:  # part of a block; an odd number of codes ends with one that stands for nothing
-        out[n:] = pairs.take(codes[n // 2 :], axis=0).reshape(-1)[: out.size - n] * absmax[full:]
+def dequantize(packed: Array, state: QuantState) -> Array:
+    """code[codes] * scales, of the state's shape and dtype: packed uint8 [(n + 1) // 2]."""
+    xp, n, size, tiles = xp_of(packed), math.prod(state.shape), state.blocksize, Tiles(packed, state)
+    out = xp.empty(n, state.dtype)
+    work = n if xp is np else 0
+    split_rows(lambda s: tiles.read(out[s.start * size : s.stop * size], s.start * size), tiles.scales.size, work)
+    return out.reshape(state.shape)
 
 
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = code[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S columns side by side."""
     xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
-    pieces = math.ceil(out.size / PIECE) if xp is np else 1
-    step = max(1, math.ceil(rows / max(1, pieces)))
-    for i in range(0, rows, step):
-        s = slice(i, min(i + step, rows))
+    for s in _pieces(slice(0, rows), max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)):
         values, into = pairs.take(codes[s], axis=0), out[s].reshape(-1, runs, width)
         xp.multiply(values.reshape(into.shape), scales[s, :, None], out=into, casting="same_kind")
         del values  # before the next are made
@@ -124,7 +100,8 @@ def times_transposed(x: Array, packed: Array, state: QuantState) -> Array:
         for rows, w in tiles.rows(s):
             xp.matmul(x, w.astype(x.dtype, copy=False).T, out=y[:, rows])
 
-    _spread(xp, part, n_out, tiles.work(x.shape[0]))
+    with one_blas_thread():  # each thread computes its own products
+        split_rows(part, n_out, tiles.work(x.shape[0]))
     return y
 
 
@@ -142,34 +119,50 @@ def times(g: Array, packed: Array, state: QuantState) -> Array:
         for columns, w in tiles.columns(s):
             xp.matmul(g, w.astype(g.dtype, copy=False), out=d[:, columns])
 
-    _spread(xp, part, n_in // tiles.column_unit, tiles.work(g.shape[0]))
+    with one_blas_thread():
+        split_rows(part, n_in // tiles.column_unit, tiles.work(g.shape[0]))
     return d
 
 
-def tile_size(n: int) -> int:
-    """Rows (of `n`) of a tile: the tiles of all threads together are at most half of the weight."""
-    return max(1, min(TILE, n // (2 * get_num_threads())))
+def tile_size(n: int, xp: ModuleType = np) -> int:
+    """Rows (of `n`) of a tile: the tiles of all threads together are at most half of the weight. A device has one thread."""
+    return max(1, min(TILE, n // (2 * (get_num_threads() if xp is np else 1))))
 
 
 class Tiles:
     """A quantized weight [out, in], read tile by tile as float32. The next tile of a thread overwrites its last one."""
 
     def __init__(self, packed: Array, state: QuantState):
-        self.packed, self.state, self.xp = packed, state, xp_of(packed)
-        self.scales, self.pairs = state.scales(), byte_table(state.code)
+        self.packed, self.state, self.xp = packed.reshape(-1), state, xp_of(packed)
+        code = state.code
+        self.scales = state.scales()  # [blocks] float32
+        self.pairs = self.xp.stack([code.repeat(16), self.xp.tile(code, 16)], axis=1)  # [256, 2]: the numbers of each byte
 
     def work(self, n: int) -> int:
-        """What a product with n rows is worth, in elements: decoding a weight takes as long as 64 of its products."""
-        return math.prod(self.state.shape) * max(1, n // 64)
+        """How many elements a product with n rows is worth, for `split_rows`; on a device none, it is not split.
+
+        To dequantize a weight takes as long as 64 of its products.
+        """
+        return math.prod(self.state.shape) * max(1, n // 64) if self.xp is np else 0
+
+    def read(self, out: Array, first: int) -> None:
+        """Write the numbers from position `first` (where a block starts) on into the flat array `out`, in this thread."""
+        size, stop = self.state.blocksize, first + out.size
+        codes, absmax = self.packed[first // 2 : (stop + 1) // 2], self.scales[first // size : -(-stop // size)]
+        full = out.size // size
+        n = full * size
+        unpack(out[:n].reshape(full, size), codes[: n // 2].reshape(full, size // 2), absmax[:full, None], self.pairs)
+        if n < out.size:  # part of a block; an odd number of codes ends with one that stands for nothing
+            out[n:] = self.pairs.take(codes[n // 2 :], axis=0).reshape(-1)[: out.size - n] * absmax[full:]
 
     def rows(self, part: slice | None = None) -> Iterator[tuple[slice, Array]]:
         """(rows, values [rows, in]) through a part of the rows, or all."""
         (n_out, n_in), size = self.state.shape, self.state.blocksize
-        buffer = self.xp.empty(tile_size(n_out) * n_in + size, self.xp.float32)
-        for rows in _pieces(part or slice(0, n_out), tile_size(n_out)):
+        buffer = self.xp.empty(tile_size(n_out, self.xp) * n_in + size, self.xp.float32)
+        for rows in _pieces(part or slice(0, n_out), tile_size(n_out, self.xp)):
             first = rows.start * n_in // size * size  # blocks run across rows: a tile may start inside of one
             values = buffer[: rows.stop * n_in - first]
-            dequantize_into(values, self.packed, size, self.scales, self.pairs, first)
+            self.read(values, first)
             yield rows, values[rows.start * n_in - first :].reshape(-1, n_in)
 
     @property
@@ -178,13 +171,13 @@ class Tiles:
         (_, n_in), size = self.state.shape, self.state.blocksize
         if n_in % size:
             return 0
-        return 2 ** max(1, min(5, tile_size(n_in).bit_length() - 1))  # at most 32, the smallest block
+        return 2 ** max(1, min(5, tile_size(n_in, self.xp).bit_length() - 1))  # at most 32, the smallest block
 
     def columns(self, part: slice) -> Iterator[tuple[slice, Array]]:
         """(columns, values [out, columns]) through a part of the columns, counted in `column_unit`, which is not 0."""
         (n_out, n_in), size, unit = self.state.shape, self.state.blocksize, self.column_unit
         codes, scales = self.packed.reshape(n_out, n_in // 2), self.scales.reshape(n_out, n_in // size)
-        most = max(1, tile_size(n_in) // unit)
+        most = max(1, tile_size(n_in, self.xp) // unit)
         buffer = self.xp.empty(n_out * most * unit, self.xp.float32)
         for units in _pieces(part, most):
             a, b = units.start * unit, units.stop * unit
@@ -198,12 +191,3 @@ def _pieces(part: slice, most: int) -> Iterator[slice]:
     n = -(-(part.stop - part.start) // most)
     cuts = [part.start + (part.stop - part.start) * i // n for i in range(n + 1)] if n else []
     return (slice(a, b) for a, b in pairwise(cuts))
-
-
-def _spread(xp: ModuleType, run: Callable[[slice], None], n: int, work: int) -> None:
-    """run(slice) for a part of range(n) in each thread; on a device once, for all."""
-    if xp is np:
-        with one_blas_thread():  # products are computed where their tile is
-            split_rows(run, n, work)
-    else:
-        run(slice(0, n))

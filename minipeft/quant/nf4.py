@@ -17,10 +17,13 @@ quantization. These are the definitions; `kernels` computes the same bits faster
 Departures, all of arithmetic and all bitsandbytes' on the CPU (0.50), so that a weight next to a threshold gets its code:
 1. A whole block is multiplied by the float32 reciprocal of c; a partial one, at the end, is divided by c.
 2. No c counts as less than 1e-38; a partial block's is stored as that, too.
-3. A GPU's kernels read numbers below 1.2e-38 as zero. There such blocks, of c below that, get the codes of zeros.
+3. A GPU's kernels take numbers below 1.2e-38 for zero: there a block has the codes of zeros where c, or in a whole block
+   1 / c, is below that.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from ..backend import Array, asarray, xp_of
 from . import eight_bits
@@ -36,20 +39,15 @@ def quantize(x: Array, blocksize: int = 64, quant_type: str = "nf4") -> tuple[Ar
     xp, n = xp_of(x), x.size
     midpoints, order = (asarray(a, xp) for a in thresholds(quant_type))
     blocks = in_blocks(x, blocksize)  # [blocks, blocksize]
-    c = abs(blocks).max(axis=1)
-    scaled = blocks * reciprocal(c)[:, None]  # in [-1, 1]
-    if n % blocksize:
-        c[-1] = xp.maximum(c[-1], SMALLEST)
-        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)
-    nearest = xp.searchsorted(midpoints, scaled)  # how many midpoints lie below: the rank of the nearest point
-    return order.take(nearest).reshape(-1)[:n], c
+    c = abs(blocks).max(axis=1)  # [blocks]
+    scaled = _divide(blocks, c, partial=n % blocksize > 0)  # in [-1, 1]
+    rank = xp.searchsorted(midpoints, scaled)  # of the nearest point: how many midpoints between points lie below
+    return order.take(rank).reshape(-1)[:n], c
 
 
 def dequantize(codes: Array, c: Array, q: Array, blocksize: int = 64) -> Array:
     """q[code] c, float32 [n]: codes uint8 [n], c float32 [blocks], the code book q [16] or [256]."""
-    x = q.take(codes)
-    x *= c.repeat(blocksize)[: codes.size]
-    return x
+    return q.take(codes) * c.repeat(blocksize)[: codes.size]
 
 
 def quantize_scales(c: Array) -> tuple[Array, Array, float]:
@@ -88,3 +86,12 @@ def reciprocal(c: Array) -> Array:
     """1 / c, of no c less than 1e-38; where a GPU takes that for zero it stays finite, so that 0 * (1 / c) is 0."""
     xp = xp_of(c)
     return xp.minimum(1 / xp.maximum(c, SMALLEST), 2.0**127)
+
+
+def _divide(blocks: Array, c: Array, partial: bool) -> Array:
+    """blocks / c, as departures 1 and 2 say; the c of a partial block, the last, is raised to 1e-38 in place."""
+    xp, scaled = xp_of(c), blocks * reciprocal(c)[:, None]
+    if partial:
+        c[-1:] = xp.where(c[-1:] <= SMALLEST, asarray(np.array([SMALLEST], np.float32), xp), c[-1:])
+        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)  # c is not above 0: on a GPU
+    return scaled

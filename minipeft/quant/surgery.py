@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
@@ -47,18 +48,14 @@ def quantize_model(
         path = weights.get(id(parameter))
         if path is not None and name.rpartition(".")[0] not in layers:
             raise QuantError(f"{path} shares its weight with {name}: quantizing it would untie them; put {path!r} into skip")
-    quantized: dict[int, Linear4bit] = {}  # a layer that has several paths stays one
-    for path, layer in layers.items():
-        if id(layer) not in quantized:
-            try:
-                quantized[id(layer)] = Linear4bit.from_linear(layer, blocksize, quant_type, compress_statistics)
-            except QuantError as error:
-                raise QuantError(f"{path}: {error}") from error
-        if path:
-            made.replace(path, quantized[id(layer)])
-        else:
-            made = quantized[id(layer)]
-    return made.requires_grad_(False)
+
+    def in_four_bits(path: str, layer: Linear | Conv1D) -> Linear4bit:
+        try:
+            return Linear4bit.from_linear(layer, blocksize, quant_type, compress_statistics)
+        except QuantError as error:
+            raise QuantError(f"{path}: {error}") from error
+
+    return _replaced(made, layers, in_four_bits).requires_grad_(False)
 
 
 def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, Linear | Conv1D]:
@@ -73,16 +70,25 @@ def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, 
 def dequantize_model(model: Module) -> Module:
     """A new model whose Linear4bit layers are Linear layers of their dequantized weights; the rest shares its arrays."""
     made = model.copy(share=True)
-    dense: dict[int, Linear] = {}  # a layer that has several paths stays one
-    for path, layer in list(made.named_modules()):
-        if isinstance(layer, Linear4bit):
-            if id(layer) not in dense:
-                dense[id(layer)] = linear = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
-                linear.weight, linear.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
-            if not path:
-                return dense[id(layer)]
-            made.replace(path, dense[id(layer)])
-    return made
+
+    def dense(path: str, layer: Linear4bit) -> Linear:
+        linear = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
+        linear.weight, linear.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        return linear
+
+    return _replaced(made, {path: m for path, m in made.named_modules() if isinstance(m, Linear4bit)}, dense)
+
+
+def _replaced(model: Module, layers: Mapping[str, Module], make: Callable[[str, Any], Module]) -> Module:
+    """The model with make(path, layer) in place of each of its layers; a layer that has several paths stays one."""
+    new: dict[int, Module] = {}
+    for path, layer in layers.items():
+        if id(layer) not in new:
+            new[id(layer)] = make(path, layer)
+        if not path:  # the model is the layer
+            return new[id(layer)]
+        model.replace(path, new[id(layer)])
+    return model
 
 
 def _inside(path: str, name: str) -> bool:

@@ -57,7 +57,7 @@ def codes(repeat: int) -> None:
         parallel_rows(np, lambda s: np.copyto(out[s], x[s]), x.shape[0], x.shape[1])
 
     def tiles():
-        weight = quant.linear.Tiles(packed, state)
+        weight = quant.kernels.Tiles(packed, state)
         split_rows(lambda part: [None for _ in weight.rows(part)], x.shape[0], x.size)
 
     calls = {

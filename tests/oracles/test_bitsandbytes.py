@@ -39,6 +39,11 @@ def samples():
 
 
 SAMPLES = dict(samples())
+plain_and_nested = pytest.mark.parametrize("nested", [False, True])
+
+
+def normal(seed, *shape, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def test_code_books_are_equal_to_the_last_bit():
@@ -65,7 +70,7 @@ def test_4_bit_codes_absmax_and_values_are_equal_byte_for_byte(sample, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_matrix_comes_back_as_theirs_does(dtype):
-    x = np.random.default_rng(1).standard_normal((96, 192)).astype(dtype)
+    x = normal(1, 96, 192, dtype=dtype)
     for kind in KINDS:
         for blocksize in (32, 64):  # rows of whole blocks: elsewhere their AVX-512 kernel takes the wrong absmax
             packed, state = quant.quantize_4bit(x, blocksize, kind)
@@ -86,13 +91,13 @@ def test_8_bit_codes_absmax_and_values_are_equal_byte_for_byte(sample):
 
 
 def test_8_bit_codes_of_a_million_numbers():
-    x = np.random.default_rng(2).standard_normal(1 << 20).astype(np.float32)
+    x = normal(2, 1 << 20)
     assert np.array_equal(quant.quantize_blockwise(x, 256)[0], theirs.quantize_blockwise(torch.from_numpy(x), blocksize=256)[0].numpy())
 
 
 @pytest.mark.parametrize("n", [1000, 64 * 256, 64 * 1000 + 1])
 def test_double_quantization(n):
-    x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    x = normal(n, n)
     packed, state = quant.quantize_4bit(x, compress_statistics=True)
     packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type="nf4", compress_statistics=True)
     assert np.array_equal(packed, packed2.numpy())
@@ -106,17 +111,17 @@ def test_double_quantization(n):
 
 
 def test_int8_rows():
-    x = np.random.default_rng(3).standard_normal((33, 100)).astype(np.float16)
-    codes, stats = quant.int8_vectorwise_quant(x.astype(np.float32))
-    codes2, stats2, _ = theirs.int8_vectorwise_quant(torch.from_numpy(x.astype(np.float32)))
+    x = normal(3, 33, 100, dtype=np.float16).astype(np.float32)
+    codes, stats = quant.int8_vectorwise_quant(x)
+    codes2, stats2, _ = theirs.int8_vectorwise_quant(torch.from_numpy(x))
     assert np.array_equal(codes, codes2.numpy()) and np.array_equal(stats, stats2.numpy())
     assert np.allclose(quant.int8_vectorwise_dequant(codes, stats), theirs.int8_vectorwise_dequant(codes2, stats2).numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@plain_and_nested
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_read_both_ways(kind, nested):
-    x = np.random.default_rng(4).standard_normal((64, 128)).astype(np.float32)
+    x = normal(4, 64, 128)
     packed, state = quant.quantize_4bit(x, 64, kind, nested)
     packed2, state2 = theirs.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type=kind, compress_statistics=nested)
     ours, other = state.as_dict(packed=True), state2.as_dict(packed=True)
@@ -141,7 +146,7 @@ def their_linear(n_in, n_out, nested, seed=0):
     return layer.to("cpu") if layer.weight.bnb_quantized else layer._apply(lambda t: t.to("cpu"))
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@plain_and_nested
 def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -150,7 +155,7 @@ def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
     save_file({k: v.contiguous() for k, v in theirs_layer.state_dict().items()}, tmp_path / "theirs.safetensors")
     arrays, _ = read_safetensors(tmp_path / "theirs.safetensors")
     ours = quant.Linear4bit.from_state_dict(arrays)
-    x = np.random.default_rng(5).standard_normal((7, 128)).astype(np.float32)
+    x = normal(5, 7, 128)
     expected = theirs_layer.train()(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(ours(Tensor(x)).data, expected, rtol=1e-5, atol=1e-5)
 
@@ -167,8 +172,7 @@ def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
 def test_the_gradient_of_the_input_is_theirs():
     theirs_layer = their_linear(128, 96, True)
     ours = quant.Linear4bit.from_state_dict({k: v.numpy() for k, v in theirs_layer.state_dict().items()})
-    x = np.random.default_rng(6).standard_normal((7, 128)).astype(np.float32)
-    g = np.random.default_rng(7).standard_normal((7, 96)).astype(np.float32)
+    x, g = normal(6, 7, 128), normal(7, 7, 96)
     mine, other = Tensor(x, requires_grad=True), torch.from_numpy(x).requires_grad_()
     ours(mine).backward(g)
     theirs_layer.train()(other).backward(torch.from_numpy(g))
