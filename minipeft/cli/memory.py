@@ -30,7 +30,7 @@ from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from .arguments import positive_int
 from .method_options import add_method_options, architecture_of, configuration, flag, method_name
 
-SUMMARY = "predict the memory of training or using a model"
+SUMMARY = "foretell the memory of training or using a model"
 
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
