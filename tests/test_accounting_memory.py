@@ -21,6 +21,7 @@ from minipeft.nn.module import Module
 from minipeft.nn.transformer import KVCache
 from minipeft.quant import Linear4bit
 from minipeft.quant.nf4 import storage_bytes
+from minipeft.train.callbacks import Callbacks
 from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
@@ -37,12 +38,6 @@ def method(request, dialect):
 def predicted(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
     config = METHODS.get(method, method)
     return memory_ledger(CONFIGS[dialect], config, batch, seq_len, **QUANTIZED.get(method, {}), **options)
-
-
-def after_step(model: Module, step: int) -> None:
-    """What the Trainer does after the optimizer's step."""
-    if hasattr(model, "update_and_allocate"):
-        model.update_and_allocate(step)
 
 
 def arrays() -> int:
@@ -66,11 +61,12 @@ def kept(model: Module) -> int:
 def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
     """Two steps, for the optimizer's states are there from the second on; returns the bytes of those states."""
     model.gradient_checkpointing_enable(checkpointing)
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    optimizer, callbacks = make([p for p in model.parameters() if p.requires_grad]), Callbacks(model)
     for step in (1, 2):
         model.loss(IDS, IDS, rng=Rng(step)).backward()
+        callbacks.before_step(model, step)
         optimizer.step()
-        after_step(model, step)
+        callbacks.after_step(model, step, {})
         optimizer.zero_grad()
     return sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
 
@@ -102,8 +98,8 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         optimizer.step()
         found["optimizer states"] = arrays() - total - found["gradients"]
-        total = arrays()
-        after_step(model, 1)
+        total, callbacks = arrays(), Callbacks(model)
+        callbacks.after_step(model, 1, {})
         found["running averages"] = arrays() - total
     finally:
         tracemalloc.stop()
