@@ -9,7 +9,10 @@ from minipeft.backend import get_num_threads, set_num_threads
 from minipeft.quant import quantize_model
 
 SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
-CONFIGS = {"llama": mp.TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": mp.TransformerConfig.gpt2(**SHAPE)}
+CONFIGS = {
+    "llama": mp.TransformerConfig.llama(num_key_value_heads=2, **SHAPE),
+    "gpt2": mp.TransformerConfig.gpt2(**SHAPE),
+}
 EVERY = "all-linear"
 METHODS = {
     "full": None,

@@ -198,7 +198,7 @@ def test_what_options_mean(unit, options, value):
 def test_a_wrong_row_is_an_error_that_names_it(tmp_path, changes, message):
     with pytest.raises(ValueError) as error:
         audit(read_published(write(tmp_path / "mine.csv", **changes)))
-    assert ("row 1" if "id" in changes else f"row 'mine': {message}") in str(error.value) and message in str(error.value)
+    assert (message if "id" in changes else f"row 'mine': {message}") in str(error.value)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -138,7 +138,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
 @pytest.mark.parametrize("command", ["count", "memory"])
 def test_help_has_examples_that_run(capsys, command):
     assert main([command, "--help"]) == 0
-    examples = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith(f"  minipeft {command} ")]
+    lines = capsys.readouterr().out.splitlines()
+    examples = [line.split()[1:] for line in lines if line.startswith(f"  minipeft {command} ")]
     assert len(examples) >= 5
     for argv in examples:
         assert "path/to" in argv[1] or main(argv) == 0

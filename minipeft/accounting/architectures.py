@@ -134,7 +134,8 @@ def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
     encoder = family in (bert, deberta)
     if family in (None, t5) or (task == "QUESTION_ANS" and not encoder):
         known = [t for t, (r, _) in FAMILIES.items() if r in (bert, deberta) or (task == "SEQ_CLS" and r != t5)]
-        raise ValueError(f"{task} heads are known of {', '.join(known)}; {arch.name} is of the family {arch.model_type}")
+        family_name = f"{arch.name} is of the family {arch.model_type}"
+        raise ValueError(f"{task} heads are known of {', '.join(known)}; {family_name}")
     d = arch.dimensions["hidden_size"]
     table = [(name, arch.kinds[name], shape) for name, shape in arch.items() if name != "lm_head.weight"]
     if encoder and (task == "QUESTION_ANS" or arch.model_type == "roberta"):

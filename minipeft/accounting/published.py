@@ -7,12 +7,13 @@ is no constant or formula for any row. A file of one's own has the same columns:
     id               names the row
     quantity         what is counted: "trainable parameters", "total parameters", "stored parameters", "share", or
                      anything else, where `options` say it in their terms
-    unit             params, elements, K, M, B; %, fraction; bytes, KiB, MiB, GiB, KB, MB, GB, TB; bits/param, bytes/param
+    unit             params, elements, K, M, B; %, fraction; bytes, KiB, MiB, GiB, KB, MB, GB, TB; bits/param,
+                     bytes/param
     published_value  the figure, and how far from it the computed one may be:
     tolerance
-    status           "reproduces ...", "does not reproduce ..." or "not computable ..."; empty: claimed, as if "reproduces"
-    options          the fields of `Options` as a JSON object; empty where this package has no rule for the row, which is
-                     listed as not covered
+    status           "reproduces ...", "does not reproduce ..." or "not computable ..."; empty: as if "reproduces"
+    options          the fields of `Options` as a JSON object; empty where this package has no rule for the row, which
+                     is listed as not covered
     source, table_or_path, model, method, hyperparameters, formula, notes    for the reader, and may be left out
 
 Example: mine.csv, for `minipeft audit mine.csv`:
@@ -63,19 +64,19 @@ SAMPLE = 2**18  # numbers quantized for the bytes of one; every block size divid
 class Options:
     """What a figure is about (a model, under one or several methods together), and what is done with it.
 
-    The quantity is by default the one that the column names. The options inside `sum` and `of` have the model, num_labels
-    and task beside them where they do not give their own.
+    The quantity is by default the one that the column names. The options inside `sum` and `of` have the model,
+    num_labels and task beside them where they do not give their own.
     """
 
     model: Any = option(None, "a published model's name, {name: ..., changes}, a config.json's content, or a number")
     num_labels: int | None = option(None, "classes of the head, as in `architecture`")
     task: str = option("SEQ_CLS", "the head, as in `architecture`")
-    config: Any = option(None, "null (full fine-tuning), frozen, head, an adapter_config.json's content, or a list of these")
+    config: Any = option(None, "null (all is trained), frozen, head, an adapter_config.json's content, or a list of these")
     quantity: str | None = option(None, "what is counted", choices=(None, "trainable", "stored", "total", "share"))
     only: str | None = option(None, "a regular expression: parameters of other names are not counted")
     ledger: dict | None = option(None, "arguments of `memory_ledger`, for a figure of memory instead of a count, with")
     line: Any = option(None, "a line of the ledger, a list of lines, model states or total")
-    quantize_4bit: dict | None = option(None, "arguments of `quantize_4bit`, for bytes a weight, with line codes or absmax")
+    quantize_4bit: dict | None = option(None, "arguments of `quantize_4bit`, for bytes of a weight; line: codes, absmax")
     code: dict | None = option(None, "{quant_type: ..., index: ...}: a number of a code book")
     bytes: float = option(1, "bytes a parameter, for sizes")
     times: float = option(1, "a factor: copies of a model, a part of it, -1 in a difference")

@@ -201,7 +201,7 @@ class _Op:
             Buffer(self.meter, nbytes, self.name)
 
     def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Callable[[Array], Array]:
-        """A pullback that makes a gradient of `shape`, working in `work` bytes; until it is dropped, `kept` is alive."""
+        """A pullback that makes a gradient of `shape`, working in `work` bytes; it keeps `kept` alive."""
 
         def pullback(g: Array, kept: Any = kept) -> Array:
             made = self.new(shape)
@@ -230,7 +230,7 @@ RULES: dict[str, Callable[..., tuple]] = {}
 
 
 def rule(fn: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register `_name(op, *arrays, **options) -> (value, *pullbacks)` for the op `name`, with that op's own arguments."""
+    """Register `_name(op, *arrays, **options) -> (value, *pullbacks)` for the op `name`, with its arguments."""
     RULES[fn.__name__[1:]] = fn
     return fn
 
@@ -242,7 +242,7 @@ def _through(g: Array) -> Array:
 
 # ------------------------------------------------------------------------------------- elementwise ops and reductions
 
-# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns the gradient itself.
+# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns its gradient.
 _ELEMENTWISE = {
     "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab",
     "minimum": "ab ab", "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y",
@@ -462,7 +462,7 @@ def _rms_norm(op, x, weight, eps=1e-6):
 
 @rule
 def _rope(op, x, cos, sin):
-    work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines of whole channels
+    work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines
     y = op.new(x.shape)
     op.works_in(work)
     return y, op.pull(x.shape, cos, sin, work=work), None, None

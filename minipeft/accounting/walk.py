@@ -78,7 +78,7 @@ def generate(model: Module, batch: int, seq_len: int, itemsize: int, max_new_tok
 
 
 def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter, sampled: bool = False) -> int:
-    """Generate from a model that is on shapes, after a prompt [batch, T]; returns the cache's last number of positions."""
+    """Generate from a model that is on shapes, after a prompt [batch, T]; returns the positions in the cache."""
     with meter, no_grad():
         cache = _Cache(meter)
         logits = next_logits(model, ids, None, cache)  # kept until the next ones are there, as in `generate`
@@ -95,7 +95,7 @@ def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter
 def unallocated_model(
     arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
 ) -> Module:
-    """A model under a method, without values: what is trained requires gradients, the frozen rest has its storage dtype.
+    """A model under a method, without values: what is trained requires gradients, the rest has its storage dtype.
 
     Raises ValueError for a family that this package does not build.
     """

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     count, trained = count_parameters(arch, config), trained_parameters(arch, config)
     if args.json:
         record = {
-            "model": arch.name, "method": method_name(args, config), "trainable": count.trainable, "stored": count.stored,
-            "total": count.total, "share": count.share,
+            "model": arch.name, "method": method_name(args, config), "trainable": count.trainable,
+            "stored": count.stored, "total": count.total, "share": count.share,
             "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
         }  # fmt: skip
         print(json.dumps(record, indent=1))

@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace, quantization: str | None) -> None:
         raise ValueError("--plain-scales is about weights in four bits: give --quantization or --method qlora")
     without = {  # options -> why they do nothing
         "mini_batch value_model": mode != "ppo" and "belongs to --ppo",
-        "optimizer checkpointing": mode in ("inference", "generate") and f"is for training, and --{mode} trains nothing",
+        "optimizer checkpointing": mode not in ("training", "ppo") and f"is for training, and --{mode} trains nothing",
         "batch checkpointing": args.seq is None and "is about sequences: give their length, --seq",
     }
     for names, reason in without.items():

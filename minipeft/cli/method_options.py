@@ -26,7 +26,7 @@ _LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": "stor
 # flag -> (the configuration's fields that it sets, those that the method has; help; what else argparse takes)
 FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "rank": (("r", "init_r"), "rank of lora, dora, pissa, qlora, vera, adalora", _NUMBER),
-    "target": (("target_modules",), "modules to adapt, by the ends of their paths; or all-linear (default of qlora)", _NAMES),
+    "target": (("target_modules",), "modules to adapt, by ends of their paths; or all-linear (qlora's default)", _NAMES),
     "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
     "layers": (("layers_to_transform",), "only these layers", _LAYERS),
     "modules_to_save": (("modules_to_save",), "modules trained whole beside it, as copies", _NAMES),
