@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 12 · Counting: where 4.7 million, 780 GB and 0.1 % come from
 #
-# Papers state numbers: so many trainable parameters, so much memory. Nearly all of them follow from a model's shapes
+# Papers state numbers of trainable parameters, and of bytes of memory. Nearly all of them follow from a model's shapes
 # and a method's options. This lesson recomputes the famous ones: from a formula, and again from a model that is built
 # (for 175 billion parameters without giving it memory) or, where this package builds none, as of T5, from the shapes of
 # its modules. Then it audits the literature, finds three slips, and predicts, line by line, the memory of three ways
@@ -261,7 +261,7 @@ assert [witness(f"lora-{what}") for what in ("gpt2m", "file-gpt2m")] == ["differ
 assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 0.001 / 1e6, 2) == 0.35
 
 # %% [markdown]
-# ## 8 · Foretold and measured
+# ## 8 · Predicted and measured
 #
 # A ledger that nobody checks is a guess. Here is one that can be checked: full fine-tuning, LoRA and QLoRA of a model
 # small enough for this machine. `memory_ledger` runs the model's own code on arrays without content and notes which are
