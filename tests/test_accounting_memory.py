@@ -115,25 +115,19 @@ def test_states_from_shapes_are_those_of_the_built_model(dialect, method):
     assert predicted(dialect, method, seq_len=None) == memory_ledger(built(dialect, method))
 
 
-def test_the_peak_of_evaluation_is_within_10_percent(dialect, method):
+@pytest.mark.parametrize("options", [{"mode": "evaluate"}, {"mode": "generate", "seq_len": 24, "max_new_tokens": 12}])
+def test_the_peak_of_evaluation_and_of_generation_is_within_10_percent(dialect, method, options):
     template = built(dialect, method)
 
-    def evaluate():
+    def use():
         model = template.copy()
-        with no_grad():
-            model.loss(IDS, IDS)
+        if options["mode"] == "generate":
+            model.generate(IDS[:, :24], max_new_tokens=12)
+        else:
+            with no_grad():
+                model.loss(IDS, IDS)
 
-    assert predicted(dialect, method, mode="evaluate").total == pytest.approx(measure_peak(evaluate), rel=0.10)
-
-
-def test_the_peak_of_generation_is_within_10_percent(dialect, method):
-    template, prompt = built(dialect, method), IDS[:, :24]
-
-    def generate():
-        template.copy().generate(prompt, max_new_tokens=12)
-
-    ledger = predicted(dialect, method, seq_len=24, mode="generate", max_new_tokens=12)
-    assert ledger.total == pytest.approx(measure_peak(generate), rel=0.10)
+    assert predicted(dialect, method, **options).total == pytest.approx(measure_peak(use), rel=0.10)
 
 
 def test_the_cache_of_generation_is_predicted_as_it_grows(dialect):

@@ -94,21 +94,21 @@ def ppo_ledger(
     ids = np.zeros((batch, prompt_len + response_len), np.int64)
     ones = np.ones_like(ids)
     phases = []
+    meter.take_peak()  # from here on
 
-    meter.reset_peak()
+    # 1. The policy answers the prompts.
     positions = walk.continue_prompt(policy, ids[:, :prompt_len], response_len, meter, sampled=True)
     held["KV cache"] = kv_cache_bytes(policy.config, batch, positions, p.activations)
-    phases.append(meter.at_peak)
+    phases.append(meter.take_peak())
+    # 2. Log-probabilities and values of a minibatch, and 3. scores of all responses.
     with meter, no_grad():
-        meter.reset_peak()
         trainer.outputs(ids[:rows], ones[:rows], response_len)
-        phases.append(meter.at_peak)
+        phases.append(meter.take_peak())
         if reward is not None:
-            meter.reset_peak()
             reward.rewards(ids, ones)
-            phases.append(meter.at_peak)
+            phases.append(meter.take_peak())
+    # 4. A minibatch's loss and backward pass, and the optimizer's step.
     with meter:
-        meter.reset_peak()
         loss, new = _minibatch_loss(trainer, ids[:rows], ones[:rows], response_len)
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)

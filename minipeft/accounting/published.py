@@ -216,13 +216,14 @@ def _term(options: Options, quantity: str | None) -> float:
     if options.model is None:
         raise ValueError("the options name no model")
     arch = architecture(options.model, options.num_labels, options.task)
-    configs = [_config(c) for c in _as_list(options.config)]
+    configs, lines = ([v] if not isinstance(v, list) else v for v in (options.config, options.line))
+    configs = [_config(value) for value in configs]
     if options.ledger is not None:
         if len(configs) > 1:
             raise ValueError("a ledger is of one method, not of a list")
         ledger = memory_ledger(arch, configs[0], **options.ledger)
-        lines = {**ledger.held, "model states": ledger.model_states, "total": ledger.total}
-        return sum(_known("line", line, lines) for line in _as_list(options.line))
+        known = {**ledger.held, "model states": ledger.model_states, "total": ledger.total}
+        return sum(_known("line", line, known) for line in lines)
     quantity = options.quantity or quantity
     if quantity is None:
         raise ValueError("the options must say which quantity this is: trainable, stored, total or share")
@@ -257,10 +258,6 @@ def _count(arch: Architecture, configs: list, only: str | None) -> ParameterCoun
         stored=sum(c.stored for c in counts),
         total=base + sum(c.total - base for c in counts),
     )
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def _known(what: str, name: Any, known: Mapping[str, Any] | Iterable[Any]) -> Any:

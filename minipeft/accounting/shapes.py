@@ -51,7 +51,7 @@ class Meter:
     """Evaluates ops on shapes, on this thread, inside `with`; counts the bytes of the arrays alive, by line and by op.
 
     line, current, lines, ops   the line that new arrays are counted in; bytes now, their sum and by line and op
-    peak, at_peak               the largest sum since `reset_peak`, and the bytes by line at that moment
+    peak, at_peak               the largest sum since `take_peak`, and the bytes by line at that moment
 
     Args:
         itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
@@ -86,9 +86,11 @@ class Meter:
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, dict(self.lines)
 
-    def reset_peak(self) -> None:
-        """Start to look for the largest sum."""
+    def take_peak(self) -> dict[str, int]:
+        """The largest sum by line so far, which is then looked for anew."""
+        seen = self.at_peak
         self.peak, self.at_peak = self.current, {line: n for line, n in self.lines.items() if n}
+        return seen
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""

@@ -73,10 +73,9 @@ def run(args: argparse.Namespace) -> int:
         sources = dict.fromkeys((row.get("source") or "").partition(" (")[0].partition(",")[0] for row in rows)
         rows = [row for row in rows if args.source.lower() in (row.get("source") or "").lower()]
         if not rows:
-            raise ValueError(
-                f"no row's source contains {args.source!r}{nearest(args.source, sources)} "
-                f"(known: {', '.join(filter(None, sources)) or 'none'})"
-            )
+            known = ", ".join(filter(None, sources)) or "none"
+            hint = f"{nearest(args.source, sources)} (known: {known})"
+            raise ValueError(f"no row's source contains {args.source!r}{hint}")
     findings = audit(rows)
     shown = [f for f in findings if args.verdict is None or f.verdict == args.verdict.replace("-", " ")]
     counts = tally(findings)
@@ -94,16 +93,11 @@ def as_json(finding: AuditedRow) -> dict[str, Any]:
     """One row, with numbers as numbers."""
     row = finding.row
     shown = ("id", "source", "table_or_path", "model", "method", "hyperparameters", "quantity", "unit", "status")
-    return {
-        **{key: row[key] for key in shown if key in row},
-        "published": float(row["published_value"]),
-        "tolerance": float(row["tolerance"]),
-        "computed": finding.computed,
-        "verdict": finding.verdict,
-        "as_its_status_says": finding.expected,
-        "solved_from_the_figure": finding.solved,
-        "reason": finding.reason,
-    }
+    return {key: row[key] for key in shown if key in row} | {
+        "published": float(row["published_value"]), "tolerance": float(row["tolerance"]),
+        "computed": finding.computed, "verdict": finding.verdict, "as_its_status_says": finding.expected,
+        "solved_from_the_figure": finding.solved, "reason": finding.reason,
+    }  # fmt: skip
 
 
 def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:

@@ -104,9 +104,8 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     for text in args.set:
         field, equals, value = text.partition("=")
         if not equals or field not in fields:
-            raise ValueError(
-                f"--set takes FIELD=VALUE; {field!r} is no option of {type(like).__name__}{nearest(field, fields)}"
-            )
+            near = nearest(field, fields)
+            raise ValueError(f"--set takes FIELD=VALUE; {field!r} is no option of {type(like).__name__}{near}")
         try:
             options[field] = json.loads(value)
         except json.JSONDecodeError:
@@ -121,17 +120,13 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     return config, METHODS[name].quantized
 
 
+_FIXED = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "qlora": {"target_modules": "all-linear"}}
+
+
 def _fixed(method: str, like: Any) -> dict[str, Any]:
     """The options that make the method itself, or have no default in PEFT."""
-    fixed = {
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa"},
-        "qlora": {"target_modules": "all-linear"},
-        "adalora": {"total_step": like.to_dict().get("total_step")},
-    }.get(method, {})
-    if hasattr(like, "num_virtual_tokens"):
-        fixed["num_virtual_tokens"] = like.num_virtual_tokens
-    return fixed
+    needed = [name for name in ("num_virtual_tokens", "total_step") if hasattr(like, name)]
+    return {**_FIXED.get(method, {}), **{name: getattr(like, name) for name in needed}}
 
 
 def _read(path: Path) -> Any:
