@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import accounting_cases
 import numpy as np
 import pytest
@@ -106,6 +109,16 @@ def test_a_rank_costs_no_time_however_large_the_model(monkeypatch):
     monkeypatch.setattr(np, "zeros", None)  # nothing is allocated
     count = count_parameters("gpt3", mp.LoraConfig(r=12288, target_modules="all-linear"))
     assert count.trainable == 96 * 12288 * 12288 * (2 + 4 + 5 + 5)
+
+
+def test_counting_loads_neither_training_nor_quantization_nor_text():
+    code = (
+        "import sys; import minipeft as mp; mp.accounting.count_parameters('gpt2', mp.LoraConfig()); "
+        "mp.accounting.memory_ledger('gpt2', mp.LoraConfig()); print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "minipeft.accounting.memory" in loaded
+    assert {f"minipeft.{name}" for name in ("train", "rlhf", "text", "hub", "quant")} & set(loaded) == set()
 
 
 def test_trained_biases_are_copies_beside_the_frozen_ones():

@@ -69,11 +69,12 @@ def test_the_reference_shares_what_is_frozen():
     assert full["reward model"] == lora["reward model"] == score_for_head
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (("gpt2", None, 8, 32, 24, 0), "mini_batch must be a positive integer, not 0"),
-    (("gpt2", "frozen", 8), "nothing to train"),
-    (("bert-base", LoraConfig()), "activations are known of"),
+@pytest.mark.parametrize(("model", "config", "options", "sentence"), [
+    ("gpt2", None, {"mini_batch": 0}, "mini_batch must be a positive integer, not 0"),
+    ("gpt2", "frozen", {}, "nothing to train"),
+    ("bert-base", LoraConfig(), {}, "activations are known of"),
+    (Transformer(CONFIGS["gpt2"], seed=None), LoraConfig(), {}, "a built model says itself what it trains"),
 ])
-def test_nonsense_is_refused_in_one_sentence(arguments, sentence):
+def test_nonsense_is_refused_in_one_sentence(model, config, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ppo_ledger(*arguments[:5], **({"mini_batch": arguments[5]} if arguments[5:] else {}))
+        ppo_ledger(model, config, 8, **options)
