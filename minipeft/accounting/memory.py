@@ -250,26 +250,21 @@ def states_from_shapes(
     shapes = trained_parameters(arch, config)
     trained, is_method = elements(shapes), hasattr(config, "parameter_shapes")
     frozen = {name: shape for name, shape in arch.items() if name not in shapes}
-    packed = {name: frozen.pop(name) for name in list(frozen) if quantization and _is_packed(name, arch.kinds[name])}
-    nbytes = elements(frozen) * p.frozen
-    if packed:
+    packed = 0  # bytes in four bits
+    if quantization:
         from ..quant.nf4 import book_bytes, storage_bytes
+        from ..quant.surgery import HEADS
 
-        books = book_bytes(double_quantization)  # which all layers share
-        sizes = map(math.prod, packed.values())
-        nbytes += books + sum(storage_bytes(n, compress_statistics=double_quantization) - books for n in sizes)
+        inside = [n for n in frozen if arch.kinds[n] in ("linear", "conv1d") and not set(HEADS) & set(n.split("."))]
+        sizes, books = [math.prod(frozen.pop(n)) for n in inside], book_bytes(double_quantization)
+        packed = sum(storage_bytes(n, compress_statistics=double_quantization) - books for n in sizes)
+        packed += books * bool(sizes)  # which all layers share
     lines = {
-        "frozen weights": nbytes,
+        "frozen weights": elements(frozen) * p.frozen + packed,
         "trained weights": 0 if is_method else trained * p.trained,
         "adapters": (trained + elements(constant_parameters(arch, config))) * p.trained if is_method else 0,
     }
     return States(lines, trained, elements(config.training_state_shapes(shapes)) if is_method else 0)
-
-
-def _is_packed(name: str, kind: str) -> bool:
-    from ..quant.surgery import HEADS
-
-    return kind in ("linear", "conv1d") and not set(HEADS) & set(name.split("."))
 
 
 def states_of(model: Module, p: Precision) -> States:
