@@ -547,7 +547,7 @@ def check_adapters(model: Any, what: str) -> None:
     """ValueError for a PeftModel that trains an adapter whose method takes part in the training loop: AdaLoRA."""
     for name in getattr(model, "active_adapters", ()):
         config = model.peft_config[name]
-        if config.averages and any(p.requires_grad for _, part in model.parts(name) for p in part.parameters()):
+        if config.training_callback(model, name) and any(p.requires_grad for _, part in model.parts(name) for p in part.parameters()):
             raise ValueError(
                 f"the {what}'s adapter {name!r} is {config.peft_type}, which adds a penalty to the model's own loss "
                 "and prunes after every optimizer step; this trainer does neither: take another method, such as LoRA"
