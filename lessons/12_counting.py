@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Lesson 12 · Counting: where 4.7 million, 780 GB and 0.1 % come from
 #
-# Papers state numbers: so many trainable parameters, so much memory. Nearly all of them follow from a model's shapes
+# Papers state numbers of trainable parameters, and of bytes of memory. Nearly all of them follow from a model's shapes
 # and a method's options. This lesson recomputes the famous ones: from a formula, and again from a model that is built
 # (for 175 billion parameters without giving it memory) or, where this package builds none, as of T5, from the shapes of
-# its modules. Then it audits the literature, finds three slips, and foretells, line by line, the memory of three ways
+# its modules. Then it audits the literature, finds three slips, and predicts, line by line, the memory of three ways
 # to fine-tune, which it measures as well.
 #
 # You need the lessons on LoRA and QLoRA. Run it with `python lessons/12_counting.py`, or open it as a notebook. What it
@@ -261,7 +261,7 @@ assert [witness(f"lora-{what}") for what in ("gpt2m", "file-gpt2m")] == ["differ
 assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 0.001 / 1e6, 2) == 0.35
 
 # %% [markdown]
-# ## 8 · Foretold and measured
+# ## 8 · Predicted and measured
 #
 # A ledger that nobody checks is a guess. Here is one that can be checked: full fine-tuning, LoRA and QLoRA of a model
 # small enough for this machine. `memory_ledger` runs the model's own code on arrays without content and notes which are
@@ -274,7 +274,7 @@ mine = mp.TransformerConfig.llama(
 )
 BATCH, LENGTH = 2, 128
 text = np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH))
-METHODS = {
+COUNTED = {
     "full": (None, {}, lambda: mp.Transformer(mine, seed=0)),
     "LoRA": (config, {}, lambda: mp.get_peft_model(mp.Transformer(mine, seed=0), config)),
     "QLoRA": (
@@ -326,12 +326,12 @@ def peak(make):
 threads = mp.backend.get_num_threads()
 mp.backend.set_num_threads(1)  # how many work at the same moment is the scheduler's affair; one measures the same again
 bars = {}
-print(f"\n{count_parameters(mine).total:,} parameters, {BATCH} x {LENGTH} tokens; MB foretold / measured")
-for name, (method, how, make) in METHODS.items():
+print(f"\n{count_parameters(mine).total:,} parameters, {BATCH} x {LENGTH} tokens; MB predicted / measured")
+for name, (method, how, make) in COUNTED.items():
     make().loss(text, text)  # whatever is made once is made
     ledger = memory_ledger(mine, method, BATCH, LENGTH, **how)
     held = ledger.held
-    foretold = {
+    predicted = {
         "weights": held["frozen weights"] + held["trained weights"] + held["adapters"],
         "kept for backward": held["activations"] + held["logits"],
         "gradients": held["gradients"],
@@ -340,14 +340,14 @@ for name, (method, how, make) in METHODS.items():
     tracemalloc.start()
     measured = apart(make)
     tracemalloc.stop()
-    foretold["peak"], measured["peak"] = ledger.total, measured["weights"] + peak(make)
+    predicted["peak"], measured["peak"] = ledger.total, measured["weights"] + peak(make)
     print(
         f"  {name:6s}"
-        + "".join(f"  {line} {foretold[line] / 1e6:.1f} / {measured[line] / 1e6:.1f}" for line in foretold)
+        + "".join(f"  {line} {predicted[line] / 1e6:.1f} / {measured[line] / 1e6:.1f}" for line in predicted)
     )
-    for line in foretold:
-        assert abs(foretold[line] - measured[line]) < 0.1 * measured[line], line
-    bars[name] = foretold, measured
+    for line in predicted:
+        assert abs(predicted[line] - measured[line]) < 0.1 * measured[line], line
+    bars[name] = predicted, measured
 mp.backend.set_num_threads(threads)
 assert bars["QLoRA"][1]["peak"] < bars["LoRA"][1]["peak"] < bars["full"][1]["peak"]
 assert bars["LoRA"][1]["optimizer states"] < bars["full"][1]["optimizer states"] / 10
@@ -401,8 +401,8 @@ labels = {
     "optimizer states": "optimizer states",
     "batch": "activations, gradients, working memory",
 }
-for i, (foretold, measured) in enumerate(bars.values()):
-    for shift, lines, alpha in ((-0.2, foretold, 0.5), (0.2, measured, 1.0)):
+for i, (predicted, measured) in enumerate(bars.values()):
+    for shift, lines, alpha in ((-0.2, predicted, 0.5), (0.2, measured, 1.0)):
         parts = {"weights": lines["weights"], "optimizer states": lines["optimizer states"]}
         parts["batch"] = lines["peak"] - sum(parts.values())
         left = 0.0
@@ -415,7 +415,7 @@ axes[0].set_yticks(range(len(bars)), list(bars))
 axes[0].invert_yaxis()
 axes[0].margins(x=0.12)
 axes[0].set(
-    title=f"A step of {count_parameters(mine).total / 1e6:.1f}M parameters (pale: foretold, full: measured)",
+    title=f"A step of {count_parameters(mine).total / 1e6:.1f}M parameters (pale: predicted, full: measured)",
     xlabel="MB",
 )
 axes[0].legend(fontsize=8, loc="lower right")

@@ -187,9 +187,9 @@ def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
         inside = [_words(k, metadata) for k in get_args(kind)]
         origin = get_origin(kind) or kind
         if origin in (list, tuple):
-            return f"a list, each {inside[0]}"
+            return f"a list, each {inside[0]}" if inside else "a list"
         if origin is dict:
-            return f"a dictionary, each value {inside[1]}"
+            return f"a dictionary, each value {inside[1]}" if inside else "a dictionary"
         return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
     limits = {"least": "of at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
     said = [text.format(f"{metadata[name]:g}") for name, text in limits.items() if name in metadata]

@@ -6,143 +6,75 @@ import gc
 import math
 import tracemalloc
 
+import accounting_cases
 import numpy as np
 import pytest
+from accounting_cases import CONFIGS, EVERY, METHODS, QUANTIZED, built, skip_what_does_not_fit
 
+from minipeft import BottleneckConfig, LoraConfig, SequenceClassifier, Transformer, get_peft_model
 from minipeft.accounting import MemoryLedger, Precision, architecture, measure_peak, memory_ledger
-from minipeft.accounting.memory import WEIGHTS, kv_cache_bytes
+from minipeft.accounting.memory import WEIGHT_LINES, kv_cache_bytes
 from minipeft.autograd.tensor import no_grad
-from minipeft.backend import Rng, get_num_threads, is_array, set_num_threads
-from minipeft.nn.heads import SequenceClassifier, head_only
+from minipeft.backend import Rng, is_array
+from minipeft.nn.layers import Linear
 from minipeft.nn.module import Module
-from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
-from minipeft.peft.adalora import AdaLoraConfig
-from minipeft.peft.bitfit import BitFitConfig
-from minipeft.peft.bottleneck import BottleneckConfig
-from minipeft.peft.ia3 import IA3Config
-from minipeft.peft.ln_tuning import LNTuningConfig
-from minipeft.peft.lora import LoraConfig
-from minipeft.peft.model import get_peft_model
-from minipeft.peft.p_tuning import PromptEncoderConfig
-from minipeft.peft.prefix_tuning import PrefixTuningConfig
-from minipeft.peft.prompt_tuning import PromptTuningConfig
-from minipeft.peft.vera import VeraConfig
-from minipeft.quant import quantize_model
+from minipeft.nn.transformer import KVCache
+from minipeft.quant import Linear4bit
+from minipeft.quant.nf4 import storage_bytes
+from minipeft.train.callbacks import Callbacks
 from minipeft.train.optim import SGD, Adam, AdamW
 
 B, T = 3, 128
-SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
-CONFIGS = {"llama": TransformerConfig.llama(num_key_value_heads=2, **SHAPE), "gpt2": TransformerConfig.gpt2(**SHAPE)}
-EVERY = "all-linear"
-METHODS = {
-    "full": None,
-    "head": "head",
-    "lora": LoraConfig(r=8),
-    "lora, every layer": LoraConfig(r=8, target_modules=EVERY, modules_to_save=["lm_head"]),
-    "lora with dropout": LoraConfig(r=8, target_modules=EVERY, lora_dropout=0.1),
-    "dora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "pissa": LoraConfig(r=8, target_modules=EVERY, init_lora_weights="pissa"),
-    "qlora": LoraConfig(r=8, target_modules=EVERY),
-    "qlora, plain scales": LoraConfig(r=8, target_modules=EVERY),
-    "qdora": LoraConfig(r=8, target_modules=EVERY, use_dora=True),
-    "vera": VeraConfig(r=16),
-    "adalora": AdaLoraConfig(total_step=10, target_modules=EVERY),
-    "ia3": IA3Config(),
-    "ln": LNTuningConfig(),
-    "bitfit": BitFitConfig(),
-    "houlsby": BottleneckConfig(placement="houlsby"),
-    "parallel": BottleneckConfig(placement="parallel", scaling=4),
-    "prompt": PromptTuningConfig(num_virtual_tokens=16),
-    "prefix": PrefixTuningConfig(num_virtual_tokens=16),
-    "prefix by an MLP": PrefixTuningConfig(num_virtual_tokens=16, prefix_projection=True),
-    "p-tuning": PromptEncoderConfig(num_virtual_tokens=16),
-}
-QUANTIZED = {  # what of METHODS stands on a base in four bits, and how
-    "qlora": dict(quantization="nf4"),
-    "qlora, plain scales": dict(quantization="nf4", double_quantization=False),
-    "qdora": dict(quantization="nf4"),
-}
+dialect, one_thread = accounting_cases.dialect, accounting_cases.one_thread
 IDS = np.random.default_rng(0).integers(0, 512, (B, T)).astype(np.int64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """How many threads work at the same moment is the scheduler's affair; with one, measurements repeat themselves."""
-    before = get_num_threads()
-    set_num_threads(1)
-    yield
-    set_num_threads(before)
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def dialect(request):
-    return request.param
 
 
 @pytest.fixture(params=METHODS)
 def method(request, dialect):
-    if request.param == "bitfit" and dialect == "llama":
-        pytest.skip("the Llama dialect has no biases to train")
+    skip_what_does_not_fit(dialect, request.param)
     return request.param
 
 
-def built(dialect: str, method: str) -> Module:
-    model, config = Transformer(CONFIGS[dialect], seed=0), METHODS.get(method, method)
-    if method in QUANTIZED:
-        model = quantize_model(model, compress_statistics=QUANTIZED[method].get("double_quantization", True))
-    if not isinstance(config, str):
-        return model if config is None else get_peft_model(model, config)
-    return head_only(model) if config == "head" else model.requires_grad_(False)
-
-
-def foretold(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
+def predicted(dialect: str, method: str, batch: int = B, seq_len: int | None = T, **options) -> MemoryLedger:
     config = METHODS.get(method, method)
     return memory_ledger(CONFIGS[dialect], config, batch, seq_len, **QUANTIZED.get(method, {}), **options)
 
 
-def callbacks_of(model: Module) -> list:
-    """What the Trainer calls around the optimizer's step."""
-    return model.training_callbacks() if hasattr(model, "training_callbacks") else []
-
-
-def held_by(fn) -> int:
-    """Bytes of the arrays that `fn` leaves allocated; Python's own objects weigh much on models this small."""
-    fn()  # whatever is made once is made
-    gc.collect()
-    tracemalloc.start()
-    result = fn()
-    held = arrays()
-    tracemalloc.stop()
-    del result
-    return held
-
-
 def arrays() -> int:
-    """Bytes of all NumPy arrays made since tracemalloc was started, and of nothing else."""
+    """Bytes of all NumPy arrays made since tracemalloc was started; Python's own objects weigh much on small models."""
     domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
 
 
-def train(dialect: str, method: str, checkpointing: bool) -> None:
-    """Two steps, for the optimizer's states are there from the second on."""
-    model = built(dialect, method)
+def kept(model: Module) -> int:
+    """Bytes of the arrays that the forward pass keeps."""
+    model.loss(IDS, IDS)  # whatever is made once is made
+    gc.collect()
+    tracemalloc.start()
+    loss = model.loss(IDS, IDS)
+    held = arrays()
+    tracemalloc.stop()
+    del loss
+    return held
+
+
+def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
+    """Two steps, for the optimizer's states are there from the second on; returns the bytes of those states."""
     model.gradient_checkpointing_enable(checkpointing)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-    callbacks = callbacks_of(model)
+    optimizer, callbacks = make([p for p in model.parameters() if p.requires_grad]), Callbacks(model)
     for step in (1, 2):
         model.loss(IDS, IDS, rng=Rng(step)).backward()
-        for callback in callbacks:
-            callback.before_step(model, step)
+        callbacks.before_step(model, step)
         optimizer.step()
-        for callback in callbacks:
-            callback.after_step(model, step)
+        callbacks.after_step(model, step, {})
         optimizer.zero_grad()
+    return sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_training_is_within_10_percent(dialect, method, checkpointing):
-    measured = measure_peak(lambda: train(dialect, method, checkpointing))
-    by_name = foretold(dialect, method, checkpointing=checkpointing)
+    measured = measure_peak(lambda: train(built(dialect, method), checkpointing))
+    by_name = predicted(dialect, method, checkpointing=checkpointing)
     assert by_name.total == pytest.approx(measured, rel=0.10)
     assert sum(by_name.lines.values()) == by_name.total
     of_model = memory_ledger(built(dialect, method), batch=B, seq_len=T, checkpointing=checkpointing)
@@ -151,7 +83,7 @@ def test_the_peak_of_training_is_within_10_percent(dialect, method, checkpointin
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect, method, checkpointing):
-    ledger, ids = foretold(dialect, method, 2, 64, checkpointing=checkpointing), IDS[:2, :64]
+    ledger, ids = predicted(dialect, method, 2, 64, checkpointing=checkpointing), IDS[:2, :64]
     built(dialect, method).loss(ids, ids)  # whatever is made once is made
     tracemalloc.start()
     try:
@@ -166,53 +98,43 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
         optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         optimizer.step()
         found["optimizer states"] = arrays() - total - found["gradients"]
-        total = arrays()
-        callbacks = callbacks_of(model)
-        for callback in callbacks:
-            callback.after_step(model, 1)
+        total, callbacks = arrays(), Callbacks(model)
+        callbacks.after_step(model, 1, {})
         found["running averages"] = arrays() - total
     finally:
         tracemalloc.stop()
     held = dict(ledger.held)
-    held["weights"] = sum(held[line] for line in WEIGHTS)
+    held["weights"] = sum(held[line] for line in WEIGHT_LINES)
     held["kept"] = held["activations"] + held["logits"]
     assert {line: held[line] for line in found} == {
         line: pytest.approx(n, rel=0.02, abs=64) for line, n in found.items()
     }
 
 
-def test_states_from_shapes_are_those_of_the_model(dialect, method):
-    """Without a length nothing is built, with one everything is: two ways to the same bytes."""
-    by_shape, built = foretold(dialect, method, seq_len=None).held, foretold(dialect, method).held
-    assert by_shape == {line: built[line] for line in by_shape}
+def test_states_from_shapes_are_those_of_the_built_model(dialect, method):
+    assert predicted(dialect, method, seq_len=None) == memory_ledger(built(dialect, method))
 
 
-def test_the_peak_of_evaluation_is_within_10_percent(dialect, method):
+@pytest.mark.parametrize("options", [{"mode": "evaluate"}, {"mode": "generate", "seq_len": 24, "max_new_tokens": 12}])
+def test_the_peak_of_evaluation_and_of_generation_is_within_10_percent(dialect, method, options):
     template = built(dialect, method)
 
-    def evaluate():
+    def use():
         model = template.copy()
-        with no_grad():
-            model.loss(IDS, IDS)
+        if options["mode"] == "generate":
+            model.generate(IDS[:, :24], max_new_tokens=12)
+        else:
+            with no_grad():
+                model.loss(IDS, IDS)
 
-    assert foretold(dialect, method, mode="evaluate").total == pytest.approx(measure_peak(evaluate), rel=0.10)
-
-
-def test_the_peak_of_generation_is_within_10_percent(dialect, method):
-    template, prompt = built(dialect, method), IDS[:, :24]
-
-    def generate():
-        template.copy().generate(prompt, max_new_tokens=12)
-
-    ledger = foretold(dialect, method, seq_len=24, mode="generate", max_new_tokens=12)
-    assert ledger.total == pytest.approx(measure_peak(generate), rel=0.10)
+    assert predicted(dialect, method, **options).total == pytest.approx(measure_peak(use), rel=0.10)
 
 
-def test_the_cache_of_generation_is_foretold_as_it_grows(dialect):
+def test_the_cache_of_generation_is_predicted_as_it_grows(dialect):
     """Positions held, and the room that doubling leaves."""
     c = CONFIGS[dialect]
     for prompt, new, room in ((16, 1, 16), (16, 2, 32), (16, 17, 32), (16, 18, 64), (3, 1, 16)):
-        ledger = foretold(dialect, "frozen", seq_len=prompt, mode="generate", max_new_tokens=new)
+        ledger = predicted(dialect, "frozen", seq_len=prompt, mode="generate", max_new_tokens=new)
         assert ledger.held["KV cache"] == kv_cache_bytes(c, B, prompt + new - 1)
         model, cache = built(dialect, "frozen"), KVCache()
         with no_grad():
@@ -224,30 +146,21 @@ def test_the_cache_of_generation_is_foretold_as_it_grows(dialect):
         assert ledger.lines["KV cache"] <= kv_cache_bytes(c, B, room) * 1.5
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_the_forward_pass_keeps_is_foretold_to_2_percent(dialect, checkpointing):
-    model = built(dialect, "full")
+@pytest.mark.parametrize(("trained", "checkpointing"), [("full", False), ("full", True), ("head", False)])
+def test_what_the_forward_pass_keeps_is_predicted_to_2_percent(dialect, trained, checkpointing):
+    model = built(dialect, trained)
     model.gradient_checkpointing_enable(checkpointing)
     ledger = memory_ledger(model, batch=B, seq_len=T)
-    kept = ledger.held["activations"] + ledger.held["logits"]
-    assert kept == pytest.approx(held_by(lambda: model.loss(IDS, IDS)), rel=0.02)
-    assert sum(ledger.activations_by_op.values()) == kept
-
-
-def test_a_frozen_backbone_keeps_no_activations(dialect):
-    model = built(dialect, "head")
-    ledger = memory_ledger(model, batch=B, seq_len=T)
-    assert ledger.activations_per_layer == (0,) * 3
-    kept = ledger.held["activations"] + ledger.held["logits"]
-    assert kept == pytest.approx(held_by(lambda: model.loss(IDS, IDS)), rel=0.02)
+    predicted_bytes = ledger.held["activations"] + ledger.held["logits"]
+    assert predicted_bytes == pytest.approx(kept(model), rel=0.02)
+    assert sum(ledger.activations_by_op.values()) == predicted_bytes
+    assert trained == "full" or ledger.activations_per_layer == (0,) * 3  # a frozen backbone keeps nothing
 
 
 def test_activations_of_a_llama_block_by_the_formula():
     c = CONFIGS["llama"]
     d, q, kv, ff = c.hidden_size, c.hidden_size, 2 * c.head_dim, c.intermediate_size
-    weights = sum(
-        64 * 64 * (i + 1) for i in range(T // 64)
-    )  # the causal trapezoid: per head, keys that a query block sees
+    weights = sum(64 * 64 * (i + 1) for i in range(T // 64))  # causal: the keys that each block of queries sees
     token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # norms with x̂'s rstd, attention, swiglu
     expected = 4 * (B * T * token + B * c.num_attention_heads * (weights + T))
     assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 3
@@ -258,50 +171,29 @@ def test_a_checkpointed_block_keeps_its_input(dialect):
     assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
-        ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
-    ],
-)  # fmt: skip
-def test_every_optimizer_is_foretold(dialect, name, make):
-    def steps(result):
-        model = built(dialect, "full")
-        optimizer = make(model.parameters())
-        for _ in range(2):
-            model.loss(IDS, IDS).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        result["states"] = sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
-
-    found = {}
-    measured = measure_peak(lambda: steps(found))
-    ledger = foretold(dialect, "full", optimizer=name)
+@pytest.mark.parametrize(("name", "make"), [
+    ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
+    ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
+])  # fmt: skip
+def test_every_optimizer_is_predicted(dialect, name, make):
+    states = []
+    measured = measure_peak(lambda: states.append(train(built(dialect, "full"), make=make)))
+    ledger = predicted(dialect, "full", optimizer=name)
     assert ledger.total == pytest.approx(measured, rel=0.10)
-    assert ledger.held["optimizer states"] == found["states"]
+    assert [ledger.held["optimizer states"]] == states
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_base_in_float16_is_foretold(dialect, checkpointing):
+def test_a_base_in_float16_is_predicted(dialect, checkpointing):
     base = built(dialect, "frozen")
     for p in base.parameters():
         p.data = p.data.astype(np.float16)
-
-    def steps():
-        model = get_peft_model(base.copy(), METHODS["lora"])
-        model.gradient_checkpointing_enable(checkpointing)
-        optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-        for _ in range(2):
-            model.loss(IDS, IDS).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    ledger = foretold(dialect, "lora", precision="float16-base", checkpointing=checkpointing)
-    assert ledger.total == pytest.approx(measure_peak(steps), rel=0.10)
+    measured = measure_peak(lambda: train(get_peft_model(base.copy(), METHODS["lora"]), checkpointing))
+    ledger = predicted(dialect, "lora", precision="float16-base", checkpointing=checkpointing)
+    assert ledger.total == pytest.approx(measured, rel=0.10)
 
 
-def test_a_classifier_is_foretold_too(dialect):
+def test_a_classifier_is_predicted_too(dialect):
     base, labels = Transformer(CONFIGS[dialect], seed=0), np.arange(B) % 3
     measured = measure_peak(lambda: SequenceClassifier(base, num_labels=3).loss(IDS, labels).backward())
     ledger = memory_ledger(SequenceClassifier(base, num_labels=3), batch=B, seq_len=T, labels=labels)
@@ -320,6 +212,9 @@ def test_a_float16_base_costs_half():
     whole, half = (memory_ledger(c, "head", B, T, precision=p) for p in ("float32", "float16-base"))
     assert half.held["frozen weights"] * 2 == whole.held["frozen weights"]
     assert half.held["trained weights"] == whole.held["trained weights"]
+    whole, half = (memory_ledger(c, "frozen", B, T, precision=p, quantization="nf4") for p in ("float32", "float16-base"))
+    rest = 512 * 128 + 7 * 128  # what is not in four bits: the tied table and the norms
+    assert whole.held["frozen weights"] - half.held["frozen weights"] == 2 * rest
 
 
 def test_the_classical_ledgers_of_full_fine_tuning():
@@ -329,10 +224,8 @@ def test_the_classical_ledgers_of_full_fine_tuning():
     assert memory_ledger("llama-65b", precision="mixed-float32-gradients").model_states == 18 * n
     assert memory_ledger("llama-65b", precision="bfloat16").model_states == 12 * n == 783_427_928_064
     assert memory_ledger("llama-65b", optimizer="sgd").model_states == 8 * n
-    assert (
-        memory_ledger("t5v1.1-xxl", precision=Precision(trained=2, gradients=2, states=1)).model_states
-        == 6 * 11_135_332_352
-    )
+    one_byte = Precision(trained=2, gradients=2, states=1)
+    assert memory_ledger("t5v1.1-xxl", precision=one_byte).model_states == 6 * 11_135_332_352
 
 
 def test_a_model_of_175_billion_parameters_is_walked_without_being_allocated():
@@ -370,26 +263,32 @@ def test_generation_computes_the_logits_of_the_last_position_alone(config):
     assert memory_ledger("smollm2-135m", config, 4, 128, mode="generate").lines["activations"] < every_position / 5
 
 
-def test_nonsense_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"precision must be one of float32, .* not 'fp8'"):
-        memory_ledger("gpt2", precision="fp8")
-    with pytest.raises(ValueError, match="optimizer must be one of adamw"):
-        memory_ledger("gpt2", optimizer="lion")
-    with pytest.raises(ValueError, match="seq_len must be a positive integer, not 0"):
-        memory_ledger("gpt2", seq_len=0)
-    with pytest.raises(ValueError, match=r"activations are known of .*gpt2, llama.* leave seq_len out"):
-        memory_ledger("bert-base", seq_len=128)
-    with pytest.raises(ValueError, match="config must be None"):
-        memory_ledger("gpt2", "lora")
-    with pytest.raises(ValueError, match="mode must be one of train, evaluate, generate, not 'dream'"):
-        memory_ledger("gpt2", mode="dream")
-    with pytest.raises(ValueError, match="quantization must be one of nf4, fp4, int4, not 'nf3'"):
-        memory_ledger("gpt2", LoraConfig(), quantization="nf3")
-    with pytest.raises(ValueError, match="weights in four bits are frozen"):
-        memory_ledger("gpt2", quantization="nf4")
-    with pytest.raises(ValueError, match="max_new_tokens must be a positive integer, not 0"):
-        memory_ledger("gpt2", "frozen", 1, 8, mode="generate", max_new_tokens=0)
-    with pytest.raises(ValueError, match="this model has 1024 positions"):
-        memory_ledger("gpt2", seq_len=1025)
-    with pytest.raises(ValueError, match="a built model says itself"):
-        memory_ledger(Transformer(CONFIGS["llama"], seed=None), quantization="nf4")
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(8, 64), (5, 33), (400, 48)])
+def test_bytes_in_four_bits_by_formula_are_those_of_a_layer(shape, double):
+    layer = Linear4bit.from_linear(Linear(shape[1], shape[0], bias=False, seed=0), compress_statistics=double)
+    nbytes = sum(p.data.nbytes for p in layer.parameters())
+    assert storage_bytes(math.prod(shape), compress_statistics=double) == nbytes
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (dict(precision="fp8"), r"precision must be one of float32, .* not 'fp8'"),
+    (dict(optimizer="lion"), "optimizer must be one of adamw"),
+    (dict(seq_len=0), "seq_len must be a positive integer, not 0"),
+    (dict(model="bert-base", seq_len=128), r"activations are known of .*gpt2, llama.* leave seq_len out"),
+    (dict(config="lora"), "config must be None"),
+    (dict(mode="dream"), "mode must be one of train, evaluate, generate, not 'dream'"),
+    (dict(config=LoraConfig(), quantization="nf3"), "quantization must be one of nf4, fp4, int4, not 'nf3'"),
+    (dict(quantization="nf4"), "weights in four bits are frozen"),
+    (dict(seq_len=8, mode="generate", max_new_tokens=0), "max_new_tokens must be a positive integer, not 0"),
+    (dict(seq_len=1025), "this model has 1024 positions"),
+    (dict(model=Transformer(CONFIGS["llama"], seed=None), quantization="nf4"), "a built model says itself"),
+    (dict(config="frozen", mode="generate"), "mode='generate' needs seq_len, the length of the prompt"),
+    (dict(seq_len=8, max_new_tokens=2), "max_new_tokens has no effect with mode='train' and seq_len=8"),
+    (dict(labels=IDS), "labels has no effect with mode='train' and seq_len=None"),
+    (dict(seq_len=8, labels=IDS, mode="generate"), "labels has no effect with mode='generate'"),
+    (dict(seq_len=8, checkpointing=True, mode="evaluate"), "checkpointing has no effect with mode='evaluate'"),
+])
+def test_nonsense_is_refused_in_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        memory_ledger(**{"model": "gpt2", **arguments})

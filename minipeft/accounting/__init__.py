@@ -1,12 +1,36 @@
-"""The arithmetic of fine-tuning, from shapes alone: tables, counts and bytes of models; the published figures audited."""
+"""The arithmetic of fine-tuning, from shapes alone: tables, counts and bytes of models; the published figures audited.
 
-from .architectures import Architecture, architecture
-from .memory import MemoryLedger, Precision, measure_peak, memory_ledger
-from .parameters import ParameterCount, count_parameters
-from .ppo import ppo_ledger
-from .published import audit, read_published
+A public name is imported when it is first used: counting parameters loads neither a method nor an optimizer, and a
+ledger loads what its own step runs.
+"""
 
-__all__ = [
-    "Architecture", "MemoryLedger", "ParameterCount", "Precision", "architecture", "audit", "count_parameters",
-    "measure_peak", "memory_ledger", "ppo_ledger", "read_published",
-]  # fmt: skip
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "architectures": "Architecture architecture",
+    "parameters": "ParameterCount count_parameters",
+    "precision": "Precision",
+    "memory": "MemoryLedger measure_peak memory_ledger",
+    "ppo": "ppo_ledger",
+    "published": "audit read_published",
+}
+_OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = list(_OBJECTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _OBJECTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_OBJECTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_HOMES])

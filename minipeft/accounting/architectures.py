@@ -17,7 +17,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -29,7 +29,7 @@ from ..nn.transformer import TransformerConfig
 
 Shape = tuple[int, ...]
 Entry = tuple[str, str, Shape]  # parameter name, kind, shape
-MOST, MOST_LAYERS = 2**31, 10_000  # of any dimension: beyond that it is a slip, and the table would not end
+MOST, MOST_LAYERS = 2**31, 10_000  # a larger dimension is a slip, and the table would not end
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def architecture(
     Args:
         model: a published model's name (`names()`); a Hugging Face config.json, its directory, or its content as a
             dictionary (with "name", changes to the configuration of that published model); a TransformerConfig,
-            whose table is that of `Transformer(config)`; or a number, for a model of which no more is known than how
-            many parameters it has.
-        num_labels: the model with Hugging Face's head for `task`, of so many classes, in place of a language model's.
+            whose table is that of `Transformer(config)`; or a number, for a model of which only the number of
+            parameters is known.
+        num_labels: the number of classes of Hugging Face's head for `task`, in place of a language model's; None: none.
         task: "SEQ_CLS", or for BERT, RoBERTa and DeBERTa "QUESTION_ANS" too (PEFT's names).
 
     Raises ValueError naming the nearest names when a name is unknown, and for a family without a rule here.
@@ -133,12 +133,9 @@ def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
         raise ValueError(f"task must be 'SEQ_CLS' or 'QUESTION_ANS', not {task!r}")
     encoder = family in (bert, deberta)
     if family in (None, t5) or (task == "QUESTION_ANS" and not encoder):
-        known = [
-            t for t, (rule, _) in FAMILIES.items() if rule in (bert, deberta) or (task == "SEQ_CLS" and rule != t5)
-        ]
-        raise ValueError(
-            f"{task} heads are known of {', '.join(known)}; {arch.name} is of the family {arch.model_type}"
-        )
+        known = [t for t, (r, _) in FAMILIES.items() if r in (bert, deberta) or (task == "SEQ_CLS" and r != t5)]
+        family_name = f"{arch.name} is of the family {arch.model_type}"
+        raise ValueError(f"{task} heads are known of {', '.join(known)}; {family_name}")
     d = arch.dimensions["hidden_size"]
     table = [(name, arch.kinds[name], shape) for name, shape in arch.items() if name != "lm_head.weight"]
     if encoder and (task == "QUESTION_ANS" or arch.model_type == "roberta"):
@@ -153,10 +150,9 @@ def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
     else:
         table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
         table += linear("classifier", d, num_labels)
-    shapes, kinds = {name: shape for name, _, shape in table}, {name: kind for name, kind, _ in table}
     name = f"{arch.name} with {num_labels} {'classes' if task == 'SEQ_CLS' else 'outputs a token'}"
     model_type = "llama" if family is llama else arch.model_type
-    return Architecture(name, model_type, shapes, kinds, dimensions=arch.dimensions)
+    return Architecture(name, model_type, *_columns(table), dimensions=arch.dimensions)
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Architecture:
@@ -174,15 +170,18 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
             raise ValueError(f"{name}: {key} must be a positive integer, not {c[key]!r}")
         if type(default) is int and c[key] > (limit := MOST_LAYERS if "layer" in key else MOST):
             raise ValueError(f"{name}: {key} must be at most {limit:,}, not {c[key]!r}")
-    shapes: dict[str, Shape] = {}
-    kinds: dict[str, str] = {}
-    tied: dict[str, str] = {}
-    for entry, kind, shape in rule(c):
-        if kind == "tied":
-            tied[entry] = shape
-        else:
-            shapes[entry], kinds[entry] = shape, kind
-    return Architecture(name, model_type, shapes, kinds, tied, _transformer_config(model_type, c), _dimensions(c))
+    table = list(rule(c))
+    tied = {entry: owner for entry, kind, owner in table if kind == "tied"}
+    return Architecture(
+        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(model_type, c),
+        _dimensions(c),
+    )  # fmt: skip
+
+
+def _columns(table: Iterable[Entry]) -> tuple[dict[str, Shape], dict[str, str]]:
+    """(shapes, kinds) by name."""
+    table = list(table)
+    return {name: shape for name, _, shape in table}, {name: kind for name, kind, _ in table}
 
 
 def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
@@ -190,13 +189,11 @@ def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
     d = c.get("hidden_size") or c.get("n_embd") or c.get("d_model")
     layers = c.get("num_hidden_layers") or c.get("n_layer") or c.get("num_layers")
     heads = c.get("num_attention_heads") or c.get("n_head") or c.get("num_heads")
-    return {
-        "hidden_size": d,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": c.get("head_dim") or c.get("d_kv") or d // heads,
-    }
+    return dict(
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c.get("d_kv") or d // heads,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- layers
@@ -454,24 +451,23 @@ _ALIASES = {
 }
 
 
+# GPT-2's fields, and those of `TransformerConfig`; Llama's have the same names in both
+_GPT2 = {
+    "vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size",
+    "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+
+
 def _as_hugging_face(c: TransformerConfig) -> dict[str, Any]:
-    if c.model_type == "gpt2":
-        return dict(
-            model_type="gpt2", vocab_size=c.vocab_size, n_positions=c.max_position_embeddings, n_embd=c.hidden_size,
-            n_layer=c.num_hidden_layers, n_head=c.num_attention_heads, n_inner=c.intermediate_size,
-            tie_word_embeddings=c.tie_word_embeddings,
-        )  # fmt: skip
-    return {"model_type": c.model_type, **{key: getattr(c, key) for key in _LLAMA}}
+    fields = _GPT2 if c.model_type == "gpt2" else {key: key for key in _LLAMA}
+    return {"model_type": c.model_type, **{theirs: getattr(c, ours) for theirs, ours in fields.items()}}
 
 
 def _transformer_config(model_type: str, c: Mapping[str, Any]) -> TransformerConfig | None:
-    """The configuration of `Transformer` for the families it builds."""
+    """The configuration of `Transformer` for the families that it builds."""
     if model_type == "gpt2":
-        return TransformerConfig.gpt2(
-            vocab_size=c["vocab_size"], max_position_embeddings=c["n_positions"], hidden_size=c["n_embd"],
-            num_hidden_layers=c["n_layer"], num_attention_heads=c["n_head"], intermediate_size=c["n_inner"],
-            tie_word_embeddings=c["tie_word_embeddings"],
-        )  # fmt: skip
+        return TransformerConfig.gpt2(**{ours: c[theirs] for theirs, ours in _GPT2.items()})
     if FAMILIES[model_type][0] is llama:
         return TransformerConfig(model_type=model_type, **{key: c[key] for key in _LLAMA})
     return None

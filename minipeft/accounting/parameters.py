@@ -53,10 +53,12 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
     Raises ValueError as `architecture` and `trained_parameters` do, and for what is no regular expression.
     """
     arch = model if isinstance(model, Architecture) else architecture(model)
+    try:
+        pattern = None if only is None else re.compile(only)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"only={only!r} is not a regular expression: {error}") from error
     trained, stored = trained_parameters(arch, config), stored_parameters(arch, config)
-    total = {**arch.shapes, **trained}
-    counts = [_size(shapes, _compiled(only)) for shapes in (trained, stored, total)]
-    return ParameterCount(*counts)
+    return ParameterCount(*[elements(shapes, pattern) for shapes in (trained, stored, {**arch.shapes, **trained})])
 
 
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
@@ -95,18 +97,14 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
             trained[f"{path}.modules_to_save.{attribute}"] = shape
             continue
         for key, added in config.parameter_shapes(path, kind, shape).items():
-            place = f"{path}.{key}"
-            if place in arch:  # BitFit's bias: a copy, beside the frozen one
-                place = f"{path}.modules_to_save.{key}"
-            trained[place] = added
+            copied = "modules_to_save." if f"{path}.{key}" in arch else ""  # BitFit's bias, beside the frozen one
+            trained[f"{path}.{copied}{key}"] = added
     for path, kind in paths.items():
         named = isinstance(config.target_modules, list)  # a regular expression may match what holds the layers, too
         if named and config.kinds and config.targets(path, kind) and kind not in config.kinds:
             what = f"of the kind {kind}" if kind else "not a layer but several"
-            raise ValueError(
-                f"target_modules: {path!r} of {arch.name} is {what}; {type(config).__name__} works on "
-                f"{', '.join(config.kinds)}"
-            )
+            works = f"{type(config).__name__} works on {', '.join(config.kinds)}"
+            raise ValueError(f"target_modules: {path!r} of {arch.name} is {what}; {works}")
     if not trained and config.target_modules is None:
         raise ValueError(f"{type(config).__name__} trains nothing of {arch.name}: no parameter there is of its kind")
     config.check_names(paths, trained)
@@ -129,9 +127,8 @@ def constant_parameters(arch: Architecture, config: Any = None) -> Mapping[str, 
 def _resolved(arch: Architecture, config: Any) -> Any:
     """The configuration with its targets, or a model's dimensions, filled in."""
     if not hasattr(config, "parameter_shapes"):
-        raise ValueError(
-            f"config must be None (full fine-tuning), 'head', 'frozen' or a method's configuration, not {config!r}"
-        )
+        what = "None (full fine-tuning), 'head', 'frozen' or a method's configuration"
+        raise ValueError(f"config must be {what}, not {config!r}")
     dimensions = SimpleNamespace(model_type=arch.model_type, **arch.dimensions)
     return config.with_targets(SimpleNamespace(config=arch.config or dimensions))
 
@@ -147,20 +144,14 @@ def _paths(arch: Architecture) -> dict[str, str]:
     paths: dict[str, str] = {}
     for name, kind, _ in _weights(arch):
         path = name.rpartition(".")[0]
-        parents = [path[:i] for i, character in enumerate(path) if character == "."]
-        for parent in parents:
-            paths.setdefault(parent, "")
+        for i, character in enumerate(path):
+            if character == ".":
+                paths.setdefault(path[:i], "")
         if kind != "bias":
             paths[path] = kind
     return paths
 
 
-def _size(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+def elements(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+    """The number of elements of all shapes, or of those whose whole name matches `only`."""
     return sum(math.prod(shape) for name, shape in shapes.items() if only is None or only.fullmatch(name))
-
-
-def _compiled(only: str | None) -> re.Pattern | None:
-    try:
-        return None if only is None else re.compile(only)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"only={only!r} is not a regular expression: {error}") from error

@@ -5,8 +5,8 @@
     value       a head on the policy's hidden states, or a model of its own
     reward      a model of its own, or a function, which costs nothing
 
-An update samples, looks again at what was sampled, scores it, and trains; the ledger is the moment of the most. It is
-read off `PPOTrainer`'s own code, run on shapes.
+An update samples responses, computes their log-probabilities and values, scores them, and trains on them. The ledger is
+the moment at which the sum is largest, read off `PPOTrainer`'s own code, run on shapes. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from ..nn.transformer import Transformer
 from ..rlhf.ppo import PPOConfig, PPOTrainer
 from ..rlhf.reward import RewardModel
 from . import walk
-from .architectures import Architecture, architecture
 from .memory import (
-    OPTIMIZERS,
-    PRECISIONS,
     MemoryLedger,
-    Precision,
     at_step,
-    built,
+    check_positive,
     kv_cache_bytes,
     named,
-    packing,
-    weights_of,
+    optimizer_lines,
+    states_and_model,
+    states_of,
 )
+from .precision import OPTIMIZERS, PRECISIONS, Precision
 from .shapes import Meter
 
 
@@ -66,36 +64,23 @@ def ppo_ledger(
     Raises ValueError as `memory_ledger` does, and where nothing of the policy is trained.
     """
     p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
-    for name, value in (
-        ("batch", batch),
-        ("prompt_len", prompt_len),
-        ("response_len", response_len),
-        ("mini_batch", mini_batch),
-    ):
-        if not (value is None and name == "mini_batch") and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    check_positive(batch=batch, prompt_len=prompt_len, response_len=response_len, mini_batch=mini_batch)
     rows = mini_batch or batch
-    if isinstance(model, Module):
-        policy = model.copy(share=True)
-    else:
-        arch = model if isinstance(model, Architecture) else architecture(model)
-        policy = built(arch, config, p, packing(config, quantization, double_quantization))
-    held, trained, _ = weights_of(policy, p, as_stored=isinstance(model, Module))
+    (held, trained, _), build = states_and_model(model, config, p, quantization, double_quantization)
+    policy = build()
     held["reference"] = trained * p.frozen
     if checkpointing is not None:
         walk.backbone_of(policy).gradient_checkpointing = checkpointing
     reward, value = _reward(reward_model, policy.config), _value(value_model, policy.config)
-    for line, given, other in (("reward model", reward_model, reward), ("value model", value_model, value)):
-        if other is not None:
-            sizes, n, _ = weights_of(other, p, as_stored=isinstance(given, Module))
-            held[line] = sum(sizes.values())
-    extra = policy.config.hidden_size + 1 if value is None else n  # what is trained beside the policy
-    held["value model"], trained = held.get("value model", extra * p.trained), trained + extra
-    held |= {
-        "master copies": trained * p.master,
-        "gradients": trained * p.gradients,
-        "optimizer states": trained * p.states * moments,
-    }
+    if reward is not None:
+        held["reward model"] = _bytes(reward_model, reward, p.frozen, p)
+    if value is None:
+        extra = policy.config.hidden_size + 1  # parameters of the value head
+        held["value model"] = extra * p.trained
+    else:
+        extra = sum(q.size for q in value.parameters() if q.requires_grad)
+        held["value model"] = _bytes(value_model, value, p.trained, p)
+    held |= optimizer_lines(trained + extra, p, moments)
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
     meter = Meter(p.activations)
@@ -109,21 +94,21 @@ def ppo_ledger(
     ids = np.zeros((batch, prompt_len + response_len), np.int64)
     ones = np.ones_like(ids)
     phases = []
+    meter.take_peak()  # from here on
 
-    meter.reset_peak()
+    # 1. The policy answers the prompts.
     positions = walk.continue_prompt(policy, ids[:, :prompt_len], response_len, meter, sampled=True)
     held["KV cache"] = kv_cache_bytes(policy.config, batch, positions, p.activations)
-    phases.append(meter.at_peak)
+    phases.append(meter.take_peak())
+    # 2. Log-probabilities and values of a minibatch, and 3. scores of all responses.
     with meter, no_grad():
-        meter.reset_peak()
         trainer.outputs(ids[:rows], ones[:rows], response_len)
-        phases.append(meter.at_peak)
+        phases.append(meter.take_peak())
         if reward is not None:
-            meter.reset_peak()
             reward.rewards(ids, ones)
-            phases.append(meter.at_peak)
+            phases.append(meter.take_peak())
+    # 4. A minibatch's loss and backward pass, and the optimizer's step.
     with meter:
-        meter.reset_peak()
         loss, new = _minibatch_loss(trainer, ids[:rows], ones[:rows], response_len)
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)
@@ -131,6 +116,13 @@ def ppo_ledger(
     phases.append(at_step(meter.at_peak, held["gradients"], p))
     most = max(phases, key=lambda lines: sum(lines.values()))
     return MemoryLedger({line: n for line, n in (static | dict(most)).items() if n}, held)
+
+
+def _bytes(given: bool | Module, model: Module, size: int, p: Precision) -> int:
+    """Bytes of a model: of a given one as it is stored, of another its elements times their size."""
+    if isinstance(given, Module):
+        return sum(states_of(model, p).lines.values())
+    return size * sum(q.size for q in model.parameters())
 
 
 def _minibatch_loss(trainer: PPOTrainer, ids: Any, mask: Any, n: int) -> tuple[Any, Any]:

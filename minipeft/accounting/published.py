@@ -1,40 +1,20 @@
 """The literature's figures, recomputed: which of them follow from shapes and options, and which do not.
 
 published.csv holds, row by row, what a paper or a README prints, with its source, its tolerance, what is known of it
-(`status`), and `options`: how to compute it, as JSON. A row is computed by the public functions from its options alone;
-there is no constant or formula for any row. A file of one's own has the same columns:
+(`status`), and `options`: how to compute it, as JSON. The public functions compute a row from its options alone; there
+is no constant or formula for any row. A file of one's own has the same columns:
 
     id               names the row
     quantity         what is counted: "trainable parameters", "total parameters", "stored parameters", "share", or
                      anything else, where `options` say it in their terms
-    unit             params, elements, K, M, B; %, fraction; bytes, KiB, MiB, GiB, KB, MB, GB, TB; bits/param, bytes/param
+    unit             params, elements, K, M, B; %, fraction; bytes, KiB, MiB, GiB, KB, MB, GB, TB; bits/param,
+                     bytes/param
     published_value  the figure, and how far from it the computed one may be:
     tolerance
-    status           "reproduces ...", "does not reproduce ..." or "not computable ..."; empty: claimed, as if "reproduces"
-    options          see below; empty where this package has no rule for the row, which is listed as not covered
+    status           "reproduces ...", "does not reproduce ..." or "not computable ..."; empty: as if "reproduces"
+    options          the fields of `Options` as a JSON object; empty where this package has no rule for the row, which
+                     is listed as not covered
     source, table_or_path, model, method, hyperparameters, formula, notes    for the reader, and may be left out
-
-The options are an object. What the figure is about:
-
-    model        what `architecture` takes: a published model's name, {"name": ..., fields of its configuration that
-                 differ}, the content of a config.json, or a number of parameters
-    num_labels, task    the head, as `architecture` takes it
-    config       the method: null (full fine-tuning), "frozen", "head", the content of an adapter_config.json, or a list
-                 of these, which are there together
-    quantity     "trainable", "stored", "total" or "share" (default: by the column)
-    only         a regular expression: parameters of other names are not counted
-    ledger       arguments of `memory_ledger`, for a figure of memory instead of a count, with
-    line         a line of the ledger, a list of lines, "model states" or "total"
-    quantize_4bit    arguments of `quantize_4bit`, for bytes a weight, with line "codes" or "absmax"
-    code         {"quant_type": ..., "index": ...}: a number of a code book
-
-and what is done with it:
-
-    bytes        bytes a parameter, for sizes
-    times        a factor: copies of a model, a part of it, -1 in a difference
-    sum          a list of options, whose values are added; model, num_labels and task are those beside the list where
-                 a term does not say them
-    of           options (which inherit in the same way) whose value this one is divided by
 
 Example: mine.csv, for `minipeft audit mine.csv`:
 
@@ -46,26 +26,21 @@ from __future__ import annotations
 
 import csv
 import difflib
-import importlib
-import inspect
 import io
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..files import FileError
-from ..peft.huggingface import METHODS
-from ..quant import quantize_4bit
-from ..quant.codebooks import CODES_4BIT
+from ..options import configuration, option
+from ..peft.huggingface import METHODS, config_class
 from .architectures import Architecture, architecture, names
 from .memory import memory_ledger
 from .parameters import ParameterCount, count_parameters
@@ -82,10 +57,31 @@ UNITS = {
     "bytes/param": 1,
 }  # fmt: skip
 INHERITED = ("model", "num_labels", "task")
-OPTIONS = (
-    *INHERITED, "config", "quantity", "only", "ledger", "line", "quantize_4bit", "code", "bytes", "times", "sum", "of",
-)  # fmt: skip
-WEIGHTS = 2**18  # a sample that every block size divides, for bytes a weight
+SAMPLE = 2**18  # numbers quantized for the bytes of one; every block size divides it
+
+
+@configuration(kw_only=True)
+class Options:
+    """What a figure is about (a model, under one or several methods together), and what is done with it.
+
+    The quantity is by default the one that the column names. The options inside `sum` and `of` have the model,
+    num_labels and task beside them where they do not give their own.
+    """
+
+    model: Any = option(None, "a published model's name, {name: ..., changes}, a config.json's content, or a number")
+    num_labels: int | None = option(None, "classes of the head, as in `architecture`")
+    task: str = option("SEQ_CLS", "the head, as in `architecture`")
+    config: Any = option(None, "null (all is trained), frozen, head, an adapter_config.json's content, or a list of these")
+    quantity: str | None = option(None, "what is counted", choices=(None, "trainable", "stored", "total", "share"))
+    only: str | None = option(None, "a regular expression: parameters of other names are not counted")
+    ledger: dict | None = option(None, "arguments of `memory_ledger`, for a figure of memory instead of a count, with")
+    line: Any = option(None, "a line of the ledger, a list of lines, model states or total")
+    quantize_4bit: dict | None = option(None, "arguments of `quantize_4bit`, for bytes of a weight; line: codes, absmax")
+    code: dict | None = option(None, "{quant_type: ..., index: ...}: a number of a code book")
+    bytes: float = option(1, "bytes a parameter, for sizes")
+    times: float = option(1, "a factor: copies of a model, a part of it, -1 in a difference")
+    sum: list[dict] | None = option(None, "options whose values are added")
+    of: dict | None = option(None, "options whose value this one is divided by")
 
 
 class NotCovered(ValueError):
@@ -93,8 +89,8 @@ class NotCovered(ValueError):
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What became of a row.
+class AuditedRow:
+    """A row and what became of it.
 
     computed  in the row's unit; None where it is not covered
     verdict   "reproduces" (within the tolerance), "differs", or "not covered"
@@ -111,6 +107,9 @@ class Finding:
     reason: str = ""
 
 
+# --------------------------------------------------------------------------------------------------------- the table
+
+
 def read_published(path: str | os.PathLike | None = None) -> list[dict[str, str]]:
     """The rows of a CSV file of these columns; None reads the shipped one. Raises FileError naming what is wrong."""
     name = "published.csv" if path is None else str(path)
@@ -125,30 +124,35 @@ def read_published(path: str | os.PathLike | None = None) -> list[dict[str, str]
         raise FileError(f"{name}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
-        where = f"{name}: row {row['id'] or number!r}"
-        if "" in row or None in row.values():
-            raise FileError(f"{where}: not as many fields as there are columns; is a field with commas in quotes?")
-        if not row["id"] or row["id"] in seen:
-            raise FileError(f"{where}: {'used twice as an id' if row['id'] else 'no id'}; every row needs its own")
+        if problem := _problem(row, seen):
+            raise FileError(f"{name}: row {row['id'] or number!r}: {problem}")
         seen.add(row["id"])
-        for column in ("published_value", "tolerance"):
-            if _number(row[column]) is None or (column == "tolerance" and _number(row[column]) < 0):
-                kind = "a number" if column == "published_value" else "a number of at least 0"
-                raise FileError(f"{where}: {column} must be {kind}, not {row[column]!r}")
-        if row["status"] and not row["status"].startswith(STATUSES):
-            raise FileError(f"{where}: status must begin with one of {', '.join(STATUSES)}, not {row['status']!r}")
     return rows
 
 
-def _number(text: str) -> float | None:
+def _problem(row: Mapping[str, str], seen: set[str]) -> str | None:
+    """What is wrong with a row, if anything; `seen` are the ids before it."""
+    if "" in row or None in row.values():
+        return "not as many fields as there are columns; is a field with commas in quotes?"
+    if not row["id"] or row["id"] in seen:
+        return f"{'used twice as an id' if row['id'] else 'no id'}; every row needs its own"
+    if not math.isfinite(_number(row["published_value"])):
+        return f"published_value must be a number, not {row['published_value']!r}"
+    if not 0 <= _number(row["tolerance"]) < math.inf:
+        return f"tolerance must be a number of at least 0, not {row['tolerance']!r}"
+    if row["status"] and not row["status"].startswith(STATUSES):
+        return f"status must begin with one of {', '.join(STATUSES)}, not {row['status']!r}"
+    return None
+
+
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
 
 
-# ------------------------------------------------------------------------------------------------------- computing
+# --------------------------------------------------------------------------------------------------------- computing
 
 
 def recompute(row: Mapping[str, str]) -> float:
@@ -177,95 +181,72 @@ def _why_not(row: Mapping[str, str]) -> str:
     return f"no rule for the method {row['method']!r}" if row.get("method") else "the row has no options"
 
 
-def _known(what: str, name: Any, known: Mapping[str, Any] | Iterable[str]) -> Any:
-    """known[name], or ValueError naming the nearest."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.4)
-        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
-    return known[name] if isinstance(known, Mapping) else name
-
-
-def _value(options: Any, quantity: str | None) -> float:
+def _value(given: Any, quantity: str | None) -> float:
     """What options say, in parameters or bytes (or as a plain number)."""
-    if not isinstance(options, dict):
-        raise ValueError(f"options must be a JSON object, not {options!r}")
-    for key in options:
-        _known("option", key, OPTIONS)
-    outer = {key: options[key] for key in INHERITED if key in options}
-    if "sum" in options:
-        if not isinstance(options["sum"], list) or not options["sum"]:
-            raise ValueError(f"sum must be a list of options, not {options['sum']!r}")
-        value: float = sum(_value({**outer, **_object("sum", term)}, quantity) for term in options["sum"])
-    else:
+    if not isinstance(given, dict):
+        raise ValueError(f"options must be a JSON object, not {given!r}")
+    for name in given:
+        _known("option", name, [field.name for field in fields(Options)])
+    options = Options(**given)
+    inherited = {name: given[name] for name in INHERITED if name in given}
+    if options.sum is None:
         value = _term(options, quantity)
-    for factor in ("bytes", "times"):
-        number = options.get(factor, 1)
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(f"{factor} must be a number, not {number!r}")
-        value *= number
-    if "of" not in options:
+    elif options.sum:
+        value = sum(_value({**inherited, **term}, quantity) for term in options.sum)
+    else:
+        raise ValueError("sum must not be empty")
+    value = value * options.bytes * options.times
+    if options.of is None:
         return value
-    whole = _value({**outer, **_object("of", options["of"])}, quantity)
+    whole = _value({**inherited, **options.of}, quantity)
     if not whole:
         raise ValueError("of is 0, and nothing can be divided by it")
     return value / whole
 
 
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must hold JSON objects, not {value!r}")
-    return value
-
-
-def _arguments(function: Callable, key: str, given: Any, reserved: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments that options give for a function; the reserved ones are not theirs to give."""
-    known = [name for name in inspect.signature(function).parameters if name not in reserved]
-    for name in _object(key, given):
-        _known(f"argument of {function.__name__}", name, known)
-    return given
-
-
-def _term(options: dict[str, Any], quantity: str | None) -> float:
+def _term(options: Options, quantity: str | None) -> float:
     """One value: of a code book, of a quantized weight, of a ledger, or a count."""
-    if "code" in options:
-        code = _object("code", options["code"])
-        book = _known("quant_type", code.get("quant_type"), CODES_4BIT)()
-        return float(book[_known("index", code.get("index"), range(len(book)))])
-    if "quantize_4bit" in options:
-        arguments = _arguments(quantize_4bit, "quantize_4bit", options["quantize_4bit"], ("A",))
-        packed, state = quantize_4bit(np.zeros(WEIGHTS, np.float32), **arguments)
-        absmax = state.absmax.nbytes + (state.state2.absmax.nbytes if state.state2 is not None else 0)
-        return _known("line", options.get("line"), {"codes": packed.nbytes, "absmax": absmax}) / WEIGHTS
-    if "model" not in options:
+    if options.code is not None:
+        from ..quant.codebooks import CODES_4BIT
+
+        book = _known("quant_type", options.code.get("quant_type"), CODES_4BIT)()
+        return float(book[_known("index", options.code.get("index"), range(len(book)))])
+    if options.quantize_4bit is not None:
+        return _known("line", options.line, _quantized(options.quantize_4bit)) / SAMPLE
+    if options.model is None:
         raise ValueError("the options name no model")
-    arch = architecture(options["model"], options.get("num_labels"), options.get("task", "SEQ_CLS"))
-    configs = [_config(c) for c in _as_list(options.get("config"))]
-    if "ledger" in options:
+    arch = architecture(options.model, options.num_labels, options.task)
+    configs, lines = ([v] if not isinstance(v, list) else v for v in (options.config, options.line))
+    configs = [_config(value) for value in configs]
+    if options.ledger is not None:
         if len(configs) > 1:
             raise ValueError("a ledger is of one method, not of a list")
-        arguments = _arguments(memory_ledger, "ledger", options["ledger"], ("model", "config", "labels"))
-        ledger = memory_ledger(arch, configs[0], **arguments)
-        sums = {"model states": ledger.model_states, "total": ledger.total}
-        return sum(_known("line", line, {**ledger.held, **sums}) for line in _as_list(options.get("line")))
-    quantity = options.get("quantity", quantity)
+        ledger = memory_ledger(arch, configs[0], **options.ledger)
+        known = {**ledger.held, "model states": ledger.model_states, "total": ledger.total}
+        return sum(_known("line", line, known) for line in lines)
+    quantity = options.quantity or quantity
     if quantity is None:
         raise ValueError("the options must say which quantity this is: trainable, stored, total or share")
-    _known("quantity", quantity, ("trainable", "stored", "total", "share"))
-    return getattr(_count(arch, configs, options.get("only")), quantity)
+    return getattr(_count(arch, configs, options.only), quantity)
 
 
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+def _quantized(arguments: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the codes and of the scales of a quantized sample."""
+    import numpy as np
+
+    from ..quant import quantize_4bit
+
+    packed, state = quantize_4bit(np.zeros(SAMPLE, np.float32), **arguments)
+    nested = 0 if state.state2 is None else state.state2.absmax.nbytes
+    return {"codes": packed.nbytes, "absmax": state.absmax.nbytes + nested}
 
 
 def _config(value: Any) -> Any:
     """A method's configuration from the content of an adapter_config.json; names and null stay as they are."""
     if not isinstance(value, dict):
         return value
-    module, name = _known("peft_type", value.get("peft_type"), METHODS)
-    config = getattr(importlib.import_module(f"minipeft.peft.{module}"), name).from_dict(value)
-    return config.replace(inference_mode=value.get("inference_mode", False))  # a prompt read from a file is folded
+    _known("peft_type", value.get("peft_type"), METHODS)
+    return config_class(value["peft_type"]).from_dict(value)
 
 
 def _count(arch: Architecture, configs: list, only: str | None) -> ParameterCount:
@@ -279,33 +260,42 @@ def _count(arch: Architecture, configs: list, only: str | None) -> ParameterCoun
     )
 
 
-# -------------------------------------------------------------------------------------------------------- verdicts
+def _known(what: str, name: Any, known: Mapping[str, Any] | Iterable[Any]) -> Any:
+    """known[name], or the name itself of a list. Raises ValueError naming the nearest."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=3, cutoff=0.4)
+        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(map(str, known))}"
+        raise ValueError(f"unknown {what} {name!r}; {hint}")
+    return known[name] if isinstance(known, Mapping) else name
 
 
-def audit(rows: Iterable[Mapping[str, str]] | None = None) -> list[Finding]:
-    """A finding for each row (of `read_published()` by default)."""
-    return [_find(row) for row in (read_published() if rows is None else rows)]
+# ---------------------------------------------------------------------------------------------------------- verdicts
 
 
-def _find(row: Mapping[str, str]) -> Finding:
+def audit(rows: Iterable[Mapping[str, str]] | None = None) -> list[AuditedRow]:
+    """What becomes of each row (of `read_published()` by default)."""
+    return [_audited(row) for row in (read_published() if rows is None else rows)]
+
+
+def _audited(row: Mapping[str, str]) -> AuditedRow:
     notes = row.get("notes") or ""
     solved = re.search("solved|nearest", f"{row.get('hyperparameters')} {notes}") is not None
     try:
         computed = recompute(row)
     except NotCovered as error:
-        return Finding(row, None, "not covered", None, solved, str(error))
+        return AuditedRow(row, None, "not covered", None, solved, str(error))
     agrees = abs(computed - float(row["published_value"])) <= float(row["tolerance"]) * (1 + 1e-9)
     claimed = not row["status"] or row["status"].startswith("reproduces")
-    return Finding(row, computed, "reproduces" if agrees else "differs", agrees == claimed, solved, notes)
+    return AuditedRow(row, computed, "reproduces" if agrees else "differs", agrees == claimed, solved, notes)
 
 
-def tally(findings: Iterable[Finding]) -> dict[str, int]:
+def tally(audited: Iterable[AuditedRow]) -> dict[str, int]:
     """How many rows reproduce, differ and are not covered, how many of them were solved for, and how many surprise."""
-    findings = list(findings)
-    counts = Counter(f.verdict for f in findings)
+    audited = list(audited)
+    counts = Counter(a.verdict for a in audited)
     return {
-        "rows": len(findings),
+        "rows": len(audited),
         **{verdict: counts[verdict] for verdict in ("reproduces", "differs", "not covered")},
-        "solved from the figure": sum(f.solved and f.computed is not None for f in findings),
-        "not as their status says": sum(f.expected is False for f in findings),
+        "solved from the figure": sum(a.solved and a.computed is not None for a in audited),
+        "not as their status says": sum(a.expected is False for a in audited),
     }

@@ -5,16 +5,18 @@
         meter.backward(loss)                the engine's own walk
     meter.peak, meter.at_peak               bytes
 
-An array here is a NumPy array of the right shape and dtype over a single element, holding a `Buffer` that counts the
-bytes it stands for from its creation until reference counting frees it, as it would free the real array. What is stated
-here is the memory of each op, beside `minipeft.autograd.ops`: what it makes, what each pullback keeps, and how much
-both work in. That is all there is to know: the engine drops a frozen weight's pullback, and what it kept goes with it.
+An array here is a NumPy array of the right shape and dtype over a single element. It holds a `Buffer`, which counts the
+bytes that the array stands for, from its creation until reference counting frees it, as it would free the real array.
+
+The rules below state the memory of each op of `minipeft.autograd.ops`: the arrays that it makes, what each pullback
+keeps, and how many bytes both work in. Nothing else is needed: the engine drops a frozen weight's pullback, and what
+that pullback kept is freed with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,12 @@ import numpy as np
 from ..autograd.kernels import QUERY_BLOCK, TILE
 from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
-from ..quant.kernels import PIECE, tile_size
 
 Shape = tuple[int, ...]
 
 
 class Buffer:
-    """Bytes of one array, counted in a meter's line from creation to deletion."""
+    """The bytes of one array, counted in a meter's line from creation to deletion."""
 
     __slots__ = ("line", "meter", "nbytes", "op")
 
@@ -38,16 +39,19 @@ class Buffer:
 
     def move(self, line: str) -> None:
         """Count these bytes in another line from now on."""
-        self.meter.lines[self.line] -= self.nbytes
-        self.line = line
-        self.meter.lines[line] = self.meter.lines.get(line, 0) + self.nbytes
+        lines = self.meter.lines
+        lines[self.line] -= self.nbytes
+        self.line, lines[line] = line, lines.get(line, 0) + self.nbytes
 
     def __del__(self) -> None:
         self.meter.count(self, -self.nbytes)
 
 
 class Meter:
-    """Evaluates ops on shapes, on this thread, while it is entered; counts the bytes alive, by line and by op.
+    """Evaluates ops on shapes, on this thread, inside `with`; counts the bytes of the arrays alive, by line and by op.
+
+    line, current, lines, ops   the line that new arrays are counted in; bytes now, their sum and by line and op
+    peak, at_peak               the largest sum since `take_peak`, and the bytes by line at that moment
 
     Args:
         itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
@@ -75,19 +79,21 @@ class Meter:
         return RULES[name](_Op(self, name), *arrays, **options)
 
     def count(self, buffer: Buffer, nbytes: int) -> None:
-        """Add (or, negative, take off) bytes of a buffer."""
+        """Add bytes of a buffer, or subtract them when negative."""
         self.lines[buffer.line] = self.lines.get(buffer.line, 0) + nbytes
         self.ops[buffer.op] = self.ops.get(buffer.op, 0) + nbytes
         self.current += nbytes
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, dict(self.lines)
 
-    def reset_peak(self) -> None:
-        """Look for the largest sum from now on."""
+    def take_peak(self) -> dict[str, int]:
+        """The largest sum by line so far, which is then looked for anew."""
+        seen = self.at_peak
         self.peak, self.at_peak = self.current, {line: n for line, n in self.lines.items() if n}
+        return seen
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass: what it makes counts as `working memory`, and as `gradients` once a leaf has it."""
+        """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""
         self.line = "working memory"
 
         def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
@@ -109,23 +115,25 @@ class ShapeArray(np.ndarray):
     owner = False
 
     @classmethod
+    def over(cls, buffer: Buffer, shape: Shape, dtype: Any) -> ShapeArray:
+        """A view of a buffer."""
+        array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
+        array.buffer = buffer
+        return array
+
+    @classmethod
     def new(cls, meter: Meter, shape: Shape, dtype: Any = np.float32, op: str = "") -> ShapeArray:
         """An array that counts as allocated."""
         dtype = np.dtype(dtype)
-        array = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
-        size = math.prod(shape) * (
-            meter.itemsize if dtype.kind == "f" and dtype.itemsize > meter.itemsize else dtype.itemsize
-        )
-        array.buffer, array.owner = Buffer(meter, size, op), True
+        itemsize = min(dtype.itemsize, meter.itemsize) if dtype.kind == "f" else dtype.itemsize
+        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op), shape, dtype)
+        array.owner = True
         return array
 
     @classmethod
     def uncounted(cls, meter: Meter, shape: Shape, dtype: Any = np.float32) -> ShapeArray:
-        """An array whose bytes are accounted for elsewhere (a weight's); what is made from it counts."""
-        array = cls.new(meter, (0,), dtype)
-        view = np.ndarray.__new__(cls, shape, dtype, np.zeros(1, dtype), 0, (0,) * len(shape))
-        view.buffer = array.buffer
-        return view
+        """An array whose bytes are counted elsewhere (a weight's); what is made from it counts."""
+        return cls.over(Buffer(meter, 0), shape, dtype)
 
     def __array_finalize__(self, source: Any) -> None:
         self.buffer = getattr(source, "buffer", None)
@@ -154,14 +162,7 @@ class ShapeArray(np.ndarray):
             return out[0]
         source = next(x for x in inputs if isinstance(x, ShapeArray))
         if method == "reduce":
-            axis = options.get("axis", 0)
-            axes = (
-                range(self.ndim)
-                if axis is None
-                else {a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
-            )
-            kept = [1 if i in axes else n for i, n in enumerate(self.shape) if i not in axes or options.get("keepdims")]
-            return source._like(tuple(kept))
+            return source._like(_reduced(self, options.get("axis", 0), options.get("keepdims", False)))
         if method != "__call__":
             return None  # in place
         if ufunc is np.matmul:
@@ -173,30 +174,13 @@ class ShapeArray(np.ndarray):
         if function in (np.zeros_like, np.empty_like, np.ones_like):
             return args[0]._like(kwargs.get("shape") or args[0].shape)
         if function is np.concatenate:
-            arrays, axis = args[0], kwargs.get("axis", 0)
-            source = next(x for x in arrays if isinstance(x, ShapeArray))
-            total = [*arrays[0].shape]
-            total[axis] = sum(a.shape[axis] for a in arrays)
-            return source._like(tuple(total))
+            source = next(x for x in args[0] if isinstance(x, ShapeArray))
+            return source._like(_joined(args[0], kwargs.get("axis", 0)))
         return super().__array_function__(function, types, args, kwargs)
 
 
-class Pullback:
-    """Makes a gradient of a shape, working in `work` bytes; until then it keeps arrays (and buffers) alive."""
-
-    __slots__ = ("kept", "op", "shape", "work")
-
-    def __init__(self, op: _Op, shape: Shape, kept: Iterable[Any] = (), work: int = 0):
-        self.op, self.shape, self.kept, self.work = op, shape, tuple(kept), work
-
-    def __call__(self, g: Array) -> Array:
-        made = self.op.new(self.shape)
-        self.op.works_in(self.work)
-        return made
-
-
 class _Op:
-    """One application of an op: what its rule is told beside the arrays."""
+    """One application of an op: what its rule makes arrays and pullbacks with."""
 
     __slots__ = ("meter", "name")
 
@@ -208,24 +192,39 @@ class _Op:
         return ShapeArray.new(self.meter, shape, dtype, self.name)
 
     def view(self, source: Array, shape: Shape) -> Array:
-        """`source` seen in another shape, without memory of its own (of a weight, a plain array)."""
+        """`source` in another shape, without memory of its own; of a plain array, a plain array."""
         if not isinstance(source, ShapeArray):
             return np.broadcast_to(np.zeros((), source.dtype), shape)
-        view = np.ndarray.__new__(ShapeArray, shape, source.dtype, np.zeros(1, source.dtype), 0, (0,) * len(shape))
-        view.buffer = source.buffer
-        return view
+        return ShapeArray.over(source.buffer, shape, source.dtype)
 
     def works_in(self, nbytes: int) -> None:
-        """Memory that the op needs and gives back before it returns."""
+        """Bytes that the op needs and frees before it returns."""
         if nbytes:
             Buffer(self.meter, nbytes, self.name)
 
-    def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Pullback:
-        """A pullback to an array of `shape`."""
-        return Pullback(self, shape, kept, work)
+    def pull(self, shape: Shape, *kept: Any, work: int = 0) -> Callable[[Array], Array]:
+        """A pullback that makes a gradient of `shape`, working in `work` bytes; it keeps `kept` alive."""
+
+        def pullback(g: Array, kept: Any = kept) -> Array:
+            made = self.new(shape)
+            self.works_in(work)
+            return made
+
+        return pullback
+
+    def pull_together(self, n: int, make: Callable[[], Iterable[Array]]) -> list[Callable[[Array], Array]]:
+        """Pullbacks to n inputs, the first of which makes all gradients."""
+        made: dict[int, Array] = {}
+
+        def pull(i: int) -> Array:
+            if not made:
+                made.update(enumerate(make()))
+            return made.pop(i)
+
+        return [lambda g, i=i: pull(i) for i in range(n)]
 
     def blocks(self, size: int, arrays: int) -> int:
-        """Bytes of `arrays` temporaries of cache-sized blocks, one set a thread, of work over `size` elements."""
+        """Bytes of the temporaries of work over `size` elements in blocks: `arrays` of them on each thread."""
         return arrays * self.meter.itemsize * (size if size < SPLIT else min(size, BLOCK * self.meter.threads))
 
 
@@ -233,19 +232,19 @@ RULES: dict[str, Callable[..., tuple]] = {}
 
 
 def rule(fn: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register `fn(op, *arrays, **options) -> (value, *pullbacks)`, as an op's own code has it, for the op `_name`."""
+    """Register `_name(op, *arrays, **options) -> (value, *pullbacks)` for the op `name`, with its arguments."""
     RULES[fn.__name__[1:]] = fn
     return fn
 
 
 def _through(g: Array) -> Array:
-    """The pullback that hands the gradient on as it is."""
+    """The pullback that returns the gradient itself."""
     return g
 
 
 # ------------------------------------------------------------------------------------- elementwise ops and reductions
 
-# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g hands the gradient on.
+# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns its gradient.
 _ELEMENTWISE = {
     "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab",
     "minimum": "ab ab", "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y",
@@ -287,16 +286,15 @@ def _silu(op, x):
 
 @rule
 def _swiglu(op, gate, up):
-    y, memo = op.new(gate.shape), {}
+    y = op.new(gate.shape)
     op.works_in(op.blocks(gate.size, 1))
 
-    def pull(name: str) -> Array:
-        if not memo:
-            memo.update(gate=op.new(gate.shape), up=op.new(up.shape))
-            op.works_in(op.blocks(gate.size, 1))
-        return memo.pop(name)
+    def gradients() -> list[Array]:
+        made = [op.new(gate.shape), op.new(up.shape)]
+        op.works_in(op.blocks(gate.size, 1))
+        return made
 
-    return y, lambda g: pull("gate"), lambda g: pull("up")
+    return y, *op.pull_together(2, gradients)
 
 
 @rule
@@ -317,6 +315,12 @@ def _dropout(op, x, p, rng):
 def _reduced(x: Array, axis: Any, keepdims: bool) -> Shape:
     axes = range(x.ndim) if axis is None else [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     return tuple(1 if i in axes else n for i, n in enumerate(x.shape) if i not in axes or keepdims)
+
+
+def _joined(arrays: Sequence[Array], axis: int) -> Shape:
+    shape = [*arrays[0].shape]
+    shape[axis] = sum(a.shape[axis] for a in arrays)
+    return tuple(shape)
 
 
 @rule
@@ -379,10 +383,7 @@ def _gather(op, x, indices, axis=-1):
 
 @rule
 def __cat(op, *arrays, axis):
-    axis %= arrays[0].ndim
-    total = [*arrays[0].shape]
-    total[axis] = sum(a.shape[axis] for a in arrays)
-    return op.new(tuple(total)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
+    return op.new(_joined(arrays, axis)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
 
 
 # -------------------------------------------------------------------------------------------------- matrix products
@@ -415,7 +416,10 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
 
 @rule
 def _linear_4bit(op, x, packed, state, bias=None):
-    (n_out, n_in), blocks, size = state.shape, state.absmax.size, state.blocksize
+    from ..quant.kernels import PIECE, tile_size
+
+    (n_out, n_in), size = state.shape, state.blocksize
+    blocks = -(-math.prod(state.shape) // size)
     threads = op.meter.threads if n_out * n_in * max(1, x.size // n_in // 64) >= SPLIT else 1
     absmax = 8 * blocks if state.nested else 0  # while they are made, twice
 
@@ -460,14 +464,17 @@ def _rms_norm(op, x, weight, eps=1e-6):
 
 @rule
 def _rope(op, x, cos, sin):
-    work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines of whole channels
+    work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines
     y = op.new(x.shape)
     op.works_in(work)
     return y, op.pull(x.shape, cos, sin, work=work), None, None
 
 
 class _Tiles:
-    """What attention keeps: q, k, v, the output, each tile's unnormalized weights and the inverse of their row sums."""
+    """What attention keeps: q, k, v, the output, each tile's unnormalized weights and the inverse of their row sums.
+
+    q [B, H, T, D], k and v [B, H, S, D]; a tile is a block of queries against the keys that it may see.
+    """
 
     def __init__(self, op: _Op, q: Array, k: Array, v: Array, causal: bool):
         B, H, T, D = q.shape
@@ -487,7 +494,7 @@ class _Tiles:
         self.backward_work = tile * (S + 3 * D)  # gradients of scores, outputs and queries, and scaled queries
 
     def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:
-        """Empty gradients; the weights are given back while they are filled."""
+        """Empty gradients; the weights are freed while they are filled."""
         made = [op.new(shape) for shape in shapes]
         op.works_in(self.backward_work)
         self.weights.clear()
@@ -496,15 +503,10 @@ class _Tiles:
 
 @rule
 def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, scale=None):
-    tiles, memo = _Tiles(op, q, k, v, is_causal), {}
+    tiles = _Tiles(op, q, k, v, is_causal)
     op.works_in(tiles.forward_work)
-
-    def pull(name: str) -> Array:
-        if not memo:
-            memo.update(zip("qkv", tiles.gradients(op, [a.shape for a in tiles.inputs])))
-        return memo.pop(name)
-
-    return tiles.out, lambda g: pull("q"), lambda g: pull("k"), lambda g: pull("v"), None, None, None
+    pulls = op.pull_together(3, lambda: tiles.gradients(op, [a.shape for a in tiles.inputs]))
+    return tiles.out, *pulls, None, None, None
 
 
 @rule

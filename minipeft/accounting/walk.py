@@ -1,12 +1,11 @@
-"""A step of a model run on shapes: what is alive when, while it learns, is evaluated, or generates.
+"""A step of a model run on shapes: what is alive when, while the model is trained, is evaluated, or generates.
 
 The code that runs is the model's own and the engine's own. Only its arrays are `ShapeArray`s: the weights, which are
-counted elsewhere, and through them everything that is computed from them.
+counted elsewhere, and through them everything that is computed from them. All sizes are in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,20 +14,21 @@ import numpy as np
 from ..autograd.tensor import no_grad
 from ..backend import Array, Rng
 from ..nn.generation import next_logits
-from ..nn.module import Module
-from ..nn.transformer import Backbone, KeyValue, KVCache
-from ..quant.kernels import tile_size
-from ..quant.linear import Linear4bit
+from ..nn.module import Module, Parameter, unallocated
+from ..nn.transformer import Backbone, KeyValue, KVCache, Transformer
+from .architectures import Architecture
+from .precision import Precision
 from .shapes import Buffer, Meter, ShapeArray
 
 
 class Walk(NamedTuple):
-    """What a step was seen to need: bytes.
+    """What a step needs, in bytes.
 
-    at_peak    by line, at the moment of the most
+    at_peak    by line, at the moment at which the sum is largest
     held       activations and logits that the forward pass keeps
-    per_layer  activations that each block keeps; by_op: the same by op
-    positions  of the cache, at the end of a generation
+    per_layer  activations that each block keeps
+    by_op      bytes that the forward pass keeps, by the op that made them
+    positions  number of positions in the cache at the end of a generation
     """
 
     at_peak: dict[str, int]
@@ -39,7 +39,10 @@ class Walk(NamedTuple):
 
 
 def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array | None = None) -> Walk:
-    """Loss and backward pass, in the lines activations, logits, working memory and gradients. Changes the model."""
+    """Loss and backward pass, in the lines activations, logits, working memory and gradients. Changes the model.
+
+    `itemsize` is the size of an activation; `labels` are the loss's, by default the input ids [batch, seq_len].
+    """
     meter, marks = Meter(itemsize), []
     backbone = backbone_of(model)
     paths = {id(m): path for path, m in model.named_modules()}
@@ -75,13 +78,13 @@ def generate(model: Module, batch: int, seq_len: int, itemsize: int, max_new_tok
 
 
 def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter, sampled: bool = False) -> int:
-    """Generate from a model that is on shapes; returns how many positions the cache holds in the end."""
+    """Generate from a model that is on shapes, after a prompt [batch, T]; returns the positions in the cache."""
     with meter, no_grad():
         cache = _Cache(meter)
-        logits = next_logits(model, ids, None, cache)  # alive until the next ones are there, as in `generate`
+        logits = next_logits(model, ids, None, cache)  # kept until the next ones are there, as in `generate`
         if sampled:
             Buffer(meter, 3 * 8 * logits.size)  # scores, their distance from the largest, and probabilities in float64
-            probabilities = Buffer(meter, 8 * logits.size)  # noqa: F841  alive as well
+            probabilities = Buffer(meter, 8 * logits.size)  # noqa: F841  kept as well
         end = len(cache) + max_new_tokens - 1  # the last token is not fed back
         while len(cache) < end:  # of the steps after the prompt, those at which the cache grows, and the last
             cache.skip_to(min(cache.room, end - 1))
@@ -89,15 +92,51 @@ def continue_prompt(model: Module, ids: Array, max_new_tokens: int, meter: Meter
     return end
 
 
+def unallocated_model(
+    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
+) -> Module:
+    """A model under a method, without values: what is trained requires gradients, the rest has its storage dtype.
+
+    Raises ValueError for a family that this package does not build.
+    """
+    if arch.config is None:
+        raise ValueError(
+            f"activations are known of the families this package builds (gpt2, llama); {arch.name} is "
+            f"{arch.model_type}: leave seq_len out"
+        )
+    model = Transformer(arch.config, seed=None)
+    if quantization:
+        from ..quant.surgery import quantizable_layers
+        from .four_bits import Packed, PackedShape
+
+        for path, layer in quantizable_layers(model).items():
+            shape = PackedShape((layer.out_features, layer.in_features), double_quantization)
+            model.replace(path, Packed(shape, layer.bias))
+        model.requires_grad_(False)
+    if isinstance(config, str):
+        model.requires_grad_(False)
+        if config == "head":
+            model.lm_head.weight = Parameter(unallocated(*model.lm_head.weight.shape))
+    elif config is not None:
+        from ..peft.model import PeftModel
+
+        model = PeftModel(model, config, seed=None)
+    for q in model.parameters():
+        if not q.requires_grad and q.dtype.kind == "f" and p.frozen < p.activations:
+            q.data = np.broadcast_to(np.float16(0), q.shape)
+    return model
+
+
 def onto_shapes(model: Module, meter: Meter) -> None:
     """Give a model's parameters, in place, arrays without content, which are not counted."""
-    packed = [(path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit)]
-    insides = {id(q) for _, m in packed for q in m.parameters() if q is not m.bias}  # read as they are
-    for path, layer in packed:
-        model.replace(path, _Packed(layer, meter))
+    packed = [(path, layer) for path, layer in model.named_modules() if hasattr(type(layer), "quant_state")]
+    if packed:
+        from .four_bits import Packed
+
+        for path, layer in packed:
+            model.replace(path, Packed(layer.quant_state, layer.bias, meter))
     for q in model.parameters():
-        if id(q) not in insides:
-            q.data = ShapeArray.uncounted(meter, q.shape, q.dtype)
+        q.data = ShapeArray.uncounted(meter, q.shape, q.dtype)
 
 
 def backbone_of(model: Module) -> Backbone:
@@ -111,7 +150,7 @@ def backbone_of(model: Module) -> Backbone:
 
 
 class _Mark(Module):
-    """Notes how much is held when a block is reached, and passes on."""
+    """Notes the bytes that are held when a block is reached, and calls the block."""
 
     def __init__(self, module: Module, marks: list[int], meter: Meter):
         self.module, self.marks, self.meter = module, marks, meter
@@ -121,23 +160,8 @@ class _Mark(Module):
         return self.module(*args)
 
 
-class _Packed(Linear4bit):
-    """A Linear4bit whose dequantized tiles are shapes (DoRA reads them)."""
-
-    def __init__(self, layer: Linear4bit, meter: Meter):
-        self.__dict__.update(layer.__dict__)
-        self.meter = meter
-
-    def tiles(self) -> Iterator[tuple[slice, Array]]:
-        """As in Linear4bit."""
-        (n_out, n_in), size = self.quant_state.shape, tile_size(self.out_features)
-        buffer = ShapeArray.new(self.meter, (size, n_in))
-        for i in range(0, n_out, size):
-            yield slice(i, min(i + size, n_out)), buffer[: min(size, n_out - i)]
-
-
 class _Cache(KVCache):
-    """A cache whose buffers are counted in a line of their own."""
+    """A cache whose buffers are counted in the line "KV cache"."""
 
     def __init__(self, meter: Meter):
         super().__init__()
@@ -157,5 +181,5 @@ class _Cache(KVCache):
         return self._buffers[0][0].shape[2]
 
     def skip_to(self, positions: int) -> None:
-        """Hold so many positions, without computing them."""
+        """Hold this many positions, without computing them."""
         self._lengths = [positions] * len(self._lengths)

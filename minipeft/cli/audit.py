@@ -1,9 +1,9 @@
-"""Recompute the literature's parameter counts and memory figures, and tell which of them do not follow.
+"""Recompute the literature's parameter counts and memory figures, and report which of them do not follow.
 
 297 figures of papers and repositories are shipped with this package. Each is computed again, from the shapes of the
 model and the options of the method. A verdict is
     reproduces     within the row's tolerance
-    differs        outside of it; the likely reason is told
+    differs        outside of it; the likely reason is shown
     not covered    the method, the model or the quantity is not of this package, or it was measured and not derived
 and ends in * where a hyperparameter was solved from the figure itself, in ! where the row's status says otherwise.
 
@@ -20,7 +20,7 @@ options says, as JSON, how to compute the row:
     only        a regular expression: count only parameters of such names
     ledger      arguments of memory_ledger, and line: which of its lines, or "model states"
     bytes       bytes a parameter; times: a factor; sum: a list of options to add; of: options to divide by
-All of them: python -c "import minipeft.accounting.published as p; print(p.__doc__)". For example, mine.csv:
+All of them: python -c "import minipeft.accounting.published as p; print(p.Options.__doc__)". For example, mine.csv:
 
 id,quantity,unit,published_value,tolerance,status,options
 lora,trainable parameters,M,0.79,0.005,,"{""model"": ""gpt2-m"", ""config"": {""peft_type"": ""LORA"", ""r"": 8}}"
@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import nearest
 
 if TYPE_CHECKING:
-    from ..accounting.published import Finding
+    from ..accounting.published import AuditedRow
 
 SUMMARY = "recompute the literature's parameter counts and memory figures"
 
@@ -73,10 +73,9 @@ def run(args: argparse.Namespace) -> int:
         sources = dict.fromkeys((row.get("source") or "").partition(" (")[0].partition(",")[0] for row in rows)
         rows = [row for row in rows if args.source.lower() in (row.get("source") or "").lower()]
         if not rows:
-            raise ValueError(
-                f"no row's source contains {args.source!r}{nearest(args.source, sources)} "
-                f"(known: {', '.join(filter(None, sources)) or 'none'})"
-            )
+            known = ", ".join(filter(None, sources)) or "none"
+            hint = f"{nearest(args.source, sources)} (known: {known})"
+            raise ValueError(f"no row's source contains {args.source!r}{hint}")
     findings = audit(rows)
     shown = [f for f in findings if args.verdict is None or f.verdict == args.verdict.replace("-", " ")]
     counts = tally(findings)
@@ -90,24 +89,19 @@ def run(args: argparse.Namespace) -> int:
     return 1 if counts["not as their status says"] else 0
 
 
-def as_json(finding: Finding) -> dict[str, Any]:
+def as_json(finding: AuditedRow) -> dict[str, Any]:
     """One row, with numbers as numbers."""
     row = finding.row
-    told = ("id", "source", "table_or_path", "model", "method", "hyperparameters", "quantity", "unit", "status")
-    return {
-        **{key: row[key] for key in told if key in row},
-        "published": float(row["published_value"]),
-        "tolerance": float(row["tolerance"]),
-        "computed": finding.computed,
-        "verdict": finding.verdict,
-        "as_its_status_says": finding.expected,
-        "solved_from_the_figure": finding.solved,
-        "reason": finding.reason,
-    }
+    shown = ("id", "source", "table_or_path", "model", "method", "hyperparameters", "quantity", "unit", "status")
+    return {key: row[key] for key in shown if key in row} | {
+        "published": float(row["published_value"]), "tolerance": float(row["tolerance"]),
+        "computed": finding.computed, "verdict": finding.verdict, "as_its_status_says": finding.expected,
+        "solved_from_the_figure": finding.solved, "reason": finding.reason,
+    }  # fmt: skip
 
 
-def table(findings: Sequence[Finding], width: int) -> Iterator[str]:
-    """The lines of a table of at most so many columns: a heading for each source, a line and a reason for each row."""
+def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:
+    """The lines of a table of at most `width` columns: a heading for each source, a line and a reason for each row."""
     yield _line("", "published", "computed", "unit", "verdict")
     source = None
     for finding in findings:

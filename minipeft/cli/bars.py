@@ -19,6 +19,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
 
 
+def grid(first: str, *numbers: str) -> Any:
+    """An empty table without lines: a column with this heading, and columns of numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) -> Any:
     """One bar of all parts, and below it what is what; a part too small for a character has none."""
     from rich.text import Text

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arguments import positive_int
-from .method_options import add_method_options, architecture_of, configuration
+from .method_options import add_method_options, architecture_of, configuration, method_name
 
 SUMMARY = "count what a method trains and stores, from shapes"
 
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     count, trained = count_parameters(arch, config), trained_parameters(arch, config)
     if args.json:
         record = {
-            "model": arch.name, "method": args.method, "trainable": count.trainable, "stored": count.stored,
-            "total": count.total, "share": count.share,
+            "model": arch.name, "method": method_name(args, config), "trainable": count.trainable,
+            "stored": count.stored, "total": count.total, "share": count.share,
             "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
         }  # fmt: skip
         print(json.dumps(record, indent=1))
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .report import console
 
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {args.method}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {method_name(args, config)}\n", style="bold")
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")
@@ -71,22 +71,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:
     """One row for each kind of parameter, layers together."""
-    from rich.table import Table
+    from .bars import grid
 
     rows: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in trained.items():
         key = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), tuple(shape)
         rows[key] = rows.get(key, 0) + 1
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("trained", overflow="fold")
-    for heading in ("shape", "how many", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = grid("trained", "shape", "how many", "parameters")
     ranked = sorted(rows.items(), key=lambda row: -math.prod(row[0][1]) * row[1])
     for (name, shape), n in ranked[:SHOWN]:
         table.add_row(name, " x ".join(map(str, shape)), f"{n:,}", f"{n * math.prod(shape):,}")
     if len(ranked) > SHOWN:
-        rest = ranked[SHOWN:]
-        table.add_row(
-            f"{len(rest)} more", "", f"{sum(n for _, n in rest):,}", f"{sum(n * math.prod(s) for (_, s), n in rest):,}"
-        )
+        rest = [(n, n * math.prod(shape)) for (_, shape), n in ranked[SHOWN:]]
+        table.add_row(f"{len(rest)} more", "", *[f"{sum(column):,}" for column in zip(*rest)])
     return table

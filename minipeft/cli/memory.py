@@ -1,8 +1,8 @@
-"""Foretell the memory of training a model, or of using it, line by line: nothing is allocated.
+"""Predict the memory of training a model, or of using it, line by line: nothing is allocated.
 
 The ledger is the moment at which the sum is largest. Activations are read off the model's own code run on shapes, for
-the families that this package builds (GPT-2, Llama, Mistral, Qwen2); of others, or without --seq, it tells the weights,
-gradients and optimizer states. "Fits" takes a GB as 10^9 bytes; code and an allocator's rounding come on top.
+the families that this package builds (GPT-2, Llama, Mistral, Qwen2). For others, or without --seq, the ledger holds the
+weights, gradients and optimizer states. "Fits" takes a GB as 10^9 bytes; code and an allocator's rounding come on top.
 
   precision                 weights  gradients  moments  master copy    bytes a trained parameter with Adam
   float32 (default)               4          4        8            -    16
@@ -26,84 +26,47 @@ import argparse
 import json
 from typing import Any
 
+from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from .arguments import positive_int
-from .method_options import add_method_options, architecture_of, configuration
+from .method_options import add_method_options, architecture_of, configuration, flag, method_name
 
 SUMMARY = "foretell the memory of training or using a model"
 
 DEVICES = (8, 16, 24, 48, 80)  # GB
-PRECISIONS = ("float32", "mixed", "mixed-float32-gradients", "bfloat16", "float16-base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_options(parser)
     group = parser.add_argument_group("the step")
-    group.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences at a time (default: 1)")
-    group.add_argument(
-        "--seq", type=positive_int, metavar="N", help="tokens of each (of a prompt); without it, states only"
-    )
-    group.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="default: float32, what is computed here"
-    )
-    group.add_argument(
-        "--optimizer", choices=("adamw", "adam", "momentum", "sgd"), default="adamw", help="default: adamw"
-    )
-    group.add_argument("--checkpointing", action="store_true", help="keep the inputs of blocks only")
-    group.add_argument(
-        "--quantization", choices=("nf4", "fp4", "int4"), help="store linear layers in four bits (qlora does: nf4)"
-    )
-    group.add_argument("--plain-scales", action="store_true", help="four bits without double quantization")
+    add = group.add_argument
+    add("--batch", type=positive_int, metavar="N", help="sequences at a time (default: 1)")
+    add("--seq", type=positive_int, metavar="N", help="tokens of each (of a prompt); without it, states only")
+    add("--precision", choices=PRECISIONS, default="float32", help="default: float32, what is computed here")
+    add("--optimizer", choices=OPTIMIZERS, help="default: adamw")
+    add("--checkpointing", action="store_true", help="keep the inputs of blocks only")
+    add("--quantization", choices=("nf4", "fp4", "int4"), help="store linear layers in four bits (qlora does: nf4)")
+    add("--plain-scales", action="store_true", help="four bits without double quantization")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--inference", action="store_true", help="a forward pass without gradients, instead of training")
     what.add_argument("--generate", type=positive_int, metavar="N", help="N tokens after a prompt, with a cache")
     what.add_argument("--ppo", type=positive_int, metavar="N", help="PPO on responses of N tokens: four models")
-    group.add_argument(
-        "--mini-batch", type=positive_int, metavar="N", help="with --ppo: rows of a gradient (default: --batch)"
-    )
-    group.add_argument("--value-model", action="store_true", help="with --ppo: a value model of its own, not a head")
+    add("--mini-batch", type=positive_int, metavar="N", help="with --ppo: rows of a gradient (default: --batch)")
+    add("--value-model", action="store_true", help="with --ppo: a value model of its own, not a head")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..accounting import memory_ledger, ppo_ledger
-
-    arch = architecture_of(args.model)
-    config, packed = configuration(args)
-    if (args.generate or args.inference or args.ppo) and args.seq is None:
-        raise ValueError("--inference, --generate and --ppo are about sequences: give their length, --seq")
-    if not args.ppo and (args.mini_batch or args.value_model):
-        raise ValueError(f"{'--mini-batch' if args.mini_batch else '--value-model'} belongs to --ppo")
+    arch, (config, packed) = architecture_of(args.model), configuration(args)
+    method = method_name(args, config)
     quantization = args.quantization or ("nf4" if packed else None)
-    if args.plain_scales and quantization is None:
-        raise ValueError("--plain-scales is about weights in four bits: give --quantization or --method qlora")
-    if args.generate or args.inference:
-        config = "frozen" if config is None else config
-    common = dict(
-        optimizer=args.optimizer, precision=args.precision, checkpointing=args.checkpointing, quantization=quantization,
-        double_quantization=not args.plain_scales,
-    )  # fmt: skip
-    if args.ppo:
-        ledger = ppo_ledger(
-            arch,
-            config,
-            args.batch,
-            args.seq,
-            args.ppo,
-            mini_batch=args.mini_batch,
-            value_model=args.value_model,
-            **common,
-        )
-    else:
-        mode = "generate" if args.generate else "evaluate" if args.inference else "train"
-        ledger = memory_ledger(
-            arch, config, args.batch, args.seq, mode=mode, max_new_tokens=args.generate or 1, **common
-        )
+    _check(args, quantization)
+    ledger = _ledger(args, arch, config, quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
     if args.json:
         record = {
-            "model": arch.name, "method": args.method, "lines": dict(ledger.lines), "held": dict(ledger.held),
-            "activations_per_layer": list(ledger.activations_per_layer), "total": ledger.total,
-            "fits_gb": fits,
+            "model": arch.name, "method": method, "lines": dict(ledger.lines), "held": dict(ledger.held),
+            "activations_per_layer": list(ledger.activations_per_layer),
+            "total": ledger.total, "fits_gb": fits,
         }  # fmt: skip
         print(json.dumps(record, indent=1))
         return 0
@@ -111,41 +74,68 @@ def run(args: argparse.Namespace) -> int:
     from .report import console
 
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {args.method}: {_step(args)}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {method}: {_step(args)}\n", style="bold")
     out.print(_table(ledger))
     if ledger.activations_per_layer and max(ledger.activations_per_layer):
         layers = ledger.activations_per_layer
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
-    out.print()
-    out.print(bar(ledger.lines, size))
-    out.print()
-    out.print(_verdict(ledger.total, fits))
+    out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
     return 0
+
+
+def _check(args: argparse.Namespace, quantization: str | None) -> None:
+    """Raises ValueError for an option that does nothing in this mode."""
+    mode = next((m for m in ("inference", "generate", "ppo") if getattr(args, m)), "training")
+    if args.seq is None and mode != "training":
+        raise ValueError("--inference, --generate and --ppo are about sequences: give their length, --seq")
+    if args.plain_scales and quantization is None:
+        raise ValueError("--plain-scales is about weights in four bits: give --quantization or --method qlora")
+    without = {  # options -> why they do nothing
+        "mini_batch value_model": mode != "ppo" and "belongs to --ppo",
+        "optimizer checkpointing": mode not in ("training", "ppo") and f"is for training, and --{mode} trains nothing",
+        "batch checkpointing": args.seq is None and "is about sequences: give their length, --seq",
+    }
+    for names, reason in without.items():
+        for name in names.split():
+            if reason and getattr(args, name):
+                raise ValueError(f"{flag(name)} {reason}")
+
+
+def _ledger(args: argparse.Namespace, arch: Any, config: Any, quantization: str | None) -> Any:
+    from .. import accounting
+
+    options = dict(
+        optimizer=args.optimizer or "adamw", precision=args.precision, checkpointing=args.checkpointing,
+        quantization=quantization, double_quantization=not args.plain_scales,
+    )  # fmt: skip
+    batch = args.batch or 1
+    if args.ppo:
+        options |= {"mini_batch": args.mini_batch, "value_model": args.value_model}
+        return accounting.ppo_ledger(arch, config, batch, args.seq, args.ppo, **options)
+    if args.inference or args.generate:
+        options |= {"mode": "generate" if args.generate else "evaluate", "max_new_tokens": args.generate}
+        config = "frozen" if config is None else config
+    return accounting.memory_ledger(arch, config, batch, args.seq, **options)
 
 
 def _step(args: argparse.Namespace) -> str:
     if args.seq is None:
         return f"model states in {args.precision}; give --seq for what the batch needs"
-    what = f"batch {args.batch} x {args.seq} tokens, {args.precision}"
+    what = f"batch {args.batch or 1} x {args.seq} tokens, {args.precision}"
     if args.ppo:
         return f"an update of PPO, {what}, responses of {args.ppo}"
     if args.generate:
         return f"generating {args.generate} tokens, {what}"
     if args.inference:
         return f"a forward pass, {what}"
-    return f"a training step, {what}{', checkpointing' if args.checkpointing else ''}, {args.optimizer}"
+    return f"a training step, {what}{', checkpointing' if args.checkpointing else ''}, {args.optimizer or 'adamw'}"
 
 
 def _table(ledger: Any) -> Any:
     """The lines at the peak; beside them, what they come to in full where that is another moment's."""
-    from rich.table import Table
+    from .bars import grid, size
 
-    from .bars import size
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("at the peak")
-    for heading in ("bytes", "", "share", "in full"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = grid("at the peak", "bytes", "", "share", "in full")
     for line, n in ledger.lines.items():
         full = ledger.held.get(line, n)
         table.add_row(line, f"{n:,}", size(n), f"{100 * n / ledger.total:.1f}%", size(full) if full > n else "")

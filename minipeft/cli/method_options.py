@@ -1,4 +1,8 @@
-"""MODEL, --method and its options on a command line: a table of shapes, and the configuration of a method."""
+"""MODEL, --method and its options on a command line: a table of shapes, and the configuration of a method.
+
+One flag serves all methods that have what it sets (`FIELDS`), and a command's help loads no method: so the flags stand
+here, while the fields' defaults, ranges and checks are those of the methods' configurations.
+"""
 
 from __future__ import annotations
 
@@ -15,63 +19,42 @@ if TYPE_CHECKING:
 
 CHOICES = (*METHODS, "frozen")
 
-# option -> (the configuration's fields that it sets, those that the method has)
-FIELDS = {
-    "rank": ("r", "init_r"),
-    "target": ("target_modules",),
-    "exclude": ("exclude_modules",),
-    "layers": ("layers_to_transform",),
-    "modules_to_save": ("modules_to_save",),
-    "virtual_tokens": ("num_virtual_tokens",),
-    "projection": ("prefix_projection",),
-    "hidden_size": ("encoder_hidden_size",),
-    "placement": ("placement",),
-    "bottleneck": ("bottleneck_size",),
-    "reduction": ("reduction_factor",),
+_NAMES = {"nargs": "+", "metavar": "NAME"}
+_NUMBER, _FACTOR = {"type": positive_int, "metavar": "N"}, {"type": positive, "metavar": "X"}
+_LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": "store_true", "default": None}
+
+# flag -> (the configuration's fields that it sets, those that the method has; help; what else argparse takes)
+FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "rank": (("r", "init_r"), "rank of lora, dora, pissa, qlora, vera, adalora", _NUMBER),
+    "target": (("target_modules",), "modules to adapt, by ends of their paths; or all-linear (qlora's default)", _NAMES),
+    "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
+    "layers": (("layers_to_transform",), "only these layers", _LAYERS),
+    "modules_to_save": (("modules_to_save",), "modules trained whole beside it, as copies", _NAMES),
+    "virtual_tokens": (("num_virtual_tokens",), "of prompt, prefix, p-tuning (default: 20)", _NUMBER),
+    "projection": (("prefix_projection",), "prefix: computed by an MLP in training", _SWITCH),
+    "hidden_size": (("encoder_hidden_size",), "width of the MLP of p-tuning, and of prefix with --projection", _NUMBER),
+    "placement": (("placement",), "of a bottleneck: houlsby, pfeiffer (default) or parallel", {"metavar": "NAME"}),
+    "bottleneck": (("bottleneck_size",), "width of a bottleneck, or", _NUMBER),
+    "reduction": (("reduction_factor",), "how many times narrower it is (default: 16; parallel 2)", _FACTOR),
 }
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, --method, and an option for what decides a method's size."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory",
-    )
-    parser.add_argument("--method", choices=CHOICES, default="full", help="default: full (all parameters)")
-    group = parser.add_argument_group("the method (where nothing is said: Hugging Face PEFT's defaults)")
-    group.add_argument(
-        "-r", "--rank", type=positive_int, metavar="N", help="rank of lora, dora, pissa, qlora, vera, adalora"
-    )
-    group.add_argument(
-        "--target",
-        nargs="+",
-        metavar="NAME",
-        help="the modules it is put on, by the ends of their paths; or all-linear (qlora's default)",
-    )
-    group.add_argument("--exclude", nargs="+", metavar="NAME", help="modules that are left out")
-    group.add_argument("--layers", nargs="+", type=int, metavar="N", help="only these layers")
-    group.add_argument(
-        "--modules-to-save", nargs="+", metavar="NAME", help="modules trained whole beside it, as copies"
-    )
-    group.add_argument(
-        "--virtual-tokens", type=positive_int, metavar="N", help="of prompt, prefix, p-tuning (default: 20)"
-    )
-    group.add_argument("--projection", action="store_true", default=None, help="prefix: computed by an MLP in training")
-    group.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the MLP of prefix and p-tuning")
-    group.add_argument("--placement", metavar="NAME", help="of a bottleneck: houlsby, pfeiffer (default) or parallel")
-    group.add_argument("--bottleneck", type=positive_int, metavar="N", help="width of a bottleneck, or")
-    group.add_argument(
-        "--reduction", type=positive, metavar="X", help="how many times narrower it is (default: 16; parallel 2)"
-    )
-    group.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other option, by PEFT's name, its value as JSON: use_dora=true",
-    )
+    what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
+    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--method", choices=CHOICES, help="default: full (all parameters)")
+    group = parser.add_argument_group("the method (default of every option: as in Hugging Face PEFT)")
+    for name, (_, text, arguments) in FIELDS.items():
+        group.add_argument(*["-r"] * (name == "rank"), flag(name), help=text, **arguments)
+    text = "any other option, by PEFT's name, its value as JSON: use_dora=true"
+    group.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=text)
     group.add_argument("--adapter", metavar="PATH", help="take the method from an adapter_config.json or its directory")
+
+
+def flag(name: str) -> str:
+    """--virtual-tokens"""
+    return f"--{name.replace('_', '-')}"
 
 
 def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
@@ -85,66 +68,65 @@ def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
     return architecture(model, num_labels)
 
 
+def method_name(args: argparse.Namespace, config: Any) -> str:
+    """What a report calls the method: --method, or the type that an adapter's file names."""
+    return args.method or (config.peft_type if args.adapter is not None else "full")
+
+
 def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     """(what `minipeft.accounting` takes for the method and its options, whether the base is stored in four bits).
 
-    Raises ValueError for an option that the method does not have, naming those that it has.
+    Raises ValueError for an option that the method does not have, naming those that it has, and for one that another
+    option leaves without effect.
     """
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.adapter is not None:
-        if given or args.set:
-            raise ValueError(
-                f"--adapter says everything about the method; leave {_named(next(iter(given), 'set'))} out"
-            )
+        if given or args.set or args.method not in (None, "qlora"):
+            other = next(iter(given), "set" if args.set else "method")
+            raise ValueError(f"--adapter says everything about the method; leave {flag(other)} out")
         return _read(Path(args.adapter)), args.method == "qlora"
-    method = METHODS.get(args.method)
-    like = None if method is None else method.config()
+    name = args.method or "full"
+    like = METHODS[name].config() if name in METHODS else name
     if like is None or isinstance(like, str):
         if given or args.set:
-            raise ValueError(
-                f"--method {args.method} has no options, so {_named(next(iter(given), 'set'))} means nothing there"
-            )
-        return (args.method if method is None else like), False
+            raise ValueError(f"--method {name} has no options, so {flag(next(iter(given), 'set'))} means nothing there")
+        return like, False
     fields = set(like.to_dict()) | set(vars(like))
-    options = _fixed(args.method, like)
-    for name, value in given.items():
-        field = next((f for f in FIELDS[name] if f in fields), None)
+    options = _fixed(name, like)
+    for option, value in given.items():
+        field = next((f for f in FIELDS[option][0] if f in fields), None)
         if field is None:
-            mine = [_named(n) for n, names in FIELDS.items() if fields & set(names)]
-            raise ValueError(f"--method {args.method} has no option {_named(name)}; it has {', '.join(mine)} and --set")
+            mine = [flag(n) for n, (names, *_) in FIELDS.items() if fields & set(names)]
+            raise ValueError(f"--method {name} has no option {flag(option)}; it has {', '.join(mine)} and --set")
         options[field] = value
     if options.get("target_modules") == ["all-linear"]:
         options["target_modules"] = "all-linear"
     for text in args.set:
         field, equals, value = text.partition("=")
         if not equals or field not in fields:
-            raise ValueError(
-                f"--set takes FIELD=VALUE; {field!r} is no option of {type(like).__name__}{nearest(field, fields)}"
-            )
+            near = nearest(field, fields)
+            raise ValueError(f"--set takes FIELD=VALUE; {field!r} is no option of {type(like).__name__}{near}")
         try:
             options[field] = json.loads(value)
         except json.JSONDecodeError:
             options[field] = value  # a bare word
+    if args.bottleneck and args.reduction:
+        raise ValueError("--bottleneck is the width and --reduction divides another by it: give one of them")
     if "init_r" in options:
         options.setdefault("target_r", min(options["init_r"], like.target_r))
-    return type(like)(**options), method.quantized
+    config = type(like)(**options)
+    if args.hidden_size and not getattr(config, "prefix_projection", True):
+        raise ValueError("--hidden-size is the width of the MLP that computes a prefix: give --projection too")
+    return config, METHODS[name].quantized
+
+
+_FIXED = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "qlora": {"target_modules": "all-linear"}}
 
 
 def _fixed(method: str, like: Any) -> dict[str, Any]:
-    """What makes the method itself, or has no default in PEFT."""
-    fixed = {
-        "dora": {"use_dora": True},
-        "pissa": {"init_lora_weights": "pissa"},
-        "qlora": {"target_modules": "all-linear"},
-        "adalora": {"total_step": like.to_dict().get("total_step")},
-    }.get(method, {})
-    if hasattr(like, "num_virtual_tokens"):
-        fixed["num_virtual_tokens"] = like.num_virtual_tokens
-    return fixed
-
-
-def _named(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """The options that make the method itself, or have no default in PEFT."""
+    needed = [name for name in ("num_virtual_tokens", "total_step") if hasattr(like, name)]
+    return {**_FIXED.get(method, {}), **{name: getattr(like, name) for name in needed}}
 
 
 def _read(path: Path) -> Any:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from accounting_cases import on_meta
 
 from minipeft.accounting.architectures import _published, names
 from minipeft.accounting.published import _value, read_published
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
-transformers = pytest.importorskip("transformers", reason="needs transformers: install the extra 'oracles'")
+pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
+pytest.importorskip("transformers", reason="needs transformers: install the extra 'oracles'")
 peft = pytest.importorskip("peft", reason="needs PEFT: install the extra 'oracles'")
 
-CLASSES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM",
-    "opt": "OPTForCausalLM",
-}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT about each other
 
 TASKS = {"t5": "SEQ_2_SEQ_LM", "mt5": "SEQ_2_SEQ_LM"}
@@ -43,12 +38,8 @@ ROWS = comparable()
 @pytest.mark.parametrize("row", ROWS)
 def test_a_rows_count_is_that_of_peft(row):
     options, method = ROWS[row]
-    config = dict(_published()[options["model"]]["config"])
-    family = config.pop("model_type")
-    with torch.device("meta"):
-        cls = getattr(transformers, CLASSES[family])
-        base = cls(cls.config_class(**config))
-    method = dict(method)
+    published, method = _published()[options["model"]]["config"], dict(method)
+    family, base = published["model_type"], on_meta(published)
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method.pop("peft_type")]]
     extra = {"num_transformer_submodules": 1} if "num_virtual_tokens" in method else {}  # T5 in PEFT: one for each side
     config = cls(task_type=TASKS.get(family, "CAUSAL_LM"), **method, **extra)

@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from accounting_cases import CLASSES, on_meta
 
 from minipeft.accounting.architectures import _published, architecture, names
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
+pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: install the extra 'oracles'")
 
-CLASSES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM",
-    "opt": "OPTForCausalLM",
-}  # fmt: skip
 ONE_EACH = [
     "gpt2", "bert-base", "roberta-base", "deberta-v2-xxlarge", "deberta-v3-base", "t5-base", "smollm2-135m",
     "qwen2.5-3b", "mistral-7b", "mt5-large", "bloom-560m", "opt-125m", "opt-350m",
@@ -25,13 +20,6 @@ MODULES = {
     "Linear": "linear", "Conv1D": "conv1d", "Conv1d": "convolution", "Embedding": "embedding",
     "OPTLearnedPositionalEmbedding": "embedding",
 }  # fmt: skip
-
-
-def on_meta(config: dict):
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    with torch.device("meta"):
-        cls = getattr(transformers, CLASSES[config["model_type"]])
-        return cls(cls.config_class(**fields))
 
 
 def built(config: dict) -> dict:
@@ -94,10 +82,7 @@ def test_the_head_for_a_task_is_that_of_transformers(name, task, head):
     config = _published()[name]["config"]
     config = config | {next(k for k in ("num_hidden_layers", "n_layer") if k in config): 2}
     base = re.sub("Model$|LMHeadModel$|ForCausalLM$", "", CLASSES[config["model_type"]])
-    cls = getattr(transformers, base + head)
-    with torch.device("meta"):
-        fields = {k: v for k, v in config.items() if k != "model_type"}
-        model = cls(cls.config_class(**fields, num_labels=3))
+    model = on_meta(config, base + head, num_labels=3)
     prefix = f"{model.base_model_prefix}."  # which the tables of BERT, RoBERTa and DeBERTa leave out
     shapes = {path: tuple(p.shape) for path, p in model.named_parameters()}
     if config["model_type"] in ("bert", "roberta", "deberta-v2"):
