@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     use_machine(args)
     from rich.console import Console
 
-    from ..experiments.run import Task
+    from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks
     from ..files import write_json
     from .data import samples
@@ -108,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
 
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     pad = tokenizer.pad_token_id or 0
-    tasks = {args.seed: Task(data.train, data.held_out, general, [], pad)}
+    tasks = {args.seed: TaskData(data.train, data.held_out, general, [], pad)}
     seeds = args.seeds or (3 if report and not reduced else 1)
     for seed in range(args.seed + 1, args.seed + seeds):
         other = load_data(args, seed, tokenizer, max_length, steps, len(data.held_out))
-        tasks[seed] = Task(other.train, data.held_out, general, [], pad)
+        tasks[seed] = TaskData(other.train, data.held_out, general, [], pad)
     rows = [frozen(base, tasks[args.seed], args.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key in methods:

@@ -21,7 +21,7 @@ from .costs import count, storage
 from .methods import METHODS
 
 
-class Task(NamedTuple):
+class TaskData(NamedTuple):
     """Encoded examples.
 
     train, held_out  of what is to be learned
@@ -96,7 +96,7 @@ def with_dropout(model: Any, p: float) -> Any:
     return twin
 
 
-def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any], Any]:
+def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, Any], Any]:
     """(measurements, the trained model); the base stays as it is.
 
     trainable, parameters      numbers of parameters, as PEFT counts them
@@ -152,7 +152,7 @@ def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any]
     return row, model
 
 
-def evaluate(model: Any, task: Task, batch_size: int = 16) -> tuple[float, float]:
+def evaluate(model: Any, task: TaskData, batch_size: int = 16) -> tuple[float, float]:
     """(loss on the held-out examples of the task, loss on general text) of a model as it is, nats per token."""
     held_out, general = (train.evaluate(model, e, batch_size, task.pad_token_id) for e in (task.held_out, task.general))
     return held_out, general
