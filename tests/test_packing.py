@@ -134,5 +134,5 @@ def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(
 def test_packing_is_for_pairs_of_ids_and_labels(rng):
     with pytest.raises(ValueError, match="a collate of its own does its own packing"):
         Trainer(tiny_model(), counting(4, rng), args=TrainingArguments(packing=True), collate=collate)
-    with pytest.raises(ValueError, match="packing must be True, False or the number of tokens of a row, got -1"):
+    with pytest.raises(ValueError, match="packing must be True or False, or an integer of at least 0, got -1"):
         TrainingArguments(packing=-1)

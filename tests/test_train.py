@@ -318,6 +318,21 @@ def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng):
     assert shown[False] == ""
 
 
+def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_path):
+    """As a sweep over np.logspace or np.arange gives them; they are saved with a checkpoint, too."""
+    examples, ends = counting(8, rng), []
+    for norm in (np.float32(0), None):
+        args = TrainingArguments(
+            tmp_path / str(norm), learning_rate=np.float32(0.5), max_steps=np.int64(2), max_grad_norm=norm,
+            seed=np.uint8(3), save_steps=np.int32(1), optim="sgd",
+        )  # fmt: skip
+        assert (type(args.max_steps), type(args.seed), type(args.learning_rate)) == (int, int, float)
+        model = tiny_model()
+        assert Trainer(model, examples, args=args).train().steps == 2
+        ends.append(weights(model))
+    assert_same_bytes(*ends)
+
+
 def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
     model, examples = tiny_model(), counting(4, rng)
     ids, labels = examples[2]
@@ -335,13 +350,15 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
         "nothing to train": lambda: Trainer(tiny_model().requires_grad_(False), examples),
         "per_device_train_batch_size must be an integer of at least 1, got 0":
             lambda: TrainingArguments(per_device_train_batch_size=0),
-        "max_steps must be an integer of at least 1 or None, got -1": lambda: TrainingArguments(max_steps=-1),
-        "num_train_epochs must be above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
-        "optim must be 'adamw' or 'sgd', got 'lion'": lambda: TrainingArguments(optim="lion"),
+        "max_steps must be an integer of at least 1, or None, got -1": lambda: TrainingArguments(max_steps=-1),
+        "num_train_epochs must be a number above 0, got 0": lambda: TrainingArguments(num_train_epochs=0),
+        "optim must be one of adamw, sgd, got 'lion'": lambda: TrainingArguments(optim="lion"),
         "lr_scheduler_type must be one of constant, linear, cosine":
             lambda: TrainingArguments(lr_scheduler_type="step"),
-        "max_grad_norm must be above 0": lambda: TrainingArguments(max_grad_norm=0),
-        "warmup_ratio must lie in": lambda: TrainingArguments(warmup_ratio=2),
+        "max_grad_norm must be a number of at least 0, or None, got -1": lambda: TrainingArguments(max_grad_norm=-1),
+        "warmup_ratio must be a number of at least 0 and at most 1, got 2": lambda: TrainingArguments(warmup_ratio=2),
+        "seed must be an integer of at least 0, got True": lambda: TrainingArguments(seed=True),
+        "learning_rate must be a number above 0, got nan": lambda: TrainingArguments(learning_rate=math.nan),
         "save_steps needs an output_dir": lambda: TrainingArguments(save_steps=1),
         "needs the output_dir": lambda: Trainer(model, examples).train(resume_from_checkpoint=True),
         "holds no checkpoint": lambda: Trainer(model, examples, args=TrainingArguments(tmp_path)).train(True),

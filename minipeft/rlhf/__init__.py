@@ -12,7 +12,7 @@ answers.py     a model's own answers as data          online.py    the loop that
 from .advantages import gae, masked_mean, shaped_rewards, whiten
 from .answers import preference_pairs, rankings, sample_answers
 from .curves import plot_calibration, plot_run
-from .dpo import dpo_loss, dpo_trainer, implicit_rewards, with_reference
+from .dpo import DPOConfig, dpo_loss, dpo_trainer, implicit_rewards, with_reference
 from .gold import gold_reward, rank, vader
 from .group import (
     GroupConfig,
@@ -40,6 +40,7 @@ from .ppo import KLController, PPOConfig, PPOTrainer, clip_fraction, policy_loss
 from .ratings import human_preferences, human_ratings
 from .reward import (
     Ranking,
+    RewardConfig,
     RewardModel,
     calibration_curve,
     collate_rankings,
@@ -50,8 +51,8 @@ from .reward import (
 from .rollout import Rollout, distinct_n, rollout, truncate_response
 
 __all__ = [
-    "GRPOTrainer", "GroupConfig", "KLController", "OnlineConfig", "OnlineTrainer", "Outputs", "PPOConfig",
-    "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking", "RewardFunction", "RewardModel", "Rollout",
+    "DPOConfig", "GRPOTrainer", "GroupConfig", "KLController", "OnlineConfig", "OnlineTrainer", "Outputs", "PPOConfig",
+    "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking", "RewardConfig", "RewardFunction", "RewardModel", "Rollout",
     "calibration_curve", "check_first_minibatch", "clip_fraction", "collate_rankings", "distinct_n", "dpo_loss",
     "dpo_trainer", "entropy", "frozen_copy", "gae", "gold_reward", "grpo_advantages", "grpo_loss",
     "human_preferences", "human_ratings", "implicit_rewards", "k3", "learned_reward", "masked_mean", "missing_eos",

@@ -19,6 +19,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module
+from ..options import configuration, option
 from ..text.examples import PreferencePair
 from ..train.batches import IGNORE, Batch
 from ..train.trainer import Trainer, TrainingArguments
@@ -30,6 +31,14 @@ def dpo_loss(
 ) -> Tensor:
     """Mean of -log σ(β (Δ_chosen - Δ_rejected)), Δ = log π(y) - log π_ref(y) of whole completions: all [pairs]."""
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
+
+
+@configuration(kw_only=True)
+class DPOConfig:
+    """What DPO asks beside TrainingArguments."""
+
+    beta: float = option(0.1, "β: how much leaving the reference costs", above=0, metavar="B")  # Rafailov et al., B
+    reference_batch_size: int = option(32, "pairs at a time whose reference log-probabilities are computed", least=1)
 
 
 class ReferencedPair(NamedTuple):
@@ -104,13 +113,9 @@ def dpo_trainer(
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
     `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
-    run is resumed with the same one, from the policy that it began with. Raises ValueError for a beta or a
-    reference_batch_size that is not above 0.
+    run is resumed with the same one, from the policy that it began with. Raises ValueError as `DPOConfig` does.
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
-    if reference_batch_size < 1:
-        raise ValueError(f"reference_batch_size must be at least 1, got {reference_batch_size}")
+    DPOConfig(beta=beta, reference_batch_size=reference_batch_size)  # checks both
     train = with_reference(policy, pairs, reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 

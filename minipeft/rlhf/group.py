@@ -11,7 +11,6 @@ Schulman's (2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ import numpy as np
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, asarray
+from ..options import configuration, option
 from .advantages import masked_mean
-from .online import OnlineConfig, OnlineTrainer, Outputs, check_setting
+from .online import OnlineConfig, OnlineTrainer, Outputs
 from .ppo import clip_fraction
 from .rollout import Rollout
 
@@ -94,24 +94,23 @@ def grpo_loss(
     return (F.where(real, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
-@dataclass(kw_only=True)
+@configuration(kw_only=True)
 class GroupConfig(OnlineConfig):
-    """Settings beside those of OnlineConfig.
+    """RLOO's and GRPO's options beside those of OnlineConfig.
 
-    num_generations  answers to each prompt
-    kl_coef          β, the price of KL: taken off the reward by RLOO, added to the loss by GRPO. 0.05 is TRL's for PPO
-                     and RLOO, and PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04
+    β is taken off the reward by RLOO, and weighs the KL in the loss of GRPO. 0.05 is TRL's for PPO and RLOO, and
+    PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04.
     """
 
-    num_generations: int = 4
-    kl_coef: float = 0.05
+    num_generations: int = option(4, "responses to each prompt", least=2, flag="--generations", metavar="K")
+    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_setting("num_generations", self.num_generations, self.num_generations >= 2, "at least 2")
-        check_setting("batch_size", self.batch_size, self.batch_size % self.num_generations == 0,
-               f"a multiple of num_generations, {self.num_generations}")  # fmt: skip
-        check_setting("kl_coef", self.kl_coef, self.kl_coef >= 0, "at least 0")
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"batch_size must be a multiple of num_generations, {self.num_generations}, got {self.batch_size}"
+            )
 
 
 class RLOOTrainer(OnlineTrainer):

@@ -10,7 +10,6 @@ value head reads the policy's own hidden states, unless a `ValueModel` of its ow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,11 @@ from ..backend import Array, asarray, xp_of
 from ..nn.heads import ValueModel
 from ..nn.layers import Linear
 from ..nn.module import Parameter
+from ..options import configuration, option
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, shaped_rewards, whiten
 from .logprobs import response_hidden
-from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, check_adapters, check_setting
+from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, check_adapters
 from .reward import RewardModel
 from .rollout import Rollout
 
@@ -58,60 +58,51 @@ def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, c
 
 
 class KLController:
-    """The KL coefficient β: fixed, or, given a target, moved towards it (Ziegler et al. 2019, section 2.2).
+    """The KL coefficient β: fixed, or, given a target, moved towards it by proportional control.
 
-    β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)  after every n responses.
+        β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)    after every n responses
 
-    Raises ValueError for a target or a horizon that is not above 0, and for n so large that β would not stay above 0.
+    Ziegler et al. 2019, section 2.2, have a constant gain in place of n / horizon; that factor is their code's
+    (lm-human-preferences, `AdaptiveKLController`). Raises ValueError for a target or a horizon that is not above 0, and
+    for n so large that β would not stay above 0.
     """
 
     def __init__(self, beta: float, target: float | None = None, horizon: int = 10000):
-        check_setting("target", target, target is None or target > 0, "above 0, or None")
-        check_setting("horizon", horizon, horizon > 0, "above 0")
+        if target is not None and not target > 0:
+            raise ValueError(f"target must be above 0, or None, got {target}")
+        if not horizon > 0:
+            raise ValueError(f"horizon must be above 0, got {horizon}")
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Tell it the mean KL, in nats a response, of n responses."""
+        """Move β, given the mean KL, in nats a response, of n responses."""
         if self.target is not None:
-            check_setting("n", n, 0 <= n < 5 * self.horizon, f"below 5 · horizon, {5 * self.horizon}")
+            if not 0 <= n < 5 * self.horizon:
+                raise ValueError(f"n must be below 5 · horizon, {5 * self.horizon}, got {n}")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * n / self.horizon
 
 
-@dataclass(kw_only=True)
+@configuration(kw_only=True)
 class PPOConfig(OnlineConfig):
-    """PPO's settings beside those of OnlineConfig.
+    """PPO's options beside those of OnlineConfig. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
 
-    kl_coef          β, fixed unless there is a target
-    kl_target        nats a response that an adaptive β aims at
-    kl_horizon       responses over which β may move by a fifth; more than batch_size / 5, or β would not stay above 0
-    gamma, lam       discount, and the λ of generalized advantage estimation
-    cliprange        ε of the ratio; cliprange_value: of the values
-    vf_coef          weight of the value loss
-    whiten_rewards   rescale the shaped rewards to variance 1, keeping their mean
-    """
-
-    kl_coef: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: int = 10000
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    whiten_rewards: bool = False
+    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
+    kl_target: float | None = option(None, "move β towards this KL, nats a response", above=0, metavar="KL")
+    kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
+    gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
+    lam: float = option(0.95, "λ of generalized advantage estimation", least=0, most=1)
+    cliprange_value: float = option(0.2, "ε of the values: how far a value may move in an update", above=0)
+    vf_coef: float = option(0.1, "weight of the value loss", least=0)
+    whiten_rewards: bool = option(False, "rescale the shaped rewards to variance 1, keeping their mean")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kl_coef", "vf_coef"):
-            check_setting(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("kl_horizon", "cliprange_value"):
-            check_setting(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        check_setting("kl_target", self.kl_target, self.kl_target is None or self.kl_target > 0, "above 0, or None")
-        for name in ("gamma", "lam"):
-            check_setting(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        if self.kl_target is not None:
-            check_setting("kl_horizon", self.kl_horizon, 5 * self.kl_horizon > self.batch_size,
-                          f"above batch_size / 5, {self.batch_size / 5:g}")  # fmt: skip
+        if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:
+            raise ValueError(
+                f"kl_horizon must be above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0; got "
+                f"{self.kl_horizon}"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
 

@@ -27,6 +27,7 @@ from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..files import FileError, read_json, write_json
 from ..nn.heads import SequenceClassifier
 from ..nn.transformer import Transformer
+from ..options import configuration, option
 from ..text.tokenizer import Tokenizer, pad_sequences
 from ..train.batches import Batch
 
@@ -95,6 +96,16 @@ def collate_rankings(rankings: Sequence[Ranking]) -> Batch:
         "margin": margin if margin.any() else None,
     }  # fmt: skip
     return Batch(arguments, len(rankings), int(mask.sum()))
+
+
+@configuration(kw_only=True)
+class RewardConfig:
+    """What the loss of a reward model asks beside TrainingArguments."""
+
+    center: float = option(
+        0.0, "weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023 take 0.01)", least=0,
+        metavar="C",
+    )  # fmt: skip
 
 
 class RewardModel(SequenceClassifier):

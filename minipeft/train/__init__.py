@@ -1,14 +1,36 @@
-"""Training: optimizers, schedules, the loop, checkpoints."""
+"""Training: optimizers, schedules, the loop, callbacks, checkpoints.
 
-from .batches import Batch, collate, collate_packed, pack
-from .checkpoint import CheckpointError, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from .evaluation import evaluate
-from .metrics import plot_loss
-from .optim import SGD, Adam, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
-from .trainer import Trainer, TrainingArguments, TrainingDiverged, TrainingResult
+A public name is imported when it is first used, so the options of a command load no NumPy.
+"""
 
-__all__ = [
-    "SGD", "Adam", "AdamW", "Batch", "CheckpointError", "NonFiniteGradient", "Optimizer", "Trainer",
-    "TrainingArguments", "TrainingDiverged", "TrainingResult", "clip_grad_norm", "collate", "collate_packed",
-    "evaluate", "last_checkpoint", "list_checkpoints", "load_checkpoint", "pack", "plot_loss", "save_checkpoint",
-]  # fmt: skip
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "arguments": "TrainingArguments",
+    "batches": "Batch collate collate_packed pack",
+    "checkpoint": "CheckpointError last_checkpoint list_checkpoints load_checkpoint save_checkpoint",
+    "evaluation": "evaluate",
+    "metrics": "plot_loss",
+    "optim": "SGD Adam AdamW NonFiniteGradient Optimizer clip_grad_norm",
+    "schedule": "",
+    "trainer": "Trainer TrainingDiverged TrainingResult",
+}
+_OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = list(_OBJECTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OBJECTS and name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_OBJECTS.get(name, name)}")
+    value = getattr(module, name) if name in _OBJECTS else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

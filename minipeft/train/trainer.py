@@ -24,6 +24,7 @@ import numpy as np
 
 from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from .arguments import TrainingArguments
 from .batches import check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .checkpoint import (
@@ -50,79 +51,6 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, step: int, loss: float, parameter: str, message: str):
         super().__init__(message)
         self.step, self.loss, self.parameter = step, loss, parameter
-
-
-@dataclass
-class TrainingArguments:
-    """How to train; names and meanings are Hugging Face's, where it has them.
-
-    A step takes `per_device_train_batch_size * gradient_accumulation_steps` examples, the last step of an epoch those
-    that remain. `max_steps` overrides `num_train_epochs`. `warmup_steps` overrides `warmup_ratio` (of all steps).
-    `max_grad_norm=None` does not clip. `eval_steps=None` evaluates at the end only, `save_steps=None` saves nothing;
-    otherwise there is a checkpoint at the end too, and the newest `save_total_limit` are kept.
-    `early_stopping_patience=n` stops when n evaluations in a row bring no lower held-out loss, and ends, in any case,
-    with the weights of the best evaluation. `packing` lets the examples of a batch share rows instead of padding each
-    to the longest (`collate_packed`): the same loss, computed sooner; a number is the tokens of a row. `optim` is
-    "adamw" or "sgd" (with `momentum`).
-
-    With `output_dir`, metrics go to `metrics.jsonl` there, the loss curve to `loss.png`.
-    """
-
-    output_dir: str | os.PathLike | None = None
-    learning_rate: float = 5e-5
-    num_train_epochs: float = 3.0
-    max_steps: int | None = None
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    packing: bool | int = False
-    optim: str = "adamw"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    save_total_limit: int = 2
-    early_stopping_patience: int | None = None
-    seed: int = 0
-    progress: bool = True  # a bar on stderr, if that is a terminal
-
-    def __post_init__(self) -> None:
-        for name in (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "max_steps", "eval_steps", "save_steps", "save_total_limit", "early_stopping_patience",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            optional = TrainingArguments.__dataclass_fields__[name].default is None
-            if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
-                raise ValueError(
-                    f"{name} must be an integer of at least 1{' or None' if optional else ''}, got {value!r}"
-                )
-        if not isinstance(self.packing, int) or self.packing < 0:
-            raise ValueError(f"packing must be True, False or the number of tokens of a row, got {self.packing!r}")
-        if self.max_steps is None and not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
-        if self.optim not in ("adamw", "sgd"):
-            raise ValueError(f"optim must be 'adamw' or 'sgd', got {self.optim!r}")
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}")
-        if not 0 <= self.warmup_ratio <= 1 or self.warmup_steps < 0:
-            raise ValueError(
-                f"warmup_ratio must lie in [0, 1] and warmup_steps must not be negative, "
-                f"got {self.warmup_ratio} and {self.warmup_steps}"
-            )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {self.max_grad_norm}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if self.save_steps is not None and self.output_dir is None:
-            raise ValueError("save_steps needs an output_dir to save to")
 
 
 # What may differ between a run and the one that resumes it; everything else decides the bytes of the weights.
