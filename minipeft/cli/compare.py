@@ -31,8 +31,6 @@ from typing import Any
 from ..experiments.methods import METHODS
 from .arguments import add_machine, add_seed, positive, positive_int, use_machine
 
-SUMMARY = "fine-tune the shipped base with every method and compare them"
-
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
 STEPS, REDUCED_STEPS = 48, 12

@@ -20,8 +20,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-SUMMARY = "check every derivative against differences"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")

@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-SUMMARY = "list the lessons, run one or all"
 REDUCED = "MINIPEFT_REDUCED"
 
 

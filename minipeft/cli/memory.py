@@ -29,8 +29,6 @@ from typing import Any
 from .arguments import positive_int
 from .method_options import add_method_options, architecture_of, configuration
 
-SUMMARY = "foretell the memory of training or using a model"
-
 DEVICES = (8, 16, 24, 48, 80)  # GB
 PRECISIONS = ("float32", "mixed", "mixed-float32-gradients", "bfloat16", "float16-base")
 
