@@ -16,6 +16,7 @@ from test_train import assert_same_bytes, bradley_terry, collate_scored, countin
 import minipeft as mp
 from minipeft.files import FileError
 from minipeft.train import (
+    Callback,
     CheckpointError,
     Trainer,
     TrainingArguments,
@@ -39,7 +40,7 @@ def trainer(directory, model=None, examples=None, **changes):
     return Trainer(model or tiny_model(0.1), examples[:16], examples[16:], TrainingArguments(**options))
 
 
-def interrupted(directory, at, **changes):
+def interrupted(directory, at, callbacks=(), **changes):
     """A run of which nothing is left but what lay on the disk after step `at`."""
 
     class Interrupt(Exception):
@@ -49,13 +50,13 @@ def interrupted(directory, at, **changes):
     step = run._step
 
     def interrupting_step(k):
-        if k == at:
+        if k == at + 1:
             raise Interrupt
         return step(k)
 
     run._step = interrupting_step
     with pytest.raises(Interrupt):
-        run.train()
+        run.train(callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, whole, at):
         whole[1].best_step,
         whole[1].best_eval_loss,
     )
-    timeless = [[{**r, "tokens_per_second": 0} for r in history] for history in (result.history, whole[1].history)]
+    timeless = [[{**r, "seconds": 0, "tokens_per_second": 0} for r in history] for history in (result.history, whole[1].history)]
     assert timeless[0] == timeless[1], "every step is recorded once"
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
@@ -94,6 +95,49 @@ def test_steps_after_the_checkpoint_are_done_again_and_recorded_once(tmp_path, o
     result = run.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-4")
     assert_same_bytes(weights(run.model), weights(whole.model))
     assert [step for step, _ in result.losses()] == list(range(1, STEPS + 1))
+
+
+class Average(Callback):
+    """Keeps a moving average of the norm's weight, from its first step on."""
+
+    def __init__(self):
+        self.mean = None
+
+    def after_step(self, model, step, record):
+        new = model.model.norm.weight.data
+        self.mean = 0.5 * self.mean + 0.5 * new if self.mean is not None else new.copy()
+
+    def state_dict(self):
+        return {} if self.mean is None else {"mean": self.mean}
+
+    def load_state_dict(self, arrays):
+        self.mean = arrays.get("mean")
+
+
+def test_what_callbacks_keep_is_saved_and_a_run_without_them_is_another(tmp_path, whole):
+    first, average, resumed = Average(), Average(), Average()
+    run = trainer(tmp_path / "whole")
+    run.train(callbacks=[Callback(), average])
+    assert_same_bytes(weights(run.model), whole[0])
+    interrupted(tmp_path / "run", 5, callbacks=[Callback(), first])
+    again = trainer(tmp_path / "run", model=tiny_model(0.1, seed=99))
+    for callbacks, there, here in (([], "'Callback', 'Average'", ""), ([Average()] * 2, "'Callback'", "'Average'")):
+        with pytest.raises(CheckpointError, match=f"other callbacks .*{there}.* there, .*{here}.* here"):
+            again.train(resume_from_checkpoint=True, callbacks=callbacks)
+    again.train(resume_from_checkpoint=True, callbacks=[Callback(), resumed])
+    np.testing.assert_array_equal(resumed.mean, average.mean)
+    trainer(tmp_path / "bare", max_steps=2).train()
+    with pytest.raises(CheckpointError, match=r"other callbacks \(\[\] there, \['Average'\] here\)"):
+        trainer(tmp_path / "bare", max_steps=2).train(resume_from_checkpoint=True, callbacks=[Average()])
+
+
+def test_a_run_that_a_callback_ended_is_resumed_as_finished(tmp_path):
+    class Enough(Callback):
+        def after_step(self, model, step, record):
+            return step == 3
+
+    first, second = (trainer(tmp_path, save_steps=5).train(r, callbacks=[Enough()]) for r in (False, True))
+    assert first.steps == second.steps == 3 and last_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_a_run_that_stopped_early_is_resumed_as_finished(tmp_path):
@@ -135,7 +179,7 @@ def test_a_frozen_base_is_not_stored_but_recognised(tmp_path):
     _, arrays, _ = load_checkpoint(tmp_path / "checkpoint-2")
     assert list(arrays["model"]) == ["model.norm.weight"]
     trainer(tmp_path, model=tuned(0), max_steps=2).train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="was trained on another base"):
+    with pytest.raises(CheckpointError, match=r"other base \(its frozen parameters\)"):
         trainer(tmp_path, model=tuned(1), max_steps=2).train(resume_from_checkpoint=True)
 
 
@@ -245,7 +289,7 @@ def test_a_checkpoint_of_another_version_or_program_is_refused(tmp_path):
 
 def test_a_checkpoint_that_no_trainer_wrote_is_refused(tmp_path):
     save_checkpoint(tmp_path, 1, {"model": {"w": np.ones(3, np.float32)}}, {"run": {}}, keep=1)
-    reason = "checkpoint-1: was not written by a Trainer: it has no frozen_sha256, identity, metrics_bytes, optimizer, position"
+    reason = "checkpoint-1: was not written by a trainer: it has no identity, metrics_bytes, optimizer, state, stopped"
     with pytest.raises(CheckpointError, match=reason):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 

@@ -11,7 +11,7 @@ import pytest
 import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.text.tokenizer import pad_sequences
-from minipeft.train import AdamW, Batch, Trainer, TrainingArguments, TrainingDiverged, collate
+from minipeft.train import AdamW, Batch, Callback, Trainer, TrainingArguments, TrainingDiverged, collate
 from minipeft.train.batches import epoch_order
 from minipeft.train.schedule import SCHEDULES
 
@@ -145,6 +145,37 @@ def test_adalora_spends_its_budget_as_it_is_trained(rng):
     Trainer(model, counting(8, rng), args=args).train()
     values = [p.data for name, p in model.named_parameters() if "lora_E" in name]
     assert sum(int((to_numpy(v) != 0).sum()) for v in values) == len(values)  # target_r = 1 triplet a layer, on average
+
+
+def test_callbacks_stand_around_the_optimizers_step_the_models_own_first(rng):
+    model, seen = tiny_model(), []
+
+    class Watcher(Callback):
+        def __init__(self, name, last=None):
+            self.name, self.last = name, last
+
+        def norm(self):
+            return math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+
+        def before_step(self, model, step):
+            if self.name == "own":
+                model.lm_head.weight.grad += 3
+            seen.append((self.name, "before", step, self.norm(), model.lm_head.weight.data.copy()))
+
+        def after_step(self, model, step, record):
+            seen.append((self.name, "after", step, self.norm(), model.lm_head.weight.data.copy()))
+            assert record["grad_norm"] == pytest.approx(seen[1][3], rel=0.1) and record["step"] == step
+            return step == self.last
+
+    model.training_callbacks = lambda: [Watcher("own", last=3)]
+    result = Trainer(model, counting(8, rng), args=TrainingArguments(max_steps=9)).train(callbacks=[Watcher("mine")])
+    assert [entry[:3] for entry in seen[:4]] == [
+        ("own", "before", 1), ("mine", "before", 1), ("own", "after", 1), ("mine", "after", 1)
+    ]  # fmt: skip
+    assert seen[1][3] > 3 * math.sqrt(32 * 16) * 0.9, "what the first added, the second sees, not clipped"
+    assert seen[2][3] == pytest.approx(1, rel=1e-3), "after the step the clipped gradients are still there"
+    assert (seen[0][4] == seen[1][4]).all() and (seen[1][4] != seen[2][4]).any()
+    assert result.steps == 3 and result.stopped_early and len(seen) == 3 * 4
 
 
 def test_early_stopping_ends_with_the_best_weights(rng):
@@ -294,7 +325,7 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
         (4, True),
         (4, False),
     ]
-    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["loss.png", "metrics.jsonl"]
     assert capsys.readouterr() == ("", ""), "nothing is printed where stderr is not a terminal"

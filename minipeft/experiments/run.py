@@ -141,10 +141,9 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
         nothing = dict.fromkeys(("seconds_per_step", "train_loss", "task_loss", "general_loss"))
         return row | nothing | {"storage": storage(model), "curve": [], "held_out_curve": []}, model
     curve, held_out_curve = result.losses("loss"), result.losses("eval_loss")
-    seconds = [r["tokens"] / r["tokens_per_second"] for r in result.history if "tokens_per_second" in r]
     row |= {
         "storage": storage(model),  # AdaLoRA keeps what it has not pruned
-        "seconds_per_step": statistics.median(seconds),
+        "seconds_per_step": statistics.median(seconds for _, seconds in result.losses("seconds")),
         "train_loss": statistics.mean(loss for _, loss in curve[-math.ceil(s.steps / 4) :]),
         "task_loss": held_out_curve[-1][1], "general_loss": general_loss,
         "curve": curve, "held_out_curve": held_out_curve,

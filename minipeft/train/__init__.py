@@ -11,12 +11,15 @@ from typing import Any
 _HOMES = {
     "arguments": "TrainingArguments",
     "batches": "Batch collate collate_packed pack",
+    "callbacks": "Callback",
     "checkpoint": "CheckpointError last_checkpoint list_checkpoints load_checkpoint save_checkpoint",
     "evaluation": "evaluate",
     "metrics": "plot_loss",
     "optim": "SGD Adam AdamW NonFiniteGradient Optimizer clip_grad_norm",
+    "run": "Run",
     "schedule": "",
-    "trainer": "Trainer TrainingDiverged TrainingResult",
+    "divergence": "TrainingDiverged",
+    "trainer": "Trainer TrainingResult",
 }
 _OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 

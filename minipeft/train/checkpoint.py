@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,20 @@ def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
         digest.update(f"{name} {host.dtype.str} {host.shape}\n".encode())
         digest.update(host.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
+    """The arrays, numbers and texts inside lists, tuples and dictionaries, by path; other kinds of objects are left out."""
+    if is_array(value):
+        yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # whatever integers they were read as
+    elif isinstance(value, (str, int, float)):
+        yield name, np.frombuffer(repr(value).encode(), np.uint8)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from arrays_in(part, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from arrays_in(part, f"{name}.{i}")
 
 
 def frozen_fingerprint(model: Module) -> str:

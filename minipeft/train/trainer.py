@@ -1,7 +1,7 @@
-"""The training loop: what a step is, when to evaluate, save and stop, and what is said when it goes wrong.
+"""The training loop.
 
     for step:   batches ─► loss (weighted by the labels that count) ─► gradients ─► clip ─► optimizer ─► record
-                every eval_steps: held-out loss;   every save_steps: checkpoint
+                every eval_steps: held-out loss;   every save_steps: checkpoint (run.py)
 
 Everything that a step does depends on (seed, step) and the weights alone: the examples it takes, the dropout masks, the
 learning rate. So a run that is resumed from a checkpoint ends with the same bytes as one that was never interrupted.
@@ -12,52 +12,68 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, asarray, is_array, to_numpy, xp_of
+from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
 from .arguments import TrainingArguments
-from .batches import check_examples, collate_packed, epoch_order
+from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
-from .checkpoint import (
-    CheckpointError,
-    check_identity,
-    fingerprint,
-    frozen_fingerprint,
-    last_checkpoint,
-    load_checkpoint,
-    pack_optimizer,
-    remove_leftovers,
-    save_checkpoint,
-    unpack_optimizer,
-)
+from .callbacks import Callback, Callbacks
+from .checkpoint import arrays_in, fingerprint, frozen_fingerprint
+from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss, on_device
-from .metrics import Metrics, plot_loss
+from .metrics import plot_loss
 from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
+from .run import Run
 from .schedule import SCHEDULES
 
-
-class TrainingDiverged(RuntimeError):
-    """The loss, a gradient or a parameter became NaN or infinite: `.step` (from 1), `.loss`, `.parameter` say where."""
-
-    def __init__(self, step: int, loss: float, parameter: str, message: str):
-        super().__init__(message)
-        self.step, self.loss, self.parameter = step, loss, parameter
+__all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult", "training_step"]
 
 
-# What may differ between a run and the one that resumes it; everything else decides the bytes of the weights.
-_FREE = {"output_dir", "save_steps", "save_total_limit", "per_device_eval_batch_size", "progress"}
+def training_step(
+    model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
+    callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Step number `step` (from 1): one update that lowers the mean loss over all that counts in the batches.
 
-# What a checkpoint that is resumed from must hold.
-_SAVED = {"run", "position", "optimizer", "model", "metrics_bytes", "frozen_sha256", "identity"}
+        L = Σ_b (w_b / Σ w) L_b        w_b: the batch's weight, L_b: its loss
+
+    Dropout draws from (seed, step, place of the row in the step). Returns the record of the step. Raises
+    TrainingDiverged for a loss or a gradient that is not finite.
+    """
+    xp = xp_of(*[p.data for p in parameters.values()])
+    total, value, first_row = sum(batch.weight for batch in batches), 0.0, 0
+    with np.errstate(all="ignore"):  # NaN and infinity are looked for
+        for batch in batches:
+            arguments = on_device(batch, xp)
+            if batch.weight:
+                share = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
+                value += share.item() * (batch.weight / total)
+                if not math.isfinite(value):
+                    raise diverged(step, value, parameters, optimizer)
+                share.backward(batch.weight / total)
+                del share
+            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
+        callbacks.before_step(model, step)
+        try:
+            norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
+        except NonFiniteGradient:
+            raise diverged(step, value, parameters, optimizer) from None
+        optimizer.step()
+    record = {
+        "step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
+        "tokens": sum(batch.tokens for batch in batches),
+    }  # fmt: skip
+    callbacks.after_step(model, step, record)
+    optimizer.zero_grad()
+    return record
 
 
 @dataclass
@@ -72,19 +88,23 @@ class TrainingResult:
     history: list[dict[str, Any]]
 
     def losses(self, key: str = "loss") -> list[tuple[int, float]]:
-        """(step, value) of every record that has `key`: "loss", "eval_loss", "grad_norm", "learning_rate", ..."""
+        """(step, value) of every record that has `key`: "loss", "eval_loss", "grad_norm", "seconds" of the step, ..."""
         return [(r["step"], r[key]) for r in self.history if key in r]
 
 
 @dataclass
-class _State:
-    """Where a run is."""
+class _Best:
+    """The best evaluation so far; the weights (and what callbacks keep) only where early stopping needs them."""
 
-    step: int = 0
     best_eval_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
-    stopped: bool = False
+    best: dict[str, Array] = field(default_factory=dict)
+    best_callbacks: dict[str, Array] = field(default_factory=dict)
+
+
+# What may differ between a run and the one that resumes it; everything else decides the bytes of the weights.
+_FREE = {"output_dir", "save_steps", "save_total_limit", "per_device_eval_batch_size", "progress"}
 
 
 class Trainer:
@@ -104,8 +124,9 @@ class Trainer:
             multiplies the learning rate of each of its groups.
 
     The loss of a step is the mean over all labels that count in it, however it is cut into batches: accumulated
-    gradients equal those of one large batch to float32 rounding, dropout included. Weights decay (decoupled), but not
-    norms and biases: parameters with one axis.
+    gradients equal those of one large batch to float32 rounding. This includes dropout, whose masks follow the place of
+    an example in the step; not so with `packing`, where they follow the place in a packed row, so that another cut
+    draws other masks. Weights decay (decoupled), but not norms and biases: parameters with one axis.
 
     `collate` and `loss` are all it takes to train on something else than the next token, such as pairs of answers of
     which the first should score higher:
@@ -151,12 +172,10 @@ class Trainer:
         own: Collate = partial(collate_pairs, pad_token_id=pad_token_id)
         if self.args.packing:
             own = partial(collate_packed, pad_token_id=pad_token_id, capacity=int(self.args.packing))
-        self.collate = collate or own
-        self.loss = loss or model_loss
+        self.collate, self.loss = collate or own, loss or model_loss
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
-        self._xp = xp_of(*[p.data for p in self.trainable.values()])
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -164,7 +183,6 @@ class Trainer:
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = self.args.warmup_steps or math.ceil(self.args.warmup_ratio * self.total_steps)
-        self._best: dict[str, Array] = {}
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
@@ -185,97 +203,64 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- train
 
-    def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainingResult:
+    def train(
+        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, callbacks: Iterable[Callback] = ()
+    ) -> TrainingResult:
         """Train to the end; `resume_from_checkpoint=True` (or its path) goes on from the last checkpoint in output_dir.
 
-        A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is
-        missing, damaged, or of another base, data set or arguments.
+        The `callbacks` (see `Callback`) come after the model's own. A fresh run refuses an output_dir that holds
+        checkpoints. Raises CheckpointError for a checkpoint that is missing, damaged, or of another base, data set,
+        arguments or callbacks.
         """
-        began, directory = time.perf_counter(), self._directory()
-        state, position = _State(), 0
-        if resume_from_checkpoint:
-            state, position = self._resume(resume_from_checkpoint)
-        elif directory and (found := last_checkpoint(directory)):
-            raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
-        if directory:
-            directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(directory)
-        self._frozen = frozen_fingerprint(self.model) if self.args.save_steps else ""
-        metrics = Metrics(directory and directory / "metrics.jsonl", position)
-        try:
-            with _ProgressBar(self.args.progress, state.step, self.total_steps) as show:
-                self._loop(state, metrics, show)
-            if self._best:
-                self._put(self._best)
-            self._check_parameters(state.step, math.nan)
-            if directory:
-                plot_loss(metrics.history, directory / "loss.png")
-        finally:
-            metrics.close()
-            self.model.zero_grad()
+        began, a, self._best = time.perf_counter(), self.args, _Best()
+        self._callbacks = Callbacks(self.model, callbacks)
+        run = Run(
+            a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
+            state=lambda: self._state(run.step), load_state=lambda state: setattr(self, "_best", _Best(**state)), progress=a.progress,
+            show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
+        )  # fmt: skip
+        with run.start(resume_from_checkpoint):
+            try:
+                for step in run:
+                    run.record(self._step(step))
+                    last = step == self.total_steps
+                    if self.eval_examples is not None and (last or (a.eval_steps and step % a.eval_steps == 0)):
+                        run.record(self._evaluate(step))
+                        run.stopped = self._best.evaluations_without_gain >= (a.early_stopping_patience or math.inf)
+                if self._best.best:
+                    self._put_best()
+                check_parameters(run.step, self.trainable, self.optimizer)
+                if run.directory:
+                    plot_loss(run.history, run.directory / "loss.png")
+            finally:
+                self.model.zero_grad()
         seconds = time.perf_counter() - began
         return TrainingResult(
-            state.step, state.stopped, state.best_eval_loss, state.best_step, seconds, metrics.history
+            run.step, run.stopped, self._best.best_eval_loss, self._best.best_step, seconds, run.history
         )
 
-    def _loop(self, state: _State, metrics: Metrics, show: Callable[[int, float, float], None]) -> None:
-        a = self.args
-        while state.step < self.total_steps and not state.stopped:
-            start = time.perf_counter()
-            record = self._step(state.step)
-            state.step += 1
-            speed = record["tokens"] / max(time.perf_counter() - start, 1e-9)
-            metrics.write({**record, "tokens_per_second": round(speed, 1)})
-            show(state.step, record["loss"], speed)
-            last = state.step == self.total_steps
-            if self.eval_examples is not None and (last or (a.eval_steps and state.step % a.eval_steps == 0)):
-                self._evaluate(state, metrics)
-            if a.save_steps and (last or state.stopped or state.step % a.save_steps == 0):
-                self._save(state, metrics)
-
     def _step(self, step: int) -> dict[str, Any]:
-        """One update; `step` counts from 0. Returns the record of it."""
-        a, epoch, place = self.args, *divmod(step, self.steps_per_epoch)
+        """Step number `step` (from 1), and the record of it."""
+        a, (epoch, place) = self.args, divmod(step - 1, self.steps_per_epoch)
+        start = time.perf_counter()
         rows = epoch_order(len(self.train_examples), a.seed, epoch)[place * self.rows_per_step :][: self.rows_per_step]
         size = a.per_device_train_batch_size
         batches = [
             self.collate([self.train_examples[i] for i in rows[k : k + size]]) for k in range(0, len(rows), size)
         ]
-        total = sum(batch.weight for batch in batches)
-        if not total:
-            raise ValueError(f"step {step + 1}: no label counts in any of its {len(rows)} examples")
-        rate = self._set_learning_rate(step)
-        loss, first_row = 0.0, 0
-        with np.errstate(all="ignore"):  # NaN and infinity are looked for below
-            for batch in batches:
-                arguments = on_device(batch, self._xp)
-                if batch.weight:
-                    rng = Rng(a.seed, first_row=first_row).at(step)
-                    share = self.loss(self.model, **arguments, rng=rng)
-                    loss += share.item() * (batch.weight / total)
-                    if not math.isfinite(loss):
-                        self._diverged(step, loss)
-                    share.backward(batch.weight / total)
-                    del share
-                first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
-            try:
-                norm = clip_grad_norm(self.trainable.items(), a.max_grad_norm or math.inf)
-            except NonFiniteGradient:
-                self._diverged(step, loss)
-            self.optimizer.step()
-        if hasattr(self.model, "update_and_allocate"):  # AdaLoRA moves its budget between layers, by their gradients
-            self.model.update_and_allocate(step + 1)
-        self.optimizer.zero_grad()
-        return {
-            "step": step + 1, "epoch": round((step + 1) / self.steps_per_epoch, 4), "loss": loss, "learning_rate": rate,
-            "grad_norm": norm, "tokens": sum(batch.tokens for batch in batches),
-        }  # fmt: skip
-
-    def _set_learning_rate(self, step: int) -> float:
-        factor = SCHEDULES[self.args.lr_scheduler_type](step, self.warmup_steps, self.total_steps)
+        if not any(batch.weight for batch in batches):
+            raise ValueError(f"step {step}: no label counts in any of its {len(rows)} examples")
+        factor = SCHEDULES[a.lr_scheduler_type](step - 1, self.warmup_steps, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates):
             group["lr"] = rate * factor
-        return self.optimizer.param_groups[0]["lr"]
+        record = training_step(
+            self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
+            max_grad_norm=a.max_grad_norm,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        speed = round(record["tokens"] / max(seconds, 1e-9), 1)
+        epochs = round(step / self.steps_per_epoch, 4)
+        return {**record, "epoch": epochs, "seconds": seconds, "tokens_per_second": speed}
 
     # ---------------------------------------------------------------------------------------------------- evaluate
 
@@ -285,185 +270,37 @@ class Trainer:
         size = self.args.per_device_eval_batch_size
         return evaluate(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
 
-    def _evaluate(self, state: _State, metrics: Metrics) -> None:
-        loss = self.evaluate()
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        loss, best = self.evaluate(), self._best
         if not math.isfinite(loss):
-            self._diverged(state.step - 1, loss)
-        metrics.write({"step": state.step, "eval_loss": loss})
-        patience = self.args.early_stopping_patience
-        if state.best_eval_loss is None or loss < state.best_eval_loss:
-            state.best_eval_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
-            if patience:
-                self._best = {name: array.copy() for name, array in self._values().items()}
+            raise diverged(step, loss, self.trainable, self.optimizer)
+        if best.best_eval_loss is not None and loss >= best.best_eval_loss:
+            best.evaluations_without_gain += 1
         else:
-            state.evaluations_without_gain += 1
-            state.stopped = patience is not None and state.evaluations_without_gain >= patience
+            best.best_eval_loss, best.best_step, best.evaluations_without_gain = loss, step, 0
+            if self.args.early_stopping_patience:
+                best.best = {name: p.data.copy() for name, p in self.trainable.items()}
+                best.best_callbacks = {name: array.copy() for name, array in self._callbacks.state_dict().items()}
+        return {"step": step, "eval_loss": loss}
 
-    # -------------------------------------------------------------------------------------------------- divergence
-
-    def _check_parameters(self, step: int, loss: float) -> None:
-        name = next((n for n, p in self.trainable.items() if _non_finite(p.data)), None)
-        if name is not None:
-            message = f"the parameter {name} became NaN or infinite in the update; {self._advice(step)}"
-            raise TrainingDiverged(step, loss, name, f"training diverged at step {step}: {message}")
-
-    def _diverged(self, step: int, loss: float) -> None:
-        """Find out where the numbers went wrong, and raise TrainingDiverged. `step` counts from 0."""
+    def _put_best(self) -> None:
         for name, p in self.trainable.items():
-            if _non_finite(p.data):
-                where = f"the parameter {name} became NaN or infinite in the update before"
-                break
-        else:
-            if math.isfinite(loss):  # backward meets the last layers first, so theirs went wrong first
-                found = (
-                    (n, p) for n, p in reversed(self.trainable.items()) if p.grad is not None and _non_finite(p.grad)
-                )
-                name, p = next(found)
-                where = f"in the gradient of {name} {_non_finite(p.grad)} of {p.size} elements are NaN or infinite"
-            else:
-                sizes = {n: float(abs(p.data).max().item()) for n, p in self.trainable.items() if p.size}
-                name = max(sizes, key=sizes.__getitem__)
-                where = f"every trained parameter is finite, the largest value is {sizes[name]:.3g} in {name}"
-        raise TrainingDiverged(
-            step + 1,
-            loss,
-            name,
-            f"training diverged at step {step + 1}: the loss is {loss:g}; {where}; {self._advice(step + 1)}",
-        )
+            p.data[...] = self._best.best[name]
+        self._callbacks.load_state_dict(self._best.best_callbacks)
 
-    def _advice(self, step: int) -> str:
-        if step == 1:
-            return "this is the first step, so look at the weights that were loaded and at the data"
-        rate = self.optimizer.param_groups[0]["lr"]
-        return f"lower learning_rate (it was {rate:g} here), add warmup_steps, or set a lower max_grad_norm"
+    # ------------------------------------------------------------------------------------------- what a run resumes
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
+    def _state(self, step: int) -> dict[str, Any]:
+        check_parameters(step, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
+        return dict(vars(self._best))
 
-    def _directory(self) -> Path | None:
-        return None if self.args.output_dir is None else Path(self.args.output_dir)
-
-    @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
-        arguments = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
-        identity = {**arguments, "optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
+        identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
+        identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
         identity["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
-            identity[f"{what} examples"] = fingerprint(
-                array for i, example in enumerate(examples) for array in _arrays(str(i), example)
-            )
-        return identity
-
-    def _position(self, step: int) -> dict[str, Any]:
-        """Where the data, the random streams and the schedule stand after `step` steps."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return {
-            "data": {"seed": self.args.seed, "epoch": epoch, "step_in_epoch": place},
-            "random": {"seed": self.args.seed, "step": step},
-            "schedule": {"step": step, "warmup_steps": self.warmup_steps, "total_steps": self.total_steps},
-        }
-
-    def _save(self, state: _State, metrics: Metrics) -> None:
-        self._check_parameters(state.step, math.nan)
-        moments, optimizer = pack_optimizer(self.optimizer)
-        arrays = {"model": {n: to_numpy(array) for n, array in self._values().items()}, "optimizer": moments}
-        if self._best:
-            arrays["best"] = {name: to_numpy(array) for name, array in self._best.items()}
-        content = {
-            "run": dataclasses.asdict(state),
-            "position": self._position(state.step),
-            "optimizer": optimizer,
-            "metrics_bytes": metrics.position(),
-            "frozen_sha256": self._frozen,
-            "identity": self._identity,
-        }
-        save_checkpoint(self._directory(), state.step, arrays, content, self.args.save_total_limit)
-
-    def _resume(self, source: bool | str | os.PathLike) -> tuple[_State, int]:
-        """Put model and optimizer where the checkpoint was; returns (state, length of the metrics file then)."""
-        directory = self._directory()
-        if directory is None:
-            raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
-        newest = last_checkpoint(directory)
-        if source is not True and Path(source).resolve().parent != directory.resolve():
-            raise ValueError(f"{source} is not in output_dir {directory}; a run is resumed in its own directory")
-        if newest is None:
-            raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
-        path = newest if source is True else Path(source)
-        step, arrays, content = load_checkpoint(path)
-        lacking = sorted(_SAVED - {*content, *arrays})
-        if lacking:
-            raise CheckpointError(f"{path}: was not written by a Trainer: it has no {', '.join(lacking)}")
-        if path.resolve() != newest.resolve():
-            raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        here = {**self._identity, "position": self._position(step)}
-        check_identity(path, here, {**content["identity"], "position": content["position"]})
-        if content["frozen_sha256"] != frozen_fingerprint(self.model):
-            raise CheckpointError(
-                f"{path}: was trained on another base: the frozen parameters of this model differ from its own"
-            )
-        unpack_optimizer(self.optimizer, arrays["optimizer"], content["optimizer"])
-        self._put(arrays["model"])
-        self._best = {name: asarray(array.copy(), self._xp) for name, array in arrays.get("best", {}).items()}
-        return _State(**content["run"]), content["metrics_bytes"]
-
-    def _values(self) -> dict[str, Array]:
-        """What training changes: the trainable parameters, and what a method keeps beside them (AdaLoRA's averages)."""
-        kept = self.model.training_state() if hasattr(self.model, "training_state") else {}
-        return {**{name: p.data for name, p in self.trainable.items()}, **kept}
-
-    def _put(self, arrays: dict[str, Array]) -> None:
-        """Put back what `_values` gave."""
-        for name, p in self.trainable.items():
-            p.data[...] = asarray(arrays[name], self._xp)
-        kept = {name: asarray(array, self._xp).copy() for name, array in arrays.items() if name not in self.trainable}
-        if kept:
-            self.model.load_training_state(kept)
-
-
-def _non_finite(array: Array) -> int:
-    """How many elements are NaN or infinite."""
-    return array.size - int(xp_of(array).isfinite(array).sum().item())
-
-
-def _arrays(name: str, value: Any) -> Iterator[tuple[str, Array]]:
-    """The arrays, numbers and texts inside an example, by name; of other kinds of objects nothing is known."""
-    if is_array(value):
-        yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # whatever integers they were read as
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from _arrays(f"{name}.{i}", part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _arrays(f"{name}.{key}", part)
-    elif isinstance(value, (str, int, float)):
-        yield name, np.frombuffer(repr(value).encode(), np.uint8)
-
-
-class _ProgressBar:
-    """A rich progress bar on stderr with loss, tokens/s and time left; nothing where stderr is not a terminal."""
-
-    def __init__(self, wanted: bool, step: int, total: int):
-        self.bar: Any = None
-        if wanted and sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TimeRemainingColumn
-
-            text = "loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"
-            columns = ("step {task.completed}/{task.total}", BarColumn(), text, TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task("train", completed=step, total=total, loss="-", speed="-")
-
-    def __enter__(self) -> Callable[[int, float, float], None]:
-        if self.bar is None:
-            return lambda step, loss, speed: None
-        self.bar.start()
-        return lambda step, loss, speed: self.bar.update(
-            self.task, completed=step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}"
-        )
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+            identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
+        return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}

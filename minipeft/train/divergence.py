@@ -1,0 +1,58 @@
+"""Where the numbers went wrong: what is said when a loss, a gradient or a parameter became NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ..backend import Array, xp_of
+from ..nn.module import Parameter
+from .optim import Optimizer
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss, a gradient or a parameter became NaN or infinite: `.step` (from 1), `.loss`, `.parameter` say where."""
+
+    def __init__(self, step: int, loss: float, parameter: str, message: str):
+        super().__init__(f"training diverged at step {step}: {message}")
+        self.step, self.loss, self.parameter = step, loss, parameter
+
+
+def diverged(step: int, loss: float, parameters: Mapping[str, Parameter], optimizer: Optimizer) -> TrainingDiverged:
+    """The error for a loss or a gradient of step number `step` that is not finite: it names where that began."""
+    name = _non_finite_parameter(parameters)
+    if name is not None:
+        where = f"the parameter {name} became NaN or infinite in the update before"
+    elif math.isfinite(loss):  # backward meets the last layers first, so theirs went wrong first
+        gradients = ((n, _non_finite(p.grad)) for n, p in reversed(parameters.items()) if p.grad is not None)
+        name, bad = next((n, bad) for n, bad in gradients if bad)
+        where = f"in the gradient of {name} {bad} of {parameters[name].size} elements are NaN or infinite"
+    else:
+        sizes = {n: float(abs(p.data).max().item()) for n, p in parameters.items() if p.size}
+        name = max(sizes, key=sizes.__getitem__)
+        where = f"every trained parameter is finite, the largest value is {sizes[name]:.3g} in {name}"
+    return TrainingDiverged(step, loss, name, f"the loss is {loss:g}; {where}; {_advice(step, optimizer)}")
+
+
+def check_parameters(step: int, parameters: Mapping[str, Parameter], optimizer: Optimizer) -> None:
+    """TrainingDiverged where the update of step number `step` left a parameter that is not finite."""
+    name = _non_finite_parameter(parameters)
+    if name is not None:
+        message = f"the parameter {name} became NaN or infinite in the update; {_advice(step, optimizer)}"
+        raise TrainingDiverged(step, math.nan, name, message)
+
+
+def _advice(step: int, optimizer: Optimizer) -> str:
+    if step == 1:
+        return "this is the first step, so look at the weights that were loaded and at the data"
+    rate = optimizer.param_groups[0]["lr"]
+    return f"lower learning_rate (it was {rate:g} here), add warmup_steps, or set a lower max_grad_norm"
+
+
+def _non_finite_parameter(parameters: Mapping[str, Parameter]) -> str | None:
+    return next((name for name, p in parameters.items() if _non_finite(p.data)), None)
+
+
+def _non_finite(array: Array) -> int:
+    """How many elements are NaN or infinite."""
+    return array.size - int(xp_of(array).isfinite(array).sum().item())

@@ -1,0 +1,196 @@
+"""A run: what all trainers do between their steps. It restores, counts, records, shows, saves and stops.
+
+    run = Run(config, steps, parameters, optimizer, callbacks, identity=..., show=...)
+    with run.start(resume):                # puts everything where the checkpoint was, opens the metrics file
+        for step in run:                   # numbers from 1; saves a checkpoint after a step where one is due
+            record = ...                   # one step of the trainer: of the optimizer, or an update of PPO
+            run.record(record)             # a line of metrics.jsonl, and the progress bar
+            run.stopped |= ...             # ends the loop, after a last checkpoint
+
+Everything that a step does must depend on (seed, step) and on what a checkpoint holds alone: then a run that is resumed
+ends with the same bytes as one that was never interrupted. A checkpoint holds the trained parameters, the optimizer's
+state, what the callbacks and the trainer itself remember, and the run's identity: whatever else decides those bytes, as
+JSON values, for large things their SHA-256. A run with another identity is refused. The identity is computed once, when
+it is first needed, so a run that saves nothing hashes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..backend import asarray, is_array, to_numpy, xp_of
+from ..nn.module import Parameter
+from .callbacks import Callbacks
+from .checkpoint import (
+    CheckpointError,
+    check_identity,
+    last_checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    remove_leftovers,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from .metrics import Metrics
+from .optim import Optimizer
+
+_SAVED = {"identity", "metrics_bytes", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
+
+
+class Run:
+    """One run of a trainer; see above.
+
+    Args:
+        config: has output_dir, save_steps and save_total_limit: where checkpoints and metrics go, and how often.
+        total_steps: the number of steps of the whole run.
+        parameters: what is trained, by name.
+        optimizer: over these parameters.
+        callbacks: their state is saved, and one that has asked for the end ends the run.
+        identity: a function without arguments: what a run that resumes this one must share with it, as JSON values.
+        state: what the trainer itself remembers from step to step: JSON values, and dictionaries of arrays, each of
+            which becomes a file of the checkpoint.
+        load_state: takes up what `state` gave.
+        show: format strings of the fields of a record that the progress bar shows, such as {"loss": "loss {:.3f}"}.
+        unit: what the progress bar calls a step.
+        progress: whether there is a bar, on stderr, if that is a terminal.
+
+    `step` is the number of steps done, `history` the records so far.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        total_steps: int,
+        parameters: Mapping[str, Parameter],
+        optimizer: Optimizer,
+        callbacks: Callbacks,
+        *,
+        identity: Callable[[], dict[str, Any]],
+        state: Callable[[], dict[str, Any]] = dict,
+        load_state: Callable[[dict[str, Any]], object] = lambda state: None,
+        show: Mapping[str, str] | None = None,
+        unit: str = "step",
+        progress: bool = True,
+    ):
+        self.config, self.total_steps = config, total_steps
+        self.parameters, self.optimizer, self.callbacks = parameters, optimizer, callbacks
+        self._make_identity, self._state, self._load_state = identity, state, load_state
+        self._show, self._unit, self._progress = dict(show or {}), unit, progress
+        self.directory = None if config.output_dir is None else Path(config.output_dir)
+        self.step, self.stopped = 0, False
+        self.history: list[dict[str, Any]] = []
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a run that resumes this one must share with it."""
+        identity = {**self._make_identity(), "callbacks": self.callbacks.names()}
+        return json.loads(json.dumps(identity))  # as a checkpoint gives it back: tuples become lists
+
+    @contextmanager
+    def start(self, resume: bool | str | os.PathLike | None = None) -> Iterator[None]:
+        """Begin, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
+
+        A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is
+        missing, damaged, or of another run.
+        """
+        position, directory = 0, self.directory
+        if resume:
+            position = self._resume(resume)
+        elif directory and (found := last_checkpoint(directory)):
+            raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
+        if directory:
+            directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(directory)
+        self._metrics = Metrics(directory and directory / "metrics.jsonl", position)
+        self.history = self._metrics.history
+        try:
+            with progress_bar(self._progress, self._unit, self.step, self.total_steps) as self._advance:
+                yield
+        finally:
+            self._metrics.close()
+
+    def __iter__(self) -> Iterator[int]:
+        while self.step < self.total_steps and not self.stopped:
+            self.step += 1
+            yield self.step
+            self.stopped |= self.callbacks.stopped
+            every = self.config.save_steps
+            if every and (self.step == self.total_steps or self.stopped or self.step % every == 0):
+                self._save()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Add a record to the history and the metrics file, and show it if it has what is shown."""
+        self._metrics.write(record)
+        if self._show.keys() <= record.keys():
+            self._advance(self.step, "  ".join(text.format(record[key]) for key, text in self._show.items()))
+
+    def _save(self) -> None:
+        moments, optimizer = pack_optimizer(self.optimizer)
+        state = self._state()
+        files = {name: value for name, value in state.items() if _is_file(value)}
+        files |= {"model": {name: p.data for name, p in self.parameters.items()}, "optimizer": moments}
+        files |= {"callbacks": kept} if (kept := self.callbacks.state_dict()) else {}
+        content = {
+            "state": {name: value for name, value in state.items() if name not in files},
+            "stopped": self.stopped,
+            "optimizer": optimizer,
+            "metrics_bytes": self._metrics.position(),
+            "identity": self.identity,
+        }
+        arrays = {file: {name: to_numpy(array) for name, array in group.items()} for file, group in files.items()}
+        save_checkpoint(self.directory, self.step, arrays, content, self.config.save_total_limit)
+
+    def _resume(self, source: bool | str | os.PathLike) -> int:
+        """Put everything where the checkpoint was; returns the length of the metrics file then."""
+        if self.directory is None:
+            raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
+        path = newest = last_checkpoint(self.directory)
+        if source is not True:
+            path = Path(source)
+            if path.resolve().parent != self.directory.resolve():
+                raise ValueError(f"{path} is not in output_dir {self.directory}; a run is resumed in its own directory")
+        if newest is None:
+            raise CheckpointError(f"{self.directory}: holds no checkpoint to resume from")
+        step, arrays, content = load_checkpoint(path)
+        lacking = sorted(_SAVED - {*content, *arrays})
+        if lacking:
+            raise CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
+        if path.resolve() != newest.resolve():
+            raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
+        check_identity(path, self.identity, content["identity"])
+        unpack_optimizer(self.optimizer, arrays.pop("optimizer"), content["optimizer"])
+        xp = xp_of(*[p.data for p in self.parameters.values()])
+        trained = arrays.pop("model")
+        for name, p in self.parameters.items():
+            p.data[...] = asarray(trained[name], xp)
+        arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
+        self.callbacks.load_state_dict(arrays.pop("callbacks", {}))
+        self._load_state({**content["state"], **arrays})
+        self.step, self.stopped = step, content["stopped"]
+        return content["metrics_bytes"]
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(is_array, value.values()))
+
+
+@contextmanager
+def progress_bar(wanted: bool, unit: str, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr: `advance(step, text)` moves it. It does nothing where stderr is not a terminal."""
+    if not (wanted and sys.stderr is not None and sys.stderr.isatty()):
+        yield lambda step, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    columns = (f"{unit} {{task.completed}}/{{task.total}}", BarColumn(), "{task.fields[text]}  left", TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", completed=step, total=total, text="")
+        yield lambda step, text: bar.update(task, completed=step, text=text)
