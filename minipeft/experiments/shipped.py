@@ -5,7 +5,6 @@ The task is Lesson 3's: verses of the King James Bible into Basic English, short
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from statistics import mean
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..hub.base import load_base
+from ..options import configuration, option
 from ..text.corpora import general_text
 from ..text.datasets import Completion
 from ..text.examples import Example, chunk_text, encode_documents, encode_examples
@@ -82,19 +82,14 @@ def rewriting(
     return TaskData(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class Rewriting(Settings):
-    """A run on the task, whose data are settings too.
+    """A run on the task, whose data are settings too."""
 
-    examples  training verses, chosen by the seed; None: as many as the steps take, each once
-    noise     the share of them whose completion is that of another one
-    held_out, blocks   verses and blocks of general text that are evaluated on
-    """
-
-    examples: int | None = None
-    noise: float = 0.0
-    held_out: int = HELD_OUT_VERSES
-    blocks: int = BLOCKS
+    examples: int | None = option(None, "training verses, chosen by the seed (default: as many as the steps take)", least=1)
+    noise: float = option(0.0, "share of them whose completion is that of another one", least=0, most=1)
+    held_out: int = option(HELD_OUT_VERSES, "verses that are evaluated on", least=1)
+    blocks: int = option(BLOCKS, "blocks of general text that are evaluated on", least=1)
 
 
 def data(s: Rewriting) -> TaskData:
