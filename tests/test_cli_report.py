@@ -88,7 +88,7 @@ def test_the_page_refers_to_nothing_outside_itself(path):
     references = [v for _, attrs in Outline(text).tags for k, v in attrs.items() if k in ("src", "srcset", "href")]
     assert references and all(reference.startswith("data:") for reference in references)
     svgs = [base64.b64decode(r.partition("base64,")[2]) for r in references if "svg" in r]
-    assert len(svgs) == 6  # three figures, light and dark
+    assert len(svgs) == 3
     assert not any(re.search(rb"(href|src)=\"(?!#)", svg) for svg in svgs), "a picture refers to another file"
     assert "<script" not in text and "url(" not in text and "@import" not in text
 
@@ -109,7 +109,7 @@ def test_the_numbers_are_those_of_the_rows(path):
     cells = Outline(text).cells
     at = cells.index("LoRA r=8")
     assert cells[at + 1 : at + 12] == [
-        "2.510 ± 0.010", "+0.200 ± 0.000", "3.200", "100,000", "10.00", "0.40", "41.4", "40.4", "0.100", "2.00", "1.00",
+        "2.510 ± 0.010", "+0.200 ± 0.000", "3.200", "100,000", "10.00", "400 kB", "41.4 MB", "40.4 MB", "0.100", "2.00", "1.00",
     ]  # fmt: skip
     assert cells[cells.index("prompt <P=20>") + 11] == "no"  # it cannot be merged
     assert "&lt;own&gt; &amp; only" in text and "<own>" not in text and "<b>Word" not in text

@@ -173,7 +173,7 @@ def test_a_run_is_repeated_and_resumed_to_the_byte(model, data, tmp_path, monkey
         (("--output", "o", "--data", "{data}", "--tasks", "use"), "do not go with --data"),
         (("--output", "o", "--data", "{data}", "--per-task", "3"), "do not go with --data"),
         (("--output", "o", "--validation", "0.2"), "--validation goes with --data"),
-        (("--output", "o", "--per-task", "0"), "--per-task: must be a whole number of at least 1"),
+        (("--output", "o", "--per-task", "0"), "--per-task: must be an integer of at least 1"),
         (("--output", "o", "--data", "no.jsonl"), "no.jsonl"),
         (("--output", "{data}", "--tasks", "use"), "is a file"),
         (("--output", "o", "--data", "{data}", "--template", "vicuna"), "a template is one of plain, alpaca, chatml"),

@@ -96,8 +96,7 @@ def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
         )
     policy, tokenizer = load_policy(args.model, args.adapter, args.backend)
     if args.method == "lora":
-        seed = getattr(args, "seed", 0)
-        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=seed)
+        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=args.seed)
     return policy, tokenizer
 
 
@@ -112,7 +111,7 @@ def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:
 
 
 def load_pairs(
-    args: argparse.Namespace, options: PairOptions, seed: int, policy: Any, tokenizer: Any, template: Any
+    args: argparse.Namespace, options: PairOptions, policy: Any, tokenizer: Any, template: Any
 ) -> tuple[list[Any], list[Any]]:
     """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated."""
     from ..text.datasets import DatasetError, Preference, read_dataset
@@ -126,13 +125,13 @@ def load_pairs(
     if args.human:
         from ..rlhf import human_preferences
 
-        records = human_preferences(args.human, "train", options.pairs, seed)
+        records = human_preferences(args.human, "train", options.pairs, args.seed)
     elif args.data:
         records = read_dataset(args.data)
         if not isinstance(records[0], Preference):
             raise DatasetError(args.data, None, "preference pairs are wanted: {prompt, chosen, rejected} on every line")
     else:
-        return _generated_pairs(options, seed, policy, tokenizer, template)
+        return _generated_pairs(options, args.seed, policy, tokenizer, template)
     train, held_out = split_off(records, options.validation) if options.validation else (list(records), [])
     train, held_out = (encode_preferences(side, tokenizer, length, template) for side in (train, held_out))
     return train, held_out

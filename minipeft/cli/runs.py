@@ -33,6 +33,7 @@ def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: 
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
     common = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "warmup_ratio")
     helps = {"max_steps": "steps instead of epochs", "save_steps": "steps between checkpoints (default: 1/5)", **helps}
+    defaults = {"seed": TrainingArguments.seed, **defaults}
     add_options(group, TrainingArguments, *common, *names, "save_steps", "seed", defaults=defaults, **helps)
 
 
@@ -118,11 +119,11 @@ def as_options(args: argparse.Namespace, *configs: Any) -> dict[str, Any]:
     return {name: value for config in configs for name, value in vars(config).items() if name in args.flags}
 
 
-def note(text: str) -> None:
+def note(text: str, style: str | None = None) -> None:
     """A line on standard error, as it is."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
 def announce(train: Any, held_out: Any, a: TrainingArguments, what: str = "pairs", before: str = "", after: str = "") -> None:
