@@ -10,11 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+from cli_helpers import jsonl, run, tiny, weights
 
 import minipeft as mp
-from minipeft.cli import COMMANDS, main
-from minipeft.files import read_safetensors
-from minipeft.hub.base import load_base
+from minipeft.cli import COMMANDS
 
 PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei"),
          ("seven", "sette"), ("eight", "otto"), ("nine", "nove"), ("ten", "dieci"), ("hundred", "cento")]  # fmt: skip
@@ -22,27 +21,15 @@ PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory with a tiny, randomly initialised model and the shipped tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = mp.TransformerConfig.llama(
-        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=192, eos_token_id=0,
-    )  # fmt: skip
-    _, tokenizer = load_base()
-    mp.save_pretrained(mp.Transformer(config.replace(eos_token_id=tokenizer.eos_token_id), seed=1), path, tokenizer)
-    return path
+    return tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    lines = [json.dumps({"prompt": f"Q: {a}\nA:", "completion": f" {b}"}) for a, b in PAIRS]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def run(*argv) -> int:
-    return main([str(a) for a in argv])
+    return jsonl(
+        tmp_path_factory.mktemp("data") / "pairs.jsonl",
+        ({"prompt": f"Q: {a}\nA:", "completion": f" {b}"} for a, b in PAIRS),
+    )
 
 
 def python(*argv, **options):
@@ -50,10 +37,6 @@ def python(*argv, **options):
     return subprocess.run(
         [sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=120, env=environment, **options
     )
-
-
-def weights(path):
-    return {name: array.copy() for name, array in read_safetensors(path / "model.safetensors")[0].items()}
 
 
 def same(a, b) -> bool:
@@ -128,6 +111,9 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--resume"], "no checkpoint"),
         (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
+        (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "not allowed with argument"),
+        (["finetune", "--data", "{data}", "--output", "o", "--validation", "0", "--eval-steps", "1"], "--eval-steps does nothing"),
+        (["generate", "--prompts", "{bad}", "--escapes"], "--escapes reads"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
         (["generate", "--prompts", "missing.txt"], "missing.txt: No such file"),
@@ -291,34 +277,25 @@ def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):
     assert max(float(abs(a[name] - b[name]).max()) for name in a) < 1e-6
 
 
-def jsonl(records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
 @pytest.mark.parametrize(
-    ("suffix", "lines", "more"),
+    ("records", "more"),
     [
-        (".txt", "It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
-        (".jsonl", jsonl({"text": f"{a} is {b}."} for a, b in PAIRS), ["--validation", "{file}"]),
-        (".jsonl", jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS), ["--validation", "{file}"]),
+        ("It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
+        ([{"text": f"{a} is {b}."} for a, b in PAIRS], ["--validation", "{file}"]),
+        ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--validation", "{file}"]),
+        ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--template", "{instruction}\\n->", "--validation", "0"]),
         (
-            ".jsonl",
-            jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS),
-            ["--template", "{instruction}\\n->", "--validation", "0"],
-        ),
-        (
-            ".jsonl",
-            jsonl(
-                {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS
-            ),
+            [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS],
             ["--validation", "{file}"],
         ),
     ],
     ids=["text file", "documents", "instructions", "custom template", "conversations"],
 )
-def test_every_form_of_data(suffix, lines, more, model, tmp_path, capsys):
-    file = tmp_path / f"data{suffix}"
-    file.write_text(lines)
+def test_every_form_of_data(records, more, model, tmp_path):
+    if isinstance(records, str):
+        (file := tmp_path / "data.txt").write_text(records)
+    else:
+        file = jsonl(tmp_path / "data.jsonl", records)
     assert finetune(model, file, tmp_path / "o", *[m.replace("{file}", str(file)) for m in more]) == 0
     loss = json.loads((tmp_path / "o" / "finetune.json").read_text())["held_out_loss"]
     if "0" in more:

@@ -6,20 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+from cli_helpers import jsonl, refused, run
 from test_text_chat import SYSTEM
 
 import minipeft as mp
-from minipeft.cli import main
 from minipeft.nn.transformer import TransformerConfig
 from minipeft.text.datasets import Message
 from minipeft.text.tokenizer import Tokenizer
 
 pytest.importorskip("jinja2", reason="needs the extra 'hub': pip install 'minipeft[hub]'")
 QUESTIONS = {"red": "warm", "blue": "cold", "green": "mild", "black": "dark", "white": "light"}
-
-
-def run(*argv) -> int:
-    return main([str(a) for a in argv])
 
 
 def say(monkeypatch, *lines):
@@ -46,12 +42,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat_data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
-    with path.open("w") as file:
-        for question, answer in QUESTIONS.items():
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return path
+    turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS.items())
+    return jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", ({"messages": both} for both in turns))
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +114,7 @@ def test_a_conversation_in_json_and_one_without_words(model, capsys, monkeypatch
 
 def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     def fails(sentence, *argv):
-        assert run("generate", *argv) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("minipeft: error: ") and err.count("\n") == 1 and sentence in err, err
+        assert sentence in refused(capsys, "generate", *argv, silent=False)
 
     tokenizer = mp.load_base()[1]
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message, please') }}{% endif %}x"

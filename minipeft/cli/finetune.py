@@ -146,8 +146,10 @@ def fine_tune(
         raise ValueError(f"--max-length {args.max_length} is more than the {positions}")
     max_length = args.max_length or min(args.longest, limit)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
-    if not data.held_out and getattr(args, "eval_steps", None):
-        raise ValueError("--eval-steps is about held-out examples, and there are none")
+    for field in ("eval_steps", "early_stopping_patience"):
+        if hasattr(args, field) and not data.held_out:
+            flag = args.flags[field].replace("_", "-")
+            raise ValueError(f"--{flag} does nothing without held-out examples; leave it out")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
     for what, of in (tests or {}).items():
         sets[what] = encode_examples(of, tokenizer, max_length, template, args.overflow).examples

@@ -31,10 +31,12 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
-    common = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "warmup_ratio")
-    helps = {"max_steps": "steps instead of epochs", "save_steps": "steps between checkpoints (default: 1/5)", **helps}
+    helps = {"save_steps": "steps between checkpoints (default: 1/5)", **helps}
     defaults = {"seed": TrainingArguments.seed, **defaults}
-    add_options(group, TrainingArguments, *common, *names, "save_steps", "seed", defaults=defaults, **helps)
+    length = group.add_mutually_exclusive_group()
+    add_options(length, TrainingArguments, "num_train_epochs", "max_steps", defaults=defaults)
+    names = ("per_device_train_batch_size", "learning_rate", "warmup_ratio", *names, "save_steps", "seed")
+    add_options(group, TrainingArguments, *names, defaults=defaults, **helps)
 
 
 def check_output(args: argparse.Namespace) -> Path:
