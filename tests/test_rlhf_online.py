@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
+from minipeft.rlhf import online
 from minipeft.text.examples import Example, PreferencePair
+from minipeft.train.callbacks import Callback
 from minipeft.train.checkpoint import CheckpointError
 
 EOS, LIKED = 1, 7
@@ -35,6 +39,7 @@ METHODS = {
     "rloo": (rlhf.RLOOTrainer, rlhf.GroupConfig),
     "grpo": (rlhf.GRPOTrainer, rlhf.GroupConfig),
 }
+VALUES_ALONE = {"ppo": dict(vf_coef=0)}  # without the value loss, which reaches the policy's states
 
 
 def trainer(method="ppo", policy=None, reward=liked, prompts=PROMPTS, watch=None, value_model=None, **fields):
@@ -138,7 +143,7 @@ def test_it_learns_what_is_rewarded_and_tells_everything(method):
 
 def test_statistics_of_the_first_update_are_those_of_its_rollout():
     run = trainer(steps=1)
-    roll = rlhf.rollout(base(), run._prompts(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
+    roll = rlhf.rollout(base(), run.prompts_of(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
     logprobs = rlhf.response_logprobs(base(), roll.input_ids, roll.attention_mask, 6).numpy() * roll.mask
     record = run.step()
     assert record["objective/entropy"] == pytest.approx(-logprobs.sum(1).mean(), rel=1e-5)
@@ -147,29 +152,55 @@ def test_statistics_of_the_first_update_are_those_of_its_rollout():
     assert record["text/distinct_2"] == rlhf.distinct_n(roll.responses())
 
 
-def test_one_update_is_the_published_algorithm_step_by_step():
-    """The trainer against the same update written down plainly, with one minibatch and one epoch."""
-    run = trainer(steps=1, mini_batch_size=16, num_epochs=1, learning_rate=1e-3, lr_scheduler_type="constant")
+@pytest.mark.parametrize("method", METHODS)
+def test_one_update_is_the_published_algorithm_step_by_step(method):
+    """The trainer against the same update written down with the published losses, with one minibatch and one epoch."""
+    run = trainer(method, steps=1, mini_batch_size=16, num_epochs=1, learning_rate=1e-3, lr_scheduler_type="constant")
     policy, head = base(), mp.nn.Linear(16, 1, seed=0)
     for p in head.parameters():
         p.data = np.zeros_like(p.data)
-    roll = rlhf.rollout(policy, run._prompts(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
-    logprobs = rlhf.response_logprobs(policy, roll.input_ids, roll.attention_mask, 6)
+    prompts = run.prompts_of(0, 1 if method == "ppo" else 4)
+    roll = rlhf.rollout(policy, prompts, 6, 1.0, [EOS], mp.backend.Rng(0, 0))
+    logprobs, scores = rlhf.response_logprobs(policy, roll.input_ids, roll.attention_mask, 6), liked(roll).astype("f4")
     old = logprobs.numpy() * roll.mask
-    rewards = rlhf.shaped_rewards(old, old, liked(roll).astype("f4"), roll.mask, 0.05)
-    advantages, returns = rlhf.gae(rewards, np.zeros_like(old), 1.0, 0.95, roll.mask)
-    hidden = policy.backbone(roll.input_ids, roll.attention_mask)[:, -7:-1]
-    values = head(hidden).reshape(16, 6)
-    loss = rlhf.policy_loss(logprobs, old, rlhf.whiten(advantages, roll.mask), roll.mask)
-    loss = loss + 0.1 * rlhf.value_loss(values, np.zeros_like(old), returns, roll.mask)
+    if method == "ppo":
+        rewards = rlhf.shaped_rewards(old, old, scores, roll.mask, 0.05)
+        advantages, returns = rlhf.gae(rewards, np.zeros_like(old), 1.0, 0.95, roll.mask)
+        values = head(policy.backbone(roll.input_ids, roll.attention_mask)[:, -7:-1]).reshape(16, 6)
+        loss = rlhf.policy_loss(logprobs, old, rlhf.whiten(advantages, roll.mask), roll.mask)
+        loss = loss + 0.1 * rlhf.value_loss(values, np.zeros_like(old), returns, roll.mask)
+    elif method == "rloo":
+        loss = rlhf.rloo_loss(logprobs, old, rlhf.rloo_advantages(scores, 4), roll.mask)
+    else:
+        loss = rlhf.grpo_loss(logprobs, old, old, rlhf.grpo_advantages(scores, 4), roll.mask, beta=0.05)
     loss.backward()
-    named = [*policy.named_parameters(), *head.named_parameters()]
+    named = [*policy.named_parameters(), *(head.named_parameters() if method == "ppo" else ())]
     mp.optim.clip_grad_norm(named, 1.0)
     mp.optim.Adam(named, lr=1e-3, eps=1e-5).step()
     run.step()
     for name, p in policy.named_parameters():
         np.testing.assert_allclose(run.trainable[name].data, p.data, atol=2e-5, err_msg=name)
-    np.testing.assert_allclose(run.v_head.weight.data, head.weight.data, atol=2e-5)
+    if method == "ppo":
+        np.testing.assert_allclose(run.v_head.weight.data, head.weight.data, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1 << 40])
+def test_no_two_purposes_share_a_stream_of_random_numbers(seed, monkeypatch):
+    """Tokens, the order of the prompts and the order of the minibatches: each draws from streams of its own."""
+    drawn, default_rng = {}, np.random.default_rng
+
+    def spied(path):
+        generator, caller = default_rng(path), sys._getframe(1)
+        purpose = caller.f_code.co_name, caller.f_locals.get("purpose")
+        drawn.setdefault(purpose, set()).add(tuple(generator.bit_generator.seed_seq.generate_state(4)))
+        return generator
+
+    run = trainer(seed=seed, num_epochs=3)
+    monkeypatch.setattr(np.random, "default_rng", spied)
+    run.train()
+    assert len(drawn) == 3, drawn.keys()
+    assert min(map(len, drawn.values())) == 12, "4 updates of 3 epochs"
+    assert sum(map(len, drawn.values())) == len(set.union(*drawn.values()))
 
 
 def test_the_reference_shares_what_is_frozen_and_copies_what_is_trained():
@@ -237,19 +268,65 @@ def test_a_value_model_with_adapters_needs_a_head_that_learns():
     assert len(head) == 2 and all(a.any() for a in head)
 
 
-def test_adalora_is_refused_rather_than_half_done():
-    config = mp.AdaLoraConfig(total_step=100, target_modules=["q_proj"])
-    adaptive = mp.get_peft_model(base(), config)
-    with pytest.raises(ValueError, match="the policy's adapter 'default' is ADALORA, which adds a penalty"):
-        trainer(policy=adaptive)
-    value = mp.get_peft_model(mp.ValueModel(base()), mp.AdaLoraConfig(total_step=9, modules_to_save=["v_head"]))
-    with pytest.raises(ValueError, match="the value model's adapter 'default' is ADALORA"):
-        trainer(value_model=value)
-    adaptive.add_adapter("rl", mp.LoraConfig(r=2, target_modules=["v_proj"]))
-    adaptive.set_adapter(["default", "rl"])
-    for _, part in adaptive.parts("default"):
-        part.requires_grad_(False)
-    trainer(policy=adaptive, steps=1).train()  # one that is finished and frozen does no harm
+class Recorder(Callback):
+    """Remembers how it was called, over interruptions; `add` is added to every gradient, `end` is the last step."""
+
+    def __init__(self, add=0.0, end=None):
+        self.add, self.end, self.models, self.steps, self.records = add, end, [], [], []
+
+    def before_step(self, model, step):
+        self.models.append(model)
+        self.steps.append(step)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = p.grad + self.add
+
+    def after_step(self, model, step, record):
+        assert model is self.models[-1] and step == self.steps[-1] == record["step"]
+        assert any(p.grad is not None for p in model.parameters()), "the gradients are still there"
+        self.records.append(record)
+        return step == self.end
+
+    def state_dict(self):
+        return {"steps": np.array(self.steps)}
+
+    def load_state_dict(self, arrays):
+        self.steps = to_numpy(arrays["steps"]).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks_stand_around_every_optimizer_step(method, tmp_path):
+    own, given = Recorder(), Recorder(add=1e3)
+    policy = base()
+    policy.training_callbacks = lambda: [own]
+    options = dict(policy=policy, steps=2, learning_rate=1e-3, save_steps=1, output_dir=tmp_path)
+    history = trainer(method, **options).train(callbacks=[given])
+    assert own.steps == given.steps == list(range(1, 9)), "2 updates of 2 epochs of 2 minibatches"
+    assert all(model is policy for model in own.models + given.models)
+    assert history[0]["grad_norm"] > 1e3, "the norm is that of what the optimizer gets, before it is clipped"
+    assert np.mean([r["loss/policy"] for r in given.records[:4]]) == pytest.approx(history[0]["loss/policy"])
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again, resumed = base(), Recorder(add=1e3)
+    again.training_callbacks = lambda: [Recorder()]
+    run = trainer(method, **options | {"policy": again})
+    with pytest.raises(CheckpointError, match="other callbacks"):
+        run.train(resume_from_checkpoint=True)
+    assert run.train(resume_from_checkpoint=True, callbacks=[resumed]) == history
+    assert resumed.steps == given.steps and len(resumed.records) == 4 and same(parameters(policy), parameters(again))
+
+
+def test_a_callback_ends_the_run_in_the_middle_of_an_update():
+    end = Recorder(end=6)
+    assert len(trainer().train(callbacks=[end])) == 2 and end.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_value_models_callbacks_get_the_value_model_also_in_an_own_loop():
+    value, policy = mp.ValueModel(base()), base()
+    recorders = {model: Recorder() for model in (value, policy)}
+    for model, recorder in recorders.items():
+        model.training_callbacks = lambda recorder=recorder: [recorder]
+    trainer(policy=policy, value_model=value, steps=2).step()
+    assert all(r.models == [model] * 4 and r.steps == [1, 2, 3, 4] for model, r in recorders.items())
 
 
 def test_what_is_watched_never_stops_a_run_and_is_asked_before_training(tmp_path):
@@ -273,13 +350,13 @@ def test_what_is_watched_never_stops_a_run_and_is_asked_before_training(tmp_path
 def test_the_largest_ratio_is_the_largest_ratio(monkeypatch):
     run = trainer(steps=1, mini_batch_size=16, num_epochs=2, learning_rate=1e-2)
     seen = []
-    original = run._ratio_statistics
+    original = run.loss
 
     def kept(batch, new):
         seen.append(np.exp(np.where(batch["mask"] != 0, new.logprobs.data - batch["old_logprobs"], np.nan)))
         return original(batch, new)
 
-    monkeypatch.setattr(run, "_ratio_statistics", kept)
+    monkeypatch.setattr(run, "loss", kept)
     record = run.step()
     assert record["val/ratio_max"] == pytest.approx(max(np.nanmax(r) for r in seen), rel=1e-6)
     assert record["val/ratio_deviation"] == pytest.approx(max(np.nanmax(abs(r - 1)) for r in seen), rel=1e-5)
@@ -287,16 +364,8 @@ def test_the_largest_ratio_is_the_largest_ratio(monkeypatch):
 
 
 def test_without_max_grad_norm_nothing_is_clipped():
-    free, huge = (trainer(steps=2, max_grad_norm=norm) for norm in (None, 1e9))
-    assert free.train() == huge.train() and free.history[0]["grad_norm"] > 0
-
-
-def test_asking_for_the_value_heads_parameters_leaves_them_alone():
-    run = trainer(steps=1, learning_rate=1e-2)
-    run.train()
-    head = run.v_head.weight.data.copy()
-    assert head.any() and run.extra_parameters()["v_head.weight"] is run.v_head.weight
-    assert np.array_equal(run.v_head.weight.data, head)
+    free, huge = (trainer(steps=2, max_grad_norm=norm) for norm in (0, 1e9))
+    assert free.train() == huge.train() == trainer(steps=2, max_grad_norm=None).train() and free.history[0]["grad_norm"] > 0
 
 
 def test_adaptive_kl_moves_beta_and_logs_the_one_it_used():
@@ -308,10 +377,10 @@ def test_adaptive_kl_moves_beta_and_logs_the_one_it_used():
 
 def test_groups_share_their_prompt_and_epochs_cover_all_prompts():
     run = trainer("grpo", num_generations=4)
-    first = run._prompts(0)
-    assert all(first[i] == first[i - i % 4] for i in range(16))
+    first = run.prompts_of(0, 4)
+    assert all(first[i] == first[i - i % 4] for i in range(16)) and run.rollout(4).prompts() == first
     assert sorted(map(tuple, first[::4])) == sorted(map(tuple, PROMPTS))
-    assert run._prompts(0) == trainer("rloo")._prompts(0)
+    assert first == trainer("rloo").prompts_of(0, 4)
 
 
 def test_a_reward_model_as_reward_and_another_number_to_watch():
@@ -389,6 +458,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         trainer().train(resume_from_checkpoint=True)
 
 
+def test_large_things_are_hashed_once_a_run(tmp_path, monkeypatch):
+    hashed = []
+    for name in ("fingerprint", "frozen_fingerprint"):
+        original = getattr(online, name)
+        monkeypatch.setattr(online, name, lambda x, f=original, n=name: hashed.append(n) or f(x))
+    trainer(reward=rlhf.RewardModel(base(), seed=3), output_dir=tmp_path, save_steps=1).train()
+    assert sorted(hashed) == ["fingerprint", "fingerprint", "frozen_fingerprint"], "prompts, reward model, reference"
+
+
 def test_a_run_that_max_kl_stopped_goes_on_with_a_higher_one(tmp_path):
     options = dict(learning_rate=1e-2, save_steps=1)
     whole = trainer(output_dir=tmp_path / "whole", **options).train()
@@ -401,15 +479,37 @@ def test_a_run_that_max_kl_stopped_goes_on_with_a_higher_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------ what stops it
 
 
-def test_identical_scores_stop_with_a_reason():
-    with pytest.raises(rlhf.RLHFError, match=r"update 1: all responses have the same score \(2\)"):
-        trainer(reward=lambda r: np.full(16, 2.0)).step()
-    with pytest.raises(rlhf.RLHFError, match="none ended with a stop token; raise response_length"):
-        trainer(stop_token_ids=(99,), missing_eos_score=-1.0).step()
-    by_prompt = lambda r: np.array([float(len(p)) for p in r.prompts()])  # noqa: E731
-    trainer(reward=by_prompt).step()
-    with pytest.raises(rlhf.RLHFError, match="in every group all responses have the same score"):
-        trainer("rloo", reward=by_prompt).step()
+def constant(roll):
+    return np.full(16, 2.0)
+
+
+def by_prompt(roll):
+    return np.array([float(len(p)) for p in roll.prompts()])
+
+
+@pytest.mark.parametrize("method, reward", [(m, constant) for m in METHODS] + [("rloo", by_prompt), ("grpo", by_prompt)])
+def test_equal_scores_prefer_nothing_and_the_run_goes_on(method, reward):
+    policy = base()
+    before = parameters(policy)
+    learned = trainer(method, policy, reward, steps=2, learning_rate=1e-2, kl_coef=0, **VALUES_ALONE.get(method, {})).train()
+    assert [r["objective/scores_equal"] for r in learned] == [1, 1] and same(before, parameters(policy))
+    assert all(r["loss/policy"] == 0 for r in learned)
+    mixed = trainer(method, reward=lambda r: by_prompt(r) + (np.arange(16) == 3)).step()
+    assert mixed["objective/scores_equal"] == (0 if method == "ppo" else 0.75), "a group is what is compared"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_scores_end_a_run_after_many_updates_which_is_kept(method, tmp_path):
+    mixed = lambda r: liked(r) if len(asked) == 2 else constant(r)  # noqa: E731
+    asked = []
+    options = dict(steps=9, max_equal_updates=3, output_dir=tmp_path, reward=lambda r: asked.append(0) or mixed(r))
+    with pytest.raises(rlhf.RLHFError, match=r"update 5: no response has scored .* for 3 updates .* 2\).*checkpoint-5 keeps"):
+        trainer(method, **options).train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["objective/scores_equal"] for line in lines] == [1, 0, 1, 1, 1]
+    assert len(trainer(method, **options | dict(max_equal_updates=7)).train(resume_from_checkpoint=True)) == 9
+    with pytest.raises(rlhf.RLHFError, match="none ended with a stop token; raise response_length$"):
+        trainer(method, stop_token_ids=(99,), missing_eos_score=-1.0, max_equal_updates=2).train()
 
 
 def test_not_a_number_stops_with_a_reason():
@@ -456,17 +556,17 @@ def test_the_first_minibatch_shows_a_policy_that_is_not_the_one_that_sampled(mon
 def test_arguments_that_make_no_sense():
     for message, fields in (
         ("batch_size must be a multiple of mini_batch_size, 8, got 12", dict(batch_size=12)),
-        ("temperature must be above 0, got 0", dict(temperature=0)),
-        ("lam must be between 0 and 1, got 2", dict(lam=2)),
+        ("temperature must be a number above 0, got 0", dict(temperature=0)),
+        ("lam must be a number of at least 0 and at most 1, got 2", dict(lam=2)),
         ("set one of them to None", dict(missing_eos_score=-1.0, missing_eos_penalty=1.0)),
         ("kl_coef must not start at 0", dict(kl_coef=0, kl_target=3.0)),
         ("save_steps needs an output_dir", dict(save_steps=1)),
-        ("max_grad_norm must be above 0, or None, got 0", dict(max_grad_norm=0)),
-        ("stop_kl must be above 0, or None, got -5", dict(stop_kl=-5)),
-        ("cliprange_value must be above 0, got -1", dict(cliprange_value=-1)),
-        ("vf_coef must be at least 0, got -1", dict(vf_coef=-1)),
-        ("kl_horizon must be above 0, got 0", dict(kl_horizon=0)),
-        ("kl_horizon must be above batch_size / 5, 3.2, got 3", dict(kl_horizon=3, kl_target=1.0)),
+        ("max_grad_norm must be a number of at least 0, or None, got -1", dict(max_grad_norm=-1)),
+        ("stop_kl must be a number above 0, or None, got -5", dict(stop_kl=-5)),
+        ("cliprange_value must be a number above 0, got -1", dict(cliprange_value=-1)),
+        ("vf_coef must be a number of at least 0, got -1", dict(vf_coef=-1)),
+        ("kl_horizon must be an integer of at least 1, got 0", dict(kl_horizon=0)),
+        ("kl_horizon must be above batch_size / 5, 3.2, .* got 3", dict(kl_horizon=3, kl_target=1.0)),
         (r"prompts\[1\] has 27 tokens; with response_length=6 at most 26 fit", dict(prompts=[[3], [4] * 27])),
     ):
         with pytest.raises(ValueError, match=message):
@@ -517,7 +617,7 @@ def test_dpo_learns_to_prefer_from_where_it_begins():
     assert (rewards[:, 0] > rewards[:, 1]).mean() > 0.9
     margin = rewards[:, 0] - rewards[:, 1]
     assert np.log1p(np.exp(-margin)).mean() == pytest.approx(run.evaluate(), rel=1e-4)
-    with pytest.raises(ValueError, match="beta must be above 0, got 0"):
+    with pytest.raises(ValueError, match="beta must be a number above 0, got 0"):
         rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)
 
 
@@ -542,7 +642,7 @@ def test_dpo_resumes_with_another_evaluation_batch(tmp_path):
     with pytest.raises(Interrupted):
         first.train()
     assert run(32).train(resume_from_checkpoint=True).steps == 4
-    with pytest.raises(ValueError, match="reference_batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="reference_batch_size must be an integer of at least 1, got 0"):
         rlhf.dpo_trainer(base(), pairs(4, 0), reference_batch_size=0)
 
 

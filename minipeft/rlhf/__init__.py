@@ -30,13 +30,11 @@ from .online import (
     OnlineTrainer,
     Outputs,
     RewardFunction,
-    RLHFError,
-    check_first_minibatch,
     learned_reward,
     missing_eos,
 )
 from .openings import sentence_openings
-from .ppo import KLController, PPOConfig, PPOTrainer, clip_fraction, policy_loss, value_loss
+from .ppo import KLController, PPOConfig, PPOTrainer, policy_loss, value_loss
 from .ratings import human_preferences, human_ratings
 from .reward import (
     Ranking,
@@ -49,6 +47,7 @@ from .reward import (
     reward_loss,
 )
 from .rollout import Rollout, distinct_n, rollout, truncate_response
+from .statistics import RLHFError, check_first_minibatch, clip_fraction
 
 __all__ = [
     "DPOConfig", "GRPOTrainer", "GroupConfig", "KLController", "OnlineConfig", "OnlineTrainer", "Outputs", "PPOConfig",

@@ -48,15 +48,23 @@ def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
     return xp.where(real, white + mean, 0) if keep_mean else white
 
 
+def token_kl(logprobs: Array, ref_logprobs: Array, mask: Array) -> Array:
+    """k1 = log π(y_t) - log π_ref(y_t) at the real tokens, 0 elsewhere: [B, T], in nats; its sum estimates the KL."""
+    return xp_of(logprobs).where(mask != 0, logprobs - ref_logprobs, 0)
+
+
 def shaped_rewards(logprobs: Array, ref_logprobs: Array, scores: Array, mask: Array, beta: float) -> Array:
     """r_t = -β (log π(y_t) - log π_ref(y_t)), plus the score [B] at the last real token: [B, T].
 
-    The KL estimate is k1 (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Raises ValueError for a row without real
-    tokens.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2. Raises ValueError for a row without real tokens.
     """
-    xp = xp_of(logprobs)
-    rewards = xp.where(mask != 0, -beta * (logprobs - ref_logprobs), 0)
-    rewards[xp.arange(mask.shape[0]), last_real_token(mask, mask.shape[1])] += scores
+    return priced(token_kl(logprobs, ref_logprobs, mask), scores, mask, beta)
+
+
+def priced(kl: Array, scores: Array, mask: Array, beta: float) -> Array:
+    """`shaped_rewards` of the KL of each token (`token_kl`) [B, T]."""
+    rewards = -beta * kl
+    rewards[xp_of(kl).arange(mask.shape[0]), last_real_token(mask, mask.shape[1])] += scores
     return rewards
 
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray
+from ..backend import Array, xp_of
 from ..options import configuration, option
-from .advantages import masked_mean
-from .online import OnlineConfig, OnlineTrainer, Outputs
-from .ppo import clip_fraction
-from .rollout import Rollout
+from .advantages import masked_mean, token_kl
+from .logprobs import response_logprobs
+from .online import OnlineConfig, OnlineTrainer, Outputs, forward_only, minibatches
+from .ppo import clipped, log_ratio
+from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
 
 def rloo_advantages(rewards: Array, k: int) -> Array:
@@ -40,8 +39,8 @@ def rloo_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Ar
     logprobs, old_logprobs, mask [B, n]; advantages [B]. At the first optimizer step of an update, ρ = 1, its gradient
     is REINFORCE's: that of the mean of -A log π(y).
     """
-    ratio = F.where(mask != 0, logprobs - old_logprobs, 0).sum(axis=1).exp()  # [B]
-    return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange)).mean()
+    ratio = log_ratio(logprobs, old_logprobs, mask).sum(axis=1).exp()  # [B]
+    return clipped(ratio, advantages, cliprange).mean()
 
 
 def grpo_advantages(rewards: Array, k: int) -> Array:
@@ -85,13 +84,15 @@ def grpo_loss(
     logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response, which has at
     least one. β = 0.04 is the paper's.
     """
-    real = mask != 0
-    ratio = F.where(real, logprobs - old_logprobs, 0).exp()
-    a = advantages[:, None]
-    token = F.maximum(-a * ratio, -a * F.clip(ratio, 1 - cliprange, 1 + cliprange))
+    token = clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
     if beta:
-        token = token + beta * k3(F.where(real, logprobs, 0), ref_logprobs * real)
-    return (F.where(real, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
+        token = token + beta * k3(F.where(mask != 0, logprobs, 0), ref_logprobs * (mask != 0))
+    return mean_of_means(token, mask)
+
+
+def mean_of_means(token: Tensor, mask: Array) -> Tensor:
+    """The mean over responses of the mean over their real tokens, of which each has at least one: [B, n] -> scalar."""
+    return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
 @configuration(kw_only=True)
@@ -118,27 +119,26 @@ class RLOOTrainer(OnlineTrainer):
 
     config: GroupConfig
 
-    @property
-    def responses_per_prompt(self) -> int:
-        """num_generations."""
-        return self.config.num_generations
-
-    def prepare(
-        self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
-    ) -> tuple[dict[str, Array], dict[str, float]]:
-        """Scores minus β KL of the whole response, against the other responses to the prompt."""
-        kl = ((old["logprobs"] - ref_logprobs) * roll.mask).sum(axis=1)  # [B]
-        rewards = asarray(scores.astype(np.float32), self._xp) - self.config.kl_coef * kl
-        arrays = {"advantages": rloo_advantages(rewards, self.config.num_generations)}
-        return arrays, _objective(-self.config.kl_coef * float(kl.mean().item()), scores, self.config.kl_coef)
+    def update(self) -> dict[str, Any]:
+        """One update: scores minus β KL of the whole response, against the other responses to the prompt."""
+        beta, k = self.config.kl_coef, self.config.num_generations
+        batch, scores, kl, record = answered(self)
+        kl = (kl * batch["mask"]).sum(axis=1)  # [B]
+        batch["advantages"] = rloo_advantages(scores - beta * kl, k)  # [B]
+        record |= of_objective(record, -beta * float(kl.mean().item()), beta)
+        return record | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """`rloo_loss`."""
-        xp = self._xp
-        loss = rloo_loss(new.logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"], self.config.cliprange)
-        change = xp.where(batch["mask"] != 0, new.logprobs.data - batch["old_logprobs"], 0).sum(axis=1)
-        clipped = clip_fraction(xp.exp(change), batch["advantages"], xp.ones_like(change), self.config.cliprange)
-        return loss, {"loss/policy": loss.item(), "policy/clipfrac": clipped.item()}
+        """(`rloo_loss`, statistics) of a minibatch."""
+        cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        ratio = change.sum(axis=1).exp()  # [b]
+        loss = clipped(ratio, advantages, cliprange).mean()
+        return loss, {
+            "loss/policy": loss.item(),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange).item(),
+            **of_ratio(change.data, xp_of(mask).exp(change.data), mask, new.entropy),
+        }
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -146,37 +146,56 @@ class GRPOTrainer(OnlineTrainer):
 
     config: GroupConfig
 
-    @property
-    def responses_per_prompt(self) -> int:
-        """num_generations."""
-        return self.config.num_generations
-
-    def prepare(
-        self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
-    ) -> tuple[dict[str, Array], dict[str, float]]:
-        """Scores, standardized within each group; the KL is in the loss."""
-        rewards = asarray(scores.astype(np.float32), self._xp)
-        return {"advantages": grpo_advantages(rewards, self.config.num_generations)}, _objective(
-            0.0, scores, self.config.kl_coef
-        )
+    def update(self) -> dict[str, Any]:
+        """One update: scores, standardized within each group; the KL is in the loss."""
+        batch, scores, _, record = answered(self)
+        batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
+        record |= of_objective(record, 0.0, self.config.kl_coef)
+        return record | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """`grpo_loss`."""
-        c, mask, ref = self.config, batch["mask"], batch["ref_logprobs"]
-        loss = grpo_loss(new.logprobs, batch["old_logprobs"], ref, batch["advantages"], mask, c.cliprange, c.kl_coef)
-        change = self._xp.where(mask != 0, new.logprobs.data - batch["old_logprobs"], 0)
+        """(`grpo_loss`, statistics) of a minibatch."""
+        c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        ratio = change.exp()
+        kl = k3(F.where(mask != 0, new.logprobs, 0), batch["ref_logprobs"])
+        token = clipped(ratio, advantages, c.cliprange)
+        loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
         return loss, {
             "loss/policy": loss.item(),
-            "loss/kl": masked_mean(k3(Tensor(new.logprobs.data), ref), mask).item(),
-            "policy/clipfrac": clip_fraction(
-                self._xp.exp(change), batch["advantages"][:, None], mask, c.cliprange
-            ).item(),
+            "loss/kl": masked_mean(kl.detach(), mask).item(),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
 
-def _objective(non_score: float, scores: np.ndarray, beta: float) -> dict[str, Any]:
-    return {
-        "objective/non_score_reward": non_score,
-        "objective/rlhf_reward": non_score + float(scores.mean()),
-        "objective/kl_coef": beta,
-    }
+def answered(trainer: RLOOTrainer | GRPOTrainer) -> tuple[dict[str, Array], Array, Array, dict[str, Any]]:
+    """Steps 1 to 3 of `PPOTrainer.update`, without values: (arrays of the minibatches, scores [B], KL [B, n], record).
+
+    The num_generations responses to a prompt lie beside each other.
+    """
+    c, k = trainer.config, trainer.config.num_generations
+    roll = trainer.rollout(k)
+    (old_logprobs,) = forward_only(trainer.outputs, roll, c.mini_batch_size)
+    (ref_logprobs,) = forward_only(
+        lambda *a: [response_logprobs(trainer.reference, *a, c.temperature)], roll, c.mini_batch_size
+    )
+    kl = token_kl(old_logprobs, ref_logprobs, roll.mask)
+    scores, record = trainer.score(roll, old_logprobs, ref_logprobs, kl, group=k)
+    arrays = {
+        "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
+        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+    }  # fmt: skip
+    return arrays, scores, kl, record
+
+
+def epochs(trainer: RLOOTrainer | GRPOTrainer, whole: dict[str, Array]) -> dict[str, float]:
+    """Step 6 of `PPOTrainer.update`."""
+    seen: list[dict[str, float]] = []
+    for rows in minibatches(trainer.config, trainer.updates, xp_of(whole["mask"])):
+        batch = {name: array[rows] for name, array in whole.items()}
+        new = trainer.outputs(batch["input_ids"], batch["attention_mask"], trainer.config.response_length)
+        loss, stats = trainer.loss(batch, new)
+        if trainer.descend(loss, stats, seen):
+            break
+    return over_minibatches(seen)

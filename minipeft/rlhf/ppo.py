@@ -1,50 +1,60 @@
-"""Proximal policy optimization for language models: the losses, the KL controller, and the trainer.
+"""Proximal policy optimization for language models: the losses, the KL controller, and one update in numbered steps.
 
     maximize   E[r(x, y)] - β KL(π ‖ π_ref)      with      ρ_t = π(y_t) / π_old(y_t)
+
+    loss       mean of max(-A ρ, -A clip(ρ, 1 ± ε))  +  vf_coef · ½ mean of max((V - R)², (clip(V, V_old ± ε) - R)²)
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
 N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the
 value head reads the policy's own hidden states, unless a `ValueModel` of its own is given.
+
+Departures: (1) where all scores of an update are equal, its advantages are 0; whitening would blow up what is left of
+them, the price of KL and the value head's errors, to variance one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray, xp_of
+from ..backend import Array, xp_of
 from ..nn.heads import ValueModel
 from ..nn.layers import Linear
-from ..nn.module import Parameter
 from ..options import configuration, option
+from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
-from .advantages import gae, masked_mean, shaped_rewards, whiten
-from .logprobs import response_hidden
-from .online import OnlineConfig, OnlineTrainer, Outputs, RewardFunction, check_adapters
+from .advantages import gae, masked_mean, priced, token_kl, whiten
+from .logprobs import response_hidden, response_logprobs
+from .online import (
+    OnlineConfig,
+    OnlineTrainer,
+    Outputs,
+    RewardFunction,
+    forward_only,
+    minibatches,
+    policy_outputs,
+)
 from .reward import RewardModel
-from .rollout import Rollout
+from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
+    """log ρ = log π(y_t) - log π_old(y_t) at the real tokens, 0 elsewhere: all [B, n]."""
+    return F.where(mask != 0, logprobs - old_logprobs, 0)
+
+
+def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
+    """max(-A ρ, -A clip(ρ, 1 ± ε)), element by element, in the shape of ρ (PPO, eq. 7, negated: it is minimized)."""
+    return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
 ) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
-    ratio = F.where(mask != 0, logprobs - old_logprobs, 0).exp()
-    return masked_mean(F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange)), mask)
-
-
-def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Array:
-    """The share of the real positions at which `policy_loss` took the clipped side: a scalar array.
-
-    ratio, advantages and mask have one shape, or broadcast to that of mask: [B, n], or [B] for ratios of whole
-    responses.
-    """
-    clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
-    return masked_mean(clipped.astype(ratio.dtype), mask)
+    return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 
 
 def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2) -> Tensor:
@@ -53,8 +63,13 @@ def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, c
     The PPO paper does not clip values; OpenAI's code does (baselines' ppo2, then lm-human-preferences; Huang et al.
     2024).
     """
-    clipped = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
-    return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+    return 0.5 * masked_mean(F.maximum(*value_errors(values, old_values, returns, cliprange_value)), mask)
+
+
+def value_errors(values: Tensor, old_values: Array, returns: Array, cliprange_value: float) -> tuple[Tensor, Tensor]:
+    """((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n]."""
+    near = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
+    return (values - returns) ** 2, (near - returns) ** 2
 
 
 class KLController:
@@ -126,75 +141,81 @@ class PPOTrainer(OnlineTrainer):
         value_model: ValueModel | None = None,
     ):
         config = config or PPOConfig()
-        self.value_model = value_model
-        self.v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
-        for p in self.v_head.parameters():  # zero: the first advantages are the rewards alone
+        v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
+        for p in v_head.parameters():  # zero: the first advantages are the rewards alone
             p.data = xp.zeros(p.shape, xp.float32)
-        if value_model is not None:
-            check_adapters(value_model, "value model")
-            if not any(p.requires_grad and "v_head" in n.split(".") for n, p in value_model.named_parameters()):
+        if value_model is None:
+            beside = {f"v_head.{n}": p for n, p in v_head.named_parameters()}
+        else:
+            beside = {f"value.{n}": p for n, p in value_model.named_parameters() if p.requires_grad}
+            if not any("v_head" in name.split(".") for name in beside):
                 raise ValueError(
                     "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
                     'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
                 )
+        super().__init__(policy, reward, prompts, config, watch, beside)
+        self.v_head, self.value_model = v_head, value_model
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        super().__init__(policy, reward, prompts, config, watch)
 
-    def extra_parameters(self) -> dict[str, Parameter]:
-        """The value head's, or the value model's that require gradients."""
-        if self.value_model is not None:
-            return {f"value.{n}": p for n, p in self.value_model.named_parameters() if p.requires_grad}
-        return {f"v_head.{n}": p for n, p in self.v_head.named_parameters()}
+    def update(self) -> dict[str, Any]:
+        """One update; n is response_length, B batch_size."""
+        c, size = self.config, self.config.mini_batch_size
+        # 1. Rollout: the policy answers the next prompts.
+        roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
+        # 2. Log-probabilities of policy and reference, and values, from full forward passes: [B, n], 0 at padding.
+        old_logprobs, old_values = forward_only(self.outputs, roll, size)
+        (ref_logprobs,) = forward_only(lambda *a: [response_logprobs(self.reference, *a, c.temperature)], roll, size)
+        kl = token_kl(old_logprobs, ref_logprobs, roll.mask)  # [B, n]
+        # 3. Scores of whole responses: [B].
+        scores, record = self.score(roll, old_logprobs, ref_logprobs, kl, group=c.batch_size)
+        # 4. Shaped rewards: every token pays for its KL, the last one has the score: [B, n].
+        beta = self.kl_controller.beta
+        rewards = priced(kl, scores, roll.mask, beta)
+        record |= of_objective(record, -beta * record["objective/kl"], beta)
+        self.kl_controller.update(record["objective/kl"], c.batch_size)
+        if c.whiten_rewards:
+            rewards = whiten(rewards, roll.mask, keep_mean=True)
+        # 5. Advantages and returns, and only then whitened advantages: [B, n].
+        advantages, returns = gae(rewards, old_values, c.gamma, c.lam, roll.mask)
+        advantages = whiten(advantages, roll.mask) * (record["objective/scores_equal"] < 1)  # departure 1
+        # 6. Epochs of minibatches, an optimizer step each: loss, gradients, clipping, Adam.
+        whole = {
+            "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
+            "old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns,
+        }  # fmt: skip
+        seen: list[dict[str, float]] = []
+        for rows in minibatches(c, self.updates, xp_of(roll.mask)):
+            batch = {name: array[rows] for name, array in whole.items()}
+            new = self.outputs(batch["input_ids"], batch["attention_mask"], c.response_length)
+            loss, stats = self.loss(batch, new)
+            if self.descend(loss, stats, seen):
+                break
+        return record | over_minibatches(seen)
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
         if self.value_model is None:
             values = self.v_head(hidden).reshape(hidden.shape[:2])
         else:
             values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
-        return self._outputs_of(hidden, input_ids)._replace(values=values)
-
-    def prepare(
-        self, roll: Rollout, old: dict[str, Array], ref_logprobs: Array, scores: np.ndarray
-    ) -> tuple[dict[str, Array], dict[str, float]]:
-        """Shaped rewards, then returns = advantages + values, and only then whitened advantages."""
-        c, xp = self.config, self._xp
-        beta = self.kl_controller.beta
-        given = asarray(scores.astype(np.float32), xp)
-        rewards = shaped_rewards(old["logprobs"], ref_logprobs, given, roll.mask, beta)
-        kl = float(((old["logprobs"] - ref_logprobs) * roll.mask).sum().item()) / c.batch_size
-        self.kl_controller.update(kl, c.batch_size)
-        if c.whiten_rewards:
-            rewards = whiten(rewards, roll.mask, keep_mean=True)
-        advantages, returns = gae(rewards, old["values"], c.gamma, c.lam, roll.mask)
-        arrays = {"advantages": whiten(advantages, roll.mask), "returns": returns, "old_values": old["values"]}
-        non_score = -beta * kl
-        return arrays, {
-            "objective/non_score_reward": non_score,
-            "objective/rlhf_reward": non_score + float(scores.mean()),
-            "objective/kl_coef": beta,
-        }
+        return policy_outputs(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """policy loss + vf_coef · value loss."""
-        c, mask = self.config, batch["mask"]
-        policy = policy_loss(new.logprobs, batch["old_logprobs"], batch["advantages"], mask, c.cliprange)
-        value = value_loss(new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value)
-        ratio = self._xp.exp(self._xp.where(mask != 0, new.logprobs.data - batch["old_logprobs"], 0))
-        values, old, returns = new.values.data, batch["old_values"], batch["returns"]
-        clipped = old + (values - old).clip(-c.cliprange_value, c.cliprange_value)
-        clipped = (clipped - returns) ** 2 > (values - returns) ** 2
+        """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
+        c, mask, advantages = self.config, batch["mask"], batch["advantages"]
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        ratio = change.exp()
+        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)
+        plain, near = value_errors(new.values, batch["old_values"], batch["returns"], c.cliprange_value)
+        value = 0.5 * masked_mean(F.maximum(plain, near), mask)
         return policy + c.vf_coef * value, {
             "loss/policy": policy.item(),
             "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(ratio, batch["advantages"], mask, c.cliprange).item(),
-            "val/clipfrac": masked_mean(clipped.astype(values.dtype), mask).item(),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
+            **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
-
-    def _identity(self) -> dict[str, Any]:
-        model = self.value_model
-        return super()._identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})
 
     def state(self) -> dict[str, Any]:
         """The KL coefficient."""
@@ -203,3 +224,25 @@ class PPOTrainer(OnlineTrainer):
     def load_state(self, state: dict[str, Any]) -> None:
         """The KL coefficient."""
         self.kl_controller.beta = state["beta"]
+
+    def _identity(self) -> dict[str, Any]:
+        model = self.value_model
+        return super()._identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})
+
+    def _gathered(self, callbacks: Iterable[Callback] = ()) -> Callbacks:
+        own = Callbacks(self.value_model).members  # None has none
+        return super()._gathered([*(_OfValueModel(callback, self.value_model) for callback in own), *callbacks])
+
+
+class _OfValueModel(Callback):
+    """A callback of the value model, which is called with it in place of the policy."""
+
+    def __init__(self, callback: Callback, model: Any):
+        self.callback, self.model = callback, model
+        self.state_dict, self.load_state_dict = callback.state_dict, callback.load_state_dict
+
+    def before_step(self, model: Any, step: int) -> None:
+        self.callback.before_step(self.model, step)
+
+    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> bool | None:
+        return self.callback.after_step(self.model, step, record)

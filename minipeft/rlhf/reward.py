@@ -218,8 +218,9 @@ def calibration_curve(
     """How often the first of two answers is preferred, where the model says so with probability p: what a plot shows.
 
     Each pair is looked at from both sides: predicted p = σ(r_first - r_second), preferred or not. Returns, for each of
-    the equally wide bins of p that is not empty, (mean predicted, observed share, number of pairs).
-    The rewards must be those that the loss saw: for a calibrated model, times its std.
+    the equally wide bins of p that are not empty, (mean predicted, observed share, number of pairs).
+    The rewards must be those that the loss was computed from: with the mean and std that the model had while it was
+    trained, not those of a later `calibrate`.
     """
     p = 1 / (1 + np.exp(-(chosen - rejected).astype(np.float64)))
     p, preferred = np.concatenate([p, 1 - p]), np.repeat([1.0, 0.0], len(p))
