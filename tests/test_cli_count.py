@@ -121,7 +121,7 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
         (["gpt2", "--method", "lora", "--set", "use_dorra=1"], "'use_dorra' is no option of LoraConfig; did you mean"),
         (["gpt2", "--method", "lora", "-r", 1000], "a rank of 1000 is larger than the matrix"),
         (["gpt2", "--method", "lora", "-r", 0], "must be a whole number of at least 1, not '0'"),
-        (["gpt2", "--method", "bottleneck", "--placement", "above"], "placement must be 'houlsby', 'pfeiffer' or"),
+        (["gpt2", "--method", "bottleneck", "--placement", "above"], "placement must be one of houlsby, pfeiffer"),
         (["llama-7b", "--method", "bitfit"], "BitFitConfig trains nothing of llama-7b"),
         (["bert-base", "--method", "head"], "bert-base has no language-model head"),
         (["gpt2", "--adapter", "nowhere"], "nowhere"),

@@ -200,10 +200,10 @@ def test_merging_is_refused_and_says_why():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "sequential"}, "placement must be 'houlsby', 'pfeiffer' or 'parallel', not 'sequential'"),
-        ({"non_linearity": "tanhh"}, "non_linearity must be one of relu, gelu, silu, not 'tanhh'"),
-        ({"bottleneck_size": 0}, "bottleneck_size must be a positive integer, not 0"),
-        ({"bottleneck_size": None, "reduction_factor": 0}, "reduction_factor must be a positive number, not 0"),
+        ({"placement": "sequential"}, "placement must be one of houlsby, pfeiffer, parallel, got 'sequential'"),
+        ({"non_linearity": "tanhh"}, "non_linearity must be one of None, relu, gelu, silu, got 'tanhh'"),
+        ({"bottleneck_size": 0}, "bottleneck_size must be an integer of at least 1, or None, got 0"),
+        ({"bottleneck_size": None, "reduction_factor": 0}, "reduction_factor must be a number above 0, or None, got 0"),
         ({"bottleneck_size": None, "reduction_factor": 100}, "reduction_factor=100 leaves nothing of a width of 16"),
         ({"target_modules": ["mpl"]}, "no module is called 'mpl'; nearest: mlp"),
         ({"target_modules": ".*mpl"}, "matches no module that may be adapted"),

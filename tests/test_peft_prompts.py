@@ -302,7 +302,7 @@ def p_tuning(**options):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: mp.PromptTuningConfig(), "num_virtual_tokens must be a positive integer, not None"),
+        (lambda: mp.PromptTuningConfig(), "num_virtual_tokens must be an integer of at least 1, got None"),
         (
             lambda: mp.PromptTuningConfig(num_virtual_tokens=LIMIT),
             "num_virtual_tokens=32 leaves no position for the input",
@@ -316,7 +316,7 @@ def p_tuning(**options):
         (lambda: prefix(num_layers=3), "num_layers=3, but .* need 2"),
         (lambda: prompt(target_modules=["q_proj"]), "it has no target_modules"),
         (lambda: prompt(task_type="SEQ_CLS"), "task_type='CAUSAL_LM', not 'SEQ_CLS'"),
-        (lambda: prompt(prompt_tuning_init="ZERO"), "RANDOM, SAMPLE_VOCAB, TEXT, not 'ZERO'"),
+        (lambda: prompt(prompt_tuning_init="ZERO"), "RANDOM, SAMPLE_VOCAB, TEXT, got 'ZERO'"),
         (lambda: prompt(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_ids, or"),
         (
             lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_ids=[40]),
@@ -326,15 +326,15 @@ def p_tuning(**options):
             lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="none"),
             "no tokenizer.json is there",
         ),
-        (lambda: prefix(init_weights="ones"), "init_weights must be None or 'zero'"),
-        (lambda: prefix(encoder_hidden_size=0), "encoder_hidden_size must be a positive"),
+        (lambda: prefix(init_weights="ones"), "init_weights must be one of None, zero, got 'ones'"),
+        (lambda: prefix(encoder_hidden_size=0), "encoder_hidden_size must be an integer of at least 1, or None, got 0"),
         (
             lambda: p_tuning(encoder_reparameterization_type="LSTM"),
             "'LSTM' is not built for training",
         ),
         (
             lambda: p_tuning(encoder_reparameterization_type="GRU"),
-            "must be 'MLP', not 'GRU'",
+            "must be one of MLP, LSTM, got 'GRU'",
         ),
     ],
 )

@@ -12,7 +12,6 @@ As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Froben
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,41 +20,34 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
+from ..options import configuration, option
 from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, with_weight
 
 MATRICES = ("lora_A", "lora_E", "lora_B")
 
 
-@dataclass
+@configuration
 class AdaLoraConfig(PeftConfig):
-    """AdaLoRA's options, with PEFT's names and defaults.
+    """AdaLoRA's options, with PEFT's names and defaults."""
 
-    target_r, init_r   the average rank at the end, and every rank at the start
-    tinit, tfinal      steps at the start without pruning, and at the end without further pruning
-    deltaT             steps between two prunings
-    beta1, beta2       decay of the averages of sensitivity and of its uncertainty
-    orth_reg_weight    weight of the penalty
-    lora_alpha         the numerator of s
-    lora_dropout       probability of dropping an element of the adapter's input
-    init_lora_weights  True (P and Q random, λ zero), or False (λ random too: not the base at the start; for tests)
-    total_step         steps of the whole training; must be given
-    rank_pattern       which triplets are left, by path: the result of training
-    """
-
-    total_step: int | None = None
-    target_r: int = 8
-    init_r: int = 12
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    init_lora_weights: bool = True
-    rank_pattern: dict[str, list[bool]] | None = None
+    total_step: int = option(None, "steps of the whole training, over which the budget is spent; must be given", least=1)
+    target_r: int = option(8, "average rank at the end", least=1)
+    init_r: int = option(12, "every rank at the start", least=1)
+    tinit: int = option(0, "steps at the start without pruning", least=0)
+    tfinal: int = option(0, "steps at the end without further pruning", least=0)
+    deltaT: int = option(1, "steps between two prunings", least=1)
+    beta1: float = option(0.85, "decay of the average of sensitivity", above=0, below=1)
+    beta2: float = option(0.85, "decay of the average of its uncertainty", above=0, below=1)
+    orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", least=0)
+    lora_alpha: float = option(8, "numerator of the scaling")
+    lora_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
+    init_lora_weights: bool = option(
+        True, "True (P and Q random, λ zero), or False (λ random too: not the base at the start; for tests)"
+    )
+    rank_pattern: dict[str, list[bool]] | None = option(
+        None, "which triplets are left, by path: the result of training"
+    )
 
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -72,24 +64,13 @@ class AdaLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.total_step or self.total_step < 1:
-            raise PeftError(
-                "AdaLoRA spends its budget over the training: total_step must be its number of steps, "
-                f"not {self.total_step!r}"
-            )
-        if not isinstance(self.deltaT, int) or self.deltaT < 1:
-            raise PeftError(f"deltaT must be a positive integer, the steps between two prunings, not {self.deltaT!r}")
         if self.tinit >= self.total_step - self.tfinal:
             raise PeftError(
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; "
                 "make them smaller"
             )
-        if not 0 < self.target_r <= self.init_r:
-            raise PeftError(f"target_r must lie in 1..init_r={self.init_r}, not {self.target_r}")
-        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1 and self.orth_reg_weight >= 0 and 0 <= self.lora_dropout < 1):
-            raise PeftError(
-                "beta1 and beta2 must lie in (0, 1), lora_dropout in [0, 1), and orth_reg_weight must not be negative"
-            )
+        if self.target_r > self.init_r:
+            raise PeftError(f"target_r must be at most init_r={self.init_r}, got {self.target_r}")
 
     def rank(self, name: str) -> int:
         """How many triplets the module at a path has."""

@@ -11,17 +11,17 @@ PEFT has no such method; its files are this package's own (peft_type BITFIT, <pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
+from ..options import configuration
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, dense_weight, with_weight
 
 
-@dataclass
+@configuration
 class BitFitConfig(PeftConfig):
     """BitFit has no options of its own: target_modules says whose biases (None: all)."""
 

@@ -21,7 +21,6 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +29,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
+from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
 from .layer import Adapter, fill, kaiming_uniform
 
@@ -47,41 +47,27 @@ PRESETS = {  # placement -> reduction_factor, non_linearity, scaling: AdapterHub
 LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 
 
-@dataclass
+@configuration
 class BottleneckConfig(PeftConfig):
     """The options of bottleneck adapters. Where one is None it is AdapterHub's for the placement (`PRESETS`).
 
-    placement          "houlsby", "pfeiffer" or "parallel"
-    reduction_factor   m = d // reduction_factor, d the sublayer's width, or
-    bottleneck_size    m itself
-    non_linearity      "relu", "gelu" (tanh form) or "silu"
-    scaling            factor of the adapter's output (4 in He et al.)
-    ln_before          a layer norm of the adapter's own before it: 2 d more parameters (Lin et al. 2020, arXiv:2004.03829)
-    target_modules     None: the placement's sublayers; or the names of any modules of one input and one output
+    target_modules None: the placement's sublayers; or the names of any modules of one input and one output.
     """
 
-    placement: str = "pfeiffer"
-    reduction_factor: float | None = None
-    bottleneck_size: int | None = None
-    non_linearity: str | None = None
-    scaling: float | None = None
-    ln_before: bool = False
+    placement: str = option("pfeiffer", "where the adapters stand", choices=("houlsby", "pfeiffer", "parallel"))
+    reduction_factor: float | None = option(None, "the middle has d // reduction_factor numbers", above=0)
+    bottleneck_size: int | None = option(None, "numbers in the middle, in place of reduction_factor", least=1)
+    non_linearity: str | None = option(None, "function between the matrices", choices=(None, "relu", "gelu", "silu"))
+    scaling: float | None = option(None, "factor of the adapter's output (4 in He et al.)")
+    ln_before: bool = option(False, "a layer norm of the adapter's own before it (Lin et al. 2020, arXiv:2004.03829)")
 
     peft_type: ClassVar[str] = "BOTTLENECK"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
-            raise PeftError(f"placement must be 'houlsby', 'pfeiffer' or 'parallel', not {self.placement!r}")
         for name, value in zip(("reduction_factor", "non_linearity", "scaling"), PRESETS[self.placement]):
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.non_linearity not in NON_LINEARITIES:
-            raise PeftError(f"non_linearity must be one of {', '.join(NON_LINEARITIES)}, not {self.non_linearity!r}")
-        if self.bottleneck_size is not None and (type(self.bottleneck_size) is not int or self.bottleneck_size < 1):
-            raise PeftError(f"bottleneck_size must be a positive integer, not {self.bottleneck_size!r}")
-        if not self.reduction_factor > 0:
-            raise PeftError(f"reduction_factor must be a positive number, not {self.reduction_factor!r}")
 
     def with_targets(self, model: Module) -> BottleneckConfig:
         if self.target_modules is not None:

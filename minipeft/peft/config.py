@@ -12,12 +12,11 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from types import NoneType
 from typing import Any, ClassVar
 
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from ..nn.module import Module
+from ..options import check, configuration, option
 from ..quant.surgery import HEADS
 
 Shape = tuple[int, ...]
@@ -57,32 +56,30 @@ def shape_of(module: Module) -> Shape:
     return (module.out_features, module.in_features) if kind_of(module) == "linear" else module.weight.shape
 
 
-@dataclass(kw_only=True)
+@configuration(kw_only=True)
 class PeftConfig(ABC):
-    """The options all methods have.
+    """The options all methods have."""
 
-    target_modules       names (a module matches when its path is the name or ends in ".name"), a regular expression
-                         that must match the whole path, or "all-linear" (every linear layer but the output head). None
-                         takes the method's usual ones for the model's architecture.
-    exclude_modules      names or a regular expression; what matches is not a target
-    layers_to_transform  only the layers of these numbers, the first number of a path (with target names only)
-    layers_pattern       the name of the list of layers (or a regular expression), where a path has several numbers
-    modules_to_save      ends of paths ("norm" matches input_layernorm, as in PEFT) of modules that are trained whole,
-                         as copies, and saved with the adapter
-    base_model_name_or_path   what the adapter was trained on, for the reader of its file
-    task_type            what the model is for, in PEFT's words: "CAUSAL_LM", "SEQ_CLS", ...; it goes into the file
-    inference_mode       a new model's adapter is frozen (`set_adapter` decides anew); of P-tuning and prefix tuning
-                         the vectors are trained themselves, without the network that computes them
-    """
-
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    base_model_name_or_path: str | None = None
-    task_type: str | None = None
-    inference_mode: bool = False
+    target_modules: list[str] | str | None = option(
+        None,
+        "names (a module matches when its path is the name or ends in '.name'), a regular expression that must match the "
+        "whole path, or all-linear (every linear layer but the output head); None: the usual ones of the architecture",
+    )
+    exclude_modules: list[str] | str | None = option(None, "names or a regular expression; what matches is no target")
+    layers_to_transform: list[int] | int | None = option(
+        None, "only the layers of these numbers, the first number of a path (with target names only)", least=0
+    )
+    layers_pattern: list[str] | str | None = option(
+        None, "name of the list of layers (or a regular expression), where a path has several numbers"
+    )
+    modules_to_save: list[str] | str | None = option(
+        None,
+        "ends of paths ('norm' matches input_layernorm, as in PEFT) of modules that are trained whole, as copies, and "
+        "saved with the adapter",
+    )
+    base_model_name_or_path: str | None = option(None, "what the adapter was trained on, for the reader of its file")
+    task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")
+    inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter decides anew)")
 
     peft_type: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
@@ -92,13 +89,10 @@ class PeftConfig(ABC):
     averages: ClassVar[int] = 0  # running averages of each trained number that `after_step` keeps
 
     def __post_init__(self) -> None:
+        check(self, PeftError)
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            value = getattr(self, name)
-            names = isinstance(value, (list, set, frozenset, tuple)) and all(isinstance(v, str) for v in value)
-            if not names and not isinstance(value, (str, NoneType)):
-                raise PeftError(f"{name} must be names or a regular expression, not {value!r}")
-            if names and not isinstance(value, list):
-                setattr(self, name, sorted(value))
+            if isinstance(getattr(self, name), (set, frozenset, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
+from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
 from .layer import Adapter, dense_weight, out_in, with_weight
 
 
-@dataclass
+@configuration
 class IA3Config(PeftConfig):
-    """(IA)³'s options, with PEFT's names.
+    """(IA)³'s options, with PEFT's names."""
 
-    feedforward_modules  those of the targets whose input is scaled, by the end of their path or by a regular
-                         expression; None takes the usual ones for the model's architecture
-    fan_in_fan_out       accepted for PEFT's sake; the layer's own layout is what counts
-    """
-
-    feedforward_modules: list[str] | str | None = None
-    init_ia3_weights: bool = True
-    fan_in_fan_out: bool = False
+    feedforward_modules: list[str] | str | None = option(
+        None,
+        "those of the targets whose input is scaled, by the end of their path or by a regular expression; None: the "
+        "usual ones of the architecture",
+    )
+    init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
+    fan_in_fan_out: bool = option(False, "accepted for PEFT's sake; the layer's own layout is what counts")
 
     peft_type: ClassVar[str] = "IA3"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -50,10 +49,6 @@ class IA3Config(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.init_ia3_weights:
-            raise PeftError(
-                "init_ia3_weights=False starts from random factors, which breaks the model; it must be True"
-            )
         if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
             extra = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if extra:

@@ -5,15 +5,15 @@ Each LayerNorm or RMSNorm is replaced by a copy of itself that learns; merged, t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from ..nn.module import Module
+from ..options import configuration
 from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, TrainedCopy
 
 
-@dataclass
+@configuration
 class LNTuningConfig(PeftConfig):
     """LN tuning has no options of its own: target_modules says which norms (by default all of them)."""
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +32,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from ..options import configuration, option
 from ..quant.linear import Linear4bit
 from .config import (
     QUERY_AND_VALUE,
@@ -50,30 +50,27 @@ from .layer import Adapter, dense_weight, fill, kaiming_uniform, out_in, with_we
 INITS = (True, False, "gaussian", "pissa", "olora")
 
 
-@dataclass
+@configuration
 class LoraConfig(PeftConfig):
-    """LoRA's options, with PEFT's names and defaults.
+    """LoRA's options, with PEFT's names and defaults."""
 
-    r, lora_alpha                the rank, and the numerator of the scaling
-    lora_dropout                 probability of dropping an element of the adapter's input
-    use_rslora, use_dora         see above
-    init_lora_weights            True (A Kaiming-uniform, B zero), "gaussian" (A of deviation 1/r), "pissa", "olora", or
-                                 False (A and B random: the start differs from the base; for tests)
-    rank_pattern, alpha_pattern  {end of a path, or a regular expression: r or alpha there}
-    enable_lora                  for layers that fuse several projections of the input's width: which are adapted
-    fan_in_fan_out               accepted for PEFT's sake; the layer's own layout is what counts
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    enable_lora: list[bool] | None = None
-    fan_in_fan_out: bool = False
+    r: int = option(8, "rank", least=1)
+    lora_alpha: float = option(8, "numerator of the scaling")
+    lora_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
+    use_rslora: bool = option(False, "divide lora_alpha by sqrt(r) in place of r")
+    use_dora: bool = option(False, "train each row's length apart from its direction (DoRA)")
+    init_lora_weights: bool | str = option(
+        True,
+        "True (A Kaiming-uniform, B zero), gaussian (A of deviation 1/r), pissa, olora, or False (A and B random: the "
+        "start differs from the base; for tests)",
+        choices=INITS,
+    )
+    rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
+    alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
+    enable_lora: list[bool] | None = option(
+        None, "for layers that fuse several projections of the input's width: which are adapted"
+    )
+    fan_in_fan_out: bool = option(False, "accepted for PEFT's sake; the layer's own layout is what counts")
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
@@ -81,29 +78,18 @@ class LoraConfig(PeftConfig):
     stores_constants: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        for what, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise PeftError(f"{what} must be a positive integer, not {r!r}")
-        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
-        for what, alpha in alphas.items():
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise PeftError(f"{what} must be a finite number, not {alpha!r}")
-            if alpha <= 0 and self.init_lora_weights == "pissa":
-                raise PeftError(f"PiSSA starts from W / s, so {what} must be positive, not {alpha!r}")
-        for what in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, what):
-                check_pattern(what, pattern)
-        if not 0 <= self.lora_dropout < 1:
-            raise PeftError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
-        if self.init_lora_weights not in INITS:
-            raise PeftError(
-                f"init_lora_weights must be one of {', '.join(map(str, INITS))}, not {self.init_lora_weights!r}"
-            )
+        super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                check_pattern(name, pattern)
+        if self.init_lora_weights == "pissa":
+            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+                if alpha <= 0:
+                    raise PeftError(f"PiSSA starts from W / s, so lora_alpha must be positive, got {alpha!r}")
         if self.enable_lora is not None:
-            if not self.enable_lora or not any(self.enable_lora):
-                raise PeftError(f"enable_lora must name at least one projection to adapt, not {self.enable_lora}")
+            if not any(self.enable_lora):
+                raise PeftError(f"enable_lora must name at least one projection to adapt, got {self.enable_lora}")
             if self.use_dora or self.init_lora_weights in ("pissa", "olora"):
                 raise PeftError("enable_lora adapts parts of a matrix; DoRA, PiSSA and OLoRA are about whole ones")
 

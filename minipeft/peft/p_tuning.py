@@ -11,7 +11,6 @@ MLP; training that is not built here, and files of such adapters load like any o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -21,31 +20,27 @@ from ..autograd.tensor import Tensor, no_grad
 from ..nn.layers import Embedding, Linear
 from ..nn.module import Module, Parameter, Sequential
 from ..nn.transformer import Transformer
+from ..options import configuration, option
 from .config import PeftError, Seed, Shape
 from .layer import Prompt
 from .prompt_learning import PromptLearningConfig, initialize
 from .prompt_tuning import PromptEmbedding, SoftTokens
 
 
-@dataclass
+@configuration
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning's options, with PEFT's names.
+    """P-tuning's options, with PEFT's names."""
 
-    encoder_hidden_size               width of the network; None: the model's
-    encoder_reparameterization_type   "MLP"; "LSTM" only of adapters read from a file
-    """
-
-    encoder_hidden_size: int | None = None
-    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = option(None, "width of the network; None: the model's", least=1)
+    encoder_reparameterization_type: str = option(
+        "MLP", "MLP; LSTM only of adapters read from a file", choices=("MLP", "LSTM")
+    )
 
     peft_type: ClassVar[str] = "P_TUNING"
     ignored: ClassVar[frozenset[str]] = frozenset({"encoder_num_layers", "encoder_dropout"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            kind = self.encoder_reparameterization_type
-            raise PeftError(f"encoder_reparameterization_type must be 'MLP', not {kind!r}")
         if self.encoder_reparameterization_type == "LSTM" and not self.inference_mode:
             raise PeftError("encoder_reparameterization_type='LSTM' is not built for training; 'MLP' is")
 

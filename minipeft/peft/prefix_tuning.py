@@ -16,7 +16,6 @@ other, keys before values. `key_values` gives it as plain arrays, with which the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,30 +26,21 @@ from ..backend import Array
 from ..nn.layers import Embedding, Linear
 from ..nn.module import Module, Parameter, Sequential
 from ..nn.transformer import KVCache, Transformer
+from ..options import configuration, option
 from .config import PeftError, Seed, Shape
 from .layer import Prompt, fill
 from .prompt_learning import PromptLearningConfig, initialize, make_room
 
 
-@dataclass
+@configuration
 class PrefixTuningConfig(PromptLearningConfig):
-    """Prefix tuning's options, with PEFT's names.
+    """Prefix tuning's options, with PEFT's names."""
 
-    prefix_projection     compute the prefix from a smaller matrix by an MLP while it is trained
-    encoder_hidden_size   width of the MLP; None: token_dim
-    init_weights          None (random) or "zero": the prefix starts at zero
-    """
-
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-    init_weights: str | None = None
+    prefix_projection: bool = option(False, "compute the prefix from a smaller matrix by an MLP while it is trained")
+    encoder_hidden_size: int | None = option(None, "width of the MLP; None: token_dim", least=1)
+    init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise PeftError(f"init_weights must be None or 'zero', not {self.init_weights!r}")
 
     @property
     def projected(self) -> bool:

@@ -14,7 +14,6 @@ the left changes nothing. PEFT's forward counts padding too, and ignores positio
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..backend import Array, xp_of
 from ..nn.layers import Embedding, Linear
 from ..nn.module import Module
 from ..nn.transformer import Transformer, past_length
+from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Prompt, fill, placement, zeros
 
@@ -30,22 +30,17 @@ TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-@dataclass
+@configuration
 class PromptLearningConfig(PeftConfig):
-    """The options these methods share, with PEFT's names; all but the first come from the model where they are None.
+    """The options these methods share, with PEFT's names; all but the first come from the model where they are None."""
 
-    num_virtual_tokens           P
-    token_dim                    numbers per virtual token (prefix tuning: per key, all heads together)
-    num_layers                   of the model
-    num_attention_heads          of the model (prefix tuning: those that have keys of their own)
-    num_transformer_submodules   1: a decoder
-    """
-
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_transformer_submodules: int | None = None
+    num_virtual_tokens: int = option(None, "virtual tokens, P; must be given", least=1)
+    token_dim: int | None = option(None, "numbers per virtual token (prefix tuning: per key, all heads together)", least=1)
+    num_layers: int | None = option(None, "layers of the model", least=1)
+    num_attention_heads: int | None = option(
+        None, "heads of the model (prefix tuning: those that have keys of their own)", least=1
+    )
+    num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
     stored_key: ClassVar[str] = "prompt_embeddings"
 
@@ -54,13 +49,6 @@ class PromptLearningConfig(PeftConfig):
         for name in MODULE_OPTIONS:
             if getattr(self, name) is not None:
                 raise PeftError(f"{type(self).__name__} puts nothing on modules: it has no {name}")
-        numbers = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size")
-        for name in numbers:
-            value = getattr(self, name, None)
-            if (value is not None or name == "num_virtual_tokens") and (type(value) is not int or value < 1):
-                raise PeftError(f"{name} must be a positive integer, not {value!r}")
-        if self.num_transformer_submodules not in (None, 1):
-            raise PeftError(f"num_transformer_submodules must be 1, a decoder, not {self.num_transformer_submodules!r}")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
 

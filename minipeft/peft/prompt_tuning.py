@@ -9,7 +9,6 @@ the embeddings that the model knows, words of the vocabulary are not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from ..autograd.tensor import Tensor
 from ..backend import xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
+from ..options import configuration, option
 from .config import PeftError, Seed, Shape
 from .layer import Prompt, fill
 from .prompt_learning import PromptLearningConfig, make_room
@@ -27,29 +27,27 @@ from .prompt_learning import PromptLearningConfig, make_room
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
-@dataclass
+@configuration
 class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning's options, with PEFT's names.
+    """Prompt tuning's options, with PEFT's names."""
 
-    prompt_tuning_init        RANDOM (standard normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT (those of a
-                              text's tokens, cut off or repeated to num_virtual_tokens)
-    prompt_tuning_init_text   the text, with
-    tokenizer_name_or_path    the directory of its tokenizer.json
-    prompt_tuning_init_ids    or, in place of both, the text's token ids (not in PEFT, and not in its file)
-    """
-
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: str | None = None
-    tokenizer_name_or_path: str | None = None
-    prompt_tuning_init_ids: list[int] | None = None
+    prompt_tuning_init: str = option(
+        "RANDOM",
+        "RANDOM (standard normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT (those of a text's tokens, cut off "
+        "or repeated to num_virtual_tokens)",
+        choices=INITS,
+    )
+    prompt_tuning_init_text: str | None = option(None, "the text, with tokenizer_name_or_path")
+    tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
+    prompt_tuning_init_ids: list[int] | None = option(
+        None, "or, in place of both, the text's token ids (not in PEFT, and not in its file)"
+    )
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     ignored: ClassVar[frozenset[str]] = frozenset({"tokenizer_kwargs"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS:
-            raise PeftError(f"prompt_tuning_init must be one of {', '.join(INITS)}, not {self.prompt_tuning_init!r}")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_ids:
             if not self.prompt_tuning_init_text or not self.tokenizer_name_or_path:
                 raise PeftError(

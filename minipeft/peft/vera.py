@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,28 +18,21 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module, Parameter
+from ..options import configuration, option
 from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, dense_weight, fill, out_in, placement, with_weight, zeros
 
 
-@dataclass
+@configuration
 class VeraConfig(PeftConfig):
-    """VeRA's options, with PEFT's names and defaults.
+    """VeRA's options, with PEFT's names and defaults."""
 
-    r                    rank of the shared projections
-    projection_prng_key  seed of the shared projections
-    save_projection      must be True: the projections go into the file, because no other library draws the same numbers
-    vera_dropout         probability of dropping an element of the adapter's input
-    d_initial            where d starts
-    fan_in_fan_out       accepted for PEFT's sake; the layer's own layout is what counts
-    """
-
-    r: int = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    vera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
+    r: int = option(256, "rank of the shared projections", least=1)
+    projection_prng_key: int = option(0, "seed of the shared projections", least=0)
+    save_projection: bool = option(True, "must be True: the file holds the projections, which only this library draws")
+    vera_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
+    d_initial: float = option(0.1, "where d starts")
+    fan_in_fan_out: bool = option(False, "accepted for PEFT's sake; the layer's own layout is what counts")
 
     peft_type: ClassVar[str] = "VERA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -49,12 +41,6 @@ class VeraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or self.r < 1:
-            raise PeftError(f"r must be a positive integer, not {self.r!r}")
-        if not isinstance(self.projection_prng_key, int):
-            raise PeftError(f"projection_prng_key must be an integer, not {self.projection_prng_key!r}")
-        if not 0 <= self.vera_dropout < 1:
-            raise PeftError(f"vera_dropout must lie in [0, 1), not {self.vera_dropout}")
         if not self.save_projection:
             raise PeftError(
                 "save_projection=False leaves the shared projections out of the file, and they cannot be drawn again; "
