@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--algorithm", choices=("ppo", "rloo", "grpo"), default="ppo", help="default: ppo")
     add_options(
         group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef", "kl_target",
-        "stop_kl", "max_kl", "response_length", "temperature", "save_steps", "seed", defaults={"seed": PPOConfig.seed},
+        "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed", defaults={"seed": PPOConfig.seed},
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
         save_steps="updates between checkpoints (default: 1/5)",
