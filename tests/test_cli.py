@@ -343,9 +343,9 @@ def test_chat_puts_the_prompt_as_a_users_message(model, capsys):
     tiny, tokenizer = mp.from_pretrained(model)
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(text, allow_special=True)
-    ends = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = tiny.generate([ids], max_new_tokens=4, eos_token_id=ends)[0, len(ids) :]
-    expected = tokenizer.decode([i for i in out if i not in ends])
+    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
+    out = tiny.generate([ids], max_new_tokens=4, eos_token_id=stop_token_ids)[0, len(ids) :]
+    expected = tokenizer.decode([i for i in out if i not in stop_token_ids])
     assert run("generate", "--model", model, "--chat", "--system", "Be kind.", "--prompt", "Hello",
                "--max-new-tokens", "4") == 0  # fmt: skip
     assert capsys.readouterr().out == expected + "\n"

@@ -70,9 +70,9 @@ def gguf_file(tmp_path_factory):
 
 def answer(model, tokenizer, messages, n=12):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    stops = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = model.generate(np.array([prompt]), max_new_tokens=n, eos_token_id=stops)[0, len(prompt) :].tolist()
-    return tokenizer.decode(out[: next((i for i, t in enumerate(out) if t in stops), len(out))])
+    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
+    out = model.generate(np.array([prompt]), max_new_tokens=n, eos_token_id=stop_token_ids)[0, len(prompt) :].tolist()
+    return tokenizer.decode(out[: next((i for i, t in enumerate(out) if t in stop_token_ids), len(out))])
 
 
 # ------------------------------------------------------------------------------------------------------------- chat

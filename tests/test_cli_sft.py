@@ -54,8 +54,8 @@ def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, ca
     tuned, tokenizer = mp.from_pretrained(output)
     turn = asked(get_template(name), "Say one.")
     ids = tokenizer.encode_pieces(turn.prompt)
-    ends = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    answer = tuned.generate([ids], max_new_tokens=4, eos_token_id=ends)[0, len(ids) :]
+    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
+    answer = tuned.generate([ids], max_new_tokens=4, eos_token_id=stop_token_ids)[0, len(ids) :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
     assert generate("--model", output, "--prompt", "Say one.", capsys=capsys) == text + "\n"
     raw = generate("--model", output, "--prompt", "Say one.", "--template", "plain", capsys=capsys)

@@ -100,7 +100,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
         learning_rate="peak learning rate (default: the method's, see --method)",
         per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
         gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
-        eval_steps="steps between evaluations (default: 1/5)",
+        max_grad_norm="clip the gradient to this 2-norm; 0 does not", eval_steps="steps between evaluations (default: 1/5)",
     )  # fmt: skip
     group.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction,

@@ -81,16 +81,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--system goes with --chat")
     if args.chat and args.template is not None:
         raise ValueError("--chat is a template; give either --chat or --template")
-    if args.adapter is not None and not Path(args.adapter).is_dir():
-        raise ValueError(f"--adapter {args.adapter}: there is no such directory")
     if args.escapes and not args.prompt:
         raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have line breaks of their own")
     drawing = from_arguments(Drawing, args)
     use_machine(args)
+
+    from .models import load_model
+
     if args.chat and not (args.prompt or args.prompts):
         return _converse(args, drawing)
     prompts = _prompts(args)
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
     turns = [_turn(prompt, args, tokenizer) for prompt in prompts]
     stop_token_ids = _stop_tokens(model, tokenizer, turns[0])
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
@@ -115,9 +116,10 @@ def _converse(args: argparse.Namespace, drawing: Drawing) -> int:
     """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
+    from .models import load_model
     from .prompts import asked
 
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
     stop_token_ids = _stop_tokens(model, tokenizer, asked(chat(tokenizer), "-"))
     messages = [Message("system", args.system)] if args.system is not None else []
     terminal = sys.stdin.isatty()
@@ -161,18 +163,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if empty is not None:
         raise ValueError(f"prompt {empty} is empty; a prompt needs some text")
     return prompts
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer), with the adapter on it, on the device asked for."""
-    from .models import load_model
-
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit)
-    if args.adapter is not None:
-        from ..peft.model import PeftModel
-
-        model = PeftModel.from_pretrained(model, args.adapter)
-    return model, tokenizer
 
 
 def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:

@@ -5,7 +5,7 @@ alone (a central difference, extrapolated) and <u, pullback(w)> from the pullbac
 registered op is asked on many shapes, options and sets of inputs, then every parameter of small whole models of both
 dialects, all in float64. "worst deviation" is relative to the size of the terms; 1e-7 is the limit, 1e-10 is usual.
 
-The exit status is 1 when a check fails, and the failures are told.
+The exit status is 1 when a check fails, and the failures are listed.
 
 examples:
   minipeft gradcheck

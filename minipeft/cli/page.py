@@ -57,7 +57,7 @@ def conclusions(rows: Rows) -> list[str]:
     small = min(near, key=lambda row: row["storage"], default=None)
     if small is not None and small["storage"] < best["storage"]:
         lines.append(
-            f"{small['title']} comes as close as the seeds can tell apart ({small['task_loss']:.3f}), and keeps "
+            f"{small['title']} comes as close as the seeds can distinguish ({small['task_loss']:.3f}), and keeps "
             f"{size(small['storage'])} a task instead of {size(best['storage'])}."
         )
     gain = base["task_loss"] - best["task_loss"]
@@ -74,7 +74,7 @@ def conclusions(rows: Rows) -> list[str]:
 
 
 def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """The sum of two standard deviations of the task loss: what the seeds cannot tell apart. 0 with one seed."""
+    """The sum of two standard deviations of the task loss: what the seeds cannot distinguish. 0 with one seed."""
     return sum(deviation(row, "task_loss") or 0.0 for row in (a, b))
 
 

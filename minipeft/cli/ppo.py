@@ -6,7 +6,8 @@ of sentences of the shipped novels. The reference policy is the model as it is a
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
 (all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
-checkpoint. The run stops with a sentence where the KL diverges, a number is not finite, or all answers score the same.
+checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same for
+long (--max-equal-updates).
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed", defaults={"seed": PPOConfig.seed},
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
-        save_steps="updates between checkpoints (default: 1/5)",
+        save_steps="updates between checkpoints (default: 1/5)", steps="updates, each on --batch-size fresh responses",
     )  # fmt: skip
     add_options(group, GroupConfig, "num_generations", num_generations="rloo, grpo: answers to each prompt")
     group.add_argument(

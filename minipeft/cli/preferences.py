@@ -7,7 +7,6 @@ higher.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..options import add_options, configuration, from_arguments, option
@@ -59,20 +58,6 @@ def check_pairs(args: argparse.Namespace) -> PairOptions:
     return from_arguments(PairOptions, args)
 
 
-def load_policy(model: str | None, adapter: str | None, backend: str | None, merge: bool = False) -> tuple[Any, Any]:
-    """(policy, tokenizer): the shipped base or the model of a directory, with an adapter that is trained further or merged."""
-    from ..peft.model import PeftModel
-    from .models import load_model
-
-    policy, tokenizer = load_model(model, backend)
-    if adapter is not None:
-        if not Path(adapter).is_dir():
-            raise ValueError(f"--adapter {adapter}: there is no such directory")
-        policy = PeftModel.from_pretrained(policy, adapter, is_trainable=True)
-        policy = policy.merge_and_unload() if merge else policy
-    return policy, tokenizer
-
-
 def add_method(parser: argparse.ArgumentParser) -> None:
     """--model, --adapter and --method: what is trained."""
     add_model(parser)
@@ -89,12 +74,13 @@ def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
     """(policy, tokenizer): trained whole, through the adapter that it has, or through a new one."""
     from ..peft.lora import LoraConfig
     from ..peft.model import get_peft_model
+    from .models import load_model
 
     if args.adapter is not None and args.method == "lora":
         raise ValueError(
             "--adapter trains the adapter that is given; --method lora would make a new one: give one of them"
         )
-    policy, tokenizer = load_policy(args.model, args.adapter, args.backend)
+    policy, tokenizer = load_model(args.model, args.backend, adapter=args.adapter, is_trainable=True)
     if args.method == "lora":
         policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=args.seed)
     return policy, tokenizer

@@ -21,7 +21,7 @@ import argparse
 from ..options import add_options, from_arguments
 from ..rlhf.reward import RewardConfig
 from .arguments import add_machine, add_model, use_machine
-from .preferences import add_pairs, check_pairs, load_pairs, load_policy, template_of
+from .preferences import add_pairs, check_pairs, load_pairs, template_of
 from .runs import (
     add_output,
     add_training,
@@ -52,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import rlhf
     from ..train import Trainer
+    from .models import load_model
     from .prompts import save_template
 
-    policy, tokenizer = load_policy(args.model, args.adapter, args.backend, merge=True)
+    policy, tokenizer = load_model(args.model, args.backend, adapter=args.adapter)
+    policy = policy if args.adapter is None else policy.merge_and_unload()
     name, template = template_of(args, tokenizer)
     train, test = (
         [rlhf.Ranking((p.chosen.input_ids, p.rejected.input_ids)) for p in side]
