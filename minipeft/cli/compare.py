@@ -32,6 +32,7 @@ from typing import Any
 from ..experiments.methods import METHODS
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
+from . import runs
 from .arguments import add_machine, positive_int, use_machine
 
 REDUCED = "MINIPEFT_REDUCED"
@@ -84,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     from .models import load_model
     from .plots import plot_comparison
     from .report import ANSWER, answer, console, show_samples
-    from .runs import note
 
     reduced = args.reduced or os.environ.get(REDUCED) == "1"
     steps, held_out, blocks = SIZES[reduced]
@@ -105,18 +105,18 @@ def run(args: argparse.Namespace) -> int:
     data = found[0]
     tasks = {seed: TaskData(of.train, data.held_out, general, [], pad) for seed, of in zip(seeds, found)}
     name = args.data or f"the task {args.task or 'rewrite'}"
-    note(
+    runs.note(
         f"{name}: {len(data.train):,} examples to learn from, {len(data.held_out):,} held out; "
         f"{settings.steps} steps of {settings.batch_size}; {len(general)} held-out blocks of general text"
     )
     if data.note:
-        note(data.note)
+        runs.note(data.note)
 
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key in methods:
-        note(METHODS[key].title, style="bold")
+        runs.note(METHODS[key].title, style="bold")
         row, model = train(replace(settings, method=key), base, tasks, rows[0]["general_loss"])
         rows.append(row)
         if len(rows) == 2 or row["task_loss"] < best["task_loss"]:

@@ -19,20 +19,9 @@ import argparse
 
 from ..options import add_options, from_arguments
 from ..rlhf.dpo import DPOConfig
+from . import runs
 from .arguments import add_machine, use_machine
 from .preferences import add_method, add_pairs, check_pairs, load_pairs, load_trained, template_of
-from .runs import (
-    add_output,
-    add_training,
-    announce,
-    as_options,
-    check_output,
-    run_training,
-    save_model,
-    training_arguments,
-    usage,
-    write_record,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser)
     group = parser.add_argument_group("training")
     defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
+    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
     add_options(group, DPOConfig, "beta")
-    add_output(parser)
+    runs.add_output(parser)
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    output, options, config = check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
+    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
     use_machine(args)
 
     from .. import rlhf
@@ -55,15 +44,15 @@ def run(args: argparse.Namespace) -> int:
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
     pairs, held_out = load_pairs(args, options, policy, tokenizer, template)
-    arguments = training_arguments(args, len(pairs), bool(held_out))
+    arguments = runs.training_arguments(args, len(pairs), bool(held_out))
     trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, config.beta)
-    announce(pairs, held_out, arguments, after=f", beta {config.beta:g}")
-    run_training(args, trainer)
+    runs.announce(pairs, held_out, arguments, after=f", beta {config.beta:g}")
+    runs.run_training(args, trainer)
 
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     rewards = rlhf.implicit_rewards(policy, judged, config.beta)
     accuracy, margin = rlhf.reward_accuracy(*rewards.T), float((rewards[:, 0] - rewards[:, 1]).mean())
-    save_model(policy, tokenizer, output, None if name == "plain" else name)
+    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "accuracy": accuracy,
@@ -71,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
         "margin": margin,
         "loss": trainer.evaluate(judged),
     }
-    write_record(args, {**as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
     print(
         f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} {of} pairs; "
         f"margin {margin:.3f}"
     )
-    print(f"saved in {output}  (minipeft generate {usage(policy, output)} --prompt ...)")
+    print(f"saved in {output}  (minipeft generate {runs.usage(policy, output)} --prompt ...)")
     return 0

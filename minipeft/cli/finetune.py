@@ -35,23 +35,26 @@ import math
 from typing import Any
 
 from ..experiments.methods import METHODS
-from .arguments import add_machine, add_model, positive_int, use_machine
-from .runs import (
-    add_output,
-    add_training,
-    announce,
-    as_options,
-    check_output,
-    note,
-    run_training,
-    save_model,
-    training_arguments,
-    usage,
-    write_record,
-)
+from ..options import add_options, configuration, from_arguments, option
+from . import runs
+from .arguments import add_machine, add_model, use_machine
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
-VALIDATION = "0.1"
+
+
+@configuration(kw_only=True)
+class DataOptions:
+    """How records become examples to learn from and held-out ones."""
+
+    validation: str = option(
+        "0.1", "a held-out file, or the share of the data to hold out, 0 for none", metavar="FILE|FRACTION"
+    )
+    template: str | None = option(
+        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\\nA:" '
+        "(default: by the form of the records)", metavar="NAME|TEXT",
+    )  # fmt: skip
+    max_length: int | None = option(None, "tokens of an example; None: as the model takes", least=1)
+    overflow: str = option("error", "what to do with longer records", choices=("error", "truncate", "drop"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) -> None:
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
-    add_output(parser)
+    runs.add_output(parser)
     add_model(parser)
     methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
     parser.add_argument(
@@ -71,25 +74,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     )  # fmt: skip
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--validation", default=VALIDATION, metavar="FILE|FRACTION",
-        help=f"a held-out file, or the share of the data to hold out, 0 for none (default: {VALIDATION})",
-    )  # fmt: skip
-    group.add_argument(
-        "--template", metavar="NAME|TEXT",
-        help=r'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:" (default: by the form of the records)',
-    )  # fmt: skip
-    group.add_argument(
-        "--max-length", type=positive_int, metavar="N",
-        help=f"tokens of an example (default: {longest}, or what the model takes)",
-    )  # fmt: skip
-    group.add_argument(
-        "--overflow", choices=("error", "truncate", "drop"), default="error",
-        help="what to do with longer records (default: error)",
-    )  # fmt: skip
-
+    add_options(group, DataOptions, max_length=f"tokens of an example (default: {longest}, or what the model takes)")
     group = parser.add_argument_group("training")
-    add_training(
+    runs.add_training(
         group,
         "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "eval_steps",
         "early_stopping_patience",
@@ -112,8 +99,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
 def run(args: argparse.Namespace) -> int:
     from .data import read_records
 
-    check_output(args)
-    return fine_tune(args, read_records(args.data), validation(args.validation))
+    runs.check_output(args)
+    return fine_tune(args, read_records(args.data), validation(args))
 
 
 def fine_tune(
@@ -134,28 +121,28 @@ def fine_tune(
     from .prompts import chosen_template
     from .report import ANSWER, answer, console, show_samples
 
-    output, method = check_output(args), METHODS[args.method]
+    output, method, options = runs.check_output(args), METHODS[args.method], from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
-    name, template = chosen_template(args.template, records[0], tokenizer)
+    name, template = chosen_template(options.template, records[0], tokenizer)
     limit = base.config.max_position_embeddings - method.virtual_tokens
     if limit < 1:
         raise ValueError(f"--method {args.method} takes {method.virtual_tokens} positions, all that the model has")
-    if args.max_length and args.max_length > limit:
+    if options.max_length and options.max_length > limit:
         taken = f", of which --method {args.method} takes {method.virtual_tokens}" if method.virtual_tokens else ""
         positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
-        raise ValueError(f"--max-length {args.max_length} is more than the {positions}")
-    max_length = args.max_length or min(args.longest, limit)
-    data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
+        raise ValueError(f"--max-length {options.max_length} is more than the {positions}")
+    max_length = options.max_length or min(args.longest, limit)
+    data = encode(records, held_out, tokenizer, max_length, template, options.overflow)
     for field in ("eval_steps", "early_stopping_patience"):
         if hasattr(args, field) and not data.held_out:
             flag = args.flags[field].replace("_", "-")
             raise ValueError(f"--{flag} does nothing without held-out examples; leave it out")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
     for what, of in (tests or {}).items():
-        sets[what] = encode_examples(of, tokenizer, max_length, template, args.overflow).examples
+        sets[what] = encode_examples(of, tokenizer, max_length, template, options.overflow).examples
 
     large, batch_size = architecture(base.config).size > LARGE, args.per_device_train_batch_size
-    arguments = training_arguments(
+    arguments = runs.training_arguments(
         args, len(data.train), bool(data.held_out),
         learning_rate=args.learning_rate or method.rate_for(base),
         per_device_train_batch_size=batch_size or (2 if large else 8),
@@ -166,14 +153,14 @@ def fine_tune(
         model.gradient_checkpointing_enable()
     trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = count(model)
-    announce(data.train, data.held_out, arguments, "examples", f"method {args.method}: {trainable:,} of {total:,} parameters; ")
+    runs.announce(data.train, data.held_out, arguments, "examples", f"method {args.method}: {trainable:,} of {total:,} parameters; ")
     if data.note:
-        note(data.note)
+        runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
-    result = run_training(args, trainer)
+    result = runs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    save_model(model, tokenizer, output, name)
+    runs.save_model(model, tokenizer, output, name)
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -183,7 +170,7 @@ def fine_tune(
     }
     if tests:
         results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    write_record(args, {**as_options(args, arguments), "max_length": max_length}, results)
+    runs.write_record(args, {**runs.as_options(args, options, arguments), "max_length": max_length}, results)
 
     loss = results["held_out_loss"]
     if data.held_out:
@@ -197,15 +184,16 @@ def fine_tune(
         answers = {when: answer(m, tokenizer, sample.ids) for when, m in (("before", base), ("after", model))}
         show_samples(console(), [(sample, answers)])
     on = f"--model {args.model} " if args.model and hasattr(model, "save_pretrained") else ""
-    use = f"{on}{usage(model, output)}{' --load-in-4bit' if method.quantized else ''}"
+    use = f"{on}{runs.usage(model, output)}{' --load-in-4bit' if method.quantized else ''}"
     print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 
 
-def validation(text: str) -> Any:
+def validation(args: argparse.Namespace) -> Any:
     """--validation: a fraction as a float, or the records of the file that it names."""
     from .data import read_records
 
+    text = from_arguments(DataOptions, args).validation
     try:
         fraction = float(text)
     except ValueError:

@@ -27,9 +27,9 @@ from typing import Any
 from ..options import add_options, from_arguments
 from ..rlhf.group import GroupConfig
 from ..rlhf.ppo import PPOConfig
+from . import runs
 from .arguments import add_machine, use_machine
 from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
-from .runs import add_output, as_options, check_output, note, run_training, save_model, usage, write_record
 
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
 
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--missing-eos", choices=MISSING_EOS, default="ignore",
         help="an answer that no stop token ended scores -1, or 1 less, or as it does (default: ignore)",
     )  # fmt: skip
-    add_output(parser)
+    runs.add_output(parser)
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    output = check_output(args)
+    output = runs.check_output(args)
     use_machine(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     for name in (field.name for field in fields(other)):
@@ -81,29 +81,29 @@ def run(args: argparse.Namespace) -> int:
     kind = {"ppo": rlhf.PPOTrainer, "rloo": rlhf.RLOOTrainer, "grpo": rlhf.GRPOTrainer}[args.algorithm]
     trainer = kind(policy, reward, prompts, config, watch)
     trained = sum(p.size for p in trainer.trainable.values())
-    note(
+    runs.note(
         f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {config.steps:,} "
         f"updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
     before = _answers(trainer.reference, shown, tokenizer, config)
-    history = run_training(args, trainer)
+    history = runs.run_training(args, trainer)
     after = _answers(policy, shown, tokenizer, config)
     rlhf.plot_run(history, output / "ppo.png")
-    save_model(policy, tokenizer, output, None if name == "plain" else name)
+    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
     ]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
-    write_record(args, {**as_options(args, config), "template": name}, results)
+    runs.write_record(args, {**runs.as_options(args, config), "template": name}, results)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
         print(f"{what:16} {first:>8} -> {last}")
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
-    print(f"\nsaved in {output}  (minipeft generate {usage(policy, output)} --temperature 1 --prompt ...)")
+    print(f"\nsaved in {output}  (minipeft generate {runs.usage(policy, output)} --temperature 1 --prompt ...)")
     return 0
 
 

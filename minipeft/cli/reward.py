@@ -20,18 +20,9 @@ import argparse
 
 from ..options import add_options, from_arguments
 from ..rlhf.reward import RewardConfig
+from . import runs
 from .arguments import add_machine, add_model, use_machine
 from .preferences import add_pairs, check_pairs, load_pairs, template_of
-from .runs import (
-    add_output,
-    add_training,
-    announce,
-    as_options,
-    check_output,
-    run_training,
-    training_arguments,
-    write_record,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser)
     group = parser.add_argument_group("training")
     defaults = {"learning_rate": 1e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
+    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
     add_options(group, RewardConfig)
-    add_output(parser)
+    runs.add_output(parser)
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    output, options, config = check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
+    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
     use_machine(args)
 
     from .. import rlhf
@@ -62,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         [rlhf.Ranking((p.chosen.input_ids, p.rejected.input_ids)) for p in side]
         for side in load_pairs(args, options, policy, tokenizer, template)
     )
-    arguments = training_arguments(args, len(train), bool(test))
+    arguments = runs.training_arguments(args, len(train), bool(test))
     texts = [text for ranking in train for text in ranking.texts]
     model = rlhf.RewardModel(policy, seed=arguments.seed)
     model.calibrate(texts[:256])  # a fresh head's scores have any scale; from here the loss starts near that of a coin
@@ -71,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return model.loss(**batch, center=config.center)
 
     trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
-    announce(train, test, arguments)
-    result = run_training(args, trainer)
+    runs.announce(train, test, arguments)
+    result = runs.run_training(args, trainer)
 
     judged, of = test or train, "held-out" if test else "training"
     chosen, rejected = (model.score_texts([r.texts[i] for r in judged]) for i in (0, 1))
@@ -91,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         "mean": model.mean,
         "std": model.std,
     }
-    write_record(args, {**as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
     print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
     return 0

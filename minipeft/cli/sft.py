@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import argparse
 
+from . import runs
 from .arguments import positive_int, unknown
-from .finetune import VALIDATION, add_training_arguments, fine_tune, validation
-from .runs import check_output
+from .finetune import add_training_arguments, fine_tune, validation
 
 PER_TASK = 500
 PER_TEST = 24  # records of a task in each of the tests
@@ -40,10 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
     )
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="NAME",
-        help="of the shipped instructions only these, such as rewrite, define, use",
+        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these, such as rewrite, define, use"
     )
     parser.add_argument(
         "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"
@@ -52,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output(args)
+    runs.check_output(args)
     if args.data is not None:
         if args.tasks or args.per_task:
             raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")
         from .data import read_records
 
-        return fine_tune(args, read_records(args.data), validation(args.validation))
-    if args.validation != VALIDATION:
+        return fine_tune(args, read_records(args.data), validation(args))
+    if hasattr(args, "validation"):
         raise ValueError("--validation goes with --data; the shipped instructions have held-out records of their own")
     from ..text.instructions import HELD_OUT, TRAINED, instructions
 
