@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 
 import minipeft as mp
 from minipeft.cli import main
@@ -39,3 +40,20 @@ def jsonl(path, rows):
 
 def weights(path, name="model.safetensors"):
     return {key: array.copy() for key, array in read_safetensors(path / name)[0].items()}
+
+
+def written(output) -> dict:
+    """The record that a command has left in its directory."""
+    (path,) = (path for name in ("finetune", "sft", "reward", "dpo", "ppo") if (path := output / f"{name}.json").exists())
+    return json.loads(path.read_text())
+
+
+def same_bytes(name, *directories) -> bool:
+    return len({(directory / name).read_bytes() for directory in directories}) == 1
+
+
+def continued(model, tokenizer, ids, n, stop_token_ids=None) -> str:
+    """The text of at most n tokens after a prompt, before the first that ends it."""
+    stop_token_ids = stop_token_ids or [tokenizer.eos_token_id]
+    out = model.generate([ids], max_new_tokens=n, eos_token_id=stop_token_ids)[0, len(ids) :].tolist()
+    return tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, out)))

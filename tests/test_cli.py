@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from cli_helpers import jsonl, run, tiny, weights
+from cli_helpers import continued, jsonl, run, same_bytes, tiny, weights, written
 
 import minipeft as mp
 from minipeft.cli import COMMANDS
@@ -193,7 +193,7 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
     output = tmp_path / "tuned"
     assert finetune(model, data, output, "--validation", data) == 0
     out = capsys.readouterr().out
-    record = json.loads((output / "finetune.json").read_text())
+    record = written(output)
     loss = record["held_out_loss"]
     assert loss["after"] < loss["before"] and f"before {loss['before']:.4f}  after {loss['after']:.4f}" in out
     assert record["examples"] == {"training": len(PAIRS), "held_out": len(PAIRS)}
@@ -203,8 +203,7 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
     assert not same(weights(model), weights(output))
 
     tuned, tokenizer = mp.from_pretrained(output)
-    ids = tokenizer.encode("Q: one\nA:")
-    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    expected = continued(tuned, tokenizer, tokenizer.encode("Q: one\nA:"), 5)
     assert run("generate", "--model", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5") == 0
     assert capsys.readouterr().out == f"Q: one\nA:{expected}\n"
 
@@ -212,29 +211,55 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
 def test_the_same_command_writes_the_same_weights_and_another_seed_others(model, data, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert finetune(model, data, tmp_path / name, "--seed", seed) == 0
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
-    assert files[0] == files[1] != files[2]
+    assert same_bytes("model.safetensors", tmp_path / "a", tmp_path / "b")
+    assert not same_bytes("model.safetensors", tmp_path / "a", tmp_path / "c")
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(model, data, tmp_path, monkeypatch, capsys):
-    assert finetune(model, data, tmp_path / "whole") == 0
-    step = mp.Trainer._step
+RESUMED = {  # command -> its data, its options, what is saved
+    "finetune": ("{pairs}", "--lr 0.01", "model.safetensors"),
+    "sft": ("{pairs}", "--lr 0.03 --packing", "model.safetensors"),
+    "reward": ("{preferences}", "--lr 0.02", "model.safetensors"),
+    "dpo": ("{preferences}", "--lr 0.01 --method lora", "adapter_model.safetensors"),
+    **dict.fromkeys(("ppo", "rloo", "grpo"), ("{prompts}", "--lr 0.001 --mini-batch-size 2 --response-length 6", "model.safetensors")),
+}
 
-    def interrupted(self, number):
-        if number == 4:
+
+@pytest.mark.parametrize("command", RESUMED)
+def test_an_interrupted_run_resumes_to_the_same_bytes(command, model, data, tmp_path, monkeypatch, capsys):
+    (file, options, saved), online = RESUMED[command], command in ("ppo", "rloo", "grpo")
+    if online:
+        pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
+    preferences = ({"prompt": f"Q: {a}\nA:", "chosen": f" {b}", "rejected": " no"} for a, b in PAIRS)
+    jsonl(tmp_path / "preferences.jsonl", preferences)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    file = file.format(pairs=data, preferences=tmp_path / "preferences.jsonl", prompts=tmp_path / "prompts.txt")
+    argv = [*(("ppo", "--algorithm", command, "--prompts") if online else (command, "--data")), file, *options.split()]
+
+    def start(name, *more):
+        output = tmp_path / name
+        return run(*argv, "--model", model, "--output", output, "--batch-size", 4, "--steps", 4, "--save-steps", 2, *more)
+
+    assert start("whole") == 0
+    owner, name = (mp.rlhf.OnlineTrainer, "step") if online else (mp.Trainer, "_step")
+    step, calls = getattr(owner, name), []
+
+    def interrupted(self, *number):
+        calls.append(number)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self, *number)
 
-    monkeypatch.setattr(mp.Trainer, "_step", interrupted)
-    assert finetune(model, data, tmp_path / "parts", "--save-steps", "3") == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert start("parts") == 130
     err = capsys.readouterr().err.splitlines()
     assert err[-1] == "minipeft: interrupted; the same command with --resume goes on from the last checkpoint"
-    monkeypatch.undo()
-    assert finetune(model, data, tmp_path / "parts") == 2  # not silently over what is there
-    assert finetune(model, data, tmp_path / "parts", "--resume", "--lr", "0.02") == 2  # another run
-    assert finetune(model, data, tmp_path / "parts", "--resume") == 0
-    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts
+    assert start("parts") == 2  # not silently over what is there
+    assert start("parts", "--resume", "--seed", 5) == 2  # another run
+    assert start("parts", "--resume") == 0
+    assert same_bytes(saved, tmp_path / "whole", tmp_path / "parts")
+    if online:
+        assert same_bytes("metrics.jsonl", tmp_path / "whole", tmp_path / "parts")
 
 
 def test_overwrite_replaces_an_earlier_run_and_leaves_other_files(model, data, tmp_path):
@@ -261,9 +286,7 @@ def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_p
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     assert not (output / "model.safetensors").exists()
     base, tokenizer = mp.from_pretrained(model)
-    ids = tokenizer.encode("Q: one\nA:")
-    tuned = mp.PeftModel.from_pretrained(base, output)
-    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    expected = continued(mp.PeftModel.from_pretrained(base, output), tokenizer, tokenizer.encode("Q: one\nA:"), 5)
     argv = ["generate", "--model", model, "--adapter", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5"]
     assert run(*argv, "--completion-only") == 0
     assert capsys.readouterr().out == expected + "\n"
@@ -297,7 +320,7 @@ def test_every_form_of_data(records, more, model, tmp_path):
     else:
         file = jsonl(tmp_path / "data.jsonl", records)
     assert finetune(model, file, tmp_path / "o", *[m.replace("{file}", str(file)) for m in more]) == 0
-    loss = json.loads((tmp_path / "o" / "finetune.json").read_text())["held_out_loss"]
+    loss = written(tmp_path / "o")["held_out_loss"]
     if "0" in more:
         assert loss == {"before": None, "after": None}
     else:
@@ -340,12 +363,10 @@ def test_a_prompt_from_standard_input(model):
 
 
 def test_chat_puts_the_prompt_as_a_users_message(model, capsys):
-    tiny, tokenizer = mp.from_pretrained(model)
+    own, tokenizer = mp.from_pretrained(model)
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(text, allow_special=True)
-    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = tiny.generate([ids], max_new_tokens=4, eos_token_id=stop_token_ids)[0, len(ids) :]
-    expected = tokenizer.decode([i for i in out if i not in stop_token_ids])
+    expected = continued(own, tokenizer, ids, 4, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
     assert run("generate", "--model", model, "--chat", "--system", "Be kind.", "--prompt", "Hello",
                "--max-new-tokens", "4") == 0  # fmt: skip
     assert capsys.readouterr().out == expected + "\n"

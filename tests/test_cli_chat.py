@@ -4,9 +4,8 @@ import io
 import json
 import sys
 
-import numpy as np
 import pytest
-from cli_helpers import jsonl, refused, run
+from cli_helpers import continued, jsonl, refused, run, written
 from test_text_chat import SYSTEM
 
 import minipeft as mp
@@ -70,9 +69,7 @@ def gguf_file(tmp_path_factory):
 
 def answer(model, tokenizer, messages, n=12):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = model.generate(np.array([prompt]), max_new_tokens=n, eos_token_id=stop_token_ids)[0, len(prompt) :].tolist()
-    return tokenizer.decode(out[: next((i for i, t in enumerate(out) if t in stop_token_ids), len(out))])
+    return continued(model, tokenizer, prompt, n, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
 
 
 # ------------------------------------------------------------------------------------------------------------- chat
@@ -179,8 +176,8 @@ def test_defaults_of_a_large_model(gguf_file, chat_data, tmp_path, capsys, monke
         data = ("--data", chat_data, "--method", "lora", "--validation", 0, "--steps", 1, "--output", output)
         assert run("finetune", "--model", gguf_file, *data, *options) == 0
         assert f"1 steps of {batch * accumulation}," in capsys.readouterr().err
-        written = json.loads((output / "finetune.json").read_text())["options"]
-        assert (written["batch_size"], written["accumulation"]) == (batch, accumulation)
+        options = written(output)["options"]
+        assert (options["batch_size"], options["accumulation"]) == (batch, accumulation)
         assert bool(seen) == checkpointed
 
 

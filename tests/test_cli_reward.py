@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from cli_helpers import jsonl, refused, run, tiny
+from cli_helpers import jsonl, refused, run, same_bytes, tiny, written
 
 import minipeft as mp
 
@@ -34,9 +32,9 @@ def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data
     output = tmp_path / "judge"
     assert reward(output, "--data", data, "--model", model, "--epochs", 4) == 0
     out = capsys.readouterr().out
-    written = json.loads((output / "reward.json").read_text())
-    assert written["accuracy"] > 0.9 and f"{written['accuracy']:.1%}" in out and f"minipeft ppo --reward {output}" in out
-    assert written["pairs"] == {"training": 72, "held_out": 8}
+    record = written(output)
+    assert record["accuracy"] > 0.9 and f"{record['accuracy']:.1%}" in out and f"minipeft ppo --reward {output}" in out
+    assert record["pairs"] == {"training": 72, "held_out": 8}
     judge, tokenizer = mp.rlhf.RewardModel.from_pretrained(output)
     texts = [[*tokenizer.encode(f"The day was {word}."), tokenizer.eos_token_id] for word in ("good", "bad")]
     good, bad = judge.score_texts(texts)
@@ -51,10 +49,9 @@ def test_generated_pairs_need_nothing_but_the_extra(model, tmp_path, capsys, mon
     options = ("--model", model, "--pairs", 24, "--response-length", 6)
     assert reward(tmp_path / "a", *options) == 0
     assert reward(tmp_path / "b", *options) == 0
-    files = [(tmp_path / d / "model.safetensors").read_bytes() for d in "ab"]
-    assert files[0] == files[1], "same seed, same bytes"
-    assert reward(tmp_path / "c", *options, "--seed", 1) == 0
-    assert (tmp_path / "c" / "model.safetensors").read_bytes() != files[0]
+    assert same_bytes("model.safetensors", tmp_path / "a", tmp_path / "b"), "same seed, same bytes"
+    assert reward(tmp_path / "a", *options, "--seed", 1, "--overwrite") == 0
+    assert not same_bytes("model.safetensors", tmp_path / "a", tmp_path / "b")
 
 
 def test_without_the_extra_the_sentence_names_it(model, tmp_path, capsys, monkeypatch):
@@ -64,18 +61,6 @@ def test_without_the_extra_the_sentence_names_it(model, tmp_path, capsys, monkey
     monkeypatch.setitem(__import__("sys").modules, "vaderSentiment.vaderSentiment", None)
     err = refused(capsys, "reward", "--model", model, "--output", tmp_path / "x")
     assert "pip install 'minipeft[rlhf]'" in err and not (tmp_path / "x").exists()
-
-
-def test_a_resumed_run_ends_with_the_same_bytes(model, data, tmp_path):
-    options = ("--data", data, "--model", model, "--steps", 6, "--save-steps", 2)
-    assert reward(tmp_path / "whole", *options) == 0
-    assert reward(tmp_path / "again", *options) == 0
-    last = max((tmp_path / "again").glob("checkpoint-*"))
-    assert last.name == "checkpoint-6"
-    assert reward(tmp_path / "again", *options, "--resume") == 0
-    both = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "again")]
-    assert both[0] == both[1]
-    assert reward(tmp_path / "again", *options, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from cli_helpers import jsonl, refused, run, tiny, weights
+from cli_helpers import continued, jsonl, refused, run, tiny, weights, written
 
 import minipeft as mp
 from minipeft.cli.prompts import asked, saved_template
@@ -46,7 +44,7 @@ def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, ca
     assert sft(output, "--model", model, "--data", data, "--validation", data, "--schedule", "constant",
                *(("--template", template) if template else ())) == 0  # fmt: skip
     out = capsys.readouterr().out
-    record = json.loads((output / "sft.json").read_text())
+    record = written(output)
     assert record["held_out_loss"]["after"] < record["held_out_loss"]["before"]
     assert f"minipeft generate --model {output}" in out
     assert saved_template(output) == name
@@ -54,22 +52,17 @@ def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, ca
     tuned, tokenizer = mp.from_pretrained(output)
     turn = asked(get_template(name), "Say one.")
     ids = tokenizer.encode_pieces(turn.prompt)
-    stop_token_ids = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    answer = tuned.generate([ids], max_new_tokens=4, eos_token_id=stop_token_ids)[0, len(ids) :]
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    assert generate("--model", output, "--prompt", "Say one.", capsys=capsys) == text + "\n"
+    answer = continued(tuned, tokenizer, ids, 4, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
+    assert generate("--model", output, "--prompt", "Say one.", capsys=capsys) == answer + "\n"
     raw = generate("--model", output, "--prompt", "Say one.", "--template", "plain", capsys=capsys)
     assert raw.startswith("Say one.")
 
 
 def test_what_alpaca_learns_is_the_answer_and_the_end(model, data, tmp_path, monkeypatch):
     seen = []
-    trainer = mp.train.trainer.Trainer.__init__
-    monkeypatch.setattr(
-        mp.train.trainer.Trainer,
-        "__init__",
-        lambda self, m, train, *a, **k: seen.extend(train) or trainer(self, m, train, *a, **k),
-    )
+    trainer = mp.Trainer.__init__
+    spy = lambda self, m, train, *a, **k: seen.extend(train) or trainer(self, m, train, *a, **k)  # noqa: E731
+    monkeypatch.setattr(mp.Trainer, "__init__", spy)
     assert sft(tmp_path / "o", "--model", model, "--data", data, "--validation", "0") == 0
     _, tokenizer = mp.load_base()
     for (ids, labels), (instruction, input, output) in zip(seen, ROWS, strict=True):
@@ -117,31 +110,13 @@ def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):
     options = ("--model", model, "--tasks", "define", "source", "--per-task", 12, "--template", "chatml", "--packing",
                "--schedule", "constant")  # fmt: skip
     assert sft(output, *options) == 0
-    out, record = capsys.readouterr().out, json.loads((output / "sft.json").read_text())
+    out, record = capsys.readouterr().out, written(output)
     assert record["examples"]["training"] == 24
     apart = record["loss_apart"]
     assert list(apart) == ["new inputs", "new phrasings", "new tasks"]
     assert all(loss["after"] < loss["before"] for loss in apart.values())
     assert all(f"before {loss['before']:.4f}  after {loss['after']:.4f}" in out for loss in apart.values())
     assert apart["new inputs"] == record["held_out_loss"]
-
-
-def test_a_run_is_repeated_and_resumed_to_the_byte(model, data, tmp_path, monkeypatch):
-    options = ("--model", model, "--data", data, "--save-steps", 2, "--packing")
-    assert sft(tmp_path / "whole", *options) == 0
-    step = mp.Trainer._step
-
-    def interrupted(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(mp.Trainer, "_step", interrupted)
-    assert sft(tmp_path / "parts", *options) == 130
-    monkeypatch.setattr(mp.Trainer, "_step", step)
-    assert sft(tmp_path / "parts", *options, "--resume") == 0
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
