@@ -106,7 +106,7 @@ def write_record(args: argparse.Namespace, options: Mapping[str, Any], results: 
     """<command>.json in the output directory: all options by their flags, as given or as found out, and the results."""
     from ..files import write_json
 
-    given = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command", "flags")}
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command", "flags", "longest")}
     named = {args.flags.get(name, name): value for name, value in {**given, **options}.items()}
     write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
 
