@@ -252,11 +252,19 @@ def test_named_prompts_on_one_base_and_with_lora():
         prompted(IDS, adapter_names=["default", "lora", "lora"])
 
 
-@pytest.mark.parametrize("config", [mp.PromptTuningConfig, mp.PrefixTuningConfig, mp.PromptEncoderConfig])
-def test_a_new_prompt_without_its_network_is_drawn_all_the_same(config):
-    prompted = mp.get_peft_model(base("llama"), config(num_virtual_tokens=4, inference_mode=True))
-    assert prompted.prompts["default"].prompt_embeddings.data.std() > 0.5
-    assert prompted.get_nb_trainable_parameters()[0] == 0
+@pytest.mark.parametrize("config", [mp.PrefixTuningConfig, mp.PromptEncoderConfig])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_folded_trains_the_vectors_themselves_and_inference_mode_only_freezes(config, frozen):
+    options = {"prefix_projection": True} if config is mp.PrefixTuningConfig else {}
+    network = config(num_virtual_tokens=4, inference_mode=frozen, **options)
+    model = mp.get_peft_model(base("llama"), network)
+    assert "prompt_embeddings" not in dict(model.prompts["default"].named_parameters())
+    assert (model.get_nb_trainable_parameters()[0] == 0) == frozen
+    folded = mp.get_peft_model(base("llama"), network.replace(folded=True))
+    assert folded.prompts["default"].prompt_embeddings.data.std() > 0.5
+    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), network.replace(folded=True))
+    assert folded.get_nb_trainable_parameters()[0] == (not frozen) * counted.trainable
+    assert counted.trainable == counted.stored == folded.prompts["default"].prompt_embeddings.size
 
 
 def test_the_same_seed_gives_the_same_start():

@@ -61,7 +61,7 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
 
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
     """name -> shape of what the file of a trained `config` holds: see `ParameterCount`."""
-    folded = config.replace(inference_mode=True) if hasattr(config, "inference_mode") else config
+    folded = config.replace(folded=True) if hasattr(config, "folded") else config
     constants = constant_parameters(arch, config) if getattr(config, "stores_constants", False) else {}
     return {**trained_parameters(arch, folded), **constants}
 

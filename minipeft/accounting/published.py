@@ -63,7 +63,7 @@ from typing import Any
 import numpy as np
 
 from ..files import FileError
-from ..peft.directory import METHODS
+from ..peft.huggingface import METHODS
 from ..quant import quantize_4bit
 from ..quant.codebooks import CODES_4BIT
 from .architectures import Architecture, architecture, names

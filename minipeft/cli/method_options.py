@@ -149,8 +149,8 @@ def _named(name: str) -> str:
 
 def _read(path: Path) -> Any:
     from ..files import FileError, read_json
-    from ..peft.directory import CONFIG, config_class
-    from ..peft.directory import METHODS as PEFT_TYPES
+    from ..peft.huggingface import CONFIG, config_class
+    from ..peft.huggingface import METHODS as PEFT_TYPES
 
     file = path / CONFIG if path.is_dir() else path
     options = read_json(file)

@@ -13,7 +13,7 @@ from ..autograd.tensor import no_grad
 from ..backend import xp_of
 from ..nn.transformer import KVCache
 from ..peft.config import PeftError
-from ..peft.directory import state
+from ..peft.huggingface import state
 from ..peft.model import PeftModel
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, collate, evaluate

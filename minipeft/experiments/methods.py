@@ -78,7 +78,7 @@ def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
     """What makes the configuration of a method of minipeft.peft, the same for a run of any length."""
 
     def config(steps: int = 1) -> Any:
-        from ..peft.directory import config_class
+        from ..peft.huggingface import config_class
 
         return config_class(peft_type)(**options)
 

@@ -1,12 +1,17 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
 
     W' = W + s P diag(λ) Q        eq. 3; here P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]
+    R = mean ||PᵀP - I||, ||Q Qᵀ - I||    a penalty (eq. 4) that keeps P and Q near orthogonal, so that λ_i measures how
+                                          much the triplet (P_i, λ_i, Q_i) matters
 
-P and Q are kept near orthogonal by a penalty on the loss (eq. 4), so that λ_i measures how much the triplet
-i = (P_i, λ_i, Q_i) matters. While training, `update_and_allocate` follows how sensitive the loss is to every number,
-and sets the λ of the least important triplets of the whole model to zero, following a falling budget (eq. 12).
+Around every step of the optimizer, `AdaLoraCallback` adds the penalty's gradient, follows how sensitive the loss is to
+every number, and sets the λ of the least important triplets of the whole model to zero, by a falling budget (eq. 12).
 
 As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
+
+Departures from PEFT:
+1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained (DPO,
+   PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
 """
 
 from __future__ import annotations
@@ -21,10 +26,158 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
-from .config import QUERY_AND_VALUE, PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
-from .layer import Adapter, dense_weight, fill, out_in, with_weight
+from .config import PeftConfig, PeftError, Seed, Shape
+from .layer import Adapter
+from .targets import QUERY_AND_VALUE, out_in_shape
+from .weights import fill, with_update
 
 MATRICES = ("lora_A", "lora_E", "lora_B")
+AVERAGES = ("sensitivity", "uncertainty")
+
+
+class AdaLoraLinear(Adapter):
+    """P diag(λ) Q around a linear layer: lora_B [out, r], lora_E [r, 1], lora_A [r, in]."""
+
+    kept: Array | None = None  # boolean [r]: the triplets that pruning left; None: it has not begun
+
+    def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer, seed)
+        self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
+        if seed is not None:
+            generator = np.random.default_rng(seed)
+            for p in (self.lora_A, self.lora_B):
+                fill(p, generator.standard_normal(p.shape, np.float32) * np.float32(0.02))
+            if config.init_lora_weights is False:
+                fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """y = W x + s P diag(λ) Q z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
+        z = F.dropout(x, self.dropout, rng) if self.dropout else x
+        return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """W' = W + s P diag(λ) Q."""
+        delta = self.lora_B.data @ (self.lora_A.data * self.lora_E.data)
+        delta *= self.scaling
+        return with_update(layer, delta)
+
+    def saved(self) -> dict[str, Parameter]:
+        """The triplets that are left."""
+        if self.kept is None:
+            return super().saved()
+        kept = asarray(self.kept, xp_of(self.lora_E.data))
+        A, E, B = self.lora_A.data[kept], self.lora_E.data[kept], self.lora_B.data[:, kept]
+        return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
+
+
+class AdaLoraCallback:
+    """What AdaLoRA does around every step of the optimizer (see `minipeft.train.callbacks`), for one adapter of a PeftModel.
+
+    In a loop of one's own:
+
+        loss.backward(); callback.before_step(model, step)      step from 1
+        optimizer.step(); callback.after_step(model, step, {})  before zero_grad
+    """
+
+    def __init__(self, model: Any, adapter_name: str):
+        self.model, self.adapter_name = model, adapter_name
+        self.averages: dict[str, Array] = {}  # "<path>.<matrix>.sensitivity" and "<path>.<matrix>.uncertainty"
+        self.pattern = self.config.rank_pattern  # of an adapter that was pruned before
+
+    @property
+    def config(self) -> AdaLoraConfig:
+        """The adapter's present configuration."""
+        return self.model.peft_config[self.adapter_name]
+
+    @property
+    def layers(self) -> dict[str, AdaLoraLinear]:
+        """{path: the adapter's part there}."""
+        parts = self.model.parts(self.adapter_name)
+        return {path: part for path, part in parts if isinstance(part, AdaLoraLinear)}
+
+    def before_step(self, model: Any, step: int) -> None:
+        """Add the gradient of the penalty to those of the loss."""
+        self.penalty().backward()
+
+    def penalty(self) -> Tensor:
+        """orth_reg_weight * mean over all P and Q of ||PᵀP - I||, ||Q Qᵀ - I|| (eq. 4)."""
+        norms = []
+        for layer in self.layers.values():
+            P, Q = layer.lora_B, layer.lora_A
+            for gram in (Q @ Q.transpose(), P.transpose() @ P):  # [r, r]
+                d = gram - xp_of(gram.data).eye(gram.shape[0], dtype=gram.dtype)
+                norms.append(((d * d).sum() + 1e-30).sqrt())  # the square root has no slope at zero
+        return F.stack(norms).mean() * self.config.orth_reg_weight
+
+    def after_step(self, model: Any, step: int, record: Any = None) -> None:
+        """Follow the gradients of step number `step` (from 1), and set the λ of the least important triplets to zero."""
+        config, layers = self.config, self.layers
+        final = config.total_step - config.tfinal
+        if step < final or step == 1:
+            for path, layer in layers.items():
+                self.follow(path, layer)
+        if step <= final:
+            start = sum(layer.lora_A.shape[0] for layer in layers.values())
+            left, prune = budget(config, step, start, config.target_r * len(layers))
+            if not prune or left >= start:
+                return
+            scores = {path: self.scores(path) for path in layers}
+            xp = xp_of(*scores.values())
+            threshold = xp.sort(xp.concatenate(list(scores.values())))[start - left - 1]
+            for path, layer in layers.items():
+                layer.kept = scores[path] > threshold
+            self._note_pattern()
+        for layer in layers.values():
+            if layer.kept is not None:
+                layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
+
+    def follow(self, path: str, layer: AdaLoraLinear) -> None:
+        """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
+        c = self.config
+        for name in MATRICES:
+            p, keys = getattr(layer, name), [f"{path}.{name}.{what}" for what in AVERAGES]
+            if p.grad is None:
+                raise PeftError("AdaLoRA follows the gradients: call after_step after backward, before zero_grad")
+            sensitivity = abs(p.data * p.grad)
+            xp = xp_of(sensitivity)
+            zero = xp.zeros_like(sensitivity)
+            mean, uncertainty = (asarray(self.averages.get(key, zero), xp) for key in keys)
+            mean = c.beta1 * mean + (1 - c.beta1) * sensitivity
+            self.averages |= zip(keys, (mean, c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)))
+
+    def scores(self, path: str) -> Array:
+        """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
+        A, E, B = (self.averages[f"{path}.{n}.sensitivity"] * self.averages[f"{path}.{n}.uncertainty"] for n in MATRICES)
+        return E[:, 0] + A.mean(axis=1) + B.mean(axis=0)
+
+    def state_dict(self) -> dict[str, Array]:
+        """The averages, and which triplets pruning has left, by path."""
+        kept = {f"{path}.kept": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
+        return {**self.averages, **kept}
+
+    def load_state_dict(self, arrays: dict[str, Array]) -> None:
+        """Take up what `state_dict` gave."""
+        self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
+        for path, layer in self.layers.items():
+            layer.kept = arrays.get(f"{path}.kept")
+        self._note_pattern()
+
+    def _note_pattern(self) -> None:
+        """Write down in the configuration which triplets are left; before the first pruning, those that there were."""
+        kept = {f"{path}.lora_E": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
+        pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.pattern
+        self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=pattern)
+
+
+def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
+    """(how many triplets may be left after this step, whether to prune now): eq. 12."""
+    final = config.total_step - config.tfinal
+    if step <= config.tinit:
+        return start, False
+    if step >= final:
+        return end, True
+    left = 1 - (step - config.tinit) / (final - config.tinit)
+    return int((start - end) * left**3 + end), step % config.deltaT == 0
 
 
 @configuration
@@ -59,8 +212,6 @@ class AdaLoraConfig(PeftConfig):
         "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
         "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     }
-    ignored: ClassVar[frozenset[str]] = frozenset({"r", "fan_in_fan_out"})
-    averages: ClassVar[int] = 2  # of sensitivity, and of its uncertainty
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,154 +231,18 @@ class AdaLoraConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         if kind not in self.kinds or not self.targets(name, kind):
             return {}
-        n_out, n_in = shape if kind == "linear" else shape[::-1]
-        r = self.rank(name)
+        (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
         if r > min(n_in, n_out):
             raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]")
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: AdaLoraLayer(self, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), layer, seeds[name])
-            for name, layer in layers.items()
-        }
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> AdaLoraLinear:
+        return AdaLoraLinear(self, shapes, layer, seed)
 
-    def penalty(self, adapters: list[Any]) -> Tensor:
-        """orth_reg_weight * mean over all P and Q of ||PᵀP - I||, ||Q Qᵀ - I||."""
-        norms = []
-        for a in adapters:
-            if not isinstance(a, AdaLoraLayer):
-                continue
-            for gram in (a.lora_A @ a.lora_A.transpose(), a.lora_B.transpose() @ a.lora_B):
-                d = gram - xp_of(gram.data).eye(gram.shape[0], dtype=gram.dtype)
-                norms.append(((d * d).sum() + 1e-30).sqrt())  # the square root has no slope at zero
-        return F.stack(norms).mean() * self.orth_reg_weight
+    def training_callback(self, model: Any, adapter_name: str) -> AdaLoraCallback:
+        return AdaLoraCallback(model, adapter_name)
 
-    def after_step(self, model: Any, adapter_name: str, step: int) -> None:
-        """See `allocate`."""
-        allocate(model, adapter_name, step)
-
-    def training_state(self, model: Any, adapter_name: str) -> dict[str, Array]:
-        """The averages, and which triplets pruning has left, by path."""
-        layers = _layers(model, adapter_name)
-        return {f"{path}.{key}": array for path, layer in layers for key, array in layer.averages().items()}
-
-    def load_training_state(self, model: Any, adapter_name: str, arrays: dict[str, Array]) -> None:
-        for path, layer in _layers(model, adapter_name):
-            layer.importance = {
-                name: (arrays[f"{path}.{name}.sensitivity"], arrays[f"{path}.{name}.uncertainty"])
-                for name in MATRICES
-                if f"{path}.{name}.sensitivity" in arrays
-            }
-            layer.kept = arrays.get(f"{path}.kept")
-        _note_pattern(model, adapter_name)
-
-
-class AdaLoraLayer(Adapter):
-    """P diag(λ) Q around a linear layer: lora_B [out, r], lora_E [r, 1], lora_A [r, in]."""
-
-    def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
-        self.pattern = config.rank_pattern  # of an adapter that was pruned before
-        self.kept: Array | None = None  # boolean [r]: the triplets that pruning left
-        self.importance: dict[str, tuple[Array, Array]] = {}  # name -> averages of sensitivity and uncertainty
-        if seed is not None:
-            generator = np.random.default_rng(seed)
-            for p in (self.lora_A, self.lora_B):
-                fill(p, generator.standard_normal(p.shape, np.float32) * np.float32(0.02))
-            if config.init_lora_weights is False:
-                fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
-
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        z = F.dropout(x, self.dropout, rng) if rng is not None and self.dropout else x
-        return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
-
-    def merge(self, layer: Module, base: Module) -> Module:
-        """W' = W + s P diag(λ) Q."""
-        delta = self.lora_B.data @ (self.lora_A.data * self.lora_E.data)
-        delta *= self.scaling
-        return with_weight(layer, out_in(layer, out_in(layer, dense_weight(layer)) + delta))
-
-    def saved(self) -> dict[str, Parameter]:
-        if self.kept is None:
-            return super().saved()
-        kept = self._beside(self.kept)
-        A, E, B = self.lora_A.data[kept], self.lora_E.data[kept], self.lora_B.data[:, kept]
-        return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
-
-    def _beside(self, array: Array) -> Array:
-        """An array that is kept beside the parameters, on their device: `to` moves parameters alone."""
-        return asarray(array, xp_of(self.lora_E.data))
-
-    def averages(self) -> dict[str, Array]:
-        """What `follow` and pruning have left, by name."""
-        found = {} if self.kept is None else {"kept": self.kept}
-        for name, pair in self.importance.items():
-            found |= {f"{name}.{what}": array for what, array in zip(("sensitivity", "uncertainty"), pair)}
-        return found
-
-    def follow(self, beta1: float, beta2: float) -> None:
-        """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
-        if any(getattr(self, name).grad is None for name in MATRICES):
-            raise PeftError("AdaLoRA follows the gradients: call update_and_allocate after backward, before zero_grad")
-        for name in MATRICES:
-            p = getattr(self, name)
-            sensitivity = abs(p.data * p.grad)
-            zero = xp_of(sensitivity).zeros_like(sensitivity)
-            mean, uncertainty = map(self._beside, self.importance.get(name, (zero, zero)))
-            mean = beta1 * mean + (1 - beta1) * sensitivity
-            self.importance[name] = mean, beta2 * uncertainty + (1 - beta2) * abs(sensitivity - mean)
-
-    def scores(self) -> Array:
-        """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
-        s = {name: mean * uncertainty for name, (mean, uncertainty) in self.importance.items()}
-        return s["lora_E"][:, 0] + s["lora_A"].mean(axis=1) + s["lora_B"].mean(axis=0)
-
-
-def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
-    """(how many triplets may be left after this step, whether to prune now): eq. 12."""
-    final = config.total_step - config.tfinal
-    if step <= config.tinit:
-        return start, False
-    if step >= final:
-        return end, True
-    left = 1 - (step - config.tinit) / (final - config.tinit)
-    return int((start - end) * left**3 + end), step % config.deltaT == 0
-
-
-def allocate(model: Any, adapter_name: str, step: int) -> None:
-    """After the optimizer's step number `step` (from 1), with the gradients still there: follow, and prune."""
-    config, layers = model.peft_config[adapter_name], _layers(model, adapter_name)
-    final = config.total_step - config.tfinal
-    if step < final or step == 1:
-        for _, layer in layers:
-            layer.follow(config.beta1, config.beta2)
-    if step <= final:
-        start = sum(layer.lora_A.shape[0] for _, layer in layers)
-        left, prune = budget(config, step, start, config.target_r * len(layers))
-        if not prune or left >= start:
-            return
-        scores = [layer.scores() for _, layer in layers]
-        xp = xp_of(scores[0])
-        threshold = xp.sort(xp.concatenate(scores))[start - left - 1]
-        for (_, layer), s in zip(layers, scores):
-            layer.kept = s > threshold
-        _note_pattern(model, adapter_name)
-    for _, layer in layers:
-        if layer.kept is not None:
-            layer.lora_E.data *= layer._beside(layer.kept)[:, None]
-
-
-def _layers(model: Any, adapter_name: str) -> list[tuple[str, AdaLoraLayer]]:
-    return [(path, part) for path, part in model.parts(adapter_name) if isinstance(part, AdaLoraLayer)]
-
-
-def _note_pattern(model: Any, adapter_name: str) -> None:
-    """Write down in the configuration which triplets are left: all that there were, before the first pruning."""
-    layers = _layers(model, adapter_name)
-    pattern = layers[0][1].pattern
-    if layers[0][1].kept is not None:
-        pattern = {f"{path}.lora_E": [bool(k) for k in layer.kept.tolist()] for path, layer in layers}
-    model.peft_config[adapter_name] = model.peft_config[adapter_name].replace(rank_pattern=pattern)
+    def training_state_shapes(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
+        """The two averages of every number of P, λ and Q."""
+        followed = {path: shape for path, shape in shapes.items() if path.rpartition(".")[2] in MATRICES}
+        return {f"{path}.{what}": shape for path, shape in followed.items() for what in AVERAGES}

@@ -18,7 +18,8 @@ from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter, dense_weight, with_weight
+from .layer import Adapter
+from .weights import dense_weight, with_weight
 
 
 @configuration

@@ -30,8 +30,10 @@ from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
-from .layer import Adapter, fill, kaiming_uniform
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .layer import Adapter
+from .targets import family_of, out_in_shape
+from .weights import fill, kaiming_uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _BERT = (r"attention\.output", r"layer\.\d+\.output")
@@ -45,6 +47,35 @@ PRESETS = {  # placement -> reduction_factor, non_linearity, scaling: AdapterHub
 }  # fmt: skip
 # the layers that end a sublayer, whose output is the sublayer's
 LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
+
+
+class Bottleneck(Adapter):
+    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; before it ln_before_weight and _bias [d]."""
+
+    def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer, seed)
+        self.parallel, self.scaling = config.placement == "parallel", config.scaling
+        self.non_linearity = config.non_linearity
+        if seed is not None:
+            fill(self.down_weight, kaiming_uniform(np.random.default_rng(seed), self.down_weight.shape))
+            if config.ln_before:
+                self.ln_before_weight.data += 1
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        h = inner(x)
+        z = x if self.parallel else h
+        if "ln_before_weight" in self.keys:
+            z = F.layer_norm(z, self.ln_before_weight, self.ln_before_bias)
+        z = F.linear(z, self.down_weight, self.down_bias)  # [..., m]
+        a = F.linear(NON_LINEARITIES[self.non_linearity](z), self.up_weight, self.up_bias)
+        return h + (a if self.scaling == 1 else a * self.scaling)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        raise PeftError(
+            "a bottleneck adapter is not linear, so no plain layer equals the adapted one: it cannot be merged; "
+            "keep it beside the base (unload gives the base alone)"
+        )
 
 
 @configuration
@@ -86,7 +117,7 @@ class BottleneckConfig(PeftConfig):
         _widths(name, module)
 
     def shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
-        """Of the adapter on a sublayer with so many inputs and outputs."""
+        """Of the adapter on a sublayer with this many inputs and outputs."""
         n_in = n_in if self.placement == "parallel" else n_out
         m = self.bottleneck_size or int(n_in // self.reduction_factor)
         if m < 1:
@@ -98,7 +129,7 @@ class BottleneckConfig(PeftConfig):
         """As in PeftConfig. A sublayer's adapter is counted at the layer that ends it."""
         if kind not in ("linear", "conv1d"):
             return {}
-        n_out, n_in = shape if kind == "linear" else shape[::-1]
+        n_out, n_in = out_in_shape(kind, shape)
         parent, _, last = name.rpartition(".")
         if self.targets(name, kind):
             return self.shapes(name, n_in, n_out)
@@ -113,39 +144,10 @@ class BottleneckConfig(PeftConfig):
         }
 
 
-class Bottleneck(Adapter):
-    """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; before it ln_before_weight and _bias [d]."""
-
-    def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.parallel, self.scaling = config.placement == "parallel", config.scaling
-        self.non_linearity = config.non_linearity
-        if seed is not None:
-            fill(self.down_weight, kaiming_uniform(np.random.default_rng(seed), self.down_weight.shape))
-            if config.ln_before:
-                self.ln_before_weight.data += 1
-
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        h = inner(x)
-        z = x if self.parallel else h
-        if "ln_before_weight" in self.keys:
-            z = F.layer_norm(z, self.ln_before_weight, self.ln_before_bias)
-        z = F.linear(z, self.down_weight, self.down_bias)  # [..., m]
-        a = F.linear(NON_LINEARITIES[self.non_linearity](z), self.up_weight, self.up_bias)
-        return h + (a if self.scaling == 1 else a * self.scaling)
-
-    def merge(self, layer: Module, base: Module) -> Module:
-        raise PeftError(
-            "a bottleneck adapter is not linear, so no plain layer equals the adapted one: it cannot be merged; "
-            "keep it beside the base (unload gives the base alone)"
-        )
-
-
 def _widths(name: str, module: Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer; of a sublayer, inputs of its first linear layer and outputs of its last."""
     layers = [m for _, m in module.named_modules() if kind_of(m) in ("linear", "conv1d")]
     if not layers:
         raise PeftError(f"target_modules: {name!r}, a {type(module).__name__}, holds no linear layer, so has no width")
-    ends = [shape_of(m) if kind_of(m) == "linear" else shape_of(m)[::-1] for m in (layers[0], layers[-1])]
+    ends = [out_in_shape(kind_of(m), shape_of(m)) for m in (layers[0], layers[-1])]
     return ends[0][1], ends[1][0]

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..backend import one_blas_thread, to_numpy
 from .config import PeftError
-from .layer import fill
+from .weights import fill
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("cat", "svd", *RULES, *(f"{rule}_svd" for rule in RULES[1:]))

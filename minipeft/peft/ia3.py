@@ -16,8 +16,32 @@ from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape, family_of, kind_of, shape_of
-from .layer import Adapter, dense_weight, out_in, with_weight
+from .config import PeftConfig, PeftError, Seed, Shape
+from .layer import Adapter
+from .targets import family_of, out_in_shape
+from .weights import dense_weight, out_in, with_weight
+
+
+class IA3Layer(Adapter):
+    """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
+
+    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed, is_feedforward: bool):
+        super().__init__(shapes, layer, seed)
+        self.is_feedforward = is_feedforward
+        if seed is not None:
+            self.ia3_l.data += 1
+
+    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        l = self.ia3_l.reshape(-1)
+        return inner(x * l) if self.is_feedforward else inner(x) * l
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """W' = diag(l) W and b' = l * b; of a feedforward module W' = W diag(l)."""
+        W = out_in(layer, dense_weight(layer)) * self.ia3_l.data  # rows, or columns
+        bias = getattr(layer, "bias", None)
+        scaled = None if bias is None or self.is_feedforward else bias.data * self.ia3_l.data.reshape(-1)
+        return with_weight(layer, out_in(layer, W), scaled)
 
 
 @configuration
@@ -30,7 +54,7 @@ class IA3Config(PeftConfig):
         "usual ones of the architecture",
     )
     init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
-    fan_in_fan_out: bool = option(False, "accepted for PEFT's sake; the layer's own layout is what counts")
+    fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
     peft_type: ClassVar[str] = "IA3"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -76,38 +100,8 @@ class IA3Config(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         if kind not in self.kinds or not self.targets(name, kind):
             return {}
-        n_out, n_in = shape if kind == "linear" else shape[::-1]
+        n_out, n_in = out_in_shape(kind, shape)
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: IA3Layer(
-                self.parameter_shapes(name, kind_of(layer), shape_of(layer)),
-                layer,
-                seeds[name],
-                self.is_feedforward(name),
-            )
-            for name, layer in layers.items()
-        }
-
-
-class IA3Layer(Adapter):
-    """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
-
-    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed, is_feedforward: bool):
-        super().__init__(shapes, layer, seed)
-        self.is_feedforward = is_feedforward
-        if seed is not None:
-            self.ia3_l.data += 1
-
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        l = self.ia3_l.reshape(-1)
-        return inner(x * l) if self.is_feedforward else inner(x) * l
-
-    def merge(self, layer: Module, base: Module) -> Module:
-        """W' = diag(l) W and b' = l * b; of a feedforward module W' = W diag(l)."""
-        W = out_in(layer, dense_weight(layer)) * self.ia3_l.data  # rows, or columns
-        bias = getattr(layer, "bias", None)
-        scaled = None if bias is None or self.is_feedforward else bias.data * self.ia3_l.data.reshape(-1)
-        return with_weight(layer, out_in(layer, W), scaled)
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> IA3Layer:
+        return IA3Layer(shapes, layer, seed, self.is_feedforward(name))

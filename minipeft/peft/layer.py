@@ -10,23 +10,80 @@ each other, and an adapter that is not active costs nothing.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng, asarray, is_array, xp_of
-from ..nn.layers import Linear
+from ..backend import Rng, xp_of
 from ..nn.module import Module, Parameter
 from .config import PeftError, Seed, Shape
+from .mixed import Rows, Selection, mixed
+from .weights import placement, zeros
 
-BASE = "__base__"  # in a mixed batch, the name of a row that uses no adapter (as in PEFT)
 STREAM = 1 << 20  # random streams of adapters are numbered from here, apart from those of the model's own dropout
+
+
+class AdaptedLayer(Module):
+    """A base layer with named adapters. Attributes it does not have are the base layer's."""
+
+    def __init__(self, base_layer: Module, selection: Selection, stream: int):
+        self.base_layer = base_layer
+        self.adapters: dict[str, Adapter] = {}
+        self.selection = selection
+        self.stream = stream
+        self.merged: Module | None = None  # a plain layer that computes the base layer with
+        self.merged_names: list[str] = []  # these adapters
+
+    def forward(self, x: Any, *arguments: Any) -> Tensor:
+        """The base layer's arguments and result; the last argument is the random stream, or None."""
+        names = self.selection.now()
+        return mixed(self, names, x, arguments) if type(names) is Rows else self.compute(names, x, arguments)
+
+    def compute(self, names: list[str], x: Any, arguments: tuple) -> Tensor:
+        """The output with those of the named adapters that are here, each around the ones before it."""
+        names = [name for name in names if name in self.adapters]
+        if not names:
+            return self.base_layer(x, *arguments)
+        if self.merged_names == names:
+            return self.merged(x, *arguments)
+        rng = arguments[-1] if arguments and isinstance(arguments[-1], Rng) else None
+        inner: Callable = lambda x: self.base_layer(x, *arguments)  # noqa: E731
+        for number, name in enumerate(names, 1):
+            stream = rng and rng.at(STREAM + self.stream, number)
+            inner = partial(self.adapters[name].forward, inner=inner, base=self.base_layer, rng=stream)
+        return inner(x)
+
+    def merge(self, names: list[str] | None = None) -> Module:
+        """A new plain layer that computes what these adapters (by default the active ones), in order, make of the base.
+
+        Where the layer has none of them it is the base layer itself.
+        """
+        layer = self.base_layer
+        for name in [n for n in (self.selection.names if names is None else names) if n in self.adapters]:
+            layer = self.adapters[name].merge(layer, self.base_layer)
+            for path, p in layer.named_parameters():
+                if not bool(xp_of(p.data).isfinite(p.data).all().item()):
+                    raise PeftError(
+                        f"merging the adapter {name!r} gives a {path} that is not finite; nothing was merged"
+                    )
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "base_layer" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.base_layer, name)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The base layer, then each adapter under its name."""
+        yield "base_layer", self.base_layer
+        yield from self.adapters.items()
+
+    def _set_child(self, name: str, module: Module) -> None:
+        if name == "base_layer":
+            self.base_layer = module
+        else:
+            self.adapters[name] = module
 
 
 class Adapter(Module):
@@ -35,7 +92,7 @@ class Adapter(Module):
     Args:
         shapes: {key: shape}, the key being the parameter's name in a file; up to the first dot it is the attribute.
         like: a layer beside which the parameters are allocated: on its device, in float32 (float64 where it is).
-        seed: of the initial values, which a subclass gives. None allocates nothing: for a model that is about to be
+        seed: of the initial values, which a subclass draws. None allocates nothing: for a model that is about to be
             loaded, or only counted.
     """
 
@@ -55,11 +112,11 @@ class Adapter(Module):
             base: the frozen layer at the bottom.
             rng: this place's own random stream, or None outside of training.
         """
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def merge(self, layer: Module, base: Module) -> Module:
         """A new plain layer that computes what this adapter around `layer` does. Raises PeftError if none does."""
-        raise PeftError(f"{type(self).__name__} cannot be merged into a plain layer")
+        raise NotImplementedError(f"{type(self).__name__} defines no merge")
 
     def trained(self) -> dict[str, Parameter]:
         """{path: parameter} of what is trained."""
@@ -112,182 +169,3 @@ class TrainedCopy(Adapter):
 
     def saved(self) -> dict[str, Parameter]:
         return {self.prefix + path: p for path, p in self.module.named_parameters()}
-
-
-class Prompt(Adapter):
-    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions."""
-
-    length = 0  # virtual positions
-
-    def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
-        """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
-
-        When `given["past_key_values"]` is a KVCache that holds positions already, the virtual ones are among them.
-        """
-        raise TypeError(f"{type(self).__name__} defines no arguments")
-
-
-class Selection(Module):
-    """Which adapters the layers of one model use: the same object in every layer.
-
-    A call of the model fixes the choice, in a context variable: a checkpointed block that is computed again in backward
-    uses the adapters of its forward pass, whatever has been selected since.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []  # active, in order; a new list for each choice
-
-    @contextmanager
-    def call(self, rows: list[str] | None) -> Iterator[None]:
-        """Inside, a call of the model: with the active adapters, or in a mixed batch with one for each of its rows."""
-        token = _CALL.set((self, self.names, rows))
-        try:
-            yield
-        finally:
-            _CALL.reset(token)
-
-    def now(self) -> tuple[list[str], list[str] | None]:
-        """(active adapters, None), or in a mixed batch ([], the adapter of each row)."""
-        selection, names, rows = _CALL.get()
-        if selection is not self:
-            return self.names, None
-        return ([], rows) if rows is not None else (names, None)
-
-
-_CALL: ContextVar[tuple[Any, list[str], list[str] | None]] = ContextVar("call", default=(None, [], None))
-
-
-class AdaptedLayer(Module):
-    """A base layer with named adapters. Attributes it does not have are the base layer's."""
-
-    def __init__(self, base_layer: Module, selection: Selection, stream: int):
-        self.base_layer = base_layer
-        self.adapters: dict[str, Adapter] = {}
-        self.selection = selection
-        self.stream = stream
-        self.merged: Module | None = None  # a plain layer that computes the base layer with
-        self.merged_names: list[str] = []  # these adapters
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "base_layer" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.base_layer, name)
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """The base layer, then each adapter under its name."""
-        yield "base_layer", self.base_layer
-        yield from self.adapters.items()
-
-    def _set_child(self, name: str, module: Module) -> None:
-        if name == "base_layer":
-            self.base_layer = module
-        else:
-            self.adapters[name] = module
-
-    def forward(self, x: Any, *arguments: Any) -> Tensor:
-        """The base layer's arguments and result; the last argument is the random stream, or None."""
-        names, rows = self.selection.now()
-        if rows is None:
-            return self._through([name for name in names if name in self.adapters], x, arguments)
-        positions = is_array(x) and x.shape[0] == 1  # the same for every row
-        if x.shape[0] != len(rows) and not positions:
-            raise PeftError(f"adapter_names has {len(rows)} names for an input of {x.shape[0]} rows")
-        mine = [name if name in self.adapters else BASE for name in rows]
-        if len(set(mine)) == 1:
-            return self._through([n for n in mine[:1] if n != BASE], x, arguments)
-        if any(a is not None for a in arguments):
-            raise PeftError(
-                "a batch that mixes adapters is computed without dropout: leave rng out"
-                if all(a is None or isinstance(a, Rng) for a in arguments)
-                else f"a {type(self.base_layer).__name__} with several inputs cannot mix adapters in a batch"
-            )
-        xp = xp_of(x if is_array(x) else x.data)
-        if positions:
-            x = xp.broadcast_to(x, (len(rows), *x.shape[1:]))
-        parts, order = [], []
-        for name in dict.fromkeys(mine):
-            index = [i for i, n in enumerate(mine) if n == name]
-            parts.append(self._through([] if name == BASE else [name], x[xp.asarray(index)], arguments))
-            order += index
-        return F.cat(parts, axis=0)[xp.asarray(np.argsort(order))]
-
-    def _through(self, names: list[str], x: Any, arguments: tuple) -> Tensor:
-        if not names:
-            return self.base_layer(x, *arguments)
-        if self.merged is not None and self.merged_names == names:
-            return self.merged(x, *arguments)
-        rng = arguments[-1] if arguments and isinstance(arguments[-1], Rng) else None
-
-        def around(adapter: Adapter, inner: Callable, number: int) -> Callable[[Any], Tensor]:
-            stream = rng and rng.at(STREAM + self.stream, number)
-            return lambda x: adapter(x, inner, self.base_layer, stream)
-
-        layer: Callable[[Any], Tensor] = lambda x: self.base_layer(x, *arguments)  # noqa: E731
-        for number, name in enumerate(names):
-            layer = around(self.adapters[name], layer, number + 1)
-        return layer(x)
-
-    def merge(self, names: list[str] | None = None) -> Module:
-        """A new plain layer that computes what these adapters (by default the active ones), in order, make of the base.
-
-        Where the layer has none of them it is the base layer itself.
-        """
-        layer = self.base_layer
-        for name in [n for n in (self.selection.now()[0] if names is None else names) if n in self.adapters]:
-            layer = self.adapters[name].merge(layer, self.base_layer)
-            for path, p in layer.named_parameters():
-                if not bool(xp_of(p.data).isfinite(p.data).all().item()):
-                    raise PeftError(
-                        f"merging the adapter {name!r} gives a {path} that is not finite; nothing was merged"
-                    )
-        return layer
-
-
-# ------------------------------------------------------------------------------------- values of weights, frozen or not
-
-
-def placement(layer: Module) -> tuple[Any, Any]:
-    """(array library, dtype) of what is trained beside a layer: float64 beside float64, float32 beside all else."""
-    arrays = [p.data for p in layer.parameters()[:1]]
-    xp = xp_of(*arrays)
-    return xp, xp.float64 if arrays and arrays[0].dtype == xp.float64 else xp.float32
-
-
-def zeros(shape: Shape, xp: Any, dtype: Any, seed: Any) -> Array:
-    """Zeros to be given values; with no seed (None) a read-only array of that shape in the memory of one number."""
-    return xp.broadcast_to(xp.zeros((), dtype), shape) if seed is None else xp.zeros(shape, dtype)
-
-
-def dense_weight(layer: Module) -> Array:
-    """The layer's weight, as it is stored; dequantized where it is quantized."""
-    return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.data
-
-
-def out_in(layer: Module, weight: Array) -> Array:
-    """A weight of `layer`'s layout seen as [out, in] (for an embedding, whose input is one-hot: [d, V])."""
-    return weight if isinstance(layer, Linear) or hasattr(layer, "dequantize") else weight.T
-
-
-def with_weight(layer: Module, weight: Array, bias: Array | None = None) -> Module:
-    """A new layer like `layer`, with this weight (and bias): a quantized layer becomes a plain Linear."""
-    if hasattr(layer, "dequantize"):
-        made = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
-        made.bias = None if layer.bias is None else Parameter(layer.bias.data)
-        dtype = weight.dtype
-    else:
-        made, dtype = layer.copy(share=True), layer.weight.dtype
-    made.weight = Parameter(xp_of(weight).ascontiguousarray(weight.astype(dtype, copy=False)))
-    if bias is not None:
-        made.bias = Parameter(bias.astype(layer.bias.dtype))
-    return made
-
-
-def kaiming_uniform(generator: np.random.Generator, shape: Shape) -> np.ndarray:
-    """PyTorch's kaiming_uniform_(a=sqrt(5)): uniform in ±1/sqrt(fan_in), fan_in the last axis."""
-    bound = 1 / math.sqrt(shape[-1])
-    return generator.uniform(-bound, bound, shape).astype(np.float32)
-
-
-def fill(parameter: Parameter, values: np.ndarray) -> None:
-    """Give a parameter values drawn on the host, in its dtype and on its device."""
-    parameter.data = asarray(values.astype(parameter.dtype, copy=False), xp_of(parameter.data))

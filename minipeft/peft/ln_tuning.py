@@ -10,7 +10,7 @@ from typing import ClassVar
 from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, Seed, Shape
-from .layer import Adapter, TrainedCopy
+from .layer import TrainedCopy
 
 
 @configuration
@@ -33,5 +33,5 @@ class LNTuningConfig(PeftConfig):
             return {}
         return {f"ln_tuning_layers.{'weight' if kind == 'norm' else 'bias'}": shape}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {name: TrainedCopy(layer, seeds[name], prefix="ln_tuning_layers.") for name, layer in layers.items()}
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> TrainedCopy:
+        return TrainedCopy(layer, seed, prefix="ln_tuning_layers.")

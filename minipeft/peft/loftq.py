@@ -25,9 +25,10 @@ from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
-from .layer import TrainedCopy, dense_weight, fill, out_in
+from .layer import TrainedCopy
 from .lora import LoraConfig
 from .model import PeftModel, _adapted, _independent, get_peft_model
+from .weights import dense_weight, fill, out_in
 
 
 def get_loftq_model(
@@ -106,7 +107,7 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
             probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
             x = Tensor(asarray(probe, xp_of(base.weight.data)))
             with no_grad():
-                adapted = layer._through([n for n in names if n in layer.adapters], x, ()).data
+                adapted = layer.compute(names, x, ()).data
                 dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
             errors[path.replace(".base_layer", "")] = MergeError(
                 dense / _norm(adapted),

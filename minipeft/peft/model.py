@@ -22,10 +22,10 @@ import numpy as np
 
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, is_array, to_numpy, xp_of
-from ..nn.module import Module, ModuleList, Parameter
-from ..quant import Linear4bit, dequantize_model
-from .config import PeftConfig, PeftError, kind_of
-from .layer import BASE, AdaptedLayer, Adapter, Prompt, Selection, TrainedCopy
+from ..nn.module import Module, Parameter
+from .config import PeftConfig, PeftError
+from .layer import AdaptedLayer, Adapter, TrainedCopy
+from .mixed import BASE, Rows, Selection
 
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -54,7 +54,7 @@ class PeftModel(Module):
         self.base_model = model.copy(share=True).requires_grad_(False)
         self.peft_config: dict[str, PeftConfig] = {}
         self.layers: dict[str, AdaptedLayer] = {}  # by the path of the layer in the plain model
-        self.prompts: dict[str, Prompt] = {}
+        self.prompts: dict[str, Any] = {}  # a `Prompt` each
         self.selection = Selection()
         self._start: dict[str, dict[str, str]] = {}  # adapter -> parameter -> digest of its first value
         self.add_adapter(adapter_name, config, seed)
@@ -91,9 +91,8 @@ class PeftModel(Module):
             prompt = self._prompt()
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
-            given, length = _named(inputs, arguments)
-            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
-            return self.base_model.lm_head(hidden[:, -length:], as_rng(given["rng"]))
+            hidden, length, rng = self._behind(prompt, *inputs, **arguments)
+            return self.base_model.lm_head(hidden[:, -length:], rng)
 
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
@@ -101,8 +100,7 @@ class PeftModel(Module):
         """The model's loss; labels have the input's length.
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
-        While gradients are recorded, a method's own penalty (AdaLoRA's) is added. Raises PeftError where they would be
-        recorded for merged adapters, which get none.
+        Raises PeftError where gradients would be recorded for merged adapters, which get none.
         """
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
@@ -112,40 +110,30 @@ class PeftModel(Module):
         with self._call(adapter_names, input_ids):
             prompt = self._prompt()
             if prompt is None:
-                loss = self.base_model.loss(input_ids, labels, **arguments)
-            else:
-                given, length = _named((input_ids,), arguments)
-                hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or T
-                xp = xp_of(labels)
-                uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
-                labels = xp.concatenate([uncounted, labels], axis=1)
-                loss = self.base_model.head_loss(hidden, labels, as_rng(given["rng"]))
-        if is_grad_enabled():
-            for name in dict.fromkeys(self.selection.names if adapter_names is None else adapter_names):
-                if name == BASE:
-                    continue
-                penalty = self.peft_config[name].penalty([part for _, part in self.parts(name)])
-                loss = loss if penalty is None else loss + penalty
-        return loss
+                return self.base_model.loss(input_ids, labels, **arguments)
+            hidden, length, rng = self._behind(prompt, input_ids, **arguments)  # [B, P + T, d], or [B, T, d]
+            xp = xp_of(labels)
+            uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
+            return self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1), rng)
 
-    def update_and_allocate(self, global_step: int) -> None:
-        """After the optimizer's step number `global_step` (from 1), while the gradients are there: AdaLoRA prunes."""
-        for name in self.selection.names:
-            self.peft_config[name].after_step(self, name, global_step)
+    def _behind(
+        self, prompt: Any, input_ids: Array | None = None, attention_mask: Array | None = None,
+        position_ids: Array | None = None, inputs_embeds: Tensor | None = None, past_key_values: Any = None,
+        rng: Any = None,
+    ) -> tuple[Tensor, int, Any]:  # fmt: skip
+        """(hidden states of the input behind a prompt, length of the input, random stream); Transformer.forward's arguments."""
+        given = prompt.arguments(
+            self.base_model, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, rng=rng,
+        )  # fmt: skip
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        return self.base_model.backbone(**given), length, as_rng(rng)
 
-    def training_state(self) -> dict[str, Array]:
-        """What the active methods keep while they train, beside their parameters: AdaLoRA's averages, by name."""
-        return {
-            f"{name}: {key}": array
-            for name in self.selection.names
-            for key, array in self.peft_config[name].training_state(self, name).items()
-        }
-
-    def load_training_state(self, arrays: dict[str, Array]) -> None:
-        """Put back what `training_state` gave, for a run that goes on where it was interrupted."""
-        for name in self.selection.names:
-            mine = {key.removeprefix(f"{name}: "): a for key, a in arrays.items() if key.startswith(f"{name}: ")}
-            self.peft_config[name].load_training_state(self, name, mine)
+    def training_callbacks(self) -> list[Any]:
+        """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
+        trained = [n for n in self.selection.names if any(p.requires_grad for _, a in self.parts(n) for p in a.parameters())]
+        callbacks = [self.peft_config[name].training_callback(self, name) for name in trained]
+        return [callback for callback in callbacks if callback is not None]
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
         """Continue the prompts; see `minipeft.nn.generation.generate`."""
@@ -177,8 +165,10 @@ class PeftModel(Module):
                 f"{max(0, room - longest)}"
             )
 
-    def _prompt(self) -> Prompt | None:
-        return next((self.prompts[n] for n in self.selection.now()[0] if n in self.prompts), None)
+    def _prompt(self) -> Any:
+        if not self.prompts or isinstance(names := self.selection.now(), Rows):
+            return None
+        return next((self.prompts[name] for name in names if name in self.prompts), None)
 
     def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
         if rows is not None and first is not None and first.shape[0] != len(rows):
@@ -309,7 +299,11 @@ class PeftModel(Module):
         model = self.base_model.copy(share=True)
         for path, layer in reversed(_adapted(model)):
             model.replace(path, layer.merge(names))
-        return _independent(dequantize_model(model) if names else model)
+        if names and _quantized(model):
+            from ..quant import dequantize_model
+
+            model = dequantize_model(model)
+        return _independent(model)
 
     def unload(self) -> Any:
         """A new plain model: the base without adapters. Its arrays are its own."""
@@ -345,7 +339,7 @@ class PeftModel(Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
         constants = {id(p) for layer in self.layers.values() for a in layer.adapters.values() for p in _constants(a)}
-        quantized = [m for _, m in self.named_modules() if isinstance(m, Linear4bit)]
+        quantized = _quantized(self)
         constants |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
         counted = [p for p in self.parameters() if id(p) not in constants]
         packed = sum(m.out_features * m.in_features for m in quantized)
@@ -360,8 +354,9 @@ class PeftModel(Module):
 
     def tree(self) -> str:
         """The module tree as text, repeated layers once, with what was put where."""
-        prompts = [_describe_prompt(name, prompt, self.base_model) for name, prompt in self.prompts.items()]
-        return "\n".join([type(self.base_model).__name__, *prompts, *_tree(self.base_model, "  ")])
+        from .tree import tree
+
+        return tree(self)
 
     def mark_start(self, adapter_name: str) -> None:
         """From here on `assert_learning` compares with the present values."""
@@ -384,11 +379,11 @@ class PeftModel(Module):
     # ------------------------------------------------------------------------------------------------------- files
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write every adapter as PEFT does; see `minipeft.peft.directory.save_adapter`.
+        """Write every adapter as PEFT does; see `minipeft.peft.huggingface.save_adapter`.
 
         The adapter "default" is written into the directory itself, others into sub-directories of their names.
         """
-        from .directory import save_adapter
+        from .huggingface import save_adapter
 
         for name in self.peft_config:
             save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
@@ -402,7 +397,7 @@ class PeftModel(Module):
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
         this package does not have.
         """
-        from .directory import read_adapter
+        from .huggingface import read_adapter
 
         config, arrays = read_adapter(directory)
         adapted = cls(model, config, adapter_name, seed=None)
@@ -415,7 +410,7 @@ class PeftModel(Module):
 
         `set_adapter` decides anew. Raises what `from_pretrained` raises, with nothing changed.
         """
-        from .directory import read_adapter
+        from .huggingface import read_adapter
 
         config, arrays = read_adapter(directory)
         self.add_adapter(adapter_name, config, seed=None)
@@ -428,10 +423,8 @@ class PeftModel(Module):
             adapter.requires_grad_(is_trainable)
 
     def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
-        from .directory import load_arrays
+        from .huggingface import load_arrays
 
-        for path, adapter in self.parts(adapter_name):
-            adapter.loading(self.layers[path].base_layer if path else self.base_model)
         load_arrays(self, adapter_name, arrays, directory)
         self.mark_start(adapter_name)
 
@@ -490,6 +483,11 @@ def _independent(model: Module) -> Any:
     return model
 
 
+def _quantized(model: Module) -> list[Any]:
+    """The quantized layers of a model."""
+    return [module for _, module in model.named_modules() if hasattr(type(module), "dequantize")]
+
+
 def _constants(adapter: Adapter) -> list[Parameter]:
     trained = {id(p) for p in adapter.trained().values()}
     return [p for p in adapter.parameters() if id(p) not in trained]
@@ -499,52 +497,6 @@ def _digest(p: Parameter) -> str:
     return hashlib.blake2b(np.ascontiguousarray(to_numpy(p.data)).tobytes(), digest_size=16).hexdigest()
 
 
-def _named(inputs: tuple, arguments: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """(all arguments of Transformer.forward by name, length of the input)."""
-    names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "rng")
-    given = {**dict(zip(names, inputs)), **arguments}
-    given = {name: given.get(name) for name in names}
-    return given, (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
-
-
 def _rows_of(mask: Any) -> np.ndarray:
     """A mask [B, S] in host memory: an explicit copy from the device, where it is on one."""
     return to_numpy(mask) if is_array(mask) else np.asarray(mask)
-
-
-def _tree(module: Module, indent: str) -> list[str]:
-    children = [(name, _describe(child), _inside(child, indent)) for name, child in module.children()]
-    lines: list[str] = []
-    i = 0
-    while i < len(children):
-        name, text, below = children[i]
-        j = i + 1
-        while isinstance(module, ModuleList) and j < len(children) and children[j][1:] == (text, below):
-            j += 1
-        lines += [f"{indent}{name if j == i + 1 else f'{name}..{children[j - 1][0]}'}: {text}", *below]
-        i = j
-    return lines
-
-
-def _inside(module: Module, indent: str) -> list[str]:
-    return _tree(module.base_layer if isinstance(module, AdaptedLayer) else module, indent + "  ")
-
-
-def _describe_prompt(name: str, prompt: Prompt, model: Module) -> str:
-    parts = ", ".join(f"{key} {list(p.shape)}" for key, p in prompt.trained().items())
-    limit = model.config.max_position_embeddings
-    return (
-        f"  + {name}: {type(prompt).__name__}({parts}): {prompt.length} virtual tokens in front of the input, "
-        f"which leave {limit - prompt.length} of {limit} positions"
-    )
-
-
-def _describe(module: Module) -> str:
-    plain = module.base_layer if isinstance(module, AdaptedLayer) else module
-    shapes = [f"{name} {list(p.shape)}" for name, p in plain.__dict__.items() if isinstance(p, Parameter)]
-    text = type(plain).__name__ + (f"({', '.join(shapes)})" if shapes and kind_of(plain) else "")
-    if isinstance(module, AdaptedLayer):
-        for name, adapter in module.adapters.items():
-            parts = ", ".join(f"{key} {list(p.shape)}" for key, p in adapter.trained().items())
-            text += f" + {name}: {type(adapter).__name__}({parts})"
-    return text

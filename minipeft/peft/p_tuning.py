@@ -3,7 +3,7 @@
     P = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃        e [num_virtual_tokens, d], all of it trained       section 3
 
 Tokens that come from one network are tied to each other, and optimization moves them together. When training is over,
-only P is needed, and only P is saved: the network cannot be had back from the file.
+only P is needed, and only P is saved: the network cannot be restored from the file.
 
 As PEFT builds it: an MLP of three layers, soft tokens in front of the input. The paper also puts an LSTM before the
 MLP; training that is not built here, and files of such adapters load like any other, since they hold only P.
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..nn.layers import Embedding, Linear
@@ -22,55 +20,12 @@ from ..nn.module import Module, Parameter, Sequential
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .layer import Prompt
-from .prompt_learning import PromptLearningConfig, initialize
-from .prompt_tuning import PromptEmbedding, SoftTokens
-
-
-@configuration
-class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning's options, with PEFT's names."""
-
-    encoder_hidden_size: int | None = option(None, "width of the network; None: the model's", least=1)
-    encoder_reparameterization_type: str = option(
-        "MLP", "MLP; LSTM only of adapters read from a file", choices=("MLP", "LSTM")
-    )
-
-    peft_type: ClassVar[str] = "P_TUNING"
-    ignored: ClassVar[frozenset[str]] = frozenset({"encoder_num_layers", "encoder_dropout"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.encoder_reparameterization_type == "LSTM" and not self.inference_mode:
-            raise PeftError("encoder_reparameterization_type='LSTM' is not built for training; 'MLP' is")
-
-    def shapes(self, width: int) -> dict[str, Shape]:
-        P, d = self.num_virtual_tokens, self.token_dim or width
-        if self.inference_mode:
-            return {self.stored_key: (P, d)}
-        h = self.encoder_hidden_size or d
-        return {
-            "embedding.weight": (P, d),
-            "mlp_head.0.weight": (h, d), "mlp_head.0.bias": (h,),
-            "mlp_head.2.weight": (h, h), "mlp_head.2.bias": (h,),
-            "mlp_head.4.weight": (d, h), "mlp_head.4.bias": (d,),
-        }  # fmt: skip
-
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        d = model.config.hidden_size
-        if self.token_dim != d:
-            raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
-        embedding = model.backbone.embedding
-        if self.inference_mode:
-            prompt = PromptEmbedding(self.shapes(d), embedding, seed)
-            if seed is not None:
-                prompt.draw(np.random.default_rng(seed))
-            return prompt
-        return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)
+from .prompt_learning import Prompt, PromptLearningConfig, initialize
+from .prompt_tuning import PromptEmbedding, SoftTokens, width_of
 
 
 class PromptEncoder(SoftTokens):
-    """The network: P embeddings [P, d] through an MLP of width h."""
+    """The network: e [P, d] through an MLP of width h."""
 
     def __init__(self, P: int, d: int, h: int, like: Module, seed: Seed):
         self.length = P
@@ -86,3 +41,39 @@ class PromptEncoder(SoftTokens):
     def saved(self) -> dict[str, Parameter]:
         with no_grad():
             return {PromptEncoderConfig.stored_key: Parameter(self.vectors().data)}
+
+
+@configuration
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning's options, with PEFT's names (and `folded`)."""
+
+    encoder_hidden_size: int | None = option(None, "width of the network; None: the model's", least=1)
+    encoder_reparameterization_type: str = option(
+        "MLP", "MLP; LSTM only of adapters read from a file", choices=("MLP", "LSTM")
+    )
+    folded: bool = option(False, "the vectors are trained themselves, without the network; so is what a file holds")
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_reparameterization_type == "LSTM" and not self.folded:
+            raise PeftError("encoder_reparameterization_type='LSTM' is not built for training; 'MLP' is")
+
+    def shapes(self, width: int) -> dict[str, Shape]:
+        P, d = self.num_virtual_tokens, self.token_dim or width
+        if self.folded:
+            return {self.stored_key: (P, d)}
+        h = self.encoder_hidden_size or d
+        return {
+            "embedding.weight": (P, d),
+            "mlp_head.0.weight": (h, d), "mlp_head.0.bias": (h,),
+            "mlp_head.2.weight": (h, h), "mlp_head.2.bias": (h,),
+            "mlp_head.4.weight": (d, h), "mlp_head.4.bias": (d,),
+        }  # fmt: skip
+
+    def build(self, model: Transformer, seed: Seed) -> Prompt:
+        d, embedding = width_of(self, model), model.backbone.embedding
+        if self.folded:
+            return PromptEmbedding(self.shapes(d), embedding, seed)
+        return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)

@@ -28,24 +28,87 @@ from ..nn.module import Module, Parameter, Sequential
 from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .layer import Prompt, fill
-from .prompt_learning import PromptLearningConfig, initialize, make_room
+from .prompt_learning import Prompt, PromptLearningConfig, initialize
+from .weights import fill
+
+
+class Prefix(Prompt):
+    """The prefix of all L layers, the trained numbers themselves: prompt_embeddings [P, 2 L token_dim]."""
+
+    in_input = False
+
+    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
+        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
+        self.heads = config.num_attention_heads
+        self.build(config, like, seed)
+
+    def build(self, config: PrefixTuningConfig, like: Module, seed: Seed) -> None:
+        """Allocate what is trained and give it its first values."""
+        super().__init__(config.shapes(config.token_dim), like, seed)
+        if seed is not None and config.init_weights != "zero":
+            shape = self.prompt_embeddings.shape
+            fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+    def flat(self) -> Tensor:
+        """[P, 2 L token_dim]."""
+        return self.prompt_embeddings
+
+    def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """(Pk, Pv) of each layer, both [B, key heads, P, head_dim]."""
+        x = self.flat().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
+        x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
+        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
+        return list(zip(parts[::2], parts[1::2]))
+
+    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
+        """The prefix as past_key_values; an empty KVCache takes it as its first positions."""
+        past, inputs = given["past_key_values"], given["input_ids"]
+        prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
+        if not isinstance(past, KVCache):
+            return {**given, "past_key_values": prefix}
+        for layer, (k, v) in enumerate(prefix):
+            past.append(layer, k.data, v.data)
+        return given
+
+    def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
+        """The prefix as a plain cache: (keys, values) of each layer, arrays [B, key heads, P, head_dim].
+
+        `base.generate(ids, past_key_values=prefix.key_values(len(ids)))` continues as the adapted model does.
+        """
+        with no_grad():
+            return [(k.data, v.data) for k, v in self.layers(batch)]
+
+
+class PrefixEncoder(Prefix):
+    """The network that computes the prefix while it is trained: embedding e [P, d], and transform, an MLP."""
+
+    def build(self, config: PrefixTuningConfig, like: Module, seed: Seed) -> None:
+        P, d, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
+        self.embedding = Embedding(P, d, seed=None)
+        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
+        initialize(self, like, seed)
+        if config.init_weights == "zero" and seed is not None:
+            for p in self.transform[2].parameters():
+                p.data[...] = 0
+
+    def flat(self) -> Tensor:
+        return self.transform(self.embedding.weight)
+
+    def saved(self) -> dict[str, Parameter]:
+        with no_grad():
+            return {PrefixTuningConfig.stored_key: Parameter(self.flat().data)}
 
 
 @configuration
 class PrefixTuningConfig(PromptLearningConfig):
-    """Prefix tuning's options, with PEFT's names."""
+    """Prefix tuning's options, with PEFT's names (and `folded`)."""
 
     prefix_projection: bool = option(False, "compute the prefix from a smaller matrix by an MLP while it is trained")
     encoder_hidden_size: int | None = option(None, "width of the MLP; None: token_dim", least=1)
     init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
+    folded: bool = option(False, "the prefix is trained itself, without the network; so is what a file holds")
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-
-    @property
-    def projected(self) -> bool:
-        """Whether the prefix is computed; of an adapter read from a file it never is."""
-        return self.prefix_projection and not self.inference_mode
 
     def with_targets(self, model: Module) -> PrefixTuningConfig:
         c, config = getattr(model, "config", None), self
@@ -60,7 +123,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.num_layers is None or self.token_dim is None:
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
-        if not self.projected:
+        if self.folded or not self.prefix_projection:
             return {self.stored_key: (P, n)}
         h = self.encoder_hidden_size or d
         return {
@@ -79,64 +142,5 @@ class PrefixTuningConfig(PromptLearningConfig):
         for name, value in needed.items():
             if getattr(self, name) != value:
                 raise PeftError(f"{name}={getattr(self, name)}, but this model's keys and values need {value}")
-        return PrefixEncoder(self, model.backbone.embedding, seed)
-
-
-class PrefixEncoder(Prompt):
-    """The prefix of all layers: prompt_embeddings [P, 2 L token_dim], or the network that computes it."""
-
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
-        self.heads = config.num_attention_heads
-        zero = config.init_weights == "zero"
-        if not config.projected:
-            super().__init__(config.shapes(config.token_dim), like, seed)
-            if seed is not None and not zero:
-                shape = self.prompt_embeddings.shape
-                fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
-            return
-        P, d, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
-        self.embedding = Embedding(P, d, seed=None)
-        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
-        initialize(self, like, seed)
-        if zero and seed is not None:
-            for p in self.transform[2].parameters():
-                p.data[...] = 0
-
-    def flat(self) -> Tensor:
-        """[P, 2 L token_dim]."""
-        return self.transform(self.embedding.weight) if "transform" in self.__dict__ else self.prompt_embeddings
-
-    def _layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """(keys, values) of each layer, both [B, key heads, P, head_dim]."""
-        x = self.flat().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
-        x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
-        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
-        return list(zip(parts[::2], parts[1::2]))
-
-    def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
-        """The prefix as a plain cache: (keys, values) of each layer, arrays [B, key heads, P, head_dim].
-
-        `base.generate(ids, past_key_values=prefix.key_values(len(ids)))` continues as the adapted model does.
-        """
-        with no_grad():
-            return [(k.data, v.data) for k, v in self._layers(batch)]
-
-    def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
-        """The prefix as past_key_values; a KVCache that is empty yet is given it as its first positions."""
-        given, absent = make_room(self.length, given, model.config.max_position_embeddings, in_input=False)
-        if not absent:
-            return given
-        past, inputs = given["past_key_values"], given["input_ids"]
-        prefix = self._layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
-        if not isinstance(past, KVCache):
-            return {**given, "past_key_values": prefix}
-        for layer, (k, v) in enumerate(prefix):
-            past.append(layer, k.data, v.data)
-        return given
-
-    def saved(self) -> dict[str, Parameter]:
-        if "transform" not in self.__dict__:
-            return super().saved()
-        with no_grad():
-            return {PrefixTuningConfig.stored_key: Parameter(self.flat().data)}
+        network = self.prefix_projection and not self.folded
+        return (PrefixEncoder if network else Prefix)(self, model.backbone.embedding, seed)

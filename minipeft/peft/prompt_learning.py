@@ -1,14 +1,8 @@
 """What the methods that learn virtual tokens share: prompt tuning, prefix tuning and P-tuning.
 
-    positions    0 ... P-1      P ... P+T-1
-                 virtual   │    the input             P + T may be at most the model's context
-                 1 1 ... 1 │    attention_mask        left padding stands after the virtual tokens, and uses no position
-
-What stands at the virtual positions is all that is trained. In a file it is one matrix, `prompt_embeddings`, with a row
-per virtual token: what the trained part computes, not how (as in PEFT). So an adapter read from a file is that matrix.
-
-Departure from PEFT: positions count the unmasked tokens, in `forward` and `generate` alike, so that padding a row on
-the left changes nothing. PEFT's forward counts padding too, and ignores position_ids (except in prefix tuning).
+What stands at the P virtual positions in front of the input is all that is trained. In a file it is one matrix,
+`prompt_embeddings`, with a row per virtual token: what the trained part computes, not how (as in PEFT). So an adapter that
+was read from a file is that matrix: it is `folded`, and the network that computed it is gone.
 """
 
 from __future__ import annotations
@@ -18,16 +12,36 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..backend import Array, xp_of
 from ..nn.layers import Embedding, Linear
 from ..nn.module import Module
-from ..nn.transformer import Transformer, past_length
+from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Prompt, fill, placement, zeros
+from .layer import Adapter
+from .virtual_positions import make_room
+from .weights import fill, placement, zeros
 
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+class Prompt(Adapter):
+    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions."""
+
+    length = 0  # virtual positions, P
+    in_input = True  # whether they are part of the input, or of the past
+
+    def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
+        """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
+
+        When `given["past_key_values"]` is a KVCache that holds positions already, the virtual ones are among them.
+        """
+        given, first = make_room(self.length, given, model.config.max_position_embeddings, self.in_input)
+        return self.put(model, given) if first else given
+
+    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that have room for the virtual positions, with the virtual positions there."""
+        raise NotImplementedError(f"{type(self).__name__} defines no put")
 
 
 @configuration
@@ -90,70 +104,6 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name not in MODULE_OPTIONS}
-
-    @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> Any:
-        """Of a file, which holds `prompt_embeddings` and nothing of how they were computed (inference_mode)."""
-        return super().from_dict({**options, "inference_mode": True})
-
-
-def make_room(n: int, given: dict[str, Any], limit: int, in_input: bool) -> tuple[dict[str, Any], bool]:
-    """The arguments of `Transformer.forward` with `n` virtual positions in front.
-
-    Args:
-        n: the number of virtual tokens.
-        given: the caller's arguments, which know of no virtual positions; but past_key_values that hold positions
-            already hold the virtual ones first.
-        limit: positions that the model has.
-        in_input: whether the virtual tokens are part of the input (prompt tuning) or of the past (prefix tuning).
-
-    Returns (arguments, whether the virtual tokens are still to be put there).
-    Raises PeftError for a mask of another shape and an input that is too long.
-    """
-    inputs = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
-    mask, positions = given["attention_mask"], given["position_ids"]
-    B, T = inputs.shape[:2]
-    seen = past_length(given["past_key_values"])
-    absent = seen == 0
-    if not absent:
-        seen -= n
-        if seen < 0:
-            raise PeftError(f"past_key_values hold {seen + n} positions; the {n} virtual tokens cannot be among them")
-    S = seen + T
-    if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
-        raise PeftError(
-            f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}: the {n} virtual tokens "
-            "are added to it here"
-        )
-    longest = S if mask is None or mask.ndim == 4 else int((mask != 0).sum(axis=1).max().item())
-    if positions is None and n + longest > limit:
-        raise PeftError(
-            f"{n} virtual tokens leave {limit - n} of this model's {limit} positions, but the input reaches {longest}: "
-            f"shorten it to at most {limit - n} tokens"
-        )
-    if mask is not None:
-        mask = _see_virtual(mask, n, in_input and absent)
-    if positions is not None:
-        positions = positions + n
-        if in_input and absent:
-            xp = xp_of(positions)
-            first = xp.broadcast_to(xp.arange(n, dtype=positions.dtype), (positions.shape[0], n))
-            positions = xp.concatenate([first, positions], axis=1)
-    return {**given, "attention_mask": mask, "position_ids": positions}, absent
-
-
-def _see_virtual(mask: Array, n: int, as_queries: bool) -> Array:
-    """The mask with n more keys in front that everybody sees; and with n more queries, which see only those."""
-    xp = xp_of(mask)
-    mask = xp.concatenate([xp.ones((*mask.shape[:-1], n), mask.dtype), mask], axis=-1)
-    if mask.ndim == 2 or not as_queries:
-        return mask
-    rows = xp.zeros((mask.shape[0], 1, n, mask.shape[3]), mask.dtype)
-    rows[..., :n] = 1
-    return xp.concatenate([rows, mask], axis=2)
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:

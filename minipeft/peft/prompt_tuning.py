@@ -21,10 +21,40 @@ from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .layer import Prompt, fill
-from .prompt_learning import PromptLearningConfig, make_room
+from .prompt_learning import Prompt, PromptLearningConfig
+from .weights import fill
 
-INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+class SoftTokens(Prompt):
+    """Vectors in front of the input's embeddings. A subclass says how they are computed."""
+
+    def vectors(self) -> Tensor:
+        """[P, d]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no vectors")
+
+    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
+        """[P; E(x)], inputs_embeds [B, P + T, d], in place of input_ids."""
+        x = given["inputs_embeds"]  # [B, T, d]
+        if x is None:
+            x = model.backbone.embedding(given["input_ids"], given["rng"])
+        P = self.vectors()
+        P = P if P.dtype == x.dtype else F.to(P, x.dtype)
+        P = F.broadcast_to(P, (x.shape[0], *P.shape))  # [B, P, d]
+        return {**given, "input_ids": None, "inputs_embeds": F.cat([P, x], axis=1)}
+
+
+class PromptEmbedding(SoftTokens):
+    """The vectors themselves, prompt_embeddings [P, d], normally distributed at the start."""
+
+    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed):
+        super().__init__(shapes, embedding, seed)
+        self.length = self.prompt_embeddings.shape[0]
+        if seed is not None:
+            generator = np.random.default_rng(seed)
+            fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
+
+    def vectors(self) -> Tensor:
+        return self.prompt_embeddings
 
 
 @configuration
@@ -35,7 +65,7 @@ class PromptTuningConfig(PromptLearningConfig):
         "RANDOM",
         "RANDOM (standard normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT (those of a text's tokens, cut off "
         "or repeated to num_virtual_tokens)",
-        choices=INITS,
+        choices=("RANDOM", "SAMPLE_VOCAB", "TEXT"),
     )
     prompt_tuning_init_text: str | None = option(None, "the text, with tokenizer_name_or_path")
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
@@ -44,7 +74,6 @@ class PromptTuningConfig(PromptLearningConfig):
     )
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    ignored: ClassVar[frozenset[str]] = frozenset({"tokenizer_kwargs"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,17 +88,19 @@ class PromptTuningConfig(PromptLearningConfig):
         return {self.stored_key: (self.num_virtual_tokens, self.token_dim or width)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        d = model.config.hidden_size
-        if self.token_dim != d:
-            raise PeftError(f"token_dim={self.token_dim}, but this model's embeddings have {d} numbers")
-        prompt = PromptEmbedding(self.shapes(d), model.backbone.embedding, seed)
-        if seed is not None:
-            prompt.start(self, model.backbone.embedding, np.random.default_rng(seed))
+        embedding = model.backbone.embedding
+        prompt = PromptEmbedding(self.shapes(width_of(self, model)), embedding, seed)
+        if seed is not None and self.prompt_tuning_init != "RANDOM":
+            weight = embedding.weight.data  # [V, d]
+            ids = self.first_ids(weight.shape[0], seed)
+            prompt.prompt_embeddings.data = weight[xp_of(weight).asarray(ids)].astype(prompt.prompt_embeddings.dtype)
         return prompt
 
-    def token_ids(self) -> list[int]:
-        """The tokens of the text for prompt_tuning_init='TEXT', num_virtual_tokens of them."""
-        ids = self.prompt_tuning_init_ids
+    def first_ids(self, vocabulary: int, seed: Seed) -> list[int]:
+        """The tokens whose embeddings are the start, num_virtual_tokens of them."""
+        P, ids = self.num_virtual_tokens, self.prompt_tuning_init_ids
+        if self.prompt_tuning_init == "SAMPLE_VOCAB":
+            return np.random.default_rng(seed).integers(0, vocabulary, P).tolist()
         if not ids:
             from tokenizers import Tokenizer
 
@@ -80,65 +111,15 @@ class PromptTuningConfig(PromptLearningConfig):
             ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
         if not ids:
             raise PeftError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} has no tokens")
-        return (list(ids) * -(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As PEFT has it. It asks TEXT for a tokenizer even of a trained prompt: without one, the start goes unsaid."""
-        options = super().to_dict()
-        del options["prompt_tuning_init_ids"]
-        if self.prompt_tuning_init == "TEXT" and not self.tokenizer_name_or_path:
-            options["prompt_tuning_init"] = "RANDOM"
-        return options
+        ids = (list(ids) * -(-P // len(ids)))[:P]
+        if not all(0 <= i < vocabulary for i in ids):
+            raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
+        return ids
 
 
-class SoftTokens(Prompt):
-    """Vectors in front of the input's embeddings. A subclass says how they are computed."""
-
-    def vectors(self) -> Tensor:
-        """[P, d]."""
-        raise TypeError(f"{type(self).__name__} defines no vectors")
-
-    def arguments(self, model: Module, **given: Any) -> dict[str, Any]:
-        """The input's embeddings with the vectors in front: inputs_embeds [B, P + T, d] in place of input_ids."""
-        given, absent = make_room(self.length, given, model.config.max_position_embeddings, in_input=True)
-        if not absent:  # the vectors are among the positions seen
-            return given
-        x = given["inputs_embeds"]
-        if x is None:
-            x = model.backbone.embedding(given["input_ids"], given["rng"])
-        vectors = self.vectors()
-        if vectors.dtype != x.dtype:
-            vectors = F.to(vectors, x.dtype)
-        vectors = F.broadcast_to(vectors, (x.shape[0], *vectors.shape))
-        return {**given, "input_ids": None, "inputs_embeds": F.cat([vectors, x], axis=1)}
-
-
-class PromptEmbedding(SoftTokens):
-    """The vectors themselves, prompt_embeddings [P, d]."""
-
-    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed):
-        super().__init__(shapes, embedding, seed)
-        self.length = self.prompt_embeddings.shape[0]
-
-    def start(self, config: PromptTuningConfig, embedding: Module, generator: np.random.Generator) -> None:
-        """Give the vectors their first values."""
-        if config.prompt_tuning_init == "RANDOM":
-            self.draw(generator)
-            return
-        weight = embedding.weight.data
-        vocabulary = weight.shape[0]
-        if config.prompt_tuning_init == "TEXT":
-            ids = config.token_ids()
-            if not all(0 <= i < vocabulary for i in ids):
-                raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
-        else:
-            ids = generator.integers(0, vocabulary, self.length).tolist()
-        xp = xp_of(weight)
-        self.prompt_embeddings.data = weight[xp.asarray(ids)].astype(self.prompt_embeddings.dtype)
-
-    def draw(self, generator: np.random.Generator) -> None:
-        """Give the vectors standard normal values."""
-        fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
-
-    def vectors(self) -> Tensor:
-        return self.prompt_embeddings
+def width_of(config: PromptLearningConfig, model: Transformer) -> int:
+    """The width d of a model's embeddings. Raises PeftError where it is not the configuration's token_dim."""
+    d = model.config.hidden_size
+    if config.token_dim != d:
+        raise PeftError(f"token_dim={config.token_dim}, but this model's embeddings have {d} numbers")
+    return d

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minipeft.peft.directory import config_class
+from minipeft.peft.huggingface import config_class
 
 constants = pytest.importorskip("peft.utils.constants", reason="needs the extra 'oracles'")
 

@@ -1,0 +1,52 @@
+"""LoRA on some of the projections that one layer fuses: loralib's MergedLinear(enable_lora=[True, False, True]).
+
+    W = [W_q; W_k; W_v],    W_q' = W_q + s B_q A_q,    W_v' = W_v + s B_v A_v
+
+The k enabled parts have their A stacked and their B block-diagonal, so that the layer is a LoRA of rank k r.
+"""
+
+from __future__ import annotations
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import xp_of
+from ..nn.module import Module
+from .config import PeftError, Seed, Shape
+from .lora import LoraConfig, LoraLinear
+
+
+class FusedLora(LoraLinear):
+    """LoRA of each enabled part: lora_A [k r, in] and lora_B [k width, r], k parts of the input's width."""
+
+    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(config, name, shapes, layer, seed)
+        self.enable_lora = config.enable_lora
+
+    def update(self, z: Tensor) -> Tensor:
+        """s B A z: z [..., in] -> [..., parts * width], zero in the parts that are not enabled."""
+        A, B = self.factors()
+        return F.linear(F.linear(z, A) * self.scaling, B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns."""
+        B = self.lora_B
+        xp, r, k = xp_of(B.data), B.shape[1], sum(self.enable_lora)
+        width, rows, i = B.shape[0] // k, [], 0
+        for enabled in self.enable_lora:
+            if not enabled:
+                rows.append(Tensor(xp.zeros((width, k * r), B.dtype)))
+                continue
+            left, right = (Tensor(xp.zeros((width, n * r), B.dtype)) for n in (i, k - 1 - i))
+            rows.append(F.cat([left, B[i * width : (i + 1) * width], right], axis=1))
+            i += 1
+        return self.lora_A, F.cat(rows, axis=0)
+
+    @staticmethod
+    def shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+        parts, enabled = len(config.enable_lora), sum(config.enable_lora)
+        if n_out != parts * n_in:
+            raise PeftError(
+                f"{name}: enable_lora={config.enable_lora} needs a layer that fuses {parts} projections of width "
+                f"{n_in}; this one gives {n_out}"
+            )
+        return {"lora_A.weight": (enabled * r, n_in), "lora_B.weight": (enabled * n_in, r)}

@@ -1,0 +1,239 @@
+"""Adapters as Hugging Face PEFT reads and writes them: directories, names, options, and what is refused.
+
+    adapter_config.json         the method's options
+    adapter_model.safetensors   base_model.model.<path of the layer>.<key>: lora_A.weight, lora_embedding_A, ia3_l, ...;
+                                modules_to_save as base_model.model.<path>.weight; prompts as prompt_embeddings
+
+Where a target is called embed_tokens or lm_head, PEFT also writes the layer's own weight, <path>.base_layer.weight.
+
+PEFT has no LoRA on parts of a fused layer, and its OLoRA decomposes the transposed weights of GPT-2's [in, out] layers.
+Such an adapter is saved as the plain LoRA of a higher rank that it equals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import asarray, to_numpy, xp_of
+from ..files import FileError, read_json, read_safetensors, write_json, write_safetensors
+from ..nn.module import Parameter
+from .config import PeftConfig
+from .prompt_learning import MODULE_OPTIONS, PromptLearningConfig
+from .targets import PeftError, kind_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model."
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+METHODS = {  # peft_type in a file -> module and class
+    "LORA": ("lora", "LoraConfig"),
+    "IA3": ("ia3", "IA3Config"),
+    "LN_TUNING": ("ln_tuning", "LNTuningConfig"),
+    "BITFIT": ("bitfit", "BitFitConfig"),
+    "VERA": ("vera", "VeraConfig"),
+    "ADALORA": ("adalora", "AdaLoraConfig"),
+    "BOTTLENECK": ("bottleneck", "BottleneckConfig"),
+    "PROMPT_TUNING": ("prompt_tuning", "PromptTuningConfig"),
+    "PREFIX_TUNING": ("prefix_tuning", "PrefixTuningConfig"),
+    "P_TUNING": ("p_tuning", "PromptEncoderConfig"),
+}
+
+# Options of PEFT's files that change nothing about what a saved adapter computes: of all methods, and of one
+NEUTRAL = frozenset(
+    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size "
+    "eva_config corda_config lora_ga_config loftq_config".split()
+)
+NEUTRAL_OF = {
+    "ADALORA": {"r", "fan_in_fan_out"},
+    "VERA": {"init_weights"},
+    "PROMPT_TUNING": {"tokenizer_kwargs"},
+    "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
+}
+OURS = ("enable_lora", "folded", "prompt_tuning_init_ids")  # options that PEFT does not have
+STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of which a trained file holds nothing
+
+
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The configuration class of a method, by its name in files; its module is imported only now."""
+    module, name = METHODS[peft_type]
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def to_dict(config: PeftConfig) -> dict[str, Any]:
+    """What adapter_config.json says of a configuration."""
+    options = {"peft_type": config.peft_type, **dataclasses.asdict(config)}
+    for name in (*OURS, *(MODULE_OPTIONS if isinstance(config, PromptLearningConfig) else ())):
+        options.pop(name, None)
+    if "fan_in_fan_out" in options:
+        options["fan_in_fan_out"] = bool(config.fan_in_fan_out)
+    if options.get("prompt_tuning_init") == "TEXT" and not config.tokenizer_name_or_path:
+        options["prompt_tuning_init"] = "RANDOM"  # PEFT asks TEXT for a tokenizer even of a trained prompt
+    return options
+
+
+def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
+    """The configuration of an adapter_config.json.
+
+    Raises PeftError naming each option that this package does not know and that is set to something: it would change
+    the result.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    neutral = NEUTRAL | NEUTRAL_OF.get(cls.peft_type, set())
+    unset = [None, False, "none", [], {}]
+    refused = {k: v for k, v in options.items() if k not in known | neutral and v not in unset}
+    if refused:
+        listed = ", ".join(f"{k}={v!r}" for k, v in sorted(refused.items()))
+        raise PeftError(f"the adapter uses options that {cls.__name__} does not have: {listed}")
+    given = {k: v for k, v in options.items() if k in known}
+    if "fan_in_fan_out" in given:
+        given["fan_in_fan_out"] = None  # PEFT's files say it of models as a whole, in which each layer knows its own
+    if "folded" in known and given.get("inference_mode"):
+        given["folded"] = True
+    if cls.peft_type == "LORA":
+        start = given.get("init_lora_weights", True)
+        if start in STARTS_WITHOUT_TRACE:
+            given["init_lora_weights"] = True
+        elif start not in (True, False, "gaussian", "pissa", "olora"):
+            raise PeftError(
+                f"the adapter was started with init_lora_weights={start!r}, "
+                "which changes the base's weights in a way its file does not say"
+            )
+    return cls(**given)
+
+
+# -------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _plain_rank(model: Any, config: Any) -> int | None:
+    """How many times the rank is, of the plain LoRA that an adapter is saved as; None: it is saved as it is."""
+    if getattr(config, "enable_lora", None):
+        return sum(config.enable_lora)
+    return 2 if getattr(config, "init_lora_weights", None) == "olora" and _has_conv1d(model, config) else None
+
+
+def _has_conv1d(model: Any, config: PeftConfig) -> bool:
+    return any(config.targets(path, "conv1d") and kind_of(x.base_layer) == "conv1d" for path, x in model.layers.items())
+
+
+def _as_plain(config: Any, times: int) -> Any:
+    """The configuration of that plain LoRA: the same scaling at `times` the rank."""
+    factor = math.sqrt(times) if config.use_rslora else times
+    return config.replace(
+        r=config.r * times,
+        lora_alpha=config.lora_alpha * factor,
+        rank_pattern={k: v * times for k, v in config.rank_pattern.items()},
+        alpha_pattern={k: v * factor for k, v in config.alpha_pattern.items()},
+        enable_lora=None,
+        init_lora_weights=True if config.init_lora_weights == "olora" else config.init_lora_weights,
+    )
+
+
+def state(model: Any, adapter_name: str) -> dict[str, Parameter]:
+    """{key in a file: parameter} of a named adapter."""
+    found: dict[str, Parameter] = {}
+    plain = _plain_rank(model, model.peft_config[adapter_name])
+    for path, adapter in model.parts(adapter_name):
+        saved = adapter.saved()
+        if plain and hasattr(adapter, "factors"):
+            saved |= {f"lora_{key}.weight": Parameter(p.data) for key, p in zip("AB", adapter.factors())}
+        for key, parameter in saved.items():
+            found[key if key.startswith(PREFIX) or not path else f"{PREFIX}model.{path}.{key}"] = parameter
+    return found
+
+
+def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
+    """The weights of adapted embeddings and heads under the keys that PEFT gives them."""
+    paths = [p for p, _ in model.parts(adapter_name) if p.rpartition(".")[2] in EMBEDDINGS]
+    saved = state(model, adapter_name)
+    keys = {p: f"{PREFIX}model.{p}.base_layer.weight" for p in paths if f"{PREFIX}model.{p}.weight" not in saved}
+    return {
+        key: model.layers[p].base_layer.weight
+        for p, key in keys.items()
+        if hasattr(model.layers[p].base_layer, "weight")
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- directories
+
+
+def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) -> None:
+    """Write one adapter. Each file appears whole or not at all, the configuration last."""
+    directory, config = Path(directory), model.peft_config[adapter_name]
+    arrays = {
+        key: to_numpy(p.data) for key, p in {**state(model, adapter_name), **_base_weights(model, adapter_name)}.items()
+    }
+    plain = _plain_rank(model, config)
+    options = {**to_dict(_as_plain(config, plain) if plain else config), "inference_mode": True}
+    if "fan_in_fan_out" in options:
+        options["fan_in_fan_out"] = _has_conv1d(model, config)
+    if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
+        options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / WEIGHTS, arrays, {"format": "pt"})
+    write_json(directory / CONFIG, dict(sorted(options.items())))
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+    """(configuration, arrays by key) of an adapter directory; nothing outside of it is read.
+
+    Raises FileError for what is missing or damaged, PeftError for a method or an option that is
+    unknown here.
+    """
+    directory = Path(directory)
+    options = read_json(directory / CONFIG)
+    if not isinstance(options, dict) or "peft_type" not in options:
+        raise FileError(f"{directory / CONFIG}: not an adapter's configuration (no peft_type)")
+    if options["peft_type"] not in METHODS:
+        raise PeftError(f"{directory / CONFIG}: the method {options['peft_type']!r} is not one of {', '.join(METHODS)}")
+    # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
+    config = config_class(options["peft_type"]).from_dict({**options, "inference_mode": True})
+    if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
+        raise FileError(
+            f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"
+        )
+    return config, read_safetensors(directory / WEIGHTS)[0]
+
+
+def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
+    """Give a named adapter the arrays of a file: exactly the keys it has, in its shapes.
+
+    Raises PeftError, with nothing changed, otherwise; and for an OLoRA of PEFT on GPT-2's layers.
+    """
+    if _plain_rank(model, model.peft_config[adapter_name]):
+        raise PeftError(
+            "init_lora_weights='olora' on GPT-2's [in, out] layers: PEFT decomposes the transposed weights there, and "
+            "does not start at the base; only files that hold no such start are read"
+        )
+    for path, adapter in model.parts(adapter_name):
+        adapter.loading(model.layers[path].base_layer if path else model.base_model)
+    expected, optional = state(model, adapter_name), _base_weights(model, adapter_name)
+    missing = [key for key in expected if key not in arrays]
+    unexpected = [key for key in arrays if key not in expected and key not in optional]
+    if missing or unexpected:
+        listed = [
+            f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+            for what, keys in (("lacks", missing), ("has unexpected", unexpected))
+            if keys
+        ]
+        raise PeftError(f"{directory}: the adapter does not fit this model; its file {' and '.join(listed)}")
+    known = {**optional, **expected}
+    for key, array in arrays.items():
+        if array.shape != known[key].shape:
+            raise PeftError(f"{directory}: {key} has the shape {array.shape}; this model needs {known[key].shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise PeftError(f"{directory}: {key} holds values that are not finite")
+    for key, array in arrays.items():
+        parameter = known[key]
+        if key in optional and np.array_equal(to_numpy(parameter.data), array):
+            continue  # the base's own array stays shared
+        parameter.data = asarray(np.array(array, dtype=parameter.dtype), xp_of(parameter.data))

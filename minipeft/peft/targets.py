@@ -1,0 +1,230 @@
+"""Which layers of a model a method is put on: its targets.
+
+    with_targets     a configuration with the usual targets of a model's architecture filled in
+    targets          whether a module is a target, by its path and kind
+    resolve          {path: layer} of the targets among a model's modules
+    resolve_saved    {path: module} of modules_to_save
+    check_names      an error that names what matches nothing, and what was perhaps meant
+
+Names alone decide, so that parameters can be counted from a table of shapes without building anything. The rules are
+Hugging Face PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
+from ..nn.module import Module
+from ..options import check, configuration, option
+
+Shape = tuple[int, ...]
+HEADS = ("lm_head", "score", "classifier", "v_head")  # "all-linear" leaves them out
+
+# model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
+QUERY_AND_VALUE = {
+    "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "roberta": ["query", "value"],
+    "deberta-v2": ["query_proj", "value_proj"], "t5": ["q", "v"], "mt5": ["q", "v"], "bloom": ["query_key_value"],
+    "opt": ["q_proj", "v_proj"],
+}  # fmt: skip
+
+
+class PeftError(ValueError):
+    """A method cannot be applied as it was asked for; nothing has been changed."""
+
+
+def kind_of(module: Module) -> str | None:
+    """"linear", "conv1d", "embedding", "norm", or None for a module that is none of these."""
+    if isinstance(module, Linear) or hasattr(module, "dequantize"):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, Embedding):
+        return "embedding"
+    return "norm" if isinstance(module, (LayerNorm, RMSNorm)) else None
+
+
+def shape_of(module: Module) -> Shape:
+    """The shape of a layer's weight as it is stored: [out, in] for linear, [in, out] for conv1d, [V, d], or [d]."""
+    return (module.out_features, module.in_features) if kind_of(module) == "linear" else module.weight.shape
+
+
+def out_in_shape(kind: str, shape: Shape) -> Shape:
+    """(outputs, inputs) of a layer of this kind and shape; of an embedding, whose input is one-hot, (d, V)."""
+    return shape if kind == "linear" else shape[::-1]
+
+
+def family_of(model: Any) -> str | None:
+    """The model_type whose module names a model has: Mistral's and Qwen2's are Llama's."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return "llama" if model_type in ("mistral", "qwen2") else model_type
+
+
+@configuration(kw_only=True)
+class Targets:
+    """The options that say which layers a method is put on."""
+
+    target_modules: list[str] | str | None = option(
+        None,
+        "names (a module matches when its path is the name or ends in '.name'), a regular expression that must match the "
+        "whole path, or all-linear (every linear layer but the output head); None: the usual ones of the architecture",
+    )
+    exclude_modules: list[str] | str | None = option(None, "names or a regular expression; what matches is no target")
+    layers_to_transform: list[int] | int | None = option(
+        None, "only the layers of these numbers, the first number of a path (with target names only)", least=0
+    )
+    layers_pattern: list[str] | str | None = option(
+        None, "name of the list of layers (or a regular expression), where a path has several numbers"
+    )
+    modules_to_save: list[str] | str | None = option(
+        None,
+        "ends of paths ('norm' matches input_layernorm, as in PEFT) of modules that are trained whole, as copies, and "
+        "saved with the adapter",
+    )
+
+    kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
+    usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
+
+    def __post_init__(self) -> None:
+        check(self, PeftError)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            if isinstance(getattr(self, name), (set, frozenset, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_patterns(name, getattr(self, name))
+        check_patterns("layers_pattern", *_listed(self.layers_pattern))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise PeftError("layers_pattern says where layers_to_transform counts; give layers_to_transform too")
+
+    def replace(self, **fields: Any) -> Any:
+        """The same configuration with some options changed."""
+        return dataclasses.replace(self, **fields)
+
+    def with_targets(self, model: Module) -> Any:
+        """This configuration, with target_modules filled in for the model's architecture where it was None."""
+        if self.target_modules is not None or not self.kinds:
+            return self
+        model_type = family_of(model)
+        if model_type not in self.usual_targets:
+            known = ", ".join(self.usual_targets) or "none"
+            raise PeftError(
+                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
+                f"(it knows those of: {known})"
+            )
+        return self.replace(target_modules=list(self.usual_targets[model_type]))
+
+    def targets(self, name: str, kind: str) -> bool:
+        """Whether the method is put on the module at this path, of this kind."""
+        saved = any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in self.modules_to_save or ())
+        if not name or saved or matches(self.exclude_modules, name):
+            return False
+        if self.target_modules == "all-linear":
+            return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in HEADS
+        if not matches(self.target_modules, name):
+            return False
+        if self.layers_to_transform is None or name in self.target_modules:
+            return True
+        patterns = _listed(self.layers_pattern) or [r"[^.]*"]
+        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+        return found is not None and int(found[1]) in _listed(self.layers_to_transform)
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        """{path: layer} of every target among a model's modules.
+
+        Raises PeftError for a name that matches nothing, and for a module that the method cannot be put on.
+        """
+        found = {name: m for name, m in modules.items() if self.targets(name, kind_of(m) or "")}
+        self.check_names(modules, found)
+        for name, module in found.items():
+            self.check_target(name, module)
+        return found
+
+    def resolve_saved(self, modules: dict[str, Any]) -> dict[str, Any]:
+        """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
+        found = {}
+        for target in self.modules_to_save or ():
+            matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
+            if not matched and self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score"):
+                continue  # PEFT names both of a classifier's usual heads
+            if not matched:
+                raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
+            found.update(matched)
+        return found
+
+    def check_names(self, paths: Iterable[str], found: Iterable[str]) -> None:
+        """Raises PeftError where a name to target or exclude is none of the model's `paths`, or nothing was `found`."""
+        paths = list(paths)
+        names, out = self.target_modules, self.exclude_modules
+        for option_, targets in (("target_modules", [] if isinstance(names, str) else names), ("exclude_modules", out)):
+            for name in _listed(targets):
+                if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
+                    raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
+        if (self.kinds or names) and not found:
+            hint = " (a string is a regular expression for whole paths; names go into a list)"
+            raise PeftError(
+                f"target_modules={names!r}{hint if isinstance(names, str) else ''} matches no module that may be adapted"
+                f"{_near(str(names), paths)}"
+            )
+
+    def check_target(self, name: str, module: Module) -> None:
+        """Raises PeftError for a module that the method cannot be put on."""
+        kind, made = kind_of(module), type(module).__name__
+        if kind not in self.kinds:
+            raise PeftError(
+                f"target_modules: {name!r} is a {made}; {type(self).__name__} works on {', '.join(self.kinds)}"
+            )
+        stored = getattr(self, "fan_in_fan_out", None)
+        if kind in ("linear", "conv1d") and stored not in (None, kind == "conv1d"):
+            raise PeftError(
+                f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores its weight "
+                f"{'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None: each layer knows its own"
+            )
+
+
+def matches(targets: list[str] | str | None, name: str) -> bool:
+    """Whether a path is, or ends in, one of these names; or matches this regular expression as a whole."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+def check_patterns(name: str, *patterns: str) -> None:
+    """Raises PeftError where a pattern of an option is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+
+
+def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's path (rank_pattern, alpha_pattern)."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+
+
+def _listed(value: Any) -> list:
+    """A list of one, or of none, from an option that may also be given as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _near(name: str, modules: Iterable[str]) -> str:
+    """"; nearest: a, b" of the module names (last parts, and whole paths) that resemble `name`."""
+    paths = [p for p in modules if p]
+    if not paths:
+        return "; nothing is inside this one: put a single layer into a Sequential, where it has the name '0'"
+    last = dict.fromkeys(p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit())
+    near = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=3, cutoff=0.4) or difflib.get_close_matches(
+        name, paths, n=3, cutoff=0.4
+    )
+    return f"; nearest: {', '.join(near)}" if near else f"; the modules are called {', '.join(list(last)[:12])}"

@@ -1,0 +1,49 @@
+"""Which variant of LoRA a configuration names; a variant's file is imported when it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .targets import PeftError
+
+
+def check_variant(config: Any) -> None:
+    """Raises PeftError for options of a LoraConfig that contradict each other."""
+    start, enabled = config.init_lora_weights, config.enable_lora
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if start == "pissa" and alpha <= 0:
+            raise PeftError(f"PiSSA starts from W / s, so lora_alpha must be positive, got {alpha!r}")
+    if enabled is not None and not any(enabled):
+        raise PeftError(f"enable_lora must name at least one projection to adapt, got {enabled}")
+    if enabled and (config.use_dora or start in ("pissa", "olora")):
+        raise PeftError("enable_lora adapts parts of a matrix; DoRA, PiSSA and OLoRA are about whole ones")
+
+
+def variant(config: Any, name: str, kind: str) -> Any:
+    """The class of adapter that a LoraConfig puts on the layer at a path, of this kind.
+
+    Raises PeftError for an embedding with options that are for linear layers.
+    """
+    start = config.init_lora_weights if config.init_lora_weights in ("pissa", "olora") else None
+    if kind == "embedding":
+        if start or config.enable_lora:
+            what = "enable_lora" if config.enable_lora else f"init_lora_weights={start!r}"
+            raise PeftError(f"{name}: {what} is for linear layers, not for an embedding")
+        start = "embedding"
+    if config.use_dora:
+        from . import dora
+
+        return {
+            None: dora.DoraLinear, "pissa": dora.DoraPissa, "olora": dora.DoraOlora, "embedding": dora.DoraEmbedding
+        }[start]  # fmt: skip
+    if start == "embedding":
+        from .lora_embedding import LoraEmbedding as found
+    elif start == "pissa":
+        from .pissa import PissaLinear as found
+    elif start == "olora":
+        from .olora import OloraLinear as found
+    elif config.enable_lora:
+        from .fused import FusedLora as found
+    else:
+        from .lora import LoraLinear as found
+    return found
