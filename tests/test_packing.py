@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import counting, tiny_model, weights
+from test_train import counting, tiny_model, train, weights
 
 import minipeft as mp
 from minipeft.backend import asarray, to_numpy
-from minipeft.train import Trainer, TrainingArguments, collate, collate_packed, pack
+from minipeft.train import collate, collate_packed, pack
 
 
 @settings(deadline=None)
@@ -70,12 +70,9 @@ def test_packed_loss_and_gradients_are_the_unpacked_ones(xp, rng, dialect, metho
     examples = counting(9, rng, prompt=3, shortest=4, longest=20)
     model = tiny_model(dialect=dialect).to(xp)
     if method != "full":
-        config = {
-            "lora": mp.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
-            "prompt": mp.PromptTuningConfig(num_virtual_tokens=3),
-            "prefix": mp.PrefixTuningConfig(num_virtual_tokens=3),
-        }[method]
-        model = mp.get_peft_model(model, config)
+        lora = mp.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        prompt, prefix = (kind(num_virtual_tokens=3) for kind in (mp.PromptTuningConfig, mp.PrefixTuningConfig))
+        model = mp.get_peft_model(model, {"lora": lora, "prompt": prompt, "prefix": prefix}[method])
     packed = collate_packed(examples, 0, capacity)
     assert len(packed.arguments["input_ids"]) < 9 and packed.arguments["attention_mask"].ndim == 4
     counts = np.array([collate([example]).weight for example in examples])
@@ -115,13 +112,11 @@ def test_both_the_mask_and_the_positions_matter(rng, what):
 def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(rng, dialect):
     examples, ends = counting(40, rng, prompt=3, shortest=5, longest=20), {}
     for packing in (False, True, 40):
-        args = TrainingArguments(
-            learning_rate=0.05, optim="sgd", max_steps=12, per_device_train_batch_size=4, packing=packing,
-            gradient_accumulation_steps=2, eval_steps=6,
+        trainer, result = train(
+            tiny_model(dialect=dialect), examples[:32], examples[32:], learning_rate=0.05, optim="sgd", max_steps=12,
+            per_device_train_batch_size=4, packing=packing, gradient_accumulation_steps=2, eval_steps=6,
         )  # fmt: skip
-        model = tiny_model(dialect=dialect)
-        result = Trainer(model, examples[:32], examples[32:], args).train()
-        ends[packing] = (weights(model), result)
+        ends[packing] = (weights(trainer.model), result)
     padded, without = ends[0]
     for packed, with_packing in (ends[True], ends[40]):
         assert without.losses("tokens") == with_packing.losses("tokens")
@@ -129,10 +124,3 @@ def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(
             np.testing.assert_allclose(without.losses(key), with_packing.losses(key), rtol=1e-5)
         for name, array in padded.items():
             np.testing.assert_allclose(packed[name], array, rtol=0, atol=2e-6, err_msg=name)
-
-
-def test_packing_is_for_pairs_of_ids_and_labels(rng):
-    with pytest.raises(ValueError, match="a collate of its own does its own packing"):
-        Trainer(tiny_model(), counting(4, rng), args=TrainingArguments(packing=True), collate=collate)
-    with pytest.raises(ValueError, match="packing must be True or False, or an integer of at least 0, got -1"):
-        TrainingArguments(packing=-1)

@@ -35,7 +35,7 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Several callbacks as one: the model's own, then `more`. `stopped`: one of them has asked for the end of the run."""
+    """Several callbacks as one: the model's own, then `more`. `stopped`: one of them has asked for the run's end."""
 
     def __init__(self, model: Any, more: Iterable[Any] = ()):
         own = model.training_callbacks() if hasattr(model, "training_callbacks") else []

@@ -52,7 +52,7 @@ def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
 
 
 def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
-    """The arrays, numbers and texts inside lists, tuples and dictionaries, by path; other kinds of objects are left out."""
+    """The arrays, numbers and texts inside lists, tuples and dictionaries, by path; other objects are left out."""
     if is_array(value):
         yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # whatever integers they were read as
     elif isinstance(value, (str, int, float)):

@@ -28,14 +28,9 @@ def on_device(batch: Batch, xp: ModuleType) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Module,
-    examples: Sequence[Any],
-    batch_size: int = 8,
-    pad_token_id: int = 0,
-    *,
-    collate: Collate | None = None,
-    loss: Loss | None = None,
-) -> float:
+    model: Module, examples: Sequence[Any], batch_size: int = 8, pad_token_id: int = 0, *,
+    collate: Collate | None = None, loss: Loss | None = None,
+) -> float:  # fmt: skip
     """Mean loss in nats per label token, over all labels that count in `examples`; without dropout, nothing is trained.
 
         sum over batches of (loss · weight) / sum of weights

@@ -65,20 +65,11 @@ class Run:
     """
 
     def __init__(
-        self,
-        config: Any,
-        total_steps: int,
-        parameters: Mapping[str, Parameter],
-        optimizer: Optimizer,
-        callbacks: Callbacks,
-        *,
-        identity: Callable[[], dict[str, Any]],
-        state: Callable[[], dict[str, Any]] = dict,
-        load_state: Callable[[dict[str, Any]], object] = lambda state: None,
-        show: Mapping[str, str] | None = None,
-        unit: str = "step",
-        progress: bool = True,
-    ):
+        self, config: Any, total_steps: int, parameters: Mapping[str, Parameter], optimizer: Optimizer,
+        callbacks: Callbacks, *, identity: Callable[[], dict[str, Any]], state: Callable[[], dict[str, Any]] = dict,
+        load_state: Callable[[dict[str, Any]], object] = lambda state: None, show: Mapping[str, str] | None = None,
+        unit: str = "step", progress: bool = True,
+    ):  # fmt: skip
         self.config, self.total_steps = config, total_steps
         self.parameters, self.optimizer, self.callbacks = parameters, optimizer, callbacks
         self._make_identity, self._state, self._load_state = identity, state, load_state
@@ -191,7 +182,7 @@ def progress_bar(wanted: bool, unit: str, step: int, total: int) -> Iterator[Cal
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    columns = (f"{unit} {{task.completed}}/{{task.total}}", BarColumn(), "{task.fields[text]}  left", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    count, text = f"{unit} {{task.completed}}/{{task.total}}", "{task.fields[text]}  left"
+    with Progress(count, BarColumn(), text, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", completed=step, total=total, text="")
         yield lambda step, text: bar.update(task, completed=step, text=text)

@@ -146,16 +146,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: Module,
-        train_examples: Sequence[Any],
-        eval_examples: Sequence[Any] | None = None,
-        args: TrainingArguments | None = None,
-        pad_token_id: int = 0,
-        collate: Collate | None = None,
-        optimizer: Optimizer | None = None,
-        loss: Loss | None = None,
-    ):
+        self, model: Module, train_examples: Sequence[Any], eval_examples: Sequence[Any] | None = None,
+        args: TrainingArguments | None = None, pad_token_id: int = 0, collate: Collate | None = None,
+        optimizer: Optimizer | None = None, loss: Loss | None = None,
+    ):  # fmt: skip
         self.model, self.args = model, args or TrainingArguments()
         self.train_examples, self.eval_examples = train_examples, eval_examples
         if not len(train_examples):
@@ -169,10 +163,8 @@ class Trainer:
             check_examples(eval_examples or [], "evaluation")
         elif self.args.packing:
             raise ValueError("packing is for (input_ids, labels) examples; a collate of its own does its own packing")
-        own: Collate = partial(collate_pairs, pad_token_id=pad_token_id)
-        if self.args.packing:
-            own = partial(collate_packed, pad_token_id=pad_token_id, capacity=int(self.args.packing))
-        self.collate, self.loss = collate or own, loss or model_loss
+        packed = partial(collate_packed, capacity=int(self.args.packing)) if self.args.packing else collate_pairs
+        self.collate, self.loss = collate or partial(packed, pad_token_id=pad_token_id), loss or model_loss
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
@@ -186,9 +178,8 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        decayed = [(n, p) for n, p in self.trainable.items() if p.ndim > 1]
-        exempt = [(n, p) for n, p in self.trainable.items() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": a.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        matrices, vectors = ([(n, p) for n, p in self.trainable.items() if (p.ndim > 1) == many] for many in (True, False))
+        groups = [{"params": matrices, "weight_decay": a.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         if a.optim == "sgd":
             return SGD(groups, lr=a.learning_rate, momentum=a.momentum)
@@ -216,7 +207,7 @@ class Trainer:
         self._callbacks = Callbacks(self.model, callbacks)
         run = Run(
             a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
-            state=lambda: self._state(run.step), load_state=lambda state: setattr(self, "_best", _Best(**state)), progress=a.progress,
+            state=lambda: self._state(run.step), load_state=self._load_state, progress=a.progress,
             show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
         )  # fmt: skip
         with run.start(resume_from_checkpoint):
@@ -228,7 +219,9 @@ class Trainer:
                         run.record(self._evaluate(step))
                         run.stopped = self._best.evaluations_without_gain >= (a.early_stopping_patience or math.inf)
                 if self._best.best:
-                    self._put_best()
+                    for name, p in self.trainable.items():
+                        p.data[...] = self._best.best[name]
+                    self._callbacks.load_state_dict(self._best.best_callbacks)
                 check_parameters(run.step, self.trainable, self.optimizer)
                 if run.directory:
                     plot_loss(run.history, run.directory / "loss.png")
@@ -283,16 +276,14 @@ class Trainer:
                 best.best_callbacks = {name: array.copy() for name, array in self._callbacks.state_dict().items()}
         return {"step": step, "eval_loss": loss}
 
-    def _put_best(self) -> None:
-        for name, p in self.trainable.items():
-            p.data[...] = self._best.best[name]
-        self._callbacks.load_state_dict(self._best.best_callbacks)
-
     # ------------------------------------------------------------------------------------------- what a run resumes
 
     def _state(self, step: int) -> dict[str, Any]:
         check_parameters(step, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self._best = _Best(**state)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""

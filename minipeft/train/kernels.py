@@ -1,0 +1,78 @@
+"""How the optimizers walk over arrays: in pieces that fit the cache, spread over threads.
+
+What costs in an update is memory traffic, so all passes over a piece run while it is in the cache. No result depends on
+the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..backend import Array, split_rows, xp_of
+
+ELEMENTS = 1 << 16  # of a piece, 256 KiB: smaller ones wait for the interpreter lock, larger ones leave the cache
+DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the launch of a kernel
+
+Piece = tuple[int, int, int]  # (index of the array, start, stop): elements of a flattened array
+
+
+def in_pieces(fn: Callable[..., None], *arrays: Array) -> None:
+    """Call `fn` on flat pieces of equally shaped arrays, which it may write: on threads, or one by one on a device.
+
+    All must be contiguous in memory but the first, which is copied back if it is not.
+    """
+    xp, flat = xp_of(*arrays), [array.reshape(-1) for array in arrays]
+    limit = ELEMENTS if xp is np else DEVICE_ELEMENTS
+
+    def run(part: slice) -> None:
+        for i in range(part.start, part.stop, limit):
+            fn(*[array[i : min(i + limit, part.stop)] for array in flat])
+
+    n = flat[0].size
+    if xp is np:
+        split_rows(run, n, 4 * n)  # `fn` passes over a piece several times
+    else:
+        run(slice(0, n))
+    if not arrays[0].flags.c_contiguous:  # flat[0] is a copy then
+        arrays[0][...] = flat[0].reshape(arrays[0].shape)
+
+
+def pack(sizes: Sequence[int], limit: int) -> list[list[Piece]]:
+    """Cut arrays of these sizes, in order, into blocks of at most `limit` elements; small arrays share a block."""
+    blocks: list[list[Piece]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        if size <= room:
+            blocks[-1].append((i, 0, size))
+            room -= size
+        else:
+            for start in range(0, size, limit):
+                stop = min(start + limit, size)
+                blocks.append([(i, start, stop)])
+                room = limit - (stop - start)
+    return blocks
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> float:
+    """Σ x² over all elements of all arrays, which is not finite where one of them is not, or where float32 overflows.
+
+    The squares of a block of `pack` are summed in its dtype, and the blocks in float64.
+    """
+    xp, flat = xp_of(*arrays), [array.reshape(-1) for array in arrays]
+    blocks = pack([array.size for array in flat], ELEMENTS if xp is np else DEVICE_ELEMENTS)
+    partial = xp.zeros(len(blocks), xp.float64)
+
+    def run(part: slice) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            for k in range(part.start, part.stop):
+                pieces = [flat[i][start:stop] for i, start, stop in blocks[k]]
+                x = pieces[0] if len(pieces) == 1 else xp.concatenate(pieces)
+                partial[k] = (x * x).sum()
+
+    if xp is np:
+        split_rows(run, len(blocks), sum(array.size for array in flat))
+    elif blocks:
+        run(slice(0, len(blocks)))
+    return float(partial.sum().item())

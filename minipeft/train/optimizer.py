@@ -1,0 +1,186 @@
+"""What optimizers share: parameter groups, state, and the loop over the parameters, as PyTorch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, asarray, xp_of
+from ..nn.module import Parameter
+from .kernels import in_pieces
+
+Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
+Params = Named | Iterable[dict[str, Any]]
+
+
+def with_names(parameters: Named) -> list[tuple[str | None, Parameter]]:
+    """(name or None, parameter) of parameters given alone or with their names. Raises TypeError for anything else."""
+    pairs = [p if isinstance(p, tuple) else (None, p) for p in parameters]
+    for name, p in pairs:
+        if not isinstance(p, Parameter):
+            raise TypeError(f"an optimizer works on Parameters; {name or 'it'} was given a {type(p).__name__}")
+    return pairs
+
+
+class Optimizer:
+    """What optimizers share: parameter groups, state, and the loop over the parameters.
+
+    Args:
+        params: Parameters, or `(name, Parameter)` pairs (as `model.named_parameters()` gives; names make errors
+            readable), or dictionaries `{"params": ..., option: value, ...}`: groups with options of their own.
+        defaults: the options of groups that do not set them.
+
+    A subclass says which arrays it keeps per parameter (`slots`) and updates a piece of one (`update`).
+
+    float16 parameters are refused: near 1, two neighboring float16 numbers are 0.001 apart, so most steps would round
+    to nothing. Store what is trained in float32 (a frozen base may stay in float16).
+    """
+
+    def __init__(self, params: Params, defaults: dict[str, Any]):
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Parameter, dict[str, Any]] = {}
+        self._labels: dict[Parameter, str] = {}  # for error messages
+        if isinstance(params, Parameter):
+            raise TypeError("params must be an iterable of Parameters, not a single one: write [parameter]")
+        params = list(params)
+        if not params:
+            raise ValueError("the optimizer got no parameters; give model.parameters(), or a list of groups")
+        for group in params if isinstance(params[0], dict) else [{"params": params}]:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Add `{"params": ..., option: value, ...}`; options that are left out take the defaults."""
+        unknown = sorted(set(group) - set(self.defaults) - {"params", "param_names"})
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(self.defaults)}")
+        pairs = with_names([group["params"]] if isinstance(group["params"], Parameter) else group["params"])
+        new = {**group, **_options({**self.defaults, **group}), "params": [p for _, p in pairs]}
+        if any(name is not None for name, _ in pairs):
+            new["param_names"] = [name for name, _ in pairs]
+        self._check(new)
+        labels = {p: name or f"parameter {j} of group {len(self.param_groups)}" for j, (name, p) in enumerate(pairs)}
+        if len(labels) < len(pairs) or labels.keys() & self._labels.keys():
+            raise ValueError("a parameter appears more than once in the optimizer's parameters")
+        self._labels |= labels
+        self.param_groups.append(new)
+        for p in labels:
+            if p.requires_grad:
+                self._check_parameter(p)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for options out of range."""
+        for name in ("lr", "weight_decay", "eps", "momentum"):
+            if not group.get(name, 0.0) >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
+        for beta in group.get("betas", ()):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{type(self).__name__}: betas must lie in [0, 1), got {group['betas']}")
+
+    def _check_parameter(self, p: Parameter) -> None:
+        what = f"{type(self).__name__}: {self._labels[p]} of shape {p.shape}"
+        if p.dtype.kind != "f":
+            advice = "only floating-point parameters are trained: set requires_grad=False, as for a quantized weight"
+            raise TypeError(f"{what} is {p.dtype}; {advice}")
+        if p.dtype.itemsize < 4:
+            advice = "in which most steps would round to nothing; store what is trained in float32"
+            raise TypeError(f"{what} is {p.dtype}, {advice}")
+        if isinstance(p.data, np.ndarray) and not p.data.flags.writeable:
+            advice = "it is not allocated yet, or is a view of a file; load or copy the weights first"
+            raise ValueError(f"{what} cannot be written: {advice}")
+
+    # ------------------------------------------------------------------------------------------------------ steps
+
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the arrays kept for each parameter of a group."""
+        raise NotImplementedError
+
+    def update(self, group: dict, step: int, p: Array, g: Array, *slots: Array) -> None:
+        """Update a piece in place: flat arrays of one length; `g` is only read, `step` counts from 1."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Update every parameter that requires a gradient and has one."""
+        for group in self.param_groups:
+            options, slots = _options(group), self.slots(group)
+            for p in group["params"]:
+                if not p.requires_grad or p.grad is None:
+                    continue
+                self._check_parameter(p)
+                if p.grad.shape != p.shape:
+                    raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
+                state = self._state_of(p, slots)
+                state["step"] += 1
+                update = partial(self.update, options, state["step"])
+                in_pieces(update, p.data, p.grad, *(state[slot] for slot in slots))
+
+    def _state_of(self, p: Parameter, slots: tuple[str, ...]) -> dict[str, Any]:
+        if set(self.state.get(p, ())) != {"step", *slots}:
+            xp = xp_of(p.data)
+            self.state[p] = {"step": 0, **{slot: xp.zeros(p.shape, p.dtype) for slot in slots}}
+        return self.state[p]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients (`.grad` becomes None)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"state": {index: {"step", arrays}}, "param_groups": [{options, "params": [indices]}]}`, as PyTorch.
+
+        Indices count the parameters through all groups. All is JSON-able but the arrays, which are the live ones.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        index = {p: i for i, p in enumerate(parameters)}
+        return {
+            "state": {i: dict(self.state[p]) for i, p in enumerate(parameters) if p in self.state},
+            "param_groups": [{**g, "params": [index[p] for p in g["params"]]} for g in self.param_groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over state and options, for the same parameters in the same order; arrays are copied to their device.
+
+        Raises ValueError, and changes nothing, where groups, counts, kinds of state or shapes differ.
+        """
+        name, mine, theirs = type(self).__name__, self.param_groups, state["param_groups"]
+        here, there = ([len(group["params"]) for group in groups] for groups in (mine, theirs))
+        if here != there:
+            raise ValueError(f"{name}: the state is of groups with {there} parameters, this optimizer has {here}")
+        loaded: dict[Parameter, dict[str, Any]] = {}
+        parameters = []  # (parameter, the names of its arrays)
+        for i, (old, new) in enumerate(zip(mine, theirs)):
+            options = _options(new)
+            if options.keys() != _options(old).keys():
+                raise ValueError(f"{name}: group {i} of the state has the options {sorted(new)}, here {sorted(old)}")
+            self._check(options)
+            parameters += [(p, self.slots(options)) for p in old["params"]]
+        for i, entry in state["state"].items():
+            if not 0 <= int(i) < len(parameters):
+                raise ValueError(f"{name}: the state names parameter {i}; there are {len(parameters)}")
+            p, slots = parameters[int(i)]
+            if set(entry) != {"step", *slots}:
+                raise ValueError(f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots)}")
+            loaded[p] = {"step": int(entry["step"])}
+            for slot in slots:
+                if entry[slot].shape != p.shape:
+                    there = f"{slot} of parameter {i} has shape {entry[slot].shape}"
+                    raise ValueError(f"{name}: {there}, the parameter {p.shape}")
+                loaded[p][slot] = asarray(entry[slot], xp_of(p.data)).astype(p.dtype, order="C", copy=True)
+        self.state = loaded
+        for old, new in zip(mine, theirs):
+            old.update({**new, **_options(new), "params": old["params"]})
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group as Python numbers: NumPy's would make float64 of float32 arrays, and cannot be saved."""
+
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else getattr(value, "item", lambda: value)()
+
+    return {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}
