@@ -211,7 +211,7 @@ def learn(run):
         config = config(
             steps=run.updates, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH, max_kl=1e6,
             stop_token_ids=STOPS, missing_eos_score=None, kl_coef=run.beta, learning_rate=run.learning_rate,
-            lr_scheduler_type="constant", seed=run.seed,
+            lr_scheduler_type="constant", seed=run.seed, progress=False,
         )  # fmt: skip
         history = kind(policy, judge, openings("train"), config, watch={"gold": gold}).train()
     cached[run] = policy, history

@@ -124,7 +124,7 @@ def optimize(run):
     config = rlhf.PPOConfig(
         steps=run.updates, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH,
         stop_token_ids=STOPS, missing_eos_score=run.missing_eos_score, kl_coef=run.beta, max_kl=1e6,
-        learning_rate=run.learning_rate, lr_scheduler_type="constant", seed=run.seed,
+        learning_rate=run.learning_rate, lr_scheduler_type="constant", seed=run.seed, progress=False,
     )  # fmt: skip
     history = rlhf.PPOTrainer(policy, judge, openings("train"), config, watch={"gold": gold}).train()
     names = {

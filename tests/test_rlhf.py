@@ -35,22 +35,16 @@ def close(array, expected, tolerance=1e-8):
 # -------------------------------------------------------------------------------------------- rewards and advantages
 
 
-def test_shaped_rewards_are_the_published_ones(xp):
+def test_rewards_advantages_and_whitened_advantages_are_the_published_ones(xp):
     given = [xp.asarray(a) for a in (LOGPROBS + JUNK, REFERENCE - JUNK, SCORES, MASK)]
     close(rlhf.shaped_rewards(*given, 0.1), REWARDS)
     assert np.array_equal(to_numpy(given[0]), LOGPROBS + JUNK), "the arguments are left alone"
-
-
-def test_gae_is_the_published_one_and_not_whitened(xp):
     rewards, values, mask = (xp.asarray(a) for a in (REWARDS + JUNK, VALUES + JUNK, MASK))
     advantages, returns = rlhf.gae(rewards, values, 1.0, 0.95, mask)
-    close(advantages, ADVANTAGES)
+    close(advantages, ADVANTAGES)  # not whitened
     close(returns, ADVANTAGES + VALUES)
     assert advantages.dtype == returns.dtype == np.float64
-
-
-def test_whitened_advantages_are_the_published_ones(xp):
-    close(rlhf.whiten(xp.asarray(ADVANTAGES + JUNK), xp.asarray(MASK)), WHITE)
+    close(rlhf.whiten(xp.asarray(ADVANTAGES + JUNK), mask), WHITE)
 
 
 def test_gae_of_lambda_one_is_the_discounted_sum_of_rewards_minus_the_value(rng):
@@ -62,10 +56,8 @@ def test_gae_of_lambda_one_is_the_discounted_sum_of_rewards_minus_the_value(rng)
         np.testing.assert_allclose(returns[row, : len(expected)], expected, atol=1e-12)
     assert not advantages[~mask].any() and not returns[~mask].any()
     one_step, _ = rlhf.gae(rewards, values, 0.9, 0.0, mask)
-    following = np.where(mask, values, 0)[:, 1:]
-    np.testing.assert_allclose(
-        one_step[:, :-1], np.where(mask, rewards - values, 0)[:, :-1] + 0.9 * following * mask[:, :-1], atol=1e-12
-    )
+    delta = np.where(mask, rewards - values, 0)[:, :-1] + 0.9 * np.where(mask, values, 0)[:, 1:]
+    np.testing.assert_allclose(one_step[:, :-1], delta * mask[:, :-1], atol=1e-12)
 
 
 def test_gae_ignores_not_a_number_beyond_the_mask_and_keeps_float32():
@@ -95,9 +87,8 @@ def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
 
 def test_a_missing_end_replaces_the_score_or_lowers_it():
     scores, ended = np.array([0.5, 2.0]), np.array([True, False])
-    assert rlhf.missing_eos(scores, ended, score=-1.0).tolist() == [0.5, -1.0]
-    assert rlhf.missing_eos(scores, ended, penalty=0.75).tolist() == [0.5, 1.25]
-    assert rlhf.missing_eos(scores, ended).tolist() == [0.5, 2.0]
+    for options, second in ((dict(score=-1.0), -1.0), (dict(penalty=0.75), 1.25), ({}, 2.0)):
+        assert rlhf.missing_eos(scores, ended, **options).tolist() == [0.5, second]
     with pytest.raises(ValueError, match=r"gets the score -1.0 or loses 0.75: give one"):
         rlhf.missing_eos(scores, ended, -1.0, 0.75)
 
@@ -128,9 +119,8 @@ def test_ppo_losses_and_gradient_are_the_published_ones(xp):
     loss = policy + 0.1 * value
     close(loss.data, 0.0422128973)
     loss.backward()
-    close(
-        logprobs.grad, [[-0.1739469439, -0.1113132138, 0, 0], [0.0496980812, 0.0914316475, 0.1366443011, 0.1773607837]]
-    )
+    slopes = [[-0.1739469439, -0.1113132138, 0, 0], [0.0496980812, 0.0914316475, 0.1366443011, 0.1773607837]]
+    close(logprobs.grad, slopes)
     assert not to_numpy(values.grad)[0, 3], "no gradient beyond the mask"
     ratio = xp.asarray(np.exp(NEW_LOGPROBS - LOGPROBS))
     assert rlhf.clip_fraction(ratio, advantages, mask, 0.2).item() == pytest.approx(1 / 7)
@@ -145,20 +135,20 @@ def test_clipping_stops_the_gradient_only_where_it_would_help_too_much():
 
 
 def test_kl_controllers():
-    fixed = rlhf.KLController(0.1)
+    fixed, adaptive = rlhf.KLController(0.1), rlhf.KLController(0.1, target=6.0, horizon=1000)
     fixed.update(kl=50.0, n=64)
     assert fixed.beta == 0.1
-    adaptive = rlhf.KLController(0.1, target=6.0, horizon=1000)
-    adaptive.update(kl=6.6, n=100)  # 10% above: β (1 + 0.1 · 100 / 1000)
-    assert adaptive.beta == pytest.approx(0.1 * 1.01)
-    adaptive.update(kl=600.0, n=100)  # the error is clipped at 20%
-    assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02)
-    adaptive.update(kl=0.0, n=100)
-    assert adaptive.beta == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
+    beta = 0.1
+    for kl, factor in ((6.6, 1.01), (600.0, 1.02), (0.0, 0.98)):  # 10% above: β (1 + 0.1 · n / 1000); clipped at 20%
+        adaptive.update(kl, n=100)
+        beta *= factor
+        assert adaptive.beta == pytest.approx(beta)
     with pytest.raises(ValueError, match="n must be below 5 · horizon, 50, got 64"):
         rlhf.KLController(0.1, 1, horizon=10).update(0, 64)
     with pytest.raises(ValueError, match="horizon must be above 0, got 0"):
         rlhf.KLController(0.1, 1, horizon=0)
+    with pytest.raises(ValueError, match="target must be above 0, or None, got 0"):
+        rlhf.KLController(0.1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- reward models
@@ -174,8 +164,7 @@ def test_bradley_terry_with_margin_and_centering_is_the_published_one(xp):
     loss.backward()
     close(chosen.grad, [-0.212083, -0.280221], 5e-7)
     close(rejected.grad, [0.238083, 0.294221], 5e-7)
-    slope = -1 / (1 + np.exp(difference)) / 2
-    pull = 0.01 * np.array([1.3, 0.7])
+    slope, pull = -1 / (1 + np.exp(difference)) / 2, 0.01 * np.array([1.3, 0.7])
     close(chosen.grad, slope + pull, 1e-12)
     close(rejected.grad, -slope + pull, 1e-12)
     with pytest.raises(ValueError, match=r"rejected must have the shape of chosen, \(2,\), not \(3,\)"):
@@ -204,10 +193,12 @@ def test_all_pairs_of_a_ranking_count_once_however_many_there_are():
 # ------------------------------------------------------------------------------------------------------ RLOO and GRPO
 
 
-def test_rloo_baseline_is_the_mean_of_the_others(xp):
-    rewards = np.array([1.0, 2, 6, -1, 0, 4])
-    got = to_numpy(rlhf.rloo_advantages(xp.asarray(rewards), 3))
-    np.testing.assert_allclose(got, [1 - 4, 2 - 3.5, 6 - 1.5, -1 - 2, 0 - 1.5, 4 + 0.5])
+def test_advantages_of_groups(xp):
+    """RLOO's baseline is the mean of the others; GRPO standardizes, and a group without a difference teaches nothing."""
+    rewards = np.array([1.0, 2, 6, 5, 5, 5])
+    close(rlhf.rloo_advantages(xp.asarray(rewards), 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    first = (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4)
+    close(rlhf.grpo_advantages(xp.asarray(rewards), 3), [*first, 0, 0, 0])
 
 
 def test_rloo_ratio_is_that_of_the_whole_response(xp):
@@ -218,13 +209,6 @@ def test_rloo_ratio_is_that_of_the_whole_response(xp):
     close(loss.data, expected, 1e-12)
     loss.backward()
     close(logprobs.grad, np.array([[-2 * ratio[0]] * 3 + [0], [ratio[1]] * 4]) / 2, 1e-12)
-
-
-def test_grpo_advantages_are_standardized_in_each_group(xp):
-    rewards = np.array([1.0, 2, 6, 5, 5, 5])
-    got = to_numpy(rlhf.grpo_advantages(xp.asarray(rewards), 3))
-    np.testing.assert_allclose(got[:3], (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4))
-    assert got[3:].tolist() == [0, 0, 0], "a group without a difference teaches nothing"
 
 
 def test_grpo_loss_is_a_mean_over_responses_of_means_over_tokens(xp):
@@ -251,8 +235,7 @@ def test_k3_is_never_negative_and_its_mean_is_the_kl(rng):
 
 
 def test_token_logprobs_and_entropy(xp, rng):
-    logits = rng.standard_normal((2, 3, 5))
-    targets = rng.integers(0, 5, (2, 3))
+    logits, targets = rng.standard_normal((2, 3, 5)), rng.integers(0, 5, (2, 3))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     got = rlhf.token_logprobs(mp.Tensor(xp.asarray(logits)), xp.asarray(targets))
     close(got.data, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], 1e-12)

@@ -25,7 +25,7 @@ PROMPTS = [[3, 4], [5], [6, 3, 9, 2], [8, 8, 8]]
 
 def base(xp=np, **fields):
     shape = dict(vocab_size=16, hidden_size=16, num_hidden_layers=2, max_position_embeddings=32, initializer_range=0.3)
-    return mp.Transformer(mp.TransformerConfig.llama(eos_token_id=EOS, **(shape | fields)), seed=1).to(xp)
+    return mp.Transformer(mp.TransformerConfig.llama(**(shape | dict(eos_token_id=EOS) | fields)), seed=1).to(xp)
 
 
 def liked(roll):
@@ -59,13 +59,17 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------------ rollouts
 
 
-def test_a_response_ends_with_its_first_stop_token(xp):
-    mask, ended = rlhf.truncate_response(xp.asarray(np.array([[4, 1, 5, 1], [1, 1, 1, 1], [4, 5, 6, 7]])), [1])
-    assert to_numpy(mask).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    assert to_numpy(ended).tolist() == [True, True, False]
-    mask, ended = rlhf.truncate_response(xp.asarray(np.array([[4, 6, 5]])), [1, 6])
-    assert to_numpy(mask).tolist() == [[1, 1, 0]]
-    assert not to_numpy(rlhf.truncate_response(xp.asarray(np.array([[4, 1]])), [])[1]).any()
+@pytest.mark.parametrize(
+    "ids, stops, mask, ended",
+    [
+        ([[4, 1, 5, 1], [1, 1, 1, 1], [4, 5, 6, 7]], [1], [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], [True, True, False]),
+        ([[4, 6, 5]], [1, 6], [[1, 1, 0]], [True]),
+        ([[4, 1]], [], [[1, 1]], [False]),
+    ],
+)
+def test_a_response_ends_with_its_first_stop_token(ids, stops, mask, ended, xp):
+    found = rlhf.truncate_response(xp.asarray(np.array(ids)), stops)
+    assert [to_numpy(array).tolist() for array in found] == [mask, ended]
 
 
 def test_a_rollout_is_fixed_length_sampling_cut_at_the_stop_token(xp):
@@ -117,23 +121,19 @@ def test_distinct_n():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns_what_is_rewarded_and_tells_everything(method):
+def test_it_learns_what_is_rewarded_and_reports_everything(method):
     run = trainer(method, steps=25, learning_rate=3e-3, kl_coef=0.01, watch={"length": lambda r: r.mask.sum(axis=1)})
     history = run.train()
     scores = [r["objective/scores"] for r in history]
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 1, scores
-    objective = {f"objective/{n}" for n in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "kl_coef")}
-    expected = objective | {
-        "policy/approxkl",
-        "policy/clipfrac",
-        "policy/entropy",
-        "loss/policy",
-        "val/ratio",
-        "num_eos",
-    }
-    expected |= {"text/distinct_2", "text/ref_loss", "text/length", "watch/length", "learning_rate", "grad_norm"}
-    expected |= {"loss/value", "val/clipfrac"} if method == "ppo" else set()
-    assert expected <= set(history[0]) and all(math.isfinite(v) for r in history for v in r.values())
+    objective = ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "raw_scores", "scores_equal", "kl_coef")
+    expected = {*(f"objective/{name}" for name in objective), "policy/approxkl", "policy/clipfrac", "policy/entropy"}
+    expected |= {"loss/policy", "val/ratio", "val/ratio_max", "val/ratio_deviation", "num_eos", "text/distinct_2"}
+    expected |= {"text/ref_loss", "text/length", "watch/length", "learning_rate", "grad_norm", "step"}
+    expected |= {"ppo": {"loss/value", "val/clipfrac"}, "rloo": set(), "grpo": {"loss/kl"}}[method]
+    assert expected == set(history[0]) and all(math.isfinite(v) for r in history for v in r.values())
+    named = {line.split()[0] for line in rlhf.statistics.__doc__.splitlines() if line.startswith("    ") and line[4] != " "}
+    assert expected - {"watch/length"} <= named, "every statistic is described"
     assert history[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is the policy as it was"
     assert history[-1]["objective/kl"] > 0.1
     for r in history:
@@ -229,9 +229,9 @@ def test_a_lora_policy_trains_its_adapter_and_nothing_else():
     run = trainer(policy=policy, steps=2, learning_rate=1e-2)
     shared = {id(p.data) for p in run.reference.parameters()} & {id(p.data) for p in policy.parameters()}
     assert {id(p.data) for p in model.parameters()} <= shared, "one base for policy and reference"
-    run.train()
+    first, second = run.train()
     assert same(before, parameters(model)) and not policy.unmoved()
-    assert run.history[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and run.history[1]["objective/kl"] != 0
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and second["objective/kl"] != 0
 
 
 def test_a_policy_on_top_of_a_frozen_sft_adapter():
@@ -241,23 +241,16 @@ def test_a_policy_on_top_of_a_frozen_sft_adapter():
     for _, part in policy.parts("default"):
         part.requires_grad_(False)
     sft = {n: p.data.copy() for n, p in policy.named_parameters() if not p.requires_grad}
-    run = trainer(policy=policy, steps=2, learning_rate=1e-2)
-    run.train()
-    assert run.history[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is base plus SFT adapter"
+    first, _ = trainer(policy=policy, steps=2, learning_rate=1e-2).train()
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is base plus SFT adapter"
     assert all(np.array_equal(sft[n], p.data) for n, p in policy.named_parameters() if n in sft)
 
 
-def test_a_value_model_of_its_own():
-    model = base()
-    value = mp.ValueModel(model)
-    run = rlhf.PPOTrainer(model, liked, PROMPTS, rlhf.PPOConfig(**SMALL), value_model=value)
-    start = parameters(value)
+def test_a_value_model_of_its_own_needs_a_head_that_learns():
+    value = mp.ValueModel(base())
+    run = trainer(value_model=value)
     run.train()
-    assert not np.array_equal(start["v_head.weight"], value.v_head.weight.data)
-    assert not any("v_head" in n for n in run.trainable if not n.startswith("value."))
-
-
-def test_a_value_model_with_adapters_needs_a_head_that_learns():
+    assert value.v_head.weight.data.any() and all(n.startswith("value.") for n in run.trainable if "v_head" in n)
     options = dict(r=2, target_modules="all-linear")
     value = mp.get_peft_model(mp.ValueModel(base()), mp.LoraConfig(**options))
     with pytest.raises(ValueError, match=r'v_head requires gradients.*modules_to_save=\["v_head"\]'):
@@ -369,10 +362,10 @@ def test_without_max_grad_norm_nothing_is_clipped():
 
 
 def test_adaptive_kl_moves_beta_and_logs_the_one_it_used():
-    run = trainer(steps=4, learning_rate=3e-3, kl_coef=0.1, kl_target=1e-3, kl_horizon=64)
-    betas = [r["objective/kl_coef"] for r in run.train()]
-    assert betas[0] == 0.1 and betas[1] == pytest.approx(0.1 * (1 - 0.2 * 16 / 64)), "KL 0: 20% below target"
-    assert betas[3] > betas[2], "then it is far above"
+    history = trainer(learning_rate=3e-3, kl_coef=0.1, kl_target=1e-3, kl_horizon=64).train()
+    first, second, third, fourth = (r["objective/kl_coef"] for r in history)
+    assert first == 0.1 and second == pytest.approx(0.1 * (1 - 0.2 * 16 / 64)), "KL 0: 20% below target"
+    assert fourth > third, "then it is far above"
 
 
 def test_groups_share_their_prompt_and_epochs_cover_all_prompts():
@@ -386,11 +379,8 @@ def test_groups_share_their_prompt_and_epochs_cover_all_prompts():
 def test_a_reward_model_as_reward_and_another_number_to_watch():
     model = rlhf.RewardModel(base(), seed=3)
     model.mean, model.std = 0.25, 2.0
-    run = trainer(
-        reward=model,
-        watch={"same": lambda r: model.score_texts([np.array(p + q) for p, q in zip(r.prompts(), r.responses())])},
-    )
-    record = run.step()
+    whole = lambda r: model.score_texts([np.array(p + q) for p, q in zip(r.prompts(), r.responses())])  # noqa: E731
+    record = trainer(reward=model, watch={"same": whole}).step()
     assert record["objective/scores"] == pytest.approx(record["watch/same"], abs=1e-5)
 
 
@@ -403,30 +393,29 @@ def test_a_run_works_on_a_device(xp):
 # ------------------------------------------------------------------------------------------------- checkpoints, resume
 
 
+class Interrupted(Exception):
+    pass
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_with_the_same_bytes(method, tmp_path):
     options = dict(kl_coef=0.1, learning_rate=1e-3, save_steps=1)
-    adaptive = dict(kl_target=0.5, kl_horizon=64) if method == "ppo" else {}
-    whole = trainer(method, output_dir=tmp_path / "whole", **options, **adaptive)
+    options |= dict(kl_target=0.5, kl_horizon=64) if method == "ppo" else {}
+    whole = trainer(method, output_dir=tmp_path / "whole", **options)
     whole.train()
-
-    class Interrupted(Exception):
-        pass
 
     def stop(record):
         if record["step"] == 3:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        trainer(method, output_dir=tmp_path / "halves", **options, **adaptive).train(on_step=stop)
-    again = trainer(method, output_dir=tmp_path / "halves", **options, **adaptive)
-    history = again.train(resume_from_checkpoint=True)
+        trainer(method, output_dir=tmp_path / "halves", **options).train(on_step=stop)
+    again = trainer(method, output_dir=tmp_path / "halves", **options)
+    assert again.train(resume_from_checkpoint=True) == whole.history
     for name, p in whole.trainable.items():
         assert again.trainable[name].data.tobytes() == p.data.tobytes(), name
-    assert history == whole.history
     lines = [(tmp_path / d / "metrics.jsonl").read_bytes() for d in ("whole", "halves")]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
-    assert json.loads(lines[0].splitlines()[0])["step"] == 1
+    assert lines[0] == lines[1] and [json.loads(line)["step"] for line in lines[0].splitlines()] == [1, 2, 3, 4]
     files = [sorted(Path(tmp_path / d).rglob("*.safetensors")) for d in ("whole", "halves")]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
@@ -445,13 +434,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=match):
             trainer(**({"reward": reward} | changed), output_dir=tmp_path).train(resume_from_checkpoint=True)
-    value = mp.ValueModel(base()).requires_grad_(False)
-    value.v_head.requires_grad_(True)
-    trainer(value_model=value, output_dir=tmp_path / "value", save_steps=2).train()
-    value = mp.ValueModel(base(initializer_range=0.1)).requires_grad_(False)
-    value.v_head.requires_grad_(True)
+
+    def value(**fields):
+        model = mp.ValueModel(base(**fields)).requires_grad_(False)
+        model.v_head.requires_grad_(True)
+        return model
+
+    trainer(value_model=value(), output_dir=tmp_path / "value", save_steps=2).train()
     with pytest.raises(CheckpointError, match="other value model"):
-        trainer(value_model=value, output_dir=tmp_path / "value").train(resume_from_checkpoint=True)
+        run = trainer(value_model=value(initializer_range=0.1), output_dir=tmp_path / "value")
+        run.train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         trainer(output_dir=tmp_path / "empty").train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="needs the output_dir"):
@@ -508,7 +500,7 @@ def test_equal_scores_end_a_run_after_many_updates_which_is_kept(method, tmp_pat
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["objective/scores_equal"] for line in lines] == [1, 0, 1, 1, 1]
     assert len(trainer(method, **options | dict(max_equal_updates=7)).train(resume_from_checkpoint=True)) == 9
-    with pytest.raises(rlhf.RLHFError, match="none ended with a stop token; raise response_length$"):
+    with pytest.raises(rlhf.RLHFError, match=r"none ended with a stop token; raise response_length$"):
         trainer(method, stop_token_ids=(99,), missing_eos_score=-1.0, max_equal_updates=2).train()
 
 
@@ -532,30 +524,23 @@ def test_a_diverged_kl_stops_with_a_reason_and_a_stop_kl_ends_the_run():
 def test_the_first_minibatch_shows_a_policy_that_is_not_the_one_that_sampled(monkeypatch):
     good = {"val/ratio_deviation": 1e-6, "policy/approxkl": 0.0, "policy/clipfrac": 0.0}
     rlhf.check_first_minibatch(good)
-    for name, value in (
-        ("val/ratio_deviation", 2e-4),
-        ("policy/approxkl", 1e-3),
-        ("policy/clipfrac", 0.1),
-        ("policy/approxkl", math.nan),
-    ):
+    bad = {"val/ratio_deviation": (2e-4,), "policy/approxkl": (1e-3, math.nan), "policy/clipfrac": (0.1,)}
+    for name, value in ((name, value) for name, values in bad.items() for value in values):
         with pytest.raises(rlhf.RLHFError, match="already differs from the one that sampled"):
             rlhf.check_first_minibatch(good | {name: value})
     run = trainer()
-    scale = iter([1.0, 1.0, 1.01])  # two batches before, then a temperature that has changed
-    original = run.outputs
-
-    def other_temperature(*arguments):
-        out = original(*arguments)
-        return out._replace(logprobs=out.logprobs * next(scale, 1.0))
-
-    monkeypatch.setattr(run, "outputs", other_temperature)
+    scale, original = iter([1.0, 1.0, 1.01]), run.outputs  # two batches before, then a temperature that has changed
+    other = lambda *a: (out := original(*a))._replace(logprobs=out.logprobs * next(scale, 1.0))  # noqa: E731
+    monkeypatch.setattr(run, "outputs", other)
     with pytest.raises(rlhf.RLHFError, match="is something random in its forward pass"):
         run.step()
 
 
-def test_arguments_that_make_no_sense():
-    for message, fields in (
+@pytest.mark.parametrize(
+    "message, fields",
+    [
         ("batch_size must be a multiple of mini_batch_size, 8, got 12", dict(batch_size=12)),
+        ("multiple of num_generations, 5", dict(method="grpo", num_generations=5)),
         ("temperature must be a number above 0, got 0", dict(temperature=0)),
         ("lam must be a number of at least 0 and at most 1, got 2", dict(lam=2)),
         ("set one of them to None", dict(missing_eos_score=-1.0, missing_eos_penalty=1.0)),
@@ -568,19 +553,19 @@ def test_arguments_that_make_no_sense():
         ("kl_horizon must be an integer of at least 1, got 0", dict(kl_horizon=0)),
         ("kl_horizon must be above batch_size / 5, 3.2, .* got 3", dict(kl_horizon=3, kl_target=1.0)),
         (r"prompts\[1\] has 27 tokens; with response_length=6 at most 26 fit", dict(prompts=[[3], [4] * 27])),
-    ):
-        with pytest.raises(ValueError, match=message):
-            trainer(**fields)
-    with pytest.raises(ValueError, match="multiple of num_generations, 5"):
-        trainer("grpo", num_generations=5)
-    with pytest.raises(ValueError, match="there are no prompts"):
-        trainer(prompts=[])
-    with pytest.raises(ValueError, match="the model names no EOS token"):
-        trainer(policy=mp.Transformer(base().config.replace(eos_token_id=None)), missing_eos_score=-1.0)
+        ("there are no prompts", dict(prompts=[])),
+        ("the model names no EOS token", dict(policy=base(eos_token_id=None), missing_eos_score=-1.0)),
+        ("nothing to train", dict(policy=base().requires_grad_(False))),
+    ],
+)
+def test_arguments_that_make_no_sense(message, fields):
+    with pytest.raises(ValueError, match=message):
+        trainer(**fields)
+
+
+def test_what_a_rollout_and_an_update_cannot_work_with():
     with pytest.raises(ValueError, match="virtual tokens do not fit"):
         trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))).step()
-    with pytest.raises(ValueError, match="nothing to train"):
-        trainer(policy=base().requires_grad_(False))
     with pytest.raises(TypeError, match="abstract"):
         rlhf.OnlineTrainer(base(), liked, PROMPTS, rlhf.OnlineConfig(**SMALL))
     for prompts in ([], [[3], []]):
@@ -627,21 +612,16 @@ def test_dpo_resumes_with_another_evaluation_batch(tmp_path):
         args = mp.TrainingArguments(per_device_eval_batch_size=size, **options)
         return rlhf.dpo_trainer(base(), pairs(37, 0), pairs(9, 1), args)
 
-    class Interrupted(Exception):
-        pass
+    class Stop(Callback):
+        def before_step(self, model, step):
+            if step == 4 and (tmp_path / "checkpoint-2").exists() and not stopped:
+                stopped.append(step)
+                raise Interrupted
 
-    first = run(8)
-    original = first._step
-
-    def step(number):
-        if number == 3:
-            raise Interrupted
-        return original(number)
-
-    first._step = step
+    stopped = []
     with pytest.raises(Interrupted):
-        first.train()
-    assert run(32).train(resume_from_checkpoint=True).steps == 4
+        run(8).train(callbacks=[Stop()])
+    assert run(32).train(resume_from_checkpoint=True, callbacks=[Stop()]).steps == 4
     with pytest.raises(ValueError, match="reference_batch_size must be an integer of at least 1, got 0"):
         rlhf.dpo_trainer(base(), pairs(4, 0), reference_batch_size=0)
 

@@ -108,12 +108,10 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
     ids = texts[0][None]
     assert plain(ids).item() == pytest.approx(raw[0]), "the directory is a sequence classifier's, uncalibrated"
 
-    (tmp_path / "rm" / "reward_calibration.json").write_text('{"mean": 0, "std": 0}')
-    with pytest.raises(FileError, match=r"std 0\.0 are not a calibration"):
-        rlhf.RewardModel.from_pretrained(tmp_path / "rm")
-    (tmp_path / "rm" / "reward_calibration.json").write_text("[]")
-    with pytest.raises(FileError, match="numbers 'mean' and 'std'"):
-        rlhf.RewardModel.from_pretrained(tmp_path / "rm")
+    for content, message in (('{"mean": 0, "std": 0}', r"std 0\.0 are not a calibration"), ("[]", "numbers 'mean' and 'std'")):
+        (tmp_path / "rm" / "reward_calibration.json").write_text(content)
+        with pytest.raises(FileError, match=message):
+            rlhf.RewardModel.from_pretrained(tmp_path / "rm")
     with pytest.raises(ValueError, match=r"standard deviation .*: nothing to scale by"):
         model.calibrate([texts[0], texts[0]])
     mp.save_pretrained(base, tmp_path / "lm")
@@ -138,18 +136,13 @@ def test_accuracy_and_calibration_curve():
 # -------------------------------------------------------------------------------------------------------------- raters
 
 
-def test_a_rater_prefers_with_bradley_terrys_probability():
-    scores = np.tile([0.3, 0.1], (40000, 1))
-    first = (rlhf.rank(scores, np.random.default_rng(0), temperature=0.2)[:, 0] == 0).mean()
-    assert first == pytest.approx(1 / (1 + np.exp(-1.0)), abs=0.01)
-    flipped = (rlhf.rank(scores, np.random.default_rng(0), temperature=0.2, flip=0.25)[:, 0] == 0).mean()
-    assert flipped == pytest.approx(0.75 * 0.7311 + 0.25 * 0.2689, abs=0.01)
-
-
-def test_of_many_answers_any_two_are_ordered_with_bradley_terrys_probability():
-    order = rlhf.rank(np.tile([0.4, 0.0, 0.2], (40000, 1)), np.random.default_rng(1), temperature=0.2)
-    place = order.argsort(axis=1)
-    assert (place[:, 2] < place[:, 1]).mean() == pytest.approx(1 / (1 + np.exp(-1.0)), abs=0.01)
+@pytest.mark.parametrize("scores", [[0.3, 0.1], [0.1, 0.3, -0.1, 0.5]], ids=str)
+@pytest.mark.parametrize("flip", [0.0, 0.25])
+def test_a_rater_orders_any_two_answers_with_bradley_terrys_probability(scores, flip):
+    order = rlhf.rank(np.tile(scores, (40000, 1)), np.random.default_rng(0), temperature=0.2, flip=flip)
+    place, p = order.argsort(axis=1), 1 / (1 + np.exp((min(scores[:2]) - max(scores[:2])) / 0.2))
+    better, worse = place[:, np.argmax(scores[:2])], place[:, np.argmin(scores[:2])]
+    assert (better < worse).mean() == pytest.approx(p * (1 - flip) + (1 - p) * flip, abs=0.01)
 
 
 def test_without_noise_the_better_one_wins_and_equals_are_a_coin():
@@ -158,8 +151,8 @@ def test_without_noise_the_better_one_wins_and_equals_are_a_coin():
     assert order[:4].tolist() == [[1, 2, 0]] * 4 and (order[4:, 0] == 2).all()
     assert 0.4 < (order[4:, 1] == 0).mean() < 0.6
     assert rlhf.rank(scores, np.random.default_rng(0), flip=1.0, temperature=0)[0].tolist() == [0, 2, 1]
-    same = [rlhf.rank(scores, np.random.default_rng(5), 0.1, 0.1).tobytes() for _ in range(2)]
-    assert same[0] == same[1]
+    first, again = (rlhf.rank(scores, np.random.default_rng(5), 0.1, 0.1) for _ in range(2))
+    assert np.array_equal(first, again)
     with pytest.raises(ValueError, match="flip must lie in"):
         rlhf.rank(scores, np.random.default_rng(0), flip=1.5)
 
@@ -199,16 +192,12 @@ def archive(files):
     return data.getvalue()
 
 
-def tables(texts=30, line="", ratings="[0, 1, 2]"):
+def tables(texts=30, line="", ratings=None):
     """Each file pair of the archive, with made-up texts: the higher their number, the better they are rated."""
-    files = {}
+    files, rows = {}, [(f"{i // 3}_{i % 3}\t{i % 5 - 2}\t", i, i % 5 - 2) for i in range(texts)]
     for prefix in KINDS:
-        ids = [f"{i // 3}_{i % 3}" for i in range(texts)]
-        truth = "".join(f"{id}\t{i % 5 - 2}\tThe text {prefix} number {i}.\r\n" for i, id in enumerate(ids))
-        rated = "".join(
-            f"{id}\t{i % 5 - 2}\t0.5\t{ratings if ratings != '[0, 1, 2]' else [i % 5 - 2, i % 5 - 2, i % 5 - 1]}\r\n"
-            for i, id in enumerate(ids)
-        )
+        truth = "".join(f"{start}The text {prefix} number {i}.\r\n" for start, i, _ in rows)
+        rated = "".join(f"{start}0.5\t{ratings or [low, low, low + 1]}\r\n" for start, _, low in rows)
         files[f"hutto_ICWSM_2014/{prefix}_GroundTruth.txt"] = ("\ufeff" + truth + line).encode()
         files[f"hutto_ICWSM_2014/{prefix}_anonDataRatings.txt"] = rated.encode()
     return files
@@ -255,7 +244,7 @@ def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
     "files, message",
     [
         ({"a/readme.txt": b"hello"}, "holds no movieReviewSnippets_GroundTruth.txt; give the source archive"),
-        (tables(line="only two\tcolumns\r\n"), "line 31: has not 3 columns"),
+        (tables(line="only two\tcolumns\r\n"), "line 31: does not have 3 columns"),
         (tables(ratings="[1, __import__]"), r"text 1 \(0_0\): the ratings are not a list of whole numbers"),
         (tables(line="99_1\t0\tunrated text\r\n"), r"\(99_1\) has no ratings"),
     ],
@@ -267,7 +256,6 @@ def test_an_archive_that_is_something_else_is_refused_in_a_sentence(files, messa
 
 def test_no_archive_at_all(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"not an archive")
-    with pytest.raises(FileError, match=r"not a .tar.gz archive"):
-        rlhf.human_ratings(tmp_path / "x.tar.gz")
-    with pytest.raises(FileError, match="cannot be read"):
-        rlhf.human_ratings(tmp_path / "nothing.tar.gz")
+    for name, message in (("x.tar.gz", "not a .tar.gz archive"), ("nothing.tar.gz", "cannot be read")):
+        with pytest.raises(FileError, match=message):
+            rlhf.human_ratings(tmp_path / name)

@@ -137,7 +137,7 @@ def ppo(policy: Any, task: TaskData, s: Feedback) -> PPOTrainer:
 
     config = PPOConfig(
         steps=s.updates, batch_size=s.responses, mini_batch_size=16, num_epochs=2, response_length=32,
-        learning_rate=s.learning_rate, kl_coef=s.kl_coef, missing_eos_score=None, seed=s.seed,
+        learning_rate=s.learning_rate, kl_coef=s.kl_coef, missing_eos_score=None, seed=s.seed, progress=False,
     )  # fmt: skip
     return PPOTrainer(policy, score, list(references), config)
 

@@ -1,62 +1,52 @@
 """Learning from human feedback: reward models, PPO and what came after it. One idea a file, each as its paper has it.
 
+config.py      every option, and where its default comes from
 reward.py      Bradley-Terry reward models            gold.py      a rater who follows VADER's rules, with noise
-rollout.py     sampling, where a response ends        ratings.py   real people's ratings, from the user's archive
+rollouts.py    sampling, where a response ends        ratings.py   real people's ratings, from the user's archive
 advantages.py  shaped rewards, GAE, whitening         openings.py  prompts from the shipped novels
-ppo.py         PPO                                    logprobs.py  log-probabilities of tokens and of texts
+ppo.py         PPO, an update in numbered steps       logprobs.py  log-probabilities of tokens and of texts
 group.py       RLOO, GRPO                             dpo.py       DPO
-curves.py      pictures of a run
-answers.py     a model's own answers as data          online.py    the loop that PPO, RLOO and GRPO share
+online.py      what PPO, RLOO and GRPO share          answers.py   a model's own answers as data
+statistics.py  what an update reports                 curves.py    pictures of a run
+
+A public name is imported when it is first used.
 """
 
-from .advantages import gae, masked_mean, shaped_rewards, whiten
-from .answers import preference_pairs, rankings, sample_answers
-from .curves import plot_calibration, plot_run
-from .dpo import DPOConfig, dpo_loss, dpo_trainer, implicit_rewards, with_reference
-from .gold import gold_reward, rank, vader
-from .group import (
-    GroupConfig,
-    GRPOTrainer,
-    RLOOTrainer,
-    grpo_advantages,
-    grpo_loss,
-    k3,
-    rloo_advantages,
-    rloo_loss,
-)
-from .logprobs import entropy, frozen_copy, response_logprobs, sequence_logprobs, token_logprobs
-from .online import (
-    OnlineConfig,
-    OnlineTrainer,
-    Outputs,
-    RewardFunction,
-    learned_reward,
-    missing_eos,
-)
-from .openings import sentence_openings
-from .ppo import KLController, PPOConfig, PPOTrainer, policy_loss, value_loss
-from .ratings import human_preferences, human_ratings
-from .reward import (
-    Ranking,
-    RewardConfig,
-    RewardModel,
-    calibration_curve,
-    collate_rankings,
-    ranking_pairs,
-    reward_accuracy,
-    reward_loss,
-)
-from .rollout import Rollout, distinct_n, rollout, truncate_response
-from .statistics import RLHFError, check_first_minibatch, clip_fraction
+from __future__ import annotations
 
-__all__ = [
-    "DPOConfig", "GRPOTrainer", "GroupConfig", "KLController", "OnlineConfig", "OnlineTrainer", "Outputs", "PPOConfig",
-    "PPOTrainer", "RLHFError", "RLOOTrainer", "Ranking", "RewardConfig", "RewardFunction", "RewardModel", "Rollout",
-    "calibration_curve", "check_first_minibatch", "clip_fraction", "collate_rankings", "distinct_n", "dpo_loss",
-    "dpo_trainer", "entropy", "frozen_copy", "gae", "gold_reward", "grpo_advantages", "grpo_loss",
-    "human_preferences", "human_ratings", "implicit_rewards", "k3", "learned_reward", "masked_mean", "missing_eos",
-    "plot_calibration", "plot_run", "policy_loss", "preference_pairs", "rank", "ranking_pairs", "rankings",
-    "response_logprobs", "reward_accuracy", "reward_loss", "rloo_advantages", "rloo_loss", "rollout",
-    "sample_answers", "sentence_openings", "sequence_logprobs", "shaped_rewards", "token_logprobs",
-    "truncate_response", "vader", "value_loss", "whiten", "with_reference",
-]  # fmt: skip
+import importlib
+from typing import Any
+
+_HOMES = {
+    "advantages": "gae masked_mean shaped_rewards whiten",
+    "answers": "preference_pairs rankings sample_answers",
+    "config": "DPOConfig GroupConfig OnlineConfig PPOConfig RewardConfig",
+    "curves": "plot_calibration plot_run",
+    "dpo": "dpo_loss dpo_trainer implicit_rewards with_reference",
+    "gold": "gold_reward rank vader",
+    "group": "GRPOTrainer RLOOTrainer grpo_advantages grpo_loss k3 rloo_advantages rloo_loss",
+    "logprobs": "Outputs entropy frozen_copy response_logprobs sequence_logprobs token_logprobs",
+    "online": "OnlineTrainer RewardFunction learned_reward missing_eos",
+    "openings": "sentence_openings",
+    "ppo": "KLController PPOTrainer policy_loss value_loss",
+    "ratings": "human_preferences human_ratings",
+    "reward": "Ranking RewardModel calibration_curve collate_rankings ranking_pairs reward_accuracy reward_loss",
+    "rollouts": "Rollout distinct_n rollout truncate_response",
+    "statistics": "RLHFError check_first_minibatch clip_fraction",
+}
+_OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = list(_OBJECTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OBJECTS and name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_OBJECTS.get(name, name)}")
+    value = getattr(module, name) if name in _OBJECTS else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,21 +11,15 @@ from ..backend import Rng
 from ..text.examples import Example, PreferencePair
 from ..train.batches import IGNORE
 from .reward import Ranking
-from .rollout import rollout
+from .rollouts import rollout
 
 Answers = list[list[int]]  # token ids of the answers to one prompt
 
 
 def sample_answers(
-    policy: Any,
-    prompts: Sequence[Sequence[int]],
-    k: int = 2,
-    length: int = 24,
-    temperature: float = 1.0,
-    stop_token_ids: Sequence[int] = (),
-    seed: int = 0,
-    batch_size: int = 64,
-) -> list[Answers]:
+    policy: Any, prompts: Sequence[Sequence[int]], k: int = 2, length: int = 24, temperature: float = 1.0,
+    stop_token_ids: Sequence[int] = (), seed: int = 0, batch_size: int = 64,
+) -> list[Answers]:  # fmt: skip
     """k answers of at most `length` tokens to every prompt. They depend on the seed and the prompt's place alone."""
     rows = [list(prompt) for prompt in prompts for _ in range(k)]
     answers: Answers = []

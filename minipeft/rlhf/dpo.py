@@ -19,10 +19,11 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module
-from ..options import configuration, option
 from ..text.examples import PreferencePair
+from ..text.tokenizer import pad_sequences
 from ..train.batches import IGNORE, Batch
 from ..train.trainer import Trainer, TrainingArguments
+from .config import DPOConfig
 from .logprobs import sequence_logprobs
 
 
@@ -31,14 +32,6 @@ def dpo_loss(
 ) -> Tensor:
     """Mean of -log σ(β (Δ_chosen - Δ_rejected)), Δ = log π(y) - log π_ref(y) of whole completions: all [pairs]."""
     return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
-
-
-@configuration(kw_only=True)
-class DPOConfig:
-    """What DPO asks beside TrainingArguments."""
-
-    beta: float = option(0.1, "β: how much leaving the reference costs", above=0, metavar="B")  # Rafailov et al., B
-    reference_batch_size: int = option(32, "pairs at a time whose reference log-probabilities are computed", least=1)
 
 
 class ReferencedPair(NamedTuple):
@@ -59,25 +52,19 @@ def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
 
 
 def _padded(examples: Sequence[Any]) -> dict[str, Any]:
-    length = max(len(ids) for ids, _ in examples)
-    ids, mask = np.zeros((2, len(examples), length), np.int64)
-    labels = np.full((len(examples), length), IGNORE, np.int64)
-    for row, (own, own_labels) in enumerate(examples):
-        ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own_labels, 1
+    ids, mask = pad_sequences([ids for ids, _ in examples], 0)
+    labels, _ = pad_sequences([labels for _, labels in examples], IGNORE)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def dpo_objective(
-    model: Module,
-    input_ids: Array,
-    labels: Array,
-    attention_mask: Array,
-    ref_chosen: Array,
-    ref_rejected: Array,
-    beta: float = 0.1,
-    rng: Rng | None = None,  # no dropout: it would act on the policy and not on the reference
-) -> Tensor:
-    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes."""
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array, ref_chosen: Array, ref_rejected: Array,
+    beta: float = 0.1, rng: Rng | None = None,
+) -> Tensor:  # fmt: skip
+    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
+
+    `rng` is not used: dropout would act on the policy and not on the reference.
+    """
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
     n = ref_chosen.shape[0]
     return dpo_loss(sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
@@ -102,13 +89,10 @@ def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: i
 
 
 def dpo_trainer(
-    policy: Module,
-    pairs: Sequence[PreferencePair],
-    eval_pairs: Sequence[PreferencePair] | None = None,
-    args: TrainingArguments | None = None,
-    beta: float = 0.1,
-    reference_batch_size: int = 32,
-) -> Trainer:
+    policy: Module, pairs: Sequence[PreferencePair], eval_pairs: Sequence[PreferencePair] | None = None,
+    args: TrainingArguments | None = None, beta: float = DPOConfig.beta,
+    reference_batch_size: int = DPOConfig.reference_batch_size,
+) -> Trainer:  # fmt: skip
     """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,

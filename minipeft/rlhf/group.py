@@ -16,10 +16,10 @@ from typing import Any
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
-from ..options import configuration, option
-from .advantages import masked_mean, token_kl
-from .logprobs import response_logprobs
-from .online import OnlineConfig, OnlineTrainer, Outputs, forward_only, minibatches
+from .advantages import masked_mean
+from .config import GroupConfig
+from .logprobs import Outputs
+from .online import OnlineTrainer
 from .ppo import clipped, log_ratio
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -71,14 +71,9 @@ def k3(logprobs: Tensor, ref_logprobs: Array) -> Tensor:
 
 
 def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Array,
-    ref_logprobs: Array,
-    advantages: Array,
-    mask: Array,
-    cliprange: float = 0.2,
+    logprobs: Tensor, old_logprobs: Array, ref_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2,
     beta: float = 0.04,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Mean over responses of the mean over their tokens of max(-A ρ_t, -A clip(ρ_t, 1 ± ε)) + β k3_t (GRPO, eq. 3).
 
     logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response, which has at
@@ -95,25 +90,6 @@ def mean_of_means(token: Tensor, mask: Array) -> Tensor:
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
-@configuration(kw_only=True)
-class GroupConfig(OnlineConfig):
-    """RLOO's and GRPO's options beside those of OnlineConfig.
-
-    β is taken off the reward by RLOO, and weighs the KL in the loss of GRPO. 0.05 is TRL's for PPO and RLOO, and
-    PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04.
-    """
-
-    num_generations: int = option(4, "responses to each prompt", least=2, flag="--generations", metavar="K")
-    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size % self.num_generations:
-            raise ValueError(
-                f"batch_size must be a multiple of num_generations, {self.num_generations}, got {self.batch_size}"
-            )
-
-
 class RLOOTrainer(OnlineTrainer):
     """REINFORCE with a leave-one-out baseline. Arguments and errors: see `OnlineTrainer`; config: a GroupConfig."""
 
@@ -121,12 +97,11 @@ class RLOOTrainer(OnlineTrainer):
 
     def update(self) -> dict[str, Any]:
         """One update: scores minus β KL of the whole response, against the other responses to the prompt."""
-        beta, k = self.config.kl_coef, self.config.num_generations
-        batch, scores, kl, record = answered(self)
-        kl = (kl * batch["mask"]).sum(axis=1)  # [B]
-        batch["advantages"] = rloo_advantages(scores - beta * kl, k)  # [B]
-        record |= of_objective(record, -beta * float(kl.mean().item()), beta)
-        return record | epochs(self, batch)
+        beta = self.config.kl_coef
+        batch, scores, record = answered(self)
+        kl = (batch["kl"] * batch["mask"]).sum(axis=1)  # [B]
+        batch["advantages"] = rloo_advantages(scores - beta * kl, self.config.num_generations)  # [B]
+        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`rloo_loss`, statistics) of a minibatch."""
@@ -148,10 +123,9 @@ class GRPOTrainer(OnlineTrainer):
 
     def update(self) -> dict[str, Any]:
         """One update: scores, standardized within each group; the KL is in the loss."""
-        batch, scores, _, record = answered(self)
+        batch, scores, record = answered(self)
         batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
-        record |= of_objective(record, 0.0, self.config.kl_coef)
-        return record | epochs(self, batch)
+        return record | of_objective(record, 0.0, self.config.kl_coef) | epochs(self, batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`grpo_loss`, statistics) of a minibatch."""
@@ -169,33 +143,21 @@ class GRPOTrainer(OnlineTrainer):
         }
 
 
-def answered(trainer: RLOOTrainer | GRPOTrainer) -> tuple[dict[str, Array], Array, Array, dict[str, Any]]:
-    """Steps 1 to 3 of `PPOTrainer.update`, without values: (arrays of the minibatches, scores [B], KL [B, n], record).
+def answered(trainer: OnlineTrainer) -> tuple[dict[str, Array], Array, dict[str, Any]]:
+    """Steps 1 to 3 of `PPOTrainer.update`: (the arrays of the minibatches, scores [B], the record so far).
 
     The num_generations responses to a prompt lie beside each other.
     """
-    c, k = trainer.config, trainer.config.num_generations
-    roll = trainer.rollout(k)
-    (old_logprobs,) = forward_only(trainer.outputs, roll, c.mini_batch_size)
-    (ref_logprobs,) = forward_only(
-        lambda *a: [response_logprobs(trainer.reference, *a, c.temperature)], roll, c.mini_batch_size
-    )
-    kl = token_kl(old_logprobs, ref_logprobs, roll.mask)
-    scores, record = trainer.score(roll, old_logprobs, ref_logprobs, kl, group=k)
-    arrays = {
-        "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
-        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-    }  # fmt: skip
-    return arrays, scores, kl, record
+    roll = trainer.rollout(trainer.config.num_generations)
+    batch = trainer.look(roll)
+    return batch, *trainer.score(roll, batch, trainer.config.num_generations)
 
 
-def epochs(trainer: RLOOTrainer | GRPOTrainer, whole: dict[str, Array]) -> dict[str, float]:
+def epochs(trainer: OnlineTrainer, batch: dict[str, Array]) -> dict[str, float]:
     """Step 6 of `PPOTrainer.update`."""
     seen: list[dict[str, float]] = []
-    for rows in minibatches(trainer.config, trainer.updates, xp_of(whole["mask"])):
-        batch = {name: array[rows] for name, array in whole.items()}
-        new = trainer.outputs(batch["input_ids"], batch["attention_mask"], trainer.config.response_length)
-        loss, stats = trainer.loss(batch, new)
-        if trainer.descend(loss, stats, seen):
+    for part in trainer.minibatches(batch):
+        new = trainer.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
+        if trainer.descend(*trainer.loss(part, new), seen):
             break
     return over_minibatches(seen)

@@ -5,10 +5,10 @@ log π(y_t | y_<t) = log softmax(logits_{t-1} / temperature)[y_t]
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..autograd import ops as F
-from ..autograd.tensor import Tensor
+from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, xp_of
 from ..nn.module import Module
 
@@ -58,6 +58,21 @@ def sequence_logprobs(model: Module, input_ids: Array, labels: Array, attention_
     hidden = response_hidden(model, input_ids, mask, n)
     logprobs = token_logprobs(model.lm_head(hidden), input_ids[:, -n:])  # [B, n]
     return F.where(counts[:, first:], logprobs, 0).sum(axis=1)
+
+
+class Outputs(NamedTuple):
+    """What a policy makes of responses of n tokens: every array is [B, n]."""
+
+    logprobs: Tensor
+    entropy: Array | None  # of the distribution at every position; None without gradients, where nothing reads it
+    values: Tensor | None = None
+
+
+def outputs_of(policy: Module, hidden: Tensor, input_ids: Array, temperature: float) -> Outputs:
+    """The outputs for the last n tokens of input_ids [B, T], from the `response_hidden` [B, n, d] of the policy."""
+    logits = policy.lm_head(hidden) / temperature  # [B, n, V]
+    spread = entropy(logits.data) if is_grad_enabled() else None
+    return Outputs(token_logprobs(logits, input_ids[:, -hidden.shape[1] :]), spread)
 
 
 def entropy(logits: Array) -> Array:

@@ -3,7 +3,7 @@
     for update:   prompts ─► rollout ─► scores, log-probabilities of policy and reference ─► advantages
                   for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
 
-An update is one turn of the outer loop, an optimizer step one of the inner; each method writes its `update` down in full
+An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down in full,
 from the parts that stand here. Everything that an update does depends on (seed, update) and the weights alone, so a run
 resumed from a checkpoint ends with the same bytes.
 """
@@ -15,84 +15,26 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import Tensor, is_grad_enabled, no_grad
+from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
-from ..nn.module import Module, Parameter
-from ..options import check, configuration, option
+from ..nn.module import Parameter
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import fingerprint, frozen_fingerprint
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
-from .logprobs import entropy, frozen_copy, response_hidden, token_logprobs
+from .advantages import token_kl
+from .config import OnlineConfig
+from .logprobs import Outputs, frozen_copy, outputs_of, response_hidden, response_logprobs
 from .reward import RewardModel
-from .rollout import Rollout, rollout
+from .rollouts import Rollout, rollout
 from .statistics import RLHFError, check_first_minibatch, of_responses, of_scores
 
 RewardFunction = Callable[[Rollout], np.ndarray]  # scores [B] of a rollout's responses, in host memory
-
-
-@configuration(kw_only=True)
-class OnlineConfig:
-    """How to train on one's own samples: what PPO, RLOO and GRPO have in common.
-
-    batch_size, num_epochs, cliprange and response_length are those of OpenAI's lm-human-preferences (`PpoHParams`, the
-    books task); TRL has 4 epochs, too. learning_rate and steps suit the shipped base of 1.4 million parameters, where
-    lm-human-preferences takes 1e-5 for 124 million: VADER's score of its answers rose from 0.09 to 0.33 at a KL of 1.9
-    nats (two seeds), and clipping acted on 18% of the ratios of the first update; at 1e-4 it acts on 31%. An adapter
-    takes about ten times the rate.
-
-    Raises ValueError, naming the option, for a value that makes no sense.
-    """
-
-    output_dir: str | os.PathLike | None = option(
-        None, "where metrics and checkpoints go", flag="--output", metavar="DIR"
-    )
-    steps: int = option(40, "updates, each on batch_size fresh responses", least=1)
-    batch_size: int = option(64, "responses an update", least=1)
-    mini_batch_size: int = option(16, "responses an optimizer step", least=1)
-    num_epochs: int = option(4, "passes over an update's responses", least=1, flag="--epochs")
-    learning_rate: float = option(5e-5, "learning rate of Adam", above=0, flag="--lr", metavar="RATE")
-    lr_scheduler_type: str = option("linear", "learning-rate schedule, over updates", choices=SCHEDULES, flag="--schedule")
-    max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
-    response_length: int = option(24, "tokens that a response has at most", least=1)
-    temperature: float = option(1.0, "of sampling, and of every log-probability", above=0, metavar="T")
-    stop_token_ids: tuple[int, ...] | None = option(None, "what ends a response; None: the model's EOS", least=0)
-    # OpenAI replaces the score by -1, TRL's missing_eos_penalty defaults to None. A policy that was never taught to end
-    # its answers, as the shipped base, would have -1 for each of them, and nothing to learn from.
-    missing_eos_score: float | None = option(None, "score of a response that no stop token ended, such as -1")
-    missing_eos_penalty: float | None = option(None, "or: what such a response loses of its score")
-    cliprange: float = option(0.2, "ε: how far from 1 a ratio counts", above=0)
-    max_kl: float = option(100.0, "KL from the reference, nats a response, above which the run stops with an error", above=0)
-    stop_kl: float | None = option(
-        None, "end the run after the first update that samples above this KL; that update still trains", above=0
-    )
-    max_equal_updates: int = option(
-        20, "updates in a row without two different scores to compare, after which the run stops with an error", least=1
-    )
-    save_steps: int | None = option(None, "updates between checkpoints", least=1)
-    save_total_limit: int = option(2, "checkpoints that are kept", least=1)
-    seed: int = option(0, "seed of the order of the prompts, the responses and the minibatches", least=0)
-    progress: bool = option(True, "a progress bar on stderr, if that is a terminal")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"batch_size must be a multiple of mini_batch_size, {self.mini_batch_size}, got {self.batch_size}"
-            )
-        if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
-            raise ValueError(
-                "a missing EOS either replaces the score (missing_eos_score) or takes something off it "
-                "(missing_eos_penalty): set one of them to None"
-            )
-        if self.save_steps is not None and self.output_dir is None:
-            raise ValueError("save_steps needs an output_dir to save to")
 
 
 # What may differ between a run and the one that resumes it: it changes no byte of what an update does.
@@ -115,54 +57,15 @@ def missing_eos(
     return scores if penalty is None else scores - penalty * ~ended
 
 
-class Outputs(NamedTuple):
-    """What the policy makes of responses of n tokens: every array is [B, n]."""
-
-    logprobs: Tensor
-    values: Tensor | None = None
-    entropy: Array | None = None  # of the distribution at every position; None without gradients, where nothing reads it
-
-
-# ------------------------------------------------------------------------------------------------- parts of an update
-
-# Every use of random numbers has a stream of its own. Token t of row i of update u is drawn with the path [seed, u, i, t]
-# (`rollout`). The two orders add a purpose as their spawn key, a number that is no token's position: their paths are
-# shorter, NumPy pads a path with zeros, and [seed, u, epoch] alone would be the stream of the token [seed, u, epoch, 0].
+# Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path [seed, u, i, t]
+# (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch] alone would be the
+# stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no token's position.
 PROMPTS, MINIBATCHES = 1 << 31, (1 << 31) + 1
 
 
 def order(purpose: int, n: int, *path: int) -> np.ndarray:
     """A permutation of n that depends on the purpose and the path [seed, ...] alone."""
     return np.random.default_rng(np.random.SeedSequence(path, spawn_key=(purpose,))).permutation(n)
-
-
-def minibatches(config: OnlineConfig, update: int, xp: ModuleType = np) -> Iterator[Array]:
-    """The rows of each minibatch of an update, epoch after epoch: [mini_batch_size]."""
-    for epoch in range(config.num_epochs):
-        rows = order(MINIBATCHES, config.batch_size, config.seed, update, epoch)
-        for i in range(0, config.batch_size, config.mini_batch_size):
-            yield asarray(rows[i : i + config.mini_batch_size], xp)
-
-
-def policy_outputs(policy: Module, hidden: Tensor, input_ids: Array, temperature: float) -> Outputs:
-    """Log-probabilities and entropies of the last n tokens of input_ids [B, T], from the `response_hidden` [B, n, d]."""
-    logits = policy.lm_head(hidden) / temperature  # [B, n, V]
-    spread = entropy(logits.data) if is_grad_enabled() else None
-    return Outputs(token_logprobs(logits, input_ids[:, -hidden.shape[1] :]), entropy=spread)
-
-
-def forward_only(function: Callable[..., Iterable[Tensor | None]], roll: Rollout, size: int) -> list[Array]:
-    """What function(input_ids, attention_mask, n) gives for a rollout's responses, without gradients, `size` rows at a time.
-
-    Every Tensor that it gives is [B, n]; they come back as arrays that are 0 at padding.
-    """
-    xp, parts = xp_of(roll.mask), []
-    with no_grad():
-        for i in range(0, len(roll.mask), size):
-            ids, attention_mask, real = (a[i : i + size] for a in (roll.input_ids, roll.attention_mask, roll.mask))
-            given = function(ids, attention_mask, roll.length)
-            parts.append([xp.where(real != 0, x.data, 0) for x in given if x is not None])
-    return [xp.concatenate(rows) for rows in zip(*parts)]
 
 
 class OnlineTrainer(ABC):
@@ -185,30 +88,22 @@ class OnlineTrainer(ABC):
     """
 
     def __init__(
-        self,
-        policy: Any,
-        reward: RewardModel | RewardFunction,
-        prompts: Sequence[Sequence[int]],
-        config: Any,
-        watch: Mapping[str, RewardFunction] | None = None,
-        beside: Mapping[str, Parameter] | None = None,
-    ):
+        self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
+        watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Parameter] | None = None,
+    ):  # fmt: skip
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
             raise ValueError("there are no prompts" if not self.prompts else "a prompt must have at least one token")
-        limit = policy.config.max_position_embeddings
+        n, limit = config.response_length, policy.config.max_position_embeddings
         for i, prompt in enumerate(self.prompts):
-            if len(prompt) + config.response_length > limit:
-                raise ValueError(
-                    f"prompts[{i}] has {len(prompt)} tokens; with response_length={config.response_length} at most "
-                    f"{limit - config.response_length} fit the policy's {limit} positions"
-                )
+            if len(prompt) + n > limit:
+                room = f"with response_length={n} at most {limit - n} fit the policy's {limit} positions"
+                raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; {room}")
         self._reward_model = reward if isinstance(reward, RewardModel) else None
         self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
-        stops = config.stop_token_ids
+        stops, eos = config.stop_token_ids, policy.config.eos_token_id
         if stops is None:
-            eos = policy.config.eos_token_id
             stops = () if eos is None else np.atleast_1d(eos).tolist()
         self.stop_token_ids = tuple(stops)
         if not self.stop_token_ids and (config.missing_eos_score, config.missing_eos_penalty) != (None, None):
@@ -219,20 +114,14 @@ class OnlineTrainer(ABC):
         self._xp = xp_of(*[p.data for p in self.trainable.values()])
         self.reference = frozen_copy(policy)
         self.trainable |= beside or {}
-        # eps as in OpenAI's lm-human-preferences (utils/core.py, `minimize`), PyTorch's default is 1e-8
+        # eps as in OpenAI's lm-human-preferences (utils/core.py, `minimize`); PyTorch's default is 1e-8
         self.optimizer = Adam(self.trainable.items(), lr=config.learning_rate, eps=1e-5)
         self._callbacks: Callbacks | None = None
-        self.updates = 0
-        self.history: list[dict[str, Any]] = []
+        self.updates, self.history = 0, []
 
     @abstractmethod
     def update(self) -> dict[str, Any]:
         """Sample, score and train once; the record of it (see statistics.py), but for its number and learning rate."""
-
-    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
-        """The policy's outputs for the last `length` tokens, from a full forward pass: never from the cache."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)
-        return policy_outputs(self.policy, hidden, input_ids, self.config.temperature)
 
     def step(self) -> dict[str, Any]:
         """One update. Returns its statistics (see statistics.py), which are also added to `history`.
@@ -251,7 +140,7 @@ class OnlineTrainer(ABC):
         self.history.append(record)
         return record
 
-    # ------------------------------------------------------------------------------------------- parts of an update
+    # --------------------------------------------------------------------------------------------- parts of an update
 
     def rollout(self, group: int = 1) -> Rollout:
         """The policy's answers to the prompts of this update, `group` to each: batch_size responses."""
@@ -266,29 +155,42 @@ class OnlineTrainer(ABC):
         orders = {epoch: order(PROMPTS, n, self.config.seed, epoch) for epoch in {place // n for place in places}}
         return [self.prompts[orders[place // n][place % n]] for place in places for _ in range(group)]
 
-    def score(
-        self, roll: Rollout, logprobs: Array, ref_logprobs: Array, kl: Array, group: int
-    ) -> tuple[Array, dict[str, Any]]:
-        """(scores [B] of the responses, on the device; the record so far). `group` responses in a row are compared.
+    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
+        """The policy's outputs for the last `length` tokens, from a full forward pass: never from the cache."""
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)
+        return outputs_of(self.policy, hidden, input_ids, self.config.temperature)
 
-        logprobs, ref_logprobs and kl (`token_kl`) are [B, n].
+    def look(self, roll: Rollout) -> dict[str, Array]:
+        """What policy and reference make of the responses: the arrays of which minibatches are made.
+
+        old_logprobs, ref_logprobs, kl (`token_kl`) and, where the policy gives values, old_values are [B, n], 0 at
+        padding; input_ids, attention_mask and mask are the rollout's. Computed mini_batch_size rows at a time.
         """
-        c = self.config
-        raw = self._asked(self.reward, roll, "the reward")
-        bad = int((~np.isfinite(raw)).sum())
-        if bad:
-            raise self._error(
-                f"the reward is NaN or infinite for {bad} of {len(raw)} responses; look at the reward, nothing can be "
-                "learned from it"
-            )
+        xp, c, parts = self._xp, self.config, []
+        with no_grad():
+            for i in range(0, c.batch_size, c.mini_batch_size):
+                rows = slice(i, i + c.mini_batch_size)
+                given = roll.input_ids[rows], roll.attention_mask[rows], roll.length
+                old, ref = self.outputs(*given), response_logprobs(self.reference, *given, c.temperature)
+                found = {"old_logprobs": old.logprobs, "ref_logprobs": ref, "old_values": old.values}
+                real = roll.mask[rows] != 0
+                parts.append({name: xp.where(real, x.data, 0) for name, x in found.items() if x is not None})
+        batch = {name: xp.concatenate([part[name] for part in parts]) for name in parts[0]}
+        batch["kl"] = token_kl(batch["old_logprobs"], batch["ref_logprobs"], roll.mask)
+        return batch | {"input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask}
+
+    def score(self, roll: Rollout, batch: dict[str, Array], group: int) -> tuple[Array, dict[str, Any]]:
+        """(scores [B] of the responses, on the device; the record so far). `group` responses in a row are compared."""
+        c, raw = self.config, self._asked(self.reward, roll, "the reward")
+        if bad := int((~np.isfinite(raw)).sum()):
+            where = f"NaN or infinite for {bad} of {len(raw)} responses"
+            raise self._error(f"the reward is {where}; look at the reward, nothing can be learned from it")
         scores = missing_eos(raw, to_numpy(roll.ended), c.missing_eos_score, c.missing_eos_penalty)
         watched = {name: self._asked(function, roll, f"watch {name!r}") for name, function in self.watch.items()}
-        record = of_scores(raw, scores, group) | of_responses(roll, logprobs, ref_logprobs, kl, watched)
-        if not abs(record["objective/kl"]) <= c.max_kl:
-            raise self._error(
-                f"the policy is {record['objective/kl']:.4g} nats a response from its reference, beyond max_kl="
-                f"{c.max_kl:g}; {self._advice()}"
-            )
+        record = of_scores(raw, scores, group) | of_responses(roll, batch, watched)
+        if not abs(kl := record["objective/kl"]) <= c.max_kl:
+            where = f"{kl:.4g} nats a response from its reference, beyond max_kl={c.max_kl:g}"
+            raise self._error(f"the policy is {where}; {self._advice()}")
         return asarray(scores.astype(np.float32), self._xp), record
 
     def _asked(self, function: RewardFunction, roll: Rollout, what: str) -> np.ndarray:
@@ -296,6 +198,15 @@ class OnlineTrainer(ABC):
         if scores.shape != (self.config.batch_size,):
             raise ValueError(f"{what} must give one score a response, ({self.config.batch_size},), not {scores.shape}")
         return scores
+
+    def minibatches(self, batch: dict[str, Array]) -> Iterator[dict[str, Array]]:
+        """mini_batch_size rows of every array, num_epochs times all rows, each time in another order."""
+        c = self.config
+        for epoch in range(c.num_epochs):
+            rows = order(MINIBATCHES, c.batch_size, c.seed, self.updates, epoch)
+            for i in range(0, c.batch_size, c.mini_batch_size):
+                part = asarray(rows[i : i + c.mini_batch_size], self._xp)
+                yield {name: array[part] for name, array in batch.items()}
 
     def descend(self, loss: Tensor, stats: dict[str, float], seen: list[dict[str, float]]) -> bool:
         """One optimizer step: gradients of the loss, clipping, Adam. True where a callback asks for the end of the run.
@@ -308,9 +219,9 @@ class OnlineTrainer(ABC):
         if not math.isfinite(loss.item()):
             raise self._error(f"the loss is {loss.item():g}; {self._advice()}")
         loss.backward()
-        number = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + len(seen) + 1
         if self._callbacks is None:  # an own loop over `step`
             self._callbacks = self._gathered()
+        number = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + len(seen) + 1
         self._callbacks.before_step(self.policy, number)
         try:
             norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
@@ -331,11 +242,9 @@ class OnlineTrainer(ABC):
     # ---------------------------------------------------------------------------------------------------- the whole
 
     def train(
-        self,
-        resume_from_checkpoint: bool | str | os.PathLike = False,
-        on_step: Callable[[dict[str, Any]], None] | None = None,
-        callbacks: Iterable[Callback] = (),
-    ) -> list[dict[str, Any]]:
+        self, resume_from_checkpoint: bool | str | os.PathLike = False,
+        on_step: Callable[[dict[str, Any]], None] | None = None, callbacks: Iterable[Callback] = (),
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """All updates (or until stop_kl); returns their statistics. `on_step` is given each update's.
 
         The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*, which
@@ -351,35 +260,34 @@ class OnlineTrainer(ABC):
         with, and, given an output_dir, saves a checkpoint before. Other errors are those of `step`.
         """
         c, self._callbacks = self.config, self._gathered(callbacks)
+        show = {"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"}
         run = Run(
             c, c.steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity, state=self.state,
-            load_state=self.load_state, show={"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"},
-            unit="update", progress=c.progress,
+            load_state=self.load_state, show=show, unit="update", progress=c.progress,
         )  # fmt: skip
         with run.start(resume_from_checkpoint):
             self.updates = run.step = max(run.step, self.updates)
             self.history = list(run.history)
-            for _ in run:
+            for number in run:
                 record = self.step()
                 run.record(record)
                 if on_step:
                     on_step(record)
                 run.stopped = c.stop_kl is not None and record["objective/kl"] > c.stop_kl
-                last = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
-                if run.step < c.steps and len(last) == c.max_equal_updates and all(last):
+                equal = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
+                if len(equal) == c.max_equal_updates and all(equal) and number < c.steps:
                     raise self._nothing_to_prefer(run)
         return self.history
 
     def _nothing_to_prefer(self, run: Run) -> RLHFError:
-        c, record, kept = self.config, self.history[-1], ""
+        record, n, kept = self.history[-1], self.config.max_equal_updates, ""
         if run.directory:
             run.save()
             kept = f"; checkpoint-{run.step} keeps the run, which goes on with a higher max_equal_updates"
         why = ": none ended with a stop token; raise response_length" if not record["num_eos"] else ""
         return RLHFError(
-            f"update {run.step}: no response has scored better or worse than those it is compared with for "
-            f"{c.max_equal_updates} updates (the last mean: {record['objective/scores']:g}), so there is nothing to "
-            f"prefer{why}{kept}"
+            f"update {run.step}: no response has scored better or worse than those it is compared with for {n} updates "
+            f"(the last mean: {record['objective/scores']:g}), so there is nothing to prefer{why}{kept}"
         )
 
     def _gathered(self, callbacks: Iterable[Callback] = ()) -> Callbacks:

@@ -20,22 +20,13 @@ from typing import Any
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
-from ..nn.heads import ValueModel
 from ..nn.layers import Linear
-from ..options import configuration, option
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
-from .advantages import gae, masked_mean, priced, token_kl, whiten
-from .logprobs import response_hidden, response_logprobs
-from .online import (
-    OnlineConfig,
-    OnlineTrainer,
-    Outputs,
-    RewardFunction,
-    forward_only,
-    minibatches,
-    policy_outputs,
-)
+from .advantages import gae, masked_mean, priced, whiten
+from .config import PPOConfig
+from .logprobs import Outputs, outputs_of, response_hidden
+from .online import OnlineTrainer, RewardFunction
 from .reward import RewardModel
 from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
 
@@ -50,9 +41,7 @@ def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
-) -> Tensor:
+def policy_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
     return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 
@@ -98,30 +87,6 @@ class KLController:
             self.beta *= 1 + error * n / self.horizon
 
 
-@configuration(kw_only=True)
-class PPOConfig(OnlineConfig):
-    """PPO's options beside those of OnlineConfig. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
-
-    kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
-    kl_target: float | None = option(None, "move β towards this KL, nats a response", above=0, metavar="KL")
-    kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
-    gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
-    lam: float = option(0.95, "λ of generalized advantage estimation", least=0, most=1)
-    cliprange_value: float = option(0.2, "ε of the values: how far a value may move in an update", above=0)
-    vf_coef: float = option(0.1, "weight of the value loss", least=0)
-    whiten_rewards: bool = option(False, "rescale the shaped rewards to variance 1, keeping their mean")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:
-            raise ValueError(
-                f"kl_horizon must be above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0; got "
-                f"{self.kl_horizon}"
-            )
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("kl_target multiplies kl_coef up and down, so kl_coef must not start at 0")
-
-
 class PPOTrainer(OnlineTrainer):
     """PPO of a language model against a reward. Arguments and errors: see `OnlineTrainer`; and
 
@@ -132,15 +97,9 @@ class PPOTrainer(OnlineTrainer):
     config: PPOConfig
 
     def __init__(
-        self,
-        policy: Any,
-        reward: RewardModel | RewardFunction,
-        prompts: Sequence[Sequence[int]],
-        config: PPOConfig | None = None,
-        watch: Mapping[str, RewardFunction] | None = None,
-        value_model: ValueModel | None = None,
-    ):
-        config = config or PPOConfig()
+        self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]],
+        config: PPOConfig | None = None, watch: Mapping[str, RewardFunction] | None = None, value_model: Any = None,
+    ):  # fmt: skip
         v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
         for p in v_head.parameters():  # zero: the first advantages are the rewards alone
             p.data = xp.zeros(p.shape, xp.float32)
@@ -153,41 +112,35 @@ class PPOTrainer(OnlineTrainer):
                     "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
                     'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
                 )
-        super().__init__(policy, reward, prompts, config, watch, beside)
+        super().__init__(policy, reward, prompts, config or PPOConfig(), watch, beside)
         self.v_head, self.value_model = v_head, value_model
-        self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
 
     def update(self) -> dict[str, Any]:
-        """One update; n is response_length, B batch_size."""
-        c, size = self.config, self.config.mini_batch_size
+        """One update, of B = batch_size responses of up to n = response_length tokens. Returns its record."""
+        c = self.config
         # 1. Rollout: the policy answers the next prompts.
         roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
-        # 2. Log-probabilities of policy and reference, and values, from full forward passes: [B, n], 0 at padding.
-        old_logprobs, old_values = forward_only(self.outputs, roll, size)
-        (ref_logprobs,) = forward_only(lambda *a: [response_logprobs(self.reference, *a, c.temperature)], roll, size)
-        kl = token_kl(old_logprobs, ref_logprobs, roll.mask)  # [B, n]
-        # 3. Scores of whole responses: [B].
-        scores, record = self.score(roll, old_logprobs, ref_logprobs, kl, group=c.batch_size)
-        # 4. Shaped rewards: every token pays for its KL, the last one has the score: [B, n].
-        beta = self.kl_controller.beta
-        rewards = priced(kl, scores, roll.mask, beta)
-        record |= of_objective(record, -beta * record["objective/kl"], beta)
-        self.kl_controller.update(record["objective/kl"], c.batch_size)
+        # 2. Log-probabilities of policy and reference, their difference, and values, from full forward passes.
+        batch = self.look(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
+        # 3. Scores of whole responses.
+        scores, record = self.score(roll, batch, group=c.batch_size)  # [B]
+        # 4. Shaped rewards: every token pays for its KL, the last one has the score.
+        beta, kl = self.kl_controller.beta, record["objective/kl"]
+        rewards = priced(batch["kl"], scores, roll.mask, beta)  # [B, n]
+        record |= of_objective(record, -beta * kl, beta)
+        self.kl_controller.update(kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)
-        # 5. Advantages and returns, and only then whitened advantages: [B, n].
-        advantages, returns = gae(rewards, old_values, c.gamma, c.lam, roll.mask)
-        advantages = whiten(advantages, roll.mask) * (record["objective/scores_equal"] < 1)  # departure 1
-        # 6. Epochs of minibatches, an optimizer step each: loss, gradients, clipping, Adam.
-        whole = {
-            "input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask,
-            "old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns,
-        }  # fmt: skip
+        # 5. Advantages and returns, and only then whitened advantages.
+        advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
+        white = whiten(advantages, roll.mask)
+        batch["advantages"] = white if record["objective/scores_equal"] < 1 else 0 * white  # departure 1
+        # 6. Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam.
         seen: list[dict[str, float]] = []
-        for rows in minibatches(c, self.updates, xp_of(roll.mask)):
-            batch = {name: array[rows] for name, array in whole.items()}
-            new = self.outputs(batch["input_ids"], batch["attention_mask"], c.response_length)
-            loss, stats = self.loss(batch, new)
+        for part in self.minibatches(batch):
+            new = self.outputs(part["input_ids"], part["attention_mask"], roll.length)
+            loss, stats = self.loss(part, new)
             if self.descend(loss, stats, seen):
                 break
         return record | over_minibatches(seen)
@@ -199,7 +152,7 @@ class PPOTrainer(OnlineTrainer):
             values = self.v_head(hidden).reshape(hidden.shape[:2])
         else:
             values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
-        return policy_outputs(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
+        return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""

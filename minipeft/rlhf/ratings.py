@@ -27,7 +27,7 @@ from ..files import FileError
 from ..text.datasets import Preference
 from ..text.splits import check_split, side
 
-KINDS = {  # the prefix of a file -> what a reward model is told that the text is
+KINDS = {  # the prefix of a file -> what a reward model reads before the text
     "movieReviewSnippets": "Movie review:",
     "amazonReviewSnippets": "Product review:",
     "nytEditorialSnippets": "Editorial:",
@@ -61,10 +61,8 @@ def human_ratings(path: str | os.PathLike) -> list[RatedText]:
         members = _members(inner, path / INNER)
     found = []
     for prefix, kind in KINDS.items():
-        texts, ratings = (
-            _rows(members, f"{prefix}_{table}.txt", columns, path)
-            for table, columns in (("GroundTruth", 3), ("anonDataRatings", 4))
-        )
+        texts = _rows(members, f"{prefix}_GroundTruth.txt", 3, path)
+        ratings = _rows(members, f"{prefix}_anonDataRatings.txt", 4, path)
         for number, (id, _, text) in enumerate(texts.values(), start=1):
             where = f"{path}: {prefix}, text {number} ({id})"
             if id not in ratings:
@@ -116,9 +114,7 @@ def _members(data: bytes, path: Path) -> dict[str, bytes]:
                 name = member.name.rpartition("/")[2]
                 if member.isfile() and name.endswith((".txt", ".tar.gz")):
                     if member.size > LIMIT:
-                        raise FileError(
-                            f"{path}: {member.name} has {member.size} bytes, more than such a file ever has"
-                        )
+                        raise FileError(f"{path}: {member.name} has {member.size} bytes, more than such a file has")
                     found[name] = archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise FileError(f"{path}: not a .tar.gz archive, or a damaged one ({error})") from error
@@ -128,15 +124,14 @@ def _members(data: bytes, path: Path) -> dict[str, bytes]:
 def _rows(members: dict[str, bytes], name: str, columns: int, path: Path) -> dict[str, list[str]]:
     """{id: the line's columns} of a table."""
     if name not in members:
-        raise FileError(
-            f"{path}: holds no {name}; give the source archive vaderSentiment-3.3.2.tar.gz, or {INNER} from inside it"
-        )
+        wanted = f"the source archive vaderSentiment-3.3.2.tar.gz, or {INNER} from inside it"
+        raise FileError(f"{path}: holds no {name}; give {wanted}")
     rows = {}
     for number, line in enumerate(members[name].decode("utf-8-sig", errors="replace").split("\n"), start=1):
         if line.strip():
             row = line.rstrip("\r").split("\t", columns - 1)
             if len(row) != columns or not row[-1].strip():
-                raise FileError(f"{path}: {name}, line {number}: has not {columns} columns divided by tabs")
+                raise FileError(f"{path}: {name}, line {number}: does not have {columns} columns divided by tabs")
             rows[row[0]] = row
     return rows
 

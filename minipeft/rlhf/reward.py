@@ -27,19 +27,15 @@ from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..files import FileError, read_json, write_json
 from ..nn.heads import SequenceClassifier
 from ..nn.transformer import Transformer
-from ..options import configuration, option
 from ..text.tokenizer import Tokenizer, pad_sequences
 from ..train.batches import Batch
+from .config import RewardConfig
 
 CALIBRATION = "reward_calibration.json"
 
 
 def reward_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Array | None = None,
-    center: float = 0.0,
-    weight: Array | None = None,
+    chosen: Tensor, rejected: Tensor, margin: Array | None = None, center: float = 0.0, weight: Array | None = None
 ) -> Tensor:
     """Bradley-Terry: mean of -log σ(r_chosen - r_rejected - margin) + center · mean of (r_chosen + r_rejected)².
 
@@ -98,16 +94,6 @@ def collate_rankings(rankings: Sequence[Ranking]) -> Batch:
     return Batch(arguments, len(rankings), int(mask.sum()))
 
 
-@configuration(kw_only=True)
-class RewardConfig:
-    """What the loss of a reward model asks beside TrainingArguments."""
-
-    center: float = option(
-        0.0, "weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023 take 0.01)", least=0,
-        metavar="C",
-    )  # fmt: skip
-
-
 class RewardModel(SequenceClassifier):
     """A language model's backbone with a scalar head, and the calibration of its scores.
 
@@ -132,17 +118,13 @@ class RewardModel(SequenceClassifier):
         return (self(input_ids, attention_mask).reshape(-1) - self.mean) / self.std
 
     def loss(
-        self,
-        input_ids: Array,
-        attention_mask: Array,
-        better: Array,
-        worse: Array,
-        weight: Array | None = None,
-        margin: Array | None = None,
-        center: float = 0.0,
-        rng: Rng | None = None,  # no dropout: a reward is to be a function of the text
-    ) -> Tensor:
-        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once."""
+        self, input_ids: Array, attention_mask: Array, better: Array, worse: Array, weight: Array | None = None,
+        margin: Array | None = None, center: float = RewardConfig.center, rng: Rng | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once.
+
+        `rng` is not used, so there is no dropout: a reward is to be a function of the text.
+        """
         scores = self.rewards(input_ids, attention_mask)
         return reward_loss(scores[better], scores[worse], margin, center, weight)
 
@@ -166,10 +148,8 @@ class RewardModel(SequenceClassifier):
         scores = self.score_texts(texts)
         mean, std = float(scores.mean()), float(scores.std())
         if not 1e-5 * abs(scores).max() < std < math.inf:
-            raise ValueError(
-                f"the {len(texts)} reference texts have scores of mean {mean:g} and standard deviation {std:.1g}: "
-                "nothing to scale by"
-            )
+            found = f"scores of mean {mean:g} and standard deviation {std:.1g}"
+            raise ValueError(f"the {len(texts)} reference texts have {found}: nothing to scale by")
         self.mean, self.std = mean, std
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer: Tokenizer | None = None) -> None:
@@ -212,9 +192,7 @@ def reward_accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
     return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
 
-def calibration_curve(
-    chosen: np.ndarray, rejected: np.ndarray, bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def calibration_curve(chosen: np.ndarray, rejected: np.ndarray, bins: int = 10) -> tuple[np.ndarray, ...]:
     """How often the first of two answers is preferred, where the model says so with probability p: what a plot shows.
 
     Each pair is looked at from both sides: predicted p = σ(r_first - r_second), preferred or not. Returns, for each of

@@ -44,26 +44,24 @@ import numpy as np
 
 from ..backend import Array
 from .advantages import masked_mean
-from .rollout import Rollout, distinct_n
+from .rollouts import Rollout, distinct_n
 
 
 class RLHFError(RuntimeError):
     """A run cannot learn on as it is. The message names the update, what went wrong and what helps."""
 
 
-def of_responses(
-    roll: Rollout, logprobs: Array, ref_logprobs: Array, kl: Array, watched: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """Statistics of an update's responses but for the scores; logprobs, ref_logprobs and kl (see `token_kl`) are [B, n]."""
+def of_responses(roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Statistics of an update's responses but for the scores; old_logprobs, ref_logprobs and kl of `batch` are [B, n]."""
     size, responses = len(roll.mask), roll.responses()
     means = {name: float(scores.mean()) for name, scores in watched.items()}
     return {
-        "objective/kl": float((kl * roll.mask).sum().item()) / size,
-        "objective/entropy": -float((logprobs * roll.mask).sum().item()) / size,
+        "objective/kl": float((batch["kl"] * roll.mask).sum().item()) / size,
+        "objective/entropy": -float((batch["old_logprobs"] * roll.mask).sum().item()) / size,
         "num_eos": int(roll.ended.sum().item()),
         "text/length": float(np.mean([len(r) for r in responses])),
         "text/distinct_2": distinct_n(responses, 2),
-        "text/ref_loss": -float(masked_mean(ref_logprobs, roll.mask).item()),
+        "text/ref_loss": -float(masked_mean(batch["ref_logprobs"], roll.mask).item()),
         **{f"watch/{name}": mean if math.isfinite(mean) else None for name, mean in means.items()},
     }
 

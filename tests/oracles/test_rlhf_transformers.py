@@ -31,41 +31,22 @@ def test_a_reward_model_loads_in_transformers(model_type, name, tmp_path, rng):
     np.testing.assert_allclose(ours.score_texts(texts), (raw - ours.mean) / ours.std, atol=1e-5)
 
 
-@pytest.fixture
-def numbers(rng):
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_loss_and_gradient_are_autograds(method, rng):
     mask = np.arange(6) < np.array([6, 1, 4, 5])[:, None]
-    draw = lambda scale: np.where(mask, rng.standard_normal((4, 6)) * scale, 0)  # noqa: E731
-    return {"mask": mask, "old": draw(1) - 1, "change": draw(0.3), "ref": draw(1) - 1, "a": rng.standard_normal(4)}
-
-
-def test_grpo_is_autograds(numbers):
-    n = numbers
-    ours = mp.Tensor(n["old"] + n["change"], requires_grad=True)
-    loss = rlhf.grpo_loss(ours, n["old"], n["ref"], n["a"], n["mask"], 0.2, 0.04)
+    old, change, ref = (np.where(mask, rng.standard_normal((4, 6)) * s - m, 0) for s, m in ((1, 1), (0.3, 0), (1, 1)))
+    a = rng.standard_normal(4)
+    ours, new = mp.Tensor(old + change, requires_grad=True), torch.tensor(old + change, requires_grad=True)
+    t_old, t_ref, t_a, t_mask = map(torch.tensor, (old, ref, a, mask))
+    if method == "grpo":
+        loss, ratio = rlhf.grpo_loss(ours, old, ref, a, mask, 0.2, 0.04), (new - t_old).exp()
+        surrogate = torch.min(t_a[:, None] * ratio, t_a[:, None] * ratio.clamp(0.8, 1.2))
+        kl = (t_ref - new).exp() - (t_ref - new) - 1
+        want = -(((surrogate - 0.04 * kl) * t_mask).sum(1) / t_mask.sum(1)).mean()
+    else:
+        loss, ratio = rlhf.rloo_loss(ours, old, a, mask, 0.2), ((new - t_old) * t_mask).sum(1).exp()
+        want = torch.max(-t_a * ratio, -t_a * ratio.clamp(0.8, 1.2)).mean()
     loss.backward()
-    new = torch.tensor(n["old"] + n["change"], requires_grad=True)
-    old, ref, a, mask = (torch.tensor(n[k]) for k in ("old", "ref", "a", "mask"))
-    ratio = (new - old).exp()
-    surrogate = torch.min(a[:, None] * ratio, a[:, None] * ratio.clamp(0.8, 1.2))
-    kl = (ref - new).exp() - (ref - new) - 1
-    want = -(((surrogate - 0.04 * kl) * mask).sum(1) / mask.sum(1)).mean()
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-12)
     np.testing.assert_allclose(ours.grad, new.grad, atol=1e-14)
-
-
-def test_rloo_is_autograds(numbers):
-    n = numbers
-    ours = mp.Tensor(n["old"] + n["change"], requires_grad=True)
-    loss = rlhf.rloo_loss(ours, n["old"], n["a"], n["mask"], 0.2)
-    loss.backward()
-    new = torch.tensor(n["old"] + n["change"], requires_grad=True)
-    old, a, mask = (torch.tensor(n[k]) for k in ("old", "a", "mask"))
-    ratio = ((new - old) * mask).sum(1).exp()
-    want = torch.max(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean()
-    want.backward()
-    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
-    np.testing.assert_allclose(ours.grad, new.grad, atol=1e-14)
-    assert torch.allclose(
-        torch.nn.functional.logsigmoid(a), torch.tensor(mp.functional.logsigmoid(mp.Tensor(n["a"])).numpy())
-    )

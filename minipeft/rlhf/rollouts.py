@@ -65,13 +65,9 @@ def truncate_response(response: Array, stop_token_ids: Sequence[int]) -> tuple[A
 
 
 def rollout(
-    policy: Any,
-    prompts: Sequence[Sequence[int]],
-    length: int,
-    temperature: float = 1.0,
-    stop_token_ids: Sequence[int] = (),
-    seed: int | Rng = 0,
-) -> Rollout:
+    policy: Any, prompts: Sequence[Sequence[int]], length: int, temperature: float = 1.0,
+    stop_token_ids: Sequence[int] = (), seed: int | Rng = 0,
+) -> Rollout:  # fmt: skip
     """Let `policy` answer prompts (token ids) with at most `length` tokens each.
 
     A row's random numbers depend on the seed, its index and the position alone, so stopping it at its stop token gives
