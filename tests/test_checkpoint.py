@@ -130,8 +130,8 @@ def test_a_run_that_a_callback_ended_is_resumed_as_finished(tmp_path):
 def test_a_run_that_stopped_early_is_resumed_as_finished(tmp_path):
     random, counted = np.random.default_rng(0), counting(20, np.random.default_rng(1))
     noise = [(ids, random.integers(0, 32, len(ids))) for ids, _ in counted]
-    options = {"examples": noise, "max_steps": 200, "early_stopping_patience": 2, "learning_rate": 0.05, "save_steps": 50}
-    run, again = trainer(tmp_path, **options), trainer(tmp_path, **options)
+    options = {"max_steps": 200, "early_stopping_patience": 2, "learning_rate": 0.05, "save_steps": 50}
+    run, again = (trainer(tmp_path, examples=noise, **options) for _ in range(2))
     first, second = run.train(), again.train(resume_from_checkpoint=True)
     assert first.stopped_early and second.stopped_early and first.steps == second.steps
     assert_same_bytes(weights(again.model), weights(run.model))
@@ -148,7 +148,7 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path):
     assert names == {"metrics.jsonl", "loss.png", ".checkpoint-mine.tmp"}
 
 
-def test_a_frozen_base_is_not_stored_but_recognised(tmp_path):
+def test_a_frozen_base_is_not_stored_but_recognized(tmp_path):
     def tuned(seed):
         frozen = tiny_model(seed=seed).requires_grad_(False)
         frozen.model.norm.weight.requires_grad = True

@@ -15,8 +15,8 @@ class TrainingArguments:
     A step takes `per_device_train_batch_size * gradient_accumulation_steps` examples; the last step of an epoch takes
     those that remain. Weight decay is decoupled (AdamW), or added to the gradient (SGD). With `save_steps` there is a
     checkpoint at the end too. Early stopping ends, in any case, with the weights of the best evaluation. `packing` lets
-    the examples of a batch share rows instead of padding each to the longest (`collate_packed`): the same loss, computed
-    sooner. With `output_dir`, metrics go to metrics.jsonl there and the loss curve to loss.png.
+    the examples of a batch share rows instead of padding each to the longest (`collate_packed`): the same loss, sooner.
+    With `output_dir`, metrics go to metrics.jsonl there and the loss curve to loss.png.
 
     Raises ValueError, naming the argument, for a value that makes no sense.
     """

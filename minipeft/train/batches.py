@@ -14,9 +14,9 @@ IGNORE = -100  # the label that does not count, as in cross entropy's ignore_ind
 class Batch(NamedTuple):
     """What one forward pass takes.
 
-    arguments: the keyword arguments of `model.loss`; host arrays in it are moved to the model's device.
-    weight: how many units (tokens, pairs, ...) that loss is the mean over; losses are combined in this proportion.
-    tokens: tokens of input, padding excluded; for the speed that is shown.
+    arguments: the keyword arguments of the loss; host arrays among them are moved to the model's device.
+    weight: the number of units (tokens, pairs, ...) that the loss is the mean of; losses are weighted with it.
+    tokens: the number of input tokens without padding, from which the speed is computed.
     """
 
     arguments: dict[str, Any]
@@ -25,17 +25,17 @@ class Batch(NamedTuple):
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the examples in an epoch: a permutation that depends on (seed, epoch) alone."""
+    """The order of the examples in an epoch: a permutation [examples] that depends on (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def counted(labels: np.ndarray) -> int:
-    """How many labels count: those that are not -100, without each row's first, which no position predicts."""
+    """The number of labels [..., T] that count: not -100, and not the first of a row, which no position predicts."""
     return int((labels[..., 1:] != IGNORE).sum())
 
 
 def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int = 0) -> Batch:
-    """(input_ids, labels) pairs as one batch, padded on the right to the longest.
+    """(input_ids [n], labels [n]) pairs as one batch [B, T], padded on the right to the longest.
 
     The attention mask [B, T] is None where nothing is padded, so that the model takes its path without a mask.
     """
@@ -52,11 +52,11 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which examples share a row of `capacity` tokens: the indices of each row's, by best fit, the longest first.
+    """Which examples share a row of `capacity` tokens: for each row, the indices of its examples.
 
-    Each example goes into the row with the least room that still holds it, or into a new one ("best-fit decreasing",
-    which needs at most 11/9 of the fewest rows possible, plus a constant: Johnson 1973). Raises ValueError for an
-    example that no row holds.
+    Best-fit decreasing: each example, the longest first, goes into the row with the least room that still holds it, or
+    into a new row. This needs at most 11/9 of the fewest rows possible, plus a constant (Johnson 1973). Raises
+    ValueError for an example that no row holds.
     """
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens free, row), sorted
@@ -80,17 +80,16 @@ def collate_packed(
 
         input_ids       a0 a1 a2 a3 b0 b1 b2  .      attention_mask   key  a a a a b b b .
         position_ids     0  1  2  3  0  1  2  0        query of a          x x x x              (and nobody sees what
-        labels           .  1  2  3  .  1  2  .        query of b                  x x x         follows, as ever)
+        labels           .  1  2  3  .  1  2  .        query of b                  x x x         follows)
 
-    Positions begin anew with each example, none sees another ([B, 1, T, T] boolean), and the first token of one is not
-    learned from the last of another, so loss and gradients are those of `collate`, but for rounding. What is saved is
+    The positions of each example start at 0, none sees another ([B, 1, T, T] boolean), and the first token of one is
+    not learned from the last of another, so loss and gradients are those of `collate` up to rounding. What is saved is
     the padding. (Hugging Face TRL packs the whole data set before training, so that a step holds more examples; here a
     step has the same examples with and without packing.)
 
-    `capacity` is the number of tokens a row may hold, at least those of the longest example, which are the default:
-    then no row becomes longer than it would be without packing, and attention, whose cost grows with T², no dearer.
-    Longer rows waste less where examples are about equally long, and pay for a wide model, in which attention is the
-    smaller part.
+    `capacity` is the number of tokens that a row may hold, by default (and at least) those of the longest example: then
+    no row is longer than without packing, and attention, whose cost grows with T², costs no more. Longer rows waste
+    less where examples are about equally long, and pay in a wide model, in which attention is the smaller part.
     """
     lengths = [len(ids) for ids, _ in examples]
     rows = pack(lengths, max(max(lengths), capacity or 0))

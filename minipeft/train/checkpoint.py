@@ -2,13 +2,14 @@
 
     output_dir/checkpoint-120/model.safetensors       the trainable parameters
                               optimizer.safetensors   the optimizer's moments
+                              callbacks.safetensors   what callbacks keep (AdaLoRA), if they do
                               best.safetensors        the trainable parameters of the best evaluation (early stopping)
                               state.json              everything else, and the size and SHA-256 of the other files
 
 A checkpoint is written into a temporary directory beside its place, every file and the directory are flushed to the
-disk, and the directory is then renamed, which the file system does in one step. A crash or a `kill -9` at any moment
-leaves the earlier checkpoints and perhaps a temporary directory, which the next run removes. An old checkpoint is
-deleted only when a newer one is durable.
+disk, and then the directory is renamed, which the file system does in one step. A crash or a `kill -9` at any moment
+leaves the earlier checkpoints, and perhaps a temporary directory, which the next run removes. An old checkpoint is
+deleted only when a newer one is on the disk.
 
 Frozen parameters are not stored, only their fingerprint: a checkpoint restores the full model together with the base
 it was trained on, and refuses another base.
@@ -54,7 +55,7 @@ def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
 def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
     """The arrays, numbers and texts inside lists, tuples and dictionaries, by path; other objects are left out."""
     if is_array(value):
-        yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # whatever integers they were read as
+        yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # the same in every width of integers
     elif isinstance(value, (str, int, float)):
         yield name, np.frombuffer(repr(value).encode(), np.uint8)
     elif isinstance(value, dict):
@@ -80,7 +81,7 @@ def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def unpack_optimizer(optimizer: Optimizer, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Put an optimizer where `pack_optimizer` found it."""
+    """Restore the state that `pack_optimizer` gave."""
     state = {i: dict(entry) for i, entry in values["state"].items()}
     for name, array in arrays.items():
         i, _, slot = name.partition(".")

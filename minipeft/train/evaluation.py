@@ -31,12 +31,12 @@ def evaluate(
     model: Module, examples: Sequence[Any], batch_size: int = 8, pad_token_id: int = 0, *,
     collate: Collate | None = None, loss: Loss | None = None,
 ) -> float:  # fmt: skip
-    """Mean loss in nats per label token, over all labels that count in `examples`; without dropout, nothing is trained.
+    """Mean loss in nats per label token, over all labels that count in `examples`, without dropout or gradients.
 
-        sum over batches of (loss · weight) / sum of weights
+        L = Σ_b w_b L_b / Σ_b w_b        w_b: the weight of a batch, L_b: its loss
 
-    so the result does not depend on `batch_size` but for rounding. `collate` and `loss` are those of `Trainer`, for
-    other kinds of examples and other objectives; the loss is then in their units.
+    Up to rounding it does not depend on `batch_size`. `collate` and `loss` are those of `Trainer`, for other kinds of
+    examples and other objectives; the loss is then in their units.
 
     Raises ValueError where there is nothing to evaluate.
     """

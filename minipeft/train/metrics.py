@@ -1,4 +1,4 @@
-"""What a run measured: a line of JSON per record, a history in memory, and the picture of it; and chrF of its texts."""
+"""What a run measured: records in memory and as lines of JSON, the loss curve; and chrF, the quality of its texts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..files import FileError, write_atomic
 class Metrics:
     """Records in memory (`history`) and, given a path, one JSON line each in a file.
 
-    `position` is the length in bytes of what an earlier run wrote and is to be kept: what lies beyond it, written after
-    the checkpoint from which the run resumes, is cut off, so that no line is doubled. 0 begins anew.
+    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint from
+    which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
 
     Raises FileError when the file is shorter than `position`, or holds anything but JSON lines up to there.
     """

@@ -3,8 +3,8 @@
     SGD    b ← momentum · b + g,   θ ← θ - lr · b
     Adam   m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²,   θ ← θ - lr · m̂ / (sqrt(v̂) + eps)
 
-`Optimizer.step` (optimizer.py) calls `update` for every parameter that requires gradients and has one. A large one is
-updated in flat pieces of `ELEMENTS`: beside the state, an update holds at most three arrays of this size in each thread.
+`Optimizer.step` (optimizer.py) calls `update` for every parameter that requires gradients and has one, in flat pieces
+of at most `ELEMENTS`: beside the state, an update holds at most three arrays of this size in each thread.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Adam(Optimizer):
     decoupled = False
 
     def __init__(
-        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
-    ):
+        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -73,8 +74,9 @@ class AdamW(Adam):
     decoupled = True
 
     def __init__(
-        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
-    ):
+        self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay)
 
 

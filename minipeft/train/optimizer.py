@@ -165,12 +165,13 @@ class Optimizer:
                 raise ValueError(f"{name}: the state names parameter {i}; there are {len(parameters)}")
             p, slots = parameters[int(i)]
             if set(entry) != {"step", *slots}:
-                raise ValueError(f"{name}: the state of parameter {i} holds {sorted(entry)}, not step, {', '.join(slots)}")
+                what = f"the state of parameter {i} holds {sorted(entry)}"
+                raise ValueError(f"{name}: {what}, not step, {', '.join(slots)}")
             loaded[p] = {"step": int(entry["step"])}
             for slot in slots:
                 if entry[slot].shape != p.shape:
-                    there = f"{slot} of parameter {i} has shape {entry[slot].shape}"
-                    raise ValueError(f"{name}: {there}, the parameter {p.shape}")
+                    what = f"{slot} of parameter {i} has shape {entry[slot].shape}"
+                    raise ValueError(f"{name}: {what}, the parameter {p.shape}")
                 loaded[p][slot] = asarray(entry[slot], xp_of(p.data)).astype(p.dtype, order="C", copy=True)
         self.state = loaded
         for old, new in zip(mine, theirs):

@@ -9,9 +9,9 @@
 
 Everything that a step does must depend on (seed, step) and on what a checkpoint holds alone: then a run that is resumed
 ends with the same bytes as one that was never interrupted. A checkpoint holds the trained parameters, the optimizer's
-state, what the callbacks and the trainer itself remember, and the run's identity: whatever else decides those bytes, as
-JSON values, for large things their SHA-256. A run with another identity is refused. The identity is computed once, when
-it is first needed, so a run that saves nothing hashes nothing.
+state, what the callbacks and the trainer itself remember, and the run's identity: everything else that decides those
+bytes, as JSON values, large things as their SHA-256. A run with another identity is refused. The identity is computed
+once, when it is first needed, so a run that saves nothing hashes nothing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Run:
 
     @contextmanager
     def start(self, resume: bool | str | os.PathLike | None = None) -> Iterator[None]:
-        """Begin, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
+        """Start, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
 
         A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is
         missing, damaged, or of another run.

@@ -178,9 +178,9 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        matrices, vectors = ([(n, p) for n, p in self.trainable.items() if (p.ndim > 1) == many] for many in (True, False))
-        groups = [{"params": matrices, "weight_decay": a.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        matrices, vectors = ([item for item in self.trainable.items() if (item[1].ndim > 1) is m] for m in (True, False))
+        decays = ((matrices, a.weight_decay), (vectors, 0.0))
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
         if a.optim == "sgd":
             return SGD(groups, lr=a.learning_rate, momentum=a.momentum)
         return AdamW(groups, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
