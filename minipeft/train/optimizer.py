@@ -180,8 +180,8 @@ class Optimizer:
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """The options of a group as Python numbers: NumPy's would make float64 of float32 arrays, and cannot be saved."""
+    return {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
 
-    def plain(value: Any) -> Any:
-        return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else getattr(value, "item", lambda: value)()
 
-    return {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else getattr(value, "item", lambda: value)()

@@ -203,11 +203,11 @@ class Trainer:
         checkpoints. Raises CheckpointError for a checkpoint that is missing, damaged, or of another base, data set,
         arguments or callbacks.
         """
-        began, a, self._best = time.perf_counter(), self.args, _Best()
+        began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
         self._callbacks = Callbacks(self.model, callbacks)
         run = Run(
             a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
-            state=lambda: self._state(run.step), load_state=self._load_state, progress=a.progress,
+            state=self._state, load_state=self._load_state, progress=a.progress,
             show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
         )  # fmt: skip
         with run.start(resume_from_checkpoint):
@@ -252,7 +252,7 @@ class Trainer:
         )  # fmt: skip
         seconds = time.perf_counter() - start
         speed = round(record["tokens"] / max(seconds, 1e-9), 1)
-        epochs = round(step / self.steps_per_epoch, 4)
+        self._done, epochs = step, round(step / self.steps_per_epoch, 4)
         return {**record, "epoch": epochs, "seconds": seconds, "tokens_per_second": speed}
 
     # ---------------------------------------------------------------------------------------------------- evaluate
@@ -278,8 +278,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what a run resumes
 
-    def _state(self, step: int) -> dict[str, Any]:
-        check_parameters(step, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
+    def _state(self) -> dict[str, Any]:
+        check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
 
     def _load_state(self, state: dict[str, Any]) -> None:
