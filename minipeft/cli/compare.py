@@ -224,35 +224,27 @@ def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tupl
     return row, model
 
 
+COLUMNS = {
+    "trainable": "\ntrainable", "share": "share\n%", "predicted": "memory\npredicted", "measured": "\nmeasured",
+    "step": "\ns/step", "task_loss": "task\nloss", "general_loss": "general\nloss", "forgotten": "\nchange",
+    "storage": "\nstorage",
+}  # fmt: skip
+
+
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
-    """One line a method; the best loss on the task is bold. Fits into 80 columns."""
+    """One line a method; the best of a column is bold. Fits into 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
-    from .bars import size
+    from .cells import cells
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nmethod")
-    for heading in (
-        "\ntrainable", "share\n%", "memory\npredicted", "\nmeasured", "\ns/step",
-        "task\nloss", "general\nloss", "\nchange", "\nstorage",
-    ):  # fmt: skip
+    for heading in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    best = min(row["task_loss"] for row in rows)
     for row in rows:
-        trained = row["method"] != "frozen"
-        table.add_row(
-            row["title"],
-            f"{row['trainable']:,}",
-            f"{100 * row['trainable'] / row['parameters']:.2f}",
-            size(row["memory_predicted"]),
-            "-" if row["memory_measured"] is None else size(row["memory_measured"]),
-            f"{row['seconds_per_step']:.3f}" if trained else "-",
-            Text(f"{row['task_loss']:.3f}", "bold" if row["task_loss"] == best else ""),
-            f"{row['general_loss']:.3f}",
-            f"{row['forgotten']:+.3f}" if trained else "-",
-            size(row["storage"]) if trained else "-",
-        )
+        found = [cells(row, rows)[key] for key in COLUMNS]
+        table.add_row(row["title"], *(Text(cell.text, "bold" if cell.best else "") for cell in found))
     out.print()
     out.print(table)
     out.print()

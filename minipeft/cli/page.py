@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import base64
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
 from .bars import size
-from .plots import Rows, panel_svg
+from .cells import Rows, cells, deviation, plus_minus
+from .plots import panel_svg
 
 FIGURES = {
     "learning": "Loss on the task while learning: thin lines in training, marks on held-out examples; dashed, the base as it is.",
     "trade": "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
     "memory": "Peak memory of a training step, weights, gradients and optimizer included; pale bars are predicted from shapes.",
 }
-HEADINGS = (
-    "Method", "Task loss", "Forgotten", "General loss", "Trained parameters", "Share, %", "Storage", "Memory", "predicted",
-    "Step, s", "Token, ms", "merged",
-)  # fmt: skip
+HEADINGS = {
+    "task_loss": "Task loss", "forgotten": "Forgotten", "general_loss": "General loss", "trainable": "Trained parameters",
+    "share": "Share, %", "storage": "Storage", "measured": "Memory", "predicted": "predicted", "step": "Step, s",
+    "token": "Token, ms", "merged": "merged",
+}  # fmt: skip
 
 
 def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[tuple[Any, dict[str, str]]]) -> None:
@@ -78,45 +79,9 @@ def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
     return sum(deviation(row, "task_loss") or 0.0 for row in (a, b))
 
 
-def deviation(row: dict[str, Any], key: str) -> float | None:
-    """The standard deviation over the seeds; None with fewer than two."""
-    values = [run[key] for run in row.get("seeds", [])]
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def plus_minus(row: dict[str, Any], key: str) -> str:
-    """` ± 0.012`, or nothing with one seed."""
-    s = deviation(row, key)
-    return "" if s is None else f" ± {s:.3f}"
-
-
 def peak(row: dict[str, Any]) -> int:
     """Peak memory: measured where it could be (not on a GPU)."""
     return row["memory_measured"] or row["memory_predicted"]
-
-
-def cells(row: dict[str, Any], rows: Rows) -> list[tuple[str, str, bool]]:
-    """(number, its deviation, whether it is the best of the trained) of each heading but the first."""
-    base, *trained = rows
-
-    def cell(key: str, text: str, marked: bool = False) -> tuple[str, str, bool]:
-        best = marked and row is not base and row[key] == min(other[key] for other in trained)
-        return text, plus_minus(row, key) if key in ("task_loss", "forgotten") else "", best
-
-    learned, merged, measured = row is not base, row["latency_merged"], row["memory_measured"]
-    return [
-        cell("task_loss", f"{row['task_loss']:.3f}", marked=True),
-        cell("forgotten", f"{row['forgotten']:+.3f}" if learned else "-", marked=True),
-        cell("general_loss", f"{row['general_loss']:.3f}"),
-        cell("trainable", f"{row['trainable']:,}"),
-        cell("trainable", f"{100 * row['trainable'] / row['parameters']:.2f}"),
-        cell("storage", size(row["storage"]) if learned else "-", marked=True),
-        cell("memory_measured", "-" if measured is None else size(measured)),
-        cell("memory_predicted", size(row["memory_predicted"])),
-        cell("seconds_per_step", f"{row['seconds_per_step']:.3f}" if learned else "-", marked=True),
-        cell("latency", f"{1e3 * row['latency']:.2f}"),
-        cell("latency_merged", "no" if merged is None else f"{1e3 * merged:.2f}"),
-    ]
 
 
 def alternative(name: str, rows: Rows) -> str:

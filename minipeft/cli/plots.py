@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
+from .cells import Rows
 
-Rows = list[dict[str, Any]]
 Style = tuple[Any, str]  # color, marker
 
 
