@@ -133,10 +133,8 @@ def fine_tune(
         raise ValueError(f"--max-length {options.max_length} is more than the {positions}")
     max_length = options.max_length or min(args.longest, limit)
     data = encode(records, held_out, tokenizer, max_length, template, options.overflow)
-    for field in ("eval_steps", "early_stopping_patience"):
-        if hasattr(args, field) and not data.held_out:
-            flag = args.flags[field].replace("_", "-")
-            raise ValueError(f"--{flag} does nothing without held-out examples; leave it out")
+    if not data.held_out:
+        runs.refuse(args, ("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
     for what, of in (tests or {}).items():
         sets[what] = encode_examples(of, tokenizer, max_length, template, options.overflow).examples

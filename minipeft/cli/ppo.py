@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--algorithm", choices=("ppo", "rloo", "grpo"), default="ppo", help="default: ppo")
     add_options(
         group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef", "kl_target",
-        "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed", defaults={"seed": PPOConfig.seed},
+        "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
+        defaults={"seed": PPOConfig.seed},
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
         save_steps="updates between checkpoints (default: 1/5)", steps="updates, each on --batch-size fresh responses",
@@ -63,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
     output = runs.check_output(args)
     use_machine(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
-    for name in (field.name for field in fields(other)):
-        if hasattr(args, name) and not hasattr(own, name):
-            raise ValueError(f"--{args.flags[name].replace('_', '-')} does nothing with --algorithm {args.algorithm}; leave it out")
+    runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
 
     from .. import rlhf

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..options import add_options, configuration, from_arguments, option
 from .arguments import add_model
+from .runs import refuse
 
 OPENING = 4  # words of a sentence that a generated pair continues
 TEMPLATE = {"metavar": "NAME|TEXT", "help": "plain, alpaca, chatml or a text with {prompt} (default: the model's own)"}
@@ -52,9 +53,7 @@ def check_pairs(args: argparse.Namespace) -> PairOptions:
     if args.data and args.human:
         raise ValueError("give either --data or --human, not both")
     source = "--data" if args.data else "--human" if args.human else "generated pairs"
-    for name in UNUSED[source]:
-        if hasattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} does nothing with {source}; leave it out")
+    refuse(args, UNUSED[source], f"with {source}")
     return from_arguments(PairOptions, args)
 
 

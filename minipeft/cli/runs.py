@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ def check_output(args: argparse.Namespace) -> Path:
     if output.is_dir() and any(output.iterdir()) and not (args.resume or args.overwrite):
         raise ValueError(f"--output {output} is not empty; choose another, or give --resume or --overwrite")
     return output
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """ValueError, by its flag, for the first of these options that is given: there it does nothing."""
+    for name in names:
+        if hasattr(args, name):
+            raise ValueError(f"--{args.flags[name].replace('_', '-')} does nothing {where}; leave it out")
 
 
 def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
