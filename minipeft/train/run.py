@@ -114,7 +114,7 @@ class Run:
             self.stopped |= self.callbacks.stopped
             every = self.config.save_steps
             if every and (self.step == self.total_steps or self.stopped or self.step % every == 0):
-                self.save()
+                self._save()
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history and the metrics file, and show it if it has what is shown."""
@@ -122,8 +122,7 @@ class Run:
         if self._show.keys() <= record.keys():
             self._advance(self.step, "  ".join(text.format(record[key]) for key, text in self._show.items()))
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done."""
+    def _save(self) -> None:
         moments, optimizer = pack_optimizer(self.optimizer)
         state = self._state()
         files = {name: value for name, value in state.items() if _is_file(value)}
