@@ -606,11 +606,11 @@ def test_dpo_learns_to_prefer_from_where_it_begins():
         rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)
 
 
-def test_dpo_resumes_with_another_evaluation_batch(tmp_path):
-    def run(size, **more):
-        options = dict(max_steps=4, save_steps=2, output_dir=tmp_path, learning_rate=1e-3, progress=False, **more)
+def test_dpo_resumes_with_another_evaluation_batch_but_not_another_beta(tmp_path):
+    def run(size, beta=0.1):
+        options = dict(max_steps=4, save_steps=2, output_dir=tmp_path, learning_rate=1e-3, progress=False)
         args = mp.TrainingArguments(per_device_eval_batch_size=size, **options)
-        return rlhf.dpo_trainer(base(), pairs(37, 0), pairs(9, 1), args)
+        return rlhf.dpo_trainer(base(), pairs(37, 0), pairs(9, 1), args, beta)
 
     class Stop(Callback):
         def before_step(self, model, step):
@@ -621,6 +621,8 @@ def test_dpo_resumes_with_another_evaluation_batch(tmp_path):
     stopped = []
     with pytest.raises(Interrupted):
         run(8).train(callbacks=[Stop()])
+    with pytest.raises(CheckpointError, match=r"other loss .dpo_loss\(beta=0.1\) there, dpo_loss\(beta=0.2\) here"):
+        run(8, beta=0.2).train(resume_from_checkpoint=True, callbacks=[Stop()])
     assert run(32).train(resume_from_checkpoint=True, callbacks=[Stop()]).steps == 4
     with pytest.raises(ValueError, match="reference_batch_size must be an integer of at least 1, got 0"):
         rlhf.dpo_trainer(base(), pairs(4, 0), reference_batch_size=0)
@@ -636,6 +638,20 @@ def test_dpo_of_a_lora_policy_refers_to_the_base():
     assert [p.ref_chosen for p in run.train_examples] == pytest.approx([p.ref_chosen for p in on_base], abs=1e-5)
     run.train()
     assert same(before, parameters(model)) and not policy.unmoved()
+
+
+def test_a_models_callbacks_take_part_in_dpo_and_in_reward_training():
+    args = mp.TrainingArguments(max_steps=3, progress=False)
+    policy, judge = base(), rlhf.RewardModel(base())
+    ranked = [rlhf.Ranking((p.chosen.input_ids, p.rejected.input_ids)) for p in pairs(8, 0)]
+    for model, run in (
+        (policy, rlhf.dpo_trainer(policy, pairs(8, 0), args=args)),
+        (judge, mp.Trainer(judge, ranked, args=args, collate=rlhf.collate_rankings)),
+    ):
+        recorder = Recorder()
+        model.training_callbacks = lambda recorder=recorder: [recorder]
+        run.train()
+        assert recorder.models == [model] * 3 and recorder.steps == [1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------- a model's own data

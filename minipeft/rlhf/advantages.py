@@ -63,8 +63,9 @@ def shaped_rewards(logprobs: Array, ref_logprobs: Array, scores: Array, mask: Ar
 
 def priced(kl: Array, scores: Array, mask: Array, beta: float) -> Array:
     """`shaped_rewards` of the KL of each token (`token_kl`) [B, T]."""
-    rewards = -beta * kl
-    rewards[xp_of(kl).arange(mask.shape[0]), last_real_token(mask, mask.shape[1])] += scores
+    xp = xp_of(kl)
+    rewards = xp.where(mask != 0, -beta * kl, 0)
+    rewards[xp.arange(mask.shape[0]), last_real_token(mask, mask.shape[1])] += scores
     return rewards
 
 

@@ -106,6 +106,7 @@ def dpo_trainer(
     def loss(model: Module, **arguments: Any) -> Tensor:
         return dpo_objective(model, **arguments, beta=beta)
 
+    loss.__qualname__ = f"dpo_loss(beta={beta:g})"  # by which a run is resumed with the same β
     return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=loss)
 
 

@@ -149,7 +149,7 @@ def answered(trainer: OnlineTrainer) -> tuple[dict[str, Array], Array, dict[str,
     The num_generations responses to a prompt lie beside each other.
     """
     roll = trainer.rollout(trainer.config.num_generations)
-    batch = trainer.look(roll)
+    batch = trainer.examine(roll)
     return batch, *trainer.score(roll, batch, trainer.config.num_generations)
 
 

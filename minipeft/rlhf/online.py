@@ -95,17 +95,16 @@ class OnlineTrainer(ABC):
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
             raise ValueError("there are no prompts" if not self.prompts else "a prompt must have at least one token")
-        n, limit = config.response_length, policy.config.max_position_embeddings
+        length, limit = config.response_length, policy.config.max_position_embeddings
         for i, prompt in enumerate(self.prompts):
-            if len(prompt) + n > limit:
-                room = f"with response_length={n} at most {limit - n} fit the policy's {limit} positions"
+            if len(prompt) + length > limit:
+                room = f"with response_length={length} at most {limit - length} fit the policy's {limit} positions"
                 raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; {room}")
         self._reward_model = reward if isinstance(reward, RewardModel) else None
         self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
-        stops, eos = config.stop_token_ids, policy.config.eos_token_id
-        if stops is None:
-            stops = () if eos is None else np.atleast_1d(eos).tolist()
-        self.stop_token_ids = tuple(stops)
+        eos = policy.config.eos_token_id
+        own = () if eos is None else np.atleast_1d(eos).tolist()
+        self.stop_token_ids = tuple(own if config.stop_token_ids is None else config.stop_token_ids)
         if not self.stop_token_ids and (config.missing_eos_score, config.missing_eos_penalty) != (None, None):
             raise ValueError("the model names no EOS token: give stop_token_ids, or set missing_eos_score to None")
         self.trainable: dict[str, Parameter] = {n: p for n, p in policy.named_parameters() if p.requires_grad}
@@ -157,10 +156,10 @@ class OnlineTrainer(ABC):
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """The policy's outputs for the last `length` tokens, from a full forward pass: never from the cache."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
         return outputs_of(self.policy, hidden, input_ids, self.config.temperature)
 
-    def look(self, roll: Rollout) -> dict[str, Array]:
+    def examine(self, roll: Rollout) -> dict[str, Array]:
         """What policy and reference make of the responses: the arrays of which minibatches are made.
 
         old_logprobs, ref_logprobs, kl (`token_kl`) and, where the policy gives values, old_values are [B, n], 0 at

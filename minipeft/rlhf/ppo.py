@@ -122,7 +122,7 @@ class PPOTrainer(OnlineTrainer):
         # 1. Rollout: the policy answers the next prompts.
         roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
         # 2. Log-probabilities of policy and reference, their difference, and values, from full forward passes.
-        batch = self.look(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
+        batch = self.examine(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
         # 3. Scores of whole responses.
         scores, record = self.score(roll, batch, group=c.batch_size)  # [B]
         # 4. Shaped rewards: every token pays for its KL, the last one has the score.

@@ -48,7 +48,7 @@ from .rollouts import Rollout, distinct_n
 
 
 class RLHFError(RuntimeError):
-    """A run cannot learn on as it is. The message names the update, what went wrong and what helps."""
+    """A run cannot go on as it is. The message names the update, what went wrong, and what helps."""
 
 
 def of_responses(roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -70,11 +70,8 @@ def of_scores(raw: np.ndarray, scores: np.ndarray, group: int) -> dict[str, floa
     """Statistics of scores [B], before and after `missing_eos`, of which each `group` in a row are compared."""
     groups = scores.reshape(-1, group)
     equal = float((groups == groups[:, :1]).all(axis=1).mean()) if group > 1 else 0.0
-    return {
-        "objective/scores": float(scores.mean()),
-        "objective/raw_scores": float(raw.mean()),
-        "objective/scores_equal": equal,
-    }
+    means = {"objective/scores": float(scores.mean()), "objective/raw_scores": float(raw.mean())}
+    return means | {"objective/scores_equal": equal}
 
 
 def of_objective(record: Mapping[str, Any], non_score: float, beta: float) -> dict[str, float]:
