@@ -100,10 +100,9 @@ def foretold(dialect: str, method: str, batch: int = B, seq_len: int | None = T,
     return memory_ledger(CONFIGS[dialect], config, batch, seq_len, **QUANTIZED.get(method, {}), **options)
 
 
-def after_step(model: Module, step: int) -> None:
-    """What the Trainer does after the optimizer's step."""
-    if hasattr(model, "update_and_allocate"):
-        model.update_and_allocate(step)
+def callbacks_of(model: Module) -> list:
+    """What the Trainer calls around the optimizer's step."""
+    return model.training_callbacks() if hasattr(model, "training_callbacks") else []
 
 
 def held_by(fn) -> int:
@@ -129,10 +128,14 @@ def train(dialect: str, method: str, checkpointing: bool) -> None:
     model = built(dialect, method)
     model.gradient_checkpointing_enable(checkpointing)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    callbacks = callbacks_of(model)
     for step in (1, 2):
         model.loss(IDS, IDS, rng=Rng(step)).backward()
+        for callback in callbacks:
+            callback.before_step(model, step)
         optimizer.step()
-        after_step(model, step)
+        for callback in callbacks:
+            callback.after_step(model, step)
         optimizer.zero_grad()
 
 
@@ -164,7 +167,9 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
         optimizer.step()
         found["optimizer states"] = arrays() - total - found["gradients"]
         total = arrays()
-        after_step(model, 1)
+        callbacks = callbacks_of(model)
+        for callback in callbacks:
+            callback.after_step(model, 1)
         found["running averages"] = arrays() - total
     finally:
         tracemalloc.stop()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -16,6 +18,7 @@ from minipeft.files import FileError, read_safetensors, write_safetensors
 from minipeft.nn import Embedding, Linear, Sequential
 from minipeft.peft.config import PeftError, kind_of, shape_of
 from minipeft.peft.model import plain_modules
+from minipeft.text.examples import Example, PreferencePair
 
 SHAPE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
 IDS = np.random.default_rng(3).integers(0, 40, (3, 7))
@@ -76,18 +79,48 @@ def values(model):
 # -------------------------------------------------------------------------------------------------------- the surgery
 
 
+def learns_and_leaves_the_base_alone(model, config, xp, exact=True, steps=3):
+    """(the adapted model, trained, the base's logits): it starts as the base, moves, and switches off."""
+    before, start = values(model), logits(model)
+    adapted = mp.get_peft_model(model, config)
+    if exact is not None:  # a prompt's start differs
+        (np.testing.assert_array_equal if exact else close)(logits(adapted), start)
+    first = adapted.loss(xp.asarray(IDS), xp.asarray(IDS)).item()
+    train(adapted, xp, steps)
+    mp.assert_learning(adapted)
+    assert adapted.loss(xp.asarray(IDS), xp.asarray(IDS)).item() < first
+    assert np.abs(logits(adapted) - start).max() > 1e-3
+    with adapted.disable_adapter():
+        np.testing.assert_array_equal(logits(adapted), start)
+    after = values(model)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+    return adapted, start
+
+
+def assert_the_gradient_is_the_slope(adapted, free=lambda name: True, step=1e-5):
+    """Of the loss, in a random direction of what is free, by a central difference in float64."""
+    named = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    generator = np.random.default_rng(4)
+    directions = [generator.standard_normal(p.shape) * free(name) for name, p in named]
+    adapted.zero_grad()
+    adapted.loss(IDS, IDS).backward()
+    slope = sum((p.grad * v).sum() for (_, p), v in zip(named, directions))
+    start = [p.data for _, p in named]
+
+    def at(t):
+        for (_, p), value, v in zip(named, start, directions):
+            p.data = value + t * v
+        return adapted.loss(IDS, IDS).item()
+
+    np.testing.assert_allclose((at(step) - at(-step)) / (2 * step), slope, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("dialect", "method"), CASES)
 def test_a_method_leaves_the_base_alone_learns_switches_off_and_merges(dialect, method, xp):
     model = base(dialect, xp)
-    before, start = values(model), logits(model)
-    adapted = mp.get_peft_model(model, METHODS[method](dialect))
-    (close if method in ("pissa", "olora", "ia3", "bitfit") else np.testing.assert_array_equal)(logits(adapted), start)
-    train(adapted, xp)
-    mp.assert_learning(adapted)
+    exact = method not in ("pissa", "olora", "ia3", "bitfit")
+    adapted, start = learns_and_leaves_the_base_alone(model, METHODS[method](dialect), xp, exact)
     trained = logits(adapted)
-    assert np.abs(trained - start).max() > 1e-3
-    with adapted.disable_adapter():
-        np.testing.assert_array_equal(logits(adapted), start)
     merged = adapted.merge_and_unload()
     close(logits(merged), trained)
     assert not any(".peft." in type(m).__module__ for _, m in merged.named_modules())
@@ -97,8 +130,6 @@ def test_a_method_leaves_the_base_alone_learns_switches_off_and_merges(dialect, 
     adapted.delete_adapter("default")
     np.testing.assert_array_equal(logits(adapted), start)
     assert [type(m) for _, m in plain_modules(model)] == [type(m) for _, m in adapted.base_model.named_modules()]
-    after = values(model)
-    assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
 @pytest.mark.parametrize(("dialect", "method"), CASES)
@@ -122,28 +153,9 @@ def test_the_counts_are_those_of_the_formula(dialect, method):
 
 @pytest.mark.parametrize(("dialect", "method"), CASES)
 def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
-    adapted = mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method](dialect))
-    train(adapted)
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    generator, step = np.random.default_rng(4), 1e-5
-    directions = [generator.standard_normal(p.shape) for p in parameters]
-    frozen_norms = (
-        method == "dora"
-    )  # the norm is a constant in backward, but not in a difference: only B and m are free
-    if frozen_norms:
-        names = [n for n, p in adapted.named_parameters() if p.requires_grad]
-        directions = [v * name.endswith("vector") for v, name in zip(directions, names)]
-    adapted.zero_grad()
-    adapted.loss(IDS, IDS).backward()
-    slope = sum((p.grad * v).sum() for p, v in zip(parameters, directions))
-    losses = []
-    for sign in (1, -1):
-        for p, v in zip(parameters, directions):
-            p.data = p.data + sign * step * v
-        losses.append(adapted.loss(IDS, IDS).item())
-        for p, v in zip(parameters, directions):
-            p.data = p.data - sign * step * v
-    np.testing.assert_allclose((losses[0] - losses[1]) / (2 * step), slope, rtol=1e-6)
+    adapted = train(mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method](dialect)))
+    # DoRA's norm is a constant in backward, but not in a difference: only m is free
+    assert_the_gradient_is_the_slope(adapted, lambda name: method != "dora" or name.endswith("vector"))
 
 
 def test_any_module_can_be_adapted(xp, rng):
@@ -289,6 +301,16 @@ def test_active_adapters_are_applied_one_around_the_other_and_merge_so():
     adapted.set_adapter(["a", "c", "b"])
     y = logits(adapted)
     assert all(np.abs(y - logits(three())).max() > 1e-3 for _ in range(1))
+    close(logits(adapted.merge_and_unload()), y)
+
+
+@pytest.mark.parametrize("below", ["lora", "ia3", "bitfit", "dora"])
+def test_dora_around_another_adapter_trains_the_function_that_it_evaluates_and_merges(below):
+    adapted = mp.get_peft_model(base("gpt2"), METHODS[below]("gpt2"), "a")
+    adapted.add_adapter("b", METHODS["dora"]("gpt2").replace(lora_dropout=1e-9), seed=1)  # a dropout that drops nothing
+    adapted.set_adapter(["a", "b"])
+    y = logits(train(adapted, steps=10))
+    close(logits(adapted, rng=1), y)
     close(logits(adapted.merge_and_unload()), y)
 
 
@@ -493,7 +515,56 @@ def test_checkpointing_replays_dropout_and_gives_the_same_gradients():
         close(gradients[0][path], gradients[1][path], 1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------------------------------- AdaLoRA
+
+
+def adalora_by_hand(loss=lambda model, ids: model.loss(ids, ids), before=lambda model, step: None, lr=0.1):
+    """Six steps of a loop of one's own, four of which prune: the model, and the callback."""
+    options = dict(total_step=6, tfinal=1, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    adapted = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
+    (callback,) = adapted.training_callbacks()
+    optimizer = mp.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=lr)
+    for step in range(1, 7):
+        before(adapted, step)
+        adapted.zero_grad()
+        loss(adapted, xp_of(adapted.parameters()[0].data).asarray(IDS)).backward()
+        callback.before_step(adapted, step)
+        optimizer.step()
+        callback.after_step(adapted, step)
+    return adapted, callback
+
+
+def test_any_loss_can_be_trained_with_adalora_in_a_loop_of_ones_own():
+    adapted, callback = adalora_by_hand(loss=lambda model, ids: (model(ids) ** 2).mean())
+    pattern = adapted.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 2 * len(pattern) == 2 * len(adapted.layers)
+    for path, part in adapted.parts("default"):
+        np.testing.assert_array_equal(part.lora_E.data[:, 0] != 0, pattern[f"{path}.lora_E"])
+    adapted.zero_grad()
+    callback.before_step(adapted, 7)  # adds the gradient of the penalty, which is no part of the loss
+    gradients = {path: part.lora_A.grad for path, part in adapted.parts("default")}
+    adapted.zero_grad()
+    callback.penalty().backward()
+    assert all(np.array_equal(part.lora_A.grad, gradients[path]) for path, part in adapted.parts("default"))
+    with pytest.raises(PeftError, match="call after_step after backward"):
+        callback.after_step(adapted.zero_grad(), 1)
+    shapes = {f"{path}.{key}": p.shape for path, part in adapted.parts("default") for key, p in part.trained().items()}
+    kept = adapted.peft_config["default"].training_state_shapes(shapes)
+    assert kept == {key: a.shape for key, a in callback.state_dict().items() if not key.endswith(".kept")}
+    adapted.set_adapter("default", inference_mode=True)
+    assert adapted.training_callbacks() == mp.get_peft_model(base(), mp.LoraConfig()).training_callbacks() == []
+
+
+def test_preferences_train_adalora_whole():
+    options = dict(total_step=6, tinit=1, tfinal=1, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    policy = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
+    example = lambda row: Example(row, row)  # noqa: E731
+    pairs = [PreferencePair(example(IDS[0]), example(IDS[1])), PreferencePair(example(IDS[2]), example(IDS[1]))]
+    arguments = mp.TrainingArguments(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=2, progress=False)
+    history = mp.rlhf.dpo_trainer(policy, pairs, args=arguments).train().history
+    assert history[-1]["loss"] < history[0]["loss"]
+    pattern = policy.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 2 * len(pattern)
 
 
 def adalora_run(directory):
@@ -532,23 +603,8 @@ def test_adalora_resumed_from_a_checkpoint_ends_with_the_same_bytes(at, tmp_path
 
 
 def test_adalora_goes_on_after_a_move_to_another_device(xp):
-    options = dict(total_step=6, init_r=4, target_r=2, target_modules=LINEAR["llama"])
-    callback = mp.get_peft_model(base(), mp.AdaLoraConfig(**options)).training_callbacks()[0]
-    with pytest.raises(PeftError, match="call after_step after backward"):
-        callback.after_step(callback.model, 1)
-    runs = []
-    for moved in (False, True):
-        adapted = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
-        (callback,) = adapted.training_callbacks()
-        for step in (1, 2, 3, 4, 5, 6):
-            for library in (xp,) * moved * (step in (3, 6)):  # amid the pruning, and before a step that only applies it
-                adapted.to(library)
-            ids = xp_of(adapted.parameters()[0].data).asarray(IDS)
-            adapted.zero_grad()
-            adapted.loss(ids, ids).backward()
-            callback.before_step(adapted, step)
-            callback.after_step(adapted, step)
-        runs.append(adapted.to("numpy"))
+    move = lambda model, step: model.to(xp) if step in (3, 6) else None  # noqa: E731  # 6 only applies what 5 pruned
+    runs = [adalora_by_hand(before=before, lr=0.0)[0].to("numpy") for before in (move, lambda model, step: None)]
     assert runs[0].peft_config["default"].rank_pattern == runs[1].peft_config["default"].rank_pattern is not None
     parts = [run.parts("default")[0][1].saved() for run in runs]
     assert all(np.array_equal(parts[0][key].data, parts[1][key].data) for key in parts[0])
@@ -619,6 +675,24 @@ def test_a_method_that_does_not_fit_is_a_clear_error(config, message):
     model = base()
     with pytest.raises(PeftError, match=message):
         mp.get_peft_model(model, config())
+
+
+@pytest.mark.parametrize(("dialect", "stored"), [("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize("method", [mp.LoraConfig, mp.IA3Config, mp.VeraConfig])
+def test_a_layout_that_contradicts_the_layers_is_refused(dialect, stored, method):
+    mp.get_peft_model(base(dialect), method(fan_in_fan_out=not stored, **({} if method is mp.IA3Config else {"r": 2})))
+    with pytest.raises(PeftError, match=rf"fan_in_fan_out={stored}, but .* stores its weight \[{'out' if stored else 'in'}"):
+        mp.get_peft_model(base(dialect), method(fan_in_fan_out=stored, **({} if method is mp.IA3Config else {"r": 2})))
+
+
+def test_lora_loads_neither_quantization_nor_the_cases_of_gradcheck():
+    code = (
+        "import sys, minipeft as mp; net = mp.nn.Sequential(mp.nn.Linear(4, 4)); "
+        "model = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=['0'])); "
+        "model.get_nb_trainable_parameters(), model.merge_and_unload(), model.tree(); "
+        "print([m for m in sys.modules if m.startswith(('minipeft.quant', 'minipeft.autograd.cases', 'minipeft.peft.d'))])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_public_names_are_found_in_the_package():

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_peft import IDS, base, train
+from test_peft import IDS, assert_the_gradient_is_the_slope, base, learns_and_leaves_the_base_alone, train
 
 import minipeft as mp
 from minipeft import functional as F
@@ -26,22 +26,13 @@ def config(placement, **options):
     return mp.BottleneckConfig(**{"placement": placement, "bottleneck_size": 3, "scaling": 2.0} | options)
 
 
+@pytest.mark.parametrize("ln_before", [False, True])
 @pytest.mark.parametrize(("dialect", "placement"), both)
-def test_adapters_start_as_the_base_learn_and_leave_it_alone(dialect, placement, xp):
-    model = base(dialect, xp)
-    before = {path: to_numpy(p.data).copy() for path, p in model.named_parameters()}
-    start = to_numpy(model(xp.asarray(IDS)).data)
-    adapted = mp.get_peft_model(model, config(placement))
+def test_adapters_start_as_the_base_learn_and_leave_it_alone(dialect, placement, ln_before, xp):
+    adapted, _ = learns_and_leaves_the_base_alone(base(dialect, xp), config(placement, ln_before=ln_before), xp, steps=4)
     assert [path.rpartition(".")[2] for path in adapted.layers] == 2 * PLACES[dialect, placement]
-    np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), start)  # W_up is zero: the same, exactly
-    first = adapted.loss(xp.asarray(IDS), xp.asarray(IDS)).item()
-    train(adapted, xp, steps=4)
-    mp.assert_learning(adapted)
-    assert adapted.loss(xp.asarray(IDS), xp.asarray(IDS)).item() < first
-    for path, p in model.named_parameters():
-        np.testing.assert_array_equal(to_numpy(p.data), before[path])
-    with adapted.disable_adapter():
-        np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), start)
+    fresh = mp.get_peft_model(base(dialect, xp), config(placement, ln_before=ln_before))
+    assert not ln_before or all((to_numpy(a.ln_before_weight.data) == 1).all() for _, a in fresh.parts("default"))
 
 
 @pytest.mark.parametrize("ln_before", [False, True])
@@ -70,32 +61,15 @@ def test_the_equation(placement, non_linearity, ln_before, rng):
     np.testing.assert_allclose(adapted(mp.Tensor(x)).data, h + 2 * a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ln_before", [False, True])
 @pytest.mark.parametrize(("dialect", "placement"), both)
-def test_the_count_is_2dm_and_the_biases(dialect, placement):
-    model, d, m = base(dialect), 16, 3
-    n = 2 * len(PLACES[dialect, placement]) * (2 * d * m + m + d)
-    assert mp.get_peft_model(model, config(placement)).get_nb_trainable_parameters()[0] == n
-    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), config(placement))
-    assert (counted.trainable, counted.stored) == (n, n)
-    factor = mp.BottleneckConfig(placement=placement, reduction_factor=4)  # 16 // 4 = 4
-    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), factor)
-    assert counted.trainable == 2 * len(PLACES[dialect, placement]) * (2 * d * 4 + 4 + d)
-    assert mp.get_peft_model(model, factor).get_nb_trainable_parameters()[0] == counted.trainable
-
-
-def test_a_norm_of_its_own_starts_as_a_norm_learns_and_counts_2d(xp):
-    model = base("gpt2", xp)
-    start = to_numpy(model(xp.asarray(IDS)).data)
-    adapted = mp.get_peft_model(model, config("pfeiffer", ln_before=True))
-    np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), start)
-    assert all((to_numpy(a.ln_before_weight.data) == 1).all() for _, a in adapted.parts("default"))
-    train(adapted, xp, steps=4)
-    mp.assert_learning(adapted)
-    n = 2 * (2 * 16 * 3 + 3 + 16 + 2 * 16)
-    counted = mp.accounting.count_parameters(
-        mp.accounting.architecture(model.config), config("pfeiffer", ln_before=True)
-    )
-    assert counted.trainable == adapted.get_nb_trainable_parameters()[0] == n
+def test_the_count_is_2dm_and_the_biases(dialect, placement, ln_before):
+    model, d = base(dialect), 16
+    for m, options in ((3, {}), (4, {"bottleneck_size": None, "reduction_factor": 4})):
+        n = 2 * len(PLACES[dialect, placement]) * (2 * d * m + m + d + 2 * d * ln_before)
+        made = config(placement, ln_before=ln_before, **options)
+        counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), made)
+        assert mp.get_peft_model(model, made).get_nb_trainable_parameters()[0] == counted.trainable == counted.stored == n
 
 
 def test_what_is_not_said_is_adapterhubs_preset():
@@ -114,27 +88,12 @@ def test_published_counts():
     assert round(mp.accounting.count_parameters("gpt3", gpt3).trainable / 1e6, 1) == 7.1
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
-@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+@pytest.mark.parametrize(("dialect", "placement"), both)
 def test_the_gradient_is_the_slope_of_the_loss(dialect, placement, rng):
-    model = base(dialect, dtype=np.float64)
-    adapted = mp.get_peft_model(model, config(placement, non_linearity="gelu"))
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    for p in parameters:
-        p.data = p.data + 0.1 * rng.standard_normal(p.shape)
-    directions = [rng.standard_normal(p.shape) for p in parameters]
-    adapted.loss(IDS, IDS).backward()
-    slope = sum((p.grad * v).sum() for p, v in zip(parameters, directions))
-
-    def at(t):
-        for p, v in zip(parameters, directions):
-            p.data = p.data + t * v
-        loss = adapted.loss(IDS, IDS).item()
-        for p, v in zip(parameters, directions):
-            p.data = p.data - t * v
-        return loss
-
-    assert slope == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-6)
+    adapted = mp.get_peft_model(base(dialect, dtype=np.float64), config(placement, non_linearity="gelu"))
+    for p in adapted.parameters():
+        p.data = p.data + 0.1 * rng.standard_normal(p.shape) * p.requires_grad
+    assert_the_gradient_is_the_slope(adapted)
 
 
 def test_a_plain_module_is_adapted_by_name(rng):

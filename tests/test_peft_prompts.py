@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_peft import IDS, base, train
+from test_peft import IDS, assert_the_gradient_is_the_slope, base, learns_and_leaves_the_base_alone, logits, train
 
 import minipeft as mp
 from minipeft.backend import to_numpy
@@ -35,21 +35,9 @@ def adapted(dialect="llama", method="prompt", xp=np, **fields):
 
 @pytest.mark.parametrize(("dialect", "method"), both)
 def test_a_method_learns_switches_off_and_leaves_the_base_alone(dialect, method, xp):
-    model, ids = base(dialect, xp), xp.asarray(IDS)
-    before = {path: to_numpy(p.data).copy() for path, p in model.named_parameters()}
-    start = to_numpy(model(ids).data)
-    prompted = mp.get_peft_model(model, METHODS[method]())
-    first = prompted.loss(ids, ids).item()
-    train(prompted, xp, steps=4)
-    mp.assert_learning(prompted)
-    assert prompted.loss(ids, ids).item() < first
-    logits = prompted(ids)
-    assert logits.shape == (*IDS.shape, 40)  # the input's positions, not the virtual ones
-    assert np.abs(to_numpy(logits.data) - start).max() > 1e-2
-    for path, p in model.named_parameters():
-        np.testing.assert_array_equal(to_numpy(p.data), before[path])
-    with prompted.disable_adapter():
-        np.testing.assert_array_equal(to_numpy(prompted(ids).data), start)
+    prompted, start = learns_and_leaves_the_base_alone(base(dialect, xp), METHODS[method](), xp, exact=None, steps=4)
+    assert logits(prompted).shape == start.shape  # the input's positions, not the virtual ones
+    assert np.abs(logits(prompted) - start).max() > 1e-2
 
 
 @pytest.mark.parametrize(("dialect", "method"), both)
@@ -182,20 +170,8 @@ def test_published_counts():
 
 
 @pytest.mark.parametrize(("dialect", "method"), both)
-def test_the_gradient_is_the_slope_of_the_loss(dialect, method, rng):
-    prompted = mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method]())
-    parameters = [p for p in prompted.parameters() if p.requires_grad]
-    directions = [rng.standard_normal(p.shape) for p in parameters]
-    prompted.loss(IDS, IDS).backward()
-    slope = sum((p.grad * v).sum() for p, v in zip(parameters, directions))
-    start = [p.data for p in parameters]
-
-    def at(t):
-        for p, value, v in zip(parameters, start, directions):
-            p.data = value + t * v
-        return prompted.loss(IDS, IDS).item()
-
-    assert slope == pytest.approx((at(1e-6) - at(-1e-6)) / 2e-6, rel=1e-5)
+def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
+    assert_the_gradient_is_the_slope(mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method]()), step=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -361,3 +337,8 @@ def test_arguments_that_do_not_fit_are_named():
         mp.get_peft_model(Linear(3, 3), METHODS["prompt"]())
     with pytest.raises(ValueError, match="labels"):
         prompted.loss(IDS, IDS[:, 1:])
+    for call in (lambda **given: prompted(IDS, **given), lambda **given: prompted.loss(IDS, IDS, **given)):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
+            call(attention_masks=np.ones_like(IDS))
+    with pytest.raises(TypeError):
+        prompted(IDS, None, None, None, None, None, 3)

@@ -26,7 +26,6 @@ import numpy as np
 from ..backend import Array, get_num_threads
 from ..nn.module import Module, Parameter, unallocated
 from ..nn.transformer import Transformer, TransformerConfig
-from ..peft.layer import TrainedCopy
 from ..peft.model import PeftModel
 from ..quant.blockwise import NESTED_BLOCKSIZE, QuantState
 from ..quant.codebooks import CODES_4BIT, dynamic_map
@@ -254,8 +253,8 @@ def weights_of_shapes(arch: Architecture, config: Any, p: Precision, quantized: 
         "trained weights": 0 if method else trained * p.trained,
         "adapters": (trained + constants) * p.trained if method else 0,
     }
-    followed = (math.prod(shape) for name, shape in shapes.items() if ".modules_to_save." not in name)
-    return weights, trained, getattr(config, "averages", 0) * sum(followed)
+    kept = config.training_state_shapes(shapes) if method else {}
+    return weights, trained, sum(map(math.prod, kept.values()))
 
 
 def weights_of(model: Module, p: Precision, as_stored: bool) -> tuple:
@@ -277,9 +276,9 @@ def weights_of(model: Module, p: Precision, as_stored: bool) -> tuple:
         trained += q.size * q.requires_grad
     weights["frozen weights"] += _nbytes(as_they_are)
     averaged = sum(
-        config.averages * sum(q.size for q in part.trained().values())
+        math.prod(shape)
         for config, part in parts
-        if not isinstance(part, TrainedCopy)
+        for shape in config.training_state_shapes({n: q.shape for n, q in part.trained().items()}).values()
     )
     return weights, trained, averaged
 
