@@ -184,5 +184,5 @@ def test_only_some_names_are_counted():
 
 def test_targets_that_are_no_names_are_refused():
     for targets in ([None], ["q_proj", 1], {2, 3}, 7):
-        with pytest.raises(ValueError, match="target_modules must be names or a regular expression, not"):
+        with pytest.raises(ValueError, match="target_modules must be a list, each a text, or a text, or None, got"):
             LoraConfig(target_modules=targets)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_peft import IDS, assert_the_gradient_is_the_slope, base, learns_and_leaves_the_base_alone, train
+from test_peft import IDS, base, train
 
 import minipeft as mp
 from minipeft import functional as F
@@ -28,11 +28,12 @@ def config(placement, **options):
 
 @pytest.mark.parametrize("ln_before", [False, True])
 @pytest.mark.parametrize(("dialect", "placement"), both)
-def test_adapters_start_as_the_base_learn_and_leave_it_alone(dialect, placement, ln_before, xp):
-    adapted, _ = learns_and_leaves_the_base_alone(base(dialect, xp), config(placement, ln_before=ln_before), xp, steps=4)
+def test_adapters_stand_at_their_places_and_start_as_the_base(dialect, placement, ln_before, xp):
+    model = base(dialect, xp)
+    adapted = mp.get_peft_model(model, config(placement, ln_before=ln_before))
     assert [path.rpartition(".")[2] for path in adapted.layers] == 2 * PLACES[dialect, placement]
-    fresh = mp.get_peft_model(base(dialect, xp), config(placement, ln_before=ln_before))
-    assert not ln_before or all((to_numpy(a.ln_before_weight.data) == 1).all() for _, a in fresh.parts("default"))
+    np.testing.assert_array_equal(to_numpy(adapted(xp.asarray(IDS)).data), to_numpy(model(xp.asarray(IDS)).data))
+    assert not ln_before or all((to_numpy(a.ln_before_weight.data) == 1).all() for _, a in adapted.parts("default"))
 
 
 @pytest.mark.parametrize("ln_before", [False, True])
@@ -86,14 +87,6 @@ def test_published_counts():
     assert mp.accounting.count_parameters("bert-base", houlsby).trainable == 24 * (2 * 768 * 64 + 64 + 768)
     gpt3 = mp.BottleneckConfig(bottleneck_size=1, placement="houlsby")  # Hu et al. 2021, table 4: 7.1M
     assert round(mp.accounting.count_parameters("gpt3", gpt3).trainable / 1e6, 1) == 7.1
-
-
-@pytest.mark.parametrize(("dialect", "placement"), both)
-def test_the_gradient_is_the_slope_of_the_loss(dialect, placement, rng):
-    adapted = mp.get_peft_model(base(dialect, dtype=np.float64), config(placement, non_linearity="gelu"))
-    for p in adapted.parameters():
-        p.data = p.data + 0.1 * rng.standard_normal(p.shape) * p.requires_grad
-    assert_the_gradient_is_the_slope(adapted)
 
 
 def test_a_plain_module_is_adapted_by_name(rng):

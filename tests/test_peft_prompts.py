@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_peft import IDS, assert_the_gradient_is_the_slope, base, learns_and_leaves_the_base_alone, logits, train
+from test_peft import IDS, PROMPTS, base, train
 
 import minipeft as mp
 from minipeft.backend import to_numpy
@@ -16,28 +16,13 @@ from minipeft.nn.transformer import KVCache
 from minipeft.peft.config import PeftError
 
 P, LIMIT = 5, 32
-METHODS = {
-    "prompt": lambda: mp.PromptTuningConfig(num_virtual_tokens=P),
-    "prompt of words": lambda: mp.PromptTuningConfig(num_virtual_tokens=P, prompt_tuning_init="SAMPLE_VOCAB"),
-    "prefix": lambda: mp.PrefixTuningConfig(num_virtual_tokens=P),
-    "prefix by an MLP": lambda: mp.PrefixTuningConfig(
-        num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=6
-    ),
-    "p-tuning": lambda: mp.PromptEncoderConfig(num_virtual_tokens=P, encoder_hidden_size=6),
-}
+METHODS = PROMPTS
 both = [(dialect, method) for dialect in ("gpt2", "llama") for method in METHODS]
 
 
 def adapted(dialect="llama", method="prompt", xp=np, **fields):
     """A model whose virtual tokens have been trained a little."""
-    return train(mp.get_peft_model(base(dialect, xp, **fields), METHODS[method]()), xp)
-
-
-@pytest.mark.parametrize(("dialect", "method"), both)
-def test_a_method_learns_switches_off_and_leaves_the_base_alone(dialect, method, xp):
-    prompted, start = learns_and_leaves_the_base_alone(base(dialect, xp), METHODS[method](), xp, exact=None, steps=4)
-    assert logits(prompted).shape == start.shape  # the input's positions, not the virtual ones
-    assert np.abs(logits(prompted) - start).max() > 1e-2
+    return train(mp.get_peft_model(base(dialect, xp, **fields), METHODS[method]), xp)
 
 
 @pytest.mark.parametrize(("dialect", "method"), both)
@@ -147,31 +132,18 @@ def test_a_folded_prefix_is_a_plain_cache_for_the_base(method, xp):
 
 @pytest.mark.parametrize(("dialect", "method"), both)
 def test_counts_trained_and_stored(dialect, method):
-    model, config = base(dialect), METHODS[method]()
-    prompted = mp.get_peft_model(model, config)
-    trainable, total = prompted.get_nb_trainable_parameters()
-    d, layers, kv = 16, 2, 8 if dialect == "llama" else 16
-    mlp = {"prompt": P * d, "prefix": P * 2 * layers * kv, "p-tuning": P * d + (d * 6 + 6) + (6 * 6 + 6) + (6 * d + d)}
-    mlp["prompt of words"] = mlp["prompt"]
-    mlp["prefix by an MLP"] = P * kv + (kv * 6 + 6) + (6 * 2 * layers * kv + 2 * layers * kv)
-    stored = mlp["prefix"] if "prefix" in method else mlp["prompt"]
-    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), config)
-    assert (trainable, total) == (mlp[method], mlp[method] + sum(p.size for p in model.parameters()))
-    assert (counted.trainable, counted.total, counted.stored) == (trainable, total, stored)
-    shapes = [tuple(p.shape) for p in prompted.prompts["default"].parameters()]
-    resolved = prompted.peft_config["default"]
-    assert sorted(shapes) == sorted(resolved.parameter_shapes("model.embed_tokens", "embedding", (40, d)).values())
+    model, d, layers, kv = base(dialect), 16, 2, 8 if dialect == "llama" else 16
+    stored = P * 2 * layers * kv if "prefix" in method else P * d
+    networks = {"p-tuning": P * d + (d * 6 + 6) + (6 * 6 + 6) + (6 * d + d)}
+    networks["prefix by an MLP"] = P * kv + (kv * 6 + 6) + (6 * 2 * layers * kv + 2 * layers * kv)
+    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), METHODS[method])
+    assert (counted.trainable, counted.stored) == (networks.get(method, stored), stored)
 
 
 def test_published_counts():
     count = mp.accounting.count_parameters
     assert count("t5v1.1-xxl", mp.PromptTuningConfig(num_virtual_tokens=100)).trainable == 409_600
     assert count("gpt2-m", mp.PrefixTuningConfig(num_virtual_tokens=10)).trainable == 10 * 2 * 24 * 1024
-
-
-@pytest.mark.parametrize(("dialect", "method"), both)
-def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
-    assert_the_gradient_is_the_slope(mp.get_peft_model(base(dialect, dtype=np.float64), METHODS[method]()), step=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,17 +160,15 @@ def test_checkpointing_gives_the_same_gradients(method):
 
 
 @pytest.mark.parametrize(("dialect", "method"), both)
-def test_a_file_holds_what_is_computed_and_can_be_trained_on(dialect, method, tmp_path, xp):
+def test_a_file_holds_what_is_computed(dialect, method, tmp_path, xp):
     prompted, ids = adapted(dialect, method, xp), xp.asarray(IDS)
     prompted.save_pretrained(tmp_path)
     arrays = read_safetensors(tmp_path / "adapter_model.safetensors")[0]
     options = json.loads((tmp_path / "adapter_config.json").read_text())
     assert list(arrays) == ["prompt_embeddings"] and len(arrays["prompt_embeddings"]) == P
     assert (options["task_type"], options["num_virtual_tokens"], "target_modules" in options) == ("CAUSAL_LM", P, False)
-    again = mp.PeftModel.from_pretrained(base(dialect, xp), tmp_path, is_trainable=True)
+    again = mp.PeftModel.from_pretrained(base(dialect, xp), tmp_path)
     np.testing.assert_array_equal(to_numpy(again(ids).data), to_numpy(prompted(ids).data))
-    train(again, xp)
-    mp.assert_learning(again)
 
 
 def test_a_file_of_other_shapes_is_refused(tmp_path):
@@ -245,7 +215,7 @@ def test_folded_trains_the_vectors_themselves_and_inference_mode_only_freezes(co
 
 def test_the_same_seed_gives_the_same_start():
     for method in METHODS.values():
-        a, b, c = (mp.get_peft_model(base(), method(), seed=s)(IDS).data for s in (3, 3, 4))
+        a, b, c = (mp.get_peft_model(base(), method, seed=s)(IDS).data for s in (3, 3, 4))
         assert (a == b).all() and not (a == c).all()
 
 
@@ -271,60 +241,34 @@ def test_the_positions_that_are_left(method):
     assert prompted.generate(np.zeros((1, 20), int), max_new_tokens=7).shape == (1, 27)
 
 
-def prompt(**options):
-    return mp.PromptTuningConfig(num_virtual_tokens=2, **options)
-
-
-def prefix(**options):
-    return mp.PrefixTuningConfig(num_virtual_tokens=2, **options)
-
-
-def p_tuning(**options):
-    return mp.PromptEncoderConfig(num_virtual_tokens=2, **options)
-
-
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("method", "options", "message"),
     [
-        (lambda: mp.PromptTuningConfig(), "num_virtual_tokens must be an integer of at least 1, got None"),
+        ("PromptTuning", {"num_virtual_tokens": None}, "num_virtual_tokens must be an integer of at least 1, got None"),
+        ("PromptTuning", {"num_virtual_tokens": LIMIT}, "num_virtual_tokens=32 leaves no position for the input"),
+        ("PrefixTuning", {"num_virtual_tokens": 99}, "num_virtual_tokens=99 leaves no position for the input"),
+        ("PromptTuning", {"token_dim": 8}, "token_dim=8, but .* have 16 numbers"),
+        ("PrefixTuning", {"token_dim": 16}, "token_dim=16, but .* need 8"),
+        ("PrefixTuning", {"num_layers": 3}, "num_layers=3, but .* need 2"),
+        ("PromptTuning", {"target_modules": ["q_proj"]}, "it has no target_modules"),
+        ("PromptTuning", {"task_type": "SEQ_CLS"}, "task_type='CAUSAL_LM', not 'SEQ_CLS'"),
+        ("PromptTuning", {"prompt_tuning_init": "ZERO"}, "RANDOM, SAMPLE_VOCAB, TEXT, got 'ZERO'"),
+        ("PromptTuning", {"prompt_tuning_init": "TEXT"}, "needs prompt_tuning_init_ids, or"),
+        ("PromptTuning", {"prompt_tuning_init": "TEXT", "prompt_tuning_init_ids": [40]}, "token ids outside of 0..39"),
         (
-            lambda: mp.PromptTuningConfig(num_virtual_tokens=LIMIT),
-            "num_virtual_tokens=32 leaves no position for the input",
-        ),
-        (
-            lambda: mp.PrefixTuningConfig(num_virtual_tokens=99),
-            "num_virtual_tokens=99 leaves no position for the input",
-        ),
-        (lambda: prompt(token_dim=8), "token_dim=8, but .* have 16 numbers"),
-        (lambda: prefix(token_dim=16), "token_dim=16, but .* need 8"),
-        (lambda: prefix(num_layers=3), "num_layers=3, but .* need 2"),
-        (lambda: prompt(target_modules=["q_proj"]), "it has no target_modules"),
-        (lambda: prompt(task_type="SEQ_CLS"), "task_type='CAUSAL_LM', not 'SEQ_CLS'"),
-        (lambda: prompt(prompt_tuning_init="ZERO"), "RANDOM, SAMPLE_VOCAB, TEXT, got 'ZERO'"),
-        (lambda: prompt(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_ids, or"),
-        (
-            lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_ids=[40]),
-            "token ids outside of 0..39",
-        ),
-        (
-            lambda: prompt(prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="none"),
+            "PromptTuning",
+            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "none"},
             "no tokenizer.json is there",
         ),
-        (lambda: prefix(init_weights="ones"), "init_weights must be one of None, zero, got 'ones'"),
-        (lambda: prefix(encoder_hidden_size=0), "encoder_hidden_size must be an integer of at least 1, or None, got 0"),
-        (
-            lambda: p_tuning(encoder_reparameterization_type="LSTM"),
-            "'LSTM' is not built for training",
-        ),
-        (
-            lambda: p_tuning(encoder_reparameterization_type="GRU"),
-            "must be one of MLP, LSTM, got 'GRU'",
-        ),
+        ("PrefixTuning", {"init_weights": "ones"}, "init_weights must be one of None, zero, got 'ones'"),
+        ("PrefixTuning", {"encoder_hidden_size": 0}, "encoder_hidden_size must be an integer of at least 1, or None, got 0"),
+        ("PromptEncoder", {"encoder_reparameterization_type": "LSTM"}, "'LSTM' is not built for training"),
+        ("PromptEncoder", {"encoder_reparameterization_type": "GRU"}, "must be one of MLP, LSTM, got 'GRU'"),
     ],
 )
-def test_what_does_not_fit_is_a_clear_error(config, message):
+def test_what_does_not_fit_is_a_clear_error(method, options, message):
     with pytest.raises(PeftError, match=message):
-        mp.get_peft_model(base("llama"), config())
+        mp.get_peft_model(base("llama"), getattr(mp, f"{method}Config")(**{"num_virtual_tokens": 2, **options}))
 
 
 def test_arguments_that_do_not_fit_are_named():
@@ -334,7 +278,7 @@ def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(PeftError, match="past_key_values cannot be given"):
         prompted.generate(IDS, past_key_values=[1])
     with pytest.raises(PeftError, match="PromptTuningConfig needs a Transformer; this is a Linear"):
-        mp.get_peft_model(Linear(3, 3), METHODS["prompt"]())
+        mp.get_peft_model(Linear(3, 3), METHODS["prompt"])
     with pytest.raises(ValueError, match="labels"):
         prompted.loss(IDS, IDS[:, 1:])
     for call in (lambda **given: prompted(IDS, **given), lambda **given: prompted.loss(IDS, IDS, **given)):

@@ -16,7 +16,6 @@ Departures from PEFT:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +26,7 @@ from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, out_in_shape
 from .weights import fill, with_update
 
@@ -50,7 +49,7 @@ class AdaLoraLinear(Adapter):
             if config.init_lora_weights is False:
                 fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s P diag(λ) Q z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
@@ -195,12 +194,8 @@ class AdaLoraConfig(PeftConfig):
     orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", least=0)
     lora_alpha: float = option(8, "numerator of the scaling")
     lora_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
-    init_lora_weights: bool = option(
-        True, "True (P and Q random, λ zero), or False (λ random too: not the base at the start; for tests)"
-    )
-    rank_pattern: dict[str, list[bool]] | None = option(
-        None, "which triplets are left, by path: the result of training"
-    )
+    init_lora_weights: bool = option(True, "True: λ starts at zero; False: random as P and Q (for tests)")
+    rank_pattern: dict[str, list[bool]] | None = option(None, "which triplets training has left, by path")
 
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")

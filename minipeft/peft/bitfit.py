@@ -10,15 +10,14 @@ PEFT has no such method; its files are this package's own (peft_type BITFIT, <pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .weights import dense_weight, with_weight
 
 
@@ -67,7 +66,7 @@ class Bias(Adapter):
         if seed is not None:
             self.bias.data = layer.bias.data.astype(self.bias.dtype)
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         return inner(x) + (self.bias - base.bias.data)
 

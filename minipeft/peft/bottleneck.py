@@ -21,7 +21,7 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import family_of, out_in_shape
 from .weights import fill, kaiming_uniform
 
@@ -61,7 +61,7 @@ class Bottleneck(Adapter):
             if config.ln_before:
                 self.ln_before_weight.data += 1
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         h = inner(x)
         z = x if self.parallel else h

@@ -10,14 +10,12 @@ b being the base layer's bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, xp_of
 from ..nn.module import Module
 from .config import Seed, Shape
+from .layer import Inner
 from .lora import LoraConfig, LoraLinear
 from .lora_embedding import LoraEmbedding
 from .olora import OloraLinear
@@ -33,7 +31,7 @@ class DoraLinear(LoraLinear):
         if seed is not None:
             self.lora_magnitude_vector.data = self.row_norms(layer)
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + b + s B A z + (m/n - 1) (W z + s B A z): x [..., in] -> y [..., out].
 
         z is x, in training with dropout, which acts on both terms of the rescaled sum, as in PEFT.
@@ -79,6 +77,6 @@ class DoraOlora(DoraLinear, OloraLinear):
 class DoraEmbedding(DoraLinear, LoraEmbedding):
     """DoRA around an embedding, m [d]: each number of a row is one of W's outputs."""
 
-    def forward(self, ids: Array, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, ids: Array, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """ids [...] -> [..., d]."""
         return (inner(ids) + self.update(ids)) * (self.lora_magnitude_vector / self.row_norms(base))

@@ -9,15 +9,14 @@ The factors start at 1. Merged, they scale W's rows (and b), or its columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import family_of, out_in_shape
 from .weights import dense_weight, out_in, with_weight
 
@@ -31,7 +30,7 @@ class IA3Layer(Adapter):
         if seed is not None:
             self.ia3_l.data += 1
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         l = self.ia3_l.reshape(-1)
         return inner(x * l) if self.is_feedforward else inner(x) * l
@@ -49,9 +48,7 @@ class IA3Config(PeftConfig):
     """(IA)³'s options, with PEFT's names."""
 
     feedforward_modules: list[str] | str | None = option(
-        None,
-        "those of the targets whose input is scaled, by the end of their path or by a regular expression; None: the "
-        "usual ones of the architecture",
+        None, "targets whose input is scaled: ends of paths, or a regular expression; None: the architecture's usual ones"
     )
     init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")

@@ -21,6 +21,7 @@ from .config import PeftError, Seed, Shape
 from .mixed import Rows, Selection, mixed
 from .weights import placement, zeros
 
+Inner = Callable[[Any], Tensor]  # a layer as it is without an adapter
 STREAM = 1 << 20  # random streams of adapters are numbered from here, apart from those of the model's own dropout
 
 
@@ -64,9 +65,7 @@ class AdaptedLayer(Module):
             layer = self.adapters[name].merge(layer, self.base_layer)
             for path, p in layer.named_parameters():
                 if not bool(xp_of(p.data).isfinite(p.data).all().item()):
-                    raise PeftError(
-                        f"merging the adapter {name!r} gives a {path} that is not finite; nothing was merged"
-                    )
+                    raise PeftError(f"merging {name!r} gives a {path} that is not finite; nothing was merged")
         return layer
 
     def __getattr__(self, name: str) -> Any:
@@ -103,7 +102,7 @@ class Adapter(Module):
         for key, shape in shapes.items():
             setattr(self, key.partition(".")[0], Parameter(zeros(shape, *placement(like), seed)))
 
-    def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """The adapted layer's output.
 
         Args:
@@ -157,7 +156,7 @@ class TrainedCopy(Adapter):
             p.data = zeros(p.shape, xp, dtype, None) if seed is None else p.data.astype(dtype, copy=False)
         self.prefix = prefix
 
-    def forward(self, x: Any, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """The copy's output. What is below, the base layer or another adapter, is not used."""
         return self.module(x, rng)
 

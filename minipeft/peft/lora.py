@@ -13,8 +13,7 @@ What grew on LoRA stands beside it, an idea a file: `dora`, `pissa`, `olora`, `f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, check_patterns, kind_of, out_in_shape, pattern_value
 from .variants import check_variant, variant
 from .weights import fill, kaiming_uniform, with_update
@@ -39,7 +38,7 @@ class LoraLinear(Adapter):
         if seed is not None:
             self.start(config.init_lora_weights, layer, np.random.default_rng(seed))
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s B A z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + self.update(z)
@@ -92,16 +91,12 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = option(False, "divide lora_alpha by sqrt(r) in place of r")
     use_dora: bool = option(False, "train each row's length apart from its direction (DoRA)")
     init_lora_weights: bool | str = option(
-        True,
-        "True (A Kaiming-uniform, B zero), gaussian (A of deviation 1/r), pissa, olora, or False (A and B random: the "
-        "start differs from the base; for tests)",
+        True, "the start; True: A Kaiming-uniform, gaussian: of deviation 1/r; False: B random, too (for tests)",
         choices=(True, False, "gaussian", "pissa", "olora"),
-    )
+    )  # fmt: skip
     rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
     alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
-    enable_lora: list[bool] | None = option(
-        None, "for layers that fuse several projections of the input's width: which are adapted"
-    )
+    enable_lora: list[bool] | None = option(None, "which projections of a fused layer are adapted")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
     peft_type: ClassVar[str] = "LORA"
@@ -130,10 +125,7 @@ class LoraConfig(PeftConfig):
             return {}
         (n_out, n_in), r = out_in_shape(kind, shape), self.rank(name)
         if r > min(n_in, n_out):
-            raise PeftError(
-                f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; "
-                f"r must be at most {min(n_in, n_out)}"
-            )
+            raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller r")
         return variant(self, name, kind).shapes(self, name, r, n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:

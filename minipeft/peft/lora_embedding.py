@@ -7,9 +7,6 @@ As in PEFT, lora_dropout does not act here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from ..autograd import ops as F
@@ -17,6 +14,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from .config import Shape
+from .layer import Inner
 from .lora import LoraConfig, LoraLinear
 from .weights import fill
 
@@ -24,7 +22,7 @@ from .weights import fill
 class LoraEmbedding(LoraLinear):
     """lora_embedding_A [r, V] and lora_embedding_B [d, r]."""
 
-    def forward(self, ids: Array, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, ids: Array, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """ids [...] -> [..., d]."""
         return inner(ids) + self.update(ids)
 

@@ -104,9 +104,7 @@ class PeftModel(Module):
         """
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
-            raise PeftError(
-                "merged adapters get no gradient: call unmerge_adapter() before training, or compute in no_grad()"
-            )
+            raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
         with self._call(adapter_names, input_ids):
             prompt = self._prompt()
             if prompt is None:
@@ -131,7 +129,7 @@ class PeftModel(Module):
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
-        trained = [n for n in self.selection.names if any(p.requires_grad for _, a in self.parts(n) for p in a.parameters())]
+        trained = [name for name in self.selection.names if any(p.requires_grad for _, p in self._trained(name))]
         callbacks = [self.peft_config[name].training_callback(self, name) for name in trained]
         return [callback for callback in callbacks if callback is not None]
 
@@ -153,16 +151,14 @@ class PeftModel(Module):
         self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any
     ) -> None:
         if past_key_values:
-            raise PeftError(
-                "with virtual tokens, generation starts from the prompt alone; past_key_values cannot be given"
-            )
-        longest = max(len(row) for row in ids) if mask is None else max(int((row != 0).sum()) for row in _rows_of(mask))
+            raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
+        rows = ids if mask is None else [row[row != 0] for row in (to_numpy(mask) if is_array(mask) else np.asarray(mask))]
+        longest = max(map(len, rows))
         room = self.base_model.config.max_position_embeddings - self.virtual_tokens
         if longest + max_new_tokens > room:
             raise PeftError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, "
-                f"but {self.virtual_tokens} virtual tokens leave {room} positions: shorten the prompt or generate at most "
-                f"{max(0, room - longest)}"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
+                f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {max(0, room - longest)}"
             )
 
     def _prompt(self) -> Any:
@@ -272,12 +268,9 @@ class PeftModel(Module):
 
     def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
         """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
-        found = [
-            (path, layer.adapters[adapter_name])
-            for path, layer in self.layers.items()
-            if adapter_name in layer.adapters
-        ]
-        return found + ([("", self.prompts[adapter_name])] if adapter_name in self.prompts else [])
+        found = [(path, layer.adapters.get(adapter_name)) for path, layer in self.layers.items()]
+        found.append(("", self.prompts.get(adapter_name)))
+        return [(path, part) for path, part in found if part is not None]
 
     def _known(self, *names: str) -> None:
         for name in names:
@@ -338,19 +331,20 @@ class PeftModel(Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
-        constants = {id(p) for layer in self.layers.values() for a in layer.adapters.values() for p in _constants(a)}
+        adapters = [part for name in self.peft_config for _, part in self.parts(name)]
         quantized = _quantized(self)
-        constants |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
-        counted = [p for p in self.parameters() if id(p) not in constants]
+        trained = {id(p) for part in adapters for p in part.trained().values()}
+        others = {id(p) for part in adapters for p in part.parameters()} - trained  # constants, and packed weights
+        others |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
+        counted = [p for p in self.parameters() if id(p) not in others]
         packed = sum(m.out_features * m.in_features for m in quantized)
         return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + packed
 
     def print_trainable_parameters(self) -> None:
         """Print the counts, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        percent = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
     def tree(self) -> str:
         """The module tree as text, repeated layers once, with what was put where."""
@@ -360,21 +354,17 @@ class PeftModel(Module):
 
     def mark_start(self, adapter_name: str) -> None:
         """From here on `assert_learning` compares with the present values."""
-        self._start[adapter_name] = {
-            (f"{path}.{key}" if path else key): _digest(p)
-            for path, adapter in self.parts(adapter_name)
-            for key, p in adapter.trained().items()
-        }
+        self._start[adapter_name] = {name: _digest(p) for name, p in self._trained(adapter_name)}
+
+    def _trained(self, adapter_name: str) -> Iterator[tuple[str, Parameter]]:
+        for path, adapter in self.parts(adapter_name):
+            for key, p in adapter.trained().items():
+                yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
         """The trainable adapter parameters that are, bit for bit, what they were at the start."""
-        return [
-            name
-            for adapter_name, start in self._start.items()
-            for path, adapter in self.parts(adapter_name)
-            for key, p in adapter.trained().items()
-            if p.requires_grad and start.get(name := f"{path}.{key}" if path else key) == _digest(p)
-        ]
+        trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
+        return [name for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)]
 
     # ------------------------------------------------------------------------------------------------------- files
 
@@ -436,10 +426,8 @@ def assert_learning(model: PeftModel) -> None:
     """
     unmoved = model.unmoved()
     if unmoved:
-        raise AssertionError(
-            f"{len(unmoved)} adapter parameters never moved: "
-            f"{', '.join(unmoved[:10])}{' ...' if len(unmoved) > 10 else ''}"
-        )
+        listed = f"{', '.join(unmoved[:10])}{' ...' if len(unmoved) > 10 else ''}"
+        raise AssertionError(f"{len(unmoved)} adapter parameters never moved: {listed}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the tree
@@ -488,15 +476,5 @@ def _quantized(model: Module) -> list[Any]:
     return [module for _, module in model.named_modules() if hasattr(type(module), "dequantize")]
 
 
-def _constants(adapter: Adapter) -> list[Parameter]:
-    trained = {id(p) for p in adapter.trained().values()}
-    return [p for p in adapter.parameters() if id(p) not in trained]
-
-
 def _digest(p: Parameter) -> str:
     return hashlib.blake2b(np.ascontiguousarray(to_numpy(p.data)).tobytes(), digest_size=16).hexdigest()
-
-
-def _rows_of(mask: Any) -> np.ndarray:
-    """A mask [B, S] in host memory: an explicit copy from the device, where it is on one."""
-    return to_numpy(mask) if is_array(mask) else np.asarray(mask)

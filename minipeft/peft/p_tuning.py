@@ -30,9 +30,8 @@ class PromptEncoder(SoftTokens):
     def __init__(self, P: int, d: int, h: int, like: Module, seed: Seed):
         self.length = P
         self.embedding = Embedding(P, d, seed=None)
-        self.mlp_head = Sequential(
-            Linear(d, h, seed=None), F.relu, Linear(h, h, seed=None), F.relu, Linear(h, d, seed=None)
-        )
+        W1, W2, W3 = (Linear(n, m, seed=None) for n, m in ((d, h), (h, h), (h, d)))
+        self.mlp_head = Sequential(W1, F.relu, W2, F.relu, W3)
         initialize(self, like, seed)
 
     def vectors(self) -> Tensor:
@@ -48,9 +47,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning's options, with PEFT's names (and `folded`)."""
 
     encoder_hidden_size: int | None = option(None, "width of the network; None: the model's", least=1)
-    encoder_reparameterization_type: str = option(
-        "MLP", "MLP; LSTM only of adapters read from a file", choices=("MLP", "LSTM")
-    )
+    encoder_reparameterization_type: str = option("MLP", "LSTM only of a file's adapter", choices=("MLP", "LSTM"))
     folded: bool = option(False, "the vectors are trained themselves, without the network; so is what a file holds")
 
     peft_type: ClassVar[str] = "P_TUNING"

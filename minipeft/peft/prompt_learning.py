@@ -51,9 +51,7 @@ class PromptLearningConfig(PeftConfig):
     num_virtual_tokens: int = option(None, "virtual tokens, P; must be given", least=1)
     token_dim: int | None = option(None, "numbers per virtual token (prefix tuning: per key, all heads together)", least=1)
     num_layers: int | None = option(None, "layers of the model", least=1)
-    num_attention_heads: int | None = option(
-        None, "heads of the model (prefix tuning: those that have keys of their own)", least=1
-    )
+    num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
     stored_key: ClassVar[str] = "prompt_embeddings"

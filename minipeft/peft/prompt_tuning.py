@@ -62,16 +62,12 @@ class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning's options, with PEFT's names."""
 
     prompt_tuning_init: str = option(
-        "RANDOM",
-        "RANDOM (standard normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT (those of a text's tokens, cut off "
-        "or repeated to num_virtual_tokens)",
+        "RANDOM", "standard normal, or embeddings of random tokens, or of a text's tokens, cut off or repeated",
         choices=("RANDOM", "SAMPLE_VOCAB", "TEXT"),
-    )
+    )  # fmt: skip
     prompt_tuning_init_text: str | None = option(None, "the text, with tokenizer_name_or_path")
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
-    prompt_tuning_init_ids: list[int] | None = option(
-        None, "or, in place of both, the text's token ids (not in PEFT, and not in its file)"
-    )
+    prompt_tuning_init_ids: list[int] | None = option(None, "or the text's token ids (not in PEFT, nor in its file)")
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
 

@@ -66,25 +66,20 @@ def family_of(model: Any) -> str | None:
 
 @configuration(kw_only=True)
 class Targets:
-    """The options that say which layers a method is put on."""
+    """The options that say which layers a method is put on.
+
+    A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but the
+    output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
+    modules_to_save may begin amid a word ("norm" matches input_layernorm), as in PEFT.
+    """
 
     target_modules: list[str] | str | None = option(
-        None,
-        "names (a module matches when its path is the name or ends in '.name'), a regular expression that must match the "
-        "whole path, or all-linear (every linear layer but the output head); None: the usual ones of the architecture",
+        None, "ends of paths, a regular expression for whole paths, or all-linear; None: the architecture's usual ones"
     )
     exclude_modules: list[str] | str | None = option(None, "names or a regular expression; what matches is no target")
-    layers_to_transform: list[int] | int | None = option(
-        None, "only the layers of these numbers, the first number of a path (with target names only)", least=0
-    )
-    layers_pattern: list[str] | str | None = option(
-        None, "name of the list of layers (or a regular expression), where a path has several numbers"
-    )
-    modules_to_save: list[str] | str | None = option(
-        None,
-        "ends of paths ('norm' matches input_layernorm, as in PEFT) of modules that are trained whole, as copies, and "
-        "saved with the adapter",
-    )
+    layers_to_transform: list[int] | int | None = option(None, "only layers of these numbers", least=0)
+    layers_pattern: list[str] | str | None = option(None, "what stands before that number, where a path has several")
+    modules_to_save: list[str] | str | None = option(None, "ends of paths of modules that are trained whole, as copies")
 
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
     usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
@@ -181,9 +176,8 @@ class Targets:
         """Raises PeftError for a module that the method cannot be put on."""
         kind, made = kind_of(module), type(module).__name__
         if kind not in self.kinds:
-            raise PeftError(
-                f"target_modules: {name!r} is a {made}; {type(self).__name__} works on {', '.join(self.kinds)}"
-            )
+            works = f"{type(self).__name__} works on {', '.join(self.kinds)}"
+            raise PeftError(f"target_modules: {name!r} is a {made}; {works}")
         stored = getattr(self, "fan_in_fan_out", None)
         if kind in ("linear", "conv1d") and stored not in (None, kind == "conv1d"):
             raise PeftError(
@@ -224,7 +218,6 @@ def _near(name: str, modules: Iterable[str]) -> str:
     if not paths:
         return "; nothing is inside this one: put a single layer into a Sequential, where it has the name '0'"
     last = dict.fromkeys(p.rpartition(".")[2] for p in paths if not p.rpartition(".")[2].isdigit())
-    near = difflib.get_close_matches(name.rpartition(".")[2], list(last), n=3, cutoff=0.4) or difflib.get_close_matches(
-        name, paths, n=3, cutoff=0.4
-    )
+    near = difflib.get_close_matches(name.rpartition(".")[2], last, cutoff=0.4)
+    near = near or difflib.get_close_matches(name, paths, cutoff=0.4)
     return f"; nearest: {', '.join(near)}" if near else f"; the modules are called {', '.join(list(last)[:12])}"

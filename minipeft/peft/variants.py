@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from .targets import PeftError
+
+# what is varied -> the file, the class, and the class with DoRA (in dora.py)
+VARIANTS = {
+    None: ("lora", "LoraLinear", "DoraLinear"),
+    "pissa": ("pissa", "PissaLinear", "DoraPissa"),
+    "olora": ("olora", "OloraLinear", "DoraOlora"),
+    "embedding": ("lora_embedding", "LoraEmbedding", "DoraEmbedding"),
+    "fused": ("fused", "FusedLora", ""),
+}
 
 
 def check_variant(config: Any) -> None:
@@ -24,26 +34,12 @@ def variant(config: Any, name: str, kind: str) -> Any:
 
     Raises PeftError for an embedding with options that are for linear layers.
     """
-    start = config.init_lora_weights if config.init_lora_weights in ("pissa", "olora") else None
+    varied = config.init_lora_weights if config.init_lora_weights in ("pissa", "olora") else None
     if kind == "embedding":
-        if start or config.enable_lora:
-            what = "enable_lora" if config.enable_lora else f"init_lora_weights={start!r}"
+        if varied or config.enable_lora:
+            what = "enable_lora" if config.enable_lora else f"init_lora_weights={varied!r}"
             raise PeftError(f"{name}: {what} is for linear layers, not for an embedding")
-        start = "embedding"
-    if config.use_dora:
-        from . import dora
-
-        return {
-            None: dora.DoraLinear, "pissa": dora.DoraPissa, "olora": dora.DoraOlora, "embedding": dora.DoraEmbedding
-        }[start]  # fmt: skip
-    if start == "embedding":
-        from .lora_embedding import LoraEmbedding as found
-    elif start == "pissa":
-        from .pissa import PissaLinear as found
-    elif start == "olora":
-        from .olora import OloraLinear as found
-    elif config.enable_lora:
-        from .fused import FusedLora as found
-    else:
-        from .lora import LoraLinear as found
-    return found
+        varied = "embedding"
+    file, plain, dora = VARIANTS["fused" if config.enable_lora else varied]
+    file, found = ("dora", dora) if config.use_dora else (file, plain)
+    return getattr(importlib.import_module(f".{file}", __package__), found)

@@ -9,8 +9,7 @@ trains only d [r], which starts at `d_initial`, and b [out], which starts at 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from ..backend import Array, Rng
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
-from .layer import Adapter
+from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, out_in_shape
 from .weights import fill, placement, with_update, zeros
 
@@ -42,7 +41,7 @@ class VeraLayer(Adapter):
     def _corners(self) -> tuple[Array, Array]:
         return self.projection.vera_A.data[:, : self.in_features], self.projection.vera_B.data[: self.out_features]
 
-    def forward(self, x: Tensor, inner: Callable[[Any], Tensor], base: Module, rng: Rng | None) -> Tensor:
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
         A, B = self._corners()
         z = F.dropout(x, self.dropout, rng) if self.dropout else x

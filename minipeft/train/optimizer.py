@@ -81,16 +81,16 @@ class Optimizer:
                 raise ValueError(f"{type(self).__name__}: betas must lie in [0, 1), got {group['betas']}")
 
     def _check_parameter(self, p: Parameter) -> None:
-        what = f"{type(self).__name__}: {self._labels[p]} of shape {p.shape}"
         if p.dtype.kind != "f":
-            advice = "only floating-point parameters are trained: set requires_grad=False, as for a quantized weight"
-            raise TypeError(f"{what} is {p.dtype}; {advice}")
-        if p.dtype.itemsize < 4:
-            advice = "in which most steps would round to nothing; store what is trained in float32"
-            raise TypeError(f"{what} is {p.dtype}, {advice}")
-        if isinstance(p.data, np.ndarray) and not p.data.flags.writeable:
-            advice = "it is not allocated yet, or is a view of a file; load or copy the weights first"
-            raise ValueError(f"{what} cannot be written: {advice}")
+            what = f"is {p.dtype}; only floating-point parameters are trained: set requires_grad=False"
+        elif p.dtype.itemsize < 4:
+            what = f"is {p.dtype}, in which most steps would round to nothing; store what is trained in float32"
+        elif isinstance(p.data, np.ndarray) and not p.data.flags.writeable:
+            what = "cannot be written: it is not allocated yet, or is a view of a file; load or copy the weights first"
+        else:
+            return
+        error = ValueError if what.startswith("cannot") else TypeError
+        raise error(f"{type(self).__name__}: {self._labels[p]} of shape {p.shape} {what}")
 
     # ------------------------------------------------------------------------------------------------------ steps
 
