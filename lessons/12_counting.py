@@ -274,7 +274,7 @@ mine = mp.TransformerConfig.llama(
 )
 BATCH, LENGTH = 2, 128
 text = np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH))
-COUNTED = {
+METHODS = {
     "full": (None, {}, lambda: mp.Transformer(mine, seed=0)),
     "LoRA": (config, {}, lambda: mp.get_peft_model(mp.Transformer(mine, seed=0), config)),
     "QLoRA": (
@@ -327,7 +327,7 @@ threads = mp.backend.get_num_threads()
 mp.backend.set_num_threads(1)  # how many work at the same moment is the scheduler's affair; one measures the same again
 bars = {}
 print(f"\n{count_parameters(mine).total:,} parameters, {BATCH} x {LENGTH} tokens; MB foretold / measured")
-for name, (method, how, make) in COUNTED.items():
+for name, (method, how, make) in METHODS.items():
     make().loss(text, text)  # whatever is made once is made
     ledger = memory_ledger(mine, method, BATCH, LENGTH, **how)
     held = ledger.held
