@@ -142,7 +142,7 @@ if not REDUCED:
 
 # %%
 STEPS, BATCH = (4, 8) if REDUCED else (20, 16)
-RATES = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
+GRID = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
 
 
 def fine_tune(rate, examples=train_examples):
@@ -160,7 +160,7 @@ def fine_tune(rate, examples=train_examples):
 
 curve, best = [], (math.inf, None, None)
 print(f"\nlearning rate   task loss   general loss     (the base: {before[0]:.3f}, {before[1]:.3f})")
-for rate in RATES:
+for rate in GRID:
     model, _ = fine_tune(rate)
     curve.append(losses_of(model) if model else (math.inf, math.inf))
     print(f"{rate:13.1e}   {curve[-1][0]:9.3f}   {curve[-1][1]:12.3f}")
@@ -169,12 +169,12 @@ for rate in RATES:
 curve = np.array(curve)  # [rates, 2]
 _, best_rate, tuned = best
 gain, forgotten = before[0] - curve[:, 0], curve[:, 1] - before[1]
-at = RATES.index(best_rate)
+at = GRID.index(best_rate)
 print(f"best rate {best_rate:.1e}: the task gains {gain[at]:.3f} nats a token, general text loses {forgotten[at]:.3f}")
-wide = [f"{rate:.1e}" for rate, g in zip(RATES, gain) if g > 0.7 * gain[at]]
+wide = [f"{rate:.1e}" for rate, g in zip(GRID, gain) if g > 0.7 * gain[at]]
 print("rates that bring at least 70% of that gain:", ", ".join(wide))
 if not REDUCED:
-    assert 0 < at < len(RATES) - 1, "the best rate lies inside the range: the curve is a U"
+    assert 0 < at < len(GRID) - 1, "the best rate lies inside the range: the curve is a U"
     assert gain[at] > 0.1
     assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
     assert curve[-1, 0] > before[0], "the largest rate destroys what was there"
@@ -330,7 +330,7 @@ assert difference < 1e-6
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
 finite = np.isfinite(curve[:, 0])
-rates = np.array(RATES)[finite]
+rates = np.array(GRID)[finite]
 a.semilogx(rates, curve[finite, 0], "o-", color=BLUE, label="the task: King James to plain English")
 a.semilogx(rates, curve[finite, 1], "s-", color=ORANGE, label="general text: what is forgotten")
 for level, color in zip(before, (BLUE, ORANGE)):
@@ -340,7 +340,7 @@ a.axvline(best_rate, color=GREY, lw=0.8, ls="--")
 top = max(before) + 2.2
 a.set(
     xlabel="learning rate", ylabel="held-out loss (nats per token)", ylim=(min(curve[at]) - 0.4, top),
-    title=f"The same {STEPS} steps at {len(RATES)} learning rates",
+    title=f"The same {STEPS} steps at {len(GRID)} learning rates",
 )  # fmt: skip
 a.legend(loc="upper left", fontsize=9)
 a.grid(alpha=0.25)
@@ -349,7 +349,7 @@ path = np.vstack([before, curve[shown]])
 b.plot(path[:, 0], path[:, 1], "-", color=GREY, lw=1)
 b.plot(*before, "D", color="black", ms=8)
 b.annotate("base", before, xytext=(8, -12), textcoords="offset points", fontsize=9)
-for rate, (x, y) in zip(np.array(RATES)[shown], curve[shown]):
+for rate, (x, y) in zip(np.array(GRID)[shown], curve[shown]):
     b.plot(x, y, "o", color=BLUE if rate == best_rate else "white", mec=BLUE, ms=8)
     left = rate > best_rate
     place = {"xytext": (-9, 5) if left else (8, 5), "ha": "right" if left else "left"}

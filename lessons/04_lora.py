@@ -201,7 +201,7 @@ for name, size in kept.items():
 # %%
 BATCH, LENGTH = (4, 64) if REDUCED else (16, 64)
 text = np.random.default_rng(0).integers(0, base.config.vocab_size, (BATCH, LENGTH))
-METHODS = {
+VARIANTS = {
     "full": lambda: base.copy(),
     "LoRA, all-linear": lambda: mp.get_peft_model(base.copy(), mp.LoraConfig(r=8, target_modules="all-linear")),
     "LoRA, q and v": lambda: mp.get_peft_model(base.copy(), mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])),
@@ -231,7 +231,7 @@ def two_steps(make):
 
 
 memory = {}
-for name, make in METHODS.items():
+for name, make in VARIANTS.items():
     ledger = memory_ledger(make(), batch=BATCH, seq_len=LENGTH)
     held = ledger.held
     foreseen = {

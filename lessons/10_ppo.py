@@ -247,8 +247,8 @@ def measure(run):
     return {**judged(policy, judge, run.seed), "history": curves if history else None, "cpu_seconds": round(seconds, 1)}
 
 
-METHODS = ("PPO", "RLOO", "GRPO", "DPO")
-RUNS = [Run(method, seed) for seed in range(3) for method in ("base", *METHODS)]
+ALGORITHMS = ("PPO", "RLOO", "GRPO", "DPO")
+RUNS = [Run(method, seed) for seed in range(3) for method in ("base", *ALGORITHMS)]
 if "--full" in sys.argv:
     sweep(RUNS, measure, RESULTS, show=lambda line: print(line, flush=True))
 rows = read_rows(RESULTS)
@@ -315,7 +315,7 @@ assert abs(dpo - 0.6907284) < 5e-8
 
 print("\non held-out prompts   reward    gold      KL  distinct-2  ended")
 page = {}
-for method in ("base", *METHODS) if REDUCED else ("base", "PPO", "DPO"):  # the others take as long as PPO again, each
+for method in ("base", *ALGORITHMS) if REDUCED else ("base", "PPO", "DPO"):  # the others take as long as PPO again, each
     model, _ = learn(Run(method, **small))
     page[method] = judged(model, judge)
     p = page[method]
@@ -331,7 +331,7 @@ if not REDUCED:
 # One seed says little. All methods with three of them, from the file that `--full` writes:
 
 # %%
-table = {m: sorted((r for r in rows if r["method"] == m), key=lambda r: r["seed"]) for m in ("base", *METHODS)}
+table = {m: sorted((r for r in rows if r["method"] == m), key=lambda r: r["seed"]) for m in ("base", *ALGORITHMS)}
 assert all([r["seed"] for r in found] == [0, 1, 2] for found in table.values()), "three seeds of each: see --full"
 swept = {
     m: {k: np.array([r[k] for r in found]) for k in ("reward", "gold", "kl", "distinct_2", "ended", "cpu_seconds")}
@@ -344,8 +344,8 @@ for method, c in swept.items():
         + f"  {c['kl'].mean():6.1f}  {c['distinct_2'].mean():11.2f}  {c['ended'].mean():5.0%}"
         f"  {c['cpu_seconds'].mean():23.0f}"
     )  # fmt: skip
-before, sampling = swept["base"], METHODS[:3]
-for method in METHODS:
+before, sampling = swept["base"], ALGORITHMS[:3]
+for method in ALGORITHMS:
     for name in ("reward", "gold"):
         assert (swept[method][name] > before[name]).all(), f"{method}: the {name} rises in every seed"
     assert (swept[method]["distinct_2"] < before["distinct_2"]).all(), f"{method}: fewer distinct bigrams in every seed"
@@ -354,7 +354,7 @@ for method in sampling:
         assert (swept["DPO"][name] < swept[method][name]).all(), f"DPO has less {name} than {method} in every seed"
 assert max(swept["DPO"]["kl"]) < 3.2 and 5.7 < min(min(swept[m]["kl"]) for m in sampling), "DPO goes least far by far"
 assert len({max(sampling, key=lambda m: swept[m]["gold"][seed]) for seed in range(3)}) > 1, "no sampler is ahead in all"
-more_ends = [(m, seed) for m in METHODS for seed in range(3) if swept[m]["ended"][seed] >= before["ended"][seed]]
+more_ends = [(m, seed) for m in ALGORITHMS for seed in range(3) if swept[m]["ended"][seed] >= before["ended"][seed]]
 assert more_ends == [("PPO", 2)], "ends become rarer in eleven runs of twelve"
 
 # %% [markdown]
@@ -398,14 +398,14 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
-colors = dict(zip(METHODS, ("C0", "C1", "C2", "C4")))
+colors = dict(zip(ALGORITHMS, ("C0", "C1", "C2", "C4")))
 
 
 def smooth(y, width=4):
     return [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
 
 
-for method in METHODS[:3]:
+for method in ALGORITHMS[:3]:
     for ax, key in zip(axes, ("reward", "gold", "kl")):
         each = np.array([smooth(r["history"][key]) for r in table[method]])
         x = np.arange(1, each.shape[1] + 1)
@@ -414,7 +414,7 @@ for method in METHODS[:3]:
 for ax, title in zip(axes, ("Reward: optimized", "Gold: only watched", "KL from the base, nats an answer")):
     ax.set(title=title, xlabel="update")
 axes[0].legend(frameon=False)
-for method in METHODS:
+for method in ALGORITHMS:
     kl, value = ([r[k] for r in table[method]] for k in ("kl", "gold"))
     axes[3].plot(np.sqrt(np.maximum(kl, 0)), value, "o", color=colors[method], label=method)
 axes[3].axhline(np.mean([r["gold"] for r in table["base"]]), color="grey", linestyle="--", linewidth=1, label="base")

@@ -16,7 +16,6 @@
 
 # %%
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -26,11 +25,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import practice
+from experiments.practice import Classification
+
 import minipeft as mp
 from minipeft.accounting import memory_ledger
-from minipeft.experiments import practice, shipped
-from minipeft.experiments.practice import Classification, Rewriting, over_seeds
-from minipeft.experiments.sweep import complete, read_rows, sweep
+from minipeft.experiments import shipped
+from minipeft.experiments.seeds import CLEAR, below, over_seeds, spread
+from minipeft.experiments.shipped import Rewriting
+from minipeft.experiments.sweep import complete, is_of, read_rows, sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -39,7 +44,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "14_best_practices.jsonl"
 
 if "--full" in sys.argv:
-    subprocess.run([sys.executable, "-m", "minipeft.experiments.sweep", "practice", RESULTS], check=True)
+    sweep(practice.RUNS, practice.run, RESULTS, show=print)
 rows, SEEDS = complete(read_rows(RESULTS), practice.RUNS)
 task_before, general_before = shipped.before(8, 2) if REDUCED else shipped.before()
 print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before any: task loss {task_before:.3f}, general loss {general_before:.3f}")
@@ -64,12 +69,12 @@ print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before
 
 # %%
 seeds = over_seeds(rows, Rewriting(learning_rate=1e-3))
-print(f"full fine-tuning at rate 1e-3, {len(seeds)} seeds: {', '.join(f'{loss:.3f}' for loss in seeds)}, or {practice.spread(seeds)}")
+print(f"full fine-tuning at rate 1e-3, {len(seeds)} seeds: {', '.join(f'{loss:.3f}' for loss in seeds)}, or {spread(seeds)}")
 coins = np.random.default_rng(0).integers(0, 2, (100_000, 3)).sum(axis=1)
 print(f"three coins agree in {np.isin(coins, (0, 3)).mean():.1%} of throws")
 assert abs(np.isin(coins, (0, 3)).mean() - 1 / 4) < 0.01
 chance = np.random.default_rng(0).normal(size=(100_000, 3))
-passed = np.abs(chance.mean(axis=1)) > practice.CLEAR * chance.std(axis=1, ddof=1)
+passed = np.abs(chance.mean(axis=1)) > CLEAR * chance.std(axis=1, ddof=1)
 print(f"three differences that are only chance are large beside their spread in {passed.mean():.1%} of cases")
 assert abs(passed.mean() - 0.05) < 0.005
 
@@ -118,10 +123,11 @@ agree(now, few[:-1])  # the last rate is so high that rounding grows: its number
 print("\nnow, seed 0:")
 for row in now:
     print(f"  {row['method']:5s} rate {row['learning_rate']:6g}: task loss {row['task_loss']:.3f}, general text {row['forgotten']:+.3f}")
-print("\nall seeds:   rate", "".join(f"{rate:>16g}" for rate in sorted({r for rates in practice.RATES.values() for r in rates})))
-for method, rates in practice.RATES.items():
-    cells = {rate: practice.spread(over_seeds(rows, Rewriting(method, rate))) for rate in rates}
-    print(f"  {method:14s}", "".join(f"{cells.get(rate, ''):>16s}" for rate in sorted({r for rates in practice.RATES.values() for r in rates})))
+print("\nall seeds:   rate", "".join(f"{rate:>16g}" for rate in sorted({r for m in ("full", "lora") for r in practice.RATES[m]})))
+for method in ("full", "lora"):
+    rates = practice.RATES[method]
+    cells = {rate: spread(over_seeds(rows, Rewriting(method, rate))) for rate in rates}
+    print(f"  {method:14s}", "".join(f"{cells.get(rate, ''):>16s}" for rate in sorted({r for m in ("full", "lora") for r in practice.RATES[m]})))
 print()
 report(("learning rate",))
 full_best = practice.best(rows, [Rewriting(learning_rate=rate) for rate in practice.RATES["full"]])
@@ -133,8 +139,8 @@ print("general text loses")
 for s in (full_best, Rewriting("lora", lora_best[0])):
     lowest = replace(s, learning_rate=practice.RATES[s.method][0])
     kind, best = (over_seeds(rows, which, "forgotten") for which in (lowest, s))
-    print(f"  {s.method}: {practice.spread(best)} at the best rate, {practice.spread(kind)} at the lowest")
-    assert practice.below(kind, best)
+    print(f"  {s.method}: {spread(best)} at the best rate, {spread(kind)} at the lowest")
+    assert below(kind, best)
 
 # %% [markdown]
 # Full fine-tuning is best at 1e-3. LoRA is lowest at 3e-3, but by no more than 0.010 ± 0.005 under its loss at 1e-2:
@@ -158,7 +164,7 @@ base, _ = mp.load_base()
 ledgers = {size: memory_ledger(base, batch=size, seq_len=64).total for size in (16, 4)}
 print(f"memory of a step: 16 at once {ledgers[16] / 1e6:.0f} MB, in parts of 4 {ledgers[4] / 1e6:.0f} MB\n")
 for size in (4, 16, 64):
-    cells = {s.learning_rate: practice.spread(over_seeds(rows, s)) for s in practice.batch_size((0,)) if s.batch_size == size and s.accumulation == 1}
+    cells = {s.learning_rate: spread(over_seeds(rows, s)) for s in practice.batch_size((0,)) if s.batch_size == size and s.accumulation == 1}
     print(f"  batch {size:2d}, {640 // size:3d} steps: " + ", ".join(f"{cell} at {rate:g}" for rate, cell in cells.items()))
 print()
 report(("batch size", "accumulation"))
@@ -169,7 +175,7 @@ unbroken = [s for s in practice.batch_size((0,)) if s.accumulation == 1]
 best_of = [practice.best(rows, [s for s in unbroken if s.batch_size == size]) for size in (4, 16, 64)]
 assert [s.learning_rate for s in best_of] == [3e-4, 1e-3, 1e-3]
 for smaller, larger in pairwise(best_of):
-    assert practice.below(over_seeds(rows, smaller), over_seeds(rows, larger)), "small batches teach more"
+    assert below(over_seeds(rows, smaller), over_seeds(rows, larger)), "small batches teach more"
 
 # %% [markdown]
 # From 4 to 16 the best rate rises (at 4 it is the lowest that was tried); from 16 to 64 this grid shows no rise. And
@@ -191,7 +197,7 @@ print()
 report(("epochs",))
 rise = {}
 for s in practice.epochs((0,)):
-    curves = [row for row in rows if practice.is_of(row, replace(s, seed=row["seed"]))]
+    curves = [row for row in rows if is_of(row, replace(s, seed=row["seed"]))]
     rise[s.method] = [row["held_out_curve"][-1] - min(row["held_out_curve"]) for row in curves]
     assert all(row["train_curve"][-1] < row["train_curve"][0] for row in curves), "the training loss has only fallen"
     assert all(row["held_out_curve"][-1] > min(row["held_out_curve"]) for row in curves), "the held-out loss has turned"
@@ -231,9 +237,9 @@ now = measure(*pair)
 agree(now, pair)
 print(f"\nnow, seed 0: 160 clean {now[0]['task_loss']:.3f}, 640 of which half are wrong {now[1]['task_loss']:.3f}\n")
 noisy = {noise: over_seeds(rows, Rewriting(learning_rate=1e-3, examples=640, noise=noise)) for noise in (0.0, 0.25, 0.5)}
-print("  640 examples: " + ", ".join(f"{practice.spread(losses)} with {noise:.0%} wrong" for noise, losses in noisy.items()) + "\n")
+print("  640 examples: " + ", ".join(f"{spread(losses)} with {noise:.0%} wrong" for noise, losses in noisy.items()) + "\n")
 report(("data",))
-assert practice.below(noisy[0.0], noisy[0.5]), "wrong answers do harm"
+assert below(noisy[0.0], noisy[0.5]), "wrong answers do harm"
 assert verdicts("data") == [False, True]
 clean = over_seeds(rows, Rewriting(learning_rate=1e-3, examples=160))
 assert (noisy[0.5] - clean).max() < 0.02 < 0.07 < (clean - noisy[0.25]).min()
@@ -261,7 +267,7 @@ report(("balance",))
 nouns, verbs = (over_seeds(rows, Classification(0.9), f"recall_{kind}") for kind in ("nouns", "verbs"))
 usual = 0.9 * nouns.mean() + 0.1 * verbs.mean()
 print(f"on data as skewed as its training set, its accuracy would be {usual:.0%}, and look well; of verbs it finds {verbs.mean():.0%}")
-assert usual > nouns.mean() / 2 + verbs.mean() / 2 and practice.below(verbs, nouns)
+assert usual > nouns.mean() / 2 + verbs.mean() / 2 and below(verbs, nouns)
 assert verdicts("balance") == [True, None]
 
 # %% [markdown]
@@ -300,7 +306,8 @@ def curve_of(axis, xs, values, **style):
     axis.errorbar(xs, values.mean(axis=1), values.std(axis=1, ddof=len(SEEDS) > 1), capsize=3, marker="o", markersize=5, **style)
 
 
-for method, rates in practice.RATES.items():
+for method in ("full", "lora"):
+    rates = practice.RATES[method]
     curve_of(a, rates, [over_seeds(rows, Rewriting(method, rate)) for rate in rates], label=method, color=COLORS[method])
 a.axhline(task_before, color="grey", linestyle=":")
 a.set(xscale="log", ylim=(2.4, 4.0), xlabel="learning rate", ylabel="held-out loss", title="Each method has its U")
@@ -311,7 +318,7 @@ b.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title="640 e
 b.set_xticks([3e-4, 1e-3, 3e-3], ["3e-4", "1e-3", "3e-3"])
 b.set_xticks([], minor=True)
 for s in practice.epochs((0,)):
-    curves = [row for row in rows if practice.is_of(row, replace(s, seed=row["seed"]))]
+    curves = [row for row in rows if is_of(row, replace(s, seed=row["seed"]))]
     for key, line in (("held_out_curve", "-"), ("train_curve", "--")):
         values = np.array([row[key] for row in curves])
         xs = np.arange(1, values.shape[1] + 1)
@@ -350,10 +357,10 @@ print("picture:", OUT / "14_best_practices.png")
 
 # %%
 for s in practice.epochs((0,)):
-    curves = [row for row in rows if practice.is_of(row, replace(s, seed=row["seed"]))]
+    curves = [row for row in rows if is_of(row, replace(s, seed=row["seed"]))]
     blind = [1 + int(np.argmin(row["train_curve"])) for row in curves]
     paid = np.array([row["held_out_curve"][epoch - 1] - min(row["held_out_curve"]) for row, epoch in zip(curves, blind)])
-    print(f"{s.method}: the training loss says epoch {', '.join(map(str, blind))}; the held-out loss pays {practice.spread(paid)}")
+    print(f"{s.method}: the training loss says epoch {', '.join(map(str, blind))}; the held-out loss pays {spread(paid)}")
     assert all(epoch > 12 for epoch in blind) and (paid > 0.1).all(), "the training loss always asks for more"
 
 # %% [markdown]

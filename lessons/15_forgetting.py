@@ -17,7 +17,6 @@
 
 # %%
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import forgetting
+from experiments.forgetting import FULL, LORA, RATES, REMEDIES, frontier, point
+
 import minipeft as mp
-from minipeft.experiments import forgetting, shipped
-from minipeft.experiments.forgetting import FULL, LORA, RATES, REMEDIES, Rewriting, frontier, point
+from minipeft.experiments import shipped
 from minipeft.experiments.methods import METHODS
-from minipeft.experiments.practice import below, over_seeds, spread
 from minipeft.experiments.run import evaluate, fine_tune
-from minipeft.experiments.sweep import complete, read_rows
+from minipeft.experiments.seeds import below, over_seeds, spread
+from minipeft.experiments.shipped import Rewriting
+from minipeft.experiments.sweep import complete, read_rows, sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -41,7 +45,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "15_forgetting.jsonl"
 
 if "--full" in sys.argv:
-    subprocess.run([sys.executable, "-m", "minipeft.experiments.sweep", "forgetting", RESULTS], check=True)
+    sweep(forgetting.RUNS, forgetting.run, RESULTS, show=print)
 rows, SEEDS = complete(read_rows(RESULTS), forgetting.RUNS)
 base, tokenizer = mp.load_base()
 small = {"steps": 2, "held_out": 8, "blocks": 2} if REDUCED else {}

@@ -17,7 +17,6 @@
 
 # %%
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,12 +24,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import decision
+from experiments.decision import TITLES, Costs
+
 import minipeft as mp
 from minipeft.accounting import count_parameters
-from minipeft.experiments import decision, shipped
-from minipeft.experiments.decision import TITLES, Costs
+from minipeft.experiments import shipped
 from minipeft.experiments.methods import METHODS
-from minipeft.experiments.practice import below, spread
+from minipeft.experiments.seeds import below, spread
 from minipeft.experiments.sweep import complete, read_rows, sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -40,7 +43,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "16_which_method.jsonl"
 
 if "--full" in sys.argv:
-    subprocess.run([sys.executable, "-m", "minipeft.experiments.sweep", "decision", RESULTS], check=True)
+    sweep(decision.RUNS, decision.run, RESULTS, show=print)
 rows, SEEDS = complete(read_rows(RESULTS), decision.RUNS)
 T = {method: decision.cells(rows, method) for method in TITLES}  # method -> quantity -> values over the seeds
 base, tokenizer = mp.load_base()

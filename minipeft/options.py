@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
-
-import numpy as np
 
 
 def option(
@@ -68,44 +68,54 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
     """
     for field in _options(type(config)):
         value = getattr(config, field.name)
-        if isinstance(value, np.generic):
+        numpy = sys.modules.get("numpy")  # not imported here: a value of its types exists only where it has been
+        if numpy and isinstance(value, numpy.generic):
             value = value.item()
             object.__setattr__(config, field.name, value)
         if not _fits(value, _hint(type(config), field.name)) or not _within(value, field.metadata):
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
 
 
-def add_options(parser: Any, cls: type, *names: str, **helps: str) -> None:
+def add_options(
+    parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, **helps: str
+) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
     An option that is not given is not set in the result, so that `from_arguments` leaves its default to the class.
-    `helps` replaces the help of a field in this command.
+    `defaults` are a command's own, which the result then has; None stands for "the command finds it out", and the help
+    says how. `helps` replaces the help of a field in this command.
     """
-    fields = {f.name: f for f in _options(cls)}
+    fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
-        field, hint = fields[name], _hint(cls, name)
-        kinds = [kind for kind in _kinds(hint) if kind is not NoneType]
+        field = fields[name]
+        kinds = [kind for kind in _kinds(_hint(cls, name)) if kind is not NoneType]
         flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
         text = helps.get(name, field.metadata["help"]).replace("%", "%%")
-        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        default = _default(field)
+        default = defaults.get(name, _default(field))
+        common: dict[str, Any] = {"dest": name, "default": default if name in defaults else argparse.SUPPRESS}
         if kinds == [bool]:
-            action = "store_false" if default else "store_true"
-            no = [f"--no-{flag.removeprefix('--no-').lstrip('-')}" for flag in flags] if default else flags
-            parser.add_argument(*no, action=action, help=f"{'not: ' if default else ''}{text}", **common)
+            if default is None:
+                common["action"] = argparse.BooleanOptionalAction
+            else:
+                common["action"] = "store_false" if default else "store_true"
+            if default:
+                flags = [f"--no-{flag.removeprefix('--no-').lstrip('-')}" for flag in flags]
+            parser.add_argument(*flags, help=f"{'not: ' if default else ''}{text}", **common)
             continue
-        shown = text if default is None else f"{text} (default: {_shown(default)})"
+        if bool in kinds:  # a switch that may take a value
+            kinds.remove(bool)
+            common |= {"nargs": "?", "const": True}
+        inner = kinds[0]
+        if get_origin(inner) in (list, tuple):
+            inner = get_args(inner)[0]
+            common["nargs"] = "+"
         choices = field.metadata["choices"]
-        many = get_origin(kinds[0]) in (list, tuple)
-        inner = get_args(kinds[0])[0] if many else kinds[0]
-        word = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
         if choices:
             common["choices"] = tuple(c for c in choices if c is not None)
         else:
-            common["metavar"] = word
-        parser.add_argument(
-            *flags, type=_reader(cls, field, inner, many), nargs="+" if many else None, help=shown, **common
-        )
+            common["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
+        shown = text if default is None or default is False else f"{text} (default: {_shown(default)})"
+        parser.add_argument(*flags, type=reader(inner, field.metadata), help=shown, **common)
 
 
 def from_arguments(cls: type, given: argparse.Namespace | Mapping[str, Any], **fixed: Any) -> Any:
@@ -146,7 +156,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, kind) for kind in kinds)
     origin, inside = get_origin(hint), get_args(hint)
     if hint in (int, float):
-        number = isinstance(value, (int, np.integer) if hint is int else (int, float, np.number))
+        number = isinstance(value, numbers.Integral if hint is int else numbers.Real)
         return number and not isinstance(value, bool) and math.isfinite(value)
     if origin in (list, tuple, set, frozenset):
         return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, inside[0]) for v in value)
@@ -156,7 +166,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
-    if metadata["choices"] is not None:
+    if metadata.get("choices") is not None:
         return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
     if isinstance(value, (list, tuple)):
         return all(_within(v, metadata) for v in value)
@@ -197,16 +207,17 @@ def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
     return f"{name} {' and '.join(said)}".rstrip()
 
 
-def _reader(cls: type, field: dataclasses.Field, kind: Any, many: bool) -> Callable[[str], Any]:
-    """From the text of a command line to a value; argparse prints the sentence of what it raises."""
+def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """From the text of a command line to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
 
     def read(text: str) -> Any:
         try:
             value = kind(text) if kind in (int, float) else text
         except ValueError:
             value = None
-        if value is None or not _fits(value, kind) or (not field.metadata["choices"] and not _within(value, field.metadata)):
-            raise argparse.ArgumentTypeError(f"must be {_words(kind, field.metadata)}, not {text!r}")
+        choices = metadata.get("choices")  # argparse looks at them itself, and lists them
+        if value is None or not _fits(value, kind) or (not choices and not _within(value, metadata)):
+            raise argparse.ArgumentTypeError(f"must be {_words(kind, metadata)}, not {text!r}")
         return value
 
     return read

@@ -10,11 +10,10 @@ import sys
 
 import numpy as np
 import pytest
+from cli_helpers import continued, jsonl, run, same_bytes, tiny, weights, written
 
 import minipeft as mp
-from minipeft.cli import COMMANDS, main
-from minipeft.files import read_safetensors
-from minipeft.hub.base import load_base
+from minipeft.cli import COMMANDS
 
 PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei"),
          ("seven", "sette"), ("eight", "otto"), ("nine", "nove"), ("ten", "dieci"), ("hundred", "cento")]  # fmt: skip
@@ -22,27 +21,15 @@ PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory with a tiny, randomly initialised model and the shipped tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = mp.TransformerConfig.llama(
-        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=192, eos_token_id=0,
-    )  # fmt: skip
-    _, tokenizer = load_base()
-    mp.save_pretrained(mp.Transformer(config.replace(eos_token_id=tokenizer.eos_token_id), seed=1), path, tokenizer)
-    return path
+    return tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    lines = [json.dumps({"prompt": f"Q: {a}\nA:", "completion": f" {b}"}) for a, b in PAIRS]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def run(*argv) -> int:
-    return main([str(a) for a in argv])
+    return jsonl(
+        tmp_path_factory.mktemp("data") / "pairs.jsonl",
+        ({"prompt": f"Q: {a}\nA:", "completion": f" {b}"} for a, b in PAIRS),
+    )
 
 
 def python(*argv, **options):
@@ -50,10 +37,6 @@ def python(*argv, **options):
     return subprocess.run(
         [sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=120, env=environment, **options
     )
-
-
-def weights(path):
-    return {name: array.copy() for name, array in read_safetensors(path / "model.safetensors")[0].items()}
 
 
 def same(a, b) -> bool:
@@ -64,8 +47,9 @@ def same(a, b) -> bool:
 
 
 def test_help_lists_every_command_and_loads_no_array_library():
-    code = "import sys; from minipeft.cli import main; main(['--help']); sys.exit('numpy' in sys.modules)"
-    result = python("-c", code)
+    code = "import sys; from minipeft.cli import main; main(sys.argv[1:]); sys.exit('numpy' in sys.modules)"
+    assert python("-c", code, "finetune", "--help").returncode == 0
+    result = python("-c", code, "--help")
     assert result.returncode == 0, result.stderr
     for name in COMMANDS:
         assert re.search(rf"^ +{name}  +\w", result.stdout, re.M), result.stdout
@@ -103,8 +87,8 @@ def test_no_command_shows_the_help(capsys):
         (["--versio"], "did you mean --version?"),
         (["compare", "--step", "3"], "unknown option '--step'; did you mean --steps"),
         (["compare", "--methods", "ful"], "did you mean full?"),
-        (["compare", "--steps", "0"], "--steps: must be a whole number of at least 1, not '0'"),
-        (["compare", "--seed", "x"], "--seed: must be a whole number of at least 0, not 'x'"),
+        (["compare", "--steps", "0"], "--steps: must be an integer of at least 1, not '0'"),
+        (["compare", "--seed", "x"], "--seed: must be an integer of at least 0, not 'x'"),
         (["compare", "--task", "rewrite", "--data", "x.jsonl"], "either --task or --data"),
         (["compare", "--task", "rewrit"], "did you mean rewrite?"),
         (["finetune", "--output", "o"], "--data"),
@@ -112,7 +96,7 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "d.jsonl", "--output", "o", "--method", "heads"], "did you mean head?"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "nan"], "--lr: must be a number above 0"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "inf"], "--lr"),
-        (["finetune", "--data", "d.jsonl", "--output", "o", "--warmup", "1"], "below 1"),
+        (["finetune", "--data", "d.jsonl", "--output", "o", "--warmup", "2"], "at most 1"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--resume", "--overwrite"], "give one of them"),
         (["finetune", "--data", "{data}", "--output", "o", "extra"], "unknown argument 'extra'"),
         (["finetune", "--data", "missing.jsonl", "--output", "o"], "missing.jsonl"),
@@ -128,6 +112,9 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--resume"], "no checkpoint"),
         (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
+        (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "not allowed with argument"),
+        (["finetune", "--data", "{data}", "--output", "o", "--validation", "0", "--eval-steps", "1"], "--eval-steps does nothing"),
+        (["generate", "--prompts", "{bad}", "--escapes"], "--escapes reads"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
         (["generate", "--prompts", "missing.txt"], "missing.txt: No such file"),
@@ -207,7 +194,7 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
     output = tmp_path / "tuned"
     assert finetune(model, data, output, "--validation", data) == 0
     out = capsys.readouterr().out
-    record = json.loads((output / "finetune.json").read_text())
+    record = written(output)
     loss = record["held_out_loss"]
     assert loss["after"] < loss["before"] and f"before {loss['before']:.4f}  after {loss['after']:.4f}" in out
     assert record["examples"] == {"training": len(PAIRS), "held_out": len(PAIRS)}
@@ -217,8 +204,7 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
     assert not same(weights(model), weights(output))
 
     tuned, tokenizer = mp.from_pretrained(output)
-    ids = tokenizer.encode("Q: one\nA:")
-    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    expected = continued(tuned, tokenizer, tokenizer.encode("Q: one\nA:"), 5)
     assert run("generate", "--model", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5") == 0
     assert capsys.readouterr().out == f"Q: one\nA:{expected}\n"
 
@@ -226,29 +212,55 @@ def test_finetune_then_generate(model, data, tmp_path, capsys):
 def test_the_same_command_writes_the_same_weights_and_another_seed_others(model, data, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert finetune(model, data, tmp_path / name, "--seed", seed) == 0
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
-    assert files[0] == files[1] != files[2]
+    assert same_bytes("model.safetensors", tmp_path / "a", tmp_path / "b")
+    assert not same_bytes("model.safetensors", tmp_path / "a", tmp_path / "c")
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(model, data, tmp_path, monkeypatch, capsys):
-    assert finetune(model, data, tmp_path / "whole") == 0
-    step = mp.Trainer._step
+RESUMED = {  # command -> its data, its options, what is saved
+    "finetune": ("{pairs}", "--lr 0.01", "model.safetensors"),
+    "sft": ("{pairs}", "--lr 0.03 --packing", "model.safetensors"),
+    "reward": ("{preferences}", "--lr 0.02", "model.safetensors"),
+    "dpo": ("{preferences}", "--lr 0.01 --method lora", "adapter_model.safetensors"),
+    **dict.fromkeys(("ppo", "rloo", "grpo"), ("{prompts}", "--lr 0.001 --mini-batch-size 2 --response-length 6", "model.safetensors")),
+}
 
-    def interrupted(self, number):
-        if number == 4:
+
+@pytest.mark.parametrize("command", RESUMED)
+def test_an_interrupted_run_resumes_to_the_same_bytes(command, model, data, tmp_path, monkeypatch, capsys):
+    (file, options, saved), online = RESUMED[command], command in ("ppo", "rloo", "grpo")
+    if online:
+        pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
+    preferences = ({"prompt": f"Q: {a}\nA:", "chosen": f" {b}", "rejected": " no"} for a, b in PAIRS)
+    jsonl(tmp_path / "preferences.jsonl", preferences)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    file = file.format(pairs=data, preferences=tmp_path / "preferences.jsonl", prompts=tmp_path / "prompts.txt")
+    argv = [*(("ppo", "--algorithm", command, "--prompts") if online else (command, "--data")), file, *options.split()]
+
+    def start(name, *more):
+        output = tmp_path / name
+        return run(*argv, "--model", model, "--output", output, "--batch-size", 4, "--steps", 4, "--save-steps", 2, *more)
+
+    assert start("whole") == 0
+    owner, name = (mp.rlhf.OnlineTrainer, "step") if online else (mp.Trainer, "_step")
+    step, calls = getattr(owner, name), []
+
+    def interrupted(self, *number):
+        calls.append(number)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self, *number)
 
-    monkeypatch.setattr(mp.Trainer, "_step", interrupted)
-    assert finetune(model, data, tmp_path / "parts", "--save-steps", "3") == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert start("parts") == 130
     err = capsys.readouterr().err.splitlines()
     assert err[-1] == "minipeft: interrupted; the same command with --resume goes on from the last checkpoint"
-    monkeypatch.undo()
-    assert finetune(model, data, tmp_path / "parts") == 2  # not silently over what is there
-    assert finetune(model, data, tmp_path / "parts", "--resume", "--lr", "0.02") == 2  # another run
-    assert finetune(model, data, tmp_path / "parts", "--resume") == 0
-    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts
+    assert start("parts") == 2  # not silently over what is there
+    assert start("parts", "--resume", "--seed", 5) == 2  # another run
+    assert start("parts", "--resume") == 0
+    assert same_bytes(saved, tmp_path / "whole", tmp_path / "parts")
+    if online:
+        assert same_bytes("metrics.jsonl", tmp_path / "whole", tmp_path / "parts")
 
 
 def test_overwrite_replaces_an_earlier_run_and_leaves_other_files(model, data, tmp_path):
@@ -275,9 +287,7 @@ def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_p
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     assert not (output / "model.safetensors").exists()
     base, tokenizer = mp.from_pretrained(model)
-    ids = tokenizer.encode("Q: one\nA:")
-    tuned = mp.PeftModel.from_pretrained(base, output)
-    expected = tokenizer.decode(tuned.generate([ids], max_new_tokens=5)[0, len(ids) :], skip_special_tokens=True)
+    expected = continued(mp.PeftModel.from_pretrained(base, output), tokenizer, tokenizer.encode("Q: one\nA:"), 5)
     argv = ["generate", "--model", model, "--adapter", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5"]
     assert run(*argv, "--completion-only") == 0
     assert capsys.readouterr().out == expected + "\n"
@@ -291,36 +301,27 @@ def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):
     assert max(float(abs(a[name] - b[name]).max()) for name in a) < 1e-6
 
 
-def jsonl(records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
 @pytest.mark.parametrize(
-    ("suffix", "lines", "more"),
+    ("records", "more"),
     [
-        (".txt", "It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
-        (".jsonl", jsonl({"text": f"{a} is {b}."} for a, b in PAIRS), ["--validation", "{file}"]),
-        (".jsonl", jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS), ["--validation", "{file}"]),
+        ("It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
+        ([{"text": f"{a} is {b}."} for a, b in PAIRS], ["--validation", "{file}"]),
+        ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--validation", "{file}"]),
+        ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--template", "{instruction}\\n->", "--validation", "0"]),
         (
-            ".jsonl",
-            jsonl({"instruction": f"Say {a}", "output": b} for a, b in PAIRS),
-            ["--template", "{instruction}\\n->", "--validation", "0"],
-        ),
-        (
-            ".jsonl",
-            jsonl(
-                {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS
-            ),
+            [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS],
             ["--validation", "{file}"],
         ),
     ],
     ids=["text file", "documents", "instructions", "custom template", "conversations"],
 )
-def test_every_form_of_data(suffix, lines, more, model, tmp_path, capsys):
-    file = tmp_path / f"data{suffix}"
-    file.write_text(lines)
+def test_every_form_of_data(records, more, model, tmp_path):
+    if isinstance(records, str):
+        (file := tmp_path / "data.txt").write_text(records)
+    else:
+        file = jsonl(tmp_path / "data.jsonl", records)
     assert finetune(model, file, tmp_path / "o", *[m.replace("{file}", str(file)) for m in more]) == 0
-    loss = json.loads((tmp_path / "o" / "finetune.json").read_text())["held_out_loss"]
+    loss = written(tmp_path / "o")["held_out_loss"]
     if "0" in more:
         assert loss == {"before": None, "after": None}
     else:
@@ -363,12 +364,10 @@ def test_a_prompt_from_standard_input(model):
 
 
 def test_chat_puts_the_prompt_as_a_users_message(model, capsys):
-    tiny, tokenizer = mp.from_pretrained(model)
+    own, tokenizer = mp.from_pretrained(model)
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(text, allow_special=True)
-    ends = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = tiny.generate([ids], max_new_tokens=4, eos_token_id=ends)[0, len(ids) :]
-    expected = tokenizer.decode([i for i in out if i not in ends])
+    expected = continued(own, tokenizer, ids, 4, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
     assert run("generate", "--model", model, "--chat", "--system", "Be kind.", "--prompt", "Hello",
                "--max-new-tokens", "4") == 0  # fmt: skip
     assert capsys.readouterr().out == expected + "\n"

@@ -4,21 +4,16 @@ import io
 import json
 import sys
 
-import numpy as np
 import pytest
+from cli_helpers import continued, jsonl, refused, run, written
 from test_text_chat import SYSTEM
 
 import minipeft as mp
-from minipeft.cli import main
 from minipeft.nn.transformer import TransformerConfig
 from minipeft.text.datasets import Message
 from minipeft.text.tokenizer import Tokenizer
 
 QUESTIONS = {"red": "warm", "blue": "cold", "green": "mild", "black": "dark", "white": "light"}
-
-
-def run(*argv) -> int:
-    return main([str(a) for a in argv])
 
 
 def say(monkeypatch, *lines):
@@ -45,12 +40,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat_data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
-    with path.open("w") as file:
-        for question, answer in QUESTIONS.items():
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return path
+    turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS.items())
+    return jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", ({"messages": both} for both in turns))
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +68,7 @@ def gguf_file(tmp_path_factory):
 
 def answer(model, tokenizer, messages, n=12):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    stops = [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")]
-    out = model.generate(np.array([prompt]), max_new_tokens=n, eos_token_id=stops)[0, len(prompt) :].tolist()
-    return tokenizer.decode(out[: next((i for i, t in enumerate(out) if t in stops), len(out))])
+    return continued(model, tokenizer, prompt, n, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
 
 
 # ------------------------------------------------------------------------------------------------------------- chat
@@ -121,9 +110,7 @@ def test_a_conversation_in_json_and_one_without_words(model, capsys, monkeypatch
 
 def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     def fails(sentence, *argv):
-        assert run("generate", *argv) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("minipeft: error: ") and err.count("\n") == 1 and sentence in err, err
+        assert sentence in refused(capsys, "generate", *argv, silent=False)
 
     tokenizer = mp.load_base()[1]
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message, please') }}{% endif %}x"
@@ -183,8 +170,8 @@ def test_defaults_of_a_large_model(gguf_file, chat_data, tmp_path, capsys, monke
         data = ("--data", chat_data, "--method", "lora", "--validation", 0, "--steps", 1, "--output", output)
         assert run("finetune", "--model", gguf_file, *data, *options) == 0
         assert f"1 steps of {batch * accumulation}," in capsys.readouterr().err
-        written = json.loads((output / "finetune.json").read_text())["options"]
-        assert (written["batch_size"], written["accumulation"]) == (batch, accumulation)
+        options = written(output)["options"]
+        assert (options["batch_size"], options["accumulation"]) == (batch, accumulation)
         assert bool(seen) == checkpointed
 
 

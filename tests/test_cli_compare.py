@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from cli_helpers import jsonl, refused, run, tiny
 
 import minipeft as mp
-from minipeft.cli import main
 from minipeft.cli.data import encode, split_off
 from minipeft.experiments.methods import METHODS
 from minipeft.hub.base import load_base
@@ -16,14 +16,7 @@ from minipeft.text.datasets import Completion, Document
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    _, tokenizer = load_base()
-    config = mp.TransformerConfig.llama(
-        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=192, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    mp.save_pretrained(mp.Transformer(config, seed=1), path, tokenizer)
-    return path
+    return tiny(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +26,7 @@ def comparison(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("sys.stdout.write", lambda text: lines.append(text) or len(text))
-        assert main(["compare", "--reduced", "--model", str(model), "--output", str(output), "--lr", "0.01"]) == 0
+        assert run("compare", "--reduced", "--model", model, "--output", output, "--lr", "0.01") == 0
     return output, json.loads((output / "compare.json").read_text()), "".join(lines)
 
 
@@ -90,24 +83,21 @@ def test_the_picture_is_saved(comparison):
 
 def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(comparison, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIPEFT_REDUCED", "1")
-    assert main(["compare", "--model", str(model), "--output", str(tmp_path), "--lr", "0.01"]) == 0
+    assert run("compare", "--model", model, "--output", tmp_path, "--lr", "0.01") == 0
     again = json.loads((tmp_path / "compare.json").read_text())
     assert without_timings(again) == without_timings(comparison[1])
 
 
 def test_a_method_that_the_model_cannot_take_is_an_error_where_it_was_asked_for(model, tmp_path, capsys):
-    assert main(["compare", "--model", str(model), "--methods", "ln", "bitfit", "--output", str(tmp_path / "o")]) == 2
-    assert "--methods bitfit: BitFit trains biases, and this model has none" in capsys.readouterr().err
+    err = refused(capsys, "compare", "--model", model, "--methods", "ln", "bitfit", "--output", tmp_path / "o")
+    assert "--methods bitfit: BitFit trains biases, and this model has none" in err
     assert not (tmp_path / "o").exists()
 
 
 def test_ones_own_file(model, tmp_path, capsys):
-    data = tmp_path / "mine.jsonl"
-    data.write_text(
-        "\n".join(json.dumps({"prompt": f"{i} is", "completion": f" {i}, [b]truly[/b]"}) for i in range(30))
-    )
-    argv = ["compare", "--model", str(model), "--data", str(data), "--steps", "4", "--methods", "full", "--lr", "0.01"]
-    assert main([*argv, "--output", str(tmp_path / "o")]) == 0
+    rows = ({"prompt": f"{i} is", "completion": f" {i}, [b]truly[/b]"} for i in range(30))
+    argv = ["compare", "--model", model, "--data", jsonl(tmp_path / "mine.jsonl", rows), "--steps", 4, "--methods", "full"]
+    assert run(*argv, "--lr", "0.01", "--output", tmp_path / "o") == 0
     content = json.loads((tmp_path / "o" / "compare.json").read_text())
     assert [row["method"] for row in content["methods"]] == ["frozen", "full"]
     assert content["settings"]["held_out_examples"] == 3
@@ -115,10 +105,10 @@ def test_ones_own_file(model, tmp_path, capsys):
 
 
 def test_a_report_on_ones_own_file_over_several_seeds(model, tmp_path, capsys):
-    data, report = tmp_path / "mine.jsonl", tmp_path / "report"
-    data.write_text("\n".join(json.dumps({"prompt": f"<{i}> is", "completion": f" {i}"}) for i in range(30)))
-    argv = ["compare", "--model", str(model), "--data", str(data), "--steps", "4", "--methods", "lora", "prompt"]
-    assert main([*argv, "--seeds", "2", "--seed", "5", "--lr", "0.01", "--report", str(report)]) == 0
+    rows, report = ({"prompt": f"<{i}> is", "completion": f" {i}"} for i in range(30)), tmp_path / "report"
+    data = jsonl(tmp_path / "mine.jsonl", rows)
+    argv = ["compare", "--model", model, "--data", data, "--steps", "4", "--methods", "lora", "prompt"]
+    assert run(*argv, "--seeds", "2", "--seed", "5", "--lr", "0.01", "--report", report) == 0
     assert {path.name for path in report.iterdir()} == {"index.html", "compare.json", "compare.png"}
     content = json.loads((report / "compare.json").read_text())
     for row in content["methods"][1:]:
@@ -127,9 +117,7 @@ def test_a_report_on_ones_own_file_over_several_seeds(model, tmp_path, capsys):
         assert row["latency"] > 0 and (row["latency_merged"] is None) == (row["method"] == "prompt")
     page = (report / "index.html").read_text(encoding="utf-8")
     assert "&lt;" in page and "each with 2 seeds" in page and f"{content['methods'][1]['task_loss']:.3f}" in page
-    capsys.readouterr()
-    assert main([*argv, "--report", str(data)]) == 2
-    assert f"--report {data} is a file" in capsys.readouterr().err
+    assert f"--report {data} is a file" in refused(capsys, *argv, "--report", data)
 
 
 def test_what_is_held_out_depends_on_the_records_alone():

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from test_cli_reward import PAIRS, data, model, refused  # noqa: F401 fixtures
+from cli_helpers import jsonl, refused, run, tiny, written
+from test_cli_reward import PAIRS, data, model  # noqa: F401 fixtures
 
 import minipeft as mp
-from minipeft.cli import main
 
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
 
@@ -17,60 +17,35 @@ QUICK = ("--steps", 3, "--batch-size", 8, "--mini-batch-size", 4, "--response-le
 
 
 def ppo(output, *more) -> int:
-    return main(["ppo", "--output", str(output), *map(str, (*QUICK, *more))])
+    return run("ppo", "--output", output, *QUICK, *more)
 
 
 @pytest.fixture
 def judge(model, data, tmp_path):  # noqa: F811
-    assert (
-        main(
-            ["reward", "--data", str(data), "--model", str(model), "--output", str(tmp_path / "judge"), "--lr", "0.02"]
-        )
-        == 0
-    )
-    return tmp_path / "judge"
+    output = tmp_path / "judge"
+    assert run("reward", "--data", data, "--model", model, "--output", output, "--lr", 0.02) == 0
+    return output
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in PAIRS[::16]))
-    return path
+    return jsonl(tmp_path / "prompts.jsonl", ({"prompt": row["prompt"]} for row in PAIRS[::16]))
 
 
-def test_sft_reward_and_ppo_chain_through_their_directories(model, tmp_path, prompts, capsys):  # noqa: F811
+def test_sft_reward_and_ppo_chain_through_their_directories(tmp_path, prompts, capsys):
     rows = [{"instruction": f"Say {w}.", "output": w} for w in ("good", "bad", "one", "two", "red", "blue")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = [{"prompt": r["instruction"], "chosen": r["output"], "rejected": "no"} for r in rows]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    config = mp.TransformerConfig.llama(
-        vocab_size=2048, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=256, eos_token_id=1,
-    )  # fmt: skip
-    mp.save_pretrained(mp.Transformer(config, seed=1), tmp_path / "base", mp.load_base()[1])
+    records = jsonl(tmp_path / "rows.jsonl", rows)
+    pairs = ({"prompt": r["instruction"], "chosen": r["output"], "rejected": "no"} for r in rows)
+    pairs = jsonl(tmp_path / "pairs.jsonl", pairs)
+    base = tiny(tmp_path / "base", num_hidden_layers=1, max_position_embeddings=256, eos_token_id=1)
     tuned, judge, aligned = tmp_path / "tuned", tmp_path / "judge", tmp_path / "aligned"
-    assert (
-        main(
-            [
-                "sft",
-                "--model",
-                str(tmp_path / "base"),
-                "--data",
-                str(tmp_path / "rows.jsonl"),
-                "--steps",
-                "2",
-                "--output",
-                str(tuned),
-            ]
-        )
-        == 0
-    )
-    assert main(["reward", "--model", str(tuned), "--data", str(tmp_path / "pairs.jsonl"), "--output", str(judge)]) == 0
+    assert run("sft", "--model", base, "--data", records, "--steps", 2, "--output", tuned) == 0
+    assert run("reward", "--model", tuned, "--data", pairs, "--output", judge) == 0
     assert ppo(aligned, "--model", tuned, "--reward", judge, "--prompts", prompts) == 0
-    told = json.loads((aligned / "ppo.json").read_text())
-    assert told["options"]["template"] == "alpaca", "asked as it was taught"
-    assert "### Response:" in told["samples"][0]["prompt"]
-    assert "watch/vader" in told["last"], "the gold is only watched"
+    record = written(aligned)
+    assert record["options"]["template"] == "alpaca", "asked as it was taught"
+    assert "### Response:" in record["samples"][0]["prompt"]
+    assert "watch/vader" in record["last"], "the gold is only watched"
     out = capsys.readouterr().out
     assert "reward" in out and "vader (watched)" in out and "before:" in out
     before, after = (mp.from_pretrained(d)[0].state_dict() for d in (tuned, aligned))
@@ -80,36 +55,16 @@ def test_sft_reward_and_ppo_chain_through_their_directories(model, tmp_path, pro
     assert json.loads((aligned / "template.json").read_text()) == {"template": "alpaca"}
 
 
-def test_a_watcher_without_a_number_is_told_as_none(model, judge, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_watcher_without_a_number_is_reported_as_none(model, judge, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(mp.rlhf, "gold_reward", lambda tokenizer: lambda roll: np.full(8, np.nan))
     assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--prompts", prompts) == 0
     assert "none -> none" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "ppo.json").read_text())["last"]["watch/vader"] is None
+    assert written(tmp_path / "out")["last"]["watch/vader"] is None
 
 
 def test_defaults_need_no_file(tmp_path, capsys):
     assert ppo(tmp_path / "happy") == 0
     assert "reward" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
-def test_a_resumed_run_ends_with_the_same_bytes(model, judge, prompts, tmp_path, algorithm, monkeypatch):  # noqa: F811
-    options = ("--model", model, "--reward", judge, "--prompts", prompts, "--algorithm", algorithm, "--save-steps", 1)
-    assert ppo(tmp_path / "whole", *options) == 0
-    step, calls = mp.rlhf.PPOTrainer.__mro__[1].step, []
-
-    def interrupted(self):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mp.rlhf.PPOTrainer.__mro__[1], "step", interrupted)
-        assert ppo(tmp_path / "halves", *options) == 130
-    assert ppo(tmp_path / "halves", *options, "--resume") == 0
-    for name in ("model.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
 
 def test_an_adapter_is_made_or_trained_further(model, judge, tmp_path, capsys):  # noqa: F811
@@ -133,7 +88,8 @@ def test_what_goes_wrong_is_one_sentence(model, judge, prompts, tmp_path, capsys
         return refused(capsys, "ppo", *QUICK, "--model", model, "--output", tmp_path / "out", *more)
 
     assert "a multiple of mini_batch_size, 3, got 8" in error("--mini-batch-size", 3)
-    assert "adapts PPO's KL coefficient" in error("--algorithm", "grpo", "--kl-target", 3)
+    assert "--kl-target does nothing with --algorithm grpo" in error("--algorithm", "grpo", "--kl-target", 3)
+    assert "--generations does nothing with --algorithm ppo" in error("--generations", 2)
     assert "the model has room for 2" in error("--prompts", prompts, "--response-length", 62)
     assert "leaves no room for a prompt" in error("--response-length", 64)
     assert "holds no reward model" in error("--reward", model)
@@ -141,25 +97,6 @@ def test_what_goes_wrong_is_one_sentence(model, judge, prompts, tmp_path, capsys
     (tmp_path / "empty.jsonl").write_text("")
     assert "the file is empty" in error("--prompts", tmp_path / "empty.jsonl")
     assert not (tmp_path / "out").exists()
-    assert (
-        main(
-            [
-                str(a)
-                for a in (
-                    "ppo",
-                    *QUICK,
-                    "--model",
-                    model,
-                    "--output",
-                    tmp_path / "out",
-                    "--reward",
-                    judge,
-                    "--max-kl",
-                    1e-6,
-                )
-            ]
-        )
-        == 2
-    )
+    assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--max-kl", 1e-6) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minipeft: error: update 2: the policy is ") and "beyond max_kl=1e-06" in last

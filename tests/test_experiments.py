@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import decision, forgetting, practice
+from experiments.practice import Classification
 
 import minipeft as mp
-from minipeft.experiments import decision, forgetting, practice, shipped
+from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import count, latency, merged, storage
 from minipeft.experiments.methods import METHODS
-from minipeft.experiments.practice import Classification, Rewriting
-from minipeft.experiments.run import Settings, Task, evaluate, fine_tune, l2_sp, with_dropout
+from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune, l2_sp, with_dropout
+from minipeft.experiments.shipped import Rewriting
 from minipeft.experiments.sweep import complete, described, is_of, read_rows, sweep
 from minipeft.files import FileError
 from minipeft.text.examples import Example
@@ -42,7 +44,7 @@ def examples(n, seed, offset):
 
 @pytest.fixture(scope="module")
 def task():
-    return Task(examples(64, 0, 3), examples(16, 1, 3), examples(16, 2, 5), examples(10, 3, 5), 0)
+    return TaskData(examples(64, 0, 3), examples(16, 1, 3), examples(16, 2, 5), examples(10, 3, 5), 0)
 
 
 S = Settings(learning_rate=1e-2, steps=8, batch_size=8)
@@ -67,6 +69,27 @@ def test_the_seed_decides_everything(base, task):
     for row in rows:
         del row["seconds_per_step"]
     assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize("steps, evaluations, at", [(50, 4, [13, 25, 38, 50]), (8, 3, [3, 6, 8]), (3, 4, [1, 2, 3])])
+def test_evaluations_are_evenly_spaced_and_end_with_the_run(base, task, steps, evaluations, at):
+    row, _ = fine_tune(base, task, replace(S, steps=steps, evaluations=evaluations, batch_size=2))
+    assert [step for step, _ in row["held_out_curve"]] == at
+
+
+def test_a_wide_model_gets_the_rate_that_finetune_gives_it(task):
+    config = mp.TransformerConfig.llama(
+        vocab_size=32, hidden_size=256, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )  # fmt: skip
+    wide = mp.Transformer(config, seed=0)
+    row, _ = fine_tune(wide, task, Settings("lora", steps=1, batch_size=2))
+    assert row["rate"] == METHODS["lora"].rate_for(wide) == METHODS["lora"].learning_rate / 2
+
+
+def test_the_seconds_of_a_step_are_those_that_were_measured(base, task, monkeypatch):
+    write = mp.train.metrics.Metrics.write
+    monkeypatch.setattr(mp.train.metrics.Metrics, "write", lambda self, record: write(self, record | {"seconds": 0.125}))
+    assert fine_tune(base, task, replace(S, steps=3))[0]["seconds_per_step"] == 0.125
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "bottleneck", "prefix"])
@@ -155,7 +178,7 @@ def test_noise_mixes_completions_up_and_nothing_else():
 
 def test_what_is_held_out_depends_on_no_seed():
     a, b = shipped.rewriting(4, 0), shipped.rewriting(4, 1)
-    assert a.held_out is b.held_out and a.general is b.general and len(a.held_out) == shipped.HELD_OUT
+    assert a.held_out is b.held_out and a.general is b.general and len(a.held_out) == shipped.HELD_OUT_VERSES
     assert not all(np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a.train, b.train))
 
 
@@ -260,13 +283,13 @@ def test_a_verdict_follows_from_the_rows_and_turns_with_them():
 
 def test_a_difference_counts_when_every_seed_has_its_sign_and_it_is_large_beside_its_spread():
     a, b = np.array([1.0, 2.0, 3.0]), np.array([1.5, 2.5, 2.9])
-    assert practice.below(a, b) is None
-    assert practice.below(a, a + 1) is True and practice.below(a + 1, a) is False
-    assert practice.below(a, a) is None and practice.below(a, np.array([2.0, 3.0, np.nan])) is None
+    assert seeds.below(a, b) is None
+    assert seeds.below(a, a + 1) is True and seeds.below(a + 1, a) is False
+    assert seeds.below(a, a) is None and seeds.below(a, np.array([2.0, 3.0, np.nan])) is None
     small = np.array([0.1, 0.2, 0.3])  # 2.0 standard deviations from 0
-    assert practice.below(a, a + small) is None and practice.below(a, a + small + 0.1) is True
-    assert practice.below(a[:1], b[:1]) is True
-    assert practice.spread(a) == "2.000 ± 1.000" and practice.spread(a[:1]) == "1.000 ± 0.000"
+    assert seeds.below(a, a + small) is None and seeds.below(a, a + small + 0.1) is True
+    assert seeds.below(a[:1], b[:1]) is True
+    assert seeds.spread(a) == "2.000 ± 1.000" and seeds.spread(a[:1]) == "1.000 ± 0.000"
 
 
 def test_rates_that_cannot_be_told_apart_are_all_best():

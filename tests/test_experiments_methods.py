@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+from cli_helpers import jsonl, run, written
 from test_peft import IDS, base
 
 import minipeft as mp
-from minipeft.cli import main
 from minipeft.experiments.methods import METHODS
 from minipeft.hub.base import load_base
 from minipeft.peft.config import PeftError
@@ -77,11 +75,9 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 @pytest.mark.parametrize("key", [key for key, method in METHODS.items() if not isinstance(method.config(), (str, type(None)))])
 def test_finetune_knows_it(key, dialect, models, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"{i} and", "completion": f" {i + 1}"}) for i in range(12)))
+    data = jsonl(tmp_path / "data.jsonl", ({"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(12)))
     output = tmp_path / "out"
-    argv = ["finetune", "--model", models[dialect], "--data", data, "--method", key, "--steps", 3, "--output", output]
-    status = main([str(a) for a in argv])
+    status = run("finetune", "--model", models[dialect], "--data", data, "--method", key, "--steps", 3, "--output", output)
     if (key, dialect) == ("bitfit", "llama"):
         assert status == 2 and not output.exists()
         assert capsys.readouterr().err.splitlines()[-1] == (
@@ -90,5 +86,5 @@ def test_finetune_knows_it(key, dialect, models, tmp_path, capsys):
         return
     assert status == 0
     assert (output / "adapter_config.json").exists()
-    loss = json.loads((output / "finetune.json").read_text())["held_out_loss"]
+    loss = written(output)["held_out_loss"]
     assert np.isfinite([loss["before"], loss["after"]]).all() and loss["before"] != loss["after"]

@@ -67,6 +67,20 @@ def test_the_command_line_has_the_defaults_of_the_class():
     assert "peak learning rate (default: 0.001)" in " ".join(parser.format_help().split())
 
 
+def test_a_command_may_have_defaults_of_its_own_and_a_switch_may_take_a_value():
+    @configuration
+    class More(Settings):
+        rows: bool | int = option(False, "share rows, of N tokens", least=1)
+        again: bool | None = option(None, "compute again")
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, More, "rows", "again", "learning_rate", "dropout", defaults={"learning_rate": None, "dropout": 0.5})
+    assert vars(parser.parse_args([])) == {"learning_rate": None, "dropout": 0.5}
+    assert vars(parser.parse_args(["--rows", "--no-again"])) == vars(parser.parse_args([])) | {"rows": True, "again": False}
+    assert parser.parse_args(["--rows", "8", "--again"]).rows == 8
+    assert "probability (default: 0.5)" in " ".join(parser.format_help().split())
+
+
 def test_the_docstring_lists_the_options():
     assert "learning_rate   peak learning rate (default: 0.001)" in Settings.__doc__
 

@@ -1,15 +1,16 @@
 """The command line: `minipeft COMMAND ...`, also `python -m minipeft COMMAND ...`. One file per command.
 
-A command is a module with SUMMARY (its line in the list), `add_arguments(parser)` and `run(args) -> exit status`; its
-docstring is its help. It imports the library inside `run`, so that help and usage errors appear at once.
+A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help. Only the
+module of the chosen command is imported, so that the list of all of them appears at once.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, told in one line on standard
-error; 130 interrupted.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, in one line on standard error;
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -17,12 +18,21 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from . import audit, compare, count, dpo, finetune, generate, gradcheck, lessons, memory, ppo, reward, sft
 from .arguments import Parser, nearest
 
 COMMANDS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (compare, finetune, generate, sft, reward, ppo, dpo, count, memory, audit, gradcheck, lessons)
+    "compare": "fine-tune the shipped base with every method and compare them",
+    "finetune": "fine-tune a model on your own file",
+    "generate": "let a model continue text",
+    "sft": "teach a model to follow instructions",
+    "reward": "train a reward model on preferences",
+    "ppo": "train a model on how its own answers are scored (PPO, RLOO, GRPO)",
+    "dpo": "train a model on preferences, directly",
+    "count": "count what a method trains and stores, from shapes",
+    "memory": "predict the memory of training or using a model",
+    "audit": "recompute the literature's parameter counts and memory figures",
+    "gradcheck": "check every derivative against differences",
+    "lessons": "list the lessons, run one or all",
 }
 
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
@@ -68,7 +78,7 @@ def describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, OSError) and message:  # a sentence of ours, and not the system's
+    if isinstance(error, OSError) and message:  # a sentence of the library, not of the system
         return message
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
@@ -86,30 +96,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
-    commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands")
-    parsers = {}
-    for name, module in COMMANDS.items():
-        text, _, examples = (module.__doc__ or "").partition("\nexamples:\n")
-        parsers[name] = commands.add_parser(
-            name,
-            help=module.SUMMARY,
-            description=text,
-            epilog=f"examples:\n{examples}" if examples else None,
-            formatter_class=_formatter,
-        )
-        module.add_arguments(parsers[name])
-        parsers[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
-        parsers[name].set_defaults(run=module.run, command=name)
+    commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
+    parsers = {name: commands.add_parser(name, help=text, formatter_class=_formatter) for name, text in COMMANDS.items()}
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    known = parsers.get(chosen, parser)
+    if chosen in COMMANDS:
+        module = importlib.import_module(f"{__name__}.{chosen}")
+        known.description, _, examples = module.__doc__.partition("\nexamples:\n")
+        known.epilog = f"examples:\n{examples}" if examples else None
+        module.add_arguments(known)
+        known.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        known.set_defaults(run=module.run, flags=known.flags())
     args, unknown = parser.parse_known_args(argv)
-    if not hasattr(args, "run"):
-        if not unknown:
-            parser.print_help()
-            raise SystemExit(0)
-        parser.error(f"unknown option {unknown[0]!r}{nearest(unknown[0], parser.option_names())}")
     if unknown:
-        known = parsers[args.command]
         what = "option" if unknown[0].startswith("-") else "argument"
         known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known.option_names())}")
+    if args.command is None:
+        parser.print_help()
+        raise SystemExit(0)
     return args
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from ..options import reader
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +21,11 @@ class Parser(argparse.ArgumentParser):
 
     def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
+
+    def flags(self) -> dict[str, str]:
+        """The name that the command line has for each option, by the name of its value."""
+        names = {a.dest: next((o for o in a.option_strings if o.startswith("--")), "") for a in self._actions}
+        return {dest: name.lstrip("-").replace("-", "_") for dest, name in names.items() if name}
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -39,29 +45,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _number(convert: Callable[[str], Any], accept: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not accept(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-        return value
-
-    return parse
-
-
-positive_int = _number(int, lambda n: n > 0, "a whole number of at least 1")
-natural_int = _number(int, lambda n: n >= 0, "a whole number of at least 0")
-positive = _number(float, lambda x: x > 0, "a number above 0")
-natural = _number(float, lambda x: x >= 0, "a number of at least 0")
-probability = _number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-proportion = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
-
-
-def add_seed(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help=f"seed of {what} (default: 0)")
+positive_int = reader(int, {"least": 1})
+positive = reader(float, {"above": 0})
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -52,8 +52,6 @@ from .arguments import nearest
 if TYPE_CHECKING:
     from ..accounting.published import AuditedRow
 
-SUMMARY = "recompute the literature's parameter counts and memory figures"
-
 VERDICTS = ("reproduces", "differs", "not-covered")
 NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
 

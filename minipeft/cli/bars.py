@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 WIDTH = 72
-MARKS = "█▓▒░#=+-·:"  # told apart without color
+MARKS = "█▓▒░#=+-·:"  # that differ without color
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow", "white")
 
 

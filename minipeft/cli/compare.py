@@ -11,7 +11,7 @@ text. The table says, per method:
 
 compare.png and compare.json are written to --output; those of an earlier comparison there are replaced. --report writes
 the table and its plots as one HTML page, DIR/index.html, that needs nothing else: no network, no other file. Both also
-tell how long it takes to generate a token, with the method in place and after merging it into the weights.
+hold the time to generate a token, with the method in place and after merging it into the weights.
 
 examples:
   minipeft compare
@@ -25,20 +25,21 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..experiments.methods import METHODS
-from .arguments import add_machine, add_seed, positive, positive_int, use_machine
-
-SUMMARY = "fine-tune the shipped base with every method and compare them"
+from ..experiments.run import Settings
+from ..options import add_options, from_arguments
+from . import runs
+from .arguments import add_machine, positive_int, use_machine
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
-STEPS, REDUCED_STEPS = 48, 12
-HELD_OUT, REDUCED_HELD_OUT = 96, 24  # examples of the task
-BLOCKS, REDUCED_BLOCKS = 24, 4  # blocks of general text
-SPREAD = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
+# (steps, held-out examples of the task, blocks of general text), usual and reduced
+SIZES = {False: (48, 96, 24), True: (12, 24, 4)}
+VARYING = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help=f"default: ./{OUTPUT}, or where the report is")
     parser.add_argument("--report", metavar="DIR", help="write DIR/index.html, one page with the table and its plots")
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=positive_int, metavar="N", help=f"steps of each method (default: {STEPS})")
-    group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="examples a step (default: 16)")
-    group.add_argument("--lr", type=positive, metavar="RATE", help="one learning rate for all (default: each its own)")
-    add_seed(group, "the choice and order of the data")
+    add_options(
+        group, Settings, "steps", "batch_size", "learning_rate", "seed", defaults={"steps": None, "learning_rate": None},
+        steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
+        learning_rate="one learning rate for all (default: each its own)", seed="seed of the choice and order of the data",
+    )  # fmt: skip
     group.add_argument(
-        "--seeds", type=positive_int, metavar="N", help="so many runs of each method, from --seed on (default: 1; 3 with --report)"
+        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; 3 with --report)"
     )
     group.add_argument(
-        "--reduced",
-        action="store_true",
-        help=f"{REDUCED_STEPS} steps and less held-out text, to try it out; also by {REDUCED}=1 in the environment",
-    )
+        "--reduced", action="store_true",
+        help=f"{SIZES[True][0]} steps and less held-out text, to try it out; also by {REDUCED}=1 in the environment",
+    )  # fmt: skip
     add_machine(parser)
 
 
@@ -76,18 +77,18 @@ def run(args: argparse.Namespace) -> int:
         if path and path.exists() and not path.is_dir():
             raise ValueError(f"{option} {path} is a file; a directory is to be written")
     use_machine(args)
-    from rich.console import Console
 
-    from ..experiments.run import Task
+    from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks
     from ..files import write_json
     from .data import samples
     from .models import load_model
+    from .plots import plot_comparison
     from .report import ANSWER, answer, console, show_samples
 
     reduced = args.reduced or os.environ.get(REDUCED) == "1"
-    steps = args.steps or (REDUCED_STEPS if reduced else STEPS)
-    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    steps, held_out, blocks = SIZES[reduced]
+    settings = from_arguments(Settings, args, steps=args.steps or steps, evaluations=4)
     base, tokenizer = load_model(args.model, args.backend)
     methods, left_out = applicable(args.methods or list(METHODS), base)
     if args.methods and left_out:
@@ -96,40 +97,37 @@ def run(args: argparse.Namespace) -> int:
     max_length = min(256, base.config.max_position_embeddings - virtual)
     if max_length < 1:
         raise ValueError(f"{virtual} virtual tokens take all of the model's {max_length + virtual} positions")
-    data = load_data(args, args.seed, tokenizer, max_length, steps, REDUCED_HELD_OUT if reduced else HELD_OUT)
-    general = general_blocks(tokenizer, max_length, REDUCED_BLOCKS if reduced else BLOCKS)
+    pad = tokenizer.pad_token_id or 0
+    general = general_blocks(tokenizer, max_length, blocks)
+    seeds = range(settings.seed, settings.seed + (args.seeds or (3 if report and not reduced else 1)))
+    examples = settings.steps * settings.batch_size
+    found = [load_data(args, seed, tokenizer, max_length, examples, held_out) for seed in seeds]
+    data = found[0]
+    tasks = {seed: TaskData(of.train, data.held_out, general, [], pad) for seed, of in zip(seeds, found)}
     name = args.data or f"the task {args.task or 'rewrite'}"
-    err.print(
+    runs.note(
         f"{name}: {len(data.train):,} examples to learn from, {len(data.held_out):,} held out; "
-        f"{steps} steps of {args.batch_size}; {len(general)} held-out blocks of general text"
+        f"{settings.steps} steps of {settings.batch_size}; {len(general)} held-out blocks of general text"
     )
     if data.note:
-        err.print(data.note)
+        runs.note(data.note)
 
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
-    pad = tokenizer.pad_token_id or 0
-    tasks = {args.seed: Task(data.train, data.held_out, general, [], pad)}
-    seeds = args.seeds or (3 if report and not reduced else 1)
-    for seed in range(args.seed + 1, args.seed + seeds):
-        other = load_data(args, seed, tokenizer, max_length, steps, len(data.held_out))
-        tasks[seed] = Task(other.train, data.held_out, general, [], pad)
-    rows = [frozen(base, tasks[args.seed], args.batch_size)]
+    rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key in methods:
-        err.print(METHODS[key].title, style="bold")
-        row, model = train(key, base, tasks, steps, args.batch_size, args.lr, rows[0]["general_loss"])
+        runs.note(METHODS[key].title, style="bold")
+        row, model = train(replace(settings, method=key), base, tasks, rows[0]["general_loss"])
         rows.append(row)
         if len(rows) == 2 or row["task_loss"] < best["task_loss"]:
             tuned, best = model, row
 
-    settings = {
-        "data": name, "model": args.model or "the shipped base", "steps": steps, "batch_size": args.batch_size,
-        "seed": args.seed, "seeds": seeds, "reduced": reduced, "held_out_examples": len(data.held_out), "max_length": max_length,
-        "left_out": left_out,
+    record = {
+        "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
+        "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced, "held_out_examples": len(data.held_out),
+        "max_length": max_length, "left_out": left_out,
     }  # fmt: skip
-    write_json(output / "compare.json", {"settings": settings, "methods": rows})
-    from .plots import plot_comparison
-
+    write_json(output / "compare.json", {"settings": record, "methods": rows})
     plot_comparison(rows, output / "compare.png")
 
     out = console()
@@ -146,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 
         report.mkdir(parents=True, exist_ok=True)
         saved.append(report / "index.html")
-        write_page(saved[-1], settings, rows, answers)
+        write_page(saved[-1], record, rows, answers)
     out.print(f"saved: {', '.join(map(str, saved))}")
     return 0
 
@@ -158,9 +156,9 @@ def applicable(keys: list[str], base: Any) -> tuple[list[str], dict[str, str]]:
 
 
 def load_data(
-    args: argparse.Namespace, seed: int, tokenizer: Any, max_length: int, steps: int, held_out: int
+    args: argparse.Namespace, seed: int, tokenizer: Any, max_length: int, examples: int, held_out: int
 ) -> Any:
-    """The examples: of the user's file, or of a shipped task, as many as the steps need, chosen by the seed.
+    """The examples: of the user's file, or this number of a shipped task, chosen by the seed.
 
     The held-out ones do not depend on the seed: the test split's, evenly spaced. Of a shipped task all are short (as in
     the lessons), so that the comparison ends soon; of a file, those too long for the model are left out.
@@ -175,7 +173,7 @@ def load_data(
         return data._replace(held_out=data.held_out[:held_out])
     name = args.task or "rewrite"
     records, test = short(name, "train"), short(name, "test")
-    chosen = np.random.default_rng(seed).permutation(len(records))[: steps * args.batch_size]
+    chosen = np.random.default_rng(seed).permutation(len(records))[:examples]
     return encode([records[i] for i in chosen], spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
 
 
@@ -195,23 +193,21 @@ def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(
-    key: str, base: Any, tasks: dict[int, Any], steps: int, batch_size: int, rate: float | None, start: float
-) -> tuple[dict[str, Any], Any]:
+def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tuple[dict[str, Any], Any]:
     """The row of one method, and the model of the first seed; `tasks` are by seed.
 
     What the seeds measured stands under "seeds", its means in the row itself; the curves are the first seed's. `start`
     is the base's loss on general text. Raises ValueError where training diverges.
     """
     from ..experiments.costs import latency, memory, merged
-    from ..experiments.run import Settings, fine_tune
+    from ..experiments.run import fine_tune
 
-    method, first, found = METHODS[key], next(iter(tasks.values())), []
-    predicted, measured = memory(method, base, first.train, batch_size, first.pad_token_id)
+    key, method, first = settings.method, METHODS[settings.method], next(iter(tasks.values()))
+    predicted, measured = memory(method, base, first.train, settings.batch_size, first.pad_token_id)
+    found: list[dict[str, Any]] = []
     model: Any = None
     for seed, task in tasks.items():
-        settings = Settings(key, rate, steps, batch_size, evaluations=4, seed=seed)
-        run, trained = fine_tune(base, task, settings)
+        run, trained = fine_tune(base, task, replace(settings, seed=seed))
         if run["task_loss"] is None:
             raise ValueError(f"{method.title} diverged at the learning rate {run['rate']:g}; give a lower one with --lr")
         model = trained if model is None else model
@@ -222,41 +218,33 @@ def train(
         **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},
         "memory_predicted": predicted, "memory_measured": measured,
         "latency": latency(model), "latency_merged": None if plain is None else latency(plain),
-        **{name: statistics.mean(run[name] for run in found) for name in SPREAD},
-        "seeds": [{name: run[name] for name in ("seed", *SPREAD)} for run in found],
+        **{name: statistics.mean(run[name] for run in found) for name in VARYING},
+        "seeds": [{name: run[name] for name in ("seed", *VARYING)} for run in found],
     }  # fmt: skip
     return row, model
 
 
+COLUMNS = {
+    "trainable": "\ntrainable", "share": "share\n%", "predicted": "memory\npredicted", "measured": "\nmeasured",
+    "step": "\ns/step", "task_loss": "task\nloss", "general_loss": "general\nloss", "forgotten": "\nchange",
+    "storage": "\nstorage",
+}  # fmt: skip
+
+
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
-    """One line a method; the best loss on the task is bold. Fits into 80 columns."""
+    """One line a method; the best of a column is bold. Fits into 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
-    from .page import megabytes
+    from .cells import cells
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nmethod")
-    for heading in (
-        "\ntrainable", "share\n%", "memory MB\npredicted", "\nmeasured", "\ns/step",
-        "task\nloss", "general\nloss", "\nchange", "storage\nMB",
-    ):  # fmt: skip
+    for heading in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    best = min(row["task_loss"] for row in rows)
     for row in rows:
-        trained = row["method"] != "frozen"
-        table.add_row(
-            row["title"],
-            f"{row['trainable']:,}",
-            f"{100 * row['trainable'] / row['parameters']:.2f}",
-            megabytes(row["memory_predicted"]),
-            megabytes(row["memory_measured"]),
-            f"{row['seconds_per_step']:.3f}" if trained else "-",
-            Text(f"{row['task_loss']:.3f}", "bold" if row["task_loss"] == best else ""),
-            f"{row['general_loss']:.3f}",
-            f"{row['forgotten']:+.3f}" if trained else "-",
-            megabytes(row["storage"]) if trained else "-",
-        )
+        found = [cells(row, rows)[key] for key in COLUMNS]
+        table.add_row(row["title"], *(Text(cell.text, "bold" if cell.best else "") for cell in found))
     out.print()
     out.print(table)
     out.print()

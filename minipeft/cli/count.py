@@ -25,8 +25,6 @@ from typing import Any
 from .arguments import positive_int
 from .method_options import add_method_options, architecture_of, configuration, method_name
 
-SUMMARY = "count what a method trains and stores, from shapes"
-
 SHOWN = 24  # rows of the table, the rest is one row
 
 

@@ -1,13 +1,13 @@
 """Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or made pairs, as for
+The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as for
 `minipeft reward`. The reference is the model as it is at the start.
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl,
 loss.png and dpo.json. The same command with --resume goes on from the last checkpoint.
 
 examples:
-  minipeft dpo --output happier                                         made pairs, the shipped base
+  minipeft dpo --output happier                                         generated pairs, the shipped base
   minipeft dpo --data pairs.jsonl --model tuned --output better
   minipeft dpo --data pairs.jsonl --adapter tuned-adapter --output better-adapter
   minipeft dpo --data pairs.jsonl --method lora --lr 1e-3 --output adapter
@@ -16,103 +16,54 @@ examples:
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from pathlib import Path
 
-from .arguments import add_machine, positive, use_machine
-from .preferences import (
-    WRITTEN_BY_ALL,
-    add_method,
-    add_output,
-    add_pairs,
-    add_training,
-    load_pairs,
-    load_trained,
-    remove_earlier,
-    save_policy,
-    template_of,
-)
-
-SUMMARY = "train a model on preferences, directly"
-
-WRITTEN = re.compile(WRITTEN_BY_ALL + r"loss\.png|dpo\.json")
+from ..options import add_options, from_arguments
+from ..rlhf.dpo import DPOConfig
+from . import runs
+from .arguments import add_machine, use_machine
+from .preferences import add_method, add_pairs, check_pairs, load_pairs, load_trained, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method(parser)
     add_pairs(parser)
     group = parser.add_argument_group("training")
-    add_training(group, 1e-4, "pairs")
-    group.add_argument(
-        "--beta", type=positive, default=0.1, metavar="B", help="how dear leaving the reference is (default: 0.1)"
-    )
-    add_output(parser)
+    defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
+    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
+    add_options(group, DPOConfig, "beta")
+    runs.add_output(parser)
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .finetune import check_output
-
-    output = Path(args.output)
-    check_output(output, args.resume, args.overwrite)
+    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
     use_machine(args)
-    from rich.console import Console
 
     from .. import rlhf
-    from ..files import write_json
-    from ..train import TrainingArguments, last_checkpoint
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    pairs, held_out = load_pairs(args, policy, tokenizer, template)
-    steps = args.steps or math.ceil(args.epochs * math.ceil(len(pairs) / args.batch_size))
-    arguments = TrainingArguments(
-        output_dir=output,
-        learning_rate=args.lr,
-        max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        warmup_ratio=args.warmup,
-        eval_steps=max(1, steps // 5) if held_out else None,
-        save_steps=args.save_steps or max(1, steps // 5),
-        save_total_limit=1,
-        seed=args.seed,
-    )
-    trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, args.beta)
-    err.print(
-        f"{len(pairs):,} pairs to learn from, {len(held_out):,} held out; {steps:,} steps of {args.batch_size}, "
-        f"learning rate {args.lr:g}, beta {args.beta:g}"
-    )
-    if args.overwrite:
-        remove_earlier(output, WRITTEN)
-    try:
-        trainer.train(resume_from_checkpoint=args.resume)
-    except KeyboardInterrupt:
-        if last_checkpoint(output) is None:
-            raise
-        raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
-    judged = trainer.eval_examples or trainer.train_examples
-    rewards = rlhf.implicit_rewards(policy, judged, args.beta)
+    pairs, held_out = load_pairs(args, options, policy, tokenizer, template)
+    arguments = runs.training_arguments(args, len(pairs), bool(held_out))
+    trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, config.beta)
+    runs.announce(pairs, held_out, arguments, after=f", beta {config.beta:g}")
+    runs.run_training(args, trainer)
+
+    judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
+    rewards = rlhf.implicit_rewards(policy, judged, config.beta)
     accuracy, margin = rlhf.reward_accuracy(*rewards.T), float((rewards[:, 0] - rewards[:, 1]).mean())
-    save_policy(policy, tokenizer, output, name)
-    options = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command")}
-    write_json(
-        output / "dpo.json",
-        {
-            "options": {**options, "template": name, "steps": steps},
-            "pairs": {"training": len(pairs), "held_out": len(held_out)},
-            "accuracy": accuracy,
-            "accuracy_of": "held-out pairs" if held_out else "training pairs",
-            "margin": margin,
-            "loss": trainer.evaluate(judged),
-        },
-    )
+    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
+    results = {
+        "pairs": {"training": len(pairs), "held_out": len(held_out)},
+        "accuracy": accuracy,
+        "accuracy_of": f"{of} pairs",
+        "margin": margin,
+        "loss": trainer.evaluate(judged),
+    }
+    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
     print(
-        f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} "
-        f"{'held-out' if held_out else 'training'} pairs; margin {margin:.3f}"
+        f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} {of} pairs; "
+        f"margin {margin:.3f}"
     )
-    kind = "--adapter" if hasattr(policy, "save_pretrained") else "--model"
-    print(f"saved in {output}  (minipeft generate {kind} {output} --prompt ...)")
+    print(f"saved in {output}  (minipeft generate {runs.usage(policy, output)} --prompt ...)")
     return 0

@@ -32,22 +32,29 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 from ..experiments.methods import METHODS
-from .arguments import add_machine, add_model, add_seed, natural, positive, positive_int, proportion, use_machine
-
-SUMMARY = "fine-tune a model on your own file"
+from ..options import add_options, configuration, from_arguments, option
+from . import runs
+from .arguments import add_machine, add_model, use_machine
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
-WRITTEN = re.compile(
-    r"checkpoint-\d+|metrics\.jsonl|loss\.png|finetune\.json|sft\.json|template\.json|config\.json|generation_config\.json|tokenizer\.json"
-    r"|tokenizer_config\.json|model\.safetensors|adapter_config\.json|adapter_model\.safetensors"
-)
+
+@configuration(kw_only=True)
+class DataOptions:
+    """How records become examples to learn from and held-out ones."""
+
+    validation: str = option(
+        "0.1", "a held-out file, or the share of the data to hold out, 0 for none", metavar="FILE|FRACTION"
+    )
+    template: str | None = option(
+        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\\nA:" '
+        "(default: by the form of the records)", metavar="NAME|TEXT",
+    )  # fmt: skip
+    max_length: int | None = option(None, "tokens of an example; None: as the model takes", least=1)
+    overflow: str = option("error", "what to do with longer records", choices=("error", "truncate", "drop"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,268 +65,133 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) -> None:
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
+    runs.add_output(parser)
     add_model(parser)
     methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
     parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default="full",
+        "--method", choices=METHODS, default="full",
         help=f"default: full (learning rates: {methods}; times 128 / hidden_size in wider models)",
-    )
+    )  # fmt: skip
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--validation",
-        default="0.1",
-        metavar="FILE|FRACTION",
-        help="a held-out file, or the share of the data to hold out, 0 for none (default: 0.1)",
-    )
-    group.add_argument(
-        "--template",
-        metavar="NAME|TEXT",
-        help=r'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:" (default: by the form of the records)',
-    )
-    group.add_argument(
-        "--max-length",
-        type=positive_int,
-        metavar="N",
-        help=f"tokens of an example (default: {longest}, or what the model takes)",
-    )
-    group.add_argument(
-        "--overflow",
-        choices=("error", "truncate", "drop"),
-        default="error",
-        help="what to do with longer records (default: error)",
-    )
-
+    add_options(group, DataOptions, max_length=f"tokens of an example (default: {longest}, or what the model takes)")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive, default=3.0, metavar="N", help="passes over the data (default: 3)")
-    group.add_argument("--steps", type=positive_int, metavar="N", help="steps instead of epochs")
+    runs.add_training(
+        group,
+        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "eval_steps",
+        "early_stopping_patience",
+        defaults={
+            "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
+            "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
+        },
+        learning_rate="peak learning rate (default: the method's, see --method)",
+        per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
+        gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
+        max_grad_norm="clip the gradient to this 2-norm; 0 does not", eval_steps="steps between evaluations (default: 1/5)",
+    )  # fmt: skip
     group.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="examples at a time (default: 8, in large models 2)"
-    )
-    group.add_argument(
-        "--accumulation",
-        type=positive_int,
-        metavar="N",
-        help="batches a step (default: 1, in large models without --batch-size 4)",
-    )
-    group.add_argument(
-        "--packing",
-        nargs="?",
-        type=positive_int,
-        const=True,
-        default=False,
-        metavar="N",
-        help="let the examples of a batch share rows, of N tokens (default: the longest's): the same loss, less padding",
-    )
-    group.add_argument(
-        "--lr", type=positive, metavar="RATE", help="learning rate (default: the method's, see --method)"
-    )
-    group.add_argument(
-        "--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="default: %(default)s"
-    )
-    group.add_argument(
-        "--warmup", type=proportion, default=0.05, metavar="SHARE", help="share of the steps (default: 0.05)"
-    )
-    group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: %(default)s")
-    group.add_argument("--weight-decay", type=natural, default=0.0, metavar="X", help="default: 0")
-    group.add_argument(
-        "--max-grad-norm", type=natural, default=1.0, metavar="X", help="clip the gradient; 0 does not (default: 1)"
-    )
-    group.add_argument("--eval-steps", type=positive_int, metavar="N", help="steps between evaluations (default: 1/5)")
-    group.add_argument("--save-steps", type=positive_int, metavar="N", help="steps between checkpoints (default: 1/5)")
-    group.add_argument(
-        "--early-stopping", type=positive_int, metavar="N", help="stop after N evaluations without gain, keep the best"
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="compute activations again in backward: less memory, slower (default: in large models)",
-    )
-    add_seed(group, "the order of the data, and of dropout")
-
-    group = parser.add_argument_group("an output directory that is not empty")
-    group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
+    )  # fmt: skip
     add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from .data import read_records
 
-    check_output(Path(args.output), args.resume, args.overwrite)
-    return fine_tune(args, read_records(args.data), validation(args.validation))
+    runs.check_output(args)
+    return fine_tune(args, read_records(args.data), validation(args))
 
 
 def fine_tune(
     args: argparse.Namespace, records: list[Any], held_out: Any, tests: dict[str, list[Any]] | None = None
 ) -> int:
-    """Train on records as the options say, save, and print what became of the held-out loss, and of that of each test.
+    """Train on records as the options say, save, and print the held-out loss before and after, and that of each test.
 
-    `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, told apart.
+    `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
     """
-    output, tests = Path(args.output), tests or {}
     use_machine(args)
-    from rich.console import Console
 
     from ..accounting import architecture
     from ..experiments.costs import count
-    from ..files import write_json
-    from ..hub.pretrained import save_pretrained
     from ..text.examples import encode_examples
-    from ..train import Trainer, TrainingArguments, last_checkpoint
+    from ..train import Trainer
     from .data import encode, samples
     from .models import load_model
-    from .prompts import chosen_template, save_template
+    from .prompts import chosen_template
     from .report import ANSWER, answer, console, show_samples
 
-    method = METHODS[args.method]
+    output, method, options = runs.check_output(args), METHODS[args.method], from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
-    name, template = chosen_template(args.template, records[0], tokenizer)
-    large = architecture(base.config).size > LARGE
-    batch_size = args.batch_size or (2 if large else 8)
-    accumulation = args.accumulation or (4 if large and args.batch_size is None else 1)
+    name, template = chosen_template(options.template, records[0], tokenizer)
     limit = base.config.max_position_embeddings - method.virtual_tokens
     if limit < 1:
         raise ValueError(f"--method {args.method} takes {method.virtual_tokens} positions, all that the model has")
-    if args.max_length and args.max_length > limit:
+    if options.max_length and options.max_length > limit:
         taken = f", of which --method {args.method} takes {method.virtual_tokens}" if method.virtual_tokens else ""
         positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
-        raise ValueError(f"--max-length {args.max_length} is more than the {positions}")
-    max_length = args.max_length or min(args.longest, limit)
-    data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
-    apart = {
-        what: encode_examples(of, tokenizer, max_length, template, args.overflow).examples for what, of in tests.items()
-    }
+        raise ValueError(f"--max-length {options.max_length} is more than the {positions}")
+    max_length = options.max_length or min(args.longest, limit)
+    data = encode(records, held_out, tokenizer, max_length, template, options.overflow)
+    if not data.held_out:
+        runs.refuse(args, ("eval_steps", "early_stopping_patience"), "without held-out examples")
+    sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
+    for what, of in (tests or {}).items():
+        sets[what] = encode_examples(of, tokenizer, max_length, template, options.overflow).examples
 
-    steps = args.steps or math.ceil(args.epochs * math.ceil(len(data.train) / (batch_size * accumulation)))
-    model = method.prepare(base, steps)
+    large, batch_size = architecture(base.config).size > LARGE, args.per_device_train_batch_size
+    arguments = runs.training_arguments(
+        args, len(data.train), bool(data.held_out),
+        learning_rate=args.learning_rate or method.rate_for(base),
+        per_device_train_batch_size=batch_size or (2 if large else 8),
+        gradient_accumulation_steps=args.gradient_accumulation_steps or (4 if large and not batch_size else 1),
+    )  # fmt: skip
+    model = method.prepare(base, arguments.max_steps)
     if large if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    often = max(1, steps // 5)
-    arguments = TrainingArguments(
-        output_dir=output,
-        learning_rate=args.lr or method.rate_for(base),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        packing=args.packing,
-        optim=args.optimizer,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm or None,
-        lr_scheduler_type=args.schedule,
-        warmup_ratio=args.warmup,
-        eval_steps=(args.eval_steps or often) if data.held_out else None,
-        save_steps=args.save_steps or often,
-        save_total_limit=1,
-        early_stopping_patience=args.early_stopping,
-        seed=args.seed,
-    )
-    pad = tokenizer.pad_token_id or 0
-    trainer = Trainer(model, data.train, data.held_out or None, arguments, pad)
+    trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = count(model)
-    err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    err.print(
-        f"method {args.method}: {trainable:,} of {total:,} parameters; {len(data.train):,} examples to learn from, "
-        f"{len(data.held_out):,} held out; {steps:,} steps of {batch_size * accumulation}, learning rate {arguments.learning_rate:.3g}"
-    )
+    runs.announce(data.train, data.held_out, arguments, "examples", f"method {args.method}: {trainable:,} of {total:,} parameters; ")
     if data.note:
-        err.print(data.note)
+        runs.note(data.note)
 
-    before, before_apart = _losses(trainer, data.held_out, apart)
-    if args.overwrite:
-        remove_earlier(output)
-    try:
-        result = trainer.train(resume_from_checkpoint=args.resume)
-    except KeyboardInterrupt:
-        if last_checkpoint(output) is None:
-            raise
-        raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
-    after, after_apart = _losses(trainer, data.held_out, apart)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(output)
-        tokenizer.save(output)
-    else:
-        save_pretrained(model, output, tokenizer)
-    if name is not None:
-        save_template(output, name)
-    settings = {"run", "debug", "resume", "overwrite", "command", "longest"}
-    options = {k: v for k, v in vars(args).items() if k not in settings}
-    write_json(
-        output / f"{args.command}.json",
-        {
-            "options": {
-                **options,
-                "lr": arguments.learning_rate,
-                "max_length": max_length,
-                "steps": steps,
-                "batch_size": batch_size,
-                "accumulation": accumulation,
-            },
-            "parameters": {"trainable": trainable, "all": total},
-            "examples": {"training": len(data.train), "held_out": len(data.held_out)},
-            "steps": result.steps,
-            "stopped_early": result.stopped_early,
-            "held_out_loss": {"before": before, "after": after},
-            **(
-                {"loss_apart": {k: {"before": before_apart[k], "after": after_apart[k]} for k in apart}}
-                if apart
-                else {}
-            ),
-        },
-    )
+    before = {what: trainer.evaluate(of) for what, of in sets.items()}
+    result = runs.run_training(args, trainer)
+    after = {what: trainer.evaluate(of) for what, of in sets.items()}
+    runs.save_model(model, tokenizer, output, name)
+    results = {
+        "parameters": {"trainable": trainable, "all": total},
+        "examples": {"training": len(data.train), "held_out": len(data.held_out)},
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "held_out_loss": {"before": before.pop("", None), "after": after.pop("", None)},
+    }
+    if tests:
+        results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
+    runs.write_record(args, {**runs.as_options(args, options, arguments), "max_length": max_length}, results)
 
-    if before is not None and after is not None:
-        print(f"held-out loss  before {before:.4f}  after {after:.4f}  (perplexity {_exp(before)} -> {_exp(after)})")
-    for what in apart:
-        print(
-            f"    {what:16} before {before_apart[what]:.4f}  after {after_apart[what]:.4f}  ({len(apart[what])} examples)"
-        )
+    loss = results["held_out_loss"]
+    if data.held_out:
+        perplexity = " -> ".join(f"{math.exp(x):.2f}" if x < 700 else "inf" for x in loss.values())
+        print(f"held-out loss  before {loss['before']:.4f}  after {loss['after']:.4f}  (perplexity {perplexity})")
+    for what in tests or ():
+        print(f"    {what:16} before {before[what]:.4f}  after {after[what]:.4f}  ({len(sets[what])} examples)")
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
-    shown = samples(data, tokenizer, 1, limit - ANSWER, template)
-    for sample in shown:
-        answers = {name: answer(m, tokenizer, sample.ids) for name, m in (("before", base), ("after", model))}
+    for sample in samples(data, tokenizer, 1, limit - ANSWER, template):
+        answers = {when: answer(m, tokenizer, sample.ids) for when, m in (("before", base), ("after", model))}
         show_samples(console(), [(sample, answers)])
-    on = f"--model {args.model} " if args.model else ""
-    use = f"{on}--adapter {output}" if hasattr(model, "save_pretrained") else f"--model {output}"
-    use += " --load-in-4bit" if method.quantized else ""
+    on = f"--model {args.model} " if args.model and hasattr(model, "save_pretrained") else ""
+    use = f"{on}{runs.usage(model, output)}{' --load-in-4bit' if method.quantized else ''}"
     print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 
 
-def _losses(trainer: Any, held_out: list[Any], apart: dict[str, list[Any]]) -> tuple[float | None, dict[str, float]]:
-    return trainer.evaluate() if held_out else None, {what: trainer.evaluate(of) for what, of in apart.items()}
-
-
-def _exp(loss: float) -> str:
-    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
-
-
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """ValueError where the directory cannot take a run: not a directory, or not empty and nothing said about that."""
-    if resume and overwrite:
-        raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
-        raise ValueError(f"--output {output} is not empty; choose another, or give --resume or --overwrite")
-
-
-def remove_earlier(output: Path) -> None:
-    """Remove what an earlier run of this command wrote into the directory, and nothing else."""
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        if WRITTEN.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def validation(text: str) -> Any:
+def validation(args: argparse.Namespace) -> Any:
     """--validation: a fraction as a float, or the records of the file that it names."""
     from .data import read_records
 
+    text = from_arguments(DataOptions, args).validation
     try:
         fraction = float(text)
     except ValueError:

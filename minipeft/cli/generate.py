@@ -25,12 +25,29 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_machine, add_model, add_seed, natural, natural_int, positive_int, probability, use_machine
+from ..options import add_options, check, configuration, from_arguments, option
+from .arguments import add_machine, add_model, use_machine
 
-SUMMARY = "let a model continue text"
+
+@configuration(kw_only=True)
+class Drawing:
+    """How a text is continued."""
+
+    max_new_tokens: int = option(100, "tokens to add at most", least=1)
+    temperature: float = option(0.0, "0 is greedy", least=0, metavar="T")
+    top_k: int | None = option(None, "draw from the K most probable tokens", least=0, metavar="K")
+    top_p: float | None = option(None, "draw from the fewest tokens of mass P", above=0, most=1, metavar="P")
+    seed: int = option(0, "seed of the draw", least=0)
+    batch_size: int = option(8, "prompts at a time", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise ValueError("--top-k and --top-p limit a random draw; give --temperature above 0 with them")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--escapes", action="store_true", help=r"read \n and \t in --prompt as line break and tab")
     group.add_argument(
-        "--template",
-        metavar="NAME|TEXT",
+        "--template", metavar="NAME|TEXT",
         help="plain, alpaca, chatml, chat or a text with {prompt}: what the prompts are put in (default: as in training)",
-    )
+    )  # fmt: skip
     group.add_argument("--chat", action="store_true", help="talk to the model: one message, or a conversation")
     group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
     group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=positive_int, default=100, metavar="N", help="default: %(default)s")
-    group.add_argument("--temperature", type=natural, default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    group.add_argument("--top-k", type=natural_int, metavar="K", help="draw from the K most probable tokens")
-    group.add_argument("--top-p", type=probability, metavar="P", help="draw from the fewest tokens of mass P")
-    add_seed(group, "the draw")
-    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add_options(group, Drawing)
     group = parser.add_argument_group("output")
     group.add_argument("--completion-only", action="store_true", help="leave out the prompt (templates always do)")
     group.add_argument("--json", action="store_true", help='one line {"prompt": ..., "completion": ...} a prompt')
@@ -70,28 +81,30 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--system goes with --chat")
     if args.chat and args.template is not None:
         raise ValueError("--chat is a template; give either --chat or --template")
-    if args.adapter is not None and not Path(args.adapter).is_dir():
-        raise ValueError(f"--adapter {args.adapter}: there is no such directory")
-    if args.temperature == 0 and (args.top_k or args.top_p):
-        raise ValueError("--top-k and --top-p limit a random draw; give --temperature above 0 with them")
+    if args.escapes and not args.prompt:
+        raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have line breaks of their own")
+    drawing = from_arguments(Drawing, args)
     use_machine(args)
+
+    from .models import load_model
+
     if args.chat and not (args.prompt or args.prompts):
-        return _converse(args)
+        return _converse(args, drawing)
     prompts = _prompts(args)
-    model, tokenizer = _load(args)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
     turns = [_turn(prompt, args, tokenizer) for prompt in prompts]
-    options = _options(args, model, tokenizer, turns[0])
+    stop_token_ids = _stop_tokens(model, tokenizer, turns[0])
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     echo = not args.completion_only and turns[0].prompt == (prompts[0],)
 
     if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
         sys.stdout.write(prompts[0] if echo else "")
-        for text in stream_text(model, tokenizer, encoded[0], args.max_new_tokens, seed=args.seed, **options):
+        for text in stream_text(model, tokenizer, encoded[0], drawing, stop_token_ids):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
         return 0
-    for prompt, completion in zip(prompts, _completions(model, tokenizer, encoded, args, options)):
+    for prompt, completion in zip(prompts, _completions(model, tokenizer, encoded, drawing, stop_token_ids)):
         if args.json:
             print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
         else:
@@ -99,14 +112,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _converse(args: argparse.Namespace) -> int:
-    """Answer one line of standard input after the other, each with all that was said before in view."""
+def _converse(args: argparse.Namespace, drawing: Drawing) -> int:
+    """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
+    from .models import load_model
     from .prompts import asked
 
-    model, tokenizer = _load(args)
-    options = _options(args, model, tokenizer, asked(chat(tokenizer), "-"))
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
+    stop_token_ids = _stop_tokens(model, tokenizer, asked(chat(tokenizer), "-"))
     messages = [Message("system", args.system)] if args.system is not None else []
     terminal = sys.stdin.isatty()
     if terminal:
@@ -123,7 +137,7 @@ def _converse(args: argparse.Namespace) -> int:
         messages.append(Message("user", said))
         prompt = tokenizer.encode_pieces(chat_prompt(messages, tokenizer), add_special_tokens=True)
         answer = ""
-        for text in stream_text(model, tokenizer, prompt, args.max_new_tokens, seed=args.seed, **options):
+        for text in stream_text(model, tokenizer, prompt, drawing, stop_token_ids):
             answer += text
             if not args.json:
                 print(text, end="", flush=True)
@@ -138,6 +152,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt:
         prompts = [p.replace("\\n", "\n").replace("\\t", "\t") if args.escapes else p for p in args.prompt]
     elif args.prompts:
+        from .prompts import read_prompts
+
         prompts = read_prompts(Path(args.prompts))
     else:
         if sys.stdin.isatty():
@@ -147,44 +163,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if empty is not None:
         raise ValueError(f"prompt {empty} is empty; a prompt needs some text")
     return prompts
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or the field 'prompt' of every line of a .jsonl file."""
-    from ..text.datasets import DatasetError
-
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DatasetError(path, None, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise DatasetError(path, None, "the file is empty; it must hold at least one prompt")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(path, number, f"not valid JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise DatasetError(path, number, "must be a JSON object with a text field 'prompt'")
-        prompts.append(value["prompt"])
-    return prompts
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer), with the adapter on it, on the device asked for."""
-    from .models import load_model
-
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit)
-    if args.adapter is not None:
-        from ..peft.model import PeftModel
-
-        model = PeftModel.from_pretrained(model, args.adapter)
-    return model, tokenizer
 
 
 def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:
@@ -200,61 +178,47 @@ def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:
     return chat(tokenizer)(Conversation((*system, Message("user", prompt), Message("assistant", "-"))))[0]
 
 
-def _options(args: argparse.Namespace, model: Any, tokenizer: Any, turn: Any) -> dict[str, Any]:
-    """How to draw the tokens, and which end a text. ValueError where the tokenizer lacks a token of the template."""
+def _stop_tokens(model: Any, tokenizer: Any, turn: Any) -> list[int]:
+    """The tokens that end a text. ValueError where the tokenizer lacks a token of the template."""
+    from .prompts import stop_tokens
+
     try:
         tokenizer.encode_pieces([*turn.prompt, *turn.completion])
     except ValueError as error:
         raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
-    drawing = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return {**drawing, "eos_token_id": stops(model, tokenizer, turn)}
-
-
-def stops(model: Any, tokenizer: Any, turn: Any) -> list[int]:
-    """The ids that end a text: the model's, the tokenizer's, and the special token that ends an answer in the template."""
-    from ..text.tokenizer import Special
-
-    configured = getattr(getattr(model, "config", None), "eos_token_id", None)
-    ends = configured if isinstance(configured, (list, tuple)) else [configured]
-    last = turn.completion[-1]
-    ends = [*ends, tokenizer.eos_token_id, tokenizer.token_to_id(last) if isinstance(last, Special) else None]
-    return sorted({end for end in ends if end is not None})
+    return stop_tokens(model, tokenizer, turn)
 
 
 def _completions(
-    model: Any, tokenizer: Any, encoded: list[list[int]], args: argparse.Namespace, options: dict[str, Any]
+    model: Any, tokenizer: Any, encoded: list[list[int]], d: Drawing, stop_token_ids: list[int]
 ) -> Iterator[str]:
     """The completions in order, computed in batches; what is drawn for a prompt does not depend on the batch size."""
     from ..backend import Rng
     from ..nn.generation import generate
     from ..text.tokenizer import pad_sequences
 
-    for start in range(0, len(encoded), args.batch_size):
-        batch = encoded[start : start + args.batch_size]
-        ids, mask = pad_sequences(batch, 0, side="left")
-        stream = Rng(args.seed, first_row=start)
-        out = generate(model, ids, mask, args.max_new_tokens, seed=stream, **options)
-        for row in out[:, ids.shape[1] :]:
-            yield tokenizer.decode(_until(row, options["eos_token_id"]))
+    for start in range(0, len(encoded), d.batch_size):
+        ids, mask = pad_sequences(encoded[start : start + d.batch_size], 0, side="left")
+        stream = Rng(d.seed, first_row=start)
+        out = generate(
+            model, ids, mask, d.max_new_tokens, temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, seed=stream,
+            eos_token_id=stop_token_ids,
+        )  # fmt: skip
+        for row in out[:, ids.shape[1] :].tolist():
+            yield tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, row)))
 
 
-def _until(row: Any, ends: list[int]) -> list[int]:
-    """The tokens before the first that ends the text."""
-    tokens = [int(token) for token in row]
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
-
-
-def stream_text(
-    model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, eos_token_id: list[int], **options: Any
-) -> Iterator[str]:
+def stream_text(model: Any, tokenizer: Any, prompt: list[int], d: Drawing, stop_token_ids: list[int]) -> Iterator[str]:
     """The continuation of one prompt, in pieces of text as its tokens come; a character split over tokens waits."""
     from ..nn.generation import generate_stream
 
     tokens: list[int] = []
     shown = ""
-    for token in generate_stream(model, [prompt], None, max_new_tokens, eos_token_id=eos_token_id, **options):
-        if int(token[0]) in eos_token_id:
+    for token in generate_stream(
+        model, [prompt], None, d.max_new_tokens, temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, seed=d.seed,
+        eos_token_id=stop_token_ids,
+    ):  # fmt: skip
+        if int(token[0]) in stop_token_ids:
             break
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens)

@@ -5,7 +5,7 @@ alone (a central difference, extrapolated) and <u, pullback(w)> from the pullbac
 registered op is asked on many shapes, options and sets of inputs, then every parameter of small whole models of both
 dialects, all in float64. "worst deviation" is relative to the size of the terms; 1e-7 is the limit, 1e-10 is usual.
 
-The exit status is 1 when a check fails, and the failures are told.
+The exit status is 1 when a check fails, and the failures are listed.
 
 examples:
   minipeft gradcheck
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
-
-SUMMARY = "check every derivative against differences"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from ..autograd.cases import check_ops, op_cases
+    from ..autograd.gradcheck import check_parameters
     from ..autograd.tensor import REGISTRY
     from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
     from .arguments import unknown
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             add(case.op, deviation, error)
             bar.advance(task)
         for name, (model, call) in models.items():
-            for _, deviation, error in check_model(model, call):
+            for _, deviation, error in check_parameters(partial(call, model), dict(model.named_parameters())):
                 add(name, deviation, error)
                 bar.advance(task)
 
@@ -81,43 +80,26 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def check_model(model: Any, call: Any) -> Iterator[tuple[str, float, Exception | None]]:
-    """(parameter, worst deviation, error) for each parameter of a model."""
-    from ..autograd.gradcheck import check_parameters
-
-    return check_parameters(lambda: call(model), dict(model.named_parameters()))
-
-
 def small_models() -> dict[str, tuple[Any, Any]]:
     """name -> (model, how it is called): both dialects, with what changes the graph: heads, ties, masks, dropout."""
     import numpy as np
 
     from ..nn.transformer import Transformer, TransformerConfig
 
-    shape = {
-        "vocab_size": 11,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "initializer_range": 0.3,
-    }
-    shape["max_position_embeddings"] = 8
+    shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
+             "max_position_embeddings": 8}  # fmt: skip
     gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)
     ids = np.random.default_rng(0).integers(0, 11, (2, 6))
     padding = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     labels = np.where(ids < 3, -100, ids)
     checkpointed = Transformer(llama.replace(dropout=0.2), seed=3)
     checkpointed.gradient_checkpointing_enable()
+    dropped = Transformer(gpt2.replace(dropout=0.2), seed=1)
+    untied = Transformer(llama.replace(tie_word_embeddings=False), seed=2)
     return {
         "gpt2 model": (Transformer(gpt2, seed=1), lambda m: m(ids)),
-        "gpt2 model, padding, dropout": (
-            Transformer(gpt2.replace(dropout=0.2), seed=1),
-            lambda m: m(ids, padding, rng=5),
-        ),
+        "gpt2 model, padding, dropout": (dropped, lambda m: m(ids, padding, rng=5)),
         "llama model": (Transformer(llama, seed=2), lambda m: m(ids)),
-        "llama model, untied, loss": (
-            Transformer(llama.replace(tie_word_embeddings=False), seed=2),
-            lambda m: m.loss(ids, labels, attention_mask=padding),
-        ),
+        "llama model, untied, loss": (untied, lambda m: m.loss(ids, labels, attention_mask=padding)),
         "llama model, checkpointing, dropout": (checkpointed, lambda m: m(ids, rng=5)),
     }

@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-SUMMARY = "list the lessons, run one or all"
 REDUCED = "MINIPEFT_REDUCED"
 
 
@@ -51,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         status = subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode
         if status:
             failed.append(number)
-        print(
-            f"── lesson {number}: {'FAILED' if status else 'done'} in {time.perf_counter() - started:.0f} s", flush=True
-        )
+        ended = f"{'FAILED' if status else 'done'} in {time.perf_counter() - started:.0f} s"
+        print(f"── lesson {number}: {ended}", flush=True)
     if failed:
         print(f"minipeft: lessons that failed: {', '.join(map(str, failed))}", file=sys.stderr)
     return 1 if failed else 0

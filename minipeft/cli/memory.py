@@ -30,8 +30,6 @@ from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from .arguments import positive_int
 from .method_options import add_method_options, architecture_of, configuration, flag, method_name
 
-SUMMARY = "foretell the memory of training or using a model"
-
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
 

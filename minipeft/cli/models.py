@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
-def load_model(path: str | None, backend: str | None = None, load_in_4bit: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file.
+def load_model(
+    path: str | None,
+    backend: str | None = None,
+    load_in_4bit: bool = False,
+    adapter: str | None = None,
+    is_trainable: bool = False,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file, with an adapter.
 
     Raises ValueError where it is no language model or comes without a tokenizer: the commands read and write text.
     """
+    if adapter is not None and not Path(adapter).is_dir():
+        raise ValueError(f"--adapter {adapter}: there is no such directory")
     from ..hub.base import load_base
     from ..hub.pretrained import from_pretrained
     from ..nn.transformer import Transformer
@@ -24,4 +33,8 @@ def load_model(path: str | None, backend: str | None = None, load_in_4bit: bool 
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
         )
+    if adapter is not None:
+        from ..peft.model import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     return model, tokenizer

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
+from .cells import Rows
 
-Rows = list[dict[str, Any]]
 Style = tuple[Any, str]  # color, marker
 
 
@@ -29,15 +29,16 @@ def plot_comparison(rows: Rows, path: Path) -> None:
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
 
 
-def panel_svg(name: str, rows: Rows, dark: bool) -> bytes:
+def panel_svg(name: str, rows: Rows) -> bytes:
     """One of PANELS as an SVG file of its own, with a legend; the same rows give the same bytes."""
-    from matplotlib import rc_context, style
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with style.context("dark_background" if dark else "default"), rc_context({"svg.hashsalt": name}):
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": name}):
         height = 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3)
-        figure = Figure(figsize=(6, height), layout="constrained", facecolor="#15181c" if dark else "white")
+        figure = Figure(figsize=(6, height), layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.set_facecolor("none")
@@ -48,7 +49,6 @@ def panel_svg(name: str, rows: Rows, dark: bool) -> bytes:
                 color, marker = styles(rows)[row["method"]]
                 axes.plot([], [], marker, color=color, label=row["title"])
             figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-        file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
@@ -111,7 +111,7 @@ PANELS: dict[str, Callable[[Any, Rows], None]] = {
 
 
 def smooth(curve: list[tuple[int, float]], width: int = 10) -> list[tuple[int, float]]:
-    """(step, value) points as means of `width` neighbours (of fewer where there are few): a noisy line made readable."""
+    """(step, value) points as means of `width` neighbors (of fewer where there are few): a noisy line made readable."""
     width = max(1, min(width, len(curve) // 4))
     return [
         (curve[i + width // 2][0], sum(value for _, value in curve[i : i + width]) / width)

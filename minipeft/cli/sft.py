@@ -6,8 +6,8 @@ The data is a .jsonl file of one form (or a .txt file), as for `minipeft finetun
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"text": ...}
 Without --data the model learns seven tasks over the shipped corpora, each asked for in four ways (rewrite a verse in
-plain English, define a word, name its part of speech, ...), and is then tested apart on new inputs, on phrasings it was
-never asked in, and on three tasks it was never taught. Only the answers are learned, and the token that ends them. (The
+plain English, define a word, name its part of speech, ...), and is then tested on new inputs, on phrasings it has
+not met, and on three tasks it has not learned. Only the answers are learned, and the token that ends them. (The
 shipped base has never met the tokens of ChatML: with --template chatml take --method full, as adapters leave embeddings
 frozen.)
 
@@ -26,12 +26,10 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from . import runs
 from .arguments import positive_int, unknown
-from .finetune import add_training_arguments, check_output, fine_tune, validation
-
-SUMMARY = "teach a model to follow instructions"
+from .finetune import add_training_arguments, fine_tune, validation
 
 PER_TASK = 500
 PER_TEST = 24  # records of a task in each of the tests
@@ -42,10 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
     )
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="NAME",
-        help="of the shipped instructions only these, such as rewrite, define, use",
+        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these, such as rewrite, define, use"
     )
     parser.add_argument(
         "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"
@@ -54,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output(Path(args.output), args.resume, args.overwrite)
+    runs.check_output(args)
     if args.data is not None:
         if args.tasks or args.per_task:
             raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")
         from .data import read_records
 
-        return fine_tune(args, read_records(args.data), validation(args.validation))
-    if args.validation != "0.1":
+        return fine_tune(args, read_records(args.data), validation(args))
+    if hasattr(args, "validation"):
         raise ValueError("--validation goes with --data; the shipped instructions have held-out records of their own")
     from ..text.instructions import HELD_OUT, TRAINED, instructions
 

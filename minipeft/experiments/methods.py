@@ -19,7 +19,7 @@ class Method:
                    with runs of 80 steps.) Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
-    quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not tell
+    quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not say
     """
 
     title: str
@@ -41,7 +41,7 @@ class Method:
         return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 
     def prepare(self, base: Any, steps: int) -> Any:
-        """The model that is trained, for a run of so many steps; `base` stays as it is.
+        """The model that is trained, for a run of this number of steps; `base` stays as it is.
 
         Raises PeftError for a method that does not fit the model.
         """

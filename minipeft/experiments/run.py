@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import train
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..nn.layers import Dropout
 from ..nn.module import Module
+from ..options import configuration, option
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
+from ..train.callbacks import Callback
 from .costs import count, storage
 from .methods import METHODS
 
 
-class Task(NamedTuple):
+class TaskData(NamedTuple):
     """Encoded examples.
 
     train, held_out  of what is to be learned
@@ -36,36 +38,22 @@ class Task(NamedTuple):
     pad_token_id: int
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class Settings:
-    """How to fine-tune; with the task and the base, all that decides a row.
+    """How to fine-tune; with the task and the base, all that decides a row. The schedule is a cosine to 0."""
 
-    method         a key of METHODS
-    learning_rate  None: the method's own
-    steps          optimizer steps; the schedule is a cosine to 0
-    batch_size     examples of the task in a step
-    accumulation   the number of parts a step is computed in; their gradients are added
-    warmup         share of the steps over which the rate rises from 0
-    weight_decay   decoupled, towards 0 (AdamW)
-    dropout        in the base, on the embeddings and the residual branches
-    replay         blocks of general text that are mixed in, per example of the task
-    l2_start       α of the penalty α/2 · ||w - w_start||² (`l2_sp`)
-    evaluations    how often the held-out loss is measured, evenly spaced; the last is at the end
-    seed           of the order of the data and of dropout
-    """
-
-    method: str = "full"
-    learning_rate: float | None = None
-    steps: int = 40
-    batch_size: int = 16
-    accumulation: int = 1
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    dropout: float = 0.0
-    replay: float = 0.0
-    l2_start: float = 0.0
-    evaluations: int = 1
-    seed: int = 0
+    method: str = option("full", "a key of METHODS", choices=METHODS)
+    learning_rate: float | None = option(None, "peak learning rate (default: the method's)", above=0, flag="--lr", metavar="RATE")
+    steps: int = option(40, "optimizer steps", least=1)
+    batch_size: int = option(16, "examples of the task in a step", least=1)
+    accumulation: int = option(1, "the number of parts a step is computed in; their gradients are added", least=1)
+    warmup: float = option(0.05, "share of the steps over which the rate rises from 0", least=0, most=1)
+    weight_decay: float = option(0.0, "decoupled, towards 0 (AdamW)", least=0)
+    dropout: float = option(0.0, "in the base, on the embeddings and the residual branches", least=0, below=1)
+    replay: float = option(0.0, "blocks of general text that are mixed in, per example of the task", least=0)
+    l2_start: float = option(0.0, "α of the penalty α/2 · ||w - w_start||² (`l2_sp`)", least=0)
+    evaluations: int = option(1, "how often the held-out loss is measured, evenly spaced; the last is at the end", least=1)
+    seed: int = option(0, "seed of the order of the data and of dropout", least=0)
 
 
 def l2_sp(model: Module, alpha: float) -> Callable[..., Tensor]:
@@ -96,7 +84,22 @@ def with_dropout(model: Any, p: float) -> Any:
     return twin
 
 
-def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any], Any]:
+class HeldOut(Callback):
+    """Measures the held-out loss after steps ceil(i · steps / n), i = 1, ..., n - 1: evenly spaced, with that at the end."""
+
+    def __init__(self, trainer: Trainer, n: int):
+        self.trainer, self.steps = trainer, {-(-i * trainer.total_steps // n) for i in range(1, n)}
+        self.curve: list[tuple[int, float]] = []
+        self.seconds: dict[int, float] = {}  # by step: of the evaluation, which the seconds of the step include
+
+    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> None:
+        if step in self.steps and step < self.trainer.total_steps:
+            start = time.perf_counter()
+            self.curve.append((step, self.trainer.evaluate()))
+            self.seconds[step] = time.perf_counter() - start
+
+
+def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, Any], Any]:
     """(measurements, the trained model); the base stays as it is.
 
     trainable, parameters      numbers of parameters, as PEFT counts them
@@ -114,7 +117,7 @@ def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any]
         raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
     if s.replay and not task.replay:
         raise ValueError("the task has no general text to replay")
-    rate = s.learning_rate or method.learning_rate
+    rate = s.learning_rate or method.rate_for(base)
     model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps)
     replayed = round(s.replay * len(task.train))
     examples = task.train + [task.replay[i % len(task.replay)] for i in range(replayed)]
@@ -127,23 +130,24 @@ def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any]
         lr_scheduler_type="cosine",
         warmup_ratio=s.warmup,
         weight_decay=s.weight_decay,
-        eval_steps=max(1, s.steps // s.evaluations),
         seed=s.seed,
     )
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
     trainable, total = count(model)
     row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total}
+    evaluations = HeldOut(trainer, s.evaluations)
     try:
-        result = trainer.train()
+        result = trainer.train(callbacks=[evaluations])
         general_loss = trainer.evaluate(task.general)
     except TrainingDiverged:
         nothing = dict.fromkeys(("seconds_per_step", "train_loss", "task_loss", "general_loss"))
         return row | nothing | {"storage": storage(model), "curve": [], "held_out_curve": []}, model
-    curve, held_out_curve = result.losses("loss"), result.losses("eval_loss")
+    curve, held_out_curve = result.losses("loss"), [*evaluations.curve, *result.losses("eval_loss")]
+    seconds = [total - evaluations.seconds.get(step, 0) for step, total in result.losses("seconds")]
     row |= {
         "storage": storage(model),  # AdaLoRA keeps what it has not pruned
-        "seconds_per_step": statistics.median(seconds for _, seconds in result.losses("seconds")),
+        "seconds_per_step": statistics.median(seconds),
         "train_loss": statistics.mean(loss for _, loss in curve[-math.ceil(s.steps / 4) :]),
         "task_loss": held_out_curve[-1][1], "general_loss": general_loss,
         "curve": curve, "held_out_curve": held_out_curve,
@@ -151,7 +155,7 @@ def fine_tune(base: Any, task: Task, settings: Settings) -> tuple[dict[str, Any]
     return row, model
 
 
-def evaluate(model: Any, task: Task, batch_size: int = 16) -> tuple[float, float]:
+def evaluate(model: Any, task: TaskData, batch_size: int = 16) -> tuple[float, float]:
     """(loss on the held-out examples of the task, loss on general text) of a model as it is, nats per token."""
     held_out, general = (train.evaluate(model, e, batch_size, task.pad_token_id) for e in (task.held_out, task.general))
     return held_out, general

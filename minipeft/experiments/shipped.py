@@ -5,7 +5,6 @@ The task is Lesson 3's: verses of the King James Bible into Basic English, short
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from statistics import mean
@@ -14,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from ..hub.base import load_base
+from ..options import configuration, option
 from ..text.corpora import general_text
 from ..text.datasets import Completion
 from ..text.examples import Example, chunk_text, encode_documents, encode_examples
 from ..text.tasks import task
-from .run import Settings, Task, evaluate, fine_tune
+from .run import Settings, TaskData, evaluate, fine_tune
 
 CHARACTERS = 190  # of prompt and completion
-HELD_OUT = 96  # verses of the validation split
+HELD_OUT_VERSES = 96  # verses of the validation split
 BLOCKS = 48  # blocks of held-out general text
 LENGTH = 128  # tokens of such a block
 REPLAY = 64  # tokens of a block of general text to be replayed: about as long as a verse with its prompt
@@ -66,8 +66,8 @@ def _replay() -> list[Example]:
 
 
 def rewriting(
-    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT, blocks: int = BLOCKS
-) -> Task:
+    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT_VERSES, blocks: int = BLOCKS
+) -> TaskData:
     """`examples` training verses, chosen by the seed; the held-out ones are always the same.
 
     noise: the share of them whose completion is that of another one.
@@ -79,39 +79,34 @@ def rewriting(
     completions = {i: chosen[j].completion for i, j in zip(wrong, np.roll(wrong, 1))}
     records = [Completion(r.prompt, completions.get(i, r.completion)) for i, r in enumerate(chosen)]
     train = encode_examples(records, tokenizer, 2 * LENGTH).examples
-    return Task(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
+    return TaskData(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class Rewriting(Settings):
-    """A run on the task, whose data are settings too.
+    """A run on the task, whose data are settings too."""
 
-    examples  training verses, chosen by the seed; None: as many as the steps take, each once
-    noise     the share of them whose completion is that of another one
-    held_out, blocks   verses and blocks of general text that are evaluated on
-    """
-
-    examples: int | None = None
-    noise: float = 0.0
-    held_out: int = HELD_OUT
-    blocks: int = BLOCKS
+    examples: int | None = option(None, "training verses, chosen by the seed (default: as many as the steps take)", least=1)
+    noise: float = option(0.0, "share of them whose completion is that of another one", least=0, most=1)
+    held_out: int = option(HELD_OUT_VERSES, "verses that are evaluated on", least=1)
+    blocks: int = option(BLOCKS, "blocks of general text that are evaluated on", least=1)
 
 
-def data(s: Rewriting) -> Task:
+def data(s: Rewriting) -> TaskData:
     """What a run learns from and is judged by."""
     n = s.steps * s.batch_size if s.examples is None else s.examples
     return rewriting(n, s.seed, s.noise, s.replay > 0, s.held_out, s.blocks)
 
 
 @cache
-def before(held_out: int = HELD_OUT, blocks: int = BLOCKS) -> tuple[float, float]:
+def before(held_out: int = HELD_OUT_VERSES, blocks: int = BLOCKS) -> tuple[float, float]:
     """(task loss, general loss) of the base as it is."""
     return evaluate(base()[0], rewriting(1, 0, held_out=held_out, blocks=blocks))
 
 
 def run(settings: Rewriting) -> dict[str, Any]:
-    """The row of a run, flat and rounded; `forgotten` is the rise of the loss on general text. Without the seconds, which
-    say more of the machine than of the settings.
+    """The row of a run, flat and rounded; `forgotten` is the rise of the loss on general text. Without the seconds:
+    they depend on the machine.
 
     Where the held-out loss is measured more than once, both curves are in it, as lists with one value a measurement:
     the training loss as its mean since the one before.

@@ -1,10 +1,10 @@
 """A sweep: runs with their settings, whose rows go to a JSONL file one by one, so that a kill loses one run at most.
 
-    python -m minipeft.experiments.sweep practice lessons/results/14_best_practices.jsonl
-    python -m minipeft.experiments.sweep forgetting lessons/results/15_forgetting.jsonl --processes 2
+    python -m minipeft.experiments.sweep lessons.experiments.practice lessons/results/14_best_practices.jsonl
+    python -m minipeft.experiments.sweep my_sweep rows.jsonl --processes 2
 
-A sweep is a module of this package with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`. What
-is in the file already is not computed again. MINIPEFT_THREADS gives the threads of each process.
+A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working directory
+is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of each process.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileError, write_text
-
-SWEEPS = ("practice", "forgetting", "decision")
 
 Row = dict[str, Any]
 
@@ -104,11 +102,11 @@ class _Pair:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=__doc__.partition("\n")[0])
-    parser.add_argument("name", choices=SWEEPS)
+    parser.add_argument("module", help="the sweep, as in an import statement")
     parser.add_argument("path", help="the JSONL file that the rows are added to")
     parser.add_argument("--processes", type=int, default=1, metavar="N")
     args = parser.parse_args()
-    module = importlib.import_module(f"{__package__}.{args.name}")
+    module = importlib.import_module(args.module)
     sweep(module.RUNS, module.run, args.path, args.processes, lambda line: print(line, flush=True))
 
 

@@ -12,18 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import no_grad
-from ..nn.heads import SequenceClassifier
-from ..text.corpora import wordnet
-from ..train import Batch, Trainer, TrainingArguments
-from . import shipped
-from .shipped import Rewriting
-from .sweep import Row, is_of
+from minipeft.autograd.tensor import no_grad
+from minipeft.experiments import shipped
+from minipeft.experiments.seeds import SEEDS, below, over_seeds, spread
+from minipeft.experiments.shipped import Rewriting
+from minipeft.experiments.sweep import Row, is_of
+from minipeft.nn.heads import SequenceClassifier
+from minipeft.text.corpora import wordnet
+from minipeft.train import Batch, Trainer, TrainingArguments
 
-SEEDS = (0, 1, 2)
-CLEAR = 2.5  # standard deviations of a difference: over three seeds, Student's t-test at 5 %
 TESTS = 200  # held-out glosses of each class
-RATES = {"full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {
+    "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "bottleneck": (3e-3, 1e-2),
+    "prefix": (3e-3, 1e-2),
+    "prompt": (1e-2, 3e-2),
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Classification:
 
 
 def learning_rate(seeds: tuple[int, ...] = SEEDS) -> list[Any]:
-    """Each method over a grid of rates."""
-    return [Rewriting(method, rate, seed=seed) for method in RATES for rate in RATES[method] for seed in seeds]
+    """Full fine-tuning and LoRA, each over its grid of rates."""
+    return [Rewriting(method, rate, seed=seed) for method in ("full", "lora") for rate in RATES[method] for seed in seeds]
 
 
 def batch_size(seeds: tuple[int, ...] = SEEDS) -> list[Any]:
@@ -141,7 +146,7 @@ def predict(model: SequenceClassifier, batch: Batch) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Advice:
     """A piece of advice beside what was measured; `agrees` is None where the seeds do not agree with each other."""
 
     topic: str
@@ -152,32 +157,6 @@ class Finding:
     @property
     def verdict(self) -> str:
         return {True: "as advised", False: "NOT as advised", None: "no clear difference"}[self.agrees]
-
-
-def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np.ndarray:
-    """The value of `key` in the rows of these settings, in the order of their seeds; NaN where training diverged."""
-    found = {row["seed"]: row[key] for row in rows if is_of(row, replace(settings, seed=row["seed"]))}
-    if not found:
-        raise ValueError(f"there is no row of {settings}")
-    return np.array([found[seed] for seed in sorted(found)], float)  # None becomes NaN
-
-
-def below(a: np.ndarray, b: np.ndarray) -> bool | None:
-    """Whether a < b (True), a > b (False), or neither (None), compared seed by seed.
-
-    The difference must have one sign under every seed, and a mean of more than CLEAR times its standard deviation.
-    """
-    difference = b - a
-    sign = np.sign(difference[0])
-    alike = (sign * difference > 0).all()  # false where a run diverged: NaN
-    if not alike or (len(difference) > 1 and abs(difference.mean()) <= CLEAR * difference.std(ddof=1)):
-        return None
-    return bool(sign > 0)
-
-
-def spread(values: np.ndarray, digits: int = 3) -> str:
-    """`mean ± standard deviation` over the seeds."""
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
 
 def best(rows: Sequence[Row], candidates: Sequence[Any]) -> Any:
@@ -193,29 +172,29 @@ def best_rates(rows: Sequence[Row], candidates: Sequence[Any]) -> list[float]:
     return [rate for rate, loss in losses.items() if np.isfinite(loss).all() and not below(least, loss)]
 
 
-def find_learning_rate(rows: Sequence[Row]) -> list[Finding]:
+def find_learning_rate(rows: Sequence[Row]) -> list[Advice]:
     grids = {method: [Rewriting(method, rate) for rate in RATES[method]] for method in ("full", "lora")}
     full, lora = (best_rates(rows, grid) for grid in grids.values())
     within = {4 < b / a < 30 for a in full for b in lora}
-    told = [" or ".join(f"{rate:g}" for rate in rates) for rates in (full, lora)]
+    best_of = [" or ".join(f"{rate:g}" for rate in rates) for rates in (full, lora)]
     times = sorted({round(b / a) for a in full for b in lora})
     gap = over_seeds(rows, best(rows, grids["lora"])) - over_seeds(rows, best(rows, grids["full"]))
     zero = np.zeros_like(gap)
     more = below(zero, gap)
     return [
-        Finding(
+        Advice(
             "learning rate", "LoRA wants about ten times the rate of full fine-tuning",
-            f"best of the grid: full {told[0]}, LoRA {told[1]}: {' or '.join(map(str, times))} times",
+            f"best of the grid: full {best_of[0]}, LoRA {best_of[1]}: {' or '.join(map(str, times))} times",
             within.pop() if len(within) == 1 else None,
         ),
-        Finding(
+        Advice(
             "learning rate", "each at its best rate, LoRA learns as much as full fine-tuning",
             f"LoRA's loss minus full's: {spread(gap)}", None if more is None else not more,
         ),
     ]  # fmt: skip
 
 
-def find_batch_size(rows: Sequence[Row]) -> list[Finding]:
+def find_batch_size(rows: Sequence[Row]) -> list[Advice]:
     runs = [s for s in batch_size((0,)) if s.accumulation == 1]
     winner = {size: best(rows, [s for s in runs if s.batch_size == size]) for size in (4, 16, 64)}
     loss = {size: over_seeds(rows, s) for size, s in winner.items()}
@@ -223,23 +202,23 @@ def find_batch_size(rows: Sequence[Row]) -> list[Finding]:
     parts = [s for s in batch_size((0,)) if s.accumulation > 1]
     apart = max(np.abs(over_seeds(rows, s) - over_seeds(rows, replace(s, accumulation=1))).max() for s in parts)
     return [
-        Finding(
+        Advice(
             "batch size", "a larger batch wants a larger rate",
             "best rate " + ", ".join(f"{rate[size]:g} at {size}" for size in rate),
             None if rate[64] == rate[4] else rate[64] > rate[4],
         ),
-        Finding(
+        Advice(
             "batch size", "of the same examples, small batches teach more",
             "best loss " + ", ".join(f"{spread(loss[size])} at {size}" for size in loss), below(loss[4], loss[64]),
         ),
-        Finding(
+        Advice(
             "accumulation", "a batch in four parts is the same as a whole one",
             f"the losses differ by {apart:.5f} at most", bool(apart < 0.005),
         ),
     ]  # fmt: skip
 
 
-def find_epochs(rows: Sequence[Row]) -> list[Finding]:
+def find_epochs(rows: Sequence[Row]) -> list[Advice]:
     found = []
     for s in epochs((0,)):
         curves = [row for row in rows if is_of(row, replace(s, seed=row["seed"]))]
@@ -247,7 +226,7 @@ def find_epochs(rows: Sequence[Row]) -> list[Finding]:
         gap = np.array([row["held_out_curve"][-1] - row["train_curve"][-1] for row in curves])
         rise = np.array([row["held_out_curve"][-1] - min(row["held_out_curve"]) for row in curves])
         found.append(
-            Finding(
+            Advice(
                 "epochs", "held-out loss is lowest after one to three epochs, then it rises",
                 f"{s.method}, {s.examples} examples: lowest after epoch {', '.join(map(str, lowest))}; after 16 the gap to "
                 f"training is {spread(gap)}, {spread(rise)} above the lowest",
@@ -257,13 +236,13 @@ def find_epochs(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def find_warm_up(rows: Sequence[Row]) -> list[Finding]:
+def find_warm_up(rows: Sequence[Row]) -> list[Advice]:
     found = []
     for s in (s for s in warm_up((0,)) if s.warmup == 0):
         loss = {share: over_seeds(rows, replace(s, warmup=share)) for share in (0.0, 0.05, 0.1)}
         helps = [below(loss[share], loss[0.0]) for share in (0.05, 0.1)]
         found.append(
-            Finding(
+            Advice(
                 "warm-up", f"5 to 10 % of warm-up helps, at the rate {s.learning_rate:g}",
                 ", ".join(f"{spread(loss[share])} with {share:.0%}" for share in loss)
                 + f"; change by 10% {spread(loss[0.1] - loss[0.0])}",
@@ -273,14 +252,14 @@ def find_warm_up(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def find_data_quality(rows: Sequence[Row]) -> list[Finding]:
+def find_data_quality(rows: Sequence[Row]) -> list[Advice]:
     common = Rewriting(learning_rate=1e-3)
     few = over_seeds(rows, replace(common, examples=160))
     found = []
     for noise in (0.25, 0.5):
         many = over_seeds(rows, replace(common, examples=640, noise=noise))
         found.append(
-            Finding(
+            Advice(
                 "data", f"few clean examples beat four times as many of which {noise:.0%} are wrong",
                 f"160 clean {spread(few)}, 640 with {noise:.0%} wrong {spread(many)}: {spread(many - few)} more",
                 below(few, many),
@@ -289,26 +268,26 @@ def find_data_quality(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
-def find_class_balance(rows: Sequence[Row]) -> list[Finding]:
+def find_class_balance(rows: Sequence[Row]) -> list[Advice]:
     cases = (Classification(), Classification(0.9), Classification(0.9, True))
     even, skewed, repeated = (over_seeds(rows, s, "accuracy") for s in cases)
     return [
-        Finding(
+        Advice(
             "balance", "90% of one class costs the other",
             f"balanced accuracy {spread(skewed, 2)}, from even classes {spread(even, 2)}", below(skewed, even),
         ),
-        Finding(
+        Advice(
             "balance", "repeating the rare class helps",
             f"balanced accuracy {spread(repeated, 2)}, without {spread(skewed, 2)}", below(skewed, repeated),
         ),
     ]  # fmt: skip
 
 
-FINDERS: tuple[Callable[[Sequence[Row]], list[Finding]], ...] = (
+FINDERS: tuple[Callable[[Sequence[Row]], list[Advice]], ...] = (
     find_learning_rate, find_batch_size, find_epochs, find_warm_up, find_data_quality, find_class_balance,
 )  # fmt: skip
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
+def findings(rows: Sequence[Row]) -> list[Advice]:
     """Everything that the rows of RUNS say, each verdict computed from them."""
     return [finding for find in FINDERS for finding in find(rows)]

@@ -7,18 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import shipped
-from .practice import RATES as PRACTICE_RATES
-from .practice import SEEDS, over_seeds
-from .shipped import Rewriting
-from .sweep import Row
+from minipeft.experiments import shipped
+from minipeft.experiments.seeds import SEEDS, over_seeds
+from minipeft.experiments.shipped import Rewriting
+from minipeft.experiments.sweep import Row
 
-RATES = {
-    **PRACTICE_RATES,
-    "bottleneck": (3e-3, 1e-2),
-    "prefix": (3e-3, 1e-2),
-    "prompt": (1e-2, 3e-2),
-}
+from .practice import RATES
+
 FULL = Rewriting(learning_rate=1e-3)
 LORA = Rewriting("lora", 3e-3)
 REMEDIES = {
@@ -65,7 +60,7 @@ def price(rows: Sequence[Row], method: str, task_loss: float | np.ndarray) -> np
     """What a method has forgotten where its loss on the task has come down to `task_loss` (one, or one a seed), by seed.
 
     On the straight lines from the base through the points of its rates, the lowest first, up to its best; NaN where it
-    does not come down so far.
+    does not get that low.
     """
     base_loss = shipped.before()[0]
     losses, forgotten = (

@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from ..accounting import architecture, measure_peak, ppo_ledger
-from ..rlhf import PPOConfig, PPOTrainer, Rollout
-from ..text.datasets import Instruction
-from ..text.examples import IGNORE, Example, encode_examples
-from ..text.instructions import TASKS, TRAINED, instructions, phrase
-from . import shipped
-from .costs import latency, memory, merged
-from .methods import METHODS
-from .practice import SEEDS
-from .run import Settings, Task, evaluate, fine_tune
-from .shipped import HELD_OUT, LENGTH, Rewriting, rounded, spaced
+from minipeft.accounting import architecture, measure_peak, ppo_ledger
+from minipeft.experiments import shipped
+from minipeft.experiments.costs import latency, memory, merged
+from minipeft.experiments.methods import METHODS
+from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune
+from minipeft.experiments.seeds import SEEDS
+from minipeft.experiments.shipped import HELD_OUT_VERSES, LENGTH, Rewriting, rounded, spaced
+from minipeft.rlhf import PPOConfig, PPOTrainer, Rollout
+from minipeft.text.datasets import Instruction
+from minipeft.text.examples import IGNORE, Example, encode_examples
+from minipeft.text.instructions import TASKS, TRAINED, instructions, phrase
 
-RATES = {"full": 1e-3, "lora": 3e-3, "bottleneck": 3e-3, "prompt": 3e-2, "prefix": 1e-2, "qlora": 3e-3}
+IMITATING = ("full", "lora", "bottleneck", "prompt", "prefix", "qlora")  # each at the rate of METHODS
 TITLES = {
     "full": "full", "lora": "LoRA r=8", "bottleneck": "adapters m=16", "prompt": "prompt tuning P=20",
     "prefix": "prefix tuning P=20", "qlora": "QLoRA r=8", "instructions": "instruction tuning", "feedback": "RLHF (PPO)",
@@ -71,7 +71,7 @@ class Costs:
 
 
 QUALITY = [
-    *(Rewriting(method, rate, seed=seed) for seed in SEEDS for method, rate in RATES.items()),
+    *(Rewriting(method, METHODS[method].learning_rate, seed=seed) for seed in SEEDS for method in IMITATING),
     *(kind(seed=seed) for seed in SEEDS for kind in (Instructions, Feedback)),
 ]
 COSTS = [Costs(method, seed=seed) for seed in SEEDS for method in TITLES]
@@ -91,7 +91,7 @@ def run(settings: Any) -> dict[str, Any]:
 
 
 @cache
-def asked(held_out: int = HELD_OUT) -> list[Example]:
+def asked(held_out: int = HELD_OUT_VERSES) -> list[Example]:
     """The held-out verses of the task, asked for by an instruction."""
     words = [r.prompt.removeprefix("King James: ").removesuffix("\nPlain English:") for r in shipped.verses("validation")]
     pairs = [(word, r.completion.strip()) for word, r in zip(words, shipped.verses("validation"))]
@@ -108,7 +108,7 @@ def mixed(examples: int, seed: int) -> list[Example]:
 def instruct(s: Instructions) -> dict[str, Any]:
     """The task's loss is on the same held-out answers as everywhere, only asked for by an instruction."""
     base, task = shipped.base()[0], shipped.rewriting(1, s.seed)
-    task = Task(mixed(s.steps * s.batch_size, s.seed), asked(), task.general, [], task.pad_token_id)
+    task = TaskData(mixed(s.steps * s.batch_size, s.seed), asked(), task.general, [], task.pad_token_id)
     row, _ = fine_tune(base, task, Settings("full", s.learning_rate, s.steps, s.batch_size, seed=s.seed))
     kept = {key: row[key] for key in ("trainable", "parameters", "storage", "task_loss", "general_loss")}
     task_before, general_before = evaluate(base, task)
@@ -124,7 +124,7 @@ def overlap(answer: str, reference: str) -> float:
     return 2 * sum((a & r).values()) / max(1, sum(a.values()) + sum(r.values()))
 
 
-def ppo(policy: Any, task: Task, s: Feedback) -> PPOTrainer:
+def ppo(policy: Any, task: TaskData, s: Feedback) -> PPOTrainer:
     """PPO on the task's training prompts, scored by the overlap with their references."""
     tokenizer, references = shipped.base()[1], {}
     for ids, labels in task.train:
@@ -144,7 +144,7 @@ def ppo(policy: Any, task: Task, s: Feedback) -> PPOTrainer:
 
 def reward(s: Feedback) -> dict[str, Any]:
     """Beside the losses, the mean score of sampled answers in the first and in the last quarter of the updates."""
-    first = Rewriting(learning_rate=RATES["full"], steps=s.steps, seed=s.seed)
+    first = Rewriting(learning_rate=METHODS["full"].learning_rate, steps=s.steps, seed=s.seed)
     task = shipped.data(first)
     row, policy = fine_tune(shipped.base()[0], task, first)
     trainer = ppo(policy, task, s)
@@ -172,7 +172,7 @@ def costs(s: Costs) -> dict[str, Any]:
     if s.method == "instructions":
         task = task._replace(train=mixed(16 * s.steps, s.seed))
     predicted, measured = memory(METHODS[key], base, task.train, 16, tokenizer.pad_token_id)
-    row, model = fine_tune(base, task, Settings(key, RATES[key], s.steps, seed=s.seed))
+    row, model = fine_tune(base, task, Settings(key, METHODS[key].learning_rate, s.steps, seed=s.seed))
     plain = merged(model)
     return {
         "memory_predicted": predicted, "memory_measured": measured, "seconds_per_step": row["seconds_per_step"],
@@ -180,7 +180,7 @@ def costs(s: Costs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ppo_costs(s: Costs, task: Task) -> dict[str, Any]:
+def ppo_costs(s: Costs, task: TaskData) -> dict[str, Any]:
     """The same of an update of PPO."""
     base, settings = shipped.base()[0], Feedback(updates=2, seed=s.seed)
     longest = max(int((labels == IGNORE).sum()) for _, labels in task.train)

@@ -1,0 +1,1 @@
+"""The experiments behind lessons 14 to 16: what is run, and what the rows say. Lesson code, beside its results."""

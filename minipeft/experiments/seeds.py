@@ -1,0 +1,43 @@
+"""Runs that differ in their seed alone: the mean and its spread, and whether a difference counts.
+
+A difference counts where it has the same sign under every seed and is large beside its own spread over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .sweep import Row, is_of
+
+SEEDS = (0, 1, 2)
+CLEAR = 2.5  # standard deviations of a difference: over three seeds, Student's t-test at 5 %
+
+
+def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np.ndarray:
+    """The value of `key` in the rows of these settings, in the order of their seeds; NaN where training diverged."""
+    found = {row["seed"]: row[key] for row in rows if is_of(row, replace(settings, seed=row["seed"]))}
+    if not found:
+        raise ValueError(f"there is no row of {settings}")
+    return np.array([found[seed] for seed in sorted(found)], float)  # None becomes NaN
+
+
+def below(a: np.ndarray, b: np.ndarray) -> bool | None:
+    """Whether a < b (True), a > b (False), or neither (None), compared seed by seed.
+
+    The difference must have one sign under every seed, and a mean of more than CLEAR times its standard deviation.
+    """
+    difference = b - a
+    sign = np.sign(difference[0])
+    alike = (sign * difference > 0).all()  # false where a run diverged: NaN
+    if not alike or (len(difference) > 1 and abs(difference.mean()) <= CLEAR * difference.std(ddof=1)):
+        return None
+    return bool(sign > 0)
+
+
+def spread(values: np.ndarray, digits: int = 3) -> str:
+    """`mean ± standard deviation` over the seeds."""
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
