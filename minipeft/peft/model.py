@@ -157,7 +157,8 @@ class PeftModel(Module):
         longest = max(map(len, ids))
         room = self.base_model.config.max_position_embeddings - self.virtual_tokens
         if longest + max_new_tokens > room:
-            left = f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {max(0, room - longest)}"
+            most = max(0, room - longest)
+            left = f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {most}"
             total = f"max_new_tokens={max_new_tokens} make {longest + max_new_tokens}"
             raise PeftError(f"a prompt of {longest} tokens and {total}, but {left}")
 
