@@ -296,7 +296,7 @@ if not REDUCED:
 
 # %%
 class OpenAttention(mp.nn.Module):
-    """An attention module opened up: the same computation, with the weights kept; and, told so, without the mask."""
+    """An attention module opened up: the same computation, with the weights kept; and, on request, without the mask."""
 
     def __init__(self, attention, causal=True):
         self.attention, self.causal, self.weights = attention, causal, None

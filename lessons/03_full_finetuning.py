@@ -38,7 +38,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 # ## Step 1 · Load: a base, and a task
 #
 # The base is a Llama of 1.4 million parameters, trained on the King James Bible, a Bible in Basic English, Jane Austen
-# and a dictionary. It has read both translations, but nobody ever told it that they belong together. That is the task:
+# and a dictionary. It has read both translations, but it never learned that they belong together. That is the task:
 # *given a verse in King James English, write it in plain English.*
 
 # %%

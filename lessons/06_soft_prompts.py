@@ -250,7 +250,7 @@ print("saved", OUT / "06_soft_prompts.png")
 #
 # Pad a batch on the left, as generation does, and put the virtual tokens in the wrong place: *behind* the padding's
 # positions, counted as if padding were text. That is what happens when positions are not derived from the mask (Hugging
-# Face PEFT's `forward` does it). The row's logits then depend on how long its neighbours are.
+# Face PEFT's `forward` does it). The row's logits then depend on how long the other rows are.
 
 # %%
 padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)

@@ -249,7 +249,7 @@ if not REDUCED:
 # ## 8 · Break it: one outlier
 #
 # Everything rests on the block's largest weight being like the others. Make one weight in a block fifty times too large:
-# its 63 neighbours now share what little is left around zero. How far does the damage reach? As far as the block does.
+# the other 63 now share what little is left around zero. How far does the damage reach? As far as the block does.
 
 # %%
 hurt = matrix.copy().reshape(-1)

@@ -2,7 +2,7 @@
 # # Lesson 8 · Instruction tuning: from continuing text to doing what is asked
 #
 # A language model continues. Ask the shipped base "Define the word." and it goes on as a novel might; it has read a
-# whole dictionary, but nobody ever told it that a question wants an answer, and an end. Telling it that is the first of
+# whole dictionary, but it never learned that a question wants an answer, and an end. Teaching it that is the first of
 # the three stages that made GPT-3 into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*,
 # SFT, on pairs of an instruction and a good answer. The loss is Lesson 3's. What is new is how the data are put: a
 # template, a mask, rows that are shared, and above all, *many tasks in many words*, so that what is learned is not a
@@ -398,9 +398,9 @@ if not REDUCED:
     assert abs(overall(now, "loss", "inputs") - stored) < 0.03, "the same settings, the same result, but for rounding"
 
 # %% [markdown]
-# **More tasks** make each that is trained dearer, since the budget is shared, and the mean loss on the three that
+# **More tasks** raise the loss of each that is trained, since the budget is shared, and the mean loss on the three that
 # nobody trained falls, from one task to three to seven. That is FLAN's figure 6 in small. (It is a loss: section 4 says
-# how much of it is skill.) It is a mean: `archaize`, the mirror of `rewrite`, gets *dearer* from one task to three, and
+# how much of it is skill.) It is a mean: `archaize`, the mirror of `rewrite`, rises from one task to three, and
 # cheapest only with seven.
 #
 # **More phrasings** help on average, as the textbook has it, though not by much: asked in words that neither had met,
@@ -429,7 +429,7 @@ def by_task(new):
 
 alone, asked_anew, new_tasks = by_task("inputs"), by_task("phrasings"), by_task("tasks")
 for name in MIX[3]:
-    assert (alone[name][1] < alone[name][2]).all(), f"{name} is dearer among seven tasks than among three"
+    assert (alone[name][1] < alone[name][2]).all(), f"{name} has a higher loss among seven tasks than among three"
 print("archaize, of one task, three, seven:", ", ".join(f"{losses.mean():.3f}" for losses in new_tasks["archaize"][:3]))
 assert (new_tasks["archaize"][2] < new_tasks["archaize"][0]).all()
 assert (new_tasks["archaize"][0] < new_tasks["archaize"][1]).all()
@@ -459,7 +459,7 @@ assert (only_three - CONSTANT["source"][1] < 0.05).all()
 # %% [markdown]
 # The last lines are sobering. Of the 32 records that are tested, 15 are of the Basic English Bible, so who always names
 # it is right in 47 of 100; the model of seven tasks is in 32, that of three in 50, which is one record more. Parts of
-# speech are told worse than by always saying "noun". After 1,440 records of seven tasks this model knows what an answer
+# speech are recognized worse than by always saying "noun". After 1,440 records of seven tasks this model knows what an answer
 # *looks like*, and little else. (It could tell the books apart: exercise 2.)
 
 # %% [markdown]
@@ -482,7 +482,7 @@ for title, color in (("rewrite, new inputs", "C0"), ("3 new tasks", "C3")):
     tasks_axes.plot(numbers, values.mean(axis=1), color=color, label=title)
     tasks_axes.plot(numbers, values, "o", color=color, markersize=4)
 tasks_axes.set(xlabel="tasks trained, for the same number of records", ylabel="loss, nats a token", xticks=numbers)
-tasks_axes.set(title="more tasks: the trained one dearer, the new ones cheaper")
+tasks_axes.set(title="more tasks: the trained one gets worse, the new ones better")
 tasks_axes.legend(frameon=False, title="(dotted: the base)")
 
 place, width = np.arange(3), 0.2

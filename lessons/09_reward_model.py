@@ -141,7 +141,7 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %%
 @dataclass(frozen=True)
 class Run:
-    """A reward model from so many rankings, of a rater who turns so many of them round."""
+    """A reward model from a number of rankings, of a rater who reverses a share of them."""
 
     rankings: int
     flip: float = 0.0
@@ -240,9 +240,9 @@ assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy
 assert abs(most[0.25].mean() - clean_600.mean()) < max(most[0.25].std(ddof=1), clean_600.std(ddof=1)), "2000 noisy, 600 clean"
 
 # %% [markdown]
-# So it was: a hundred rankings (600 pairs!) teach a model of this size nothing that can be told from a coin, two thousand
+# So it was: a hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin toss, two thousand
 # clean ones two pairs in three. With a quarter turned round, two thousand do no better than six hundred clean ones, and below
-# that the seeds differ by more than the sizes do. Labels are dear, and careless labels dearer.
+# that the seeds differ by more than the sizes do. Labels are expensive, and careless labels more so.
 
 # %% [markdown]
 # ## 6 · Does it know how sure it can be?
@@ -293,7 +293,7 @@ assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
 # %% [markdown]
 # ## 7 · Break it: texts that nobody ever compared
 #
-# The judge was taught on texts that the base writes. Nobody told it about others. So write ten times the same token after a
+# The judge was taught on texts that the base writes. It has seen no others. So write ten times the same token after a
 # prompt, for every token there is, and let it choose the best.
 
 # %%
@@ -330,7 +330,7 @@ most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], 
 for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
     axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color)
     axes[1].plot(shown[0], shown[1], linewidth=1, color=color, label=f"{n} rankings")
-axes[1].set(title="Is it honest? (dots: so many pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
+axes[1].set(title="Is it honest? (beside the dots: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
 axes[1].legend(frameon=False)
 axes[2].hist(standard, bins=40, density=True, alpha=0.6, label="the base's answers")
 axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")

@@ -164,7 +164,7 @@ blocks = {
     for name, texts in other_texts.items()
 }
 questions = (
-    "What is the capital of France?", "Write one sentence about the sea.", "Name three colours.",
+    "What is the capital of France?", "Write one sentence about the sea.", "Name three colors.",
     "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
 )[: 2 if REDUCED else 6]  # fmt: skip
 
@@ -326,7 +326,7 @@ assert saved < 0.04 * 4 * N
 # %% [markdown]
 # ## 9 · Break it: the right weights in the wrong rows
 #
-# Rotary embeddings turn pairs of numbers. Llama's own code and llama.cpp pair neighbours, (0, 1), (2, 3), ...; Hugging Face
+# Rotary embeddings turn pairs of numbers. Llama's own code and llama.cpp pair adjacent numbers, (0, 1), (2, 3), ...; Hugging Face
 # pairs the two halves of a head, $(0, D/2), (1, D/2 + 1), \dots$ The same function, if the rows of $W_q$ and $W_k$ are put in
 # the other order. Forget that when reading the file, and every shape fits, every number is right, nothing complains:
 

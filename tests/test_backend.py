@@ -344,7 +344,7 @@ def test_a_stream_is_uniform():
     assert abs(u.mean() - 0.5) < 5 / np.sqrt(12 * u.size)
     counts = np.histogram(u, bins=20, range=(0, 1))[0]
     assert ((counts - u.size / 20) ** 2 / (u.size / 20)).sum() < 60  # chi-squared with 19 degrees: 60 is beyond 1e-5
-    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / np.sqrt(u.size)  # neighbouring rows
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / np.sqrt(u.size)  # adjacent rows
 
 
 def test_as_rng():

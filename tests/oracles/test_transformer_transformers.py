@@ -154,7 +154,7 @@ def test_one_and_two_tokens(case, dtype, shape):
 @both
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(case, dtype, side):
-    """transformers' generate counts positions like this; its forward must be told."""
+    """transformers' generate counts positions like this; its forward needs them as an argument."""
     lengths, T = (9, 5, 1, 7), 9
     mask = np.array([[0] * (T - n) + [1] * n if side == "left" else [1] * n + [0] * (T - n) for n in lengths])
     ids = np.where(mask, tokens(4, T), 0)
