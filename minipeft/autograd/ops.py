@@ -5,13 +5,12 @@
         return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
 
 What is not differentiated (ids, a mask, eps) gives None in its place, or nothing where it comes last.
-Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for PyTorch's `dim`. Where an op departs,
-its docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a
-Python number: its pullback is not called.
-A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
+Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`. Where an op departs, its
+docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a number:
+its pullback is not called. A pullback may return the shape that broadcasting gave: the engine sums it back.
 
-These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory, which
-compute in their place; each is tested to equal its definition here, to rounding. `minipeft.functional` is this module.
+These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
+which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
 """
 
 from __future__ import annotations
@@ -228,8 +227,7 @@ def dropout(x, p, rng):
     Args:
         rng: a `minipeft.backend.Rng`, whose mask depends on the row (first axis) and not on the call; or a generator of
             the array's library (`numpy.random.Generator`), which is drawn from. None, or p = 0, gives x.
-
-    Departure from PyTorch: `rng` in the place of a global generator and of `training`.
+            Departure from PyTorch: it has `training`, and a global generator.
     """
     check.probability(p)
     if rng is None or p == 0:
@@ -271,10 +269,7 @@ def mean(x, axis=None, keepdims=False):
     """Mean over `axis` (all axes by default)."""
     xp, shape, axes = xp_of(x), x.shape, _axes(axis, x.ndim)
     n = math.prod(shape[a] for a in axes)
-    return (
-        x.mean(axis=axes, keepdims=keepdims),
-        lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape),
-    )
+    return x.mean(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape)
 
 
 @op
@@ -395,9 +390,7 @@ def _cat(*arrays, axis):
         raise ValueError(f"cat: shapes {', '.join(str(a.shape) for a in arrays)} differ outside axis {axis}") from error
     before = (slice(None),) * (axis % y.ndim)
     ends = np.cumsum([a.shape[axis] for a in arrays]).tolist()
-    return y, *[
-        lambda g, i=(*before, slice(end - a.shape[axis], end)): g[i] for a, end in zip(arrays, ends)
-    ]
+    return y, *[lambda g, i=(*before, slice(end - a.shape[axis], end)): g[i] for a, end in zip(arrays, ends)]
 
 
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
@@ -439,9 +432,9 @@ def matmul(a, b):
     row, column = a.ndim == 1, b.ndim == 1
     A = a[None] if row else a  # [..., n, k]
     B = b[:, None] if column else b  # [..., k, m]
-    Y = A @ B  # [..., n, m]
-    shape = Y.shape
-    y = Y[..., 0, :] if row else Y
+    y = A @ B
+    shape = y.shape  # [..., n, m]
+    y = y[..., 0, :] if row else y
     y = y[..., 0] if column else y
 
     def db(g):
@@ -515,7 +508,7 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
     With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps), dweight = Σ g x̂.
-    Departures from PyTorch: no `normalized_shape`; another default of `eps` (there: the dtype's machine epsilon).
+    Departures from PyTorch: no `normalized_shape`; the default of `eps` (there: the dtype's machine epsilon).
     """
     check.norm("rms_norm", x, weight=weight)
     w = _widen(weight, x)
@@ -559,7 +552,7 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     Args:
         q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv], where kv divides H (grouped-query attention: query head h
             reads key head h // (H/kv)).
-        attn_mask: plain array broadcastable to [B, H, T, S]; boolean (True = attend) or additive. Not differentiated.
+        attn_mask: plain array broadcastable to [B, H, T, S]; boolean (True = attend) or additive.
         is_causal: query t sees the keys s <= t + S - T, so that a cache of S - T earlier positions is seen whole.
 
     With A = scale q kᵀ + mask, P = softmax(A), O = P v, g = dL/dO (* elementwise, else matrix products):
@@ -573,7 +566,7 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     check.attention(q, k, v, attn_mask)
     H, D, kv = q.shape[1], q.shape[3], k.shape[1]
     scale = 1 / math.sqrt(D) if scale is None else scale
-    K, V = k.repeat(H // kv, axis=1), v.repeat(H // kv, axis=1)  # [B, H, S, D], [B, H, S, Dv]: what each query head reads
+    K, V = k.repeat(H // kv, axis=1), v.repeat(H // kv, axis=1)  # [B, H, S, D or Dv]: what each query head reads
     P = _masked_softmax(scale * (q @ _t(K)), attn_mask, is_causal)  # [B, H, T, S]
 
     def dA(g):
@@ -583,12 +576,10 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     def shared(d):  # [B, H, S, ...] -> [B, kv, S, ...]: summed over the query heads that read one key head
         return d.reshape(d.shape[0], kv, H // kv, *d.shape[2:]).sum(axis=2)
 
-    return (
-        P @ V,
-        lambda g: (scale * dA(g)) @ K,
-        lambda g: shared(_t(scale * dA(g)) @ q),
-        lambda g: shared(_t(P) @ g),
-    )
+    def dk(g):
+        return shared(_t(scale * dA(g)) @ q)
+
+    return P @ V, lambda g: (scale * dA(g)) @ K, dk, lambda g: shared(_t(P) @ g)
 
 
 def _masked_softmax(scores: Array, mask: Array | None, is_causal: bool) -> Array:
