@@ -5,9 +5,9 @@
         return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
 
 What is not differentiated (ids, a mask, eps) gives None in its place, or nothing where it comes last.
-Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`. Where an op departs, its
-docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a number:
-its pullback is not called. A pullback may return the shape that broadcasting gave: the engine sums it back.
+Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`; where an op departs, its
+docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a
+number: its pullback is not called. A pullback may return the shape that broadcasting gave: the engine sums it back.
 
 These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
 which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
@@ -550,8 +550,8 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     """softmax(q kᵀ / sqrt(D) + mask) v (Vaswani et al. 2017, eq. 1), as torch.nn.functional has it.
 
     Args:
-        q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv], where kv divides H (grouped-query attention: query head h
-            reads key head h // (H/kv)).
+        q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv], where kv divides H (grouped-query attention: query head
+            h reads key head h // (H/kv)).
         attn_mask: plain array broadcastable to [B, H, T, S]; boolean (True = attend) or additive.
         is_causal: query t sees the keys s <= t + S - T, so that a cache of S - T earlier positions is seen whole.
 

@@ -225,8 +225,8 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
 
     So a node's gradient is complete once every node that it feeds has run. A leaf is handed its terms one by one, as
     `deliver(leaf, term, owned)`; `owned`: nobody else holds the array, so the next sum may write into it.
-    Memory is freed on the way: a node's gradient leaves `pending` before its pullbacks run, so that it dies when the last
-    of them has run; an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
+    Memory is freed on the way: a node's gradient leaves `pending` before its pullbacks run, so that it dies when the
+    last of them has run; an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
     """
     order = _sorted(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)

@@ -20,8 +20,8 @@ Departures, all but 3 bitsandbytes' on the CPU (0.50), so that a weight next to 
 2. A block is divided by max(c, 1e-38). A whole block still stores its own c, a partial one the raised c.
 3. A GPU flushes subnormals (below 1.18e-38) to zero: there a block gets zero's codes if c, or for a whole block 1 / c,
    is subnormal.
-4. q8 is the dynamic map (the paper: 8-bit floats), and code8 is found on a grid of 65536 steps: of normal weights' scales
-   2 in 1000 get another point than the nearest, farther by at most a step (`eight_bits.quantize`).
+4. q8 is the dynamic map (the paper: 8-bit floats), and code8 is found on a grid of 65536 steps: 2 in 1000 scales of
+   normal weights get another point than the nearest, farther by at most a step (`eight_bits.quantize`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def quantize(x: Array, blocksize: int = 64, quant_type: str = "nf4") -> tuple[Ar
     midpoints, order = (asarray(a, xp) for a in thresholds(quant_type))
     blocks = in_blocks(x, blocksize)
     scaled, c = _divide(blocks, abs(blocks).max(axis=1), partial=n % blocksize > 0)  # [B, blocksize] in [-1, 1], [B]
-    rank = xp.searchsorted(midpoints, scaled)  # argmin_k |scaled - q_k|: the nearest point's rank counts midpoints below
+    rank = xp.searchsorted(midpoints, scaled)  # argmin_k |scaled - q_k|: the nearest point's rank: midpoints below it
     return order.take(rank).reshape(-1)[:n], c  # order: rank -> code (NF4: the same)
 
 
@@ -94,6 +94,7 @@ def _divide(blocks: Array, c: Array, partial: bool) -> tuple[Array, Array]:
     """(blocks / c, c), as departures 1 and 2 say: where the last block is partial, with its c raised."""
     xp, scaled = xp_of(c), blocks * reciprocal(c)[:, None]
     if partial:
-        c = xp.concatenate([c[:-1], xp.where(c[-1:] <= SMALLEST, asarray(np.array([SMALLEST], np.float32), xp), c[-1:])])
+        smallest = asarray(np.array([SMALLEST], np.float32), xp)
+        c = xp.concatenate([c[:-1], xp.where(c[-1:] <= SMALLEST, smallest, c[-1:])])
         scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)  # c is not above 0: on a GPU
     return scaled, c
