@@ -4,13 +4,13 @@
     def mul(a, b):
         return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
 
-An option has no pullback: None in the middle, nothing at the end.
-Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for PyTorch's `dim`. Each op works on
-arrays of any library; `op` makes it a function of Tensors. An input may be a Python number: its pullback is not called.
-A pullback may return the shape that broadcasting gave: the engine sums it back to the input's shape.
+What is not differentiated (ids, a mask, eps) gives None in its place, or nothing where it comes last.
+Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`; where an op departs, its
+docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a
+number: its pullback is not called. A pullback may return the shape that broadcasting gave: the engine sums it back.
 
 These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
-which compute in their place; each is tested to equal its definition here. `minipeft.functional` is this module.
+which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ def dropout(x, p, rng):
     Args:
         rng: a `minipeft.backend.Rng`, whose mask depends on the row (first axis) and not on the call; or a generator of
             the array's library (`numpy.random.Generator`), which is drawn from. None, or p = 0, gives x.
+            Departure from PyTorch: it has `training`, and a global generator.
     """
     check.probability(p)
     if rng is None or p == 0:
@@ -268,10 +269,7 @@ def mean(x, axis=None, keepdims=False):
     """Mean over `axis` (all axes by default)."""
     xp, shape, axes = xp_of(x), x.shape, _axes(axis, x.ndim)
     n = math.prod(shape[a] for a in axes)
-    return (
-        x.mean(axis=axes, keepdims=keepdims),
-        lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape),
-    )
+    return x.mean(axis=axes, keepdims=keepdims), lambda g: xp.broadcast_to(_expand(g / n, axes, keepdims), shape)
 
 
 @op
@@ -303,7 +301,7 @@ def logsumexp(x, axis=-1, keepdims=False):
 
 @op
 def softmax(x, axis=-1):
-    """exp(x) / sum(exp(x)) along `axis`. Pullback: y * (g - sum(g * y))."""
+    """exp(x) / sum(exp(x)) along `axis`. Pullback: d - y * sum(d), with d = g * y."""
     xp = xp_of(x)
     y = xp.exp(x - x.max(axis=axis, keepdims=True))
     y /= y.sum(axis=axis, keepdims=True)
@@ -339,7 +337,7 @@ def reshape(x, shape):
 
 @op
 def transpose(x, axes=None):
-    """The axes in another order (reversed by default); a view."""
+    """The axes in another order (reversed by default), as in NumPy; a view."""
     inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
     return x.transpose(axes), lambda g: g.transpose(inverse)
 
@@ -392,9 +390,7 @@ def _cat(*arrays, axis):
         raise ValueError(f"cat: shapes {', '.join(str(a.shape) for a in arrays)} differ outside axis {axis}") from error
     before = (slice(None),) * (axis % y.ndim)
     ends = np.cumsum([a.shape[axis] for a in arrays]).tolist()
-    return y, *[
-        lambda g, i=(*before, slice(end - a.shape[axis], end)): g[i] for a, end in zip(arrays, ends)
-    ]
+    return y, *[lambda g, i=(*before, slice(end - a.shape[axis], end)): g[i] for a, end in zip(arrays, ends)]
 
 
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
@@ -433,10 +429,13 @@ def matmul(a, b):
     dA = g Bᵀ, dB = Aᵀ g.
     """
     check.matmul(a, b)
-    A, B = (a[None] if a.ndim == 1 else a), (b[:, None] if b.ndim == 1 else b)  # [..., n, k], [..., k, m]
-    Y = A @ B  # [..., n, m]
-    y = Y[..., 0, :] if a.ndim == 1 else Y
-    y, shape, column = y[..., 0] if b.ndim == 1 else y, Y.shape, b.ndim == 1
+    row, column = a.ndim == 1, b.ndim == 1
+    A = a[None] if row else a  # [..., n, k]
+    B = b[:, None] if column else b  # [..., k, m]
+    y = A @ B
+    shape = y.shape  # [..., n, m]
+    y = y[..., 0, :] if row else y
+    y = y[..., 0] if column else y
 
     def db(g):
         return _rows(A).T @ g.reshape(-1) if column else _t(A) @ g.reshape(shape)
@@ -449,8 +448,8 @@ def linear(x, weight, bias=None):
     """y = x Wᵀ + b with x [..., in], weight [out, in], bias [out] or None. dx = g W, dW = gᵀ x, db = Σ g."""
     check.linear("linear", x, weight, bias)
     w = _widen(weight, x)
-    y = x @ w.T  # [..., out]
-    return y if bias is None else y + bias, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g
+    y = x @ w.T if bias is None else x @ w.T + bias  # [..., out]
+    return y, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g  # the engine sums g to bias's shape
 
 
 @op
@@ -458,8 +457,8 @@ def addmm(bias, x, weight):
     """y = b + x W with x [..., in], weight [in, out], bias [out] or None: GPT-2's `Conv1D` (torch.addmm)."""
     check.linear("addmm", x, weight, bias, inputs=0)
     w = _widen(weight, x)
-    y = x @ w  # [..., out]
-    return y if bias is None else y + bias, lambda g: g, lambda g: g @ w.T, lambda g: _rows(x).T @ _rows(g)
+    y = x @ w if bias is None else x @ w + bias  # [..., out]
+    return y, lambda g: g, lambda g: g @ w.T, lambda g: _rows(x).T @ _rows(g)
 
 
 @op
@@ -488,7 +487,8 @@ def _mean(a: Array) -> Array:
 def layer_norm(x, weight, bias, eps=1e-5):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
-    With x̂ the normalized input and h = g * weight:  dx = (h - mean(h) - x̂ mean(h x̂)) / sqrt(var + eps).
+    With x̂ the normalized input and h = g * weight:  dx = (h - mean(h) - x̂ mean(h x̂)) / sqrt(var + eps),
+    dweight = Σ g x̂, dbias = Σ g (the engine sums). Departure from PyTorch: no `normalized_shape`.
     """
     check.norm("layer_norm", x, weight=weight, bias=bias)
     w, b = _widen(weight, x), _widen(bias, x)
@@ -507,7 +507,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
 def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
-    With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps).
+    With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps), dweight = Σ g x̂.
+    Departures from PyTorch: no `normalized_shape`; the default of `eps` (there: the dtype's machine epsilon).
     """
     check.norm("rms_norm", x, weight=weight)
     w = _widen(weight, x)
@@ -549,45 +550,44 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
     """softmax(q kᵀ / sqrt(D) + mask) v (Vaswani et al. 2017, eq. 1), as torch.nn.functional has it.
 
     Args:
-        q: [B, H, T, D];  k: [B, H', S, D];  v: [B, H', S, Dv], where H' divides H (grouped-query attention: query head h
-            reads key head h // (H/H')).
+        q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv], where kv divides H (grouped-query attention: query head
+            h reads key head h // (H/kv)).
         attn_mask: plain array broadcastable to [B, H, T, S]; boolean (True = attend) or additive.
-        is_causal: query t sees the keys s <= t + (S - T): aligned at the bottom right, so that a cache of S - T earlier
-            positions is seen whole. May be combined with a mask.
+        is_causal: query t sees the keys s <= t + S - T, so that a cache of S - T earlier positions is seen whole.
 
-    With P the weights and O = P V:  dV = Pᵀ dO, dP = dO Vᵀ, dS = P * (dP - Σ_s P dP) * scale, dQ = dS K, dK = dSᵀ Q.
+    With A = scale q kᵀ + mask, P = softmax(A), O = P v, g = dL/dO (* elementwise, else matrix products):
 
-    A row that may attend to nothing gives 0 and no gradient. Departures from PyTorch: 1. is_causal aligns at the bottom
-    right (PyTorch: top left). 2. A fully masked row gives 0 (PyTorch: NaN for boolean masks).
+        dV = Pᵀ g,  dP = g vᵀ,  dA = P * (dP - Σ_s P * dP),  dQ = scale dA k,  dK = scale dAᵀ q
+
+    A row that may attend to nothing gives 0 and no gradient, as in PyTorch since 2.5. Departures from PyTorch:
+    1. is_causal aligns at the bottom right (PyTorch: top left). 2. It may be combined with a mask. 3. Grouped-query
+    attention needs no `enable_gqa`. 4. There is no `dropout_p`. 5. Inputs have four axes, and a mask has no gradient.
     """
     check.attention(q, k, v, attn_mask)
-    (B, H, T, D), (_, kv, S, Dv) = q.shape, v.shape
+    H, D, kv = q.shape[1], q.shape[3], k.shape[1]
     scale = 1 / math.sqrt(D) if scale is None else scale
-    Q, K, V = q.reshape(B, kv, H // kv, T, D), k[:, :, None], v[:, :, None]  # query heads beside the key head they read
-    scores = (Q @ _t(K)).reshape(B, H, T, S) * scale
-    P = _weights(scores, attn_mask, is_causal).reshape(B, kv, H // kv, T, S)
+    K, V = k.repeat(H // kv, axis=1), v.repeat(H // kv, axis=1)  # [B, H, S, D or Dv]: what each query head reads
+    P = _masked_softmax(scale * (q @ _t(K)), attn_mask, is_causal)  # [B, H, T, S]
 
-    def dS(dO):  # through the softmax and the scale, of dO [B, kv, H/kv, T, Dv]
-        dP = dO @ _t(V)  # [B, kv, H/kv, T, S]
-        return P * (dP - (P * dP).sum(axis=-1, keepdims=True)) * scale
+    def dA(g):
+        dP = g @ _t(V)
+        return P * (dP - (P * dP).sum(axis=-1, keepdims=True))
 
-    def grouped(g):
-        return g.reshape(B, kv, H // kv, T, Dv)
+    def shared(d):  # [B, H, S, ...] -> [B, kv, S, ...]: summed over the query heads that read one key head
+        return d.reshape(d.shape[0], kv, H // kv, *d.shape[2:]).sum(axis=2)
 
-    return (
-        (P @ V).reshape(B, H, T, Dv),
-        lambda g: (dS(grouped(g)) @ K).reshape(B, H, T, D),
-        lambda g: (_t(dS(grouped(g))) @ Q).sum(axis=2),  # over the query heads that share the key head
-        lambda g: (_t(P) @ grouped(g)).sum(axis=2),
-    )
+    def dk(g):
+        return shared(_t(scale * dA(g)) @ q)
+
+    return P @ V, lambda g: (scale * dA(g)) @ K, dk, lambda g: shared(_t(P) @ g)
 
 
-def _weights(scores: Array, mask: Array | None, is_causal: bool) -> Array:
+def _masked_softmax(scores: Array, mask: Array | None, is_causal: bool) -> Array:
     """softmax(scores [B, H, T, S]) over the keys that a query may see; zeros where it may see none."""
     xp, (T, S) = xp_of(scores, mask), scores.shape[-2:]
     if mask is not None:
         scores = xp.where(mask, scores, -xp.inf) if mask.dtype == bool else scores + mask.astype(scores.dtype)
-    if is_causal:
+    if is_causal:  # key s <= t + S - T
         scores = xp.where(xp.arange(S) <= xp.arange(S - T, S)[:, None], scores, -xp.inf)
     top = scores.max(axis=-1, keepdims=True) if S else xp.zeros((*scores.shape[:-1], 1), scores.dtype)
     e = xp.exp(scores - xp.where(xp.isfinite(top), top, 0))  # of a row of -inf alone: zeros
@@ -618,10 +618,10 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 
 @op
 def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean over the targets that count of -log softmax(logits)[target]; logits [..., V], targets [...] (class last).
+    """Mean over the targets that count of -log softmax(logits)[target]; logits [..., V], targets [...].
 
     Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
-    Pullback: (softmax - onehot) / n, in the n rows that count.
+    Pullback: (softmax - onehot) / n, in the n rows that count. Departure from PyTorch: the class axis is the last.
     """
     xp, classes = xp_of(logits, targets), logits.shape[-1]
     check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)

@@ -221,68 +221,65 @@ def _sorted(root: Node) -> list[Node]:
 
 
 def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Slice, bool], None]) -> None:
-    """Walk from `root` back to the leaves, handing each leaf its gradients through `deliver(leaf, g, is_new)`.
+    """dL/dy = Σ, over the ops that read y, of pullback(dL/d(their result)), from `root` back to the leaves.
 
-    `is_new` says that nobody else holds the array. Memory is freed on the way: a node's gradient leaves `pending`
-    before its pullbacks run, an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
+    So a node's gradient is complete once every node that it feeds has run. A leaf is handed its terms one by one, as
+    `deliver(leaf, term, owned)`; `owned`: nobody else holds the array, so the next sum may write into it.
+    Memory is freed on the way: a node's gradient leaves `pending` before its pullbacks run, so that it dies when the
+    last of them has run; an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
     """
     order = _sorted(root)
-    pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (gradient, may we write into it)
+    pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)
     while order:
         node = order.pop()  # every node that it feeds has run: its gradient is complete
         g, _ = pending.pop(id(node))
-        edges, node.edges = node.edges[::-1], None  # None: a second backward must not find half a graph
+        edges = node.edges[::-1]  # reversed: pop() then takes the inputs in order
+        node.edges = None  # a second backward must not find half a graph
         while edges:
-            _run(edges.pop(), g, pending, deliver)
+            parent, pullback, shape, dtype = edges.pop()
+            d = pullback(g)  # the chain rule
+            del pullback  # and with it the arrays that it alone kept, before a sum needs memory
+            if not isinstance(d, Slice):
+                d = unbroadcast(d, shape)
+                if isinstance(d, np.generic):
+                    d = np.asarray(d)
+                if d.dtype != dtype:
+                    d = d.astype(dtype)
+            owned = isinstance(d, Slice) or (d is not g and d.base is None)
+            if isinstance(parent, Tensor):
+                deliver(parent, d, owned)
+            else:  # the sum over the paths
+                pending[id(parent)] = _added(pending.pop(id(parent), None), d, owned, shape, dtype)
+            del parent, d  # before the next pullback needs memory
 
 
-def _run(edge: tuple, g: Array, pending: dict, deliver: Callable) -> None:
-    """Call one pullback; its gradient goes to a leaf, or is added to what the parent node has received so far."""
-    parent, pullback, shape, dtype = edge
-    d = pullback(g)
-    del edge, pullback  # and with them the arrays that this pullback alone kept, before a sum needs memory
-    is_new = True
-    if not isinstance(d, Slice):  # an array of the input's shape and dtype
-        if d.shape != shape:
-            d = unbroadcast(d, shape)
-        if isinstance(d, np.generic):
-            d = np.asarray(d)
-        if d.dtype != dtype:
-            d = d.astype(dtype)
-        is_new = d is not g and d.base is None
-    if isinstance(parent, Tensor):
-        deliver(parent, d, is_new)
-    elif isinstance(d, Slice) or id(parent) in pending:
-        pending[id(parent)] = _added(*pending.pop(id(parent), (None, True)), d, shape, dtype), True
-    else:
-        pending[id(parent)] = d, is_new
-
-
-def _added(total: Array | None, ours: bool, d: Array | Slice, shape: tuple[int, ...], dtype: Any) -> Array:
-    """total + d, in place where the total is ours alone; no total is a total of zeros."""
+def _added(
+    before: tuple[Array, bool] | None, d: Array | Slice, owned: bool, shape: tuple[int, ...], dtype: Any
+) -> tuple[Array, bool]:
+    """(total + d, owned) of before = (total, owned), in place where the total is owned; None is a total of zeros."""
+    if before is None and not isinstance(d, Slice):
+        return d, owned
+    total, owned = before or (xp_of(d.value).zeros(shape, dtype), True)
     if isinstance(d, Slice):
-        if total is None:
-            total = xp_of(d.value).zeros(shape, dtype)
-        elif not ours:
-            total = total.copy()
+        total = total if owned else total.copy()
         d.add_to(total)
-    elif ours:
+    elif owned:
         total += d
     else:
         total = total + d
         if isinstance(total, np.generic):  # NumPy's sum of 0-d arrays is a scalar: it cannot be added to
             total = np.asarray(total)
-    return total
+    return total, True
 
 
-def _accumulate(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+def _accumulate(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
     """leaf.grad += g; `.grad` never shares memory with anything else."""
     if isinstance(g, Slice):
         if leaf.grad is None:
             leaf.grad = xp_of(leaf.data).zeros_like(leaf.data)
         g.add_to(leaf.grad)
     elif leaf.grad is None:
-        leaf.grad = g if is_new else g.copy()
+        leaf.grad = g if owned else g.copy()
     else:
         leaf.grad += g
 
@@ -425,9 +422,9 @@ def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Arr
     """dL/d(leaf) for each of `leaves`, given dL/d(output): like `backward`, but nothing is written into `.grad`."""
     holders = {id(leaf): Tensor(leaf.data) for leaf in leaves}
 
-    def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+    def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
         if id(leaf) in holders:
-            _accumulate(holders[id(leaf)], g, is_new)
+            _accumulate(holders[id(leaf)], g, owned)
 
     if output._node is not None:
         pull_back(output._node, grad, deliver)
