@@ -8,6 +8,7 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
+from cli_helpers import refused
 
 from minipeft.accounting import published
 from minipeft.cli import audit as command
@@ -64,12 +65,8 @@ def test_a_source_alone(capsys):
     status, out, _ = run(capsys, "--source", "zero")
     assert status == 0
     assert "4 rows: 4 reproduce" in out
-    status, out, err = run(capsys, "--source", "QLORAA")
-    assert (status, out) == (2, "")
-    assert err.startswith(
-        "minipeft: error: no row's source contains 'QLORAA'; did you mean QLoRA or LoRA? (known: LoRA, "
-    )
-    assert err.count("\n") == 1
+    sentence = "no row's source contains 'QLORAA'; did you mean QLoRA or LoRA? (known: LoRA, "
+    assert sentence in refused(capsys, "audit", "--source", "QLORAA")
 
 
 def test_json(capsys):
@@ -123,20 +120,14 @@ def test_every_column_and_option_is_documented():
 def test_a_wrong_row_is_one_line_and_names_the_nearest(capsys, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(f'{HEADING}x,trainable parameters,M,1,1,,"{{""model"": ""lama-7b""}}",,\n')
-    status, out, err = run(capsys, path)
-    assert (status, out) == (2, "")
-    assert err.startswith("minipeft: error: row 'x': unknown model 'lama-7b'; nearest: llama-7b")
-    assert err.count("\n") == 1
+    assert "error: row 'x': unknown model 'lama-7b'; nearest: llama-7b" in refused(capsys, "audit", path)
 
 
 def test_a_file_that_is_absent_or_no_table(capsys, tmp_path):
-    status, out, err = run(capsys, tmp_path / "absent.csv")
-    assert (status, out) == (2, "") and "absent.csv: cannot be read" in err
     (tmp_path / "notes.txt").write_text("just text\n")
-    status, out, err = run(capsys, tmp_path / "notes.txt")
-    assert (status, out) == (2, "") and "notes.txt: no column id, quantity" in err
-    status, out, err = run(capsys, "--verdict", "difers")
-    assert status == 2 and "did you mean differs" in err
+    assert "absent.csv: cannot be read" in refused(capsys, "audit", tmp_path / "absent.csv")
+    assert "notes.txt: no column id, quantity" in refused(capsys, "audit", tmp_path / "notes.txt")
+    assert "did you mean differs" in refused(capsys, "audit", "--verdict", "difers")
 
 
 @pytest.mark.parametrize(("value", "published_value", "shown"), [
