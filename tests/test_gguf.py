@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from cli_helpers import refused
+from test_hub import normal, same
 
 import minipeft as mp
 import minipeft.hub.gguf as gguf_module
@@ -42,11 +43,7 @@ GPT2_PARTS = {
 
 
 def build(case):
-    model = Transformer(TransformerConfig(**(SHAPE | CONFIGS[case])), seed=1)
-    generator = np.random.default_rng(1)
-    for p in model.parameters():
-        p.data = generator.standard_normal(p.shape).astype(np.float32)
-    return model
+    return normal(Transformer(TransformerConfig(**(SHAPE | CONFIGS[case])), seed=1))
 
 
 def pairs_from_halves(w, heads):
@@ -131,9 +128,7 @@ def test_a_model_comes_back(case, made):
         assert model.config.rope_scaling.factor == pytest.approx(32, rel=1e-5)
         ours = ours.replace(rope_scaling=model.config.rope_scaling)
     assert model.config == ours
-    state = expected.state_dict()
-    assert model.state_dict().keys() == state.keys()
-    assert all(np.array_equal(a, state[name]) for name, a in model.state_dict().items())
+    assert same(model, expected)
     np.testing.assert_allclose(model(ids()).data, expected(ids()).data, rtol=1e-5, atol=1e-4)
 
 
@@ -165,8 +160,7 @@ def test_four_bits_and_float16(made):
     path = made(kind=Q8_0)
     wide = mp.from_pretrained(path)[0]
     model, expected = mp.from_pretrained(path, load_in_4bit=True)[0], mp.quant.quantize_model(wide)
-    assert model.state_dict().keys() == expected.state_dict().keys()
-    assert all(np.array_equal(a, expected.state_dict()[n]) for n, a in model.state_dict().items())
+    assert same(model, expected)
     half = mp.from_pretrained(path, dtype="float16")[0]
     assert all(np.array_equal(a.data, b.data.astype(np.float16)) for a, b in zip(half.parameters(), wide.parameters()))
 
@@ -180,8 +174,7 @@ def test_a_loaded_file_stays_as_it_is_and_the_model_can_be_saved(made, tmp_path)
     assert path.read_bytes() == before
     mp.save_pretrained(model, tmp_path / "out")
     again, _ = mp.from_pretrained(tmp_path / "out")
-    assert again.config == model.config
-    assert all(np.array_equal(a.data, b.data) for a, b in zip(again.parameters(), model.parameters()))
+    assert again.config == model.config and same(again, model)
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
