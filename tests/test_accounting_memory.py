@@ -227,12 +227,11 @@ def test_bits_a_packed_weight(name, double):
 
 
 def test_qlora_fits_65_billion_parameters_into_48_gb():
-    """QLoRA, section 1: full fine-tuning takes more than 780 GB, QLoRA less than 48."""
+    """QLoRA, section 1: more than 780 GB are what full fine-tuning takes (see above), less than 48 QLoRA."""
     lora = LoraConfig(r=64, target_modules=EVERY)
     ledger = memory_ledger("llama-65b", lora, 1, 512, precision="bfloat16", quantization="nf4", checkpointing=True)
     assert ledger.held["frozen weights"] == pytest.approx(34.3e9, rel=0.005)
     assert 35e9 < ledger.total < 48e9
-    assert memory_ledger("llama-65b", precision="bfloat16").model_states > 780e9
 
 
 @pytest.mark.parametrize("config", ["frozen", LoraConfig(), BottleneckConfig()])
