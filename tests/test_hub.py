@@ -211,6 +211,9 @@ def test_loading_holds_the_weights_once(dtype, large):
     if dtype == "float16":
         (model, _), peak = peak_of(lambda: mp.from_pretrained(large / dtype, dtype="float16"))
         assert peak < 0.1 * size and {p.dtype.name for p in model.parameters()} == {"float16"}
+    if dtype == "bfloat16":  # the upper half of a float32, widened bit for bit
+        for p, q in zip(model.parameters(), mp.from_pretrained(large / "float32")[0].parameters(), strict=True):
+            assert np.array_equal(p.data.view(np.uint32), q.data.view(np.uint32) >> 16 << 16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -362,22 +365,11 @@ def as_bfloat16(data):
 
 
 def to_bfloat16(directory):
-    """Cut a directory's float32 weights to bfloat16, the upper half of their bits, which is returned."""
+    """Cut a directory's float32 weights to bfloat16, the upper half of their bits."""
     path = directory / "model.safetensors"
     halves = {name: (a.view(np.uint32) >> 16).astype(np.uint16) for name, a in weights(directory).items()}
     write_safetensors(path, halves)
     path.write_bytes(as_bfloat16(path.read_bytes()))
-    return halves
-
-
-def test_bfloat16(saved):
-    """The upper half of a float32, widened bit for bit."""
-    directory = saved("llama")
-    halves = to_bfloat16(directory)
-    model, _ = mp.from_pretrained(directory)
-    for name, p in model.named_parameters():
-        assert p.dtype == np.float32
-        assert np.array_equal(p.data.view(np.uint32), halves[name].astype(np.uint32) << 16), name
 
 
 def shard(directory, places=lambda i: f"model-{i % 3 + 1:05d}-of-00003.safetensors"):
@@ -574,16 +566,6 @@ def test_damaged_index(saved):
     (directory / files[0]).unlink()
     with pytest.raises(FileError, match=f"index.json: names the file {files[0]}, which is not in this directory"):
         mp.from_pretrained(directory)
-
-
-def test_truncated_weights(saved):
-    directory = saved()
-    path = directory / "model.safetensors"
-    whole = path.read_bytes()
-    for size in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(FileError, match=r"model\.safetensors: "):
-            mp.from_pretrained(directory)
 
 
 def test_damaged_weights_give_one_sentence(saved):
