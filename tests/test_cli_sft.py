@@ -36,7 +36,7 @@ def generate(*argv, capsys) -> str:
 
 @pytest.mark.parametrize(
     "template, name",
-    [(None, "alpaca"), ("alpaca", "alpaca"), ("chatml", "chatml"), (CUSTOM, CUSTOM.replace("\\n", "\n"))],
+    [(None, "alpaca"), ("chatml", "chatml"), (CUSTOM, CUSTOM.replace("\\n", "\n"))],
 )
 def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, capsys, template, name):
     output = tmp_path / "tuned"

@@ -343,7 +343,7 @@ def test_damaged_headers(made):
     path = made(tokenizer=byte_level("smollm"))
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
-    refused = 0
+    refusals = 0
     for at in generator.integers(0, 9000, 300):
         damaged = bytearray(whole)
         damaged[at] ^= int(generator.integers(1, 256))
@@ -351,9 +351,9 @@ def test_damaged_headers(made):
         try:
             mp.from_pretrained(path)
         except (HubError, FileError) as error:
-            refused += 1
+            refusals += 1
             assert "model.gguf" in str(error)
-    assert refused > 20
+    assert refusals > 20
 
 
 def test_an_empty_tensor_is_damage(made):
