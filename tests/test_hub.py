@@ -256,27 +256,20 @@ def test_a_model_saved_over_itself(saved):
 # -------------------------------------------------------------------------------------------------- what others write
 
 
-@pytest.mark.parametrize("content", [LLAMA_4, LLAMA_5], ids=["transformers 4", "transformers 5"])
-def test_configuration_of_llama(content, saved):
-    directory = saved("llama untied")
-    config = TransformerConfig.llama(
-        **SHAPE, num_key_value_heads=2, intermediate_size=64, rms_norm_eps=1e-5, rope_theta=20000.0,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = Transformer(config, seed=0)
-    mp.save_pretrained(model, directory)
-    (directory / "config.json").write_text(json.dumps(content))
-    again, _ = mp.from_pretrained(directory)
-    assert again.config == model.config and same(again, model)
-
-
-@pytest.mark.parametrize("content", [GPT2_4, GPT2_5], ids=["transformers 4", "transformers 5"])
-def test_configuration_of_gpt2(content, saved):
-    directory = saved("gpt2")
-    (directory / "config.json").write_text(json.dumps(content))
-    model, _ = mp.from_pretrained(directory)
-    assert model.config == TransformerConfig.gpt2(**SHAPE, dropout=0.1, bos_token_id=50256, eos_token_id=3)
-    assert same(model, build("gpt2"))
+@pytest.mark.parametrize("content", [LLAMA_4, LLAMA_5, GPT2_4, GPT2_5], ids=["llama 4", "llama 5", "gpt2 4", "gpt2 5"])
+def test_a_configuration_as_transformers_writes_it(content, tmp_path):
+    config = {
+        "gpt2": TransformerConfig.gpt2(**SHAPE, dropout=0.1, bos_token_id=50256, eos_token_id=3),
+        "llama": TransformerConfig.llama(
+            **SHAPE, num_key_value_heads=2, intermediate_size=64, rms_norm_eps=1e-5, rope_theta=20000.0,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        ),
+    }[content["model_type"]]  # fmt: skip
+    model = normal(Transformer(config))
+    mp.save_pretrained(model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    again, _ = mp.from_pretrained(tmp_path)
+    assert again.config == config and same(again, model)
 
 
 def test_ids_that_a_configuration_leaves_out(saved):
@@ -293,14 +286,19 @@ def test_ids_that_a_configuration_leaves_out(saved):
     assert mp.from_pretrained(directory)[0].config.eos_token_id is None
 
 
-def test_original_gpt2_names_and_buffers(saved):
-    directory = saved("gpt2")
-    renamed = {name.removeprefix("transformer."): a for name, a in weights(directory).items()}
-    for i in range(2):
-        renamed[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 32, 32), np.float32))
-        renamed[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+@dialects
+def test_bare_names_and_old_buffers(case, saved):
+    """As the first GPT-2 files and those of a LlamaModel have them."""
+    directory = saved(case)
+    renamed = {name.partition(".")[2]: a for name, a in weights(directory).items()}
+    if case == "llama":
+        renamed["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+        edit(directory, architectures=["LlamaModel"])
+    else:
+        renamed["h.1.attn.bias"] = np.tril(np.ones((1, 1, 32, 32), np.float32))
+        renamed["h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
     write_safetensors(directory / "model.safetensors", renamed)
-    assert same(mp.from_pretrained(directory)[0], build("gpt2"))
+    assert same(mp.from_pretrained(directory)[0], build(case))
 
 
 @pytest.mark.parametrize("spelling", ["transformers 4", "transformers 4, before rope_type", "transformers 5"])
@@ -332,15 +330,6 @@ def test_other_families_of_the_llama_dialect(family, saved):
     assert biases == ({"q_proj", "k_proj", "v_proj"} if family == "qwen2" else set())
     edit(directory, sliding_window=64, **({"use_sliding_window": False} if family == "qwen2" else {}))
     assert same(mp.from_pretrained(directory)[0], build(family))
-
-
-def test_bare_llama_with_old_buffers(saved):
-    directory = saved("llama")
-    renamed = {name.removeprefix("model."): a for name, a in weights(directory).items()}
-    renamed["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-    write_safetensors(directory / "model.safetensors", renamed)
-    edit(directory, architectures=["LlamaModel"])
-    assert same(mp.from_pretrained(directory)[0], build("llama"))
 
 
 @dialects
