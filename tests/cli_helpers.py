@@ -23,6 +23,19 @@ def run(*argv) -> int:
     return main([str(a) for a in argv])
 
 
+def output(capsys, *argv) -> tuple[int, str, str]:
+    """(status, standard output, standard error) of a command."""
+    capsys.readouterr()
+    return run(*argv), *capsys.readouterr()
+
+
+def reported(capsys, *argv) -> dict:
+    """What a command writes with --json."""
+    status, out, err = output(capsys, *argv, "--json")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
 def refused(capsys, *argv, silent=True) -> str:
     """The one line on standard error of a command that is refused, and writes nothing else."""
     capsys.readouterr()

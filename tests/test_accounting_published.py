@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from minipeft.accounting import published
 from minipeft.accounting.published import audit, read_published, recompute, tally
 from minipeft.files import FileError
 
@@ -15,7 +16,12 @@ ROWS = {row["id"]: row for row in read_published()}
 
 @pytest.fixture(scope="module")
 def findings():
-    return {f.row["id"]: f for f in audit()}
+    """Computed without sight of what was published, where there is something to compute."""
+    seen = ("id", "quantity", "unit", "options")
+    with pytest.MonkeyPatch.context() as patch:
+        blind = lambda row: recompute({key: row[key] for key in seen} if row["options"] else row)  # noqa: E731
+        patch.setattr(published, "recompute", blind)
+        return {f.row["id"]: f for f in audit()}
 
 
 def test_every_row_is_as_its_status_says(findings):
@@ -209,12 +215,9 @@ def test_a_wrong_row_is_an_error_that_names_it(tmp_path, changes, message):
     ({"config": {}}, "unknown peft_type None; there are LORA, IA3"),
     ({"config": {**LORA, "rank": 8}}, "the adapter uses options that LoraConfig"),
     ({"config": {**LORA, "target_modules": ["q_prj"]}}, "target_modules: no mod"),
-    ({"quantity": "shared"}, "quantity must be one of None, trainable, stored, total, share, got 'shared'"),
     ({"only": "("}, "only='(' is not a regular expression"),
     ({"times": "2"}, "times must be a finite number, got '2'"),
     ({"sum": []}, "sum must not be empty"),
-    ({"sum": [3]}, "sum must be a list, each a dictionary, or None, got [3]"),
-    ({"of": 3}, "of must be a dictionary, or None, got 3"),
     ({"of": {"config": "frozen"}}, "of is 0, and nothing can be divided by it"),
     ({"ledger": {"precison": "mixed"}}, "memory_ledger() got an unexpected keyword argument 'precison'"),
     ({"ledger": {"model": "gpt3"}}, "memory_ledger() got multiple values for argument 'model'"),
@@ -264,8 +267,3 @@ def test_recompute_uses_the_rule_of_the_method_and_not_the_row():
     options = json.loads(row["options"])
     options["config"]["r"] = 3
     assert recompute({**row, "options": json.dumps(options)}) == pytest.approx(3 * recompute(row))
-
-
-def test_a_computation_does_not_see_what_was_published():
-    for row in filter(lambda row: row["options"], ROWS.values()):
-        recompute({key: row[key] for key in ("id", "quantity", "unit", "options")})  # would raise KeyError

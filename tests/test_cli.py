@@ -88,15 +88,12 @@ def test_no_command_shows_the_help(capsys):
         (["compare", "--step", "3"], "unknown option '--step'; did you mean --steps"),
         (["compare", "--methods", "ful"], "did you mean full?"),
         (["compare", "--steps", "0"], "--steps: must be an integer of at least 1, not '0'"),
-        (["compare", "--seed", "x"], "--seed: must be an integer of at least 0, not 'x'"),
         (["compare", "--task", "rewrite", "--data", "x.jsonl"], "either --task or --data"),
         (["compare", "--task", "rewrit"], "did you mean rewrite?"),
         (["finetune", "--output", "o"], "--data"),
         (["finetune", "--data", "d.jsonl"], "--output"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--method", "heads"], "did you mean head?"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "nan"], "--lr: must be a number above 0"),
-        (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "inf"], "--lr"),
-        (["finetune", "--data", "d.jsonl", "--output", "o", "--warmup", "2"], "at most 1"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--resume", "--overwrite"], "give one of them"),
         (["finetune", "--data", "{data}", "--output", "o", "extra"], "unknown argument 'extra'"),
         (["finetune", "--data", "missing.jsonl", "--output", "o"], "missing.jsonl"),
@@ -110,6 +107,7 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "2"], "--validation"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "no.jsonl"], "no.jsonl"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--resume"], "no checkpoint"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--method", "bitfit"], "this model has none"),
         (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
         (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "not allowed with argument"),
@@ -120,7 +118,6 @@ def test_no_command_shows_the_help(capsys):
         (["generate", "--prompts", "missing.txt"], "missing.txt: No such file"),
         (["generate", "--prompts", "{bad}"], "bad.jsonl:1"),
         (["generate", "--prompt", "a", "--top-k", "5"], "--temperature"),
-        (["generate", "--prompt", "a", "--top-p", "1.5"], "--top-p: must be a number above 0 and at most 1"),
         (["generate", "--prompt", "a", "--system", "s"], "--chat"),
         (["generate", "--prompt", "a", "--model", "{model}", "--max-new-tokens", "500"], "192 positions"),
         (["generate", "--prompt", "a", "--model", "{model}", "--adapter", "nowhere"], "nowhere"),
@@ -305,15 +302,10 @@ def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):
     ("records", "more"),
     [
         ("It was a fine morning, and the birds sang. " * 30, ["--max-length", "64"]),
-        ([{"text": f"{a} is {b}."} for a, b in PAIRS], ["--validation", "{file}"]),
         ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--validation", "{file}"]),
         ([{"instruction": f"Say {a}", "output": b} for a, b in PAIRS], ["--template", "{instruction}\\n->", "--validation", "0"]),
-        (
-            [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in PAIRS],
-            ["--validation", "{file}"],
-        ),
     ],
-    ids=["text file", "documents", "instructions", "custom template", "conversations"],
+    ids=["text file", "instructions", "custom template"],
 )
 def test_every_form_of_data(records, more, model, tmp_path):
     if isinstance(records, str):
@@ -361,16 +353,6 @@ def test_a_prompt_from_standard_input(model):
     piped = python("-m", "minipeft", *arguments, input="It was\n")
     given = python("-m", "minipeft", *arguments, "--prompt", "It was")
     assert piped.returncode == 0 and piped.stdout == given.stdout and piped.stdout.startswith("It was")
-
-
-def test_chat_puts_the_prompt_as_a_users_message(model, capsys):
-    own, tokenizer = mp.from_pretrained(model)
-    text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer.encode(text, allow_special=True)
-    expected = continued(own, tokenizer, ids, 4, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
-    assert run("generate", "--model", model, "--chat", "--system", "Be kind.", "--prompt", "Hello",
-               "--max-new-tokens", "4") == 0  # fmt: skip
-    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_a_terminal_sees_the_same_text_as_a_file(model, capsys, monkeypatch):

@@ -8,19 +8,14 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
+from cli_helpers import output, refused
 
 from minipeft.accounting import published
 from minipeft.cli import audit as command
-from minipeft.cli import main
 from minipeft.cli.audit import grouped, readable
 
 HEADING = "id,quantity,unit,published_value,tolerance,status,options,source,notes\n"
 FIXED = "trainable parameters,K,{},0.05,{},\"{{\"\"model\"\": \"\"gpt2\"\", \"\"config\"\": {{\"\"peft_type\"\": \"\"LORA\"\"}}}}\""  # fmt: skip
-
-
-def run(capsys, *argv) -> tuple[int, str, str]:
-    status = main(["audit", *map(str, argv)])
-    return status, *capsys.readouterr()
 
 
 def mine(tmp_path, *rows):
@@ -32,7 +27,7 @@ def mine(tmp_path, *rows):
 
 
 def test_the_shipped_figures(capsys):
-    status, out, _ = run(capsys)
+    status, out, _ = output(capsys, "audit")
     lines = out.splitlines()
     assert status == 0 and max(map(len, lines)) <= 80
     for row in published.read_published():
@@ -50,30 +45,26 @@ def test_the_shipped_figures(capsys):
 
 
 def test_rows_that_differ_come_with_their_source_and_reason(capsys):
-    status, out, _ = run(capsys, "--verdict", "differs")
+    status, out, _ = output(capsys, "audit", "--verdict", "differs", "--source", "Lester")
     assert status == 0
     assert "Lester et al. 2021 (arXiv:2104.08691)\n" in out
     assert "      printed 10,420; 20*512 = 10,240 (digits swapped)\n" in out
     assert "reproduces" not in out and "not covered\n" not in out
-    assert "297 rows" in out  # the tally is of all
-    _, out, _ = run(capsys, "--verdict", "not-covered")
+    assert "73 rows" in out  # the tally is of all of the source
+    _, out, _ = output(capsys, "audit", "--verdict", "not-covered", "--source", "huggingface/peft")
     assert "      no rule for the method 'LoHa'\n" in out and "differs" not in out
 
 
 def test_a_source_alone(capsys):
-    status, out, _ = run(capsys, "--source", "zero")
+    status, out, _ = output(capsys, "audit", "--source", "zero")
     assert status == 0
     assert "4 rows: 4 reproduce" in out
-    status, out, err = run(capsys, "--source", "QLORAA")
-    assert (status, out) == (2, "")
-    assert err.startswith(
-        "minipeft: error: no row's source contains 'QLORAA'; did you mean QLoRA or LoRA? (known: LoRA, "
-    )
-    assert err.count("\n") == 1
+    sentence = "no row's source contains 'QLORAA'; did you mean QLoRA or LoRA? (known: LoRA, "
+    assert sentence in refused(capsys, "audit", "--source", "QLORAA")
 
 
 def test_json(capsys):
-    status, out, _ = run(capsys, "--json", "--verdict", "differs", "--source", "Lester")
+    status, out, _ = output(capsys, "audit", "--json", "--verdict", "differs", "--source", "Lester")
     content = json.loads(out)
     assert status == 0
     assert content["tally"]["rows"] == 73
@@ -96,7 +87,7 @@ FINE = ("lora", 294.9, "", "My paper", "")
     ([FINE, ("wrong", 294.9, "does not reproduce", "", "")], 1, ["reproduces !"]),
 ])
 def test_a_file_of_ones_own(capsys, tmp_path, rows, status, shown):
-    found, out, _ = run(capsys, mine(tmp_path, *rows))
+    found, out, _ = output(capsys, "audit", mine(tmp_path, *rows))
     assert found == status
     assert [text for text in shown if text not in out] == []
 
@@ -107,7 +98,7 @@ def test_the_documented_example_works_verbatim(capsys, tmp_path, module):
     start = next(i for i, line in enumerate(lines) if line.strip().startswith("id,quantity,unit"))
     example = [line.strip() for line in lines[start:]]
     (tmp_path / "mine.csv").write_text("\n".join(example[: example.index("") if "" in example else None]) + "\n")
-    status, out, _ = run(capsys, tmp_path / "mine.csv")
+    status, out, _ = output(capsys, "audit", tmp_path / "mine.csv")
     assert status == 0
     assert "reproduce" in out and "0 differ, 0 not covered" in out
 
@@ -123,20 +114,14 @@ def test_every_column_and_option_is_documented():
 def test_a_wrong_row_is_one_line_and_names_the_nearest(capsys, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(f'{HEADING}x,trainable parameters,M,1,1,,"{{""model"": ""lama-7b""}}",,\n')
-    status, out, err = run(capsys, path)
-    assert (status, out) == (2, "")
-    assert err.startswith("minipeft: error: row 'x': unknown model 'lama-7b'; nearest: llama-7b")
-    assert err.count("\n") == 1
+    assert "error: row 'x': unknown model 'lama-7b'; nearest: llama-7b" in refused(capsys, "audit", path)
 
 
 def test_a_file_that_is_absent_or_no_table(capsys, tmp_path):
-    status, out, err = run(capsys, tmp_path / "absent.csv")
-    assert (status, out) == (2, "") and "absent.csv: cannot be read" in err
     (tmp_path / "notes.txt").write_text("just text\n")
-    status, out, err = run(capsys, tmp_path / "notes.txt")
-    assert (status, out) == (2, "") and "notes.txt: no column id, quantity" in err
-    status, out, err = run(capsys, "--verdict", "difers")
-    assert status == 2 and "did you mean differs" in err
+    assert "absent.csv: cannot be read" in refused(capsys, "audit", tmp_path / "absent.csv")
+    assert "notes.txt: no column id, quantity" in refused(capsys, "audit", tmp_path / "notes.txt")
+    assert "did you mean differs" in refused(capsys, "audit", "--verdict", "difers")
 
 
 @pytest.mark.parametrize(("value", "published_value", "shown"), [

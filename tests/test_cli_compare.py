@@ -83,9 +83,11 @@ def test_the_picture_is_saved(comparison):
 
 def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(comparison, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIPEFT_REDUCED", "1")
-    assert run("compare", "--model", model, "--output", tmp_path, "--lr", "0.01") == 0
-    again = json.loads((tmp_path / "compare.json").read_text())
-    assert without_timings(again) == without_timings(comparison[1])
+    methods = ("full", "adalora", "qlora", "prefix")
+    assert run("compare", "--model", model, "--output", tmp_path, "--lr", "0.01", "--methods", *methods) == 0
+    again = without_timings(json.loads((tmp_path / "compare.json").read_text()))
+    first = {row["method"]: row for row in without_timings(comparison[1])}
+    assert again == [first[method] for method in ("frozen", *methods)]
 
 
 def test_a_method_that_the_model_cannot_take_is_an_error_where_it_was_asked_for(model, tmp_path, capsys):
@@ -94,23 +96,17 @@ def test_a_method_that_the_model_cannot_take_is_an_error_where_it_was_asked_for(
     assert not (tmp_path / "o").exists()
 
 
-def test_ones_own_file(model, tmp_path, capsys):
-    rows = ({"prompt": f"{i} is", "completion": f" {i}, [b]truly[/b]"} for i in range(30))
-    argv = ["compare", "--model", model, "--data", jsonl(tmp_path / "mine.jsonl", rows), "--steps", 4, "--methods", "full"]
-    assert run(*argv, "--lr", "0.01", "--output", tmp_path / "o") == 0
-    content = json.loads((tmp_path / "o" / "compare.json").read_text())
-    assert [row["method"] for row in content["methods"]] == ["frozen", "full"]
-    assert content["settings"]["held_out_examples"] == 3
-    assert "[b]truly[/b]" in capsys.readouterr().out  # a file's text is never markup
-
-
 def test_a_report_on_ones_own_file_over_several_seeds(model, tmp_path, capsys):
-    rows, report = ({"prompt": f"<{i}> is", "completion": f" {i}"} for i in range(30)), tmp_path / "report"
+    rows = ({"prompt": f"<{i}> is", "completion": f" {i}, [b]truly[/b]"} for i in range(30))
+    report = tmp_path / "report"
     data = jsonl(tmp_path / "mine.jsonl", rows)
     argv = ["compare", "--model", model, "--data", data, "--steps", "4", "--methods", "lora", "prompt"]
     assert run(*argv, "--seeds", "2", "--seed", "5", "--lr", "0.01", "--report", report) == 0
     assert {path.name for path in report.iterdir()} == {"index.html", "compare.json", "compare.png"}
+    assert "[b]truly[/b]" in capsys.readouterr().out, "a file's text is never markup"
     content = json.loads((report / "compare.json").read_text())
+    assert [row["method"] for row in content["methods"]] == ["frozen", "lora", "prompt"]
+    assert content["settings"]["held_out_examples"] == 3
     for row in content["methods"][1:]:
         assert [run["seed"] for run in row["seeds"]] == [5, 6]
         assert row["task_loss"] == pytest.approx(sum(run["task_loss"] for run in row["seeds"]) / 2)
@@ -134,8 +130,7 @@ def test_what_is_held_out_depends_on_the_records_alone():
 def test_a_single_text_is_split_by_its_blocks():
     _, tokenizer = load_base()
     data = encode([Document("It was a fine morning. " * 100)], 0.2, tokenizer, 64)
-    assert len(data.train) + len(data.held_out) >= 5 and len(data.held_out) == round(
-        0.2 * (len(data.train) + len(data.held_out))
-    )
+    blocks = len(data.train) + len(data.held_out)
+    assert blocks >= 5 and len(data.held_out) == round(0.2 * blocks)
     with pytest.raises(ValueError, match="to hold one out it takes two"):
         encode([Document("It was.")], 0.2, tokenizer, 64)

@@ -49,11 +49,8 @@ def test_an_adapter_is_made_or_trained_further(model, data, tmp_path, capsys):  
 @pytest.mark.parametrize(
     "wrong, reason",
     [
-        (("--data", "{data}", "--beta", "0"), "--beta: must be a number above 0, not '0'"),
         (("--data", "no.jsonl"), "cannot be read"),
         (("--data", "{data}", "--adapter", "x", "--method", "lora"), "give one of them"),
-        (("--data", "{data}", "--pairs", "5"), "--pairs does nothing with --data"),
-        (("--max-length", "20"), "--max-length does nothing with generated pairs"),
     ],
 )
 def test_bad_input_is_one_sentence(wrong, reason, data, tmp_path, capsys):  # noqa: F811

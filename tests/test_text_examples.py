@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft.text.datasets import Completion, Conversation, Document, Instruction, Message, Preference
-from minipeft.text.examples import (
-    chunk_text,
-    encode_documents,
-    encode_examples,
-    encode_preferences,
-    encode_turns,
-)
+from minipeft.text.examples import chunk_text, encode_documents, encode_examples, encode_preferences, encode_turns
 from minipeft.text.templates import Turn, chatml, chatml_prompt, custom
 from minipeft.text.tokenizer import Tokenizer
 
@@ -71,27 +65,16 @@ def test_a_completion_ends_where_the_tokens_diverge():
 
 def test_templates_of_the_forms():
     (alpaca,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99).examples
-    assert (
-        TOKENIZER.decode(alpaca.input_ids).endswith("### Response:Rex<|endoftext|>")
-        and learned(alpaca) == "Rex<|endoftext|>"
-    )
-    (own,) = encode_examples(
-        [Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99, custom("{instruction} ->")
-    ).examples
+    assert TOKENIZER.decode(alpaca.input_ids).endswith("### Response:Rex<|endoftext|>")
+    assert learned(alpaca) == "Rex<|endoftext|>"
+    template = custom("{instruction} ->")
+    (own,) = encode_examples([Instruction("Name a dog.", "", "Rex")], TOKENIZER, 99, template).examples
     assert TOKENIZER.decode(own.input_ids) == "Name a dog. ->Rex<|endoftext|>"
 
 
 def test_conversation_learns_every_answer_and_is_chatml():
-    messages = tuple(
-        Message(*m)
-        for m in [
-            ("system", "Be kind."),
-            ("user", "Hi"),
-            ("assistant", "Hello!"),
-            ("user", "<|im_end|>?"),
-            ("assistant", "Bye"),
-        ]
-    )
+    said = ("system", "Kind."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "<|im_end|>?"), ("assistant", "Bye")
+    messages = tuple(Message(*m) for m in said)
     (example,) = encode_examples([Conversation(messages)], TOKENIZER, 99).examples
     assert learned(example) == "Hello!<|im_end|>Bye<|im_end|>"
     assert (example.input_ids == 3).sum() == 5 and example.input_ids[-1] == 3  # no <|im_end|> from the user's text

@@ -55,12 +55,10 @@ def test_every_pair_is_from_its_own_side_of_the_corpora():
     for split in SPLITS:
         for name in ("define", "use", "synonym"):
             assert all(input.rpartition(" (")[0] in headwords[split] for input, _ in pairs(name, split))
-        assert all(
-            output in headwords[split] for name in ("name", "fill", "synonym") for _, output in pairs(name, split)
-        )
-        assert all(
-            {input, output} <= verses[split] for name in ("rewrite", "archaize") for input, output in pairs(name, split)
-        )
+        for name in ("name", "fill", "synonym"):
+            assert all(output in headwords[split] for _, output in pairs(name, split))
+        for name in ("rewrite", "archaize"):
+            assert all({input, output} <= verses[split] for input, output in pairs(name, split))
 
 
 @every_task
@@ -81,9 +79,8 @@ def test_the_answer_that_a_record_has_is_right(name):
                 with pytest.raises(ValueError, match="cannot be right or wrong"):
                     is_right(name, "test", record, record.output)
             else:
-                assert is_right(name, "test", record, f" {record.output}.") and not is_right(
-                    name, "test", record, "zebra"
-                )
+                assert is_right(name, "test", record, f" {record.output}.")
+                assert not is_right(name, "test", record, "zebra")
     if TASKS[name].check is not None:
         with pytest.raises(ValueError, match=f"none of the task '{name}' on the split 'test'"):
             is_right(name, "test", phrase(("garden", "x"), "Define:"), "x")
@@ -107,10 +104,8 @@ def test_a_record_is_a_phrasing_with_its_input():
     assert phrase(("chien", "dog"), "Translate {input}, please.") == ("Translate chien, please.", "", "dog")
     by_input = dict(pairs("define", "test"))
     for record in instructions(["define"], "test", cap=50):
-        asked = {
-            phrase(pair, p) for pair in by_input.items() for p in TASKS["define"].phrasings if pair[1] == record.output
-        }
-        assert record in asked
+        said = [pair for pair in by_input.items() if pair[1] == record.output]
+        assert record in {phrase(pair, p) for pair in said for p in TASKS["define"].phrasings}
 
 
 def test_the_mixture_is_proportional_with_a_cap():
@@ -118,11 +113,8 @@ def test_the_mixture_is_proportional_with_a_cap():
     sizes = {name: min(len(pairs(name, "validation")), 600) for name in tasks}
     assert sizes["synonym"] < 600 == sizes["source"] == sizes["define"]
     mixed = instructions(tasks, "validation", cap=600)
-    of_task = {
-        (record.instruction, record.input): name
-        for name in tasks
-        for record in instructions([name], "validation", cap=600)
-    }
+    alone = {name: instructions([name], "validation", cap=600) for name in tasks}
+    of_task = {(record.instruction, record.input): name for name, records in alone.items() for record in records}
     names = [of_task[record.instruction, record.input] for record in mixed]
     assert Counter(names) == sizes
     assert set(names[:30]) == set(tasks), "and shuffled"

@@ -16,20 +16,9 @@ from minipeft.text.tokenizer import Special, Tokenizer
 BASE = files("minipeft").joinpath("hub", "base")
 TOKENIZER = Tokenizer.load(BASE)
 NASTY = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|pad|>",
-    "<|im_start|>user\n",
-    " ",
-    "\n\n",
-    "\x00",
-    "é",
-    "é",
-    "𝕏",
-    "👩‍👩‍👧",
-    "١٢",
-    "0042",
-]
+    "<|im_end|>", "<|endoftext|>", "<|pad|>", "<|im_start|>user\n", " ", "\n\n", "\x00", "é", "é", "𝕏",
+    "👩‍👩‍👧", "١٢", "0042",
+]  # fmt: skip
 
 
 def test_shipped_tokenizer():
@@ -63,18 +52,16 @@ def test_special_tokens_only_where_asked_for():
 
 
 def test_what_is_no_text_or_no_token_is_refused():
-    with pytest.raises(TypeError, match="must be a str, got bytes"):
-        TOKENIZER.encode(b"abc")
-    with pytest.raises(ValueError, match="not valid Unicode"):
-        TOKENIZER.encode("\ud800")
-    with pytest.raises(ValueError, match="token ids are 0 to 2047, got 2048"):
-        TOKENIZER.decode([5, 2048])
-    with pytest.raises(ValueError, match="got -1"):
-        TOKENIZER.decode(np.array([-1]))
-    with pytest.raises(ValueError, match="no token '<think>'"):
-        TOKENIZER.token_to_id("<think>")
-    with pytest.raises(ValueError, match="no token '<think>'"):
-        TOKENIZER.encode_pieces([Special("<think>")])
+    for call, value, error, message in (
+        (TOKENIZER.encode, b"abc", TypeError, "must be a str, got bytes"),
+        (TOKENIZER.encode, "\ud800", ValueError, "not valid Unicode"),
+        (TOKENIZER.decode, [5, 2048], ValueError, "token ids are 0 to 2047, got 2048"),
+        (TOKENIZER.decode, np.array([-1]), ValueError, "got -1"),
+        (TOKENIZER.token_to_id, "<think>", ValueError, "no token '<think>'"),
+        (TOKENIZER.encode_pieces, [Special("<think>")], ValueError, "no token '<think>'"),
+    ):
+        with pytest.raises(error, match=message):
+            call(value)
 
 
 def test_pad():
@@ -91,9 +78,8 @@ def test_pad():
 def test_save_and_load(tmp_path):
     TOKENIZER.save(tmp_path / "saved")
     again = Tokenizer.load(tmp_path / "saved")
-    assert again.config == TOKENIZER.config and again.encode("Behold<|pad|>", True) == TOKENIZER.encode(
-        "Behold<|pad|>", True
-    )
+    assert again.config == TOKENIZER.config
+    assert again.encode("Behold<|pad|>", True) == TOKENIZER.encode("Behold<|pad|>", True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == BASE.joinpath(name).read_bytes()
 
@@ -133,14 +119,8 @@ def test_hugging_face_directory_without_config(directory):
 def test_padding_and_truncation_in_the_file_are_not_obeyed(directory):
     content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    content["padding"] = {
-        "strategy": {"Fixed": 64},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<|pad|>",
-    }
+    content["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>"}
     (directory / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     text = "And God said, Let there be light"
     assert Tokenizer.load(directory).encode(text) == TOKENIZER.encode(text)
@@ -162,12 +142,11 @@ def test_contradicting_config(directory, config, reason):
 def test_unreadable_directories(directory, tmp_path_factory):
     with pytest.raises(FileError, match=r"there is no tokenizer\.json"):
         Tokenizer.load(tmp_path_factory.mktemp("empty"))
-    (directory / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(FileError, match="must hold an object, got list"):
-        Tokenizer.load(directory)
-    (directory / "tokenizer_config.json").write_text("{")
-    with pytest.raises(FileError, match="not valid JSON"):
-        Tokenizer.load(directory)
-    (directory / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(FileError, match=r"tokenizer\.json: not a tokenizer"):
-        Tokenizer.load(directory)
+    for name, content, message in (
+        ("tokenizer_config.json", "[1]", "must hold an object, got list"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer.json", '{"model": 3}', r"tokenizer\.json: not a tokenizer"),
+    ):
+        (directory / name).write_text(content)
+        with pytest.raises(FileError, match=message):
+            Tokenizer.load(directory)

@@ -144,14 +144,6 @@ def test_frozen_parameters_keep_their_bytes(rng):
     assert changed == ["model.norm.weight"]
 
 
-def test_adalora_spends_its_budget_as_it_is_trained(rng):
-    config = mp.AdaLoraConfig(total_step=6, init_r=4, target_r=1, tfinal=1, target_modules=["q_proj", "v_proj"])
-    model = mp.get_peft_model(tiny_model(), config)
-    train(model, counting(8, rng), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2)
-    values = [p.data for name, p in model.named_parameters() if "lora_E" in name]
-    assert sum(int((to_numpy(v) != 0).sum()) for v in values) == len(values)  # target_r = 1 triplet a layer, on average
-
-
 def test_callbacks_stand_around_the_optimizers_step_the_models_own_first(rng):
     model, seen = tiny_model(), []
 
@@ -350,16 +342,7 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
     ids, labels = examples[2]
     silent, first_only = np.full_like(ids, -100), np.where(np.arange(len(ids)) == 0, ids, -100)
     for match, arguments in {
-        "per_device_train_batch_size must be an integer of at least 1, got 0": {"per_device_train_batch_size": 0},
-        "max_steps must be an integer of at least 1, or None, got -1": {"max_steps": -1},
-        "num_train_epochs must be a number above 0, got 0": {"num_train_epochs": 0},
-        "optim must be one of adamw, sgd, got 'lion'": {"optim": "lion"},
-        "lr_scheduler_type must be one of constant, linear, cosine": {"lr_scheduler_type": "step"},
-        "max_grad_norm must be a number of at least 0, or None, got -1": {"max_grad_norm": -1},
-        "warmup_ratio must be a number of at least 0 and at most 1, got 2": {"warmup_ratio": 2},
-        "seed must be an integer of at least 0, got True": {"seed": True},
         "learning_rate must be a number above 0, got nan": {"learning_rate": math.nan},
-        "packing must be True or False, or an integer of at least 0, got -1": {"packing": -1},
         "packing is for .* a collate of its own does its own packing": {"packing": True, "collate": collate},
         "momentum is not an option of optim='adamw'; got 0.9": {"momentum": 0.9},
         "adam_beta1 is not an option of optim='sgd'": {"optim": "sgd", "adam_beta1": 0.5},
