@@ -352,21 +352,25 @@ for method in ALGORITHMS:
 for method in sampling:
     for name in ("reward", "kl"):
         assert (swept["DPO"][name] < swept[method][name]).all(), f"DPO has less {name} than {method} in every seed"
-assert max(swept["DPO"]["kl"]) < 3.2 and 5.7 < min(min(swept[m]["kl"]) for m in sampling), "DPO goes least far by far"
-assert len({max(sampling, key=lambda m: swept[m]["gold"][seed]) for seed in range(3)}) > 1, "no sampler is ahead in all"
-more_ends = [(m, seed) for m in ALGORITHMS for seed in range(3) if swept[m]["ended"][seed] >= before["ended"][seed]]
-assert more_ends == [("PPO", 2)], "ends become rarer in eleven runs of twelve"
+assert max(swept["DPO"]["kl"]) < min(min(swept[m]["kl"]) for m in sampling), "DPO goes least far"
+leaders = [max(ALGORITHMS, key=lambda m: swept[m]["gold"][seed]) for seed in range(3)]
+fewer_ends = {(m, seed): swept[m]["ended"][seed] < before["ended"][seed] for m in ALGORITHMS for seed in range(3)}
+others = ", ".join(f"{m} with seed {seed}" for (m, seed), fewer in fewer_ends.items() if not fewer)
+print(f"most gold with seed 0, 1 and 2: {', '.join(leaders)}")
+print(f"ends become rarer in {sum(fewer_ends.values())} runs of {len(fewer_ends)}; not in: {others or 'none'}")
+golds = [swept[m]["gold"] for m in sampling]
+assert np.ptp([g.mean() for g in golds]) < min(g.std(ddof=1) for g in golds), "their seeds differ by more than they do"
 
 # %% [markdown]
-# In every seed all four raise the judge's reward, *and the gold with it*: from 0.10 to 0.24 (DPO) and to 0.31, 0.32 and
-# 0.33 (GRPO, RLOO, PPO). None of the three that sample has the most gold in every seed, and their means are closer
-# than their seeds: this comparison does not part them. DPO goes about a third as far, at a KL of 3 against 8 to 9, and
-# gets less reward than each of them in every seed.
+# In every seed all four raise the judge's reward, *and the gold with it*: on average from 0.10 to 0.20 (DPO) and to
+# 0.27, 0.29 and 0.33 (RLOO, GRPO, PPO). Which method has the most gold depends on the seed, and the means of the three
+# that sample are closer than their seeds: this comparison does not part them. DPO goes less than half as far, at a KL of
+# 3 against 7 to 8, and gets less reward than each of them in every seed.
 #
 # Two things fell that nobody asked about. Distinct bigrams become fewer in all twelve runs. And of the base's answers
-# 46% end their sentence, of the trained policies' 37% (PPO), 16% (RLOO), 14% (GRPO) and 28% (DPO): fewer in eleven of
-# twelve runs, while in the twelfth, PPO with seed 2, 86% end. Nothing here asks for an end; Lesson 11 puts a price on
-# its absence.
+# 46% end their sentence, of the trained policies' 34% (PPO), 12% (RLOO), 35% (GRPO) and 29% (DPO): fewer in ten of
+# twelve runs, while in the other two, PPO and GRPO with seed 2, 66% and 78% end. Nothing here asks for an end; Lesson 11
+# puts a price on its absence.
 #
 # Read it with care: the three that sample were given the same number of answers at the same learning rate, which suits
 # one of them better than another, and DPO saw the rater's pairs instead of the judge. The seconds are those of the

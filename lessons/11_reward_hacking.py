@@ -54,10 +54,10 @@ def openings(split):
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). Of three judges from a thousand rankings, two are right in 62% of held-out
-# pairs, and the third in 54%; of three from three hundred, one in 62%, and the others in 52% and 48%, no better than a
-# coin. More rankings help on average, but so does luck: the best of the six has seen three hundred. None of them shows
-# that it is guessing: all give rewards of one scale, and any can be optimized.
+# pairs of a ranking at once (Lesson 9). Of three judges from a thousand rankings, two are right in 67% and 61% of
+# held-out pairs, and the third in 53%; of three from three hundred, two in 58% and 56%, and the third in 43%, less than
+# a coin. More rankings help on average, but so does luck: two of those from three hundred are better than the third of
+# those from a thousand. None of them shows that it is guessing: all rewards have one scale, and any can be optimized.
 
 # %%
 def continued(split, n, rng, seed):
@@ -167,8 +167,8 @@ accuracies = {
 for rankings, each in accuracies.items():
     print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), "of held-out pairs")
 weak_accuracy, accuracy = accuracies.values()
-assert np.mean(accuracy) > np.mean(weak_accuracy) and sum(a > 0.6 for a in accuracy) == 2, "more rankings help"
-assert max(weak_accuracy) > max(accuracy) and sorted(weak_accuracy)[1] < 0.53, "but so does luck"
+assert np.mean(accuracy) > np.mean(weak_accuracy), "more rankings help"
+assert max(weak_accuracy) > min(accuracy), "but so does luck"
 
 # %% [markdown]
 # One run, live, with nothing to hold it. Proxy and gold rise together. Read the last two columns, and the samples, too.
@@ -234,34 +234,41 @@ def ends(columns):
     return tuple({k: v[:, part].mean(axis=1) for k, v in columns.items()} for part in (slice(5), slice(-5, None)))
 
 
+def verdict(start, best, end):
+    """What the gold did in a run, from its means over five updates: the first, the highest and the last."""
+    if best - max(start, end) > 0.05:
+        return "turns"
+    return "climbs" if end - start > 0.05 else "falls" if end - start < -0.05 else "stays"
+
+
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
-turns = {}  # {(rankings, seed): distance, None for no turn, infinity for one beyond the run}
-print("\nnothing holds it        judge   proxy, first and last    gold, first and last       KL   fit turns at sqrt(KL) =")
+did, gained = {}, {}  # {(rankings, seed): what the gold did}, and by how much it rose
+print("\nnothing holds it        judge   proxy, first, last   gold, first, best, last          KL   the gold   fit turns at")
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
     (a, z), far = ends(c), np.sqrt(c["kl"].max(axis=1))
     for seed in range(3):
         turn = gao(c["kl"][seed], c["gold"][seed])[3]
-        turns[rankings, seed] = turn if turn is None or turn < far[seed] else np.inf
-        told = "no turn" if turn is None else "beyond the run" if turn >= far[seed] else f"{turn:.1f}"
+        fit = "no turn" if turn is None else "beyond the run" if turn >= far[seed] else f"sqrt(KL) = {turn:.1f}"
+        best = np.convolve(c["gold"][seed], np.ones(5) / 5, "valid").max()
+        did[rankings, seed] = verdict(a["gold"][seed], best, z["gold"][seed])
+        gained[rankings, seed] = z["gold"][seed] - a["gold"][seed]
         print(
             f"{rankings:5d} rankings, seed {seed}   {accuracies[rankings][seed]:.1%}"
-            f"   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}       {a['gold'][seed]:+8.2f} {z['gold'][seed]:+8.2f}"
-            f"        {z['kl'][seed]:6.1f}   {told}"
+            f"   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}"
+            f"      {a['gold'][seed]:+8.2f} {best:+8.2f} {z['gold'][seed]:+8.2f}"
+            f"   {z['kl'][seed]:6.1f}   {did[rankings, seed]:8s}   {fit}"
         )
+agreed = [accuracies[rankings][seed] for rankings, seed in gained]
+order = np.corrcoef(*(np.argsort(np.argsort(v)) for v in (agreed, list(gained.values()))))[0, 1]
+print(f"rank correlation of a judge's agreement with the gold it brought, six judges: {order:+.2f}")
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
-assert (weak_last["gold"] < weak_first["gold"]).all(), "none of the judges from 300 rankings brought any gold"
-gained = last[0.0]["gold"] - first["gold"]
-assert gained[0] > 0.7 and gained[2] > 0.7 and gained[1] < 0.1, "of those from 1000, two did"
-best, weak_best = ([np.convolve(g, np.ones(5) / 5, "valid").max() for g in c["gold"]] for c in (columns, weak))
-for seed in (0, 2):
-    assert turns[1000, seed] == np.inf and last[0.0]["gold"][seed] > best[seed] - 0.01, "here the gold does not turn"
-assert last[0.0]["gold"][1] < best[1] - 0.05 and 4 < turns[1000, 1] < 4.2, "in seed 1 it does"
-assert weak_last["gold"][0] < weak_best[0] - 0.1 and 2.7 < turns[WEAK, 0] < 2.9, "and with the best judge from 300"
-assert turns[WEAK, 1] is turns[WEAK, 2] is None
+assert 0 < sum(what == "climbs" for what in did.values()) < len(did), "the gold does not always rise with it"
+for seed in np.argsort(accuracy)[1:]:
+    assert did[1000, seed] == "climbs" and gained[1000, seed] > 0.7, "the two better judges from 1000: it does not turn"
 print("\nmean ± deviation of 3 seeds, last five updates")
 print("                     proxy            gold             KL  distinct-2  reference loss")
 for beta, end in last.items():
@@ -272,16 +279,17 @@ for beta, end in last.items():
     )  # fmt: skip
 
 # %% [markdown]
-# **As in the textbook.** Every proxy climbs. With seed 1 of the judges from 1000 rankings (54%), and with seed 0 of
-# those from 300 (62%), the gold rises a little, turns and falls, by about 0.1; the other two judges from 300, which
-# know nothing, bring no gold that could turn. A good agreement does not protect: the 62% are of pairs of the *base's*
-# answers, and say little about answers that the base would never give.
+# **As in the textbook.** Every proxy climbs, whatever its judge knows. With seed 1 of the judges from 1000 rankings
+# (53%) the gold rises to 0.20, turns, and falls to 0.12. Of the judges from 300, two (56% and 43%) bring no gold that
+# could turn, and the third (58%) brings some, 0.26 at the end. The six come almost in the order of their agreement. But
+# that is no promise: it is measured on pairs of the *base's* answers, and says little about answers that the base would
+# never give.
 #
-# **Against the textbook.** With the two better judges from 1000 *the gold does not turn*. It climbs to 0.88 and 0.93,
-# while the text becomes "great great great great". Nobody would call that an answer; VADER does, since it counts happy
-# words. The proxy had learned to count them, too. So the gold was only another measure, and it was optimized through
-# the proxy that had learned from it. What turned over is what we meant. Neither proxy nor gold noticed; the KL did,
-# which went to 66 and 65 nats, and so do two numbers more.
+# **Against the textbook.** With the two better judges from 1000 *the gold does not turn*. It climbs to 0.98 with both,
+# while the text becomes "great great great great", or "good good for good". Nobody would call that an answer; VADER
+# does, since it counts happy words. The proxy had learned to count them, too. So the gold was only another measure, and
+# it was optimized through the proxy that had learned from it. What turned over is what we meant. Neither proxy nor gold
+# noticed; the KL did, which went to 66 and 67 nats, and so do two numbers more.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -289,8 +297,8 @@ for beta, end in last.items():
 # In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** is the share of bigrams in a batch that
 # are different: it falls where a policy that found a phrase the judge likes says it again and again. The **reference
 # loss** is how unlikely the base finds the policy's tokens, $-\log \pi_{\text{ref}}$ in the mean over tokens: it rises
-# where the language gets strange. In all six free runs the one falls and the other rises. But ask both: each of them
-# hardly moves in one run in which the other speaks clearly.
+# where the language gets strange. In all six free runs the one falls and the other rises. But ask both: in the run
+# whose bigrams move least, which is printed last, the other speaks clearly.
 
 # %%
 witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
@@ -300,17 +308,18 @@ for name, text in witnesses:
         print(f"beta = 0, {rankings:4d} rankings: {text:30s} {moves}  (each seed)")
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["distinct_2"] < a["distinct_2"]).all() and (z["ref_loss"] > a["ref_loss"]).all(), "in all six"
-fallen = weak_first["distinct_2"] - weak_last["distinct_2"]
-risen = weak_last["ref_loss"] - weak_first["ref_loss"]
-assert fallen[0] > 0.3 and risen[0] < 0.2, "seed 0 of 300 rankings repeats itself in words that are not strange"
-assert fallen[1] < 0.05 and risen[1] > 1, "seed 1 is strange without repeating itself"
+moved = [np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses]
+least = int(np.argmax(moved[0]))
+fallen, risen = -moved[0][least], moved[1][least]
+print(f"in the run whose distinct bigrams fall least, by {fallen:.2f}, the reference loss rises by {risen:.2f}")
+assert risen > 0.5, "strange without repeating itself"
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
 # **KL** in the reward makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. In six of the twelve runs without it, fewer than 10% of the answers still
-# have one at the end of the run; in three, all of seed 2, more than 90% have. **Early stopping** changes nothing in the
+# hole: nothing in the judge asks for an end. Of the twelve runs without it, some hardly end an answer at the end of the
+# run, and others nearly every one; how many is printed below the table. **Early stopping** changes nothing in the
 # objective, and just does not go there: here we read off the free runs what they had at the first update whose KL
 # passes 8 (in a run, the setting is `stop_kl=8`).
 
@@ -323,43 +332,40 @@ passed = [int(np.argmax(kl > STOP)) if (kl > STOP).any() else len(kl) - 1 for kl
 repairs["beta = 0, stopped at KL 8"] = {
     k: np.array([row[max(0, u - 2) : u + 1].mean() for row, u in zip(v, passed)]) for k, v in columns.items()
 }
-print("\n                              proxy    gold      KL  distinct-2  finished")
+print("\n                              proxy    gold      KL  distinct-2  finished   each seed:  gold             finished")
 for name, end in repairs.items():
+    gold_of_each, ended_of_each = (" ".join(f"{x:.2f}" for x in end[key]) for key in ("gold", "ended"))
     print(
         f"{name:26s}    {end['proxy'].mean():+.2f}   {end['gold'].mean():+.2f}  {end['kl'].mean():6.1f}"
-        f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():7.0%}"
+        f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {gold_of_each}   {ended_of_each}"
     )
 unpenalized = np.array([weak_last["ended"], *(last[beta]["ended"] for beta in BETAS)])  # [4 settings, seeds]
-assert (unpenalized < 0.1).sum() == 6 and (unpenalized > 0.9).sum() == 3 == (unpenalized[:, 2] > 0.9).sum()
-cheap, dear = last[0.05], last[0.2]
+few, nearly_all = (unpenalized < 0.1).sum(), (unpenalized > 0.9).sum()
+print(f"of {unpenalized.size} runs without the penalty, {few} end fewer than 10% of their answers, {nearly_all} more than 90%")
+cheap, high = last[0.05], last[0.2]
 for name, sign in (("proxy", -1), ("kl", -1), ("distinct_2", 1)):
     steps = sign * np.diff([last[beta][name] for beta in BETAS], axis=0)
-    assert (steps > 0).all(), f"the dearer the KL, the {'more' if sign > 0 else 'less'} {name}, in every seed"
-assert (dear["ref_loss"] < last[0.0]["ref_loss"] - 0.5).all() and (dear["gold"] < cheap["gold"]).all()
-assert abs(cheap["gold"].mean() - last[0.0]["gold"].mean()) < 0.01, "beta = 0.05: no gold lost on average,"
-change = cheap["gold"] - last[0.0]["gold"]
-assert abs(change[0]) < 0.05 and change[1] > 0.25 and change[2] < -0.25, "but it came from other seeds"
-assert dear["gold"].mean() < 0.5 * last[0.0]["gold"].mean() and (dear["gold"] < last[0.0]["gold"]).all()
+    assert (steps > 0).all(), f"the higher the price, the {'more' if sign > 0 else 'less'} {name}, in every seed"
+assert (high["ref_loss"] < last[0.0]["ref_loss"]).all(), "a high price keeps the language, in every seed,"
+assert high["gold"].mean() < 0.5 * last[0.0]["gold"].mean(), "and gives up gold on average"
 penalized, stopped = repairs["beta = 0.05, no end: -1"], repairs["beta = 0, stopped at KL 8"]
 assert (penalized["ended"] > cheap["ended"]).all(), "whoever pays for not ending, ends"
-assert (penalized["gold"] < cheap["gold"] - 0.05).all() and (penalized["proxy"] < cheap["proxy"]).all()
-assert penalized["gold"][1] < first["gold"][1], "in seed 1 all of it"
+assert penalized["gold"].mean() < cheap["gold"].mean(), "and it costs gold on average"
 assert (stopped["distinct_2"] > last[0.0]["distinct_2"]).all() and (stopped["gold"] > first["gold"]).all()
-assert abs(stopped["kl"].mean() - dear["kl"].mean()) < 1 and abs(stopped["gold"].mean() - dear["gold"].mean()) < 0.05
 assert max(passed) < len(columns["kl"][0]) / 2
 
 # %% [markdown]
 # What each bought:
 #
-# - A small **price of KL** (0.05) cost no gold on average, 0.65 with it and without it. But it came from elsewhere:
-#   seed 1, whose judge knows little, had 0.44 in place of 0.14, and seed 2 had 0.63 in place of 0.93. It made more of
-#   the bigrams distinct in every seed.
-# - A high one (0.2) kept the language (0.89 distinct bigrams against 0.45, and a lower reference loss in every seed),
-#   and gave up more than half of the gold: 0.27.
-# - The **penalty** made more answers end in every seed, from 2.5, 3.8 and 95.6% to 95.6, 72.5 and 100%. It cost gold
-#   in every seed, too: 0.37 on average against 0.65 at the same price of KL; in seed 1, none was left of what had been
-#   gained.
-# - The **early stop** ends about where the high price does (KL 7.5 and 6.9, gold 0.24 and 0.27), in half the updates;
+# - A small **price of KL** (0.05) cost gold: 0.53 on average, against 0.69 without it. It cost it where the judge knows
+#   something, 0.80 and 0.65 in place of 0.98 in seeds 0 and 2; in seed 1, whose judge knows little, it made no
+#   difference (0.14 and 0.12). It made more of the bigrams distinct in every seed.
+# - A high one (0.2) kept the language (0.91 distinct bigrams against 0.37, and a lower reference loss in every seed),
+#   and gave up more than half of the gold: 0.31. In seed 1, where the gold turns without it, there is a little more of
+#   it, 0.17.
+# - The **penalty** made more answers end in every seed, from 8, 2 and 96% to 98, 81 and 100%. It cost gold where it had
+#   something to change, 0.34 and 0.01 in place of 0.80 and 0.14; in seed 2, whose answers ended anyway, it cost none.
+# - The **early stop** ends about where the high price does (KL 7.5 and 6.2, gold 0.26 and 0.31), in half the updates;
 #   but one has to know when.
 #
 # None of them makes the judge any wiser.
@@ -407,8 +413,9 @@ for beta in BETAS:
 for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
     label = f"β = 0, judges from {WEAK} rankings"
     ax.plot(*against_distance(weak, name), "--", color="black", linewidth=1.5, label=label)
-poorest = {k: v[1:2] for k, v in columns.items()}
-axes[1].plot(*against_distance(poorest, "gold"), ":", color="C3", linewidth=2, label="β = 0, seed 1")
+seed = int(np.argmin(accuracy))
+poorest = {k: v[[seed]] for k, v in columns.items()}
+axes[1].plot(*against_distance(poorest, "gold"), ":", color="C3", linewidth=2, label=f"β = 0, seed {seed}")
 for ax, title in zip(axes, ("Proxy: optimized", "Gold: only watched", "Distinct bigrams")):
     ax.set(title=title, xlabel="sqrt(KL)")
 axes[0].legend(frameon=False, fontsize=8)  # the colors are the same in the next two

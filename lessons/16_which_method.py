@@ -193,13 +193,14 @@ print(f"      its loss on the references changed by {spread(moved)}, since PPO n
 assert np.abs(moved).max() < learned("full").min(), "what PPO does to the loss is small beside what imitation did"
 imitation, feedback = 40 * full["s a step"], 12 * mean["feedback"]["s a step"]
 print(f"      its 12 updates took {feedback:.0f} s, after {imitation:.0f} s for the 40 steps of imitation")
-print(f"      the score changed by {', '.join(f'{x:+.3f}' for x in score - before)} under the three seeds")
+verdict = {True: "a clear gain", False: "a clear loss", None: "no clear change"}[below(before, score)]
+print(f"      the score changed by {', '.join(f'{x:+.4f}' for x in score - before)} under the three seeds: {verdict}, by Lesson 14's rule")
 assert imitation < feedback and below(before, score) is None, "more time, for no clear gain"
 
 # %% [markdown]
 # PPO took half as long again as all of the imitation before it, and whether its score rose at all three seeds cannot
-# say: twice up, once down. (With Lesson 10's score it rises under every seed.) So if you have answers, imitate them
-# first. A score is for what you cannot write down, but know when you see it.
+# say: twice it went up, once it stayed where it was. (With Lesson 10's score it rises under every seed.) So if you have
+# answers, imitate them first. A score is for what you cannot write down, but know when you see it.
 #
 # ## The picture: the table, in colors
 #
