@@ -90,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     steps, held_out, blocks = SIZES[reduced]
     settings = from_arguments(Settings, args, steps=args.steps or steps, evaluations=4)
     base, tokenizer = load_model(args.model, args.backend)
-    methods, left_out = applicable(args.methods or list(METHODS), base)
+    reasons = {key: METHODS[key].why_not(base) for key in args.methods or METHODS}
+    left_out = {key: why for key, why in reasons.items() if why}
+    methods = [key for key in reasons if key not in left_out]
     if args.methods and left_out:
         raise ValueError("; ".join(f"--methods {key}: {why}" for key, why in left_out.items()))
     virtual = max(METHODS[key].virtual_tokens for key in methods)  # all methods see the same examples
@@ -147,12 +149,6 @@ def run(args: argparse.Namespace) -> int:
         write_page(saved[-1], record, rows, answers)
     out.print(f"saved: {', '.join(map(str, saved))}")
     return 0
-
-
-def applicable(keys: list[str], base: Any) -> tuple[list[str], dict[str, str]]:
-    """(the methods of these names that can be put on the model, {name: why not} of the others)."""
-    reasons = {key: METHODS[key].why_not(base) for key in keys}
-    return [key for key, why in reasons.items() if why is None], {key: why for key, why in reasons.items() if why}
 
 
 def load_data(

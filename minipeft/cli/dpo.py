@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     rewards = rlhf.implicit_rewards(policy, judged, config.beta)
     accuracy, margin = rlhf.reward_accuracy(*rewards.T), float((rewards[:, 0] - rewards[:, 1]).mean())
-    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
+    use = runs.save_model(policy, tokenizer, output, name)
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "accuracy": accuracy,
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
         "margin": margin,
         "loss": trainer.evaluate(judged),
     }
-    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, results, options, arguments, config, template=name)
     print(
         f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} {of} pairs; "
         f"margin {margin:.3f}"
     )
-    print(f"saved in {output}  (minipeft generate {runs.usage(policy, output)} --prompt ...)")
+    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
     return 0

@@ -158,7 +158,7 @@ def fine_tune(
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
     result = runs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    runs.save_model(model, tokenizer, output, name)
+    use = runs.save_model(model, tokenizer, output, name)
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -168,7 +168,7 @@ def fine_tune(
     }
     if tests:
         results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    runs.write_record(args, {**runs.as_options(args, options, arguments), "max_length": max_length}, results)
+    runs.write_record(args, results, options, arguments, max_length=max_length)
 
     loss = results["held_out_loss"]
     if data.held_out:
@@ -181,8 +181,10 @@ def fine_tune(
     for sample in samples(data, tokenizer, 1, limit - ANSWER, template):
         answers = {when: answer(m, tokenizer, sample.ids) for when, m in (("before", base), ("after", model))}
         show_samples(console(), [(sample, answers)])
-    on = f"--model {args.model} " if args.model and hasattr(model, "save_pretrained") else ""
-    use = f"{on}{runs.usage(model, output)}{' --load-in-4bit' if method.quantized else ''}"
+    if args.model and hasattr(model, "save_pretrained"):
+        use = f"--model {args.model} {use}"
+    if method.quantized:
+        use += " --load-in-4bit"
     print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 

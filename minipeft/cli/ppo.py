@@ -89,20 +89,20 @@ def run(args: argparse.Namespace) -> int:
     history = runs.run_training(args, trainer)
     after = _answers(policy, shown, tokenizer, config)
     rlhf.plot_run(history, output / "ppo.png")
-    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
+    use = runs.save_model(policy, tokenizer, output, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
     ]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
-    runs.write_record(args, {**runs.as_options(args, config), "template": name}, results)
+    runs.write_record(args, results, config, template=name)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
         print(f"{what:16} {first:>8} -> {last}")
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
-    print(f"\nsaved in {output}  (minipeft generate {runs.usage(policy, output)} --temperature 1 --prompt ...)")
+    print(f"\nsaved in {output}  (minipeft generate {use} --temperature 1 --prompt ...)")
     return 0
 
 

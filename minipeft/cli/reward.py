@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     accuracy = rlhf.reward_accuracy(chosen, rejected)
     model.calibrate(texts)
     model.save_pretrained(output, tokenizer)
-    if name != "plain":
-        save_template(output, name)
+    save_template(output, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         "mean": model.mean,
         "std": model.std,
     }
-    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, results, options, arguments, config, template=name)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
     print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
     return 0

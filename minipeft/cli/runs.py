@@ -95,37 +95,36 @@ def remove_earlier(output: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> None:
-    """A model directory, or an adapter directory, with the tokenizer, and the template that the model was trained in."""
+def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> str:
+    """Write a model directory, or an adapter directory, with the tokenizer, and the template that the model was trained in.
+
+    Returns the option by which `minipeft generate` takes it.
+    """
     from ..hub.pretrained import save_pretrained
     from .prompts import save_template
 
+    if template is not None:
+        save_template(output, template)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(output)
         tokenizer.save(output)
-    else:
-        save_pretrained(model, output, tokenizer)
-    if template is not None:
-        save_template(output, template)
+        return f"--adapter {output}"
+    save_pretrained(model, output, tokenizer)
+    return f"--model {output}"
 
 
-def write_record(args: argparse.Namespace, options: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """<command>.json in the output directory: all options by their flags, as given or as found out, and the results."""
+def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
+    """<command>.json in the output directory: all options by their flags, and the results.
+
+    An option's value is the one in `found`, in one of the configurations, or as given.
+    """
     from ..files import write_json
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command", "flags", "longest")}
-    named = {args.flags.get(name, name): value for name, value in {**given, **options}.items()}
+    for config in configs:
+        given |= {name: value for name, value in vars(config).items() if name in args.flags}
+    named = {args.flags.get(name, name): value for name, value in {**given, **found}.items()}
     write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
-
-
-def usage(model: Any, output: Path) -> str:
-    """How `minipeft generate` takes what was saved."""
-    return f"--{'adapter' if hasattr(model, 'save_pretrained') else 'model'} {output}"
-
-
-def as_options(args: argparse.Namespace, *configs: Any) -> dict[str, Any]:
-    """The fields of configurations that the command has flags for."""
-    return {name: value for config in configs for name, value in vars(config).items() if name in args.flags}
 
 
 def note(text: str, style: str | None = None) -> None:

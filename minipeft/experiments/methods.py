@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 
@@ -74,15 +75,15 @@ class Method:
         return None
 
 
+def _config(peft_type: str, options: dict[str, Any], steps: int = 1) -> Any:
+    """The configuration of a method of minipeft.peft, the same for a run of any length."""
+    from ..peft.huggingface import config_class
+
+    return config_class(peft_type)(**options)
+
+
 def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
-    """What makes the configuration of a method of minipeft.peft, the same for a run of any length."""
-
-    def config(steps: int = 1) -> Any:
-        from ..peft.huggingface import config_class
-
-        return config_class(peft_type)(**options)
-
-    return config
+    return partial(_config, peft_type, options)
 
 
 def _adalora(steps: int = 1) -> Any:
@@ -96,11 +97,8 @@ def _adalora(steps: int = 1) -> Any:
 
 
 _lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-_pissa = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "pissa"}
-_vera = {"r": 64, "target_modules": "all-linear"}
-_bottleneck = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
-_prompt = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
-_prefix = {"num_virtual_tokens": 20, "prefix_projection": True}
+_pissa = {**_lora, "lora_alpha": 8, "init_lora_weights": "pissa"}
+_houlsby = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
 
 METHODS: dict[str, Method] = {
     "head": Method("last layer", 3e-3, lambda steps=1: "head"),
@@ -111,11 +109,11 @@ METHODS: dict[str, Method] = {
     "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
     "pissa": Method("PiSSA r=8", 1e-3, _peft("LORA", **_pissa)),
     "adalora": Method("AdaLoRA r=8", 3e-2, _adalora),
-    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", **_vera)),
+    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", r=64, target_modules="all-linear")),
     "qlora": Method("QLoRA r=8", 3e-3, _peft("LORA", **_lora), quantized=True),
     "ia3": Method("IA3", 3e-2, _peft("IA3")),
-    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_bottleneck)),
-    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_prompt)),
-    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_prefix)),
+    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_houlsby)),
+    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")),
+    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", num_virtual_tokens=20, prefix_projection=True)),
     "p-tuning": Method("P-tuning P=20", 1e-2, _peft("P_TUNING", num_virtual_tokens=20)),
 }

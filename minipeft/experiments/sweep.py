@@ -16,7 +16,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,16 @@ def sweep(
     return [next(row for row in found if is_of(row, s)) for s in runs]
 
 
-def _computed(runs: Sequence[Any], run: Callable[[Any], Row], processes: int) -> Any:
+def _computed(runs: Sequence[Any], run: Callable[[Any], Row], processes: int) -> Iterator[tuple[Any, Row]]:
     if processes == 1 or len(runs) < 2:
-        for settings in runs:
-            yield settings, run(settings)
+        yield from map(partial(_measured, run), runs)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:  # forking would copy locked thread pools
-        yield from pool.imap_unordered(_Pair(run), runs)
+        yield from pool.imap_unordered(partial(_measured, run), runs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """settings -> (settings, row), in a form that can be sent to another process."""
-
-    run: Callable[[Any], Row]
-
-    def __call__(self, settings: Any) -> tuple[Any, Row]:
-        return settings, self.run(settings)
+def _measured(run: Callable[[Any], Row], settings: Any) -> tuple[Any, Row]:
+    return settings, run(settings)
 
 
 def main() -> None:

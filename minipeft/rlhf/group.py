@@ -21,7 +21,7 @@ from .config import GroupConfig
 from .logprobs import Outputs
 from .online import OnlineTrainer
 from .ppo import clipped, log_ratio
-from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
+from .statistics import clip_fraction, of_objective, of_ratio
 
 
 def rloo_advantages(rewards: Array, k: int) -> Array:
@@ -101,7 +101,7 @@ class RLOOTrainer(OnlineTrainer):
         batch, scores, record = answered(self)
         kl = (batch["kl"] * batch["mask"]).sum(axis=1)  # [B]
         batch["advantages"] = rloo_advantages(scores - beta * kl, self.config.num_generations)  # [B]
-        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | epochs(self, batch)
+        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`rloo_loss`, statistics) of a minibatch."""
@@ -125,7 +125,7 @@ class GRPOTrainer(OnlineTrainer):
         """One update: scores, standardized within each group; the KL is in the loss."""
         batch, scores, record = answered(self)
         batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
-        return record | of_objective(record, 0.0, self.config.kl_coef) | epochs(self, batch)
+        return record | of_objective(record, 0.0, self.config.kl_coef) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`grpo_loss`, statistics) of a minibatch."""
@@ -151,13 +151,3 @@ def answered(trainer: OnlineTrainer) -> tuple[dict[str, Array], Array, dict[str,
     roll = trainer.rollout(trainer.config.num_generations)
     batch = trainer.examine(roll)
     return batch, *trainer.score(roll, batch, trainer.config.num_generations)
-
-
-def epochs(trainer: OnlineTrainer, batch: dict[str, Array]) -> dict[str, float]:
-    """Step 6 of `PPOTrainer.update`."""
-    seen: list[dict[str, float]] = []
-    for part in trainer.minibatches(batch):
-        new = trainer.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
-        if trainer.descend(*trainer.loss(part, new), seen):
-            break
-    return over_minibatches(seen)

@@ -61,7 +61,7 @@ def training_step(
                 share.backward(batch.weight / total)
                 del share
             first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
-        callbacks.before_step(model, step)
+        callbacks.before_step(step)
         try:
             norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
         except NonFiniteGradient:
@@ -71,7 +71,7 @@ def training_step(
         "step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
         "tokens": sum(batch.tokens for batch in batches),
     }  # fmt: skip
-    callbacks.after_step(model, step, record)
+    callbacks.after_step(step, record)
     optimizer.zero_grad()
     return record
 
@@ -204,12 +204,9 @@ class Trainer:
         arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
-        self._callbacks = Callbacks(self.model, callbacks)
-        run = Run(
-            a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
-            state=self._state, load_state=self._load_state, progress=a.progress,
-            show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
-        )  # fmt: skip
+        self._callbacks = Callbacks(self.model, more=callbacks)
+        show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+        run = Run(self, a, self.total_steps, self._callbacks, show)
         with run.start(resume_from_checkpoint):
             try:
                 for step in run:
@@ -278,14 +275,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what a run resumes
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What is remembered from step to step: the best evaluation. TrainingDiverged where a parameter is not finite."""
         check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
         self._best = _Best(**state)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
