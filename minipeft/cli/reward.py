@@ -17,6 +17,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from ..options import add_options, from_arguments
 from ..rlhf.reward import RewardConfig
@@ -58,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
     model = rlhf.RewardModel(policy, seed=arguments.seed)
     model.calibrate(texts[:256])  # a fresh head's scores have any scale; from here the loss starts near that of a coin
 
-    def loss(model, rng=None, **batch):
-        return model.loss(**batch, center=config.center)
-
+    loss = partial(rlhf.RewardModel.loss, center=config.center)
     trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
     runs.announce(train, test, arguments)
     result = runs.run_training(args, trainer)

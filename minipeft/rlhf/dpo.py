@@ -11,6 +11,7 @@ Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,11 +104,7 @@ def dpo_trainer(
     train = with_reference(policy, pairs, reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 
-    def loss(model: Module, **arguments: Any) -> Tensor:
-        return dpo_objective(model, **arguments, beta=beta)
-
-    loss.__qualname__ = f"dpo_loss(beta={beta:g})"  # by which a run is resumed with the same β
-    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=loss)
+    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=partial(dpo_objective, beta=beta))
 
 
 def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:

@@ -119,7 +119,8 @@ class Trainer:
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
-            the mean over the batch's `weight` units. By default the model's own.
+            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same: options
+            are seen where they are bound by `functools.partial`.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
@@ -288,9 +289,16 @@ class Trainer:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
-        identity["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        identity["loss"] = _named(self.loss)
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
+
+
+def _named(function: Any) -> str:
+    """A function by name, with the options that a `partial` has bound."""
+    if isinstance(function, partial):
+        return f"{_named(function.func)}({', '.join(f'{name}={value!r}' for name, value in function.keywords.items())})"
+    return getattr(function, "__qualname__", type(function).__qualname__)
