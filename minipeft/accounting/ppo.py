@@ -11,6 +11,8 @@ the moment at which the sum is largest, read off `PPOTrainer`'s own code, run on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,8 +73,10 @@ def ppo_ledger(
     held["reference"] = trained * p.frozen
     if checkpointing is not None:
         walk.backbone_of(policy).gradient_checkpointing = checkpointing
-    reward, value = _reward(reward_model, policy.config), _value(value_model, policy.config)
+    reward = _model(reward_model, partial(RewardModel, seed=None), policy.config)
+    value = _model(value_model, ValueModel, policy.config)
     if reward is not None:
+        reward.requires_grad_(False)
         held["reward model"] = _bytes(reward_model, reward, p.frozen, p)
     if value is None:
         extra = policy.config.hidden_size + 1  # parameters of the value head
@@ -138,13 +142,8 @@ def _nothing(roll: Any) -> Any:
     raise TypeError("a reward that is only counted gives no scores")
 
 
-def _reward(given: bool | Module, config: Any) -> Any:
-    if isinstance(given, Module):
-        return given.copy(share=True).requires_grad_(False)
-    return RewardModel(Transformer(config, seed=None), seed=None).requires_grad_(False) if given else None
-
-
-def _value(given: bool | Module, config: Any) -> Any:
+def _model(given: bool | Module, make: Callable[[Transformer], Module], config: Any) -> Any:
+    """A given model as it is, one of the policy's shape (True), or None (False)."""
     if isinstance(given, Module):
         return given.copy(share=True)
-    return ValueModel(Transformer(config, seed=None).requires_grad_(False)).requires_grad_(True) if given else None
+    return make(Transformer(config, seed=None).requires_grad_(False)).requires_grad_(True) if given else None

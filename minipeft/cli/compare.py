@@ -229,15 +229,12 @@ COLUMNS = {
 
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
     """One line a method; the best of a column is bold. Fits into 80 columns."""
-    from rich.table import Table
     from rich.text import Text
 
+    from .bars import grid
     from .cells import cells
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("\nmethod")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = grid("\nmethod", *COLUMNS.values(), gap=1)
     for row in rows:
         found = [cells(row, rows)[key] for key in COLUMNS]
         table.add_row(row["title"], *(Text(cell.text, "bold" if cell.best else "") for cell in found))

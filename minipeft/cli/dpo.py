@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import argparse
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.dpo import DPOConfig
+from ..rlhf.config import DPOConfig
 from . import runs
 from .arguments import add_machine, use_machine
-from .preferences import add_method, add_pairs, check_pairs, load_pairs, load_trained, template_of
+from .preferences import add_method, add_pairs, add_training, check_pairs, load_pairs, load_trained, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method(parser)
     add_pairs(parser)
-    group = parser.add_argument_group("training")
-    defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
-    add_options(group, DPOConfig, "beta")
+    add_options(add_training(parser, learning_rate=1e-4), DPOConfig, "beta")
     runs.add_output(parser)
     add_machine(parser)
 
@@ -38,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
     use_machine(args)
-
-    from .. import rlhf
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)

@@ -31,6 +31,7 @@ from typing import Any
 
 from ..options import add_options, check, configuration, from_arguments, option
 from .arguments import add_machine, add_model, use_machine
+from .models import load_model
 
 
 @configuration(kw_only=True)
@@ -86,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
     drawing = from_arguments(Drawing, args)
     use_machine(args)
 
-    from .models import load_model
-
     if args.chat and not (args.prompt or args.prompts):
         return _converse(args, drawing)
     prompts = _prompts(args)
@@ -116,7 +115,6 @@ def _converse(args: argparse.Namespace, drawing: Drawing) -> int:
     """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
-    from .models import load_model
     from .prompts import asked
 
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)

@@ -24,9 +24,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.group import GroupConfig
-from ..rlhf.ppo import PPOConfig
+from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
 from .arguments import add_machine, use_machine
 from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
 
-    from .. import rlhf
     from .prompts import asked, stop_tokens
 
     policy, tokenizer = load_trained(args)
@@ -108,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions: int, length: int) -> list[list[int]]:
     """The prompts as token ids; ValueError for one that with an answer of this length is longer than the model."""
-    from .. import rlhf
     from .prompts import asked, read_prompts
 
     room = positions - length
@@ -125,8 +123,6 @@ def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions:
 
 def _reward(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """(what is optimized, what is watched)."""
-    from .. import rlhf
-
     gold = rlhf.gold_reward(tokenizer)
     if args.reward is None:
         rlhf.vader([])  # a missing extra is reported before anything is computed
@@ -148,7 +144,5 @@ def _vocabulary(tokenizer: Any) -> list[str]:
 
 
 def _answers(policy: Any, prompts: list[list[int]], tokenizer: Any, c: PPOConfig | GroupConfig) -> list[str]:
-    from .. import rlhf
-
     roll = rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in roll.responses()]

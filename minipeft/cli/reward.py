@@ -19,21 +19,19 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.reward import RewardConfig
+from ..rlhf.config import RewardConfig
 from . import runs
 from .arguments import add_machine, add_model, use_machine
-from .preferences import add_pairs, check_pairs, load_pairs, template_of
+from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--adapter", metavar="DIR", help="an adapter directory, such as of minipeft sft, to build on")
     add_pairs(parser)
-    group = parser.add_argument_group("training")
-    defaults = {"learning_rate": 1e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
-    add_options(group, RewardConfig)
+    add_options(add_training(parser, learning_rate=1e-3), RewardConfig)
     runs.add_output(parser)
     add_machine(parser)
 
@@ -42,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
     use_machine(args)
 
-    from .. import rlhf
     from ..train import Trainer
     from .models import load_model
     from .prompts import save_template

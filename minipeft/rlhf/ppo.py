@@ -148,17 +148,16 @@ class PPOTrainer(OnlineTrainer):
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
-        ratio = change.exp()
-        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)
+        policy = policy_loss(new.logprobs, batch["old_logprobs"], advantages, mask, c.cliprange)
+        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
         plain, near = value_errors(new.values, batch["old_values"], batch["returns"], c.cliprange_value)
         value = 0.5 * masked_mean(F.maximum(plain, near), mask)
         return policy + c.vf_coef * value, {
             "loss/policy": policy.item(),
             "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "policy/clipfrac": clip_fraction(change.exp().data, advantages, mask, c.cliprange).item(),
             "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
-            **of_ratio(change.data, ratio.data, mask, new.entropy),
+            **of_ratio(change.data, mask, new.entropy),
         }
 
     def state(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array
+from ..backend import Array, xp_of
 from .advantages import masked_mean
 from .rollouts import Rollout, distinct_n
 
@@ -83,8 +83,9 @@ def of_objective(record: Mapping[str, Any], non_score: float, beta: float) -> di
     }
 
 
-def of_ratio(log_ratio: Array, ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
-    """How far the policy has gone from the one that sampled; log ρ (0 at padding), ρ, mask and entropy are [B, n]."""
+def of_ratio(log_ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
+    """How far the policy has gone from the one that sampled; log ρ (0 at padding), mask and entropy are [B, n]."""
+    ratio = xp_of(log_ratio).exp(log_ratio)
     return {
         "policy/approxkl": 0.5 * float(masked_mean(log_ratio**2, mask).item()),
         "policy/entropy": float(masked_mean(entropy, mask).item()),
