@@ -11,7 +11,7 @@ Words that mean one thing everywhere:
     targets             the layers that a method is put on (`target_modules`)
     start               the values that an adapter begins with
     merge               add an adapter's change to the weights of the base layers, which then compute the same alone
-    virtual tokens      trained vectors before a text (in prefix tuning: keys and values), which take positions of its context
+    virtual tokens      trained vectors before a text (prefix tuning: keys and values), which take positions
     prompt              the text that a model continues; in prompt tuning, the virtual tokens before it
     stop tokens         the tokens that end a generated text (`stop_token_ids`)
     rollout             prompts and the responses that the policy has sampled to them

@@ -15,8 +15,8 @@ def lazy(
 
     Args:
         package: its `__name__`.
-        homes: module -> the names that are defined there, separated by spaces; the modules themselves are names too, but
-            are not in `__all__`.
+        homes: module -> the names that are defined there, separated by spaces; the modules themselves are names
+            too, but are not in `__all__`.
         modules: more names, which are modules -> where these are.
 
     Type checkers take every attribute of such a package for Any. AttributeError for a name that is not listed.

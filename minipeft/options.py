@@ -34,7 +34,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field: `default` (lists and dicts are copied), one line of `help`, and the range least <= value <= most
+    """A dataclass field: `default` (lists, dicts are copied), one line of `help`, and the range least <= value <= most
     or above < value < below, or the `choices`. None is allowed where the annotation says so. `flag` and `metavar` are
     the command line's; by default --name-of-the-field, and the kind of value.
     """
@@ -146,7 +146,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN and infinity are none."""
+    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN is none."""
     kinds = _kinds(hint)
     if len(kinds) > 1:
         return any(_fits(value, kind) for kind in kinds)
@@ -202,7 +202,7 @@ def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
-    """From the text of a command line to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
+    """From a command line's text to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
 
     def read(text: str) -> Any:
         try:

@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DIR", help="write DIR/index.html, one page with the table and its plots")
     group = parser.add_argument_group("training")
     add_options(
-        group, Settings, "steps", "batch_size", "learning_rate", "seed", defaults={"steps": None, "learning_rate": None},
-        steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
-        learning_rate="one learning rate for all (default: each its own)", seed="seed of the choice and order of the data",
+        group, Settings, "steps", "batch_size", "learning_rate", "seed",
+        defaults={"steps": None, "learning_rate": None}, steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
+        learning_rate="one learning rate for all (default: each its own)", seed="seed of the data",
     )  # fmt: skip
     group.add_argument(
-        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; 3 with --report)"
+        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1, or 3 for a report)"
     )
     group.add_argument(
         "--reduced", action="store_true",
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
 
     record = {
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
-        "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced, "held_out_examples": len(data.held_out),
-        "max_length": max_length, "left_out": left_out,
+        "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
+        "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": record, "methods": rows})
     plot_comparison(rows, output / "compare.png")
@@ -205,7 +205,7 @@ def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tupl
     for seed, task in tasks.items():
         run, trained = fine_tune(base, task, replace(settings, seed=seed))
         if run["task_loss"] is None:
-            raise ValueError(f"{method.title} diverged at the learning rate {run['rate']:g}; give a lower one with --lr")
+            raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         model = trained if model is None else model
         found.append(run | {"seed": seed, "forgotten": run["general_loss"] - start})
     plain = merged(model)

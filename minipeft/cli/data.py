@@ -90,7 +90,7 @@ class Sample(NamedTuple):
 
 
 def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
-    """The first `n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
+    """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
     found = []
     running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
     if running_text:

@@ -1,7 +1,7 @@
 """Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as for
-`minipeft reward`. The reference is the model as it is at the start.
+The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as
+for `minipeft reward`. The reference is the model as it is at the start.
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl,
 loss.png and dpo.json. The same command with --resume goes on from the last checkpoint.

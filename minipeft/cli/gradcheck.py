@@ -84,8 +84,8 @@ def small_models() -> dict[str, tuple[Any, Any]]:
 
     from ..nn.transformer import Transformer, TransformerConfig
 
-    shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
-             "max_position_embeddings": 8}  # fmt: skip
+    shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"initializer_range": 0.3, "max_position_embeddings": 8}
     gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)
     ids = np.random.default_rng(0).integers(0, 11, (2, 6))
     padding = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

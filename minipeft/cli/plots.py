@@ -67,7 +67,7 @@ def plot_learning(axes: Any, rows: Rows) -> None:
 
 def plot_trade(axes: Any, rows: Rows) -> None:
     """What was learned against what was forgotten; where there are several seeds, small points are single ones."""
-    base, looks = rows[0], styles(rows)
+    looks = styles(rows)
     axes.axhline(0, color="grey", linestyle="--", linewidth=1)
     for row in rows:
         color, marker = looks[row["method"]]
@@ -75,9 +75,9 @@ def plot_trade(axes: Any, rows: Rows) -> None:
         if len(seeds) > 1:
             points = [(run["task_loss"], run["forgotten"]) for run in seeds]
             axes.scatter(*zip(*points), s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        axes.scatter(row["task_loss"], row["forgotten"] if row is not base else 0, s=70, color=color, marker=marker, zorder=3)
+        axes.scatter(row["task_loss"], row["forgotten"], s=70, color=color, marker=marker, zorder=3)
     axes.margins(0.12)
-    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the loss on general text")
+    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the general loss")
 
 
 def plot_memory(axes: Any, rows: Rows) -> None:

@@ -6,8 +6,8 @@ of sentences of the shipped novels. The reference policy is the model as it is a
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
 (all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
-checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same for
-long (--max-equal-updates).
+checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same
+for long (--max-equal-updates).
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--algorithm", choices=("ppo", "rloo", "grpo"), default="ppo", help="default: ppo")
     add_options(
-        group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef", "kl_target",
-        "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
+        group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
+        "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
         defaults={"seed": PPOConfig.seed},
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     trainer = kind(policy, reward, prompts, config, watch)
     trained = sum(p.size for p in trainer.trainable.values())
     runs.note(
-        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {config.steps:,} "
-        f"updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}"
+        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {config.steps:,} updates "
+        f"of {config.batch_size} answers, learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
     before = _answers(trainer.reference, shown, tokenizer, config)

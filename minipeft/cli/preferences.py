@@ -45,7 +45,7 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("data")
     group.add_argument("--template", **TEMPLATE)
-    group.add_argument("--human", metavar="FILE", help="pairs of people's ratings, from your vaderSentiment-3.3.2.tar.gz")
+    group.add_argument("--human", metavar="FILE", help="pairs by people's ratings, from vaderSentiment-3.3.2.tar.gz")
     add_options(group, PairOptions)
 
 

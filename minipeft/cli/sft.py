@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
     )
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these, such as rewrite, define, use"
+        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these: rewrite, define, use, ..."
     )
     parser.add_argument(
         "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"

@@ -66,8 +66,9 @@ def _replay() -> list[Example]:
 
 
 def rewriting(
-    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT_VERSES, blocks: int = BLOCKS
-) -> TaskData:
+    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT_VERSES,
+    blocks: int = BLOCKS,
+) -> TaskData:  # fmt: skip
     """`examples` training verses, chosen by the seed; the held-out ones are always the same.
 
     noise: the share of them whose completion is that of another one.
@@ -86,7 +87,7 @@ def rewriting(
 class Rewriting(Settings):
     """A run on the task, whose data are settings too."""
 
-    examples: int | None = option(None, "training verses, chosen by the seed (default: as many as the steps take)", least=1)
+    examples: int | None = option(None, "verses, chosen by the seed (default: as many as the steps take)", least=1)
     noise: float = option(0.0, "share of them whose completion is that of another one", least=0, most=1)
     held_out: int = option(HELD_OUT_VERSES, "verses that are evaluated on", least=1)
     blocks: int = option(BLOCKS, "blocks of general text that are evaluated on", least=1)

@@ -3,8 +3,9 @@
     python -m minipeft.experiments.sweep lessons.experiments.practice lessons/results/14_best_practices.jsonl
     python -m minipeft.experiments.sweep my_sweep rows.jsonl --processes 2
 
-A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working directory
-is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of each process.
+A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working
+directory is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of
+each process.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def _measured(run: Callable[[Any], Row], settings: Any) -> tuple[Any, Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=__doc__.partition("\n")[0])
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=about)
     parser.add_argument("module", help="the sweep, as in an import statement")
     parser.add_argument("path", help="the JSONL file that the rows are added to")
     parser.add_argument("--processes", type=int, default=1, metavar="N")

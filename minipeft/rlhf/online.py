@@ -1,10 +1,10 @@
-"""What PPO, RLOO and GRPO have in common: a policy answers prompts, gets a score for each answer, and is moved a little.
+"""What PPO, RLOO and GRPO share: a policy answers prompts, gets a score for each answer, and is moved a little.
 
     for update:   prompts ─► rollout ─► scores, log-probabilities of policy and reference ─► advantages
                   for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
 
-An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down in full,
-from the parts that stand here. Everything that an update does depends on (seed, update) and the weights alone, so a run
+An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down, from
+the parts that stand here. Everything that an update does depends on (seed, update) and the weights alone, so a run
 resumed from a checkpoint ends with the same bytes.
 """
 
@@ -57,9 +57,9 @@ def missing_eos(
     return scores if penalty is None else scores - penalty * ~ended
 
 
-# Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path [seed, u, i, t]
-# (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch] alone would be the
-# stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no token's position.
+# Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path
+# [seed, u, i, t] (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch]
+# alone would be the stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no token's position.
 PROMPTS, MINIBATCHES = 1 << 31, (1 << 31) + 1
 
 
@@ -127,7 +127,7 @@ class OnlineTrainer(ABC):
 
     @abstractmethod
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(the loss, statistics) of a minibatch: rows of the arrays of an update, and the policy's outputs for them now."""
+        """(loss, statistics) of a minibatch: rows of an update's arrays, and the policy's outputs for them now."""
 
     def step(self) -> dict[str, Any]:
         """One update. Returns its statistics (see statistics.py), which are also added to `history`.
@@ -257,8 +257,8 @@ class OnlineTrainer(ABC):
     ) -> list[dict[str, Any]]:  # fmt: skip
         """All updates (or until stop_kl); returns their statistics. `on_step` is given each update's.
 
-        The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*, which
-        are numbered through the run; one that asks for the end ends the update, too.
+        The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*,
+        which are numbered through the run; one that asks for the end ends the update, too.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir, of a run with the same policy,
         prompts and configuration; CheckpointError says otherwise. To resume, build the trainer from the policy that the

@@ -40,7 +40,9 @@ def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Tensor:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
+) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
     return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 

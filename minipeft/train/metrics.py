@@ -14,8 +14,8 @@ from ..files import FileError, write_atomic
 class Metrics:
     """Records in memory (`history`) and, given a path, one JSON line each in a file.
 
-    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint from
-    which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
+    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint
+    from which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
 
     Raises FileError when the file is shorter than `position`, or holds anything but JSON lines up to there.
     """

@@ -47,7 +47,7 @@ class Run:
 
     Args:
         trainer: has `trainable`, the trained parameters by name; their `optimizer`; `identity()`, what a run that
-            resumes this one must share with it, as JSON values; `state()`, what the trainer itself remembers from step to
+            resumes this one must share with it, as JSON values; `state()`, what the trainer remembers from step to
             step: JSON values, and dictionaries of arrays, each of which becomes a file of the checkpoint; and
             `load_state(state)`, which takes that up.
         config: has output_dir, save_steps and save_total_limit: where checkpoints and metrics go, and how often; and
@@ -61,8 +61,9 @@ class Run:
     """
 
     def __init__(
-        self, trainer: Any, config: Any, total_steps: int, callbacks: Callbacks, show: Mapping[str, str], unit: str = "step"
-    ):
+        self, trainer: Any, config: Any, total_steps: int, callbacks: Callbacks, show: Mapping[str, str],
+        unit: str = "step",
+    ):  # fmt: skip
         self.trainer, self.config, self.total_steps, self.callbacks = trainer, config, total_steps, callbacks
         self._show, self._unit = show, unit
         self.directory = None if config.output_dir is None else Path(config.output_dir)

@@ -119,8 +119,8 @@ class Trainer:
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
-            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same: options
-            are seen where they are bound by `functools.partial`.
+            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same one:
+            options are compared where `functools.partial` has bound them.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
@@ -179,7 +179,7 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        matrices, vectors = ([item for item in self.trainable.items() if (item[1].ndim > 1) is m] for m in (True, False))
+        matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
         decays = ((matrices, a.weight_decay), (vectors, 0.0))
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
         if a.optim == "sgd":
@@ -277,7 +277,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- what a run resumes
 
     def state(self) -> dict[str, Any]:
-        """What is remembered from step to step: the best evaluation. TrainingDiverged where a parameter is not finite."""
+        """What is remembered: the best evaluation. Raises TrainingDiverged where a parameter is not finite."""
         check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
 
