@@ -113,7 +113,10 @@ def ppo_ledger(
             phases.append(meter.take_peak())
     # 4. A minibatch's loss and backward pass, and the optimizer's step.
     with meter:
-        loss, new = _minibatch_loss(trainer, ids[:rows], ones[:rows], response_len)
+        names = ("advantages", "returns", "old_values", "old_logprobs", "ref_logprobs")
+        minibatch = {name: np.zeros((rows, response_len), np.float32) for name in names}
+        new = trainer.outputs(ids[:rows], ones[:rows], response_len)  # alive in the backward pass, as in the trainer
+        loss, _ = trainer.loss(minibatch | {"mask": ones[:rows, -response_len:]}, new)
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)
         del loss, new
@@ -127,15 +130,6 @@ def _bytes(given: bool | Module, model: Module, size: int, p: Precision) -> int:
     if isinstance(given, Module):
         return sum(states_of(model, p).lines.values())
     return size * sum(q.size for q in model.parameters())
-
-
-def _minibatch_loss(trainer: PPOTrainer, ids: Any, mask: Any, n: int) -> tuple[Any, Any]:
-    """(the loss, what it was computed from) of a minibatch, as the trainer has them when it goes backward."""
-    names = ("advantages", "returns", "old_values", "old_logprobs", "ref_logprobs")
-    batch = {name: np.zeros((len(ids), n), np.float32) for name in names} | {"mask": mask[:, -n:]}
-    new = trainer.outputs(ids, mask, n)
-    loss, _ = trainer.loss(batch, new)
-    return loss, new
 
 
 def _nothing(roll: Any) -> Any:

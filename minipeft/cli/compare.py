@@ -55,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add_options(
         group, Settings, "steps", "batch_size", "learning_rate", "seed",
-        defaults={"steps": None, "learning_rate": None}, steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
+        defaults={"steps": None, "learning_rate": None},
+        steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
         learning_rate="one learning rate for all (default: each its own)", seed="seed of the data",
     )  # fmt: skip
     group.add_argument(
-        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1, or 3 for a report)"
+        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; a report: 3)"
     )
     group.add_argument(
         "--reduced", action="store_true",

@@ -13,14 +13,14 @@ from .cells import Rows, cells, deviation, plus_minus
 from .plots import panel_svg
 
 FIGURES = {
-    "learning": "Loss on the task while learning: thin in training, marked on held-out examples; dashed, the base as it is.",
+    "learning": "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
     "trade": "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
-    "memory": "Peak memory of a training step, with weights, gradients and optimizer; pale bars are predicted from shapes.",
+    "memory": "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
 }
 HEADINGS = {
     "task_loss": "Task loss", "forgotten": "Forgotten", "general_loss": "General loss",
-    "trainable": "Trained parameters", "share": "Share, %", "storage": "Storage", "measured": "Memory", "predicted": "predicted",
-    "step": "Step, s", "token": "Token, ms", "merged": "merged",
+    "trainable": "Trained parameters", "share": "Share, %", "storage": "Storage", "measured": "Memory",
+    "predicted": "predicted", "step": "Step, s", "token": "Token, ms", "merged": "merged",
 }  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def conclusions(rows: Rows) -> list[str]:
         f"{best['title']} learned most: task loss {best['task_loss']:.3f}{plus_minus(best, 'task_loss')}, from the "
         f"base's {base['task_loss']:.3f}."
         if best["task_loss"] < base["task_loss"]
-        else f"No method got below the base's task loss of {base['task_loss']:.3f}: more steps or another learning rate "
-        "are needed."
+        else f"No method got below the base's task loss of {base['task_loss']:.3f}: more steps or another learning "
+        "rate are needed."
     ]
     near = [row for row in trained if row["task_loss"] <= best["task_loss"] + margin(row, best) and row is not best]
     small = min(near, key=lambda row: row["storage"], default=None)

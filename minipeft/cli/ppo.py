@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     trainer = kind(policy, reward, prompts, config, watch)
     trained = sum(p.size for p in trainer.trainable.values())
     runs.note(
-        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {config.steps:,} updates "
-        f"of {config.batch_size} answers, learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}"
+        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; "
+        f"{config.steps:,} updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, "
+        f"KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
     before = _answers(trainer.reference, shown, tokenizer, config)

@@ -16,8 +16,8 @@ from ..train.arguments import TrainingArguments
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
     r"checkpoint-\d+|metrics\.jsonl|(loss|reward|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
-    r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|tokenizer(_config)?\.json|model\.safetensors|"
-    r"adapter_config\.json|adapter_model\.safetensors"
+    r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|"
+    r"tokenizer(_config)?\.json|(adapter_)?model\.safetensors|adapter_config\.json"
 )
 
 

@@ -14,10 +14,10 @@ class Method:
 
     title          what a table calls it, short
     learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s
-                   length and the validation split of its task: the highest rate whose loss on the task is still at least
-                   0.05 nats below that of the next lower one. Above it little is learned in addition, or nothing, and
-                   what is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an earlier
-                   grid, with runs of 80 steps.) Wider models want less: `rate_for`.
+                   length and the validation split of its task: the highest rate whose loss on the task is still at
+                   least 0.05 nats below that of the next lower one. Above it little is learned in addition, or nothing,
+                   and what is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an
+                   earlier grid, with runs of 80 steps.) Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
     quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not say
@@ -36,8 +36,8 @@ class Method:
     def rate_for(self, base: Any) -> float:
         """The default learning rate on a model: in proportion less for one wider than the shipped base.
 
-        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width (Yang
-        et al. 2022, Tensor Programs V, arXiv:2203.03466).
+        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width
+        (Yang et al. 2022, Tensor Programs V, arXiv:2203.03466).
         """
         return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 

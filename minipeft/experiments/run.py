@@ -43,7 +43,7 @@ class Settings:
     """How to fine-tune; with the task and the base, all that decides a row. The schedule is a cosine to 0."""
 
     method: str = option("full", "a key of METHODS", choices=METHODS)
-    learning_rate: float | None = option(None, "peak rate (default: the method's)", above=0, flag="--lr", metavar="RATE")
+    learning_rate: float | None = option(None, "peak rate; None: the method's", above=0, flag="--lr", metavar="RATE")
     steps: int = option(40, "optimizer steps", least=1)
     batch_size: int = option(16, "examples of the task in a step", least=1)
     accumulation: int = option(1, "the number of parts a step is computed in; their gradients are added", least=1)

@@ -45,6 +45,7 @@ def verses(split: str) -> list[Completion]:
     return short("rewrite", split)
 
 
+@cache
 def general_blocks(tokenizer: Any, length: int, n: int, split: str = "validation") -> list[Example]:
     """`n` blocks of a split of the base's own training text, evenly spaced through it."""
     documents = general_text(split)
@@ -58,11 +59,6 @@ def _held_out(verses_: int, blocks: int) -> tuple[list[Example], list[Example]]:
     tokenizer = base()[1]
     held_out = encode_examples(spaced(verses("validation"), verses_), tokenizer, 2 * LENGTH).examples
     return held_out, general_blocks(tokenizer, LENGTH, blocks)
-
-
-@cache
-def _replay() -> list[Example]:
-    return general_blocks(base()[1], REPLAY, 600, "train")
 
 
 def rewriting(
@@ -80,7 +76,8 @@ def rewriting(
     completions = {i: chosen[j].completion for i, j in zip(wrong, np.roll(wrong, 1))}
     records = [Completion(r.prompt, completions.get(i, r.completion)) for i, r in enumerate(chosen)]
     train = encode_examples(records, tokenizer, 2 * LENGTH).examples
-    return TaskData(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
+    general = general_blocks(tokenizer, REPLAY, 600, "train") if replay else []
+    return TaskData(train, *_held_out(held_out, blocks), general, tokenizer.pad_token_id)
 
 
 @configuration(frozen=True)

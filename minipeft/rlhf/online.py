@@ -59,7 +59,8 @@ def missing_eos(
 
 # Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path
 # [seed, u, i, t] (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch]
-# alone would be the stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no token's position.
+# alone would be the stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no
+# token's position.
 PROMPTS, MINIBATCHES = 1 << 31, (1 << 31) + 1
 
 
