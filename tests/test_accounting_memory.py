@@ -99,7 +99,7 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
         optimizer.step()
         found["optimizer states"] = arrays() - total - found["gradients"]
         total, callbacks = arrays(), Callbacks(model)
-        callbacks.after_step(model, 1, {})
+        callbacks.after_step(1, {})
         found["running averages"] = arrays() - total
     finally:
         tracemalloc.stop()
