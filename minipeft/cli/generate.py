@@ -45,6 +45,10 @@ class Drawing:
     seed: int = option(0, "seed of the draw", least=0)
     batch_size: int = option(8, "prompts at a time", least=1)
 
+    def options(self) -> dict[str, Any]:
+        """What `generate` and `generate_stream` take of it, but for the seed."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
     def __post_init__(self) -> None:
         check(self)
         if self.temperature == 0 and (self.top_k or self.top_p):
@@ -198,10 +202,7 @@ def _completions(
     for start in range(0, len(encoded), d.batch_size):
         ids, mask = pad_sequences(encoded[start : start + d.batch_size], 0, side="left")
         stream = Rng(d.seed, first_row=start)
-        out = generate(
-            model, ids, mask, d.max_new_tokens, temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, seed=stream,
-            eos_token_id=stop_token_ids,
-        )  # fmt: skip
+        out = generate(model, ids, mask, seed=stream, eos_token_id=stop_token_ids, **d.options())
         for row in out[:, ids.shape[1] :].tolist():
             yield tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, row)))
 
@@ -212,10 +213,7 @@ def stream_text(model: Any, tokenizer: Any, prompt: list[int], d: Drawing, stop_
 
     tokens: list[int] = []
     shown = ""
-    for token in generate_stream(
-        model, [prompt], None, d.max_new_tokens, temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, seed=d.seed,
-        eos_token_id=stop_token_ids,
-    ):  # fmt: skip
+    for token in generate_stream(model, [prompt], seed=d.seed, eos_token_id=stop_token_ids, **d.options()):
         if int(token[0]) in stop_token_ids:
             break
         tokens.append(int(token[0]))
