@@ -14,21 +14,20 @@ them, the price of KL and the value head's errors, to variance one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..nn.layers import Linear
-from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, priced, whiten
 from .config import PPOConfig
 from .logprobs import Outputs, outputs_of, response_hidden
 from .online import OnlineTrainer, RewardFunction
 from .reward import RewardModel
-from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
+from .statistics import clip_fraction, of_objective, of_ratio
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
@@ -41,7 +40,9 @@ def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2) -> Tensor:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
+) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
     return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 
@@ -103,15 +104,13 @@ class PPOTrainer(OnlineTrainer):
         v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
         for p in v_head.parameters():  # zero: the first advantages are the rewards alone
             p.data = xp.zeros(p.shape, xp.float32)
-        if value_model is None:
-            beside = {f"v_head.{n}": p for n, p in v_head.named_parameters()}
-        else:
-            beside = {f"value.{n}": p for n, p in value_model.named_parameters() if p.requires_grad}
-            if not any("v_head" in name.split(".") for name in beside):
-                raise ValueError(
-                    "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
-                    'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
-                )
+        beside = {"v_head": v_head} if value_model is None else {"value": value_model}
+        trained = (f"{name}.{n}" for name, m in beside.items() for n, p in m.named_parameters() if p.requires_grad)
+        if not any("v_head" in name.split(".") for name in trained):
+            raise ValueError(
+                "no parameter of the value model's v_head requires gradients, so it would stay as it is, at 0 from "
+                'the start; train it: in a PeftModel, with modules_to_save=["v_head"]'
+            )
         super().__init__(policy, reward, prompts, config or PPOConfig(), watch, beside)
         self.v_head, self.value_model = v_head, value_model
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
@@ -137,13 +136,7 @@ class PPOTrainer(OnlineTrainer):
         white = whiten(advantages, roll.mask)
         batch["advantages"] = white if record["objective/scores_equal"] < 1 else 0 * white  # departure 1
         # 6. Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam.
-        seen: list[dict[str, float]] = []
-        for part in self.minibatches(batch):
-            new = self.outputs(part["input_ids"], part["attention_mask"], roll.length)
-            loss, stats = self.loss(part, new)
-            if self.descend(loss, stats, seen):
-                break
-        return record | over_minibatches(seen)
+        return record | self.epochs(batch)
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
@@ -157,17 +150,16 @@ class PPOTrainer(OnlineTrainer):
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
-        ratio = change.exp()
-        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)
+        policy = policy_loss(new.logprobs, batch["old_logprobs"], advantages, mask, c.cliprange)
+        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
         plain, near = value_errors(new.values, batch["old_values"], batch["returns"], c.cliprange_value)
         value = 0.5 * masked_mean(F.maximum(plain, near), mask)
         return policy + c.vf_coef * value, {
             "loss/policy": policy.item(),
             "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "policy/clipfrac": clip_fraction(change.exp().data, advantages, mask, c.cliprange).item(),
             "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
-            **of_ratio(change.data, ratio.data, mask, new.entropy),
+            **of_ratio(change.data, mask, new.entropy),
         }
 
     def state(self) -> dict[str, Any]:
@@ -178,24 +170,7 @@ class PPOTrainer(OnlineTrainer):
         """The KL coefficient."""
         self.kl_controller.beta = state["beta"]
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """As in OnlineTrainer, and the value model."""
         model = self.value_model
-        return super()._identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})
-
-    def _gathered(self, callbacks: Iterable[Callback] = ()) -> Callbacks:
-        own = Callbacks(self.value_model).members  # None has none
-        return super()._gathered([*(_OfValueModel(callback, self.value_model) for callback in own), *callbacks])
-
-
-class _OfValueModel(Callback):
-    """A callback of the value model, which is called with it in place of the policy."""
-
-    def __init__(self, callback: Callback, model: Any):
-        self.callback, self.model = callback, model
-        self.state_dict, self.load_state_dict = callback.state_dict, callback.load_state_dict
-
-    def before_step(self, model: Any, step: int) -> None:
-        self.callback.before_step(self.model, step)
-
-    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> bool | None:
-        return self.callback.after_step(self.model, step, record)
+        return super().identity() | ({} if model is None else {"value model": frozen_fingerprint(model)})

@@ -21,9 +21,7 @@ class TrainingArguments:
     Raises ValueError, naming the argument, for a value that makes no sense.
     """
 
-    output_dir: str | os.PathLike | None = option(
-        None, "where metrics and checkpoints go", flag="--output", metavar="DIR"
-    )
+    output_dir: str | os.PathLike | None = option(None, "for metrics and checkpoints", flag="--output", metavar="DIR")
     learning_rate: float = option(5e-5, "peak learning rate", above=0, flag="--lr", metavar="RATE")
     num_train_epochs: float = option(3.0, "passes over the data", above=0, flag="--epochs", metavar="N")
     max_steps: int | None = option(None, "optimizer steps, in place of epochs", least=1, flag="--steps")
@@ -39,9 +37,7 @@ class TrainingArguments:
     weight_decay: float = option(0.0, "decay of weights, but not of norms and biases", least=0)
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
-    warmup_ratio: float = option(
-        0.0, "share of the steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE"
-    )
+    warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")
     warmup_steps: int = option(0, "steps that warm up, in place of the share", least=0)
     eval_steps: int | None = option(None, "steps between evaluations; None: at the end only", least=1)
     save_steps: int | None = option(None, "steps between checkpoints; None: no checkpoints", least=1)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..backend import Array, xp_of
 from ..nn.module import Parameter
-from .optim import Optimizer
+from .optim import Optimizer, non_finite
 
 
 class TrainingDiverged(RuntimeError):
@@ -24,7 +23,7 @@ def diverged(step: int, loss: float, parameters: Mapping[str, Parameter], optimi
     if name is not None:
         where = f"the parameter {name} became NaN or infinite in the update before"
     elif math.isfinite(loss):  # backward meets the last layers first, so theirs went wrong first
-        gradients = ((n, _non_finite(p.grad)) for n, p in reversed(parameters.items()) if p.grad is not None)
+        gradients = ((n, non_finite(p.grad)) for n, p in reversed(parameters.items()) if p.grad is not None)
         name, bad = next((n, bad) for n, bad in gradients if bad)
         where = f"in the gradient of {name} {bad} of {parameters[name].size} elements are NaN or infinite"
     else:
@@ -50,9 +49,4 @@ def _advice(step: int, optimizer: Optimizer) -> str:
 
 
 def _non_finite_parameter(parameters: Mapping[str, Parameter]) -> str | None:
-    return next((name for name, p in parameters.items() if _non_finite(p.data)), None)
-
-
-def _non_finite(array: Array) -> int:
-    """How many elements are NaN or infinite."""
-    return array.size - int(xp_of(array).isfinite(array).sum().item())
+    return next((name for name, p in parameters.items() if non_finite(p.data)), None)

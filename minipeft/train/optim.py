@@ -129,6 +129,11 @@ class NonFiniteGradient(ValueError):
         self.name = name
 
 
+def non_finite(array: Array) -> int:
+    """How many elements are NaN or infinite."""
+    return array.size - int(xp_of(array).isfinite(array).sum().item())
+
+
 def clip_grad_norm(parameters: Named, max_norm: float) -> float:
     """Scale all gradients by max_norm / (norm + 1e-6) where their common 2-norm exceeds `max_norm`; returns the norm.
 
@@ -144,8 +149,7 @@ def clip_grad_norm(parameters: Named, max_norm: float) -> float:
     norm = math.sqrt(sum_of_squares([g for _, g in named]))
     if not math.isfinite(norm):
         for i, (name, g) in enumerate(named):
-            bad = g.size - int(xp_of(g).isfinite(g).sum().item())
-            if bad:
+            if bad := non_finite(g):
                 name = name or f"parameter {i}"
                 message = f"the gradient of {name} has {bad} of {g.size} elements that are NaN or infinite"
                 raise NonFiniteGradient(name, message)

@@ -61,7 +61,7 @@ def training_step(
                 share.backward(batch.weight / total)
                 del share
             first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
-        callbacks.before_step(model, step)
+        callbacks.before_step(step)
         try:
             norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
         except NonFiniteGradient:
@@ -71,7 +71,7 @@ def training_step(
         "step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
         "tokens": sum(batch.tokens for batch in batches),
     }  # fmt: skip
-    callbacks.after_step(model, step, record)
+    callbacks.after_step(step, record)
     optimizer.zero_grad()
     return record
 
@@ -119,7 +119,8 @@ class Trainer:
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
-            the mean over the batch's `weight` units. By default the model's own.
+            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same one:
+            options are compared where `functools.partial` has bound them.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
@@ -178,7 +179,7 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        matrices, vectors = ([item for item in self.trainable.items() if (item[1].ndim > 1) is m] for m in (True, False))
+        matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
         decays = ((matrices, a.weight_decay), (vectors, 0.0))
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
         if a.optim == "sgd":
@@ -204,12 +205,9 @@ class Trainer:
         arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
-        self._callbacks = Callbacks(self.model, callbacks)
-        run = Run(
-            a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
-            state=self._state, load_state=self._load_state, progress=a.progress,
-            show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
-        )  # fmt: skip
+        self._callbacks = Callbacks(self.model, more=callbacks)
+        show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+        run = Run(self, a, self.total_steps, self._callbacks, show)
         with run.start(resume_from_checkpoint):
             try:
                 for step in run:
@@ -278,20 +276,29 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what a run resumes
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What is remembered: the best evaluation. Raises TrainingDiverged where a parameter is not finite."""
         check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
         self._best = _Best(**state)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
-        identity["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        identity["loss"] = _named(self.loss)
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
+
+
+def _named(function: Any) -> str:
+    """A function by name, with the options that a `partial` has bound."""
+    if isinstance(function, partial):
+        return f"{_named(function.func)}({', '.join(f'{name}={value!r}' for name, value in function.keywords.items())})"
+    return getattr(function, "__qualname__", type(function).__qualname__)
