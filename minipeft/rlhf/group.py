@@ -158,6 +158,7 @@ def epochs(trainer: OnlineTrainer, batch: dict[str, Array]) -> dict[str, float]:
     seen: list[dict[str, float]] = []
     for part in trainer.minibatches(batch):
         new = trainer.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
-        if trainer.descend(*trainer.loss(part, new), seen):
+        seen.append(trainer.descend(*trainer.loss(part, new), number=len(seen)))
+        if trainer.asked_to_stop:
             break
     return over_minibatches(seen)

@@ -207,30 +207,36 @@ class OnlineTrainer(ABC):
                 part = asarray(rows[i : i + c.mini_batch_size], self._xp)
                 yield {name: array[part] for name, array in batch.items()}
 
-    def descend(self, loss: Tensor, stats: dict[str, float], seen: list[dict[str, float]]) -> bool:
-        """One optimizer step: gradients of the loss, clipping, Adam. True where a callback asks for the end of the run.
+    def descend(self, loss: Tensor, stats: dict[str, float], number: int) -> dict[str, float]:
+        """One optimizer step, number `number` (from 0) of this update: gradients of the loss, clipping, Adam.
 
-        `stats` are the minibatch's; with "grad_norm" they are added to `seen`, those of the update's minibatches.
+        Returns the minibatch's statistics with "grad_norm". Before the first step of an update the policy is the one
+        that sampled, which is checked: ρ = 1.
         """
         c = self.config
-        if not seen:
+        if number == 0:
             check_first_minibatch(stats)
         if not math.isfinite(loss.item()):
             raise self._error(f"the loss is {loss.item():g}; {self._advice()}")
         loss.backward()
         if self._callbacks is None:  # an own loop over `step`
             self._callbacks = self._gathered()
-        number = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + len(seen) + 1
-        self._callbacks.before_step(self.policy, number)
+        step = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + number + 1  # of the run
+        self._callbacks.before_step(self.policy, step)
         try:
             norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
         except NonFiniteGradient as error:
             raise self._error(f"{error}; {self._advice()}") from error
         self.optimizer.step()
-        seen.append({**stats, "grad_norm": norm})
-        self._callbacks.after_step(self.policy, number, {"step": number, **seen[-1]})
+        stats = {**stats, "grad_norm": norm}
+        self._callbacks.after_step(self.policy, step, {"step": step, **stats})
         self.optimizer.zero_grad()
-        return self._callbacks.stopped
+        return stats
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a callback has asked for the end of the run."""
+        return self._callbacks is not None and self._callbacks.stopped
 
     def _error(self, what: str) -> RLHFError:
         return RLHFError(f"update {self.updates + 1}: {what}")

@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 
+from ..autograd.tensor import Tensor
 from ..backend import Array
 from .advantages import masked_mean
 from .rollouts import Rollout, distinct_n
@@ -102,6 +103,15 @@ def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float
     """
     clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
     return masked_mean(clipped.astype(ratio.dtype), mask)
+
+
+def value_clip_fraction(
+    values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2
+) -> Array:
+    """The share of the real positions at which `value_loss` took the clipped side: a scalar array; all are [B, n]."""
+    v = values.data
+    near = old_values + (v - old_values).clip(-cliprange_value, cliprange_value)
+    return masked_mean(((near - returns) ** 2 > (v - returns) ** 2).astype(v.dtype), mask)
 
 
 def over_minibatches(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:
