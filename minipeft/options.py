@@ -34,7 +34,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field: `default` (lists and dicts are copied), one line of `help`, and the range least <= value <= most
+    """A dataclass field: `default` (lists, dicts are copied), one line of `help`, and the range least <= value <= most
     or above < value < below, or the `choices`. None is allowed where the annotation says so. `flag` and `metavar` are
     the command line's; by default --name-of-the-field, and the kind of value.
     """
@@ -72,7 +72,7 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
         if numpy and isinstance(value, numpy.generic):
             value = value.item()
             object.__setattr__(config, field.name, value)
-        if not _fits(value, _hint(type(config), field.name)) or not _within(value, field.metadata):
+        if not _fits(value, _hints(type(config))[field.name]) or not _within(value, field.metadata):
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
 
 
@@ -88,7 +88,7 @@ def add_options(
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
         field = fields[name]
-        kinds = [kind for kind in _kinds(_hint(cls, name)) if kind is not NoneType]
+        kinds = [kind for kind in _kinds(_hints(cls)[name]) if kind is not NoneType]
         flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
         text = helps.get(name, field.metadata["help"]).replace("%", "%%")
         default = defaults.get(name, _default(field))
@@ -137,10 +137,6 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _hint(cls: type, name: str) -> Any:
-    return _hints(cls)[name]
-
-
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -150,7 +146,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN and infinity are none."""
+    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN is none."""
     kinds = _kinds(hint)
     if len(kinds) > 1:
         return any(_fits(value, kind) for kind in kinds)
@@ -186,9 +182,7 @@ def _wanted(cls: type, field: dataclasses.Field) -> str:
     """"an integer of at least 1, or None"."""
     if field.metadata["choices"] is not None:
         return f"one of {', '.join(map(str, field.metadata['choices']))}"
-    return ", or ".join(
-        dict.fromkeys(_words(kind, field.metadata) for kind in _kinds(_hint(cls, field.name)))
-    )
+    return ", or ".join(dict.fromkeys(_words(kind, field.metadata) for kind in _kinds(_hints(cls)[field.name])))
 
 
 def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
@@ -208,7 +202,7 @@ def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
-    """From the text of a command line to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
+    """From a command line's text to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
 
     def read(text: str) -> Any:
         try:
@@ -224,7 +218,9 @@ def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def _shown(default: Any) -> str:
-    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(default, (list, tuple)):
+        return " ".join(map(str, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _table(cls: type) -> str:

@@ -64,9 +64,9 @@ def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
     optimizer, callbacks = make([p for p in model.parameters() if p.requires_grad]), Callbacks(model)
     for step in (1, 2):
         model.loss(IDS, IDS, rng=Rng(step)).backward()
-        callbacks.before_step(model, step)
+        callbacks.before_step(step)
         optimizer.step()
-        callbacks.after_step(model, step, {})
+        callbacks.after_step(step, {})
         optimizer.zero_grad()
     return sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
 
@@ -99,7 +99,7 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
         optimizer.step()
         found["optimizer states"] = arrays() - total - found["gradients"]
         total, callbacks = arrays(), Callbacks(model)
-        callbacks.after_step(model, 1, {})
+        callbacks.after_step(1, {})
         found["running averages"] = arrays() - total
     finally:
         tracemalloc.stop()

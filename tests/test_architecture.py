@@ -23,7 +23,7 @@ def test_import_loads_numpy_and_little_else():
 def test_every_public_name_exists():
     import minipeft
 
-    for name in minipeft._OBJECTS:
+    for name in minipeft.__all__:
         assert getattr(minipeft, name) is not None
 
 

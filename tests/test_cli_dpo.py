@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_an_adapter_is_made_or_trained_further(model, data, tmp_path, capsys):  
     assert dpo(tmp_path / "c", *options, "--adapter", tmp_path / "a") == 0
     first = json.loads((tmp_path / "c" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_plain_template_is_saved_too_where_the_base_has_another(model, data, tmp_path):  # noqa: F811
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "template.json").write_text('{"template": "alpaca"}')
+    options = ("--data", data, "--model", base, "--steps", 1, "--method", "lora", "--template", "plain")
+    assert dpo(tmp_path / "adapter", *options) == 0
+    assert json.loads((tmp_path / "adapter" / "template.json").read_text()) == {"template": "plain"}
 
 
 @pytest.mark.parametrize(

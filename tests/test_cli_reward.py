@@ -44,6 +44,13 @@ def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data
     assert isinstance(plain, mp.SequenceClassifier) and plain.num_labels == 1
 
 
+def test_a_run_is_resumed_with_the_same_center(model, data, tmp_path, capsys):
+    options = ("--data", data, "--model", model, "--steps", 2)
+    assert reward(tmp_path / "judge", *options, "--center", 0.5) == 0
+    assert reward(tmp_path / "judge", *options, "--resume") == 2
+    assert "other loss (RewardModel.loss(center=0.5) there, RewardModel.loss(center=0.0) here)" in capsys.readouterr().err
+
+
 def test_generated_pairs_need_nothing_but_the_extra(model, tmp_path, capsys, monkeypatch):
     pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
     options = ("--model", model, "--pairs", 24, "--response-length", 6)

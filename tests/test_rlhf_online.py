@@ -621,7 +621,7 @@ def test_dpo_resumes_with_another_evaluation_batch_but_not_another_beta(tmp_path
     stopped = []
     with pytest.raises(Interrupted):
         run(8).train(callbacks=[Stop()])
-    with pytest.raises(CheckpointError, match=r"other loss .dpo_loss\(beta=0.1\) there, dpo_loss\(beta=0.2\) here"):
+    with pytest.raises(CheckpointError, match=r"other loss .dpo_objective\(beta=0.1\) there, dpo_objective\(beta=0.2\) here"):
         run(8, beta=0.2).train(resume_from_checkpoint=True, callbacks=[Stop()])
     assert run(32).train(resume_from_checkpoint=True, callbacks=[Stop()]).steps == 4
     with pytest.raises(ValueError, match="reference_batch_size must be an integer of at least 1, got 0"):

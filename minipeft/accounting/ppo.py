@@ -11,6 +11,8 @@ the moment at which the sum is largest, read off `PPOTrainer`'s own code, run on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,8 +73,10 @@ def ppo_ledger(
     held["reference"] = trained * p.frozen
     if checkpointing is not None:
         walk.backbone_of(policy).gradient_checkpointing = checkpointing
-    reward, value = _reward(reward_model, policy.config), _value(value_model, policy.config)
+    reward = _model(reward_model, partial(RewardModel, seed=None), policy.config)
+    value = _model(value_model, ValueModel, policy.config)
     if reward is not None:
+        reward.requires_grad_(False)
         held["reward model"] = _bytes(reward_model, reward, p.frozen, p)
     if value is None:
         extra = policy.config.hidden_size + 1  # parameters of the value head
@@ -109,7 +113,10 @@ def ppo_ledger(
             phases.append(meter.take_peak())
     # 4. A minibatch's loss and backward pass, and the optimizer's step.
     with meter:
-        loss, new = _minibatch_loss(trainer, ids[:rows], ones[:rows], response_len)
+        names = ("advantages", "returns", "old_values", "old_logprobs", "ref_logprobs")
+        minibatch = {name: np.zeros((rows, response_len), np.float32) for name in names}
+        new = trainer.outputs(ids[:rows], ones[:rows], response_len)  # alive in the backward pass, as in the trainer
+        loss, _ = trainer.loss(minibatch | {"mask": ones[:rows, -response_len:]}, new)
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)
         del loss, new
@@ -125,26 +132,12 @@ def _bytes(given: bool | Module, model: Module, size: int, p: Precision) -> int:
     return size * sum(q.size for q in model.parameters())
 
 
-def _minibatch_loss(trainer: PPOTrainer, ids: Any, mask: Any, n: int) -> tuple[Any, Any]:
-    """(the loss, what it was computed from) of a minibatch, as the trainer has them when it goes backward."""
-    names = ("advantages", "returns", "old_values", "old_logprobs", "ref_logprobs")
-    batch = {name: np.zeros((len(ids), n), np.float32) for name in names} | {"mask": mask[:, -n:]}
-    new = trainer.outputs(ids, mask, n)
-    loss, _ = trainer.loss(batch, new)
-    return loss, new
-
-
 def _nothing(roll: Any) -> Any:
     raise TypeError("a reward that is only counted gives no scores")
 
 
-def _reward(given: bool | Module, config: Any) -> Any:
-    if isinstance(given, Module):
-        return given.copy(share=True).requires_grad_(False)
-    return RewardModel(Transformer(config, seed=None), seed=None).requires_grad_(False) if given else None
-
-
-def _value(given: bool | Module, config: Any) -> Any:
+def _model(given: bool | Module, make: Callable[[Transformer], Module], config: Any) -> Any:
+    """A given model as it is, one of the policy's shape (True), or None (False)."""
     if isinstance(given, Module):
         return given.copy(share=True)
-    return ValueModel(Transformer(config, seed=None).requires_grad_(False)).requires_grad_(True) if given else None
+    return make(Transformer(config, seed=None).requires_grad_(False)).requires_grad_(True) if given else None

@@ -3,8 +3,8 @@
 A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help. Only the
 module of the chosen command is imported, so that the list of all of them appears at once.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, in one line on standard error;
-130 interrupted.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, in one line on standard
+error; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
     commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
-    parsers = {name: commands.add_parser(name, help=text, formatter_class=_formatter) for name, text in COMMANDS.items()}
+    parsers = {c: commands.add_parser(c, help=text, formatter_class=_formatter) for c, text in COMMANDS.items()}
     chosen = next((word for word in argv if not word.startswith("-")), None)
     known = parsers.get(chosen, parser)
     if chosen in COMMANDS:

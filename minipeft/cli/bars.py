@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 WIDTH = 72
@@ -19,11 +20,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:,.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
 
 
-def grid(first: str, *numbers: str) -> Any:
-    """An empty table without lines: a column with this heading, and columns of numbers."""
+def grid(first: str, *numbers: str, gap: int = 2) -> Any:
+    """An empty table without lines: a column with this heading, and columns of numbers, `gap` blanks apart."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     table.add_column(first, overflow="fold")
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -35,10 +36,7 @@ def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) ->
     from rich.text import Text
 
     total, text = sum(parts.values()), Text()
-    edges, reached = [0], 0
-    for n in parts.values():
-        reached += n
-        edges.append(round(WIDTH * reached / max(1, total)))
+    edges = [round(WIDTH * n / max(1, total)) for n in accumulate(parts.values(), initial=0)]
     looks = [(MARKS[i % len(MARKS)], COLORS[i % len(COLORS)]) for i in range(len(parts))]
     for (mark, color), a, b in zip(looks, edges, edges[1:]):
         text.append(mark * (b - a), color)

@@ -54,12 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DIR", help="write DIR/index.html, one page with the table and its plots")
     group = parser.add_argument_group("training")
     add_options(
-        group, Settings, "steps", "batch_size", "learning_rate", "seed", defaults={"steps": None, "learning_rate": None},
+        group, Settings, "steps", "batch_size", "learning_rate", "seed",
+        defaults={"steps": None, "learning_rate": None},
         steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
-        learning_rate="one learning rate for all (default: each its own)", seed="seed of the choice and order of the data",
+        learning_rate="one learning rate for all (default: each its own)", seed="seed of the data",
     )  # fmt: skip
     group.add_argument(
-        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; 3 with --report)"
+        "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; a report: 3)"
     )
     group.add_argument(
         "--reduced", action="store_true",
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     steps, held_out, blocks = SIZES[reduced]
     settings = from_arguments(Settings, args, steps=args.steps or steps, evaluations=4)
     base, tokenizer = load_model(args.model, args.backend)
-    methods, left_out = applicable(args.methods or list(METHODS), base)
+    reasons = {key: METHODS[key].why_not(base) for key in args.methods or METHODS}
+    left_out = {key: why for key, why in reasons.items() if why}
+    methods = [key for key in reasons if key not in left_out]
     if args.methods and left_out:
         raise ValueError("; ".join(f"--methods {key}: {why}" for key, why in left_out.items()))
     virtual = max(METHODS[key].virtual_tokens for key in methods)  # all methods see the same examples
@@ -124,8 +127,8 @@ def run(args: argparse.Namespace) -> int:
 
     record = {
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
-        "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced, "held_out_examples": len(data.held_out),
-        "max_length": max_length, "left_out": left_out,
+        "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
+        "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": record, "methods": rows})
     plot_comparison(rows, output / "compare.png")
@@ -147,12 +150,6 @@ def run(args: argparse.Namespace) -> int:
         write_page(saved[-1], record, rows, answers)
     out.print(f"saved: {', '.join(map(str, saved))}")
     return 0
-
-
-def applicable(keys: list[str], base: Any) -> tuple[list[str], dict[str, str]]:
-    """(the methods of these names that can be put on the model, {name: why not} of the others)."""
-    reasons = {key: METHODS[key].why_not(base) for key in keys}
-    return [key for key, why in reasons.items() if why is None], {key: why for key, why in reasons.items() if why}
 
 
 def load_data(
@@ -209,7 +206,7 @@ def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tupl
     for seed, task in tasks.items():
         run, trained = fine_tune(base, task, replace(settings, seed=seed))
         if run["task_loss"] is None:
-            raise ValueError(f"{method.title} diverged at the learning rate {run['rate']:g}; give a lower one with --lr")
+            raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         model = trained if model is None else model
         found.append(run | {"seed": seed, "forgotten": run["general_loss"] - start})
     plain = merged(model)
@@ -233,15 +230,12 @@ COLUMNS = {
 
 def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
     """One line a method; the best of a column is bold. Fits into 80 columns."""
-    from rich.table import Table
     from rich.text import Text
 
+    from .bars import grid
     from .cells import cells
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("\nmethod")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = grid("\nmethod", *COLUMNS.values(), gap=1)
     for row in rows:
         found = [cells(row, rows)[key] for key in COLUMNS]
         table.add_row(row["title"], *(Text(cell.text, "bold" if cell.best else "") for cell in found))

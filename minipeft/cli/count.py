@@ -23,7 +23,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arguments import positive_int
+from .bars import bar, grid, size
 from .method_options import add_method_options, architecture_of, configuration, method_name
+from .report import console
 
 SHOWN = 24  # rows of the table, the rest is one row
 
@@ -51,9 +53,6 @@ def run(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(record, indent=1))
         return 0
-    from .bars import bar, size
-    from .report import console
-
     out = console()
     out.print(f"{arch.name} ({arch.model_type}), {method_name(args, config)}\n", style="bold")
     if trained:
@@ -69,8 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:
     """One row for each kind of parameter, layers together."""
-    from .bars import grid
-
     rows: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, shape in trained.items():
         key = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), tuple(shape)

@@ -90,9 +90,10 @@ class Sample(NamedTuple):
 
 
 def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
-    """The first `n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
+    """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
     found = []
-    if not data.held_out_records or isinstance(data.held_out_records[0], Document):
+    running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
+    if running_text:
         for example in data.held_out:
             half = min(len(example.input_ids) // 2, room, 32)
             if half > 0:
@@ -101,11 +102,9 @@ def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | 
                     tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[half:][:48])
                 )
                 found.append(Sample(text, ids[:half], rest))
-    for record in data.held_out_records:
+    for record in [] if running_text else data.held_out_records:
         if len(found) >= n:
             break
-        if isinstance(record, Document):
-            continue
         *before, last = (template or default_template(record))(record)
         pieces = (*(piece for turn in before for piece in (*turn.prompt, *turn.completion)), *last.prompt)
         ids = tokenizer.encode_pieces(pieces, add_special_tokens=True)

@@ -1,7 +1,7 @@
 """Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as for
-`minipeft reward`. The reference is the model as it is at the start.
+The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as
+for `minipeft reward`. The reference is the model as it is at the start.
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl,
 loss.png and dpo.json. The same command with --resume goes on from the last checkpoint.
@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import argparse
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.dpo import DPOConfig
+from ..rlhf.config import DPOConfig
 from . import runs
 from .arguments import add_machine, use_machine
-from .preferences import add_method, add_pairs, check_pairs, load_pairs, load_trained, template_of
+from .preferences import add_method, add_pairs, add_training, check_pairs, load_pairs, load_trained, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method(parser)
     add_pairs(parser)
-    group = parser.add_argument_group("training")
-    defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
-    add_options(group, DPOConfig, "beta")
+    add_options(add_training(parser, learning_rate=1e-4), DPOConfig, "beta")
     runs.add_output(parser)
     add_machine(parser)
 
@@ -38,8 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
     use_machine(args)
-
-    from .. import rlhf
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
@@ -52,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     rewards = rlhf.implicit_rewards(policy, judged, config.beta)
     accuracy, margin = rlhf.reward_accuracy(*rewards.T), float((rewards[:, 0] - rewards[:, 1]).mean())
-    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
+    use = runs.save_model(policy, tokenizer, output, name)
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "accuracy": accuracy,
@@ -60,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
         "margin": margin,
         "loss": trainer.evaluate(judged),
     }
-    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, results, options, arguments, config, template=name)
     print(
         f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} {of} pairs; "
         f"margin {margin:.3f}"
     )
-    print(f"saved in {output}  (minipeft generate {runs.usage(policy, output)} --prompt ...)")
+    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
     return 0

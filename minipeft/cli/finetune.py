@@ -12,9 +12,9 @@ The output directory is a Hugging Face model directory (an adapter directory of 
 metrics.jsonl, loss.png, finetune.json, template.json (the template, for what uses the model next), and the last
 checkpoint, from which the same command with --resume goes on (safe to delete when the run has ended).
 
-A model of more than 50 million parameters is trained sparingly unless the options say otherwise: two examples at a time,
-four times a step, activations computed again in backward. Conversations are put in the chat template that comes with the
-model, and --template chat does so with other records.
+A model of more than 50 million parameters is trained sparingly unless the options say otherwise: two examples at a
+time, four times a step, activations computed again in backward. Conversations are put in the chat template that comes
+with the model, and --template chat does so with other records.
 
 examples:
   minipeft finetune --data my.jsonl --output tuned
@@ -78,8 +78,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     group = parser.add_argument_group("training")
     runs.add_training(
         group,
-        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "eval_steps",
-        "early_stopping_patience",
+        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm",
+        "eval_steps", "early_stopping_patience",
         defaults={
             "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
             "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
@@ -87,7 +87,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
         learning_rate="peak learning rate (default: the method's, see --method)",
         per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
         gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
-        max_grad_norm="clip the gradient to this 2-norm; 0 does not", eval_steps="steps between evaluations (default: 1/5)",
+        max_grad_norm="clip the gradient to this 2-norm; 0 does not",
+        eval_steps="steps between evaluations (default: 1/5)",
     )  # fmt: skip
     group.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction,
@@ -151,14 +152,15 @@ def fine_tune(
         model.gradient_checkpointing_enable()
     trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = count(model)
-    runs.announce(data.train, data.held_out, arguments, "examples", f"method {args.method}: {trainable:,} of {total:,} parameters; ")
+    trained = f"method {args.method}: {trainable:,} of {total:,} parameters; "
+    runs.announce(data.train, data.held_out, arguments, "examples", trained)
     if data.note:
         runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
     result = runs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    runs.save_model(model, tokenizer, output, name)
+    use = runs.save_model(model, tokenizer, output, name)
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -168,7 +170,7 @@ def fine_tune(
     }
     if tests:
         results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    runs.write_record(args, {**runs.as_options(args, options, arguments), "max_length": max_length}, results)
+    runs.write_record(args, results, options, arguments, max_length=max_length)
 
     loss = results["held_out_loss"]
     if data.held_out:
@@ -181,8 +183,10 @@ def fine_tune(
     for sample in samples(data, tokenizer, 1, limit - ANSWER, template):
         answers = {when: answer(m, tokenizer, sample.ids) for when, m in (("before", base), ("after", model))}
         show_samples(console(), [(sample, answers)])
-    on = f"--model {args.model} " if args.model and hasattr(model, "save_pretrained") else ""
-    use = f"{on}{runs.usage(model, output)}{' --load-in-4bit' if method.quantized else ''}"
+    if args.model and hasattr(model, "save_pretrained"):
+        use = f"--model {args.model} {use}"
+    if method.quantized:
+        use += " --load-in-4bit"
     print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 

@@ -2,11 +2,11 @@
 
 A prompt comes from --prompt (may be repeated), from a file, or from standard input. A model or adapter that finetune or
 sft wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without
---temperature the most probable token is taken each time. On a terminal the text of a single prompt appears as it is written.
+--temperature the most probable token is taken each time. On a terminal a single prompt's text appears as it is written.
 
-With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is none).
-Without a prompt it is a conversation: each line of standard input is a message, answered before the next is read; it ends
-with /exit or at the end of the input (Ctrl-D).
+With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is
+none). Without a prompt it is a conversation: each line of standard input is a message, answered before the next is
+read; it ends with /exit or at the end of the input (Ctrl-D).
 
 examples:
   minipeft generate --prompt "It was a fine morning"
@@ -31,6 +31,7 @@ from typing import Any
 
 from ..options import add_options, check, configuration, from_arguments, option
 from .arguments import add_machine, add_model, use_machine
+from .models import load_model
 
 
 @configuration(kw_only=True)
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--adapter", metavar="DIR", help="an adapter directory to put on the model")
     parser.add_argument(
-        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as --method qlora trained on them"
+        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--escapes", action="store_true", help=r"read \n and \t in --prompt as line break and tab")
     group.add_argument(
         "--template", metavar="NAME|TEXT",
-        help="plain, alpaca, chatml, chat or a text with {prompt}: what the prompts are put in (default: as in training)",
+        help="plain, alpaca, chatml, chat or a text with {prompt}, for the prompts (default: as in training)",
     )  # fmt: skip
     group.add_argument("--chat", action="store_true", help="talk to the model: one message, or a conversation")
     group.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
@@ -82,11 +83,9 @@ def run(args: argparse.Namespace) -> int:
     if args.chat and args.template is not None:
         raise ValueError("--chat is a template; give either --chat or --template")
     if args.escapes and not args.prompt:
-        raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have line breaks of their own")
+        raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have real line breaks")
     drawing = from_arguments(Drawing, args)
     use_machine(args)
-
-    from .models import load_model
 
     if args.chat and not (args.prompt or args.prompts):
         return _converse(args, drawing)
@@ -116,7 +115,6 @@ def _converse(args: argparse.Namespace, drawing: Drawing) -> int:
     """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
-    from .models import load_model
     from .prompts import asked
 
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)

@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
     from rich.text import Text
 
     from ..autograd.cases import check_ops, op_cases
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..autograd.tensor import REGISTRY
     from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
     from .arguments import unknown
+    from .bars import grid
     from .report import console
 
     for name in args.op or ():
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 add(name, deviation, error)
                 bar.advance(task)
 
-    table = Table(box=None, pad_edge=False)
-    for heading, justify in (("op or model", "left"), ("checks", "right"), ("worst deviation", "right"), ("", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)
+    table = grid("op or model", "checks", "worst deviation", "")
     for name, (checks, worst, errors) in rows.items():
         verdict = Text(f"{len(errors)} FAILED", "bold red") if errors else Text("ok", "green")
         table.add_row(Text(name), str(checks), "-" if errors else f"{worst:.1e}", verdict)
@@ -86,8 +84,8 @@ def small_models() -> dict[str, tuple[Any, Any]]:
 
     from ..nn.transformer import Transformer, TransformerConfig
 
-    shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
-             "max_position_embeddings": 8}  # fmt: skip
+    shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"initializer_range": 0.3, "max_position_embeddings": 8}
     gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)
     ids = np.random.default_rng(0).integers(0, 11, (2, 6))
     padding = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_lessons() -> dict[int, Path]:
-    """number -> file, of lessons/ in the working directory, else beside the package. FileNotFoundError where none is."""
+    """number -> file, of lessons/ in the working directory, else beside the package. FileNotFoundError for none."""
     places = [Path.cwd() / "lessons", Path(__file__).resolve().parents[2] / "lessons"]
     for place in places:
         numbered = ((re.match(r"(\d+)_", path.name), path) for path in sorted(place.glob("*.py")))
@@ -66,8 +66,8 @@ def find_lessons() -> dict[int, Path]:
         if found:
             return dict(sorted(found.items()))
     raise FileNotFoundError(
-        f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: they come with a checkout of the project, not with "
-        "the installed package; run this from the checkout's top level"
+        f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: they come with a checkout of the project, not "
+        "with the installed package; run this from the checkout's top level"
     )
 
 

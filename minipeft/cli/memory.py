@@ -26,9 +26,12 @@ import argparse
 import json
 from typing import Any
 
+from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from .arguments import positive_int
+from .bars import bar, grid, size
 from .method_options import add_method_options, architecture_of, configuration, flag, method_name
+from .report import console
 
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
@@ -68,9 +71,6 @@ def run(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(record, indent=1))
         return 0
-    from .bars import bar, size
-    from .report import console
-
     out = console()
     out.print(f"{arch.name} ({arch.model_type}), {method}: {_step(args)}\n", style="bold")
     out.print(_table(ledger))
@@ -100,8 +100,6 @@ def _check(args: argparse.Namespace, quantization: str | None) -> None:
 
 
 def _ledger(args: argparse.Namespace, arch: Any, config: Any, quantization: str | None) -> Any:
-    from .. import accounting
-
     options = dict(
         optimizer=args.optimizer or "adamw", precision=args.precision, checkpointing=args.checkpointing,
         quantization=quantization, double_quantization=not args.plain_scales,
@@ -131,8 +129,6 @@ def _step(args: argparse.Namespace) -> str:
 
 def _table(ledger: Any) -> Any:
     """The lines at the peak; beside them, what they come to in full where that is another moment's."""
-    from .bars import grid, size
-
     table = grid("at the peak", "bytes", "", "share", "in full")
     for line, n in ledger.lines.items():
         full = ledger.held.get(line, n)

@@ -26,7 +26,7 @@ _LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": "stor
 # flag -> (the configuration's fields that it sets, those that the method has; help; what else argparse takes)
 FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     "rank": (("r", "init_r"), "rank of lora, dora, pissa, qlora, vera, adalora", _NUMBER),
-    "target": (("target_modules",), "modules to adapt, by ends of their paths; or all-linear (qlora's default)", _NAMES),
+    "target": (("target_modules",), "modules to adapt, by ends of their paths, or all-linear (qlora's)", _NAMES),
     "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
     "layers": (("layers_to_transform",), "only these layers", _LAYERS),
     "modules_to_save": (("modules_to_save",), "modules trained whole beside it, as copies", _NAMES),
@@ -68,6 +68,11 @@ def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
     return architecture(model, num_labels)
 
 
+# The options that make the method itself; and those that have no default in PEFT.
+FIXED = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "qlora": {"target_modules": "all-linear"}}
+NEEDED = ("num_virtual_tokens", "total_step")
+
+
 def method_name(args: argparse.Namespace, config: Any) -> str:
     """What a report calls the method: --method, or the type that an adapter's file names."""
     return args.method or (config.peft_type if args.adapter is not None else "full")
@@ -92,7 +97,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
             raise ValueError(f"--method {name} has no options, so {flag(next(iter(given), 'set'))} means nothing there")
         return like, False
     fields = set(like.to_dict()) | set(vars(like))
-    options = _fixed(name, like)
+    options = FIXED.get(name, {}) | {name: getattr(like, name) for name in NEEDED if hasattr(like, name)}
     for option, value in given.items():
         field = next((f for f in FIELDS[option][0] if f in fields), None)
         if field is None:
@@ -118,15 +123,6 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     if args.hidden_size and not getattr(config, "prefix_projection", True):
         raise ValueError("--hidden-size is the width of the MLP that computes a prefix: give --projection too")
     return config, METHODS[name].quantized
-
-
-_FIXED = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "qlora": {"target_modules": "all-linear"}}
-
-
-def _fixed(method: str, like: Any) -> dict[str, Any]:
-    """The options that make the method itself, or have no default in PEFT."""
-    needed = [name for name in ("num_virtual_tokens", "total_step") if hasattr(like, name)]
-    return {**_FIXED.get(method, {}), **{name: getattr(like, name) for name in needed}}
 
 
 def _read(path: Path) -> Any:

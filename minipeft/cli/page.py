@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that holds everything it shows: no script, no network, light and dark, for print too."""
+"""A comparison as one HTML page that holds everything it shows: no script, no network; light, dark and for print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .cells import Rows, cells, deviation, plus_minus
 from .plots import panel_svg
 
 FIGURES = {
-    "learning": "Loss on the task while learning: thin lines in training, marks on held-out examples; dashed, the base as it is.",
+    "learning": "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
     "trade": "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
-    "memory": "Peak memory of a training step, weights, gradients and optimizer included; pale bars are predicted from shapes.",
+    "memory": "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
 }
 HEADINGS = {
-    "task_loss": "Task loss", "forgotten": "Forgotten", "general_loss": "General loss", "trainable": "Trained parameters",
-    "share": "Share, %", "storage": "Storage", "measured": "Memory", "predicted": "predicted", "step": "Step, s",
-    "token": "Token, ms", "merged": "merged",
+    "task_loss": "Task loss", "forgotten": "Forgotten", "general_loss": "General loss",
+    "trainable": "Trained parameters", "share": "Share, %", "storage": "Storage", "measured": "Memory",
+    "predicted": "predicted", "step": "Step, s", "token": "Token, ms", "merged": "merged",
 }  # fmt: skip
 
 
@@ -45,14 +45,15 @@ def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence
 
 
 def conclusions(rows: Rows) -> list[str]:
-    """What the rows say: who learned most, who is as good within the spread and smaller, who forgot least, who is free."""
+    """What the rows say: who learned most, who is as good and smaller, who forgot least, who needs least memory."""
     base, *trained = rows
     best = min(trained, key=lambda row: row["task_loss"])
     lines = [
-        f"{best['title']} learned most: task loss {best['task_loss']:.3f}{plus_minus(best, 'task_loss')}, from the base's "
-        f"{base['task_loss']:.3f}."
+        f"{best['title']} learned most: task loss {best['task_loss']:.3f}{plus_minus(best, 'task_loss')}, from the "
+        f"base's {base['task_loss']:.3f}."
         if best["task_loss"] < base["task_loss"]
-        else f"No method got below the base's task loss of {base['task_loss']:.3f}: more steps or another learning rate are needed."
+        else f"No method got below the base's task loss of {base['task_loss']:.3f}: more steps or another learning "
+        "rate are needed."
     ]
     near = [row for row in trained if row["task_loss"] <= best["task_loss"] + margin(row, best) and row is not best]
     small = min(near, key=lambda row: row["storage"], default=None)
@@ -66,8 +67,8 @@ def conclusions(rows: Rows) -> list[str]:
     if useful:
         kind = min(useful, key=lambda row: row["forgotten"])
         lines.append(
-            f"Of those that learned at least half as much, {kind['title']} forgot least: {kind['forgotten']:+.3f} on general "
-            f"text, {best['title']} {best['forgotten']:+.3f}."
+            f"Of those that learned at least half as much, {kind['title']} forgot least: {kind['forgotten']:+.3f} on "
+            f"general text, {best['title']} {best['forgotten']:+.3f}."
         )
         lean = min(useful, key=peak)
         lines.append(f"Of the same, {lean['title']} needs the least memory: {size(peak(lean))} at the peak of a step.")

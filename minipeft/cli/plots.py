@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
+from ..train.metrics import panels, save_png
 from .cells import Rows
 
 Style = tuple[Any, str]  # color, marker
@@ -18,32 +18,23 @@ Style = tuple[Any, str]  # color, marker
 
 def plot_comparison(rows: Rows, path: Path) -> None:
     """Three panels as one PNG, which share a legend: the names beside the bars, with each method's color and marker."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, 3), PANELS.values()):
-        panel(axes, rows)
-        axes.spines[["top", "right"]].set_visible(False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+    figure, axes = panels(3, 13.5, 4.2)
+    for ax, panel in zip(axes, PANELS.values()):
+        panel(ax, rows)
+    save_png(figure, path)
 
 
 def panel_svg(name: str, rows: Rows) -> bytes:
     """One of PANELS as an SVG file of its own, with a legend; the same rows give the same bytes."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):
         height = 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3)
-        figure = Figure(figsize=(6, height), layout="constrained", facecolor="none")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots()
+        figure, (axes,) = panels(1, 6, height)
+        figure.set_facecolor("none")
         axes.set_facecolor("none")
         PANELS[name](axes, rows)
-        axes.spines[["top", "right"]].set_visible(False)
         if name != "memory":
             for row in rows:
                 color, marker = styles(rows)[row["method"]]
@@ -76,7 +67,7 @@ def plot_learning(axes: Any, rows: Rows) -> None:
 
 def plot_trade(axes: Any, rows: Rows) -> None:
     """What was learned against what was forgotten; where there are several seeds, small points are single ones."""
-    base, looks = rows[0], styles(rows)
+    looks = styles(rows)
     axes.axhline(0, color="grey", linestyle="--", linewidth=1)
     for row in rows:
         color, marker = looks[row["method"]]
@@ -84,9 +75,9 @@ def plot_trade(axes: Any, rows: Rows) -> None:
         if len(seeds) > 1:
             points = [(run["task_loss"], run["forgotten"]) for run in seeds]
             axes.scatter(*zip(*points), s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        axes.scatter(row["task_loss"], row["forgotten"] if row is not base else 0, s=70, color=color, marker=marker, zorder=3)
+        axes.scatter(row["task_loss"], row["forgotten"], s=70, color=color, marker=marker, zorder=3)
     axes.margins(0.12)
-    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the loss on general text")
+    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the general loss")
 
 
 def plot_memory(axes: Any, rows: Rows) -> None:

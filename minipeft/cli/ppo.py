@@ -6,8 +6,8 @@ of sentences of the shipped novels. The reference policy is the model as it is a
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
 (all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
-checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same for
-long (--max-equal-updates).
+checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same
+for long (--max-equal-updates).
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -24,9 +24,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.group import GroupConfig
-from ..rlhf.ppo import PPOConfig
+from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
 from .arguments import add_machine, use_machine
 from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--algorithm", choices=("ppo", "rloo", "grpo"), default="ppo", help="default: ppo")
     add_options(
-        group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef", "kl_target",
-        "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
+        group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
+        "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
         defaults={"seed": PPOConfig.seed},
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
 
-    from .. import rlhf
     from .prompts import asked, stop_tokens
 
     policy, tokenizer = load_trained(args)
@@ -81,34 +80,34 @@ def run(args: argparse.Namespace) -> int:
     trainer = kind(policy, reward, prompts, config, watch)
     trained = sum(p.size for p in trainer.trainable.values())
     runs.note(
-        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; {config.steps:,} "
-        f"updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}"
+        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; "
+        f"{config.steps:,} updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, "
+        f"KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
     before = _answers(trainer.reference, shown, tokenizer, config)
     history = runs.run_training(args, trainer)
     after = _answers(policy, shown, tokenizer, config)
     rlhf.plot_run(history, output / "ppo.png")
-    runs.save_model(policy, tokenizer, output, None if name == "plain" else name)
+    use = runs.save_model(policy, tokenizer, output, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
     ]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
-    runs.write_record(args, {**runs.as_options(args, config), "template": name}, results)
+    runs.write_record(args, results, config, template=name)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
         print(f"{what:16} {first:>8} -> {last}")
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
-    print(f"\nsaved in {output}  (minipeft generate {runs.usage(policy, output)} --temperature 1 --prompt ...)")
+    print(f"\nsaved in {output}  (minipeft generate {use} --temperature 1 --prompt ...)")
     return 0
 
 
 def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions: int, length: int) -> list[list[int]]:
     """The prompts as token ids; ValueError for one that with an answer of this length is longer than the model."""
-    from .. import rlhf
     from .prompts import asked, read_prompts
 
     room = positions - length
@@ -125,8 +124,6 @@ def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions:
 
 def _reward(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """(what is optimized, what is watched)."""
-    from .. import rlhf
-
     gold = rlhf.gold_reward(tokenizer)
     if args.reward is None:
         rlhf.vader([])  # a missing extra is reported before anything is computed
@@ -148,7 +145,5 @@ def _vocabulary(tokenizer: Any) -> list[str]:
 
 
 def _answers(policy: Any, prompts: list[list[int]], tokenizer: Any, c: PPOConfig | GroupConfig) -> list[str]:
-    from .. import rlhf
-
     roll = rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in roll.responses()]

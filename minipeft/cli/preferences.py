@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .. import rlhf
 from ..options import add_options, configuration, from_arguments, option
+from . import runs
 from .arguments import add_model
-from .runs import refuse
 
 OPENING = 4  # words of a sentence that a generated pair continues
 TEMPLATE = {"metavar": "NAME|TEXT", "help": "plain, alpaca, chatml or a text with {prompt} (default: the model's own)"}
@@ -44,8 +45,19 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("data")
     group.add_argument("--template", **TEMPLATE)
-    group.add_argument("--human", metavar="FILE", help="pairs of people's ratings, from your vaderSentiment-3.3.2.tar.gz")
+    group.add_argument("--human", metavar="FILE", help="pairs by people's ratings, from vaderSentiment-3.3.2.tar.gz")
     add_options(group, PairOptions)
+
+
+def add_training(parser: argparse.ArgumentParser, learning_rate: float) -> Any:
+    """The options of training on pairs, with this default of --lr; returns their group."""
+    group = parser.add_argument_group("training")
+    defaults = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
+    runs.add_training(
+        group, defaults={"learning_rate": learning_rate, **defaults}, per_device_train_batch_size="pairs a step",
+        seed="seed of everything random",
+    )  # fmt: skip
+    return group
 
 
 def check_pairs(args: argparse.Namespace) -> PairOptions:
@@ -53,7 +65,7 @@ def check_pairs(args: argparse.Namespace) -> PairOptions:
     if args.data and args.human:
         raise ValueError("give either --data or --human, not both")
     source = "--data" if args.data else "--human" if args.human else "generated pairs"
-    refuse(args, UNUSED[source], f"with {source}")
+    runs.refuse(args, UNUSED[source], f"with {source}")
     return from_arguments(PairOptions, args)
 
 
@@ -108,9 +120,7 @@ def load_pairs(
     if length > limit:
         raise ValueError(f"--max-length {length} is more than the {limit} positions of the model")
     if args.human:
-        from ..rlhf import human_preferences
-
-        records = human_preferences(args.human, "train", options.pairs, args.seed)
+        records = rlhf.human_preferences(args.human, "train", options.pairs, args.seed)
     elif args.data:
         records = read_dataset(args.data)
         if not isinstance(records[0], Preference):
@@ -128,7 +138,6 @@ def _generated_pairs(
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER scores higher."""
     import numpy as np
 
-    from .. import rlhf
     from .prompts import asked, stop_tokens
 
     stop_token_ids = stop_tokens(policy, tokenizer, asked(template, "-"))

@@ -50,7 +50,7 @@ def asked(template: Template, prompt: str) -> Turn:
 
 
 def stop_tokens(model: Any, tokenizer: Tokenizer, turn: Turn) -> list[int]:
-    """The ids that end a text: the model's, the tokenizer's, and the special token that ends an answer in the template."""
+    """The ids that end a text: the model's, the tokenizer's, and the special token that ends the template's answers."""
     configured = getattr(getattr(model, "config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     last = turn.completion[-1]

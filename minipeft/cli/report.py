@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 ANSWER = 48  # tokens of an answer that is shown
 
 
-def answer(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int = ANSWER) -> str:
-    """The model's most probable continuation, up to its end-of-sequence token or `max_new_tokens`."""
+def answer(model: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
+    """The model's most probable continuation, up to its end-of-sequence token or ANSWER tokens."""
     from ..nn.generation import generate
 
-    out = generate(model, [list(prompt)], max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id)
+    out = generate(model, [list(prompt)], max_new_tokens=ANSWER, eos_token_id=tokenizer.eos_token_id)
     tokens = out[0, len(prompt) :].tolist()
     return tokenizer.decode(tokens, skip_special_tokens=True)
 

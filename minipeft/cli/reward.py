@@ -17,22 +17,21 @@ examples:
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
+from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.reward import RewardConfig
+from ..rlhf.config import RewardConfig
 from . import runs
 from .arguments import add_machine, add_model, use_machine
-from .preferences import add_pairs, check_pairs, load_pairs, template_of
+from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--adapter", metavar="DIR", help="an adapter directory, such as of minipeft sft, to build on")
     add_pairs(parser)
-    group = parser.add_argument_group("training")
-    defaults = {"learning_rate": 1e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    runs.add_training(group, defaults=defaults, per_device_train_batch_size="pairs a step", seed="seed of everything random")
-    add_options(group, RewardConfig)
+    add_options(add_training(parser, learning_rate=1e-3), RewardConfig)
     runs.add_output(parser)
     add_machine(parser)
 
@@ -41,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
     use_machine(args)
 
-    from .. import rlhf
     from ..train import Trainer
     from .models import load_model
     from .prompts import save_template
@@ -58,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
     model = rlhf.RewardModel(policy, seed=arguments.seed)
     model.calibrate(texts[:256])  # a fresh head's scores have any scale; from here the loss starts near that of a coin
 
-    def loss(model, rng=None, **batch):
-        return model.loss(**batch, center=config.center)
-
+    loss = partial(rlhf.RewardModel.loss, center=config.center)
     trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
     runs.announce(train, test, arguments)
     result = runs.run_training(args, trainer)
@@ -72,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     accuracy = rlhf.reward_accuracy(chosen, rejected)
     model.calibrate(texts)
     model.save_pretrained(output, tokenizer)
-    if name != "plain":
-        save_template(output, name)
+    save_template(output, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -82,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "mean": model.mean,
         "std": model.std,
     }
-    runs.write_record(args, {**runs.as_options(args, options, arguments, config), "template": name}, results)
+    runs.write_record(args, results, options, arguments, config, template=name)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
     print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
     return 0

@@ -15,9 +15,9 @@ from ..options import add_options, from_arguments
 from ..train.arguments import TrainingArguments
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
-    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|reward_calibration\.json|"
-    r"template\.json|chat_template\.jinja|(generation_)?config\.json|tokenizer(_config)?\.json|model\.safetensors|"
-    r"adapter_config\.json|adapter_model\.safetensors"
+    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
+    r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|"
+    r"tokenizer(_config)?\.json|(adapter_)?model\.safetensors|adapter_config\.json"
 )
 
 
@@ -59,7 +59,7 @@ def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
 
 
 def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
-    """How to train on this number of examples; saved, and evaluated, five times where the options do not say how often."""
+    """How to train on this number of examples; saved, and evaluated, five times where no option says how often."""
     a = from_arguments(TrainingArguments, args, output_dir=Path(args.output), save_total_limit=1, **fixed)
     step = a.per_device_train_batch_size * a.gradient_accumulation_steps
     steps = a.max_steps or math.ceil(a.num_train_epochs * math.ceil(examples / step))
@@ -78,8 +78,9 @@ def run_training(args: argparse.Namespace, trainer: Any) -> Any:
     from ..train import last_checkpoint
 
     output = Path(args.output)
-    if args.overwrite:
-        remove_earlier(output)
+    if args.overwrite and output.is_dir():
+        for path in filter(lambda path: WRITTEN.fullmatch(path.name), sorted(output.iterdir())):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     try:
         return trainer.train(resume_from_checkpoint=args.resume)
     except KeyboardInterrupt:
@@ -88,44 +89,37 @@ def run_training(args: argparse.Namespace, trainer: Any) -> Any:
         raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
 
 
-def remove_earlier(output: Path) -> None:
-    """Remove what these commands wrote into the directory, and nothing else."""
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        if WRITTEN.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> str:
+    """Write a model or adapter directory, with the tokenizer, and the template that the model was trained in.
 
-
-def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> None:
-    """A model directory, or an adapter directory, with the tokenizer, and the template that the model was trained in."""
+    Returns the option by which `minipeft generate` takes it.
+    """
     from ..hub.pretrained import save_pretrained
     from .prompts import save_template
 
+    if template is not None:
+        save_template(output, template)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(output)
         tokenizer.save(output)
-    else:
-        save_pretrained(model, output, tokenizer)
-    if template is not None:
-        save_template(output, template)
+        return f"--adapter {output}"
+    save_pretrained(model, output, tokenizer)
+    return f"--model {output}"
 
 
-def write_record(args: argparse.Namespace, options: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """<command>.json in the output directory: all options by their flags, as given or as found out, and the results."""
+def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
+    """<command>.json in the output directory: all options by their flags, and the results.
+
+    An option's value is the one in `found`, in one of the configurations, or as given.
+    """
     from ..files import write_json
 
-    given = {k: v for k, v in vars(args).items() if k not in ("run", "debug", "resume", "overwrite", "command", "flags", "longest")}
-    named = {args.flags.get(name, name): value for name, value in {**given, **options}.items()}
+    internal = ("run", "debug", "resume", "overwrite", "command", "flags", "longest")
+    given = {name: value for name, value in vars(args).items() if name not in internal}
+    for config in configs:
+        given |= {name: value for name, value in vars(config).items() if name in args.flags}
+    named = {args.flags.get(name, name): value for name, value in {**given, **found}.items()}
     write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
-
-
-def usage(model: Any, output: Path) -> str:
-    """How `minipeft generate` takes what was saved."""
-    return f"--{'adapter' if hasattr(model, 'save_pretrained') else 'model'} {output}"
-
-
-def as_options(args: argparse.Namespace, *configs: Any) -> dict[str, Any]:
-    """The fields of configurations that the command has flags for."""
-    return {name: value for config in configs for name, value in vars(config).items() if name in args.flags}
 
 
 def note(text: str, style: str | None = None) -> None:
@@ -135,7 +129,9 @@ def note(text: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def announce(train: Any, held_out: Any, a: TrainingArguments, what: str = "pairs", before: str = "", after: str = "") -> None:
+def announce(
+    train: Any, held_out: Any, a: TrainingArguments, what: str = "pairs", before: str = "", after: str = ""
+) -> None:
     """What is learned from, and how."""
     size = a.per_device_train_batch_size * a.gradient_accumulation_steps
     note(

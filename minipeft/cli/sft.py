@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import argparse
 
-from . import runs
+from . import finetune, runs
 from .arguments import positive_int, unknown
-from .finetune import add_training_arguments, fine_tune, validation
 
 PER_TASK = 500
 PER_TEST = 24  # records of a task in each of the tests
@@ -40,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
     )
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these, such as rewrite, define, use"
+        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these: rewrite, define, use, ..."
     )
     parser.add_argument(
         "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"
     )
-    add_training_arguments(parser, longest=512)
+    finetune.add_training_arguments(parser, longest=512)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None:
         if args.tasks or args.per_task:
             raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")
-        from .data import read_records
-
-        return fine_tune(args, read_records(args.data), validation(args))
+        return finetune.run(args)
     if hasattr(args, "validation"):
         raise ValueError("--validation goes with --data; the shipped instructions have held-out records of their own")
     from ..text.instructions import HELD_OUT, TRAINED, instructions
@@ -70,4 +67,4 @@ def run(args: argparse.Namespace) -> int:
         "new tasks": instructions(HELD_OUT, "validation", held_out_phrasings=True, cap=PER_TEST),
     }
     records = instructions(tasks, "train", cap=args.per_task or PER_TASK, seed=args.seed)
-    return fine_tune(args, records, tests["new inputs"], tests)
+    return finetune.fine_tune(args, records, tests["new inputs"], tests)

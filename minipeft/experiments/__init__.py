@@ -1,1 +1,1 @@
-"""Experiments on the shipped base: the methods with their usual settings, and what one run costs, learns and forgets."""
+"""Experiments on the shipped base: methods with their usual settings, and what a run costs, learns and forgets."""

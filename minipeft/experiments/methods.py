@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 
@@ -12,11 +13,11 @@ class Method:
     """One way to fine-tune.
 
     title          what a table calls it, short
-    learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s length
-                   and the validation split of its task: the highest rate whose loss on the task is still at least 0.05
-                   nats below that of the next lower one. Above it little is learned in addition, or nothing, and what
-                   is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an earlier grid,
-                   with runs of 80 steps.) Wider models want less: `rate_for`.
+    learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s
+                   length and the validation split of its task: the highest rate whose loss on the task is still at
+                   least 0.05 nats below that of the next lower one. Above it little is learned in addition, or nothing,
+                   and what is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an
+                   earlier grid, with runs of 80 steps.) Wider models want less: `rate_for`.
     config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
                    "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
     quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not say
@@ -35,8 +36,8 @@ class Method:
     def rate_for(self, base: Any) -> float:
         """The default learning rate on a model: in proportion less for one wider than the shipped base.
 
-        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width (Yang et
-        al. 2022, Tensor Programs V, arXiv:2203.03466).
+        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width
+        (Yang et al. 2022, Tensor Programs V, arXiv:2203.03466).
         """
         return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 
@@ -62,7 +63,7 @@ class Method:
         return get_peft_model(base, config)
 
     def why_not(self, base: Any) -> str | None:
-        """Why the method cannot be put on a model (BitFit on one without biases), found without building it; or None."""
+        """Why the method cannot be put on a model (BitFit on one without biases), or None; nothing is built."""
         from ..peft.config import PeftConfig, PeftError
 
         config = self.config()
@@ -74,15 +75,15 @@ class Method:
         return None
 
 
+def _config(peft_type: str, options: dict[str, Any], steps: int = 1) -> Any:
+    """The configuration of a method of minipeft.peft, the same for a run of any length."""
+    from ..peft.huggingface import config_class
+
+    return config_class(peft_type)(**options)
+
+
 def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
-    """What makes the configuration of a method of minipeft.peft, the same for a run of any length."""
-
-    def config(steps: int = 1) -> Any:
-        from ..peft.huggingface import config_class
-
-        return config_class(peft_type)(**options)
-
-    return config
+    return partial(_config, peft_type, options)
 
 
 def _adalora(steps: int = 1) -> Any:
@@ -96,11 +97,9 @@ def _adalora(steps: int = 1) -> Any:
 
 
 _lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-_pissa = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "pissa"}
-_vera = {"r": 64, "target_modules": "all-linear"}
-_bottleneck = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
-_prompt = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
-_prefix = {"num_virtual_tokens": 20, "prefix_projection": True}
+_pissa = {**_lora, "lora_alpha": 8, "init_lora_weights": "pissa"}
+_virtual = {"num_virtual_tokens": 20}
+_houlsby = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
 
 METHODS: dict[str, Method] = {
     "head": Method("last layer", 3e-3, lambda steps=1: "head"),
@@ -111,11 +110,11 @@ METHODS: dict[str, Method] = {
     "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
     "pissa": Method("PiSSA r=8", 1e-3, _peft("LORA", **_pissa)),
     "adalora": Method("AdaLoRA r=8", 3e-2, _adalora),
-    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", **_vera)),
+    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", r=64, target_modules="all-linear")),
     "qlora": Method("QLoRA r=8", 3e-3, _peft("LORA", **_lora), quantized=True),
     "ia3": Method("IA3", 3e-2, _peft("IA3")),
-    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_bottleneck)),
-    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_prompt)),
-    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_prefix)),
-    "p-tuning": Method("P-tuning P=20", 1e-2, _peft("P_TUNING", num_virtual_tokens=20)),
+    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_houlsby)),
+    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_virtual, prompt_tuning_init="SAMPLE_VOCAB")),
+    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_virtual, prefix_projection=True)),
+    "p-tuning": Method("P-tuning P=20", 1e-2, _peft("P_TUNING", **_virtual)),
 }

@@ -43,7 +43,7 @@ class Settings:
     """How to fine-tune; with the task and the base, all that decides a row. The schedule is a cosine to 0."""
 
     method: str = option("full", "a key of METHODS", choices=METHODS)
-    learning_rate: float | None = option(None, "peak learning rate (default: the method's)", above=0, flag="--lr", metavar="RATE")
+    learning_rate: float | None = option(None, "peak rate; None: the method's", above=0, flag="--lr", metavar="RATE")
     steps: int = option(40, "optimizer steps", least=1)
     batch_size: int = option(16, "examples of the task in a step", least=1)
     accumulation: int = option(1, "the number of parts a step is computed in; their gradients are added", least=1)
@@ -52,7 +52,7 @@ class Settings:
     dropout: float = option(0.0, "in the base, on the embeddings and the residual branches", least=0, below=1)
     replay: float = option(0.0, "blocks of general text that are mixed in, per example of the task", least=0)
     l2_start: float = option(0.0, "α of the penalty α/2 · ||w - w_start||² (`l2_sp`)", least=0)
-    evaluations: int = option(1, "how often the held-out loss is measured, evenly spaced; the last is at the end", least=1)
+    evaluations: int = option(1, "how often the held-out loss is measured, evenly spaced; last at the end", least=1)
     seed: int = option(0, "seed of the order of the data and of dropout", least=0)
 
 
@@ -85,7 +85,7 @@ def with_dropout(model: Any, p: float) -> Any:
 
 
 class HeldOut(Callback):
-    """Measures the held-out loss after steps ceil(i · steps / n), i = 1, ..., n - 1: evenly spaced, with that at the end."""
+    """Measures the held-out loss after steps ceil(i · steps / n), i = 1, ..., n - 1: evenly spaced up to the end."""
 
     def __init__(self, trainer: Trainer, n: int):
         self.trainer, self.steps = trainer, {-(-i * trainer.total_steps // n) for i in range(1, n)}

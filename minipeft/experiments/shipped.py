@@ -45,6 +45,7 @@ def verses(split: str) -> list[Completion]:
     return short("rewrite", split)
 
 
+@cache
 def general_blocks(tokenizer: Any, length: int, n: int, split: str = "validation") -> list[Example]:
     """`n` blocks of a split of the base's own training text, evenly spaced through it."""
     documents = general_text(split)
@@ -60,14 +61,10 @@ def _held_out(verses_: int, blocks: int) -> tuple[list[Example], list[Example]]:
     return held_out, general_blocks(tokenizer, LENGTH, blocks)
 
 
-@cache
-def _replay() -> list[Example]:
-    return general_blocks(base()[1], REPLAY, 600, "train")
-
-
 def rewriting(
-    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT_VERSES, blocks: int = BLOCKS
-) -> TaskData:
+    examples: int, seed: int, noise: float = 0.0, replay: bool = False, held_out: int = HELD_OUT_VERSES,
+    blocks: int = BLOCKS,
+) -> TaskData:  # fmt: skip
     """`examples` training verses, chosen by the seed; the held-out ones are always the same.
 
     noise: the share of them whose completion is that of another one.
@@ -79,14 +76,15 @@ def rewriting(
     completions = {i: chosen[j].completion for i, j in zip(wrong, np.roll(wrong, 1))}
     records = [Completion(r.prompt, completions.get(i, r.completion)) for i, r in enumerate(chosen)]
     train = encode_examples(records, tokenizer, 2 * LENGTH).examples
-    return TaskData(train, *_held_out(held_out, blocks), _replay() if replay else [], tokenizer.pad_token_id)
+    general = general_blocks(tokenizer, REPLAY, 600, "train") if replay else []
+    return TaskData(train, *_held_out(held_out, blocks), general, tokenizer.pad_token_id)
 
 
 @configuration(frozen=True)
 class Rewriting(Settings):
     """A run on the task, whose data are settings too."""
 
-    examples: int | None = option(None, "training verses, chosen by the seed (default: as many as the steps take)", least=1)
+    examples: int | None = option(None, "verses, chosen by the seed (default: as many as the steps take)", least=1)
     noise: float = option(0.0, "share of them whose completion is that of another one", least=0, most=1)
     held_out: int = option(HELD_OUT_VERSES, "verses that are evaluated on", least=1)
     blocks: int = option(BLOCKS, "blocks of general text that are evaluated on", least=1)

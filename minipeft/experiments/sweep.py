@@ -3,8 +3,9 @@
     python -m minipeft.experiments.sweep lessons.experiments.practice lessons/results/14_best_practices.jsonl
     python -m minipeft.experiments.sweep my_sweep rows.jsonl --processes 2
 
-A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working directory
-is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of each process.
+A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working
+directory is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of
+each process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,27 +83,21 @@ def sweep(
     return [next(row for row in found if is_of(row, s)) for s in runs]
 
 
-def _computed(runs: Sequence[Any], run: Callable[[Any], Row], processes: int) -> Any:
+def _computed(runs: Sequence[Any], run: Callable[[Any], Row], processes: int) -> Iterator[tuple[Any, Row]]:
     if processes == 1 or len(runs) < 2:
-        for settings in runs:
-            yield settings, run(settings)
+        yield from map(partial(_measured, run), runs)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:  # forking would copy locked thread pools
-        yield from pool.imap_unordered(_Pair(run), runs)
+        yield from pool.imap_unordered(partial(_measured, run), runs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """settings -> (settings, row), in a form that can be sent to another process."""
-
-    run: Callable[[Any], Row]
-
-    def __call__(self, settings: Any) -> tuple[Any, Row]:
-        return settings, self.run(settings)
+def _measured(run: Callable[[Any], Row], settings: Any) -> tuple[Any, Row]:
+    return settings, run(settings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=__doc__.partition("\n")[0])
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=about)
     parser.add_argument("module", help="the sweep, as in an import statement")
     parser.add_argument("path", help="the JSONL file that the rows are added to")
     parser.add_argument("--processes", type=int, default=1, metavar="N")

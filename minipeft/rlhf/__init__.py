@@ -12,10 +12,7 @@ statistics.py  what an update reports                 curves.py    pictures of a
 A public name is imported when it is first used.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
+from ..lazy import lazy
 
 _HOMES = {
     "advantages": "gae masked_mean shaped_rewards whiten",
@@ -34,19 +31,5 @@ _HOMES = {
     "rollouts": "Rollout distinct_n rollout truncate_response",
     "statistics": "RLHFError check_first_minibatch clip_fraction",
 }
-_OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = list(_OBJECTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _OBJECTS and name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_OBJECTS.get(name, name)}")
-    value = getattr(module, name) if name in _OBJECTS else module
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

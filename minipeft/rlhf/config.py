@@ -21,25 +21,25 @@ class OnlineConfig:
     Raises ValueError, naming the option, for a value that makes no sense.
     """
 
-    output_dir: str | os.PathLike | None = option(None, "where metrics and checkpoints go", flag="--output", metavar="DIR")
+    output_dir: str | os.PathLike | None = option(None, "for metrics and checkpoints", flag="--output", metavar="DIR")
     steps: int = option(40, "updates, each on batch_size fresh responses", least=1)
     batch_size: int = option(64, "responses an update", least=1)
     mini_batch_size: int = option(16, "responses an optimizer step", least=1)
     num_epochs: int = option(4, "passes over an update's responses", least=1, flag="--epochs")
     learning_rate: float = option(5e-5, "learning rate of Adam", above=0, flag="--lr", metavar="RATE")
-    lr_scheduler_type: str = option("linear", "learning-rate schedule, over updates", choices=SCHEDULES, flag="--schedule")
+    lr_scheduler_type: str = option("linear", "schedule, over updates", choices=SCHEDULES, flag="--schedule")
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
     response_length: int = option(24, "tokens that a response has at most", least=1)
     temperature: float = option(1.0, "of sampling, and of every log-probability", above=0, metavar="T")
     stop_token_ids: tuple[int, ...] | None = option(None, "what ends a response; None: the model's EOS", least=0)
-    # OpenAI replaces the score by -1; TRL's missing_eos_penalty is None by default. A policy that was never taught to end
-    # its answers, as the shipped base, would have -1 for nearly all of them, and nothing to learn from.
+    # OpenAI replaces the score by -1; TRL's missing_eos_penalty is None by default. A policy that was never taught to
+    # end its answers, as the shipped base, would have -1 for nearly all of them, and nothing to learn from.
     missing_eos_score: float | None = option(None, "score of a response that no stop token ended, such as -1")
     missing_eos_penalty: float | None = option(None, "or: what such a response loses of its score")
     cliprange: float = option(0.2, "ε: how far from 1 a ratio counts", above=0)
     max_kl: float = option(100.0, "stop with an error above this KL from the reference, in nats a response", above=0)
-    stop_kl: float | None = option(None, "end with the first update that samples above this KL, and trains on it", above=0)
-    max_equal_updates: int = option(20, "stop with an error after N updates in a row without scores that differ", least=1)
+    stop_kl: float | None = option(None, "end after the first update that samples above this KL", above=0)
+    max_equal_updates: int = option(20, "stop with an error after N updates whose scores are all equal", least=1)
     save_steps: int | None = option(None, "updates between checkpoints; None: no checkpoints", least=1)
     save_total_limit: int = option(2, "how many checkpoints are kept, the newest", least=1)
     seed: int = option(0, "seed of the order of the prompts, the responses and the minibatches", least=0)
@@ -51,14 +51,14 @@ class OnlineConfig:
             wanted = f"a multiple of mini_batch_size, {self.mini_batch_size}"
             raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
         if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
-            raise ValueError("missing_eos_score replaces a score, missing_eos_penalty lowers it: set one of them to None")
+            raise ValueError("missing_eos_score replaces a score, missing_eos_penalty lowers it: give one of them")
         if self.save_steps is not None and self.output_dir is None:
             raise ValueError("save_steps needs an output_dir to save to")
 
 
 @configuration(kw_only=True)
 class PPOConfig(OnlineConfig):
-    """PPO's options beside those of OnlineConfig. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
+    """PPO's options beside OnlineConfig's. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
 
     kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
     kl_target: float | None = option(None, "move β towards this KL, nats a response", above=0, metavar="KL")

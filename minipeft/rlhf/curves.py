@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomic
+from ..train.metrics import panels, save_png
 
 
 def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
@@ -16,7 +16,7 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None
 
     A line has a gap where a watched number is None.
     """
-    figure, axes = _figure(3)
+    figure, axes = panels(3, 13.2, 3.6)
     steps = [record["step"] for record in history]
     watched = [key for key in history[0] if key.startswith("watch/")]
     _line(axes[0], steps, [r["objective/scores"] for r in history], "reward, optimized")
@@ -30,14 +30,14 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None
     axes[2].set(title="Shares", xlabel="update", ylim=(-0.02, 1.02))
     for ax in (axes[0], axes[2]):
         ax.legend(frameon=False, fontsize=8)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+    save_png(figure, path)
 
 
 def plot_calibration(
     predicted: np.ndarray, observed: np.ndarray, count: np.ndarray, losses: Sequence[tuple[int, float]], path: Any
 ) -> None:
     """A reward model's loss over steps, and its observed against its predicted preferences, as a PNG file."""
-    figure, axes = _figure(2)
+    figure, axes = panels(2, 8.8, 3.6)
     _line(axes[0], [step for step, _ in losses], [loss for _, loss in losses], "loss")
     axes[0].axhline(np.log(2), color="grey", linestyle="--", linewidth=1)
     axes[0].set(title="Loss (dashed: a coin)", xlabel="step", ylabel="-log σ(r_chosen - r_rejected)")
@@ -45,7 +45,7 @@ def plot_calibration(
     axes[1].plot(predicted, observed, "-", linewidth=1)
     axes[1].scatter(predicted, observed, s=10 + 90 * count / count.max())
     axes[1].set(title="Held-out preferences", xlabel="predicted", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+    save_png(figure, path)
 
 
 def _line(axes: Any, x: Sequence[float], y: Sequence[float | None], label: str) -> None:
@@ -55,15 +55,3 @@ def _line(axes: Any, x: Sequence[float], y: Sequence[float | None], label: str) 
     means = [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
     (line,) = axes.plot(x, means, linewidth=1.8, label=label)
     axes.plot(x, y, color=line.get_color(), alpha=0.3, linewidth=0.8)
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4 * panels, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes

@@ -11,17 +11,18 @@ Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, asarray, to_numpy, xp_of
+from ..backend import Array, Rng, to_numpy, xp_of
 from ..nn.module import Module
 from ..text.examples import PreferencePair
-from ..text.tokenizer import pad_sequences
-from ..train.batches import IGNORE, Batch
+from ..train.batches import Batch, collate
+from ..train.evaluation import on_device
 from ..train.trainer import Trainer, TrainingArguments
 from .config import DPOConfig
 from .logprobs import sequence_logprobs
@@ -44,21 +45,13 @@ class ReferencedPair(NamedTuple):
 
 def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
     """Pairs as one batch for `dpo_objective`: the chosen texts, then the rejected ones, padded on the right."""
-    examples = [p.pair.chosen for p in pairs] + [p.pair.rejected for p in pairs]
-    arguments = _padded(examples)
-    arguments["ref_chosen"] = np.array([p.ref_chosen for p in pairs], np.float32)
-    arguments["ref_rejected"] = np.array([p.ref_rejected for p in pairs], np.float32)
-    return Batch(arguments, len(pairs), sum(len(ids) for ids, _ in examples))
-
-
-def _padded(examples: Sequence[Any]) -> dict[str, Any]:
-    ids, mask = pad_sequences([ids for ids, _ in examples], 0)
-    labels, _ = pad_sequences([labels for _, labels in examples], IGNORE)
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = collate([p.pair.chosen for p in pairs] + [p.pair.rejected for p in pairs])
+    reference = {name: np.array([getattr(p, name) for p in pairs], np.float32) for name in ("ref_chosen", "ref_rejected")}
+    return Batch(batch.arguments | reference, len(pairs), batch.tokens)
 
 
 def dpo_objective(
-    model: Module, input_ids: Array, labels: Array, attention_mask: Array, ref_chosen: Array, ref_rejected: Array,
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array, ref_rejected: Array,
     beta: float = 0.1, rng: Rng | None = None,
 ) -> Tensor:  # fmt: skip
     """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
@@ -76,8 +69,8 @@ def completion_logprobs(model: Module, pairs: Sequence[PreferencePair], batch_si
     with no_grad():
         for i in range(0, len(pairs), batch_size):
             part = pairs[i : i + batch_size]
-            batch = _padded([p.chosen for p in part] + [p.rejected for p in part])
-            sums = sequence_logprobs(model, **{k: asarray(v, xp) for k, v in batch.items()})
+            batch = collate([p.chosen for p in part] + [p.rejected for p in part])
+            sums = sequence_logprobs(model, **on_device(batch, xp))
             out[i : i + batch_size] = to_numpy(sums.data).reshape(2, -1).T
     return out
 
@@ -103,11 +96,7 @@ def dpo_trainer(
     train = with_reference(policy, pairs, reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 
-    def loss(model: Module, **arguments: Any) -> Tensor:
-        return dpo_objective(model, **arguments, beta=beta)
-
-    loss.__qualname__ = f"dpo_loss(beta={beta:g})"  # by which a run is resumed with the same β
-    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=loss)
+    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=partial(dpo_objective, beta=beta))
 
 
 def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:

@@ -15,13 +15,13 @@ from typing import Any
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, xp_of
+from ..backend import Array
 from .advantages import masked_mean
 from .config import GroupConfig
 from .logprobs import Outputs
 from .online import OnlineTrainer
 from .ppo import clipped, log_ratio
-from .statistics import clip_fraction, of_objective, of_ratio, over_minibatches
+from .statistics import clip_fraction, of_objective, of_ratio
 
 
 def rloo_advantages(rewards: Array, k: int) -> Array:
@@ -82,11 +82,6 @@ def grpo_loss(
     token = clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
     if beta:
         token = token + beta * k3(F.where(mask != 0, logprobs, 0), ref_logprobs * (mask != 0))
-    return mean_of_means(token, mask)
-
-
-def mean_of_means(token: Tensor, mask: Array) -> Tensor:
-    """The mean over responses of the mean over their real tokens, of which each has at least one: [B, n] -> scalar."""
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
@@ -101,18 +96,17 @@ class RLOOTrainer(OnlineTrainer):
         batch, scores, record = answered(self)
         kl = (batch["kl"] * batch["mask"]).sum(axis=1)  # [B]
         batch["advantages"] = rloo_advantages(scores - beta * kl, self.config.num_generations)  # [B]
-        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | epochs(self, batch)
+        return record | of_objective(record, -beta * float(kl.mean().item()), beta) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`rloo_loss`, statistics) of a minibatch."""
         cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
-        ratio = change.sum(axis=1).exp()  # [b]
-        loss = clipped(ratio, advantages, cliprange).mean()
+        loss = rloo_loss(new.logprobs, batch["old_logprobs"], advantages, mask, cliprange)
+        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
         return loss, {
             "loss/policy": loss.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange).item(),
-            **of_ratio(change.data, xp_of(mask).exp(change.data), mask, new.entropy),
+            "policy/clipfrac": clip_fraction(change.sum(axis=1).exp().data, advantages, mask[:, 0], cliprange).item(),
+            **of_ratio(change.data, mask, new.entropy),
         }
 
 
@@ -125,21 +119,20 @@ class GRPOTrainer(OnlineTrainer):
         """One update: scores, standardized within each group; the KL is in the loss."""
         batch, scores, record = answered(self)
         batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
-        return record | of_objective(record, 0.0, self.config.kl_coef) | epochs(self, batch)
+        return record | of_objective(record, 0.0, self.config.kl_coef) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`grpo_loss`, statistics) of a minibatch."""
-        c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
-        ratio = change.exp()
-        kl = k3(F.where(mask != 0, new.logprobs, 0), batch["ref_logprobs"])
-        token = clipped(ratio, advantages, c.cliprange)
-        loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
+        c, mask, advantages = self.config, batch["mask"], batch["advantages"]
+        old, ref = batch["old_logprobs"], batch["ref_logprobs"]
+        loss = grpo_loss(new.logprobs, old, ref, advantages, mask, c.cliprange, c.kl_coef)
+        logprobs = new.logprobs.detach()
+        change = log_ratio(logprobs, old, mask)  # [b, n]
         return loss, {
             "loss/policy": loss.item(),
-            "loss/kl": masked_mean(kl.detach(), mask).item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
-            **of_ratio(change.data, ratio.data, mask, new.entropy),
+            "loss/kl": masked_mean(k3(logprobs, ref), mask).item(),
+            "policy/clipfrac": clip_fraction(change.exp().data, advantages[:, None], mask, c.cliprange).item(),
+            **of_ratio(change.data, mask, new.entropy),
         }
 
 
@@ -151,14 +144,3 @@ def answered(trainer: OnlineTrainer) -> tuple[dict[str, Array], Array, dict[str,
     roll = trainer.rollout(trainer.config.num_generations)
     batch = trainer.examine(roll)
     return batch, *trainer.score(roll, batch, trainer.config.num_generations)
-
-
-def epochs(trainer: OnlineTrainer, batch: dict[str, Array]) -> dict[str, float]:
-    """Step 6 of `PPOTrainer.update`."""
-    seen: list[dict[str, float]] = []
-    for part in trainer.minibatches(batch):
-        new = trainer.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
-        seen.append(trainer.descend(*trainer.loss(part, new), number=len(seen)))
-        if trainer.asked_to_stop:
-            break
-    return over_minibatches(seen)

@@ -1,11 +1,11 @@
-"""What PPO, RLOO and GRPO have in common: a policy answers prompts, gets a score for each answer, and is moved a little.
+"""What PPO, RLOO and GRPO share: a policy answers prompts, gets a score for each answer, and is moved a little.
 
     for update:   prompts ─► rollout ─► scores, log-probabilities of policy and reference ─► advantages
                   for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
 
-An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down in full,
-from the parts that stand here. Everything random in an update depends on (seed, update) alone, and all else that it
-reads, the weights, Adam's moments, β, is in a checkpoint; so a run resumed from one ends with the same bytes.
+An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down, from
+the parts that stand here. Everything that an update does depends on (seed, update) and the weights alone, so a run
+resumed from a checkpoint ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
-from ..nn.module import Parameter
+from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import fingerprint, frozen_fingerprint
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
@@ -32,7 +32,7 @@ from .config import OnlineConfig
 from .logprobs import Outputs, frozen_copy, outputs_of, response_hidden, response_logprobs
 from .reward import RewardModel
 from .rollouts import Rollout, rollout
-from .statistics import RLHFError, check_first_minibatch, of_responses, of_scores
+from .statistics import RLHFError, check_first_minibatch, of_responses, of_scores, over_minibatches
 
 RewardFunction = Callable[[Rollout], np.ndarray]  # scores [B] of a rollout's responses, in host memory
 
@@ -57,9 +57,10 @@ def missing_eos(
     return scores if penalty is None else scores - penalty * ~ended
 
 
-# Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path [seed, u, i, t]
-# (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch] alone would be the
-# stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no token's position.
+# Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path
+# [seed, u, i, t] (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch]
+# alone would be the stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no
+# token's position.
 PROMPTS, MINIBATCHES = 1 << 31, (1 << 31) + 1
 
 
@@ -79,7 +80,7 @@ class OnlineTrainer(ABC):
         watch: functions like rewards, by name, whose means over an update's responses are logged as "watch/<name>".
             They are asked before the update trains. A mean that is no finite number is logged as None (null in the
             file): nothing that is only watched stops a run.
-        beside: parameters that are trained beside the policy's, by name; a subclass gives them.
+        beside: modules that are trained beside the policy, by name; a subclass gives them.
 
     The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
 
@@ -89,7 +90,7 @@ class OnlineTrainer(ABC):
 
     def __init__(
         self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
-        watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Parameter] | None = None,
+        watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Module] | None = None,
     ):  # fmt: skip
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
@@ -112,15 +113,22 @@ class OnlineTrainer(ABC):
             raise ValueError("no parameter of the policy requires gradients, so there is nothing to train")
         self._xp = xp_of(*[p.data for p in self.trainable.values()])
         self.reference = frozen_copy(policy)
-        self.trainable |= beside or {}
+        beside = beside or {}
+        for name, module in beside.items():
+            self.trainable |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
         # eps as in OpenAI's lm-human-preferences (utils/core.py, `minimize`); PyTorch's default is 1e-8
         self.optimizer = Adam(self.trainable.items(), lr=config.learning_rate, eps=1e-5)
-        self._callbacks: Callbacks | None = None
+        self._modules = (policy, *beside.values())
+        self._callbacks = Callbacks(*self._modules)
         self.updates, self.history = 0, []
 
     @abstractmethod
     def update(self) -> dict[str, Any]:
         """Sample, score and train once; the record of it (see statistics.py), but for its number and learning rate."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+        """(loss, statistics) of a minibatch: rows of an update's arrays, and the policy's outputs for them now."""
 
     def step(self) -> dict[str, Any]:
         """One update. Returns its statistics (see statistics.py), which are also added to `history`.
@@ -207,36 +215,34 @@ class OnlineTrainer(ABC):
                 part = asarray(rows[i : i + c.mini_batch_size], self._xp)
                 yield {name: array[part] for name, array in batch.items()}
 
-    def descend(self, loss: Tensor, stats: dict[str, float], number: int) -> dict[str, float]:
-        """One optimizer step, number `number` (from 0) of this update: gradients of the loss, clipping, Adam.
+    def epochs(self, batch: dict[str, Array]) -> dict[str, float]:
+        """Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam. Returns their statistics.
 
-        Returns the minibatch's statistics with "grad_norm". Before the first step of an update the policy is the one
-        that sampled, which is checked: ρ = 1.
+        A callback that asks for the end of the run ends them.
         """
         c = self.config
-        if number == 0:
-            check_first_minibatch(stats)
-        if not math.isfinite(loss.item()):
-            raise self._error(f"the loss is {loss.item():g}; {self._advice()}")
-        loss.backward()
-        if self._callbacks is None:  # an own loop over `step`
-            self._callbacks = self._gathered()
-        step = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + number + 1  # of the run
-        self._callbacks.before_step(self.policy, step)
-        try:
-            norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
-        except NonFiniteGradient as error:
-            raise self._error(f"{error}; {self._advice()}") from error
-        self.optimizer.step()
-        stats = {**stats, "grad_norm": norm}
-        self._callbacks.after_step(self.policy, step, {"step": step, **stats})
-        self.optimizer.zero_grad()
-        return stats
-
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether a callback has asked for the end of the run."""
-        return self._callbacks is not None and self._callbacks.stopped
+        seen: list[dict[str, float]] = []  # the statistics of the minibatches
+        first = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + 1
+        for number, part in enumerate(self.minibatches(batch), start=first):
+            new = self.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
+            loss, stats = self.loss(part, new)
+            if not seen:
+                check_first_minibatch(stats)
+            if not math.isfinite(loss.item()):
+                raise self._error(f"the loss is {loss.item():g}; {self._advice()}")
+            loss.backward()
+            self._callbacks.before_step(number)
+            try:
+                norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
+            except NonFiniteGradient as error:
+                raise self._error(f"{error}; {self._advice()}") from error
+            self.optimizer.step()
+            seen.append({**stats, "grad_norm": norm})
+            self._callbacks.after_step(number, {"step": number, **seen[-1]})
+            self.optimizer.zero_grad()
+            if self._callbacks.stopped:
+                break
+        return over_minibatches(seen)
 
     def _error(self, what: str) -> RLHFError:
         return RLHFError(f"update {self.updates + 1}: {what}")
@@ -252,8 +258,8 @@ class OnlineTrainer(ABC):
     ) -> list[dict[str, Any]]:  # fmt: skip
         """All updates (or until stop_kl); returns their statistics. `on_step` is given each update's.
 
-        The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*, which
-        are numbered through the run; one that asks for the end ends the update, too.
+        The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*,
+        which are numbered through the run; one that asks for the end ends the update, too.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir, of a run with the same policy,
         prompts and configuration; CheckpointError says otherwise. To resume, build the trainer from the policy that the
@@ -264,12 +270,9 @@ class OnlineTrainer(ABC):
         Raises RLHFError after max_equal_updates in a row in which no score differed from those that it is compared
         with, and, given an output_dir, saves a checkpoint before. Other errors are those of `step`.
         """
-        c, self._callbacks = self.config, self._gathered(callbacks)
+        c, self._callbacks = self.config, Callbacks(*self._modules, more=callbacks)
         show = {"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"}
-        run = Run(
-            c, c.steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity, state=self.state,
-            load_state=self.load_state, show=show, unit="update", progress=c.progress,
-        )  # fmt: skip
+        run = Run(self, c, c.steps, self._callbacks, show, unit="update")
         with run.start(resume_from_checkpoint):
             self.updates = run.step = max(run.step, self.updates)
             self.history = list(run.history)
@@ -287,16 +290,13 @@ class OnlineTrainer(ABC):
     def _nothing_to_prefer(self, run: Run) -> RLHFError:
         record, n, kept = self.history[-1], self.config.max_equal_updates, ""
         if run.directory:
-            run._save()  # now, not at the end of the step, which is not reached
+            run.save()  # now, not at the end of the step, which is not reached
             kept = f"; checkpoint-{run.step} keeps the run, which goes on with a higher max_equal_updates"
         why = ": none ended with a stop token; raise response_length" if not record["num_eos"] else ""
         return RLHFError(
             f"update {run.step}: no response has scored better or worse than those it is compared with for {n} updates "
             f"(the last mean: {record['objective/scores']:g}), so there is nothing to prefer{why}{kept}"
         )
-
-    def _gathered(self, callbacks: Iterable[Callback] = ()) -> Callbacks:
-        return Callbacks(self.policy, callbacks)
 
     def state(self) -> dict[str, Any]:
         """What the method remembers from update to update, as JSON values."""
@@ -306,7 +306,8 @@ class OnlineTrainer(ABC):
         """Take up what `state` gave."""
         return None
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _FREE}
         identity = {
             "method": type(self).__name__, **settings,

@@ -7,8 +7,8 @@ Of the responses, before anything is trained on them (π is the policy that samp
     objective/entropy           mean over responses of -Σ_t log π(y_t): nats a response
     objective/raw_scores        mean score, as the reward gave it
     objective/scores            mean score that is trained on: after `missing_eos`
-    objective/scores_equal      share of groups in which all scores are equal, so that none is preferred; a group is what
-                                is compared: all responses (PPO), or those to one prompt (RLOO, GRPO)
+    objective/scores_equal      share of groups in which all scores are equal, so that none is preferred; a group is
+                                what is compared: all responses (PPO), or those to one prompt (RLOO, GRPO)
     objective/non_score_reward  what KL takes off the reward, -β objective/kl; GRPO, whose KL is in the loss: 0
     objective/rlhf_reward       objective/scores + objective/non_score_reward
     objective/kl_coef           β of this update
@@ -42,8 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import Tensor
-from ..backend import Array
+from ..backend import Array, xp_of
 from .advantages import masked_mean
 from .rollouts import Rollout, distinct_n
 
@@ -53,7 +52,7 @@ class RLHFError(RuntimeError):
 
 
 def of_responses(roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Statistics of an update's responses but for the scores; old_logprobs, ref_logprobs and kl of `batch` are [B, n]."""
+    """Statistics of an update's responses, without scores; old_logprobs, ref_logprobs and kl of `batch` are [B, n]."""
     size, responses = len(roll.mask), roll.responses()
     means = {name: float(scores.mean()) for name, scores in watched.items()}
     return {
@@ -84,8 +83,9 @@ def of_objective(record: Mapping[str, Any], non_score: float, beta: float) -> di
     }
 
 
-def of_ratio(log_ratio: Array, ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
-    """How far the policy has gone from the one that sampled; log ρ (0 at padding), ρ, mask and entropy are [B, n]."""
+def of_ratio(log_ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
+    """How far the policy has gone from the one that sampled; log ρ (0 at padding), mask and entropy are [B, n]."""
+    ratio = xp_of(log_ratio).exp(log_ratio)
     return {
         "policy/approxkl": 0.5 * float(masked_mean(log_ratio**2, mask).item()),
         "policy/entropy": float(masked_mean(entropy, mask).item()),
@@ -103,15 +103,6 @@ def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float
     """
     clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
     return masked_mean(clipped.astype(ratio.dtype), mask)
-
-
-def value_clip_fraction(
-    values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2
-) -> Array:
-    """The share of the real positions at which `value_loss` took the clipped side: a scalar array; all are [B, n]."""
-    v = values.data
-    near = old_values + (v - old_values).clip(-cliprange_value, cliprange_value)
-    return masked_mean(((near - returns) ** 2 > (v - returns) ** 2).astype(v.dtype), mask)
 
 
 def over_minibatches(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -3,10 +3,7 @@
 A public name is imported when it is first used, so the options of a command load no NumPy.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
+from ..lazy import lazy
 
 _HOMES = {
     "arguments": "TrainingArguments",
@@ -21,19 +18,5 @@ _HOMES = {
     "divergence": "TrainingDiverged",
     "trainer": "Trainer TrainingResult",
 }
-_OBJECTS = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = list(_OBJECTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _OBJECTS and name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_OBJECTS.get(name, name)}")
-    value = getattr(module, name) if name in _OBJECTS else module
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

@@ -34,31 +34,37 @@ class Callback:
         """Take up what `state_dict` gave; the arrays are the callback's own, on the model's device."""
 
 
-class Callbacks(Callback):
-    """Several callbacks as one: the model's own, then `more`. `stopped`: one of them has asked for the run's end."""
+class Callbacks:
+    """All callbacks of a run: those that the models bring, each called with its own model, then `more`, with the first.
 
-    def __init__(self, model: Any, more: Iterable[Any] = ()):
-        own = model.training_callbacks() if hasattr(model, "training_callbacks") else []
-        self.members = [*own, *more]
+    `stopped`: one of them has asked for the run's end.
+    """
+
+    def __init__(self, *models: Any, more: Iterable[Callback] = ()):
+        own = [(model, callback) for model in models for callback in getattr(model, "training_callbacks", list)()]
+        self.members = [*own, *((models[0], callback) for callback in more)]
         self.stopped = False
 
     def names(self) -> list[str]:
         """The classes of the callbacks: a run is resumed with the same, in the same order."""
-        return [type(member).__qualname__ for member in self.members]
+        return [type(callback).__qualname__ for _, callback in self.members]
 
-    def before_step(self, model: Any, step: int) -> None:
-        for member in self.members:
-            member.before_step(model, step)
+    def before_step(self, step: int) -> None:
+        """Call `before_step` of each."""
+        for model, callback in self.members:
+            callback.before_step(model, step)
 
-    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> bool:
-        for member in self.members:  # every one is called, also after one that stops the run
-            self.stopped |= bool(member.after_step(model, step, record))
-        return self.stopped
+    def after_step(self, step: int, record: dict[str, Any]) -> None:
+        """Call `after_step` of each, also after one that stops the run."""
+        for model, callback in self.members:
+            self.stopped |= bool(callback.after_step(model, step, record))
 
     def state_dict(self) -> dict[str, Array]:
-        return {f"{i}.{name}": array for i, m in enumerate(self.members) for name, array in m.state_dict().items()}
+        """The arrays of all, by "number.name"."""
+        return {f"{i}.{n}": array for i, (_, c) in enumerate(self.members) for n, array in c.state_dict().items()}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        for i, member in enumerate(self.members):
-            own = {name.partition(".")[2]: array for name, array in arrays.items() if name.partition(".")[0] == str(i)}
-            member.load_state_dict(own)
+        """Take up what `state_dict` gave."""
+        for i, (_, callback) in enumerate(self.members):
+            own = f"{i}."
+            callback.load_state_dict({n.removeprefix(own): a for n, a in arrays.items() if n.startswith(own)})

@@ -103,16 +103,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _step_of(path: Path) -> int | None:
-    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(found.group(1)) if found else None
-
-
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The checkpoint directories inside `output_dir`, earliest step first."""
-    root = Path(output_dir)
-    found = [p for p in root.iterdir() if _step_of(p) is not None and p.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda p: _step_of(p) or 0)
+    found = (p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:

@@ -7,6 +7,7 @@ the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -31,12 +32,17 @@ def in_pieces(fn: Callable[..., None], *arrays: Array) -> None:
             fn(*[array[i : min(i + limit, part.stop)] for array in flat])
 
     n = flat[0].size
-    if xp is np:
-        split_rows(run, n, 4 * n)  # `fn` passes over a piece several times
-    else:
-        run(slice(0, n))
+    _on_threads(run, n, 4 * n, xp)  # `fn` passes over a piece several times
     if not arrays[0].flags.c_contiguous:  # flat[0] is a copy then
         arrays[0][...] = flat[0].reshape(arrays[0].shape)
+
+
+def _on_threads(run: Callable[[slice], None], n: int, work: int, xp: ModuleType) -> None:
+    """Call `run` for parts of range(n), one a thread; for all of it on a device."""
+    if xp is np:
+        split_rows(run, n, work)
+    else:
+        run(slice(0, n))
 
 
 def pack(sizes: Sequence[int], limit: int) -> list[list[Piece]]:
@@ -71,8 +77,5 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
                 x = pieces[0] if len(pieces) == 1 else xp.concatenate(pieces)
                 partial[k] = (x * x).sum()
 
-    if xp is np:
-        split_rows(run, len(blocks), sum(array.size for array in flat))
-    elif blocks:
-        run(slice(0, len(blocks)))
+    _on_threads(run, len(blocks), sum(array.size for array in flat), xp)
     return float(partial.sum().item())

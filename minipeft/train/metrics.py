@@ -14,8 +14,8 @@ from ..files import FileError, write_atomic
 class Metrics:
     """Records in memory (`history`) and, given a path, one JSON line each in a file.
 
-    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint from
-    which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
+    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint
+    from which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
 
     Raises FileError when the file is shorter than `position`, or holds anything but JSON lines up to there.
     """
@@ -80,14 +80,27 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], char_order: int =
     return CHRF(char_order=char_order, beta=beta).corpus_score(list(hypotheses), [list(references)]).score
 
 
-def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Write the loss curve, training and held out over steps, as a PNG file (atomically)."""
+def panels(n: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+    """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.subplots(1, n, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_png(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure as a PNG file, atomically; the same figure gives the same bytes."""
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+
+
+def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Write the loss curve, training and held out over steps, as a PNG file (atomically)."""
+    figure, (axes,) = panels(1, 6, 3.6)
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(r["step"], r[key]) for r in history if key in r]
         if points:
@@ -95,5 +108,4 @@ def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
     axes.set(xlabel="step", ylabel="loss")
     if axes.lines:
         axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    save_png(figure, path)

@@ -112,16 +112,13 @@ class Optimizer:
                 self._check_parameter(p)
                 if p.grad.shape != p.shape:
                     raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
-                state = self._state_of(p, slots)
+                if set(self.state.get(p, ())) != {"step", *slots}:
+                    xp = xp_of(p.data)
+                    self.state[p] = {"step": 0, **{slot: xp.zeros(p.shape, p.dtype) for slot in slots}}
+                state = self.state[p]
                 state["step"] += 1
                 update = partial(self.update, options, state["step"])
                 in_pieces(update, p.data, p.grad, *(state[slot] for slot in slots))
-
-    def _state_of(self, p: Parameter, slots: tuple[str, ...]) -> dict[str, Any]:
-        if set(self.state.get(p, ())) != {"step", *slots}:
-            xp = xp_of(p.data)
-            self.state[p] = {"step": 0, **{slot: xp.zeros(p.shape, p.dtype) for slot in slots}}
-        return self.state[p]
 
     def zero_grad(self) -> None:
         """Forget the gradients (`.grad` becomes None)."""

@@ -1,6 +1,6 @@
 """A run: what all trainers do between their steps. It restores, counts, records, shows, saves and stops.
 
-    run = Run(config, steps, parameters, optimizer, callbacks, identity=..., show=...)
+    run = Run(trainer, config, steps, callbacks, show={...})
     with run.start(resume):                # puts everything where the checkpoint was, opens the metrics file
         for step in run:                   # numbers from 1; saves a checkpoint after a step where one is due
             record = ...                   # one step of the trainer: of the optimizer, or an update of PPO
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import asarray, is_array, to_numpy, xp_of
-from ..nn.module import Parameter
 from .callbacks import Callbacks
 from .checkpoint import (
     CheckpointError,
@@ -39,7 +38,6 @@ from .checkpoint import (
     unpack_optimizer,
 )
 from .metrics import Metrics
-from .optim import Optimizer
 
 _SAVED = {"identity", "metrics_bytes", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
@@ -48,32 +46,26 @@ class Run:
     """One run of a trainer; see above.
 
     Args:
-        config: has output_dir, save_steps and save_total_limit: where checkpoints and metrics go, and how often.
+        trainer: has `trainable`, the trained parameters by name; their `optimizer`; `identity()`, what a run that
+            resumes this one must share with it, as JSON values; `state()`, what the trainer remembers from step to
+            step: JSON values, and dictionaries of arrays, each of which becomes a file of the checkpoint; and
+            `load_state(state)`, which takes that up.
+        config: has output_dir, save_steps and save_total_limit: where checkpoints and metrics go, and how often; and
+            progress: whether there is a bar, on stderr, if that is a terminal.
         total_steps: the number of steps of the whole run.
-        parameters: what is trained, by name.
-        optimizer: over these parameters.
         callbacks: their state is saved, and one that has asked for the end ends the run.
-        identity: a function without arguments: what a run that resumes this one must share with it, as JSON values.
-        state: what the trainer itself remembers from step to step: JSON values, and dictionaries of arrays, each of
-            which becomes a file of the checkpoint.
-        load_state: takes up what `state` gave.
         show: format strings of the fields of a record that the progress bar shows, such as {"loss": "loss {:.3f}"}.
         unit: what the progress bar calls a step.
-        progress: whether there is a bar, on stderr, if that is a terminal.
 
     `step` is the number of steps done, `history` the records so far.
     """
 
     def __init__(
-        self, config: Any, total_steps: int, parameters: Mapping[str, Parameter], optimizer: Optimizer,
-        callbacks: Callbacks, *, identity: Callable[[], dict[str, Any]], state: Callable[[], dict[str, Any]] = dict,
-        load_state: Callable[[dict[str, Any]], object] = lambda state: None, show: Mapping[str, str] | None = None,
-        unit: str = "step", progress: bool = True,
+        self, trainer: Any, config: Any, total_steps: int, callbacks: Callbacks, show: Mapping[str, str],
+        unit: str = "step",
     ):  # fmt: skip
-        self.config, self.total_steps = config, total_steps
-        self.parameters, self.optimizer, self.callbacks = parameters, optimizer, callbacks
-        self._make_identity, self._state, self._load_state = identity, state, load_state
-        self._show, self._unit, self._progress = dict(show or {}), unit, progress
+        self.trainer, self.config, self.total_steps, self.callbacks = trainer, config, total_steps, callbacks
+        self._show, self._unit = show, unit
         self.directory = None if config.output_dir is None else Path(config.output_dir)
         self.step, self.stopped = 0, False
         self.history: list[dict[str, Any]] = []
@@ -81,7 +73,7 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a run that resumes this one must share with it."""
-        identity = {**self._make_identity(), "callbacks": self.callbacks.names()}
+        identity = {**self.trainer.identity(), "callbacks": self.callbacks.names()}
         return json.loads(json.dumps(identity))  # as a checkpoint gives it back: tuples become lists
 
     @contextmanager
@@ -102,7 +94,7 @@ class Run:
         self._metrics = Metrics(directory and directory / "metrics.jsonl", position)
         self.history = self._metrics.history
         try:
-            with progress_bar(self._progress, self._unit, self.step, self.total_steps) as self._advance:
+            with progress_bar(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
                 yield
         finally:
             self._metrics.close()
@@ -114,7 +106,7 @@ class Run:
             self.stopped |= self.callbacks.stopped
             every = self.config.save_steps
             if every and (self.step == self.total_steps or self.stopped or self.step % every == 0):
-                self._save()
+                self.save()
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the history and the metrics file, and show it if it has what is shown."""
@@ -122,11 +114,12 @@ class Run:
         if self._show.keys() <= record.keys():
             self._advance(self.step, "  ".join(text.format(record[key]) for key, text in self._show.items()))
 
-    def _save(self) -> None:
-        moments, optimizer = pack_optimizer(self.optimizer)
-        state = self._state()
+    def save(self) -> None:
+        """Write a checkpoint of this step. Raises ValueError where there is one already."""
+        moments, optimizer = pack_optimizer(self.trainer.optimizer)
+        state = self.trainer.state()
         files = {name: value for name, value in state.items() if _is_file(value)}
-        files |= {"model": {name: p.data for name, p in self.parameters.items()}, "optimizer": moments}
+        files |= {"model": {name: p.data for name, p in self.trainer.trainable.items()}, "optimizer": moments}
         files |= {"callbacks": kept} if (kept := self.callbacks.state_dict()) else {}
         content = {
             "state": {name: value for name, value in state.items() if name not in files},
@@ -156,14 +149,14 @@ class Run:
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
         check_identity(path, self.identity, content["identity"])
-        unpack_optimizer(self.optimizer, arrays.pop("optimizer"), content["optimizer"])
-        xp = xp_of(*[p.data for p in self.parameters.values()])
-        trained = arrays.pop("model")
-        for name, p in self.parameters.items():
+        unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
+        parameters, trained = self.trainer.trainable, arrays.pop("model")
+        xp = xp_of(*[p.data for p in parameters.values()])
+        for name, p in parameters.items():
             p.data[...] = asarray(trained[name], xp)
         arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
         self.callbacks.load_state_dict(arrays.pop("callbacks", {}))
-        self._load_state({**content["state"], **arrays})
+        self.trainer.load_state({**content["state"], **arrays})
         self.step, self.stopped = step, content["stopped"]
         return content["metrics_bytes"]
 

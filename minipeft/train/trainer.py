@@ -1,12 +1,10 @@
 """The training loop.
 
-    for step:   batches ─► loss (weighted by the labels that count) ─► gradients
-                callbacks' before_step ─► clip ─► optimizer ─► record ─► callbacks' after_step
+    for step:   batches ─► loss (weighted by the labels that count) ─► gradients ─► clip ─► optimizer ─► record
                 every eval_steps: held-out loss;   every save_steps: checkpoint (run.py)
 
-The examples of a step, its dropout masks and its learning rate depend on (seed, step) alone; all else that it reads, the
-weights and the states of optimizer and callbacks, a checkpoint holds. So a run that is resumed from a checkpoint ends
-with the same bytes as one that was never interrupted.
+Everything that a step does depends on (seed, step) and the weights alone: the examples it takes, the dropout masks, the
+learning rate. So a run that is resumed from a checkpoint ends with the same bytes as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -43,37 +41,37 @@ def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
+    """Step number `step` (from 1): one update that lowers the mean loss over all that counts in the batches.
 
-        L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
+        L = Σ_b (w_b / Σ w) L_b        w_b: the batch's weight, L_b: its loss
 
-    Dropout draws from (seed, step - 1, place of the row in the step). Returns the record of the step; a callback's
-    wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
+    Dropout draws from (seed, step, place of the row in the step). Returns the record of the step. Raises
+    TrainingDiverged for a loss or a gradient that is not finite.
     """
     xp = xp_of(*[p.data for p in parameters.values()])
-    total, L, first_row = sum(batch.weight for batch in batches), 0.0, 0
+    total, value, first_row = sum(batch.weight for batch in batches), 0.0, 0
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         for batch in batches:
             arguments = on_device(batch, xp)
             if batch.weight:
-                L_b = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
-                L += L_b.item() * (batch.weight / total)
-                if not math.isfinite(L):
-                    raise diverged(step, L, parameters, optimizer)
-                L_b.backward(batch.weight / total)
-                del L_b  # and with it the graph, before the next batch
-            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)  # this batch's rows
-        callbacks.before_step(model, step)
+                share = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
+                value += share.item() * (batch.weight / total)
+                if not math.isfinite(value):
+                    raise diverged(step, value, parameters, optimizer)
+                share.backward(batch.weight / total)
+                del share
+            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
+        callbacks.before_step(step)
         try:
             norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
         except NonFiniteGradient:
-            raise diverged(step, L, parameters, optimizer) from None
+            raise diverged(step, value, parameters, optimizer) from None
         optimizer.step()
     record = {
-        "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
+        "step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
         "tokens": sum(batch.tokens for batch in batches),
     }  # fmt: skip
-    callbacks.after_step(model, step, record)
+    callbacks.after_step(step, record)
     optimizer.zero_grad()
     return record
 
@@ -121,7 +119,8 @@ class Trainer:
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
-            the mean over the batch's `weight` units. By default the model's own.
+            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same one:
+            options are compared where `functools.partial` has bound them.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
@@ -180,7 +179,7 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        matrices, vectors = ([item for item in self.trainable.items() if (item[1].ndim > 1) is m] for m in (True, False))
+        matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
         decays = ((matrices, a.weight_decay), (vectors, 0.0))
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
         if a.optim == "sgd":
@@ -206,12 +205,9 @@ class Trainer:
         arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
-        self._callbacks = Callbacks(self.model, callbacks)
-        run = Run(
-            a, self.total_steps, self.trainable, self.optimizer, self._callbacks, identity=self._identity,
-            state=self._state, load_state=self._load_state, progress=a.progress,
-            show={"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"},
-        )  # fmt: skip
+        self._callbacks = Callbacks(self.model, more=callbacks)
+        show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+        run = Run(self, a, self.total_steps, self._callbacks, show)
         with run.start(resume_from_checkpoint):
             try:
                 for step in run:
@@ -280,20 +276,29 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what a run resumes
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What is remembered: the best evaluation. Raises TrainingDiverged where a parameter is not finite."""
         check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
         return dict(vars(self._best))
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
         self._best = _Best(**state)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
-        identity["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        identity["loss"] = _named(self.loss)
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
+
+
+def _named(function: Any) -> str:
+    """A function by name, with the options that a `partial` has bound."""
+    if isinstance(function, partial):
+        return f"{_named(function.func)}({', '.join(f'{name}={value!r}' for name, value in function.keywords.items())})"
+    return getattr(function, "__qualname__", type(function).__qualname__)
