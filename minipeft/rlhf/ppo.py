@@ -31,7 +31,7 @@ from .config import PPOConfig
 from .logprobs import Outputs, outputs_of, response_hidden
 from .online import OnlineTrainer, RewardFunction
 from .reward import RewardModel
-from .statistics import clip_fraction, of_objective, of_ratio
+from .statistics import clip_fraction, of_objective, of_ratio, value_clip_fraction
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
@@ -57,13 +57,8 @@ def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, c
     The PPO paper does not clip values; OpenAI's code does (baselines' ppo2, then lm-human-preferences; Huang et al.
     2024).
     """
-    return 0.5 * masked_mean(F.maximum(*value_errors(values, old_values, returns, cliprange_value)), mask)
-
-
-def value_errors(values: Tensor, old_values: Array, returns: Array, cliprange_value: float) -> tuple[Tensor, Tensor]:
-    """((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n]."""
     near = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
-    return (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
 
 class KLController:
@@ -151,18 +146,19 @@ class PPOTrainer(OnlineTrainer):
         return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
+        """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch; both of one ratio ρ."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        policy = policy_loss(new.logprobs, batch["old_logprobs"], advantages, mask, c.cliprange)
-        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
-        plain, near = value_errors(new.values, batch["old_values"], batch["returns"], c.cliprange_value)
-        value = 0.5 * masked_mean(F.maximum(plain, near), mask)
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
+        ratio = change.exp()
+        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)  # `policy_loss` of this ρ
+        of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
+        value = value_loss(*of_values)
         return policy + c.vf_coef * value, {
             "loss/policy": policy.item(),
             "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(change.exp().data, advantages, mask, c.cliprange).item(),
-            "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
-            **of_ratio(change.data, mask, new.entropy),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "val/clipfrac": value_clip_fraction(*of_values).item(),
+            **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
     def state(self) -> dict[str, Any]:
