@@ -15,7 +15,7 @@ from typing import Any
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array
+from ..backend import Array, xp_of
 from .advantages import masked_mean
 from .config import GroupConfig
 from .logprobs import Outputs
@@ -82,6 +82,11 @@ def grpo_loss(
     token = clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
     if beta:
         token = token + beta * k3(F.where(mask != 0, logprobs, 0), ref_logprobs * (mask != 0))
+    return mean_of_means(token, mask)
+
+
+def mean_of_means(token: Tensor, mask: Array) -> Tensor:
+    """The mean over responses of the mean over their real tokens, of which each has at least one: [B, n] -> scalar."""
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
@@ -101,12 +106,13 @@ class RLOOTrainer(OnlineTrainer):
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`rloo_loss`, statistics) of a minibatch."""
         cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
-        loss = rloo_loss(new.logprobs, batch["old_logprobs"], advantages, mask, cliprange)
-        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        ratio = change.sum(axis=1).exp()  # of whole responses, [b]
+        loss = clipped(ratio, advantages, cliprange).mean()
         return loss, {
             "loss/policy": loss.item(),
-            "policy/clipfrac": clip_fraction(change.sum(axis=1).exp().data, advantages, mask[:, 0], cliprange).item(),
-            **of_ratio(change.data, mask, new.entropy),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange).item(),
+            **of_ratio(change.data, xp_of(mask).exp(change.data), mask, new.entropy),
         }
 
 
@@ -123,16 +129,17 @@ class GRPOTrainer(OnlineTrainer):
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
         """(`grpo_loss`, statistics) of a minibatch."""
-        c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        old, ref = batch["old_logprobs"], batch["ref_logprobs"]
-        loss = grpo_loss(new.logprobs, old, ref, advantages, mask, c.cliprange, c.kl_coef)
-        logprobs = new.logprobs.detach()
-        change = log_ratio(logprobs, old, mask)  # [b, n]
+        c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        ratio = change.exp()
+        kl = k3(F.where(mask != 0, new.logprobs, 0), batch["ref_logprobs"])
+        token = clipped(ratio, advantages, c.cliprange)
+        loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
         return loss, {
             "loss/policy": loss.item(),
-            "loss/kl": masked_mean(k3(logprobs, ref), mask).item(),
-            "policy/clipfrac": clip_fraction(change.exp().data, advantages[:, None], mask, c.cliprange).item(),
-            **of_ratio(change.data, mask, new.entropy),
+            "loss/kl": masked_mean(kl.detach(), mask).item(),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
 

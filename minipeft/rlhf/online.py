@@ -4,8 +4,8 @@
                   for epoch, minibatch:   loss ─► gradients ─► clip ─► Adam
 
 An update is one turn of the outer loop, an optimizer step one of the inner. Each method writes its `update` down, from
-the parts that stand here. Everything that an update does depends on (seed, update) and the weights alone, so a run
-resumed from a checkpoint ends with the same bytes.
+the parts that stand here. Everything random in an update depends on (seed, update) alone, and all else that it reads,
+the weights, Adam's moments, β, is in a checkpoint; so a run resumed from one ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
 """Proximal policy optimization for language models: the losses, the KL controller, and one update in numbered steps.
 
-    maximize   E[r(x, y)] - β KL(π ‖ π_ref)      with      ρ_t = π(y_t) / π_old(y_t)
-
+    maximize   E[r(x, y)] - β KL(π ‖ π_ref)             over policies π that answer a prompt x with y = y_1 ... y_n
+    rewards    r_t = -β (log π_old(y_t) - log π_ref(y_t)), and r(x, y) at the last token; A_t, R_t: from them by `gae`
     loss       mean of max(-A ρ, -A clip(ρ, 1 ± ε))  +  vf_coef · ½ mean of max((V - R)², (clip(V, V_old ± ε) - R)²)
+
+where ρ_t = π(y_t) / π_old(y_t), V_t is the value head's estimate of R_t, and "old" is the policy that sampled.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
 N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the
-value head reads the policy's own hidden states, unless a `ValueModel` of its own is given.
+value head reads the policy's own hidden states, so the value loss moves the policy's weights, too, unless a
+`ValueModel` of its own is given.
 
-Departures: (1) where all scores of an update are equal, its advantages are 0; whitening would blow up what is left of
-them, the price of KL and the value head's errors, to variance one.
+Departure from Huang et al.: (1) where all of several scores of an update are equal, its advantages are 0, so only the
+value loss and Adam's momentum move weights; whitening would raise what is left of the advantages, the cost of KL and
+the value head's errors, to variance one.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..nn.layers import Linear
 from ..train.checkpoint import frozen_fingerprint
-from .advantages import gae, masked_mean, priced, whiten
+from .advantages import gae, masked_mean, rewards_of, whiten
 from .config import PPOConfig
 from .logprobs import Outputs, outputs_of, response_hidden
 from .online import OnlineTrainer, RewardFunction
 from .reward import RewardModel
-from .statistics import clip_fraction, of_objective, of_ratio
+from .statistics import clip_fraction, of_objective, of_ratio, value_clip_fraction
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
@@ -53,13 +57,8 @@ def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, c
     The PPO paper does not clip values; OpenAI's code does (baselines' ppo2, then lm-human-preferences; Huang et al.
     2024).
     """
-    return 0.5 * masked_mean(F.maximum(*value_errors(values, old_values, returns, cliprange_value)), mask)
-
-
-def value_errors(values: Tensor, old_values: Array, returns: Array, cliprange_value: float) -> tuple[Tensor, Tensor]:
-    """((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n]."""
     near = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
-    return (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
 
 class KLController:
@@ -82,7 +81,7 @@ class KLController:
     def update(self, kl: float, n: int) -> None:
         """Move β, given the mean KL, in nats a response, of n responses."""
         if self.target is not None:
-            if not 0 <= n < 5 * self.horizon:
+            if not 0 <= n < 5 * self.horizon:  # 5 = 1 / 0.2: β stays above 0
                 raise ValueError(f"n must be below 5 · horizon, {5 * self.horizon}, got {n}")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * n / self.horizon
@@ -102,7 +101,7 @@ class PPOTrainer(OnlineTrainer):
         config: PPOConfig | None = None, watch: Mapping[str, RewardFunction] | None = None, value_model: Any = None,
     ):  # fmt: skip
         v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
-        for p in v_head.parameters():  # zero: the first advantages are the rewards alone
+        for p in v_head.parameters():  # V = 0: the first advantages are discounted sums of rewards alone
             p.data = xp.zeros(p.shape, xp.float32)
         beside = {"v_head": v_head} if value_model is None else {"value": value_model}
         trained = (f"{name}.{n}" for name, m in beside.items() for n, p in m.named_parameters() if p.requires_grad)
@@ -122,21 +121,20 @@ class PPOTrainer(OnlineTrainer):
         roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
         # 2. Log-probabilities of policy and reference, their difference, and values, from full forward passes.
         batch = self.examine(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
-        # 3. Scores of whole responses.
+        # 3. Scores of whole responses: the reward's, then `missing_eos`; the record of what was sampled.
         scores, record = self.score(roll, batch, group=c.batch_size)  # [B]
-        # 4. Shaped rewards: every token pays for its KL, the last one has the score.
-        beta, kl = self.kl_controller.beta, record["objective/kl"]
-        rewards = priced(batch["kl"], scores, roll.mask, beta)  # [B, n]
-        record |= of_objective(record, -beta * kl, beta)
+        kl, all_equal = record["objective/kl"], record["objective/scores_equal"] == 1  # kl: nats a response
+        # 4. Shaped rewards: every token pays for its KL, the last one has the score; then β moves.
+        beta = self.kl_controller.beta
+        rewards = rewards_of(batch["kl"], scores, roll.mask, beta)  # [B, n]
         self.kl_controller.update(kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)
         # 5. Advantages and returns, and only then whitened advantages.
         advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
-        white = whiten(advantages, roll.mask)
-        batch["advantages"] = white if record["objective/scores_equal"] < 1 else 0 * white  # departure 1
-        # 6. Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam.
-        return record | self.epochs(batch)
+        batch["advantages"] = 0 * advantages if all_equal else whiten(advantages, roll.mask)  # departure 1
+        # 6. num_epochs times all rows, reordered, in minibatches: loss, gradients, clipping, Adam.
+        return record | of_objective(record, -beta * kl, beta) | self.epochs(batch)
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
@@ -148,18 +146,19 @@ class PPOTrainer(OnlineTrainer):
         return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(policy loss + vf_coef · value loss, statistics) of a minibatch: `policy_loss` and `value_loss`, in parts."""
+        """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch; both of one ratio ρ."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        policy = policy_loss(new.logprobs, batch["old_logprobs"], advantages, mask, c.cliprange)
-        change = log_ratio(new.logprobs.detach(), batch["old_logprobs"], mask)  # [b, n]
-        plain, near = value_errors(new.values, batch["old_values"], batch["returns"], c.cliprange_value)
-        value = 0.5 * masked_mean(F.maximum(plain, near), mask)
+        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
+        ratio = change.exp()
+        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)  # `policy_loss` of this ρ
+        of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
+        value = value_loss(*of_values)
         return policy + c.vf_coef * value, {
             "loss/policy": policy.item(),
             "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(change.exp().data, advantages, mask, c.cliprange).item(),
-            "val/clipfrac": masked_mean((near.data > plain.data).astype(plain.dtype), mask).item(),
-            **of_ratio(change.data, mask, new.entropy),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "val/clipfrac": value_clip_fraction(*of_values).item(),
+            **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
     def state(self) -> dict[str, Any]:

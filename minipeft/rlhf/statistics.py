@@ -42,7 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, xp_of
+from ..autograd.tensor import Tensor
+from ..backend import Array
 from .advantages import masked_mean
 from .rollouts import Rollout, distinct_n
 
@@ -83,9 +84,8 @@ def of_objective(record: Mapping[str, Any], non_score: float, beta: float) -> di
     }
 
 
-def of_ratio(log_ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
-    """How far the policy has gone from the one that sampled; log ρ (0 at padding), mask and entropy are [B, n]."""
-    ratio = xp_of(log_ratio).exp(log_ratio)
+def of_ratio(log_ratio: Array, ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
+    """How far the policy has gone from the one that sampled; log ρ (0 at padding), ρ, mask and entropy are [B, n]."""
     return {
         "policy/approxkl": 0.5 * float(masked_mean(log_ratio**2, mask).item()),
         "policy/entropy": float(masked_mean(entropy, mask).item()),
@@ -103,6 +103,15 @@ def clip_fraction(ratio: Array, advantages: Array, mask: Array, cliprange: float
     """
     clipped = -advantages * ratio.clip(1 - cliprange, 1 + cliprange) > -advantages * ratio
     return masked_mean(clipped.astype(ratio.dtype), mask)
+
+
+def value_clip_fraction(
+    values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2
+) -> Array:
+    """The share of the real positions at which `value_loss` took the clipped side: a scalar array; all are [B, n]."""
+    v = values.data
+    near = old_values + (v - old_values).clip(-cliprange_value, cliprange_value)
+    return masked_mean(((near - returns) ** 2 > (v - returns) ** 2).astype(v.dtype), mask)
 
 
 def over_minibatches(seen: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
     SGD    b ← momentum · b + g,   θ ← θ - lr · b
     Adam   m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²,   θ ← θ - lr · m̂ / (sqrt(v̂) + eps)
+           m̂ = m / (1 - β1^t),      v̂ = v / (1 - β2^t)         in step t, from 1
 
 `Optimizer.step` (optimizer.py) calls `update` for every parameter that requires gradients and has one, in flat pieces
-of at most `ELEMENTS`: beside the state, an update holds at most three arrays of this size in each thread.
+(of at most `ELEMENTS` on the CPU), so plain array expressions need little memory: at most three pieces a thread.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Adam(Optimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def update(self, group: dict, step: int, p: Array, g: Array, m: Array, v: Array) -> None:
-        """One piece, in place."""
+        """One flat piece p of θ, in place; g is its gradient, m and v are the same piece of the `slots`, step is t."""
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         if decay and self.decoupled:
             p *= 1 - lr * decay
@@ -59,7 +60,7 @@ class Adam(Optimizer):
         m += (1 - beta1) * g
         v *= beta2
         v += (1 - beta2) * (g * g)
-        # The equation, with the corrections 1 - β1^t and 1 - β2^t drawn out of the arrays into two numbers.
+        # m̂ / (sqrt(v̂) + eps) = (sqrt(c2) / c1) · m / (sqrt(v) + eps sqrt(c2)), where c1 = 1 - β1^t, c2 = 1 - β2^t
         root = math.sqrt(1 - beta2**step)
         p -= (lr * root / (1 - beta1**step)) * (m / (xp_of(v).sqrt(v) + group["eps"] * root))
 

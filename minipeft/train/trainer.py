@@ -1,10 +1,12 @@
 """The training loop.
 
-    for step:   batches ─► loss (weighted by the labels that count) ─► gradients ─► clip ─► optimizer ─► record
+    for step:   batches ─► loss (weighted by the labels that count) ─► gradients
+                callbacks' before_step ─► clip ─► optimizer ─► record ─► callbacks' after_step
                 every eval_steps: held-out loss;   every save_steps: checkpoint (run.py)
 
-Everything that a step does depends on (seed, step) and the weights alone: the examples it takes, the dropout masks, the
-learning rate. So a run that is resumed from a checkpoint ends with the same bytes as one that was never interrupted.
+The examples of a step, its dropout masks and its learning rate depend on (seed, step) alone; all else that it reads, the
+weights and the states of optimizer and callbacks, a checkpoint holds. So a run that is resumed from a checkpoint ends
+with the same bytes as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -41,34 +43,34 @@ def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Step number `step` (from 1): one update that lowers the mean loss over all that counts in the batches.
+    """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
-        L = Σ_b (w_b / Σ w) L_b        w_b: the batch's weight, L_b: its loss
+        L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
-    Dropout draws from (seed, step, place of the row in the step). Returns the record of the step. Raises
-    TrainingDiverged for a loss or a gradient that is not finite.
+    Dropout draws from (seed, step - 1, place of the row in the step). Returns the record of the step; a callback's
+    wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
     """
     xp = xp_of(*[p.data for p in parameters.values()])
-    total, value, first_row = sum(batch.weight for batch in batches), 0.0, 0
+    total, L, first_row = sum(batch.weight for batch in batches), 0.0, 0
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         for batch in batches:
             arguments = on_device(batch, xp)
             if batch.weight:
-                share = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
-                value += share.item() * (batch.weight / total)
-                if not math.isfinite(value):
-                    raise diverged(step, value, parameters, optimizer)
-                share.backward(batch.weight / total)
-                del share
-            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)
+                L_b = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
+                L += L_b.item() * (batch.weight / total)
+                if not math.isfinite(L):
+                    raise diverged(step, L, parameters, optimizer)
+                L_b.backward(batch.weight / total)
+                del L_b  # and with it the graph, before the next batch
+            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)  # this batch's rows
         callbacks.before_step(step)
         try:
             norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
         except NonFiniteGradient:
-            raise diverged(step, value, parameters, optimizer) from None
+            raise diverged(step, L, parameters, optimizer) from None
         optimizer.step()
     record = {
-        "step": step, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
+        "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
         "tokens": sum(batch.tokens for batch in batches),
     }  # fmt: skip
     callbacks.after_step(step, record)
