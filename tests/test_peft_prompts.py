@@ -236,7 +236,7 @@ def test_the_positions_that_are_left(method):
     padded = np.ones_like(longer)
     padded[0, 0] = 0
     assert prompted(longer, attention_mask=padded).shape[1] == LIMIT - P + 1  # padding uses no position
-    with pytest.raises(PeftError, match=r"max_new_tokens=8 make 28, but 5 virtual tokens leave 27 .* at most 7"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=8 make 28, but 5 virtual tokens leave 27 .* at most 7"):
         prompted.generate(np.zeros((1, 20), int), max_new_tokens=8)
     assert prompted.generate(np.zeros((1, 20), int), max_new_tokens=7).shape == (1, 27)
 

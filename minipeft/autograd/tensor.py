@@ -27,11 +27,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -290,6 +290,10 @@ def _accumulate(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------- tensor
 
 
+def _compared(compare: Callable) -> Callable:
+    return lambda self, other: compare(self.data, other.data if isinstance(other, Tensor) else other)
+
+
 class Tensor:
     """An array that remembers how it was computed.
 
@@ -321,10 +325,10 @@ class Tensor:
         self.requires_grad = requires_grad
         self._node: Node | None = None
 
-    shape = property(attrgetter("data.shape"))
-    dtype = property(attrgetter("data.dtype"))
-    ndim = property(attrgetter("data.ndim"))
-    size = property(attrgetter("data.size"))
+    shape = property(operator.attrgetter("data.shape"))
+    dtype = property(operator.attrgetter("data.dtype"))
+    ndim = property(operator.attrgetter("data.ndim"))
+    size = property(operator.attrgetter("data.size"))
     T = property(lambda self: self.transpose())
 
     def __repr__(self) -> str:
@@ -397,28 +401,8 @@ class Tensor:
     # Comparisons give plain boolean arrays: there is nothing to differentiate. Sets and dictionaries go by identity;
     # so must a search in a list (`any(x is t for x in tensors)`), where `in` would ask for the truth of an array.
     __hash__ = object.__hash__
-
-    def __eq__(self, other: Any) -> Array:
-        return self.data == _value(other)
-
-    def __ne__(self, other: Any) -> Array:
-        return self.data != _value(other)
-
-    def __lt__(self, other: Any) -> Array:
-        return self.data < _value(other)
-
-    def __le__(self, other: Any) -> Array:
-        return self.data <= _value(other)
-
-    def __gt__(self, other: Any) -> Array:
-        return self.data > _value(other)
-
-    def __ge__(self, other: Any) -> Array:
-        return self.data >= _value(other)
-
-
-def _value(x: Any) -> Any:
-    return x.data if isinstance(x, Tensor) else x
+    __eq__, __ne__, __lt__ = map(_compared, (operator.eq, operator.ne, operator.lt))
+    __le__, __gt__, __ge__ = map(_compared, (operator.le, operator.gt, operator.ge))
 
 
 def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Array | None]:

@@ -18,11 +18,9 @@ from .module import Module, Parameter, unallocated
 
 
 def _uniform(seed: int | None, bound: float, *shape: int) -> np.ndarray:
-    return (
-        unallocated(*shape)
-        if seed is None
-        else np.random.default_rng(seed).uniform(-bound, bound, shape).astype(np.float32)
-    )
+    if seed is None:
+        return unallocated(*shape)
+    return np.random.default_rng(seed).uniform(-bound, bound, shape).astype(np.float32)
 
 
 class Linear(Module):

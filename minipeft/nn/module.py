@@ -171,9 +171,8 @@ class Module:
 
 def some(names: list[str]) -> str:
     """The first five names, and the number of others: for an error."""
-    return ("nothing" if not names else ", ".join(names[:5])) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "nothing"
 
 
 def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:

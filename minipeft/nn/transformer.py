@@ -469,7 +469,22 @@ class GPT2Model(Backbone):
 # -------------------------------------------------------------------------------------------------------- the model
 
 
-class Transformer(Module):
+class BackboneModel(Module):
+    """A model with a backbone under its family's name: `model.model` (llama) or `model.transformer` (gpt2)."""
+
+    config: TransformerConfig
+
+    @property
+    def backbone(self) -> Backbone:
+        """The part below the head."""
+        return self.transformer if self.config.model_type == "gpt2" else self.model
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Keep only each block's input in the forward pass and compute the block again in backward."""
+        self.backbone.gradient_checkpointing = enabled
+
+
+class Transformer(BackboneModel):
     """A decoder-only language model: token ids -> logits over the next token.
 
     Args:
@@ -495,17 +510,11 @@ class Transformer(Module):
             self._initialize(np.random.default_rng(seed))
             self.to(get_backend(backend))
 
-    @property
-    def backbone(self) -> Backbone:
-        """The part below the head."""
-        return self.transformer if self.config.model_type == "gpt2" else self.model
-
     def _initialize(self, generator: np.random.Generator) -> None:
         c = self.config
         for path, p in self.named_parameters():
             if len(p.shape) == 1:
-                fill = 1.0 if path.endswith("weight") else 0.0
-                p.data = np.full(p.shape, fill, np.float32)
+                p.data = np.full(p.shape, float(path.endswith("weight")), np.float32)
                 continue
             std = c.initializer_range
             if c.model_type == "gpt2" and path.endswith("c_proj.weight"):
@@ -557,10 +566,6 @@ class Transformer(Module):
         if type(self.lm_head) is Linear and self.lm_head.bias is None:
             return F.linear_cross_entropy(hidden, self.lm_head.weight, targets)
         return F.cross_entropy(self.lm_head(hidden, rng), targets)
-
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only each block's input in the forward pass and compute the block again in backward."""
-        self.backbone.gradient_checkpointing = enabled
 
     def generate(
         self,

@@ -22,13 +22,8 @@ class FusedLora(LoraLinear):
         super().__init__(config, name, shapes, layer, seed)
         self.enable_lora = config.enable_lora
 
-    def update(self, z: Tensor) -> Tensor:
-        """s B A z: z [..., in] -> [..., parts * width], zero in the parts that are not enabled."""
-        A, B = self.factors()
-        return F.linear(F.linear(z, A) * self.scaling, B)
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns."""
+        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns, zeros elsewhere."""
         B = self.lora_B
         xp, r, k = xp_of(B.data), B.shape[1], sum(self.enable_lora)
         width, rows, i = B.shape[0] // k, [], 0

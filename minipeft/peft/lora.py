@@ -47,7 +47,8 @@ class LoraLinear(Adapter):
 
     def update(self, z: Tensor) -> Tensor:
         """s B A z: z [..., in] -> [..., out], by way of [..., r]."""
-        return F.linear(F.linear(z, self.lora_A) * self.scaling, self.lora_B)
+        A, B = self.factors()
+        return F.linear(F.linear(z, A) * self.scaling, B)
 
     def start(self, init: bool | str, layer: Module, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so that the adapted layer starts as the base layer (section 4.1)."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor, is_grad_enabled
-from ..backend import Array, as_rng, is_array, to_numpy, xp_of
+from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
@@ -137,8 +137,8 @@ class PeftModel(Module):
         """Continue the prompts; see `minipeft.nn.generation.generate`."""
         from ..nn.generation import generate
 
-        if self.virtual_tokens:
-            self._check_budget(input_ids, attention_mask, **options)
+        if self.virtual_tokens and options.get("past_key_values"):
+            raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
         return generate(self, input_ids, attention_mask, **options)
 
     @property
@@ -146,21 +146,6 @@ class PeftModel(Module):
         """Positions of the model's context that the active adapters take from the input."""
         prompt = self._prompt()
         return 0 if prompt is None else prompt.length
-
-    def _check_budget(
-        self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any
-    ) -> None:
-        if past_key_values:
-            raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
-        if mask is not None:
-            ids = [row[row != 0] for row in (to_numpy(mask) if is_array(mask) else np.asarray(mask))]
-        longest = max(map(len, ids))
-        room = self.base_model.config.max_position_embeddings - self.virtual_tokens
-        if longest + max_new_tokens > room:
-            most = max(0, room - longest)
-            left = f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {most}"
-            total = f"max_new_tokens={max_new_tokens} make {longest + max_new_tokens}"
-            raise PeftError(f"a prompt of {longest} tokens and {total}, but {left}")
 
     def _prompt(self) -> Any:
         if not self.prompts or isinstance(names := self.selection.now(), Rows):
@@ -291,7 +276,7 @@ class PeftModel(Module):
         """
         names = self._mergeable(adapter_names)
         model = self.base_model.copy(share=True)
-        for path, layer in reversed(_adapted(model)):
+        for path, layer in reversed([*_adapted(model)]):
             model.replace(path, layer.merge(names))
         if names and _quantized(model):
             from ..quant import dequantize_model
@@ -443,20 +428,14 @@ def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module
         yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _adapted(model: Module) -> list[tuple[str, AdaptedLayer]]:
+def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]]:
     """(present path, layer) of the adapted layers, outer ones first, without looking into adapters."""
-    found = []
-
-    def walk(module: Module, path: str) -> None:
-        if isinstance(module, AdaptedLayer):
-            found.append((path, module))
-            walk(module.base_layer, f"{path}.base_layer")
-            return
-        for name, child in module.children():
-            walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return found
+    if isinstance(model, AdaptedLayer):
+        yield path, model
+        yield from _adapted(model.base_layer, f"{path}.base_layer")
+        return
+    for name, child in model.children():
+        yield from _adapted(child, f"{path}.{name}" if path else name)
 
 
 def _independent(model: Module) -> Any:

@@ -8,12 +8,13 @@ that was read from a file is that matrix: it is `folded`, and the network that c
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from ..autograd.tensor import Tensor, no_grad
 from ..nn.layers import Embedding, Linear
-from ..nn.module import Module
+from ..nn.module import Module, Parameter
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
@@ -21,12 +22,16 @@ from .layer import Adapter
 from .virtual_positions import make_room
 from .weights import fill, placement, zeros
 
+STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Prompt(Adapter):
-    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions."""
+    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions.
+
+    The vectors themselves, prompt_embeddings; a network that computes them defines `vectors`.
+    """
 
     length = 0  # virtual positions, P
     in_input = True  # whether they are part of the input, or of the past
@@ -38,6 +43,16 @@ class Prompt(Adapter):
         """
         given, first = make_room(self.length, given, model.config.max_position_embeddings, self.in_input)
         return self.put(model, given) if first else given
+
+    def vectors(self) -> Tensor:
+        """What stands at the virtual positions, [P, numbers of a virtual token]."""
+        return self.prompt_embeddings
+
+    def saved(self) -> dict[str, Parameter]:
+        """What `vectors` computes, as prompt_embeddings."""
+        with no_grad():
+            vectors = self.vectors()
+        return {STORED: vectors if isinstance(vectors, Parameter) else Parameter(vectors.data)}
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments that have room for the virtual positions, with the virtual positions there."""
@@ -53,8 +68,6 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = option(None, "layers of the model", least=1)
     num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
-
-    stored_key: ClassVar[str] = "prompt_embeddings"
 
     def __post_init__(self) -> None:
         super().__post_init__()
