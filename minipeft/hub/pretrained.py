@@ -26,7 +26,7 @@ from ..nn.transformer import Transformer
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers
 from ..text.tokenizer import Tokenizer
-from .configuration import HubError, from_hugging_face, to_hugging_face
+from .configuration import HubError, from_hugging_face, naming, to_hugging_face
 from .gguf import read_gguf
 from .quantized import dense_parameters, quantization_config, quantized_layers, split_quantization, take_quantized
 
@@ -172,21 +172,17 @@ def from_pretrained(
         quantized = False
     else:
         content = _read_config(path)
-        try:
+        with naming(path / _CONFIG):
             content, quantized = split_quantization(content)
             model = _unallocated_model(content)
-        except HubError as error:
-            raise HubError(f"{path / _CONFIG}: {error}") from error
         tensors = _map_weights(path)
         tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
-    try:
+    with naming(path):
         layers = take_quantized(model, tensors) if quantized else {}
         for place, layer in layers.items():
             model.replace(place, layer.to(xp))
         _fit(model, tensors)
         _fill(model, tensors, dtype, xp, quantizable_layers(model) if load_in_4bit and not quantized else {})
-    except HubError as error:
-        raise HubError(f"{path}: {error}") from error
     return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
 
 

@@ -18,7 +18,7 @@ from ..files import StoredTensor
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from ..quant import Linear4bit, QuantError
-from .configuration import HubError
+from .configuration import HubError, naming
 
 _MARK = ".weight.quant_state.bitsandbytes__"
 
@@ -48,10 +48,8 @@ def take_quantized(model: Module, tensors: dict[str, StoredTensor]) -> dict[str,
             raise HubError(f"{path} is quantized, but the configuration has no linear layer there")
         names = [name for name in tensors if name.startswith((f"{path}.weight", f"{path}.bias"))]
         own = {name: tensors.pop(name).read().copy() for name in names}
-        try:
+        with naming(path, QuantError):
             layer = Linear4bit.from_state_dict({name[len(path) + 1 :]: array for name, array in own.items()})
-        except QuantError as error:
-            raise HubError(f"{path}: {error}") from error
         have, want = (layer.out_features, layer.in_features), (plain.out_features, plain.in_features)
         if have != want or (layer.bias is None) != (plain.bias is None):
             raise HubError(

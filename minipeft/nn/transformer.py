@@ -38,7 +38,7 @@ KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class RopeScaling:
     """Rotary frequencies of Llama 3.1 and later, stretched for a context longer than the one of pretraining.
 
@@ -48,22 +48,16 @@ class RopeScaling:
     its reference code; `rope_type` "llama3" in Hugging Face.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float = option(None, "divides the frequencies of long waves; must be given", least=1)
+    low_freq_factor: float = option(None, "turns in the original context, below which a wave is long", above=0)
+    high_freq_factor: float = option(None, "turns, above which a wave is short", above=0)
+    original_max_position_embeddings: int = option(None, "positions of the original context", least=1)
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and self.original_max_position_embeddings >= 1):
-            raise ValueError(
-                f"rope scaling needs a factor of at least 1 and a positive original_max_position_embeddings, "
-                f"not {self.factor!r} and {self.original_max_position_embeddings!r}"
-            )
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope scaling needs 0 < low_freq_factor < high_freq_factor, "
-                f"not {self.low_freq_factor!r} and {self.high_freq_factor!r}"
-            )
+        check(self)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low >= high:
+            raise ValueError(f"rope scaling needs 0 < low_freq_factor < high_freq_factor, not {low!r} and {high!r}")
 
     def __call__(self, frequency: Array) -> Array:
         """Angles per position, [D/2] -> [D/2]."""

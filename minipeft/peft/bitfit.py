@@ -33,9 +33,6 @@ class BitFitConfig(PeftConfig):
         if self.target_modules is None and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform chooses among target_modules: give names to target_modules, too")
 
-    def with_targets(self, model: Module) -> BitFitConfig:
-        return self
-
     def targets(self, name: str, kind: str) -> bool:
         if self.target_modules is None:
             return bool(name) and kind in self.kinds and self.replace(target_modules=".*").targets(name, kind)

@@ -202,7 +202,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
 
 
 def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
-    """Give a named adapter the arrays of a file: exactly the keys it has, in its shapes.
+    """Give a named adapter the arrays of a file, with which it starts: exactly the keys it has, in its shapes.
 
     Raises PeftError, with nothing changed, otherwise; and for an OLoRA of PEFT on GPT-2's layers.
     """
@@ -231,3 +231,4 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
         if key in optional and np.array_equal(to_numpy(parameter.data), array):
             continue  # the base's own array stays shared
         parameter.data = asarray(np.array(array, dtype=parameter.dtype), xp_of(parameter.data))
+    model.mark_start(adapter_name)

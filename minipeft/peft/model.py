@@ -373,11 +373,11 @@ class PeftModel(Module):
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
         this package does not have.
         """
-        from .huggingface import read_adapter
+        from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
         adapted = cls(model, config, adapter_name, seed=None)
-        adapted._load(adapter_name, arrays, directory)
+        load_arrays(adapted, adapter_name, arrays, directory)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted
 
@@ -386,23 +386,17 @@ class PeftModel(Module):
 
         `set_adapter` decides anew. Raises what `from_pretrained` raises, with nothing changed.
         """
-        from .huggingface import read_adapter
+        from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
         self.add_adapter(adapter_name, config, seed=None)
         try:
-            self._load(adapter_name, arrays, directory)
+            load_arrays(self, adapter_name, arrays, directory)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
         for _, adapter in self.parts(adapter_name):
             adapter.requires_grad_(is_trainable)
-
-    def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
-        from .huggingface import load_arrays
-
-        load_arrays(self, adapter_name, arrays, directory)
-        self.mark_start(adapter_name)
 
 
 def assert_learning(model: PeftModel) -> None:

@@ -21,7 +21,7 @@ from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
 from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize
-from .prompt_tuning import PromptEmbedding, SoftTokens, width_of
+from .prompt_tuning import PromptEmbedding, SoftTokens
 
 
 class PromptEncoder(SoftTokens):
@@ -66,7 +66,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         }  # fmt: skip
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        d, embedding = width_of(self, model), model.backbone.embedding
+        d, embedding = model.config.hidden_size, model.backbone.embedding
         if self.folded:
             return PromptEmbedding(self.prompt_shapes(d), embedding, seed)
         return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)

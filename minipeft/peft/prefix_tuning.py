@@ -124,15 +124,10 @@ class PrefixTuningConfig(PromptLearningConfig):
             "transform.2.weight": (n, h), "transform.2.bias": (n,),
         }  # fmt: skip
 
+    def needed(self, model: Transformer) -> dict[str, int]:
+        c, heads = model.config, model.config.num_key_value_heads
+        return {"num_layers": c.num_hidden_layers, "num_attention_heads": heads, "token_dim": heads * c.head_dim}
+
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        c = model.config
-        needed = {
-            "num_layers": c.num_hidden_layers,
-            "num_attention_heads": c.num_key_value_heads,
-            "token_dim": c.num_key_value_heads * c.head_dim,
-        }
-        for name, value in needed.items():
-            if getattr(self, name) != value:
-                raise PeftError(f"{name}={getattr(self, name)}, but this model's keys and values need {value}")
         network = self.prefix_projection and not self.folded
         return (PrefixEncoder if network else Prefix)(self, model.backbone.embedding, seed)

@@ -103,9 +103,13 @@ class PromptLearningConfig(PeftConfig):
         """The trained part for a model that it fits."""
 
     def prompt(self, model: Module, seed: Seed) -> Prompt:
-        """The trained part. Raises PeftError for what is no language model, and for too short a context."""
+        """The trained part. Raises PeftError for what is no language model, too short a context, other dimensions."""
         self.check(model)
         return self.build(model, seed)
+
+    def needed(self, model: Transformer) -> dict[str, int]:
+        """{option: value} of what a model prescribes."""
+        return {"token_dim": model.config.hidden_size}
 
     def check(self, model: Module) -> None:
         if not isinstance(model, Transformer):
@@ -115,6 +119,9 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
             )
+        for name, value in self.needed(model).items():
+            if getattr(self, name) not in (None, value):
+                raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:

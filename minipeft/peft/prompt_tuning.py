@@ -77,7 +77,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         embedding = model.backbone.embedding
-        prompt = PromptEmbedding(self.prompt_shapes(width_of(self, model)), embedding, seed)
+        prompt = PromptEmbedding(self.prompt_shapes(model.config.hidden_size), embedding, seed)
         if seed is not None and self.prompt_tuning_init != "RANDOM":
             weight = embedding.weight.data  # [V, d]
             ids = self.first_ids(weight.shape[0], seed)
@@ -103,11 +103,3 @@ class PromptTuningConfig(PromptLearningConfig):
         if not all(0 <= i < vocabulary for i in ids):
             raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
         return ids
-
-
-def width_of(config: PromptLearningConfig, model: Transformer) -> int:
-    """The width d of a model's embeddings. Raises PeftError where it is not the configuration's token_dim."""
-    d = model.config.hidden_size
-    if config.token_dim != d:
-        raise PeftError(f"token_dim={config.token_dim}, but this model's embeddings have {d} numbers")
-    return d

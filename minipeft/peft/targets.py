@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, ClassVar
 
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
@@ -114,7 +115,7 @@ class Targets:
 
     def with_targets(self, model: Module) -> Any:
         """This configuration, with target_modules filled in for the model's architecture where it was None."""
-        if self.target_modules is not None or not self.kinds:
+        if self.target_modules is not None or not self.usual_targets:
             return self
         model_type = family_of(model)
         if model_type not in self.usual_targets:
@@ -123,7 +124,7 @@ class Targets:
                 f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
                 f"(it knows those of: {known})"
             )
-        return self.replace(target_modules=list(self.usual_targets[model_type]))
+        return self.replace(target_modules=copy(self.usual_targets[model_type]))
 
     def targets(self, name: str, kind: str) -> bool:
         """Whether the method is put on the module at this path, of this kind."""

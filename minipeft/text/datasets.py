@@ -85,7 +85,7 @@ def read_dataset(path: str | Path) -> list[Record]:
         try:
             record = parse_record(line)
             if records and type(record) is not type(records[0]):
-                one, other = _fields(type(record)), _fields(type(records[0]))
+                one, other = fields_of(type(record)), fields_of(type(records[0]))
                 raise ValueError(f"the record has the form {one}, the lines before it {other}; one file holds one form")
         except ValueError as error:
             raise DatasetError(path, number, str(error)) from error
@@ -135,13 +135,13 @@ def _form_of(value: dict[str, Any]) -> type[Record]:
         if set(form._fields) - _OPTIONAL.get(form, set()) <= keys <= set(form._fields):
             return form
     nearest = max(FORMS, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
-    every = ", ".join(map(_fields, FORMS))
+    every = ", ".join(map(fields_of, FORMS))
     if not keys & set(nearest._fields):
         raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {every}")
     missing = [field for field in nearest._fields if field not in keys | _OPTIONAL.get(nearest, set())]
     wrong = [f"field {field!r} is missing" for field in missing]
     wrong += [f"field {field!r} is unknown" for field in sorted(keys - set(nearest._fields))]
-    raise ValueError(f"{', '.join(wrong)}; the form is {_fields(nearest)} (all forms: {every})")
+    raise ValueError(f"{', '.join(wrong)}; the form is {fields_of(nearest)} (all forms: {every})")
 
 
 def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
@@ -191,8 +191,9 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _fields(form: type[Record]) -> str:
-    return "{" + ", ".join(form._fields) + "}"
+def fields_of(form: object) -> str:
+    """"{prompt, completion}", of a form or a record; of anything else its type's name."""
+    return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"
 
 
 def _json_type(value: Any) -> str:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .datasets import Completion, Conversation, Instruction, Message, Preference, Record
+from .datasets import Completion, Conversation, Instruction, Message, Preference, Record, fields_of
 from .tokenizer import Special, Tokenizer
 
 # The published wording, to the letter: Taori et al. 2023, Stanford Alpaca, PROMPT_DICT in train.py.
@@ -222,9 +222,5 @@ def _check_form(record: object, form: type[Record], taker: str) -> None:
     """Raises ValueError unless the record has this form, into which `_instruction` and `_messages` turn other forms."""
     if not isinstance(record, form):
         others = {Instruction: (Instruction, Completion), Conversation: (Conversation, Instruction, Completion)}
-        wanted = " or ".join(_fields(other) for other in others.get(form, (form,)))
-        raise ValueError(f"{taker} takes {wanted} records, got {_fields(record)}")
-
-
-def _fields(form: object) -> str:
-    return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"
+        wanted = " or ".join(fields_of(other) for other in others.get(form, (form,)))
+        raise ValueError(f"{taker} takes {wanted} records, got {fields_of(record)}")
