@@ -21,7 +21,7 @@ from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_threa
 from . import checks as check
 from . import ops
 from .ops import _rows, _widen
-from .tensor import kernel
+from .tensor import kernel, together
 
 # ------------------------------------------------------------------------------------------------------ elementwise
 
@@ -84,7 +84,6 @@ def _silu(x):
 @kernel(ops.swiglu)
 def _swiglu(gate, up):
     """Keeps its two inputs, where `silu` and `mul` would keep three arrays. One exponential serves both gradients."""
-    memo: dict[str, Array] = {}
 
     def into(out, gate, up):
         _silu_into(out, gate)
@@ -96,12 +95,7 @@ def _swiglu(gate, up):
         dgate *= g
         dgate *= up
 
-    def pull(name, g):
-        if not memo:
-            memo["gate"], memo["up"] = elementwise(both_into, g, gate, up, outputs=2)
-        return memo.pop(name)
-
-    return elementwise(into, gate, up), lambda g: pull("gate", g), lambda g: pull("up", g)
+    return elementwise(into, gate, up), *together(2, lambda g: elementwise(both_into, g, gate, up, outputs=2))
 
 
 _C = math.sqrt(2 / math.pi)
@@ -409,16 +403,14 @@ class _Attention:
 
 @kernel(ops.scaled_dot_product_attention)
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
-    a, memo = _Attention(q, k, v, attn_mask, is_causal, scale), {}
+    a = _Attention(q, k, v, attn_mask, is_causal, scale)
 
-    def pull(name, g):
-        if not memo:
-            xp = a.xp
-            memo.update(q=xp.empty_like(q), k=xp.zeros_like(k), v=xp.zeros_like(v))
-            a.backward(g, memo["q"], memo["k"], memo["v"])
-        return memo.pop(name)
+    def compute(g):
+        found = a.xp.empty_like(q), a.xp.zeros_like(k), a.xp.zeros_like(v)
+        a.backward(g, *found)
+        return found
 
-    return a.out, lambda g: pull("q", g), lambda g: pull("k", g), lambda g: pull("v", g)
+    return a.out, *together(3, compute)
 
 
 @kernel(ops.packed_attention)

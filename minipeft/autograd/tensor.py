@@ -29,7 +29,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -175,6 +175,18 @@ def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
         return fn
 
     return register
+
+
+def together(n: int, compute: Callable[[Array], Sequence[Array]]) -> list[Callable[[Array], Array]]:
+    """The pullbacks of n inputs that share one computation: `compute(g)` gives all n gradients, and each is taken once."""
+    memo: dict[int, Array] = {}
+
+    def pullback(i: int, g: Array) -> Array:
+        if not memo:
+            memo.update(enumerate(compute(g)))
+        return memo.pop(i)
+
+    return [functools.partial(pullback, i) for i in range(n)]
 
 
 def _explain(name: str, arrays: list, error: Exception) -> None:
@@ -446,21 +458,17 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     result = Tensor(value)
     if not (needed and is_grad_enabled()):
         return result
-    memo: dict[int, Array] = {}
 
-    def pullback(i: int, g: Array) -> Array:
-        if not memo:
-            again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
-            with _set_mode("enabled", True), _as_leaves(needed):
-                out = fn(*[again[id(x)] for x in inputs])
-            found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
-            xp = xp_of(g)
-            memo.update({k: xp.zeros_like(needed[k].data) if d is None else d for k, d in enumerate(found)})
-        return memo.pop(i)
+    def compute(g: Array) -> list[Array]:
+        again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
+        with _set_mode("enabled", True), _as_leaves(needed):
+            out = fn(*[again[id(x)] for x in inputs])
+        found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
+        return [xp_of(g).zeros_like(leaf.data) if d is None else d for leaf, d in zip(needed, found)]
 
     edges = [
-        (leaf if leaf._node is None else leaf._node, functools.partial(pullback, i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(needed)
+        (leaf if leaf._node is None else leaf._node, pullback, leaf.shape, leaf.dtype)
+        for leaf, pullback in zip(needed, together(len(needed), compute))
     ]
     result._node, result.requires_grad = Node("checkpoint", edges), True
     return result

@@ -22,6 +22,8 @@ from .layers import Linear
 from .module import Module, Parameter
 from .transformer import Backbone, BackboneModel, Transformer
 
+HEADS = ("lm_head", "score", "classifier", "v_head")  # names of a model's head, ours and those of other families
+
 
 class _HeadedBackbone(BackboneModel):
     """A copy of a language model's backbone, under its family's name, to which a subclass adds a head."""

@@ -48,11 +48,8 @@ class BitFitConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer, seeds[name])
-            for name, layer in layers.items()
-        }
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Adapter:
+        return Bias({"bias": layer.bias.shape}, layer, seed)
 
 
 class Bias(Adapter):

@@ -101,14 +101,16 @@ class PrefixTuningConfig(PromptLearningConfig):
     folded: bool = option(False, "the prefix is trained itself, without the network; so is what a file holds")
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")
+
+    def dimensions(self, config: Any) -> dict[str, int | None]:
+        found = super().dimensions(config)
+        if heads := getattr(config, "num_key_value_heads", None):
+            found |= {"num_attention_heads": heads, "token_dim": heads * config.head_dim}
+        return found
 
     def with_targets(self, model: Module) -> PrefixTuningConfig:
-        c, config = getattr(model, "config", None), self
-        if hasattr(c, "num_key_value_heads"):
-            heads = c.num_key_value_heads
-            width = self.token_dim or heads * c.head_dim
-            config = self.replace(num_attention_heads=self.num_attention_heads or heads, token_dim=width)
-        config = PromptLearningConfig.with_targets(config, model)
+        config = super().with_targets(model)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
@@ -123,10 +125,6 @@ class PrefixTuningConfig(PromptLearningConfig):
             "transform.0.weight": (h, d), "transform.0.bias": (h,),
             "transform.2.weight": (n, h), "transform.2.bias": (n,),
         }  # fmt: skip
-
-    def needed(self, model: Transformer) -> dict[str, int]:
-        c, heads = model.config, model.config.num_key_value_heads
-        return {"num_layers": c.num_hidden_layers, "num_attention_heads": heads, "token_dim": heads * c.head_dim}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         network = self.prefix_projection and not self.folded

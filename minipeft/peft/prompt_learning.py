@@ -8,7 +8,7 @@ that was read from a file is that matrix: it is `folded`, and the network that c
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -77,16 +77,18 @@ class PromptLearningConfig(PeftConfig):
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
 
+    prescribed: ClassVar[tuple[str, ...]] = ("token_dim",)  # the dimensions that must be the model's
+
+    def dimensions(self, config: Any) -> dict[str, int | None]:
+        """{option: value} from a model's configuration; None where it does not say."""
+        names = {"token_dim": "hidden_size", "num_layers": "num_hidden_layers"}
+        names |= {"num_attention_heads": "num_attention_heads"}
+        return {option: getattr(config, name, None) for option, name in names.items()}
+
     def with_targets(self, model: Module) -> Any:
         """This configuration with the model's dimensions filled in."""
-        c = getattr(model, "config", None)
-        derived = {
-            "token_dim": getattr(c, "hidden_size", None),
-            "num_layers": getattr(c, "num_hidden_layers", None),
-            "num_attention_heads": getattr(c, "num_attention_heads", None),
-            "num_transformer_submodules": 1,
-            "task_type": "CAUSAL_LM",  # without it PEFT loads the adapter but does not use it
-        }
+        derived = self.dimensions(getattr(model, "config", None))
+        derived |= {"num_transformer_submodules": 1, "task_type": "CAUSAL_LM"}  # without which PEFT does not use it
         return self.replace(**{name: value for name, value in derived.items() if getattr(self, name) is None})
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
@@ -107,10 +109,6 @@ class PromptLearningConfig(PeftConfig):
         self.check(model)
         return self.build(model, seed)
 
-    def needed(self, model: Transformer) -> dict[str, int]:
-        """{option: value} of what a model prescribes."""
-        return {"token_dim": model.config.hidden_size}
-
     def check(self, model: Module) -> None:
         if not isinstance(model, Transformer):
             raise PeftError(f"{type(self).__name__} needs a Transformer; this is a {type(model).__name__}")
@@ -119,9 +117,10 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
             )
-        for name, value in self.needed(model).items():
-            if getattr(self, name) not in (None, value):
-                raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")
+        for name in self.prescribed:
+            given, value = getattr(self, name), self.dimensions(model.config)[name]
+            if given not in (None, value):
+                raise PeftError(f"{name}={given}, but {type(self).__name__} needs {value} for this model")
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:

@@ -19,12 +19,12 @@ from collections.abc import Iterable
 from copy import copy
 from typing import Any, ClassVar
 
+from ..nn.heads import HEADS
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from ..nn.module import Module
 from ..options import check, configuration, option
 
 Shape = tuple[int, ...]
-HEADS = ("lm_head", "score", "classifier", "v_head")  # "all-linear" leaves them out
 
 # model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
 QUERY_AND_VALUE = {

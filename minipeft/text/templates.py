@@ -73,12 +73,8 @@ def alpaca(record: Record) -> list[Turn]:
     """
     record = _instruction(record)
     _check_form(record, Instruction, "the alpaca template")
-    return [Turn(alpaca_prompt(record.instruction, record.input), (record.output,))]
-
-
-def alpaca_prompt(instruction: str, input: str = "") -> Pieces:
-    """Alpaca's prompt for an instruction, with or without an input."""
-    return ((ALPACA_WITH_INPUT if input else ALPACA_WITHOUT_INPUT).format(instruction=instruction, input=input),)
+    form = ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT
+    return [Turn((form.format(instruction=record.instruction, input=record.input),), (record.output,))]
 
 
 def chatml(record: Record) -> list[Turn]:
