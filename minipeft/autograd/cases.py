@@ -103,6 +103,70 @@ def integers(high: int, *shape: int) -> np.ndarray:
     return np.asarray(np.random.default_rng([high, *shape]).integers(0, high, shape))
 
 
+# --------------------------------------------------------------------------------------------------------- one by one
+
+IDS, IGNORED = np.array([0, 4, 2, 2]), np.array([[0, -100, 4], [-100, 1, 1]])  # targets of a loss
+ROWS = [  # op, label, function, inputs
+    ("clip", "both sides", lambda x: F.clip(x, -0.5, 0.5), (normal(3, 4),)),
+    ("clip", "below", lambda x: F.clip(x, minimum=0), (normal(3, 4),)),
+    ("clip", "above", lambda x: F.clip(x, maximum=0), (normal(3, 4),)),
+    ("clip", "empty axis", lambda x: F.clip(x, -0.5, 0.5), (normal(0, 3),)),
+    ("to", "float64", lambda x: F.to(x, np.float64), (normal(3, 4),)),
+    ("to", "float32", lambda x: F.to(x, np.float32), (normal(3, 4),)),
+    ("to", "through float32", lambda x: F.exp(F.to(x, np.float32)), (normal(3, 4),)),
+    ("dropout", "keyed stream", lambda x: F.dropout(x, 0.4, Rng(1, 2)), (normal(4, 6),)),
+    ("dropout", "later rows", lambda x: F.dropout(x, 0.4, Rng(1, first_row=7)), (normal(2, 3, 4),)),
+    ("dropout", "no stream", lambda x: F.dropout(x, 0.4, None), (normal(4, 6),)),
+    ("dropout", "p = 0", lambda x: F.dropout(x, 0.0, Rng(1)), (normal(4, 6),)),
+    ("dropout", "empty axis", lambda x: F.dropout(x, 0.4, Rng(1)), (normal(0, 3),)),
+    ("reshape", "split", lambda x: F.reshape(x, (2, 3, 2)), (normal(6, 2),)),
+    ("reshape", "flatten", lambda x: F.reshape(x, (-1,)), (normal(2, 3),)),
+    ("reshape", "of a transposed input", lambda x: F.reshape(F.transpose(x), (2, 6)), (normal(3, 4),)),
+    ("reshape", "to a scalar", lambda x: F.reshape(x, ()), (normal(1, 1),)),
+    ("reshape", "empty axis", lambda x: F.reshape(x, (3, 0)), (normal(0, 3),)),
+    ("transpose", "reversed", F.transpose, (normal(2, 3, 4),)),
+    ("transpose", "axes", lambda x: F.transpose(x, (1, 2, 0)), (normal(2, 3, 4),)),
+    ("transpose", "negative axes", lambda x: F.transpose(x, (-1, 0, 1)), (normal(2, 3, 4),)),
+    ("transpose", "empty axis", F.transpose, (normal(0, 3),)),
+    ("swapaxes", "ends", lambda x: F.swapaxes(x, 0, -1), (normal(2, 3, 4),)),
+    ("swapaxes", "adjacent", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),)),
+    ("broadcast_to", "new axes", lambda x: F.broadcast_to(x, (2, 3, 4)), (normal(3, 4),)),
+    ("broadcast_to", "size-one axes", lambda x: F.broadcast_to(x, (2, 3, 4)), (normal(1, 3, 1),)),
+    ("broadcast_to", "scalar", lambda x: F.broadcast_to(x, (2, 3)), (normal(),)),
+    ("broadcast_to", "to an empty axis", lambda x: F.broadcast_to(x, (0, 3)), (normal(3),)),
+    ("gather", "last axis", F.gather, (normal(3, 5), np.array([[0, 0, 4], [1, 2, 3], [4, 4, 4]]))),
+    ("gather", "first axis", lambda x, i: F.gather(x, i, axis=0), (normal(3, 5), integers(3, 4, 5))),
+    ("gather", "middle axis", lambda x, i: F.gather(x, i, axis=1), (normal(2, 3, 4), integers(3, 2, 2, 4))),
+    ("gather", "no rows", F.gather, (normal(0, 5), integers(5, 0, 2))),
+    ("_cat", "rows", lambda a, b: F.cat([a, b]), (normal(2, 3), normal(1, 3))),
+    ("_cat", "last axis", lambda a, b, c: F.cat([a, b, c], axis=-1), (normal(2, 1), normal(2, 3), normal(2, 2))),
+    ("_cat", "one", lambda a: F.cat([a]), (normal(2, 3),)),
+    ("_cat", "the same twice", lambda a: F.cat([a, a], axis=1), (normal(2, 3),)),
+    ("_cat", "an empty part", lambda a, b: F.cat([a, b]), (normal(0, 3), normal(1, 3))),
+    ("_cat", "stack", lambda a, b: F.stack([a, b]), (normal(2, 3), normal(2, 3, seed=1))),
+    ("_cat", "stack last", lambda a, b: F.stack([a, b], axis=-1), (normal(2, 3), normal(2, 3, seed=1))),
+    ("embedding", "repeated ids", F.embedding, (np.array([[0, 2, 2], [5, 0, 2]]), normal(6, 4))),
+    ("embedding", "one id", F.embedding, (np.array(3), normal(6, 4))),
+    ("embedding", "size-one axes", F.embedding, (np.array([[0]]), normal(1, 1))),
+    ("embedding", "no ids", F.embedding, (np.zeros((2, 0), np.int64), normal(6, 4))),
+    ("cross_entropy", "rows", F.cross_entropy, (normal(4, 5), IDS)),
+    ("cross_entropy", "ignored targets", F.cross_entropy, (normal(2, 3, 5), IGNORED)),
+    ("cross_entropy", "ignore_index 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (normal(4, 5), IDS)),
+    ("cross_entropy", "one row", F.cross_entropy, (normal(5), np.array(3))),
+    ("cross_entropy", "one class", F.cross_entropy, (normal(3, 1), np.zeros(3, np.int64))),
+    ("cross_entropy", "large logits", F.cross_entropy, (30 * normal(4, 5), IDS)),
+    ("linear_cross_entropy", "every target", F.linear_cross_entropy, (normal(4, 3), normal(5, 3), IDS)),
+    ("linear_cross_entropy", "ignored targets", F.linear_cross_entropy, (normal(2, 3, 4), normal(5, 4), IGNORED)),
+    ("linear_cross_entropy", "one row", F.linear_cross_entropy, (normal(1, 3), normal(5, 3), np.array([3]))),
+    ("linear_cross_entropy", "size-one axes", F.linear_cross_entropy, (normal(1, 1), normal(1, 1), np.array([0]))),
+]
+
+
+@cases(*dict.fromkeys(op for op, *_ in ROWS))
+def _rows(name):
+    return [Case(label, fn, inputs) for op, label, fn, inputs in ROWS if op == name]
+
+
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 PAIRS = [
@@ -155,22 +219,6 @@ def _where():
     yield Case("number", lambda a, c: F.where(c, a, 0.0), (normal(3, 4),), (integers(2, 4) == 1,))
 
 
-@cases("clip")
-def _clip():
-    x = normal(3, 4)
-    yield Case("both sides", lambda x: F.clip(x, -0.5, 0.5), (x,))
-    yield Case("below", lambda x: F.clip(x, minimum=0), (x,))
-    yield Case("above", lambda x: F.clip(x, maximum=0), (x,))
-    yield Case("empty axis", lambda x: F.clip(x, -0.5, 0.5), (normal(0, 3),))
-
-
-@cases("to")
-def _to():
-    yield Case("float64", lambda x: F.to(x, np.float64), (normal(3, 4),))
-    yield Case("float32", lambda x: F.to(x, np.float32), (normal(3, 4),))
-    yield Case("through float32", lambda x: F.exp(F.to(x, np.float32)), (normal(3, 4),))
-
-
 # ------------------------------------------------------------------------------------------------- elementwise, unary
 
 
@@ -186,16 +234,6 @@ def _elementwise(name):
 def _swiglu():
     for shape in [(3, 4), (1, 1), (2, 3, 4), (2, 0)]:
         yield Case(f"shape {shape}", F.swiglu, (normal(*shape), normal(*shape, seed=1)))
-
-
-@cases("dropout")
-def _dropout():
-    x = normal(4, 6)
-    yield Case("keyed stream", lambda x: F.dropout(x, 0.4, Rng(1, 2)), (x,))
-    yield Case("later rows", lambda x: F.dropout(x, 0.4, Rng(1, first_row=7)), (normal(2, 3, 4),))
-    yield Case("no stream", lambda x: F.dropout(x, 0.4, None), (x,))
-    yield Case("p = 0", lambda x: F.dropout(x, 0.0, Rng(1)), (x,))
-    yield Case("empty axis", lambda x: F.dropout(x, 0.4, Rng(1)), (normal(0, 3),))
 
 
 # -------------------------------------------------------------------------------------------------------- reductions
@@ -230,38 +268,7 @@ def _normalized(name):
         yield Case("keepdims", lambda x: F.logsumexp(x, axis=0, keepdims=True), (normal(3, 4),))
 
 
-# ------------------------------------------------------------------------------------------------------------ shapes
-
-
-@cases("reshape")
-def _reshape():
-    yield Case("split", lambda x: F.reshape(x, (2, 3, 2)), (normal(6, 2),))
-    yield Case("flatten", lambda x: F.reshape(x, (-1,)), (normal(2, 3),))
-    yield Case("of a transposed input", lambda x: F.reshape(F.transpose(x), (2, 6)), (normal(3, 4),))
-    yield Case("to a scalar", lambda x: F.reshape(x, ()), (normal(1, 1),))
-    yield Case("empty axis", lambda x: F.reshape(x, (3, 0)), (normal(0, 3),))
-
-
-@cases("transpose")
-def _transpose():
-    yield Case("reversed", F.transpose, (normal(2, 3, 4),))
-    yield Case("axes", lambda x: F.transpose(x, (1, 2, 0)), (normal(2, 3, 4),))
-    yield Case("negative axes", lambda x: F.transpose(x, (-1, 0, 1)), (normal(2, 3, 4),))
-    yield Case("empty axis", F.transpose, (normal(0, 3),))
-
-
-@cases("swapaxes")
-def _swapaxes():
-    yield Case("ends", lambda x: F.swapaxes(x, 0, -1), (normal(2, 3, 4),))
-    yield Case("adjacent", lambda x: F.swapaxes(x, 1, 2), (normal(2, 3, 4),))
-
-
-@cases("broadcast_to")
-def _broadcast_to():
-    yield Case("new axes", lambda x: F.broadcast_to(x, (2, 3, 4)), (normal(3, 4),))
-    yield Case("size-one axes", lambda x: F.broadcast_to(x, (2, 3, 4)), (normal(1, 3, 1),))
-    yield Case("scalar", lambda x: F.broadcast_to(x, (2, 3)), (normal(),))
-    yield Case("to an empty axis", lambda x: F.broadcast_to(x, (0, 3)), (normal(3),))
+# ---------------------------------------------------------------------------------------------------------- indexing
 
 
 @cases("getitem")
@@ -286,25 +293,6 @@ def _getitem():
     yield Case("boolean elements", lambda x, i: x[i], (x,), (integers(2, 4, 5) == 1,))
     yield Case("overlapping slices", lambda x: x[:3] * 2.0 + x[1:], (x,))
     yield Case("slices of an interior result", lambda x: (y := x * 2.0)[0] * y[1:3] + y[2:], (x,))
-
-
-@cases("gather")
-def _gather():
-    yield Case("last axis", F.gather, (normal(3, 5), np.array([[0, 0, 4], [1, 2, 3], [4, 4, 4]])))
-    yield Case("first axis", lambda x, i: F.gather(x, i, axis=0), (normal(3, 5), integers(3, 4, 5)))
-    yield Case("middle axis", lambda x, i: F.gather(x, i, axis=1), (normal(2, 3, 4), integers(3, 2, 2, 4)))
-    yield Case("no rows", F.gather, (normal(0, 5), integers(5, 0, 2)))
-
-
-@cases("_cat")
-def _cat():
-    yield Case("rows", lambda a, b: F.cat([a, b]), (normal(2, 3), normal(1, 3)))
-    yield Case("last axis", lambda a, b, c: F.cat([a, b, c], axis=-1), (normal(2, 1), normal(2, 3), normal(2, 2)))
-    yield Case("one", lambda a: F.cat([a]), (normal(2, 3),))
-    yield Case("the same twice", lambda a: F.cat([a, a], axis=1), (normal(2, 3),))
-    yield Case("an empty part", lambda a, b: F.cat([a, b]), (normal(0, 3), normal(1, 3)))
-    yield Case("stack", lambda a, b: F.stack([a, b]), (normal(2, 3), normal(2, 3, seed=1)))
-    yield Case("stack last", lambda a, b: F.stack([a, b], axis=-1), (normal(2, 3), normal(2, 3, seed=1)))
 
 
 # --------------------------------------------------------------------------------------------------- matrix products
@@ -351,14 +339,6 @@ def _linear(name):
         else:
             yield Case(label, F.addmm, (b, x, w.T.copy()))
             yield Case(f"{label}, no bias", lambda x, w: F.addmm(None, x, w), (x, w.T.copy()))
-
-
-@cases("embedding")
-def _embedding():
-    yield Case("repeated ids", F.embedding, (np.array([[0, 2, 2], [5, 0, 2]]), normal(6, 4)))
-    yield Case("one id", F.embedding, (np.array(3), normal(6, 4)))
-    yield Case("size-one axes", F.embedding, (np.array([[0]]), normal(1, 1)))
-    yield Case("no ids", F.embedding, (np.zeros((2, 0), np.int64), normal(6, 4)))
 
 
 # ----------------------------------------------------------------------------------------------------- normalization
@@ -446,26 +426,3 @@ def _packed():
     yield Case("padding", lambda x, m: F.packed_attention(x, 2, attn_mask=m), (normal(2, 3, 12),), (keep,))
     for label, shape in [("one head", (1, 3, 6)), ("size-one axes", (1, 1, 3)), ("several blocks", (1, 66, 6))]:
         yield Case(label, lambda x: F.packed_attention(x, 1), (normal(*shape),))
-
-
-# ------------------------------------------------------------------------------------------------------------ losses
-
-
-@cases("cross_entropy")
-def _cross_entropy():
-    yield Case("rows", F.cross_entropy, (normal(4, 5), np.array([0, 4, 2, 2])))
-    yield Case("ignored targets", F.cross_entropy, (normal(2, 3, 5), np.array([[0, -100, 4], [-100, 1, 1]])))
-    ids = np.array([0, 4, 2])
-    yield Case("ignore_index 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (normal(3, 5), ids))
-    yield Case("one row", F.cross_entropy, (normal(5), np.array(3)))
-    yield Case("one class", F.cross_entropy, (normal(3, 1), np.zeros(3, np.int64)))
-    yield Case("large logits", F.cross_entropy, (30 * normal(4, 5), np.array([0, 4, 2, 2])))
-
-
-@cases("linear_cross_entropy")
-def _linear_cross_entropy():
-    targets = np.array([[0, -100, 4], [-100, 1, 1]])
-    yield Case("every target", F.linear_cross_entropy, (normal(4, 3), normal(5, 3), np.array([0, 4, 2, 2])))
-    yield Case("ignored targets", F.linear_cross_entropy, (normal(2, 3, 4), normal(5, 4), targets))
-    yield Case("one row", F.linear_cross_entropy, (normal(1, 3), normal(5, 3), np.array([3])))
-    yield Case("size-one axes", F.linear_cross_entropy, (normal(1, 1), normal(1, 1), np.array([0])))

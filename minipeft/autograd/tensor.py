@@ -109,6 +109,7 @@ class Slice:
         self.index, self.value, self.repeats = index, value, repeats
 
     def add_to(self, total: Array) -> None:
+        """total[index] += value, in place."""
         if self.repeats:
             xp_of(total).add.at(total, self.index, self.value)
         else:

@@ -28,30 +28,42 @@ class DatasetError(ValueError):
 
 
 class Document(NamedTuple):
+    """Text to continue, without a prompt."""
+
     text: str
 
 
 class Completion(NamedTuple):
+    """A prompt and what should follow it."""
+
     prompt: str
     completion: str
 
 
 class Instruction(NamedTuple):
+    """Alpaca's form; `input` may be ""."""
+
     instruction: str
     input: str
     output: str
 
 
 class Message(NamedTuple):
+    """What one side of a conversation says."""
+
     role: str  # "system", "user" or "assistant"
     content: str
 
 
 class Conversation(NamedTuple):
+    """An optional system message, then user and assistant in turn, ending with the assistant."""
+
     messages: tuple[Message, ...]
 
 
 class Preference(NamedTuple):
+    """Two answers to a prompt, the first preferred."""
+
     prompt: str
     chosen: str
     rejected: str

@@ -34,6 +34,8 @@ class EncodedExamples(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
+    """The preferred answer to a prompt and the other one, each behind the prompt."""
+
     chosen: Example
     rejected: Example
 
