@@ -24,11 +24,11 @@ from ..nn.heads import SequenceClassifier
 from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer
 from ..quant import Linear4bit
-from ..quant.surgery import quantizable_layers
+from ..quant.surgery import quantizable_layers, quantized_layers
 from ..text.tokenizer import Tokenizer
 from .configuration import HubError, from_hugging_face, naming, to_hugging_face
 from .gguf import read_gguf
-from .quantized import dense_parameters, quantization_config, quantized_layers, split_quantization, take_quantized
+from .quantized import dense_parameters, quantization_config, split_quantization, take_quantized
 
 __all__ = ["HubError", "from_pretrained", "save_pretrained"]
 
@@ -108,7 +108,7 @@ def _check_plain(model: Transformer | SequenceClassifier) -> None:
     plain: Module = Transformer(model.config, seed=None)
     if isinstance(model, SequenceClassifier):
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
-    for path, layer in quantized_layers(model):
+    for path, layer in quantized_layers(model).items():
         plain.replace(path, layer)
     have, want = ({(name, p.shape) for name, p in m.named_parameters()} for m in (model, plain))
     differing = sorted({name for name, _ in have ^ want})

@@ -38,7 +38,7 @@ class LoraLinear(Adapter):
         super().__init__(shapes, layer, seed)
         self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
         if seed is not None:
-            self.start(config.init_lora_weights, layer, np.random.default_rng(seed))
+            self.start(np.random.default_rng(seed))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s B A z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
@@ -50,9 +50,9 @@ class LoraLinear(Adapter):
         A, B = self.factors()
         return F.linear(F.linear(z, A) * self.scaling, B)
 
-    def start(self, init: bool | str, layer: Module, generator: np.random.Generator) -> None:
+    def start(self, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so that the adapted layer starts as the base layer (section 4.1)."""
-        A, B = self.lora_A, self.lora_B
+        A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
             fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))
         else:

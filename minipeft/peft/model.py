@@ -34,9 +34,9 @@ def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "defau
     Args:
         model: any Module; its arrays are shared, frozen.
         config: the method.
-        seed: names the adapter's initial values.
+        seed: of the adapter's initial values.
 
-    Raises PeftError when the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
+    Raises PeftError where the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
     """
     return PeftModel(model, config, adapter_name, seed)
 
@@ -175,7 +175,10 @@ class PeftModel(Module):
         Raises PeftError, with nothing changed, when it does not fit.
         """
         if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
-            raise PeftError(f"an adapter's name consists of letters, digits, '_' and '-'; {adapter_name!r} does not do")
+            raise PeftError(
+                "an adapter's name consists of letters, digits, '_' and '-', and is not base_layer, base_model or "
+                f"{BASE}; got {adapter_name!r}"
+            )
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
@@ -438,10 +441,7 @@ def _independent(model: Module) -> Any:
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         if model.lm_head.weight is not model.backbone.embedding.weight:
-            untied = config.replace(tie_word_embeddings=False)
-            for _, module in model.named_modules():
-                if module.__dict__.get("config") is config:
-                    module.config = untied
+            model.config = model.backbone.config = config.replace(tie_word_embeddings=False)
     return model
 
 

@@ -24,6 +24,7 @@ from .weights import fill, placement, zeros
 
 STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
+DIMENSIONS = {"token_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -81,9 +82,7 @@ class PromptLearningConfig(PeftConfig):
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         """{option: value} from a model's configuration; None where it does not say."""
-        names = {"token_dim": "hidden_size", "num_layers": "num_hidden_layers"}
-        names |= {"num_attention_heads": "num_attention_heads"}
-        return {option: getattr(config, name, None) for option, name in names.items()}
+        return {option: getattr(config, name, None) for option, name in DIMENSIONS.items()}
 
     def with_targets(self, model: Module) -> Any:
         """This configuration with the model's dimensions filled in."""

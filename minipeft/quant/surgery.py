@@ -67,6 +67,11 @@ def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, 
     }
 
 
+def quantized_layers(model: Module) -> dict[str, Linear4bit]:
+    """path -> layer of the layers in four bits."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
 def dequantize_model(model: Module) -> Module:
     """A new model whose Linear4bit layers are Linear layers of their dequantized weights; the rest shares its arrays."""
     made = model.copy(share=True)
@@ -76,7 +81,7 @@ def dequantize_model(model: Module) -> Module:
         linear.weight, linear.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
         return linear
 
-    return _replaced(made, {path: m for path, m in made.named_modules() if isinstance(m, Linear4bit)}, dense)
+    return _replaced(made, quantized_layers(made), dense)
 
 
 def _replaced(model: Module, layers: Mapping[str, Module], make: Callable[[str, Any], Module]) -> Module:

@@ -105,17 +105,14 @@ def read_dataset(path: str | Path) -> list[Record]:
     return records
 
 
-def parse_record(line: str | bytes) -> Record:
-    """One JSON line as a record; ValueError says what is wrong with it."""
-    if isinstance(line, bytes):
-        try:
-            line = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
+def parse_record(line: bytes) -> Record:
+    """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
-        value = json.loads(line, object_pairs_hook=_object_without_duplicates)
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
