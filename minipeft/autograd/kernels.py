@@ -173,7 +173,7 @@ def _matmul(a, b):
 
 @kernel(ops.linear)
 def _linear(x, weight, bias=None, name="linear"):
-    """Products through `backend.matmul`; a float16 weight is widened anew in backward, and not kept so."""
+    """Products through `backend.matmul`; a float16 weight is widened again in backward: the wide copy is not kept."""
     transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
     check.linear(name, x, weight, bias, inputs=1 if transposed else 0)
     xp = xp_of(x, weight, bias)

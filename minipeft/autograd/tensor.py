@@ -290,14 +290,10 @@ def _added(total: Array | None, ours: bool, d: Array | Slice, shape: tuple[int, 
 
 def _accumulate(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
     """leaf.grad += g; `.grad` never shares memory with anything else."""
-    if isinstance(g, Slice):
-        if leaf.grad is None:
-            leaf.grad = xp_of(leaf.data).zeros_like(leaf.data)
-        g.add_to(leaf.grad)
-    elif leaf.grad is None:
+    if leaf.grad is None and not isinstance(g, Slice):
         leaf.grad = g if is_new else g.copy()
     else:
-        leaf.grad += g
+        leaf.grad = _added(leaf.grad, True, g, leaf.data.shape, leaf.data.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- tensor

@@ -52,7 +52,7 @@ _OURS = {
     "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "resid_pdrop": "dropout",
     "minipeft_dropout": "dropout",
 }  # fmt: skip
-_SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
+_SPECIAL_IDS: dict[str, dict[str, int]] = {  # what its class assumes, too
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {},

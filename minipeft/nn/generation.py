@@ -64,7 +64,7 @@ def generate_stream(
         eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer of earlier positions, such as a trained prefix; never changed.
-        use_cache: False computes every position anew at every step: the same tokens, slower.
+        use_cache: False computes every position again at every step: the same tokens, slower.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
     longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not numbers.

@@ -70,11 +70,10 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(path, parameter), each parameter once, under its first path."""
-        seen: set[int] = set()
+        first: dict[Parameter, str] = {}
         for path, parameter in self.all_named_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield path, parameter
+            first.setdefault(parameter, path)
+        return ((path, parameter) for parameter, path in first.items())
 
     def parameters(self) -> list[Parameter]:
         """Every parameter, once."""

@@ -27,6 +27,8 @@ from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Rows, Selection
 
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "rng")  # of a Transformer
+
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
     """A new model with a method applied; `model` stays as it is, now and during training.
@@ -114,18 +116,11 @@ class PeftModel(Module):
             uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
             return self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1), rng)
 
-    def _behind(
-        self, prompt: Any, input_ids: Array | None = None, attention_mask: Array | None = None,
-        position_ids: Array | None = None, inputs_embeds: Tensor | None = None, past_key_values: Any = None,
-        rng: Any = None,
-    ) -> tuple[Tensor, int, Any]:  # fmt: skip
+    def _behind(self, prompt: Any, *inputs: Any, **arguments: Any) -> tuple[Tensor, int, Any]:
         """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""
-        given = prompt.arguments(
-            self.base_model, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, rng=rng,
-        )  # fmt: skip
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        return self.base_model.backbone(**given), length, as_rng(rng)
+        given = dict.fromkeys(ARGUMENTS) | dict(zip(ARGUMENTS, inputs)) | arguments
+        length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
+        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length, as_rng(given["rng"])
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
@@ -387,7 +382,7 @@ class PeftModel(Module):
     def load_adapter(self, directory: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter of a directory under a name of its own, not active yet; frozen unless `is_trainable`.
 
-        `set_adapter` decides anew. Raises what `from_pretrained` raises, with nothing changed.
+        `set_adapter` changes that. Raises what `from_pretrained` raises, with nothing changed.
         """
         from .huggingface import load_arrays, read_adapter
 

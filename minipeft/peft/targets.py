@@ -26,7 +26,7 @@ from ..options import check, configuration, option
 
 Shape = tuple[int, ...]
 
-# model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
+# model_type -> the layers that LoRA and its relatives are put on where target_modules is None, as in PEFT
 QUERY_AND_VALUE = {
     "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "roberta": ["query", "value"],
     "deberta-v2": ["query_proj", "value_proj"], "t5": ["q", "v"], "mt5": ["q", "v"], "bloom": ["query_key_value"],
@@ -77,7 +77,7 @@ class Targets:
 
     A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
     the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
-    modules_to_save may begin amid a word ("norm" matches input_layernorm), as in PEFT.
+    modules_to_save may begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
     """
 
     target_modules: list[str] | str | None = option(
