@@ -10,6 +10,7 @@ Adapters own what they train, so a hundred of them on one base cost a hundred ad
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Rows, Selection
-
-ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "rng")  # of a Transformer
 
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -118,7 +117,9 @@ class PeftModel(Module):
 
     def _behind(self, prompt: Any, *inputs: Any, **arguments: Any) -> tuple[Tensor, int, Any]:
         """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""
-        given = dict.fromkeys(ARGUMENTS) | dict(zip(ARGUMENTS, inputs)) | arguments
+        bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
+        bound.apply_defaults()
+        given = bound.arguments
         length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
         return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length, as_rng(given["rng"])
 
