@@ -179,7 +179,7 @@ def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
 
 
 def together(n: int, compute: Callable[[Array], Sequence[Array]]) -> list[Callable[[Array], Array]]:
-    """The pullbacks of n inputs that share one computation: `compute(g)` gives all n gradients, and each is taken once."""
+    """The pullbacks of n inputs that share one computation: `compute(g)` gives all n gradients; each is taken once."""
     memo: dict[int, Array] = {}
 
     def pullback(i: int, g: Array) -> Array:

@@ -67,7 +67,8 @@ def generate_stream(
         use_cache: False computes every position again at every step: the same tokens, slower.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
-    longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not numbers.
+    longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not
+    numbers.
     """
     ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
     (B, T), past = ids.shape, len(cache)
@@ -80,8 +81,8 @@ def generate_stream(
     if limit is not None and longest + max_new_tokens > limit - virtual:
         has = f"{virtual} virtual tokens leave {limit - virtual}" if virtual else f"this model has {limit}"
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but {has} "
-            f"positions: shorten the prompt or generate at most {max(0, limit - virtual - longest)}"
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
+            f"{has} positions: shorten the prompt or generate at most {max(0, limit - virtual - longest)}"
         )
     ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]

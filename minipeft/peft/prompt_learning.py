@@ -24,7 +24,9 @@ from .weights import fill, placement, zeros
 
 STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
-DIMENSIONS = {"token_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+DIMENSIONS = {  # option -> its name in a model's configuration
+    "token_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"
+}  # fmt: skip
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 

@@ -25,8 +25,8 @@ def quantize_model(
     Embeddings, norms and biases stay as they are. Its parameters are frozen, as a base for adapters.
 
     Args:
-        skip: names of modules that keep their floats, by default the usual heads; a name is a part of a path, "lm_head" or
-            "layers.0" (all inside it).
+        skip: names of modules that keep their floats, by default the usual heads; a name is a part of a path, "lm_head"
+            or "layers.0" (all inside it).
         quant_type, blocksize, compress_statistics: see `quantize_4bit`; double quantization is on.
 
     Raises QuantError for a name that matches nothing (other than the usual heads), when nothing is left to quantize, and
