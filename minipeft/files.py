@@ -131,7 +131,7 @@ class MappedFile:
         return np.frombuffer(self._map, np.uint8, end - begin, begin)
 
     def release(self, begin: int, end: int) -> None:
-        """Take the pages between two offsets, and near them, out of memory: they are read anew when they are used again.
+        """Take the pages between two offsets, and near them, out of memory: they are read again at their next use.
 
         To be called before anything is written to the map: what was written there would be as in the file again. (Pages
         near them, because the system may have mapped up to 2 MiB around every byte that was read.)

@@ -138,8 +138,8 @@ def split_rows(run: Callable[[slice], None], rows: int, work: int) -> None:
 def _keep_freed_memory() -> None:
     """Ask glibc to reuse freed arrays instead of returning their pages to the kernel.
 
-    A training step frees and takes the same arrays over and over; having each page zeroed and mapped anew costs a tenth
-    of the step. Arrays above 32 MiB (the most that glibc allows here) are still returned at once.
+    A training step frees and takes the same arrays over and over; having each page zeroed and mapped again costs a
+    tenth of the step. Arrays above 32 MiB (the most that glibc allows here) are still returned at once.
     """
     if sys.platform == "linux":
         import ctypes

@@ -236,7 +236,7 @@ def test_the_positions_that_are_left(method):
     padded = np.ones_like(longer)
     padded[0, 0] = 0
     assert prompted(longer, attention_mask=padded).shape[1] == LIMIT - P + 1  # padding uses no position
-    with pytest.raises(PeftError, match=r"max_new_tokens=8 make 28, but 5 virtual tokens leave 27 .* at most 7"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=8 make 28, but 5 virtual tokens leave 27 .* at most 7"):
         prompted.generate(np.zeros((1, 20), int), max_new_tokens=8)
     assert prompted.generate(np.zeros((1, 20), int), max_new_tokens=7).shape == (1, 27)
 
@@ -247,9 +247,9 @@ def test_the_positions_that_are_left(method):
         ("PromptTuning", {"num_virtual_tokens": None}, "num_virtual_tokens must be an integer of at least 1, got None"),
         ("PromptTuning", {"num_virtual_tokens": LIMIT}, "num_virtual_tokens=32 leaves no position for the input"),
         ("PrefixTuning", {"num_virtual_tokens": 99}, "num_virtual_tokens=99 leaves no position for the input"),
-        ("PromptTuning", {"token_dim": 8}, "token_dim=8, but .* have 16 numbers"),
-        ("PrefixTuning", {"token_dim": 16}, "token_dim=16, but .* need 8"),
-        ("PrefixTuning", {"num_layers": 3}, "num_layers=3, but .* need 2"),
+        ("PromptTuning", {"token_dim": 8}, "token_dim=8, but .* needs 16"),
+        ("PrefixTuning", {"token_dim": 16}, "token_dim=16, but .* needs 8"),
+        ("PrefixTuning", {"num_layers": 3}, "num_layers=3, but .* needs 2"),
         ("PromptTuning", {"target_modules": ["q_proj"]}, "it has no target_modules"),
         ("PromptTuning", {"task_type": "SEQ_CLS"}, "task_type='CAUSAL_LM', not 'SEQ_CLS'"),
         ("PromptTuning", {"prompt_tuning_init": "ZERO"}, "RANDOM, SAMPLE_VOCAB, TEXT, got 'ZERO'"),

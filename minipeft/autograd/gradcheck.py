@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, asarray, is_array, to_numpy, xp_of
+from ..backend import asarray, is_array, to_numpy, xp_of
 from .tensor import Tensor, no_grad
 
 
@@ -86,66 +86,15 @@ def gradcheck(
     computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to
     check.
     """
-    call = [_float64(a) if is_array(a) and a.dtype.kind == "f" else a for a in map(_data, arrays)]
+    call = list(map(_float64, arrays))
     inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}
-    return _check(lambda: fn(*call), inputs, name or getattr(fn, "__name__", "fn"), seed, directions, rtol)
-
-
-def check_parameters(
-    fn: Callable[[], Tensor],
-    parameters: Mapping[str, Tensor],
-    *,
-    seed: int = 0,
-    directions: int = 2,
-    rtol: float = 1e-7,
-) -> Iterator[tuple[str, float, GradcheckError | None]]:
-    """Judge a whole model: yields (name, worst relative deviation, error or None) for each of `parameters`, one by one.
-
-    `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their
-    values are float64 and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as
-    before.
-    """
-    before = {name: (p.data, p.requires_grad, p.grad) for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.data, p.requires_grad = p.data.astype(xp_of(p.data).float64), True
-        inputs: dict[int | str, Tensor] = dict(parameters)
-        cotangents, gradients = [], []
-        for k in range(directions):
-            y = _value(fn, "model")
-            cotangents.append(_random(y.shape, seed, k, 0))
-            gradients.append(_pull_back(fn, inputs, cotangents[k], "model"))
-        for n, name in enumerate(parameters):
-            worst, error = 0.0, None
-            try:
-                for k in range(directions):
-                    u = _random(parameters[name].shape, seed, k, n + 1)
-                    found = _differences(fn, parameters[name], u, cotangents[k])
-                    deviation = _compare(fn, inputs, name, u, cotangents[k], gradients[k][name], found, "model", rtol)
-                    worst = max(worst, deviation)
-            except GradcheckError as e:
-                worst, error = np.inf, e
-            yield name, worst, error
-    finally:
-        for name, p in parameters.items():
-            p.data, p.requires_grad, p.grad = before[name]
-
-
-# -------------------------------------------------------------------------------------------------------- one check
-
-
-class _Difference(NamedTuple):
-    value: float  # <w, J u>
-    scale: float  # Σ |w_k (J u)_k|
-    rounding: float  # the error that rounding alone may cause
-    bend: float  # how far the slopes to either side differ: O(step) where the function is smooth
-
-
-def _check(
-    evaluate: Callable[[], Tensor], inputs: dict[int | str, Tensor], name: str, seed: int, directions: int, rtol: float
-) -> Agreement:
+    name = name or getattr(fn, "__name__", "fn")
     if not inputs:
         raise ValueError(f"gradcheck: {name} was given no floating-point array, so there is no derivative to check")
+
+    def evaluate() -> Tensor:
+        return fn(*call)
+
     worst, count = 0.0, 0
     before = {i: to_numpy(x.data).copy() for i, x in inputs.items()}
     y = _value(evaluate, name)
@@ -170,6 +119,48 @@ def _check(
     return Agreement(worst, count)
 
 
+def check_parameters(
+    fn: Callable[[], Tensor], parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, float, GradcheckError | None]]:
+    """Judge a whole model: yields (name, worst relative deviation, error or None) for each of `parameters`, one by one.
+
+    `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their
+    values are float64 and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as
+    before.
+    """
+    before = {name: (p.data, p.requires_grad, p.grad) for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.data, p.requires_grad = p.data.astype(xp_of(p.data).float64), True
+        inputs: dict[int | str, Tensor] = dict(parameters)
+        shape = _value(fn, "model").shape
+        cotangents = [_random(shape, 0, k, 0) for k in range(2)]
+        gradients = [_pull_back(fn, inputs, w, "model") for w in cotangents]
+        for n, (name, p) in enumerate(parameters.items()):
+            worst, error = 0.0, None
+            try:
+                for k, (w, g) in enumerate(zip(cotangents, gradients)):
+                    u = _random(p.shape, 0, k, n + 1)
+                    found = _differences(fn, p, u, w)
+                    worst = max(worst, _compare(fn, inputs, name, u, w, g[name], found, "model", 1e-7))
+            except GradcheckError as e:
+                worst, error = np.inf, e
+            yield name, worst, error
+    finally:
+        for name, p in parameters.items():
+            p.data, p.requires_grad, p.grad = before[name]
+
+
+# -------------------------------------------------------------------------------------------------------- its parts
+
+
+class _Difference(NamedTuple):
+    value: float  # <w, J u>
+    scale: float  # Σ |w_k (J u)_k|
+    rounding: float  # the error that rounding alone may cause
+    bend: float  # how far the slopes to either side differ: O(step) where the function is smooth
+
+
 def _subsets(inputs: list) -> list[tuple]:
     """The sets of inputs that require gradients: every one, or for many inputs all, each alone, and all but each."""
     n = len(inputs)
@@ -188,8 +179,7 @@ def _value(evaluate: Callable[[], Tensor], name: str) -> np.ndarray:
     if not isinstance(y, Tensor):
         raise TypeError(f"gradcheck: {name} must return a Tensor, not {type(y).__name__}")
     value = to_numpy(y.data)
-    if not np.isfinite(value).all():
-        index = tuple(int(n) for n in np.argwhere(~np.isfinite(value))[0])
+    if (index := _not_finite(value)) is not None:
         raise GradcheckError(f"{name}: the result of shape {value.shape} is {value[index]} at {index}", name)
     return value
 
@@ -216,8 +206,7 @@ def _pull_back(
         if g.shape != x.shape or g.dtype != x.dtype:
             found = f"the gradient of input {i} is {g.dtype} of shape {g.shape}"
             raise GradcheckError(f"{name}: {found}, the input is {x.dtype} of shape {x.shape}", name, i)
-        if not np.isfinite(g).all():
-            index = tuple(int(n) for n in np.argwhere(~np.isfinite(g))[0])
+        if (index := _not_finite(g)) is not None:
             message = f"{name}: the gradient of input {i} is {g[index]} at {index}"
             raise GradcheckError(message, name, i, index, float(g[index]))
         gradients[i] = g
@@ -250,17 +239,9 @@ def _differences(evaluate: Callable[[], Tensor], x: Tensor, u: np.ndarray, w: np
 
 
 def _compare(
-    evaluate: Callable[[], Tensor],
-    inputs: dict[int | str, Tensor],
-    i: int | str,
-    u: np.ndarray,
-    w: np.ndarray,
-    g: np.ndarray,
-    found: _Difference,
-    name: str,
-    rtol: float,
-    subset: tuple = (),
-) -> float:
+    evaluate: Callable[[], Tensor], inputs: dict[int | str, Tensor], i: int | str, u: np.ndarray, w: np.ndarray,
+    g: np.ndarray, found: _Difference, name: str, rtol: float, subset: tuple = (),
+) -> float:  # fmt: skip
     """The deviation relative to scale + rounding / rtol; GradcheckError, naming the worst element, above rtol."""
     terms = u * g
     scale = max(float(np.abs(terms).sum()), found.scale)
@@ -304,9 +285,12 @@ def _worst_element(evaluate: Callable, x: Tensor, g: np.ndarray, w: np.ndarray) 
     return tuple(int(n) for n in np.unravel_index(elements[k], g.shape)), float(values[k])
 
 
-def _data(a: Any) -> Any:
-    return a.data if isinstance(a, Tensor) else np.asarray(a) if isinstance(a, np.floating) else a
+def _float64(a: Any) -> Any:
+    """A floating-point array (or Tensor, or NumPy scalar) as a float64 Tensor; anything else as it is."""
+    a = a.data if isinstance(a, Tensor) else np.asarray(a) if isinstance(a, np.floating) else a
+    return Tensor(a.astype(xp_of(a).float64)) if is_array(a) and a.dtype.kind == "f" else a
 
 
-def _float64(a: Array) -> Tensor:
-    return Tensor(a.astype(xp_of(a).float64))
+def _not_finite(a: np.ndarray) -> tuple[int, ...] | None:
+    """The index of the first element that is not finite; None where all are."""
+    return next((tuple(map(int, index)) for index in np.argwhere(~np.isfinite(a))), None)

@@ -21,7 +21,7 @@ from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_threa
 from . import checks as check
 from . import ops
 from .ops import _rows, _widen
-from .tensor import kernel
+from .tensor import kernel, together
 
 # ------------------------------------------------------------------------------------------------------ elementwise
 
@@ -84,7 +84,6 @@ def _silu(x):
 @kernel(ops.swiglu)
 def _swiglu(gate, up):
     """Keeps its two inputs, where `silu` and `mul` would keep three arrays. One exponential serves both gradients."""
-    memo: dict[str, Array] = {}
 
     def into(out, gate, up):
         _silu_into(out, gate)
@@ -96,12 +95,7 @@ def _swiglu(gate, up):
         dgate *= g
         dgate *= up
 
-    def pull(name, g):
-        if not memo:
-            memo["gate"], memo["up"] = elementwise(both_into, g, gate, up, outputs=2)
-        return memo.pop(name)
-
-    return elementwise(into, gate, up), lambda g: pull("gate", g), lambda g: pull("up", g)
+    return elementwise(into, gate, up), *together(2, lambda g: elementwise(both_into, g, gate, up, outputs=2))
 
 
 _C = math.sqrt(2 / math.pi)
@@ -179,7 +173,7 @@ def _matmul(a, b):
 
 @kernel(ops.linear)
 def _linear(x, weight, bias=None, name="linear"):
-    """Products through `backend.matmul`; a float16 weight is widened anew in backward, and not kept so."""
+    """Products through `backend.matmul`; a float16 weight is widened again in backward: the wide copy is not kept."""
     transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
     check.linear(name, x, weight, bias, inputs=1 if transposed else 0)
     xp = xp_of(x, weight, bias)
@@ -409,16 +403,14 @@ class _Attention:
 
 @kernel(ops.scaled_dot_product_attention)
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
-    a, memo = _Attention(q, k, v, attn_mask, is_causal, scale), {}
+    a = _Attention(q, k, v, attn_mask, is_causal, scale)
 
-    def pull(name, g):
-        if not memo:
-            xp = a.xp
-            memo.update(q=xp.empty_like(q), k=xp.zeros_like(k), v=xp.zeros_like(v))
-            a.backward(g, memo["q"], memo["k"], memo["v"])
-        return memo.pop(name)
+    def compute(g):
+        found = a.xp.empty_like(q), a.xp.zeros_like(k), a.xp.zeros_like(v)
+        a.backward(g, *found)
+        return found
 
-    return a.out, lambda g: pull("q", g), lambda g: pull("k", g), lambda g: pull("v", g)
+    return a.out, *together(3, compute)
 
 
 @kernel(ops.packed_attention)

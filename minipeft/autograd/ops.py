@@ -105,16 +105,7 @@ def where(condition, a, b):
 def clip(x, minimum=None, maximum=None):
     """x limited to [minimum, maximum]; the gradient passes where x lies inside, the ends included, as in PyTorch."""
     xp = xp_of(x)
-
-    def dx(g):
-        inside = xp.ones(x.shape, bool)
-        if minimum is not None:
-            inside &= x >= minimum
-        if maximum is not None:
-            inside &= x <= maximum
-        return xp.where(inside, g, 0)
-
-    return xp.clip(x, minimum, maximum), dx
+    return xp.clip(x, minimum, maximum), lambda g: xp.where(x == xp.clip(x, minimum, maximum), g, 0)
 
 
 @op
@@ -358,10 +349,8 @@ def broadcast_to(x, shape):
 def getitem(x, index):
     """x[index], with NumPy's indexing: integers, slices, None, Ellipsis, integer or boolean arrays."""
     parts = index if isinstance(index, tuple) else (index,)
-    fancy = any(is_array(i) or isinstance(i, list) for i in parts)
     repeats = any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
-    y = x[index]
-    return (y if fancy or is_array(y) else xp_of(x).asarray(y)), lambda g: Slice(index, g, repeats)
+    return x[index], lambda g: Slice(index, g, repeats)
 
 
 @op

@@ -27,11 +27,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,7 @@ class Slice:
         self.index, self.value, self.repeats = index, value, repeats
 
     def add_to(self, total: Array) -> None:
+        """total[index] += value, in place."""
         if self.repeats:
             xp_of(total).add.at(total, self.index, self.value)
         else:
@@ -175,6 +176,18 @@ def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
         return fn
 
     return register
+
+
+def together(n: int, compute: Callable[[Array], Sequence[Array]]) -> list[Callable[[Array], Array]]:
+    """The pullbacks of n inputs that share one computation: `compute(g)` gives all n gradients; each is taken once."""
+    memo: dict[int, Array] = {}
+
+    def pullback(i: int, g: Array) -> Array:
+        if not memo:
+            memo.update(enumerate(compute(g)))
+        return memo.pop(i)
+
+    return [functools.partial(pullback, i) for i in range(n)]
 
 
 def _explain(name: str, arrays: list, error: Exception) -> None:
@@ -274,17 +287,16 @@ def _added(
 
 def _accumulate(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
     """leaf.grad += g; `.grad` never shares memory with anything else."""
-    if isinstance(g, Slice):
-        if leaf.grad is None:
-            leaf.grad = xp_of(leaf.data).zeros_like(leaf.data)
-        g.add_to(leaf.grad)
-    elif leaf.grad is None:
-        leaf.grad = g if owned else g.copy()
-    else:
-        leaf.grad += g
+    before = None if leaf.grad is None else (leaf.grad, True)
+    total, owned = _added(before, g, owned, leaf.data.shape, leaf.data.dtype)
+    leaf.grad = total if owned else total.copy()
 
 
 # ----------------------------------------------------------------------------------------------------------- tensor
+
+
+def _compared(compare: Callable) -> Callable:
+    return lambda self, other: compare(self.data, other.data if isinstance(other, Tensor) else other)
 
 
 class Tensor:
@@ -318,10 +330,10 @@ class Tensor:
         self.requires_grad = requires_grad
         self._node: Node | None = None
 
-    shape = property(attrgetter("data.shape"))
-    dtype = property(attrgetter("data.dtype"))
-    ndim = property(attrgetter("data.ndim"))
-    size = property(attrgetter("data.size"))
+    shape = property(operator.attrgetter("data.shape"))
+    dtype = property(operator.attrgetter("data.dtype"))
+    ndim = property(operator.attrgetter("data.ndim"))
+    size = property(operator.attrgetter("data.size"))
     T = property(lambda self: self.transpose())
 
     def __repr__(self) -> str:
@@ -394,28 +406,8 @@ class Tensor:
     # Comparisons give plain boolean arrays: there is nothing to differentiate. Sets and dictionaries go by identity;
     # so must a search in a list (`any(x is t for x in tensors)`), where `in` would ask for the truth of an array.
     __hash__ = object.__hash__
-
-    def __eq__(self, other: Any) -> Array:
-        return self.data == _value(other)
-
-    def __ne__(self, other: Any) -> Array:
-        return self.data != _value(other)
-
-    def __lt__(self, other: Any) -> Array:
-        return self.data < _value(other)
-
-    def __le__(self, other: Any) -> Array:
-        return self.data <= _value(other)
-
-    def __gt__(self, other: Any) -> Array:
-        return self.data > _value(other)
-
-    def __ge__(self, other: Any) -> Array:
-        return self.data >= _value(other)
-
-
-def _value(x: Any) -> Any:
-    return x.data if isinstance(x, Tensor) else x
+    __eq__, __ne__, __lt__ = map(_compared, (operator.eq, operator.ne, operator.lt))
+    __le__, __gt__, __ge__ = map(_compared, (operator.le, operator.gt, operator.ge))
 
 
 def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Array | None]:
@@ -459,21 +451,17 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     result = Tensor(value)
     if not (needed and is_grad_enabled()):
         return result
-    memo: dict[int, Array] = {}
 
-    def pullback(i: int, g: Array) -> Array:
-        if not memo:
-            again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
-            with _set_mode("enabled", True), _as_leaves(needed):
-                out = fn(*[again[id(x)] for x in inputs])
-            found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
-            xp = xp_of(g)
-            memo.update({k: xp.zeros_like(needed[k].data) if d is None else d for k, d in enumerate(found)})
-        return memo.pop(i)
+    def compute(g: Array) -> list[Array]:
+        again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
+        with _set_mode("enabled", True), _as_leaves(needed):
+            out = fn(*[again[id(x)] for x in inputs])
+        found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
+        return [xp_of(g).zeros_like(leaf.data) if d is None else d for leaf, d in zip(needed, found)]
 
     edges = [
-        (leaf if leaf._node is None else leaf._node, functools.partial(pullback, i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(needed)
+        (leaf if leaf._node is None else leaf._node, pullback, leaf.shape, leaf.dtype)
+        for leaf, pullback in zip(needed, together(len(needed), compute))
     ]
     result._node, result.requires_grad = Node("checkpoint", edges), True
     return result

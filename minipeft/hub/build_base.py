@@ -28,38 +28,29 @@ from .pretrained import save_pretrained
 CONTEXT = 512
 
 
-def config_of(tokenizer: Tokenizer) -> TransformerConfig:
-    """The shape of the base."""
-    return TransformerConfig.llama(
-        vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-
-
-def blocks(split: str, tokenizer: Tokenizer, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+def blocks(split: str, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """The general text of a split as (input_ids, labels) blocks of CONTEXT tokens: documents shuffled, EOS after each."""
     documents = general_text(split)
-    order = np.random.default_rng(seed).permutation(len(documents))
+    order = np.random.default_rng(0).permutation(len(documents))
     stream = encode_documents([documents[i] for i in order], tokenizer)
     return [(row, row) for row in stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)]
-
-
-def arguments(work: Path, steps: int) -> TrainingArguments:
-    """The run's settings."""
-    return TrainingArguments(
-        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0,
-        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
-        eval_steps=200, save_steps=200,
-    )  # fmt: skip
 
 
 def build(out: Path, work: Path, steps: int) -> None:
     """Train (or continue training) and write the base into `out`."""
     tokenizer = Tokenizer.load(BASE)
-    model = Transformer(config_of(tokenizer), seed=0)
+    config = TransformerConfig.llama(
+        vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Transformer(config, seed=0)
     training, validation = blocks("train", tokenizer), blocks("validation", tokenizer)[:64]
-    args = arguments(work, steps)
+    args = TrainingArguments(
+        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0,
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
+        eval_steps=200, save_steps=200,
+    )  # fmt: skip
     trainer = Trainer(model, training, validation, args, pad_token_id=tokenizer.pad_token_id)
     result = trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")))
     held_out = {split: trainer.evaluate(blocks(split, tokenizer)) for split in ("validation", "test")}

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..nn.transformer import RopeScaling, TransformerConfig
@@ -17,6 +19,15 @@ from ..nn.transformer import RopeScaling, TransformerConfig
 
 class HubError(ValueError):
     """A directory holds no model that can be read, or a model cannot be written as one."""
+
+
+@contextmanager
+def naming(place: object = None, error: type[Exception] = HubError) -> Iterator[None]:
+    """Inside, an `error` becomes a HubError that says at which place it is."""
+    try:
+        yield
+    except error as e:
+        raise HubError(str(e) if place is None else f"{place}: {e}") from e
 
 
 _REQUIRED = object()
@@ -27,7 +38,7 @@ _LLAMA = dict.fromkeys(_SHAPE, _REQUIRED) | {
     "minipeft_dropout": 0.0,  # these families have no residual dropout: the key is ours
 }  # fmt: skip
 # Hugging Face's name -> what its configuration class assumes where config.json does not say
-_FIELDS: dict[str, dict[str, Any]] = {
+FIELDS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA | {"num_key_value_heads": 8, "max_position_embeddings": 131072},
     "qwen2": _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
@@ -41,7 +52,7 @@ _OURS = {
     "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "resid_pdrop": "dropout",
     "minipeft_dropout": "dropout",
 }  # fmt: skip
-_SPECIAL_IDS: dict[str, dict[str, int]] = {  # likewise
+_SPECIAL_IDS: dict[str, dict[str, int]] = {  # what its class assumes, too
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {},
@@ -67,6 +78,11 @@ _SUPPORTED: dict[str, dict[str, tuple]] = {
 }
 
 
+def our_name(name: str) -> str:
+    """The name of a field of `TransformerConfig`, from Hugging Face's."""
+    return _OURS.get(name, name)
+
+
 def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
     """The configuration in the content of a `config.json`.
 
@@ -75,8 +91,8 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
     set to something that our model does not compute.
     """
     family = content.get("model_type")
-    if family not in _FIELDS:
-        raise HubError(f"model_type must be one of {', '.join(map(repr, _FIELDS))}, not {family!r}")
+    if family not in FIELDS:
+        raise HubError(f"model_type must be one of {', '.join(map(repr, FIELDS))}, not {family!r}")
     for name, values in _SUPPORTED[family].items():
         if content.get(name) is not None and content[name] not in values:
             can = f"only {' or '.join(map(repr, values))} is" if values else "the option is not"
@@ -86,11 +102,11 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
         _check_attention(content)
         theta, fields["rope_scaling"] = _rope(content)
         content = content | {"rope_theta": theta}
-    for name, default in _FIELDS[family].items():
+    for name, default in FIELDS[family].items():
         value = default if content.get(name) is None else content[name]
         if value is _REQUIRED:
             raise HubError(f"the key {name!r} is missing")
-        ours = _OURS.get(name, name)
+        ours = our_name(name)
         fields[ours] = _typed(name, value, type(getattr(TransformerConfig, ours)))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         default = _SPECIAL_IDS[family].get(name)
@@ -98,10 +114,8 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
         ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
         ids = [_typed(name, i, int) for i in ids]
         fields[name] = tuple(ids) if isinstance(value, list) else ids[0] if ids else None
-    try:
+    with naming(error=ValueError):
         return TransformerConfig(**fields)
-    except ValueError as error:
-        raise HubError(str(error)) from error
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -147,10 +161,8 @@ def _rope(content: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
             if missing is not None:
                 raise HubError(f"{key} of the rope_type 'llama3' lacks the key {missing!r}")
             values = {name: _typed(f"{key}: {name}", rope[name], type_) for name, type_ in _LLAMA3.items()}
-            try:
+            with naming(key, ValueError):
                 scaling = RopeScaling(**values)
-            except ValueError as error:
-                raise HubError(f"{key}: {error}") from error
     return theta, scaling
 
 
@@ -161,7 +173,7 @@ def to_hugging_face(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """The content of a `config.json` that transformers 4 and 5 read alike; `dtype` is that of the stored weights."""
     family = config.model_type
     content: dict[str, Any] = {"model_type": family}
-    content |= {name: getattr(config, _OURS.get(name, name)) for name in _FIELDS[family]}
+    content |= {name: getattr(config, our_name(name)) for name in FIELDS[family]}
     if family != "gpt2":
         scaling = config.rope_scaling and {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
         content |= {

@@ -31,7 +31,7 @@ import numpy as np
 from ..files import FileError, MappedFile, StoredTensor
 from ..nn.transformer import RopeScaling, TransformerConfig
 from ..text.tokenizer import Tokenizer
-from .configuration import HubError, from_hugging_face
+from .configuration import FIELDS, HubError, from_hugging_face, naming, our_name
 from .gguf_tokenizer import tokenizer_of
 
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -54,18 +54,12 @@ _GPT2_NAMES = {
     "blk.*.ffn_up": "transformer.h.*.mlp.c_fc", "blk.*.ffn_down": "transformer.h.*.mlp.c_proj",
 }  # fmt: skip
 _NAMES = {"llama": _LLAMA_NAMES, "qwen2": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
-# config.json's names -> the metadata's
-_LLAMA_KEYS = {
+# our names of a configuration's fields -> the metadata's
+_KEYS = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon", "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }  # fmt: skip
-_GPT2_KEYS = {
-    "n_embd": "embedding_length", "n_inner": "feed_forward_length", "n_layer": "block_count",
-    "n_head": "attention.head_count", "n_positions": "context_length",
-    "layer_norm_epsilon": "attention.layer_norm_epsilon",
-}  # fmt: skip
-_KEYS = {"llama": _LLAMA_KEYS, "qwen2": _LLAMA_KEYS, "gpt2": _GPT2_KEYS}
 
 
 def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], Tokenizer | None]:
@@ -76,7 +70,7 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
     """
     file = MappedFile(path) if path.stat().st_size else None
     header = _Header(path, file)
-    try:
+    with naming(path):
         kind, files = header.metadata.get("general.type", "model"), header.metadata.get("split.count", 0)
         if kind != "model":
             raise HubError(f"general.type is {kind!r}: only a model is read")
@@ -88,8 +82,6 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
         config = from_hugging_face(_configuration(architecture, header))
         config, tensors = _tensors(architecture, config, header)
         return config, tensors, tokenizer_of(header.metadata)
-    except HubError as error:
-        raise HubError(f"{path}: {error}") from error
 
 
 class _Header:
@@ -190,7 +182,8 @@ def _configuration(architecture: str, header: _Header) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
         **{f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
     }
-    content |= {name: value(key) for name, key in _KEYS[architecture].items()}
+    ours = {name: our_name(name) for name in FIELDS[architecture]}
+    content |= {name: value(_KEYS[our]) for name, our in ours.items() if our in _KEYS}
     if architecture == "gpt2":
         return content | {"resid_pdrop": 0.0}
     head_dim = value("attention.key_length", d // heads if isinstance(d, int) and isinstance(heads, int) and heads else None)

@@ -24,11 +24,11 @@ from ..nn.heads import SequenceClassifier
 from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer
 from ..quant import Linear4bit
-from ..quant.surgery import quantizable_layers
+from ..quant.surgery import quantizable_layers, quantized_layers
 from ..text.tokenizer import Tokenizer
-from .configuration import HubError, from_hugging_face, to_hugging_face
+from .configuration import HubError, from_hugging_face, naming, to_hugging_face
 from .gguf import read_gguf
-from .quantized import dense_parameters, quantization_config, quantized_layers, split_quantization, take_quantized
+from .quantized import dense_parameters, quantization_config, split_quantization, take_quantized
 
 __all__ = ["HubError", "from_pretrained", "save_pretrained"]
 
@@ -108,7 +108,7 @@ def _check_plain(model: Transformer | SequenceClassifier) -> None:
     plain: Module = Transformer(model.config, seed=None)
     if isinstance(model, SequenceClassifier):
         plain = SequenceClassifier(plain, model.num_labels, seed=None)
-    for path, layer in quantized_layers(model):
+    for path, layer in quantized_layers(model).items():
         plain.replace(path, layer)
     have, want = ({(name, p.shape) for name, p in m.named_parameters()} for m in (model, plain))
     differing = sorted({name for name, _ in have ^ want})
@@ -172,21 +172,17 @@ def from_pretrained(
         quantized = False
     else:
         content = _read_config(path)
-        try:
+        with naming(path / _CONFIG):
             content, quantized = split_quantization(content)
             model = _unallocated_model(content)
-        except HubError as error:
-            raise HubError(f"{path / _CONFIG}: {error}") from error
         tensors = _map_weights(path)
         tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
-    try:
+    with naming(path):
         layers = take_quantized(model, tensors) if quantized else {}
         for place, layer in layers.items():
             model.replace(place, layer.to(xp))
         _fit(model, tensors)
         _fill(model, tensors, dtype, xp, quantizable_layers(model) if load_in_4bit and not quantized else {})
-    except HubError as error:
-        raise HubError(f"{path}: {error}") from error
     return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
 
 

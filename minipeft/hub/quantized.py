@@ -9,7 +9,6 @@ once quantized, in transformers too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from ..files import StoredTensor
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from ..quant import Linear4bit, QuantError
-from .configuration import HubError
+from ..quant.surgery import quantized_layers
+from .configuration import HubError, naming
 
 _MARK = ".weight.quant_state.bitsandbytes__"
 
@@ -48,10 +48,8 @@ def take_quantized(model: Module, tensors: dict[str, StoredTensor]) -> dict[str,
             raise HubError(f"{path} is quantized, but the configuration has no linear layer there")
         names = [name for name in tensors if name.startswith((f"{path}.weight", f"{path}.bias"))]
         own = {name: tensors.pop(name).read().copy() for name in names}
-        try:
+        with naming(path, QuantError):
             layer = Linear4bit.from_state_dict({name[len(path) + 1 :]: array for name, array in own.items()})
-        except QuantError as error:
-            raise HubError(f"{path}: {error}") from error
         have, want = (layer.out_features, layer.in_features), (plain.out_features, plain.in_features)
         if have != want or (layer.bias is None) != (plain.bias is None):
             raise HubError(
@@ -64,20 +62,15 @@ def take_quantized(model: Module, tensors: dict[str, StoredTensor]) -> dict[str,
     return layers
 
 
-def quantized_layers(model: Module) -> Iterator[tuple[str, Linear4bit]]:
-    """(path, layer) of the layers in four bits."""
-    return ((path, m) for path, m in model.named_modules() if isinstance(m, Linear4bit))
-
-
 def dense_parameters(model: Module) -> dict[str, Parameter]:
     """{name: parameter} of a model, without those of its quantized layers."""
-    packed = {id(p) for _, layer in quantized_layers(model) for p in layer.parameters()}
+    packed = {id(p) for layer in quantized_layers(model).values() for p in layer.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in packed}
 
 
 def quantization_config(model: Module) -> dict[str, Any] | None:
     """What config.json says of a model's quantized layers; None without any. Raises HubError for int4, which only we have."""
-    states = [layer.quant_state for _, layer in quantized_layers(model)]
+    states = [layer.quant_state for layer in quantized_layers(model).values()]
     if not states:
         return None
     if any(state.quant_type not in ("nf4", "fp4") for state in states):

@@ -64,10 +64,11 @@ def generate_stream(
         eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer of earlier positions, such as a trained prefix; never changed.
-        use_cache: False computes every position anew at every step: the same tokens, slower.
+        use_cache: False computes every position again at every step: the same tokens, slower.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
-    longer than the model's positions; FloatingPointError when the logits are not numbers.
+    longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not
+    numbers.
     """
     ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
     (B, T), past = ids.shape, len(cache)
@@ -76,10 +77,12 @@ def generate_stream(
     _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
     longest = past + T if mask is None else int((mask != 0).sum(axis=1).max())
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
+    virtual = getattr(model, "virtual_tokens", 0)  # of a model with a trained prompt, which it adds itself
+    if limit is not None and longest + max_new_tokens > limit - virtual:
+        has = f"{virtual} virtual tokens leave {limit - virtual}" if virtual else f"this model has {limit}"
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
-            f"this model has {limit} positions: shorten the prompt or generate at most {max(0, limit - longest)}"
+            f"{has} positions: shorten the prompt or generate at most {max(0, limit - virtual - longest)}"
         )
     ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
@@ -150,8 +153,8 @@ def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
 
 def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
     """Logits at the last position, in host memory [B, V]."""
-    in_front = getattr(model, "virtual_tokens", 0)  # of a model with a trained prompt, which it adds itself
-    if hasattr(model, "backbone") and hasattr(model, "lm_head") and not in_front:  # the head on one position alone
+    headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
+    if headed and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
         return to_numpy(model.lm_head(hidden[:, -1]).data)
     return to_numpy(model(ids, attention_mask=mask, past_key_values=past).data[:, -1])

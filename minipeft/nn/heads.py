@@ -20,10 +20,12 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, asarray, xp_of
 from .layers import Linear
 from .module import Module, Parameter
-from .transformer import Backbone, Transformer
+from .transformer import Backbone, BackboneModel, Transformer
+
+HEADS = ("lm_head", "score", "classifier", "v_head")  # names of a model's head, ours and those of other families
 
 
-class _HeadedBackbone(Module):
+class _HeadedBackbone(BackboneModel):
     """A copy of a language model's backbone, under its family's name, to which a subclass adds a head."""
 
     def __init__(self, model: Transformer, share: bool):
@@ -35,15 +37,6 @@ class _HeadedBackbone(Module):
             if p.requires_grad and not share:
                 p.data = p.data.copy()
         setattr(self, "transformer" if self.config.model_type == "gpt2" else "model", backbone)
-
-    @property
-    def backbone(self) -> Backbone:
-        """The part below the head."""
-        return self.transformer if self.config.model_type == "gpt2" else self.model
-
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only each block's input in the forward pass and compute the block again in backward."""
-        self.backbone.gradient_checkpointing = enabled
 
 
 class SequenceClassifier(_HeadedBackbone):

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from ..autograd import checks as check
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
@@ -18,11 +19,9 @@ from .module import Module, Parameter, unallocated
 
 
 def _uniform(seed: int | None, bound: float, *shape: int) -> np.ndarray:
-    return (
-        unallocated(*shape)
-        if seed is None
-        else np.random.default_rng(seed).uniform(-bound, bound, shape).astype(np.float32)
-    )
+    if seed is None:
+        return unallocated(*shape)
+    return np.random.default_rng(seed).uniform(-bound, bound, shape).astype(np.float32)
 
 
 class Linear(Module):
@@ -102,8 +101,7 @@ class Dropout(Module):
     """Zeroes elements with probability `p` when a random stream is given; without one it passes its input on."""
 
     def __init__(self, p: float = 0.5):
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout probability must lie in [0, 1), not {p}")
+        check.probability(p)
         self.p = p
 
     def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:

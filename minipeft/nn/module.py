@@ -70,11 +70,10 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(path, parameter), each parameter once, under its first path."""
-        seen: set[int] = set()
+        first: dict[Parameter, str] = {}
         for path, parameter in self.all_named_parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield path, parameter
+            first.setdefault(parameter, path)
+        return ((path, parameter) for parameter, path in first.items())
 
     def parameters(self) -> list[Parameter]:
         """Every parameter, once."""
@@ -148,32 +147,29 @@ class Module:
         A tied parameter may be given under any of its names. Raises ValueError naming missing and unexpected keys
         (unless `strict=False`) and shapes that differ; nothing is changed then.
         """
-        paths: dict[int, tuple[Parameter, list[str]]] = {}
+        names: dict[Parameter, list[str]] = {}
         for path, parameter in self.all_named_parameters():
-            paths.setdefault(id(parameter), (parameter, []))[1].append(path)
-        found = {id_: next((p for p in names if p in arrays), None) for id_, (_, names) in paths.items()}
-        missing = [paths[id_][1][0] for id_, name in found.items() if name is None]
-        unexpected = sorted(set(arrays) - {p for _, names in paths.values() for p in names})
+            names.setdefault(parameter, []).append(path)
+        found = {p: [path for path in paths if path in arrays] for p, paths in names.items()}
+        missing = [names[p][0] for p, paths in found.items() if not paths]
+        unexpected = sorted(set(arrays) - {path for paths in names.values() for path in paths})
         if strict and (missing or unexpected):
             raise ValueError(
                 f"the state does not fit this {type(self).__name__}: "
                 f"missing {some(missing)}; unexpected {some(unexpected)}"
             )
-        for id_, (parameter, _) in paths.items():
-            if found[id_] is not None and arrays[found[id_]].shape != parameter.shape:
-                raise ValueError(
-                    f"{found[id_]}: the state has shape {arrays[found[id_]].shape}, the model {parameter.shape}"
-                )
-        for id_, (parameter, _) in paths.items():
-            if found[id_] is not None:
-                parameter.data = asarray(arrays[found[id_]], xp_of(parameter.data)).astype(parameter.dtype, copy=True)
+        given = {parameter: paths[0] for parameter, paths in found.items() if paths}
+        for p, path in given.items():
+            if arrays[path].shape != p.shape:
+                raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
+        for p, path in given.items():
+            p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)
 
 
 def some(names: list[str]) -> str:
     """The first five names, and the number of others: for an error."""
-    return ("nothing" if not names else ", ".join(names[:5])) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "nothing"
 
 
 def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:

@@ -38,7 +38,7 @@ KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 
 
-@dataclass(frozen=True)
+@configuration(frozen=True)
 class RopeScaling:
     """Rotary frequencies of Llama 3.1 and later, stretched for a context longer than the one of pretraining.
 
@@ -48,22 +48,16 @@ class RopeScaling:
     its reference code; `rope_type` "llama3" in Hugging Face.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float = option(None, "divides the frequencies of long waves; must be given", least=1)
+    low_freq_factor: float = option(None, "turns in the original context, below which a wave is long", above=0)
+    high_freq_factor: float = option(None, "turns, above which a wave is short", above=0)
+    original_max_position_embeddings: int = option(None, "positions of the original context", least=1)
 
     def __post_init__(self) -> None:
-        if not (self.factor >= 1 and self.original_max_position_embeddings >= 1):
-            raise ValueError(
-                f"rope scaling needs a factor of at least 1 and a positive original_max_position_embeddings, "
-                f"not {self.factor!r} and {self.original_max_position_embeddings!r}"
-            )
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope scaling needs 0 < low_freq_factor < high_freq_factor, "
-                f"not {self.low_freq_factor!r} and {self.high_freq_factor!r}"
-            )
+        check(self)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low >= high:
+            raise ValueError(f"rope scaling needs 0 < low_freq_factor < high_freq_factor, not {low!r} and {high!r}")
 
     def __call__(self, frequency: Array) -> Array:
         """Angles per position, [D/2] -> [D/2]."""
@@ -469,7 +463,22 @@ class GPT2Model(Backbone):
 # -------------------------------------------------------------------------------------------------------- the model
 
 
-class Transformer(Module):
+class BackboneModel(Module):
+    """A model with a backbone under its family's name: `model.model` (llama) or `model.transformer` (gpt2)."""
+
+    config: TransformerConfig
+
+    @property
+    def backbone(self) -> Backbone:
+        """The part below the head."""
+        return self.transformer if self.config.model_type == "gpt2" else self.model
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Keep only each block's input in the forward pass and compute the block again in backward."""
+        self.backbone.gradient_checkpointing = enabled
+
+
+class Transformer(BackboneModel):
     """A decoder-only language model: token ids -> logits over the next token.
 
     Args:
@@ -495,17 +504,11 @@ class Transformer(Module):
             self._initialize(np.random.default_rng(seed))
             self.to(get_backend(backend))
 
-    @property
-    def backbone(self) -> Backbone:
-        """The part below the head."""
-        return self.transformer if self.config.model_type == "gpt2" else self.model
-
     def _initialize(self, generator: np.random.Generator) -> None:
         c = self.config
         for path, p in self.named_parameters():
             if len(p.shape) == 1:
-                fill = 1.0 if path.endswith("weight") else 0.0
-                p.data = np.full(p.shape, fill, np.float32)
+                p.data = np.full(p.shape, float(path.endswith("weight")), np.float32)
                 continue
             std = c.initializer_range
             if c.model_type == "gpt2" and path.endswith("c_proj.weight"):
@@ -557,10 +560,6 @@ class Transformer(Module):
         if type(self.lm_head) is Linear and self.lm_head.bias is None:
             return F.linear_cross_entropy(hidden, self.lm_head.weight, targets)
         return F.cross_entropy(self.lm_head(hidden, rng), targets)
-
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only each block's input in the forward pass and compute the block again in backward."""
-        self.backbone.gradient_checkpointing = enabled
 
     def generate(
         self,

@@ -156,14 +156,14 @@ class AdaLoraCallback:
         return {**self.averages, **kept}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")
         self._note_pattern()
 
     def _note_pattern(self) -> None:
-        """Write down in the configuration which triplets are left; before the first pruning, those that there were."""
+        """Note in the configuration which triplets are left; before the first pruning, those that it names already."""
         kept = {f"{path}.lora_E": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
         pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.pattern
         self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=pattern)

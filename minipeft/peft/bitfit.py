@@ -33,9 +33,6 @@ class BitFitConfig(PeftConfig):
         if self.target_modules is None and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform chooses among target_modules: give names to target_modules, too")
 
-    def with_targets(self, model: Module) -> BitFitConfig:
-        return self
-
     def targets(self, name: str, kind: str) -> bool:
         if self.target_modules is None:
             return bool(name) and kind in self.kinds and self.replace(target_modules=".*").targets(name, kind)
@@ -51,11 +48,8 @@ class BitFitConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: Bias(self.parameter_shapes(name, "bias", layer.bias.shape), layer, seeds[name])
-            for name, layer in layers.items()
-        }
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Adapter:
+        return Bias({"bias": layer.bias.shape}, layer, seed)
 
 
 class Bias(Adapter):

@@ -32,7 +32,7 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
-from .targets import family_of, out_in_shape
+from .targets import out_in_shape
 from .weights import fill, kaiming_uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -100,18 +100,14 @@ class BottleneckConfig(PeftConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-    def with_targets(self, model: Module) -> BottleneckConfig:
-        if self.target_modules is not None:
-            return self
-        model_type = family_of(model)
-        if model_type not in SUBLAYERS:
-            raise PeftError(
-                f"BottleneckConfig needs target_modules for a model of type {model_type!r}; it knows the sublayers of "
-                f"{', '.join(SUBLAYERS)}"
-            )
-        sublayers = SUBLAYERS[model_type][self.placement != "houlsby" :]
-        named = all(name.isidentifier() for name in sublayers)
-        return self.replace(target_modules=list(sublayers) if named else rf".*\.({'|'.join(sublayers)})")
+    @property
+    def usual_targets(self) -> dict[str, list[str] | str]:
+        """{model_type: target_modules}: the sublayers of the placement, by name or by a regular expression."""
+        sublayers = {family: ends[self.placement != "houlsby" :] for family, ends in SUBLAYERS.items()}
+        return {
+            family: rf".*\.({'|'.join(ends)})" if SUBLAYERS[family] is _BERT else list(ends)
+            for family, ends in sublayers.items()
+        }
 
     def check_target(self, name: str, module: Module) -> None:
         _widths(name, module)

@@ -29,7 +29,7 @@ class PeftConfig(Targets, ABC):
 
     base_model_name_or_path: str | None = option(None, "what the adapter was trained on, for the reader of its file")
     task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")
-    inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter decides anew)")
+    inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 
     peft_type: ClassVar[str]
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base

@@ -10,29 +10,19 @@ from __future__ import annotations
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import xp_of
-from ..nn.module import Module
-from .config import PeftError, Seed, Shape
+from .config import PeftError, Shape
 from .lora import LoraConfig, LoraLinear
 
 
 class FusedLora(LoraLinear):
     """LoRA of each enabled part: lora_A [k r, in] and lora_B [k width, r], k parts of the input's width."""
 
-    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(config, name, shapes, layer, seed)
-        self.enable_lora = config.enable_lora
-
-    def update(self, z: Tensor) -> Tensor:
-        """s B A z: z [..., in] -> [..., parts * width], zero in the parts that are not enabled."""
-        A, B = self.factors()
-        return F.linear(F.linear(z, A) * self.scaling, B)
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns."""
-        B = self.lora_B
-        xp, r, k = xp_of(B.data), B.shape[1], sum(self.enable_lora)
+        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns, zeros elsewhere."""
+        B, enable_lora = self.lora_B, self.config.enable_lora
+        xp, r, k = xp_of(B.data), B.shape[1], sum(enable_lora)
         width, rows, i = B.shape[0] // k, [], 0
-        for enabled in self.enable_lora:
+        for enabled in enable_lora:
             if not enabled:
                 rows.append(Tensor(xp.zeros((width, k * r), B.dtype)))
                 continue

@@ -32,17 +32,17 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
-METHODS = {  # peft_type in a file -> module and class
-    "LORA": ("lora", "LoraConfig"),
-    "IA3": ("ia3", "IA3Config"),
-    "LN_TUNING": ("ln_tuning", "LNTuningConfig"),
-    "BITFIT": ("bitfit", "BitFitConfig"),
-    "VERA": ("vera", "VeraConfig"),
-    "ADALORA": ("adalora", "AdaLoraConfig"),
-    "BOTTLENECK": ("bottleneck", "BottleneckConfig"),
-    "PROMPT_TUNING": ("prompt_tuning", "PromptTuningConfig"),
-    "PREFIX_TUNING": ("prefix_tuning", "PrefixTuningConfig"),
-    "P_TUNING": ("p_tuning", "PromptEncoderConfig"),
+METHODS = {  # peft_type in a file -> class
+    "LORA": "LoraConfig",
+    "IA3": "IA3Config",
+    "LN_TUNING": "LNTuningConfig",
+    "BITFIT": "BitFitConfig",
+    "VERA": "VeraConfig",
+    "ADALORA": "AdaLoraConfig",
+    "BOTTLENECK": "BottleneckConfig",
+    "PROMPT_TUNING": "PromptTuningConfig",
+    "PREFIX_TUNING": "PrefixTuningConfig",
+    "P_TUNING": "PromptEncoderConfig",
 }
 
 # Options of PEFT's files that change nothing about what a saved adapter computes: of all methods, and of one
@@ -62,8 +62,7 @@ STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of whi
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The configuration class of a method, by its name in files; its module is imported only now."""
-    module, name = METHODS[peft_type]
-    return getattr(importlib.import_module(f".{module}", __package__), name)
+    return getattr(importlib.import_module(__package__), METHODS[peft_type])
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -202,7 +201,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
 
 
 def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
-    """Give a named adapter the arrays of a file: exactly the keys it has, in its shapes.
+    """Give a named adapter the arrays of a file, with which it starts: exactly the keys it has, in its shapes.
 
     Raises PeftError, with nothing changed, otherwise; and for an OLoRA of PEFT on GPT-2's layers.
     """
@@ -231,3 +230,4 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
         if key in optional and np.array_equal(to_numpy(parameter.data), array):
             continue  # the base's own array stays shared
         parameter.data = asarray(np.array(array, dtype=parameter.dtype), xp_of(parameter.data))
+    model.mark_start(adapter_name)

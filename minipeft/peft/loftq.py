@@ -28,6 +28,7 @@ from .config import PeftError
 from .layer import TrainedCopy
 from .lora import LoraConfig
 from .model import PeftModel, _adapted, _independent, get_peft_model
+from .pissa import PissaLinear
 from .weights import dense_weight, fill, out_in
 
 
@@ -65,9 +66,7 @@ def get_loftq_model(
             base = base.quantize(asarray(W - update, xp_of(base.weight.data)))
             error = W - to_numpy(base.dequantize()).astype(np.float32)
             with one_blas_thread():
-                U, S, Vt = np.linalg.svd(error, full_matrices=False)
-            root = np.sqrt(S[:r] / s)
-            A, B = root[:, None] * Vt[:r], U[:, :r] * root
+                A, B = PissaLinear.decompose(error, r, s)
             update = s * (B @ A)
         layer.base_layer = base
         fill(adapter.lora_A, A)
@@ -100,7 +99,7 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
     """
     names = model._mergeable(adapter_names)
     made, errors = model.base_model.copy(share=True), {}
-    for path, layer in reversed(_adapted(made)):
+    for path, layer in reversed([*_adapted(made)]):
         merged, base = layer.merge(names), layer.base_layer
         if isinstance(base, Linear4bit) and merged is not base:
             again = base.quantize(out_in(merged, merged.weight.data))

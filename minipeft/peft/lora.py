@@ -22,10 +22,10 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, check_patterns, check_rank, kind_of, pattern_value
-from .variants import check_variant, variant
+from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
+from .variants import check_patterns_of, check_variant, variant
 from .weights import fill, kaiming_uniform, with_update
 
 
@@ -36,9 +36,9 @@ class LoraLinear(Adapter):
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(shapes, layer, seed)
-        self.scaling, self.dropout = config.scaling(name), config.lora_dropout
+        self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
         if seed is not None:
-            self.start(config.init_lora_weights, layer, np.random.default_rng(seed))
+            self.start(np.random.default_rng(seed))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + s B A z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
@@ -47,11 +47,12 @@ class LoraLinear(Adapter):
 
     def update(self, z: Tensor) -> Tensor:
         """s B A z: z [..., in] -> [..., out], by way of [..., r]."""
-        return F.linear(F.linear(z, self.lora_A) * self.scaling, self.lora_B)
+        A, B = self.factors()
+        return F.linear(F.linear(z, A) * self.scaling, B)
 
-    def start(self, init: bool | str, layer: Module, generator: np.random.Generator) -> None:
+    def start(self, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so that the adapted layer starts as the base layer (section 4.1)."""
-        A, B = self.lora_A, self.lora_B
+        A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
             fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))
         else:
@@ -104,8 +105,6 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
-        check_patterns("rank_pattern", *self.rank_pattern)
-        check_patterns("alpha_pattern", *self.alpha_pattern)
         check_variant(self)
 
     def rank(self, name: str) -> int:
@@ -134,10 +133,5 @@ class LoraConfig(PeftConfig):
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = super().resolve(modules)
-        for what in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, what):
-                if not any(pattern_value({pattern: True}, name, False) for name in found):
-                    raise PeftError(
-                        f"{what}: {pattern!r} matches none of the adapted modules, such as {', '.join(list(found)[:3])}"
-                    )
+        check_patterns_of(self, found)
         return found

@@ -10,6 +10,7 @@ Adapters own what they train, so a hundred of them on one base cost a hundred ad
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor, is_grad_enabled
-from ..backend import Array, as_rng, is_array, to_numpy, xp_of
+from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
@@ -34,9 +35,9 @@ def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "defau
     Args:
         model: any Module; its arrays are shared, frozen.
         config: the method.
-        seed: names the adapter's initial values.
+        seed: of the adapter's initial values.
 
-    Raises PeftError when the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
+    Raises PeftError where the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
     """
     return PeftModel(model, config, adapter_name, seed)
 
@@ -114,18 +115,13 @@ class PeftModel(Module):
             uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
             return self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1), rng)
 
-    def _behind(
-        self, prompt: Any, input_ids: Array | None = None, attention_mask: Array | None = None,
-        position_ids: Array | None = None, inputs_embeds: Tensor | None = None, past_key_values: Any = None,
-        rng: Any = None,
-    ) -> tuple[Tensor, int, Any]:  # fmt: skip
+    def _behind(self, prompt: Any, *inputs: Any, **arguments: Any) -> tuple[Tensor, int, Any]:
         """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""
-        given = prompt.arguments(
-            self.base_model, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, rng=rng,
-        )  # fmt: skip
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        return self.base_model.backbone(**given), length, as_rng(rng)
+        bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
+        bound.apply_defaults()
+        given = bound.arguments
+        length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
+        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length, as_rng(given["rng"])
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
@@ -137,8 +133,8 @@ class PeftModel(Module):
         """Continue the prompts; see `minipeft.nn.generation.generate`."""
         from ..nn.generation import generate
 
-        if self.virtual_tokens:
-            self._check_budget(input_ids, attention_mask, **options)
+        if self.virtual_tokens and options.get("past_key_values"):
+            raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
         return generate(self, input_ids, attention_mask, **options)
 
     @property
@@ -146,21 +142,6 @@ class PeftModel(Module):
         """Positions of the model's context that the active adapters take from the input."""
         prompt = self._prompt()
         return 0 if prompt is None else prompt.length
-
-    def _check_budget(
-        self, ids: Any, mask: Any, max_new_tokens: int = 20, past_key_values: Any = None, **_: Any
-    ) -> None:
-        if past_key_values:
-            raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
-        if mask is not None:
-            ids = [row[row != 0] for row in (to_numpy(mask) if is_array(mask) else np.asarray(mask))]
-        longest = max(map(len, ids))
-        room = self.base_model.config.max_position_embeddings - self.virtual_tokens
-        if longest + max_new_tokens > room:
-            most = max(0, room - longest)
-            left = f"{self.virtual_tokens} virtual tokens leave {room} positions: generate at most {most}"
-            total = f"max_new_tokens={max_new_tokens} make {longest + max_new_tokens}"
-            raise PeftError(f"a prompt of {longest} tokens and {total}, but {left}")
 
     def _prompt(self) -> Any:
         if not self.prompts or isinstance(names := self.selection.now(), Rows):
@@ -190,7 +171,10 @@ class PeftModel(Module):
         Raises PeftError, with nothing changed, when it does not fit.
         """
         if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
-            raise PeftError(f"an adapter's name consists of letters, digits, '_' and '-'; {adapter_name!r} does not do")
+            raise PeftError(
+                "an adapter's name consists of letters, digits, '_' and '-', and is not base_layer, base_model or "
+                f"{BASE}; got {adapter_name!r}"
+            )
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
@@ -291,7 +275,7 @@ class PeftModel(Module):
         """
         names = self._mergeable(adapter_names)
         model = self.base_model.copy(share=True)
-        for path, layer in reversed(_adapted(model)):
+        for path, layer in reversed([*_adapted(model)]):
             model.replace(path, layer.merge(names))
         if names and _quantized(model):
             from ..quant import dequantize_model
@@ -388,36 +372,30 @@ class PeftModel(Module):
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
         this package does not have.
         """
-        from .huggingface import read_adapter
+        from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
         adapted = cls(model, config, adapter_name, seed=None)
-        adapted._load(adapter_name, arrays, directory)
+        load_arrays(adapted, adapter_name, arrays, directory)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted
 
     def load_adapter(self, directory: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter of a directory under a name of its own, not active yet; frozen unless `is_trainable`.
 
-        `set_adapter` decides anew. Raises what `from_pretrained` raises, with nothing changed.
+        `set_adapter` changes that. Raises what `from_pretrained` raises, with nothing changed.
         """
-        from .huggingface import read_adapter
+        from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
         self.add_adapter(adapter_name, config, seed=None)
         try:
-            self._load(adapter_name, arrays, directory)
+            load_arrays(self, adapter_name, arrays, directory)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
         for _, adapter in self.parts(adapter_name):
             adapter.requires_grad_(is_trainable)
-
-    def _load(self, adapter_name: str, arrays: dict[str, np.ndarray], directory: str | os.PathLike) -> None:
-        from .huggingface import load_arrays
-
-        load_arrays(self, adapter_name, arrays, directory)
-        self.mark_start(adapter_name)
 
 
 def assert_learning(model: PeftModel) -> None:
@@ -443,20 +421,14 @@ def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module
         yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _adapted(model: Module) -> list[tuple[str, AdaptedLayer]]:
+def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]]:
     """(present path, layer) of the adapted layers, outer ones first, without looking into adapters."""
-    found = []
-
-    def walk(module: Module, path: str) -> None:
-        if isinstance(module, AdaptedLayer):
-            found.append((path, module))
-            walk(module.base_layer, f"{path}.base_layer")
-            return
-        for name, child in module.children():
-            walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return found
+    if isinstance(model, AdaptedLayer):
+        yield path, model
+        yield from _adapted(model.base_layer, f"{path}.base_layer")
+        return
+    for name, child in model.children():
+        yield from _adapted(child, f"{path}.{name}" if path else name)
 
 
 def _independent(model: Module) -> Any:
@@ -465,10 +437,7 @@ def _independent(model: Module) -> Any:
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         if model.lm_head.weight is not model.backbone.embedding.weight:
-            untied = config.replace(tie_word_embeddings=False)
-            for _, module in model.named_modules():
-                if module.__dict__.get("config") is config:
-                    module.config = untied
+            model.config = model.backbone.config = config.replace(tie_word_embeddings=False)
     return model
 
 

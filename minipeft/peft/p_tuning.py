@@ -14,14 +14,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..autograd import ops as F
-from ..autograd.tensor import Tensor, no_grad
+from ..autograd.tensor import Tensor
 from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Parameter, Sequential
+from ..nn.module import Module, Sequential
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .prompt_learning import Prompt, PromptLearningConfig, initialize
-from .prompt_tuning import PromptEmbedding, SoftTokens, width_of
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize
+from .prompt_tuning import PromptEmbedding, SoftTokens
 
 
 class PromptEncoder(SoftTokens):
@@ -36,10 +36,6 @@ class PromptEncoder(SoftTokens):
 
     def vectors(self) -> Tensor:
         return self.mlp_head(self.embedding.weight)
-
-    def saved(self) -> dict[str, Parameter]:
-        with no_grad():
-            return {PromptEncoderConfig.stored_key: Parameter(self.vectors().data)}
 
 
 @configuration
@@ -60,7 +56,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         P, d = self.num_virtual_tokens, self.token_dim or width
         if self.folded:
-            return {self.stored_key: (P, d)}
+            return {STORED: (P, d)}
         h = self.encoder_hidden_size or d
         return {
             "embedding.weight": (P, d),
@@ -70,7 +66,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         }  # fmt: skip
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        d, embedding = width_of(self, model), model.backbone.embedding
+        d, embedding = model.config.hidden_size, model.backbone.embedding
         if self.folded:
             return PromptEmbedding(self.prompt_shapes(d), embedding, seed)
         return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)

@@ -24,11 +24,11 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array
 from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Parameter, Sequential
+from ..nn.module import Module, Sequential
 from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .prompt_learning import Prompt, PromptLearningConfig, initialize
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize
 from .weights import fill
 
 
@@ -49,13 +49,9 @@ class Prefix(Prompt):
             shape = self.prompt_embeddings.shape
             fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
 
-    def flat(self) -> Tensor:
-        """[P, 2 L token_dim]."""
-        return self.prompt_embeddings
-
     def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """(Pk, Pv) of each layer, both [B, key heads, P, head_dim]."""
-        x = self.flat().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
+        x = self.vectors().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
         x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
         parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
         return list(zip(parts[::2], parts[1::2]))
@@ -91,12 +87,8 @@ class PrefixEncoder(Prefix):
             for p in self.transform[2].parameters():
                 p.data[...] = 0
 
-    def flat(self) -> Tensor:
+    def vectors(self) -> Tensor:
         return self.transform(self.embedding.weight)
-
-    def saved(self) -> dict[str, Parameter]:
-        with no_grad():
-            return {PrefixTuningConfig.stored_key: Parameter(self.flat().data)}
 
 
 @configuration
@@ -109,14 +101,16 @@ class PrefixTuningConfig(PromptLearningConfig):
     folded: bool = option(False, "the prefix is trained itself, without the network; so is what a file holds")
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")
+
+    def dimensions(self, config: Any) -> dict[str, int | None]:
+        found = super().dimensions(config)
+        if heads := getattr(config, "num_key_value_heads", None):
+            found |= {"num_attention_heads": heads, "token_dim": heads * config.head_dim}
+        return found
 
     def with_targets(self, model: Module) -> PrefixTuningConfig:
-        c, config = getattr(model, "config", None), self
-        if hasattr(c, "num_key_value_heads"):
-            heads = c.num_key_value_heads
-            width = self.token_dim or heads * c.head_dim
-            config = self.replace(num_attention_heads=self.num_attention_heads or heads, token_dim=width)
-        config = PromptLearningConfig.with_targets(config, model)
+        config = super().with_targets(model)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
@@ -124,7 +118,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
         if self.folded or not self.prefix_projection:
-            return {self.stored_key: (P, n)}
+            return {STORED: (P, n)}
         h = self.encoder_hidden_size or d
         return {
             "embedding.weight": (P, d),
@@ -133,14 +127,5 @@ class PrefixTuningConfig(PromptLearningConfig):
         }  # fmt: skip
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        c = model.config
-        needed = {
-            "num_layers": c.num_hidden_layers,
-            "num_attention_heads": c.num_key_value_heads,
-            "token_dim": c.num_key_value_heads * c.head_dim,
-        }
-        for name, value in needed.items():
-            if getattr(self, name) != value:
-                raise PeftError(f"{name}={getattr(self, name)}, but this model's keys and values need {value}")
         network = self.prefix_projection and not self.folded
         return (PrefixEncoder if network else Prefix)(self, model.backbone.embedding, seed)

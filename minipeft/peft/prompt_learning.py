@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..autograd.tensor import Tensor, no_grad
 from ..nn.layers import Embedding, Linear
-from ..nn.module import Module
+from ..nn.module import Module, Parameter
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
@@ -21,12 +22,19 @@ from .layer import Adapter
 from .virtual_positions import make_room
 from .weights import fill, placement, zeros
 
+STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
+DIMENSIONS = {  # option -> its name in a model's configuration
+    "token_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"
+}  # fmt: skip
 MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Prompt(Adapter):
-    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions."""
+    """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions.
+
+    The vectors themselves, prompt_embeddings; a network that computes them defines `vectors`.
+    """
 
     length = 0  # virtual positions, P
     in_input = True  # whether they are part of the input, or of the past
@@ -38,6 +46,16 @@ class Prompt(Adapter):
         """
         given, first = make_room(self.length, given, model.config.max_position_embeddings, self.in_input)
         return self.put(model, given) if first else given
+
+    def vectors(self) -> Tensor:
+        """What stands at the virtual positions, [P, numbers of a virtual token]."""
+        return self.prompt_embeddings
+
+    def saved(self) -> dict[str, Parameter]:
+        """What `vectors` computes, as prompt_embeddings."""
+        with no_grad():
+            vectors = self.vectors()
+        return {STORED: vectors if isinstance(vectors, Parameter) else Parameter(vectors.data)}
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments that have room for the virtual positions, with the virtual positions there."""
@@ -54,8 +72,6 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
-    stored_key: ClassVar[str] = "prompt_embeddings"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in MODULE_OPTIONS:
@@ -64,16 +80,16 @@ class PromptLearningConfig(PeftConfig):
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
 
+    prescribed: ClassVar[tuple[str, ...]] = ("token_dim",)  # the dimensions that must be the model's
+
+    def dimensions(self, config: Any) -> dict[str, int | None]:
+        """{option: value} from a model's configuration; None where it does not say."""
+        return {option: getattr(config, name, None) for option, name in DIMENSIONS.items()}
+
     def with_targets(self, model: Module) -> Any:
         """This configuration with the model's dimensions filled in."""
-        c = getattr(model, "config", None)
-        derived = {
-            "token_dim": getattr(c, "hidden_size", None),
-            "num_layers": getattr(c, "num_hidden_layers", None),
-            "num_attention_heads": getattr(c, "num_attention_heads", None),
-            "num_transformer_submodules": 1,
-            "task_type": "CAUSAL_LM",  # without it PEFT loads the adapter but does not use it
-        }
+        derived = self.dimensions(getattr(model, "config", None))
+        derived |= {"num_transformer_submodules": 1, "task_type": "CAUSAL_LM"}  # without which PEFT does not use it
         return self.replace(**{name: value for name, value in derived.items() if getattr(self, name) is None})
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
@@ -90,7 +106,7 @@ class PromptLearningConfig(PeftConfig):
         """The trained part for a model that it fits."""
 
     def prompt(self, model: Module, seed: Seed) -> Prompt:
-        """The trained part. Raises PeftError for what is no language model, and for too short a context."""
+        """The trained part. Raises PeftError for what is no language model, too short a context, other dimensions."""
         self.check(model)
         return self.build(model, seed)
 
@@ -102,6 +118,10 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
             )
+        for name in self.prescribed:
+            given, value = getattr(self, name), self.dimensions(model.config)[name]
+            if given not in (None, value):
+                raise PeftError(f"{name}={given}, but {type(self).__name__} needs {value} for this model")
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:

@@ -15,22 +15,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..autograd import ops as F
-from ..autograd.tensor import Tensor
 from ..backend import xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .prompt_learning import Prompt, PromptLearningConfig
+from .prompt_learning import STORED, Prompt, PromptLearningConfig
 from .weights import fill
 
 
 class SoftTokens(Prompt):
-    """Vectors in front of the input's embeddings. A subclass says how they are computed."""
-
-    def vectors(self) -> Tensor:
-        """[P, d]."""
-        raise NotImplementedError(f"{type(self).__name__} defines no vectors")
+    """Vectors [P, d] in front of the input's embeddings."""
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
         """[P; E(x)], inputs_embeds [B, P + T, d], in place of input_ids."""
@@ -52,9 +47,6 @@ class PromptEmbedding(SoftTokens):
         if seed is not None:
             generator = np.random.default_rng(seed)
             fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
-
-    def vectors(self) -> Tensor:
-        return self.prompt_embeddings
 
 
 @configuration
@@ -81,11 +73,11 @@ class PromptTuningConfig(PromptLearningConfig):
                 )
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
-        return {self.stored_key: (self.num_virtual_tokens, self.token_dim or width)}
+        return {STORED: (self.num_virtual_tokens, self.token_dim or width)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         embedding = model.backbone.embedding
-        prompt = PromptEmbedding(self.prompt_shapes(width_of(self, model)), embedding, seed)
+        prompt = PromptEmbedding(self.prompt_shapes(model.config.hidden_size), embedding, seed)
         if seed is not None and self.prompt_tuning_init != "RANDOM":
             weight = embedding.weight.data  # [V, d]
             ids = self.first_ids(weight.shape[0], seed)
@@ -111,11 +103,3 @@ class PromptTuningConfig(PromptLearningConfig):
         if not all(0 <= i < vocabulary for i in ids):
             raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
         return ids
-
-
-def width_of(config: PromptLearningConfig, model: Transformer) -> int:
-    """The width d of a model's embeddings. Raises PeftError where it is not the configuration's token_dim."""
-    d = model.config.hidden_size
-    if config.token_dim != d:
-        raise PeftError(f"token_dim={config.token_dim}, but this model's embeddings have {d} numbers")
-    return d

@@ -16,16 +16,17 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, ClassVar
 
+from ..nn.heads import HEADS
 from ..nn.layers import Conv1D, Embedding, LayerNorm, Linear, RMSNorm
 from ..nn.module import Module
 from ..options import check, configuration, option
 
 Shape = tuple[int, ...]
-HEADS = ("lm_head", "score", "classifier", "v_head")  # "all-linear" leaves them out
 
-# model_type -> the layers that LoRA and its kin are put on where nothing is said, as in PEFT
+# model_type -> the layers that LoRA and its relatives are put on where target_modules is None, as in PEFT
 QUERY_AND_VALUE = {
     "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "roberta": ["query", "value"],
     "deberta-v2": ["query_proj", "value_proj"], "t5": ["q", "v"], "mt5": ["q", "v"], "bloom": ["query_key_value"],
@@ -76,7 +77,7 @@ class Targets:
 
     A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
     the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
-    modules_to_save may begin amid a word ("norm" matches input_layernorm), as in PEFT.
+    modules_to_save may begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
     """
 
     target_modules: list[str] | str | None = option(
@@ -114,7 +115,7 @@ class Targets:
 
     def with_targets(self, model: Module) -> Any:
         """This configuration, with target_modules filled in for the model's architecture where it was None."""
-        if self.target_modules is not None or not self.kinds:
+        if self.target_modules is not None or not self.usual_targets:
             return self
         model_type = family_of(model)
         if model_type not in self.usual_targets:
@@ -123,7 +124,7 @@ class Targets:
                 f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
                 f"(it knows those of: {known})"
             )
-        return self.replace(target_modules=list(self.usual_targets[model_type]))
+        return self.replace(target_modules=copy(self.usual_targets[model_type]))
 
     def targets(self, name: str, kind: str) -> bool:
         """Whether the method is put on the module at this path, of this kind."""

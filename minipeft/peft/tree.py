@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from ..nn.module import Module, ModuleList, Parameter
@@ -16,21 +17,14 @@ def tree(model: Any) -> str:
 
 
 def _lines(module: Module, indent: str) -> list[str]:
-    children = [(name, _describe(child), _inside(child, indent)) for name, child in module.children()]
+    """What is inside a module, or inside the base layer of an adapted one; of a list, equal modules in a row once."""
+    module = module.base_layer if isinstance(module, AdaptedLayer) else module
+    children = [(name, _describe(child), _lines(child, indent + "  ")) for name, child in module.children()]
     lines: list[str] = []
-    i = 0
-    while i < len(children):
-        name, text, below = children[i]
-        j = i + 1
-        while isinstance(module, ModuleList) and j < len(children) and children[j][1:] == (text, below):
-            j += 1
-        lines += [f"{indent}{name if j == i + 1 else f'{name}..{children[j - 1][0]}'}: {text}", *below]
-        i = j
+    for _, equal in groupby(children, key=lambda child: child[isinstance(module, ModuleList) :]):
+        (first, text, below), *others = equal
+        lines += [f"{indent}{f'{first}..{others[-1][0]}' if others else first}: {text}", *below]
     return lines
-
-
-def _inside(module: Module, indent: str) -> list[str]:
-    return _lines(module.base_layer if isinstance(module, AdaptedLayer) else module, indent + "  ")
 
 
 def _describe_prompt(name: str, prompt: Any, model: Any) -> str:

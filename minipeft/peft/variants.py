@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
-from .targets import PeftError
+from .targets import PeftError, check_patterns, pattern_value
 
 # what is varied -> the file, the class, and the class with DoRA (in dora.py)
 VARIANTS = {
@@ -19,6 +20,8 @@ VARIANTS = {
 
 def check_variant(config: Any) -> None:
     """Raises PeftError for options of a LoraConfig that contradict each other."""
+    check_patterns("rank_pattern", *config.rank_pattern)
+    check_patterns("alpha_pattern", *config.alpha_pattern)
     start, enabled = config.init_lora_weights, config.enable_lora
     for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
         if start == "pissa" and alpha <= 0:
@@ -27,6 +30,15 @@ def check_variant(config: Any) -> None:
         raise PeftError(f"enable_lora must name at least one projection to adapt, got {enabled}")
     if enabled and (config.use_dora or start in ("pissa", "olora")):
         raise PeftError("enable_lora adapts parts of a matrix; DoRA, PiSSA and OLoRA are about whole ones")
+
+
+def check_patterns_of(config: Any, found: Iterable[str]) -> None:
+    """Raises PeftError for a pattern of a LoraConfig that matches none of the paths found."""
+    for what in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, what):
+            if not any(pattern_value({pattern: True}, name, False) for name in found):
+                such = ", ".join(list(found)[:3])
+                raise PeftError(f"{what}: {pattern!r} matches none of the adapted modules, such as {such}")
 
 
 def variant(config: Any, name: str, kind: str) -> Any:

@@ -91,7 +91,7 @@ class Linear4bit(Module):
         """How the weight is quantized, as its arrays say."""
         entries = {name[len("weight.") :]: p.data for name, p in self.__dict__.items() if name.startswith("weight.")}
         arrays = list(entries.values())
-        if self._read is None or any(a is not b for a, b in zip(arrays, self._read[0])):  # moved, or loaded anew
+        if self._read is None or any(a is not b for a, b in zip(arrays, self._read[0])):  # moved, or loaded again
             self._read = arrays, QuantState.from_dict(entries)
         return self._read[1]
 

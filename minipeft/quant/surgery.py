@@ -6,12 +6,11 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..nn.heads import HEADS
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from .checks import QuantError
 from .linear import Linear4bit
-
-HEADS = ("lm_head", "score", "classifier", "v_head")  # what is kept in floats unless `skip` says otherwise
 
 
 def quantize_model(
@@ -26,7 +25,8 @@ def quantize_model(
     Embeddings, norms and biases stay as they are. Its parameters are frozen, as a base for adapters.
 
     Args:
-        skip: names of modules that keep their floats; a name is a part of a path, "lm_head" or "layers.0" (all inside it).
+        skip: names of modules that keep their floats, by default the usual heads; a name is a part of a path, "lm_head"
+            or "layers.0" (all inside it).
         quant_type, blocksize, compress_statistics: see `quantize_4bit`; double quantization is on.
 
     Raises QuantError for a name that matches nothing (other than the usual heads), when nothing is left to quantize, and
@@ -67,6 +67,11 @@ def quantizable_layers(model: Module, skip: Iterable[str] = HEADS) -> dict[str, 
     }
 
 
+def quantized_layers(model: Module) -> dict[str, Linear4bit]:
+    """path -> layer of the layers in four bits."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
 def dequantize_model(model: Module) -> Module:
     """A new model whose Linear4bit layers are Linear layers of their dequantized weights; the rest shares its arrays."""
     made = model.copy(share=True)
@@ -76,7 +81,7 @@ def dequantize_model(model: Module) -> Module:
         linear.weight, linear.bias = Parameter(layer.dequantize(), requires_grad=False), layer.bias
         return linear
 
-    return _replaced(made, {path: m for path, m in made.named_modules() if isinstance(m, Linear4bit)}, dense)
+    return _replaced(made, quantized_layers(made), dense)
 
 
 def _replaced(model: Module, layers: Mapping[str, Module], make: Callable[[str, Any], Module]) -> Module:

@@ -26,6 +26,7 @@ class Verse(NamedTuple):
 
     @property
     def reference(self) -> str:
+        """"Genesis 1:1"."""
         return f"{self.book} {self.chapter}:{self.verse}"
 
 

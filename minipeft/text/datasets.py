@@ -28,30 +28,42 @@ class DatasetError(ValueError):
 
 
 class Document(NamedTuple):
+    """Text to continue, without a prompt."""
+
     text: str
 
 
 class Completion(NamedTuple):
+    """A prompt and what should follow it."""
+
     prompt: str
     completion: str
 
 
 class Instruction(NamedTuple):
+    """Alpaca's form; `input` may be ""."""
+
     instruction: str
     input: str
     output: str
 
 
 class Message(NamedTuple):
+    """What one side of a conversation says."""
+
     role: str  # "system", "user" or "assistant"
     content: str
 
 
 class Conversation(NamedTuple):
+    """An optional system message, then user and assistant in turn, ending with the assistant."""
+
     messages: tuple[Message, ...]
 
 
 class Preference(NamedTuple):
+    """Two answers to a prompt, the first preferred."""
+
     prompt: str
     chosen: str
     rejected: str
@@ -85,7 +97,7 @@ def read_dataset(path: str | Path) -> list[Record]:
         try:
             record = parse_record(line)
             if records and type(record) is not type(records[0]):
-                one, other = _fields(type(record)), _fields(type(records[0]))
+                one, other = fields_of(type(record)), fields_of(type(records[0]))
                 raise ValueError(f"the record has the form {one}, the lines before it {other}; one file holds one form")
         except ValueError as error:
             raise DatasetError(path, number, str(error)) from error
@@ -93,17 +105,14 @@ def read_dataset(path: str | Path) -> list[Record]:
     return records
 
 
-def parse_record(line: str | bytes) -> Record:
-    """One JSON line as a record; ValueError says what is wrong with it."""
-    if isinstance(line, bytes):
-        try:
-            line = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
+def parse_record(line: bytes) -> Record:
+    """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
-        value = json.loads(line, object_pairs_hook=_object_without_duplicates)
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
@@ -135,13 +144,13 @@ def _form_of(value: dict[str, Any]) -> type[Record]:
         if set(form._fields) - _OPTIONAL.get(form, set()) <= keys <= set(form._fields):
             return form
     nearest = max(FORMS, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
-    every = ", ".join(map(_fields, FORMS))
+    every = ", ".join(map(fields_of, FORMS))
     if not keys & set(nearest._fields):
         raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {every}")
     missing = [field for field in nearest._fields if field not in keys | _OPTIONAL.get(nearest, set())]
     wrong = [f"field {field!r} is missing" for field in missing]
     wrong += [f"field {field!r} is unknown" for field in sorted(keys - set(nearest._fields))]
-    raise ValueError(f"{', '.join(wrong)}; the form is {_fields(nearest)} (all forms: {every})")
+    raise ValueError(f"{', '.join(wrong)}; the form is {fields_of(nearest)} (all forms: {every})")
 
 
 def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
@@ -191,8 +200,9 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _fields(form: type[Record]) -> str:
-    return "{" + ", ".join(form._fields) + "}"
+def fields_of(form: object) -> str:
+    """"{prompt, completion}", of a form or a record; of anything else its type's name."""
+    return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"
 
 
 def _json_type(value: Any) -> str:

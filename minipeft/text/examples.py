@@ -34,6 +34,8 @@ class EncodedExamples(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
+    """The preferred answer to a prompt and the other one, each behind the prompt."""
+
     chosen: Example
     rejected: Example
 
@@ -95,7 +97,7 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     The text is encoded as a whole, as the model reads it everywhere else. A completion starts where the tokens of the
     text before it and the tokens of the whole diverge: where prompt and completion meet inside a token, that token is
     learned. (When asked, the model reads another token there. So a prompt should not end in the middle of a token,
-    not in a space for a tokenizer whose words begin with one.) A completion ends likewise.
+    not in a space for a tokenizer whose words begin with one.) A completion ends in the same way.
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .datasets import Completion, Conversation, Instruction, Message, Preference, Record
+from .datasets import Completion, Conversation, Instruction, Message, Preference, Record, fields_of
 from .tokenizer import Special, Tokenizer
 
 # The published wording, to the letter: Taori et al. 2023, Stanford Alpaca, PROMPT_DICT in train.py.
@@ -73,12 +73,8 @@ def alpaca(record: Record) -> list[Turn]:
     """
     record = _instruction(record)
     _check_form(record, Instruction, "the alpaca template")
-    return [Turn(alpaca_prompt(record.instruction, record.input), (record.output,))]
-
-
-def alpaca_prompt(instruction: str, input: str = "") -> Pieces:
-    """Alpaca's prompt for an instruction, with or without an input."""
-    return ((ALPACA_WITH_INPUT if input else ALPACA_WITHOUT_INPUT).format(instruction=instruction, input=input),)
+    form = ALPACA_WITH_INPUT if record.input else ALPACA_WITHOUT_INPUT
+    return [Turn((form.format(instruction=record.instruction, input=record.input),), (record.output,))]
 
 
 def chatml(record: Record) -> list[Turn]:
@@ -222,9 +218,5 @@ def _check_form(record: object, form: type[Record], taker: str) -> None:
     """Raises ValueError unless the record has this form, into which `_instruction` and `_messages` turn other forms."""
     if not isinstance(record, form):
         others = {Instruction: (Instruction, Completion), Conversation: (Conversation, Instruction, Completion)}
-        wanted = " or ".join(_fields(other) for other in others.get(form, (form,)))
-        raise ValueError(f"{taker} takes {wanted} records, got {_fields(record)}")
-
-
-def _fields(form: object) -> str:
-    return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"
+        wanted = " or ".join(fields_of(other) for other in others.get(form, (form,)))
+        raise ValueError(f"{taker} takes {wanted} records, got {fields_of(record)}")
