@@ -22,13 +22,8 @@ class FusedLora(LoraLinear):
         super().__init__(config, name, shapes, layer, seed)
         self.enable_lora = config.enable_lora
 
-    def update(self, z: Tensor) -> Tensor:
-        """s B A z: z [..., in] -> [..., parts * width], zero in the parts that are not enabled."""
-        A, B = self.factors()
-        return F.linear(F.linear(z, A) * self.scaling, B)
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns."""
+        """(A [k r, in], B [parts * width, k r]): each part's B in its own rows and columns, zeros elsewhere."""
         B = self.lora_B
         xp, r, k = xp_of(B.data), B.shape[1], sum(self.enable_lora)
         width, rows, i = B.shape[0] // k, [], 0
@@ -42,7 +37,7 @@ class FusedLora(LoraLinear):
         return self.lora_A, F.cat(rows, axis=0)
 
     @staticmethod
-    def shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+    def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
         parts, enabled = len(config.enable_lora), sum(config.enable_lora)
         if n_out != parts * n_in:
             raise PeftError(

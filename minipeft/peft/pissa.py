@@ -52,10 +52,5 @@ class PissaLinear(LoraLinear):
         return root[:, None] * Vt[:r], U[:, :r] * root
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """([A; A0] [2r, in], [B, -B0] [out, 2r])."""
+        """([A; A0] [2r, in], [B, -B0] [out, 2r]), whose product is B A - B0 A0."""
         return F.cat([self.lora_A, self.start_A], axis=0), F.cat([self.lora_B, -self.start_B], axis=1)
-
-    def update(self, z: Tensor) -> Tensor:
-        """s (B A - B0 A0) z."""
-        A, B = self.factors()
-        return F.linear(F.linear(z, A) * self.scaling, B)

@@ -29,7 +29,7 @@ def check_variant(config: Any) -> None:
         raise PeftError("enable_lora adapts parts of a matrix; DoRA, PiSSA and OLoRA are about whole ones")
 
 
-def variant(config: Any, name: str, kind: str) -> Any:
+def variant_class(config: Any, name: str, kind: str) -> Any:
     """The class of adapter that a LoraConfig puts on the layer at a path, of this kind.
 
     Raises PeftError for an embedding with options that are for linear layers.
