@@ -1,13 +1,15 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
 
     W' = W + s P diag(λ) Q        eq. 3; here P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]
-    R = mean ||PᵀP - I||, ||Q Qᵀ - I||    a penalty (eq. 4) that keeps P and Q near orthogonal, so that λ_i measures how
-                                          much the triplet (P_i, λ_i, Q_i) matters
+    R = mean over all P and Q of ||PᵀP - I||_F, ||Q Qᵀ - I||_F       the penalty (eq. 4) keeps P and Q near orthogonal
 
-Around every step of the optimizer, `AdaLoraCallback` adds the penalty's gradient, follows how sensitive the loss is to
-every number, and sets the λ of the least important triplets of the whole model to zero, by a falling budget (eq. 12).
+Around every step of the optimizer, `AdaLoraCallback` adds the penalty's gradient, follows how important each triplet
+(P_i, λ_i, Q_i) is, which is not |λ_i| but sensitivity x uncertainty, averaged over its numbers (eq. 7 to 11), and sets
+the λ of the least important triplets of the whole model to zero, by a falling budget (eq. 12).
 
-As PEFT has it: s = lora_alpha / (init_r + 1e-5); the penalty is the mean Frobenius norm, not its square.
+Departures from the paper, all as PEFT has it:
+1. s = lora_alpha / (init_r + 1e-5), and R is the mean Frobenius norm, not the sum of the squares.
+2. The sensitivity |w dL/dw| takes w after the step (the paper: before), and the clipped gradient of loss + penalty.
 
 Departures from PEFT:
 1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained
@@ -69,6 +71,22 @@ class AdaLoraLinear(Adapter):
         return {"lora_A": Parameter(A), "lora_E": Parameter(E), "lora_B": Parameter(B)}
 
 
+def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
+    """(b, how many triplets may be left after step t, whether to prune now): eq. 12.
+
+        b = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_f - t_i))³    t_i = tinit, t_f = tfinal, T = total_step
+
+    b_0 = start, b_T = end. The paper's eq. 12 also subtracts t_f in the numerator, with which b would not start at b_0.
+    """
+    final = config.total_step - config.tfinal
+    if step <= config.tinit:
+        return start, False
+    if step >= final:
+        return end, True
+    unspent = 1 - (step - config.tinit) / (final - config.tinit)
+    return int((start - end) * unspent**3 + end), step % config.deltaT == 0
+
+
 class AdaLoraCallback:
     """What AdaLoRA does around every step of the optimizer for one adapter (see `minipeft.train.callbacks`).
 
@@ -99,7 +117,7 @@ class AdaLoraCallback:
         self.penalty().backward()
 
     def penalty(self) -> Tensor:
-        """orth_reg_weight * mean over all P and Q of ||PᵀP - I||, ||Q Qᵀ - I|| (eq. 4)."""
+        """orth_reg_weight * R (eq. 4)."""
         norms = []
         for layer in self.layers.values():
             P, Q = layer.lora_B, layer.lora_A
@@ -109,22 +127,27 @@ class AdaLoraCallback:
         return F.stack(norms).mean() * self.config.orth_reg_weight
 
     def after_step(self, model: Any, step: int, record: Any = None) -> None:
-        """Follow the gradients of step `step` (from 1), and set the λ of the least important triplets to zero."""
+        """Warm-up, step <= tinit (step from 1): follow the gradients.
+
+        Pruning, step <= total_step - tfinal: follow them; every deltaT steps, and in the last, set the λ of the least
+        important triplets to zero, which may grow again until the next pruning.
+        Final: set the λ of the last choice to zero again after every step.
+        """
         config, layers = self.config, self.layers
         final = config.total_step - config.tfinal
-        if step < final or step == 1:
+        if step < final or step == 1:  # the last pruning goes by the averages of the step before
             for path, layer in layers.items():
                 self.follow(path, layer)
         if step <= final:
             start = sum(layer.lora_A.shape[0] for layer in layers.values())
-            left, prune = budget(config, step, start, config.target_r * len(layers))
-            if not prune or left >= start:
+            count, prune = budget(config, step, start, config.target_r * len(layers))
+            if not prune or count >= start:
                 return
             scores = {path: self.scores(path) for path in layers}
             xp = xp_of(*scores.values())
-            threshold = xp.sort(xp.concatenate(list(scores.values())))[start - left - 1]
+            threshold = xp.sort(xp.concatenate(list(scores.values())))[start - count - 1]
             for path, layer in layers.items():
-                layer.kept = scores[path] > threshold
+                layer.kept = scores[path] > threshold  # all ties go, so that fewer than `count` may be left
             self._note_pattern()
         for layer in layers.values():
             if layer.kept is not None:
@@ -142,7 +165,8 @@ class AdaLoraCallback:
             zero = xp.zeros_like(sensitivity)
             mean, uncertainty = (asarray(self.averages.get(key, zero), xp) for key in keys)
             mean = c.beta1 * mean + (1 - c.beta1) * sensitivity
-            self.averages |= zip(keys, (mean, c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)))
+            self.averages[keys[0]] = mean
+            self.averages[keys[1]] = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
 
     def scores(self, path: str) -> Array:
         """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
@@ -167,17 +191,6 @@ class AdaLoraCallback:
         kept = {f"{path}.lora_E": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
         pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.pattern
         self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=pattern)
-
-
-def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
-    """(how many triplets may be left after this step, whether to prune now): eq. 12."""
-    final = config.total_step - config.tfinal
-    if step <= config.tinit:
-        return start, False
-    if step >= final:
-        return end, True
-    left = 1 - (step - config.tinit) / (final - config.tinit)
-    return int((start - end) * left**3 + end), step % config.deltaT == 0
 
 
 @configuration

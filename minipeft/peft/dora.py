@@ -63,8 +63,8 @@ class DoraLinear(LoraLinear):
         return with_weight(layer, out_in(layer, W), bias)
 
     @classmethod
-    def shapes(cls, config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
-        return {**super().shapes(config, name, r, n_out, n_in), "lora_magnitude_vector": (n_out,)}
+    def factor_shapes(cls, config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+        return {**super().factor_shapes(config, name, r, n_out, n_in), "lora_magnitude_vector": (n_out,)}
 
 
 class DoraPissa(DoraLinear, PissaLinear):

@@ -32,7 +32,7 @@ class FusedLora(LoraLinear):
         return self.lora_A, F.cat(rows, axis=0)
 
     @staticmethod
-    def shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+    def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
         parts, enabled = len(config.enable_lora), sum(config.enable_lora)
         if n_out != parts * n_in:
             raise PeftError(

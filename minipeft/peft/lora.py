@@ -1,13 +1,14 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
 
-    W' = W + s B A        A [r, in] random, B [out, r] zero, s = lora_alpha / r            eq. 3
+    W' = W + s B A        A [r, in] random, B [out, r] zero        eq. 3, with s = lora_alpha / r of section 4.1
 
-The forward pass never forms B A: y = W x + B (s (A x)), with r numbers per position in between. W is frozen, so it
-keeps no activation for backward; A's gradient needs x, which is the same array for every projection that reads it.
+Only A and B are trained. The paper draws A from a Gaussian; here, as in PEFT, it is Kaiming-uniform. The forward pass
+never forms B A: y = W x + B (s (A x)), with r numbers per position in between. Backward keeps x for A (without dropout
+one array, shared by q, k and v) and the r numbers for B, nothing for W.
 
 rsLoRA has s = lora_alpha / sqrt(r): the update's size does not shrink with r (Kalajdzievski 2023, arXiv:2312.03732).
-
-What grew on LoRA stands beside it, an idea a file: `dora`, `pissa`, `olora`, `fused`, `lora_embedding`.
+Extensions: `dora` (trained row lengths), `pissa` (start from SVD), `olora` (start from QR), `fused` (parts of QKV),
+`lora_embedding` (rows looked up).
 """
 
 from __future__ import annotations
@@ -25,23 +26,26 @@ from ..options import configuration, option
 from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
-from .variants import check_patterns_of, check_variant, variant
+from .variants import check_patterns_of, check_variant, variant_class
 from .weights import fill, kaiming_uniform, with_update
 
 
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
 
-    constants: ClassVar[dict[str, str]] = {}  # what a variant keeps untrained: {attribute: key that has its shape}
+    constants: ClassVar[dict[str, str]] = {}  # of a variant, not trained: {attribute: key of the matrix of its shape}
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
+        super().__init__(shapes, layer, seed)  # makes self.lora_A and self.lora_B, of `factor_shapes`
         self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
         if seed is not None:
             self.start(np.random.default_rng(seed))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """y = W x + s B A z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
+        """y = inner(x) + s B A z, [..., in] -> [..., out]; z is x, or dropout(x) in training: W x never sees dropout.
+
+        inner: the layer below this adapter, usually the frozen W x + b; base: W's own layer, used by DoRA.
+        """
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + self.update(z)
 
@@ -51,11 +55,11 @@ class LoraLinear(Adapter):
         return F.linear(F.linear(z, A) * self.scaling, B)
 
     def start(self, generator: np.random.Generator) -> None:
-        """Draw A; B stays zero, so that the adapted layer starts as the base layer (section 4.1)."""
+        """Draw A and leave B zero: the start is the base layer (section 4.1). init False draws B too (for tests)."""
         A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
-            fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))
-        else:
+            fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))  # r (`fused`: A has k r)
+        else:  # pissa and olora do not get here: theirs is computed from W
             fill(A, kaiming_uniform(generator, A.shape))
         if init is False:
             fill(B, kaiming_uniform(generator, B.shape))
@@ -74,7 +78,7 @@ class LoraLinear(Adapter):
         return self.lora_A, self.lora_B
 
     @staticmethod
-    def shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+    def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
         """{key: shape} of what is trained at a layer of this many outputs and inputs."""
         return {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
 
@@ -100,7 +104,7 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
     usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
-    stores_constants: ClassVar[bool] = False
+    stores_constants: ClassVar[bool] = False  # recomputed from W on loading, not written
 
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
@@ -118,17 +122,17 @@ class LoraConfig(PeftConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         check_rank(name, self.rank(name), n_out, n_in)
-        return variant(self, name, kind).shapes(self, name, self.rank(name), n_out, n_in)
+        return variant_class(self, name, kind).factor_shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:
-        return variant(self, name, kind_of(layer))(self, name, shapes, layer, seed)
+        return variant_class(self, name, kind_of(layer))(self, name, shapes, layer, seed)
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
-        """The start of PiSSA and OLoRA."""
+        """The start of PiSSA and OLoRA, {path.start_A: shape}."""
         return {
             f"{name}.{constant}": self.parameter_shapes(name, kind, shape)[key]
             for name, (kind, shape) in layers.items()
-            for constant, key in variant(self, name, kind).constants.items()
+            for constant, key in variant_class(self, name, kind).constants.items()
         }
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:

@@ -42,5 +42,5 @@ class LoraEmbedding(LoraLinear):
         return self.lora_embedding_A, self.lora_embedding_B
 
     @staticmethod
-    def shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
+    def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"lora_embedding_A": (r, n_in), "lora_embedding_B": (n_out, r)}

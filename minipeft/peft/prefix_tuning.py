@@ -1,17 +1,19 @@
 """Prefix tuning: trained keys and values in front of every layer's own (Li & Liang 2021, arXiv:2101.00190).
 
-    attention(q, [Pk; k], [Pv; v])       Pk, Pv [num_virtual_tokens, key heads, head_dim] of each layer        eq. 2
+    attention(q, [Pk; k], [Pv; v])       Pk, Pv [H, P, D] of each of L layers      eq. 3, written as what attention sees
 
-The prefix is a cache of positions that no token ever stood at, and `past_key_values` is where the model takes it.
-Unlike a prompt it steers every layer directly, and the virtual positions compute nothing. Under grouped-query attention
-it has as many heads as keys have.
+for P virtual tokens and H key heads of D numbers. `put` hands them over as past_key_values, a cache of positions that
+no token stood at; nn/transformer.py puts them in front of its own keys, after RoPE. Every query sees all P, and the
+input's positions start at P. Unlike a prompt, a prefix steers every layer directly, and its positions compute nothing.
+A prefix of zeros is not the base model: a zero key takes weight, too.
 
-Training a prefix directly is unstable; the paper computes it from a smaller matrix (section 4.3, prefix_projection):
+Training a prefix directly is unstable; the paper computes row i, of all layers, from a smaller matrix (section 4.3;
+prefix_projection, off by default and with tanh, as in PEFT):
 
-    [Pk₁ Pv₁ Pk₂ Pv₂ ...] = W₂ tanh(W₁ e + b₁) + b₂        e [num_virtual_tokens, token_dim]
+    [Pk₁ Pv₁ Pk₂ Pv₂ ...]ᵢ = W₂ tanh(W₁ eᵢ + b₁) + b₂        e [P, d], W₁ [h, d], W₂ [2 L d, h], d = H D
 
-Only the left side is needed afterwards, and only it is saved: a row per virtual token, in it the layers one after the
-other, keys before values. `key_values` gives it as plain arrays, with which the base model runs without this module.
+Only the left side is needed afterwards, and only it is saved, [P, 2 L d]. `key_values` gives it as plain arrays, with
+which the base model runs without this module.
 """
 
 from __future__ import annotations
@@ -33,31 +35,27 @@ from .weights import fill
 
 
 class Prefix(Prompt):
-    """The prefix of all L layers, the trained numbers themselves: prompt_embeddings [P, 2 L token_dim]."""
+    """The prefix of all L layers, the trained numbers themselves: prompt_embeddings [P, 2 L H D]."""
 
     in_input = False
 
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
-        self.heads = config.num_attention_heads
-        self.build(config, like, seed)
-
-    def build(self, config: PrefixTuningConfig, like: Module, seed: Seed) -> None:
-        """Allocate what is trained and give it its first values."""
-        super().__init__(config.prompt_shapes(config.token_dim), like, seed)
-        if seed is not None and config.init_weights != "zero":
-            shape = self.prompt_embeddings.shape
-            fill(self.prompt_embeddings, np.random.default_rng(seed).standard_normal(shape, np.float32))
-
     def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """(Pk, Pv) of each layer, both [B, key heads, P, head_dim]."""
+        """(Pk, Pv) of each layer, both [B, H, P, D]; a row of `vectors` holds the layers in turn, keys before values."""
         x = self.vectors().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
         x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
         parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
         return list(zip(parts[::2], parts[1::2]))
 
+    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
+        super().__init__(config.prompt_shapes(config.token_dim), like, seed)
+        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
+        self.heads = config.num_attention_heads
+        if seed is not None and config.init_weights != "zero":
+            p = self.prompt_embeddings
+            fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
+
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """The prefix as past_key_values; an empty KVCache takes it as its first positions."""
+        """The prefix as past_key_values, with gradients; or, to generate, as an empty KVCache's first positions."""
         past, inputs = given["past_key_values"], given["input_ids"]
         prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
         if not isinstance(past, KVCache):
@@ -67,7 +65,7 @@ class Prefix(Prompt):
         return given
 
     def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
-        """The prefix as a plain cache: (keys, values) of each layer, arrays [B, key heads, P, head_dim].
+        """The prefix as a plain cache: (keys, values) of each layer, arrays [B, H, P, D].
 
         `base.generate(ids, past_key_values=prefix.key_values(len(ids)))` continues as the adapted model does.
         """
@@ -78,17 +76,19 @@ class Prefix(Prompt):
 class PrefixEncoder(Prefix):
     """The network that computes the prefix while it is trained: embedding e [P, d], and transform, an MLP."""
 
-    def build(self, config: PrefixTuningConfig, like: Module, seed: Seed) -> None:
-        P, d, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
-        self.embedding = Embedding(P, d, seed=None)
-        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
+    def vectors(self) -> Tensor:
+        return self.transform(self.embedding.weight)
+
+    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
+        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
+        self.heads = config.num_attention_heads
+        d, h = config.token_dim, config.encoder_hidden_size
+        self.embedding = Embedding(self.length, d, seed=None)
+        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * self.num_layers * d, seed=None))
         initialize(self, like, seed)
         if config.init_weights == "zero" and seed is not None:
             for p in self.transform[2].parameters():
                 p.data[...] = 0
-
-    def vectors(self) -> Tensor:
-        return self.transform(self.embedding.weight)
 
 
 @configuration
@@ -109,6 +109,11 @@ class PrefixTuningConfig(PromptLearningConfig):
             found |= {"num_attention_heads": heads, "token_dim": heads * config.head_dim}
         return found
 
+    @property
+    def has_network(self) -> bool:
+        """Whether an MLP computes the prefix."""
+        return self.prefix_projection and not self.folded
+
     def with_targets(self, model: Module) -> PrefixTuningConfig:
         config = super().with_targets(model)
         return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
@@ -117,7 +122,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.num_layers is None or self.token_dim is None:
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
-        if self.folded or not self.prefix_projection:
+        if not self.has_network:
             return {STORED: (P, n)}
         h = self.encoder_hidden_size or d
         return {
@@ -127,5 +132,4 @@ class PrefixTuningConfig(PromptLearningConfig):
         }  # fmt: skip
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        network = self.prefix_projection and not self.folded
-        return (PrefixEncoder if network else Prefix)(self, model.backbone.embedding, seed)
+        return (PrefixEncoder if self.has_network else Prefix)(self, model.backbone.embedding, seed)

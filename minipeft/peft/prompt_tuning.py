@@ -1,10 +1,11 @@
 """Prompt tuning: soft tokens in front of the input (Lester, Al-Rfou & Constant 2021, arXiv:2104.08691).
 
-    [P; E(x)] ─► frozen model,   P [num_virtual_tokens, d] trained, E the model's token embedding        section 2
+    [P; E(x)] ─► frozen model,    P [p, d] trained, p = num_virtual_tokens, E the model's token embedding      section 2
 
-A soft token is a vector that no token of the vocabulary need have. P d numbers are trained, and P positions of the
-context are spent on them in every forward pass. The start matters (section 3.2, figure 3): random vectors are far from
-the embeddings that the model knows, words of the vocabulary are not.
+A soft token is a vector that no token of the vocabulary need have. p d numbers are trained, and p positions of the
+context are spent on them in every forward pass: `prompt_learning` widens the mask and the positions by p, and `model`
+drops the first p logits. The start matters (section 3.2, figure 3): random vectors (RANDOM, PEFT's default) are far
+from the embeddings that the model knows, words (SAMPLE_VOCAB, and PEFT's TEXT) are not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..autograd import ops as F
-from ..backend import xp_of
+from ..backend import Array, xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..options import configuration, option
@@ -25,28 +26,33 @@ from .weights import fill
 
 
 class SoftTokens(Prompt):
-    """Vectors [P, d] in front of the input's embeddings."""
+    """Vectors P [p, d] in front of the input's embeddings."""
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """[P; E(x)], inputs_embeds [B, P + T, d], in place of input_ids."""
+        """[P; E(x)], inputs_embeds [B, p + T, d], in place of input_ids."""
         x = given["inputs_embeds"]  # [B, T, d]
         if x is None:
             x = model.backbone.embedding(given["input_ids"], given["rng"])
         P = self.vectors()
         P = P if P.dtype == x.dtype else F.to(P, x.dtype)
-        P = F.broadcast_to(P, (x.shape[0], *P.shape))  # [B, P, d]
-        return {**given, "input_ids": None, "inputs_embeds": F.cat([P, x], axis=1)}
+        soft = F.broadcast_to(P, (x.shape[0], *P.shape))  # [B, p, d]
+        return {**given, "input_ids": None, "inputs_embeds": F.cat([soft, x], axis=1)}
 
 
 class PromptEmbedding(SoftTokens):
-    """The vectors themselves, prompt_embeddings [P, d], normally distributed at the start."""
+    """The vectors themselves, prompt_embeddings: P [p, d]."""
 
-    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed):
+    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed, ids: list[int] | None = None):
         super().__init__(shapes, embedding, seed)
         self.length = self.prompt_embeddings.shape[0]
         if seed is not None:
-            generator = np.random.default_rng(seed)
-            fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
+            fill(self.prompt_embeddings, self.start(embedding.weight.data, seed, ids))
+
+    def start(self, E: Array, seed: Seed, ids: list[int] | None) -> Array:
+        """The first P [p, d]: the embeddings E [V, d] of these tokens, or standard normal."""
+        if ids is None:
+            return np.random.default_rng(seed).standard_normal(self.prompt_embeddings.shape, np.float32)
+        return E[xp_of(E).asarray(ids)]
 
 
 @configuration
@@ -76,19 +82,17 @@ class PromptTuningConfig(PromptLearningConfig):
         return {STORED: (self.num_virtual_tokens, self.token_dim or width)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
-        embedding = model.backbone.embedding
-        prompt = PromptEmbedding(self.prompt_shapes(model.config.hidden_size), embedding, seed)
-        if seed is not None and self.prompt_tuning_init != "RANDOM":
-            weight = embedding.weight.data  # [V, d]
-            ids = self.first_ids(weight.shape[0], seed)
-            prompt.prompt_embeddings.data = weight[xp_of(weight).asarray(ids)].astype(prompt.prompt_embeddings.dtype)
-        return prompt
+        E = model.backbone.embedding
+        shapes, ids = self.prompt_shapes(model.config.hidden_size), self.first_ids(E.weight.shape[0], seed)
+        return PromptEmbedding(shapes, E, seed, ids)
 
-    def first_ids(self, vocabulary: int, seed: Seed) -> list[int]:
-        """The tokens whose embeddings are the start, num_virtual_tokens of them."""
-        P, ids = self.num_virtual_tokens, self.prompt_tuning_init_ids
+    def first_ids(self, vocabulary: int, seed: Seed) -> list[int] | None:
+        """The p tokens whose embeddings are the start; None: it is random, or not wanted (no seed)."""
+        p, ids = self.num_virtual_tokens, self.prompt_tuning_init_ids
+        if seed is None or self.prompt_tuning_init == "RANDOM":
+            return None
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
-            return np.random.default_rng(seed).integers(0, vocabulary, P).tolist()
+            return np.random.default_rng(seed).integers(0, vocabulary, p).tolist()
         if not ids:
             from tokenizers import Tokenizer
 
@@ -99,7 +103,7 @@ class PromptTuningConfig(PromptLearningConfig):
             ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
         if not ids:
             raise PeftError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} has no tokens")
-        ids = (list(ids) * -(-P // len(ids)))[:P]
+        ids = (list(ids) * -(-p // len(ids)))[:p]
         if not all(0 <= i < vocabulary for i in ids):
             raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
         return ids

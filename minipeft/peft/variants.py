@@ -41,7 +41,7 @@ def check_patterns_of(config: Any, found: Iterable[str]) -> None:
                 raise PeftError(f"{what}: {pattern!r} matches none of the adapted modules, such as {such}")
 
 
-def variant(config: Any, name: str, kind: str) -> Any:
+def variant_class(config: Any, name: str, kind: str) -> Any:
     """The class of adapter that a LoraConfig puts on the layer at a path, of this kind.
 
     Raises PeftError for an embedding with options that are for linear layers.
