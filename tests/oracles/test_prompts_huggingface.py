@@ -8,15 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_peft_huggingface import IDS, base, close, peft, train_ours, train_theirs
+from twins import torch, transformers
 
 import minipeft as mp
 from minipeft.peft.config import PeftError
-
-torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
-transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
-peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
-
-from test_peft_huggingface import IDS, base, close, train_ours, train_theirs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
