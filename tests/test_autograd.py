@@ -7,8 +7,8 @@ import operator
 import subprocess
 import sys
 import threading
-import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
-import minipeft as mp
 from minipeft import AutogradError, Tensor, no_grad
 from minipeft import functional as F
 from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
@@ -124,17 +123,11 @@ def test_a_slice_does_not_add_into_a_gradient_that_others_hold(slice_first, xp):
     assert to_numpy(b.grad).tolist() == [3.0, 30.0, 300.0] and to_numpy(g).tolist() == [1.0, 10.0, 100.0]
 
 
-def test_only_leaves_get_a_gradient():
-    x = leaf(2)
-    y = x * 2.0
-    (y * y).sum().backward()
-    assert y.grad is None and x.grad is not None
-
-
-def test_an_input_that_needs_no_gradient_gets_none():
+def test_only_leaves_that_ask_for_a_gradient_get_one():
     x, w = leaf(2, 3), Tensor(np.ones((4, 3)))
-    F.linear(x, w).sum().backward()
-    assert w.grad is None
+    y = F.linear(x, w)
+    (y * y).sum().backward()
+    assert y.grad is None and w.grad is None and x.grad is not None
 
 
 def test_gradients_function_leaves_grad_alone():
@@ -221,37 +214,6 @@ def test_a_graph_frees_what_it_held(no_collector, end):
     assert alive() is None and (w.grad is not None) == (end == "backward")
 
 
-def test_training_steps_leave_nothing_behind(no_collector):
-    config = mp.TransformerConfig.llama(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    model, ids = mp.Transformer(config), np.arange(256).reshape(8, 32) % 50
-
-    def step():
-        model.zero_grad()
-        model.loss(ids, ids).backward()
-
-    step()
-    tracemalloc.start()
-    try:
-        step()
-        first, peak = tracemalloc.get_traced_memory()
-        for _ in range(10):
-            step()
-        grown = tracemalloc.get_traced_memory()[0] - first
-        assert grown < 0.05 * (peak - first)  # the interpreter's own free lists fill up by some kilobytes
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_frozen_weight_keeps_no_activation(no_collector):
-    array, alive = watched(8, 8)
-    x = Tensor(array)
-    h = leaf(8, 8)
-    frozen = F.linear(x + h * 0.0, Tensor(np.eye(8)))  # dW would need the input; dx needs only the weight
-    del array, x
-    assert alive() is None
-    assert frozen.requires_grad
-
-
 @pytest.mark.parametrize("trainable", [False, True])
 def test_linear_keeps_its_input_only_for_a_trainable_weight(no_collector, trainable):
     array, alive = watched(8, 8)
@@ -326,11 +288,8 @@ def test_graphs_are_built_and_walked_on_several_threads_at_once():
     alone, together = {}, {}
     for seed in range(4):
         work(seed, alone)
-    threads = [threading.Thread(target=work, args=(seed, together)) for seed in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda seed: work(seed, together), range(4)))
     for seed in range(4):
         np.testing.assert_allclose(together[seed], alone[seed], rtol=1e-12)
 
@@ -679,9 +638,7 @@ def test_broadcasting_arithmetic(found, sign, seed):
     da, db = {"+": (g, g), "-": (g, -g), "*": (g * B, g * A), "/": (g / B, -g * A / B**2)}[sign]
     for t, d in ((a, da), (b, db)):
         assert t.grad.shape == t.shape
-        extra = y.ndim - t.ndim
-        axes = (*range(extra), *(extra + i for i, n in enumerate(t.shape) if n == 1 and y.shape[extra + i] != 1))
-        np.testing.assert_allclose(t.grad, d.sum(axis=axes).reshape(t.shape), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(t.grad, unbroadcast(d, t.shape), rtol=1e-12, atol=1e-12)
 
 
 @given(st.data())

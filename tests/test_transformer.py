@@ -157,13 +157,13 @@ def test_past_key_values_equal_the_full_forward_and_are_not_changed(dialect, xp,
 
 
 @dialects
-def test_a_cache_fed_token_by_token_equals_the_full_forward_with_left_padding(dialect, xp, rng):
-    model, ids = build(dialect, xp), tokens(rng, 2, 20)
-    mask = np.ones((2, 20), np.int64)
+def test_a_cache_fed_piece_by_piece_equals_the_full_forward_with_left_padding(dialect, xp, rng):
+    model, ids = build(dialect, xp, max_position_embeddings=72), tokens(rng, 2, 70)  # more than a block of attention
+    mask = np.ones((2, 70), np.int64)
     mask[0, :3] = 0
     full = to_numpy(model(xp.asarray(ids), attention_mask=xp.asarray(mask)).data)
     cache = KVCache()
-    for start, stop in [(0, 5), *[(t, t + 1) for t in range(5, 20)]]:
+    for start, stop in [(0, 5), *[(t, t + 1) for t in range(5, 20)], (20, 68), (68, 69), (69, 70)]:
         piece = model(xp.asarray(ids[:, start:stop]), attention_mask=xp.asarray(mask[:, :stop]), past_key_values=cache)
         close(to_numpy(piece.data)[mask[:, start:stop] == 1], full[:, start:stop][mask[:, start:stop] == 1])
         assert len(cache) == stop
