@@ -1,5 +1,8 @@
 """Small models with large initial weights, so that attention is far from uniform and every path shows in the logits."""
 
+import tracemalloc
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -28,3 +31,13 @@ def build(dialect, xp=np, **fields):
 
 def tokens(rng, *shape):
     return rng.integers(0, SHAPE["vocab_size"], shape)
+
+
+@contextmanager
+def traced():
+    """Yields a function that says how many bytes allocated inside are held now, and how many were at most."""
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()

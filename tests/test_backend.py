@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -235,25 +236,20 @@ def test_a_forked_process_computes_on():
 
 
 def test_the_number_of_threads_can_change_while_others_compute(threads):
-    x, stop, errors = np.ones((700, 300), np.float32), threading.Event(), []
+    x, stop = np.ones((700, 300), np.float32), threading.Event()
 
     def compute():
-        try:
-            while not stop.is_set():
-                y = backend.elementwise(lambda out, a: np.add(a, 1, out=out), x)
-                assert (y == 2).all()
-        except BaseException as error:
-            errors.append(error)
+        while not stop.is_set():
+            y = backend.elementwise(lambda out, a: np.add(a, 1, out=out), x)
+            assert (y == 2).all()
 
-    workers = [threading.Thread(target=compute) for _ in range(3)]
-    for w in workers:
-        w.start()
-    for n in [2, 3, 1, 2] * 10:
-        threads(n)
-    stop.set()
-    for w in workers:
-        w.join()
-    assert errors == []
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(compute) for _ in range(3)]
+        for n in [2, 3, 1, 2] * 10:
+            threads(n)
+        stop.set()
+        for worker in workers:
+            worker.result()
 
 
 def blas_threads():

@@ -6,11 +6,11 @@ import gc
 import json
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
 from models import config as config_of
+from models import traced
 
 import minipeft as mp
 from minipeft import functional as F
@@ -321,12 +321,11 @@ def test_ten_adapters_cost_ten_adapters_and_not_ten_models():
     one = 4 * adapted.get_nb_trainable_parameters()[0]
     whole = 4 * sum(p.size for p in model.parameters())
     gc.collect()
-    tracemalloc.start()
-    for i in range(1, 11):
-        adapted.add_adapter(f"a{i}", config)
-    gc.collect()
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+    with traced() as memory:
+        for i in range(1, 11):
+            adapted.add_adapter(f"a{i}", config)
+        gc.collect()
+        held, _ = memory()
     assert 10 * one <= held <= 10 * one + 100_000 < whole / 20
     pairs = zip(model.parameters(), adapted.unload().parameters())
     assert all(np.array_equal(p.data, q.data) for p, q in pairs)
@@ -338,10 +337,9 @@ def test_lora_keeps_its_input_and_its_rank_and_no_more(rng):
     x = mp.Tensor(rng.standard_normal((1000, 512)).astype(np.float32))
     layer(x)
     gc.collect()
-    tracemalloc.start()
-    y = layer(x)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+    with traced() as memory:
+        y = layer(x)
+        held, _ = memory()
     between = 1000 * 4 * 4
     assert y.data.nbytes <= held <= y.data.nbytes + 2 * between + 20_000
 
@@ -361,11 +359,10 @@ def test_without_a_seed_a_model_of_175_billion_parameters_is_adapted_in_no_memor
     shape = dict(vocab_size=50257, hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
     gpt3 = mp.Transformer(mp.TransformerConfig.gpt2(**shape, max_position_embeddings=2048), seed=None)
     gc.collect()
-    tracemalloc.start()
-    adapted = mp.PeftModel(gpt3, config, seed=None)
-    trainable, total = adapted.get_nb_trainable_parameters()
-    held = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with traced() as memory:
+        adapted = mp.PeftModel(gpt3, config, seed=None)
+        trainable, total = adapted.get_nb_trainable_parameters()
+        _, held = memory()
     assert held < 4_000_000 < 4 * trainable + 4 * total
     assert trainable == mp.accounting.count_parameters(mp.accounting.architecture(gpt3.config), config).trainable
 
@@ -581,10 +578,16 @@ def adalora_run(directory):
     return mp.Trainer(adapted, examples[:12], examples[12:], arguments)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from its beginning to its end."""
+    run = adalora_run(tmp_path_factory.mktemp("whole"))
+    run.train()
+    return run
+
+
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
-def test_adalora_resumed_from_a_checkpoint_ends_with_the_same_bytes(at, tmp_path):
-    whole = adalora_run(tmp_path / "whole")
-    whole.train()
+def test_adalora_resumed_from_a_checkpoint_ends_with_the_same_bytes(at, whole, tmp_path):
     run, step = adalora_run(tmp_path / "parts"), None
     step, run._step = run._step, lambda k: step(k) if k <= at else (_ for _ in ()).throw(InterruptedError)
     with pytest.raises(InterruptedError):

@@ -113,13 +113,7 @@ def test_shape_and_dtype_come_back(xp, rng, dtype, nested):
     assert np.abs(y - x).max() < 0.16 * np.abs(x).max()  # the widest gap of NF4 is 0.304 absmax
 
 
-def test_the_largest_of_a_block_comes_back_exactly_where_the_code_book_has_it(rng):
-    x = rng.standard_normal((50, 64)).astype(np.float32)
-    rows = np.arange(50), np.abs(x).argmax(axis=1)
-    assert np.array_equal(quant.dequantize_4bit(*quant.quantize_4bit(x))[rows], x[rows])
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=200),
     st.sampled_from([32, 64]),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
+from models import traced
 
 from minipeft import functional as F
 from minipeft import nn, quant
@@ -91,12 +91,9 @@ def test_the_graph_keeps_no_more_than_the_layer_holds(rng):
     layer = layer_of(rng, 512, 512, compress_statistics=True)
     x = Tensor(rng.standard_normal((8, 512)).astype(np.float32), requires_grad=True)
     layer(x)
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         y = layer(x)
-        held = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+        held, _ = memory()
     assert held < y.data.nbytes + 4000
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import tracemalloc
 
 import numpy as np
 import pytest
-from models import DIALECTS, SHAPE, build, config, dialects, double, tokens
+from models import DIALECTS, SHAPE, build, config, dialects, double, tokens, traced
 
 import minipeft as mp
 from minipeft import functional as F
@@ -225,10 +224,9 @@ def test_checkpointing_holds_one_activation_a_block(dialect, rng):
         model.gradient_checkpointing_enable(enabled)
         hidden = model.backbone(ids)  # a first call, so that what is allocated once does not count
         del hidden
-        tracemalloc.start()
-        hidden = model.backbone(ids)
-        held[enabled] = tracemalloc.get_traced_memory()[0] / (4 * 128 * 32 * 4)  # in activations [B, T, d]
-        tracemalloc.stop()
+        with traced() as memory:
+            hidden = model.backbone(ids)
+            held[enabled] = memory()[0] / (4 * 128 * 32 * 4)  # in activations [B, T, d]
         del hidden
     assert held[True] < 8 + 6  # the input of each block, the embeddings, the final norm
     assert held[False] > 8 * 10  # norms, queries, keys, values, attention, MLP of each block
@@ -238,10 +236,9 @@ def test_checkpointing_holds_one_activation_a_block(dialect, rng):
 def test_frozen_weights_hold_no_activations(dialect, rng):
     model, ids = Transformer(config(dialect), seed=0).requires_grad_(False), tokens(rng, 8, 32)
     model(ids)
-    tracemalloc.start()
-    logits = model(ids)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+    with traced() as memory:
+        logits = model(ids)
+        held, _ = memory()
     assert logits._node is None
     assert held < 1.1 * logits.data.nbytes
 
@@ -261,17 +258,16 @@ def test_a_step_leaves_nothing_behind_without_the_garbage_collector(dialect, che
 
     step(0)
     gc.collect()
-    gc.disable()
-    try:
-        tracemalloc.start()
-        step(1)
-        before = tracemalloc.get_traced_memory()[0]
-        for seed in range(2, 6):
-            step(seed)
-        growth = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-        gc.enable()
+    with traced() as memory:
+        gc.disable()
+        try:
+            step(1)
+            before, _ = memory()
+            for seed in range(2, 6):
+                step(seed)
+            growth = memory()[0] - before
+        finally:
+            gc.enable()
     assert growth < 32 * 32 * 16 * 4  # less than a single activation; Python's own small objects are a sixth of it
 
 
@@ -332,15 +328,15 @@ def counted(dialect, **fields):
     """The number of parameters, which are not allocated."""
     names = "vocab_size hidden_size num_hidden_layers num_attention_heads".split()
     fields = dict(zip(names, fields.pop("shape"))) | fields
-    tracemalloc.start()
-    n = sum(p.size for p in Transformer(TransformerConfig(model_type=dialect, **fields), seed=None).parameters())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8e6
+    with traced() as memory:
+        n = sum(p.size for p in Transformer(TransformerConfig(model_type=dialect, **fields), seed=None).parameters())
+        assert memory()[1] < 8e6
     return n
 
 
-@pytest.mark.parametrize("V, d, L, P", [(40, 16, 2, 32), (97, 24, 3, 10), (50257, 768, 12, 1024), (50257, 12288, 96, 2048)])
+@pytest.mark.parametrize(
+    "V, d, L, P", [(40, 16, 2, 32), (97, 24, 3, 10), (50257, 768, 12, 1024), (50257, 12288, 96, 2048)]
+)
 def test_gpt2_parameters_by_formula_and_by_counting(V, d, L, P):
     n = counted("gpt2", shape=(V, d, L, 2), max_position_embeddings=P)
     assert n == V * d + P * d + L * (12 * d * d + 13 * d) + 2 * d

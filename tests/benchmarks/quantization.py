@@ -127,7 +127,8 @@ def peers(width: int, repeat: int) -> None:
     a, b = ([t / 5 for t in times] for times in turns.alternate(workers, repeat, "steps", 5)[0])  # as in training, without pauses
     print(
         f"width {width}, 512 tokens: minipeft {1e3 * statistics.median(a):.0f} ms, bitsandbytes + PEFT "
-        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); {turns.memory(workers)}"
+        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); "
+        f"{turns.memory(workers)}"
     )
     for worker in workers:
         worker.close()

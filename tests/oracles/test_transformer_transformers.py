@@ -118,11 +118,12 @@ MASKS = {
     "right": place[:9] < lengths,
     "in the middle, across blocks": (place < [[20], [0]]) | (place >= [[90], [70]]),
 }
+PADDED = [(case, side) for case in CONFIGS for side in ("left", "right")]
+PADDED += [(case, "in the middle, across blocks") for case in ("gpt2", "llama grouped")]
 
 
-@every_case
+@pytest.mark.parametrize(("case", "padding"), PADDED)
 @both
-@pytest.mark.parametrize("padding", MASKS)
 def test_padding(case, dtype, padding):
     """transformers' generate counts positions like this; its forward must be told."""
     mask = MASKS[padding].astype(np.int64)
