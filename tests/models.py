@@ -33,6 +33,16 @@ def tokens(rng, *shape):
     return rng.integers(0, SHAPE["vocab_size"], shape)
 
 
+def sgd_steps(model, loss, steps=5, lr=0.1):
+    """Plain SGD written in place, as optimizers write."""
+    for _ in range(steps):
+        model.zero_grad()
+        loss().backward()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data -= lr * p.grad
+
+
 @contextmanager
 def traced():
     """Yields a function that says how many bytes allocated inside are held now, and how many were at most."""

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import build, dialects, tokens, traced
+from models import build, dialects, sgd_steps, tokens, traced
 
 import minipeft as mp
 from minipeft.autograd.gradcheck import check_parameters
 from minipeft.backend import to_numpy
 from minipeft.nn.heads import SequenceClassifier, ValueModel, head_only
 from minipeft.nn.transformer import Transformer, TransformerConfig
-
-
-def sgd_steps(model, loss, steps=5, lr=0.1):
-    """Plain SGD written in place, as optimizers write."""
-    for _ in range(steps):
-        model.zero_grad()
-        loss().backward()
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data -= lr * p.grad
 
 
 def frozen_bytes(model):

@@ -6,7 +6,7 @@ import gc
 
 import numpy as np
 import pytest
-from models import DIALECTS, SHAPE, build, config, dialects, double, tokens, traced
+from models import DIALECTS, SHAPE, build, config, dialects, double, sgd_steps, tokens, traced
 
 import minipeft as mp
 from minipeft import functional as F
@@ -381,11 +381,7 @@ def test_a_fresh_model_is_as_uncertain_as_a_uniform_guess(dialect, rng):
 @dialects
 def test_it_learns_a_sequence_by_heart(dialect, rng):
     model, ids = Transformer(config(dialect, initializer_range=0.1), seed=0), tokens(rng, 2, 8)
-    for _ in range(150):
-        model.zero_grad()
-        model.loss(ids, ids).backward()
-        for p in model.parameters():
-            p.data -= 0.3 * p.grad
+    sgd_steps(model, lambda: model.loss(ids, ids), steps=150, lr=0.3)
     assert model.loss(ids, ids).item() < 0.05
 
 
