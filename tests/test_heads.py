@@ -48,7 +48,7 @@ def test_the_last_token_is_found_behind_a_prefix_too(dialect, xp, rng):
 @pytest.mark.parametrize("num_labels", [1, 3])
 @dialects
 def test_loss_and_its_gradients(dialect, num_labels, xp, rng):
-    classifier = SequenceClassifier(build(dialect, xp), num_labels=num_labels, seed=2)
+    classifier = SequenceClassifier(build(dialect, xp, num_hidden_layers=1), num_labels=num_labels, seed=2)
     ids, mask = tokens(rng, 4, 6), np.array([[1] * 6, [1] * 4 + [0] * 2, [0] * 3 + [1] * 3, [1] + [0] * 5])
     labels = np.array([0.3, -1.0, 2.0, 0.0]) if num_labels == 1 else np.array([0, 2, 1, 2])
     ids, mask, targets = xp.asarray(ids), xp.asarray(mask), xp.asarray(labels)
