@@ -113,6 +113,30 @@ def test_importing_the_package_loads_nothing_heavy():
     assert ours == ""  # `import minipeft` alone loads none of its modules
 
 
+LORA = """
+net = mp.nn.Sequential(mp.nn.Linear(4, 4))
+model = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=["0"]))
+model.get_nb_trainable_parameters(), model.merge_and_unload(), model.tree()
+"""
+
+
+@pytest.mark.parametrize(
+    "use, others",
+    [
+        ("import minipeft.quant", ("minipeft.autograd.cases", "minipeft.quant.cases")),
+        (LORA, ("minipeft.quant", "minipeft.autograd.cases", "minipeft.peft.dora")),
+    ],
+)
+def test_a_part_loads_nothing_of_others_that_it_does_not_need(use, others):
+    done = python(f"import sys, minipeft as mp\n{use}\nprint([m for m in sys.modules if m.startswith({others})])")
+    assert done.stdout == "[]\n"
+
+
+def test_a_tensor_has_its_operators_when_nothing_else_was_imported():
+    code = "import minipeft as mp; x = mp.Tensor([1.0], requires_grad=True); (x * 2).backward(); print(x.grad)"
+    assert python(code).stdout == "[2.]\n"
+
+
 # ----------------------------------------------------------------------------------------------------- scatter_add
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -680,17 +678,6 @@ def test_a_layout_that_contradicts_the_layers_is_refused(dialect, stored, method
     layout = "out, in" if stored else "in, out"
     with pytest.raises(PeftError, match=rf"fan_in_fan_out={stored}, but .* stores its weight \[{layout}\]"):
         mp.get_peft_model(base(dialect), method(fan_in_fan_out=stored, **options))
-
-
-def test_lora_loads_neither_quantization_nor_the_cases_of_gradcheck():
-    code = (
-        "import sys, minipeft as mp; net = mp.nn.Sequential(mp.nn.Linear(4, 4)); "
-        "model = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=['0'])); "
-        "model.get_nb_trainable_parameters(), model.merge_and_unload(), model.tree(); "
-        "rooms = 'minipeft.quant', 'minipeft.autograd.cases', 'minipeft.peft.dora'; "
-        "print([m for m in sys.modules if m.startswith(rooms)])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_public_names_are_found_in_the_package():
