@@ -17,6 +17,9 @@ from minipeft.peft.config import PeftError
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 P = 4
+REAL = np.ones(IDS.shape, bool)
+REAL[1, :3] = False
+MASK = REAL.astype(int)
 IN_FLOAT32 = 1e-6  # PEFT reads prompts into float32, whatever the model's dtype
 CASES = {
     "prompt": ("PromptTuning", {}),
@@ -133,29 +136,23 @@ def test_greedy_continuations_are_those_of_pefts_forward(dialect, case, tmp_path
 def test_left_padding_is_pefts_where_it_takes_positions(dialect, tmp_path):
     """PEFT's prefix tuning takes position_ids, which transformers counts over padding unless they are given."""
     _, ours, theirs = trained(dialect, "prefix", tmp_path)
-    mask = np.ones_like(IDS)
-    mask[1, :3] = 0
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    expected = their_logits(theirs, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
-    real = mask.astype(bool)
-    close(ours(IDS, attention_mask=mask).data[real], expected[real], IN_FLOAT32)
-    close(ours(IDS, attention_mask=mask, position_ids=positions).data[real], expected[real], IN_FLOAT32)
+    positions = np.maximum(MASK.cumsum(axis=1) - 1, 0)
+    expected = their_logits(theirs, attention_mask=torch.tensor(MASK), position_ids=torch.tensor(positions))
+    close(ours(IDS, attention_mask=MASK).data[REAL], expected[REAL], IN_FLOAT32)
+    close(ours(IDS, attention_mask=MASK, position_ids=positions).data[REAL], expected[REAL], IN_FLOAT32)
 
 
 def test_a_prompt_before_left_padding_is_the_models_own_computation():
     """PEFT ignores position_ids here, so transformers is given what PEFT builds, with them."""
     model, twin = base("llama")
     ours = train_ours(mp.get_peft_model(model, configs("prompt")[0]))
-    mask = np.ones_like(IDS)
-    mask[1, :3] = 0
-    whole = np.concatenate([np.ones((3, P), int), mask], axis=1)
+    whole = np.concatenate([np.ones((3, P), int), MASK], axis=1)
     prompts = torch.tensor(ours.prompts["default"].vectors().data).expand(3, -1, -1)
     with torch.no_grad():
         embeds = torch.cat([prompts, twin.get_input_embeddings()(torch.tensor(IDS))], dim=1)
         positions = torch.tensor(np.maximum(whole.cumsum(axis=1) - 1, 0))
         expected = twin(inputs_embeds=embeds, attention_mask=torch.tensor(whole), position_ids=positions).logits.numpy()
-    real = mask.astype(bool)
-    close(ours(IDS, attention_mask=mask).data[real], expected[:, P:][real])
+    close(ours(IDS, attention_mask=MASK).data[REAL], expected[:, P:][REAL])
 
 
 def test_a_text_gives_the_start_that_it_gives_in_peft(tmp_path):
