@@ -12,11 +12,14 @@ import socket
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from minipeft import backend
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
+settings.register_profile("a slow machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("a slow machine")
 
 DEVICES = {"numpy": "numpy", "strict": "strict_device", "cupy": "cupy"}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "", None)

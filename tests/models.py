@@ -1,5 +1,8 @@
 """Small models with large initial weights, so that attention is far from uniform and every path shows in the logits."""
 
+import tracemalloc
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -28,3 +31,23 @@ def build(dialect, xp=np, **fields):
 
 def tokens(rng, *shape):
     return rng.integers(0, SHAPE["vocab_size"], shape)
+
+
+def sgd_steps(model, loss, steps=5, lr=0.1):
+    """Plain SGD written in place, as optimizers write."""
+    for _ in range(steps):
+        model.zero_grad()
+        loss().backward()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data -= lr * p.grad
+
+
+@contextmanager
+def traced():
+    """Yields a function that says how many bytes allocated inside are held now, and how many were at most."""
+    tracemalloc.start()
+    try:
+        yield tracemalloc.get_traced_memory
+    finally:
+        tracemalloc.stop()

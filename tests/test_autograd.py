@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import operator
-import subprocess
-import sys
-import threading
-import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
-import minipeft as mp
 from minipeft import AutogradError, Tensor, no_grad
 from minipeft import functional as F
 from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
@@ -49,16 +45,6 @@ def no_collector():
 # ----------------------------------------------------------------------------------------------- gradients add up
 
 
-def test_diamond(xp):
-    x = Tensor(xp.asarray(np.array([2.0, 3.0])), requires_grad=True)
-    a = x * 3.0
-    b, c = a * a, F.exp(a * 0.1)
-    (b * c + a).sum().backward()
-    v = np.array([2.0, 3.0])
-    expected = 18 * v * np.exp(0.3 * v) + 9 * v**2 * 0.3 * np.exp(0.3 * v) + 3
-    np.testing.assert_allclose(to_numpy(x.grad), expected, rtol=1e-13)
-
-
 def test_each_node_of_a_ladder_of_diamonds_runs_once():
     x = leaf(1)
     y = x
@@ -81,15 +67,6 @@ def test_a_scalar_used_three_times(xp):
     loss = x * 2.0
     (loss + loss * 10.0 + loss * 100.0 + loss * 1000.0).backward()
     assert to_numpy(x.grad) == 2222.0 and x.grad.shape == ()
-
-
-def test_a_tied_weight_receives_both_gradients():
-    w, ids = leaf(5, 3), np.array([0, 2, 2])
-    F.cross_entropy(F.linear(F.embedding(ids, w), w), np.array([1, 0, 4])).backward()
-    tied = w.grad
-    a, b = Tensor(w.data, requires_grad=True), Tensor(w.data, requires_grad=True)
-    F.cross_entropy(F.linear(F.embedding(ids, a), b), np.array([1, 0, 4])).backward()
-    np.testing.assert_allclose(tied, a.grad + b.grad, rtol=1e-13)
 
 
 def test_gradients_accumulate_across_backwards_in_the_same_array():
@@ -124,17 +101,11 @@ def test_a_slice_does_not_add_into_a_gradient_that_others_hold(slice_first, xp):
     assert to_numpy(b.grad).tolist() == [3.0, 30.0, 300.0] and to_numpy(g).tolist() == [1.0, 10.0, 100.0]
 
 
-def test_only_leaves_get_a_gradient():
-    x = leaf(2)
-    y = x * 2.0
-    (y * y).sum().backward()
-    assert y.grad is None and x.grad is not None
-
-
-def test_an_input_that_needs_no_gradient_gets_none():
+def test_only_leaves_that_ask_for_a_gradient_get_one():
     x, w = leaf(2, 3), Tensor(np.ones((4, 3)))
-    F.linear(x, w).sum().backward()
-    assert w.grad is None
+    y = F.linear(x, w)
+    (y * y).sum().backward()
+    assert y.grad is None and w.grad is None and x.grad is not None
 
 
 def test_gradients_function_leaves_grad_alone():
@@ -157,6 +128,11 @@ def test_a_sum_does_not_share_its_gradient_between_its_inputs():
     assert b.grad.tolist() == [1.0, 2.0, 3.0] and a.grad.tolist() == [100.0, 2.0, 3.0]
 
 
+def used_three_times(x):
+    y = x * 2.0
+    return F.softmax(y) + y + y[:, :1]
+
+
 @pytest.mark.parametrize(
     "fn",
     [
@@ -170,9 +146,10 @@ def test_a_sum_does_not_share_its_gradient_between_its_inputs():
         lambda x: F.to(x, np.float64),
         lambda x: F.cat([x, x]),
         lambda x: x.sum(axis=0, keepdims=True),
+        used_three_times,
     ],
 )
-def test_grad_is_an_array_of_its_own_and_writable(fn):
+def test_grad_is_an_array_of_its_own_and_the_given_one_is_not_written_into(fn):
     x = leaf(2, 3)
     y = fn(x)
     g = np.ones(y.shape)
@@ -181,15 +158,6 @@ def test_grad_is_an_array_of_its_own_and_writable(fn):
     assert not np.shares_memory(x.grad, g) and not np.shares_memory(x.grad, x.data)
     x.grad += 1.0
     np.testing.assert_array_equal(g, np.ones(y.shape))
-
-
-def test_backward_does_not_write_into_the_gradient_it_is_given():
-    x = leaf(2, 3)
-    y = x * 2.0
-    z = F.softmax(y) + y + y[:, :1]
-    g = np.arange(6.0).reshape(2, 3)
-    z.backward(g)
-    np.testing.assert_array_equal(g, np.arange(6.0).reshape(2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -219,37 +187,6 @@ def test_a_graph_frees_what_it_held(no_collector, end):
     else:
         del y
     assert alive() is None and (w.grad is not None) == (end == "backward")
-
-
-def test_training_steps_leave_nothing_behind(no_collector):
-    config = mp.TransformerConfig.llama(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    model, ids = mp.Transformer(config), np.arange(256).reshape(8, 32) % 50
-
-    def step():
-        model.zero_grad()
-        model.loss(ids, ids).backward()
-
-    step()
-    tracemalloc.start()
-    try:
-        step()
-        first, peak = tracemalloc.get_traced_memory()
-        for _ in range(10):
-            step()
-        grown = tracemalloc.get_traced_memory()[0] - first
-        assert grown < 0.05 * (peak - first)  # the interpreter's own free lists fill up by some kilobytes
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_frozen_weight_keeps_no_activation(no_collector):
-    array, alive = watched(8, 8)
-    x = Tensor(array)
-    h = leaf(8, 8)
-    frozen = F.linear(x + h * 0.0, Tensor(np.eye(8)))  # dW would need the input; dx needs only the weight
-    del array, x
-    assert alive() is None
-    assert frozen.requires_grad
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -296,22 +233,9 @@ def test_no_grad_nests_and_ends_with_an_exception():
 
 
 def test_no_grad_concerns_its_own_thread_only():
-    seen = {}
-    inside, done = threading.Event(), threading.Event()
-
-    def other():
-        inside.wait(10)
-        seen["other"] = (leaf(1) * 2.0).requires_grad
-        done.set()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    with no_grad():
-        inside.set()
-        done.wait(10)
-        seen["own"] = (leaf(1) * 2.0).requires_grad
-    thread.join()
-    assert seen == {"other": True, "own": False}
+    with no_grad(), ThreadPoolExecutor(1) as another:
+        assert another.submit(lambda: (leaf(1) * 2.0).requires_grad).result()
+        assert not (leaf(1) * 2.0).requires_grad
 
 
 def test_graphs_are_built_and_walked_on_several_threads_at_once():
@@ -326,11 +250,8 @@ def test_graphs_are_built_and_walked_on_several_threads_at_once():
     alone, together = {}, {}
     for seed in range(4):
         work(seed, alone)
-    threads = [threading.Thread(target=work, args=(seed, together)) for seed in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda seed: work(seed, together), range(4)))
     for seed in range(4):
         np.testing.assert_allclose(together[seed], alone[seed], rtol=1e-12)
 
@@ -646,11 +567,6 @@ def test_a_failed_recomputation_restores_the_tensors_it_touched():
     assert w.grad.tolist() == [2.0, 2.0]
 
 
-def test_a_tensor_has_its_operators_when_nothing_else_was_imported():
-    code = "import minipeft as mp; x = mp.Tensor([1.0], requires_grad=True); (x * 2).backward(); print(x.grad)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[2.]\n"
-
-
 # ------------------------------------------------------------------------------------------------------ properties
 
 shapes = mutually_broadcastable_shapes(num_shapes=2, max_dims=4, min_side=0, max_side=4)
@@ -679,9 +595,7 @@ def test_broadcasting_arithmetic(found, sign, seed):
     da, db = {"+": (g, g), "-": (g, -g), "*": (g * B, g * A), "/": (g / B, -g * A / B**2)}[sign]
     for t, d in ((a, da), (b, db)):
         assert t.grad.shape == t.shape
-        extra = y.ndim - t.ndim
-        axes = (*range(extra), *(extra + i for i, n in enumerate(t.shape) if n == 1 and y.shape[extra + i] != 1))
-        np.testing.assert_allclose(t.grad, d.sum(axis=axes).reshape(t.shape), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(t.grad, unbroadcast(d, t.shape), rtol=1e-12, atol=1e-12)
 
 
 @given(st.data())

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
-from models import build, dialects, tokens
+from models import build, dialects, sgd_steps, tokens, traced
 
 import minipeft as mp
 from minipeft.autograd.gradcheck import check_parameters
 from minipeft.backend import to_numpy
 from minipeft.nn.heads import SequenceClassifier, ValueModel, head_only
 from minipeft.nn.transformer import Transformer, TransformerConfig
-
-
-def sgd_steps(model, loss, steps=5, lr=0.1):
-    """Plain SGD written in place, as optimizers write."""
-    for _ in range(steps):
-        model.zero_grad()
-        loss().backward()
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data -= lr * p.grad
 
 
 def frozen_bytes(model):
@@ -60,7 +48,7 @@ def test_the_last_token_is_found_behind_a_prefix_too(dialect, xp, rng):
 @pytest.mark.parametrize("num_labels", [1, 3])
 @dialects
 def test_loss_and_its_gradients(dialect, num_labels, xp, rng):
-    classifier = SequenceClassifier(build(dialect, xp), num_labels=num_labels, seed=2)
+    classifier = SequenceClassifier(build(dialect, xp, num_hidden_layers=1), num_labels=num_labels, seed=2)
     ids, mask = tokens(rng, 4, 6), np.array([[1] * 6, [1] * 4 + [0] * 2, [0] * 3 + [1] * 3, [1] + [0] * 5])
     labels = np.array([0.3, -1.0, 2.0, 0.0]) if num_labels == 1 else np.array([0, 2, 1, 2])
     ids, mask, targets = xp.asarray(ids), xp.asarray(mask), xp.asarray(labels)
@@ -117,12 +105,10 @@ def test_a_frozen_base_is_shared_and_a_trainable_one_copied():
 
 def test_an_unallocated_classifier_is_counted_and_loaded(rng):
     big = TransformerConfig.llama(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, intermediate_size=11008)
-    tracemalloc.start()
-    counted = sum(p.size for p in SequenceClassifier(Transformer(big, seed=None), 1, seed=None).parameters())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    with traced() as memory:
+        counted = sum(p.size for p in SequenceClassifier(Transformer(big, seed=None), 1, seed=None).parameters())
+        assert memory()[1] < 8e6
     assert counted == 6_738_415_616 - 32000 * 4096 + 4096  # Llama-2 7B, its head taken off, a score put on
-    assert peak < 8e6
     trained = SequenceClassifier(Transformer(build("gpt2").config, seed=3), 3, seed=4)
     loaded = SequenceClassifier(Transformer(trained.config, seed=None), 3, seed=None)
     loaded.load_state_dict(trained.state_dict())

@@ -113,7 +113,8 @@ def test_another_error_and_a_post_init_of_its_own():
 LIMITS = {
     "a number above 0": """
         Settings: learning_rate; BottleneckConfig: reduction_factor; OnlineConfig: learning_rate temperature cliprange
-        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; TrainingArguments: learning_rate
+        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; RopeScaling: low_freq_factor
+        high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
     "a number above 0 and at most 1": "Drawing: top_p; Combination: density",
@@ -123,6 +124,7 @@ LIMITS = {
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
+    "a number of at least 1": "RopeScaling: factor",
     "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
     "a number of at least 0 and below 1": """
         PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
@@ -134,7 +136,7 @@ LIMITS = {
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
-        DataOptions: max_length; Drawing: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        DataOptions: max_length; RopeScaling: original_max_position_embeddings; Drawing: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
@@ -154,7 +156,8 @@ LIMITS = {
         OnlineConfig: lr_scheduler_type; TrainingArguments: optim lr_scheduler_type
     """,
 }
-REQUIRED = {"total_step": 10, "num_virtual_tokens": 4}
+REQUIRED = {"total_step": 10, "num_virtual_tokens": 4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
 
 
 def declared():

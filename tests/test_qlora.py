@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from test_quant_linear import small as base
 
 import minipeft as mp
 from minipeft import nn
 from minipeft.accounting.memory import measure_peak
 from minipeft.autograd.tensor import Tensor
-from minipeft.nn.transformer import Transformer, TransformerConfig
 from minipeft.peft.config import PeftError
 from minipeft.peft.loftq import get_loftq_model, merge_and_requantize
 from minipeft.quant import Linear4bit, dequantize_model, quantize_model
@@ -22,13 +22,6 @@ CONFIGS = {
     "pissa": dict(r=4, init_lora_weights="pissa"),
     "dora with dropout": dict(r=4, use_dora=True, lora_dropout=0.3),
 }
-
-
-def base(model_type="llama", **sizes):
-    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **sizes}
-    if model_type == "llama":
-        return Transformer(TransformerConfig.llama(**{"intermediate_size": 48, **sizes}), seed=1)
-    return Transformer(TransformerConfig.gpt2(**sizes), seed=1)
 
 
 def config(**options):
@@ -60,13 +53,6 @@ def test_trained_over_four_bits_as_over_their_dequantized_weights(model_type, me
     np.testing.assert_allclose(losses, expected, rtol=2e-3)
     assert losses[-1] < losses[0] - 0.2
     assert {name: p.data.tobytes() for name, p in quantized.named_parameters()} == before
-
-
-def test_parameters_are_counted_by_their_elements():
-    model = base()
-    for options in (dict(r=4), dict(r=4, use_dora=True)):
-        dense, quantized = mp.get_peft_model(model, config(**options)), mp.get_peft_model(quantize_model(model), config(**options))
-        assert dense.get_nb_trainable_parameters() == quantized.get_nb_trainable_parameters()
 
 
 def test_dora_over_four_bits_makes_no_float_copy_of_the_weight():

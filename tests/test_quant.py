@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -113,13 +111,7 @@ def test_shape_and_dtype_come_back(xp, rng, dtype, nested):
     assert np.abs(y - x).max() < 0.16 * np.abs(x).max()  # the widest gap of NF4 is 0.304 absmax
 
 
-def test_the_largest_of_a_block_comes_back_exactly_where_the_code_book_has_it(rng):
-    x = rng.standard_normal((50, 64)).astype(np.float32)
-    rows = np.arange(50), np.abs(x).argmax(axis=1)
-    assert np.array_equal(quant.dequantize_4bit(*quant.quantize_4bit(x))[rows], x[rows])
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=200),
     st.sampled_from([32, 64]),
@@ -268,8 +260,3 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
     ):
         with pytest.raises(quant.QuantError, match=message):
             quant.QuantState.from_dict(damaged)
-
-
-def test_importing_quantization_loads_no_gradient_check():
-    code = "import sys, minipeft.quant; print([m for m in sys.modules if m.endswith('.cases')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

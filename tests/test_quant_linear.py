@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
+from models import traced
 
 from minipeft import functional as F
 from minipeft import nn, quant
@@ -14,7 +14,7 @@ from minipeft.accounting import memory_ledger
 from minipeft.accounting.memory import measure_peak
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import AutogradError, Tensor, no_grad
-from minipeft.backend import get_num_threads, set_num_threads, to_numpy
+from minipeft.backend import to_numpy
 from minipeft.nn.transformer import Transformer, TransformerConfig
 from minipeft.quant import cases  # noqa: F401
 from minipeft.quant.kernels import Tiles
@@ -75,16 +75,8 @@ def test_tiles_cover_the_weight_and_none_is_more_than_half_of_it(rng):
     assert max(w.shape[1] for w in columns) <= 192 / 2
 
 
-@pytest.fixture
-def one_thread():
-    """How many threads hold a decoded tile at the same moment is the scheduler's affair; with one it is always the same."""
-    before = get_num_threads()
-    set_num_threads(1)
-    yield
-    set_num_threads(before)
-
-
-def test_no_float_copy_of_the_weight_exists_in_forward_or_backward(rng, one_thread):
+def test_no_float_copy_of_the_weight_exists_in_forward_or_backward(rng, threads):
+    threads(1)  # how many of them hold a decoded tile at the same moment is the scheduler's affair
     layer = layer_of(rng, 2048, 1024, compress_statistics=True)
     x = Tensor(rng.standard_normal((4, 1024)).astype(np.float32), requires_grad=True)
 
@@ -99,12 +91,9 @@ def test_the_graph_keeps_no_more_than_the_layer_holds(rng):
     layer = layer_of(rng, 512, 512, compress_statistics=True)
     x = Tensor(rng.standard_normal((8, 512)).astype(np.float32), requires_grad=True)
     layer(x)
-    tracemalloc.start()
-    try:
+    with traced() as memory:
         y = layer(x)
-        held = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+        held, _ = memory()
     assert held < y.data.nbytes + 4000
 
 
@@ -228,7 +217,8 @@ def test_copies_are_independent_and_move_between_devices(xp):
     assert not np.array_equal(to_numpy(twin.dequantize()), layer.dequantize())
 
 
-def test_the_ledger_predicts_the_memory_of_a_forward_pass(one_thread):
+def test_the_ledger_predicts_the_memory_of_a_forward_pass(threads):
+    threads(1)
     model = quant.quantize_model(small(hidden_size=256, intermediate_size=512, seed=0))
     ids = np.zeros((2, 32), np.int64)
     ledger = memory_ledger(model, batch=2, seq_len=32, mode="evaluate")

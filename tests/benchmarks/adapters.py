@@ -10,18 +10,12 @@ evaluation. LoRA is timed unmerged and merged.
 from __future__ import annotations
 
 import argparse
-import time
 
 import numpy as np
+from turns import in_turns
 
 import minipeft as mp
 from minipeft.backend import set_num_threads
-
-
-def seconds(fn) -> float:
-    begin = time.perf_counter()
-    fn()
-    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -65,9 +59,8 @@ def main() -> None:
                 (step(model), step(base)),
                 (lambda model=model: model(long), lambda: base(long)),
             ):
-                ours(), theirs()
-                pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.repeats)]
-                ratios.append(min(a for a, _ in pairs) / min(b for _, b in pairs))
+                times = in_turns(args.repeats, ours=ours, theirs=theirs)
+                ratios.append(min(times["ours"]) / min(times["theirs"]))
             print(f"{name:30}{ratios[0]:20.2f}{ratios[1]:22.2f}", flush=True)
 
 

@@ -13,34 +13,14 @@ the median of its turns, a ratio the median over pairs of turns.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import statistics
-import sys
-import time
 
 import turns
-from turns import ratio
+from turns import in_turns, ratio, stepper
 
 WHAT = ("codes", "step", "peers", "memory")
-
-
-def seconds(fn) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
-
-
-def alternate(repeat: int, **calls) -> dict[str, list[float]]:
-    """{name: seconds of each turn}, one call of each after the other, after a turn that is not counted."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeat):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    return times
 
 
 def codes(repeat: int) -> None:
@@ -75,7 +55,7 @@ def codes(repeat: int) -> None:
         packed2, state2 = theirs.quantize_4bit(t, quant_type="nf4")
         calls["bitsandbytes quantize"] = lambda: theirs.quantize_4bit(t, quant_type="nf4")
         calls["bitsandbytes dequantize"] = lambda: theirs.dequantize_4bit(packed2, state2)
-    times = alternate(repeat, **calls)
+    times = in_turns(repeat, **calls)
     for name, found in times.items():
         line = f"{name:24s} {x.nbytes / statistics.median(found) / 1e9:6.2f} GB/s   {ratio(times['copy'], found):5.2f} of a copy"
         peer = f"bitsandbytes {name.split()[0]}"
@@ -95,15 +75,7 @@ def our_step(base, ids, r: int = 8, targets=("q_proj", "v_proj")):
 
     model = mp.get_peft_model(base, mp.LoraConfig(r=r, target_modules=list(targets)))
     optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-
-    def step() -> float:
-        loss = model.loss(ids, ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    return stepper(lambda: model.loss(ids, ids), optimizer)
 
 
 def step(width: int, repeat: int) -> None:
@@ -111,7 +83,7 @@ def step(width: int, repeat: int) -> None:
 
     ids = np.random.default_rng(0).integers(0, 1024, (4, 128))
     dense, quantized = our_models(width)
-    times = alternate(repeat, lora=our_step(dense, ids), qlora=our_step(quantized, ids))
+    times = in_turns(repeat, lora=our_step(dense, ids), qlora=our_step(quantized, ids))
     middle = {name: 1e3 * statistics.median(found) for name, found in times.items()}
     print(f"width {width}, 512 tokens: LoRA {middle['lora']:.0f} ms, QLoRA {middle['qlora']:.0f} ms, ratio {ratio(times['qlora'], times['lora']):.2f}")
 
@@ -146,25 +118,17 @@ def theirs(width: int) -> dict:
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, (4, 128)))
-
-    def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
+    step = stepper(lambda: model(input_ids=tokens, labels=tokens).loss, optimizer)
     return {"steps": lambda n: [step() for _ in range(n)]}
 
 
 def peers(width: int, repeat: int) -> None:
-    workers = [turns.Worker("--serve", library, "--width", str(width)) for library in ("ours", "theirs")]
+    workers = turns.both("--width", str(width))
     a, b = ([t / 5 for t in times] for times in turns.alternate(workers, repeat, "steps", 5)[0])  # as in training, without pauses
-    (ready, peak), (their_ready, their_peak) = (worker.ask("memory")[1] for worker in workers)
     print(
         f"width {width}, 512 tokens: minipeft {1e3 * statistics.median(a):.0f} ms, bitsandbytes + PEFT "
-        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); resident memory before and at the peak "
-        f"{ready:.0f} and {peak:.0f} MB, {their_ready:.0f} and {their_peak:.0f} MB"
+        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); "
+        f"{turns.memory(workers)}"
     )
     for worker in workers:
         worker.close()
@@ -189,11 +153,7 @@ def memory() -> None:
     ids = np.random.default_rng(0).integers(0, 49152, (1, 128))
     optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
-    def train() -> None:
-        model.loss(ids, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    train = stepper(lambda: model.loss(ids, ids), optimizer)
     train()  # the optimizer's moments are there
     ledger = memory_ledger(model, batch=1, seq_len=128)
     held = sum(p.data.nbytes for p in model.parameters()) + ledger.held["optimizer states"]
@@ -204,21 +164,10 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of {', '.join(WHAT)} (default: all)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = turns.options(__doc__, WHAT, width=512, repeat=9)
     if options.serve:
-        sys.exit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.width)))
-    unknown = [what for what in options.what if what not in WHAT]
-    if unknown:
-        parser.error(f"unknown: {unknown[0]!r} (choose from {', '.join(WHAT)})")
-    os.environ["MINIPEFT_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for what in options.what or WHAT:
+        raise SystemExit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.width)))
+    for what in options.what:
         print(f"== {what}")
         {
             "codes": lambda: codes(options.repeat),

@@ -12,13 +12,12 @@ training; whether they agree on the tokens is said.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import tempfile
 
-from turns import Worker, alternate, ratio, serve
+import turns
+from turns import Worker, alternate, ratio, stepper
 
 WHAT = ("step", "generate")
 BATCH, LENGTH, PROMPT = 4, 128, 32
@@ -37,13 +36,7 @@ def ours(path: str) -> dict:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH))
     tuned = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     optimizer = mp.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> float:
-        loss = tuned.loss(ids[:BATCH], ids[:BATCH])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+    step = stepper(lambda: tuned.loss(ids[:BATCH], ids[:BATCH]), optimizer)
 
     def generate(batch: int, new: int) -> list:
         return model.generate(ids[:batch, :PROMPT], max_new_tokens=new, eos_token_id=()).tolist()
@@ -61,18 +54,15 @@ def theirs(path: str) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH)))
     lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
-    tuned, optimizer = None, None
+    train = None
 
     def step() -> float:
-        nonlocal tuned, optimizer
-        if tuned is None:  # PEFT puts its layers into the model itself: not before generation is timed
+        nonlocal train
+        if train is None:  # PEFT puts its layers into the model itself: not before generation is timed
             tuned = get_peft_model(model, lora).train()
             optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
-        loss = tuned(input_ids=ids[:BATCH], labels=ids[:BATCH]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+            train = stepper(lambda: tuned(input_ids=ids[:BATCH], labels=ids[:BATCH]).loss, optimizer)
+        return train()
 
     def generate(batch: int, new: int) -> list:
         prompts = ids[:batch, :PROMPT]
@@ -90,11 +80,7 @@ def step(workers: list[Worker], repeat: int) -> None:
         f"LoRA step, {BATCH} x {LENGTH} tokens: minipeft {statistics.median(a):.2f} s (best {min(a):.2f}), transformers + peft "
         f"{statistics.median(b):.2f} s (best {min(b):.2f}), ratio {ratio(a, b):.2f} ({repeat} pairs); first loss {losses[0]:.4f}"
     )
-    (ready, peak), (their_ready, their_peak) = (worker.ask("memory")[1] for worker in workers)
-    print(
-        f"resident memory before and at the peak: minipeft {ready:.0f} and {peak:.0f} MB, transformers + peft "
-        f"{their_ready:.0f} and {their_peak:.0f} MB; ratio of the peaks {peak / their_peak:.2f}"
-    )
+    print(turns.memory(workers))
 
 
 def generate(workers: list[Worker], repeat: int, new: int) -> None:
@@ -108,28 +94,16 @@ def generate(workers: list[Worker], repeat: int, new: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of {', '.join(WHAT)} (default: all)")
-    parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory of a Llama-family model")
-    parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = turns.options(__doc__, WHAT, model=None, repeat=7, tokens=48)
     if options.serve:
-        sys.exit(serve({"ours": ours, "theirs": theirs}[options.serve](options.model)))
-    unknown = [what for what in options.what if what not in WHAT]
-    if unknown:
-        parser.error(f"unknown: {unknown[0]!r} (choose from {', '.join(WHAT)})")
-    os.environ["MINIPEFT_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        raise SystemExit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.model)))
     with tempfile.TemporaryDirectory() as made:
         if not options.model:
             import minipeft as mp
 
             mp.save_pretrained(mp.Transformer(mp.TransformerConfig.llama(**SHAPE), seed=0), made)
-        for what in options.what or WHAT:
-            workers = [Worker("--serve", library, "--model", options.model or made) for library in ("ours", "theirs")]
+        for what in options.what:
+            workers = turns.both("--model", options.model or made)
             step(workers, options.repeat) if what == "step" else generate(workers, options.repeat, options.tokens)
             for worker in workers:
                 worker.close()

@@ -1,22 +1,21 @@
-"""A training step of minipeft against PyTorch eager: same weights, same data, alternately, in one process.
+"""A training step of minipeft against PyTorch eager: same weights, same data, in turns.
 
-    python tests/benchmarks/training_step.py [--steps 20] [--threads 2] [--dialect gpt2|llama] [--sizes small middle large]
+    python tests/benchmarks/training_step.py [small] [middle] [large] [--repeat 9] [--threads 2] [--dialect gpt2|llama]
 
 The peer is a hand-written PyTorch model (scaled_dot_product_attention, fused AdamW): nothing of a framework's overhead
-beyond eager PyTorch itself. Each pair of steps is timed one after the other, so a machine whose speed drifts slows both;
-the figure is the median of the pairwise ratios. Before timing, losses of the two must agree over the first steps.
-Peak memory of a step, over what lies there before it, is measured in a fresh process for each library.
+beyond eager PyTorch itself. Each library has a process of its own and takes turns of five steps (see `turns`); the figure
+is the median of the ratios of a pair of turns. The losses of the two must agree over the first steps.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import subprocess
-import sys
-import time
 
+import turns
+from turns import stepper
+
+STEPS = 5  # in a turn
 SIZES = {  # vocabulary, width, layers, heads, batch, tokens
     "small": (512, 64, 2, 4, 8, 64),
     "middle": (512, 128, 4, 4, 16, 128),
@@ -24,7 +23,16 @@ SIZES = {  # vocabulary, width, layers, heads, batch, tokens
 }
 
 
-def make_ours(dialect: str, size: str):
+def data(size: str):
+    import numpy as np
+
+    vocab, _, _, _, batch, tokens = SIZES[size]
+    ids = np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
+    return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
+def ours(dialect: str, size: str) -> tuple:
+    """(step, weights before it)."""
     import minipeft as mp
 
     vocab, width, layers, heads, _, tokens = SIZES[size]
@@ -33,21 +41,16 @@ def make_ours(dialect: str, size: str):
     )
     model = mp.Transformer(config, seed=0)
     optimizer = mp.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-
-    def step(ids, targets) -> float:
-        loss = mp.functional.cross_entropy(model(ids), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return model, step
+    ids, targets = data(size)
+    return stepper(lambda: mp.functional.cross_entropy(model(ids), targets), optimizer), model.state_dict()
 
 
-def make_torch(dialect: str, size: str, weights: dict):
+def theirs(dialect: str, size: str) -> tuple:
     import torch
     import torch.nn.functional as F
 
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    weights = ours(dialect, size)[1]
     _, width, layers, heads, _, tokens = SIZES[size]
     p = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in weights.items()}
     optimizer = torch.optim.AdamW(p.values(), lr=1e-3, weight_decay=0.01, fused=True)
@@ -98,99 +101,31 @@ def make_torch(dialect: str, size: str, weights: dict):
         return F.rms_norm(x, (width,), p["model.norm.weight"], 1e-6) @ p["model.embed_tokens.weight"].T
 
     forward = gpt2 if dialect == "gpt2" else llama
-
-    def step(ids, targets) -> float:
-        logits = forward(torch.from_numpy(ids))
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), torch.from_numpy(targets).view(-1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    ids, targets = map(torch.from_numpy, data(size))
+    return stepper(lambda: F.cross_entropy(forward(ids).flatten(0, 1), targets.flatten()), optimizer), weights
 
 
-def data(size: str):
-    import numpy as np
-
-    vocab, _, _, _, batch, tokens = SIZES[size]
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
-    return ids[:, :-1].copy(), ids[:, 1:].copy()
-
-
-def peak(library: str, dialect: str, size: str) -> float:
-    """MiB by which the peak resident memory of a fresh process grows in three steps."""
-    out = subprocess.run(
-        [sys.executable, __file__, "--peak", library, "--dialect", dialect, "--sizes", size],
-        capture_output=True, text=True, check=True, env=os.environ,
-    )  # fmt: skip
-    return float(out.stdout.split()[-1])
-
-
-def measure_peak(library: str, dialect: str, size: str) -> None:
-    ids, targets = data(size)
-    model, step = make_ours(dialect, size)
-    if library == "torch":
-        import torch
-
-        torch.set_num_threads(int(os.environ["MINIPEFT_THREADS"]))
-        (torch.ones(64, 64) @ torch.ones(64, 64)).sum()  # the library's own buffers are not the step's
-        step = make_torch(dialect, size, {k: v.copy() for k, v in model.state_dict().items()})
-    before = peak_of_this_process()
-    for _ in range(3):
-        step(ids, targets)
-    print(peak_of_this_process() - before)
-
-
-def peak_of_this_process() -> float:
-    """MiB. Not getrusage's figure, in which a child begins with the peak of its parent."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dialect", choices=["gpt2", "llama"], default="gpt2")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--peak", choices=["minipeft", "torch"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ["MINIPEFT_THREADS"] = str(args.threads)
-    if args.peak:
-        return measure_peak(args.peak, args.dialect, args.sizes[0])
-
-    import torch
-
-    import minipeft as mp
-
-    torch.set_num_threads(args.threads)
-    mp.backend.set_num_threads(args.threads)
-    print(f"{args.dialect}, {args.threads} threads, torch {torch.__version__}; a step in ms (median), ratio minipeft / torch (median of pairs)")
-    for size in args.sizes:
-        ids, targets = data(size)
-        model, ours = make_ours(args.dialect, size)
-        theirs = make_torch(args.dialect, size, {k: v.copy() for k, v in model.state_dict().items()})
-        for i in range(5):
-            a, b = ours(ids, targets), theirs(ids, targets)
-            if abs(a - b) > 1e-4 * abs(b):
-                raise SystemExit(f"{size}: losses differ at step {i}: minipeft {a}, torch {b}")
-        times = []
-        for _ in range(args.steps):
-            t0 = time.perf_counter()
-            ours(ids, targets)
-            t1 = time.perf_counter()
-            theirs(ids, targets)
-            times.append((t1 - t0, time.perf_counter() - t1))
-        ratio = statistics.median(a / b for a, b in times)
-        mine, peer = (statistics.median(t) * 1e3 for t in zip(*times))
-        memory = [peak(library, args.dialect, size) for library in ("minipeft", "torch")]
-        print(
-            f"{size:7} {'x'.join(map(str, SIZES[size])):20} minipeft {mine:7.1f}  torch {peer:7.1f}  ratio {ratio:5.2f}"
-            f"   peak memory {memory[0]:6.1f} / {memory[1]:6.1f} MiB = {memory[0] / max(memory[1], 0.1):.2f}",
-            flush=True,
-        )
+def compare(dialect: str, size: str, repeat: int) -> None:
+    workers = turns.both("--dialect", dialect, size)
+    (a, b), (losses, expected) = turns.alternate(workers, repeat, "steps", STEPS)
+    for i, (mine, peer) in enumerate(zip(losses, expected)):
+        if abs(mine - peer) > 1e-4 * abs(peer):
+            raise SystemExit(f"{size}: losses differ at step {i}: minipeft {mine}, torch {peer}")
+    mine, peer = (statistics.median(t) / STEPS * 1e3 for t in (a, b))
+    print(
+        f"{size:7} {'x'.join(map(str, SIZES[size])):20} minipeft {mine:7.1f} ms a step, torch {peer:7.1f} ms, "
+        f"ratio {turns.ratio(a, b):5.2f} ({repeat} pairs of {STEPS} steps); {turns.memory(workers)}",
+        flush=True,
+    )
+    for worker in workers:
+        worker.close()
 
 
 if __name__ == "__main__":
-    main()
+    options = turns.options(__doc__, tuple(SIZES), dialect="gpt2", repeat=9)
+    if options.serve:
+        step, _ = {"ours": ours, "theirs": theirs}[options.serve](options.dialect, *options.what)
+        raise SystemExit(turns.serve({"steps": lambda n: [step() for _ in range(n)]}))
+    print(f"{options.dialect}, {options.threads} threads")
+    for size in options.what:
+        compare(options.dialect, size, options.repeat)

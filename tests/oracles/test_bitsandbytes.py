@@ -147,7 +147,7 @@ def their_linear(n_in, n_out, nested, seed=0):
 
 
 @plain_and_nested
-def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
+def test_a_layers_checkpoint_value_and_gradient_are_theirs_in_both_directions(nested, tmp_path):
     from safetensors.torch import load_file, save_file
 
     theirs_layer = their_linear(128, 96, nested)
@@ -155,9 +155,13 @@ def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
     save_file({k: v.contiguous() for k, v in theirs_layer.state_dict().items()}, tmp_path / "theirs.safetensors")
     arrays, _ = read_safetensors(tmp_path / "theirs.safetensors")
     ours = quant.Linear4bit.from_state_dict(arrays)
-    x = normal(5, 7, 128)
-    expected = theirs_layer.train()(torch.from_numpy(x)).detach().numpy()
-    np.testing.assert_allclose(ours(Tensor(x)).data, expected, rtol=1e-5, atol=1e-5)
+    x, g = normal(5, 7, 128), normal(7, 7, 96)
+    mine, other = Tensor(x, requires_grad=True), torch.from_numpy(x).requires_grad_()
+    y, expected = ours(mine), theirs_layer.train()(other)
+    np.testing.assert_allclose(y.data, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+    y.backward(g)
+    expected.backward(torch.from_numpy(g))
+    np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-5, atol=1e-5)
 
     write_safetensors(tmp_path / "ours.safetensors", ours.state_dict())
     state = load_file(tmp_path / "ours.safetensors")
@@ -167,16 +171,6 @@ def test_a_layers_checkpoint_is_theirs_in_both_directions(nested, tmp_path):
     again.weight = bitsandbytes.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
     again.bias.data = state["bias"]
     assert torch.equal(again.train()(torch.from_numpy(x)), theirs_layer(torch.from_numpy(x)))
-
-
-def test_the_gradient_of_the_input_is_theirs():
-    theirs_layer = their_linear(128, 96, True)
-    ours = quant.Linear4bit.from_state_dict({k: v.numpy() for k, v in theirs_layer.state_dict().items()})
-    x, g = normal(6, 7, 128), normal(7, 7, 96)
-    mine, other = Tensor(x, requires_grad=True), torch.from_numpy(x).requires_grad_()
-    ours(mine).backward(g)
-    theirs_layer.train()(other).backward(torch.from_numpy(g))
-    np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- directories of models

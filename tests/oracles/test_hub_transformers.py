@@ -158,14 +158,6 @@ def test_there_and_back_is_bit_for_bit(case, tmp_path):
 
 
 @dialects
-def test_weights_in_several_files(case, tmp_path):
-    twin = theirs(case)
-    twin.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    close(mp.from_pretrained(tmp_path)[0](tokens()), twin(torch.tensor(tokens())).logits)
-
-
-@dialects
 def test_bare_backbone_has_the_tied_head(case, tmp_path):
     twin = theirs(case)
     twin.base_model.save_pretrained(tmp_path)

@@ -4,36 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from twins import torch, twin_of
 
 import minipeft as mp
 from minipeft.peft.config import PeftError
 from minipeft.peft.huggingface import state
 
-torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
-transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
 peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SHAPE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
 IDS = np.random.default_rng(3).integers(0, 60, (3, 9))
-
-
-class Rotary(torch.nn.Module):
-    """transformers rounds the rotation's angles to float32; this gives them in the model's own precision."""
-
-    def forward(self, x, position_ids):
-        half = SHAPE["hidden_size"] // SHAPE["num_attention_heads"] // 2
-        angle = position_ids[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-
-class Norm(transformers.models.llama.modeling_llama.LlamaRMSNorm):
-    """transformers normalizes in float32; this in the model's own precision."""
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def base(dialect, dtype="float64", gaps=False):
@@ -51,27 +33,7 @@ def base(dialect, dtype="float64", gaps=False):
         if gaps and p.ndim == 2:
             U, S, Vt = np.linalg.svd(p.data.astype("float64"), full_matrices=False)
             p.data = (U * (S[0] * 0.7 ** np.arange(len(S))) @ Vt).astype(dtype)
-    c = model.config
-    if dialect == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
-        )
-        twin = transformers.GPT2LMHeadModel(config)
-    else:
-        names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
-        config = transformers.LlamaConfig(
-            **{n: getattr(c, n) for n in names.split()}, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=True
-        )
-        twin = transformers.LlamaForCausalLM(config)
-        twin.model.rotary_emb = Rotary()
-        for module in twin.modules():
-            if isinstance(module, transformers.models.llama.modeling_llama.LlamaRMSNorm):
-                module.__class__ = Norm
-    twin = twin.to(getattr(torch, dtype)).eval()
-    weights = {k: torch.tensor(v) for k, v in model.state_dict().items()}
-    missing, unexpected = twin.load_state_dict(weights, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    return model, twin
+    return model, twin_of(model, dtype)
 
 
 def logits(twin):

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_peft_huggingface import IDS, base, close, peft, train_ours, train_theirs
+from twins import torch, transformers
 
 import minipeft as mp
 from minipeft.peft.config import PeftError
 
-torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
-transformers = pytest.importorskip("transformers", reason="needs the extra 'oracles'")
-peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
-
-from test_peft_huggingface import IDS, base, close, train_ours, train_theirs  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 P = 4
+REAL = np.ones(IDS.shape, bool)
+REAL[1, :3] = False
+MASK = REAL.astype(int)
 IN_FLOAT32 = 1e-6  # PEFT reads prompts into float32, whatever the model's dtype
 CASES = {
     "prompt": ("PromptTuning", {}),
@@ -45,6 +44,14 @@ def their_logits(model, ids=IDS, **arguments):
     """Those of the input's positions."""
     with torch.no_grad():
         return model(torch.tensor(ids), **arguments).logits.numpy()[:, -ids.shape[1] :]
+
+
+def trained(dialect, case, directory):
+    """(our base, ours trained and saved, PEFT's model of that directory)."""
+    model, twin = base(dialect)
+    ours = train_ours(mp.get_peft_model(model, configs(case)[0]))
+    ours.save_pretrained(directory)
+    return model, ours, peft.PeftModel.from_pretrained(twin, directory).eval()
 
 
 def their_parameters(model):
@@ -93,17 +100,11 @@ def test_the_loss_gradients_and_one_step_are_pefts(dialect, case):
 
 @pytest.mark.parametrize(("dialect", "case"), both)
 def test_our_file_gives_the_same_logits_in_peft(dialect, case, tmp_path):
-    model, twin = base(dialect)
-    start = model(IDS).data.copy()
-    ours = train_ours(mp.get_peft_model(model, configs(case)[0]))
+    model, ours, theirs = trained(dialect, case, tmp_path)
     mp.assert_learning(ours)
-    ours.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
     close(their_logits(theirs), ours(IDS).data, IN_FLOAT32)
-    loaded = mp.PeftModel.from_pretrained(model, tmp_path)
-    close(loaded(IDS).data, ours(IDS).data, 0)
-    assert np.abs(ours(IDS).data - start).max() > 1e-2
-    close(model(IDS).data, start, 0)
+    close(mp.PeftModel.from_pretrained(model, tmp_path)(IDS).data, ours(IDS).data, 0)
+    assert np.abs(ours(IDS).data - model(IDS).data).max() > 1e-2
 
 
 @pytest.mark.parametrize(("dialect", "case"), both)
@@ -123,10 +124,7 @@ def test_their_file_gives_the_same_logits_here(dialect, case, tmp_path):
 @pytest.mark.parametrize("case", ["prompt", "prefix", "p-tuning"])
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_greedy_continuations_are_those_of_pefts_forward(dialect, case, tmp_path):
-    model, twin = base(dialect)
-    ours = train_ours(mp.get_peft_model(model, configs(case)[0]))
-    ours.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    _, ours, theirs = trained(dialect, case, tmp_path)
     expected = IDS
     for _ in range(8):  # not by its generate, which with transformers 5 computes something else than its forward
         tokens = their_logits(theirs, expected)[:, -1].argmax(axis=-1)
@@ -137,33 +135,24 @@ def test_greedy_continuations_are_those_of_pefts_forward(dialect, case, tmp_path
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 def test_left_padding_is_pefts_where_it_takes_positions(dialect, tmp_path):
     """PEFT's prefix tuning takes position_ids, which transformers counts over padding unless they are given."""
-    model, twin = base(dialect)
-    ours = train_ours(mp.get_peft_model(model, configs("prefix")[0]))
-    ours.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
-    mask = np.ones_like(IDS)
-    mask[1, :3] = 0
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    expected = their_logits(theirs, attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions))
-    real = mask.astype(bool)
-    close(ours(IDS, attention_mask=mask).data[real], expected[real], IN_FLOAT32)
-    close(ours(IDS, attention_mask=mask, position_ids=positions).data[real], expected[real], IN_FLOAT32)
+    _, ours, theirs = trained(dialect, "prefix", tmp_path)
+    positions = np.maximum(MASK.cumsum(axis=1) - 1, 0)
+    expected = their_logits(theirs, attention_mask=torch.tensor(MASK), position_ids=torch.tensor(positions))
+    close(ours(IDS, attention_mask=MASK).data[REAL], expected[REAL], IN_FLOAT32)
+    close(ours(IDS, attention_mask=MASK, position_ids=positions).data[REAL], expected[REAL], IN_FLOAT32)
 
 
 def test_a_prompt_before_left_padding_is_the_models_own_computation():
     """PEFT ignores position_ids here, so transformers is given what PEFT builds, with them."""
     model, twin = base("llama")
     ours = train_ours(mp.get_peft_model(model, configs("prompt")[0]))
-    mask = np.ones_like(IDS)
-    mask[1, :3] = 0
-    whole = np.concatenate([np.ones((3, P), int), mask], axis=1)
+    whole = np.concatenate([np.ones((3, P), int), MASK], axis=1)
     prompts = torch.tensor(ours.prompts["default"].vectors().data).expand(3, -1, -1)
     with torch.no_grad():
         embeds = torch.cat([prompts, twin.get_input_embeddings()(torch.tensor(IDS))], dim=1)
         positions = torch.tensor(np.maximum(whole.cumsum(axis=1) - 1, 0))
         expected = twin(inputs_embeds=embeds, attention_mask=torch.tensor(whole), position_ids=positions).logits.numpy()
-    real = mask.astype(bool)
-    close(ours(IDS, attention_mask=mask).data[real], expected[:, P:][real])
+    close(ours(IDS, attention_mask=MASK).data[REAL], expected[:, P:][REAL])
 
 
 def test_a_text_gives_the_start_that_it_gives_in_peft(tmp_path):

@@ -14,6 +14,7 @@ theirs = pytest.importorskip(
 )
 
 SHAPE = (5, 9)
+tensor = torch.tensor
 
 
 @pytest.fixture
@@ -24,10 +25,6 @@ def numbers(rng):
         "mask": mask, "old": draw(1) - mask, "new": draw(0.3), "reference": draw(1) - mask, "values": draw(1),
         "scores": rng.standard_normal(5), "returns": draw(1), "advantages": draw(1),
     }  # fmt: skip
-
-
-def tensor(array, **options):
-    return torch.tensor(array, **options)
 
 
 def test_whitening_and_masked_mean(numbers):
