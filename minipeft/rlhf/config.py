@@ -51,7 +51,7 @@ class OnlineConfig:
             wanted = f"a multiple of mini_batch_size, {self.mini_batch_size}"
             raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
         if self.missing_eos_score is not None and self.missing_eos_penalty is not None:
-            raise ValueError("missing_eos_score replaces and missing_eos_penalty lowers a score: set one of them to None")
+            raise ValueError("missing_eos_score replaces, missing_eos_penalty lowers a score: set one of them to None")
         if self.save_steps is not None and self.output_dir is None:
             raise ValueError("save_steps needs an output_dir to save to")
 
