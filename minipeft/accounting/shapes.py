@@ -96,12 +96,12 @@ class Meter:
         """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""
         self.line = "working memory"
 
-        def deliver(leaf: Tensor, g: Array | Slice, is_new: bool) -> None:
+        def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
             if leaf.grad is not None:
                 return  # added in place
             if isinstance(g, Slice):
-                g, is_new = ShapeArray.new(self, leaf.shape, leaf.dtype), True
-            leaf.grad = g if is_new else g.copy()
+                g, owned = ShapeArray.new(self, leaf.shape, leaf.dtype), True
+            leaf.grad = g if owned else g.copy()
             leaf.grad.buffer.move("gradients")
 
         if loss._node is not None:
