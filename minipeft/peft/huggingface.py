@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
-METHODS = {  # peft_type in a file -> class
+PEFT_TYPES = {  # peft_type in a file -> class
     "LORA": "LoraConfig",
     "IA3": "IA3Config",
     "LN_TUNING": "LNTuningConfig",
@@ -62,7 +62,7 @@ STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of whi
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The configuration class of a method, by its name in files; its module is imported only now."""
-    return getattr(importlib.import_module(__package__), METHODS[peft_type])
+    return getattr(importlib.import_module(__package__), PEFT_TYPES[peft_type])
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -189,8 +189,8 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
     options = read_json(directory / CONFIG)
     if not isinstance(options, dict) or "peft_type" not in options:
         raise FileError(f"{directory / CONFIG}: not an adapter's configuration (no peft_type)")
-    if options["peft_type"] not in METHODS:
-        raise PeftError(f"{directory / CONFIG}: the method {options['peft_type']!r} is not one of {', '.join(METHODS)}")
+    if options["peft_type"] not in PEFT_TYPES:
+        raise PeftError(f"{directory / CONFIG}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")
     # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
     config = config_class(options["peft_type"]).from_dict({**options, "inference_mode": True})
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
