@@ -21,7 +21,7 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import DPOConfig
 from . import runs
-from .arguments import add_machine, use_machine
+from .arguments import add_machine
 from .preferences import add_method, add_pairs, add_training, check_pairs, load_pairs, load_trained, template_of
 
 
@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
-    use_machine(args)
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)

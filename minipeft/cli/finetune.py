@@ -37,7 +37,7 @@ from typing import Any
 from ..experiments.methods import METHODS
 from ..options import add_options, configuration, from_arguments, option
 from . import runs
-from .arguments import add_machine, add_model, use_machine
+from .arguments import add_machine, add_model
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
@@ -111,7 +111,6 @@ def fine_tune(
 
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
     """
-    use_machine(args)
 
     from ..accounting import architecture
     from ..experiments.costs import count

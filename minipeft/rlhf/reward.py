@@ -69,14 +69,11 @@ def ranking_pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndar
     A ranking of K answers gives K(K-1)/2 pairs, each with the weight 1 / (rankings · K(K-1)/2): every ranking counts
     once, and its answers are computed once (InstructGPT, eq. 1).
     """
-    better, worse, weight, start = [], [], [], 0
-    for K in sizes:
-        i, j = np.triu_indices(K, 1)
-        better.append(start + i)
-        worse.append(start + j)
-        weight.append(np.full(i.size, 1 / (len(sizes) * i.size), np.float32))
-        start += K
-    return np.concatenate(better), np.concatenate(worse), np.concatenate(weight)
+    pairs = [np.array(np.triu_indices(K, 1)) for K in sizes]  # [2, K(K-1)/2] each
+    starts = np.cumsum([0, *sizes[:-1]])
+    better, worse = np.concatenate([start + own for start, own in zip(starts, pairs)], axis=1)
+    weight = [np.full(own.shape[1], 1 / (len(sizes) * own.shape[1]), np.float32) for own in pairs]
+    return better, worse, np.concatenate(weight)
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> Batch:
