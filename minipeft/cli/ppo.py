@@ -27,7 +27,6 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
-from .arguments import add_machine
 from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
 
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
@@ -56,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an answer that no stop token ended scores -1, or 1 less, or as it does (default: ignore)",
     )  # fmt: skip
     runs.add_output(parser)
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:

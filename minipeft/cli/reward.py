@@ -23,7 +23,7 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import RewardConfig
 from . import runs
-from .arguments import add_machine, add_model
+from .arguments import add_model
 from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
 
 
@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser)
     add_options(add_training(parser, learning_rate=1e-3), RewardConfig)
     runs.add_output(parser)
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -171,16 +171,14 @@ class RewardModel(SequenceClassifier):
             raise HubError(f"{directory}: holds no reward model (a sequence classifier with one label)")
         model = object.__new__(cls)
         model.__dict__.update(classifier.__dict__)
-        model.mean, model.std = 0.0, 1.0
         path = Path(directory) / CALIBRATION
-        if path.exists():
-            content = read_json(path)
-            try:
-                model.mean, model.std = float(content["mean"]), float(content["std"])
-            except (TypeError, KeyError, ValueError):
-                raise FileError(f"{path}: must hold an object with the numbers 'mean' and 'std'") from None
-            if not (math.isfinite(model.mean) and 0 < model.std < math.inf):
-                raise FileError(f"{path}: mean {model.mean} and std {model.std} are not a calibration")
+        content = read_json(path) if path.exists() else {"mean": 0, "std": 1}
+        try:
+            model.mean, model.std = float(content["mean"]), float(content["std"])
+        except (TypeError, KeyError, ValueError):
+            raise FileError(f"{path}: must hold an object with the numbers 'mean' and 'std'") from None
+        if not (math.isfinite(model.mean) and 0 < model.std < math.inf):
+            raise FileError(f"{path}: mean {model.mean} and std {model.std} are not a calibration")
         return model, tokenizer
 
 

@@ -146,17 +146,14 @@ def _words(text: str) -> str:
 
 def read_debian_data(archive: Path) -> tarfile.TarFile:
     """The data archive inside a .deb, which is an `ar` archive: 60-byte headers, members padded to even sizes."""
-    content = archive.read_bytes()
-    if not content.startswith(b"!<arch>\n"):
+    content = io.BytesIO(archive.read_bytes())
+    if content.read(8) != b"!<arch>\n":
         raise ValueError(f"{archive} is not a Debian package")
-    position = 8
-    while position < len(content):
-        name = content[position : position + 16].decode("ascii").strip().rstrip("/")
-        size = int(content[position + 48 : position + 58])
-        position += 60
-        if name.startswith("data.tar"):
-            return tarfile.open(fileobj=io.BytesIO(content[position : position + size]))
-        position += size + size % 2
+    while header := content.read(60):
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return tarfile.open(fileobj=io.BytesIO(content.read(size)))
+        content.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError(f"{archive} holds no data.tar")
 
 
