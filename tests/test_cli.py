@@ -116,7 +116,7 @@ def test_no_command_shows_the_help(capsys):
         (["generate", "--prompts", "{bad}", "--escapes"], "--escapes reads"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
-        (["generate", "--prompts", "missing.txt"], "missing.txt: No such file"),
+        (["generate", "--prompts", "missing.txt"], "missing.txt: cannot be read (No such file"),
         (["generate", "--prompts", "{bad}"], "bad.jsonl:1"),
         (["generate", "--prompt", "a", "--top-k", "5"], "--temperature"),
         (["generate", "--prompt", "a", "--system", "s"], "--chat"),
@@ -164,7 +164,7 @@ def test_a_missing_gpu_library_is_one_line_that_names_the_extra(monkeypatch, cap
 
 def test_an_unexpected_error_is_one_line_and_says_how_to_see_more(monkeypatch, capsys):
     for bug, name in ((lambda args: {}["key"], "KeyError: 'key'"), (lambda args: None.x, "AttributeError: ")):
-        monkeypatch.setattr("minipeft.cli.generate.use_machine", bug)
+        monkeypatch.setattr("minipeft.cli.use_machine", bug)
         assert run("generate", "--prompt", "a") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"minipeft: error: unexpected {name}") and line.endswith("(--debug shows where)")

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from .arguments import Parser, nearest
+from .arguments import Parser, nearest, use_machine
 
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
+            use_machine(args)
             status = args.run(args)
         sys.stdout.flush()
         return status

@@ -49,14 +49,17 @@ positive_int = reader(int, {"least": 1})
 positive = reader(float, {"above": 0})
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, adapter: str | None = None) -> None:
+    """--model; and --adapter, a directory that serves this purpose, where the command takes one."""
     parser.add_argument(
         "--model", metavar="PATH", help="a Hugging Face model directory or a .gguf file (default: the shipped base)"
     )
+    if adapter is not None:
+        parser.add_argument("--adapter", metavar="DIR", help=f"an adapter directory{adapter}")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """--threads and --backend, which `use_machine` obeys."""
+    """--threads and --backend, which `use_machine` obeys before the command runs."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads (default: MINIPEFT_THREADS, else every core)"
@@ -69,7 +72,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def use_machine(args: argparse.Namespace) -> None:
-    """Make --threads and --backend the setting of this process; raises BackendError where there is no such device."""
+    """Make --threads and --backend the setting of this process, for a command that has them.
+
+    Raises BackendError where there is no such device.
+    """
+    if "backend" not in args:
+        return
     from .. import backend
 
     if args.threads:

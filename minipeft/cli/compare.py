@@ -33,7 +33,7 @@ from ..experiments.methods import METHODS
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
 from . import runs
-from .arguments import add_machine, positive_int, use_machine
+from .arguments import add_machine, positive_int
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
@@ -77,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     for option, path in (("--report", report), ("--output", output)):
         if path and path.exists() and not path.is_dir():
             raise ValueError(f"{option} {path} is a file; a directory is to be written")
-    use_machine(args)
 
     from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks

@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:
     """One row for each kind of parameter, layers together."""
-    rows: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, shape in trained.items():
-        key = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), tuple(shape)
-        rows[key] = rows.get(key, 0) + 1
+    rows = Counter((re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), tuple(shape)) for name, shape in trained.items())
     table = grid("trained", "shape", "how many", "parameters")
     ranked = sorted(rows.items(), key=lambda row: -math.prod(row[0][1]) * row[1])
     for (name, shape), n in ranked[:SHOWN]:

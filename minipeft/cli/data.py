@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ..text.datasets import DatasetError, Document, Preference, Record, read_dataset
 from ..text.examples import Example, encode_examples
-from ..text.templates import Template, default_template
+from ..text.templates import Template, Turn, default_template
 
 
 class Data(NamedTuple):
@@ -72,10 +74,8 @@ def encode(
         encoded = encode_examples(records, tokenizer, max_length, template, on_overflow)
         if records and not encoded.examples:
             raise ValueError(f"none of the {len(records)} {name} records fits into {max_length} tokens")
-        cut = f"{encoded.truncated} cut" if encoded.truncated else ""
-        left_out = f"{encoded.dropped} left out" if encoded.dropped else ""
-        if cut or left_out:
-            notes.append(f"{' and '.join(filter(None, (cut, left_out)))} of {len(records)} {name} records")
+        if found := [f"{n} {what}" for n, what in ((encoded.truncated, "cut"), (encoded.dropped, "left out")) if n]:
+            notes.append(f"{' and '.join(found)} of {len(records)} {name} records")
         sides.append(encoded.examples)
     note = f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else ""
     return Data(sides[0], sides[1], list(held_out), note)
@@ -91,23 +91,20 @@ class Sample(NamedTuple):
 
 def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
     """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
-    found = []
     running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
     if running_text:
-        for example in data.held_out:
-            half = min(len(example.input_ids) // 2, room, 32)
-            if half > 0:
-                ids = [int(i) for i in example.input_ids]
-                text, rest = (
-                    tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[half:][:48])
-                )
-                found.append(Sample(text, ids[:half], rest))
-    for record in [] if running_text else data.held_out_records:
-        if len(found) >= n:
-            break
-        *before, last = (template or default_template(record))(record)
-        pieces = (*(piece for turn in before for piece in (*turn.prompt, *turn.completion)), *last.prompt)
-        ids = tokenizer.encode_pieces(pieces, add_special_tokens=True)
-        if len(ids) <= room:
-            found.append(Sample("".join(pieces), ids, "".join(p for p in last.completion if type(p) is str)))
-    return found[:n]
+        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, room, 32)) for example in data.held_out)
+        parts = ((ids[:half], ids[half:][:48]) for ids, half in halves if half > 0)
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        found = (Sample(decode(prompt), prompt, decode(rest)) for prompt, rest in parts)
+    else:
+        asked = (_asked((template or default_template(record))(record), tokenizer) for record in data.held_out_records)
+        found = (sample for sample in asked if len(sample.ids) <= room)
+    return list(islice(found, n))
+
+
+def _asked(turns: Sequence[Turn], tokenizer: Any) -> Sample:
+    *before, last = turns
+    pieces = (*(piece for turn in before for piece in (*turn.prompt, *turn.completion)), *last.prompt)
+    ids = tokenizer.encode_pieces(pieces, add_special_tokens=True)
+    return Sample("".join(pieces), ids, "".join(p for p in last.completion if type(p) is str))

@@ -21,7 +21,6 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import DPOConfig
 from . import runs
-from .arguments import add_machine, use_machine
 from .preferences import add_method, add_pairs, add_training, check_pairs, load_pairs, load_trained, template_of
 
 
@@ -30,12 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pairs(parser)
     add_options(add_training(parser, learning_rate=1e-4), DPOConfig, "beta")
     runs.add_output(parser)
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
-    use_machine(args)
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)

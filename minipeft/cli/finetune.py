@@ -37,7 +37,7 @@ from typing import Any
 from ..experiments.methods import METHODS
 from ..options import add_options, configuration, from_arguments, option
 from . import runs
-from .arguments import add_machine, add_model, use_machine
+from .arguments import add_model
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
@@ -65,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) -> None:
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
-    runs.add_output(parser)
     add_model(parser)
     methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
     parser.add_argument(
@@ -94,7 +93,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="compute activations again in backward: less memory, slower (default: in large models)",
     )  # fmt: skip
-    add_machine(parser)
+    runs.add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +110,6 @@ def fine_tune(
 
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
     """
-    use_machine(args)
 
     from ..accounting import architecture
     from ..experiments.costs import count

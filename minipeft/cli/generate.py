@@ -26,11 +26,10 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from ..options import add_options, check, configuration, from_arguments, option
-from .arguments import add_machine, add_model, use_machine
+from .arguments import add_machine, add_model
 from .models import load_model
 
 
@@ -56,8 +55,7 @@ class Drawing:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter directory to put on the model")
+    add_model(parser, adapter=" to put on the model")
     parser.add_argument(
         "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
     )
@@ -89,14 +87,15 @@ def run(args: argparse.Namespace) -> int:
     if args.escapes and not args.prompt:
         raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have real line breaks")
     drawing = from_arguments(Drawing, args)
-    use_machine(args)
+
+    from .prompts import stop_tokens
 
     if args.chat and not (args.prompt or args.prompts):
         return _converse(args, drawing)
     prompts = _prompts(args)
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
     turns = [_turn(prompt, args, tokenizer) for prompt in prompts]
-    stop_token_ids = _stop_tokens(model, tokenizer, turns[0])
+    stop_token_ids = stop_tokens(model, tokenizer, turns[0])
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     echo = not args.completion_only and turns[0].prompt == (prompts[0],)
 
@@ -119,10 +118,10 @@ def _converse(args: argparse.Namespace, drawing: Drawing) -> int:
     """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
-    from .prompts import asked
+    from .prompts import asked, stop_tokens
 
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
-    stop_token_ids = _stop_tokens(model, tokenizer, asked(chat(tokenizer), "-"))
+    stop_token_ids = stop_tokens(model, tokenizer, asked(chat(tokenizer), "-"))
     messages = [Message("system", args.system)] if args.system is not None else []
     terminal = sys.stdin.isatty()
     if terminal:
@@ -154,9 +153,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt:
         prompts = [p.replace("\\n", "\n").replace("\\t", "\t") if args.escapes else p for p in args.prompt]
     elif args.prompts:
-        from .prompts import read_prompts
+        from ..text.datasets import read_prompts
 
-        prompts = read_prompts(Path(args.prompts))
+        prompts = read_prompts(args.prompts)
     else:
         if sys.stdin.isatty():
             print("(the prompt is read from standard input; end it with Ctrl-D)", file=sys.stderr)
@@ -178,17 +177,6 @@ def _turn(prompt: str, args: argparse.Namespace, tokenizer: Any) -> Any:
         return asked(get_template(name.replace("\\n", "\n"), tokenizer), prompt)
     system = [Message("system", args.system)] if args.system is not None else []
     return chat(tokenizer)(Conversation((*system, Message("user", prompt), Message("assistant", "-"))))[0]
-
-
-def _stop_tokens(model: Any, tokenizer: Any, turn: Any) -> list[int]:
-    """The tokens that end a text. ValueError where the tokenizer lacks a token of the template."""
-    from .prompts import stop_tokens
-
-    try:
-        tokenizer.encode_pieces([*turn.prompt, *turn.completion])
-    except ValueError as error:
-        raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
-    return stop_tokens(model, tokenizer, turn)
 
 
 def _completions(
@@ -218,10 +206,9 @@ def stream_text(model: Any, tokenizer: Any, prompt: list[int], d: Drawing, stop_
             break
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens)
-        if text.endswith("�"):  # the first bytes of a character whose rest is yet to come
-            continue
-        yield text[len(shown) :]
-        shown = text
+        if not text.endswith("�"):  # the first bytes of a character whose rest is yet to come
+            yield text[len(shown) :]
+            shown = text
     rest = tokenizer.decode(tokens)[len(shown) :]
     if rest:
         yield rest

@@ -73,9 +73,5 @@ def find_lessons() -> dict[int, Path]:
 
 def title(path: Path) -> str:
     """The first Markdown heading of a lesson, or its file name's words."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            match = re.match(r"#\s+#+\s+(.+)", line)
-            if match:
-                return match.group(1).strip()
-    return path.stem.replace("_", " ")
+    heading = re.search(r"^#[ \t]+#+[ \t]+(.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return heading[1].strip() if heading else path.stem.replace("_", " ")

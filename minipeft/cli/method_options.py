@@ -89,7 +89,10 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
         if given or args.set or args.method not in (None, "qlora"):
             other = next(iter(given), "set" if args.set else "method")
             raise ValueError(f"--adapter says everything about the method; leave {flag(other)} out")
-        return _read(Path(args.adapter)), args.method == "qlora"
+        from ..peft.huggingface import CONFIG, read_config
+
+        path = Path(args.adapter)
+        return read_config(path / CONFIG if path.is_dir() else path), args.method == "qlora"
     name = args.method or "full"
     like = METHODS[name].config() if name in METHODS else name
     if like is None or isinstance(like, str):
@@ -123,16 +126,3 @@ def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
     if args.hidden_size and not getattr(config, "prefix_projection", True):
         raise ValueError("--hidden-size is the width of the MLP that computes a prefix: give --projection too")
     return config, METHODS[name].quantized
-
-
-def _read(path: Path) -> Any:
-    from ..files import FileError, read_json
-    from ..peft.huggingface import CONFIG, config_class
-    from ..peft.huggingface import METHODS as PEFT_TYPES
-
-    file = path / CONFIG if path.is_dir() else path
-    options = read_json(file)
-    kind = options.get("peft_type") if isinstance(options, dict) else None
-    if kind not in PEFT_TYPES:
-        raise FileError(f"{file}: its peft_type must be one of {', '.join(PEFT_TYPES)}, not {kind!r}")
-    return config_class(kind).from_dict(options)

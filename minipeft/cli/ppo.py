@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
-from .arguments import add_machine, use_machine
 from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
 
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
@@ -57,12 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an answer that no stop token ended scores -1, or 1 less, or as it does (default: ignore)",
     )  # fmt: skip
     runs.add_output(parser)
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     output = runs.check_output(args)
-    use_machine(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
@@ -108,12 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions: int, length: int) -> list[list[int]]:
     """The prompts as token ids; ValueError for one that with an answer of this length is longer than the model."""
-    from .prompts import asked, read_prompts
+    from ..text.datasets import read_prompts
+    from .prompts import asked
 
     room = positions - length
     if room < 1:
         raise ValueError(f"--response-length {length} leaves no room for a prompt")
-    texts = read_prompts(Path(args.prompts)) if args.prompts else rlhf.sentence_openings("train", OPENING)
+    texts = read_prompts(args.prompts) if args.prompts else rlhf.sentence_openings("train", OPENING)
     encoded = [tokenizer.encode_pieces(asked(template, text).prompt, add_special_tokens=True) for text in texts]
     for number, ids in enumerate(encoded, start=1):
         if not 1 <= len(ids) <= room:

@@ -71,10 +71,7 @@ def check_pairs(args: argparse.Namespace) -> PairOptions:
 
 def add_method(parser: argparse.ArgumentParser) -> None:
     """--model, --adapter and --method: what is trained."""
-    add_model(parser)
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="an adapter directory, such as of minipeft sft, to train further"
-    )
+    add_model(parser, adapter=", such as of minipeft sft, to train further")
     parser.add_argument(
         "--method", choices=("full", "lora"), default="full",
         help="train all weights, or a new LoRA adapter (default: full)",

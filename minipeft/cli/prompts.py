@@ -1,14 +1,13 @@
-"""Prompts: from a file, in the template that is asked for or was saved beside the model; and what ends an answer."""
+"""Prompts: in the template that is asked for or was saved beside the model; and what ends an answer."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ..files import FileError, read_json, write_json
-from ..text.datasets import Completion, DatasetError, Document, Record
+from ..text.datasets import Completion, Document, Record
 from ..text.templates import Template, Turn, alpaca, chatml, default_template, get_template, plain
 from ..text.tokenizer import Special, Tokenizer
 
@@ -50,33 +49,16 @@ def asked(template: Template, prompt: str) -> Turn:
 
 
 def stop_tokens(model: Any, tokenizer: Tokenizer, turn: Turn) -> list[int]:
-    """The ids that end a text: the model's, the tokenizer's, and the special token that ends the template's answers."""
+    """The ids that end a text: the model's, the tokenizer's, and the special token that ends the template's answers.
+
+    Raises ValueError where the tokenizer lacks a token of the template.
+    """
+    try:
+        tokenizer.encode_pieces([*turn.prompt, *turn.completion])
+    except ValueError as error:
+        raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
     configured = getattr(getattr(model, "config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     last = turn.completion[-1]
     ids = [*ids, tokenizer.eos_token_id, tokenizer.token_to_id(last) if isinstance(last, Special) else None]
     return sorted({i for i in ids if i is not None})
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or the field 'prompt' of every line of a .jsonl file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DatasetError(path, None, f"not UTF-8 text ({error.reason} at byte {error.start})") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise DatasetError(path, None, "the file is empty; it must hold at least one prompt")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(path, number, f"not valid JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise DatasetError(path, number, "must be a JSON object with a text field 'prompt'")
-        prompts.append(value["prompt"])
-    return prompts

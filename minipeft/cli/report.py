@@ -32,20 +32,16 @@ def show_samples(console: Console, shown: Sequence[tuple[Sample, dict[str, str]]
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
         for name, text in (("prompt", sample.prompt), *answers.items(), ("reference", sample.reference)):
-            table.add_row(name, literal(text))
+            table.add_row(name, text.strip())
         console.print(table)
         console.print()
 
 
-def literal(text: str) -> Any:
-    """Text that rich shows as it is: brackets are no markup."""
-    from rich.text import Text
-
-    return Text(text.strip())
-
-
 def console() -> Any:
-    """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file."""
+    """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
+
+    It shows text as it is: brackets and colons are no markup.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)

@@ -23,22 +23,19 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import RewardConfig
 from . import runs
-from .arguments import add_machine, add_model, use_machine
+from .arguments import add_model
 from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter directory, such as of minipeft sft, to build on")
+    add_model(parser, adapter=", such as of minipeft sft, to build on")
     add_pairs(parser)
     add_options(add_training(parser, learning_rate=1e-3), RewardConfig)
     runs.add_output(parser)
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
-    use_machine(args)
 
     from ..train import Trainer
     from .models import load_model

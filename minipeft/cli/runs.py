@@ -13,6 +13,7 @@ from typing import Any
 
 from ..options import add_options, from_arguments
 from ..train.arguments import TrainingArguments
+from .arguments import add_machine
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
     r"checkpoint-\d+|metrics\.jsonl|(loss|reward|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
@@ -22,11 +23,12 @@ WRITTEN = re.compile(  # what the commands write into a directory, and --overwri
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """--output, --resume and --overwrite."""
+    """--output, --resume and --overwrite, and the options of the machine."""
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
     group = parser.add_argument_group("an output directory that is not empty")
     group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
+    add_machine(parser)
 
 
 def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:

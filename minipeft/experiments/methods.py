@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 
@@ -75,15 +74,15 @@ class Method:
         return None
 
 
-def _config(peft_type: str, options: dict[str, Any], steps: int = 1) -> Any:
-    """The configuration of a method of minipeft.peft, the same for a run of any length."""
-    from ..peft.huggingface import config_class
-
-    return config_class(peft_type)(**options)
-
-
 def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
-    return partial(_config, peft_type, options)
+    """What gives the configuration of a method of minipeft.peft, the same for a run of any length."""
+
+    def config(steps: int = 1) -> Any:
+        from ..peft.huggingface import config_class
+
+        return config_class(peft_type)(**options)
+
+    return config
 
 
 def _adalora(steps: int = 1) -> Any:

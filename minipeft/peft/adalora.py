@@ -109,8 +109,7 @@ class AdaLoraCallback:
     @property
     def layers(self) -> dict[str, AdaLoraLinear]:
         """{path: the adapter's part there}."""
-        parts = self.model.parts(self.adapter_name)
-        return {path: part for path, part in parts if isinstance(part, AdaLoraLinear)}
+        return {path: part for path, part in self.model.parts(self.adapter_name) if isinstance(part, AdaLoraLinear)}
 
     def before_step(self, model: Any, step: int) -> None:
         """Add the gradient of the penalty to those of the loss."""

@@ -131,21 +131,16 @@ def add_weighted_adapter(
         parts = [(*(to_numpy(f.data) for f in a.factors()), a.scaling, w) for a, w in mine]
         if parts:
             combined[path] = how.factors(path, *zip(*parts))
-    _add(model, adapter_name, model.peft_config[adapters[0]], combined)
-
-
-def _add(model: Any, adapter_name: str, like: Any, factors: dict[str, Arrays]) -> None:
-    """Add an adapter that holds these factors (A, B) by path, with scaling 1."""
-    ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
+    ranks = {path: A.shape[0] for path, (A, _) in combined.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != r}
-    config = like.replace(
+    config = model.peft_config[adapters[0]].replace(  # scaling 1 everywhere
         r=r, lora_alpha=r, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(ranks),
         exclude_modules=None, layers_to_transform=None, layers_pattern=None, use_rslora=False, enable_lora=None,
         init_lora_weights=True,
     )  # fmt: skip
     model.add_adapter(adapter_name, config, seed=None)
     for path, adapter in model.parts(adapter_name):
-        for parameter, values in zip(adapter.trained().values(), factors[path]):
+        for parameter, values in zip(adapter.trained().values(), combined[path]):
             fill(parameter, values)
     model.mark_start(adapter_name)

@@ -179,20 +179,27 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     write_json(directory / CONFIG, dict(sorted(options.items())))
 
 
+def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
+    """The configuration of an adapter_config.json, with these options in place of its own.
+
+    Raises FileError for what is no such file, PeftError for a method or an option that is unknown here.
+    """
+    options = read_json(path)
+    if not isinstance(options, dict) or "peft_type" not in options:
+        raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
+    if options["peft_type"] not in PEFT_TYPES:
+        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")
+    return config_class(options["peft_type"]).from_dict({**options, **fixed})
+
+
 def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """(configuration, arrays by key) of an adapter directory; nothing outside of it is read.
 
-    Raises FileError for what is missing or damaged, PeftError for a method or an option that is
-    unknown here.
+    Raises FileError for what is missing or damaged, PeftError for a method or an option that is unknown here.
     """
     directory = Path(directory)
-    options = read_json(directory / CONFIG)
-    if not isinstance(options, dict) or "peft_type" not in options:
-        raise FileError(f"{directory / CONFIG}: not an adapter's configuration (no peft_type)")
-    if options["peft_type"] not in PEFT_TYPES:
-        raise PeftError(f"{directory / CONFIG}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")
     # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
-    config = config_class(options["peft_type"]).from_dict({**options, "inference_mode": True})
+    config = read_config(directory / CONFIG, inference_mode=True)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
         raise FileError(
             f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"

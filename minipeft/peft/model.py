@@ -125,8 +125,8 @@ class PeftModel(Module):
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
-        trained = [name for name in self.selection.names if any(p.requires_grad for _, p in self._trained(name))]
-        callbacks = [self.peft_config[name].training_callback(self, name) for name in trained]
+        trained = (name for name in self.selection.names if any(p.requires_grad for _, p in self._trained(name)))
+        callbacks = (self.peft_config[name].training_callback(self, name) for name in trained)
         return [callback for callback in callbacks if callback is not None]
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:

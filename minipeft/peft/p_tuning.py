@@ -20,7 +20,7 @@ from ..nn.module import Module, Sequential
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
 from .prompt_tuning import PromptEmbedding, SoftTokens
 
 
@@ -58,12 +58,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         if self.folded:
             return {STORED: (P, d)}
         h = self.encoder_hidden_size or d
-        return {
-            "embedding.weight": (P, d),
-            "mlp_head.0.weight": (h, d), "mlp_head.0.bias": (h,),
-            "mlp_head.2.weight": (h, h), "mlp_head.2.bias": (h,),
-            "mlp_head.4.weight": (d, h), "mlp_head.4.bias": (d,),
-        }  # fmt: skip
+        return {"embedding.weight": (P, d), **mlp_shapes("mlp_head", d, h, h, d)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         d, embedding = model.config.hidden_size, model.backbone.embedding

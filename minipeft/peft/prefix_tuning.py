@@ -30,7 +30,7 @@ from ..nn.module import Module, Sequential
 from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
 from .weights import fill
 
 
@@ -41,15 +41,15 @@ class Prefix(Prompt):
 
     def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """(Pk, Pv) of each layer, both [B, H, P, D]; a row of `vectors` holds the layers in turn, keys before values."""
-        x = self.vectors().reshape(self.length, 2 * self.num_layers, self.heads, -1)  # [P, 2L, H, D]
+        n = 2 * self.config.num_layers
+        x = self.vectors().reshape(self.length, n, self.config.num_attention_heads, -1)  # [P, 2L, H, D]
         x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
-        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(2 * self.num_layers)]
+        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(n)]
         return list(zip(parts[::2], parts[1::2]))
 
     def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
         super().__init__(config.prompt_shapes(config.token_dim), like, seed)
-        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
-        self.heads = config.num_attention_heads
+        self.config, self.length = config, config.num_virtual_tokens
         if seed is not None and config.init_weights != "zero":
             p = self.prompt_embeddings
             fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
@@ -80,11 +80,10 @@ class PrefixEncoder(Prefix):
         return self.transform(self.embedding.weight)
 
     def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        self.length, self.num_layers = config.num_virtual_tokens, config.num_layers
-        self.heads = config.num_attention_heads
+        self.config, self.length = config, config.num_virtual_tokens
         d, h = config.token_dim, config.encoder_hidden_size
         self.embedding = Embedding(self.length, d, seed=None)
-        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * self.num_layers * d, seed=None))
+        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
         initialize(self, like, seed)
         if config.init_weights == "zero" and seed is not None:
             for p in self.transform[2].parameters():
@@ -124,12 +123,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
         if not self.has_network:
             return {STORED: (P, n)}
-        h = self.encoder_hidden_size or d
-        return {
-            "embedding.weight": (P, d),
-            "transform.0.weight": (h, d), "transform.0.bias": (h,),
-            "transform.2.weight": (n, h), "transform.2.bias": (n,),
-        }  # fmt: skip
+        return {"embedding.weight": (P, d), **mlp_shapes("transform", d, self.encoder_hidden_size or d, n)}
 
     def build(self, model: Transformer, seed: Seed) -> Prompt:
         return (PrefixEncoder if self.has_network else Prefix)(self, model.backbone.embedding, seed)

@@ -8,6 +8,7 @@ that was read from a file is that matrix: it is `folded`, and the network that c
 from __future__ import annotations
 
 from abc import abstractmethod
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,6 +123,14 @@ class PromptLearningConfig(PeftConfig):
             given, value = getattr(self, name), self.dimensions(model.config)[name]
             if given not in (None, value):
                 raise PeftError(f"{name}={given}, but {type(self).__name__} needs {value} for this model")
+
+
+def mlp_shapes(name: str, *widths: int) -> dict[str, Shape]:
+    """{key: shape} of an MLP called so: linear layers of these widths, with a function between each two."""
+    shapes: dict[str, Shape] = {}
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
+        shapes |= {f"{name}.{2 * i}.weight": (n_out, n_in), f"{name}.{2 * i}.bias": (n_out,)}
+    return shapes
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..autograd import ops as F
-from ..backend import Array, xp_of
+from ..backend import xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..options import configuration, option
@@ -40,19 +40,16 @@ class SoftTokens(Prompt):
 
 
 class PromptEmbedding(SoftTokens):
-    """The vectors themselves, prompt_embeddings: P [p, d]."""
+    """The vectors themselves, prompt_embeddings: P [p, d]. They start as the embeddings of `ids`, or standard normal."""
 
     def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed, ids: list[int] | None = None):
         super().__init__(shapes, embedding, seed)
         self.length = self.prompt_embeddings.shape[0]
-        if seed is not None:
-            fill(self.prompt_embeddings, self.start(embedding.weight.data, seed, ids))
-
-    def start(self, E: Array, seed: Seed, ids: list[int] | None) -> Array:
-        """The first P [p, d]: the embeddings E [V, d] of these tokens, or standard normal."""
-        if ids is None:
-            return np.random.default_rng(seed).standard_normal(self.prompt_embeddings.shape, np.float32)
-        return E[xp_of(E).asarray(ids)]
+        P, E = self.prompt_embeddings, embedding.weight.data
+        if seed is not None and ids is None:
+            fill(P, np.random.default_rng(seed).standard_normal(P.shape, np.float32))
+        elif seed is not None:
+            fill(P, E[xp_of(E).asarray(ids)])
 
 
 @configuration

@@ -16,10 +16,5 @@ def sentence_openings(split: str, words: int = 5) -> list[str]:
 
     Plain: 40 to 200 characters without quotation marks or parentheses. The splits are those of the corpora.
     """
-    found: dict[str, None] = {}
-    for chapter in austen(split):
-        for sentence in _SENTENCE.findall(chapter.text):
-            start = sentence.split()[: words + 1]
-            if len(start) > words:
-                found[" ".join(start[:words])] = None
-    return list(found)
+    sentences = (sentence.split() for chapter in austen(split) for sentence in _SENTENCE.findall(chapter.text))
+    return list(dict.fromkeys(" ".join(sentence[:words]) for sentence in sentences if len(sentence) > words))

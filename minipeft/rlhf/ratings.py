@@ -56,9 +56,8 @@ def human_ratings(path: str | os.PathLike) -> list[RatedText]:
         members = _members(path.read_bytes(), path)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
-    inner = members.get(INNER)
-    if inner is not None:
-        members = _members(inner, path / INNER)
+    if INNER in members:
+        members = _members(members[INNER], path / INNER)
     found = []
     for prefix, kind in KINDS.items():
         texts = _rows(members, f"{prefix}_GroundTruth.txt", 3, path)
@@ -85,10 +84,9 @@ def human_preferences(
     unknown = sorted(set(kinds) - set(KINDS.values()))
     if unknown:
         raise ValueError(f"the kinds are {', '.join(KINDS.values())}, not {unknown[0]!r}")
-    groups: dict[str, list[RatedText]] = {}
-    for rated in human_ratings(path):
-        if rated.kind in (kinds or KINDS.values()) and side(rated.document) == split:
-            groups.setdefault(rated.kind, []).append(rated)
+    rated = [text for text in human_ratings(path) if side(text.document) == split]
+    names = [kind for kind in KINDS.values() if not kinds or kind in kinds]
+    groups = {name: [text for text in rated if text.kind == name] for name in names}
     groups = {kind: texts for kind, texts in groups.items() if len({r for t in texts for r in t.ratings}) > 1}
     if not groups and pairs:
         raise ValueError(f"{path}: the split {split!r} has no two texts whose ratings differ")

@@ -69,14 +69,11 @@ def ranking_pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndar
     A ranking of K answers gives K(K-1)/2 pairs, each with the weight 1 / (rankings · K(K-1)/2): every ranking counts
     once, and its answers are computed once (InstructGPT, eq. 1).
     """
-    better, worse, weight, start = [], [], [], 0
-    for K in sizes:
-        i, j = np.triu_indices(K, 1)
-        better.append(start + i)
-        worse.append(start + j)
-        weight.append(np.full(i.size, 1 / (len(sizes) * i.size), np.float32))
-        start += K
-    return np.concatenate(better), np.concatenate(worse), np.concatenate(weight)
+    pairs = [np.array(np.triu_indices(K, 1)) for K in sizes]  # [2, K(K-1)/2] each
+    starts = np.cumsum([0, *sizes[:-1]])
+    better, worse = np.concatenate([start + own for start, own in zip(starts, pairs)], axis=1)
+    weight = [np.full(own.shape[1], 1 / (len(sizes) * own.shape[1]), np.float32) for own in pairs]
+    return better, worse, np.concatenate(weight)
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> Batch:
@@ -174,16 +171,14 @@ class RewardModel(SequenceClassifier):
             raise HubError(f"{directory}: holds no reward model (a sequence classifier with one label)")
         model = object.__new__(cls)
         model.__dict__.update(classifier.__dict__)
-        model.mean, model.std = 0.0, 1.0
         path = Path(directory) / CALIBRATION
-        if path.exists():
-            content = read_json(path)
-            try:
-                model.mean, model.std = float(content["mean"]), float(content["std"])
-            except (TypeError, KeyError, ValueError):
-                raise FileError(f"{path}: must hold an object with the numbers 'mean' and 'std'") from None
-            if not (math.isfinite(model.mean) and 0 < model.std < math.inf):
-                raise FileError(f"{path}: mean {model.mean} and std {model.std} are not a calibration")
+        content = read_json(path) if path.exists() else {"mean": 0, "std": 1}
+        try:
+            model.mean, model.std = float(content["mean"]), float(content["std"])
+        except (TypeError, KeyError, ValueError):
+            raise FileError(f"{path}: must hold an object with the numbers 'mean' and 'std'") from None
+        if not (math.isfinite(model.mean) and 0 < model.std < math.inf):
+            raise FileError(f"{path}: mean {model.mean} and std {model.std} are not a calibration")
         return model, tokenizer
 
 

@@ -146,17 +146,14 @@ def _words(text: str) -> str:
 
 def read_debian_data(archive: Path) -> tarfile.TarFile:
     """The data archive inside a .deb, which is an `ar` archive: 60-byte headers, members padded to even sizes."""
-    content = archive.read_bytes()
-    if not content.startswith(b"!<arch>\n"):
+    content = io.BytesIO(archive.read_bytes())
+    if content.read(8) != b"!<arch>\n":
         raise ValueError(f"{archive} is not a Debian package")
-    position = 8
-    while position < len(content):
-        name = content[position : position + 16].decode("ascii").strip().rstrip("/")
-        size = int(content[position + 48 : position + 58])
-        position += 60
-        if name.startswith("data.tar"):
-            return tarfile.open(fileobj=io.BytesIO(content[position : position + size]))
-        position += size + size % 2
+    while header := content.read(60):
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return tarfile.open(fileobj=io.BytesIO(content.read(size)))
+        content.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError(f"{archive} holds no data.tar")
 
 
@@ -170,21 +167,19 @@ def read_r_character_vectors(database: bytes) -> list[list[str]]:
     vectors, position = [], 0
     while position < len(database):
         stream = zlib.decompressobj()
-        data = stream.decompress(database[position + 4 :])
+        data = io.BytesIO(stream.decompress(database[position + 4 :]))
         position = len(database) - len(stream.unused_data)
-        version, _, _, encoding_size = struct.unpack(">4i", data[2:18])
-        at = 18 + encoding_size
-        flags, count = struct.unpack(">2i", data[at : at + 8])
-        if data[:2] != b"X\n" or version != 3 or flags & 0xFF != 16:
+        form, version, _, _, encoding_size = struct.unpack(">2s4i", data.read(18))
+        data.seek(encoding_size, io.SEEK_CUR)
+        flags, count = _two_integers(data)
+        if form != b"X\n" or version != 3 or flags & 0xFF != 16:
             raise ValueError("the R database holds something other than character vectors in serialization version 3")
-        at += 8
-        strings = []
-        for _ in range(count):
-            size = struct.unpack(">i", data[at + 4 : at + 8])[0]
-            strings.append(data[at + 8 : at + 8 + size].decode("utf-8"))
-            at += 8 + size
-        vectors.append(strings)
+        vectors.append([data.read(_two_integers(data)[1]).decode("utf-8") for _ in range(count)])
     return vectors
+
+
+def _two_integers(data: io.BytesIO) -> tuple[int, int]:
+    return struct.unpack(">2i", data.read(8))
 
 
 def build_austen(archive: Path) -> list[tuple[str, ...]]:

@@ -89,10 +89,9 @@ def general_text(split: str) -> list[str]:
     A document is a chapter of the King James Bible, a chapter of the Basic English Bible, a chapter of a novel, or one
     synset as `word, other word (noun): definition; "an example"`. They are not shuffled: a trainer does that.
     """
-    documents = []
-    for translation in ("king_james", "basic_english"):
-        for _, verses in groupby(bible(split), key=lambda verse: (verse.book, verse.chapter)):
-            documents.append(" ".join(getattr(verse, translation) for verse in verses))
+    chapters = [list(verses) for _, verses in groupby(bible(split), key=lambda verse: (verse.book, verse.chapter))]
+    documents = [" ".join(verse.king_james for verse in chapter) for chapter in chapters]
+    documents += [" ".join(verse.basic_english for verse in chapter) for chapter in chapters]
     documents += [chapter.text for chapter in austen(split)]
     for synset in wordnet(split):
         words = ", ".join(headword.lemma for headword in synset.headwords)

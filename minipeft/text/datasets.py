@@ -15,6 +15,7 @@ described raises DatasetError; no line is ever skipped.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,43 +81,73 @@ def read_dataset(path: str | Path) -> list[Record]:
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise DatasetError(path, None, f"a data set is a .jsonl or .txt file, this one ends in {path.suffix!r}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(path, None, f"cannot be read ({error.strerror or error})") from error
-    content = content.removeprefix(b"\xef\xbb\xbf")
     if path.suffix == ".txt":
-        return [_read_text(path, content)]
-    lines = content.split(b"\n")  # not splitlines(): a JSON string may hold U+2028 and its like
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise DatasetError(path, None, "the file is empty; it must hold at least one record")
+        return [_read_text(path)]
     records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = parse_record(line)
-            if records and type(record) is not type(records[0]):
-                one, other = fields_of(type(record)), fields_of(type(records[0]))
-                raise ValueError(f"the record has the form {one}, the lines before it {other}; one file holds one form")
-        except ValueError as error:
-            raise DatasetError(path, number, str(error)) from error
+    for number, record in enumerate(_parsed(path, parse_record, "record"), start=1):
+        if records and type(record) is not type(records[0]):
+            one, other = fields_of(type(record)), fields_of(type(records[0]))
+            reason = f"the record has the form {one}, the lines before it {other}; one file holds one form"
+            raise DatasetError(path, number, reason)
         records.append(record)
     return records
 
 
-def parse_record(line: bytes) -> Record:
-    """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file, or the field 'prompt' of every line of a .jsonl file. Raises DatasetError."""
+    path = Path(path)
+    return list(_parsed(path, _prompt if path.suffix == ".jsonl" else _decoded, "prompt"))
+
+
+def _parsed(path: Path, parse: Callable[[bytes], Any], what: str) -> Iterator[Any]:
+    """`parse` of every line of a file in turn; the ValueError that it raises becomes a DatasetError of the line."""
+    lines = _content(path).split(b"\n")  # not splitlines(): a JSON string may hold U+2028 and its like
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise DatasetError(path, None, f"the file is empty; it must hold at least one {what}")
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield parse(line)
+        except ValueError as error:
+            raise DatasetError(path, number, str(error)) from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DatasetError(path, None, f"cannot be read ({error.strerror or error})") from error
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
+
+
+def _json(line: bytes) -> Any:
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}") from error
+        return json.loads(_decoded(line), object_pairs_hook=_object_without_duplicates)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("not valid JSON here: nested too deeply") from error
+
+
+def _prompt(line: bytes) -> str:
+    value = _json(line)
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise ValueError("must be a JSON object with a text field 'prompt'")
+    return value["prompt"]
+
+
+def parse_record(line: bytes) -> Record:
+    """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
+    value = _json(line)
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object with the fields of one form, got {_json_type(value)}")
     form = _form_of(value)
@@ -126,7 +157,8 @@ def parse_record(line: bytes) -> Record:
     return form(*(_text(value.get(field, ""), f"field {field!r}", field in optional) for field in form._fields))
 
 
-def _read_text(path: Path, content: bytes) -> Document:
+def _read_text(path: Path) -> Document:
+    content = _content(path)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

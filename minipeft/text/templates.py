@@ -83,22 +83,15 @@ def chatml(record: Record) -> list[Turn]:
     The assistant's words and the `<|im_end|>` after them are learned. The line break after the very last `<|im_end|>`
     is left out: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
     """
-    messages = _messages(record, "chatml")
-    turns, seen = [], 0
-    for position, message in enumerate(messages):
-        if message.role == "assistant":
-            prompt = chatml_prompt(messages[seen:position])
-            turns.append(Turn(("\n", *prompt) if turns else prompt, (message.content, IM_END)))
-            seen = position + 1
-    return turns
+    return _turns(_messages(record, "chatml"), chatml_prompt)
 
 
-def chatml_prompt(messages: Sequence[Message]) -> Pieces:
-    """The messages, then the opening of the assistant's answer: what a chat model is asked to continue."""
+def chatml_prompt(messages: Sequence[Message], add_generation_prompt: bool = True) -> Pieces:
+    """The messages, then (by default) the opening of the assistant's answer, for a model to continue."""
     pieces: list[str] = []
     for message in messages:
         pieces += [IM_START, f"{message.role}\n{message.content}", IM_END, "\n"]
-    return (*pieces, IM_START, "assistant\n")
+    return (*pieces, IM_START, "assistant\n") if add_generation_prompt else tuple(pieces)
 
 
 def chat(tokenizer: Tokenizer) -> Template:
@@ -111,29 +104,7 @@ def chat(tokenizer: Tokenizer) -> Template:
     """
     if tokenizer.chat_template in (None, CHATML):
         return chatml
-
-    def render(record: Record) -> list[Turn]:
-        messages = _messages(record, "chat")
-        turns, done = [], 0
-        for position, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt = "".join(tokenizer.chat_pieces(messages[:position], add_generation_prompt=True))
-            pieces = tokenizer.chat_pieces(messages[: position + 1])
-            text = "".join(pieces)
-            if not text.startswith(prompt) or done > len(prompt):
-                raise ValueError(
-                    "the tokenizer's chat template writes the messages before an answer differently once the answer is "
-                    "there, so the answer cannot be found in it; use another template, such as chatml"
-                )
-            last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Special)), default=-1)
-            end = len("".join(pieces[: last + 1]))
-            end = end if end > len(prompt) else len(text)
-            turns.append(Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end)))
-            done = end
-        return turns
-
-    return render
+    return lambda record: _turns(_messages(record, "chat"), tokenizer.chat_pieces)
 
 
 def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Pieces:
@@ -141,6 +112,28 @@ def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Pieces:
     if tokenizer.chat_template in (None, CHATML):
         return chatml_prompt(messages)
     return tokenizer.chat_pieces(messages, add_generation_prompt=True)
+
+
+def _turns(messages: Sequence[Message], written: Callable[..., Pieces]) -> list[Turn]:
+    """A turn for each of the assistant's messages, found in what `written(messages, add_generation_prompt)` gives."""
+    turns, done = [], 0
+    for position, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = "".join(written(messages[:position], add_generation_prompt=True))
+        pieces = written(messages[: position + 1], add_generation_prompt=False)
+        text = "".join(pieces)
+        if not text.startswith(prompt) or done > len(prompt):
+            raise ValueError(
+                "the tokenizer's chat template writes the messages before an answer differently once the answer is "
+                "there, so the answer cannot be found in it; use another template, such as chatml"
+            )
+        last = max((i for i, piece in enumerate(pieces) if isinstance(piece, Special)), default=-1)
+        end = len("".join(pieces[: last + 1]))
+        end = end if end > len(prompt) else len(text)
+        turns.append(Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end)))
+        done = end
+    return turns
 
 
 def _cut(pieces: Pieces, begin: int, end: int) -> Pieces:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..files import FileError, read_json, write_json, write_text
+from ..train.batches import pad_sequences
 from . import chat
 
 _GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
@@ -249,22 +250,6 @@ def _as_mapping(message: Any) -> Mapping[str, Any]:
     if not isinstance(fields, Mapping) or not isinstance(fields.get("role"), str):
         raise TypeError(f'a message must be a mapping with "role" and "content", got {message!r}')
     return fields
-
-
-def pad_sequences(
-    sequences: Sequence[Sequence[int]], pad_value: int, side: str = "right"
-) -> tuple[np.ndarray, np.ndarray]:
-    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has some."""
-    if side not in ("right", "left"):
-        raise ValueError(f"side must be 'right' or 'left', got {side!r}")
-    longest = max((len(sequence) for sequence in sequences), default=0)
-    values = np.full((len(sequences), longest), pad_value, np.int64)
-    mask = np.zeros((len(sequences), longest), np.int64)
-    for row, sequence in enumerate(sequences):
-        where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
-        values[row, where] = sequence
-        mask[row, where] = 1
-    return values, mask
 
 
 def _copy(backend: Any) -> Any:

@@ -34,20 +34,32 @@ def counted(labels: np.ndarray) -> int:
     return int((labels[..., 1:] != IGNORE).sum())
 
 
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], pad_value: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has some."""
+    if side not in ("right", "left"):
+        raise ValueError(f"side must be 'right' or 'left', got {side!r}")
+    longest = max((len(sequence) for sequence in sequences), default=0)
+    values = np.full((len(sequences), longest), pad_value, np.int64)
+    mask = np.zeros((len(sequences), longest), np.int64)
+    for row, sequence in enumerate(sequences):
+        where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        values[row, where] = sequence
+        mask[row, where] = 1
+    return values, mask
+
+
 def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int = 0) -> Batch:
     """(input_ids [n], labels [n]) pairs as one batch [B, T], padded on the right to the longest.
 
     The attention mask [B, T] is None where nothing is padded, so that the model takes its path without a mask.
     """
     lengths = [len(ids) for ids, _ in examples]
-    shape = (len(examples), max(lengths))
-    input_ids, labels = np.full(shape, pad_token_id, np.int64), np.full(shape, IGNORE, np.int64)
-    for row, (ids, own) in enumerate(examples):
-        input_ids[row, : len(ids)], labels[row, : len(ids)] = ids, own
-    mask = None
-    if min(lengths) < max(lengths):
-        mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
-    arguments = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+    input_ids, mask = pad_sequences([ids for ids, _ in examples], pad_token_id)
+    labels, _ = pad_sequences([own for _, own in examples], IGNORE)
+    padded = min(lengths) < max(lengths)
+    arguments = {"input_ids": input_ids, "labels": labels, "attention_mask": mask if padded else None}
     return Batch(arguments, counted(labels), sum(lengths))
 
 

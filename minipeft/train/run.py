@@ -26,17 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import asarray, is_array, to_numpy, xp_of
+from . import checkpoint
 from .callbacks import Callbacks
-from .checkpoint import (
-    CheckpointError,
-    check_identity,
-    last_checkpoint,
-    load_checkpoint,
-    pack_optimizer,
-    remove_leftovers,
-    save_checkpoint,
-    unpack_optimizer,
-)
 from .metrics import Metrics
 
 _SAVED = {"identity", "metrics_bytes", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
@@ -86,11 +77,11 @@ class Run:
         position, directory = 0, self.directory
         if resume:
             position = self._resume(resume)
-        elif directory and (found := last_checkpoint(directory)):
+        elif directory and (found := checkpoint.last_checkpoint(directory)):
             raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(directory)
+            checkpoint.remove_leftovers(directory)
         self._metrics = Metrics(directory and directory / "metrics.jsonl", position)
         self.history = self._metrics.history
         try:
@@ -116,7 +107,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Raises ValueError where there is one already."""
-        moments, optimizer = pack_optimizer(self.trainer.optimizer)
+        moments, optimizer = checkpoint.pack_optimizer(self.trainer.optimizer)
         state = self.trainer.state()
         files = {name: value for name, value in state.items() if _is_file(value)}
         files |= {"model": {name: p.data for name, p in self.trainer.trainable.items()}, "optimizer": moments}
@@ -129,27 +120,27 @@ class Run:
             "identity": self.identity,
         }
         arrays = {file: {name: to_numpy(array) for name, array in group.items()} for file, group in files.items()}
-        save_checkpoint(self.directory, self.step, arrays, content, self.config.save_total_limit)
+        checkpoint.save_checkpoint(self.directory, self.step, arrays, content, self.config.save_total_limit)
 
     def _resume(self, source: bool | str | os.PathLike) -> int:
         """Put everything where the checkpoint was; returns the length of the metrics file then."""
         if self.directory is None:
             raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
-        path = newest = last_checkpoint(self.directory)
+        path = newest = checkpoint.last_checkpoint(self.directory)
         if source is not True:
             path = Path(source)
             if path.resolve().parent != self.directory.resolve():
                 raise ValueError(f"{path} is not in output_dir {self.directory}; a run is resumed in its own directory")
         if newest is None:
-            raise CheckpointError(f"{self.directory}: holds no checkpoint to resume from")
-        step, arrays, content = load_checkpoint(path)
+            raise checkpoint.CheckpointError(f"{self.directory}: holds no checkpoint to resume from")
+        step, arrays, content = checkpoint.load_checkpoint(path)
         lacking = sorted(_SAVED - {*content, *arrays})
         if lacking:
-            raise CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
+            raise checkpoint.CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        check_identity(path, self.identity, content["identity"])
-        unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
+        checkpoint.check_identity(path, self.identity, content["identity"])
+        checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
         parameters, trained = self.trainer.trainable, arrays.pop("model")
         xp = xp_of(*[p.data for p in parameters.values()])
         for name, p in parameters.items():

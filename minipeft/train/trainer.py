@@ -227,10 +227,8 @@ class Trainer:
                     plot_loss(run.history, run.directory / "loss.png")
             finally:
                 self.model.zero_grad()
-        seconds = time.perf_counter() - began
-        return TrainingResult(
-            run.step, run.stopped, self._best.best_eval_loss, self._best.best_step, seconds, run.history
-        )
+        seconds, best = time.perf_counter() - began, self._best
+        return TrainingResult(run.step, run.stopped, best.best_eval_loss, best.best_step, seconds, run.history)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Step number `step` (from 1), and the record of it."""
