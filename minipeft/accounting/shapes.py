@@ -16,13 +16,13 @@ that pullback kept is freed with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..autograd.kernels import QUERY_BLOCK, TILE
-from ..autograd.tensor import Slice, Tensor, evaluated_by, pull_back
+from ..autograd.tensor import REGISTRY, Slice, Tensor, evaluated_by, pull_back, together
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
 
 Shape = tuple[int, ...]
@@ -212,17 +212,6 @@ class _Op:
 
         return pullback
 
-    def pull_together(self, n: int, make: Callable[[], Iterable[Array]]) -> list[Callable[[Array], Array]]:
-        """Pullbacks to n inputs, the first of which makes all gradients."""
-        made: dict[int, Array] = {}
-
-        def pull(i: int) -> Array:
-            if not made:
-                made.update(enumerate(make()))
-            return made.pop(i)
-
-        return [lambda g, i=i: pull(i) for i in range(n)]
-
     def blocks(self, size: int, arrays: int) -> int:
         """Bytes of the temporaries of work over `size` elements in blocks: `arrays` of them on each thread."""
         return arrays * self.meter.itemsize * (size if size < SPLIT else min(size, BLOCK * self.meter.threads))
@@ -244,11 +233,13 @@ def _through(g: Array) -> Array:
 
 # ------------------------------------------------------------------------------------- elementwise ops and reductions
 
-# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns its gradient.
+# For each input, what its pullback keeps: the inputs a and b, the value y, nothing (-); g: it returns its gradient;
+# 0: it has none (the condition of `where`, an input named a here).
 _ELEMENTWISE = {
     "add": "g g", "sub": "g -", "mul": "b a", "div": "b by", "neg": "-", "pow": "a", "maximum": "ab ab",
     "minimum": "ab ab", "clip": "a", "exp": "y", "log": "a", "sqrt": "y", "abs": "a", "tanh": "y", "relu": "y",
     "sigmoid": "y", "softplus": "a", "logsigmoid": "a", "softmax": "y", "log_softmax": "y",
+    "where": "0 a a",
 }  # fmt: skip
 
 
@@ -257,24 +248,14 @@ def _elementwise(keeps: list[str]) -> Callable[..., tuple]:
         operands = arrays[: len(keeps)]
         shape = np.broadcast_shapes(*[np.shape(a) for a in operands])
         named = {**dict(zip("ab", operands)), "y": op.new(shape)}
-        pulls = [_through if k == "g" else op.pull(shape, *[named[x] for x in k.strip("-")]) for k in keeps]
+        fixed = {"g": _through, "0": None}
+        pulls = [fixed[k] if k in fixed else op.pull(shape, *[named[x] for x in k.strip("-")]) for k in keeps]
         return named["y"], *pulls, *[None] * (len(arrays) - len(pulls))
 
     return evaluate
 
 
 RULES.update({name: _elementwise(keeps.split()) for name, keeps in _ELEMENTWISE.items()})
-
-
-@rule
-def _where(op, condition, a, b):
-    shape = np.broadcast_shapes(condition.shape, np.shape(a), np.shape(b))
-    return op.new(shape), None, op.pull(shape, condition), op.pull(shape, condition)
-
-
-@rule
-def _to(op, x, dtype):
-    return x.astype(dtype, copy=False), _through, None
 
 
 @rule
@@ -289,12 +270,12 @@ def _swiglu(op, gate, up):
     y = op.new(gate.shape)
     op.works_in(op.blocks(gate.size, 1))
 
-    def gradients() -> list[Array]:
+    def gradients(g: Array) -> list[Array]:
         made = [op.new(gate.shape), op.new(up.shape)]
         op.works_in(op.blocks(gate.size, 1))
         return made
 
-    return y, *op.pull_together(2, gradients)
+    return y, *together(2, gradients)
 
 
 @rule
@@ -347,21 +328,11 @@ def _logsumexp(op, x, axis=-1, keepdims=False):
 # ----------------------------------------------------------------------------------------------------------- shapes
 
 
-@rule
-def _reshape(op, x, shape):
-    before = x.shape
-    return x.reshape(shape), lambda g: g.reshape(before), None
+def _definition(name: str) -> Callable[..., tuple]:
+    return lambda op, *arrays, **options: REGISTRY[name].definition(*arrays, **options)
 
 
-@rule
-def _transpose(op, x, axes=None):
-    inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
-    return x.transpose(axes), lambda g: g.transpose(inverse), None
-
-
-@rule
-def _swapaxes(op, x, axis1, axis2):
-    return x.swapaxes(axis1, axis2), lambda g: g.swapaxes(axis1, axis2), None, None
+RULES.update({name: _definition(name) for name in ("reshape", "transpose", "swapaxes", "to")})  # views, or a conversion
 
 
 @rule
@@ -505,7 +476,7 @@ class _Tiles:
 def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, scale=None):
     tiles = _Tiles(op, q, k, v, is_causal)
     op.works_in(tiles.forward_work)
-    pulls = op.pull_together(3, lambda: tiles.gradients(op, [a.shape for a in tiles.inputs]))
+    pulls = together(3, lambda g: tiles.gradients(op, [a.shape for a in tiles.inputs]))
     return tiles.out, *pulls, None, None, None
 
 

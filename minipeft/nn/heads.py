@@ -19,7 +19,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, asarray, xp_of
 from .layers import Linear
-from .module import Module, Parameter
+from .module import Module
 from .transformer import Backbone, BackboneModel, Transformer
 
 HEADS = ("lm_head", "score", "classifier", "v_head")  # names of a model's head, ours and those of other families
@@ -132,10 +132,7 @@ def head_only(model: Module) -> Any:
             f"head_only knows the heads lm_head, score and v_head; this {type(model).__name__} has none of them"
         )
     twin = model.copy(share=True).requires_grad_(False)
-    head = getattr(twin, name)
-    for path, p in list(head.all_named_parameters()):
-        owner, _, attribute = path.rpartition(".")
-        setattr(head.get_submodule(owner), attribute, Parameter(p.data.copy()))  # a new Parameter is tied to nothing
+    setattr(twin, name, getattr(twin, name).copy().requires_grad_(True))  # its new Parameters are tied to nothing outside
     if name == "lm_head" and twin.config.tie_word_embeddings:
         twin.config = twin.backbone.config = twin.config.replace(tie_word_embeddings=False)
     return twin

@@ -70,10 +70,14 @@ class Module:
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(path, parameter), each parameter once, under its first path."""
-        first: dict[Parameter, str] = {}
+        return ((paths[0], parameter) for parameter, paths in self.parameter_paths().items())
+
+    def parameter_paths(self) -> dict[Parameter, list[str]]:
+        """parameter -> its paths: several where it is tied."""
+        paths: dict[Parameter, list[str]] = {}
         for path, parameter in self.all_named_parameters():
-            first.setdefault(parameter, path)
-        return ((path, parameter) for parameter, path in first.items())
+            paths.setdefault(parameter, []).append(path)
+        return paths
 
     def parameters(self) -> list[Parameter]:
         """Every parameter, once."""
@@ -147,9 +151,7 @@ class Module:
         A tied parameter may be given under any of its names. Raises ValueError naming missing and unexpected keys
         (unless `strict=False`) and shapes that differ; nothing is changed then.
         """
-        names: dict[Parameter, list[str]] = {}
-        for path, parameter in self.all_named_parameters():
-            names.setdefault(parameter, []).append(path)
+        names = self.parameter_paths()
         found = {p: [path for path in paths if path in arrays] for p, paths in names.items()}
         missing = [names[p][0] for p, paths in found.items() if not paths]
         unexpected = sorted(set(arrays) - {path for paths in names.values() for path in paths})
@@ -198,7 +200,7 @@ class ModuleList(Module):
         self._items = list(modules)
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        return ((str(i), module) for i, module in enumerate(self._items))
+        return ((str(i), module) for i, module in enumerate(self._items) if isinstance(module, Module))
 
     def _set_child(self, name: str, module: Module) -> None:
         self._items[int(name)] = module
@@ -222,9 +224,6 @@ class Sequential(ModuleList):
 
     def __init__(self, *modules: Module | Callable[[Tensor], Tensor]):
         super().__init__(modules)
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        return ((str(i), module) for i, module in enumerate(self._items) if isinstance(module, Module))
 
     def forward(self, x: Tensor) -> Tensor:
         """x through every module in turn."""
