@@ -40,7 +40,7 @@ from typing import Any
 
 from ..files import FileError
 from ..options import configuration, option
-from ..peft.huggingface import METHODS, config_class
+from ..peft.huggingface import PEFT_TYPES, config_class
 from .architectures import Architecture, architecture, names
 from .memory import memory_ledger
 from .parameters import ParameterCount, count_parameters
@@ -245,7 +245,7 @@ def _config(value: Any) -> Any:
     """A method's configuration from the content of an adapter_config.json; names and null stay as they are."""
     if not isinstance(value, dict):
         return value
-    _known("peft_type", value.get("peft_type"), METHODS)
+    _known("peft_type", value.get("peft_type"), PEFT_TYPES)
     return config_class(value["peft_type"]).from_dict(value)
 
 
