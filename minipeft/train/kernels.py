@@ -32,7 +32,10 @@ def in_pieces(fn: Callable[..., None], *arrays: Array) -> None:
             fn(*[array[i : min(i + limit, part.stop)] for array in flat])
 
     n = flat[0].size
-    _on_threads(run, n, 4 * n, xp)  # `fn` passes over a piece several times
+    if n <= limit // 2:  # too few elements to wake a thread for
+        fn(*flat)
+    else:
+        _on_threads(run, n, 4 * n, xp)  # `fn` passes over a piece several times
     if not arrays[0].flags.c_contiguous:  # flat[0] is a copy then
         arrays[0][...] = flat[0].reshape(arrays[0].shape)
 
