@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 10 · PPO: trained on one's own words
 #
-# Fine-tuning shows a model what to say. Here nobody shows it anything: it says something itself, is told *how good that
+# Fine-tuning shows a model what to say. Here nobody shows it anything: it says something itself, learns *how good that
 # was*, and makes the better half of what it said a little more probable. This lesson takes PPO, the method behind
 # InstructGPT, apart into functions of a few lines, checks each by hand, runs it against the reward model of Lesson 9,
 # and puts its three simpler successors, DPO, RLOO and GRPO, beside it.
@@ -176,7 +176,7 @@ def judge_and_pairs(rankings, seed):
 
 @dataclass(frozen=True)
 class Run:
-    """One way to make the base happier, from so many rankings of the rater's."""
+    """One way to make the base happier, from a number of rankings of the rater's."""
 
     method: str
     seed: int = 0

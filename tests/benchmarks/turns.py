@@ -1,6 +1,6 @@
 """Two libraries timed in turns, each in a process of its own.
 
-A worker loads its library and then does what it is told, a request at a time, while the other one sleeps: neither's
+A worker loads its library and then serves one request at a time, while the other one sleeps: neither's
 spinning threads or memory get in the other's way, and a machine whose speed drifts slows both. A figure is the median of
 the turns, a ratio the median over pairs of turns. Peak memory is the largest resident set of the process (VmHWM) since it
 was ready, so the library's own code is in it.
