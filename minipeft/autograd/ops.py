@@ -1,13 +1,14 @@
-"""The book of derivatives: every op, its value and its pullbacks, side by side, in plain array code.
+"""The book of derivatives: the ops on floats, their values and pullbacks, side by side, in plain array code.
 
     @op
     def mul(a, b):
         return a * b, lambda g: g * b, lambda g: g * a        value, one pullback per input: g = dL/dy -> dL/dx_i
 
 What is not differentiated (ids, a mask, eps) gives None in its place, or nothing where it comes last.
-Names and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`; where an op departs, its
-docstring says so. Each op works on arrays of any library; `op` makes it a function of Tensors. An input may be a
-number: its pullback is not called. A pullback may return the shape that broadcasting gave: the engine sums it back.
+Where PyTorch has the op, name and semantics are PyTorch's (`torch.nn.functional`, `torch`), with `axis` for `dim`; where
+an op departs, its docstring says so. Each works on NumPy's and CuPy's arrays; `op` makes it a function of Tensors. An
+input may be a number: its pullback is not called. A pullback may return the shape that broadcasting gave: the engine
+sums it back.
 
 These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
 which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
@@ -536,11 +537,11 @@ def rope(x, cos, sin):
 
 @op
 def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
-    """softmax(q kᵀ / sqrt(D) + mask) v (Vaswani et al. 2017, eq. 1), as torch.nn.functional has it.
+    """softmax(scale q kᵀ + mask) v [B, H, T, Dv], scale = 1/sqrt(D) unless given (Vaswani et al. 2017, eq. 1).
 
     Args:
-        q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv], where kv divides H (grouped-query attention: query head
-            h reads key head h // (H/kv)).
+        q: [B, H, T, D];  k: [B, kv, S, D];  v: [B, kv, S, Dv]. kv, the number of key heads, divides H: query head h
+            reads key head h // (H/kv) (grouped-query attention).
         attn_mask: plain array broadcastable to [B, H, T, S]; boolean (True = attend) or additive.
         is_causal: query t sees the keys s <= t + S - T, so that a cache of S - T earlier positions is seen whole.
 
@@ -548,6 +549,7 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
 
         dV = Pᵀ g,  dP = g vᵀ,  dA = P * (dP - Σ_s P * dP),  dQ = scale dA k,  dK = scale dAᵀ q
 
+    With kv < H, dK and dV are summed over the query heads that read the same key head.
     A row that may attend to nothing gives 0 and no gradient, as in PyTorch since 2.5. Departures from PyTorch:
     1. is_causal aligns at the bottom right (PyTorch: top left). 2. It may be combined with a mask. 3. Grouped-query
     attention needs no `enable_gqa`. 4. There is no `dropout_p`. 5. Inputs have four axes, and a mask has no gradient.
@@ -562,13 +564,19 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False, scale
         dP = g @ _t(V)
         return P * (dP - (P * dP).sum(axis=-1, keepdims=True))
 
-    def shared(d):  # [B, H, S, ...] -> [B, kv, S, ...]: summed over the query heads that read one key head
+    def shared(d):  # [B, H, S, ...] -> [B, kv, S, ...]
         return d.reshape(d.shape[0], kv, H // kv, *d.shape[2:]).sum(axis=2)
+
+    def dq(g):
+        return scale * dA(g) @ K
 
     def dk(g):
         return shared(_t(scale * dA(g)) @ q)
 
-    return P @ V, lambda g: (scale * dA(g)) @ K, dk, lambda g: shared(_t(P) @ g)
+    def dv(g):
+        return shared(_t(P) @ g)
+
+    return P @ V, dq, dk, dv
 
 
 def _masked_softmax(scores: Array, mask: Array | None, is_causal: bool) -> Array:
@@ -579,7 +587,7 @@ def _masked_softmax(scores: Array, mask: Array | None, is_causal: bool) -> Array
     if is_causal:  # key s <= t + S - T
         scores = xp.where(xp.arange(S) <= xp.arange(S - T, S)[:, None], scores, -xp.inf)
     top = scores.max(axis=-1, keepdims=True) if S else xp.zeros((*scores.shape[:-1], 1), scores.dtype)
-    e = xp.exp(scores - xp.where(xp.isfinite(top), top, 0))  # of a row of -inf alone: zeros
+    e = xp.exp(scores - xp.where(xp.isfinite(top), top, 0))  # a row of only -inf gives zeros
     total = e.sum(axis=-1, keepdims=True)
     return e / xp.where(total > 0, total, 1)
 

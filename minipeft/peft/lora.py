@@ -2,13 +2,12 @@
 
     W' = W + s B A        A [r, in] random, B [out, r] zero        eq. 3, with s = lora_alpha / r of section 4.1
 
-Only A and B are trained. The paper draws A from a Gaussian; here, as in PEFT, it is Kaiming-uniform. The forward pass
-never forms B A: y = W x + B (s (A x)), with r numbers per position in between. Backward keeps x for A (without dropout
-one array, shared by q, k and v) and the r numbers for B, nothing for W.
+Only A and B are trained. The paper draws A from a Gaussian; here, as in PEFT, A is uniform in ±1/sqrt(in) by default.
+The forward pass never forms B A: y = W x + B (s (A x)), with r numbers per position in between. Backward needs x for
+A's gradient and those r numbers for B's; W has no gradient. Without dropout q, k and v share x.
 
-rsLoRA has s = lora_alpha / sqrt(r): the update's size does not shrink with r (Kalajdzievski 2023, arXiv:2312.03732).
-Extensions: `dora` (trained row lengths), `pissa` (start from SVD), `olora` (start from QR), `fused` (parts of QKV),
-`lora_embedding` (rows looked up).
+rsLoRA takes s = lora_alpha / sqrt(r), so that the update does not shrink when r grows (Kalajdzievski 2023,
+arXiv:2312.03732). `variants` lists the extensions: DoRA, PiSSA, OLoRA, fused projections, embeddings.
 """
 
 from __future__ import annotations
@@ -26,23 +25,21 @@ from ..options import configuration, option
 from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
-from .variants import check_patterns_of, check_variant, variant_class
+from .variants import check_patterns_of, check_variant, constant_shapes, variant_class
 from .weights import fill, kaiming_uniform, with_update
 
 
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
 
-    constants: ClassVar[dict[str, str]] = {}  # of a variant, not trained: {attribute: key of the matrix of its shape}
-
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)  # makes self.lora_A and self.lora_B, of `factor_shapes`
+        super().__init__(shapes, layer, seed)  # makes lora_A and lora_B of `factor_shapes`, all zeros
         self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
-        if seed is not None:
+        if seed is not None:  # else the values come from a file
             self.start(np.random.default_rng(seed))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """y = inner(x) + s B A z, [..., in] -> [..., out]; z is x, or dropout(x) in training: W x never sees dropout.
+        """y = inner(x) + s B A z, [..., in] -> [..., out]; z is dropout(x) in training, else x (rng is None then).
 
         inner: the layer below this adapter, usually the frozen W x + b; base: W's own layer, used by DoRA.
         """
@@ -55,17 +52,17 @@ class LoraLinear(Adapter):
         return F.linear(F.linear(z, A) * self.scaling, B)
 
     def start(self, generator: np.random.Generator) -> None:
-        """Draw A and leave B zero: the start is the base layer (section 4.1). init False draws B too (for tests)."""
+        """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B too (for tests)."""
         A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
-            fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))  # r (`fused`: A has k r)
-        else:  # pissa and olora do not get here: theirs is computed from W
+            fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))  # / r
+        else:
             fill(A, kaiming_uniform(generator, A.shape))
         if init is False:
             fill(B, kaiming_uniform(generator, B.shape))
 
     def merge(self, layer: Module, base: Module) -> Module:
-        """W' = W + s B A."""
+        """W' = W + s B A, in a new layer; a four-bit W is dequantized."""
         return with_update(layer, self.delta_weight())
 
     def delta_weight(self) -> Array:
@@ -74,12 +71,12 @@ class LoraLinear(Adapter):
         return (B.data @ A.data) * B.dtype.type(self.scaling)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [R, in], B [out, R]) with W' = W + s B A, where a variant's R is another than its r."""
+        """(A [r, in], B [out, r]); a variant may return larger ones with the same meaning."""
         return self.lora_A, self.lora_B
 
     @staticmethod
     def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
-        """{key: shape} of what is trained at a layer of this many outputs and inputs."""
+        """What is trained: {key in a file: shape}."""
         return {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
 
 
@@ -128,12 +125,7 @@ class LoraConfig(PeftConfig):
         return variant_class(self, name, kind_of(layer))(self, name, shapes, layer, seed)
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
-        """The start of PiSSA and OLoRA, {path.start_A: shape}."""
-        return {
-            f"{name}.{constant}": self.parameter_shapes(name, kind, shape)[key]
-            for name, (kind, shape) in layers.items()
-            for constant, key in variant_class(self, name, kind).constants.items()
-        }
+        return constant_shapes(self, layers)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = super().resolve(modules)

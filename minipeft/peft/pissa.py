@@ -26,11 +26,11 @@ from .weights import dense_weight, fill, out_in
 class PissaLinear(LoraLinear):
     """LoRA beside its start: start_A [r, in] and start_B [out, r], constants that are computed from the base layer."""
 
-    constants: ClassVar[dict[str, str]] = {"start_A": "lora_A.weight", "start_B": "lora_B.weight"}
+    constants: ClassVar[dict[str, str]] = {"start_A": "lora_A.weight", "start_B": "lora_B.weight"}  # each of this shape
     frozen = tuple(constants)
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(config, name, shapes, layer, None)
+        super().__init__(config, name, shapes, layer, None)  # None: LoRA's own start is not drawn
         self.start_A, self.start_B = (Parameter(p.data, requires_grad=False) for p in (self.lora_A, self.lora_B))
         if seed is not None:
             self.loading(layer)

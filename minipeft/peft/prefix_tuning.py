@@ -2,18 +2,19 @@
 
     attention(q, [Pk; k], [Pv; v])       Pk, Pv [H, P, D] of each of L layers      eq. 3, written as what attention sees
 
-for P virtual tokens and H key heads of D numbers. `put` hands them over as past_key_values, a cache of positions that
-no token stood at; nn/transformer.py puts them in front of its own keys, after RoPE. Every query sees all P, and the
-input's positions start at P. Unlike a prompt, a prefix steers every layer directly, and its positions compute nothing.
-A prefix of zeros is not the base model: a zero key takes weight, too.
+for P virtual tokens and H key heads of D numbers; only Pk and Pv are trained. `put` gives them to the model as
+past_key_values while its cache is empty: in every pass of training, and in the first of generation. Each layer
+(nn/transformer.py) joins [Pk; k] and [Pv; v], after RoPE; every query sees all P, and the input's positions start at P.
+A virtual position has no query and no logits. A prefix of zeros is not the base model: a zero key has score 0, and
+softmax gives score 0 some weight. A prefix cannot be merged into the weights.
 
-Training a prefix directly is unstable; the paper computes row i, of all layers, from a smaller matrix (section 4.3;
+The paper found direct training unstable. Its network computes row i, of all layers, from a smaller row eᵢ (section 4.3;
 prefix_projection, off by default and with tanh, as in PEFT):
 
     [Pk₁ Pv₁ Pk₂ Pv₂ ...]ᵢ = W₂ tanh(W₁ eᵢ + b₁) + b₂        e [P, d], W₁ [h, d], W₂ [2 L d, h], d = H D
 
-Only the left side is needed afterwards, and only it is saved, [P, 2 L d]. `key_values` gives it as plain arrays, with
-which the base model runs without this module.
+A file holds only the left side, prompt_embeddings [P, 2 L d], not the network. `key_values` gives the prefix as plain
+arrays; with them the base model runs without this module.
 """
 
 from __future__ import annotations
@@ -35,27 +36,28 @@ from .weights import fill
 
 
 class Prefix(Prompt):
-    """The prefix of all L layers, the trained numbers themselves: prompt_embeddings [P, 2 L H D]."""
+    """The prefix of all L layers. Trained: prompt_embeddings [P, 2 L H D], which `vectors` returns."""
 
-    in_input = False
+    in_input = False  # the virtual positions are past, not input: they have no queries and no logits
 
     def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """(Pk, Pv) of each layer, both [B, H, P, D]; a row of `vectors` holds the layers in turn, keys before values."""
+        """(Pk, Pv) of each layer, both [B, H, P, D]. A row holds layer after layer, keys before values."""
         n = 2 * self.config.num_layers
-        x = self.vectors().reshape(self.length, n, self.config.num_attention_heads, -1)  # [P, 2L, H, D]
+        rows = self.vectors()  # [P, 2 L H D]: prompt_embeddings, or what the network computes
+        x = rows.reshape(self.length, n, self.config.num_attention_heads, -1)  # [P, 2L, H, D]; H counts key heads
         x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
         parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(n)]
         return list(zip(parts[::2], parts[1::2]))
 
     def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        super().__init__(config.prompt_shapes(config.token_dim), like, seed)
+        super().__init__(config.prompt_shapes(config.token_dim), like, seed)  # zeros; seed None: a file brings the values
         self.config, self.length = config, config.num_virtual_tokens
         if seed is not None and config.init_weights != "zero":
             p = self.prompt_embeddings
             fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """The prefix as past_key_values, with gradients; or, to generate, as an empty KVCache's first positions."""
+        """The prefix as past_key_values, with gradients; or, to generate, appended to the KVCache. The past is empty."""
         past, inputs = given["past_key_values"], given["input_ids"]
         prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
         if not isinstance(past, KVCache):
@@ -74,7 +76,7 @@ class Prefix(Prompt):
 
 
 class PrefixEncoder(Prefix):
-    """The network that computes the prefix while it is trained: embedding e [P, d], and transform, an MLP."""
+    """Trained in the prefix's place: embedding e [P, d] and transform, an MLP. Saved: only what they compute."""
 
     def vectors(self) -> Tensor:
         return self.transform(self.embedding.weight)
@@ -97,14 +99,14 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = option(False, "compute the prefix from a smaller matrix by an MLP while it is trained")
     encoder_hidden_size: int | None = option(None, "width of the MLP; None: token_dim", least=1)
     init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
-    folded: bool = option(False, "the prefix is trained itself, without the network; so is what a file holds")
+    folded: bool = option(False, "train the prefix itself, not the network; true for an adapter read from a file")
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")
+    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         found = super().dimensions(config)
-        if heads := getattr(config, "num_key_value_heads", None):
+        if heads := getattr(config, "num_key_value_heads", None):  # grouped-query attention: heads that have keys
             found |= {"num_attention_heads": heads, "token_dim": heads * config.head_dim}
         return found
 

@@ -2,10 +2,11 @@
 
     [P; E(x)] ─► frozen model,    P [p, d] trained, p = num_virtual_tokens, E the model's token embedding      section 2
 
-A soft token is a vector that no token of the vocabulary need have. p d numbers are trained, and p positions of the
-context are spent on them in every forward pass: `prompt_learning` widens the mask and the positions by p, and `model`
-drops the first p logits. The start matters (section 3.2, figure 3): random vectors (RANDOM, PEFT's default) are far
-from the embeddings that the model knows, words (SAMPLE_VOCAB, and PEFT's TEXT) are not.
+A row of P need not be the embedding of any token. Only P is trained, and a file holds only P. The model runs on p + T
+positions (virtual_positions.py widens the mask and the positions); its caller gets the logits of the T, and in the loss
+the last soft token predicts the first token. P goes in while the cache is empty, and stays there. It cannot be merged
+into the weights. The start matters, the less the larger the model (section 3.2, figure 3): RANDOM, PEFT's default, is
+standard normal (the paper's is uniform); SAMPLE_VOCAB and TEXT copy embeddings of tokens.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from .weights import fill
 
 
 class SoftTokens(Prompt):
-    """Vectors P [p, d] in front of the input's embeddings."""
+    """Puts P [p, d] in front of the input's embeddings. A subclass gives P: trained itself, or computed (P-tuning)."""
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
         """[P; E(x)], inputs_embeds [B, p + T, d], in place of input_ids."""
         x = given["inputs_embeds"]  # [B, T, d]
         if x is None:
             x = model.backbone.embedding(given["input_ids"], given["rng"])
-        P = self.vectors()
-        P = P if P.dtype == x.dtype else F.to(P, x.dtype)
+        P = self.vectors()  # [p, d], trained
+        P = P if P.dtype == x.dtype else F.to(P, x.dtype)  # trained in float32 or more; x may be float16
         soft = F.broadcast_to(P, (x.shape[0], *P.shape))  # [B, p, d]
         return {**given, "input_ids": None, "inputs_embeds": F.cat([soft, x], axis=1)}
 
 
 class PromptEmbedding(SoftTokens):
-    """The vectors themselves, prompt_embeddings: P [p, d]. They start as the embeddings of `ids`, or standard normal."""
+    """P is trained itself: prompt_embeddings [p, d]. It starts as E[ids], or standard normal where ids is None."""
 
     def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed, ids: list[int] | None = None):
-        super().__init__(shapes, embedding, seed)
+        super().__init__(shapes, embedding, seed)  # zeros; seed None: a file brings the values
         self.length = self.prompt_embeddings.shape[0]
         P, E = self.prompt_embeddings, embedding.weight.data
         if seed is not None and ids is None:
@@ -62,7 +63,7 @@ class PromptTuningConfig(PromptLearningConfig):
     )  # fmt: skip
     prompt_tuning_init_text: str | None = option(None, "the text, with tokenizer_name_or_path")
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
-    prompt_tuning_init_ids: list[int] | None = option(None, "or the text's token ids (not in PEFT, nor in its file)")
+    prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids, in its place (not in PEFT; not saved)")
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
 
@@ -85,22 +86,26 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def first_ids(self, vocabulary: int, seed: Seed) -> list[int] | None:
         """The p tokens whose embeddings are the start; None: it is random, or not wanted (no seed)."""
-        p, ids = self.num_virtual_tokens, self.prompt_tuning_init_ids
+        p = self.num_virtual_tokens
         if seed is None or self.prompt_tuning_init == "RANDOM":
             return None
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
             return np.random.default_rng(seed).integers(0, vocabulary, p).tolist()
-        if not ids:
-            from tokenizers import Tokenizer
+        ids = self.prompt_tuning_init_ids or self.text_ids()
+        ids = (list(ids) * -(-p // len(ids)))[:p]  # repeated, then cut to p
+        if not all(0 <= i < vocabulary for i in ids):
+            raise PeftError(f"prompt_tuning_init: token ids outside of 0..{vocabulary - 1}: {ids}")
+        return ids
 
-            path = Path(self.tokenizer_name_or_path)
-            path = path / "tokenizer.json" if path.is_dir() else path
-            if not path.is_file():
-                raise PeftError(f"tokenizer_name_or_path={self.tokenizer_name_or_path!r}: no tokenizer.json is there")
-            ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
+    def text_ids(self) -> list[int]:
+        """The tokens of prompt_tuning_init_text. Raises PeftError without a tokenizer.json, or where there are none."""
+        from tokenizers import Tokenizer
+
+        path = Path(self.tokenizer_name_or_path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise PeftError(f"tokenizer_name_or_path={self.tokenizer_name_or_path!r}: no tokenizer.json is there")
+        ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
         if not ids:
             raise PeftError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} has no tokens")
-        ids = (list(ids) * -(-p // len(ids)))[:p]
-        if not all(0 <= i < vocabulary for i in ids):
-            raise PeftError(f"prompt_tuning_init: the text has token ids outside of 0..{vocabulary - 1}: {ids}")
         return ids

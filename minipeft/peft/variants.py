@@ -1,4 +1,8 @@
-"""Which variant of LoRA a configuration names; a variant's file is imported when it is asked for."""
+"""Which variant of LoRA a configuration names; a variant's file is imported when it is asked for.
+
+    dora             the length of each row is trained apart       pissa, olora     the start comes from W: its SVD, its QR
+    lora_embedding   rows are looked up                            fused            parts of a fused QKV projection
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from .targets import PeftError, check_patterns, pattern_value
+from .targets import PeftError, Shape, check_patterns, pattern_value
 
 # what is varied -> the file, the class, and the class with DoRA (in dora.py)
 VARIANTS = {
@@ -55,3 +59,12 @@ def variant_class(config: Any, name: str, kind: str) -> Any:
     file, plain, dora = VARIANTS["fused" if config.enable_lora else varied]
     file, found = ("dora", dora) if config.use_dora else (file, plain)
     return getattr(importlib.import_module(f".{file}", __package__), found)
+
+
+def constant_shapes(config: Any, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
+    """The start that PiSSA and OLoRA keep beside W, {path.start_A: shape}, of {path: (kind, shape of W)}."""
+    return {
+        f"{name}.{constant}": config.parameter_shapes(name, kind, shape)[key]
+        for name, (kind, shape) in layers.items()
+        for constant, key in getattr(variant_class(config, name, kind), "constants", {}).items()
+    }

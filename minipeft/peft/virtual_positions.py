@@ -60,7 +60,7 @@ def make_room(P: int, given: dict[str, Any], limit: int, in_input: bool) -> tupl
 
 
 def _see_virtual(mask: Array, P: int, as_queries: bool) -> Array:
-    """The mask with P more keys in front that everybody sees; and with P more queries, which see only those."""
+    """The mask with P more keys in front, which every query sees; and P more queries, which see only these keys."""
     xp = xp_of(mask)
     mask = xp.concatenate([xp.ones((*mask.shape[:-1], P), mask.dtype), mask], axis=-1)
     if mask.ndim == 2 or not as_queries:

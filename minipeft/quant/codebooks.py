@@ -29,7 +29,7 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
 
 @cache
 def nf4_code() -> np.ndarray:
-    """NormalFloat, [16] ascending: quantiles of N(0, 1), divided by the largest (QLoRA, eq. 4 and appendix E).
+    """NormalFloat, [16] ascending: quantiles of N(0, 1), divided by the largest (QLoRA, appendix E).
 
     Eight positive points at the probabilities 0.5 + i (p - 0.5) / 8 and seven negative ones at a seventh's steps, so that
     zero is a point of its own. The outermost probability p is the mean of 1 - 1/32 and 1 - 1/30, half a bin inside the

@@ -1,27 +1,26 @@
 """NF4 and double quantization, as the QLoRA paper has them (Dettmers et al. 2023, arXiv:2305.14314, section 3).
 
-Each block of 64 weights is stored as its largest magnitude c and one four-bit code a weight, which names a point q of a
-code book; NF4's 16 points are quantiles of the normal distribution (`codebooks.nf4_code`):
+Cut the weights into blocks of 64. Store each block's largest magnitude c, and for each weight the four-bit number of
+the nearest of 16 points q:
 
     c_b    = max |x_i|,  i in block b                      the block's scale, "absmax"                    [B]
-    code_i = argmin_k |x_i / c_b - q_k|                                                                   [n]
+    code_i = argmin_k |x_i / c_b - q_k|                    of two equally near points the lower           [n]
     x_i   ~= q[code_i] c_b
 
-Double quantization (eq. 6; our c, c2 are the paper's c2, c1) stores the scales minus their mean (as the text has it)
-in blocks of 256, with eight-bit codes:
+    q = 0,  Q(1/2 + i d/8) for i = 1..8,  -Q(1/2 + i d/7) for i = 1..7,  all divided by Q(1/2 + d)
+
+Q is the quantile function of N(0, 1) and d = 0.4677083 (appendix E's table; `codebooks.nf4_code`).
+
+Double quantization (eq. 6; the paper calls c c2, and c2 c1) stores the scales in eight bits: it subtracts their mean
+and quantizes blocks of 256 to the points q8 (`codebooks.dynamic_map`):
 
     c ~= q8[code8] c2 + mean(c)                            so that  x ~= q[code] (q8[code8] c2 + mean(c))
 
-That is 4 + 32/64 = 4.5 bits a weight with plain float32 scales, and 4 + 8/64 + 32/(64 * 256) = 4.127 with double
-quantization. These are the definitions; `kernels` computes the same bits faster, two codes to a byte.
+Bits a weight, code books aside: 4 + 32/64 = 4.5, and 4 + 8/64 + 32/(64 * 256) = 4.127 with double quantization. Here a
+code takes a byte. `kernels` packs two into one, the first in the high half, and gives the same codes faster.
 
-Departures, all but 3 bitsandbytes' on the CPU (0.50), so that a weight next to a threshold gets its code:
-1. A whole block is multiplied by the float32 reciprocal of c; a partial one, at the end, is divided by c.
-2. A block is divided by max(c, 1e-38). A whole block still stores its own c, a partial one the raised c.
-3. A GPU flushes subnormals (below 1.18e-38) to zero: there a block gets zero's codes if c, or for a whole block 1 / c,
-   is subnormal.
-4. q8 is the dynamic map (the paper: 8-bit floats), and code8 is found on a grid of 65536 steps: 2 in 1000 scales of
-   normal weights get another point than the nearest, farther by at most a step (`eight_bits.quantize`).
+Departures from the paper: 1. q is its table; its eq. 4, which averages neighboring quantiles, does not give that.
+2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from ..backend import Array, asarray, xp_of
 from . import eight_bits
 from .codebooks import thresholds
 
-SMALLEST = 1e-38  # the least scale that a block is divided by; zero to a GPU
+SMALLEST = 1e-38  # the least scale that a block is divided by; a GPU treats it as zero
 NESTED_BLOCKSIZE = 256  # scales that double quantization puts into a block
 DESCRIPTION = 256  # bytes that a stored weight has beside its arrays: JSON padded to this
 
 
 def quantize(x: Array, blocksize: int = 64, quant_type: str = "nf4") -> tuple[Array, Array]:
-    """(codes uint8 [n], c float32 [B]) of x [n], float32 or float16 and finite; B = ceil(n / blocksize)."""
+    """(codes uint8 [n], one a byte; c float32 [B]) of x [n], float32 or float16 and finite; B = ceil(n / blocksize)."""
     xp, n = xp_of(x), x.size
-    midpoints, order = (asarray(a, xp) for a in thresholds(quant_type))
+    midpoints, order = (asarray(a, xp) for a in thresholds(quant_type))  # [15], between neighboring points; [16]
     blocks = in_blocks(x, blocksize)
     scaled, c = _divide(blocks, abs(blocks).max(axis=1), partial=n % blocksize > 0)  # [B, blocksize] in [-1, 1], [B]
-    rank = xp.searchsorted(midpoints, scaled)  # argmin_k |scaled - q_k|: the nearest point's rank: midpoints below it
-    return order.take(rank).reshape(-1)[:n], c  # order: rank -> code (NF4: the same)
+    rank = xp.searchsorted(midpoints, scaled)  # how many midpoints lie below: the rank of the nearest point
+    return order.take(rank).reshape(-1)[:n], c  # rank -> code: for NF4 the same number
 
 
 def dequantize(codes: Array, c: Array, q: Array, blocksize: int = 64) -> Array:
@@ -65,7 +64,7 @@ def dequantize_scales(codes: Array, c2: Array, mean: float, q8: Array, blocksize
 
 
 def storage_bytes(n: int, blocksize: int = 64, compress_statistics: bool = False) -> int:
-    """The bytes of a weight of n numbers as a `Linear4bit` holds it: codes, scales, code books and description."""
+    """The bytes of a weight of n numbers as a `Linear4bit` holds it: codes, scales, books, description (with the mean)."""
     B = -(-n // blocksize)
     scales = B + 4 * -(-B // NESTED_BLOCKSIZE) if compress_statistics else 4 * B
     return (n + 1) // 2 + scales + book_bytes(compress_statistics) + DESCRIPTION
@@ -85,16 +84,22 @@ def in_blocks(x: Array, blocksize: int) -> Array:
 
 
 def reciprocal(c: Array) -> Array:
-    """1 / max(c, 1e-38), at most 2^127 (where a GPU makes 1e-38 zero; 0 * inf would be NaN)."""
+    """1 / max(c, 1e-38); on a GPU 1e-38 is zero, and this is 2^127 in place of infinity."""
     xp = xp_of(c)
     return xp.minimum(1 / xp.maximum(c, SMALLEST), 2.0**127)
 
 
 def _divide(blocks: Array, c: Array, partial: bool) -> tuple[Array, Array]:
-    """(blocks / c, c), as departures 1 and 2 say: where the last block is partial, with its c raised."""
+    """(blocks / c, c), rounded as bitsandbytes 0.50 does on the CPU, so that a weight next to a midpoint gets its code.
+
+    1. A whole block is multiplied by the float32 reciprocal of c; a partial one, at the end, is divided by c.
+    2. c is raised to 1e-38 first. A whole block still stores its own c, a partial one the raised c.
+    3. A GPU treats numbers below 1.18e-38 as zero. There a block whose c is that small gets only the code of zero; so
+       does a whole block whose 1 / c is.
+    """
     xp, scaled = xp_of(c), blocks * reciprocal(c)[:, None]
     if partial:
         smallest = asarray(np.array([SMALLEST], np.float32), xp)
         c = xp.concatenate([c[:-1], xp.where(c[-1:] <= SMALLEST, smallest, c[-1:])])
-        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)  # c is not above 0: on a GPU
+        scaled[-1] = xp.where(c[-1] > 0, blocks[-1] / c[-1], 0)  # false only on a GPU: see 3
     return scaled, c
