@@ -543,7 +543,7 @@ def test_any_loss_can_be_trained_with_adalora_in_a_loop_of_ones_own():
     adapted.zero_grad()
     callback.penalty().backward()
     assert all(np.array_equal(part.lora_A.grad, gradients[path]) for path, part in adapted.parts("default"))
-    with pytest.raises(PeftError, match="call after_step after backward"):
+    with pytest.raises(PeftError, match="call after_step before zero_grad"):
         callback.after_step(adapted.zero_grad(), 1)
     shapes = {f"{path}.{key}": p.shape for path, part in adapted.parts("default") for key, p in part.trained().items()}
     kept = adapted.peft_config["default"].training_state_shapes(shapes)

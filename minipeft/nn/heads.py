@@ -88,7 +88,7 @@ class ValueModel(_HeadedBackbone):
     Args:
         model: the language model whose backbone is copied (arrays of frozen parameters are shared).
 
-    The head starts at zero, weight and bias, so every first value is 0 and the first advantages are the rewards alone.
+    The head starts at zero, weight and bias, so every first value is 0.
     """
 
     def __init__(self, model: Transformer):

@@ -1,19 +1,23 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
 
-    W' = W + s P diag(λ) Q        eq. 3; here P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]
-    R = mean over all P and Q of ||PᵀP - I||_F, ||Q Qᵀ - I||_F       the penalty (eq. 4) keeps P and Q near orthogonal
+    W' = W + s P diag(λ) Q       eq. 3; P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]; triplet i: P_i λ_i Q_i
+    penalty       orth_reg_weight · R,    R = mean over all P and Q of ‖PᵀP - I‖_F, ‖Q Qᵀ - I‖_F                   eq. 4
+    number w      I = |w dL/dw|   Ī ← β1 Ī + (1 - β1) I   Ū ← β2 Ū + (1 - β2) |I - Ī|   score = Ī Ū          eq. 8 to 11
+    importance    of triplet i: score of λ_i + mean score of P_i + mean score of Q_i                              eq. 7
+    budget        how many triplets of the whole model are left at a step                             eq. 12, see `budget`
 
-Around every step of the optimizer, `AdaLoraCallback` adds the penalty's gradient, follows how important each triplet
-(P_i, λ_i, Q_i) is, which is not |λ_i| but sensitivity x uncertainty, averaged over its numbers (eq. 7 to 11), and sets
-the λ of the least important triplets of the whole model to zero, by a falling budget (eq. 12).
+    backward ─► before_step: add the penalty's gradient ─► clip ─► optimizer ─► after_step: averages, then pruning
 
-Departures from the paper, all as PEFT has it:
-1. s = lora_alpha / (init_r + 1e-5), and R is the mean Frobenius norm, not the sum of the squares.
-2. The sensitivity |w dL/dw| takes w after the step (the paper: before), and the clipped gradient of loss + penalty.
+Pruning sets the λ of the least important triplets to zero.
+
+Departures from the paper, as in PEFT:
+1. s = lora_alpha / (init_r + 1e-5). R is a mean of norms; the paper has a sum of squared norms.
+2. I takes w after the step and the clipped gradient. The paper takes w and its gradient before the step.
 
 Departures from PEFT:
-1. The penalty is no part of the model's loss: its gradient is added before the step, so that any loss can be trained
-   (DPO, PPO, one's own). A step moves the weights as PEFT's does; the loss that a run reports is the model's alone.
+1. The penalty is not in the model's loss. Its gradient is added before the step, so any loss can be trained (DPO, PPO).
+   Where PEFT adds the penalty, a step is the same. The loss that a run reports has no penalty.
+2. init_lora_weights=False: λ has standard deviation 1 and P, Q have 0.02; PEFT gives all three 1.
 """
 
 from __future__ import annotations
@@ -39,10 +43,10 @@ AVERAGES = ("sensitivity", "uncertainty")
 class AdaLoraLinear(Adapter):
     """P diag(λ) Q around a linear layer: lora_B [out, r], lora_E [r, 1], lora_A [r, in]."""
 
-    kept: Array | None = None  # boolean [r]: the triplets that pruning left; None: it has not begun
+    kept: Array | None = None  # boolean [r]: the triplets that the last pruning kept; None: nothing was pruned
 
     def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
+        super().__init__(shapes, layer, seed)  # all zeros, and λ stays so
         self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
         if seed is not None:
             generator = np.random.default_rng(seed)
@@ -52,7 +56,7 @@ class AdaLoraLinear(Adapter):
                 fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """y = W x + s P diag(λ) Q z, where z is x, in training with dropout: x [..., in] -> y [..., out]."""
+        """y = inner(x) + s P diag(λ) Q z, z = x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.dropout, rng) if self.dropout else x
         return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
 
@@ -63,7 +67,7 @@ class AdaLoraLinear(Adapter):
         return with_update(layer, delta)
 
     def saved(self) -> dict[str, Parameter]:
-        """The triplets that are left."""
+        """The triplets that the last pruning kept; a λ that has grown again since is not saved."""
         if self.kept is None:
             return super().saved()
         kept = asarray(self.kept, xp_of(self.lora_E.data))
@@ -76,15 +80,15 @@ def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int,
 
         b = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_f - t_i))³    t_i = tinit, t_f = tfinal, T = total_step
 
-    b_0 = start, b_T = end. The paper's eq. 12 also subtracts t_f in the numerator, with which b would not start at b_0.
+    b_0 = start, b_T = end. The paper's eq. 12 also subtracts t_f in the numerator; then b would not start at b_0.
     """
     final = config.total_step - config.tfinal
     if step <= config.tinit:
         return start, False
     if step >= final:
         return end, True
-    unspent = 1 - (step - config.tinit) / (final - config.tinit)
-    return int((start - end) * unspent**3 + end), step % config.deltaT == 0
+    left_over = 1 - (step - config.tinit) / (final - config.tinit)
+    return int((start - end) * left_over**3 + end), step % config.deltaT == 0
 
 
 class AdaLoraCallback:
@@ -92,14 +96,14 @@ class AdaLoraCallback:
 
     In a loop of one's own:
 
-        loss.backward(); callback.before_step(model, step)      step from 1
-        optimizer.step(); callback.after_step(model, step, {})  before zero_grad
+        loss.backward(); callback.before_step(model, step)  # step from 1
+        clip_grad_norm_(...); optimizer.step(); callback.after_step(model, step); optimizer.zero_grad()
     """
 
     def __init__(self, model: Any, adapter_name: str):
         self.model, self.adapter_name = model, adapter_name
         self.averages: dict[str, Array] = {}  # "<path>.<matrix>.sensitivity" and "<path>.<matrix>.uncertainty"
-        self.pattern = self.config.rank_pattern  # of an adapter that was pruned before
+        self.loaded_pattern = self.config.rank_pattern  # what the adapter was loaded with; it holds until the first pruning
 
     @property
     def config(self) -> AdaLoraConfig:
@@ -116,49 +120,53 @@ class AdaLoraCallback:
         self.penalty().backward()
 
     def penalty(self) -> Tensor:
-        """orth_reg_weight * R (eq. 4)."""
+        """The penalty, orth_reg_weight · R (eq. 4): a scalar."""
         norms = []
         for layer in self.layers.values():
             P, Q = layer.lora_B, layer.lora_A
             for gram in (Q @ Q.transpose(), P.transpose() @ P):  # [r, r]
                 d = gram - xp_of(gram.data).eye(gram.shape[0], dtype=gram.dtype)
-                norms.append(((d * d).sum() + 1e-30).sqrt())  # the square root has no slope at zero
+                norms.append(((d * d).sum() + 1e-30).sqrt())  # the square root has an infinite slope at zero
         return F.stack(norms).mean() * self.config.orth_reg_weight
 
     def after_step(self, model: Any, step: int, record: Any = None) -> None:
-        """Warm-up, step <= tinit (step from 1): follow the gradients.
+        """What happens after step t (from 1), with T = total_step:
 
-        Pruning, step <= total_step - tfinal: follow them; every deltaT steps, and in the last, set the λ of the least
-        important triplets to zero, which may grow again until the next pruning.
-        Final: set the λ of the last choice to zero again after every step.
+            t <= tinit           update the averages
+            t <  T - tfinal      update them; every deltaT steps, prune. A λ at zero may grow again until the next pruning
+            t == T - tfinal      prune for the last time, by the averages of the step before
+            t >  T - tfinal      set the λ that the last pruning dropped to zero again
         """
         config, layers = self.config, self.layers
         final = config.total_step - config.tfinal
-        if step < final or step == 1:  # the last pruning goes by the averages of the step before
+        if step < final or step == 1:  # step 1 may be the last pruning; it needs averages, too
             for path, layer in layers.items():
-                self.follow(path, layer)
+                self.update_averages(path, layer)
         if step <= final:
             start = sum(layer.lora_A.shape[0] for layer in layers.values())
             count, prune = budget(config, step, start, config.target_r * len(layers))
             if not prune or count >= start:
                 return
-            scores = {path: self.scores(path) for path in layers}
-            xp = xp_of(*scores.values())
-            threshold = xp.sort(xp.concatenate(list(scores.values())))[start - count - 1]
+            importance = {path: self.importance(path) for path in layers}
+            xp = xp_of(*importance.values())
+            threshold = xp.sort(xp.concatenate(list(importance.values())))[start - count - 1]
             for path, layer in layers.items():
-                layer.kept = scores[path] > threshold  # all ties go, so that fewer than `count` may be left
+                layer.kept = importance[path] > threshold  # all ties go, so that fewer than `count` may be left
             self._note_pattern()
         for layer in layers.values():
             if layer.kept is not None:
                 layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
 
-    def follow(self, path: str, layer: AdaLoraLinear) -> None:
-        """Update the averages of sensitivity |w dL/dw| (eq. 8 and 9) and of its uncertainty (eq. 10)."""
+    def update_averages(self, path: str, layer: AdaLoraLinear) -> None:
+        """Update Ī, the average sensitivity (eq. 8 and 9), and Ū, its uncertainty (eq. 10), of every number.
+
+        Raises PeftError where the gradients are gone.
+        """
         c = self.config
         for name in MATRICES:
             p, keys = getattr(layer, name), [f"{path}.{name}.{what}" for what in AVERAGES]
             if p.grad is None:
-                raise PeftError("AdaLoRA follows the gradients: call after_step after backward, before zero_grad")
+                raise PeftError("AdaLoRA needs the gradients: call after_step before zero_grad")
             sensitivity = abs(p.data * p.grad)
             xp = xp_of(sensitivity)
             zero = xp.zeros_like(sensitivity)
@@ -167,8 +175,8 @@ class AdaLoraCallback:
             self.averages[keys[0]] = mean
             self.averages[keys[1]] = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
 
-    def scores(self, path: str) -> Array:
-        """The importance of each triplet [r]: that of λ_i and the means of those of P_i and Q_i (eq. 7, 11)."""
+    def importance(self, path: str) -> Array:
+        """The importance of each triplet (eq. 7 and 11): [r]."""
         s = self.averages
         A, E, B = (s[f"{path}.{name}.sensitivity"] * s[f"{path}.{name}.uncertainty"] for name in MATRICES)
         return E[:, 0] + A.mean(axis=1) + B.mean(axis=0)
@@ -186,9 +194,9 @@ class AdaLoraCallback:
         self._note_pattern()
 
     def _note_pattern(self) -> None:
-        """Note in the configuration which triplets are left; before the first pruning, those that it names already."""
+        """Write the kept triplets into the configuration. Before the first pruning, leave the loaded pattern."""
         kept = {f"{path}.lora_E": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
-        pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.pattern
+        pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.loaded_pattern
         self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=pattern)
 
 
@@ -196,7 +204,7 @@ class AdaLoraCallback:
 class AdaLoraConfig(PeftConfig):
     """AdaLoRA's options, with PEFT's names and defaults."""
 
-    total_step: int = option(None, "steps of the whole training, which spend the budget; must be given", least=1)
+    total_step: int = option(None, "optimizer steps of the whole training; must be given", least=1)
     target_r: int = option(8, "average rank at the end", least=1)
     init_r: int = option(12, "every rank at the start", least=1)
     tinit: int = option(0, "steps at the start without pruning", least=0)
@@ -207,8 +215,8 @@ class AdaLoraConfig(PeftConfig):
     orth_reg_weight: float = option(0.5, "weight of the orthogonality penalty", least=0)
     lora_alpha: float = option(8, "numerator of the scaling")
     lora_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
-    init_lora_weights: bool = option(True, "True: λ starts at zero; False: random as P and Q (for tests)")
-    rank_pattern: dict[str, list[bool]] | None = option(None, "which triplets training has left, by path")
+    init_lora_weights: bool = option(True, "True: λ starts at zero; False: standard normal (for tests)")
+    rank_pattern: dict[str, list[bool]] | None = option(None, "{path.lora_E: which triplets training has left}")
 
     peft_type: ClassVar[str] = "ADALORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
@@ -248,6 +256,6 @@ class AdaLoraConfig(PeftConfig):
         return AdaLoraCallback(model, adapter_name)
 
     def training_state_shapes(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
-        """The two averages of every number of P, λ and Q."""
+        """The two averages of every number of P, λ and Q, to count memory."""
         followed = {path: shape for path, shape in shapes.items() if path.rpartition(".")[2] in MATRICES}
         return {f"{path}.{what}": shape for path, shape in followed.items() for what in AVERAGES}

@@ -61,7 +61,7 @@ class PPOConfig(OnlineConfig):
     """PPO's options beside OnlineConfig's. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
 
     kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
-    kl_target: float | None = option(None, "move β towards this KL, nats a response", above=0, metavar="KL")
+    kl_target: float | None = option(None, "move β so that the KL comes to this, nats a response", above=0, metavar="KL")
     kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
     gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
     lam: float = option(0.95, "λ of generalized advantage estimation", least=0, most=1)

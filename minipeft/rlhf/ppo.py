@@ -1,19 +1,21 @@
 """Proximal policy optimization for language models: the losses, the KL controller, and one update in numbered steps.
 
-    maximize   E[r(x, y)] - β KL(π ‖ π_ref)             over policies π that answer a prompt x with y = y_1 ... y_n
-    rewards    r_t = -β (log π_old(y_t) - log π_ref(y_t)), and r(x, y) at the last token; A_t, R_t: from them by `gae`
-    loss       mean of max(-A ρ, -A clip(ρ, 1 ± ε))  +  vf_coef · ½ mean of max((V - R)², (clip(V, V_old ± ε) - R)²)
+    maximize    E[r(x, y)] - β KL(π ‖ π_ref)            over policies π that answer a prompt x with y = y_1 ... y_n
+    rewards     r_t = -β (log π_old(y_t) - log π_ref(y_t)), plus the score r(x, y) at the last real token
+    advantages  δ_t = r_t + γ V_{t+1} - V_t    A_t = δ_t + γλ A_{t+1}    R_t = A_t + V_t    0 after the last token
+    loss        mean of max(-A ρ, -A clip(ρ, 1 ± ε))  +  vf_coef · ½ mean of max((V - R)², (clip(V, V_old ± ε) - R)²)
 
-where ρ_t = π(y_t) / π_old(y_t), V_t is the value head's estimate of R_t, and "old" is the policy that sampled.
+where ρ_t = π(y_t) / π_old(y_t). "old" is the policy that sampled. V_t is read before y_t is drawn and estimates R_t. The
+loss takes A whitened: mean 0, variance 1. Policy and values have an ε each.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
-N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., one network has two heads: the
-value head reads the policy's own hidden states, so the value loss moves the policy's weights, too, unless a
-`ValueModel` of its own is given.
+N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., policy and value head share one
+network, so the value loss moves the policy's weights, too. A `ValueModel` is a network of its own.
 
-Departure from Huang et al.: (1) where all of several scores of an update are equal, its advantages are 0, so only the
-value loss and Adam's momentum move weights; whitening would raise what is left of the advantages, the cost of KL and
-the value head's errors, to variance one.
+Departures from Huang et al.:
+1. If all scores of an update are equal (and there are several), its advantages are 0. Whitening would scale up the rest,
+   the cost of KL and the value head's errors, to variance 1. The value loss and Adam's momentum still move weights.
+2. A full forward pass gives log π_old; they keep the sampler's. The score is at the last real token; theirs is one later.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .statistics import clip_fraction, of_objective, of_ratio, value_clip_fracti
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
-    """log ρ = log π(y_t) - log π_old(y_t) at the real tokens, 0 elsewhere: all [B, n]."""
+    """log ρ = log π(y_t) - log π_old(y_t), [B, n]; 0 at padding."""
     return F.where(mask != 0, logprobs - old_logprobs, 0)
 
 
@@ -54,15 +56,14 @@ def policy_loss(
 def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2) -> Tensor:
     """Half the masked mean of max((V - R)², (clip(V, V_old ± ε) - R)²): all [B, n].
 
-    The PPO paper does not clip values; OpenAI's code does (baselines' ppo2, then lm-human-preferences; Huang et al.
-    2024).
+    The PPO paper does not clip values; OpenAI's code does (Huang et al. 2024).
     """
     near = old_values + F.clip(values - old_values, -cliprange_value, cliprange_value)
     return 0.5 * masked_mean(F.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
 
 class KLController:
-    """The KL coefficient β: fixed, or, given a target, moved towards it by proportional control.
+    """The KL coefficient β. Without a target it is fixed. With one, β grows while the KL is above it, and falls below.
 
         β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)    after every n responses
 
@@ -101,7 +102,7 @@ class PPOTrainer(OnlineTrainer):
         config: PPOConfig | None = None, watch: Mapping[str, RewardFunction] | None = None, value_model: Any = None,
     ):  # fmt: skip
         v_head, xp = Linear(policy.config.hidden_size, 1, seed=None), xp_of(policy.parameters()[0].data)
-        for p in v_head.parameters():  # V = 0: the first advantages are discounted sums of rewards alone
+        for p in v_head.parameters():  # V = 0, so the first update's A_t is Σ (γλ)^k r_{t+k}
             p.data = xp.zeros(p.shape, xp.float32)
         beside = {"v_head": v_head} if value_model is None else {"value": value_model}
         trained = (f"{name}.{n}" for name, m in beside.items() for n, p in m.named_parameters() if p.requires_grad)
@@ -117,40 +118,32 @@ class PPOTrainer(OnlineTrainer):
     def update(self) -> dict[str, Any]:
         """One update, of B = batch_size responses of up to n = response_length tokens. Returns its record."""
         c = self.config
-        # 1. Rollout: the policy answers the next prompts.
-        roll = self.rollout()  # input_ids [B, P + n], mask [B, n]
-        # 2. Log-probabilities of policy and reference, their difference, and values, from full forward passes.
-        batch = self.examine(roll)  # old_logprobs, ref_logprobs, kl, old_values: [B, n], 0 at padding
-        # 3. Scores of whole responses: the reward's, then `missing_eos`; the record of what was sampled.
-        scores, record = self.score(roll, batch, group=c.batch_size)  # [B]
-        kl, all_equal = record["objective/kl"], record["objective/scores_equal"] == 1  # kl: nats a response
-        # 4. Shaped rewards: every token pays for its KL, the last one has the score; then β moves.
-        beta = self.kl_controller.beta
+        # 1. Rollout: the policy samples one response to each of the next B prompts.
+        roll = self.rollout()  # input_ids [B, P + n]: prompts padded on the left; mask [B, n]: 1 at y_t, stop token too
+        # 2. Full forward passes of policy and reference, without gradients: kl = old_logprobs - ref_logprobs.
+        batch = self.examine(roll)  # old_logprobs, ref_logprobs, kl, old_values [B, n], 0 at padding; roll's arrays
+        # 3. One score a response. Where no stop token came, `missing_eos` replaces or lowers it, if the config asks.
+        scores, record = self.score(roll, batch, group=c.batch_size)  # [B]; statistics, in which all B are one group
+        # 4. Shaped rewards: every token pays for its KL; the last real token gets the score. Then β moves.
+        beta, mean_kl = self.kl_controller.beta, record["objective/kl"]  # nats a response
         rewards = rewards_of(batch["kl"], scores, roll.mask, beta)  # [B, n]
-        self.kl_controller.update(kl, c.batch_size)
+        self.kl_controller.update(mean_kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)
-        # 5. Advantages and returns, and only then whitened advantages.
+        # 5. Advantages and returns. Returns keep their scale; only advantages are whitened, over all real tokens.
         advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
+        all_equal = record["objective/scores_equal"] == 1  # never for B = 1
         batch["advantages"] = 0 * advantages if all_equal else whiten(advantages, roll.mask)  # departure 1
-        # 6. num_epochs times all rows, reordered, in minibatches: loss, gradients, clipping, Adam.
-        return record | of_objective(record, -beta * kl, beta) | self.epochs(batch)
-
-    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
-        """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
-        if self.value_model is None:
-            values = self.v_head(hidden).reshape(hidden.shape[:2])
-        else:
-            values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
-        return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
+        # 6. num_epochs passes over the rows in random order. Each minibatch: `outputs`, `loss`, one step of Adam.
+        trained = self.epochs(batch)
+        return record | of_objective(record, -beta * mean_kl, beta) | trained
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch; both of one ratio ρ."""
+        """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch. `new`: what `outputs` gives now."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
         ratio = change.exp()
-        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)  # `policy_loss` of this ρ
+        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)  # as in `policy_loss`
         of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
         value = value_loss(*of_values)
         return policy + c.vf_coef * value, {
@@ -161,12 +154,21 @@ class PPOTrainer(OnlineTrainer):
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
+    def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
+        """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
+        if self.value_model is None:
+            values = self.v_head(hidden).reshape(hidden.shape[:2])
+        else:
+            values = self.value_model(input_ids, attention_mask)[:, -length - 1 : -1]
+        return outputs_of(self.policy, hidden, input_ids, self.config.temperature)._replace(values=values)
+
     def state(self) -> dict[str, Any]:
-        """The KL coefficient."""
+        """What a checkpoint keeps: β."""
         return {"beta": self.kl_controller.beta}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The KL coefficient."""
+        """Set β from a checkpoint."""
         self.kl_controller.beta = state["beta"]
 
     def identity(self) -> dict[str, Any]:
