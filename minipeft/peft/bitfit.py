@@ -23,7 +23,7 @@ from .weights import dense_weight, with_weight
 
 @configuration
 class BitFitConfig(PeftConfig):
-    """BitFit has no options of its own: target_modules says whose biases (None: all)."""
+    """BitFit, y = W x + b with b trained, has no options of its own: target_modules says whose b (None: all)."""
 
     peft_type: ClassVar[str] = "BITFIT"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")

@@ -80,9 +80,10 @@ class Bottleneck(Adapter):
 
 @configuration
 class BottleneckConfig(PeftConfig):
-    """The options of bottleneck adapters. Where one is None it is AdapterHub's for the placement (`PRESETS`).
+    """The options of bottleneck adapters, a(z) = W_up f(W_down z + b_down) + b_up.
 
-    target_modules None: the placement's sublayers; or the names of any modules of one input and one output.
+    Where one is None it is AdapterHub's for the placement (`PRESETS`). target_modules None: the placement's sublayers;
+    or the names of any modules of one input and one output.
     """
 
     placement: str = option("pfeiffer", "where the adapters stand", choices=("houlsby", "pfeiffer", "parallel"))
@@ -113,7 +114,10 @@ class BottleneckConfig(PeftConfig):
         _widths(name, module)
 
     def bottleneck_shapes(self, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
-        """Of the adapter on a sublayer with this many inputs and outputs."""
+        """{name: shape} of the adapter on a sublayer with this many inputs and outputs.
+
+        Raises PeftError for a reduction_factor that leaves no number in the middle.
+        """
         n_in = n_in if self.placement == "parallel" else n_out
         m = self.bottleneck_size or int(n_in // self.reduction_factor)
         if m < 1:

@@ -34,7 +34,7 @@ Arrays = tuple[np.ndarray, ...]
 
 @configuration
 class Combination:
-    """How adapters are combined."""
+    """How adapters are combined. Raises PeftError for options that do not go together."""
 
     combination_type: str = option("svd", "one of the names above (dare is dare_linear)", choices=COMBINATIONS)
     svd_rank: int | None = option(None, "rank of svd and types that end so; None: the largest of the parts'", least=1)
@@ -57,7 +57,10 @@ class Combination:
         self.generator = np.random.default_rng(self.seed)
 
     def factors(self, path: str, A: Arrays, B: Arrays, scalings: tuple, weights: tuple) -> Arrays:
-        """(A [r, in], B [out, r]) of one layer, from each adapter's A_i, B_i, s_i and w_i."""
+        """(A [r, in], B [out, r]) of one layer, from each adapter's A_i [r_i, in], B_i [out, r_i], s_i and w_i.
+
+        Raises PeftError for a rank Σ r_i that the matrix does not have (cat), and for different r_i (`RULES`).
+        """
         kind = self.combination_type
         if kind == "cat":  # A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], B = [B_1, B_2, ...]
             r, full = sum(map(len, A)), min(A[0].shape[1], B[0].shape[0])
@@ -80,7 +83,7 @@ class Combination:
         return Vt[:rank], U[:, :rank] * S[:rank]
 
     def combine(self, tensors: Any, weights: Any) -> np.ndarray:
-        """Σ w_i t_i of trimmed or thinned tensors; in ties the mean over those that agree with the winning sign."""
+        """Σ w_i t_i of tensors of one shape, trimmed or thinned; ties: the mean over those of the winning sign."""
         rule = self.combination_type.removesuffix("_svd")
         t = np.stack([self.thin(rule, x) for x in tensors])  # [n, ...]
         weighted = t * np.float32(weights).reshape(-1, *[1] * (t.ndim - 1))
@@ -91,7 +94,7 @@ class Combination:
         return ((weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)).astype(np.float32)
 
     def thin(self, rule: str, t: np.ndarray) -> np.ndarray:
-        """t with its int(density * size) largest values alone; dare: with random ones alone, rescaled."""
+        """t [...] with its int(density * size) largest |values| alone; dare: with random ones alone, rescaled."""
         if rule.startswith("dare"):
             return t * (self.generator.random(t.shape, np.float32) < self.density) / np.float32(self.density)
         if rule not in ("ties", "magnitude_prune"):

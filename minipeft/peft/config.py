@@ -25,7 +25,7 @@ Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng
 
 @configuration(kw_only=True)
 class PeftConfig(Targets, ABC):
-    """The options all methods have."""
+    """The options all methods have. Raises PeftError, naming the option, for a value that makes no sense."""
 
     base_model_name_or_path: str | None = option(None, "what the adapter was trained on, for the reader of its file")
     task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")

@@ -61,7 +61,7 @@ STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of whi
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:
-    """The configuration class of a method, by its name in files; its module is imported only now."""
+    """The configuration class of a method, by its name in files (else KeyError); its module is imported only now."""
     return getattr(importlib.import_module(__package__), PEFT_TYPES[peft_type])
 
 

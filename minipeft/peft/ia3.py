@@ -44,7 +44,7 @@ class IA3Layer(Adapter):
 
 @configuration
 class IA3Config(PeftConfig):
-    """(IA)³'s options, with PEFT's names."""
+    """(IA)³'s options, with PEFT's names: y = l * (W x + b), of feedforward_modules W (l * x) + b."""
 
     feedforward_modules: list[str] | str | None = option(
         None, "targets whose input is scaled: ends of paths, or a regular expression; None: the usual ones"

@@ -37,12 +37,12 @@ class AdaptedLayer(Module):
         self.merged_names: list[str] = []  # these adapters
 
     def forward(self, x: Any, *arguments: Any) -> Tensor:
-        """The base layer's arguments and result; the last argument is the random stream, or None."""
+        """The base layer's arguments and result, in its shapes; the last argument is the random stream, or None."""
         names = self.selection.now()
         return mixed(self, names, x, arguments) if type(names) is Rows else self.compute(names, x, arguments)
 
     def compute(self, names: list[str], x: Any, arguments: tuple) -> Tensor:
-        """The output with those of the named adapters that are here, each around the ones before it."""
+        """The output, in the base layer's shape, with the named adapters that are here, each around those before it."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return self.base_layer(x, *arguments)
@@ -58,7 +58,8 @@ class AdaptedLayer(Module):
     def merge(self, names: list[str] | None = None) -> Module:
         """A new plain layer that computes what these adapters (by default the active ones), in order, make of the base.
 
-        Where the layer has none of them it is the base layer itself.
+        Where the layer has none of them it is the base layer itself. Raises PeftError for an adapter that cannot be
+        merged, and for a merge that is not finite.
         """
         layer = self.base_layer
         for name in [n for n in (self.selection.names if names is None else names) if n in self.adapters]:
@@ -103,7 +104,7 @@ class Adapter(Module):
             setattr(self, key.partition(".")[0], Parameter(zeros(shape, *placement(like), seed)))
 
     def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """The adapted layer's output.
+        """The adapted layer's output, of the shape of inner(x).
 
         Args:
             x: the layer's input.
@@ -139,6 +140,7 @@ class TrainedCopy(Adapter):
     """A whole module trained as a copy, in the place of the original (modules_to_save, LN tuning); in float32 at least.
 
     `prefix` comes before the names of its parameters in a file; `seed` None allocates nothing, as in `Adapter`.
+    Raises PeftError for a module of more inputs than one, or with quantized weights.
     """
 
     def __init__(self, module: Module, seed: Any, prefix: str = ""):
@@ -157,7 +159,7 @@ class TrainedCopy(Adapter):
         self.prefix = prefix
 
     def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """The copy's output. What is below, the base layer or another adapter, is not used."""
+        """The copy's output, of the original's shape. What is below, the base layer or another adapter, is not used."""
         return self.module(x, rng)
 
     def merge(self, layer: Module, base: Module) -> Module:

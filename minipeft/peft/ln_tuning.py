@@ -15,7 +15,7 @@ from .layer import TrainedCopy
 
 @configuration
 class LNTuningConfig(PeftConfig):
-    """LN tuning has no options of its own: target_modules says which norms (by default all of them)."""
+    """LN tuning, weight * normalized(x) + bias with both trained; target_modules says which norms (default: all)."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
     kinds: ClassVar[tuple[str, ...]] = ("norm",)

@@ -95,7 +95,8 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
     """(a plain model whose quantized layers have the adapters merged and are quantized again, {path: error}).
 
     Each layer is quantized as it was; layers that were not quantized are merged as `merge_and_unload` does. One layer's
-    dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made.
+    dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made. Raises
+    PeftError as `merge_and_unload`.
     """
     names = model._mergeable(adapter_names)
     made, errors = model.base_model.copy(share=True), {}

@@ -51,7 +51,11 @@ class Selection(Module):
 
 
 def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:
-    """An adapted layer's output where each row has an adapter of its own: once for each adapter, with its rows."""
+    """An adapted layer's output where each row has an adapter of its own: once for each adapter, with its rows.
+
+    x: [B, ...] for B rows; an array [1, ...] is the same for all. Raises PeftError for another number of rows; and,
+    where the adapters differ, for a random stream (dropout) or further inputs.
+    """
     positions = is_array(x) and x.shape[0] == 1  # the same for every row
     if x.shape[0] != len(rows) and not positions:
         raise PeftError(f"adapter_names has {len(rows)} names for an input of {x.shape[0]} rows")

@@ -4,7 +4,8 @@
                                    └ each target: AdaptedLayer(base layer, {"default": adapter, ...})
 
 Adapters own what they train, so a hundred of them on one base cost a hundred adapters. Which are active is one
-`Selection`, shared by all layers. A merge makes a new dense model.
+`Selection`, shared by all layers. A merge makes a new dense model. The names are those of Hugging Face PEFT, which
+changes the model that it is given.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "defau
         config: the method.
         seed: of the adapter's initial values.
 
-    Raises PeftError where the method does not fit the model: a name that matches nothing, a rank larger than a matrix.
+    Raises PeftError where the method does not fit the model: a name that matches nothing, a rank larger than a matrix;
+    and for a model that has adapters already.
     """
     return PeftModel(model, config, adapter_name, seed)
 
@@ -47,6 +49,8 @@ class PeftModel(Module):
 
     peft_config       {adapter name: configuration}
     active_adapters   the names of those in use
+
+    Arguments and errors: see `get_peft_model`; without a seed (None) nothing is allocated, only counted.
     """
 
     def __init__(self, model: Module, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
@@ -98,7 +102,7 @@ class PeftModel(Module):
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
     ) -> Tensor:
-        """The model's loss; labels have the input's length.
+        """The model's loss, a scalar; labels have the input's length.
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
         Raises PeftError where gradients would be recorded for merged adapters, which get none.
@@ -130,7 +134,10 @@ class PeftModel(Module):
         return [callback for callback in callbacks if callback is not None]
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
-        """Continue the prompts; see `minipeft.nn.generation.generate`."""
+        """Continue the prompts, [B, T] -> int64 [B, T + n]; see `minipeft.nn.generation.generate`.
+
+        Raises PeftError for past_key_values where there are virtual tokens.
+        """
         from ..nn.generation import generate
 
         if self.virtual_tokens and options.get("past_key_values"):

@@ -40,7 +40,7 @@ class PromptEncoder(SoftTokens):
 
 @configuration
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning's options, with PEFT's names (and `folded`)."""
+    """P-tuning's options, with PEFT's names (and `folded`): P = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃."""
 
     encoder_hidden_size: int | None = option(None, "width of the network; None: the model's", least=1)
     encoder_reparameterization_type: str = option("MLP", "LSTM only of a file's adapter", choices=("MLP", "LSTM"))

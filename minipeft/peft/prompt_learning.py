@@ -44,6 +44,7 @@ class Prompt(Adapter):
         """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
 
         When `given["past_key_values"]` is a KVCache that holds positions already, the virtual ones are among them.
+        Raises PeftError as `make_room`.
         """
         given, first = make_room(self.length, given, model.config.max_position_embeddings, self.in_input)
         return self.put(model, given) if first else given
@@ -134,7 +135,10 @@ def mlp_shapes(name: str, *widths: int) -> dict[str, Shape]:
 
 
 def initialize(module: Module, like: Module, seed: Seed) -> None:
-    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: as in `Adapter`)."""
+    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: as in `Adapter`).
+
+    Embeddings are drawn from N(0, 1), linear layers uniform in ±1/sqrt(in).
+    """
     for p in module.parameters():
         p.data = zeros(p.shape, *placement(like), seed)
     if seed is None:

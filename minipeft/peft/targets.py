@@ -114,7 +114,10 @@ class Targets:
         return dataclasses.replace(self, **fields)
 
     def with_targets(self, model: Module) -> Any:
-        """This configuration, with target_modules filled in for the model's architecture where it was None."""
+        """This configuration, with target_modules filled in for the model's architecture where it was None.
+
+        Raises PeftError for an architecture whose usual targets are not known.
+        """
         if self.target_modules is not None or not self.usual_targets:
             return self
         model_type = family_of(model)

@@ -78,7 +78,7 @@ class Projection(Module):
 
 @configuration
 class VeraConfig(PeftConfig):
-    """VeRA's options, with PEFT's names and defaults."""
+    """VeRA's options, with PEFT's names and defaults: W' = W + diag(b) B diag(d) A."""
 
     r: int = option(256, "rank of the shared projections", least=1)
     projection_prng_key: int = option(0, "seed of the shared projections", least=0)

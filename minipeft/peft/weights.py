@@ -26,18 +26,18 @@ def zeros(shape: Shape, xp: Any, dtype: Any, seed: Any) -> Array:
 
 
 def kaiming_uniform(generator: np.random.Generator, shape: Shape) -> np.ndarray:
-    """PyTorch's kaiming_uniform_(a=sqrt(5)): uniform in ±1/sqrt(fan_in), fan_in the last axis."""
+    """PyTorch's kaiming_uniform_(a=sqrt(5)): uniform in ±1/sqrt(fan_in), float32 [..., fan_in]."""
     bound = 1 / math.sqrt(shape[-1])
     return generator.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def fill(parameter: Parameter, values: np.ndarray) -> None:
-    """Give a parameter values drawn on the host, in its dtype and on its device."""
+    """Give a parameter values of its shape, drawn on the host, in its dtype and on its device."""
     parameter.data = asarray(values.astype(parameter.dtype, copy=False), xp_of(parameter.data))
 
 
 def dense_weight(layer: Module) -> Array:
-    """The layer's weight, as it is stored; dequantized where it is quantized."""
+    """The layer's weight, as it is stored, in `shape_of`'s shape; dequantized where it is quantized."""
     return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.data
 
 
@@ -47,7 +47,7 @@ def out_in(layer: Module, weight: Array) -> Array:
 
 
 def with_weight(layer: Module, weight: Array, bias: Array | None = None) -> Module:
-    """A new layer like `layer`, with this weight (and bias): a quantized layer becomes a plain Linear."""
+    """A new layer like `layer`, with this weight, as stored (and bias [out]); of a quantized one, a plain Linear."""
     if hasattr(layer, "dequantize"):
         made = Linear(layer.in_features, layer.out_features, bias=False, seed=None)
         made.bias = None if layer.bias is None else Parameter(layer.bias.data)
