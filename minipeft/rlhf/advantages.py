@@ -33,10 +33,10 @@ def masked_mean(x: Any, mask: Array) -> Any:
 
 
 def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
-    """(x - mean) / sqrt(var + 1e-8) over the real positions, 0 elsewhere; the variance with Bessel's correction.
+    """(x - mean) / sqrt(var + 1e-8) over the real positions, 0 elsewhere: x, mask [B, T] -> [B, T].
 
-    `keep_mean=True` rescales only, for rewards: (x - mean) / sqrt(var + 1e-8) + mean. Raises ValueError for fewer than
-    two real positions.
+    The variance is with Bessel's correction. `keep_mean=True` rescales only, for rewards: (x - mean) / sqrt(var + 1e-8)
+    + mean. Source: TRL's `masked_whiten`. Raises ValueError for fewer than two real positions.
     """
     xp, real = xp_of(x, mask), mask != 0
     n = int(real.sum().item())
@@ -49,7 +49,10 @@ def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
 
 
 def token_kl(logprobs: Array, ref_logprobs: Array, mask: Array) -> Array:
-    """k1 = log π(y_t) - log π_ref(y_t) at the real tokens, 0 elsewhere: [B, T], in nats; its sum estimates the KL."""
+    """k1 = log π(y_t) - log π_ref(y_t) at the real tokens, 0 elsewhere: [B, T], in nats; its sum estimates the KL.
+
+    Source: Schulman 2020 (see `group`).
+    """
     return xp_of(logprobs).where(mask != 0, logprobs - ref_logprobs, 0)
 
 
@@ -74,7 +77,8 @@ def gae(rewards: Array, values: Array, gamma: float, lam: float, mask: Array) ->
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        R_t = A_t + V_t
 
-    Beyond the mask values count as 0, inputs are ignored, and outputs are 0. The advantages are not whitened.
+    Beyond the mask values count as 0, inputs are ignored, and outputs are 0. The advantages are not whitened. Raises
+    ValueError where the shapes differ.
     """
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError(

@@ -20,7 +20,10 @@ def sample_answers(
     policy: Any, prompts: Sequence[Sequence[int]], k: int = 2, length: int = 24, temperature: float = 1.0,
     stop_token_ids: Sequence[int] = (), seed: int = 0, batch_size: int = 64,
 ) -> list[Answers]:  # fmt: skip
-    """k answers of at most `length` tokens to every prompt. They depend on the seed and the prompt's place alone."""
+    """k answers of at most `length` tokens to every prompt, as token ids. Raises as `rollout`.
+
+    They depend on the seed and the prompt's place alone.
+    """
     rows = [list(prompt) for prompt in prompts for _ in range(k)]
     answers: Answers = []
     for i in range(0, len(rows), batch_size):

@@ -36,7 +36,10 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None
 def plot_calibration(
     predicted: np.ndarray, observed: np.ndarray, count: np.ndarray, losses: Sequence[tuple[int, float]], path: Any
 ) -> None:
-    """A reward model's loss over steps, and its observed against its predicted preferences, as a PNG file."""
+    """A reward model's loss over steps, and its observed against its predicted preferences, as a PNG file.
+
+    predicted, observed, count [bins] are those of `calibration_curve`; losses are (step, loss).
+    """
     figure, axes = panels(2, 8.8, 3.6)
     _line(axes[0], [step for step, _ in losses], [loss for _, loss in losses], "loss")
     axes[0].axhline(np.log(2), color="grey", linestyle="--", linewidth=1)

@@ -56,7 +56,8 @@ def dpo_objective(
 ) -> Tensor:  # fmt: skip
     """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
 
-    `rng` is not used: dropout would act on the policy and not on the reference.
+    input_ids, labels, attention_mask [2 · pairs, T]; ref_chosen, ref_rejected [pairs]. `rng` is not used: dropout would
+    act on the policy and not on the reference.
     """
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
     n = ref_chosen.shape[0]
@@ -90,7 +91,8 @@ def dpo_trainer(
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
     `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
-    run is resumed with the same one, from the policy that it began with. Raises ValueError as `DPOConfig` does.
+    run is resumed with the same one, from the policy that it began with. Raises ValueError as `DPOConfig` does,
+    and for a policy with virtual tokens.
     """
     DPOConfig(beta=beta, reference_batch_size=reference_batch_size)  # checks both
     train = with_reference(policy, pairs, reference_batch_size)

@@ -42,9 +42,11 @@ def rank(scores: np.ndarray, rng: np.random.Generator, temperature: float = 0.1,
 
         P(i before j) = σ((s_i - s_j) / temperature)
 
-    (of K answers the order has Plackett and Luce's distribution). At temperature 0 the better one always wins, and
-    equals are ordered at random. With probability `flip` the rater reads the scale the wrong way round and the order is
-    reversed, so no reward model can agree with more than 1 - flip of such labels.
+    (of K answers the order has Plackett and Luce's distribution: Yellott 1977). At temperature 0 the better one
+    always wins, and equals are ordered at random. With probability `flip` the rater reads the scale the wrong way round
+    and the order is reversed, so no reward model can agree with more than 1 - flip of such labels.
+
+    Raises ValueError for a temperature below 0 and a flip outside of [0, 1].
     """
     if not (temperature >= 0 and 0 <= flip <= 1):
         raise ValueError(f"temperature must not be negative and flip must lie in [0, 1], got {temperature} and {flip}")

@@ -104,7 +104,7 @@ class RLOOTrainer(OnlineTrainer):
         return record | of_objective(record, -beta * float(kl.mean().item()), beta) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(`rloo_loss`, statistics) of a minibatch."""
+        """(`rloo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
         cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
         ratio = change.sum(axis=1).exp()  # of whole responses, [b]
@@ -128,7 +128,7 @@ class GRPOTrainer(OnlineTrainer):
         return record | of_objective(record, 0.0, self.config.kl_coef) | self.epochs(batch)
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(`grpo_loss`, statistics) of a minibatch."""
+        """(`grpo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
         ratio = change.exp()

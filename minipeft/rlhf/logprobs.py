@@ -40,6 +40,7 @@ def response_logprobs(
     """Log-probabilities [B, length] of the last `length` tokens of input_ids [B, T], each given all before it.
 
     `temperature` is the one that the tokens were drawn with. What stands at padding has no meaning: mask it.
+    Raises as `response_hidden`.
     """
     hidden = response_hidden(model, input_ids, attention_mask, length)
     return token_logprobs(model.lm_head(hidden) / temperature, input_ids[:, -length:])
@@ -49,6 +50,7 @@ def sequence_logprobs(model: Module, input_ids: Array, labels: Array, attention_
     """log π(completion | prompt) [B]: the sum over the tokens whose label is not -100.
 
     input_ids, labels [B, T] are those of `model.loss`: labels equal the ids, or are -100 where a token does not count.
+    Raises as `response_hidden`.
     """
     xp = xp_of(input_ids)
     counts = labels[:, 1:] != -100

@@ -128,7 +128,7 @@ class OnlineTrainer(ABC):
 
     @abstractmethod
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(loss, statistics) of a minibatch: rows of an update's arrays, and the policy's outputs for them now."""
+        """(scalar loss, statistics) of a minibatch: rows of an update's arrays, and the policy's outputs for them."""
 
     def step(self) -> dict[str, Any]:
         """One update. Returns its statistics (see statistics.py), which are also added to `history`.
@@ -163,7 +163,7 @@ class OnlineTrainer(ABC):
         return [self.prompts[orders[place // n][place % n]] for place in places for _ in range(group)]
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
-        """The policy's outputs for the last `length` tokens, from a full forward pass: never from the cache."""
+        """The policy's outputs for the last `length` tokens of input_ids [B, T], never from the cache."""
         hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
         return outputs_of(self.policy, hidden, input_ids, self.config.temperature)
 
@@ -187,7 +187,10 @@ class OnlineTrainer(ABC):
         return batch | {"input_ids": roll.input_ids, "attention_mask": roll.attention_mask, "mask": roll.mask}
 
     def score(self, roll: Rollout, batch: dict[str, Array], group: int) -> tuple[Array, dict[str, Any]]:
-        """(scores [B] of the responses, on the device; the record so far). `group` responses in a row are compared."""
+        """(scores [B] of the responses, on the device; the record so far). `group` responses in a row are compared.
+
+        Errors: see `step`.
+        """
         c, raw = self.config, self._asked(self.reward, roll, "the reward")
         if bad := int((~np.isfinite(raw)).sum()):
             where = f"NaN or infinite for {bad} of {len(raw)} responses"
@@ -207,7 +210,7 @@ class OnlineTrainer(ABC):
         return scores
 
     def minibatches(self, batch: dict[str, Array]) -> Iterator[dict[str, Array]]:
-        """mini_batch_size rows of every array, num_epochs times all rows, each time in another order."""
+        """mini_batch_size rows of every array [B, ...], num_epochs times all rows, each time in another order."""
         c = self.config
         for epoch in range(c.num_epochs):
             rows = order(MINIBATCHES, c.batch_size, c.seed, self.updates, epoch)
@@ -218,7 +221,7 @@ class OnlineTrainer(ABC):
     def epochs(self, batch: dict[str, Array]) -> dict[str, float]:
         """Epochs of minibatches, each an optimizer step: loss, gradients, clipping, Adam. Returns their statistics.
 
-        A callback that asks for the end of the run ends them.
+        A callback that asks for the end of the run ends them. Errors: see `step`.
         """
         c = self.config
         seen: list[dict[str, float]] = []  # the statistics of the minibatches

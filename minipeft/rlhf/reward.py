@@ -8,7 +8,7 @@ with the very id that pads. Scores have no natural zero and scale; calibration g
 
 Sources: Bradley & Terry 1952; Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (InstructGPT,
 arXiv:2203.02155, eq. 1); the margin is that of Llama 2 (arXiv:2307.09288, eq. 2), centering that of Eisenstein et al.
-2023 (arXiv:2312.09244).
+2023 (arXiv:2312.09244), calibration that of Ziegler et al. 2019 (arXiv:1909.08593, section 2).
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def ranking_pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> Batch:
-    """Rankings as one batch, padded on the right: the arguments of `RewardModel.loss`."""
+    """Rankings as one batch, padded on the right: the arguments of `RewardModel.loss`.
+
+    Raises ValueError for a ranking of fewer than two answers.
+    """
     for number, ranking in enumerate(rankings):
         if len(ranking.texts) < 2:
             raise ValueError(f"ranking {number} has {len(ranking.texts)} answer; a comparison takes two")
@@ -120,7 +123,8 @@ class RewardModel(SequenceClassifier):
     ) -> Tensor:  # fmt: skip
         """`reward_loss` of the pairs (rows `better`, rows `worse`) of a batch of texts, each computed once.
 
-        `rng` is not used, so there is no dropout: a reward is to be a function of the text.
+        input_ids, attention_mask [B, T]; better, worse, weight, margin [pairs]. `rng` is not used, so there is no
+        dropout: a reward is to be a function of the text.
         """
         scores = self.rewards(input_ids, attention_mask)
         return reward_loss(scores[better], scores[worse], margin, center, weight)
@@ -183,15 +187,16 @@ class RewardModel(SequenceClassifier):
 
 
 def reward_accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """The share of pairs whose chosen answer has the higher reward; equal rewards count one half."""
+    """The share of pairs whose chosen answer has the higher reward, of rewards [pairs]; equal ones count one half."""
     return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
 
 def calibration_curve(chosen: np.ndarray, rejected: np.ndarray, bins: int = 10) -> tuple[np.ndarray, ...]:
     """How often the first of two answers is preferred, where the model says so with probability p: what a plot shows.
 
-    Each pair is looked at from both sides: predicted p = σ(r_first - r_second), preferred or not. Returns, for each of
-    the equally wide bins of p that are not empty, (mean predicted, observed share, number of pairs).
+    chosen, rejected: rewards [pairs]. Each pair is looked at from both sides: predicted p = σ(r_first - r_second),
+    preferred or not. Returns, for each of the equally wide bins of p that are not empty, (mean predicted, observed
+    share, number of pairs): a reliability diagram (Guo et al. 2017, arXiv:1706.04599, section 2).
     The rewards must be those that the loss was computed from: with the mean and std that the model had while it was
     trained, not those of a later `calibrate`.
     """

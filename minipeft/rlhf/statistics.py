@@ -1,4 +1,4 @@
-"""What an update of PPO, RLOO or GRPO reports: a line of metrics.jsonl, by these names.
+"""What an update of PPO, RLOO or GRPO reports: a line of metrics.jsonl, by these names (after TRL's PPOTrainer).
 
 Of the responses, before anything is trained on them (π is the policy that sampled, y_t are the real tokens):
 
@@ -23,7 +23,7 @@ Of the training, means over the minibatches of all epochs (ρ is the ratio π_ne
     loss/policy                 PPO, RLOO: the clipped objective; GRPO: with β loss/kl
     loss/value                  PPO: before vf_coef
     loss/kl                     GRPO: k3, nats a token, before β
-    policy/approxkl             mean of (log ρ)² / 2: nats a token
+    policy/approxkl             mean of (log ρ)² / 2 (k2, Schulman 2020): nats a token
     policy/clipfrac             share of tokens (RLOO: responses) at whose ratio clipping acted
     policy/entropy              mean entropy of the whole distribution at a position: nats a token
     val/ratio                   mean ρ over tokens
