@@ -200,31 +200,31 @@ def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
 
 
 def linear(path: str, n_in: int, n_out: int, bias: bool = True) -> Iterator[Entry]:
-    """torch.nn.Linear."""
+    """torch.nn.Linear: weight [out, in] and bias [out]."""
     yield f"{path}.weight", "linear", (n_out, n_in)
     if bias:
         yield f"{path}.bias", "bias", (n_out,)
 
 
 def conv1d(path: str, n_in: int, n_out: int) -> Iterator[Entry]:
-    """GPT-2's linear layer, its weight the other way round."""
+    """GPT-2's linear layer, its weight the other way round, [in, out]."""
     yield f"{path}.weight", "conv1d", (n_in, n_out)
     yield f"{path}.bias", "bias", (n_out,)
 
 
 def embedding(path: str, n: int, d: int) -> Iterator[Entry]:
-    """A table of n rows."""
+    """A table of n rows, [n, d]."""
     yield f"{path}.weight", "embedding", (n, d)
 
 
 def layer_norm(path: str, d: int) -> Iterator[Entry]:
-    """LayerNorm: weight and bias."""
+    """LayerNorm: weight and bias, [d]."""
     yield f"{path}.weight", "norm", (d,)
     yield f"{path}.bias", "bias", (d,)
 
 
 def rms_norm(path: str, d: int) -> Iterator[Entry]:
-    """RMSNorm: a weight."""
+    """RMSNorm: a weight [d]."""
     yield f"{path}.weight", "norm", (d,)
 
 

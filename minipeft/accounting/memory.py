@@ -147,7 +147,7 @@ def optimizer_lines(trained: int, p: Precision, moments: int) -> dict[str, int]:
 
 
 def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision) -> Mapping[str, int]:
-    """The larger one of what a backward pass needs at once and what the optimizer's step does after it."""
+    """Bytes by line: the more of what a backward pass needs at once and what the optimizer's step after it does."""
     from ..train.optim import ELEMENTS
 
     if "gradients" in at_peak:
@@ -157,7 +157,7 @@ def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision) -> Mapping
 
 
 def kv_cache_bytes(config: TransformerConfig, batch: int, positions: int, itemsize: int = 4) -> int:
-    """Keys and values of every layer: 2 L B H' S D elements. (While a `KVCache` grows it takes up to twice that.)"""
+    """Bytes of all keys and values: 2 L B H' S D elements. (While a `KVCache` grows it takes up to twice that.)"""
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return per_position * batch * positions * itemsize
 

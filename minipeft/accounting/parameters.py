@@ -62,7 +62,7 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
 
 
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
-    """name -> shape of what the file of a trained `config` holds: see `ParameterCount`."""
+    """name -> shape of what a trained `config`'s file holds: see `ParameterCount`. Raises as `trained_parameters`."""
     folded = config.replace(folded=True) if hasattr(config, "folded") else config
     constants = constant_parameters(arch, config) if getattr(config, "stores_constants", False) else {}
     return {**trained_parameters(arch, folded), **constants}
@@ -112,7 +112,7 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
 
 
 def constant_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
-    """name -> shape of what a method adds and never trains."""
+    """name -> shape of what a method adds and never trains. Raises ValueError for what is no method."""
     if config is None or isinstance(config, str):
         return {}
     config = _resolved(arch, config)

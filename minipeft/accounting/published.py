@@ -273,7 +273,7 @@ def _known(what: str, name: Any, known: Mapping[str, Any] | Iterable[Any]) -> An
 
 
 def audit(rows: Iterable[Mapping[str, str]] | None = None) -> list[AuditedRow]:
-    """What becomes of each row (of `read_published()` by default)."""
+    """What becomes of each row (of `read_published()` by default). Raises ValueError for options that are wrong."""
     return [_audited(row) for row in (read_published() if rows is None else rows)]
 
 

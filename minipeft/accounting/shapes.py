@@ -55,6 +55,8 @@ class Meter:
 
     Args:
         itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
+
+    Raises ValueError for an op that no rule is for.
     """
 
     def __init__(self, itemsize: int = 4):

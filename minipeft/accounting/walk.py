@@ -42,6 +42,7 @@ def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array 
     """Loss and backward pass, in the lines activations, logits, working memory and gradients. Changes the model.
 
     `itemsize` is the size of an activation; `labels` are the loss's, by default the input ids [batch, seq_len].
+    Raises ValueError as `backbone_of`.
     """
     meter, marks = Meter(itemsize), []
     backbone = backbone_of(model)
@@ -60,7 +61,7 @@ def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array 
 
 
 def evaluate(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array | None = None) -> Walk:
-    """The loss, without a graph."""
+    """The loss, without a graph; arguments as in `train`."""
     meter = Meter(itemsize)
     onto_shapes(model, meter)
     ids = np.zeros((batch, seq_len), np.int64)
@@ -70,7 +71,7 @@ def evaluate(model: Module, batch: int, seq_len: int, itemsize: int, labels: Arr
 
 
 def generate(model: Module, batch: int, seq_len: int, itemsize: int, max_new_tokens: int) -> Walk:
-    """Greedy generation after a prompt."""
+    """Greedy generation after a prompt [batch, seq_len]; `itemsize` as in `train`."""
     meter = Meter(itemsize)
     onto_shapes(model, meter)
     positions = continue_prompt(model, np.zeros((batch, seq_len), np.int64), max_new_tokens, meter)

@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"minipeft: error: {' '.join(message.split())} (see: {self.prog} --help)\n")
 
     def option_names(self) -> list[str]:
+        """The names of all options: --help, -h, ..."""
         return [name for action in self._actions for name in action.option_strings]
 
     def flags(self) -> dict[str, str]:

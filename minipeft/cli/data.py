@@ -56,7 +56,8 @@ def encode(
 ) -> Data:
     """Both sides encoded; `held_out` is records, or the fraction of `train` to split off (0 holds nothing out).
 
-    A single document is split by its blocks: the last ones are held out.
+    A single document is split by its blocks: the last ones are held out. Raises ValueError where it is too short for
+    that, where no record of a side fits, and as `split_off` and `encode_examples`.
     """
     if isinstance(held_out, float) and len(train) == 1 and isinstance(train[0], Document):
         blocks = encode_examples(train, tokenizer, max_length).examples

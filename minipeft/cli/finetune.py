@@ -109,6 +109,7 @@ def fine_tune(
     """Train on records as the options say, save, and print the held-out loss before and after, and that of each test.
 
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
+    Raises ValueError for a method or a --max-length that takes more positions than the model has.
     """
 
     from ..accounting import architecture
@@ -190,7 +191,10 @@ def fine_tune(
 
 
 def validation(args: argparse.Namespace) -> Any:
-    """--validation: a fraction as a float, or the records of the file that it names."""
+    """--validation: a fraction as a float, or the records of the file that it names.
+
+    Raises ValueError for a number outside of [0, 1), and as `read_records`.
+    """
     from .data import read_records
 
     text = from_arguments(DataOptions, args).validation

@@ -35,7 +35,7 @@ from .models import load_model
 
 @configuration(kw_only=True)
 class Drawing:
-    """How a text is continued."""
+    """How a text is continued. Raises ValueError for a top_k or top_p at temperature 0."""
 
     max_new_tokens: int = option(100, "tokens to add at most", least=1)
     temperature: float = option(0.0, "0 is greedy", least=0, metavar="T")

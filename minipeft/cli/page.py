@@ -81,7 +81,7 @@ def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def peak(row: dict[str, Any]) -> int:
-    """Peak memory: measured where it could be (not on a GPU)."""
+    """Bytes of the peak memory: measured where it could be (not on a GPU)."""
     return row["memory_measured"] or row["memory_predicted"]
 
 

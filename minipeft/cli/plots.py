@@ -81,7 +81,7 @@ def plot_trade(axes: Any, rows: Rows) -> None:
 
 
 def plot_memory(axes: Any, rows: Rows) -> None:
-    """Peak memory of a step, as bars: predicted (pale) and measured."""
+    """Peak memory of a step, as bars in MB: predicted (pale) and measured."""
     looks = styles(rows)
     for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
         for i, row in enumerate(rows):

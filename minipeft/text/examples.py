@@ -97,7 +97,8 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     The text is encoded as a whole, as the model reads it everywhere else. A completion starts where the tokens of the
     text before it and the tokens of the whole diverge: where prompt and completion meet inside a token, that token is
     learned. (When asked, the model reads another token there. So a prompt should not end in the middle of a token,
-    not in a space for a tokenizer whose words begin with one.) A completion ends in the same way.
+    not in a space for a tokenizer whose words begin with one.) A completion ends in the same way. Raises
+    ValueError where the tokenizer names no end-of-sequence token to put at the end.
     """
     text: list[str] = []  # pieces
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
@@ -120,14 +121,14 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All texts as one int64 token stream, the end-of-sequence token after each."""
+    """All texts as one int64 token stream [n], the end-of-sequence token after each. Raises as `encode_turns`."""
     eos = _eos(tokenizer)
     encoded = tokenizer.encode_batch(list(texts))
     return np.fromiter(chain.from_iterable((*ids, eos) for ids in encoded), np.int64)
 
 
 def chunk_text(ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """A token stream in blocks of `length`, in order. The last may be shorter; a single token, which predicts nothing,
+    """A token stream [n] in blocks [length], in order. The last may be shorter; a single token, which predicts nothing,
     is left out. Raises ValueError for a length below 2."""
     if length < 2:
         raise ValueError(f"a block needs at least 2 tokens, the second to be predicted; got length {length}")

@@ -83,7 +83,7 @@ TASKS: dict[str, Callable[[str], list[Completion]]] = {"rewrite": rewrite, "defi
 
 
 def task(name: str, split: str) -> list[Completion]:
-    """The records of the task called `name`, of the split "train", "validation" or "test"."""
+    """The records of a task, of the split "train", "validation" or "test". Raises ValueError for another of either."""
     if name not in TASKS:
         raise ValueError(f"the tasks are {', '.join(TASKS)}, got {name!r}")
     return TASKS[name](split)

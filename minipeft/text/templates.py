@@ -2,6 +2,7 @@
 
 A prompt or completion is a tuple of pieces of text. A piece that is a `Special` is a special token, all others are
 plain text (`Tokenizer.encode_pieces`). `"".join(pieces)` is the text as it is usually shown.
+A template raises ValueError for a record of a form that it does not take.
 """
 
 import string
@@ -42,7 +43,10 @@ Template = Callable[[Record], list[Turn]]
 
 
 def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
-    """The template called "plain", "alpaca", "chatml" or "chat" (the tokenizer's own); `custom(name)` for a name with a {field}."""
+    """The template called "plain", "alpaca", "chatml" or "chat" (the tokenizer's own).
+
+    `custom(name)` for a name with a {field}. Raises ValueError for any other.
+    """
     known: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "chatml": chatml}
     if tokenizer is not None:
         known["chat"] = chat(tokenizer)
@@ -82,6 +86,7 @@ def chatml(record: Record) -> list[Turn]:
 
     The assistant's words and the `<|im_end|>` after them are learned. The line break after the very last `<|im_end|>`
     is left out: nothing follows it. An Instruction or Completion is a conversation of one question and one answer.
+    Source: OpenAI's chatml.md (2023).
     """
     return _turns(_messages(record, "chatml"), chatml_prompt)
 

@@ -137,13 +137,18 @@ class Tokenizer:
                             can end a turn by typing its marker. True: special tokens are recognized, as in Hugging
                             Face. (Added tokens that are not marked special are ordinary words, always recognized.)
         add_special_tokens  True: also what the tokenizer's own post-processor adds, a Llama's BOS for example.
+
+        Raises as `encode_batch`.
         """
         return self.encode_batch([text], allow_special, add_special_tokens)[0]
 
     def encode_batch(
         self, texts: Sequence[str], allow_special: bool = False, add_special_tokens: bool = False
     ) -> list[list[int]]:
-        """`encode` of many texts, on several threads."""
+        """`encode` of many texts, on several threads.
+
+        Raises TypeError for what is no str, ValueError for one that is not valid Unicode.
+        """
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text to encode must be a str, got {type(text).__name__}")
@@ -196,7 +201,10 @@ class Tokenizer:
     def chat_pieces(
         self, messages: Sequence[Any], add_generation_prompt: bool = False, **variables: Any
     ) -> tuple[str, ...]:
-        """The pieces of `apply_chat_template`; a special token that the template wrote is a `Special`."""
+        """The pieces of `apply_chat_template`; a special token that the template wrote is a `Special`.
+
+        Raises ValueError as that does, TypeError for what is no message.
+        """
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         content = [_as_mapping(message) for message in messages]
@@ -226,7 +234,10 @@ class Tokenizer:
         return tuple(filter(None, pieces))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD."""
+        """The text of `ids` (any sequence or 1-D array of integers). Bytes that are no UTF-8 decode to U+FFFD.
+
+        Raises ValueError for an id outside of the vocabulary.
+        """
         ids, size = [int(token_id) for token_id in ids], self.vocab_size
         wrong = next((token_id for token_id in ids if not 0 <= token_id < size), None)
         if wrong is not None:
@@ -238,6 +249,8 @@ class Tokenizer:
         """`(ids, mask)`, int64 [batch, longest]: sequences filled up with the padding token, 1 where a token is real.
 
         side  "right" for training, "left" for generation (the last column is then everyone's last token).
+
+        Raises ValueError for another side, and for a tokenizer that names neither a padding nor an EOS token.
         """
         pad_id = self.pad_token_id if self.pad_token_id is not None else self.eos_token_id
         if pad_id is None:
