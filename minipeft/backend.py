@@ -90,12 +90,15 @@ def get_backend(name: str | None = None) -> ModuleType:
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """The array in host memory: itself if it is NumPy's, an explicit copy from the device otherwise."""
+    """The array, of any shape, in host memory: itself if it is NumPy's, an explicit copy from the device otherwise."""
     return array if isinstance(array, np.ndarray) else array.get()
 
 
 def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
-    """The array on the device of library `xp` (a module or a name): an explicit move, no copy if it is there already."""
+    """The array, of any shape, on the device of library `xp` (a module or a name): an explicit move, or itself.
+
+    Raises as `get_backend`.
+    """
     if xp is None or isinstance(xp, str):
         xp = get_backend(xp)
     if is_array(array) and xp_of(array) is xp:
@@ -106,7 +109,7 @@ def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
 
 
 def scatter_add(out: Array, ids: Array, rows: Array) -> None:
-    """out[ids[i]] += rows[i] for every i, in order of i within one target row; ids [n], rows [n, ...]."""
+    """out[ids[i]] += rows[i] for every i, in order of i within one target row; ids [n], rows [n, ...], out [m, ...]."""
     xp = xp_of(out)
     if ids.size == 0:
         return
@@ -166,7 +169,7 @@ def elementwise(fn: Callable[..., None], *arrays: Array, outputs: int = 1) -> An
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a [n, k] @ b [k, m]. Large products are divided, along the longer side of the result, among the threads of `threads`.
+    """a [n, k] @ b [k, m] -> [n, m]. Large products are divided, along its longer side, among the threads of `threads`.
 
     BLAS's own threads start faster, as they spin for a tenth of a second after each product; but meanwhile they take the
     cores from everything else. They get products of few rows, beside which nothing else is spread over threads.

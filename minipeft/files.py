@@ -27,7 +27,7 @@ class FileError(ValueError):
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write(file)` produce the bytes of `path`; the file appears complete, or not at all."""
+    """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -62,7 +62,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON (two-space indent, final newline, no NaN) atomically."""
+    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -127,11 +127,11 @@ class MappedFile:
         return len(self._map)
 
     def view(self, begin: int, end: int) -> np.ndarray:
-        """The bytes as a uint8 array."""
+        """The bytes from offset `begin` up to `end`: uint8 [end - begin]."""
         return np.frombuffer(self._map, np.uint8, end - begin, begin)
 
     def release(self, begin: int, end: int) -> None:
-        """Take the pages between two offsets, and near them, out of memory: they are read again at their next use.
+        """Take the pages between two byte offsets, and near them, out of memory: they are read again at their next use.
 
         To be called before anything is written to the map: what was written there would be as in the file again. (Pages
         near them, because the system may have mapped up to 2 MiB around every byte that was read.)

@@ -48,7 +48,7 @@ def option(
 
 @dataclass_transform(field_specifiers=(option, dataclasses.field))
 def configuration(cls: type | None = None, **arguments: Any) -> Any:
-    """`dataclass(**arguments)`, whose docstring also lists the options, and whose values are checked.
+    """`dataclass(**arguments)`, whose docstring also lists the options, and whose values are checked (ValueError).
 
     A class that has a `__post_init__` calls `check(self)` there itself, or its parent's that does.
     """
@@ -119,7 +119,10 @@ def add_options(
 
 
 def from_arguments(cls: type, given: argparse.Namespace | Mapping[str, Any], **fixed: Any) -> Any:
-    """A configuration from a parsed command line: its own fields that are given there, and `fixed` ones."""
+    """A configuration from a parsed command line: its own fields that are given there, and `fixed` ones.
+
+    Raises what the class raises for a wrong value.
+    """
     values = given if isinstance(given, Mapping) else vars(given)
     names = {f.name for f in dataclasses.fields(cls) if f.init}
     return cls(**{**{k: v for k, v in values.items() if k in names}, **fixed})
@@ -202,7 +205,10 @@ def _words(kind: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
-    """From a command line's text to a value of a kind, in the limits of an option's metadata: argparse's `type`."""
+    """From a command line's text to a value of a kind, in the limits of an option's metadata: argparse's `type`.
+
+    The function raises ArgumentTypeError for any other text.
+    """
 
     def read(text: str) -> Any:
         try:

@@ -32,7 +32,10 @@ _blas_threads: list[int] = []  # what BLAS used before the first of them
 
 
 def get_num_threads() -> int:
-    """How many threads the CPU operations use (default: the environment variable MINIPEFT_THREADS, or every core)."""
+    """How many threads the CPU operations use (default: the environment variable MINIPEFT_THREADS, or every core).
+
+    Raises BackendError where the variable is no integer of at least 1.
+    """
     global _threads
     if not _threads:
         asked = os.environ.get("MINIPEFT_THREADS")
@@ -46,7 +49,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Use `n` threads in every CPU operation from now on, BLAS products included."""
+    """Use `n` threads in every CPU operation from now on, BLAS products included. Raises BackendError unless n >= 1."""
     global _threads, _pool, _blas_threads
     if not isinstance(n, int) or n < 1:
         raise BackendError(f"the number of threads must be an integer of at least 1, not {n!r}")

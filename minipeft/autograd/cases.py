@@ -82,24 +82,24 @@ def check_ops(cases: Iterable[Case] | None = None) -> Iterator[Verdict]:
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal numbers, moved away from zero by far more than a step of the differences."""
+    """Standard normal numbers of this shape, moved away from zero by far more than a step of the differences."""
     x = np.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape))
     return np.asarray(x + np.sign(x) * 0.05)
 
 
 def positive(*shape: int) -> np.ndarray:
-    """Uniform in [0.5, 2)."""
+    """Numbers of this shape, uniform in [0.5, 2)."""
     return np.asarray(np.random.default_rng(list(shape)).uniform(0.5, 2, shape))
 
 
 def distinct(*shape: int) -> np.ndarray:
-    """Shuffled numbers 0.1 apart, none zero: no two tie."""
+    """Shuffled numbers of this shape, 0.1 apart, none zero: no two tie."""
     n = int(np.prod(shape))
     return (np.random.default_rng(n).permutation(n).reshape(shape) - n / 2 + 0.25) / 10
 
 
 def integers(high: int, *shape: int) -> np.ndarray:
-    """Integers in 0..high-1, repeated ones among them."""
+    """Integers of this shape in 0..high-1, repeated ones among them."""
     return np.asarray(np.random.default_rng([high, *shape]).integers(0, high, shape))
 
 

@@ -1,4 +1,7 @@
-"""What an op refuses, in one sentence that names the op, the shapes and what would be right: `check.norm(...)`."""
+"""What an op refuses, in one sentence that names the op, the shapes and what would be right: `check.norm(...)`.
+
+They raise ValueError for shapes and options, TypeError for dtypes, IndexError for axes and numbers out of range.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from ..backend import Array
 
 
 def axis(axis: int, ndim: int) -> int:
-    """The axis counted from the front. Raises IndexError where there is no such axis."""
+    """The axis counted from the front, of a tensor with `ndim` axes."""
     if not -ndim <= axis < ndim:
         raise IndexError(f"axis {axis} is out of range for a tensor with {ndim} axes")
     return axis % ndim
@@ -21,13 +24,13 @@ def gather(shape: tuple[int, ...], indices: Array, axis: int) -> None:
 
 
 def probability(p: float) -> None:
-    """Of dropout."""
+    """Of dropout: 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability must lie in [0, 1), not {p}")
 
 
 def matmul(a: Array, b: Array) -> None:
-    """The inner dimensions agree."""
+    """The inner dimensions of a [..., n, k] (or [k]) and b [..., k, m] (or [k]) agree."""
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
         raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not match (inner dimensions must be equal)")
 
@@ -43,7 +46,7 @@ def linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs
 
 
 def ids(ids: Array, rows: int) -> None:
-    """Integers, each the number of one of an embedding's `rows`."""
+    """Integers [...], each the number of one of an embedding's `rows`."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, not {ids.dtype}")
     if ids.size:
@@ -55,7 +58,7 @@ def ids(ids: Array, rows: int) -> None:
 
 
 def norm(name: str, x: Array, **parameters: Array) -> None:
-    """Weight and bias have the length of x's last axis."""
+    """Weight and bias [d] have the length of the last axis of x [..., d]."""
     for what, p in parameters.items():
         if p.shape != x.shape[-1:]:
             raise ValueError(f"{name}: {what} {p.shape} does not match the last axis of the input {x.shape}")
@@ -78,7 +81,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
 
 
 def targets(name: str, targets: Array, rows: tuple[int, ...], classes: int, ignore_index: int) -> None:
-    """One integer class id in 0..classes-1 (or ignore_index) for each row of logits."""
+    """One integer class id in 0..classes-1 (or ignore_index) for each row of logits: targets of the shape `rows`."""
     if targets.shape != rows:
         raise ValueError(
             f"{name}: targets of shape {targets.shape} must have the shape {rows}, one class id per row of logits"

@@ -84,7 +84,7 @@ def gradcheck(
     Raises GradcheckError naming the input, the worst element and both values when they disagree; also when a gradient
     has the wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when
     computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to
-    check.
+    check, TypeError when `fn` returns no Tensor.
     """
     call = list(map(_float64, arrays))
     inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}
@@ -126,7 +126,7 @@ def check_parameters(
 
     `fn()` computes from the parameters, which it holds already: `lambda: model(ids)`. While the iterator runs their
     values are float64 and all of them require gradients; afterwards values, dtypes, `requires_grad` and `.grad` are as
-    before.
+    before. Raises as `gradcheck` for a result that is no Tensor, and a value or gradient that is not finite.
     """
     before = {name: (p.data, p.requires_grad, p.grad) for name, p in parameters.items()}
     try:

@@ -10,6 +10,9 @@ an op departs, its docstring says so. Each works on NumPy's and CuPy's arrays; `
 input may be a number: its pullback is not called. A pullback may return the shape that broadcasting gave: the engine
 sums it back.
 
+Elementwise ops, softmax, dropout and norms give x's shape; two inputs broadcast, as in NumPy. Ops raise ValueError for
+shapes that do not match, TypeError for wrong dtypes, IndexError for axes, ids and targets out of range (`checks`).
+
 These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
 which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
 """
@@ -140,14 +143,14 @@ def sqrt(x):
 
 @op
 def abs(x):
-    """Absolute value; derivative 0 at 0."""
+    """|x|; derivative 0 at 0."""
     xp = xp_of(x)
     return xp.absolute(x), lambda g: g * xp.sign(x)
 
 
 @op
 def tanh(x):
-    """Hyperbolic tangent."""
+    """Hyperbolic tangent, (e^x - e^-x) / (e^x + e^-x)."""
     y = xp_of(x).tanh(x)
     return y, lambda g: g * (1 - y * y)
 
@@ -356,7 +359,7 @@ def getitem(x, index):
 
 @op
 def gather(x, indices, axis=-1):
-    """x's elements at `indices` along `axis`, where indices has x's number of axes (torch.gather, take_along_axis)."""
+    """x's elements at `indices` along `axis`, in the shape of indices, which has x's number of axes (torch.gather)."""
     xp, shape, ndim = xp_of(x), x.shape, x.ndim
     axis = check.axis(axis, ndim)
     check.gather(shape, indices, axis)
@@ -384,12 +387,12 @@ def _cat(*arrays, axis):
 
 
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """The tensors one after the other along an existing axis (torch.cat)."""
+    """The tensors one after the other along an axis: [..., n_i, ...] each -> [..., Σ n_i, ...] (torch.cat)."""
     return _cat(*tensors, axis=axis)
 
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """The tensors along a new axis (torch.stack)."""
+    """n tensors of one shape along a new axis of size n (torch.stack)."""
     position = check.axis(axis, len(tensors[0].shape) + 1)
     return _cat(*[getitem(t, (slice(None),) * position + (None,)) for t in tensors], axis=position)
 
@@ -414,9 +417,9 @@ def _rows(x: Array) -> Array:
 
 @op
 def matmul(a, b):
-    """a @ b, batched over leading axes with broadcasting; a vector is a row on the left, a column on the right.
+    """a @ b: [..., n, k] @ [..., k, m] -> [..., n, m]; leading axes broadcast. dA = g Bᵀ, dB = Aᵀ g.
 
-    dA = g Bᵀ, dB = Aᵀ g.
+    A vector is a row on the left, a column on the right.
     """
     check.matmul(a, b)
     row, column = a.ndim == 1, b.ndim == 1
@@ -615,7 +618,7 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 
 @op
 def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean over the targets that count of -log softmax(logits)[target]; logits [..., V], targets [...].
+    """Mean over the targets that count of -log softmax(logits)[target], in nats; logits [..., V], targets [...].
 
     Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
     Pullback: (softmax - onehot) / n, in the n rows that count. Departure from PyTorch: the class axis is the last.

@@ -72,7 +72,7 @@ def _set_mode(name: str, value: Any) -> Iterator[None]:
 
 
 def no_grad() -> AbstractContextManager[None]:
-    """Inside `with no_grad():`, on this thread, ops record no graph."""
+    """Inside `with no_grad():`, on this thread, ops record no graph (torch.no_grad)."""
     return _set_mode("enabled", False)
 
 
@@ -121,6 +121,9 @@ def op(definition: Callable) -> Callable:
 
     It is registered by its name. `op.definition` stays callable on plain arrays; `op.forms` are what computes, by array
     library: "" for every library (the definition, until a `kernel` takes its place), "cupy" for CuPy alone.
+
+    Beside what the definition raises: AutogradError for an input that requires a gradient and has no derivative,
+    TypeError for one not floating-point, ValueError for shapes that do not broadcast, BackendError for two libraries.
     """
     name, forms = definition.__name__, {"": definition}
     names = [p.name for p in inspect.signature(definition).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -240,6 +243,8 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
     `deliver(leaf, term, owned)`; `owned`: nobody else holds the array, so the next sum may write into it.
     Memory is freed on the way: a node's gradient leaves `pending` before its pullbacks run, so that it dies when the
     last of them has run; an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
+
+    `gradient` has the shape of root's value. Raises AutogradError for a graph that an earlier walk has freed.
     """
     order = _sorted(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)
@@ -344,11 +349,11 @@ class Tensor:
         return len(self.data)
 
     def numpy(self) -> np.ndarray:
-        """The values in host memory (an explicit copy where they live on a device)."""
+        """The values in host memory, in this shape (an explicit copy where they live on a device)."""
         return to_numpy(self.data)
 
     def item(self) -> float | int | bool:
-        """The value of a tensor with one element, as a Python number."""
+        """The value of a tensor with one element, as a Python number. Raises ValueError for another size."""
         return self._number("item()")
 
     def _number(self, what: str) -> Any:
@@ -384,7 +389,8 @@ class Tensor:
         """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires gradients; free the graph.
 
         `grad` has this tensor's shape; it may be left out for a tensor with one element (1 is taken).
-        Raises AutogradError when there is nothing to differentiate or the graph was freed by an earlier backward.
+        Raises AutogradError when there is nothing to differentiate or the graph was freed by an earlier backward,
+        ValueError for a `grad` of another shape.
         """
         if not self.requires_grad:
             raise AutogradError("backward on a tensor that does not require gradients: no input of its computation did")
@@ -411,7 +417,7 @@ class Tensor:
 
 
 def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Array | None]:
-    """dL/d(leaf) for each of `leaves`, given dL/d(output): like `backward`, but nothing is written into `.grad`."""
+    """dL/d(leaf), in its shape, of each of `leaves`, given dL/d(output): `backward` that does not write `.grad`."""
     holders = {id(leaf): Tensor(leaf.data) for leaf in leaves}
 
     def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
@@ -442,8 +448,8 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is dropped, and computed again in backward.
 
     One recomputation serves all inputs. `parameters` are the tensors that `fn` uses and that are not its arguments.
-    `fn` must compute the same thing twice: dropout does when its `Rng` is keyed. Source: Chen et al. 2016, "Training
-    Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
+    Inputs may have any shape. `fn` must compute the same thing twice: dropout does when its `Rng` is keyed.
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
     """
     with no_grad():
         value = fn(*inputs).data

@@ -57,7 +57,7 @@ class Settings:
 
 
 def l2_sp(model: Module, alpha: float) -> Callable[..., Tensor]:
-    """The loss of a model with the penalty α/2 · Σ (w - w_start)² over what is trained, while gradients are recorded.
+    """A model's loss, a scalar, plus α/2 · Σ (w - w_start)² over what is trained, while gradients are recorded.
 
     Li et al. 2018, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, equation 2; the paper's
     second term, of a new head towards 0, has no object here.
@@ -110,7 +110,7 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
     task_loss, general_loss    after the last step, nats per token; None where training diverged
     curve, held_out_curve      [[step, loss], ...]
 
-    Raises ValueError for settings that make no sense together.
+    Raises ValueError for settings that make no sense together, PeftError for a method that does not fit the base.
     """
     s, method = settings, METHODS[settings.method]
     if s.batch_size % s.accumulation:

@@ -18,7 +18,10 @@ CLEAR = 2.5  # standard deviations of a difference: over three seeds, Student's 
 
 
 def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np.ndarray:
-    """The value of `key` in the rows of these settings, in the order of their seeds; NaN where training diverged."""
+    """The value of `key` in the rows of these settings, [seeds] in order; NaN where training diverged.
+
+    Raises ValueError where there is no such row.
+    """
     found = {row["seed"]: row[key] for row in rows if is_of(row, replace(settings, seed=row["seed"]))}
     if not found:
         raise ValueError(f"there is no row of {settings}")
@@ -26,7 +29,7 @@ def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np
 
 
 def below(a: np.ndarray, b: np.ndarray) -> bool | None:
-    """Whether a < b (True), a > b (False), or neither (None), compared seed by seed.
+    """Whether a < b (True), a > b (False), or neither (None), compared seed by seed; both are [seeds].
 
     The difference must have one sign under every seed, and a mean of more than CLEAR times its standard deviation.
     """
@@ -39,5 +42,5 @@ def below(a: np.ndarray, b: np.ndarray) -> bool | None:
 
 
 def spread(values: np.ndarray, digits: int = 3) -> str:
-    """`mean ± standard deviation` over the seeds."""
+    """`mean ± standard deviation` of values [seeds]."""
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"

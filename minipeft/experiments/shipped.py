@@ -98,13 +98,13 @@ def data(s: Rewriting) -> TaskData:
 
 @cache
 def before(held_out: int = HELD_OUT_VERSES, blocks: int = BLOCKS) -> tuple[float, float]:
-    """(task loss, general loss) of the base as it is."""
+    """(task loss, general loss) of the base as it is, in nats per token."""
     return evaluate(base()[0], rewriting(1, 0, held_out=held_out, blocks=blocks))
 
 
 def run(settings: Rewriting) -> dict[str, Any]:
-    """The row of a run, flat and rounded; `forgotten` is the rise of the loss on general text. Without the seconds:
-    they depend on the machine.
+    """The row of a run, flat and rounded; `forgotten` is the rise of the loss on general text, in nats per token.
+    Without the seconds: they depend on the machine. Raises as `fine_tune`.
 
     Where the held-out loss is measured more than once, both curves are in it, as lists with one value a measurement:
     the training loss as its mean since the one before.

@@ -71,6 +71,7 @@ def sweep(
 
     Each row is the settings and what `run` measured (which may not have a setting's name), and is in the file, which is
     replaced in one step, as soon as it is known. With more than one process, `run` must be a function of a module.
+    Raises as `read_rows`.
     """
     found = [] if path is None else read_rows(path)
     missing = [s for s in dict.fromkeys(runs) if not any(is_of(row, s) for row in found)]
@@ -96,6 +97,7 @@ def _measured(run: Callable[[Any], Row], settings: Any) -> tuple[Any, Row]:
 
 
 def main() -> None:
+    """The command line."""
     about = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=about)
     parser.add_argument("module", help="the sweep, as in an import statement")

@@ -29,7 +29,7 @@ CONTEXT = 512
 
 
 def blocks(split: str, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The general text of a split as (input_ids, labels) blocks of CONTEXT tokens: documents shuffled, EOS after each."""
+    """The general text of a split as pairs (input_ids, labels) of [CONTEXT]: documents shuffled, EOS after each."""
     documents = general_text(split)
     order = np.random.default_rng(0).permutation(len(documents))
     stream = encode_documents([documents[i] for i in order], tokenizer)

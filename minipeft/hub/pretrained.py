@@ -61,8 +61,8 @@ def save_pretrained(
     written. The old model's configuration is removed first and the new one written last, so a crash in between leaves a
     directory that does not load, never one model's weights under another's configuration.
 
-    Raises HubError for another class of model, for layers that have been replaced by others (merge adapters first), and
-    for values that float16 cannot hold.
+    Raises HubError for another class of model or dtype, a path that is a file, layers that have been replaced by others
+    (merge adapters first), and values that float16 cannot hold.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
         raise HubError(f"save_pretrained writes a Transformer or a SequenceClassifier, not a {type(model).__name__}")

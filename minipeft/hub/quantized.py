@@ -26,7 +26,8 @@ _MARK = ".weight.quant_state.bitsandbytes__"
 def split_quantization(content: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """(a config.json without its quantization, whether it has one of bitsandbytes in four bits).
 
-    Another kind of quantization is left in, where it is refused as an option that is not supported.
+    Another kind of quantization is left in, where it is refused as an option that is not supported. Raises HubError for
+    codes that are stored as anything but uint8.
     """
     options = content.get("quantization_config")
     if not isinstance(options, dict) or options.get("quant_method", "bitsandbytes") != "bitsandbytes" or not options.get("load_in_4bit"):

@@ -29,7 +29,7 @@ def generate(
     """The prompts and their continuations: int64 [B, T + n] in host memory, n <= max_new_tokens.
 
     A row that has ended (with EOS, which is kept) is filled up with the padding id on its right; n is the length of the
-    longest continuation. The arguments are those of `generate_stream`.
+    longest continuation. The arguments and errors are those of `generate_stream`.
     """
     tokens = generate_stream(model, input_ids, attention_mask, max_new_tokens, **options)
     return np.concatenate([_host(input_ids, "input_ids"), *[t[:, None] for t in tokens]], axis=1)
@@ -63,7 +63,7 @@ def generate_stream(
         seed: names the random stream: a seed, or an `Rng` whose `first_row` is the index of the batch's first row.
         eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
-        past_key_values: (k, v) per layer of earlier positions, such as a trained prefix; never changed.
+        past_key_values: (k, v) per layer, [B, kv, past, D], such as a trained prefix; never changed.
         use_cache: False computes every position again at every step: the same tokens, slower.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
@@ -152,7 +152,7 @@ def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
 
 
 def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
-    """Logits at the last position, in host memory [B, V]."""
+    """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
     headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
     if headed and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]

@@ -50,6 +50,8 @@ class SequenceClassifier(_HeadedBackbone):
 
     The last real token is found by the attention mask, not by looking for the padding id, so padding with the EOS id
     cannot hide a real EOS (Hugging Face looks for the id).
+
+    Raises TypeError for a model that is no Transformer, ValueError for a num_labels that is no positive integer.
     """
 
     def __init__(self, model: Transformer, num_labels: int = 2, seed: int | None = 0):
@@ -65,7 +67,10 @@ class SequenceClassifier(_HeadedBackbone):
             self.score.weight.data = asarray(weight, xp_of(self.backbone.embedding.weight.data))
 
     def forward(self, input_ids: Array | None = None, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
-        """Logits [B, num_labels]. The arguments are those of `Transformer.forward`; attention_mask is [B, past + T]."""
+        """Logits [B, num_labels]. The arguments are those of `Transformer.forward`; attention_mask is [B, past + T].
+
+        Raises as `Transformer.forward`, and ValueError where a row has no real token.
+        """
         hidden = self.backbone(input_ids, attention_mask, **arguments)  # [B, T, d]
         B, T, _ = hidden.shape
         xp = xp_of(hidden.data)
@@ -73,7 +78,10 @@ class SequenceClassifier(_HeadedBackbone):
         return self.score(hidden[xp.arange(B), last])
 
     def loss(self, input_ids: Array, labels: Array, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
-        """Mean cross-entropy with class ids labels [B]; with num_labels=1, mean squared error to numbers labels [B]."""
+        """Mean cross-entropy (nats) with class ids labels [B]; with num_labels=1, mean squared error to numbers [B].
+
+        Raises as `forward`, and ValueError for labels of another shape.
+        """
         logits = self(input_ids, attention_mask, **arguments)
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must have the shape {logits.shape[:1]}, one per sequence, not {labels.shape}")
@@ -88,7 +96,8 @@ class ValueModel(_HeadedBackbone):
     Args:
         model: the language model whose backbone is copied (arrays of frozen parameters are shared).
 
-    The head starts at zero, weight and bias, so every first value is 0.
+    The head starts at zero, weight and bias, so every first value is 0. Raises TypeError for a model that is no
+    Transformer.
     """
 
     def __init__(self, model: Transformer):
@@ -99,7 +108,7 @@ class ValueModel(_HeadedBackbone):
             p.data = xp.zeros(p.shape, xp.float32)
 
     def forward(self, input_ids: Array | None = None, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
-        """Values [B, T]. The arguments are those of `Transformer.forward`."""
+        """Values [B, T]. The arguments and errors are those of `Transformer.forward`."""
         values = self.v_head(self.backbone(input_ids, attention_mask, **arguments))  # [B, T, 1]
         return values.reshape(values.shape[:2])
 
@@ -107,7 +116,7 @@ class ValueModel(_HeadedBackbone):
 def last_real_token(attention_mask: Array, length: int) -> Array:
     """The index [B], within the last `length` positions, of each row's last one whose mask [B, past + T] is not zero.
 
-    Raises ValueError when a row has none.
+    Raises ValueError when a row has none, or the mask another number of axes.
     """
     if attention_mask.ndim != 2:
         raise ValueError(
@@ -125,6 +134,7 @@ def head_only(model: Module) -> Any:
 
     Every other parameter is frozen and shares its array with `model`, which stays as it was. The head (`lm_head`,
     `score` or `v_head`) owns a copy; an `lm_head` that was tied to the embedding is untied, in the configuration too.
+    Raises TypeError for a model without such a head.
     """
     name = next((n for n in ("lm_head", "score", "v_head") if n in model.__dict__), None)
     if name is None:

@@ -2,7 +2,8 @@
 
 `seed` names the random stream of the initial weights (same seed, same bytes); `seed=None` leaves them unallocated, for
 a model that is about to be loaded or only counted. Every layer's `forward` accepts the call's random stream `rng`;
-plain layers ignore it, layers with dropout draw their mask from it.
+plain layers ignore it, layers with dropout draw their mask from it. `ops` has the formulas' sources; it raises for
+inputs that do not fit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Linear(Module):
 
 
 class Conv1D(Module):
-    """y = x W + b, weight [in_features, out_features]: GPT-2's linear layer, with its name and orientation."""
+    """y = x W + b, weight [in_features, out_features], initialized as Linear's, bias 0: GPT-2's, with its name."""
 
     def __init__(self, in_features: int, out_features: int, seed: int | None = 0):
         self.weight = Parameter(_uniform(seed, 1 / math.sqrt(in_features), in_features, out_features))
@@ -73,7 +74,7 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; weight [dim] is 1 at first, bias [dim] 0."""
 
     def __init__(self, dim: int, eps: float = 1e-5, seed: int | None = 0):
         self.weight = Parameter(unallocated(dim) if seed is None else np.ones(dim, np.float32))
@@ -86,7 +87,7 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last axis."""
+    """x / sqrt(mean(x²) + eps) * weight over the last axis; weight [dim] is 1 at first."""
 
     def __init__(self, dim: int, eps: float = 1e-6, seed: int | None = 0):
         self.weight = Parameter(unallocated(dim) if seed is None else np.ones(dim, np.float32))
@@ -98,7 +99,10 @@ class RMSNorm(Module):
 
 
 class Dropout(Module):
-    """Zeroes elements with probability `p` when a random stream is given; without one it passes its input on."""
+    """Zeroes elements with probability `p`, and scales the rest by 1/(1-p), when a random stream is given.
+
+    Without one it passes its input on. Raises ValueError unless 0 <= p < 1.
+    """
 
     def __init__(self, p: float = 0.5):
         check.probability(p)

@@ -95,7 +95,10 @@ class Module:
         return module
 
     def replace(self, path: str, module: Module) -> None:
-        """Put `module` in the place of the one at a dotted path. Raises KeyError where there is none."""
+        """Put `module` in the place of the one at a dotted path.
+
+        Raises KeyError where there is none, and ValueError for "", which is this one.
+        """
         if not path:
             raise ValueError(
                 f"replace names a module inside this {type(self).__name__}; the path '' is the whole of it"
@@ -118,7 +121,10 @@ class Module:
         return _copied(self, {}, share)
 
     def to(self, xp: ModuleType | str) -> Any:
-        """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self."""
+        """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self.
+
+        Raises as `get_backend`.
+        """
         library = get_backend(xp) if isinstance(xp, str) else xp
         for parameter in self.parameters():
             parameter.data = asarray(parameter.data, library)
@@ -226,7 +232,7 @@ class Sequential(ModuleList):
         super().__init__(modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x through every module in turn."""
+        """x through every module in turn; its shape is what the last one gives."""
         for module in self._items:
             x = module(x)
         return x

@@ -42,10 +42,12 @@ FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 class RopeScaling:
     """Rotary frequencies of Llama 3.1 and later, stretched for a context longer than the one of pretraining.
 
-    A frequency whose wavelength is longer than `original_max_position_embeddings / low_freq_factor` is divided by
-    `factor`, one shorter than `original_max_position_embeddings / high_freq_factor` stays, and between them the two are
-    mixed, linearly in the number of turns. Source: Llama 3 (Grattafiori et al. 2024, arXiv:2407.21783) as published in
-    its reference code; `rope_type` "llama3" in Hugging Face.
+        f ← f (k + (1 - k) / factor),   k = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+
+    with turns = f · original_max_position_embeddings / 2π and k limited to [0, 1]: a frequency f of few turns in the
+    original context is divided by `factor`, one of many stays. Source: Llama 3 (Grattafiori et al. 2024,
+    arXiv:2407.21783) as published in its reference code; `rope_type` "llama3" in Hugging Face.
+    Raises ValueError for options out of range.
     """
 
     factor: float = option(None, "divides the frequencies of long waves; must be given", least=1)
@@ -60,7 +62,7 @@ class RopeScaling:
             raise ValueError(f"rope scaling needs 0 < low_freq_factor < high_freq_factor, not {low!r} and {high!r}")
 
     def __call__(self, frequency: Array) -> Array:
-        """Angles per position, [D/2] -> [D/2]."""
+        """The frequencies, in radians per position, [D/2] -> [D/2]."""
         turns = frequency * (self.original_max_position_embeddings / (2 * math.pi))  # in the original context
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = xp_of(frequency).clip(kept, 0, 1)
@@ -147,7 +149,8 @@ class KVCache:
     """The keys and values of the positions seen so far, per layer, in buffers that grow by doubling.
 
     Args:
-        past_key_values: optional (k, v) per layer to start from (copied), such as a trained prefix or another cache.
+        past_key_values: optional (k, v) per layer, [B, kv, positions, D], to start from (copied), such as a trained
+            prefix or another cache.
     """
 
     def __init__(self, past_key_values: Sequence[KeyValue] = ()):
@@ -169,7 +172,7 @@ class KVCache:
         return sum(k.nbytes + v.nbytes for k, v in self)
 
     def append(self, layer: int, k: Array, v: Array) -> KeyValue:
-        """Add positions to a layer; returns all its keys and values, views [B, kv, positions, D]."""
+        """Add k, v [B, kv, new, D] to a layer; returns all its keys and values, views [B, kv, positions, D]."""
         if layer == len(self._buffers):
             self._buffers.append([k[:, :, :0], v[:, :, :0]])
             self._lengths.append(0)
@@ -187,7 +190,7 @@ class KVCache:
         return self._buffers[layer][0][:, :, :m], self._buffers[layer][1][:, :, :m]
 
     def select(self, rows: Array) -> None:
-        """Keep only these batch rows (integer array)."""
+        """Keep only these batch rows (integer array [b])."""
         self._buffers = [[buffer[rows] for buffer in pair] for pair in self._buffers]
 
 
@@ -348,7 +351,7 @@ class Backbone(Module):
         past_key_values: KVCache | Sequence[KeyValue] | None = None,
         rng: Rng | int | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [B, T, d]. The arguments are those of `Transformer`."""
+        """Hidden states after the final norm, [B, T, d]. Arguments and errors are those of `Transformer.forward`."""
         c, rng = self.config, as_rng(rng)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -474,7 +477,7 @@ class BackboneModel(Module):
         return self.transformer if self.config.model_type == "gpt2" else self.model
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only each block's input in the forward pass and compute the block again in backward."""
+        """Keep only each block's input in the forward pass and compute the block again in backward (`checkpoint`)."""
         self.backbone.gradient_checkpointing = enabled
 
 
@@ -489,6 +492,7 @@ class Transformer(BackboneModel):
         backend: "numpy" or "cupy"; None asks MINIPEFT_BACKEND.
 
     `model.model` (llama) or `model.transformer` (gpt2) is the backbone, which gives hidden states.
+    Raises as `get_backend`.
     """
 
     def __init__(self, config: TransformerConfig, seed: int | None = 0, backend: str | None = None):
@@ -534,24 +538,25 @@ class Transformer(BackboneModel):
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
             rng: a seed or `Rng`; dropout acts only when it is given.
 
-        Raises IndexError for ids out of range and ValueError for shapes that do not fit or a sequence longer than
-        `max_position_embeddings`.
+        Raises IndexError for ids out of range, TypeError for what is no integer array, and ValueError for shapes that
+        do not fit or a sequence longer than `max_position_embeddings`.
         """
         return self.lm_head(
             self.backbone(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng), as_rng(rng)
         )
 
     def loss(self, input_ids: Array, labels: Array, **arguments: Any) -> Tensor:
-        """Mean next-token cross-entropy: position t predicts labels[:, t + 1]; labels of -100 do not count.
+        """Mean next-token cross-entropy, in nats: position t predicts labels[:, t + 1]; labels of -100 do not count.
 
         `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those
-        of `forward`. Logits are computed only where a label counts, and held once.
+        of `forward`. Logits are computed only where a label counts, and held once. Raises as `forward`, and ValueError
+        for labels of another shape.
         """
         hidden = self.backbone(input_ids, **arguments)
         return self.head_loss(hidden, labels, as_rng(arguments.get("rng")))
 
     def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None) -> Tensor:
-        """The loss of `loss`, from hidden states [B, T, d]."""
+        """The loss of `loss`, from hidden states [B, T, d] and labels [B, T]; raises as `loss`."""
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
         xp = xp_of(labels)
@@ -575,7 +580,7 @@ class Transformer(BackboneModel):
     ) -> np.ndarray:
         """The prompts [B, T] and their continuations, greedy unless `temperature` is above 0: int64 [B, T + n].
 
-        All arguments are explained at `minipeft.nn.generation.generate_stream`.
+        All arguments and errors are those of `minipeft.nn.generation.generate_stream`.
         """
         from .generation import generate
 

@@ -165,7 +165,7 @@ def dequantize_4bit(packed: Array, state: QuantState) -> Array:
 def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantState]:
     """(codes uint8 of A's shape, state): 8-bit codes of the dynamic map, see `eight_bits.quantize`.
 
-    Raises QuantError for a dtype other than float32 or float16, and for NaN or infinity.
+    Raises QuantError for a dtype other than float32 or float16, a blocksize below 1, and for NaN or infinity.
     """
     check_array("quantize_blockwise", A)
     if not isinstance(blocksize, int) or blocksize < 1:

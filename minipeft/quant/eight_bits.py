@@ -42,7 +42,7 @@ def _steps() -> np.ndarray:
 
 
 def int8_vectorwise_quant(A: Array) -> tuple[Array, Array]:
-    """(codes int8 of A's shape, absmax float32 [rows]) of A [..., d], float32 or float16.
+    """(codes int8 of A's shape, absmax float32 [rows]) of A [..., d], float32 or float16: round(127 A / absmax).
 
     A row of zeros has absmax 0 and the codes 0. Raises QuantError for another dtype, and for NaN or infinity.
     """

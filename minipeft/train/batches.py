@@ -37,7 +37,10 @@ def counted(labels: np.ndarray) -> int:
 def pad_sequences(
     sequences: Sequence[Sequence[int]], pad_value: int, side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has some."""
+    """`(values, mask)`, int64 [batch, longest]: rows filled up with `pad_value`; the mask is 1 where a row has some.
+
+    Raises ValueError for a `side` that is neither "right" nor "left".
+    """
     if side not in ("right", "left"):
         raise ValueError(f"side must be 'right' or 'left', got {side!r}")
     longest = max((len(sequence) for sequence in sequences), default=0)
@@ -88,7 +91,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def collate_packed(
     examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int = 0, capacity: int | None = None
 ) -> Batch:
-    """(input_ids, labels) pairs as a batch of fewer rows, in which several stand one after the other (packing).
+    """(input_ids [n], labels [n]) pairs as a batch of fewer rows, in which several stand one after the other (packing).
 
         input_ids       a0 a1 a2 a3 b0 b1 b2  .      attention_mask   key  a a a a b b b .
         position_ids     0  1  2  3  0  1  2  0        query of a          x x x x              (and nobody sees what
@@ -124,7 +127,7 @@ def collate_packed(
 
 
 def check_examples(examples: Sequence[tuple[np.ndarray, np.ndarray]], what: str) -> None:
-    """Raises ValueError, naming the example, for ids and labels that do not fit, or where no label counts."""
+    """Raises ValueError, naming the example, unless it is integers (input_ids [n], labels [n]) and a label counts."""
     for i, example in enumerate(examples):
         if not (isinstance(example, tuple) and len(example) == 2):
             raise ValueError(f"{what} example {i} is not a pair (input_ids, labels) but a {type(example).__name__}")

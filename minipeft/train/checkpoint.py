@@ -43,7 +43,7 @@ class CheckpointError(FileError):
 
 
 def fingerprint(items: Iterable[tuple[str, Array]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of arrays."""
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes of arrays."""
     digest = hashlib.sha256()
     for name, array in items:
         host = np.ascontiguousarray(to_numpy(array))
@@ -81,7 +81,7 @@ def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def unpack_optimizer(optimizer: Optimizer, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Restore the state that `pack_optimizer` gave."""
+    """Restore the state that `pack_optimizer` gave. Raises as `Optimizer.load_state_dict`."""
     state = {i: dict(entry) for i, entry in values["state"].items()}
     for name, array in arrays.items():
         i, _, slot = name.partition(".")

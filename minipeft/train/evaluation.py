@@ -18,7 +18,7 @@ Collate = Callable[[list[Any]], Batch]
 
 
 def model_loss(model: Module, **arguments: Any) -> Tensor:
-    """The model's own loss: of a language model, the mean next-token cross-entropy."""
+    """The model's own loss, a scalar: of a language model, the mean next-token cross-entropy in nats."""
     return model.loss(**arguments)
 
 
@@ -38,7 +38,7 @@ def evaluate(
     Up to rounding it does not depend on `batch_size`. `collate` and `loss` are those of `Trainer`, for other kinds of
     examples and other objectives; the loss is then in their units.
 
-    Raises ValueError where there is nothing to evaluate.
+    Raises ValueError where there is nothing to evaluate, or for a batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

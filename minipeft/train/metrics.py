@@ -47,7 +47,7 @@ class Metrics:
             self._file.flush()
 
     def position(self) -> int:
-        """The length of the file, which is on the disk when this returns; 0 without a file."""
+        """The length of the file in bytes, which is on the disk when this returns; 0 without a file."""
         if self._file is None:
             return 0
         os.fsync(self._file.fileno())

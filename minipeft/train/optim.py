@@ -108,7 +108,7 @@ class SGD(Optimizer):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def update(self, group: dict, step: int, p: Array, g: Array, buffer: Array | None = None) -> None:
-        """One piece, in place."""
+        """One flat piece p of θ, in place; g is its gradient, `buffer` the same piece of b, step counts from 1."""
         momentum = group["momentum"]
         if group["weight_decay"]:
             g = g + group["weight_decay"] * p
@@ -140,7 +140,7 @@ def clip_grad_norm(parameters: Named, max_norm: float) -> float:
 
     The norm is that of all gradients as one vector, summed in a fixed order. `max_norm=math.inf` only measures. Pascanu
     et al. 2013 (arXiv:1211.5063); the same as PyTorch's `clip_grad_norm_`, except that a NaN or infinite gradient
-    raises NonFiniteGradient naming the parameter, and nothing is scaled then.
+    raises NonFiniteGradient naming the parameter, and nothing is scaled then. ValueError for a negative max_norm.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative, got {max_norm}")

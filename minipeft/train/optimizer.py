@@ -37,6 +37,9 @@ class Optimizer:
 
     float16 parameters are refused: near 1, two neighboring float16 numbers are 0.001 apart, so most steps would round
     to nothing. Store what is trained in float32 (a frozen base may stay in float16).
+
+    Raises TypeError for what is no Parameter, or one of a refused dtype; ValueError for no parameters, for one given
+    twice or not writable, and for options that are unknown or out of range. So does `add_param_group`.
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any]):
@@ -103,7 +106,7 @@ class Optimizer:
         raise NotImplementedError
 
     def step(self) -> None:
-        """Update every parameter that requires a gradient and has one."""
+        """Update every parameter that requires a gradient and has one. Raises ValueError where their shapes differ."""
         for group in self.param_groups:
             options, slots = _options(group), self.slots(group)
             for p in group["params"]:

@@ -71,8 +71,8 @@ class Run:
     def start(self, resume: bool | str | os.PathLike | None = None) -> Iterator[None]:
         """Start, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
 
-        A fresh run refuses an output_dir that holds checkpoints. Raises CheckpointError for a checkpoint that is
-        missing, damaged, or of another run.
+        Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
+        last; CheckpointError for one that is missing, damaged, or of another run.
         """
         position, directory = 0, self.directory
         if resume:

@@ -21,14 +21,14 @@ def constant(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def linear(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Warm-up, then a straight line down to 0 at `total_steps`."""
+    """Warm-up, then (total_steps - step) / (total_steps - warmup_steps): a straight line down to 0."""
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
 def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Warm-up, then half a cosine, (1 + cos(pi · progress)) / 2, down to 0 (Loshchilov & Hutter 2017, no restarts)."""
+    """Warm-up, then (1 + cos(π · progress)) / 2, down to 0 (Loshchilov & Hutter, arXiv:1608.03983, no restarts)."""
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

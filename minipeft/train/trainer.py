@@ -80,7 +80,10 @@ def training_step(
 
 @dataclass
 class TrainingResult:
-    """What a run ended with; `history` holds the records of metrics.jsonl, `best_*` are of the lowest held-out loss."""
+    """What a run ended with: `history` holds the records of metrics.jsonl, `best_*` are of the lowest held-out loss.
+
+    Losses are in nats per label token, or the units of the trainer's `loss`; `seconds` are of this call, by the clock.
+    """
 
     steps: int
     stopped_early: bool
@@ -202,9 +205,9 @@ class Trainer:
     ) -> TrainingResult:
         """Train to the end; `resume_from_checkpoint=True` (or its path) goes on from the last checkpoint in output_dir.
 
-        The `callbacks` (see `Callback`) come after the model's own. A fresh run refuses an output_dir that holds
-        checkpoints. Raises CheckpointError for a checkpoint that is missing, damaged, or of another base, data set,
-        arguments or callbacks.
+        The `callbacks` (see `Callback`) come after the model's own. Raises ValueError for a fresh run into an
+        output_dir that holds checkpoints, and to resume from any but its last; CheckpointError for one that is missing,
+        damaged, or of another base, data set, arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
         self._callbacks = Callbacks(self.model, more=callbacks)
@@ -256,7 +259,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- evaluate
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> float:
-        """Mean loss over all labels that count in `examples` (default: eval_examples), without dropout."""
+        """Mean loss over all labels that count in `examples` (default: eval_examples): see `train.evaluate`."""
         examples = self.eval_examples if examples is None else examples
         size = self.args.per_device_eval_batch_size
         return evaluate(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
