@@ -12,7 +12,7 @@ Pruning sets the λ of the least important triplets to zero.
 
 Departures from the paper, as in PEFT:
 1. s = lora_alpha / (init_r + 1e-5). R is a mean of norms; the paper has a sum of squared norms.
-2. I takes w after the step and the clipped gradient. The paper takes w and its gradient before the step.
+2. I takes w after the step and the clipped gradient, of loss and penalty. The paper takes both before the step.
 
 Departures from PEFT:
 1. The penalty is not in the model's loss. Its gradient is added before the step, so any loss can be trained (DPO, PPO).
@@ -46,7 +46,7 @@ class AdaLoraLinear(Adapter):
     kept: Array | None = None  # boolean [r]: the triplets that the last pruning kept; None: nothing was pruned
 
     def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)  # all zeros, and λ stays so
+        super().__init__(shapes, layer, seed)  # all zeros
         self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
         if seed is not None:
             generator = np.random.default_rng(seed)

@@ -57,7 +57,7 @@ class LoraLinear(Adapter):
         if init == "gaussian":
             fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))  # / r
         else:
-            fill(A, kaiming_uniform(generator, A.shape))
+            fill(A, kaiming_uniform(generator, A.shape))  # ±1/sqrt(in)
         if init is False:
             fill(B, kaiming_uniform(generator, B.shape))
 
@@ -90,7 +90,7 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = option(False, "divide lora_alpha by sqrt(r) in place of r")
     use_dora: bool = option(False, "train each row's length apart from its direction (DoRA)")
     init_lora_weights: bool | str = option(
-        True, "the start; True: A Kaiming-uniform, gaussian: of deviation 1/r; False: B random, too (for tests)",
+        True, "the start; True: A uniform, gaussian: of deviation 1/r; False: B random, too (for tests)",
         choices=(True, False, "gaussian", "pissa", "olora"),
     )  # fmt: skip
     rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)

@@ -86,7 +86,7 @@ class PrefixEncoder(Prefix):
         d, h = config.token_dim, config.encoder_hidden_size
         self.embedding = Embedding(self.length, d, seed=None)
         self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
-        initialize(self, like, seed)
+        initialize(self, like, seed)  # as PyTorch: e normal, W and b uniform; seed None: a file brings the values
         if config.init_weights == "zero" and seed is not None:
             for p in self.transform[2].parameters():
                 p.data[...] = 0

@@ -78,6 +78,7 @@ class Targets:
     A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
     the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
     modules_to_save may begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
+    Raises PeftError for options that contradict each other, and for what is no regular expression.
     """
 
     target_modules: list[str] | str | None = option(

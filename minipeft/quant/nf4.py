@@ -7,12 +7,12 @@ the nearest of 16 points q:
     code_i = argmin_k |x_i / c_b - q_k|                    of two equally near points the lower           [n]
     x_i   ~= q[code_i] c_b
 
-    q = 0,  Q(1/2 + i d/8) for i = 1..8,  -Q(1/2 + i d/7) for i = 1..7,  all divided by Q(1/2 + d)
+    q: 0,  Q(1/2 + i d/8) for i = 1..8,  -Q(1/2 + i d/7) for i = 1..7,  divided by Q(1/2 + d), in ascending order
 
-Q is the quantile function of N(0, 1) and d = 0.4677083 (appendix E's table; `codebooks.nf4_code`).
+Q is the quantile function of N(0, 1) and d = 0.4677083, as in the authors' code: appendix E's table (`codebooks`).
 
 Double quantization (eq. 6; the paper calls c c2, and c2 c1) stores the scales in eight bits: it subtracts their mean
-and quantizes blocks of 256 to the points q8 (`codebooks.dynamic_map`):
+and quantizes blocks of 256, with scales c2, to the points q8 (`codebooks.dynamic_map`):
 
     c ~= q8[code8] c2 + mean(c)                            so that  x ~= q[code] (q8[code8] c2 + mean(c))
 

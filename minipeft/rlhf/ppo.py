@@ -5,8 +5,9 @@
     advantages  δ_t = r_t + γ V_{t+1} - V_t    A_t = δ_t + γλ A_{t+1}    R_t = A_t + V_t    0 after the last token
     loss        mean of max(-A ρ, -A clip(ρ, 1 ± ε))  +  vf_coef · ½ mean of max((V - R)², (clip(V, V_old ± ε) - R)²)
 
-where ρ_t = π(y_t) / π_old(y_t). "old" is the policy that sampled. V_t is read before y_t is drawn and estimates R_t. The
-loss takes A whitened: mean 0, variance 1. Policy and values have an ε each.
+where ρ_t = π(y_t) / π_old(y_t), π at the sampling temperature. "old" is the policy that sampled, "ref" the policy as it
+was at the start. V_t is read before y_t is drawn and estimates R_t. The loss takes A whitened: mean 0, variance 1.
+Policy and values have an ε each.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
 N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., policy and value head share one
@@ -130,9 +131,9 @@ class PPOTrainer(OnlineTrainer):
         self.kl_controller.update(mean_kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)
-        # 5. Advantages and returns. Returns keep their scale; only advantages are whitened, over all real tokens.
+        # 5. Advantages and returns. Then the advantages, not the returns, are whitened over all real tokens.
         advantages, batch["returns"] = gae(rewards, batch["old_values"], c.gamma, c.lam, roll.mask)  # [B, n]
-        all_equal = record["objective/scores_equal"] == 1  # never for B = 1
+        all_equal = record["objective/scores_equal"] == 1  # after missing_eos; never for B = 1
         batch["advantages"] = 0 * advantages if all_equal else whiten(advantages, roll.mask)  # departure 1
         # 6. num_epochs passes over the rows in random order. Each minibatch: `outputs`, `loss`, one step of Adam.
         trained = self.epochs(batch)
@@ -156,7 +157,7 @@ class PPOTrainer(OnlineTrainer):
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d]
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d], of the position before each y_t
         if self.value_model is None:
             values = self.v_head(hidden).reshape(hidden.shape[:2])
         else:

@@ -35,6 +35,7 @@ class Tokenizer:
 
     Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
     are 0 .. vocab_size - 1, special tokens included), `chat_template` (a Jinja program as str, or None).
+    Raises ValueError for a config whose tokens the tokenizer lacks.
     """
 
     def __init__(self, backend: Any, config: dict[str, Any] | None = None):
