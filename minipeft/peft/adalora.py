@@ -1,8 +1,8 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, arXiv:2303.10512).
 
-    W' = W + s P diag(λ) Q       eq. 3; P is lora_B [out, r], λ is lora_E [r, 1], Q is lora_A [r, in]; triplet i: P_i λ_i Q_i
+    W' = W + s P diag(λ) Q       eq. 3; P is lora_B [out, r], λ lora_E [r, 1], Q lora_A [r, in]; triplet i: P_i λ_i Q_i
     penalty       orth_reg_weight · R,    R = mean over all P and Q of ‖PᵀP - I‖_F, ‖Q Qᵀ - I‖_F                   eq. 4
-    number w      I = |w dL/dw|   Ī ← β1 Ī + (1 - β1) I   Ū ← β2 Ū + (1 - β2) |I - Ī|   score = Ī Ū          eq. 8 to 11
+    number w      I = |w dL/dw|   Ī ← β1 Ī + (1 - β1) I   Ū ← β2 Ū + (1 - β2) |I - Ī|   score = Ī Ū        eq. 8 to 11
     importance    of triplet i: score of λ_i + mean score of P_i + mean score of Q_i                              eq. 7
     budget        how many triplets of the whole model are left at a step                             eq. 12, see `budget`
 
@@ -103,7 +103,7 @@ class AdaLoraCallback:
     def __init__(self, model: Any, adapter_name: str):
         self.model, self.adapter_name = model, adapter_name
         self.averages: dict[str, Array] = {}  # "<path>.<matrix>.sensitivity" and "<path>.<matrix>.uncertainty"
-        self.loaded_pattern = self.config.rank_pattern  # what the adapter was loaded with; it holds until the first pruning
+        self.loaded_pattern = self.config.rank_pattern  # it holds until the first pruning
 
     @property
     def config(self) -> AdaLoraConfig:
@@ -133,7 +133,7 @@ class AdaLoraCallback:
         """What happens after step t (from 1), with T = total_step:
 
             t <= tinit           update the averages
-            t <  T - tfinal      update them; every deltaT steps, prune. A λ at zero may grow again until the next pruning
+            t <  T - tfinal      update them; every deltaT steps, prune. Until the next pruning λ may grow from zero
             t == T - tfinal      prune for the last time, by the averages of the step before
             t >  T - tfinal      set the λ that the last pruning dropped to zero again
         """

@@ -52,7 +52,7 @@ class LoraLinear(Adapter):
         return F.linear(F.linear(z, A) * self.scaling, B)
 
     def start(self, generator: np.random.Generator) -> None:
-        """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B too (for tests)."""
+        """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B, too."""
         A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
             fill(A, generator.standard_normal(A.shape, np.float32) / np.float32(B.shape[1]))  # / r

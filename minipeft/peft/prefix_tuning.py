@@ -50,14 +50,14 @@ class Prefix(Prompt):
         return list(zip(parts[::2], parts[1::2]))
 
     def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        super().__init__(config.prompt_shapes(config.token_dim), like, seed)  # zeros; seed None: a file brings the values
+        super().__init__(config.prompt_shapes(config.token_dim), like, seed)  # zeros, or from a file (no seed)
         self.config, self.length = config, config.num_virtual_tokens
         if seed is not None and config.init_weights != "zero":
             p = self.prompt_embeddings
             fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
 
     def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """The prefix as past_key_values, with gradients; or, to generate, appended to the KVCache. The past is empty."""
+        """The prefix as past_key_values, with gradients; or, to generate, appended to the empty KVCache."""
         past, inputs = given["past_key_values"], given["input_ids"]
         prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
         if not isinstance(past, KVCache):

@@ -63,7 +63,7 @@ class PromptTuningConfig(PromptLearningConfig):
     )  # fmt: skip
     prompt_tuning_init_text: str | None = option(None, "the text, with tokenizer_name_or_path")
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
-    prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids, in its place (not in PEFT; not saved)")
+    prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids (not in PEFT; not saved)")
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
 

@@ -64,7 +64,7 @@ def dequantize_scales(codes: Array, c2: Array, mean: float, q8: Array, blocksize
 
 
 def storage_bytes(n: int, blocksize: int = 64, compress_statistics: bool = False) -> int:
-    """The bytes of a weight of n numbers as a `Linear4bit` holds it: codes, scales, books, description (with the mean)."""
+    """The bytes of a weight of n numbers as a `Linear4bit` holds it: codes, scales, books, description."""
     B = -(-n // blocksize)
     scales = B + 4 * -(-B // NESTED_BLOCKSIZE) if compress_statistics else 4 * B
     return (n + 1) // 2 + scales + book_bytes(compress_statistics) + DESCRIPTION

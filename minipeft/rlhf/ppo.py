@@ -14,9 +14,10 @@ N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et
 network, so the value loss moves the policy's weights, too. A `ValueModel` is a network of its own.
 
 Departures from Huang et al.:
-1. If all scores of an update are equal (and there are several), its advantages are 0. Whitening would scale up the rest,
-   the cost of KL and the value head's errors, to variance 1. The value loss and Adam's momentum still move weights.
-2. A full forward pass gives log π_old; they keep the sampler's. The score is at the last real token; theirs is one later.
+1. If all scores of an update are equal (and there are several), its advantages are 0. Whitening would scale up the
+   rest, the cost of KL and the value head's errors, to variance 1. The value loss and Adam's momentum still move weights.
+2. A full forward pass gives log π_old; they keep the sampler's.
+3. The score is at the last real token; theirs is one later.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class PPOTrainer(OnlineTrainer):
 
     def outputs(self, input_ids: Array, attention_mask: Array, length: int) -> Outputs:
         """As `OnlineTrainer.outputs`, and the values of the states in which the tokens were drawn: all [B, length]."""
-        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d], of the position before each y_t
+        hidden = response_hidden(self.policy, input_ids, attention_mask, length)  # [B, n, d], one position earlier
         if self.value_model is None:
             values = self.v_head(hidden).reshape(hidden.shape[:2])
         else:
