@@ -14,6 +14,7 @@ import os
 import struct
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,16 +45,12 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
 
 def fsync_directory(path: str | os.PathLike) -> None:
     """Make a rename inside the directory durable (a no-op where directories cannot be opened, as on Windows)."""
-    try:
+    with suppress(OSError):  # some network file systems do not support it; the rename itself has happened
         descriptor = os.open(path, os.O_RDONLY)
-    except (PermissionError, OSError):
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems do not support it; the rename itself has happened
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -66,14 +63,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; FileError names the file and what is wrong with it."""
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; FileError names the file and what is wrong with it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: must hold an object, got {type(value).__name__}")
+    return value
 
 
 def write_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

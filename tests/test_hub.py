@@ -540,7 +540,7 @@ def test_damaged_index(saved):
     path = directory / "model.safetensors.index.json"
     for content in ([], {}, {"weight_map": []}, {"weight_map": {"a": 1}}):
         path.write_text(json.dumps(content))
-        with pytest.raises(FileError, match="'weight_map' that names each tensor's file"):
+        with pytest.raises(FileError, match="must hold an object"):
             mp.from_pretrained(directory)
     files = sorted(set(placed.values()))
     elsewhere = next(f for f in files if f != placed["model.norm.weight"])

@@ -796,7 +796,7 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
     refused(PeftError, "not finite", {**arrays, key: np.full((2, 16), np.nan, np.float32)})
     refused(PeftError, "LoraConfig does not have: use_qalora=True", options={**options, "use_qalora": True})
     refused(PeftError, "the method 'LOHA'", options={**options, "peft_type": "LOHA"})
-    refused(FileError, "no peft_type", options=[])
+    refused(FileError, "no peft_type", options={"r": 8})
     config.write_text(json.dumps(options))
     path.unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")

@@ -37,10 +37,10 @@ def saved_template(directory: str | os.PathLike | None) -> str | None:
     """What `save_template` wrote there, None where it did not. Raises FileError for a file that is something else."""
     if directory is None or not (path := Path(directory) / FILE).is_file():
         return None
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("template"), str):
+    template = read_json(path).get("template")
+    if not isinstance(template, str):
         raise FileError(f'{path}: must hold {{"template": a name or a text}}')
-    return content["template"]
+    return template
 
 
 def asked(template: Template, prompt: str) -> Turn:

@@ -221,10 +221,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         elif ggufs:
             what = f"give the path of the file instead: {some(ggufs)}"
         raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")
-    content = read_json(path / _CONFIG)
-    if not isinstance(content, dict):
-        raise FileError(f"{path / _CONFIG}: must hold an object, got {type(content).__name__}")
-    return content
+    return read_json(path / _CONFIG)
 
 
 def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassifier:
@@ -262,8 +259,7 @@ def _map_weights(path: Path) -> dict[str, StoredTensor]:
                 f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(DIR) writes safetensors"
             )
         raise HubError(f"{path}: there is neither {_WEIGHTS} nor {_INDEX} in this directory")
-    content = read_json(index)
-    placed = content.get("weight_map") if isinstance(content, dict) else None
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise FileError(f"{index}: must hold an object 'weight_map' that names each tensor's file")
     tensors = {}

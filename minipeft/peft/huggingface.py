@@ -185,7 +185,7 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     Raises FileError for what is no such file, PeftError for a method or an option that is unknown here.
     """
     options = read_json(path)
-    if not isinstance(options, dict) or "peft_type" not in options:
+    if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
     if options["peft_type"] not in PEFT_TYPES:
         raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")

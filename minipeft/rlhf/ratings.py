@@ -17,7 +17,6 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,22 +70,18 @@ def human_ratings(path: str | os.PathLike) -> list[RatedText]:
 
 
 def human_preferences(
-    path: str | os.PathLike, split: str = "train", pairs: int = 16000, seed: int = 0, kinds: Sequence[str] = ()
+    path: str | os.PathLike, split: str = "train", pairs: int = 16000, seed: int = 0
 ) -> list[Preference]:
     """Pairs of texts of one kind, the chosen one rated higher: {prompt: the kind, chosen, rejected} records.
 
     A pair is two texts and one rating of each, drawn at random; where the ratings are equal another pair is drawn.
-    So the labels have the noise of real people: those who rated the same text disagree as they did. `kinds` limits the
-    texts to some of KINDS' values (default: all). The split ("train", "validation", "test") is by document: no text of
-    one is in another. Raises FileError for the archive, ValueError for arguments that leave no pair to draw.
+    So the labels have the noise of real people: those who rated the same text disagree as they did. The split ("train",
+    "validation", "test") is by document: no text of one is in another. Raises FileError for the archive, ValueError for
+    a split that leaves no pair to draw.
     """
     check_split(split)
-    unknown = sorted(set(kinds) - set(KINDS.values()))
-    if unknown:
-        raise ValueError(f"the kinds are {', '.join(KINDS.values())}, not {unknown[0]!r}")
     rated = [text for text in human_ratings(path) if side(text.document) == split]
-    names = [kind for kind in KINDS.values() if not kinds or kind in kinds]
-    groups = {name: [text for text in rated if text.kind == name] for name in names}
+    groups = {kind: [text for text in rated if text.kind == kind] for kind in KINDS.values()}
     groups = {kind: texts for kind, texts in groups.items() if len({r for t in texts for r in t.ratings}) > 1}
     if not groups and pairs:
         raise ValueError(f"{path}: the split {split!r} has no two texts whose ratings differ")

@@ -98,8 +98,6 @@ class Tokenizer:
         config: dict[str, Any] = {}
         for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
             content = read_json(directory / name) if (directory / name).is_file() else {}
-            if not isinstance(content, dict):
-                raise FileError(f"{directory / name}: must hold an object, got {type(content).__name__}")
             config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")

@@ -172,7 +172,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, n
         body = read_json(where)
     except FileError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    if body.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not the state of a minipeft checkpoint")
     if body.get("version") != VERSION:
         raise CheckpointError(f"{where}: format version {body.get('version')!r}; this package reads version {VERSION}")
