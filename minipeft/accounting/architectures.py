@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..hub.configuration import our_name, to_hugging_face
 from ..nn.transformer import TransformerConfig
 
 Shape = tuple[int, ...]
@@ -97,7 +98,7 @@ def architecture(
             raise ValueError(f"a model given by its number of parameters must have at least one, not {model!r}")
         return Architecture(f"{model:,} parameters", "nominal", {"model.weight": (model,)}, {"model.weight": "nominal"})
     if isinstance(model, TransformerConfig):
-        return _build(f"{model.model_type} of {model.num_hidden_layers} layers", _as_hugging_face(model))
+        return _build(f"{model.model_type} of {model.num_hidden_layers} layers", to_hugging_face(model, "float32"))
     if isinstance(model, Mapping):
         if "name" in model:
             changes = {key: value for key, value in model.items() if key != "name"}
@@ -105,10 +106,7 @@ def architecture(
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
     path = Path(model)
     if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
-        config = read_json(path / "config.json" if path.is_dir() else path)
-        if not isinstance(config, dict):
-            raise ValueError(f"{path}: not a Hugging Face configuration, which is a JSON object")
-        return _build(str(model), config)
+        return _build(str(model), read_json(path / "config.json" if path.is_dir() else path))
     return _build(str(model), _known(str(model))["config"])
 
 
@@ -451,23 +449,9 @@ _ALIASES = {
 }
 
 
-# GPT-2's fields, and those of `TransformerConfig`; Llama's have the same names in both
-_GPT2 = {
-    "vocab_size": "vocab_size", "n_positions": "max_position_embeddings", "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size",
-    "tie_word_embeddings": "tie_word_embeddings",
-}  # fmt: skip
-
-
-def _as_hugging_face(c: TransformerConfig) -> dict[str, Any]:
-    fields = _GPT2 if c.model_type == "gpt2" else {key: key for key in _LLAMA}
-    return {"model_type": c.model_type, **{theirs: getattr(c, ours) for theirs, ours in fields.items()}}
-
-
 def _transformer_config(model_type: str, c: Mapping[str, Any]) -> TransformerConfig | None:
     """The configuration of `Transformer` for the families that it builds."""
-    if model_type == "gpt2":
-        return TransformerConfig.gpt2(**{ours: c[theirs] for theirs, ours in _GPT2.items()})
-    if FAMILIES[model_type][0] is llama:
-        return TransformerConfig(model_type=model_type, **{key: c[key] for key in _LLAMA})
-    return None
+    rule, defaults = FAMILIES[model_type]
+    if rule not in (gpt2, llama):
+        return None
+    return TransformerConfig(model_type=model_type, **{our_name(key): c[key] for key in defaults})
