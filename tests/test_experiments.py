@@ -71,7 +71,7 @@ def test_the_seed_decides_everything(base, task):
     assert rows[0] == rows[1] != rows[2]
 
 
-@pytest.mark.parametrize("steps, evaluations, at", [(50, 4, [13, 25, 38, 50]), (8, 3, [3, 6, 8]), (3, 4, [1, 2, 3])])
+@pytest.mark.parametrize("steps, evaluations, at", [(50, 4, [13, 26, 39, 50]), (8, 3, [3, 6, 8]), (3, 4, [1, 2, 3])])
 def test_evaluations_are_evenly_spaced_and_end_with_the_run(base, task, steps, evaluations, at):
     row, _ = fine_tune(base, task, replace(S, steps=steps, evaluations=evaluations, batch_size=2))
     assert [step for step, _ in row["held_out_curve"]] == at

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from ..nn.module import Module
 from ..options import configuration, option
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
-from ..train.callbacks import Callback
 from .costs import count, storage
 from .methods import METHODS
 
@@ -52,7 +50,7 @@ class Settings:
     dropout: float = option(0.0, "in the base, on the embeddings and the residual branches", least=0, below=1)
     replay: float = option(0.0, "blocks of general text that are mixed in, per example of the task", least=0)
     l2_start: float = option(0.0, "α of the penalty α/2 · ||w - w_start||² (`l2_sp`)", least=0)
-    evaluations: int = option(1, "how often the held-out loss is measured, evenly spaced; last at the end", least=1)
+    evaluations: int = option(1, "how often, at most, the held-out loss is measured: evenly, last at the end", least=1)
     seed: int = option(0, "seed of the order of the data and of dropout", least=0)
 
 
@@ -82,21 +80,6 @@ def with_dropout(model: Any, p: float) -> Any:
         if isinstance(module, Dropout):
             module.p = p
     return twin
-
-
-class HeldOut(Callback):
-    """Measures the held-out loss after steps ceil(i · steps / n), i = 1, ..., n - 1: evenly spaced up to the end."""
-
-    def __init__(self, trainer: Trainer, n: int):
-        self.trainer, self.steps = trainer, {-(-i * trainer.total_steps // n) for i in range(1, n)}
-        self.curve: list[tuple[int, float]] = []
-        self.seconds: dict[int, float] = {}  # by step: of the evaluation, which the seconds of the step include
-
-    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> None:
-        if step in self.steps and step < self.trainer.total_steps:
-            start = time.perf_counter()
-            self.curve.append((step, self.trainer.evaluate()))
-            self.seconds[step] = time.perf_counter() - start
 
 
 def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, Any], Any]:
@@ -130,24 +113,23 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
         lr_scheduler_type="cosine",
         warmup_ratio=s.warmup,
         weight_decay=s.weight_decay,
+        eval_steps=math.ceil(s.steps / s.evaluations),
         seed=s.seed,
     )
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
     trainable, total = count(model)
     row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total}
-    evaluations = HeldOut(trainer, s.evaluations)
     try:
-        result = trainer.train(callbacks=[evaluations])
+        result = trainer.train()
         general_loss = trainer.evaluate(task.general)
     except TrainingDiverged:
         nothing = dict.fromkeys(("seconds_per_step", "train_loss", "task_loss", "general_loss"))
         return row | nothing | {"storage": storage(model), "curve": [], "held_out_curve": []}, model
-    curve, held_out_curve = result.losses("loss"), [*evaluations.curve, *result.losses("eval_loss")]
-    seconds = [total - evaluations.seconds.get(step, 0) for step, total in result.losses("seconds")]
+    curve, held_out_curve = result.losses("loss"), result.losses("eval_loss")
     row |= {
         "storage": storage(model),  # AdaLoRA keeps what it has not pruned
-        "seconds_per_step": statistics.median(seconds),
+        "seconds_per_step": statistics.median(seconds for _, seconds in result.losses("seconds")),
         "train_loss": statistics.mean(loss for _, loss in curve[-math.ceil(s.steps / 4) :]),
         "task_loss": held_out_curve[-1][1], "general_loss": general_loss,
         "curve": curve, "held_out_curve": held_out_curve,
