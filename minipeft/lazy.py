@@ -1,4 +1,4 @@
-"""Packages whose public names are imported when they are first used, so that importing the package costs little."""
+"""What is imported when it is first used, so that importing the package costs little: public names, and extras."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def lazy(
         return value
 
     return get, lambda: sorted({*listed, *inside}), listed
+
+
+def extra(module: str, name: str, what: str) -> Any:
+    """A module that the extra `name` of this package brings; ImportError says what takes it, and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{what} takes the package {package}: pip install 'minipeft[{name}]'") from error

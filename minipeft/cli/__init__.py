@@ -83,11 +83,9 @@ def describe(error: Exception) -> str:
         return message
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
-    if isinstance(error, ImportError):
-        return f"{message}; is the extra that this needs installed?"
     if isinstance(error, KeyError) and " " in message:  # a sentence, of which str() gives the repr, and not a bare key
         return " ".join(str(error.args[0]).split())
-    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError)):
+    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, ImportError)):
         return message
     return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ..files import FileError, MappedFile, StoredTensor
+from ..lazy import extra
 from ..nn.transformer import RopeScaling, TransformerConfig
 from ..text.tokenizer import Tokenizer
 from .configuration import FIELDS, HubError, from_hugging_face, naming, our_name
@@ -292,8 +293,5 @@ def _llama3_scaling(factors: np.ndarray, config: TransformerConfig) -> RopeScali
 
 
 def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise HubError("reading a .gguf file takes the package gguf: pip install 'minipeft[hub]'") from error
-    return gguf
+    with naming(error=ImportError):
+        return extra("gguf", "hub", "reading a .gguf file")

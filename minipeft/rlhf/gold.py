@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..lazy import extra
+
 
 def vader(texts: Sequence[str]) -> np.ndarray:
     """VADER's compound score of each text, from -1 (most negative) to 1: float64 [n].
@@ -25,13 +27,7 @@ def vader(texts: Sequence[str]) -> np.ndarray:
 
 @cache
 def _analyzer() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise ImportError(
-            "the gold reward is computed by vaderSentiment, which is not installed: pip install 'minipeft[rlhf]'"
-        ) from error
-    return SentimentIntensityAnalyzer()
+    return extra("vaderSentiment.vaderSentiment", "rlhf", "the gold reward").SentimentIntensityAnalyzer()
 
 
 def rank(scores: np.ndarray, rng: np.random.Generator, temperature: float = 0.1, flip: float = 0.0) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileError, write_atomic
+from ..lazy import extra
 
 
 class Metrics:
@@ -73,20 +74,15 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], char_order: int =
     """
     if len(hypotheses) != len(references) or not hypotheses:
         raise ValueError(f"chrF compares texts in pairs: {len(hypotheses)} hypotheses, {len(references)} references")
-    try:
-        from sacrebleu.metrics.chrf import CHRF  # here, since the import takes 50 ms
-    except ImportError as error:
-        raise ImportError("computing chrF takes the package sacrebleu: pip install 'minipeft[hub]'") from error
-    return CHRF(char_order=char_order, beta=beta).corpus_score(list(hypotheses), [list(references)]).score
+    library = extra("sacrebleu.metrics.chrf", "hub", "computing chrF")
+    return library.CHRF(char_order=char_order, beta=beta).corpus_score(list(hypotheses), [list(references)]).score
 
 
 def panels(n: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
     """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, n, squeeze=False)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
