@@ -93,10 +93,6 @@ def one_blas_thread() -> Iterator[None]:
                     blas.set_num_threads(threads)
 
 
-def _enter_pool() -> None:
-    _inside.pool = True
-
-
 def _after_fork() -> None:
     """A forked process has none of its parent's threads, and perhaps a lock that one of them held."""
     global _pool, _lock, _regions
@@ -120,7 +116,7 @@ def run_tasks(tasks: list[Callable[[], None]]) -> None:
         return
     workers = max(1, get_num_threads() - 1)
     with _lock:
-        pool = _pool = _pool or ThreadPoolExecutor(workers, "minipeft", initializer=_enter_pool)
+        pool = _pool = _pool or ThreadPoolExecutor(workers, "minipeft", setattr, (_inside, "pool", True))
     futures = [pool.submit(copy_context().run, task) for task in tasks[1:]]
     try:
         tasks[0]()

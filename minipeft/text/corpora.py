@@ -24,11 +24,6 @@ class Verse(NamedTuple):
     king_james: str
     basic_english: str
 
-    @property
-    def reference(self) -> str:
-        """"Genesis 1:1"."""
-        return f"{self.book} {self.chapter}:{self.verse}"
-
 
 class Chapter(NamedTuple):
     """One chapter of a novel; its paragraphs are the lines of `text`."""

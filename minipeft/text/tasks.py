@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from .corpora import Synset, Verse, bible, wordnet
+from .corpora import Verse, bible, wordnet
 from .datasets import Completion
 
 MAX_CHARACTERS = 240  # of a verse in either translation, about 80 tokens of the shipped tokenizer
@@ -26,7 +26,6 @@ class Entry(NamedTuple):
     word: str
     part_of_speech: str
     text: str
-    synset: Synset
 
 
 @cache
@@ -39,7 +38,7 @@ def verses(split: str) -> list[Verse]:
 def definitions(split: str) -> list[Entry]:
     """Every single, uncapitalized word that WordNet's tagged texts use in its first sense, with that sense's gloss."""
     return [
-        Entry(word.lemma, synset.part_of_speech, synset.definition, synset)
+        Entry(word.lemma, synset.part_of_speech, synset.definition)
         for synset in wordnet(split)
         for word in synset.headwords
         if word.sense == 1 and word.count > 0 and re.fullmatch("[a-z]+", word.lemma)
@@ -50,7 +49,7 @@ def definitions(split: str) -> list[Entry]:
 def examples(split: str) -> list[Entry]:
     """Every headword that one of its synset's examples contains as it is, with the first such example."""
     return [
-        Entry(word.lemma, synset.part_of_speech, example, synset)
+        Entry(word.lemma, synset.part_of_speech, example)
         for synset in wordnet(split)
         for word in synset.headwords
         for example in [next((text for text in synset.examples if stands_in(word.lemma, text)), None)]
