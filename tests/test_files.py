@@ -212,47 +212,52 @@ def test_reading_maps_the_file_and_cannot_change_it(tmp_path):
 ONE = {"a": entry([1], 0, 4)}
 GOOD = {"a": entry([2, 2], 0, 16), "b": entry([1], 16, 20)}
 BAD = {
-    "empty file": (lambda p: p.write_bytes(b""), "not a safetensors file, or truncated"),
-    "a few bytes": (lambda p: p.write_bytes(b"abc"), "not a safetensors file, or truncated"),
-    "text": (lambda p: p.write_text("import torch\n" * 10), "not a safetensors file, or truncated"),
-    "a pickle": (lambda p: p.write_bytes(b"PK\x03\x04" + bytes(100)), "not a safetensors file"),
-    "header cut off": (lambda p: raw(p, GOOD, length=10_000), "truncated"),
-    "huge header": (lambda p: raw(p, GOOD, bytes(20), length=1 << 63), "truncated"),
-    "header that is not JSON": (lambda p: raw(p, b"{nonsense", bytes(20)), "damaged"),
-    "header that is not UTF-8": (lambda p: raw(p, b'{"\xff": 1}', bytes(20)), "damaged"),
-    "header that is nested without end": (lambda p: raw(p, b'{"a":' * 100_000, bytes(20)), "damaged"),
-    "header that is a list": (lambda p: raw(p, [1, 2], bytes(20)), "damaged"),
-    "entry that is a number": (lambda p: raw(p, {"a": 1}, bytes(20)), "damaged"),
-    "entry without dtype": (lambda p: raw(p, {"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "damaged"),
-    "three offsets": (lambda p: raw(p, {"a": entry([1], 0, 4) | {"data_offsets": [0, 4, 8]}}, bytes(8)), "damaged"),
-    "offsets that are text": (lambda p: raw(p, {"a": entry([1], "0", "4")}, bytes(4)), "'a'|damaged"),
-    "fractional shape": (lambda p: raw(p, {"a": entry([1.5], 0, 6)}, bytes(6)), "'a'|damaged"),
-    "metadata that is a list": (lambda p: raw(p, {"__metadata__": [1], **ONE}, bytes(4)), "damaged"),
-    "metadata that is not text": (lambda p: raw(p, {"__metadata__": {"a": 1}, **ONE}, bytes(4)), "damaged"),
-    "data cut off": (lambda p: raw(p, GOOD, bytes(19)), "truncated: tensor 'b'"),
-    "no data": (lambda p: raw(p, GOOD), "truncated: tensor 'a'"),
-    "unknown dtype": (lambda p: raw(p, {"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4)), "'a' has the dtype F8_E4M3"),
-    "shape and offsets disagree": (lambda p: raw(p, {"a": entry([3], 0, 16)}, bytes(16)), r"\(3,\) needs 12 bytes"),
-    "negative offset": (lambda p: raw(p, {"a": entry([1], -4, 0)}, bytes(4)), "'a'"),
-    "offsets in the wrong order": (lambda p: raw(p, {"a": entry([1], 4, 0)}, bytes(4)), "'a'"),
-    "negative shape": (lambda p: raw(p, {"a": entry([-1, -4], 0, 16)}, bytes(16)), "'a'"),
-    "huge shape": (lambda p: raw(p, {"a": entry([1 << 40, 1 << 40], 0, 16)}, bytes(16)), "'a'"),
-    "shape whose size overflows to fit": (lambda p: raw(p, {"a": entry([1 << 32, 1 << 32], 0, 0)}), "'a'"),
-    "huge offset": (lambda p: raw(p, {"a": entry([1], 1 << 62, (1 << 62) + 4)}, bytes(4)), "'a'"),
-    "overlapping tensors": (lambda p: raw(p, {**ONE, "b": entry([2], 2, 10)}, bytes(10)), "'b' begins at byte 2"),
-    "a hole between tensors": (lambda p: raw(p, {**ONE, "b": entry([1], 8, 12)}, bytes(12)), "'b' begins at byte 8"),
-    "bytes after the last tensor": (lambda p: raw(p, GOOD, bytes(24)), "the tensors end at"),
+    "empty file": lambda p: p.write_bytes(b""),
+    "a few bytes": lambda p: p.write_bytes(b"abc"),
+    "text": lambda p: p.write_text("import torch\n" * 10),
+    "a pickle": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "header cut off": lambda p: raw(p, GOOD, length=10_000),
+    "huge header": lambda p: raw(p, GOOD, bytes(20), length=1 << 63),
+    "header that is not JSON": lambda p: raw(p, b"{nonsense", bytes(20)),
+    "header that is not UTF-8": lambda p: raw(p, b'{"\xff": 1}', bytes(20)),
+    "header that is nested without end": lambda p: raw(p, b'{"a":' * 100_000, bytes(20)),
+    "header that is a list": lambda p: raw(p, [1, 2], bytes(20)),
+    "entry that is a number": lambda p: raw(p, {"a": 1}, bytes(20)),
+    "entry without dtype": lambda p: raw(p, {"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    "three offsets": lambda p: raw(p, {"a": entry([1], 0, 4) | {"data_offsets": [0, 4, 8]}}, bytes(8)),
+    "offsets that are text": lambda p: raw(p, {"a": entry([1], "0", "4")}, bytes(4)),
+    "fractional shape": lambda p: raw(p, {"a": entry([1.5], 0, 6)}, bytes(6)),
+    "metadata that is a list": lambda p: raw(p, {"__metadata__": [1], **ONE}, bytes(4)),
+    "metadata that is not text": lambda p: raw(p, {"__metadata__": {"a": 1}, **ONE}, bytes(4)),
+    "data cut off": lambda p: raw(p, GOOD, bytes(19)),
+    "no data": lambda p: raw(p, GOOD),
+    "shape and offsets disagree": lambda p: raw(p, {"a": entry([3], 0, 16)}, bytes(16)),
+    "negative offset": lambda p: raw(p, {"a": entry([1], -4, 0)}, bytes(4)),
+    "offsets in the wrong order": lambda p: raw(p, {"a": entry([1], 4, 0)}, bytes(4)),
+    "negative shape": lambda p: raw(p, {"a": entry([-1, -4], 0, 16)}, bytes(16)),
+    "huge shape": lambda p: raw(p, {"a": entry([1 << 40, 1 << 40], 0, 16)}, bytes(16)),
+    "shape whose size overflows to fit": lambda p: raw(p, {"a": entry([1 << 32, 1 << 32], 0, 0)}),
+    "huge offset": lambda p: raw(p, {"a": entry([1], 1 << 62, (1 << 62) + 4)}, bytes(4)),
+    "overlapping tensors": lambda p: raw(p, {**ONE, "b": entry([2], 2, 10)}, bytes(10)),
+    "a hole between tensors": lambda p: raw(p, {**ONE, "b": entry([1], 8, 12)}, bytes(12)),
+    "bytes after the last tensor": lambda p: raw(p, GOOD, bytes(24)),
 }
 
 
 @pytest.mark.parametrize("name", list(BAD))
 def test_a_bad_file_is_one_clear_error_that_names_it(tmp_path, name):
-    make, message = BAD[name]
     path = tmp_path / "model.safetensors"
-    make(path)
-    with pytest.raises(FileError, match=message) as caught:
+    BAD[name](path)
+    size = path.stat().st_size
+    message = rf"model.safetensors: {size} bytes, no safetensors file, or a cut or damaged one \([^\n]+\)$"
+    with pytest.raises(FileError, match=message):
         read_safetensors(path)
-    assert "model.safetensors: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dtype_that_numpy_lacks_is_refused_by_its_name(tmp_path):
+    path = raw(tmp_path / "f", {"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4))
+    with pytest.raises(FileError, match="'a' has the dtype F8_E4M3, which is not supported"):
+        read_safetensors(path)
 
 
 def test_a_missing_file_or_a_directory(tmp_path):
