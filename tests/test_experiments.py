@@ -71,6 +71,12 @@ def test_the_seed_decides_everything(base, task):
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_an_adapter_starts_from_the_seed(base, task):
+    (_, a), (_, b) = (fine_tune(base, task, Settings("lora", 1e-9, 1, 2, seed=seed)) for seed in (3, 4))
+    path = "base_model.model.layers.0.mlp.up_proj.default.lora_A"
+    assert abs(a.state_dict()[path] - b.state_dict()[path]).max() > 0.1
+
+
 @pytest.mark.parametrize("steps, evaluations, at", [(50, 4, [13, 26, 39, 50]), (8, 3, [3, 6, 8]), (3, 4, [1, 2, 3])])
 def test_evaluations_are_evenly_spaced_and_end_with_the_run(base, task, steps, evaluations, at):
     row, _ = fine_tune(base, task, replace(S, steps=steps, evaluations=evaluations, batch_size=2))

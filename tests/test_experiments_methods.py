@@ -53,6 +53,15 @@ def test_adalora_has_spent_its_budget_when_half_of_the_run_is_over():
         assert sum(map(sum, left.values())) == 8 * len(left) == 8 * 14
 
 
+def test_the_seed_reaches_the_adapters_start():
+    method, model = METHODS["lora"], wide("llama")
+    start = {seed: method.prepare(model, 4, seed).state_dict() for seed in (0, 1)}
+    usual = mp.get_peft_model(model, method.config()).state_dict()
+    drawn = [path for path in usual if path.endswith("lora_A")]
+    assert len(drawn) == 14 and all(np.array_equal(usual[path], start[0][path]) for path in usual)
+    assert not any(np.array_equal(start[0][path], start[1][path]) for path in drawn)
+
+
 def test_why_not_says_what_does_not_fit():
     assert METHODS["lora"].why_not(wide("llama")) is None
     assert "a rank of 12 is larger than the matrix" in METHODS["adalora"].why_not(base("llama"))

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group, Settings, "steps", "batch_size", "learning_rate", "seed",
         defaults={"steps": None, "learning_rate": None},
         steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
-        learning_rate="one learning rate for all (default: each its own)", seed="seed of the data",
+        learning_rate="one learning rate for all (default: each its own)", seed="seed of the data and the adapters' start",
     )  # fmt: skip
     group.add_argument(
         "--seeds", type=positive_int, metavar="N", help="runs of each method, from --seed on (default: 1; a report: 3)"

@@ -88,6 +88,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
         gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
         max_grad_norm="clip the gradient to this 2-norm; 0 does not",
         eval_steps="steps between evaluations (default: 1/5)",
+        seed="seed of the adapter's start, the order of the data and dropout",
     )  # fmt: skip
     group.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction,
@@ -146,7 +147,7 @@ def fine_tune(
         per_device_train_batch_size=batch_size or (2 if large else 8),
         gradient_accumulation_steps=args.gradient_accumulation_steps or (4 if large and not batch_size else 1),
     )  # fmt: skip
-    model = method.prepare(base, arguments.max_steps)
+    model = method.prepare(base, arguments.max_steps, args.seed)
     if large if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)

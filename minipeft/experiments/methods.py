@@ -40,8 +40,10 @@ class Method:
         """
         return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 
-    def prepare(self, base: Any, steps: int) -> Any:
+    def prepare(self, base: Any, steps: int, seed: int = 0) -> Any:
         """The model that is trained, for a run of this number of steps; `base` stays as it is.
+
+        The seed names the adapter's initial values, so that runs of several seeds also differ in them.
 
         Raises PeftError for a method that does not fit the model.
         """
@@ -59,7 +61,7 @@ class Method:
 
             if not any(isinstance(module, Linear4bit) for _, module in base.named_modules()):
                 base = quantize_model(base)
-        return get_peft_model(base, config)
+        return get_peft_model(base, config, seed=seed)
 
     def why_not(self, base: Any) -> str | None:
         """Why the method cannot be put on a model (BitFit on one without biases), or None; nothing is built."""

@@ -51,7 +51,7 @@ class Settings:
     replay: float = option(0.0, "blocks of general text that are mixed in, per example of the task", least=0)
     l2_start: float = option(0.0, "α of the penalty α/2 · ||w - w_start||² (`l2_sp`)", least=0)
     evaluations: int = option(1, "how often, at most, the held-out loss is measured: evenly, last at the end", least=1)
-    seed: int = option(0, "seed of the order of the data and of dropout", least=0)
+    seed: int = option(0, "seed of the adapter's start, the order of the data and dropout", least=0)
 
 
 def l2_sp(model: Module, alpha: float) -> Callable[..., Tensor]:
@@ -101,7 +101,7 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
     if s.replay and not task.replay:
         raise ValueError("the task has no general text to replay")
     rate = s.learning_rate or method.rate_for(base)
-    model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps)
+    model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps, s.seed)
     replayed = round(s.replay * len(task.train))
     examples = task.train + [task.replay[i % len(task.replay)] for i in range(replayed)]
     arguments = TrainingArguments(
