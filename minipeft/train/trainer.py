@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array, xp_of
+from ..backend import Array, Rng, is_array
 from ..nn.module import Module, Parameter
 from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
@@ -30,9 +30,10 @@ from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks
 from .checkpoint import arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, evaluate, model_loss, on_device
+from .evaluation import Collate, Loss, evaluate, model_loss
 from .metrics import plot_loss
 from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
+from .parallel import Part, Workers, add_gradients
 from .run import Run
 from .schedule import SCHEDULES
 
@@ -41,28 +42,27 @@ __all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult",
 
 def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
-    callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None,
+    callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None, workers: Workers | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
-    Dropout draws from (seed, step - 1, place of the row in the step). Returns the record of the step; a callback's
-    wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
+    Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches. Returns
+    the record of the step; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
+    gradient that is not finite.
     """
-    xp = xp_of(*[p.data for p in parameters.values()])
-    total, L, first_row = sum(batch.weight for batch in batches), 0.0, 0
+    total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
+    for batch in batches:
+        if batch.weight:
+            parts.append(Part(batch, batch.weight / total, Rng(seed, first_row=first_row).at(step - 1)))
+        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        for batch in batches:
-            arguments = on_device(batch, xp)
-            if batch.weight:
-                L_b = loss(model, **arguments, rng=Rng(seed, first_row=first_row).at(step - 1))
-                L += L_b.item() * (batch.weight / total)
-                if not math.isfinite(L):
-                    raise diverged(step, L, parameters, optimizer)
-                L_b.backward(batch.weight / total)
-                del L_b  # and with it the graph, before the next batch
-            first_row += max((v.shape[0] for v in arguments.values() if is_array(v)), default=0)  # this batch's rows
+        losses = workers.losses(parts) if workers else (add_gradients(model, loss, part) for part in parts)
+        for part, L_b in zip(parts, losses):
+            L += part.share * L_b
+            if not math.isfinite(L):
+                raise diverged(step, L, parameters, optimizer)
         callbacks.before_step(step)
         try:
             norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
@@ -201,16 +201,20 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------- train
 
     def train(
-        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, callbacks: Iterable[Callback] = ()
-    ) -> TrainingResult:
+        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, callbacks: Iterable[Callback] = (),
+        executor: Any = None,
+    ) -> TrainingResult:  # fmt: skip
         """Train to the end; `resume_from_checkpoint=True` (or its path) goes on from the last checkpoint in output_dir.
 
-        The `callbacks` (see `Callback`) come after the model's own. Raises ValueError for a fresh run into an
+        The `callbacks` (see `Callback`) come after the model's own. With an `executor` its workers compute the batches of
+        each step, of which there are gradient_accumulation_steps (see `minipeft.train.parallel`); a record then has
+        "bytes_moved". Raises ValueError for a fresh run into an
         output_dir that holds checkpoints, and to resume from any but its last; CheckpointError for one that is missing,
         damaged, or of another base, data set, arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
         self._callbacks = Callbacks(self.model, more=callbacks)
+        self._workers = None if executor is None else Workers(executor, self.model, self.loss, self.trainable)
         show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
         run = Run(self, a, self.total_steps, self._callbacks, show)
         with run.start(resume_from_checkpoint):
@@ -249,8 +253,10 @@ class Trainer:
             group["lr"] = rate * factor
         record = training_step(
             self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
-            max_grad_norm=a.max_grad_norm,
+            max_grad_norm=a.max_grad_norm, workers=self._workers,
         )  # fmt: skip
+        if self._workers:
+            record["bytes_moved"], self._workers.moved = self._workers.moved, 0
         seconds = time.perf_counter() - start
         speed = round(record["tokens"] / max(seconds, 1e-9), 1)
         self._done, epochs = step, round(step / self.steps_per_epoch, 4)

@@ -1,0 +1,126 @@
+"""Data-parallel training: the workers of an executor compute the gradients of a step's batches.
+
+    here ── trainable arrays, batch b ──► a worker: L_b and its gradients ──► here: added in the order of the batches
+
+One update is that of gradient accumulation over the same batches: each batch's gradient is the same, wherever it is
+computed, and the sum has a fixed order. What moves in a step are the trainable arrays and their gradients, once for
+each batch; the model, with its frozen base, goes to a worker once. So LoRA moves the share of the bytes that it trains.
+
+Departures from PyTorch's DistributedDataParallel (Li et al. 2020, arXiv:2006.15704): 1. One process holds the optimizer
+and sends the weights; there, every process holds all and they average gradients (all-reduce). 2. Workers may come and
+go. 3. The mean is over the labels that count in the whole step, not a mean of the workers' means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backend import Array, Rng, is_array, xp_of
+from ..nn.module import Module, Parameter
+from .batches import Batch
+from .evaluation import Loss, on_device
+
+ATTEMPTS = 3  # that a step makes while executors break
+
+_here = threading.local()  # .held: (key, model, loss) that this thread of a worker holds
+
+
+class Part(NamedTuple):
+    """A batch of a step, w_b / Σ w of its mean loss in the step's, and its random stream."""
+
+    batch: Batch
+    share: float
+    rng: Rng
+
+
+def add_gradients(model: Module, loss: Loss, part: Part) -> float:
+    """Add the gradients of share · L_b to the model's; L_b. Nothing is added where L_b is not finite."""
+    L_b = loss(model, **on_device(part.batch, xp_of(*[p.data for p in model.parameters()])), rng=part.rng)
+    if np.isfinite(value := L_b.item()):
+        L_b.backward(part.share)
+    return value
+
+
+class Workers:
+    """Computes the losses and gradients of a step's parts on an executor.
+
+    Args:
+        executor: any with `submit`, such as concurrent.futures.ProcessPoolExecutor or Dask's `client.get_executor()`;
+            or a function without arguments that makes one, which is called again where one breaks.
+        model, loss: as the Trainer has them. They are pickled, in memory, to reach the workers.
+
+    `moved` counts the bytes of arrays that went to workers and came back. Raises ValueError for a model on a device, and
+    for a model or a loss that cannot be pickled.
+    """
+
+    def __init__(self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter]):
+        if xp_of(*[p.data for p in model.parameters()]) is not np:
+            raise ValueError("training on workers is for a model on the CPU; this one is on a device")
+        try:
+            self.model = pickle.dumps((model, loss))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"model and loss must be picklable to reach the workers: {error}") from error
+        self.key, self.trainable = hashlib.sha256(self.model).hexdigest(), list(trainable.values())
+        self.make: Callable[[], Any] | None = None if hasattr(executor, "submit") else executor
+        self.executor = self.make() if self.make else executor
+        self.moved = 0
+
+    def losses(self, parts: Sequence[Part]) -> list[float]:
+        """L_b of each part; adds the gradients to the trainable parameters, part by part.
+
+        Where the executor has lost its workers, the whole step is computed again on a new one; RuntimeError where there
+        is none to be made, or the third breaks, too.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                found = self._computed(parts)
+                break
+            except BrokenExecutor as error:
+                if self.make is None or attempt == ATTEMPTS:
+                    hint = "" if self.make else "; give a function that makes an executor, to go on with a new one"
+                    raise RuntimeError(f"a worker was lost and its executor is broken{hint}") from error
+                self.executor = self.make()
+        for _, gradients in found:
+            for p, gradient in zip(self.trainable, gradients):
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+        return [L_b for L_b, _ in found]
+
+    def _computed(self, parts: Sequence[Part]) -> list[tuple[float, list[Array | None]]]:
+        arrays = [p.data for p in self.trainable]
+        futures = [self._submit(part, arrays) for part in parts]
+        found = []
+        for part, future in zip(parts, futures):
+            result = future.result() or self._submit(part, arrays, self.model).result()  # None: it lacks the model
+            self.moved += sum(g.nbytes for g in result[1] if g is not None)
+            found.append(result)
+        return found
+
+    def _submit(self, part: Part, arrays: list[Array], model: bytes | None = None) -> Any:
+        inputs = [v for v in part.batch.arguments.values() if is_array(v)]
+        self.moved += sum(a.nbytes for a in (*arrays, *inputs)) + len(model or b"")
+        return self.executor.submit(_on_worker, self.key, part, arrays, model)
+
+
+def _on_worker(
+    key: str, part: Part, arrays: list[Array], pickled: bytes | None
+) -> tuple[float, list[Array | None]] | None:
+    """(L_b, gradients of share · L_b in the order of the trainable parameters); None where the model is not here."""
+    if pickled is not None:
+        _here.held = (key, *pickle.loads(pickled))
+    held, model, loss = getattr(_here, "held", (None, None, None))
+    if held != key:
+        return None
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p, array in zip(trainable, arrays):
+        p.data, p.grad = array.copy(), None
+    with np.errstate(all="ignore"):
+        L_b = add_gradients(model, loss, part)
+    return L_b, [p.grad for p in trainable]

@@ -1,0 +1,92 @@
+"""Data-parallel training: the same weights as one process, the bytes that move, workers that are lost."""
+
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from test_train import counting, tiny_model, weights
+
+import minipeft as mp
+from minipeft.train import Callback, Trainer, TrainingArguments
+
+OPTIONS = {"max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+
+
+def processes():
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+
+
+def adapted(dropout=0.0):
+    return mp.get_peft_model(tiny_model(dropout), mp.LoraConfig(r=2, init_lora_weights=False))
+
+
+def trained(model, examples, executor=None, callbacks=(), **options):
+    trainer = Trainer(model, examples, args=TrainingArguments(**{**OPTIONS, **options}))
+    result = trainer.train(executor=executor, callbacks=callbacks)
+    return weights(model), result
+
+
+def test_processes_train_the_weights_that_one_process_trains_and_move_what_is_trained(rng):
+    examples = counting(24, rng, shortest=5, longest=12)
+    moved = {}
+    with processes() as executor:
+        for name, make in (("lora", lambda: adapted(0.1)), ("full", lambda: tiny_model(0.1))):
+            (alone, result), (together, spread) = trained(make(), examples), trained(make(), examples, executor)
+            for key, array in alone.items():
+                np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(result.losses(), spread.losses(), rtol=1e-6)
+            moved[name] = dict(spread.losses("bytes_moved"))
+            model = make()
+            size = sum(p.data.nbytes for p in model.parameters() if p.requires_grad)
+            tokens = moved[name][3] - 3 * 2 * size  # there and back, for each of three batches
+            assert 0 < tokens < 3 * 4 * 12 * 3 * 8, "beside them, ids, labels and masks"
+            assert moved[name][1] > moved[name][3] + sum(p.data.nbytes for p in model.parameters()), "the model, once"
+    assert "bytes_moved" not in result.history[0] and moved["lora"][3] < 0.4 * moved["full"][3]
+
+
+def test_threads_each_have_a_model_of_their_own(rng):
+    examples = counting(24, rng)
+    with ThreadPoolExecutor(3) as executor:
+        together, _ = trained(adapted(), examples, executor)
+    for key, array in trained(adapted(), examples)[0].items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+class Kill(Callback):
+    """Kills a worker after step 1."""
+
+    def __init__(self, executors):
+        self.executors = executors
+
+    def after_step(self, model, step, record):
+        if step == 1:
+            os.kill(next(iter(self.executors[-1]._processes)), signal.SIGKILL)
+
+
+def test_a_step_whose_worker_is_lost_is_done_again_on_a_new_executor(rng):
+    examples, made = counting(24, rng), []
+
+    def make():
+        made.append(processes())
+        return made[-1]
+
+    try:
+        together, result = trained(adapted(), examples, make, [Kill(made)])
+        assert len(made) == 2 and result.steps == 3
+        for key, array in trained(adapted(), examples)[0].items():
+            np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+        with pytest.raises(RuntimeError, match="a worker was lost .* give a function that makes an executor"):
+            trained(adapted(), examples, made[1], [Kill(made)])
+    finally:
+        for executor in made:
+            executor.shutdown()
+
+
+def test_what_cannot_reach_a_worker_is_named(rng):
+    with ThreadPoolExecutor(1) as executor:
+        trainer = Trainer(tiny_model(), counting(8, rng), loss=lambda model, rng=None, **batch: model.loss(**batch))
+        with pytest.raises(ValueError, match="model and loss must be picklable to reach the workers"):
+            trainer.train(executor=executor)
