@@ -78,7 +78,7 @@ def test_a_step_whose_worker_is_lost_is_done_again_on_a_new_executor(rng):
         assert len(made) == 2 and result.steps == 3
         for key, array in trained(adapted(), examples)[0].items():
             np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
-        with pytest.raises(RuntimeError, match="a worker was lost .* give a function that makes an executor"):
+        with pytest.raises(RuntimeError, match=r"a worker was lost .* give a function that makes an executor"):
             trained(adapted(), examples, made[1], [Kill(made)])
     finally:
         for executor in made:
