@@ -68,7 +68,7 @@ def test_text_file_is_one_document(tmp_path):
         ({"prompt": "a", "completion": "b", "id": 3}, "field 'id' is unknown; the form is {prompt, completion}"),
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing; the form is {prompt, chosen, rejected}"),
         ({"instruction": "a", "response": "b"}, "field 'output' is missing, field 'response' is unknown"),
-        ({"question": "a"}, "the fields ['question'] are none of the known forms: {text}, {prompt, completion}, "),
+        ({"ask": "a"}, "the fields ['ask'] are none of the known forms: {text}, {prompt, completion}, "),
         ({}, "the fields [] are none of the known forms"),
         ({"prompt": 3, "completion": "b"}, "field 'prompt' must be a string, got a number"),
         ({"prompt": None, "completion": "b"}, "field 'prompt' must be a string, got null"),

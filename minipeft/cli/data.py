@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from ..text.datasets import DatasetError, Document, Preference, Record, read_dataset
 from ..text.examples import Example, encode_examples
-from ..text.templates import Template, Turn, default_template
+from ..text.templates import Template, asked_turn
+from ..text.tokenizer import Special
 
 
 class Data(NamedTuple):
@@ -83,10 +84,10 @@ def encode(
 
 
 class Sample(NamedTuple):
-    """A prompt to show the model, as text and as tokens, and the answer the data has for it."""
+    """What the model is asked, how that is shown, and the answer that the data has for it."""
 
+    record: str | Record
     prompt: str
-    ids: list[int]
     reference: str
 
 
@@ -94,18 +95,18 @@ def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | 
     """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
     running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
     if running_text:
-        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, room, 32)) for example in data.held_out)
-        parts = ((ids[:half], ids[half:][:48]) for ids, half in halves if half > 0)
+        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, 32)) for example in data.held_out)
+        parts = ((ids[:half], ids[half:][:48]) for ids, half in halves)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        found = (Sample(decode(prompt), prompt, decode(rest)) for prompt, rest in parts)
+        found = (Sample(prompt, prompt, decode(rest)) for prompt, rest in ((decode(a), b) for a, b in parts) if prompt)
     else:
-        asked = (_asked((template or default_template(record))(record), tokenizer) for record in data.held_out_records)
-        found = (sample for sample in asked if len(sample.ids) <= room)
-    return list(islice(found, n))
+        found = (_sample(record, template, tokenizer) for record in data.held_out_records)
+    fitting = (
+        s for s in found if len(tokenizer.encode_pieces(asked_turn(s.record, template, tokenizer).prompt, True)) <= room
+    )
+    return list(islice(fitting, n))
 
 
-def _asked(turns: Sequence[Turn], tokenizer: Any) -> Sample:
-    *before, last = turns
-    pieces = (*(piece for turn in before for piece in (*turn.prompt, *turn.completion)), *last.prompt)
-    ids = tokenizer.encode_pieces(pieces, add_special_tokens=True)
-    return Sample("".join(pieces), ids, "".join(p for p in last.completion if type(p) is str))
+def _sample(record: Record, template: Template | None, tokenizer: Any) -> Sample:
+    turn = asked_turn(record, template, tokenizer)
+    return Sample(record, "".join(turn.prompt), "".join(p for p in turn.completion if not isinstance(p, Special)))
