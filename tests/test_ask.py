@@ -104,7 +104,12 @@ def test_an_adapter_with_virtual_tokens_answers(base):
         ([{"prompt": "a"}], {}, TypeError, "not a dict"),
         (["a", ""], {}, ValueError, "prompt 2 is empty; a prompt needs some text"),
         ([Conversation(())], {}, ValueError, "prompt 1: a conversation needs a question"),
-        (["a"], {"max_length": 3}, TypeError, "ask has no option 'max_length'; .* said by max_new_tokens, temperature"),
+        (
+            ["a"],
+            {"max_length": 3},
+            TypeError,
+            "there is no option 'max_length'; .* said by max_new_tokens, temperature",
+        ),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer of at least 1, got 0"),
         (["a"], {"top_k": 3}, ValueError, "give a temperature above 0"),
         (["a" * 5000], {}, ValueError, "this model has 512 positions"),

@@ -48,7 +48,7 @@ def same(a, b) -> bool:
 
 def test_help_lists_every_command_and_loads_no_array_library():
     code = "import sys; from minipeft.cli import main; main(sys.argv[1:]); sys.exit('numpy' in sys.modules)"
-    for command in ("finetune", "generate", "reward", "dpo", "ppo", "count", "memory"):
+    for command in ("finetune", "generate", "evaluate", "reward", "dpo", "ppo", "count", "memory"):
         assert python("-c", code, command, "--help").returncode == 0, command
     result = python("-c", code, "--help")
     assert result.returncode == 0, result.stderr

@@ -136,7 +136,7 @@ LIMITS = {
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
-        DataOptions: max_length; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        DataOptions: max_length; EvaluationOptions: limit; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
@@ -147,7 +147,7 @@ LIMITS = {
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
         save_total_limit early_stopping_patience
     """,
-    "an integer of at least 2": "GroupConfig: num_generations",
+    "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length",
     "one of .*": """
         Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;

@@ -6,7 +6,6 @@ prompt ─► template ─► tokens, padded on the left ─► generate, until 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from itertools import takewhile
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..text.datasets import FORMS, Record
 from ..text.templates import Template, Turn, as_asked, asked_turn, get_template
 from ..text.tokenizer import Special, Tokenizer
 from ..train.batches import pad_sequences
-from .config import GenerationConfig
+from .config import GenerationConfig, generation_config
 
 
 def ask(
@@ -44,11 +43,7 @@ def ask(
     prompt and for unknown options, ValueError for an empty prompt, for one that with `max_new_tokens` is longer than
     the model takes, and for options that make no sense.
     """
-    known = [field.name for field in fields(GenerationConfig)]
-    for name in generation:
-        if name not in known:
-            raise TypeError(f"ask has no option {name!r}; how an answer is generated is said by {', '.join(known)}")
-    config = GenerationConfig(**generation)
+    config = generation_config(**generation)
     if isinstance(template, str):
         template = get_template(template, tokenizer)
     alone = isinstance(prompts_or_records, (str, *FORMS))
