@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -93,20 +93,23 @@ class Sample(NamedTuple):
 
 def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
     """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
-    running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
-    if running_text:
-        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, 32)) for example in data.held_out)
-        parts = ((ids[:half], ids[half:][:48]) for ids, half in halves)
+    found: Iterable[tuple[str | Record, str | None]]
+    if not data.held_out_records or isinstance(data.held_out_records[0], Document):
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        found = (Sample(prompt, prompt, decode(rest)) for prompt, rest in ((decode(a), b) for a, b in parts) if prompt)
+        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, 32)) for example in data.held_out)
+        found = ((decode(ids[:half]), decode(ids[half:][:48])) for ids, half in halves if half)
     else:
-        found = (_sample(record, template, tokenizer) for record in data.held_out_records)
-    fitting = (
-        s for s in found if len(tokenizer.encode_pieces(asked_turn(s.record, template, tokenizer).prompt, True)) <= room
-    )
-    return list(islice(fitting, n))
+        found = ((record, None) for record in data.held_out_records)
+    fitting = (_sample(record, reference, tokenizer, room, template) for record, reference in found)
+    return list(islice(filter(None, fitting), n))
 
 
-def _sample(record: Record, template: Template | None, tokenizer: Any) -> Sample:
+def _sample(
+    record: str | Record, reference: str | None, tokenizer: Any, room: int, template: Template | None
+) -> Sample | None:
+    """The sample, with its record's own answer where there is no other reference; None where it has no room."""
     turn = asked_turn(record, template, tokenizer)
-    return Sample(record, "".join(turn.prompt), "".join(p for p in turn.completion if not isinstance(p, Special)))
+    if not 1 <= len(tokenizer.encode_pieces(turn.prompt, add_special_tokens=True)) <= room:
+        return None
+    answer = "".join(piece for piece in turn.completion if not isinstance(piece, Special))
+    return Sample(record, "".join(turn.prompt), answer if reference is None else reference)

@@ -114,9 +114,9 @@ def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions:
     turns = asked_turns(texts, template, tokenizer)
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     for number, ids in enumerate(encoded, start=1):
-        if not 1 <= len(ids) <= room:
+        if len(ids) > room:
             has = f"has {len(ids)} tokens; with --response-length {length} the model has room for {room}"
-            raise ValueError(f"{args.prompts}: prompt {number} {has if ids else 'is empty'}")
+            raise ValueError(f"{args.prompts}: prompt {number} {has}")
     return encoded
 
 
