@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Evaluation:
     """
 
     scores: dict[str, Estimate]
-    details: list[dict[str, Any]]
+    details: list[dict[str, Any]] = field(repr=False)
     tokens: int = 0
     chance: float | None = None
     note: str = ""
