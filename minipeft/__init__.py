@@ -38,11 +38,13 @@ _HOMES = {
     "train.trainer": "Trainer TrainingArguments",
     "hub.pretrained": "from_pretrained save_pretrained",
     "hub.base": "load_base",
+    "evaluation.answers": "ask",
     "peft": "get_peft_model PeftModel assert_learning LoraConfig AdaLoraConfig VeraConfig IA3Config LNTuningConfig "
     "BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
 }
 _MODULES = {"functional": "autograd.ops", "optim": "train.optim"} | {
-    name: name for name in ("backend", "files", "nn", "quant", "peft", "train", "text", "hub", "rlhf", "accounting")
+    name: name
+    for name in ("backend", "files", "nn", "quant", "peft", "train", "text", "hub", "evaluation", "rlhf", "accounting")
 }
 
 __getattr__, __dir__, __all__ = lazy(__name__, _HOMES, _MODULES)

@@ -48,7 +48,7 @@ def same(a, b) -> bool:
 
 def test_help_lists_every_command_and_loads_no_array_library():
     code = "import sys; from minipeft.cli import main; main(sys.argv[1:]); sys.exit('numpy' in sys.modules)"
-    for command in ("finetune", "generate", "reward", "dpo", "ppo", "count", "memory"):
+    for command in ("finetune", "generate", "evaluate", "reward", "dpo", "ppo", "count", "memory"):
         assert python("-c", code, command, "--help").returncode == 0, command
     result = python("-c", code, "--help")
     assert result.returncode == 0, result.stderr
@@ -117,8 +117,8 @@ def test_no_command_shows_the_help(capsys):
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
         (["generate", "--prompts", "missing.txt"], "missing.txt: cannot be read (No such file"),
-        (["generate", "--prompts", "{bad}"], "bad.jsonl:1"),
-        (["generate", "--prompt", "a", "--top-k", "5"], "--temperature"),
+        (["generate", "--prompts", "{bad}"], "bad.jsonl:2: not valid JSON"),
+        (["generate", "--prompt", "a", "--top-k", "5"], "give a temperature above 0"),
         (["generate", "--prompt", "a", "--system", "s"], "--chat"),
         (["generate", "--prompt", "a", "--model", "{model}", "--max-new-tokens", "500"], "192 positions"),
         (["generate", "--prompt", "a", "--model", "{model}", "--adapter", "nowhere"], "nowhere"),

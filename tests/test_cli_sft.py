@@ -6,8 +6,8 @@ import pytest
 from cli_helpers import continued, jsonl, refused, run, tiny, written
 
 import minipeft as mp
-from minipeft.cli.prompts import asked, saved_template
-from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, get_template
+from minipeft.cli.prompts import saved_template
+from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, asked_turn, get_template
 
 ROWS = [("Translate to Italian.", english, italian) for english, italian in
         [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei")]]  # fmt: skip
@@ -49,7 +49,7 @@ def test_generate_asks_in_the_template_of_the_training(model, data, tmp_path, ca
     assert saved_template(output) == name
 
     tuned, tokenizer = mp.from_pretrained(output)
-    turn = asked(get_template(name), "Say one.")
+    turn = asked_turn("Say one.", get_template(name))
     ids = tokenizer.encode_pieces(turn.prompt)
     answer = continued(tuned, tokenizer, ids, 4, [tokenizer.eos_token_id, tokenizer.token_to_id("<|im_end|>")])
     assert generate("--model", output, "--prompt", "Say one.", capsys=capsys) == answer + "\n"
@@ -83,7 +83,7 @@ def test_forms_of_data(model, tmp_path, capsys):
         assert saved_template(output) == name
     completions = tmp_path / "plain.jsonl"
     assert sft(tmp_path / "a", "--model", model, "--data", completions, "--template", "alpaca") == 0
-    tuned_prompt = "".join(asked(get_template(saved_template(tmp_path / "a")), "Hi").prompt)
+    tuned_prompt = "".join(asked_turn("Hi", get_template(saved_template(tmp_path / "a"))).prompt)
     assert tuned_prompt == ALPACA_WITHOUT_INPUT.format(instruction="Hi")
 
 

@@ -117,10 +117,10 @@ LIMITS = {
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
-    "a number above 0 and at most 1": "Drawing: top_p; Combination: density",
+    "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density",
     "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
     "a number of at least 0": """
-        Drawing: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        GenerationConfig: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
@@ -131,12 +131,12 @@ LIMITS = {
         lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; TrainingArguments: adam_beta1 adam_beta2
     """,
     "an integer of at least 0": """
-        Drawing: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
+        GenerationConfig: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
         AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
-        DataOptions: max_length; RopeScaling: original_max_position_embeddings; Drawing: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        DataOptions: max_length; EvaluationOptions: limit; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
@@ -147,7 +147,7 @@ LIMITS = {
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
         save_total_limit early_stopping_patience
     """,
-    "an integer of at least 2": "GroupConfig: num_generations",
+    "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length",
     "one of .*": """
         Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;

@@ -11,11 +11,13 @@ from minipeft.text.datasets import (
     Document,
     Instruction,
     Message,
+    MultipleChoice,
     Preference,
     read_dataset,
 )
 
 GOOD = {"prompt": "a", "completion": "b"}
+ASKED = {"question": "q", "choices": ["a", "b"], "answer": 0}
 SYSTEM, *CHAT = ({"role": r, "content": c} for r, c in (("system", "s"), ("user", "Hi"), ("assistant", "Hello")))
 NO_MESSAGE = "message 1 must be an object with the fields 'role' and 'content'"
 SAID = (Message("user", "Hi"), Message("assistant", "Hello"))
@@ -39,6 +41,8 @@ def write(tmp_path, content, name="data.jsonl"):
         ({"messages": CHAT}, Conversation(SAID)),
         ({"messages": [SYSTEM, *CHAT]}, Conversation((Message("system", "s"), *SAID))),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, Preference("p", "c", "r")),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, MultipleChoice("q", ("a", "b"), 1)),
+        ({"question": "q", "choices": ["1", "0"], "answer": "0"}, MultipleChoice("q", ("1", "0"), 1)),
     ],
 )
 def test_forms(tmp_path, row, record):
@@ -68,7 +72,7 @@ def test_text_file_is_one_document(tmp_path):
         ({"prompt": "a", "completion": "b", "id": 3}, "field 'id' is unknown; the form is {prompt, completion}"),
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing; the form is {prompt, chosen, rejected}"),
         ({"instruction": "a", "response": "b"}, "field 'output' is missing, field 'response' is unknown"),
-        ({"question": "a"}, "the fields ['question'] are none of the known forms: {text}, {prompt, completion}, "),
+        ({"ask": "a"}, "the fields ['ask'] are none of the known forms: {text}, {prompt, completion}, "),
         ({}, "the fields [] are none of the known forms"),
         ({"prompt": 3, "completion": "b"}, "field 'prompt' must be a string, got a number"),
         ({"prompt": None, "completion": "b"}, "field 'prompt' must be a string, got null"),
@@ -77,6 +81,18 @@ def test_text_file_is_one_document(tmp_path):
         ('{"prompt": "a\\ud800", "completion": "b"}', "field 'prompt' holds half of a surrogate pair at character 1"),
         ({"instruction": "a", "input": " ", "output": "b"}, "field 'input' is only white space"),
         ({"text": "a"}, "has the form {text}, the lines before it {prompt, completion}; one file holds one form"),
+        (ASKED | {"question": " "}, "field 'question' is only white space"),
+        (ASKED | {"choices": "ab"}, "field 'choices' must be a list of at least two texts, got a string"),
+        (ASKED | {"choices": []}, "field 'choices' must be a list of at least two texts, got an empty list"),
+        (ASKED | {"choices": ["a"]}, "field 'choices' must be a list of at least two texts, got one"),
+        (ASKED | {"choices": ["a", 3]}, "choice 1 must be a string, got a number"),
+        (ASKED | {"choices": ["a", ""]}, "choice 1 is empty"),
+        (ASKED | {"choices": ["a", "b", "a"]}, "choices 0 and 2 are the same text 'a'; each must be another"),
+        (ASKED | {"answer": 2}, "field 'answer' must be the index of a choice, 0 to 1, or the text of one, got 2"),
+        (ASKED | {"answer": -1}, "or the text of one, got -1"),
+        (ASKED | {"answer": True}, "or the text of one, got True"),
+        (ASKED | {"answer": "c"}, "or the text of one, got 'c'"),
+        ({"question": "a"}, "field 'choices' is missing, field 'answer' is missing; the form is {question, choices, answer}"),
         ({"messages": "a"}, "field 'messages' must be a list of at least two messages, got a string"),
         ({"messages": []}, "got an empty list"),
         ({"messages": ["a"]}, f"{NO_MESSAGE}, got a string"),

@@ -23,6 +23,7 @@ from .arguments import Parser, nearest, use_machine
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
     "finetune": "fine-tune a model on your own file",
+    "evaluate": "score a model: loss, its answers, multiple choice",
     "generate": "let a model continue text",
     "sft": "teach a model to follow instructions",
     "reward": "train a reward model on preferences",
@@ -41,6 +42,7 @@ examples:
   minipeft compare                                   every method on the shipped base, side by side
   minipeft finetune --data my.jsonl --output tuned   one run on your own file
   minipeft generate --model tuned --prompt "Once"    text from any saved model
+  minipeft evaluate --data test.jsonl --model tuned  its scores on data of yours
   minipeft memory llama-7b --method qlora --seq 512  what a method needs, and the GPUs it fits on
   minipeft COMMAND --help                            all options of a command, with examples
 """

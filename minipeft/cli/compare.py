@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from .data import samples
     from .models import load_model
     from .plots import plot_comparison
-    from .report import ANSWER, answer, console, show_samples
+    from .report import ANSWER, answered, console, show_samples
 
     reduced = args.reduced or os.environ.get(REDUCED) == "1"
     steps, held_out, blocks = SIZES[reduced]
@@ -137,8 +137,7 @@ def run(args: argparse.Namespace) -> int:
     for key, why in left_out.items():
         out.print(f"left out: {METHODS[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
-    models = {rows[0]["title"]: base, best["title"]: tuned}
-    answers = [(s, {title: answer(model, tokenizer, s.ids) for title, model in models.items()}) for s in shown]
+    answers = answered({rows[0]["title"]: base, best["title"]: tuned}, tokenizer, shown)
     show_samples(out, answers)
     saved = [output / "compare.png", output / "compare.json"]
     if report:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 from ..text.datasets import DatasetError, Document, Preference, Record, read_dataset
 from ..text.examples import Example, encode_examples
-from ..text.templates import Template, Turn, default_template
+from ..text.templates import Template, asked_turn
+from ..text.tokenizer import Special
 
 
 class Data(NamedTuple):
@@ -83,29 +84,32 @@ def encode(
 
 
 class Sample(NamedTuple):
-    """A prompt to show the model, as text and as tokens, and the answer the data has for it."""
+    """What the model is asked, how that is shown, and the answer that the data has for it."""
 
+    record: str | Record
     prompt: str
-    ids: list[int]
     reference: str
 
 
 def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
     """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
-    running_text = not data.held_out_records or isinstance(data.held_out_records[0], Document)
-    if running_text:
-        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, room, 32)) for example in data.held_out)
-        parts = ((ids[:half], ids[half:][:48]) for ids, half in halves if half > 0)
+    found: Iterable[tuple[str | Record, str | None]]
+    if not data.held_out_records or isinstance(data.held_out_records[0], Document):
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        found = (Sample(decode(prompt), prompt, decode(rest)) for prompt, rest in parts)
+        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, 32)) for example in data.held_out)
+        found = ((decode(ids[:half]), decode(ids[half:][:48])) for ids, half in halves if half)
     else:
-        asked = (_asked((template or default_template(record))(record), tokenizer) for record in data.held_out_records)
-        found = (sample for sample in asked if len(sample.ids) <= room)
-    return list(islice(found, n))
+        found = ((record, None) for record in data.held_out_records)
+    fitting = (_sample(record, reference, tokenizer, room, template) for record, reference in found)
+    return list(islice(filter(None, fitting), n))
 
 
-def _asked(turns: Sequence[Turn], tokenizer: Any) -> Sample:
-    *before, last = turns
-    pieces = (*(piece for turn in before for piece in (*turn.prompt, *turn.completion)), *last.prompt)
-    ids = tokenizer.encode_pieces(pieces, add_special_tokens=True)
-    return Sample("".join(pieces), ids, "".join(p for p in last.completion if type(p) is str))
+def _sample(
+    record: str | Record, reference: str | None, tokenizer: Any, room: int, template: Template | None
+) -> Sample | None:
+    """The sample, with its record's own answer where there is no other reference; None where it has no room."""
+    turn = asked_turn(record, template, tokenizer)
+    if not 1 <= len(tokenizer.encode_pieces(turn.prompt, add_special_tokens=True)) <= room:
+        return None
+    answer = "".join(piece for piece in turn.completion if not isinstance(piece, Special))
+    return Sample(record, "".join(turn.prompt), answer if reference is None else reference)

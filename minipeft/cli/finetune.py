@@ -120,7 +120,7 @@ def fine_tune(
     from .data import encode, samples
     from .models import load_model
     from .prompts import chosen_template
-    from .report import ANSWER, answer, console, show_samples
+    from .report import ANSWER, answered, console, show_samples
 
     output, method, options = runs.check_output(args), METHODS[args.method], from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
@@ -180,9 +180,8 @@ def fine_tune(
         print(f"    {what:16} before {before[what]:.4f}  after {after[what]:.4f}  ({len(sets[what])} examples)")
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
-    for sample in samples(data, tokenizer, 1, limit - ANSWER, template):
-        answers = {when: answer(m, tokenizer, sample.ids) for when, m in (("before", base), ("after", model))}
-        show_samples(console(), [(sample, answers)])
+    shown = samples(data, tokenizer, 1, limit - ANSWER, template)
+    show_samples(console(), answered({"before": base, "after": model}, tokenizer, shown, template))
     if args.model and hasattr(model, "save_pretrained"):
         use = f"--model {args.model} {use}"
     if method.quantized:

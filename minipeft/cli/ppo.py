@@ -1,8 +1,8 @@
 """Reinforcement learning from human feedback: let a model answer prompts, and train it on how its answers are scored.
 
 The reward is a directory of `minipeft reward`, or, without --reward, VADER's sentiment of the answer (extra 'rlhf').
-The prompts are a .jsonl file with a "prompt" in every line or a .txt file with one a line; without --prompts, openings
-of sentences of the shipped novels. The reference policy is the model as it is at the start.
+The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
+--prompts, openings of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
 The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
 (all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
     runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
 
-    from .prompts import asked, stop_tokens
+    from ..evaluation import asked_turns, stop_tokens
 
     policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
     prompts = _prompts(args, tokenizer, template, policy.config.max_position_embeddings, config.response_length)
-    stop_token_ids = stop_tokens(policy, tokenizer, asked(template, "-"))
+    stop_token_ids = stop_tokens(policy, tokenizer, *asked_turns(["-"], template))
     often = config.save_steps or max(1, config.steps // 5)
     config = replace(config, stop_token_ids=tuple(stop_token_ids), save_steps=often)
     reward, watch = _reward(args, tokenizer)
@@ -104,18 +104,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions: int, length: int) -> list[list[int]]:
     """The prompts as token ids; ValueError for one that with an answer of this length is longer than the model."""
+    from ..evaluation import asked_turns
     from ..text.datasets import read_prompts
-    from .prompts import asked
 
     room = positions - length
     if room < 1:
         raise ValueError(f"--response-length {length} leaves no room for a prompt")
     texts = read_prompts(args.prompts) if args.prompts else rlhf.sentence_openings("train", OPENING)
-    encoded = [tokenizer.encode_pieces(asked(template, text).prompt, add_special_tokens=True) for text in texts]
+    turns = asked_turns(texts, template, tokenizer)
+    encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     for number, ids in enumerate(encoded, start=1):
-        if not 1 <= len(ids) <= room:
+        if len(ids) > room:
             has = f"has {len(ids)} tokens; with --response-length {length} the model has room for {room}"
-            raise ValueError(f"{args.prompts}: prompt {number} {has if ids else 'is empty'}")
+            raise ValueError(f"{args.prompts}: prompt {number} {has}")
     return encoded
 
 

@@ -100,10 +100,9 @@ def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
 def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:
     """(name, template) of --template, else of the adapter's or the model's directory, else plain."""
     from ..text.datasets import Completion
-    from .prompts import chosen_template, saved_template
+    from .prompts import chosen_template, usual_template
 
-    option = args.template or saved_template(args.adapter) or saved_template(args.model) or "plain"
-    name, template = chosen_template(option, Completion("-", "-"), tokenizer)
+    name, template = chosen_template(usual_template(args) or "plain", Completion("-", "-"), tokenizer)
     return name or "plain", template
 
 
@@ -141,15 +140,16 @@ def _generated_pairs(
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER scores higher."""
     import numpy as np
 
-    from .prompts import asked, stop_tokens
+    from ..evaluation import asked_turns, stop_tokens
 
-    stop_token_ids = stop_tokens(policy, tokenizer, asked(template, "-"))
+    stop_token_ids = stop_tokens(policy, tokenizer, *asked_turns(["-"], template))
     rlhf.vader([])  # a missing extra is reported before anything is computed
     rng, sides = np.random.default_rng(seed), []
     counts = {"train": options.pairs, "validation": round(options.validation * options.pairs)}
     for number, (split, n) in enumerate(counts.items()):
         texts = rlhf.sentence_openings(split, OPENING)
-        prompts = [tokenizer.encode_pieces(asked(template, text).prompt, add_special_tokens=True) for text in texts]
+        turns = asked_turns(texts, template)
+        prompts = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
         chosen = [prompts[i % len(prompts)] for i in rng.permutation(max(n, len(prompts)))[:n]]
         answers = rlhf.sample_answers(
             policy, chosen, 2, options.response_length, stop_token_ids=stop_token_ids, seed=2 * seed + number

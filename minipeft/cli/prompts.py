@@ -1,15 +1,15 @@
-"""Prompts: in the template that is asked for or was saved beside the model; and what ends an answer."""
+"""The template of the prompts: the one that is asked for, or was saved beside the model."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from ..files import FileError, read_json, write_json
-from ..text.datasets import Completion, Document, Record
-from ..text.templates import Template, Turn, alpaca, chatml, default_template, get_template, plain
-from ..text.tokenizer import Special, Tokenizer
+from ..text.datasets import Document, Record
+from ..text.templates import Template, alpaca, chatml, default_template, get_template, plain
+from ..text.tokenizer import Tokenizer
 
 FILE = "template.json"
 
@@ -43,22 +43,7 @@ def saved_template(directory: str | os.PathLike | None) -> str | None:
     return template
 
 
-def asked(template: Template, prompt: str) -> Turn:
-    """What a model is shown for a prompt, as in training, and how an answer there ends ("-" stands for its words)."""
-    return template(Completion(prompt, "-"))[-1]
-
-
-def stop_tokens(model: Any, tokenizer: Tokenizer, turn: Turn) -> list[int]:
-    """The ids that end a text: the model's, the tokenizer's, and the special token that ends the template's answers.
-
-    Raises ValueError where the tokenizer lacks a token of the template.
-    """
-    try:
-        tokenizer.encode_pieces([*turn.prompt, *turn.completion])
-    except ValueError as error:
-        raise ValueError(f"this model's tokenizer cannot write the template: {error}") from error
-    configured = getattr(getattr(model, "config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    last = turn.completion[-1]
-    ids = [*ids, tokenizer.eos_token_id, tokenizer.token_to_id(last) if isinstance(last, Special) else None]
-    return sorted({i for i in ids if i is not None})
+def usual_template(args: argparse.Namespace) -> str | None:
+    """--template, in which \\n is a line break; else what the adapter or the model was trained in, else None."""
+    option = args.template or saved_template(args.adapter) or saved_template(args.model)
+    return option and option.replace("\\n", "\n")

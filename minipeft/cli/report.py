@@ -1,9 +1,9 @@
-"""What the commands show of a model: its answer to a prompt beside the expected one."""
+"""What the commands show of a model: its answers to prompts beside the expected ones."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 ANSWER = 48  # tokens of an answer that is shown
 
 
-def answer(model: Any, tokenizer: Any, prompt: Sequence[int]) -> str:
-    """The model's most probable continuation, up to its end-of-sequence token or ANSWER tokens."""
-    from ..nn.generation import generate
+def answered(
+    models: Mapping[str, Any], tokenizer: Any, samples: Sequence[Sample], template: Any = None
+) -> list[tuple[Sample, dict[str, str]]]:
+    """Each sample with the answers of the models, by their names: the most probable ANSWER tokens."""
+    from ..evaluation import ask
 
-    out = generate(model, [list(prompt)], max_new_tokens=ANSWER, eos_token_id=tokenizer.eos_token_id)
-    tokens = out[0, len(prompt) :].tolist()
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    asked = [sample.record for sample in samples]
+    answers = [ask(model, tokenizer, asked, template, max_new_tokens=ANSWER) for model in models.values()]
+    return [(sample, dict(zip(models, own))) for sample, *own in zip(samples, *answers)]
 
 
 def show_samples(console: Console, shown: Sequence[tuple[Sample, dict[str, str]]]) -> None:

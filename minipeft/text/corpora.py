@@ -84,15 +84,23 @@ def general_text(split: str) -> list[str]:
     A document is a chapter of the King James Bible, a chapter of the Basic English Bible, a chapter of a novel, or one
     synset as `word, other word (noun): definition; "an example"`. They are not shuffled: a trainer does that.
     """
+    return [document for documents in general_corpora(split).values() for document in documents]
+
+
+def general_corpora(split: str) -> dict[str, list[str]]:
+    """The documents of `general_text` by their corpus: "king-james", "basic-english", "austen" and "wordnet"."""
     chapters = [list(verses) for _, verses in groupby(bible(split), key=lambda verse: (verse.book, verse.chapter))]
-    documents = [" ".join(verse.king_james for verse in chapter) for chapter in chapters]
-    documents += [" ".join(verse.basic_english for verse in chapter) for chapter in chapters]
-    documents += [chapter.text for chapter in austen(split)]
+    synsets = []
     for synset in wordnet(split):
         words = ", ".join(headword.lemma for headword in synset.headwords)
         examples = "".join(f'; "{example}"' for example in synset.examples)
-        documents.append(f"{words} ({synset.part_of_speech}): {synset.definition}{examples}")
-    return documents
+        synsets.append(f"{words} ({synset.part_of_speech}): {synset.definition}{examples}")
+    return {
+        "king-james": [" ".join(verse.king_james for verse in chapter) for chapter in chapters],
+        "basic-english": [" ".join(verse.basic_english for verse in chapter) for chapter in chapters],
+        "austen": [chapter.text for chapter in austen(split)],
+        "wordnet": synsets,
+    }
 
 
 def _rows(name: str, split: str) -> list[list[str]]:

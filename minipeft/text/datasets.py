@@ -8,6 +8,8 @@ A `.jsonl` file holds one JSON object per line, all of one form. The fields say 
     {"messages": [{"role": ..., "content": ...}, ...]}      Conversation system (optional, first), then user and
                                                                          assistant in turn, ending with the assistant
     {"prompt": ..., "chosen": ..., "rejected": ...}         Preference   two answers, the first preferred
+    {"question": ..., "choices": [...], "answer": ...}      MultipleChoice  "answer" is the index of a choice, from 0,
+                                                                         or the text of one
 
 A `.txt` file is one Document: all of it, blank lines included. (For many documents, write `{"text": ...}` lines.)
 Both are UTF-8; a byte-order mark at the start and blank lines at the end are dropped. Anything else that is not as
@@ -70,9 +72,17 @@ class Preference(NamedTuple):
     rejected: str
 
 
-Record = Document | Completion | Instruction | Conversation | Preference
+class MultipleChoice(NamedTuple):
+    """A question and two or more different answers to it, of which the one with the index `answer` is right."""
 
-FORMS = (Document, Completion, Instruction, Conversation, Preference)
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+Record = Document | Completion | Instruction | Conversation | Preference | MultipleChoice
+
+FORMS = (Document, Completion, Instruction, Conversation, Preference, MultipleChoice)
 _OPTIONAL = {Instruction: {"input"}}  # fields that may be "" or left out
 
 
@@ -93,8 +103,11 @@ def read_dataset(path: str | Path) -> list[Record]:
     return records
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file, or the field 'prompt' of every line of a .jsonl file. Raises DatasetError."""
+def read_prompts(path: str | Path) -> list[str | Record]:
+    """The lines of a text file, or what every line of a .jsonl file asks: its field 'prompt', else the whole record.
+
+    What is beside a 'prompt' does not matter, so that a line may hold a prompt alone. Raises DatasetError.
+    """
     path = Path(path)
     return list(_parsed(path, _prompt if path.suffix == ".jsonl" else _decoded, "prompt"))
 
@@ -138,21 +151,27 @@ def _json(line: bytes) -> Any:
         raise ValueError("not valid JSON here: nested too deeply") from error
 
 
-def _prompt(line: bytes) -> str:
+def _prompt(line: bytes) -> str | Record:
     value = _json(line)
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise ValueError("must be a JSON object with a text field 'prompt'")
-    return value["prompt"]
+    if isinstance(value, dict) and "prompt" in value:
+        return _text(value["prompt"], "field 'prompt'")
+    return _record(value)
 
 
 def parse_record(line: bytes) -> Record:
     """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
-    value = _json(line)
+    return _record(_json(line))
+
+
+def _record(value: Any) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object with the fields of one form, got {_json_type(value)}")
     form = _form_of(value)
     if form is Conversation:
         return Conversation(_messages(value["messages"]))
+    if form is MultipleChoice:
+        choices = _choices(value["choices"])
+        return MultipleChoice(_text(value["question"], "field 'question'"), choices, _answer(value["answer"], choices))
     optional = _OPTIONAL.get(form, ())
     return form(*(_text(value.get(field, ""), f"field {field!r}", field in optional) for field in form._fields))
 
@@ -197,6 +216,28 @@ def _text(value: Any, what: str, may_be_empty: bool = False) -> str:
     return value
 
 
+def _choices(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        got = "one" if isinstance(value, list) and value else _json_type(value)
+        raise ValueError(f"field 'choices' must be a list of at least two texts, got {got}")
+    choices = tuple(_text(item, f"choice {number}") for number, item in enumerate(value))
+    for number, text in enumerate(choices):
+        if (first := choices.index(text)) != number:
+            raise ValueError(f"choices {first} and {number} are the same text {text!r}; each must be another")
+    return choices
+
+
+def _answer(value: Any, choices: tuple[str, ...]) -> int:
+    """The index of the right choice, from the index or the text of it."""
+    if isinstance(value, str) and value in choices:
+        return choices.index(value)
+    if type(value) is int and 0 <= value < len(choices):
+        return value
+    raise ValueError(
+        f"field 'answer' must be the index of a choice, 0 to {len(choices) - 1}, or the text of one, got {value!r}"
+    )
+
+
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"field 'messages' must be a list of at least two messages, got {_json_type(value)}")
@@ -233,7 +274,7 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def fields_of(form: object) -> str:
-    """"{prompt, completion}", of a form or a record; of anything else its type's name."""
+    """ "{prompt, completion}", of a form or a record; of anything else its type's name."""
     return "{" + ", ".join(getattr(form, "_fields", (type(form).__name__,))) + "}"
 
 

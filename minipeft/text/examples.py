@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .datasets import Document, Preference, Record
-from .templates import Template, Turn, default_template, plain, preference_turns
+from .datasets import Document, MultipleChoice, Preference, Record
+from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns
 from .tokenizer import Special, Tokenizer
 
 IGNORE = -100  # cross entropy's ignore_index
@@ -89,6 +89,30 @@ def encode_preferences(
     pairs = [PreferencePair(*(encode_turns([turn], tokenizer) for turn in turns)) for turns in rendered]
     _refuse_overlong([max(len(example.input_ids) for example in pair) for pair in pairs], max_length)
     return pairs
+
+
+def encode_choices(
+    records: Sequence[MultipleChoice], tokenizer: Tokenizer, max_length: int, template: Template = plain
+) -> list[list[Example]]:
+    """For each record an example a choice: the question and the choice, whose tokens are the labels.
+
+    Nothing that ends an answer is a label. The labels of all choices of a record begin at the same position, the first
+    at which the question with some choice differs from the question alone: the same text is given for all. Raises
+    ValueError where question and choice are longer than `max_length`.
+    """
+    _check_lengths(max_length, "error")
+    found = []
+    for record in records:
+        ids, shared = [], []
+        for turn in choice_turns(record, template):
+            answer = [piece for piece in turn.completion if not isinstance(piece, Special)]
+            prompt = tokenizer.encode_pieces(turn.prompt, add_special_tokens=True)
+            ids.append(tokenizer.encode_pieces((*turn.prompt, *answer), add_special_tokens=True))
+            shared.append(_common(prompt, ids[-1]))
+        labels = [[IGNORE] * min(shared) + own[min(shared) :] for own in ids]
+        found.append([Example(np.array(i, np.int64), np.array(l, np.int64)) for i, l in zip(ids, labels)])
+    _refuse_overlong([max(len(example.input_ids) for example in own) for own in found], max_length)
+    return found
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:

@@ -9,7 +9,17 @@ import string
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .datasets import Completion, Conversation, Instruction, Message, Preference, Record, fields_of
+from .datasets import (
+    Completion,
+    Conversation,
+    Document,
+    Instruction,
+    Message,
+    MultipleChoice,
+    Preference,
+    Record,
+    fields_of,
+)
 from .tokenizer import Special, Tokenizer
 
 # The published wording, to the letter: Taori et al. 2023, Stanford Alpaca, PROMPT_DICT in train.py.
@@ -198,6 +208,64 @@ def custom(prompt: str) -> Template:
         return [Turn((prompt.format(**record._asdict()),), (record[-1],))]
 
     return render
+
+
+def as_asked(prompt: str | Record) -> Record:
+    """What is asked, as a Completion, Instruction or Conversation with its answer: what templates take.
+
+    Of a MultipleChoice the question and the right choice, of a Preference the prompt and the preferred answer. A text
+    or a Document is asked to be continued, and "-" stands for the answer that it and a Conversation without an answer
+    lack. Raises TypeError for anything else, ValueError for a conversation in which nobody asks.
+    """
+    if isinstance(prompt, str | Document):
+        prompt = Completion(prompt if isinstance(prompt, str) else prompt.text, "-")
+    elif isinstance(prompt, Preference):
+        prompt = Completion(prompt.prompt, prompt.chosen)
+    elif isinstance(prompt, MultipleChoice):
+        prompt = Completion(prompt.question, prompt.choices[prompt.answer])
+    elif isinstance(prompt, Conversation):
+        if all(message.role != "user" for message in prompt.messages):
+            raise ValueError("a conversation needs a question: there is no message of the user")
+        if prompt.messages[-1].role == "user":
+            prompt = Conversation((*prompt.messages, Message("assistant", "-")))
+    if not isinstance(prompt, Completion | Instruction | Conversation):
+        raise TypeError(f"a prompt is a text or a record of minipeft.text.datasets, not a {type(prompt).__name__}")
+    return prompt
+
+
+def as_messages(prompt: str | Record) -> tuple[Message, ...]:
+    """What is asked, as a conversation that ends with the answer; see `as_asked`."""
+    return _messages(as_asked(prompt), "chatml")
+
+
+def question_and_answer(prompt: str | Record) -> tuple[str, str]:
+    """(what is asked, the answer) in plain words: of a conversation the last question and the answer to it."""
+    question, answer = as_messages(prompt)[-2:]
+    return question.content, answer.content
+
+
+def asked_turn(prompt: str | Record, template: Template | None = None, tokenizer: Tokenizer | None = None) -> Turn:
+    """All that a model is shown when it is asked, and how an answer to it is written; see `as_asked`.
+
+    `template` is by default the usual one of the record's form. Raises as it and `as_asked` do.
+    """
+    record = as_asked(prompt)
+    *before, last = (template or default_template(record, tokenizer))(record)
+    return Turn((*(piece for turn in before for part in turn for piece in part), *last.prompt), last.completion)
+
+
+def choice_turns(record: MultipleChoice, template: Template = plain) -> list[Turn]:
+    """Each of the choices as the answer to the question, in order.
+
+    `plain` puts a space between the two where neither has white space there, which is what lm-evaluation-harness calls
+    the target delimiter; other templates say themselves what stands between.
+    """
+    _check_form(record, MultipleChoice, "scoring choices")
+    turns = []
+    for choice in record.choices:
+        apart = template is not plain or record.question[-1].isspace() or choice[0].isspace()
+        turns.append(template(Completion(record.question, choice if apart else f" {choice}"))[-1])
+    return turns
 
 
 def preference_turns(record: Preference, template: Template = plain) -> tuple[Turn, Turn]:

@@ -10,7 +10,7 @@ _HOMES = {
     "batches": "Batch collate collate_packed pack",
     "callbacks": "Callback",
     "checkpoint": "CheckpointError last_checkpoint list_checkpoints load_checkpoint save_checkpoint",
-    "evaluation": "evaluate",
+    "evaluation": "evaluate example_losses",
     "metrics": "plot_loss",
     "optim": "SGD Adam AdamW NonFiniteGradient Optimizer clip_grad_norm",
     "run": "Run",

@@ -1,4 +1,4 @@
-"""The loss that a model has on held-out examples."""
+"""The loss that a model has on held-out examples: the mean over all of them, or of each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import asarray, is_array, xp_of
+from ..backend import Array, asarray, is_array, to_numpy, xp_of
 from ..nn.module import Module
-from .batches import Batch
+from .batches import IGNORE, Batch
 from .batches import collate as collate_pairs
 
 Loss = Callable[..., Tensor]  # loss(model, **batch.arguments, rng=None): a scalar, the mean over `batch.weight` units
@@ -56,3 +59,48 @@ def evaluate(
     if not weight:
         raise ValueError(f"no label counts in any of the {len(examples)} evaluation examples")
     return total / weight
+
+
+POSITIONS = 512  # whose logits are held at a time
+
+
+def example_losses(
+    model: Module, examples: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int = 8, pad_token_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(nll, tokens) of each (input_ids, labels) pair, float64 [n] and int64 [n] in host memory, without dropout.
+
+        nll_i = -Σ_t log softmax(logits_{t-1})[labels_t]        over the tokens_i labels that count, from t = 1 on
+
+    So Σ nll / Σ tokens is what `evaluate` gives, and -nll_i the log-probability of a completion. Examples of about the
+    same length share a batch. Raises FloatingPointError where a loss is not a finite number.
+    """
+    nll, tokens = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    xp = xp_of(*[p.data for p in model.parameters()])
+    for start in range(0, len(order), batch_size):
+        chosen = np.array(order[start : start + batch_size])
+        batch = collate_pairs([examples[i] for i in chosen], pad_token_id)
+        labels = batch.arguments.pop("labels")
+        row, position = np.nonzero(labels[:, 1:] != IGNORE)
+        at = [asarray(array, xp) for array in (row, position, labels[row, position + 1])]
+        with no_grad():
+            losses = _losses_at(model, on_device(batch, xp), *at)
+        np.add.at(nll, chosen[row], losses)
+        np.add.at(tokens, chosen[row], 1)
+    wrong = np.flatnonzero(~np.isfinite(nll))
+    if wrong.size:
+        raise FloatingPointError(f"the loss of example {wrong[0]} is {nll[wrong[0]]}: check the model's weights")
+    return nll, tokens
+
+
+def _losses_at(model: Module, arguments: dict[str, Any], row: Array, position: Array, target: Array) -> np.ndarray:
+    """-log softmax(logits[row, position])[target] [n], in host memory; the head sees these positions alone."""
+    headed = hasattr(model, "backbone") and hasattr(model, "lm_head") and not getattr(model, "virtual_tokens", 0)
+    states = model.backbone(**arguments) if headed else model(**arguments)  # hidden states [B, T, d], or logits
+    losses = []
+    for start in range(0, len(row), POSITIONS):
+        part = slice(start, start + POSITIONS)
+        logits = states[row[part], position[part]]
+        logits = F.log_softmax(model.lm_head(logits) if headed else logits, axis=-1)  # [n, V]
+        losses.append(to_numpy(-F.gather(logits, target[part, None], axis=-1).data[:, 0]))
+    return np.concatenate(losses) if losses else np.zeros(0)
