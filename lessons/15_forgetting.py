@@ -128,7 +128,7 @@ for method in ("full", "lora"):
     assert (np.diff(costs[: losses.argmin() + 1]) > 0).all(), "up to the best rate, a higher rate forgets more"
 slow, fast = (over_seeds(rows, Rewriting("prompt", rate), "forgotten") for rate in RATES["prompt"])
 print(f"prompts forget {spread(slow)} at the lower rate, {spread(fast)} at the higher")
-assert (slow > fast).all(), "and with prompts it forgets less"
+assert below(fast, slow) is None, "with prompts the rates do not differ by more than the seeds do"
 edge = frontier([(task_before, 0.0)] + [p for several in points.values() for p in several])
 names = {p: f"{METHODS[m].title} at {rate:g}" for m, rates in RATES.items() for rate, p in zip(rates, points[m])}
 print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for p in edge if p in names))
@@ -160,16 +160,16 @@ for level in levels:
     verdict = {True: "less", False: "MORE", None: "neither clearly less nor more"}[verdicts[-1]]
     more = ", ".join(f"{x:+.3f}" for x in lora - full)
     print(f"at a task loss of {level}: LoRA forgets {verdict} than full fine-tuning, by seed {more}")
-assert verdicts == [False, False, None, None]
-assert (prices["lora"][2.6] > prices["full"][2.6]).all() and (prices["lora"][2.55] < prices["full"][2.55]).all()
+assert verdicts == [None, False, None, None]
+assert (prices["lora"][2.8] > prices["full"][2.8]).all() and (prices["lora"][2.55] < prices["full"][2.55]).all()
 (lora, lora_forgot), (full, full_forgot) = ([over_seeds(rows, s, key) for key in ("task_loss", "forgotten")] for s in (LORA, FULL))
 print(f"each at its best rate: LoRA's task loss is {spread(lora - full)} above full's;")
 print(f"it forgets {spread(lora_forgot)}, full fine-tuning {spread(full_forgot)}")
 assert below(lora, full) is None and below(2 * lora_forgot, full_forgot)
 
 # %% [markdown]
-# It depends on how much is to be learned. Down to 2.7, LoRA forgets *more* than full fine-tuning at a low rate. At 2.6
-# it still does under every seed, but by less than the seeds can tell; at 2.55 it forgets *less* under every seed, 0.20
+# It depends on how much is to be learned. At 2.8 and 2.7 LoRA forgets *more* than full fine-tuning at a low rate under
+# every seed, at 2.7 by enough for a verdict. At 2.6 the seeds disagree. At 2.55 it forgets *less* under every seed, 0.20
 # against 0.27, and there the seeds of full fine-tuning lie too far apart for a verdict. The gain comes at the very end
 # of the way: each at its best rate, neither learns clearly more, and LoRA forgets less than half. So "learns less and
 # forgets less" is not what is measured here: in its range LoRA is no cheaper, and then it does not pay the price of the
