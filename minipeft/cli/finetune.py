@@ -66,11 +66,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
     add_model(parser)
-    methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
-    parser.add_argument(
-        "--method", choices=METHODS, default="full",
-        help=f"default: full (learning rates: {methods}; times 128 / hidden_size in wider models)",
-    )  # fmt: skip
+    parser.add_argument("--method", choices=METHODS, default="full", help="default: full")
 
     group = parser.add_argument_group("data")
     add_options(group, DataOptions, max_length=f"tokens of an example (default: {longest}, or what the model takes)")
@@ -83,7 +79,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
             "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
             "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
         },
-        learning_rate="peak learning rate (default: the method's, see --method)",
+        learning_rate="peak learning rate (default: the method's, times 128 / hidden_size in wider models)",
         per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
         gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
         max_grad_norm="clip the gradient to this 2-norm; 0 does not",
@@ -143,7 +139,6 @@ def fine_tune(
     large, batch_size = architecture(base.config).size > LARGE, args.per_device_train_batch_size
     arguments = runs.training_arguments(
         args, len(data.train), bool(data.held_out),
-        learning_rate=args.learning_rate or method.rate_for(base),
         per_device_train_batch_size=batch_size or (2 if large else 8),
         gradient_accumulation_steps=args.gradient_accumulation_steps or (4 if large and not batch_size else 1),
     )  # fmt: skip
@@ -153,7 +148,7 @@ def fine_tune(
     trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = count(model)
     trained = f"method {args.method}: {trainable:,} of {total:,} parameters; "
-    runs.announce(data.train, data.held_out, arguments, "examples", trained)
+    runs.announce(data.train, data.held_out, trainer.args, "examples", trained)
     if data.note:
         runs.note(data.note)
 
@@ -170,7 +165,7 @@ def fine_tune(
     }
     if tests:
         results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    runs.write_record(args, results, options, arguments, max_length=max_length)
+    runs.write_record(args, results, options, trainer.args, max_length=max_length)
 
     loss = results["held_out_loss"]
     if data.held_out:

@@ -100,12 +100,11 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
         raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
     if s.replay and not task.replay:
         raise ValueError("the task has no general text to replay")
-    rate = s.learning_rate or method.rate_for(base)
     model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps, s.seed)
     replayed = round(s.replay * len(task.train))
     examples = task.train + [task.replay[i % len(task.replay)] for i in range(replayed)]
     arguments = TrainingArguments(
-        learning_rate=rate,
+        learning_rate=s.learning_rate,
         max_steps=s.steps,
         per_device_train_batch_size=round(s.batch_size * (1 + s.replay)) // s.accumulation,
         gradient_accumulation_steps=s.accumulation,
@@ -119,7 +118,7 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
     trainable, total = count(model)
-    row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total}
+    row: dict[str, Any] = {"rate": trainer.args.learning_rate, "trainable": trainable, "parameters": total}
     try:
         result = trainer.train()
         general_loss = trainer.evaluate(task.general)

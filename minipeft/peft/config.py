@@ -32,6 +32,7 @@ class PeftConfig(Targets, ABC):
     inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 
     peft_type: ClassVar[str]
+    usual_learning_rate: ClassVar[float] = 3e-3  # AdamW's on the shipped base; see `minipeft.train.rates`
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
