@@ -129,7 +129,9 @@ METHODS: dict[str, Method] = {
     "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
     "ia3": Method("IA3", "IA3"),
     "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _houlsby),
-    "prompt": Method("prompt P={num_virtual_tokens}", "PROMPT_TUNING", {**_virtual, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "prompt": Method(
+        "prompt P={num_virtual_tokens}", "PROMPT_TUNING", {**_virtual, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    ),
     "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", {**_virtual, "prefix_projection": True}),
     "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }

@@ -18,7 +18,7 @@ from ..options import configuration, option
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
 from .costs import count, storage
-from .methods import METHODS
+from .methods import METHODS, Method
 
 
 class TaskData(NamedTuple):
@@ -82,8 +82,10 @@ def with_dropout(model: Any, p: float) -> Any:
     return twin
 
 
-def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, Any], Any]:
-    """(measurements, the trained model); the base stays as it is.
+def fine_tune(
+    base: Any, task: TaskData, settings: Settings, method: Method | None = None
+) -> tuple[dict[str, Any], Any]:
+    """(measurements, the trained model); the base stays as it is. `method` replaces what settings.method names.
 
     trainable, parameters      numbers of parameters, as PEFT counts them
     storage                    bytes to keep for the task
@@ -95,7 +97,7 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
 
     Raises ValueError for settings that make no sense together, PeftError for a method that does not fit the base.
     """
-    s, method = settings, METHODS[settings.method]
+    s, method = settings, method or METHODS[settings.method]
     if s.batch_size % s.accumulation:
         raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
     if s.replay and not task.replay:

@@ -23,7 +23,7 @@ from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
-from ..train.checkpoint import fingerprint, frozen_fingerprint
+from ..train.checkpoint import adapter_options, fingerprint, frozen_fingerprint
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
 from ..train.rates import with_learning_rate
 from ..train.run import Run
@@ -318,6 +318,7 @@ class OnlineTrainer(ABC):
             "method": type(self).__name__, **settings,
             "trainable parameters": {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()},
             "prompts": fingerprint((str(i), np.asarray(p, np.int64)) for i, p in enumerate(self.prompts)),
+            "options of the adapters": adapter_options(self.policy),
             "reference policy": frozen_fingerprint(self.reference),
         }  # fmt: skip
         if (model := self._reward_model) is not None:

@@ -28,7 +28,7 @@ from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks
-from .checkpoint import arrays_in, fingerprint, frozen_fingerprint
+from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss
 from .metrics import plot_loss
@@ -306,6 +306,7 @@ class Trainer:
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
+        identity["options of the adapters"] = adapter_options(self.model)
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
 
 
