@@ -92,7 +92,7 @@ def load_trained(args: argparse.Namespace) -> tuple[str, Method | None, Any, Any
     if others:
         new = f"{flag(others[0])} is for a new one"
         raise ValueError(f"--adapter trains the adapter that is given; {new}: give one of them")
-    return "adapter", None, *load_model(args.model, args.backend, adapter=args.adapter, is_trainable=True)
+    return "adapter", None, *load_model(args.model, args.backend, None, args.adapter, is_trainable=True)
 
 
 def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from .prompts import save_template
 
     key, method = method_of(args)
-    policy, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized, adapter=args.adapter)
+    policy, tokenizer = load_model(args.model, args.backend, method.quantized or None, args.adapter)
     policy = policy if args.adapter is None else policy.merge_and_unload()
     name, template = template_of(args, tokenizer)
     train, test = (
