@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
     "finetune": "fine-tune a model on your own file",
     "generate": "let a model continue text",
+    "merge": "merge an adapter into its base, as a plain model",
     "sft": "teach a model to follow instructions",
     "reward": "train a reward model on preferences",
     "ppo": "train a model on how its own answers are scored (PPO, RLOO, GRPO)",
