@@ -79,7 +79,14 @@ def write_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], me
     from safetensors.numpy import save
 
     data = save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}, metadata)
-    write_atomic(path, lambda file: file.write(data))
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    if "__metadata__" in head:
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))  # the library writes them in any order
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts = len(text).to_bytes(8, "little") + text, memoryview(data)[8 + size :]
+    write_atomic(path, lambda file: [file.write(part) for part in parts])
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -144,7 +144,9 @@ def test_finetune_a_gguf_file_in_four_bits_and_talk_to_it(gguf_file, chat_data, 
     tuned = mp.PeftModel.from_pretrained(base, output)
     assert answer(tuned, tokenizer, [Message("user", "green")]) == "mild"
     merged, _ = mp.from_pretrained(gguf_file)
-    assert answer(mp.PeftModel.from_pretrained(merged, output), tokenizer, [Message("user", "white")]) == "light"
+    with pytest.warns(UserWarning, match="trained on a base in four bits, and this one is in floats"):
+        tuned = mp.PeftModel.from_pretrained(merged, output)
+    assert answer(tuned, tokenizer, [Message("user", "white")]) == "light"
 
 
 def test_a_gguf_file_finetuned_whole_is_a_directory(gguf_file, chat_data, tmp_path, capsys):

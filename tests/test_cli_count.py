@@ -42,7 +42,7 @@ def test_the_bar_is_divided_as_the_parameters_are(capsys):
     ("gpt2", 124_439_808),
     ("gpt2 --method frozen", 0),
     # Hu et al. 2021, table 4: LoRA of q and v, r = 1, in GPT-3
-    ("gpt3 --method lora -r 1 --set enable_lora=[true,false,true]", 4_718_592),
+    ("gpt3 --method lora -r 1 --target c_attn --set enable_lora=[true,false,true]", 4_718_592),
     # Lester et al. 2021, table 4: a prompt of 100 in T5 XXL
     ("t5v1.1-xxl --method prompt --virtual-tokens 100", 409_600),
     # Houlsby et al. 2019, size 64 in BERT-base
@@ -50,12 +50,13 @@ def test_the_bar_is_divided_as_the_parameters_are(capsys):
     # PEFT's MetaMathQA comparison on Llama-3.2-3B
     ("llama3.2-3b --method ia3", 286_720),
     ("llama3.2-3b --method ln", 175_104),
-    ("llama3.2-3b --method prefix --virtual-tokens 200", 11_468_800),
+    ("llama3.2-3b --method prefix --virtual-tokens 200 --no-projection", 11_468_800),
     ("llama3.2-3b --method p-tuning", 28_382_208),
-    ("llama3.2-3b --method lora -r 32", 9_175_040),
+    ("llama3.2-3b --method lora -r 32 --target q_proj v_proj", 9_175_040),
+    ("llama3.2-3b --method lora -r 32 --set target_modules=null", 9_175_040),
     # biases of BERT, with the pooler's
     ("bert-base --method bitfit", 102_912),
-    ("roberta-base --num-labels 3 --method lora --modules-to-save classifier", 294_912 + 592_899),
+    ("roberta-base --num-labels 3 --method lora --target query value --modules-to-save classifier", 294_912 + 592_899),
     ("gpt2 --method lora --target c_attn c_fc c_proj --layers 0 1 --exclude mlp.c_proj",
      2 * 8 * (768 + 2304 + 768 + 768 + 768 + 3072)),
 ])  # fmt: skip
@@ -73,12 +74,11 @@ def test_every_method_of_the_package_can_be_counted(capsys, method):
 
 
 def test_methods_differ_as_they_should(capsys):
-    everywhere = ("--target", "all-linear")
-    lora, dora = (reported(capsys, "count", "gpt2", "--method", m, *everywhere)["trainable"] for m in ("lora", "dora"))
+    lora, dora = (reported(capsys, "count", "gpt2", "--method", method)["trainable"] for method in ("lora", "dora"))
     assert dora - lora == 12 * (2304 + 768 + 3072 + 768)  # a magnitude for each output
     assert reported(capsys, "count", "gpt2", "--method", "qlora")["trainable"] == lora
-    assert reported(capsys, "count", "gpt2", "--method", "adalora", "-r", 4)["trainable"] == 12 * 4 * (768 + 2304 + 1)
-    projected = reported(capsys, "count", "gpt2", "--method", "prefix", "--projection", "--hidden-size", 512)
+    assert reported(capsys, "count", "gpt2", "--method", "adalora", "-r", 4)["trainable"] == 12 * 6 * (5 * 768 + 2304 + 2 * 3072 + 4)
+    projected = reported(capsys, "count", "gpt2", "--method", "prefix", "--hidden-size", 512)
     assert projected["stored"] == 20 * 2 * 12 * 768 < projected["trainable"]
 
 
@@ -90,30 +90,30 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
     mp.get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
     expected = count_parameters(config, adapter)
     for path in (tmp_path / "model", tmp_path / "model" / "config.json"):
-        record = reported(capsys, "count", path, "--adapter", tmp_path / "adapter")
+        record = reported(capsys, "count", path, "--adapter-config", tmp_path / "adapter")
         assert (record["trainable"], record["total"]) == (expected.trainable, expected.total)
         assert record["method"] == "LORA"  # as the file says
-    _, out, _ = output(capsys, "count", path, "--adapter", tmp_path / "adapter")
+    _, out, _ = output(capsys, "count", path, "--adapter-config", tmp_path / "adapter")
     assert "(llama), LORA\n" in out
 
 
 @pytest.mark.parametrize(("argv", "message"), [
     ("lama-7b", "unknown model 'lama-7b'; nearest: llama-7b"),
     ("gpt2 --method lorra", "unknown value of --method 'lorra'; did you mean lora"),
-    ("gpt2 --method ia3 -r 8", "--method ia3 has no option --rank; it has --target"),
+    ("gpt2 --method ia3 -r 8", "--method ia3 has no option --rank; there are --target"),
     ("gpt2 --method full -r 8", "--method full has no options, so --rank means nothing there"),
     ("gpt2 --method lora --target c_atn", "no module is called 'c_atn'; nearest: c_attn"),
-    ("gpt2 --method lora --set use_dorra=1", "'use_dorra' is no option of LoraConfig; did you mean"),
+    ("gpt2 --method lora --set use_dorra=1", "--method lora has no option 'use_dorra'; did you mean"),
     ("gpt2 --method lora -r 1000", "a rank of 1000 is larger than the matrix"),
     ("gpt2 --method lora -r 0", "of at least 1, not '0'"),
     ("gpt2 --method bottleneck --placement above", "placement must be one of houlsby, pfeiffer"),
     ("gpt2 --method bottleneck --bottleneck 8 --reduction 4", "--reduction divides another by it: give one of them"),
-    ("gpt2 --method prefix --hidden-size 64", "the MLP that computes a prefix: give --projection too"),
+    ("gpt2 --method prefix --hidden-size 64 --no-projection", "the MLP that computes a prefix: leave --no-projection out"),
     ("llama-7b --method bitfit", "BitFitConfig trains nothing of llama-7b"),
     ("bert-base --method head", "bert-base has no language-model head"),
-    ("gpt2 --adapter nowhere", "nowhere"),
-    ("gpt2 --adapter nowhere -r 8", "--adapter says everything about the method; leave --rank out"),
-    ("gpt2 --adapter nowhere --method lora", "--adapter says everything about the method; leave --method out"),
+    ("gpt2 --adapter-config nowhere", "nowhere"),
+    ("gpt2 --adapter-config nowhere -r 8", "--adapter-config says everything about the method; leave --rank out"),
+    ("gpt2 --adapter-config nowhere --method lora", "--adapter-config says everything about the method; leave --method out"),
     ("gpt2 --methud lora", "unknown option '--methud'; did you mean --method"),
     ("", "required: MODEL"),
 ])

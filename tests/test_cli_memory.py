@@ -37,7 +37,7 @@ def test_the_figures_of_qlora(capsys):
 
 def test_the_options_reach_the_ledger(capsys):
     config = mp.LoraConfig(r=4, target_modules=["c_attn"])
-    lora = ["gpt2", "--method", "lora", "-r", 4, "--batch", 2, "--seq", 64]
+    lora = ["gpt2", "--method", "lora", "-r", 4, "--target", "c_attn", "--batch", 2, "--seq", 64]
     for argv, options in (
         ([], {}),
         (["--optimizer", "sgd"], {"optimizer": "sgd"}),

@@ -1,15 +1,13 @@
-"""The table of methods: each trains on either dialect, leaves the base alone, and can be run from the command line."""
+"""The table of methods: each trains on either dialect and leaves the base alone."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from cli_helpers import jsonl, run, written
 from test_peft import IDS, base
 
 import minipeft as mp
 from minipeft.experiments.methods import METHODS
-from minipeft.hub.base import load_base
 from minipeft.peft.config import PeftError
 
 WIDE = dict(vocab_size=2048, hidden_size=24, num_attention_heads=4, max_position_embeddings=96)
@@ -67,14 +65,3 @@ def test_why_not_says_what_does_not_fit():
     assert "a rank of 12 is larger than the matrix" in METHODS["adalora"].why_not(base("llama"))
     assert "needs target_modules" in METHODS["ia3"].why_not(mp.nn.Sequential(mp.nn.Linear(3, 3)))
     assert "needs a Transformer" in METHODS["prompt"].why_not(mp.nn.Sequential(mp.nn.Linear(3, 3)))
-
-
-@pytest.mark.parametrize("key", [key for key, method in METHODS.items() if not isinstance(method.config(), (str, type(None)))])
-def test_finetune_knows_it(key, tmp_path):
-    mp.save_pretrained(wide("gpt2"), tmp_path / "base", load_base()[1])
-    data = jsonl(tmp_path / "data.jsonl", ({"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(12)))
-    output, options = tmp_path / "out", ("--data", data, "--method", key, "--steps", 3)
-    assert run("finetune", "--model", tmp_path / "base", *options, "--output", output) == 0
-    assert (output / "adapter_config.json").exists()
-    loss = written(output)["held_out_loss"]
-    assert np.isfinite([loss["before"], loss["after"]]).all() and loss["before"] != loss["after"]

@@ -162,6 +162,13 @@ def test_round_trip_of_every_dtype(tmp_path, dtype):
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_the_same_arrays_and_metadata_are_the_same_bytes(tmp_path):
+    metadata = {"format": "pt", "base_in_4bit": "true", "note": "é"}
+    for i in range(8):  # the library's own order is another each time
+        write_safetensors(tmp_path / f"{i}", {"a": np.ones(3, np.float32)}, metadata)
+    assert len({(tmp_path / f"{i}").read_bytes() for i in range(8)}) == 1
+
+
 def test_the_safetensors_library_reads_what_we_write_and_the_other_way_round(tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -53,6 +53,14 @@ def same(a, b):
     return all(np.array_equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_learning_rate_it_is_a_twentieth_of_the_methods(method):
+    lora = mp.get_peft_model(base(), mp.LoraConfig(r=2))
+    assert trainer(method).config.learning_rate == 5e-5
+    assert trainer(method, lora).config.learning_rate == pytest.approx(1.5e-4)
+    assert trainer(method, lora, learning_rate=1e-3).config.learning_rate == 1e-3
+
+
 # ------------------------------------------------------------------------------------------------------------ rollouts
 
 
@@ -590,6 +598,7 @@ def test_dpo_learns_to_prefer_from_where_it_begins():
     assert np.log1p(np.exp(-margin)).mean() == pytest.approx(run.evaluate(), rel=1e-4)
     with pytest.raises(ValueError, match="beta must be a number above 0, got 0"):
         rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)
+    assert rlhf.dpo_trainer(policy, pairs(4, 0)).args.learning_rate == 1e-4, "a tenth of the method's usual rate"
 
 
 def test_dpo_resumes_with_another_evaluation_batch_but_not_another_beta(tmp_path):

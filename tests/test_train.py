@@ -13,6 +13,7 @@ from minipeft.backend import to_numpy
 from minipeft.text.tokenizer import pad_sequences
 from minipeft.train import AdamW, Batch, Callback, Trainer, TrainingArguments, TrainingDiverged, collate
 from minipeft.train.batches import epoch_order
+from minipeft.train.rates import usual_learning_rate
 from minipeft.train.schedule import SCHEDULES
 
 
@@ -259,6 +260,33 @@ def test_training_runs_on_the_device(xp, rng):
 # ------------------------------------------------------------------------------------------------------- divergence
 
 
+@pytest.mark.parametrize(("config", "rate"), [
+    (mp.LoraConfig(r=2), 3e-3), (mp.LoraConfig(r=2, init_lora_weights="pissa"), 1e-3), (mp.IA3Config(), 3e-2),
+    (mp.PrefixTuningConfig(num_virtual_tokens=2), 1e-2), (None, 1e-3), ("head", 3e-3),
+])  # fmt: skip
+@pytest.mark.parametrize("width", [16, 256])
+def test_without_a_learning_rate_it_is_the_methods_less_in_a_wide_model(rng, config, rate, width):
+    model = mp.Transformer(mp.TransformerConfig.llama(
+        vocab_size=32, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=24))  # fmt: skip
+    model = mp.head_only(model) if config == "head" else mp.get_peft_model(model, config) if config else model
+    usual = Trainer(model, counting(2, rng)).args.learning_rate
+    assert usual == usual_learning_rate(model) == rate * min(1, 128 / width)
+    args = TrainingArguments(learning_rate=5e-5, max_steps=1, lr_scheduler_type="constant")
+    given = Trainer(model, counting(2, rng), args=args)
+    assert given.args is args and given.train().history[0]["learning_rate"] == 5e-5
+
+
+def test_a_model_of_ones_own_without_a_learning_rate_takes_that_of_full_fine_tuning(rng):
+    def loss(model, x, rng=None):
+        return (model(x) ** 2).mean()
+
+    def collate(rows):
+        return Batch({"x": np.stack(rows)}, len(rows), len(rows))
+
+    examples = list(rng.standard_normal((4, 3), np.float32))
+    assert Trainer(mp.nn.Linear(3, 3), examples, collate=collate, loss=loss).args.learning_rate == 1e-3
+
+
 def test_a_learning_rate_beyond_reason_is_named_with_step_and_parameter(rng):
     model, options = tiny_model(), {"lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": None}
     reason = r"diverged at step 2: the loss is nan; .* lower learning_rate \(it was 1e\+39"
@@ -342,7 +370,7 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
     ids, labels = examples[2]
     silent, first_only = np.full_like(ids, -100), np.where(np.arange(len(ids)) == 0, ids, -100)
     for match, arguments in {
-        "learning_rate must be a number above 0, got nan": {"learning_rate": math.nan},
+        "learning_rate must be a number above 0, or None, got nan": {"learning_rate": math.nan},
         "packing is for .* a collate of its own does its own packing": {"packing": True, "collate": collate},
         "momentum is not an option of optim='adamw'; got 0.9": {"momentum": 0.9},
         "adam_beta1 is not an option of optim='sgd'": {"optim": "sgd", "adam_beta1": 0.5},

@@ -25,6 +25,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on your own file",
     "evaluate": "score a model: loss, its answers, multiple choice",
     "generate": "let a model continue text",
+    "merge": "merge an adapter into its base, as a plain model",
     "sft": "teach a model to follow instructions",
     "reward": "train a reward model on preferences",
     "ppo": "train a model on how its own answers are scored (PPO, RLOO, GRPO)",
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
+            shown = warnings.showwarning
+            warnings.showwarning = lambda *w, **more: _warn(w[0]) if w[1] is UserWarning else shown(*w, **more)
             use_machine(args)
             status = args.run(args)
         sys.stdout.flush()
@@ -74,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"minipeft: error: {describe(error)}", file=sys.stderr)
         return 2
+
+
+def _warn(message: object) -> None:
+    print(f"minipeft: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:

@@ -17,6 +17,7 @@ examples:
   minipeft compare
   minipeft compare --task define --steps 300 --methods full
   minipeft compare --data my.jsonl --report my-comparison
+  minipeft compare --methods lora dora vera -r 2 --target q_proj v_proj
   minipeft compare --reduced
 """
 
@@ -29,11 +30,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..experiments.methods import METHODS
+from ..experiments.methods import METHODS, Method
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
 from . import runs
 from .arguments import add_machine, positive_int
+from .method_options import add_method_options, given_options, method_of, methods_of
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=METHODS, metavar="NAME",
         help=f"any of {', '.join(METHODS)} (default: all that the model can take); the frozen base is always shown",
     )  # fmt: skip
+    add_method_options(parser)
     parser.add_argument("--output", metavar="DIR", help=f"default: ./{OUTPUT}, or where the report is")
     parser.add_argument("--report", metavar="DIR", help="write DIR/index.html, one page with the table and its plots")
     group = parser.add_argument_group("training")
@@ -72,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.task and args.data:
         raise ValueError("give either --task or --data, not both")
+    wanted = methods_of(args, args.methods or METHODS)
+    if args.adapter_config:
+        wanted |= [method_of(argparse.Namespace(adapter_config=args.adapter_config, method=None))]
     output = Path(args.output or args.report or OUTPUT)
     report = Path(args.report) if args.report else None
     for option, path in (("--report", report), ("--output", output)):
@@ -90,12 +96,11 @@ def run(args: argparse.Namespace) -> int:
     steps, held_out, blocks = SIZES[reduced]
     settings = from_arguments(Settings, args, steps=args.steps or steps, evaluations=4)
     base, tokenizer = load_model(args.model, args.backend)
-    reasons = {key: METHODS[key].why_not(base) for key in args.methods or METHODS}
-    left_out = {key: why for key, why in reasons.items() if why}
-    methods = [key for key in reasons if key not in left_out]
+    left_out = {key: why for key, method in wanted.items() if (why := method.why_not(base))}
+    methods = {key: method for key, method in wanted.items() if key not in left_out}
     if args.methods and left_out:
         raise ValueError("; ".join(f"--methods {key}: {why}" for key, why in left_out.items()))
-    virtual = max(METHODS[key].virtual_tokens for key in methods)  # all methods see the same examples
+    virtual = max((method.virtual_tokens for method in methods.values()), default=0)  # all methods see the same examples
     max_length = min(256, base.config.max_position_embeddings - virtual)
     if max_length < 1:
         raise ValueError(f"{virtual} virtual tokens take all of the model's {max_length + virtual} positions")
@@ -117,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
-    for key in methods:
-        runs.note(METHODS[key].title, style="bold")
-        row, model = train(replace(settings, method=key), base, tasks, rows[0]["general_loss"])
+    for key, method in methods.items():
+        runs.note(method.title, style="bold")
+        row, model = train(key, method, settings, base, tasks, rows[0]["general_loss"])
         rows.append(row)
         if len(rows) == 2 or row["task_loss"] < best["task_loss"]:
             tuned, best = model, row
@@ -128,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
         "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
         "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
+        "method_options": given_options(args), "adapter_config": args.adapter_config,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": record, "methods": rows})
     plot_comparison(rows, output / "compare.png")
@@ -135,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     show_table(out, rows)
     for key, why in left_out.items():
-        out.print(f"left out: {METHODS[key].title}: {why}\n")
+        out.print(f"left out: {wanted[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
     answers = answered({rows[0]["title"]: base, best["title"]: tuned}, tokenizer, shown)
     show_samples(out, answers)
@@ -188,8 +194,10 @@ def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tuple[dict[str, Any], Any]:
-    """The row of one method, and the model of the first seed; `tasks` are by seed.
+def train(
+    key: str, method: Method, settings: Any, base: Any, tasks: dict[int, Any], start: float
+) -> tuple[dict[str, Any], Any]:
+    """The row of one method, called `key`, and the model of the first seed; `tasks` are by seed.
 
     What the seeds measured stands under "seeds", its means in the row itself; the curves are the first seed's. `start`
     is the base's loss on general text. Raises ValueError where training diverges.
@@ -197,12 +205,12 @@ def train(settings: Any, base: Any, tasks: dict[int, Any], start: float) -> tupl
     from ..experiments.costs import latency, memory, merged
     from ..experiments.run import fine_tune
 
-    key, method, first = settings.method, METHODS[settings.method], next(iter(tasks.values()))
+    first = next(iter(tasks.values()))
     predicted, measured = memory(method, base, first.train, settings.batch_size, first.pad_token_id)
     found: list[dict[str, Any]] = []
     model: Any = None
     for seed, task in tasks.items():
-        run, trained = fine_tune(base, task, replace(settings, seed=seed))
+        run, trained = fine_tune(base, task, replace(settings, seed=seed), method)
         if run["task_loss"] is None:
             raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         model = trained if model is None else model

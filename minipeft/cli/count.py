@@ -3,14 +3,19 @@
 trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
 once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
 
+The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are usual
+in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
+
 examples:
   minipeft count gpt3 --method lora -r 8
   minipeft count llama-7b --method lora -r 8 --target q_proj v_proj
   minipeft count bert-base --method bottleneck --placement houlsby --bottleneck 64
-  minipeft count roberta-large --num-labels 3 --method lora --modules-to-save classifier
+  minipeft count roberta-large --num-labels 3 --method lora --target query value --modules-to-save classifier
   minipeft count gpt2-m --method lora -r 4 --target c_attn --set enable_lora=[true,false,true]
   minipeft count t5v1.1-xxl --method prompt --virtual-tokens 100 --json
-  minipeft count path/to/config.json --method adalora --target all-linear
+  minipeft count path/to/config.json --method adalora -r 4
+  minipeft count llama3.2-3b --method lora -r 32 --set target_modules=null
+  minipeft count path/to/config.json --adapter-config path/to/adapter
 """
 
 from __future__ import annotations
@@ -25,14 +30,15 @@ from typing import Any
 
 from .arguments import positive_int
 from .bars import bar, grid, size
-from .method_options import add_method_options, architecture_of, configuration, method_name
+from .method_options import add_method, add_model_name, architecture_of, method_of
 from .report import console
 
 SHOWN = 24  # rows of the table, the rest is one row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_method_options(parser)
+    add_model_name(parser)
+    add_method(parser, "frozen")
     parser.add_argument(
         "--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes"
     )
@@ -44,18 +50,19 @@ def run(args: argparse.Namespace) -> int:
     from ..accounting.parameters import trained_parameters
 
     arch = architecture_of(args.model, args.num_labels)
-    config, _ = configuration(args)
+    name, method = method_of(args)
+    config = method.config()
     count, trained = count_parameters(arch, config), trained_parameters(arch, config)
     if args.json:
         record = {
-            "model": arch.name, "method": method_name(args, config), "trainable": count.trainable,
+            "model": arch.name, "method": name, "trainable": count.trainable,
             "stored": count.stored, "total": count.total, "share": count.share,
             "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
         }  # fmt: skip
         print(json.dumps(record, indent=1))
         return 0
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {method_name(args, config)}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {name}\n", style="bold")
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")

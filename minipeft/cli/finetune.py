@@ -20,7 +20,8 @@ examples:
   minipeft finetune --data my.jsonl --output tuned
   minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
-  minipeft finetune --data my.jsonl --method lora --output adapter
+  minipeft finetune --data my.jsonl --method lora -r 16 --alpha 32 --dropout 0.05 --output adapter
+  minipeft finetune --data my.jsonl --method lora --target q_proj v_proj --set use_rslora=true --output adapter
   minipeft finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --data chat.jsonl --method qlora --output adapter
 
   minipeft generate --model tuned --prompt "..."
@@ -34,10 +35,10 @@ import argparse
 import math
 from typing import Any
 
-from ..experiments.methods import METHODS
 from ..options import add_options, configuration, from_arguments, option
 from . import runs
 from .arguments import add_model
+from .method_options import add_method, method_of
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
@@ -66,11 +67,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
     parser.set_defaults(longest=longest)
     add_model(parser)
-    methods = ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items())
-    parser.add_argument(
-        "--method", choices=METHODS, default="full",
-        help=f"default: full (learning rates: {methods}; times 128 / hidden_size in wider models)",
-    )  # fmt: skip
+    add_method(parser)
 
     group = parser.add_argument_group("data")
     add_options(group, DataOptions, max_length=f"tokens of an example (default: {longest}, or what the model takes)")
@@ -83,7 +80,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
             "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
             "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
         },
-        learning_rate="peak learning rate (default: the method's, see --method)",
+        learning_rate="peak learning rate (default: the method's, times 128 / hidden_size in wider models)",
         per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
         gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
         max_grad_norm="clip the gradient to this 2-norm; 0 does not",
@@ -122,14 +119,14 @@ def fine_tune(
     from .prompts import chosen_template
     from .report import ANSWER, answered, console, show_samples
 
-    output, method, options = runs.check_output(args), METHODS[args.method], from_arguments(DataOptions, args)
+    output, (key, method), options = runs.check_output(args), method_of(args), from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
     name, template = chosen_template(options.template, records[0], tokenizer)
     limit = base.config.max_position_embeddings - method.virtual_tokens
     if limit < 1:
-        raise ValueError(f"--method {args.method} takes {method.virtual_tokens} positions, all that the model has")
+        raise ValueError(f"--method {key} takes {method.virtual_tokens} positions, all that the model has")
     if options.max_length and options.max_length > limit:
-        taken = f", of which --method {args.method} takes {method.virtual_tokens}" if method.virtual_tokens else ""
+        taken = f", of which --method {key} takes {method.virtual_tokens}" if method.virtual_tokens else ""
         positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
         raise ValueError(f"--max-length {options.max_length} is more than the {positions}")
     max_length = options.max_length or min(args.longest, limit)
@@ -143,7 +140,6 @@ def fine_tune(
     large, batch_size = architecture(base.config).size > LARGE, args.per_device_train_batch_size
     arguments = runs.training_arguments(
         args, len(data.train), bool(data.held_out),
-        learning_rate=args.learning_rate or method.rate_for(base),
         per_device_train_batch_size=batch_size or (2 if large else 8),
         gradient_accumulation_steps=args.gradient_accumulation_steps or (4 if large and not batch_size else 1),
     )  # fmt: skip
@@ -152,8 +148,8 @@ def fine_tune(
         model.gradient_checkpointing_enable()
     trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = count(model)
-    trained = f"method {args.method}: {trainable:,} of {total:,} parameters; "
-    runs.announce(data.train, data.held_out, arguments, "examples", trained)
+    trained = f"method {key}: {trainable:,} of {total:,} parameters; "
+    runs.announce(data.train, data.held_out, trainer.args, "examples", trained)
     if data.note:
         runs.note(data.note)
 
@@ -170,7 +166,7 @@ def fine_tune(
     }
     if tests:
         results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    runs.write_record(args, results, options, arguments, max_length=max_length)
+    runs.write_record(args, results, options, trainer.args, max_length=max_length, method=key)
 
     loss = results["held_out_loss"]
     if data.held_out:

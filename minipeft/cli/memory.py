@@ -30,14 +30,15 @@ from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from .arguments import positive_int
 from .bars import bar, grid, size
-from .method_options import add_method_options, architecture_of, configuration, flag, method_name
+from .method_options import add_method, add_model_name, architecture_of, flag, method_of
 from .report import console
 
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_method_options(parser)
+    add_model_name(parser)
+    add_method(parser, "frozen")
     group = parser.add_argument_group("the step")
     add = group.add_argument
     add("--batch", type=positive_int, metavar="N", help="sequences at a time (default: 1)")
@@ -57,22 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    arch, (config, packed) = architecture_of(args.model), configuration(args)
-    method = method_name(args, config)
-    quantization = args.quantization or ("nf4" if packed else None)
+    arch, (name, method) = architecture_of(args.model), method_of(args)
+    config, quantization = method.config(), args.quantization or ("nf4" if method.quantized else None)
     _check(args, quantization)
     ledger = _ledger(args, arch, config, quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
     if args.json:
         record = {
-            "model": arch.name, "method": method, "lines": dict(ledger.lines), "held": dict(ledger.held),
+            "model": arch.name, "method": name, "lines": dict(ledger.lines), "held": dict(ledger.held),
             "activations_per_layer": list(ledger.activations_per_layer),
             "total": ledger.total, "fits_gb": fits,
         }  # fmt: skip
         print(json.dumps(record, indent=1))
         return 0
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {method}: {_step(args)}\n", style="bold")
+    out.print(f"{arch.name} ({arch.model_type}), {name}: {_step(args)}\n", style="bold")
     out.print(_table(ledger))
     if ledger.activations_per_layer and max(ledger.activations_per_layer):
         layers = ledger.activations_per_layer

@@ -1,55 +1,75 @@
-"""MODEL, --method and its options on a command line: a table of shapes, and the configuration of a method.
+"""--method and its options, the same in every command that trains, counts or measures: what the method's name means in
+`experiments.methods.METHODS`, changed by the options.
 
 One flag serves all methods that have what it sets (`FIELDS`), and a command's help loads no method: so the flags stand
-here, while the fields' defaults, ranges and checks are those of the methods' configurations.
+here, while the fields' ranges and checks are those of the methods' configurations.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..experiments.methods import METHODS
+from ..experiments.methods import METHODS, Method
+from ..options import reader
 from .arguments import nearest, positive, positive_int
 
 if TYPE_CHECKING:
     from ..accounting import Architecture
 
-CHOICES = (*METHODS, "frozen")
-
 _NAMES = {"nargs": "+", "metavar": "NAME"}
 _NUMBER, _FACTOR = {"type": positive_int, "metavar": "N"}, {"type": positive, "metavar": "X"}
-_LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": "store_true", "default": None}
+_ALPHA = {"type": reader(float, {}), "metavar": "X"}
+_SHARE = {"type": reader(float, {"least": 0, "below": 1}), "metavar": "P"}
+_LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": argparse.BooleanOptionalAction}
 
-# flag -> (the configuration's fields that it sets, those that the method has; help; what else argparse takes)
+# flag -> (the configuration's fields that it sets, the first that the method has; help; what else argparse takes)
 FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "rank": (("r", "init_r"), "rank of lora, dora, pissa, qlora, vera, adalora", _NUMBER),
-    "target": (("target_modules",), "modules to adapt, by ends of their paths, or all-linear (qlora's)", _NAMES),
+    "rank": (("r", "target_r"), "rank of lora, dora, pissa, qlora, vera; adalora's at the end, from 1.5 N", _NUMBER),
+    "alpha": (("lora_alpha",), "numerator of the scaling of lora and its kin; stays as it is where -r changes", _ALPHA),
+    "dropout": (("lora_dropout", "vera_dropout"), "dropout of the adapter's input", _SHARE),
+    "target": (("target_modules",), "modules to adapt, by ends of their paths, or all-linear", _NAMES),
     "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
-    "layers": (("layers_to_transform",), "only these layers", _LAYERS),
+    "layers": (("layers_to_transform",), "only these layers, of the modules of --target", _LAYERS),
     "modules_to_save": (("modules_to_save",), "modules trained whole beside it, as copies", _NAMES),
-    "virtual_tokens": (("num_virtual_tokens",), "of prompt, prefix, p-tuning (default: 20)", _NUMBER),
-    "projection": (("prefix_projection",), "prefix: computed by an MLP in training", _SWITCH),
-    "hidden_size": (("encoder_hidden_size",), "width of the MLP of p-tuning, and of prefix with --projection", _NUMBER),
-    "placement": (("placement",), "of a bottleneck: houlsby, pfeiffer (default) or parallel", {"metavar": "NAME"}),
+    "virtual_tokens": (("num_virtual_tokens",), "of prompt, prefix, p-tuning", _NUMBER),
+    "projection": (("prefix_projection",), "prefix: whether an MLP computes it in training", _SWITCH),
+    "hidden_size": (("encoder_hidden_size",), "width of the MLP of prefix and p-tuning", _NUMBER),
+    "placement": (("placement",), "of a bottleneck: houlsby, pfeiffer or parallel", {"metavar": "NAME"}),
     "bottleneck": (("bottleneck_size",), "width of a bottleneck, or", _NUMBER),
-    "reduction": (("reduction_factor",), "how many times narrower it is (default: 16; parallel 2)", _FACTOR),
+    "reduction": (("reduction_factor",), "how many times narrower it is", _FACTOR),
 }
 
 
+def add_method(parser: argparse.ArgumentParser, *more: str) -> None:
+    """--method, of METHODS and `more`, and its options."""
+    parser.add_argument("--method", choices=(*METHODS, *more), help="default: full (all parameters)")
+    add_method_options(parser)
+
+
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --method, and an option for what decides a method's size."""
+    """The options of methods. One that is not given is not set in the result."""
+    group = parser.add_argument_group("the method (options that are not given are its usual ones)")
+    for name, (_, text, arguments) in FIELDS.items():
+        flags = [*["-r"] * (name == "rank"), flag(name)]
+        group.add_argument(*flags, dest=f"method_{name}", default=argparse.SUPPRESS, help=text, **arguments)
+    group.add_argument(
+        "--set", nargs="+", dest="method_set", default=argparse.SUPPRESS, metavar="FIELD=VALUE",
+        help="any other option, by PEFT's name, its value as JSON: use_rslora=true; target_modules=null: PEFT's usual",
+    )  # fmt: skip
+    group.add_argument(
+        "--adapter-config", metavar="PATH", help="take the method from an adapter_config.json or its directory"
+    )
+
+
+def add_model_name(parser: argparse.ArgumentParser) -> None:
+    """MODEL: a table of shapes."""
     what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
     parser.add_argument("model", metavar="MODEL", help=what)
-    parser.add_argument("--method", choices=CHOICES, help="default: full (all parameters)")
-    group = parser.add_argument_group("the method (default of every option: as in Hugging Face PEFT)")
-    for name, (_, text, arguments) in FIELDS.items():
-        group.add_argument(*["-r"] * (name == "rank"), flag(name), help=text, **arguments)
-    text = "any other option, by PEFT's name, its value as JSON: use_dora=true"
-    group.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=text)
-    group.add_argument("--adapter", metavar="PATH", help="take the method from an adapter_config.json or its directory")
 
 
 def flag(name: str) -> str:
@@ -68,61 +88,110 @@ def architecture_of(model: str, num_labels: int | None = None) -> Architecture:
     return architecture(model, num_labels)
 
 
-# The options that make the method itself; and those that have no default in PEFT.
-FIXED = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}, "qlora": {"target_modules": "all-linear"}}
-NEEDED = ("num_virtual_tokens", "total_step")
+# ------------------------------------------------------------------------------------------------ from the command line
 
 
-def method_name(args: argparse.Namespace, config: Any) -> str:
-    """What a report calls the method: --method, or the type that an adapter's file names."""
-    return args.method or (config.peft_type if args.adapter is not None else "full")
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """{name in FIELDS, or "set": value} of the method's options that the command line has."""
+    return {name: getattr(args, f"method_{name}") for name in (*FIELDS, "set") if hasattr(args, f"method_{name}")}
 
 
-def configuration(args: argparse.Namespace) -> tuple[Any, bool]:
-    """(what `minipeft.accounting` takes for the method and its options, whether the base is stored in four bits).
+def method_of(args: argparse.Namespace) -> tuple[str, Method]:
+    """(what a report calls it, the method) of --method and its options, or of --adapter-config.
 
     Raises ValueError for an option that the method does not have, naming those that it has, and for one that another
     option leaves without effect.
     """
-    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    if args.adapter is not None:
-        if given or args.set or args.method not in (None, "qlora"):
-            other = next(iter(given), "set" if args.set else "method")
-            raise ValueError(f"--adapter says everything about the method; leave {flag(other)} out")
-        from ..peft.huggingface import CONFIG, read_config
-
-        path = Path(args.adapter)
-        return read_config(path / CONFIG if path.is_dir() else path), args.method == "qlora"
+    if args.adapter_config is not None:
+        extra = next(iter(given_options(args)), "method" if args.method not in (None, "qlora") else None)
+        if extra:
+            raise ValueError(f"--adapter-config says everything about the method; leave {flag(extra)} out")
+        method = dataclasses.replace(_of_file(args.adapter_config), quantized=args.method == "qlora")
+        return args.method or method.label, method
     name = args.method or "full"
-    like = METHODS[name].config() if name in METHODS else name
-    if like is None or isinstance(like, str):
-        if given or args.set:
-            raise ValueError(f"--method {name} has no options, so {flag(next(iter(given), 'set'))} means nothing there")
-        return like, False
-    fields = set(like.to_dict()) | set(vars(like))
-    options = FIXED.get(name, {}) | {name: getattr(like, name) for name in NEEDED if hasattr(like, name)}
-    for option, value in given.items():
-        field = next((f for f in FIELDS[option][0] if f in fields), None)
-        if field is None:
-            mine = [flag(n) for n, (names, *_) in FIELDS.items() if fields & set(names)]
-            raise ValueError(f"--method {name} has no option {flag(option)}; it has {', '.join(mine)} and --set")
-        options[field] = value
-    if options.get("target_modules") == ["all-linear"]:
-        options["target_modules"] = "all-linear"
-    for text in args.set:
-        field, equals, value = text.partition("=")
-        if not equals or field not in fields:
-            near = nearest(field, fields)
-            raise ValueError(f"--set takes FIELD=VALUE; {field!r} is no option of {type(like).__name__}{near}")
+    return name, methods_of(args, [name])[name]
+
+
+def methods_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Method]:
+    """{name: method}; each option is changed in those that have it. Raises ValueError for an option that none has."""
+    methods = {name: METHODS.get(name) or Method(name, name) for name in names}
+    fields = {name: _fields(method) for name, method in methods.items()}
+    changes: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for option, value in given_options(args).items():
+        for names_, value_ in _assignments(option, value):
+            having = {
+                name: found for name in methods if (found := next((f for f in names_ if f in fields[name]), None))
+            }
+            if not having:
+                raise _unknown(option, names_[0], fields)
+            for name, found in having.items():
+                changes[name][found] = value_
+    changed = {name: method.with_options(**_settled(changes[name], args)) for name, method in methods.items()}
+    for method in changed.values():
+        method.config()  # checks the values
+    return changed
+
+
+def _assignments(option: str, value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """[(the fields, of which the first that a method has is meant; value)] of one option of the command line."""
+    if option != "set":
+        return [(FIELDS[option][0], "all-linear" if value == ["all-linear"] else value)]
+    found = []
+    for text in value:
+        field, equals, word = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, not {text!r}")
         try:
-            options[field] = json.loads(value)
+            found.append(((field,), json.loads(word)))
         except json.JSONDecodeError:
-            options[field] = value  # a bare word
-    if args.bottleneck and args.reduction:
+            found.append(((field,), word))  # a bare word
+    return found
+
+
+def _settled(changes: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The changes, and what follows from them. Raises ValueError for one that another leaves without effect."""
+    if {"bottleneck_size", "reduction_factor"} <= changes.keys():
         raise ValueError("--bottleneck is the width and --reduction divides another by it: give one of them")
-    if "init_r" in options:
-        options.setdefault("target_r", min(options["init_r"], like.target_r))
-    config = type(like)(**options)
-    if args.hidden_size and not getattr(config, "prefix_projection", True):
-        raise ValueError("--hidden-size is the width of the MLP that computes a prefix: give --projection too")
-    return config, METHODS[name].quantized
+    if changes.get("prefix_projection") is False and "encoder_hidden_size" in changes:
+        raise ValueError("--hidden-size is the width of the MLP that computes a prefix: leave --no-projection out")
+    if "reduction_factor" in changes:
+        changes["bottleneck_size"] = None
+    if hasattr(args, "method_rank") and "target_r" in changes:  # as the paper: the budget starts at 1.5 times the last
+        changes.setdefault("init_r", changes["target_r"] * 3 // 2)
+    return changes
+
+
+def _fields(method: Method) -> set[str]:
+    """The options that a method has."""
+    config = method.config()
+    if config is None or isinstance(config, str):
+        return set()
+    from ..peft.prompt_learning import MODULE_OPTIONS, PromptLearningConfig
+
+    without = MODULE_OPTIONS if isinstance(config, PromptLearningConfig) else ()
+    return {field.name for field in dataclasses.fields(config)} - set(without)
+
+
+def _unknown(option: str, field: str, fields: dict[str, set[str]]) -> ValueError:
+    """The error for an option that none of the methods has, of which `fields` holds the options."""
+    known = set().union(*fields.values())
+    *others, last = fields
+    has = f"none of {', '.join(others)} and {last} has" if others else f"--method {last} has no"
+    what = repr(field) if option == "set" else flag(option)
+    if not known:
+        return ValueError(f"{has} options, so {what} means nothing there")
+    has += " an option" if others else " option"
+    if option == "set":
+        return ValueError(f"--set: {has} {what}{nearest(field, known)}")
+    mine = [flag(name) for name, (names, *_) in FIELDS.items() if known & set(names)]
+    return ValueError(f"{has} {what}; there are {', '.join(mine)} and --set")
+
+
+def _of_file(path: str) -> Method:
+    """The method of an adapter_config.json, or of a directory that holds one, to be trained anew."""
+    from ..peft.huggingface import CONFIG, read_config
+
+    place = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    config = read_config(place, inference_mode=False, base_model_name_or_path=None)
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return Method(config.peft_type, config.peft_type, options)

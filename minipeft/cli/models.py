@@ -9,21 +9,24 @@ from typing import Any
 def load_model(
     path: str | None,
     backend: str | None = None,
-    load_in_4bit: bool = False,
+    load_in_4bit: bool | None = False,
     adapter: str | None = None,
     is_trainable: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file, with an adapter.
 
+    Without a path, an adapter's base is the one that its directory names; `load_in_4bit` None is what it says, too.
     Raises ValueError where it is no language model or comes without a tokenizer: the commands read and write text.
     """
     if adapter is not None and not Path(adapter).is_dir():
         raise ValueError(f"--adapter {adapter}: there is no such directory")
+    if adapter is not None:
+        path, load_in_4bit = _recorded(adapter, path, load_in_4bit)
     from ..hub.base import load_base
     from ..hub.pretrained import from_pretrained
     from ..nn.transformer import Transformer
 
-    options: dict[str, Any] = {"backend": backend, "load_in_4bit": load_in_4bit}
+    options: dict[str, Any] = {"backend": backend, "load_in_4bit": bool(load_in_4bit)}
     model, tokenizer = load_base(**options) if path is None else from_pretrained(path, **options)
     if not isinstance(model, Transformer):
         raise ValueError(f"{path}: holds a {type(model).__name__}; this command needs a language model")
@@ -38,3 +41,16 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     return model, tokenizer
+
+
+def _recorded(adapter: str, path: str | None, load_in_4bit: bool | None) -> tuple[str | None, bool | None]:
+    """(path, load_in_4bit), where they are None those of the base that an adapter was trained on."""
+    from ..hub.base import NAME
+    from ..peft.provenance import recorded_base
+
+    name, packed = recorded_base(adapter)
+    if path is None and name not in (None, NAME):
+        path = name
+        if not Path(name).exists():
+            raise ValueError(f"--adapter {adapter}: its base is {name}, which is no path here; say with --model where it is")
+    return path, packed if load_in_4bit is None else load_in_4bit

@@ -4,7 +4,7 @@ The reward is a directory of `minipeft reward`, or, without --reward, VADER's se
 The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
 --prompts, openings of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
-The output directory is a model directory (an adapter directory with --method lora or --adapter), with metrics.jsonl
+The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with metrics.jsonl
 (all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
 checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same
 for long (--max-equal-updates).
@@ -13,7 +13,7 @@ examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
   minipeft sft --output tuned; minipeft reward --model tuned --output judge
   minipeft ppo --model tuned --reward judge --prompts prompts.jsonl --output aligned
-  minipeft ppo --algorithm grpo --kl-coef 0.02 --method lora --lr 1e-3 --output adapter
+  minipeft ppo --algorithm grpo --kl-coef 0.02 --method lora -r 4 --lr 1e-3 --output adapter
   minipeft ppo --reward judge --kl-target 6 --output steady              an adaptive KL coefficient
 """
 
@@ -27,13 +27,13 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
-from .preferences import OPENING, TEMPLATE, add_method, load_trained, template_of
+from .preferences import OPENING, TEMPLATE, add_trained, load_trained, template_of
 
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_method(parser)
+    add_trained(parser)
     parser.add_argument("--reward", metavar="DIR", help="a reward model's directory (default: VADER's sentiment)")
     parser.add_argument(
         "--prompts", metavar="FILE", help="a .jsonl or .txt file (default: openings of the shipped novels)"
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
         "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
         defaults={"seed": PPOConfig.seed},
+        learning_rate="learning rate (default: a twentieth of the method's, times 128 / hidden_size in wider models)",
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
         save_steps="updates between checkpoints (default: 1/5)", steps="updates, each on --batch-size fresh responses",
@@ -65,19 +66,22 @@ def run(args: argparse.Namespace) -> int:
 
     from ..evaluation import asked_turns, stop_tokens
 
-    policy, tokenizer = load_trained(args)
+    key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
     prompts = _prompts(args, tokenizer, template, policy.config.max_position_embeddings, config.response_length)
     stop_token_ids = stop_tokens(policy, tokenizer, *asked_turns(["-"], template))
     often = config.save_steps or max(1, config.steps // 5)
     config = replace(config, stop_token_ids=tuple(stop_token_ids), save_steps=often)
     reward, watch = _reward(args, tokenizer)
+    if method:
+        steps = config.steps * config.num_epochs * config.batch_size // config.mini_batch_size  # of the optimizer
+        policy = method.prepare(policy, steps, args.seed)
     kind = {"ppo": rlhf.PPOTrainer, "rloo": rlhf.RLOOTrainer, "grpo": rlhf.GRPOTrainer}[args.algorithm]
     trainer = kind(policy, reward, prompts, config, watch)
     trained = sum(p.size for p in trainer.trainable.values())
     runs.note(
-        f"{args.algorithm}, {args.method}: {trained:,} trained parameters; {len(prompts):,} prompts; "
-        f"{config.steps:,} updates of {config.batch_size} answers, learning rate {config.learning_rate:g}, "
+        f"{args.algorithm}, {key}: {trained:,} trained parameters; {len(prompts):,} prompts; "
+        f"{config.steps:,} updates of {config.batch_size} answers, learning rate {trainer.config.learning_rate:.3g}, "
         f"KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         for prompt, b, a in zip(shown, before, after)
     ]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
-    runs.write_record(args, results, config, template=name)
+    runs.write_record(args, results, trainer.config, template=name, method=key)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))

@@ -10,9 +10,11 @@ import argparse
 from typing import Any
 
 from .. import rlhf
+from ..experiments.methods import Method
 from ..options import add_options, configuration, from_arguments, option
 from . import runs
 from .arguments import add_model
+from .method_options import add_method, flag, given_options, method_of
 
 OPENING = 4  # words of a sentence that a generated pair continues
 TEMPLATE = {"metavar": "NAME|TEXT", "help": "plain, alpaca, chatml or a text with {prompt} (default: the model's own)"}
@@ -49,12 +51,13 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
     add_options(group, PairOptions)
 
 
-def add_training(parser: argparse.ArgumentParser, learning_rate: float) -> Any:
-    """The options of training on pairs, with this default of --lr; returns their group."""
+def add_training(parser: argparse.ArgumentParser, learning_rate: str) -> Any:
+    """The options of training on pairs; `learning_rate` says in words what the default of --lr is. Returns their group."""
     group = parser.add_argument_group("training")
     defaults = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
     runs.add_training(
-        group, defaults={"learning_rate": learning_rate, **defaults}, per_device_train_batch_size="pairs a step",
+        group, defaults=defaults, per_device_train_batch_size="pairs a step",
+        learning_rate=f"peak learning rate (default: {learning_rate}, times 128 / hidden_size in wider models)",
         seed="seed of everything random",
     )  # fmt: skip
     return group
@@ -69,32 +72,27 @@ def check_pairs(args: argparse.Namespace) -> PairOptions:
     return from_arguments(PairOptions, args)
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    """--model, --adapter and --method: what is trained."""
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """--model, --adapter, --method and its options: what is trained."""
     add_model(parser, adapter=", such as of minipeft sft, to train further")
-    parser.add_argument(
-        "--method", choices=("full", "lora"), default="full",
-        help="train all weights, or a new LoRA adapter (default: full)",
-    )  # fmt: skip
+    add_method(parser)
 
 
-def load_trained(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(policy, tokenizer): trained whole, through the adapter that it has, or through a new one.
+def load_trained(args: argparse.Namespace) -> tuple[str, Method | None, Any, Any]:
+    """(what a report calls the method, the method, model, tokenizer); the method is None for a model with --adapter.
 
-    Raises ValueError for --adapter together with --method lora, and as `load_model`.
+    Raises ValueError for --adapter together with a method or its options, and as `method_of` and `load_model`.
     """
-    from ..peft.lora import LoraConfig
-    from ..peft.model import get_peft_model
     from .models import load_model
 
-    if args.adapter is not None and args.method == "lora":
-        raise ValueError(
-            "--adapter trains the adapter that is given; --method lora would make a new one: give one of them"
-        )
-    policy, tokenizer = load_model(args.model, args.backend, adapter=args.adapter, is_trainable=True)
-    if args.method == "lora":
-        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"), seed=args.seed)
-    return policy, tokenizer
+    if args.adapter is None:
+        name, method = method_of(args)
+        return name, method, *load_model(args.model, args.backend, load_in_4bit=method.quantized)
+    others = [*given_options(args), *(n for n in ("method", "adapter_config") if getattr(args, n) is not None)]
+    if others:
+        new = f"{flag(others[0])} is for a new one"
+        raise ValueError(f"--adapter trains the adapter that is given; {new}: give one of them")
+    return "adapter", None, *load_model(args.model, args.backend, None, args.adapter, is_trainable=True)
 
 
 def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:

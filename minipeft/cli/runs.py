@@ -42,14 +42,14 @@ def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: 
 
 
 def check_output(args: argparse.Namespace) -> Path:
-    """--output. ValueError where it cannot take a run: not a directory, or not empty and no option says what to do."""
-    output = Path(args.output)
-    if args.resume and args.overwrite:
+    """--output. ValueError where it cannot be written: not a directory, or not empty and no option says what to do."""
+    output, hint = Path(args.output), ", or give --resume or --overwrite" * hasattr(args, "resume")
+    if hint and args.resume and args.overwrite:
         raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; a directory is to be written")
-    if output.is_dir() and any(output.iterdir()) and not (args.resume or args.overwrite):
-        raise ValueError(f"--output {output} is not empty; choose another, or give --resume or --overwrite")
+    if output.is_dir() and any(output.iterdir()) and not (hint and (args.resume or args.overwrite)):
+        raise ValueError(f"--output {output} is not empty; choose another{hint}")
     return output
 
 

@@ -1,9 +1,13 @@
-"""The fine-tuning methods the commands know: one entry each. The parts of the library are imported when one is used."""
+"""What the name of a fine-tuning method means, everywhere: one entry each, with its usual options.
+
+The parts of the library are imported when one is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -11,34 +15,60 @@ from typing import Any
 class Method:
     """One way to fine-tune.
 
-    title          what a table calls it, short
-    learning_rate  the default, from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) on the shipped base, runs of `compare`'s
-                   length and the validation split of its task: the highest rate whose loss on the task is still at
-                   least 0.05 nats below that of the next lower one. Above it little is learned in addition, or nothing,
-                   and what is forgotten multiplies. (Those of the last layer, QLoRA, prompt and P-tuning are from an
-                   earlier grid, with runs of 80 steps.) Wider models want less: `rate_for`.
-    config         from the steps of a run to what `minipeft.accounting` takes for the method: None for all parameters,
-                   "head", or a configuration. The counts do not depend on the steps; AdaLoRA's schedule does.
-    quantized      whether the frozen weights are stored in 4 bits, which shapes and `config` do not say
+    label      what a table calls it, short; an option in braces stands for its value
+    kind       the peft_type of its configuration; or what `minipeft.accounting` takes for it: None for all parameters,
+               "head", "frozen"
+    options    of the configuration, those that are not its class's defaults. A function gives the value for a run of a
+               number of steps; the parameters are as many for any number.
+    quantized  whether the frozen weights are stored in 4 bits, which shapes and the configuration do not say
     """
 
-    title: str
-    learning_rate: float
-    config: Callable[..., Any]
+    label: str
+    kind: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
     quantized: bool = False
+
+    def config(self, steps: int = 1) -> Any:
+        """What `minipeft.accounting` takes for the method, for a run of this length: None, "head" or a configuration.
+
+        Raises PeftError for options that make no sense.
+        """
+        if self.kind in (None, "head", "frozen"):
+            return self.kind
+        from ..peft.huggingface import config_class
+
+        given = {name: value(steps) if callable(value) else value for name, value in self.options.items()}
+        return config_class(self.kind)(**given)
+
+    def with_options(self, **options: Any) -> Method:
+        """The same method with some options changed."""
+        return dataclasses.replace(self, options={**self.options, **options})
+
+    @property
+    def title(self) -> str:
+        """The label with the values of the options, but for one that is None."""
+        if "{" not in self.label:
+            return self.label
+        words = self.label.format(**vars(self.config())).split()
+        return " ".join(word for word in words if not word.endswith("=None"))
+
+    @property
+    def learning_rate(self) -> float:
+        """The usual rate, on a model as wide as the shipped base; see `minipeft.train.rates`."""
+        from ..train import rates
+
+        return {None: rates.FULL, "head": rates.HEAD}.get(self.kind) or self.config().usual_learning_rate
+
+    def rate_for(self, base: Any) -> float:
+        """The usual rate on a model: in proportion less for one wider than the shipped base."""
+        from ..train.rates import at_width
+
+        return at_width(self.learning_rate, base)
 
     @property
     def virtual_tokens(self) -> int:
         """Positions of the context that the method takes from every example."""
         return getattr(self.config(), "num_virtual_tokens", 0)
-
-    def rate_for(self, base: Any) -> float:
-        """The default learning rate on a model: in proportion less for one wider than the shipped base.
-
-        A step of Adam moves every weight by about the rate, and a layer's output by about the rate times its width
-        (Yang et al. 2022, Tensor Programs V, arXiv:2203.03466).
-        """
-        return self.learning_rate * min(1.0, 128 / base.config.hidden_size)
 
     def prepare(self, base: Any, steps: int, seed: int = 0) -> Any:
         """The model that is trained, for a run of this number of steps; `base` stays as it is.
@@ -76,46 +106,32 @@ class Method:
         return None
 
 
-def _peft(peft_type: str, **options: Any) -> Callable[..., Any]:
-    """What gives the configuration of a method of minipeft.peft, the same for a run of any length."""
-
-    def config(steps: int = 1) -> Any:
-        from ..peft.huggingface import config_class
-
-        return config_class(peft_type)(**options)
-
-    return config
-
-
-def _adalora(steps: int = 1) -> Any:
-    """A tenth of the run at full rank, then four tenths of pruning, then half of it at the ranks that are left."""
-    from ..peft.adalora import AdaLoraConfig
-
-    return AdaLoraConfig(
-        total_step=steps, tinit=steps // 10, tfinal=steps // 2, init_r=12, target_r=8, lora_alpha=24,
-        orth_reg_weight=0.1, target_modules="all-linear",
-    )  # fmt: skip
-
-
 _lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 _pissa = {**_lora, "lora_alpha": 8, "init_lora_weights": "pissa"}
-_virtual = {"num_virtual_tokens": 20}
+# A tenth of the run at full rank, then four tenths of pruning, then half of it at the ranks that are left.
+_adalora = {
+    "total_step": lambda steps: steps, "tinit": lambda steps: steps // 10, "tfinal": lambda steps: steps // 2,
+    "init_r": 12, "target_r": 8, "lora_alpha": 24, "orth_reg_weight": 0.1, "target_modules": "all-linear",
+}  # fmt: skip
 _houlsby = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
+_virtual = {"num_virtual_tokens": 20}
 
 METHODS: dict[str, Method] = {
-    "head": Method("last layer", 3e-3, lambda steps=1: "head"),
-    "full": Method("full", 1e-3, lambda steps=1: None),
-    "bitfit": Method("BitFit", 1e-2, _peft("BITFIT")),  # not from the grid: the shipped base has no biases
-    "ln": Method("LN tuning", 3e-2, _peft("LN_TUNING")),
-    "lora": Method("LoRA r=8", 3e-3, _peft("LORA", **_lora)),
-    "dora": Method("DoRA r=8", 3e-3, _peft("LORA", **_lora, use_dora=True)),
-    "pissa": Method("PiSSA r=8", 1e-3, _peft("LORA", **_pissa)),
-    "adalora": Method("AdaLoRA r=8", 3e-2, _adalora),
-    "vera": Method("VeRA r=64", 1e-1, _peft("VERA", r=64, target_modules="all-linear")),
-    "qlora": Method("QLoRA r=8", 3e-3, _peft("LORA", **_lora), quantized=True),
-    "ia3": Method("IA3", 3e-2, _peft("IA3")),
-    "bottleneck": Method("adapter m=16", 3e-3, _peft("BOTTLENECK", **_houlsby)),
-    "prompt": Method("prompt P=20", 3e-2, _peft("PROMPT_TUNING", **_virtual, prompt_tuning_init="SAMPLE_VOCAB")),
-    "prefix": Method("prefix P=20", 1e-2, _peft("PREFIX_TUNING", **_virtual, prefix_projection=True)),
-    "p-tuning": Method("P-tuning P=20", 1e-2, _peft("P_TUNING", **_virtual)),
+    "head": Method("last layer", "head"),
+    "full": Method("full", None),
+    "bitfit": Method("BitFit", "BITFIT"),
+    "ln": Method("LN tuning", "LN_TUNING"),
+    "lora": Method("LoRA r={r}", "LORA", _lora),
+    "dora": Method("DoRA r={r}", "LORA", {**_lora, "use_dora": True}),
+    "pissa": Method("PiSSA r={r}", "LORA", _pissa),
+    "adalora": Method("AdaLoRA r={target_r}", "ADALORA", _adalora),
+    "vera": Method("VeRA r={r}", "VERA", {"r": 64, "target_modules": "all-linear"}),
+    "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
+    "ia3": Method("IA3", "IA3"),
+    "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _houlsby),
+    "prompt": Method(
+        "prompt P={num_virtual_tokens}", "PROMPT_TUNING", {**_virtual, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    ),
+    "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", {**_virtual, "prefix_projection": True}),
+    "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }

@@ -18,7 +18,7 @@ from ..options import configuration, option
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
 from .costs import count, storage
-from .methods import METHODS
+from .methods import METHODS, Method
 
 
 class TaskData(NamedTuple):
@@ -82,8 +82,10 @@ def with_dropout(model: Any, p: float) -> Any:
     return twin
 
 
-def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, Any], Any]:
-    """(measurements, the trained model); the base stays as it is.
+def fine_tune(
+    base: Any, task: TaskData, settings: Settings, method: Method | None = None
+) -> tuple[dict[str, Any], Any]:
+    """(measurements, the trained model); the base stays as it is. `method` replaces what settings.method names.
 
     trainable, parameters      numbers of parameters, as PEFT counts them
     storage                    bytes to keep for the task
@@ -95,17 +97,16 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
 
     Raises ValueError for settings that make no sense together, PeftError for a method that does not fit the base.
     """
-    s, method = settings, METHODS[settings.method]
+    s, method = settings, method or METHODS[settings.method]
     if s.batch_size % s.accumulation:
         raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
     if s.replay and not task.replay:
         raise ValueError("the task has no general text to replay")
-    rate = s.learning_rate or method.rate_for(base)
     model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps, s.seed)
     replayed = round(s.replay * len(task.train))
     examples = task.train + [task.replay[i % len(task.replay)] for i in range(replayed)]
     arguments = TrainingArguments(
-        learning_rate=rate,
+        learning_rate=s.learning_rate,
         max_steps=s.steps,
         per_device_train_batch_size=round(s.batch_size * (1 + s.replay)) // s.accumulation,
         gradient_accumulation_steps=s.accumulation,
@@ -119,7 +120,7 @@ def fine_tune(base: Any, task: TaskData, settings: Settings) -> tuple[dict[str, 
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
     trainable, total = count(model)
-    row: dict[str, Any] = {"rate": rate, "trainable": trainable, "parameters": total}
+    row: dict[str, Any] = {"rate": trainer.args.learning_rate, "trainable": trainable, "parameters": total}
     try:
         result = trainer.train()
         general_loss = trainer.evaluate(task.general)

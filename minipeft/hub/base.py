@@ -9,6 +9,7 @@ from ..text.tokenizer import Tokenizer
 from .pretrained import HubError, from_pretrained
 
 BASE = Path(__file__).parent / "base"
+NAME = "minipeft:base"  # what adapters of it remember; no name on the Hugging Face Hub has a colon
 
 
 def load_base(backend: str | None = None, load_in_4bit: bool = False) -> tuple[Transformer, Tokenizer]:
@@ -20,4 +21,6 @@ def load_base(backend: str | None = None, load_in_4bit: bool = False) -> tuple[T
     """
     if not (BASE / "model.safetensors").is_file():
         raise HubError(f"{BASE}: the shipped base's weights are not in this installation; install the package again")
-    return from_pretrained(BASE, backend=backend, load_in_4bit=load_in_4bit)
+    model, tokenizer = from_pretrained(BASE, backend=backend, load_in_4bit=load_in_4bit)
+    model.name_or_path = NAME
+    return model, tokenizer

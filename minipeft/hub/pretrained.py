@@ -183,6 +183,7 @@ def from_pretrained(
             model.replace(place, layer.to(xp))
         _fit(model, tensors)
         _fill(model, tensors, dtype, xp, quantizable_layers(model) if load_in_4bit and not quantized else {})
+    model.name_or_path = str(path)
     return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
 
 

@@ -31,7 +31,7 @@ class _HeadedBackbone(BackboneModel):
     def __init__(self, model: Transformer, share: bool):
         if not isinstance(getattr(model, "backbone", None), Backbone):
             raise TypeError(f"{type(self).__name__} is built on a Transformer, not on a {type(model).__name__}")
-        self.config = model.config
+        self.config, self.name_or_path = model.config, model.name_or_path
         backbone = model.backbone.copy(share=True)
         for p in backbone.parameters():
             if p.requires_grad and not share:

@@ -470,6 +470,7 @@ class BackboneModel(Module):
     """A model with a backbone under its family's name: `model.model` (llama) or `model.transformer` (gpt2)."""
 
     config: TransformerConfig
+    name_or_path: str | None = None  # what it was read from, which the files of its adapters remember
 
     @property
     def backbone(self) -> Backbone:

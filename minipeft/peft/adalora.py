@@ -219,6 +219,7 @@ class AdaLoraConfig(PeftConfig):
     rank_pattern: dict[str, list[bool]] | None = option(None, "{path.lora_E: which triplets training has left}")
 
     peft_type: ClassVar[str] = "ADALORA"
+    usual_learning_rate: ClassVar[float] = 3e-2
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     usual_targets: ClassVar[dict[str, list[str]]] = {
         **QUERY_AND_VALUE,

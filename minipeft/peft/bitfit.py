@@ -26,6 +26,7 @@ class BitFitConfig(PeftConfig):
     """BitFit, y = W x + b with b trained, has no options of its own: target_modules says whose b (None: all)."""
 
     peft_type: ClassVar[str] = "BITFIT"
+    usual_learning_rate: ClassVar[float] = 1e-2
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")
 
     def __post_init__(self) -> None:

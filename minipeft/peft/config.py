@@ -27,11 +27,12 @@ Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng
 class PeftConfig(Targets, ABC):
     """The options all methods have. Raises PeftError, naming the option, for a value that makes no sense."""
 
-    base_model_name_or_path: str | None = option(None, "what the adapter was trained on, for the reader of its file")
+    base_model_name_or_path: str | None = option(None, "what the adapter was trained on; None: what the model was read from")
     task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")
     inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 
     peft_type: ClassVar[str]
+    usual_learning_rate: ClassVar[float] = 3e-3  # AdamW's on the shipped base; see `minipeft.train.rates`
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:

@@ -26,9 +26,9 @@ from ..files import FileError, read_json, read_safetensors, write_json, write_sa
 from ..nn.module import Parameter
 from .config import PeftConfig
 from .prompt_learning import MODULE_OPTIONS, PromptLearningConfig
+from .provenance import CONFIG, WEIGHTS, metadata_of
 from .targets import PeftError, kind_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -175,7 +175,7 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
         options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / WEIGHTS, arrays, {"format": "pt"})
+    write_safetensors(directory / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
     write_json(directory / CONFIG, dict(sorted(options.items())))
 
 

@@ -53,6 +53,7 @@ class IA3Config(PeftConfig):
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
     peft_type: ClassVar[str] = "IA3"
+    usual_learning_rate: ClassVar[float] = 3e-2
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     usual_targets: ClassVar[dict[str, list[str]]] = {
         "gpt2": ["c_attn", "mlp.c_proj"],

@@ -18,6 +18,7 @@ class LNTuningConfig(PeftConfig):
     """LN tuning, weight * normalized(x) + bias with both trained; target_modules says which norms (default: all)."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    usual_learning_rate: ClassVar[float] = 3e-2
     kinds: ClassVar[tuple[str, ...]] = ("norm",)
     usual_targets: ClassVar[dict[str, list[str]]] = {
         "gpt2": ["ln_1", "ln_2", "ln_f"],

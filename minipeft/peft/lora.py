@@ -108,6 +108,11 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         check_variant(self)
 
+    @property
+    def usual_learning_rate(self) -> float:
+        """PiSSA's is lower: both of its factors start away from zero, so a step moves their product more."""
+        return 1e-3 if self.init_lora_weights == "pissa" else 3e-3
+
     def rank(self, name: str) -> int:
         """r of the module at a path."""
         return pattern_value(self.rank_pattern, name, self.r)

@@ -28,6 +28,7 @@ from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Rows, Selection
+from .provenance import on_base, warn_of_another_base
 
 
 def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
@@ -186,6 +187,8 @@ class PeftModel(Module):
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
         config = config.with_targets(self.base_model)
+        if config.base_model_name_or_path is None:
+            config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
         targets, copied = config.resolve(modules), config.resolve_saved(modules)
         adapters: dict[str, Adapter] = config.adapters(
@@ -377,13 +380,14 @@ class PeftModel(Module):
         """`model` with the adapter of a directory, which PEFT or this package wrote.
 
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
-        this package does not have.
+        this package does not have. Warns where it was trained on another base; see `minipeft.peft.provenance`.
         """
         from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
-        adapted = cls(model, config, adapter_name, seed=None)
+        adapted = cls(model, on_base(config, model), adapter_name, seed=None)
         load_arrays(adapted, adapter_name, arrays, directory)
+        warn_of_another_base(model, directory)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted
 
@@ -395,9 +399,10 @@ class PeftModel(Module):
         from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)
-        self.add_adapter(adapter_name, config, seed=None)
+        self.add_adapter(adapter_name, on_base(config, self.base_model), seed=None)
         try:
             load_arrays(self, adapter_name, arrays, directory)
+            warn_of_another_base(self.base_model, directory)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
@@ -441,6 +446,8 @@ def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]
 def _independent(model: Module) -> Any:
     """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
     model = model.copy().requires_grad_(True)
+    if hasattr(model, "name_or_path"):
+        model.name_or_path = None  # it is not what is stored there
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         if model.lm_head.weight is not model.backbone.embedding.weight:

@@ -47,6 +47,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     folded: bool = option(False, "the vectors are trained themselves, without the network; so is what a file holds")
 
     peft_type: ClassVar[str] = "P_TUNING"
+    usual_learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,6 +102,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     folded: bool = option(False, "train the prefix itself, not the network; true for an adapter read from a file")
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    usual_learning_rate: ClassVar[float] = 1e-2
     prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
 
     def dimensions(self, config: Any) -> dict[str, int | None]:

@@ -66,6 +66,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids (not in PEFT; not saved)")
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    usual_learning_rate: ClassVar[float] = 3e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

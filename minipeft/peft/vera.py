@@ -88,6 +88,7 @@ class VeraConfig(PeftConfig):
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
     peft_type: ClassVar[str] = "VERA"
+    usual_learning_rate: ClassVar[float] = 1e-1
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
 

@@ -23,6 +23,7 @@ from ..nn.module import Module
 from ..text.examples import PreferencePair
 from ..train.batches import Batch, collate
 from ..train.evaluation import on_device
+from ..train.rates import with_learning_rate
 from ..train.trainer import Trainer, TrainingArguments
 from .config import DPOConfig
 from .logprobs import sequence_logprobs
@@ -91,10 +92,12 @@ def dpo_trainer(
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
     `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
-    run is resumed with the same one, from the policy that it began with. Raises ValueError as `DPOConfig` does,
-    and for a policy with virtual tokens.
+    run is resumed with the same one, from the policy that it began with. Where `args` give no learning rate it is a
+    tenth of the method's usual one (`train.rates`). Raises ValueError as `DPOConfig` does, and for a policy with
+    virtual tokens.
     """
     DPOConfig(beta=beta, reference_batch_size=reference_batch_size)  # checks both
+    args = with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
     train = with_reference(policy, pairs, reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
 

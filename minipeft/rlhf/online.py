@@ -23,8 +23,9 @@ from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
-from ..train.checkpoint import fingerprint, frozen_fingerprint
+from ..train.checkpoint import adapter_options, fingerprint, frozen_fingerprint
 from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
+from ..train.rates import with_learning_rate
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
 from .advantages import token_kl
@@ -76,7 +77,7 @@ class OnlineTrainer(ABC):
         policy: a Transformer or a PeftModel; what requires gradients is trained.
         reward: a RewardModel, or a function of a `Rollout` that gives scores [B].
         prompts: token ids, one sequence a prompt. They are taken in an order that depends on the seed, again and again.
-        config: the method's configuration.
+        config: the method's configuration. `trainer.config` says the learning rate also where it was left None.
         watch: functions like rewards, by name, whose means over an update's responses are logged as "watch/<name>".
             They are asked before the update trains. A mean that is no finite number is logged as None (null in the
             file): nothing that is only watched stops a run.
@@ -92,6 +93,7 @@ class OnlineTrainer(ABC):
         self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
         watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Module] | None = None,
     ):  # fmt: skip
+        config = with_learning_rate(config, policy, share=1 / 20)
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
@@ -316,6 +318,7 @@ class OnlineTrainer(ABC):
             "method": type(self).__name__, **settings,
             "trainable parameters": {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()},
             "prompts": fingerprint((str(i), np.asarray(p, np.int64)) for i, p in enumerate(self.prompts)),
+            "options of the adapters": adapter_options(self.policy),
             "reference policy": frozen_fingerprint(self.reference),
         }  # fmt: skip
         if (model := self._reward_model) is not None:

@@ -13,6 +13,7 @@ _HOMES = {
     "evaluation": "evaluate example_losses",
     "metrics": "plot_loss",
     "optim": "SGD Adam AdamW NonFiniteGradient Optimizer clip_grad_norm",
+    "rates": "usual_learning_rate",
     "run": "Run",
     "schedule": "",
     "divergence": "TrainingDiverged",

@@ -22,7 +22,10 @@ class TrainingArguments:
     """
 
     output_dir: str | os.PathLike | None = option(None, "for metrics and checkpoints", flag="--output", metavar="DIR")
-    learning_rate: float = option(5e-5, "peak learning rate", above=0, flag="--lr", metavar="RATE")
+    learning_rate: float | None = option(
+        None, "peak learning rate; None: the method's, times 128 / hidden_size in wider models (`train.rates`)",
+        above=0, flag="--lr", metavar="RATE",
+    )  # fmt: skip
     num_train_epochs: float = option(3.0, "passes over the data", above=0, flag="--epochs", metavar="N")
     max_steps: int | None = option(None, "optimizer steps, in place of epochs", least=1, flag="--steps")
     per_device_train_batch_size: int = option(8, "examples in a forward pass", least=1, flag="--batch-size")

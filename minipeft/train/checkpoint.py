@@ -71,6 +71,13 @@ def frozen_fingerprint(model: Module) -> str:
     return fingerprint((path, p.data) for path, p in model.named_parameters() if not p.requires_grad)
 
 
+def adapter_options(model: Any) -> dict[str, dict[str, Any]]:
+    """{adapter: its options} of a PeftModel, {} of others; without the base's name, and the ranks, which AdaLoRA moves."""
+    without = ("base_model_name_or_path", "rank_pattern")
+    adapters = getattr(model, "peft_config", {}).items()
+    return {name: {k: v for k, v in vars(config).items() if k not in without} for name, config in adapters}
+
+
 def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """An optimizer's state as (host arrays by "parameter.slot", JSON values): what a checkpoint can hold."""
     state = optimizer.state_dict()

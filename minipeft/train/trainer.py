@@ -28,12 +28,13 @@ from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks
-from .checkpoint import arrays_in, fingerprint, frozen_fingerprint
+from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss
 from .metrics import plot_loss
 from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
 from .parallel import Part, Workers, add_gradients
+from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
 
@@ -120,7 +121,7 @@ class Trainer:
             `loss(**arguments, rng=...)`.
         train_examples: (input_ids [n], labels [n]) pairs of integer arrays, labels -100 where they do not count.
         eval_examples: held-out examples, for `eval_steps`, early stopping and `evaluate()`.
-        args: see TrainingArguments.
+        args: see TrainingArguments. `trainer.args` says the learning rate also where they left it to the method.
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
@@ -174,6 +175,8 @@ class Trainer:
         self.trainable: dict[str, Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+        if optimizer is None:
+            self.args = with_learning_rate(self.args, model)
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -303,6 +306,7 @@ class Trainer:
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
+        identity["options of the adapters"] = adapter_options(self.model)
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
 
 

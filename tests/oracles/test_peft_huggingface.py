@@ -316,3 +316,17 @@ def test_adalora_prunes_the_triplets_that_peft_prunes():
     assert ours.peft_config["default"].rank_pattern == pattern
     assert sum(map(sum, pattern.values())) == 2 * len(pattern)
     close(ours(IDS).data, logits(theirs), 1e-4)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_peft_finds_the_base_that_a_directory_remembers(tmp_path, load_in_4bit):
+    mp.save_pretrained(base("llama", "float32")[0], tmp_path / "base")
+    model, _ = mp.from_pretrained(tmp_path / "base", load_in_4bit=load_in_4bit)
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    twin = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert twin.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    if not load_in_4bit:
+        np.testing.assert_allclose(logits(twin), adapted(IDS).numpy(), atol=1e-5)
+    twin.save_pretrained(tmp_path / "theirs")
+    mp.PeftModel.from_pretrained(mp.from_pretrained(tmp_path / "base")[0], tmp_path / "theirs")

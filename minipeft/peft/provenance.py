@@ -1,0 +1,70 @@
+"""Which base an adapter was trained on: its files say it, and loading the adapter on another base warns.
+
+    adapter_config.json         base_model_name_or_path, as in PEFT: a directory, a .gguf file, or the shipped base's name
+    adapter_model.safetensors   in the metadata, which PEFT does not look at: base_in_4bit, "true" or "false"
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..files import map_safetensors, read_json
+from ..nn.module import Module
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+IN_4BIT = "base_in_4bit"
+
+
+def on_base(config: Any, model: Module) -> Any:
+    """A configuration that names the model as its base, where the model has a name."""
+    name = getattr(model, "name_or_path", None)
+    return config.replace(base_model_name_or_path=name) if name else config
+
+
+def in_four_bits(model: Module) -> bool:
+    """Whether some layers of a model are quantized."""
+    return any(hasattr(type(module), "dequantize") for _, module in model.named_modules())
+
+
+def metadata_of(model: Module) -> dict[str, str]:
+    """What the metadata of an adapter's weights say of its base."""
+    return {IN_4BIT: str(in_four_bits(model)).lower()}
+
+
+def recorded_base(directory: str | os.PathLike) -> tuple[str | None, bool | None]:
+    """(name of the base, whether it was in four bits) that an adapter directory tells; None where it does not.
+
+    Raises FileError for files that are missing or damaged.
+    """
+    name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+    bits = map_safetensors(Path(directory) / WEIGHTS)[1].get(IN_4BIT)
+    return name if isinstance(name, str) and name else None, {"true": True, "false": False}.get(bits)
+
+
+def warn_of_another_base(model: Module, directory: str | os.PathLike) -> None:
+    """A UserWarning where the model has another name than the base of the adapter in a directory, or other bits; none
+    where either does not say.
+    """
+    name, packed = recorded_base(directory)
+    own, is_packed = getattr(model, "name_or_path", None), in_four_bits(model)
+    if name and own and not _same(name, own):
+        _warn(f"{directory}: the adapter was trained on {name}, and this model is {own}")
+    if packed and not is_packed:
+        hint = "load it with load_in_4bit=True (--load-in-4bit)"
+        _warn(f"{directory}: the adapter was trained on a base in four bits, and this one is in floats: {hint}")
+    if packed is False and is_packed:
+        _warn(f"{directory}: the adapter was trained on a base in floats, and this one is in four bits")
+
+
+def _same(name: str, own: str) -> bool:
+    """Whether two names are of one model: one path; or, where the first is no path on this machine, the same ending."""
+    if name == own or os.path.realpath(name) == os.path.realpath(own):
+        return True
+    return not os.path.exists(name) and Path(name).name == Path(own).name
+
+
+def _warn(what: str) -> None:
+    warnings.warn(what, UserWarning, stacklevel=4)
