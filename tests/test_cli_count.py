@@ -10,7 +10,7 @@ from cli_helpers import output, refused, reported
 import minipeft as mp
 from minipeft.accounting import count_parameters
 from minipeft.cli import main
-from minipeft.experiments.methods import METHODS
+from minipeft.peft.methods import METHODS
 
 
 def test_the_table_the_sums_and_the_bar(capsys):

@@ -1,5 +1,5 @@
 """--method and its options, the same in every command that trains, counts or measures: what the method's name means in
-`experiments.methods.METHODS`, changed by the options.
+`peft.methods.METHODS`, changed by the options.
 
 One flag serves all methods that have what it sets (`FIELDS`), and a command's help loads no method: so the flags stand
 here, while the fields' ranges and checks are those of the methods' configurations.
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..experiments.methods import METHODS, Method
 from ..options import reader
+from ..peft.methods import METHODS, Method
 from .arguments import nearest, positive, positive_int
 
 if TYPE_CHECKING:

@@ -10,6 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+FULL, HEAD = 1e-3, 3e-3  # the usual rates of all weights, and of the head alone; of a method, see its configuration
+WIDTH = 128  # of the shipped base
+
+
+def at_width(rate: float, model: Any) -> float:
+    """The rate on a model: in proportion less for one wider than the shipped base."""
+    return rate * min(1.0, WIDTH / getattr(getattr(model, "config", None), "hidden_size", WIDTH))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -35,7 +43,7 @@ class Method:
         """
         if self.kind in (None, "head", "frozen"):
             return self.kind
-        from ..peft.huggingface import config_class
+        from .huggingface import config_class
 
         given = {name: value(steps) if callable(value) else value for name, value in self.options.items()}
         return config_class(self.kind)(**given)
@@ -55,14 +63,10 @@ class Method:
     @property
     def learning_rate(self) -> float:
         """The usual rate, on a model as wide as the shipped base; see `minipeft.train.rates`."""
-        from ..train import rates
-
-        return {None: rates.FULL, "head": rates.HEAD}.get(self.kind) or self.config().usual_learning_rate
+        return {None: FULL, "head": HEAD}.get(self.kind) or self.config().usual_learning_rate
 
     def rate_for(self, base: Any) -> float:
         """The usual rate on a model: in proportion less for one wider than the shipped base."""
-        from ..train.rates import at_width
-
         return at_width(self.learning_rate, base)
 
     @property
@@ -84,7 +88,7 @@ class Method:
             from ..nn.heads import head_only
 
             return head_only(base)
-        from ..peft.model import get_peft_model
+        from .model import get_peft_model
 
         if self.quantized:
             from ..quant import Linear4bit, quantize_model
@@ -95,7 +99,7 @@ class Method:
 
     def why_not(self, base: Any) -> str | None:
         """Why the method cannot be put on a model (BitFit on one without biases), or None; nothing is built."""
-        from ..peft.config import PeftConfig, PeftError
+        from .config import PeftConfig, PeftError
 
         config = self.config()
         try:
