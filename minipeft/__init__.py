@@ -39,7 +39,7 @@ _HOMES = {
     "hub.pretrained": "from_pretrained save_pretrained",
     "hub.base": "load_base",
     "peft": "get_peft_model PeftModel assert_learning LoraConfig AdaLoraConfig VeraConfig IA3Config LNTuningConfig "
-    "BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
+    "LoHaConfig LoKrConfig OFTConfig BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
 }
 _MODULES = {"functional": "autograd.ops", "optim": "train.optim"} | {
     name: name for name in ("backend", "files", "nn", "quant", "peft", "train", "text", "hub", "rlhf", "accounting")

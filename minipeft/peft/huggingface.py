@@ -39,6 +39,9 @@ PEFT_TYPES = {  # peft_type in a file -> class
     "BITFIT": "BitFitConfig",
     "VERA": "VeraConfig",
     "ADALORA": "AdaLoraConfig",
+    "LOHA": "LoHaConfig",
+    "LOKR": "LoKrConfig",
+    "OFT": "OFTConfig",
     "BOTTLENECK": "BottleneckConfig",
     "PROMPT_TUNING": "PromptTuningConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
@@ -53,6 +56,7 @@ NEUTRAL = frozenset(
 NEUTRAL_OF = {
     "ADALORA": {"r", "fan_in_fan_out"},
     "VERA": {"init_weights"},
+    "OFT": {"eps"},
     "PROMPT_TUNING": {"tokenizer_kwargs"},
     "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
 }
@@ -169,7 +173,7 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     saved = {**state(model, adapter_name), **_base_weights(model, adapter_name)}
     arrays = {key: to_numpy(p.data) for key, p in saved.items()}
     plain = _plain_rank(model, config)
-    options = {**to_dict(_as_plain(config, plain) if plain else config), "inference_mode": True}
+    options = {**(_as_plain(config, plain) if plain else config).to_dict(), "inference_mode": True}
     if "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = _has_conv1d(model, config)
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):

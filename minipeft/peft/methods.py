@@ -54,11 +54,11 @@ class Method:
 
     @property
     def title(self) -> str:
-        """The label with the values of the options, but for one that is None."""
+        """The label with the values of the options, but for one that is None or 0."""
         if "{" not in self.label:
             return self.label
         words = self.label.format(**vars(self.config())).split()
-        return " ".join(word for word in words if not word.endswith("=None"))
+        return " ".join(word for word in words if not word.endswith(("=None", "=0")))
 
     @property
     def learning_rate(self) -> float:
@@ -130,6 +130,9 @@ METHODS: dict[str, Method] = {
     "pissa": Method("PiSSA r={r}", "LORA", _pissa),
     "adalora": Method("AdaLoRA r={target_r}", "ADALORA", _adalora),
     "vera": Method("VeRA r={r}", "VERA", {"r": 64, "target_modules": "all-linear"}),
+    "loha": Method("LoHa r={r}", "LOHA", {"r": 4, "alpha": 8, "target_modules": "all-linear"}),
+    "lokr": Method("LoKr r={r}", "LOKR", {"r": 8, "alpha": 16, "target_modules": "all-linear"}),
+    "oft": Method("OFT b={oft_block_size} k={r}", "OFT", {"target_modules": "all-linear"}),
     "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
     "ia3": Method("IA3", "IA3"),
     "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _houlsby),

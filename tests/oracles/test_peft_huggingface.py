@@ -105,7 +105,27 @@ CASES = {
     "vera": ("Vera", lambda d: dict(r=8, target_modules=LINEAR[d])),
     "adalora": ("AdaLora", lambda d: dict(ADALORA, target_modules=LINEAR[d])),
 }
-both = [(d, c) for d in ("gpt2", "llama") for c in CASES] + [("llama", "olora")]
+LLAMA = {  # methods that PEFT does not put on GPT-2's [in, out] layers
+    "loha": ("LoHa", lambda d: dict(r=4, alpha=6, target_modules=LINEAR[d])),
+    "loha patterns": (
+        "LoHa",
+        lambda d: dict(target_modules="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={r".*\.1\..*": 3}),
+    ),
+    "lokr": ("LoKr", lambda d: dict(r=2, alpha=3)),
+    "lokr whole": ("LoKr", lambda d: dict(target_modules=LINEAR[d])),
+    "lokr of four factors": ("LoKr", lambda d: dict(r=1, target_modules="all-linear", decompose_both=True)),
+    "lokr by a factor": ("LoKr", lambda d: dict(r=2, decompose_factor=6, target_modules="all-linear")),
+    "lokr by a divisor": (
+        "LoKr",
+        lambda d: dict(r=2, decompose_factor=8, init_weights="lycoris", target_modules="all-linear"),
+    ),
+    "oft": ("OFT", lambda d: dict(target_modules="all-linear")),
+    "oft small": ("OFT", lambda d: dict(oft_block_size=6, num_cayley_neumann_terms=4)),
+    "oft exactly": ("OFT", lambda d: dict(oft_block_size=8, use_cayley_neumann=False)),
+    "oft shared": ("OFT", lambda d: dict(r=3, oft_block_size=0, block_share=True, num_cayley_neumann_terms=7)),
+}
+CASES |= LLAMA
+both = [(d, c) for d in ("gpt2", "llama") for c in CASES if d == "llama" or c not in LLAMA] + [("llama", "olora")]
 CASES["olora"] = ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=LINEAR[d]))
 
 
