@@ -29,7 +29,7 @@ _LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": argpa
 
 # flag -> (the configuration's fields that it sets, the first that the method has; help; what else argparse takes)
 FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "rank": (("r", "target_r"), "rank of lora and its kin, vera, loha, lokr; adalora's at the end, from 1.5 N; oft's blocks of a layer", _NUMBER),
+    "rank": (("r", "target_r"), "rank; adalora's at the end, from 1.5 N; oft: number of a layer's blocks", _NUMBER),
     "alpha": (("lora_alpha", "alpha"), "numerator of the scaling of lora and its kin; stays as it is where -r changes", _ALPHA),
     "dropout": (("lora_dropout", "vera_dropout"), "dropout of the adapter's input", _SHARE),
     "target": (("target_modules",), "modules to adapt, by ends of their paths, or all-linear", _NAMES),

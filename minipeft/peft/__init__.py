@@ -8,6 +8,8 @@ from ..lazy import lazy
 _HOMES = {
     "model": "get_peft_model PeftModel assert_learning",
     "config": "PeftConfig PeftError",
+    "layer": "Adapter",
+    "methods": "register",
     "lora": "LoraConfig",
     "adalora": "AdaLoraConfig",
     "vera": "VeraConfig",

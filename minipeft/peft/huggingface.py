@@ -32,7 +32,7 @@ from .targets import PeftError, kind_of
 PREFIX = "base_model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
-PEFT_TYPES = {  # peft_type in a file -> class
+PEFT_TYPES: dict[str, Any] = {  # peft_type in a file -> class: its name in this package, or itself (`methods.register`)
     "LORA": "LoraConfig",
     "IA3": "IA3Config",
     "LN_TUNING": "LNTuningConfig",
@@ -50,12 +50,11 @@ PEFT_TYPES = {  # peft_type in a file -> class
 
 # Options of PEFT's files that change nothing about what a saved adapter computes: of all methods, and of one
 NEUTRAL = frozenset(
-    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size "
+    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size init_weights "
     "eva_config corda_config lora_ga_config loftq_config".split()
 )
 NEUTRAL_OF = {
     "ADALORA": {"r", "fan_in_fan_out"},
-    "VERA": {"init_weights"},
     "OFT": {"eps"},
     "PROMPT_TUNING": {"tokenizer_kwargs"},
     "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
@@ -66,7 +65,8 @@ STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of whi
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The configuration class of a method, by its name in files (else KeyError); its module is imported only now."""
-    return getattr(importlib.import_module(__package__), PEFT_TYPES[peft_type])
+    found = PEFT_TYPES[peft_type]
+    return getattr(importlib.import_module(__package__), found) if isinstance(found, str) else found
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -192,7 +192,10 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
     if options["peft_type"] not in PEFT_TYPES:
-        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")
+        raise PeftError(
+            f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}; "
+            "one of your own is known once its module has been imported, and has registered it (--plugin MODULE)"
+        )
     return config_class(options["peft_type"]).from_dict({**options, **fixed})
 
 

@@ -1,13 +1,15 @@
 """What the name of a fine-tuning method means, everywhere: one entry each, with its usual options.
 
-The parts of the library are imported when one is used.
+`register` adds one of your own. The parts of the library are imported when one is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 FULL, HEAD = 1e-3, 3e-3  # the usual rates of all weights, and of the head alone; of a method, see its configuration
@@ -142,3 +144,50 @@ METHODS: dict[str, Method] = {
     "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", {**_virtual, "prefix_projection": True}),
     "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }
+
+
+def register(cls: Any = None, *, name: str | None = None, title: str | None = None, **options: Any) -> Any:
+    """Make a method of your own known by name, as those that are shipped are. A decorator of its configuration class.
+
+        @mp.peft.register(title="scale", target_modules="all-linear")
+        @configuration
+        class ScaleConfig(PeftConfig):
+            peft_type, usual_learning_rate = "SCALE", 1e-2
+            ...
+
+    Directories with this peft_type are loaded from then on, and a command that is told to import the module, with
+    `--plugin MODULE`, takes `--method scale`.
+
+    Args:
+        name: what `--method` calls it; by default the peft_type in small letters, with hyphens.
+        title: what a table calls it, as `Method`'s label; by default the name.
+        options: of the configuration, where the method's usual ones are not the defaults of the class.
+
+    Returns the class. One that is defined again under the same name in the same module, as in a cell that is run again,
+    replaces itself. Raises PeftError for what is no configuration class of a method, for options that it does not take,
+    and for a name or a peft_type that is taken.
+    """
+    if cls is None:
+        return partial(register, name=name, title=title, **options)
+    from .config import PeftConfig, PeftError
+    from .huggingface import PEFT_TYPES
+
+    if not (isinstance(cls, type) and issubclass(cls, PeftConfig) and isinstance(getattr(cls, "peft_type", None), str)):
+        raise PeftError(f"register takes a subclass of PeftConfig that has a peft_type, its name in files, not {cls!r}")
+    kind = cls.peft_type
+    name = kind.lower().replace("_", "-") if name is None else name
+    try:
+        (title or name).format(**vars(cls(**options)))
+    except (TypeError, KeyError) as error:
+        raise PeftError(f"register: {cls.__name__} has no such option: {error}") from error
+    before = PEFT_TYPES.get(kind)
+    again = getattr(before, "__module__", "") == cls.__module__ and before.__qualname__ == cls.__qualname__
+    if before and not again:
+        raise PeftError(f"the peft_type {kind!r} is taken, by {getattr(before, '__name__', before)}; choose another")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "frozen":
+        raise PeftError(f"a method's name consists of small letters, digits, '_' and '-', and is not frozen; got {name!r}")
+    if name in METHODS and not (again and METHODS[name].kind == kind):
+        raise PeftError(f"the name {name!r} is taken, by {METHODS[name].title}; choose another with name=")
+    PEFT_TYPES[kind] = cls
+    METHODS[name] = Method(title or name, kind, options)
+    return cls
