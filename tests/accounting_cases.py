@@ -31,7 +31,7 @@ METHODS = {
     "loha with dropout": mp.LoHaConfig(r=4, target_modules=EVERY, rank_dropout=0.1, module_dropout=0.1),
     "lokr": mp.LoKrConfig(r=4, target_modules=EVERY, decompose_both=True),
     "oft": mp.OFTConfig(target_modules=EVERY),
-    "oft exactly": mp.OFTConfig(oft_block_size=16, use_cayley_neumann=False, module_dropout=0.2),
+    "oft exactly": mp.OFTConfig(oft_block_size=16, use_cayley_neumann=False, module_dropout=0.2, coft=True),
     "ia3": mp.IA3Config(),
     "ln": mp.LNTuningConfig(),
     "bitfit": mp.BitFitConfig(),

@@ -112,7 +112,7 @@ def test_another_error_and_a_post_init_of_its_own():
 
 LIMITS = {
     "a number above 0": """
-        Settings: learning_rate; BottleneckConfig: reduction_factor; OnlineConfig: learning_rate temperature cliprange
+        Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
         max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
@@ -155,7 +155,7 @@ LIMITS = {
     "one of .*": """
         Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
-        LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; OFTConfig: coft; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
+        LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
         init_weights; PromptLearningConfig: num_transformer_submodules; PromptTuningConfig: prompt_tuning_init;
         OnlineConfig: lr_scheduler_type; TrainingArguments: optim lr_scheduler_type
     """,

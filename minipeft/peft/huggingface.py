@@ -55,7 +55,6 @@ NEUTRAL = frozenset(
 )
 NEUTRAL_OF = {
     "ADALORA": {"r", "fan_in_fan_out"},
-    "OFT": {"eps"},
     "PROMPT_TUNING": {"tokenizer_kwargs"},
     "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
 }

@@ -9,15 +9,17 @@ W's rows and the angles between them. The input is rotated, W never formed anew.
 With use_cayley_neumann, PEFT's default, the inverse is a truncated series, I + Q + Q² + Q³: then, with 5 terms,
 R_i = I + 2 Q + 2 Q² + 2 Q³ + Q⁴, orthogonal but for terms of Q⁴ (Qiu et al. 2025, arXiv:2506.19847).
 
+Constrained OFT (coft) keeps R near I: before Q is used it is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4).
+
 Departures:
 1. Without use_cayley_neumann R is PEFT's, (I - Q) (I + Q)^-1: the transform of -Q, the other way round than the series.
 2. module_dropout acts in training: each block is I with that probability. PEFT 0.21's linear layers never apply it.
-3. GPT-2's [in, out] layers are adapted too; PEFT refuses them.
-4. Constrained OFT (coft), convolutions and embeddings are not here.
+3. GPT-2's [in, out] layers are adapted too, which PEFT refuses; convolutions and embeddings are not.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -58,6 +60,9 @@ class OFTLayer(Adapter):
         """R_1, ..., R_k: [k, b, b], or [1, b, b] where the blocks share one."""
         v, c = self.oft_R, self.config
         xp, b = xp_of(v.data), self.blocks[1]
+        if c.coft:  # in the parameter itself, as in PEFT, so that a step starts from there
+            most, length = c.eps / math.sqrt(len(v)), xp.sqrt(2 * (v.data**2).sum(axis=1, keepdims=True))
+            v.data *= most / xp.maximum(length, most)
         place, sign = _skew(b, xp)
         Q, I = v[:, place] * sign, xp.eye(b, dtype=v.dtype)
         if not c.use_cayley_neumann:
@@ -88,7 +93,8 @@ class OFTConfig(PeftConfig):
     module_dropout: float = option(0.0, "probability of leaving a block of the input as it is", least=0, below=1)
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
     init_weights: bool = option(True, "the start: R = I; False: random (for tests)")
-    coft: bool = option(False, "must be False: the constrained variant is not here", choices=(False,))
+    coft: bool = option(False, "keep the rotations near I")
+    eps: float = option(6e-5, "with coft, the length that a layer's Q has at most", above=0)
     block_share: bool = option(False, "the blocks of a layer share one rotation")
     use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
     num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)

@@ -124,6 +124,7 @@ LLAMA = {  # methods that PEFT does not put on GPT-2's [in, out] layers
     ),
     "oft": ("OFT", lambda d: dict(target_modules="all-linear")),
     "oft small": ("OFT", lambda d: dict(oft_block_size=6, num_cayley_neumann_terms=4)),
+    "oft constrained": ("OFT", lambda d: dict(coft=True, eps=0.3, oft_block_size=8, target_modules="all-linear")),
     "oft exactly": ("OFT", lambda d: dict(oft_block_size=8, use_cayley_neumann=False)),
     "oft shared": ("OFT", lambda d: dict(r=3, oft_block_size=0, block_share=True, num_cayley_neumann_terms=7)),
 }
