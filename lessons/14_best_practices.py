@@ -367,7 +367,7 @@ for s in practice.epochs((0,)):
 # ## Exercises
 #
 # 1. **A finer grid.** `measure(Rewriting("lora", 5e-3), ...)`: where is LoRA's optimum between the grid's points, and
-#    does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/experiments/methods.py`): does it move?
+#    does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/peft/methods.py`): does it move?
 # 2. **More seeds.** Take one verdict that says *no clear difference*, or one whose difference is smaller than the
 #    spread, and run seeds 3 to 9 of it. With ten coins, when would you believe a majority?
 # 3. **Early stopping.** `mp.TrainingArguments(eval_steps=..., early_stopping_patience=...)` stops where the held-out

@@ -32,11 +32,11 @@ from experiments.forgetting import FULL, LORA, RATES, REMEDIES, frontier, point
 
 import minipeft as mp
 from minipeft.experiments import shipped
-from minipeft.experiments.methods import METHODS
 from minipeft.experiments.run import evaluate, fine_tune
 from minipeft.experiments.seeds import below, over_seeds, spread
 from minipeft.experiments.shipped import Rewriting
 from minipeft.experiments.sweep import complete, read_rows, sweep
+from minipeft.peft.methods import METHODS
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())

@@ -32,9 +32,9 @@ from experiments.decision import TITLES, Costs
 import minipeft as mp
 from minipeft.accounting import count_parameters
 from minipeft.experiments import shipped
-from minipeft.experiments.methods import METHODS
 from minipeft.experiments.seeds import below, spread
 from minipeft.experiments.sweep import complete, read_rows, sweep
+from minipeft.peft.methods import METHODS
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())

@@ -40,7 +40,7 @@ _HOMES = {
     "hub.base": "load_base",
     "evaluation.answers": "ask",
     "peft": "get_peft_model PeftModel assert_learning LoraConfig AdaLoraConfig VeraConfig IA3Config LNTuningConfig "
-    "BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
+    "LoHaConfig LoKrConfig OFTConfig BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
 }
 _MODULES = {"functional": "autograd.ops", "optim": "train.optim"} | {
     name: name

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
@@ -30,16 +30,16 @@ def option(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
-    choices: Iterable[Any] | None = None,
+    choices: Collection[Any] | None = None,
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
     """A dataclass field: `default` (lists, dicts are copied), one line of `help`, and the range least <= value <= most
-    or above < value < below, or the `choices`. None is allowed where the annotation says so. `flag` and `metavar` are
+    or above < value < below, or the `choices`, as they are when a value is checked. None is allowed where the annotation says so. `flag` and `metavar` are
     the command line's; by default --name-of-the-field, and the kind of value.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
-    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "flag": flag, "metavar": metavar}
+    metadata = {"help": help, "choices": choices, "flag": flag, "metavar": metavar}
     metadata |= {name: value for name, value in limits.items() if value is not None}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)

@@ -7,11 +7,15 @@ import types
 
 import numpy as np
 import pytest
+from models import traced
 
+from minipeft import accounting
+from minipeft.accounting import shapes
 from minipeft.accounting.shapes import RULES, Meter, ShapeArray
 from minipeft.autograd import ops as F
+from minipeft.autograd import tensor
 from minipeft.autograd.cases import op_cases
-from minipeft.autograd.tensor import REGISTRY, Slice, Tensor, unbroadcast
+from minipeft.autograd.tensor import REGISTRY, Slice, Tensor, op, unbroadcast
 from minipeft.quant import cases, linear  # noqa: F401
 
 OPS = [name for name in REGISTRY if REGISTRY[name].__module__ in (F.__name__, linear.__name__)]
@@ -98,3 +102,60 @@ def test_memory_is_given_back_when_the_arrays_are_gone():
         assert meter.lines["gradients"] == 4 * 256 * 64
         del loss, x
     assert meter.current == 0
+
+
+@pytest.fixture
+def own_op(monkeypatch):
+    """Registers an op, as one's own module would, until the test is over."""
+    monkeypatch.setattr(tensor, "REGISTRY", dict(REGISTRY))
+    monkeypatch.setattr(shapes, "REGISTRY", tensor.REGISTRY)
+    monkeypatch.setattr(shapes, "RULES", dict(RULES))
+    return op
+
+
+def cubed(x, scale):
+    root = np.tanh(x * scale)  # made here, kept for both pullbacks
+    return root**3, lambda g: g * 3 * root**2 * (1 - root**2) * scale, lambda g: g * 3 * root**2 * (1 - root**2) * x
+
+
+def kept(own, x, scale):
+    """(bytes that own(x, scale) is measured to keep, bytes that the ledger says), the value among them."""
+    with traced() as memory:
+        before = memory()[0]
+        y = own(Tensor(x, True), Tensor(scale, True))
+        measured = memory()[0] - before
+        del y
+    with Meter() as meter:
+        inputs = [Tensor(ShapeArray.uncounted(meter, a.shape), True) for a in (x, scale)]
+        y = own(*inputs)
+        predicted = meter.current
+        meter.backward(F.sum(y))
+        assert meter.ops.keys() >= {"cubed"} and meter.lines["gradients"] == x.nbytes + scale.nbytes
+    return measured, predicted
+
+
+def test_an_op_without_a_rule_keeps_at_most_what_the_ledger_says_and_with_one_just_that(own_op):
+    own = own_op(cubed)
+    x, scale = np.ones((300, 200), np.float32), np.ones(200, np.float32)
+    measured, predicted = kept(own, x, scale)
+    assert x.nbytes * 1.9 < measured < predicted + 4096 and predicted <= 3 * x.nbytes
+    with Meter() as meter:  # the inputs count too, where nobody else holds them
+        y = own(Tensor(ShapeArray.new(meter, x.shape), True), Tensor(ShapeArray.new(meter, scale.shape), True))
+        assert meter.current >= x.nbytes + scale.nbytes + y.data.buffer.nbytes
+
+    @accounting.rule("cubed")
+    def rule(op, x, scale):
+        y, root = op.new(x.shape), op.new(x.shape)
+        return y, op.pull(x.shape, root, scale), op.pull(x.shape, root, x)
+
+    measured, predicted = kept(own, x, scale)
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+def test_an_op_that_needs_values_is_refused_by_name_with_what_to_do(own_op):
+    @own_op
+    def picked(x):
+        return x[: int(x.sum()) + np.linalg.inv(x)[0, 0].astype(int)], lambda g: g
+
+    with Meter() as meter, pytest.raises(ValueError, match=r"'picked' does not run on shapes.*accounting.rule\(\"picked\"\)"):
+        picked(Tensor(ShapeArray.new(meter, (3, 3))))

@@ -178,7 +178,7 @@ def test_defaults_of_a_large_model(gguf_file, chat_data, tmp_path, capsys, monke
 
 
 def test_the_default_learning_rate_falls_with_the_width():
-    from minipeft.experiments.methods import METHODS
+    from minipeft.peft.methods import METHODS
 
     base, real = small()[0], mp.Transformer(TransformerConfig.llama(hidden_size=576, num_attention_heads=9), seed=None)
     assert METHODS["lora"].rate_for(base) == METHODS["lora"].learning_rate

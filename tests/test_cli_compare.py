@@ -9,8 +9,8 @@ from cli_helpers import jsonl, refused, run, tiny
 
 import minipeft as mp
 from minipeft.cli.data import encode, split_off
-from minipeft.experiments.methods import METHODS
 from minipeft.hub.base import load_base
+from minipeft.peft.methods import METHODS
 from minipeft.text.datasets import Completion, Document
 
 

@@ -10,7 +10,7 @@ from cli_helpers import output, refused, reported
 import minipeft as mp
 from minipeft.accounting import count_parameters
 from minipeft.cli import main
-from minipeft.experiments.methods import METHODS
+from minipeft.peft.methods import METHODS
 
 
 def test_the_table_the_sums_and_the_bar(capsys):
@@ -49,6 +49,8 @@ def test_the_bar_is_divided_as_the_parameters_are(capsys):
     ("bert-base --method bottleneck --placement houlsby --bottleneck 64", 2_379_264),
     # PEFT's MetaMathQA comparison on Llama-3.2-3B
     ("llama3.2-3b --method ia3", 286_720),
+    ("gpt2 --method oft -r 8", 12 * 8 * (3 * 96 * 95 + 384 * 383) // 2),
+    ("llama3.2-3b --method loha -r 32 --alpha 6 --set target_modules=null", 18_350_080),
     ("llama3.2-3b --method ln", 175_104),
     ("llama3.2-3b --method prefix --virtual-tokens 200 --no-projection", 11_468_800),
     ("llama3.2-3b --method p-tuning", 28_382_208),

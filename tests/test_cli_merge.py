@@ -9,7 +9,7 @@ import pytest
 from cli_helpers import output, refused, run, tiny
 
 import minipeft as mp
-from minipeft.experiments.methods import METHODS
+from minipeft.peft.methods import METHODS
 
 IDS = np.array([[5, 6, 7, 8]])
 

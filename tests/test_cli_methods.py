@@ -13,8 +13,8 @@ from test_experiments_methods import wide
 import minipeft as mp
 from minipeft.cli import _parse
 from minipeft.cli.method_options import given_options
-from minipeft.experiments.methods import METHODS
 from minipeft.hub.base import load_base
+from minipeft.peft.methods import METHODS
 
 COMMANDS = {
     "finetune": "--data d --output o", "sft": "--output o", "reward": "--output o", "dpo": "--output o",

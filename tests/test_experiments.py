@@ -16,11 +16,11 @@ from experiments.practice import Classification
 import minipeft as mp
 from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import latency, merged
-from minipeft.experiments.methods import METHODS
 from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune, l2_sp, with_dropout
 from minipeft.experiments.shipped import Rewriting
 from minipeft.experiments.sweep import complete, described, is_of, read_rows, sweep
 from minipeft.files import FileError
+from minipeft.peft.methods import METHODS
 from minipeft.text.examples import Example
 
 RESULTS = Path(__file__).parent.parent / "lessons" / "results"

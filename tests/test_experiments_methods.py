@@ -7,8 +7,8 @@ import pytest
 from test_peft import IDS, base
 
 import minipeft as mp
-from minipeft.experiments.methods import METHODS
 from minipeft.peft.config import PeftError
+from minipeft.peft.methods import METHODS
 
 WIDE = dict(vocab_size=2048, hidden_size=24, num_attention_heads=4, max_position_embeddings=96)
 

@@ -151,6 +151,12 @@ def naive_rope(x, cos, sin):  # each pair of channels is a complex number, multi
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
+def naive_inv(a):
+    """By Cramer's rule, from the products of a 3 x 3 matrix's columns."""
+    c = [np.cross(a[..., (i + 1) % 3], a[..., (i + 2) % 3]) for i in range(3)]
+    return np.stack(c, axis=-2) / (a[..., 0] * c[0]).sum(-1)[..., None, None]
+
+
 def naive_matmul(a, b):
     return np.einsum("...ij,...jk->...ik", a, b)
 
@@ -217,6 +223,7 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
     "gather": (lambda a: F.gather(a, ids[:, :3, None] % 4), lambda a: naive_gather(a, ids[:, :3, None] % 4), x),
     "_cat": (lambda a, b: F.cat([a, b], 1), lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]), x, y),
     "matmul": (F.matmul, naive_matmul, x, C.normal(2, 4, 5)),
+    "inv": (F.inv, naive_inv, C.normal(2, 3, 3) + 4 * np.eye(3)),
     "linear": (F.linear, lambda a, w, b: naive_matmul(a, w.T) + b, x, C.normal(5, 4), C.normal(5)),
     "addmm": (F.addmm, lambda b, a, w: naive_matmul(a, w) + b, C.normal(5), x, C.normal(4, 5)),
     "embedding": (lambda w: F.embedding(ids, w), lambda w: naive_matmul(ids[..., None] == np.arange(6), w), C.normal(6, 3)),

@@ -112,7 +112,7 @@ def test_another_error_and_a_post_init_of_its_own():
 
 LIMITS = {
     "a number above 0": """
-        Settings: learning_rate; BottleneckConfig: reduction_factor; OnlineConfig: learning_rate temperature cliprange
+        Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
         max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
@@ -128,11 +128,13 @@ LIMITS = {
     "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
     "a number of at least 0 and below 1": """
         PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
-        lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; TrainingArguments: adam_beta1 adam_beta2
+        lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; LycorisConfig: rank_dropout
+        module_dropout; OFTConfig: module_dropout; TrainingArguments: adam_beta1 adam_beta2
     """,
     "an integer of at least 0": """
         GenerationConfig: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
         AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
+        OFTConfig: r oft_block_size;
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
@@ -141,17 +143,19 @@ LIMITS = {
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
         rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
-        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r;
+        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r; LycorisConfig: r rank_pattern;
         OnlineConfig: steps batch_size mini_batch_size num_epochs response_length max_equal_updates save_steps
         save_total_limit; PPOConfig: kl_horizon; DPOConfig: reference_batch_size; TrainingArguments: max_steps
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
         save_total_limit early_stopping_patience
     """,
     "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length",
+    "an integer of at least 4": "OFTConfig: num_cayley_neumann_terms",
+    "an integer of at least -1": "LoKrConfig: decompose_factor",
     "one of .*": """
         Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
-        LoraConfig: init_lora_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
+        LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
         init_weights; PromptLearningConfig: num_transformer_submodules; PromptTuningConfig: prompt_tuning_init;
         OnlineConfig: lr_scheduler_type; TrainingArguments: optim lr_scheduler_type
     """,
@@ -183,7 +187,7 @@ LISTED = [
 def just_outside(limit):
     """The values next to a limit's ends that it does not hold: "an integer of at least 1" -> 0."""
     whole, step = "integer" in limit, math.nextafter
-    for kind, number in re.findall(r"(of at least|above|at most|below) (\d)", limit):
+    for kind, number in re.findall(r"(of at least|above|at most|below) (-?\d)", limit):
         n = int(number)
         yield {"of at least": n - 1 if whole else step(n, -9), "at most": step(n, 9)}.get(kind, n)
     if limit == "one of .*":

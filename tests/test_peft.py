@@ -35,6 +35,14 @@ METHODS = {
     "ln_tuning": lambda d: mp.LNTuningConfig(),
     "vera": lambda d: mp.VeraConfig(r=4, target_modules=LINEAR[d]),
     "adalora": lambda d: mp.AdaLoraConfig(total_step=50, init_r=4, target_r=2, target_modules=LINEAR[d]),
+    "loha": lambda d: mp.LoHaConfig(r=2, alpha=6, target_modules=LINEAR[d]),
+    "lokr": lambda d: mp.LoKrConfig(r=1, alpha=2, target_modules=LINEAR[d]),
+    "lokr of four factors": lambda d: mp.LoKrConfig(r=1, target_modules=LINEAR[d], decompose_both=True),
+    "lokr, second zero": lambda d: mp.LoKrConfig(decompose_factor=2, target_modules=LINEAR[d], init_weights="lycoris"),
+    "oft": lambda d: mp.OFTConfig(oft_block_size=4, target_modules=LINEAR[d]),
+    "oft exactly": lambda d: mp.OFTConfig(
+        r=4, oft_block_size=0, target_modules=LINEAR[d], use_cayley_neumann=False, block_share=True
+    ),
 }
 CASES = [(d, m) for d in ("gpt2", "llama") for m in METHODS] + [("gpt2", "bitfit"), ("gpt2", "fused")]
 METHODS["bitfit"] = lambda d: mp.BitFitConfig()
@@ -154,6 +162,31 @@ def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
         return adapted.loss(IDS, IDS).item()
 
     np.testing.assert_allclose((at(step) - at(-step)) / (2 * step), slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "share"),
+    [
+        (mp.LoHaConfig, "rank_dropout", 1.0), (mp.LoKrConfig, "rank_dropout", 0.6), (mp.LoKrConfig, "module_dropout", 0.6),
+        (mp.OFTConfig, "module_dropout", 0.6),
+    ],
+)  # fmt: skip
+def test_dropout_leaves_out_rows_updates_or_blocks(config, option, share, xp):
+    """In training alone, the same for the same stream, and on average `share` of the update is left."""
+    size = dict(oft_block_size=4) if config is mp.OFTConfig else dict(rank_pattern={"c_attn": 3})
+    start = dict(init_weights=False, target_modules=["c_attn"], **size)
+    adapted = mp.get_peft_model(base("gpt2", xp), config(**start, **{option: 0.4}))
+    layer = next(iter(adapted.layers.values()))
+    x = mp.Tensor(xp.asarray(np.random.default_rng(1).standard_normal((2, 16)).astype(np.float32)))
+    plain, whole = to_numpy(layer.base_layer(x).data), to_numpy(layer(x).data) - to_numpy(layer.base_layer(x).data)
+    drawn = [to_numpy(layer(x, Rng(seed)).data) - plain for seed in range(400)]
+    close(drawn[3], to_numpy(layer(x, Rng(3)).data) - plain, 0)
+    np.testing.assert_allclose(np.mean(drawn, 0) / share, whole, atol=0.25 * np.abs(whole).max())
+    if option == "rank_dropout":
+        kept = np.array([np.abs(d).max(axis=0) > 1e-6 for d in drawn])
+        assert abs(kept.mean() - 0.6) < 0.02 and kept.any(axis=1).all()
+    elif config is mp.LoKrConfig:
+        assert {round(float(np.abs(d / whole).mean()), 3) for d in drawn} == {0.0, 1.0}
 
 
 def test_any_module_can_be_adapted(xp, rng):
@@ -795,7 +828,7 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
     refused(PeftError, shapes, {**arrays, key: np.zeros((3, 16), np.float32)})
     refused(PeftError, "not finite", {**arrays, key: np.full((2, 16), np.nan, np.float32)})
     refused(PeftError, "LoraConfig does not have: use_qalora=True", options={**options, "use_qalora": True})
-    refused(PeftError, "the method 'LOHA'", options={**options, "peft_type": "LOHA"})
+    refused(PeftError, "the method 'HRA'", options={**options, "peft_type": "HRA"})
     refused(FileError, "no peft_type", options={"r": 8})
     config.write_text(json.dumps(options))
     path.unlink()

@@ -19,10 +19,10 @@ import numpy as np
 from minipeft.accounting import architecture, measure_peak, ppo_ledger
 from minipeft.experiments import shipped
 from minipeft.experiments.costs import latency, memory, merged
-from minipeft.experiments.methods import METHODS
 from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune
 from minipeft.experiments.seeds import SEEDS
 from minipeft.experiments.shipped import HELD_OUT_VERSES, LENGTH, Rewriting, rounded, spaced
+from minipeft.peft.methods import METHODS
 from minipeft.rlhf import PPOConfig, PPOTrainer, Rollout
 from minipeft.text.datasets import Instruction
 from minipeft.text.examples import IGNORE, Example, encode_examples

@@ -11,6 +11,7 @@ _HOMES = {
     "parameters": "ParameterCount count_parameters",
     "precision": "Precision",
     "memory": "MemoryLedger measure_peak memory_ledger",
+    "shapes": "rule",
     "ppo": "ppo_ledger",
     "published": "audit read_published",
 }

@@ -10,7 +10,8 @@ bytes that the array stands for, from its creation until reference counting free
 
 The rules below state the memory of each op of `minipeft.autograd.ops`: the arrays that it makes, what each pullback
 keeps, and how many bytes both work in. Nothing else is needed: the engine drops a frozen weight's pullback, and what
-that pullback kept is freed with it.
+that pullback kept is freed with it. An op of your own gets its rule from `rule`; without one it counts as keeping its
+inputs, its value and what its pullbacks captured, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Meter:
     Args:
         itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
 
-    Raises ValueError for an op that no rule is for.
+    Raises ValueError for an op that no rule is for and that does not run on shapes.
     """
 
     def __init__(self, itemsize: int = 4):
@@ -76,9 +77,7 @@ class Meter:
         self._evaluation.__exit__(*error)
 
     def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
-        if name not in RULES:
-            raise ValueError(f"no rule says what the op {name!r} keeps in memory")
-        return RULES[name](_Op(self, name), *arrays, **options)
+        return RULES.get(name, _without_rule)(_Op(self, name), *arrays, **options)
 
     def count(self, buffer: Buffer, nbytes: int) -> None:
         """Add bytes of a buffer, or subtract them when negative."""
@@ -222,10 +221,44 @@ class _Op:
 RULES: dict[str, Callable[..., tuple]] = {}
 
 
-def rule(fn: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register `_name(op, *arrays, **options) -> (value, *pullbacks)` for the op `name`, with its arguments."""
-    RULES[fn.__name__[1:]] = fn
-    return fn
+def rule(name: str) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
+    """Register what an op of this name keeps: `fn(op, *arrays, **options) -> (value, *pullbacks)`, the op's arguments.
+
+        @rule("silu")
+        def silu(op, x):                                # y = x sigmoid(x), of which backward needs x alone
+            return op.new(x.shape), op.pull(x.shape, x)
+
+    `op.new(shape, dtype)` is an array that the op makes, `op.view(array, shape)` one without memory of its own,
+    `op.pull(shape, *kept, work=bytes)` a pullback that keeps arrays and works in some bytes beside its gradient, and
+    `op.works_in(bytes)` what the op itself needs for a moment.
+    """
+
+    def register(fn: Callable[..., tuple]) -> Callable[..., tuple]:
+        RULES[name] = fn
+        return fn
+
+    return register
+
+
+def _without_rule(op: _Op, *arrays: Any, **options: Any) -> tuple:
+    """What an op is taken to keep that no rule is for: all its inputs, its value, and what its pullbacks have captured.
+
+    The op's definition runs on arrays of the inputs' shapes that count as nothing, which says the shape of the value.
+    """
+    twins = [
+        ShapeArray.over(Buffer(op.meter, 0, op.name), a.shape, a.dtype) if isinstance(a, ShapeArray) else a for a in arrays
+    ]
+    try:
+        value, *pullbacks = REGISTRY[op.name].definition(*twins, **options)
+    except Exception as error:
+        raise ValueError(
+            f"the op {op.name!r} does not run on shapes alone ({error}), so its memory is not known: register what it "
+            f'keeps, with @minipeft.accounting.rule("{op.name}")'
+        ) from error
+    counted = isinstance(value, ShapeArray) and value.buffer.nbytes  # not a view of an input
+    y = value if counted else op.new(np.shape(value), getattr(value, "dtype", np.float32))
+    kept = (*arrays, y, *pullbacks)
+    return y, *[pullback and op.pull(np.shape(a), *kept) for a, pullback in zip(arrays, pullbacks)]
 
 
 def _through(g: Array) -> Array:
@@ -260,14 +293,14 @@ def _elementwise(keeps: list[str]) -> Callable[..., tuple]:
 RULES.update({name: _elementwise(keeps.split()) for name, keeps in _ELEMENTWISE.items()})
 
 
-@rule
+@rule("silu")
 def _silu(op, x):
     y = op.new(x.shape)
     op.works_in(op.blocks(x.size, 1))
     return y, op.pull(x.shape, x, work=op.blocks(x.size, 2))
 
 
-@rule
+@rule("swiglu")
 def _swiglu(op, gate, up):
     y = op.new(gate.shape)
     op.works_in(op.blocks(gate.size, 1))
@@ -280,12 +313,12 @@ def _swiglu(op, gate, up):
     return y, *together(2, gradients)
 
 
-@rule
+@rule("gelu")
 def _gelu(op, x):
     return op.new(x.shape), op.pull(x.shape, x, work=op.blocks(x.size, 2))
 
 
-@rule
+@rule("dropout")
 def _dropout(op, x, p, rng):
     if rng is None or p == 0:
         return x, _through, None, None
@@ -306,7 +339,7 @@ def _joined(arrays: Sequence[Array], axis: int) -> Shape:
     return tuple(shape)
 
 
-@rule
+@rule("sum")
 def _sum(op, x, axis=None, keepdims=False):
     shape = x.shape
     return op.new(_reduced(x, axis, keepdims)), lambda g: op.view(g, shape), None, None
@@ -315,13 +348,13 @@ def _sum(op, x, axis=None, keepdims=False):
 RULES["mean"] = _sum
 
 
-@rule
+@rule("max")
 def _max(op, x, axis=None, keepdims=False):
     y = op.new(_reduced(x, axis, keepdims))
     return y, op.pull(x.shape, x, y), None, None
 
 
-@rule
+@rule("logsumexp")
 def _logsumexp(op, x, axis=-1, keepdims=False):
     e = op.new(x.shape)
     return op.new(_reduced(x, axis, keepdims)), op.pull(x.shape, e), None, None
@@ -337,24 +370,24 @@ def _definition(name: str) -> Callable[..., tuple]:
 RULES.update({name: _definition(name) for name in ("reshape", "transpose", "swapaxes", "to")})  # views, or a conversion
 
 
-@rule
+@rule("broadcast_to")
 def _broadcast_to(op, x, shape):
     return op.view(x, shape), _through, None
 
 
-@rule
+@rule("getitem")
 def _getitem(op, x, index):
     arrays = [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, (np.ndarray, list))]
     shape = np.broadcast_to(False, x.shape)[index].shape
     return op.new(shape) if arrays else op.view(x, shape), op.pull(x.shape, *arrays), None
 
 
-@rule
+@rule("gather")
 def _gather(op, x, indices, axis=-1):
     return op.new(indices.shape), op.pull(x.shape, indices), None, None
 
 
-@rule
+@rule("_cat")
 def __cat(op, *arrays, axis):
     return op.new(_joined(arrays, axis)), *[lambda g, shape=a.shape: op.view(g, shape) for a in arrays]
 
@@ -362,19 +395,25 @@ def __cat(op, *arrays, axis):
 # -------------------------------------------------------------------------------------------------- matrix products
 
 
-@rule
+@rule("matmul")
 def _matmul(op, a, b):
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     y = op.new(lead + a.shape[-2:-1] + (b.shape[-1:] if b.ndim > 1 else ()))
     return y, op.pull(lead + a.shape[-2:], b), op.pull(b.shape if b.ndim <= 2 else lead + b.shape[-2:], a)
 
 
-@rule
+@rule("inv")
+def _inv(op, x):
+    y = op.new(x.shape)
+    return y, op.pull(x.shape, y, work=op.meter.itemsize * x.size)
+
+
+@rule("linear")
 def _linear(op, x, weight, bias=None):
     return _affine(op, x, weight, weight.shape[0])
 
 
-@rule
+@rule("addmm")
 def _addmm(op, bias, x, weight):
     y, dx, dw, db = _affine(op, x, weight, weight.shape[1])
     return y, db, dx, dw
@@ -387,7 +426,7 @@ def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
     return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
 
 
-@rule
+@rule("linear_4bit")
 def _linear_4bit(op, x, packed, state, bias=None):
     from ..quant.kernels import PIECE, tile_size
 
@@ -409,7 +448,7 @@ def _linear_4bit(op, x, packed, state, bias=None):
     return y, op.pull(x.shape, packed, state, work=back), None, None, op.pull((n_out,))
 
 
-@rule
+@rule("embedding")
 def _embedding(op, ids, weight):
     n, d = ids.size, weight.shape[1]
     scatter = 4 * d * (n + 2 * min(n, weight.shape[0])) + 16 * n  # rows sorted, their sums, the sums added; their order
@@ -419,14 +458,14 @@ def _embedding(op, ids, weight):
 # ---------------------------------------------------------------------------------------------------- normalization
 
 
-@rule
+@rule("layer_norm")
 def _layer_norm(op, x, weight, bias, eps=1e-5):
     y, dx, dw = _rms_norm(op, x, weight)
     op.works_in(op.blocks(x.size, 1))
     return y, dx, dw, op.pull(bias.shape)
 
 
-@rule
+@rule("rms_norm")
 def _rms_norm(op, x, weight, eps=1e-6):
     y, normed, rstd = op.new(x.shape), op.new(x.shape), op.new((*x.shape[:-1], 1))
     return y, op.pull(x.shape, weight, normed, rstd, work=op.blocks(x.size, 1)), op.pull(weight.shape, normed)
@@ -435,7 +474,7 @@ def _rms_norm(op, x, weight, eps=1e-6):
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-@rule
+@rule("rope")
 def _rope(op, x, cos, sin):
     work = op.blocks(x.size, 1) + 4 * op.meter.itemsize * cos.size  # halves swapped; cosines and sines
     y = op.new(x.shape)
@@ -474,7 +513,7 @@ class _Tiles:
         return made
 
 
-@rule
+@rule("scaled_dot_product_attention")
 def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, scale=None):
     tiles = _Tiles(op, q, k, v, is_causal)
     op.works_in(tiles.forward_work)
@@ -482,7 +521,7 @@ def _scaled_dot_product_attention(op, q, k, v, attn_mask=None, is_causal=False, 
     return tiles.out, *pulls, None, None, None
 
 
-@rule
+@rule("packed_attention")
 def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
     B, T, d3 = qkv.shape
     q = op.view(qkv, (B, num_heads, T, d3 // 3 // num_heads))
@@ -494,14 +533,14 @@ def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-@rule
+@rule("cross_entropy")
 def _cross_entropy(op, logits, targets, ignore_index=-100):
     rows = [op.new((targets.size,), np.int64), *[op.new((targets.size,)) for _ in range(3)]]  # targets, counts, divisor
     op.works_in(op.blocks(logits.size, 1))
     return op.new(()), op.pull(logits.shape, logits, *rows), None, None
 
 
-@rule
+@rule("linear_cross_entropy")
 def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100):
     n, (classes, width) = int((targets != ignore_index).sum()), weight.shape
     widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0

@@ -298,6 +298,12 @@ def _getitem():
 # --------------------------------------------------------------------------------------------------- matrix products
 
 
+@cases("inv")
+def _inv():
+    for shape in ((3, 3), (2, 4, 4), (0, 2, 2)):
+        yield Case(str(list(shape)), F.inv, (normal(*shape) + 4 * np.eye(shape[-1]),))
+
+
 @cases("matmul")
 def _matmul():
     for label, a, b in [

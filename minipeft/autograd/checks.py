@@ -35,6 +35,12 @@ def matmul(a: Array, b: Array) -> None:
         raise ValueError(f"matmul: shapes {a.shape} and {b.shape} do not match (inner dimensions must be equal)")
 
 
+def square(x: Array) -> None:
+    """Of inv: matrices [..., n, n]."""
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"inv takes square matrices [..., n, n], not the shape {x.shape}")
+
+
 def linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs: int = 1) -> None:
     """x [..., in], weight with its inputs on axis `inputs`, bias [out] or None."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[inputs]:

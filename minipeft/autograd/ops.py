@@ -31,7 +31,7 @@ from .tensor import Slice, Tensor, checkpoint, op
 
 __all__ = [
     "abs", "add", "addmm", "broadcast_to", "cat", "checkpoint", "clip", "cross_entropy", "div", "dropout", "embedding", "exp",
-    "gather", "gelu", "getitem", "layer_norm", "linear", "linear_cross_entropy", "log", "log_softmax", "logsigmoid",
+    "gather", "gelu", "getitem", "inv", "layer_norm", "linear", "linear_cross_entropy", "log", "log_softmax", "logsigmoid",
     "logsumexp", "matmul", "max", "maximum", "mean", "minimum", "mul", "neg", "packed_attention", "pow", "relu", "reshape",
     "rms_norm", "rope", "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "softplus", "sqrt", "stack", "sub",
     "sum", "swapaxes", "swiglu", "tanh", "to", "transpose", "where",
@@ -434,6 +434,14 @@ def matmul(a, b):
         return _rows(A).T @ g.reshape(-1) if column else _t(A) @ g.reshape(shape)
 
     return y, lambda g: g.reshape(shape) @ _t(B), db
+
+
+@op
+def inv(x):
+    """The inverse Y of each matrix (torch.linalg.inv): [..., n, n] -> [..., n, n]. From dY = -Y dX Y: dX = -Yᵀ g Yᵀ."""
+    check.square(x)
+    y = xp_of(x).linalg.inv(x)
+    return y, lambda g: -(_t(y) @ g @ _t(y))
 
 
 @op

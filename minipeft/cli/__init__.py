@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from .arguments import Parser, nearest, use_machine
+from .arguments import Parser, nearest, take_plugins, use_machine
 
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
@@ -37,6 +37,7 @@ COMMANDS = {
     "lessons": "list the lessons, run one or all",
 }
 
+PLUGIN = "import a module, found from the working directory, that registers methods of your own; may be repeated"
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
 EXAMPLES = """\
 examples:
@@ -46,6 +47,7 @@ examples:
   minipeft evaluate --data test.jsonl --model tuned  its scores on data of yours
   minipeft memory llama-7b --method qlora --seq 512  what a method needs, and the GPUs it fits on
   minipeft COMMAND --help                            all options of a command, with examples
+  minipeft --plugin mine compare                     with the methods of your own that mine.py registers
 """
 
 
@@ -104,8 +106,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
+    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
     commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
     parsers = {c: commands.add_parser(c, help=text, formatter_class=_formatter) for c, text in COMMANDS.items()}
+    argv = take_plugins(argv)  # before a command lists the methods
     chosen = next((word for word in argv if not word.startswith("-")), None)
     known = parsers.get(chosen, parser)
     if chosen in COMMANDS:
@@ -114,6 +118,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         known.epilog = f"examples:\n{examples}" if examples else None
         module.add_arguments(known)
         known.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        known.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
         known.set_defaults(run=module.run, flags=known.flags())
     args, unknown = parser.parse_known_args(argv)
     if unknown:

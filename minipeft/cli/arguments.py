@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -84,3 +86,29 @@ def use_machine(args: argparse.Namespace) -> None:
     if args.threads:
         backend.set_num_threads(args.threads)
     backend.get_backend(args.backend)
+
+
+def take_plugins(argv: list[str]) -> list[str]:
+    """The command line without --plugin MODULE, whose modules are imported, from the working directory first.
+
+    Raises ValueError for one that cannot be imported, and for one that registers no method.
+    """
+    if not any(word.partition("=")[0] == "--plugin" for word in argv):
+        return argv
+    from ..peft.methods import METHODS
+
+    parser = Parser(prog="minipeft", add_help=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    args, rest = parser.parse_known_args(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in args.plugin:
+        before = {**METHODS} if name not in sys.modules else {}
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            hint = f" (a module's name has no .py: {name.removesuffix('.py')})" * name.endswith(".py")
+            raise ValueError(f"--plugin {name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
+        if before == METHODS:
+            raise ValueError(f"--plugin {name} registers no method: put @minipeft.peft.register before a configuration class")
+    return rest

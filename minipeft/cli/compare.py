@@ -30,9 +30,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..experiments.methods import METHODS, Method
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
+from ..peft.methods import METHODS, Method
 from . import runs
 from .arguments import add_machine, positive_int
 from .method_options import add_method_options, given_options, method_of, methods_of

@@ -1,5 +1,5 @@
 """--method and its options, the same in every command that trains, counts or measures: what the method's name means in
-`experiments.methods.METHODS`, changed by the options.
+`peft.methods.METHODS`, changed by the options.
 
 One flag serves all methods that have what it sets (`FIELDS`), and a command's help loads no method: so the flags stand
 here, while the fields' ranges and checks are those of the methods' configurations.
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..experiments.methods import METHODS, Method
 from ..options import reader
+from ..peft.methods import METHODS, Method
 from .arguments import nearest, positive, positive_int
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ _LAYERS, _SWITCH = {"nargs": "+", "type": int, "metavar": "N"}, {"action": argpa
 
 # flag -> (the configuration's fields that it sets, the first that the method has; help; what else argparse takes)
 FIELDS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "rank": (("r", "target_r"), "rank of lora, dora, pissa, qlora, vera; adalora's at the end, from 1.5 N", _NUMBER),
-    "alpha": (("lora_alpha",), "numerator of the scaling of lora and its kin; stays as it is where -r changes", _ALPHA),
+    "rank": (("r", "target_r"), "rank; adalora's at the end, from 1.5 N; oft: number of a layer's blocks", _NUMBER),
+    "alpha": (("lora_alpha", "alpha"), "numerator of the scaling of lora and its kin; stays as it is where -r changes", _ALPHA),
     "dropout": (("lora_dropout", "vera_dropout"), "dropout of the adapter's input", _SHARE),
     "target": (("target_modules",), "modules to adapt, by ends of their paths, or all-linear", _NAMES),
     "exclude": (("exclude_modules",), "modules that are left out", _NAMES),
@@ -126,6 +126,9 @@ def methods_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Meth
                 raise _unknown(option, names_[0], fields)
             for name, found in having.items():
                 changes[name][found] = value_
+    for name in methods:
+        if "oft_block_size" in fields[name] and changes[name].get("r"):  # OFT's r, in place of the size of its blocks
+            changes[name].setdefault("oft_block_size", 0)
     changed = {name: method.with_options(**_settled(changes[name], args)) for name, method in methods.items()}
     for method in changed.values():
         method.config()  # checks the values

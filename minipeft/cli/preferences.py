@@ -10,8 +10,8 @@ import argparse
 from typing import Any
 
 from .. import rlhf
-from ..experiments.methods import Method
 from ..options import add_options, configuration, from_arguments, option
+from ..peft.methods import Method
 from . import runs
 from .arguments import add_model
 from .method_options import add_method, flag, given_options, method_of

@@ -24,8 +24,8 @@ from functools import partial
 from typing import Any
 
 from .. import rlhf
-from ..experiments.methods import Method
 from ..options import add_options, from_arguments
+from ..peft.methods import Method
 from ..rlhf.config import RewardConfig
 from . import runs
 from .arguments import add_model

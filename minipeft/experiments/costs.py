@@ -14,10 +14,10 @@ from ..backend import xp_of
 from ..nn.transformer import KVCache
 from ..peft.config import PeftError
 from ..peft.huggingface import state
+from ..peft.methods import Method
 from ..peft.model import PeftModel
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, collate, evaluate
-from .methods import Method
 
 
 def count(model: Any) -> tuple[int, int]:

@@ -15,10 +15,10 @@ from ..autograd.tensor import Tensor, is_grad_enabled
 from ..nn.layers import Dropout
 from ..nn.module import Module
 from ..options import configuration, option
+from ..peft.methods import METHODS, Method
 from ..text.examples import Example
 from ..train import Trainer, TrainingArguments, TrainingDiverged
 from .costs import count, storage
-from .methods import METHODS, Method
 
 
 class TaskData(NamedTuple):

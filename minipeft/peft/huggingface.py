@@ -32,13 +32,16 @@ from .targets import PeftError, kind_of
 PREFIX = "base_model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
-PEFT_TYPES = {  # peft_type in a file -> class
+PEFT_TYPES: dict[str, Any] = {  # peft_type in a file -> class: its name in this package, or itself (`methods.register`)
     "LORA": "LoraConfig",
     "IA3": "IA3Config",
     "LN_TUNING": "LNTuningConfig",
     "BITFIT": "BitFitConfig",
     "VERA": "VeraConfig",
     "ADALORA": "AdaLoraConfig",
+    "LOHA": "LoHaConfig",
+    "LOKR": "LoKrConfig",
+    "OFT": "OFTConfig",
     "BOTTLENECK": "BottleneckConfig",
     "PROMPT_TUNING": "PromptTuningConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
@@ -47,12 +50,11 @@ PEFT_TYPES = {  # peft_type in a file -> class
 
 # Options of PEFT's files that change nothing about what a saved adapter computes: of all methods, and of one
 NEUTRAL = frozenset(
-    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size "
+    "peft_type peft_version auto_mapping revision megatron_config megatron_core qalora_group_size init_weights "
     "eva_config corda_config lora_ga_config loftq_config".split()
 )
 NEUTRAL_OF = {
     "ADALORA": {"r", "fan_in_fan_out"},
-    "VERA": {"init_weights"},
     "PROMPT_TUNING": {"tokenizer_kwargs"},
     "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
 }
@@ -62,7 +64,8 @@ STARTS_WITHOUT_TRACE = ("eva", "orthogonal", "mica")  # init_lora_weights of whi
 
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The configuration class of a method, by its name in files (else KeyError); its module is imported only now."""
-    return getattr(importlib.import_module(__package__), PEFT_TYPES[peft_type])
+    found = PEFT_TYPES[peft_type]
+    return getattr(importlib.import_module(__package__), found) if isinstance(found, str) else found
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -169,7 +172,7 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
     saved = {**state(model, adapter_name), **_base_weights(model, adapter_name)}
     arrays = {key: to_numpy(p.data) for key, p in saved.items()}
     plain = _plain_rank(model, config)
-    options = {**to_dict(_as_plain(config, plain) if plain else config), "inference_mode": True}
+    options = {**(_as_plain(config, plain) if plain else config).to_dict(), "inference_mode": True}
     if "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = _has_conv1d(model, config)
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
@@ -188,7 +191,10 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
     if options["peft_type"] not in PEFT_TYPES:
-        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}")
+        raise PeftError(
+            f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}; "
+            "one of your own is known once its module has been imported, and has registered it (--plugin MODULE)"
+        )
     return config_class(options["peft_type"]).from_dict({**options, **fixed})
 
 

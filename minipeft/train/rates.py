@@ -2,12 +2,12 @@
 
     rate = rate of the method · min(1, 128 / hidden_size)
 
-The rates of the methods (`PeftConfig.usual_learning_rate`; here, that of all weights, and of the head alone) are AdamW's
-on the shipped base, of width 128. They are from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), runs of `minipeft compare`'s
-length and the validation split of its task: the highest rate whose loss on the task is still at least 0.05 nats below
-that of the next lower one. Above it little is learned in addition, or nothing, and what is forgotten multiplies. (Those
-of the head, QLoRA, prompt and P-tuning are from an earlier grid, with runs of 80 steps; BitFit's is from none, as the
-shipped base has no biases.)
+The rates of the methods (`PeftConfig.usual_learning_rate`; `peft.methods` has that of all weights, and of the head
+alone) are AdamW's on the shipped base, of width 128. They are from a grid (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), runs of
+`minipeft compare`'s length and the validation split of its task: the highest rate whose loss on the task is still at
+least 0.05 nats below that of the next lower one. Above it little is learned in addition, or nothing, and what is
+forgotten multiplies. (Those of the head, QLoRA, prompt and P-tuning are from an earlier grid, with runs of 80 steps;
+BitFit's is from none, as the shipped base has no biases.)
 
 Wider models want less: a step of Adam moves every weight by about the rate, and a layer's output by about the rate times
 its width (Yang et al. 2022, Tensor Programs V, arXiv:2203.03466).
@@ -20,9 +20,7 @@ from typing import Any
 
 from ..nn.heads import HEADS
 from ..nn.module import Module
-
-FULL, HEAD = 1e-3, 3e-3
-WIDTH = 128  # of the shipped base
+from ..peft.methods import FULL, HEAD, at_width
 
 
 def with_learning_rate(args: Any, model: Module, share: float = 1.0) -> Any:
@@ -43,8 +41,3 @@ def usual_learning_rate(model: Module) -> float:
     else:
         rate = HEAD if trained and all(name.partition(".")[0] in HEADS for name in trained) else FULL
     return at_width(rate, model)
-
-
-def at_width(rate: float, model: Any) -> float:
-    """The rate on a model: in proportion less for one wider than the shipped base."""
-    return rate * min(1.0, WIDTH / getattr(getattr(model, "config", None), "hidden_size", WIDTH))

@@ -10,6 +10,7 @@ constants = pytest.importorskip("peft.utils.constants", reason="needs the extra 
 
 TABLES = {
     "LORA": "LORA", "VERA": "VERA", "ADALORA": "ADALORA", "IA3": "IA3", "LN_TUNING": "LNTUNING",
+    "LOHA": "LOHA", "LOKR": "LOKR", "OFT": "OFT",
 }  # fmt: skip
 
 

@@ -220,6 +220,7 @@ CASES = {
         ("cat", lambda a, b: F.cat([a, b, a], axis=1), lambda a, b: torch.cat([a, b, a], 1), (x34, normal(3, 2))),
         ("stack", lambda a, b: F.stack([a, b], axis=-1), lambda a, b: torch.stack([a, b], -1), (x34, y34)),
     ],
+    "inv": table(F.inv, torch.linalg.inv, [normal(3, 3) + 4 * np.eye(3), normal(2, 4, 4) + 4 * np.eye(4)]),
     "matmul": table(
         F.matmul,
         torch.matmul,

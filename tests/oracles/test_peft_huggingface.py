@@ -1,14 +1,17 @@
 """Every method against Hugging Face PEFT on the same weights: files both ways, gradients, one AdamW step, counts."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
+from test_plugins import EXAMPLE
 from twins import torch, twin_of
 
 import minipeft as mp
 from minipeft.peft.config import PeftError
-from minipeft.peft.huggingface import state
+from minipeft.peft.huggingface import PEFT_TYPES, state
+from minipeft.peft.methods import METHODS
 
 peft = pytest.importorskip("peft", reason="needs the extra 'oracles'")
 
@@ -105,7 +108,28 @@ CASES = {
     "vera": ("Vera", lambda d: dict(r=8, target_modules=LINEAR[d])),
     "adalora": ("AdaLora", lambda d: dict(ADALORA, target_modules=LINEAR[d])),
 }
-both = [(d, c) for d in ("gpt2", "llama") for c in CASES] + [("llama", "olora")]
+LLAMA = {  # methods that PEFT does not put on GPT-2's [in, out] layers
+    "loha": ("LoHa", lambda d: dict(r=4, alpha=6, target_modules=LINEAR[d])),
+    "loha patterns": (
+        "LoHa",
+        lambda d: dict(target_modules="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={r".*\.1\..*": 3}),
+    ),
+    "lokr": ("LoKr", lambda d: dict(r=2, alpha=3)),
+    "lokr whole": ("LoKr", lambda d: dict(target_modules=LINEAR[d])),
+    "lokr of four factors": ("LoKr", lambda d: dict(r=1, target_modules="all-linear", decompose_both=True)),
+    "lokr by a factor": ("LoKr", lambda d: dict(r=2, decompose_factor=6, target_modules="all-linear")),
+    "lokr by a divisor": (
+        "LoKr",
+        lambda d: dict(r=2, decompose_factor=8, init_weights="lycoris", target_modules="all-linear"),
+    ),
+    "oft": ("OFT", lambda d: dict(target_modules="all-linear")),
+    "oft small": ("OFT", lambda d: dict(oft_block_size=6, num_cayley_neumann_terms=4)),
+    "oft constrained": ("OFT", lambda d: dict(coft=True, eps=0.3, oft_block_size=8, target_modules="all-linear")),
+    "oft exactly": ("OFT", lambda d: dict(oft_block_size=8, use_cayley_neumann=False)),
+    "oft shared": ("OFT", lambda d: dict(r=3, oft_block_size=0, block_share=True, num_cayley_neumann_terms=7)),
+}
+CASES |= LLAMA
+both = [(d, c) for d in ("gpt2", "llama") for c in CASES if d == "llama" or c not in LLAMA] + [("llama", "olora")]
 CASES["olora"] = ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=LINEAR[d]))
 
 
@@ -182,6 +206,44 @@ def test_their_file_gives_the_same_logits_here(dialect, case, tmp_path):
     close(loaded(IDS).data, logits(theirs), tolerance)
     loaded.save_pretrained(tmp_path / "again")
     close(mp.PeftModel.from_pretrained(model, tmp_path / "again")(IDS).data, logits(theirs), tolerance)
+
+
+def test_the_readmes_own_loha_is_read_by_peft_and_reads_pefts(tmp_path, monkeypatch):
+    """With PEFT's peft_type, which a method of one's own can have where none that is shipped has it."""
+    for table, key in ((PEFT_TYPES, "LOHA"), (METHODS, "my-loha")):
+        monkeypatch.setitem(table, key, None)  # both as before after the test
+        del table[key]
+    scope = {}
+    exec(EXAMPLE.replace("MY_LOHA", "LOHA").replace("title=", 'name="my-loha", title='), scope)
+    options = dict(r=4, alpha=6, target_modules=LINEAR["llama"])
+    model, twin = base("llama")
+    ours = train_ours(mp.get_peft_model(model, scope["HadamardConfig"](**options)))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "ours").eval()
+    assert isinstance(theirs.peft_config["default"], peft.LoHaConfig)
+    close(logits(theirs), ours(IDS).data)
+    again = peft.get_peft_model(theirs.unload(), peft.LoHaConfig(**options))
+    train_theirs(again).save_pretrained(tmp_path / "theirs")
+    loaded = mp.PeftModel.from_pretrained(model, tmp_path / "theirs")
+    assert type(loaded.layers["model.layers.0.self_attn.q_proj"].adapters["default"]).__name__ == "Hadamard"
+    close(loaded(IDS).data, logits(again))
+    assert np.abs(loaded(IDS).data - model(IDS).data).max() > 1e-2
+    close(loaded.merge_and_unload()(IDS).data, logits(again), 1e-5)
+
+
+def test_ofts_file_says_which_rotation_it_means(tmp_path):
+    """PEFT before 0.18 truncated the series otherwise."""
+    model, twin = base("llama")
+    peft.get_peft_model(twin, peft.OFTConfig()).save_pretrained(tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    for version in ("0.17.1", None):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**options, "peft_version": version}))
+        with pytest.raises(PeftError, match=r"before 0\.18\.0"):
+            mp.PeftModel.from_pretrained(model, tmp_path)
+    mp.get_peft_model(model, mp.OFTConfig()).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.OFTConfig.from_pretrained(tmp_path)
 
 
 def test_the_printed_line_is_pefts(capsys):

@@ -1,14 +1,24 @@
 """What the name of a fine-tuning method means, everywhere: one entry each, with its usual options.
 
-The parts of the library are imported when one is used.
+`register` adds one of your own. The parts of the library are imported when one is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+FULL, HEAD = 1e-3, 3e-3  # the usual rates of all weights, and of the head alone; of a method, see its configuration
+WIDTH = 128  # of the shipped base
+
+
+def at_width(rate: float, model: Any) -> float:
+    """The rate on a model: in proportion less for one wider than the shipped base."""
+    return rate * min(1.0, WIDTH / getattr(getattr(model, "config", None), "hidden_size", WIDTH))
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Method:
         """
         if self.kind in (None, "head", "frozen"):
             return self.kind
-        from ..peft.huggingface import config_class
+        from .huggingface import config_class
 
         given = {name: value(steps) if callable(value) else value for name, value in self.options.items()}
         return config_class(self.kind)(**given)
@@ -46,23 +56,19 @@ class Method:
 
     @property
     def title(self) -> str:
-        """The label with the values of the options, but for one that is None."""
+        """The label with the values of the options, but for one that is None or 0."""
         if "{" not in self.label:
             return self.label
         words = self.label.format(**vars(self.config())).split()
-        return " ".join(word for word in words if not word.endswith("=None"))
+        return " ".join(word for word in words if not word.endswith(("=None", "=0")))
 
     @property
     def learning_rate(self) -> float:
         """The usual rate, on a model as wide as the shipped base; see `minipeft.train.rates`."""
-        from ..train import rates
-
-        return {None: rates.FULL, "head": rates.HEAD}.get(self.kind) or self.config().usual_learning_rate
+        return {None: FULL, "head": HEAD}.get(self.kind) or self.config().usual_learning_rate
 
     def rate_for(self, base: Any) -> float:
         """The usual rate on a model: in proportion less for one wider than the shipped base."""
-        from ..train.rates import at_width
-
         return at_width(self.learning_rate, base)
 
     @property
@@ -84,7 +90,7 @@ class Method:
             from ..nn.heads import head_only
 
             return head_only(base)
-        from ..peft.model import get_peft_model
+        from .model import get_peft_model
 
         if self.quantized:
             from ..quant import Linear4bit, quantize_model
@@ -95,7 +101,7 @@ class Method:
 
     def why_not(self, base: Any) -> str | None:
         """Why the method cannot be put on a model (BitFit on one without biases), or None; nothing is built."""
-        from ..peft.config import PeftConfig, PeftError
+        from .config import PeftConfig, PeftError
 
         config = self.config()
         try:
@@ -126,6 +132,9 @@ METHODS: dict[str, Method] = {
     "pissa": Method("PiSSA r={r}", "LORA", _pissa),
     "adalora": Method("AdaLoRA r={target_r}", "ADALORA", _adalora),
     "vera": Method("VeRA r={r}", "VERA", {"r": 64, "target_modules": "all-linear"}),
+    "loha": Method("LoHa r={r}", "LOHA", {"r": 4, "alpha": 8, "target_modules": "all-linear"}),
+    "lokr": Method("LoKr r={r}", "LOKR", {"r": 8, "alpha": 16, "target_modules": "all-linear"}),
+    "oft": Method("OFT b={oft_block_size} k={r}", "OFT", {"target_modules": "all-linear"}),
     "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
     "ia3": Method("IA3", "IA3"),
     "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _houlsby),
@@ -135,3 +144,50 @@ METHODS: dict[str, Method] = {
     "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", {**_virtual, "prefix_projection": True}),
     "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }
+
+
+def register(cls: Any = None, *, name: str | None = None, title: str | None = None, **options: Any) -> Any:
+    """Make a method of your own known by name, as those that are shipped are. A decorator of its configuration class.
+
+        @mp.peft.register(title="scale", target_modules="all-linear")
+        @configuration
+        class ScaleConfig(PeftConfig):
+            peft_type, usual_learning_rate = "SCALE", 1e-2
+            ...
+
+    Directories with this peft_type are loaded from then on, and a command that is told to import the module, with
+    `--plugin MODULE`, takes `--method scale`.
+
+    Args:
+        name: what `--method` calls it; by default the peft_type in small letters, with hyphens.
+        title: what a table calls it, as `Method`'s label; by default the name.
+        options: of the configuration, where the method's usual ones are not the defaults of the class.
+
+    Returns the class. One that is defined again under the same name in the same module, as in a cell that is run again,
+    replaces itself. Raises PeftError for what is no configuration class of a method, for options that it does not take,
+    and for a name or a peft_type that is taken.
+    """
+    if cls is None:
+        return partial(register, name=name, title=title, **options)
+    from .config import PeftConfig, PeftError
+    from .huggingface import PEFT_TYPES
+
+    if not (isinstance(cls, type) and issubclass(cls, PeftConfig) and isinstance(getattr(cls, "peft_type", None), str)):
+        raise PeftError(f"register takes a subclass of PeftConfig that has a peft_type, its name in files, not {cls!r}")
+    kind = cls.peft_type
+    name = kind.lower().replace("_", "-") if name is None else name
+    try:
+        (title or name).format(**vars(cls(**options)))
+    except (TypeError, KeyError) as error:
+        raise PeftError(f"register: {cls.__name__} has no such option: {error}") from error
+    before = PEFT_TYPES.get(kind)
+    again = getattr(before, "__module__", "") == cls.__module__ and before.__qualname__ == cls.__qualname__
+    if before and not again:
+        raise PeftError(f"the peft_type {kind!r} is taken, by {getattr(before, '__name__', before)}; choose another")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "frozen":
+        raise PeftError(f"a method's name consists of small letters, digits, '_' and '-', and is not frozen; got {name!r}")
+    if name in METHODS and not (again and METHODS[name].kind == kind):
+        raise PeftError(f"the name {name!r} is taken, by {METHODS[name].title}; choose another with name=")
+    PEFT_TYPES[kind] = cls
+    METHODS[name] = Method(title or name, kind, options)
+    return cls

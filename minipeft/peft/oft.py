@@ -1,0 +1,151 @@
+"""OFT: orthogonal fine-tuning (Qiu et al. 2023, arXiv:2306.07280).
+
+    W' = W Rᵀ,  y = W Rᵀ x + b        R = diag(R_1, ..., R_k), orthogonal blocks [b, b], k b = in
+    R_i = (I + Q_i) (I - Q_i)^-1,  Q_i = -Q_iᵀ                    Cayley transform of a skew-symmetric matrix
+
+The b (b - 1) / 2 numbers above Q's diagonal are trained, from zero on: R starts as I. A rotation keeps the lengths of
+W's rows and the angles between them. The input is rotated, W never formed anew.
+
+With use_cayley_neumann, PEFT's default, the inverse is a truncated series, I + Q + Q² + Q³: then, with 5 terms,
+R_i = I + 2 Q + 2 Q² + 2 Q³ + Q⁴, orthogonal but for terms of Q⁴ (Qiu et al. 2025, arXiv:2506.19847).
+
+Constrained OFT (coft) keeps R near I: before Q is used it is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4).
+
+Departures:
+1. Without use_cayley_neumann R is PEFT's, (I - Q) (I + Q)^-1: the transform of -Q, the other way round than the series.
+2. module_dropout acts in training: each block is I with that probability. PEFT 0.21's linear layers never apply it.
+3. GPT-2's [in, out] layers are adapted too, which PEFT refuses; convolutions and embeddings are not.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor, no_grad
+from ..backend import Array, Rng, xp_of
+from ..nn.module import Module
+from ..options import configuration, option
+from .config import PeftConfig, PeftError, Seed, Shape
+from .layer import Adapter, Inner
+from .targets import QUERY_AND_VALUE
+from .weights import dense_weight, fill, out_in, with_weight
+
+SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier ones mean another
+
+
+class OFTLayer(Adapter):
+    """OFT around a linear layer: oft_R [k, b (b - 1) / 2], one row where the blocks share it."""
+
+    def __init__(self, config: OFTConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
+        super().__init__(shapes, layer, seed)
+        self.config, self.blocks = config, config.blocks(layer.in_features)
+        if seed is not None and not config.init_weights:
+            fill(self.oft_R, 0.1 * np.random.default_rng(seed).standard_normal(self.oft_R.shape))
+
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
+        """y = inner(Rᵀ x): x [..., in] -> [..., out]."""
+        R, (k, b), p = self.rotations(), self.blocks, self.config.module_dropout
+        if rng is not None and p:
+            xp = xp_of(x.data)
+            kept = F.dropout(Tensor(xp.ones((k, 1, 1), x.dtype)), p, rng) * (1 - p)
+            R = (R - xp.eye(b, dtype=x.dtype)) * kept + xp.eye(b, dtype=x.dtype)
+        return inner(F.cat([x[..., i * b : (i + 1) * b] @ R[i % len(R)] for i in range(k)], axis=-1))
+
+    def rotations(self) -> Tensor:
+        """R_1, ..., R_k: [k, b, b], or [1, b, b] where the blocks share one."""
+        v, c = self.oft_R, self.config
+        xp, b = xp_of(v.data), self.blocks[1]
+        if c.coft:  # in the parameter itself, as in PEFT, so that a step starts from there
+            most, length = c.eps / math.sqrt(len(v)), xp.sqrt(2 * (v.data**2).sum(axis=1, keepdims=True))
+            v.data *= most / xp.maximum(length, most)
+        place, sign = _skew(b, xp)
+        Q, I = v[:, place] * sign, xp.eye(b, dtype=v.dtype)
+        if not c.use_cayley_neumann:
+            return F.inv(Q + I) * 2 - I  # (I - Q) (I + Q)^-1
+        P = Q + 2 * I
+        for _ in range(c.num_cayley_neumann_terms - 3):
+            P = Q @ P + 2 * I
+        return Q @ P + I
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """W' = W Rᵀ, in a new layer; a four-bit W is dequantized."""
+        with no_grad():
+            R, (k, b) = self.rotations().data, self.blocks
+        W = out_in(layer, dense_weight(layer))
+        rotated = W.reshape(-1, k, b).swapaxes(0, 1) @ R.swapaxes(-1, -2)
+        return with_weight(layer, out_in(layer, rotated.swapaxes(0, 1).reshape(W.shape)))
+
+
+@configuration
+class OFTConfig(PeftConfig):
+    """OFT's options, with PEFT's names and defaults: W' = W Rᵀ.
+
+    A block's size, or a number of blocks, that does not divide a layer's inputs becomes the nearest one that does.
+    """
+
+    r: int = option(0, "number of blocks of a layer; 0: as oft_block_size says", least=0)
+    oft_block_size: int = option(32, "size b of a block; 0: as r says", least=0)
+    module_dropout: float = option(0.0, "probability of leaving a block of the input as it is", least=0, below=1)
+    fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
+    init_weights: bool = option(True, "the start: R = I; False: random (for tests)")
+    coft: bool = option(False, "keep the rotations near I")
+    eps: float = option(6e-5, "with coft, the length that a layer's Q has at most", above=0)
+    block_share: bool = option(False, "the blocks of a layer share one rotation")
+    use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
+    num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)
+
+    peft_type: ClassVar[str] = "OFT"
+    usual_learning_rate: ClassVar[float] = 1e-3
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.r) == bool(self.oft_block_size):
+            raise PeftError(
+                "the inputs of a layer are r blocks of oft_block_size: give one of them, and 0 for the other; "
+                f"got r={self.r}, oft_block_size={self.oft_block_size}"
+            )
+
+    def blocks(self, n_in: int) -> tuple[int, int]:
+        """(k, b): how many blocks a layer of n_in inputs has, and their size."""
+        divisor = _near_divisor(n_in, self.r or self.oft_block_size)
+        return (divisor, n_in // divisor) if self.r else (n_in // divisor, divisor)
+
+    def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
+        k, b = self.blocks(n_in)
+        if b == 1:
+            raise PeftError(f"{name}: of {n_in} inputs OFT makes {k} blocks of size 1, which do not rotate")
+        return {"oft_R.weight": (1 if self.block_share else k, b * (b - 1) // 2)}
+
+    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> OFTLayer:
+        return OFTLayer(self, shapes, layer, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "peft_version": SINCE}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Any:
+        """Raises PeftError, too, for a file of an earlier version of PEFT, whose rotations are others."""
+        version = str(options.get("peft_version") or "0").split(".")
+        if [int("0" + "".join(filter(str.isdigit, part))) for part in version[:2]] < [0, 18]:
+            raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again with a newer one")
+        return super().from_dict(options)
+
+
+@lru_cache
+def _skew(b: int, xp: Any) -> tuple[Array, Array]:
+    """Which of the b (b - 1) / 2 numbers, row by row, stands at each place of Q, and its sign, both [b, b]."""
+    i, j = xp.arange(b)[:, None], xp.arange(b)
+    low, high = xp.minimum(i, j), xp.maximum(i, j)
+    return low * b - low * (low + 1) // 2 + high - low - 1, xp.sign(j - i).astype(xp.int8)
+
+
+def _near_divisor(n: int, wanted: int) -> int:
+    """The divisor of n nearest to `wanted`, the smaller of two; n where that is larger."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
