@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,28 @@ class Module:
         cls.__call__ = cls.forward
 
     # ------------------------------------------------------------------------------------------------- the tree
+
+    def extra_repr(self) -> str:
+        """What `repr` says of this module beside its submodules: its own parameters, or the numbers of one without."""
+        own = [f"{name} {shape_and_dtype(p)}" for name, p in self.__dict__.items() if isinstance(p, Parameter)]
+        leaf = next(self.children(), None) is None
+        numbers = [f"{n}={v!r}" for n, v in self.__dict__.items() if leaf and n[0] != "_" and type(v) in (int, float)]
+        return ", ".join(own + numbers)
+
+    def __repr__(self) -> str:
+        """The tree, as PyTorch writes it; of a list, equal modules in a row once."""
+        text = self.extra_repr()
+        children = [(name, getattr(child, "__name__", None) or repr(child)) for name, child in self._shown()]
+        lines = [text] if text and children else []
+        for _, equal in groupby(children, key=lambda child: child[isinstance(self, ModuleList) :]):
+            (first, below), *others = equal
+            names = f"({first}-{others[-1][0]}): {len(others) + 1} x " if others else f"({first}): "
+            lines.append(names + below)
+        inside = "".join("\n" + line for line in lines).replace("\n", "\n  ") + "\n" if lines else text
+        return f"{type(self).__name__}({inside})"
+
+    def _shown(self) -> Iterator[tuple[str, Any]]:
+        return self.children()
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """(name, module) of the direct submodules."""
@@ -174,6 +197,11 @@ class Module:
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)
 
 
+def shape_and_dtype(p: Parameter) -> str:
+    """A parameter's shape, such as [16, 8], and its dtype where that is not float32."""
+    return f"{list(p.shape)}" + ("" if p.dtype == np.float32 else f" {p.dtype}")
+
+
 def some(names: list[str]) -> str:
     """The first five names, and the number of others: for an error."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -230,6 +258,9 @@ class Sequential(ModuleList):
 
     def __init__(self, *modules: Module | Callable[[Tensor], Tensor]):
         super().__init__(modules)
+
+    def _shown(self) -> Iterator[tuple[str, Any]]:
+        return ((str(i), item) for i, item in enumerate(self._items))
 
     def forward(self, x: Tensor) -> Tensor:
         """x through every module in turn; its shape is what the last one gives."""

@@ -159,6 +159,9 @@ class KVCache:
         for layer, (k, v) in enumerate(past_key_values):
             self.append(layer, k.data if isinstance(k, Tensor) else k, v.data if isinstance(v, Tensor) else v)
 
+    def __repr__(self) -> str:
+        return f"KVCache({len(self._buffers)} layers, {len(self)} positions)"
+
     def __len__(self) -> int:
         return self._lengths[0] if self._lengths else 0
 

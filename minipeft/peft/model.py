@@ -66,6 +66,15 @@ class PeftModel(Module):
         self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name, config.inference_mode)
 
+    def __repr__(self) -> str:
+        """The module tree, with what was put where."""
+        lines = [f"(base_model): {self.base_model!r}"]
+        for name, prompt in self.prompts.items():
+            limit = self.base_model.config.max_position_embeddings
+            left = f"which leave {limit - prompt.length} of {limit} positions"
+            lines.insert(0, f"+ {name}: {prompt!r}: {prompt.length} virtual tokens in front of the input, {left}")
+        return f"{type(self).__name__}(\n{chr(10).join(lines)}".replace("\n", "\n  ") + "\n)"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_model" not in self.__dict__:
             raise AttributeError(name)
@@ -340,12 +349,6 @@ class PeftModel(Module):
         trainable, total = self.get_nb_trainable_parameters()
         percent = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
-
-    def tree(self) -> str:
-        """The module tree as text, repeated layers once, with what was put where."""
-        from .tree import tree
-
-        return tree(self)
 
     def mark_start(self, adapter_name: str) -> None:
         """From here on `assert_learning` compares with the present values."""

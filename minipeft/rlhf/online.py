@@ -124,6 +124,11 @@ class OnlineTrainer(ABC):
         self._callbacks = Callbacks(*self._modules)
         self.updates, self.history = 0, []
 
+    def __repr__(self) -> str:
+        trained = f"{sum(p.size for p in self.trainable.values()):,} trainable parameters"
+        done = f"{self.updates} of {self.config.steps} updates of {self.config.batch_size} responses"
+        return f"{type(self).__name__}({type(self.policy).__name__}, {trained}, {len(self.prompts):,} prompts, {done})"
+
     @abstractmethod
     def update(self) -> dict[str, Any]:
         """Sample, score and train once; the record of it (see statistics.py), but for its number and learning rate."""

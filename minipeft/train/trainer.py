@@ -79,7 +79,7 @@ def training_step(
     return record
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingResult:
     """What a run ended with: `history` holds the records of metrics.jsonl, `best_*` are of the lowest held-out loss.
 
@@ -92,6 +92,14 @@ class TrainingResult:
     best_step: int | None
     seconds: float
     history: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        """TrainingResult(600 steps in 41.2 s, loss 2.861 -> 0.979, best held-out loss 1.034 at step 500)"""
+        shown, losses = [f"{self.steps} steps in {self.seconds:.1f} s"], self.losses()
+        shown += [f"loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"] if losses else []
+        if self.best_eval_loss is not None:
+            shown.append(f"best held-out loss {self.best_eval_loss:.3f} at step {self.best_step}")
+        return f"{type(self).__name__}({', '.join([*shown, *['stopped early'] * self.stopped_early])})"
 
     def losses(self, key: str = "loss") -> list[tuple[int, float]]:
         """(step, value) of every record that has `key`: "loss", "eval_loss", "grad_norm", "seconds" of the step, ..."""
@@ -184,6 +192,12 @@ class Trainer:
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = self.args.warmup_steps or math.ceil(self.args.warmup_ratio * self.total_steps)
+
+    def __repr__(self) -> str:
+        examples = f"{len(self.train_examples):,} examples, {len(self.eval_examples or ()):,} held out"
+        trained = f"{sum(p.size for p in self.trainable.values()):,} trainable parameters"
+        steps = f"{self.total_steps:,} steps of {self.rows_per_step}"
+        return f"{type(self).__name__}({type(self.model).__name__}, {trained}, {examples}, {steps})"
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
