@@ -32,12 +32,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
 from ..backend import Array, is_array, to_numpy, xp_of
 
+P = ParamSpec("P")
 REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
 
@@ -116,7 +117,7 @@ class Slice:
             total[self.index] += self.value
 
 
-def op(definition: Callable) -> Callable:
+def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
     """Turn `definition(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors.
 
     It is registered by its name. `op.definition` stays callable on plain arrays; `op.forms` are what computes, by array
@@ -408,6 +409,20 @@ class Tensor:
             _accumulate(self, grad, False)
         else:
             pull_back(self._node, grad, _accumulate)
+
+    if TYPE_CHECKING:  # `ops` defines them
+
+        def __add__(self, other: Any) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
+        def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
+        def reshape(self, *shape: Any) -> Tensor: ...
+        def to(self, dtype: Any) -> Tensor: ...
+
+        __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
+        __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __add__
+        exp = log = sqrt = tanh = abs = __neg__
+        mean = max = sum
+        transpose = swapaxes = reshape
 
     # Comparisons give plain boolean arrays: there is nothing to differentiate. Sets and dictionaries go by identity;
     # so must a search in a list (`any(x is t for x in tensors)`), where `in` would ask for the truth of an array.

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -135,7 +135,7 @@ class Module:
 
     # --------------------------------------------------------------------------------------------------- copies
 
-    def copy(self, share: bool = False) -> Any:
+    def copy(self, share: bool = False) -> Self:
         """A new tree of modules with new Parameter objects (ties preserved).
 
         `share=False`: an independent model, every array copied. `share=True`: the arrays are the same objects, which is
@@ -143,7 +143,7 @@ class Module:
         """
         return _copied(self, {}, share)
 
-    def to(self, xp: ModuleType | str) -> Any:
+    def to(self, xp: ModuleType | str) -> Self:
         """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self.
 
         Raises as `get_backend`.
@@ -156,7 +156,7 @@ class Module:
 
     # ---------------------------------------------------------------------------------------------------- values
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set `requires_grad` of every parameter that can be trained (of a quantized layer, the bias); returns self."""
         for value in self.__dict__.values():
             if isinstance(value, Parameter):
