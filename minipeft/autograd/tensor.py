@@ -29,6 +29,7 @@ import functools
 import inspect
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
@@ -385,6 +386,22 @@ class Tensor:
     def detach(self) -> Tensor:
         """The same array without the graph."""
         return Tensor(self.data)
+
+    def retain_grad(self) -> None:
+        """Let `backward` leave dL/d(this) in `.grad`, although an op made this tensor; a leaf has it in any case.
+
+        Departure from PyTorch: only what is computed from the tensor after this call counts.
+        """
+        if self._node is None or self._node.op == "retain_grad":
+            return
+        reference = weakref.ref(self)  # the graph must not hold what holds the graph
+
+        def keep(g: Array) -> Array:
+            if (tensor := reference()) is not None:
+                _accumulate(tensor, g, False)
+            return g
+
+        self._node = Node("retain_grad", [(self._node, keep, self.shape, self.dtype)])
 
     def backward(self, grad: Any = None) -> None:
         """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires gradients; free the graph.

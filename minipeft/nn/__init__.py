@@ -2,8 +2,9 @@
 
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter, Sequential
+from .watch import gradient_norms
 
 __all__ = [
     "Conv1D", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "Parameter", "RMSNorm",
-    "Sequential",
+    "Sequential", "gradient_norms",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import groupby
 from types import ModuleType
 from typing import Any, Self
@@ -132,6 +133,12 @@ class Module:
 
     def _set_child(self, name: str, module: Module) -> None:
         setattr(self, name, module)
+
+    def watch(self, pattern: str = "*") -> AbstractContextManager[dict[str, Any]]:
+        """Inside `with model.watch("*.mlp") as seen:` what these modules give, and its gradient; see `nn.watch`."""
+        from .watch import watch
+
+        return watch(self, pattern)
 
     # --------------------------------------------------------------------------------------------------- copies
 

@@ -106,8 +106,10 @@ class PeftModel(Module):
             prompt = self._prompt()
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
-            hidden, length, rng = self._behind(prompt, *inputs, **arguments)
-            return self.base_model.lm_head(hidden[:, -length:], rng)
+            attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
+            hidden, length, rng = self._behind(prompt, *inputs, **arguments, attentions=attentions)
+            logits = self.base_model.lm_head(hidden[:, -length:], rng)
+            return logits if attentions is None else (logits, attentions)
 
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
