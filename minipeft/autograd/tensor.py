@@ -39,6 +39,9 @@ import numpy as np
 
 from ..backend import Array, is_array, to_numpy, xp_of
 
+if TYPE_CHECKING:
+    from .graph import Graph
+
 P = ParamSpec("P")
 REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
@@ -215,7 +218,7 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return g.sum(axis=axes, keepdims=True) if axes else g
 
 
-def _sorted(root: Node) -> list[Node]:
+def nodes_below(root: Node) -> list[Node]:
     """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack."""
     order: list[Node] = []
     seen: set[int] = {id(root)}
@@ -248,7 +251,7 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
 
     `gradient` has the shape of root's value. Raises AutogradError for a graph that an earlier walk has freed.
     """
-    order = _sorted(root)
+    order = nodes_below(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)
     while order:
         node = order.pop()  # every node that it feeds has run: its gradient is complete
@@ -386,6 +389,12 @@ class Tensor:
     def detach(self) -> Tensor:
         """The same array without the graph."""
         return Tensor(self.data)
+
+    def graph(self, names: Any = None) -> Graph:
+        """The ops below this tensor, to print or `.plot(path)`; `names` is a model, or {name: leaf}; see `autograd.graph`."""
+        from .graph import Graph
+
+        return Graph(self, names)
 
     def retain_grad(self) -> None:
         """Let `backward` leave dL/d(this) in `.grad`, although an op made this tensor; a leaf has it in any case.

@@ -419,6 +419,7 @@ def assert_learning(model: PeftModel) -> None:
     """Check, after some steps of training, that every trainable adapter parameter has moved.
 
     Raises AssertionError naming those that are still what they were: their gradient was zero or never reached them.
+    `mp.why_unmoved(model, loss)` says where it ends.
     """
     unmoved = model.unmoved()
     if unmoved:
