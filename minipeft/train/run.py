@@ -100,8 +100,9 @@ class Run:
                 self.save()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Add a record to the history and the metrics file, and show it if it has what is shown."""
+        """Add a record to the history and the metrics file, show it if it has what is shown, and tell the callbacks."""
         self._metrics.write(record)
+        self.callbacks.on_record(record)
         if self._show.keys() <= record.keys():
             self._advance(self.step, "  ".join(text.format(record[key]) for key, text in self._show.items()))
 

@@ -27,7 +27,7 @@ from ..nn.module import Module, Parameter
 from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
-from .callbacks import Callback, Callbacks
+from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss
@@ -112,7 +112,6 @@ class _Best:
 
     best_eval_loss: float | None = None
     best_step: int | None = None
-    evaluations_without_gain: int = 0
     best: dict[str, Array] = field(default_factory=dict)
     best_callbacks: dict[str, Array] = field(default_factory=dict)
 
@@ -230,7 +229,8 @@ class Trainer:
         damaged, or of another base, data set, arguments or callbacks.
         """
         began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
-        self._callbacks = Callbacks(self.model, more=callbacks)
+        early = [EarlyStopping(a.early_stopping_patience)] if a.early_stopping_patience else []
+        self._callbacks = Callbacks(self.model, more=[*callbacks, *early])
         self._workers = None if executor is None else Workers(executor, self.model, self.loss, self.trainable)
         show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
         run = Run(self, a, self.total_steps, self._callbacks, show)
@@ -241,7 +241,6 @@ class Trainer:
                     last = step == self.total_steps
                     if self.eval_examples is not None and (last or (a.eval_steps and step % a.eval_steps == 0)):
                         run.record(self._evaluate(step))
-                        run.stopped = self._best.evaluations_without_gain >= (a.early_stopping_patience or math.inf)
                 if self._best.best:
                     for name, p in self.trainable.items():
                         p.data[...] = self._best.best[name]
@@ -291,10 +290,8 @@ class Trainer:
         loss, best = self.evaluate(), self._best
         if not math.isfinite(loss):
             raise diverged(step, loss, self.trainable, self.optimizer)
-        if best.best_eval_loss is not None and loss >= best.best_eval_loss:
-            best.evaluations_without_gain += 1
-        else:
-            best.best_eval_loss, best.best_step, best.evaluations_without_gain = loss, step, 0
+        if best.best_eval_loss is None or loss < best.best_eval_loss:
+            best.best_eval_loss, best.best_step = loss, step
             if self.args.early_stopping_patience:
                 best.best = {name: p.data.copy() for name, p in self.trainable.items()}
                 best.best_callbacks = {name: array.copy() for name, array in self._callbacks.state_dict().items()}
