@@ -20,7 +20,9 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, wraps
 from types import NoneType, UnionType
-from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
+
+C = TypeVar("C")
 
 
 def option(
@@ -47,7 +49,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# To type checkers a field is a plain default: they would read a field specifier's by the keyword `default` alone.
+@overload
+def configuration(cls: type[C]) -> type[C]: ...
+
+
+@overload
+def configuration(*, frozen: bool = False, kw_only: bool = False) -> Callable[[type[C]], type[C]]: ...
+
+
+# To type checkers an option is a plain default: of a field specifier they would read the keyword `default` alone.
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def configuration(cls: type | None = None, **arguments: Any) -> Any:
     """`dataclass(**arguments)`, whose docstring also lists the options, and whose values are checked (ValueError).
