@@ -96,7 +96,7 @@ del base
 model, tokenizer = mp.load_base()
 houlsby = mp.BottleneckConfig(placement="houlsby", bottleneck_size=16)
 adapted = mp.get_peft_model(model, houlsby)
-print("\n".join(line[:110] for line in adapted.tree().splitlines()[:16]))
+print("\n".join(line[:110] for line in repr(adapted).splitlines()[:17]))
 adapted.print_trainable_parameters()
 
 # %% [markdown]

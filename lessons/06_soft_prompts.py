@@ -198,7 +198,7 @@ assert size["a token"] < 0.5
 
 # %%
 budget = model.config.max_position_embeddings
-print(soft.tree().splitlines()[1].strip())
+print(repr(soft).splitlines()[1].strip())
 longest = np.zeros((1, budget - 20), int)
 assert soft(longest).shape[1] == budget - 20
 try:

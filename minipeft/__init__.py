@@ -26,26 +26,38 @@ Words that mean one thing everywhere:
     code book           the values that the codes of quantized numbers stand for
 """
 
+from typing import TYPE_CHECKING
+
 from .lazy import lazy
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "autograd.tensor": "Tensor no_grad AutogradError",
-    "autograd.gradcheck": "gradcheck GradcheckError",
-    "nn.transformer": "Transformer TransformerConfig KVCache",
-    "nn.heads": "SequenceClassifier ValueModel head_only",
-    "train.trainer": "Trainer TrainingArguments",
-    "hub.pretrained": "from_pretrained save_pretrained",
-    "hub.base": "load_base",
-    "evaluation.answers": "ask",
-    "peft": "get_peft_model PeftModel assert_learning LoraConfig AdaLoraConfig VeraConfig IA3Config LNTuningConfig "
-    "LoHaConfig LoKrConfig OFTConfig BitFitConfig BottleneckConfig PromptTuningConfig PrefixTuningConfig PromptEncoderConfig",
-}
-_MODULES = {"functional": "autograd.ops", "optim": "train.optim"} | {
-    name: name
-    for name in ("backend", "files", "nn", "quant", "peft", "train", "text", "hub", "evaluation", "rlhf", "accounting")
-}
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from . import (
+        backend as backend, files as files, autograd as autograd, nn as nn, quant as quant, peft as peft,
+        train as train, text as text, hub as hub, evaluation as evaluation, rlhf as rlhf,
+        accounting as accounting,
+    )  # fmt: skip
+    from .autograd import ops as functional
+    from .train import optim as optim
+    from .autograd.tensor import Tensor as Tensor, no_grad as no_grad, AutogradError as AutogradError
+    from .autograd.gradcheck import gradcheck as gradcheck, GradcheckError as GradcheckError
+    from .nn.transformer import Transformer as Transformer, TransformerConfig as TransformerConfig, KVCache as KVCache
+    from .nn.heads import SequenceClassifier as SequenceClassifier, ValueModel as ValueModel, head_only as head_only
+    from .nn.why import why_unmoved as why_unmoved
+    from .train.trainer import Trainer as Trainer, TrainingArguments as TrainingArguments
+    from .hub.pretrained import from_pretrained as from_pretrained, save_pretrained as save_pretrained
+    from .hub.base import load_base as load_base
+    from .evaluation.answers import ask as ask
+    from .peft import (
+        get_peft_model as get_peft_model, PeftModel as PeftModel, assert_learning as assert_learning,
+        LoraConfig as LoraConfig, AdaLoraConfig as AdaLoraConfig, VeraConfig as VeraConfig, IA3Config as IA3Config,
+        LoHaConfig as LoHaConfig, LoKrConfig as LoKrConfig, OFTConfig as OFTConfig, LNTuningConfig as LNTuningConfig,
+        BitFitConfig as BitFitConfig, BottleneckConfig as BottleneckConfig,
+        PromptTuningConfig as PromptTuningConfig, PrefixTuningConfig as PrefixTuningConfig,
+        PromptEncoderConfig as PromptEncoderConfig,
+    )  # fmt: skip
 
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES, _MODULES)
-__all__ += ["__version__"]
+    __all__ = ["functional"]  # to type checkers, a name that is not the module's own is private unless listed
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import numbers
 import sys
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import NoneType, UnionType
-from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
+
+C = TypeVar("C")
 
 
 def option(
@@ -46,11 +49,21 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass_transform(field_specifiers=(option, dataclasses.field))
+@overload
+def configuration(cls: type[C]) -> type[C]: ...
+
+
+@overload
+def configuration(*, frozen: bool = False, kw_only: bool = False) -> Callable[[type[C]], type[C]]: ...
+
+
+# To type checkers an option is a plain default: of a field specifier they would read the keyword `default` alone.
+@dataclass_transform(field_specifiers=(dataclasses.field,))
 def configuration(cls: type | None = None, **arguments: Any) -> Any:
     """`dataclass(**arguments)`, whose docstring also lists the options, and whose values are checked (ValueError).
 
-    A class that has a `__post_init__` calls `check(self)` there itself, or its parent's that does.
+    A class that has a `__post_init__` calls `check(self)` there itself, or its parent's that does. TypeError for an
+    option that the class does not have, with the nearest ones that it has.
     """
     if cls is None:
         return lambda cls: configuration(cls, **arguments)
@@ -58,7 +71,28 @@ def configuration(cls: type | None = None, **arguments: Any) -> Any:
         cls.__post_init__ = check
     cls = dataclasses.dataclass(**arguments)(cls)
     cls.__doc__ = f"{(cls.__doc__ or cls.__name__).rstrip()}\n\n    Options:\n{_table(cls)}"
+    cls.__init__ = _naming_neighbors(cls)
     return cls
+
+
+def _naming_neighbors(cls: type) -> Callable[..., None]:
+    """The class's `__init__`, which says of an unknown option what may have been meant."""
+    init, names = cls.__init__, {f.name: f.name for f in dataclasses.fields(cls) if f.init}
+    flags = {f.metadata["flag"].strip("-"): f.name for f in _options(cls) if f.init and f.metadata["flag"]}
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in names:
+                known = {**flags, **names}
+                near = [known[n] for n in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+                raise TypeError(
+                    f"{cls.__name__} has no option {name!r}; "
+                    + (f"nearest: {', '.join(dict.fromkeys(near))}" if near else f"it has {', '.join(names)}")
+                )
+        init(self, *args, **options)
+
+    return __init__
 
 
 def check(config: Any, error: type[Exception] = ValueError) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,8 +25,13 @@ def test_import_loads_numpy_and_little_else():
 def test_every_public_name_exists():
     import minipeft
 
-    for name in minipeft.__all__:
-        assert getattr(minipeft, name) is not None
+    for package in (minipeft, *(getattr(minipeft, n) for n in "accounting evaluation hub nn peft rlhf text train".split())):
+        assert package.__all__
+        for name in package.__all__:
+            assert getattr(package, name) is not None and name in dir(package)
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            _ = package.nothing
+    assert minipeft.functional is minipeft.autograd.ops and minipeft.train.schedule.SCHEDULES
 
 
 def test_numeric_layers_name_no_array_library():

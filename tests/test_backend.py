@@ -116,7 +116,7 @@ def test_importing_the_package_loads_nothing_heavy():
 LORA = """
 net = mp.nn.Sequential(mp.nn.Linear(4, 4))
 model = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=["0"]))
-model.get_nb_trainable_parameters(), model.merge_and_unload(), model.tree()
+model.get_nb_trainable_parameters(), model.merge_and_unload(), repr(model)
 """
 
 

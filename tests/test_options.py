@@ -55,6 +55,29 @@ def test_a_wrong_value_is_named_with_what_would_be_right(given, sentence):
     assert str(error.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"learning_rat": 1}, "Settings has no option 'learning_rat'; nearest: learning_rate"),
+        ({"lr": 1}, "Settings has no option 'lr'; nearest: learning_rate"),  # by its flag
+        ({"xyz": 1}, "Settings has no option 'xyz'; it has learning_rate, max_steps, target_modules, init, packing"),
+    ],
+)
+def test_a_misspelled_option_is_named_with_the_nearest(given, sentence):
+    with pytest.raises(TypeError) as error:
+        Settings(**given)
+    assert str(error.value).startswith(sentence)
+
+
+def test_the_methods_own_options_are_suggested():
+    for name, nearest in {"rr": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_module": "target_modules"}.items():
+        with pytest.raises(TypeError, match=f"LoraConfig has no option '{name}'; nearest: {nearest}(,|$)"):
+            minipeft.LoraConfig(**{name: 1})
+    with pytest.raises(TypeError, match="TransformerConfig has no option 'vocab'; nearest: vocab_size"):
+        minipeft.TransformerConfig.llama(vocab=3)
+    assert next(iter(inspect.signature(minipeft.LoraConfig).parameters)) == "r"
+
+
 def test_numpy_scalars_become_python_numbers():
     made = Settings(max_steps=np.int64(3), learning_rate=np.float32(0.5))
     assert type(made.max_steps) is int and type(made.learning_rate) is float

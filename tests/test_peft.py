@@ -751,9 +751,9 @@ def test_a_parameter_that_never_moved_is_named():
 
 
 def test_the_tree_shows_what_was_put_where():
-    text = mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["q_proj"])).tree()
-    assert "0..1: LlamaBlock" in text
-    line = "q_proj: Linear(weight [16, 16]) + default: LoraLinear(lora_A [2, 16], lora_B [16, 2])"
+    text = repr(mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["q_proj"])))
+    assert "(0-1): 2 x LlamaBlock(" in text
+    line = "(q_proj): Linear(weight [16, 16]) + default: LoraLinear(lora_A [2, 16], lora_B [16, 2])"
     assert [x.strip() for x in text.splitlines() if "+" in x] == [line]
 
 

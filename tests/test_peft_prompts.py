@@ -209,7 +209,7 @@ def test_the_same_seed_gives_the_same_start():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_positions_that_are_left(method):
     prompted = adapted("gpt2", method)
-    assert f"{P} virtual tokens in front of the input, which leave {LIMIT - P} of {LIMIT} positions" in prompted.tree()
+    assert f"{P} virtual tokens in front of the input, which leave {LIMIT - P} of {LIMIT} positions" in repr(prompted)
     full = np.zeros((1, LIMIT - P), int)
     assert prompted(full).shape[1] == LIMIT - P
     longer = np.zeros((1, LIMIT - P + 1), int)

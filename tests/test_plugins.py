@@ -57,7 +57,7 @@ def test_the_readmes_method_has_thirty_lines_and_is_known_in_python(plugin, tmp_
     train(adapted)
     mp.assert_learning(adapted)
     close(logits(adapted.merge_and_unload()), logits(adapted))
-    assert "Hadamard(hada_w1_a [16, 2]" in adapted.tree()
+    assert "Hadamard(hada_w1_a [16, 2]" in repr(adapted)
     counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), config)
     assert counted.trainable == adapted.get_nb_trainable_parameters()[0]
     adapted.save_pretrained(tmp_path / "saved")
@@ -107,7 +107,7 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
         ("x = 1", "--plugin mine registers no method: put @minipeft.peft.register before"),
         (EXAMPLE.replace("MY_LOHA", "LOHA"), "the peft_type 'LOHA' is taken, by LoHaConfig; choose another"),
         (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),
-        (EXAMPLE.replace("title=", "rank=3, title="), "unexpected keyword argument 'rank'"),
+        (EXAMPLE.replace("title=", "rank=3, title="), "register: HadamardConfig has no option 'rank'; it has target_modules"),
         (EXAMPLE.replace("r={r}", "r={rank}"), "HadamardConfig has no such option: 'rank'"),
     ],
 )

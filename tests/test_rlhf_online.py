@@ -17,7 +17,7 @@ from minipeft import rlhf
 from minipeft.backend import to_numpy
 from minipeft.rlhf import online
 from minipeft.text.examples import Example, PreferencePair
-from minipeft.train.callbacks import Callback
+from minipeft.train.callbacks import Callback, Log
 from minipeft.train.checkpoint import CheckpointError
 
 EOS, LIKED = 1, 7
@@ -414,7 +414,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(method, tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        trainer(method, output_dir=tmp_path / "halves", **options).train(on_step=stop)
+        trainer(method, output_dir=tmp_path / "halves", **options).train(callbacks=[Log(stop)])
     again = trainer(method, output_dir=tmp_path / "halves", **options)
     assert again.train(resume_from_checkpoint=True) == whole.history
     for name, p in whole.trainable.items():

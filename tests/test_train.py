@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -336,7 +337,7 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
     assert set(lines[0]) == set("step epoch loss learning_rate grad_norm tokens seconds tokens_per_second".split())
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["loss.png", "metrics.jsonl"]
-    assert capsys.readouterr() == ("", ""), "nothing is printed where stderr is not a terminal"
+    assert capsys.readouterr() == ("", ""), "nothing is printed by a run that is short"
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -349,6 +350,18 @@ def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng, progress):
     train(tiny_model(), counting(8, rng), max_steps=3, progress=progress)
     shown = terminal.getvalue()
     assert all(text in shown for text in ("step 3/3", "loss 3.", "tokens/s", "left")) if progress else shown == ""
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch, capsys, rng, progress):
+    seconds = iter(range(0, 1000, 4))  # a step takes four
+    monkeypatch.setattr("minipeft.train.progress.monotonic", lambda: next(seconds))
+    train(tiny_model(), counting(8, rng), max_steps=7, progress=progress)
+    out, shown = capsys.readouterr()
+    assert out == ""
+    lines = [re.sub(r"loss 3\.\d\d\d  [\d,]+ tokens/s", "...", line) for line in shown.splitlines()]
+    wanted = ["step 3/7  ...  4.00 s/step  0:00:16 left", "step 6/7  ...  4.00 s/step  0:00:04 left"]
+    assert lines == (wanted if progress else [])
 
 
 def test_numbers_of_numpy_are_numbers_and_a_norm_of_zero_clips_nothing(rng, tmp_path):

@@ -4,16 +4,17 @@ A public name is imported when it is first used: counting parameters loads neith
 ledger loads what its own step runs.
 """
 
+from typing import TYPE_CHECKING
+
 from ..lazy import lazy
 
-_HOMES = {
-    "architectures": "Architecture architecture",
-    "parameters": "ParameterCount count_parameters",
-    "precision": "Precision",
-    "memory": "MemoryLedger measure_peak memory_ledger",
-    "shapes": "rule",
-    "ppo": "ppo_ledger",
-    "published": "audit read_published",
-}
-
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from .architectures import Architecture as Architecture, architecture as architecture
+    from .parameters import ParameterCount as ParameterCount, count_parameters as count_parameters
+    from .precision import Precision as Precision
+    from .memory import MemoryLedger as MemoryLedger, measure_peak as measure_peak, memory_ledger as memory_ledger
+    from .shapes import rule as rule
+    from .ppo import ppo_ledger as ppo_ledger
+    from .published import audit as audit, read_published as read_published
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

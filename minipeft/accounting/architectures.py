@@ -43,10 +43,10 @@ class Architecture(Mapping[str, Shape]):
 
     name: str
     model_type: str  # Hugging Face's
-    shapes: Mapping[str, Shape]
-    kinds: Mapping[str, str]
-    tied: Mapping[str, str] = field(default_factory=dict)  # a second name of a parameter -> its first
-    config: TransformerConfig | None = None  # for the families that this package builds
+    shapes: Mapping[str, Shape] = field(repr=False)
+    kinds: Mapping[str, str] = field(repr=False)
+    tied: Mapping[str, str] = field(default_factory=dict, repr=False)  # a second name of a parameter -> its first
+    config: TransformerConfig | None = field(default=None, repr=False)  # for the families that this package builds
     dimensions: Mapping[str, int] = field(default_factory=dict)  # by the names of TransformerConfig, for all families
 
     def __getitem__(self, name: str) -> Shape:

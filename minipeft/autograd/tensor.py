@@ -29,15 +29,20 @@ import functools
 import inspect
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
 from ..backend import Array, is_array, to_numpy, xp_of
 
+if TYPE_CHECKING:
+    from .graph import Graph
+
+P = ParamSpec("P")
 REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
 
@@ -116,7 +121,7 @@ class Slice:
             total[self.index] += self.value
 
 
-def op(definition: Callable) -> Callable:
+def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
     """Turn `definition(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors.
 
     It is registered by its name. `op.definition` stays callable on plain arrays; `op.forms` are what computes, by array
@@ -213,7 +218,7 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return g.sum(axis=axes, keepdims=True) if axes else g
 
 
-def _sorted(root: Node) -> list[Node]:
+def nodes_below(root: Node) -> list[Node]:
     """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack."""
     order: list[Node] = []
     seen: set[int] = {id(root)}
@@ -246,7 +251,7 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
 
     `gradient` has the shape of root's value. Raises AutogradError for a graph that an earlier walk has freed.
     """
-    order = _sorted(root)
+    order = nodes_below(root)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)
     while order:
         node = order.pop()  # every node that it feeds has run: its gradient is complete
@@ -385,6 +390,28 @@ class Tensor:
         """The same array without the graph."""
         return Tensor(self.data)
 
+    def graph(self, names: Any = None) -> Graph:
+        """The ops below this tensor, to print or `.plot(path)`; `names` is a model, or {name: leaf}; see `autograd.graph`."""
+        from .graph import Graph
+
+        return Graph(self, names)
+
+    def retain_grad(self) -> None:
+        """Let `backward` leave dL/d(this) in `.grad`, although an op made this tensor; a leaf has it in any case.
+
+        Departure from PyTorch: only what is computed from the tensor after this call counts.
+        """
+        if self._node is None or self._node.op == "retain_grad":
+            return
+        reference = weakref.ref(self)  # the graph must not hold what holds the graph
+
+        def keep(g: Array) -> Array:
+            if (tensor := reference()) is not None:
+                _accumulate(tensor, g, False)
+            return g
+
+        self._node = Node("retain_grad", [(self._node, keep, self.shape, self.dtype)])
+
     def backward(self, grad: Any = None) -> None:
         """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires gradients; free the graph.
 
@@ -408,6 +435,20 @@ class Tensor:
             _accumulate(self, grad, False)
         else:
             pull_back(self._node, grad, _accumulate)
+
+    if TYPE_CHECKING:  # `ops` defines them
+
+        def __add__(self, other: Any) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
+        def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor: ...
+        def reshape(self, *shape: Any) -> Tensor: ...
+        def to(self, dtype: Any) -> Tensor: ...
+
+        __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
+        __matmul__ = __rmatmul__ = __pow__ = __getitem__ = __add__
+        exp = log = sqrt = tanh = abs = __neg__
+        mean = max = sum
+        transpose = swapaxes = reshape
 
     # Comparisons give plain boolean arrays: there is nothing to differentiate. Sets and dictionaries go by identity;
     # so must a search in a list (`any(x is t for x in tensors)`), where `in` would ask for the truth of an array.

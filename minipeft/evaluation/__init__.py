@@ -7,14 +7,17 @@ cloze.py      general items, from held-out text  intervals.py  95 % intervals of
 A public name is imported when it is first used.
 """
 
+from typing import TYPE_CHECKING
+
 from ..lazy import lazy
 
-_HOMES = {
-    "answers": "answer_turns ask asked_turns stop_tokens",
-    "cloze": "general_cloze",
-    "config": "GenerationConfig",
-    "intervals": "Estimate mean share",
-    "scores": "Evaluation evaluate",
-}
-
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from .answers import (
+        answer_turns as answer_turns, ask as ask, asked_turns as asked_turns, stop_tokens as stop_tokens,
+    )  # fmt: skip
+    from .cloze import general_cloze as general_cloze
+    from .config import GenerationConfig as GenerationConfig
+    from .intervals import Estimate as Estimate, mean as mean, share as share
+    from .scores import Evaluation as Evaluation, evaluate as evaluate
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -1,9 +1,18 @@
 """Layers and the transformer, with PyTorch's names."""
 
-from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
-from .module import Module, ModuleList, Parameter, Sequential
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Conv1D", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "ModuleList", "Parameter", "RMSNorm",
-    "Sequential",
-]  # fmt: skip
+from ..lazy import lazy
+
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from . import generation as generation, heads as heads, transformer as transformer
+    from .layers import (
+        Conv1D as Conv1D, Dropout as Dropout, Embedding as Embedding, LayerNorm as LayerNorm, Linear as Linear,
+        RMSNorm as RMSNorm,
+    )  # fmt: skip
+    from .module import (
+        Module as Module, ModuleList as ModuleList, Parameter as Parameter, Sequential as Sequential,
+    )  # fmt: skip
+    from .watch import gradient_norms as gradient_norms
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,6 +50,28 @@ class Module:
         cls.__call__ = cls.forward
 
     # ------------------------------------------------------------------------------------------------- the tree
+
+    def extra_repr(self) -> str:
+        """What `repr` says of this module beside its submodules: its own parameters, or the numbers of one without."""
+        own = [f"{name} {shape_and_dtype(p)}" for name, p in self.__dict__.items() if isinstance(p, Parameter)]
+        leaf = next(self.children(), None) is None
+        numbers = [f"{n}={v!r}" for n, v in self.__dict__.items() if leaf and n[0] != "_" and type(v) in (int, float)]
+        return ", ".join(own + numbers)
+
+    def __repr__(self) -> str:
+        """The tree, as PyTorch writes it; of a list, equal modules in a row once."""
+        text = self.extra_repr()
+        children = [(name, getattr(child, "__name__", None) or repr(child)) for name, child in self._shown()]
+        lines = [text] if text and children else []
+        for _, equal in groupby(children, key=lambda child: child[isinstance(self, ModuleList) :]):
+            (first, below), *others = equal
+            names = f"({first}-{others[-1][0]}): {len(others) + 1} x " if others else f"({first}): "
+            lines.append(names + below)
+        inside = "".join("\n" + line for line in lines).replace("\n", "\n  ") + "\n" if lines else text
+        return f"{type(self).__name__}({inside})"
+
+    def _shown(self) -> Iterator[tuple[str, Any]]:
+        return self.children()
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """(name, module) of the direct submodules."""
@@ -110,9 +134,15 @@ class Module:
     def _set_child(self, name: str, module: Module) -> None:
         setattr(self, name, module)
 
+    def watch(self, pattern: str = "*") -> AbstractContextManager[dict[str, Any]]:
+        """Inside `with model.watch("*.mlp") as seen:` what these modules give, and its gradient; see `nn.watch`."""
+        from .watch import watch
+
+        return watch(self, pattern)
+
     # --------------------------------------------------------------------------------------------------- copies
 
-    def copy(self, share: bool = False) -> Any:
+    def copy(self, share: bool = False) -> Self:
         """A new tree of modules with new Parameter objects (ties preserved).
 
         `share=False`: an independent model, every array copied. `share=True`: the arrays are the same objects, which is
@@ -120,7 +150,7 @@ class Module:
         """
         return _copied(self, {}, share)
 
-    def to(self, xp: ModuleType | str) -> Any:
+    def to(self, xp: ModuleType | str) -> Self:
         """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self.
 
         Raises as `get_backend`.
@@ -133,7 +163,7 @@ class Module:
 
     # ---------------------------------------------------------------------------------------------------- values
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set `requires_grad` of every parameter that can be trained (of a quantized layer, the bias); returns self."""
         for value in self.__dict__.values():
             if isinstance(value, Parameter):
@@ -172,6 +202,11 @@ class Module:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
         for p, path in given.items():
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)
+
+
+def shape_and_dtype(p: Parameter) -> str:
+    """A parameter's shape, such as [16, 8], and its dtype where that is not float32."""
+    return f"{list(p.shape)}" + ("" if p.dtype == np.float32 else f" {p.dtype}")
 
 
 def some(names: list[str]) -> str:
@@ -230,6 +265,9 @@ class Sequential(ModuleList):
 
     def __init__(self, *modules: Module | Callable[[Tensor], Tensor]):
         super().__init__(modules)
+
+    def _shown(self) -> Iterator[tuple[str, Any]]:
+        return ((str(i), item) for i, item in enumerate(self._items))
 
     def forward(self, x: Tensor) -> Tensor:
         """x through every module in turn; its shape is what the last one gives."""

@@ -159,6 +159,9 @@ class KVCache:
         for layer, (k, v) in enumerate(past_key_values):
             self.append(layer, k.data if isinstance(k, Tensor) else k, v.data if isinstance(v, Tensor) else v)
 
+    def __repr__(self) -> str:
+        return f"KVCache({len(self._buffers)} layers, {len(self)} positions)"
+
     def __len__(self) -> int:
         return self._lengths[0] if self._lengths else 0
 
@@ -208,6 +211,24 @@ def past_length(past: KVCache | Sequence[KeyValue] | None) -> int:
     return 0 if past is None else len(past) if isinstance(past, KVCache) else past[0][0].shape[2] if past else 0
 
 
+def attend(q: Tensor, k: Any, v: Any, context: Context, layer: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v over the keys that a query may see: q [B, H, T, D], k and v [B, kv, S, D].
+
+    Where the attentions are asked for, by the plain definition, which has them: P [B, H, T, S].
+    """
+    if context.attentions is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=True)
+    (B, H, T, D), (kv, S), xp = q.shape, k.shape[1:3], xp_of(q.data)
+    visible = xp.arange(S) <= xp.arange(S - T, S)[:, None]  # [T, S]
+    visible = visible if context.mask is None else visible & context.mask
+    scores = q.reshape(B, kv, H // kv, T, D) @ k[:, :, None].swapaxes(-1, -2) / math.sqrt(D)  # [B, kv, H/kv, T, S]
+    scores = F.where(visible, scores.reshape(B, H, T, S), float(xp.finfo(q.dtype).min))
+    P = F.softmax(scores) * visible  # zeros where a query may see nothing
+    P.retain_grad()
+    context.attentions[layer : layer + 1] = [P]  # a checkpointed layer comes twice, the second time with its graph
+    return (P.reshape(B, kv, H // kv, T, S) @ v[:, :, None]).reshape(B, H, T, v.shape[3])
+
+
 @dataclass
 class Context:
     """What every block of one forward pass gets beside its input."""
@@ -215,6 +236,7 @@ class Context:
     mask: Array | None  # boolean, broadcastable to [B, 1, T, S]; None where causality says everything
     rotation: tuple[Array, Array] | None  # cos and sin [B or 1, T, head_dim/2] of the positions (llama)
     past: KVCache | Sequence[KeyValue] | None
+    attentions: list[Tensor] | None = None  # of the layers so far; None where nobody asks
 
 
 # ----------------------------------------------------------------------------------------------------- llama dialect
@@ -242,7 +264,7 @@ class LlamaAttention(Module):
         q = F.rope(heads(self.q_proj(x, rng)), *context.rotation)
         k = F.rope(heads(self.k_proj(x, rng)), *context.rotation)
         k, v = _extend(k, heads(self.v_proj(x, rng)), context.past, layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=True)
+        y = attend(q, k, v, context, layer)
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, y.shape[1] * self.head_dim), rng)
 
 
@@ -291,11 +313,11 @@ class GPT2Attention(Module):
         """x [B, T, d] -> [B, T, d]."""
         B, T, d = x.shape
         qkv = self.c_attn(x, rng)  # [B, T, 3d]
-        if context.past is None:
+        if context.past is None and context.attentions is None:
             return self.c_proj(F.packed_attention(qkv, self.num_heads, attn_mask=context.mask), rng)
         heads = qkv.reshape(B, T, 3, self.num_heads, d // self.num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
         k, v = _extend(heads[1], heads[2], context.past, layer)
-        y = F.scaled_dot_product_attention(heads[0], k, v, attn_mask=context.mask, is_causal=True)
+        y = attend(heads[0], k, v, context, layer)
         return self.c_proj(y.swapaxes(1, 2).reshape(B, T, d), rng)
 
 
@@ -350,8 +372,12 @@ class Backbone(Module):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | Sequence[KeyValue] | None = None,
         rng: Rng | int | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [B, T, d]. Arguments and errors are those of `Transformer.forward`."""
+        """Hidden states after the final norm, [B, T, d]. Arguments and errors are those of `Transformer.forward`.
+
+        A list that is given as `attentions` is filled with each layer's, [B, H, T, past + T].
+        """
         c, rng = self.config, as_rng(rng)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -374,7 +400,9 @@ class Backbone(Module):
         x, rotation = self._positions(x, positions)
         if c.dropout and rng is not None:
             x = F.dropout(x, c.dropout, rng.at(c.num_hidden_layers))
-        context = Context(mask, rotation, past_key_values)
+        if attentions is not None:
+            attentions.clear()
+        context = Context(mask, rotation, past_key_values, attentions)
         for i, block in enumerate(self.blocks):
             layer_rng = rng and rng.at(i)
             if self.gradient_checkpointing and is_grad_enabled() and not isinstance(past_key_values, KVCache):
@@ -528,7 +556,8 @@ class Transformer(BackboneModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | Sequence[KeyValue] | None = None,
         rng: Rng | int | None = None,
-    ) -> Tensor:
+        output_attentions: bool = False,
+    ) -> Any:
         """Logits [B, T, vocab_size].
 
         Args:
@@ -538,13 +567,17 @@ class Transformer(BackboneModel):
             position_ids: [B, T]; by default they count the unmasked positions.
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
             rng: a seed or `Rng`; dropout acts only when it is given.
+            output_attentions: True gives (logits, attentions), where attentions[layer] [B, H, T, past + T] is how
+                much each query reads of each key, a Tensor whose `.grad` a backward pass fills. They are computed by
+                the plain definition, which is slower. `loss` takes a list in place of it, to be filled: `attentions=`.
 
         Raises IndexError for ids out of range, TypeError for what is no integer array, and ValueError for shapes that
         do not fit or a sequence longer than `max_position_embeddings`.
         """
-        return self.lm_head(
-            self.backbone(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng), as_rng(rng)
-        )
+        given = input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, rng
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        logits = self.lm_head(self.backbone(*given, attentions), as_rng(rng))
+        return (logits, attentions) if output_attentions else logits
 
     def loss(self, input_ids: Array, labels: Array, **arguments: Any) -> Tensor:
         """Mean next-token cross-entropy, in nats: position t predicts labels[:, t + 1]; labels of -100 do not count.

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng, xp_of
-from ..nn.module import Module, Parameter
+from ..nn.module import Module, Parameter, shape_and_dtype
 from .config import PeftError, Seed, Shape
 from .mixed import Rows, Selection, mixed
 from .weights import placement, zeros
@@ -74,6 +74,10 @@ class AdaptedLayer(Module):
             raise AttributeError(name)
         return getattr(self.base_layer, name)
 
+    def __repr__(self) -> str:
+        """Linear(weight [16, 16]) + default: LoraLinear(lora_A [2, 16], lora_B [16, 2])"""
+        return " + ".join([repr(self.base_layer), *(f"{name}: {part!r}" for name, part in self.adapters.items())])
+
     def children(self) -> Iterator[tuple[str, Module]]:
         """The base layer, then each adapter under its name."""
         yield "base_layer", self.base_layer
@@ -121,6 +125,10 @@ class Adapter(Module):
     def trained(self) -> dict[str, Parameter]:
         """{path: parameter} of what is trained."""
         return {path: p for path, p in self.named_parameters() if path.partition(".")[0] not in self.frozen}
+
+    def __repr__(self) -> str:
+        trained = ", ".join(f"{key} {shape_and_dtype(p)}" for key, p in self.trained().items())
+        return f"{type(self).__name__}({trained})"
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Set `requires_grad` of what is trained; returns self."""

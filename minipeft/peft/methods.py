@@ -178,7 +178,9 @@ def register(cls: Any = None, *, name: str | None = None, title: str | None = No
     name = kind.lower().replace("_", "-") if name is None else name
     try:
         (title or name).format(**vars(cls(**options)))
-    except (TypeError, KeyError) as error:
+    except TypeError as error:  # which names the class and the option
+        raise PeftError(f"register: {error}") from error
+    except KeyError as error:
         raise PeftError(f"register: {cls.__name__} has no such option: {error}") from error
     before = PEFT_TYPES.get(kind)
     again = getattr(before, "__module__", "") == cls.__module__ and before.__qualname__ == cls.__qualname__

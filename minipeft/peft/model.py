@@ -66,6 +66,15 @@ class PeftModel(Module):
         self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name, config.inference_mode)
 
+    def __repr__(self) -> str:
+        """The module tree, with what was put where."""
+        lines = [f"(base_model): {self.base_model!r}"]
+        for name, prompt in self.prompts.items():
+            limit = self.base_model.config.max_position_embeddings
+            left = f"which leave {limit - prompt.length} of {limit} positions"
+            lines.insert(0, f"+ {name}: {prompt!r}: {prompt.length} virtual tokens in front of the input, {left}")
+        return f"{type(self).__name__}(\n{chr(10).join(lines)}".replace("\n", "\n  ") + "\n)"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_model" not in self.__dict__:
             raise AttributeError(name)
@@ -97,8 +106,10 @@ class PeftModel(Module):
             prompt = self._prompt()
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
-            hidden, length, rng = self._behind(prompt, *inputs, **arguments)
-            return self.base_model.lm_head(hidden[:, -length:], rng)
+            attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
+            hidden, length, rng = self._behind(prompt, *inputs, **arguments, attentions=attentions)
+            logits = self.base_model.lm_head(hidden[:, -length:], rng)
+            return logits if attentions is None else (logits, attentions)
 
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
@@ -341,12 +352,6 @@ class PeftModel(Module):
         percent = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
-    def tree(self) -> str:
-        """The module tree as text, repeated layers once, with what was put where."""
-        from .tree import tree
-
-        return tree(self)
-
     def mark_start(self, adapter_name: str) -> None:
         """From here on `assert_learning` compares with the present values."""
         self._start[adapter_name] = {name: _digest(p) for name, p in self._trained(adapter_name)}
@@ -414,6 +419,7 @@ def assert_learning(model: PeftModel) -> None:
     """Check, after some steps of training, that every trainable adapter parameter has moved.
 
     Raises AssertionError naming those that are still what they were: their gradient was zero or never reached them.
+    `mp.why_unmoved(model, loss)` says where it ends.
     """
     unmoved = model.unmoved()
     if unmoved:

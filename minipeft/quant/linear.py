@@ -98,6 +98,10 @@ class Linear4bit(Module):
     in_features = property(lambda self: self.quant_state.shape[1])
     out_features = property(lambda self: self.quant_state.shape[0])
 
+    def extra_repr(self) -> str:
+        s, bias = self.quant_state, "" if self.bias is None else f", bias {list(self.bias.shape)}"
+        return f"weight {list(s.shape)} in {s.quant_type}, blocks of {s.blocksize}{bias}"
+
     def requires_grad_(self, requires_grad: bool = True) -> Linear4bit:
         """Set `requires_grad` of the bias: codes and their scales have no gradient. Returns self."""
         if self.bias is not None:

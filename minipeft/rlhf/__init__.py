@@ -12,24 +12,50 @@ statistics.py  what an update reports                 curves.py    pictures of a
 A public name is imported when it is first used.
 """
 
+from typing import TYPE_CHECKING
+
 from ..lazy import lazy
 
-_HOMES = {
-    "advantages": "gae masked_mean shaped_rewards whiten",
-    "answers": "preference_pairs rankings sample_answers",
-    "config": "DPOConfig GroupConfig OnlineConfig PPOConfig RewardConfig",
-    "curves": "plot_calibration plot_run",
-    "dpo": "dpo_loss dpo_trainer implicit_rewards with_reference",
-    "gold": "gold_reward rank vader",
-    "group": "GRPOTrainer RLOOTrainer grpo_advantages grpo_loss k3 rloo_advantages rloo_loss",
-    "logprobs": "Outputs entropy frozen_copy response_logprobs sequence_logprobs token_logprobs",
-    "online": "OnlineTrainer RewardFunction learned_reward missing_eos",
-    "openings": "sentence_openings",
-    "ppo": "KLController PPOTrainer policy_loss value_loss",
-    "ratings": "human_preferences human_ratings",
-    "reward": "Ranking RewardModel calibration_curve collate_rankings ranking_pairs reward_accuracy reward_loss",
-    "rollouts": "Rollout distinct_n rollout truncate_response",
-    "statistics": "RLHFError check_first_minibatch clip_fraction",
-}
-
-__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from .advantages import gae as gae, masked_mean as masked_mean, shaped_rewards as shaped_rewards, whiten as whiten
+    from .answers import preference_pairs as preference_pairs, rankings as rankings, sample_answers as sample_answers
+    from .config import (
+        DPOConfig as DPOConfig, GroupConfig as GroupConfig, OnlineConfig as OnlineConfig, PPOConfig as PPOConfig,
+        RewardConfig as RewardConfig,
+    )  # fmt: skip
+    from .curves import plot_calibration as plot_calibration, plot_run as plot_run
+    from .dpo import (
+        dpo_loss as dpo_loss, dpo_trainer as dpo_trainer, implicit_rewards as implicit_rewards,
+        with_reference as with_reference,
+    )  # fmt: skip
+    from .gold import gold_reward as gold_reward, rank as rank, vader as vader
+    from .group import (
+        GRPOTrainer as GRPOTrainer, RLOOTrainer as RLOOTrainer, grpo_advantages as grpo_advantages,
+        grpo_loss as grpo_loss, k3 as k3, rloo_advantages as rloo_advantages, rloo_loss as rloo_loss,
+    )  # fmt: skip
+    from .logprobs import (
+        Outputs as Outputs, entropy as entropy, frozen_copy as frozen_copy, response_logprobs as response_logprobs,
+        sequence_logprobs as sequence_logprobs, token_logprobs as token_logprobs,
+    )  # fmt: skip
+    from .online import (
+        OnlineTrainer as OnlineTrainer, RewardFunction as RewardFunction, learned_reward as learned_reward,
+        missing_eos as missing_eos,
+    )  # fmt: skip
+    from .openings import sentence_openings as sentence_openings
+    from .ppo import (
+        KLController as KLController, PPOTrainer as PPOTrainer, policy_loss as policy_loss, value_loss as value_loss,
+    )  # fmt: skip
+    from .ratings import human_preferences as human_preferences, human_ratings as human_ratings
+    from .reward import (
+        Ranking as Ranking, RewardModel as RewardModel, calibration_curve as calibration_curve,
+        collate_rankings as collate_rankings, ranking_pairs as ranking_pairs, reward_accuracy as reward_accuracy,
+        reward_loss as reward_loss,
+    )  # fmt: skip
+    from .rollouts import (
+        Rollout as Rollout, distinct_n as distinct_n, rollout as rollout, truncate_response as truncate_response,
+    )  # fmt: skip
+    from .statistics import (
+        RLHFError as RLHFError, check_first_minibatch as check_first_minibatch, clip_fraction as clip_fraction,
+    )  # fmt: skip
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)

@@ -124,6 +124,11 @@ class OnlineTrainer(ABC):
         self._callbacks = Callbacks(*self._modules)
         self.updates, self.history = 0, []
 
+    def __repr__(self) -> str:
+        trained = f"{sum(p.size for p in self.trainable.values()):,} trainable parameters"
+        done = f"{self.updates} of {self.config.steps} updates of {self.config.batch_size} responses"
+        return f"{type(self).__name__}({type(self.policy).__name__}, {trained}, {len(self.prompts):,} prompts, {done})"
+
     @abstractmethod
     def update(self) -> dict[str, Any]:
         """Sample, score and train once; the record of it (see statistics.py), but for its number and learning rate."""
@@ -259,12 +264,13 @@ class OnlineTrainer(ABC):
 
     def train(
         self, resume_from_checkpoint: bool | str | os.PathLike = False,
-        on_step: Callable[[dict[str, Any]], None] | None = None, callbacks: Iterable[Callback] = (),
+        callbacks: Iterable[Callback] = (),
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """All updates (or until stop_kl); returns their statistics. `on_step` is given each update's.
+        """All updates (or until stop_kl); returns their statistics.
 
         The `callbacks` (see `Callback`) come after the policy's own, and are called around every *optimizer step*,
-        which are numbered through the run; one that asks for the end ends the update, too.
+        which are numbered through the run, and at the record of each update; one that asks for the end in a step ends
+        the update, too.
 
         `resume_from_checkpoint=True` goes on from the last checkpoint in output_dir, of a run with the same policy,
         prompts and configuration; CheckpointError says otherwise. To resume, build the trainer from the policy that the
@@ -284,8 +290,6 @@ class OnlineTrainer(ABC):
             for number in run:
                 record = self.step()
                 run.record(record)
-                if on_step:
-                    on_step(record)
                 run.stopped = c.stop_kl is not None and record["objective/kl"] > c.stop_kl
                 equal = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
                 if len(equal) == c.max_equal_updates and all(equal) and number < c.steps:

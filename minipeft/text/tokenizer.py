@@ -110,6 +110,9 @@ class Tokenizer:
         write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
         write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
 
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, pad_token={self.pad_token!r})"
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, special tokens included."""

@@ -55,6 +55,15 @@ class Optimizer:
         for group in params if isinstance(params[0], dict) else [{"params": params}]:
             self.add_param_group(group)
 
+    def __repr__(self) -> str:
+        """AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01: 12 parameters), the groups side by side."""
+        groups = []
+        for group in self.param_groups:
+            values = {n: f"{v:g}" if isinstance(v, float) else repr(v) for n, v in group.items() if n in self.defaults}
+            options = ", ".join(f"{name}={value}" for name, value in values.items())
+            groups.append(f"{options}: {len(group['params'])} parameters")
+        return f"{type(self).__name__}({'; '.join(groups)})"
+
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add `{"params": ..., option: value, ...}`; options that are left out take the defaults."""
         unknown = sorted(set(group) - set(self.defaults) - {"params", "param_names"})

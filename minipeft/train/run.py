@@ -4,7 +4,7 @@
     with run.start(resume):                # puts everything where the checkpoint was, opens the metrics file
         for step in run:                   # numbers from 1; saves a checkpoint after a step where one is due
             record = ...                   # one step of the trainer: of the optimizer, or an update of PPO
-            run.record(record)             # a line of metrics.jsonl, and the progress bar
+            run.record(record)             # a line of metrics.jsonl, and the progress
             run.stopped |= ...             # ends the loop, after a last checkpoint
 
 Everything that a step does must depend on (seed, step) and on what a checkpoint holds alone: then a run that is resumed
@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..backend import asarray, is_array, to_numpy, xp_of
 from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
+from .progress import progress
 
 _SAVED = {"identity", "metrics_bytes", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
@@ -42,11 +42,11 @@ class Run:
             step: JSON values, and dictionaries of arrays, each of which becomes a file of the checkpoint; and
             `load_state(state)`, which takes that up.
         config: has output_dir, save_steps and save_total_limit: where checkpoints and metrics go, and how often; and
-            progress: whether there is a bar, on stderr, if that is a terminal.
+            progress: whether stderr says how far the run is.
         total_steps: the number of steps of the whole run.
         callbacks: their state is saved, and one that has asked for the end ends the run.
-        show: format strings of the fields of a record that the progress bar shows, such as {"loss": "loss {:.3f}"}.
-        unit: what the progress bar calls a step.
+        show: format strings of the fields of a record that the progress shows, such as {"loss": "loss {:.3f}"}.
+        unit: what the progress calls a step.
 
     `step` is the number of steps done, `history` the records so far.
     """
@@ -85,7 +85,7 @@ class Run:
         self._metrics = Metrics(directory and directory / "metrics.jsonl", position)
         self.history = self._metrics.history
         try:
-            with progress_bar(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
+            with progress(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
                 yield
         finally:
             self._metrics.close()
@@ -100,8 +100,9 @@ class Run:
                 self.save()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Add a record to the history and the metrics file, and show it if it has what is shown."""
+        """Add a record to the history and the metrics file, show it if it has what is shown, and tell the callbacks."""
         self._metrics.write(record)
+        self.callbacks.on_record(record)
         if self._show.keys() <= record.keys():
             self._advance(self.step, "  ".join(text.format(record[key]) for key, text in self._show.items()))
 
@@ -154,18 +155,3 @@ class Run:
 
 def _is_file(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(is_array, value.values()))
-
-
-@contextmanager
-def progress_bar(wanted: bool, unit: str, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr: `advance(step, text)` moves it. It does nothing where stderr is not a terminal."""
-    if not (wanted and sys.stderr is not None and sys.stderr.isatty()):
-        yield lambda step, text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
-
-    count, text = f"{unit} {{task.completed}}/{{task.total}}", "{task.fields[text]}  left"
-    with Progress(count, BarColumn(), text, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", completed=step, total=total, text="")
-        yield lambda step, text: bar.update(task, completed=step, text=text)

@@ -1,0 +1,85 @@
+"""Looking inside a model: what its modules give, the gradients of that, and how large the gradients of each layer are.
+
+    with model.watch("*.mlp") as seen:
+        loss = model.loss(ids, labels)
+        loss.backward()
+    seen["model.layers.0.mlp"].data, seen["model.layers.0.mlp"].grad       [B, T, d] each
+
+A module is watched by giving it, until the `with` ends, a class of its own whose `forward` also notes the result. So
+the call of a module that is not watched costs what it always does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..autograd.tensor import Tensor
+from ..backend import xp_of
+from .module import Module
+
+
+@contextmanager
+def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
+    """{path: what the module there gave when it was last called} of the modules whose paths match `pattern`.
+
+    Args:
+        model: a model; a PeftModel's paths begin with "base_model.", and its adapters are modules too.
+        pattern: as of file names: `*` stands for any text, dots included, `?` for one character, [ab] for a or b.
+
+    The tensors are those of the graph: a term of a loss may use them, and a backward pass, inside or after the `with`,
+    leaves its gradient in their `.grad`. They are kept for as long as the dictionary is. With gradient checkpointing a
+    block is computed again in the backward pass, which must then run inside, to be seen. All threads are watched.
+
+    Raises KeyError, with the nearest paths, where nothing matches.
+    """
+    paths = [(path, module) for path, module in model.named_modules() if fnmatchcase(path, pattern)]
+    if not paths:
+        near = difflib.get_close_matches(pattern, [path for path, _ in model.named_modules()], n=3, cutoff=0.3)
+        raise KeyError(f"no module's path matches {pattern!r}; nearest: {', '.join(near) or 'none'}")
+    seen: dict[str, Any] = {}
+    books = [seen]
+    before = [(module, type(module)) for _, module in paths]
+    try:
+        for path, module in paths:
+            module.__class__ = _noting(type(module), id(module), path, books)
+        yield seen
+    finally:
+        books.clear()  # a class lives on for a while, and must hold nothing then
+        for module, cls in before:
+            module.__class__ = cls
+
+
+def _noting(cls: type, watched: int, path: str, books: list[dict[str, Any]]) -> type:
+    """A class whose `forward` also notes the result, of the module with this id and not of a copy that has its class."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        result = cls.forward(self, *args, **options)
+        for seen in books if id(self) == watched else ():
+            seen[path] = result
+            if isinstance(result, Tensor):
+                result.retain_grad()
+        return result
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def gradient_norms(model: Module, pattern: str = "*") -> dict[str, float]:
+    """{path: 2-norm of the gradients of all parameters in the module there}, after a backward pass, in the model's order.
+
+    `pattern` chooses modules as in `watch`; "" is the whole model. Modules without a gradient are left out, so `{}`
+    says that there was no backward pass, or nothing that it reached.
+    """
+    norms = {}
+    for path, module in model.named_modules():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None] if fnmatchcase(path, pattern) else []
+        if gradients:
+            xp = xp_of(gradients[0])
+            norms[path] = math.sqrt(sum(float((g.astype(xp.float64) ** 2).sum().item()) for g in gradients))
+    return norms

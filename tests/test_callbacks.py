@@ -1,0 +1,111 @@
+"""The callbacks that are ready to be used, on a Trainer and on an online trainer."""
+
+import numpy as np
+import pytest
+from models import build, config
+
+import minipeft as mp
+from minipeft.train import EMA, Callback, EarlyStopping, Log
+
+EXAMPLES = [(np.arange(i, i + 6), np.arange(i, i + 6)) for i in range(1, 13)]
+
+
+def model():
+    return mp.Transformer(config("llama", initializer_range=0.1), seed=1)
+
+
+def trainer(m, held_out=None, **options):
+    options = {"max_steps": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "progress": False} | options
+    return mp.Trainer(m, EXAMPLES, held_out, mp.TrainingArguments(**options))
+
+
+def online(policy, **options):
+    options = {"steps": 4, "batch_size": 4, "mini_batch_size": 2, "num_epochs": 1, "progress": False} | options
+    options |= {"response_length": 3, "missing_eos_score": None, "learning_rate": 1e-2}
+    score = lambda roll: np.array([sum(t == 7 for t in r) + 0.1 * r[0] for r in roll.responses()])  # noqa: E731
+    return mp.rlhf.RLOOTrainer(policy, score, [[1, 2], [3]], mp.rlhf.GroupConfig(num_generations=2, **options))
+
+
+def by_hand(averages, m, decay=0.5):
+    """The exponential moving average of what is trained, one step on."""
+    for name, p in m.named_parameters():
+        if p.requires_grad:
+            averages[name] = decay * averages.get(name, p.data) + (1 - decay) * p.data
+
+
+class Reference(Callback):
+    def __init__(self):
+        self.averages = {}
+
+    def after_step(self, model, step, record):
+        by_hand(self.averages, model)
+
+
+@pytest.mark.parametrize("make", [trainer, online])
+def test_a_moving_average_of_the_weights(make):
+    adapted = mp.get_peft_model(model(), mp.LoraConfig(r=2))
+    ema, reference = EMA(0.5), Reference()
+    make(adapted).train(callbacks=[ema, reference])
+    last = {name: p.data.copy() for name, p in adapted.named_parameters()}
+    ids = np.arange(1, 7)[None]
+    before = adapted(ids).data
+    with ema.applied(adapted):
+        assert ema.averages.keys() == reference.averages.keys() and all("lora" in name for name in ema.averages)
+        for name, p in adapted.named_parameters():
+            np.testing.assert_allclose(p.data, reference.averages.get(name, last[name]), rtol=1e-5, atol=1e-8)
+        assert (adapted(ids).data != before).any()
+    assert all(np.array_equal(p.data, last[name]) for name, p in adapted.named_parameters())
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1, not 1"):
+        EMA(1)
+
+
+def test_an_average_survives_an_interruption(tmp_path):
+    def run(directory, resume=False, before=()):
+        ema = EMA(0.9)
+        trainer(model(), save_steps=3, output_dir=tmp_path / directory).train(resume, callbacks=[*before, ema])
+        return ema.averages
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(record):
+        if record["step"] == 5:
+            raise Interrupted
+
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("parts", before=[Log(interrupt)])
+    resumed = run("parts", resume=True)  # without the Log, which only looks
+    assert whole and all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_early_stopping_by_a_record_of_either_trainer():
+    result = trainer(model(), EXAMPLES, eval_steps=1, max_steps=50, learning_rate=1.0).train(
+        callbacks=[EarlyStopping(2)]
+    )
+    losses = [loss for _, loss in result.losses("eval_loss")]
+    assert result.stopped_early and result.steps == result.best_step + 2 < 50
+    assert min(losses[-2:]) >= min(losses)
+    run = online(build("llama"), steps=30)
+    history = run.train(callbacks=[EarlyStopping(3, "objective/scores", greater_is_better=True)])
+    scores = [record["objective/scores"] for record in history]
+    assert len(history) < 30 and max(scores) == scores[-4] and max(scores[-3:]) <= scores[-4]
+    with pytest.raises(ValueError, match="patience must be a positive integer, not 0"):
+        EarlyStopping(0)
+
+
+def test_a_log_sees_every_record_and_a_callback_reaches_record_model_and_gradients():
+    records, updates, norms = [], [], []
+
+    class Norms(Callback):
+        def after_step(self, model, step, record):
+            norms.append((record["step"], mp.nn.gradient_norms(model, "")[""]))
+
+    result = trainer(model(), EXAMPLES[:4], eval_steps=4, max_grad_norm=1e-3).train(
+        callbacks=[Log(records.append), Norms()]
+    )
+    assert records == result.history and [r["step"] for r in records if "eval_loss" in r] == [4, 8]
+    assert [step for step, _ in norms] == list(range(1, 9))
+    assert all(norm == pytest.approx(1e-3, rel=1e-2) for _, norm in norms), "clipped"
+    run = online(build("llama"))
+    assert run.train(callbacks=[Log(updates.append)]) == updates and len(updates) == 4
