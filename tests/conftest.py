@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -93,3 +94,19 @@ def no_network():
         patch.setattr(socket.socket, "connect", local_connect)
         patch.setattr(socket, "getaddrinfo", local_resolve)
         yield
+
+
+@pytest.fixture
+def methods_as_before(tmp_path):
+    """What a test registers as a method of its own is forgotten."""
+    from minipeft.peft.huggingface import PEFT_TYPES
+    from minipeft.peft.methods import METHODS
+
+    tables, path = [(table, dict(table)) for table in (PEFT_TYPES, METHODS)], list(sys.path)
+    yield
+    for table, before in tables:
+        table.clear()
+        table.update(before)
+    sys.path[:] = path
+    for name in [n for n, m in sys.modules.items() if str(tmp_path) in (getattr(m, "__file__", None) or "")]:
+        del sys.modules[name]

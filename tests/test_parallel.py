@@ -86,7 +86,6 @@ def test_a_step_whose_worker_is_lost_is_done_again_on_a_new_executor(rng):
 
 
 def test_what_cannot_reach_a_worker_is_named(rng):
-    with ThreadPoolExecutor(1) as executor:
-        trainer = Trainer(tiny_model(), counting(8, rng), loss=lambda model, rng=None, **batch: model.loss(**batch))
-        with pytest.raises(ValueError, match="model and loss must be picklable to reach the workers"):
-            trainer.train(executor=executor)
+    trainer = Trainer(tiny_model(), counting(8, rng), loss=lambda model, rng=None, **batch: model.loss(**batch))
+    with processes() as executor, pytest.raises(ValueError, match="the loss must be a function of a module to reach"):
+        trainer.train(executor=executor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +23,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 EXAMPLE = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "@register(" in block)
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    """What a test registers is forgotten."""
-    tables = [(table, dict(table)) for table in (PEFT_TYPES, METHODS)]
-    modules, path = set(sys.modules), list(sys.path)
-    yield
-    for table, before in tables:
-        table.clear()
-        table.update(before)
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if "minipeft" not in name:
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("methods_as_before")
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ go. 3. The mean is over the labels that count in the whole step, not a mean of t
 
 from __future__ import annotations
 
-import hashlib
-import pickle
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Any, NamedTuple
@@ -54,20 +54,16 @@ class Workers:
     Args:
         executor: any with `submit`, such as concurrent.futures.ProcessPoolExecutor or Dask's `client.get_executor()`;
             or a function without arguments that makes one, which is called again where one breaks.
-        model, loss: as the Trainer has them. They are pickled, in memory, to reach the workers.
+        model, loss: as the Trainer has them. Each worker has a copy.
 
-    `moved` counts the bytes of arrays that went to workers and came back. Raises ValueError for a model on a device, and
-    for a model or a loss that cannot be pickled.
+    `moved` counts the bytes of arrays that went to workers and came back. Raises ValueError for a model on a device.
     """
 
     def __init__(self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter]):
         if xp_of(*[p.data for p in model.parameters()]) is not np:
             raise ValueError("training on workers is for a model on the CPU; this one is on a device")
-        try:
-            self.model = pickle.dumps((model, loss))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(f"model and loss must be picklable to reach the workers: {error}") from error
-        self.key, self.trainable = hashlib.sha256(self.model).hexdigest(), list(trainable.values())
+        self.model, self.loss, self.trainable = model, loss, list(trainable.values())
+        self.key = (os.getpid(), id(self), time.time_ns())  # of this run, among all that a worker has seen
         self.make: Callable[[], Any] | None = None if hasattr(executor, "submit") else executor
         self.executor = self.make() if self.make else executor
         self.moved = 0
@@ -76,7 +72,7 @@ class Workers:
         """L_b of each part; adds the gradients to the trainable parameters, part by part.
 
         Where the executor has lost its workers, the whole step is computed again on a new one; RuntimeError where there
-        is none to be made, or the third breaks, too.
+        is none to be made, or the third breaks, too. Raises ValueError for a loss that cannot reach another process.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -87,6 +83,10 @@ class Workers:
                     hint = "" if self.make else "; give a function that makes an executor, to go on with a new one"
                     raise RuntimeError(f"a worker was lost and its executor is broken{hint}") from error
                 self.executor = self.make()
+            except Exception as error:
+                if "pickle" not in str(error):
+                    raise
+                raise ValueError(f"the loss must be a function of a module to reach other processes: {error}") from error
         for _, gradients in found:
             for p, gradient in zip(self.trainable, gradients):
                 if gradient is not None:
@@ -98,23 +98,24 @@ class Workers:
         futures = [self._submit(part, arrays) for part in parts]
         found = []
         for part, future in zip(parts, futures):
-            result = future.result() or self._submit(part, arrays, self.model).result()  # None: it lacks the model
+            result = future.result() or self._submit(part, arrays, (self.model, self.loss)).result()  # None: it lacks them
             self.moved += sum(g.nbytes for g in result[1] if g is not None)
             found.append(result)
         return found
 
-    def _submit(self, part: Part, arrays: list[Array], model: bytes | None = None) -> Any:
+    def _submit(self, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None = None) -> Any:
         inputs = [v for v in part.batch.arguments.values() if is_array(v)]
-        self.moved += sum(a.nbytes for a in (*arrays, *inputs)) + len(model or b"")
-        return self.executor.submit(_on_worker, self.key, part, arrays, model)
+        weights = [p.data for p in sent[0].parameters()] if sent else []
+        self.moved += sum(a.nbytes for a in (*arrays, *inputs, *weights))
+        return self.executor.submit(_on_worker, self.key, part, arrays, sent)
 
 
 def _on_worker(
-    key: str, part: Part, arrays: list[Array], pickled: bytes | None
+    key: tuple, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None
 ) -> tuple[float, list[Array | None]] | None:
     """(L_b, gradients of share · L_b in the order of the trainable parameters); None where the model is not here."""
-    if pickled is not None:
-        _here.held = (key, *pickle.loads(pickled))
+    if sent is not None:
+        _here.held = (key, sent[0].copy(share=True), sent[1])  # a thread's own; its trained arrays are replaced below
     held, model, loss = getattr(_here, "held", (None, None, None))
     if held != key:
         return None
