@@ -680,6 +680,81 @@ def test_gradcheck_works_in_float64_and_passes_on_integers_options_and_scalars()
     assert gradcheck(F.exp, np.float64(0.3)) and gradcheck(F.exp, Tensor(C.normal(2)))
 
 
+class HandWritten:
+    """A layer as one writes it without an engine: tanh(x Wᵀ + b), which remembers what its backward needs."""
+
+    def __init__(self, slip=None):
+        self.W, self.b, self.slip = C.normal(5, 4), C.normal(5), slip
+
+    def forward(self, x):
+        self.x = x
+        self.y = np.tanh(x @ self.W.T + self.b)
+        return self.y
+
+    def backward(self, g):
+        h = g * (1 - (self.y if self.slip == "square" else self.y**2))
+        self.dW, self.db = h.T @ self.x, h if self.slip == "sum" else h.sum(0)
+        return spoil(h @ self.W, (1, 2), 1.001) if self.slip == "element" else h @ self.W
+
+
+def with_parameters(layer):
+    def forward(x, W, b):
+        layer.W, layer.b = W, b
+        return layer.forward(x)
+
+    def backward(g, x, W, b):
+        return layer.backward(g), layer.dW, layer.db
+
+    return forward, backward
+
+
+def test_gradcheck_judges_a_backward_written_by_hand():
+    layer, x = HandWritten(), C.normal(3, 4)
+    assert gradcheck(layer.forward, x, backward=layer.backward).deviation < 1e-10
+    forward, backward = with_parameters(layer)
+    assert gradcheck(forward, x, layer.W, layer.b, backward=backward).comparisons == 24  # 12 in 7 subsets, twice
+    rows = np.array([[2], [0], [1]])
+    assert gradcheck(lambda x, i: x[i].sum(), x, np.array([0, 0, 2]), backward=lambda g, x, i: g * rows + 0 * x)
+    assert gradcheck(lambda x: float((x**2).sum()), x, backward=lambda g, x: [2 * g * x])
+    with pytest.raises(GradcheckError, match=r"mine: the pullback of input 0 .*element \(1, 2\)") as caught:
+        slipped = HandWritten("element")
+        gradcheck(slipped.forward, x, backward=slipped.backward, name="mine")
+    e = caught.value
+    assert e.index == (1, 2) and e.pullback == pytest.approx(1.001 * e.difference, rel=1e-6) and e.tolerance < 1e-5
+
+
+@pytest.mark.parametrize(
+    "slip, message",
+    [
+        ("square", "the pullback of input 0 .* disagrees"),
+        ("sum", r"backward gives input 2 a gradient of shape \(3, 5\); the input has \(5,\)"),
+    ],
+)
+def test_gradcheck_finds_a_slip_in_the_backward_of_a_layer_and_its_parameters(slip, message):
+    layer = HandWritten(slip)
+    forward, backward = with_parameters(layer)
+    with pytest.raises(GradcheckError, match=message):
+        gradcheck(forward, C.normal(3, 4), layer.W, layer.b, backward=backward)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda x: gradcheck(HandWritten().forward, x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(HandWritten(), x), TypeError, r"gradcheck\(layer.forward, x, backward=layer.backward\)"),
+        (lambda x: gradcheck(np.tanh, x), TypeError, r"of plain arrays .* gradcheck\(fn, x, backward=...\)"),
+        (lambda x: gradcheck(lambda x: np.where(x > 0, x, 0), x), TypeError, "not ndarray; of a function of plain"),
+        (lambda x: gradcheck(F.exp, x, backward=lambda g, x: g), TypeError, "must return a plain array, not a Tensor"),
+        (lambda x: gradcheck(np.add, x, x, backward=lambda g, a, b: g), GradcheckError, "no gradient for input 1"),
+        (lambda x: gradcheck(np.exp, x, backward=lambda g, x: (g, g)), GradcheckError, "2 gradients for 1 inputs"),
+        (lambda x: gradcheck(np.exp, x, backward=lambda g, x: np.multiply(g, x, out=g)), GradcheckError, "writes into"),
+    ],
+)
+def test_gradcheck_does_not_pass_over_a_backward_in_silence(call, error, message):
+    with pytest.raises(error, match=message):
+        call(C.normal(3, 4))
+
+
 @pytest.mark.parametrize(
     "fn, message",
     [
@@ -704,8 +779,9 @@ def test_gradcheck_refuses_to_judge_nothing():
 
 
 def test_gradcheck_judges_on_the_device_too(xp):
-    weight = xp.asarray(C.normal(3, 4))
-    assert gradcheck(F.linear, xp.asarray(C.normal(2, 4)), weight).deviation < 1e-9
+    x, weight = xp.asarray(C.normal(2, 4)), xp.asarray(C.normal(3, 4))
+    assert gradcheck(F.linear, x, weight).deviation < 1e-9
+    assert gradcheck(lambda x: x * x, x, backward=lambda g, x: 2 * g * x).deviation < 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------- whole models
