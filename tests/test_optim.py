@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.nn import Parameter
 from minipeft.train import SGD, Adam, AdamW, NonFiniteGradient, clip_grad_norm
@@ -221,6 +222,25 @@ def test_misuse_is_named():
     p.grad = np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=r"bias has the shape \(3,\), its gradient \(2,\)"):
         AdamW([("bias", p)]).step()
+
+
+def test_loraplus_gives_b_a_rate_of_its_own(rng):
+    model, _ = mp.load_base()
+    saved = ["layers.0.mlp.up_proj", "layers.1.input_layernorm"]
+    config = mp.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=saved)
+    adapted = mp.get_peft_model(model, config)
+    groups = mp.optim.loraplus_groups(adapted, 1e-3, 16, weight_decay=0.1, loraplus_lr_embedding=1e-5)
+    kinds = [(g["lr"], g["weight_decay"], {name.rsplit(".", 1)[1] for name, _ in g["params"]}) for g in groups]
+    assert kinds == [
+        (1e-3, 0.1, {"lora_A", "weight"}),
+        (1e-5, 0.1, {"lora_embedding_A", "lora_embedding_B"}),
+        (16e-3, 0.1, {"lora_B"}),
+        (16e-3, 0.0, {"weight"}),
+    ]
+    held = [name for group in groups for name, _ in group["params"]]
+    assert sorted(held) == sorted(n for n, p in adapted.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio is .* no lora_B of this model is trained"):
+        mp.optim.loraplus_groups(model, 1e-3, 16)
 
 
 def test_clipping_scales_to_the_norm_and_leaves_what_is_below(xp, rng):

@@ -38,6 +38,9 @@ class TrainingArguments:
     adam_epsilon: float = option(1e-8, "what AdamW adds to the denominator", least=0)
     momentum: float = option(0.0, "momentum of SGD", least=0)
     weight_decay: float = option(0.0, "decay of weights, but not of norms and biases", least=0)
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: B learns at this many times the rate (16 in the paper, which then lowers the rate)", least=1
+    )
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
     warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")

@@ -17,12 +17,13 @@ import numpy as np
 
 from ..backend import Array, xp_of
 from .kernels import ELEMENTS, in_pieces, sum_of_squares
+from .loraplus import loraplus_groups
 from .optimizer import Named, Optimizer, Params, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
 
 __all__ = [
     "ELEMENTS", "SCHEDULES", "SGD", "Adam", "AdamW", "NonFiniteGradient", "Optimizer", "clip_grad_norm", "constant",
-    "cosine", "linear",
+    "cosine", "linear", "loraplus_groups",
 ]  # fmt: skip
 
 Betas = tuple[float, float]
