@@ -17,8 +17,8 @@ from minipeft.train.rates import usual_learning_rate
 from minipeft.train.schedule import SCHEDULES
 
 
-def tiny_model(dropout=0.0, seed=0, dialect="llama"):
-    options = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+def tiny_model(dropout=0.0, seed=0, dialect="llama", width=16):
+    options = {"vocab_size": 32, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
     make = getattr(mp.TransformerConfig, dialect)
     return mp.Transformer(make(**options, max_position_embeddings=24).replace(dropout=dropout), seed=seed)
 

@@ -22,6 +22,7 @@ examples:
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
   minipeft finetune --data my.jsonl --method lora -r 16 --alpha 32 --dropout 0.05 --output adapter
   minipeft finetune --data my.jsonl --method lora --target q_proj v_proj --set use_rslora=true --output adapter
+  minipeft finetune --data my.jsonl --optimizer adamw_8bit --output tuned      moments of 2 bytes a parameter, not 8
   minipeft finetune --data my.jsonl --method lora --loraplus-lr-ratio 16 --lr 1e-3 --output adapter
   minipeft finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --data chat.jsonl --method qlora --output adapter
 

@@ -12,7 +12,7 @@ _HOMES = {
     "checkpoint": "CheckpointError last_checkpoint list_checkpoints load_checkpoint save_checkpoint",
     "evaluation": "evaluate example_losses",
     "metrics": "plot_loss",
-    "optim": "SGD Adam AdamW NonFiniteGradient Optimizer clip_grad_norm",
+    "optim": "SGD Adam Adam8bit AdamW AdamW8bit NonFiniteGradient Optimizer clip_grad_norm",
     "rates": "usual_learning_rate",
     "run": "Run",
     "schedule": "",

@@ -32,7 +32,7 @@ from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerpr
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss
 from .metrics import plot_loss
-from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
+from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
 from .run import Run
@@ -194,7 +194,8 @@ class Trainer:
             groups = self._groups_by_decay()
         if a.optim == "sgd":
             return SGD(groups, lr=a.learning_rate, momentum=a.momentum)
-        return AdamW(groups, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+        kind = AdamW8bit if a.optim == "adamw_8bit" else AdamW
+        return kind(groups, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
 
     def _groups_by_decay(self) -> list[dict[str, Any]]:
         matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
