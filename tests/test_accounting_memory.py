@@ -21,7 +21,7 @@ from minipeft.nn.transformer import KVCache
 from minipeft.quant import Linear4bit
 from minipeft.quant.nf4 import storage_bytes
 from minipeft.train.callbacks import Callbacks
-from minipeft.train.optim import SGD, Adam, AdamW
+from minipeft.train.optim import SGD, Adam, AdamW, AdamW8bit
 
 B, T = 3, 128
 dialect, one_thread = accounting_cases.dialect, accounting_cases.one_thread
@@ -151,7 +151,7 @@ def test_a_checkpointed_block_keeps_its_input(dialect):
 
 @pytest.mark.parametrize(("name", "make"), [
     ("adamw", AdamW), ("adam", Adam), ("sgd", lambda p: SGD(p, lr=1e-3)),
-    ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)),
+    ("momentum", lambda p: SGD(p, lr=1e-3, momentum=0.9)), ("adamw_8bit", AdamW8bit),
 ])  # fmt: skip
 def test_every_optimizer_is_predicted(dialect, name, make):
     states = []

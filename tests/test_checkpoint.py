@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,14 +63,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, whole, at):
     assert [json.loads(line) for line in lines] == result.history
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "adamw_8bit"])
 def test_steps_after_the_checkpoint_are_done_again_and_recorded_once(tmp_path, optim):
     options = {"optim": optim, "momentum": 0.9 * (optim == "sgd"), "save_steps": 4, "early_stopping_patience": None}
-    whole = trainer(tmp_path / "whole", **options)
+    wide = partial(tiny_model, 0.1, width=64)  # matrices large enough for moments of eight bits
+    whole = trainer(tmp_path / "whole", model=wide(), **options)
     whole.train()
-    interrupted(tmp_path / "run", 7, **options)
+    interrupted(tmp_path / "run", 7, model=wide(), **options)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 7 + 3
-    run = trainer(tmp_path / "run", **options)
+    _, arrays, _ = load_checkpoint(tmp_path / "run" / "checkpoint-4")
+    assert ("uint8" in {a.dtype.name for a in arrays["optimizer"].values()}) == (optim == "adamw_8bit")
+    run = trainer(tmp_path / "run", model=wide(), **options)
     result = run.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-4")
     assert_same_bytes(weights(run.model), weights(whole.model))
     assert [step for step, _ in result.losses()] == list(range(1, STEPS + 1))

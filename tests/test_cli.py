@@ -188,6 +188,16 @@ def finetune(model, data, output, *more) -> int:
                "--lr", "0.01", *more)  # fmt: skip
 
 
+def test_finetune_with_two_rates_for_the_two_factors(model, data, tmp_path, capsys):
+    assert finetune(model, data, tmp_path / "plus", "--method", "lora", "--loraplus-lr-ratio", "16") == 0
+    assert written(tmp_path / "plus")["options"]["loraplus_lr_ratio"] == 16
+    capsys.readouterr()
+    assert finetune(model, data, tmp_path / "full", "--loraplus-lr-ratio", "16") == 2
+    assert "no lora_B of this model is trained" in capsys.readouterr().err
+    assert finetune(model, data, tmp_path / "low", "--method", "lora", "--loraplus-lr-ratio", "0.5") == 2
+    assert "must be a number of at least 1" in capsys.readouterr().err
+
+
 def test_finetune_then_generate(model, data, tmp_path, capsys):
     output = tmp_path / "tuned"
     assert finetune(model, data, output, "--validation", data) == 0

@@ -41,6 +41,7 @@ def test_the_options_reach_the_ledger(capsys):
     for argv, options in (
         ([], {}),
         (["--optimizer", "sgd"], {"optimizer": "sgd"}),
+        (["--optimizer", "adamw_8bit"], {"optimizer": "adamw_8bit"}),
         (["--precision", "mixed"], {"precision": "mixed"}),
         (["--checkpointing"], {"checkpointing": True}),
         (["--quantization", "nf4", "--plain-scales"], {"quantization": "nf4", "double_quantization": False}),

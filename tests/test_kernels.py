@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -68,11 +69,17 @@ EDGES = {  # beside the cases that every op has: several blocks, several tiles, 
     ],
     "cross_entropy": [
         C.Case("blocks", F.cross_entropy, (C.normal(700, 300), some)),
+        C.Case("blocks, smoothed", partial(F.cross_entropy, label_smoothing=0.1), (C.normal(700, 300), some)),
         C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
         C.Case("ignored class 0", lambda x, t: F.cross_entropy(x, t, ignore_index=0), (C.normal(700, 3), targets % 3)),
     ],
     "linear_cross_entropy": [
         C.Case("blocks", F.linear_cross_entropy, (C.normal(700, 64), C.normal(300, 64), targets)),
+        C.Case(
+            "blocks, smoothed",
+            partial(F.linear_cross_entropy, label_smoothing=0.1),
+            (C.normal(700, 64), C.normal(300, 64), some),
+        ),
         C.Case("blocks, ignored", F.linear_cross_entropy, (C.normal(700, 64), C.normal(300, 64), some)),
     ],
 }  # fmt: skip

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import math
 import pkgutil
+import statistics
 
 import numpy as np
 import pytest
@@ -145,6 +146,12 @@ def naive_cross_entropy(logits, targets, ignore_index=-100):
     return np.array(math.fsum(losses) / len(losses))
 
 
+def naive_kl(log_q, p):
+    rows = zip(log_q.reshape(-1, log_q.shape[-1]).tolist(), p.reshape(-1, p.shape[-1]).tolist())
+    sums = [math.fsum(v * (math.log(v) - u) for u, v in zip(*row)) for row in rows]
+    return np.array(math.fsum(sums) / len(sums))
+
+
 def naive_rope(x, cos, sin):  # each pair of channels is a complex number, multiplied by e^(i angle)
     half = x.shape[-1] // 2
     z = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin)[:, None]
@@ -211,6 +218,7 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
     "dropout": (lambda a: F.dropout(a, 0.0, Rng(0)), lambda a: a, x),  # its masks have tests of their own below
     "sum": (lambda a: F.sum(a, axis=1), stats(math.fsum), x),
     "mean": (lambda a: F.mean(a, axis=1), stats(lambda v: math.fsum(v) / len(v)), x),
+    "var": (lambda a: F.var(a, axis=1), stats(statistics.variance), x),
     "max": (lambda a: F.max(a, axis=1), stats(max), x),
     "logsumexp": (lambda a: F.logsumexp(a, axis=1), stats(lambda v: math.log(math.fsum(map(math.exp, v)))), x),
     "softmax": (lambda a: F.softmax(a, axis=1), lambda a: naive_softmax(a, 1), x),
@@ -241,6 +249,13 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
     ),
     "packed_attention": (lambda a: F.packed_attention(a, 2), lambda a: naive_packed(a, 2), C.normal(2, 5, 12)),
     "cross_entropy": (lambda a: F.cross_entropy(a, ids[:, :3] % 4), lambda a: naive_cross_entropy(a, ids[:, :3] % 4), x),
+    "nll_loss": (
+        lambda a: F.nll_loss(a, ids[:, :3] % 4),
+        lambda a: -np.array(math.fsum(a[i][ids[i] % 4] for i in np.ndindex(2, 3)) / 6),
+        x,
+    ),
+    "mse_loss": (F.mse_loss, lambda a, b: np.array(math.fsum(((a - b) ** 2).ravel()) / a.size), x, y),
+    "kl_div": (F.kl_div, naive_kl, x, z),
     "linear_cross_entropy": (
         lambda a, w: F.linear_cross_entropy(a, w, ids[:, :3]),
         lambda a, w: naive_cross_entropy(naive_matmul(a, w.T), ids[:, :3]),
@@ -384,6 +399,43 @@ def test_extreme_logits_neither_overflow_nor_lose_the_gradient(magnitude):
     np.testing.assert_allclose(logits.grad, (naive_softmax(x.astype(np.float64)) - np.eye(4)[targets]) / 2, atol=1e-7)
 
 
+def test_label_smoothing_is_cross_entropy_with_a_softened_target():
+    logits, targets, eps = C.normal(3, 4), np.array([1, -100, 3]), 0.2
+    q = (1 - eps) * np.eye(4)[[1, 3]] + eps / 4
+    expected = -(q * np.log(naive_softmax(logits[[0, 2]]))).sum() / 2
+    assert F.cross_entropy(Tensor(logits), targets, label_smoothing=eps).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_div_is_a_mean_over_distributions_zero_where_they_agree_and_takes_a_probability_of_zero(xp):
+    log_p = F.log_softmax(Tensor(xp.asarray(C.normal(2, 3, 5))))
+    assert F.kl_div(log_p, log_p.exp()).item() == pytest.approx(0, abs=1e-15)
+    log_q = Tensor(xp.log(xp.asarray([[0.25, 0.75, 1.0], [0.5, 0.5, 1.0]])), requires_grad=True)
+    p = Tensor(xp.asarray([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]), requires_grad=True)
+    with np.errstate(all="raise"):
+        loss = F.kl_div(log_q, p)
+        loss.backward()
+    assert loss.item() == pytest.approx(math.log(4) / 2)
+    assert to_numpy(log_q.grad).tolist() == [[-0.5, 0, 0], [-0.25, -0.25, 0]]
+    assert to_numpy(p.grad)[:, 2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("loss", [F.nll_loss, F.cross_entropy])
+def test_a_loss_of_no_target_is_nan_as_in_pytorch(loss):
+    assert math.isnan(loss(Tensor(C.normal(2, 3)), np.array([-100, -100])).item())
+
+
+def test_argmax_gives_plain_integers_and_records_no_graph(xp):
+    array = np.array([[1.0, 5.0, 5.0], [7.0, 0.0, 2.0]])
+    x = Tensor(xp.asarray(array), requires_grad=True)
+    for found, expected in (
+        (x.argmax(), 3), (x.argmax(-1), [1, 0]), (F.argmax(x, axis=0), [1, 0, 0]),
+        (x.argmax(axis=1, keepdims=True), [[1], [0]]), (F.argmax(x.data, 1), [1, 0]),
+    ):  # fmt: skip
+        assert not isinstance(found, Tensor) and found.dtype == np.int64
+        assert to_numpy(xp.asarray(found)).tolist() == expected
+    assert x[xp.arange(2), x.argmax(1)].data.tolist() == [5.0, 7.0]
+
+
 @pytest.mark.parametrize("name", "exp sigmoid softplus logsigmoid silu gelu tanh softmax log_softmax logsumexp".split())
 def test_extreme_inputs_give_the_limits_without_overflow(name):
     x = np.array([[-1e4, 0.0, 3.0], [1e4, -1e4, 1.0]], np.float32)
@@ -516,6 +568,19 @@ MISUSE = [
         IndexError,
         r"^linear_cross_entropy: target 5 .*0\.\.4",
     ),
+    (lambda: F.nll_loss(ones(2, 3), np.array([0, 3])), IndexError, r"^nll_loss: target 3 .*0\.\.2"),
+    (lambda: F.nll_loss(ones(2, 3), np.array([0])), ValueError, r"^nll_loss: .*\(1,\).*\(2,\)"),
+    (lambda: F.mse_loss(ones(3), ones(3, 1)), ValueError, r"^mse_loss: input \(3,\) and target \(3, 1\)"),
+    (lambda: F.kl_div(ones(2, 3), ones(3)), ValueError, r"^kl_div: input \(2, 3\) and target \(3,\)"),
+    (lambda: F.cross_entropy(ones(1, 3), np.array([0]), label_smoothing=1.5), ValueError, r"lie in \[0, 1\], not 1\.5"),
+    (
+        lambda: F.linear_cross_entropy(ones(1, 3), ones(5, 3), np.array([0]), label_smoothing=-1),
+        ValueError,
+        r"label_smoothing must lie in \[0, 1\], not -1",
+    ),
+    (lambda: ones(2, 1).var(axis=1), ValueError, r"^var: 1 elements .* correction=1"),
+    (lambda: ones(2, 3).var(axis=2), IndexError, "axis 2 is out of range"),
+    (lambda: ones(2, 3).argmax(2), IndexError, "axis 2 is out of range"),
     (lambda: ones(2, 3).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
     (lambda: F.cat([ones(2, 3), ones(2, 4)]), ValueError, r"\(2, 3\), \(2, 4\) differ outside axis 0"),
     (lambda: F.gather(ones(2, 3), np.zeros((3, 1), int)), ValueError, r"\(3, 1\).*\(2, 3\)"),
@@ -615,6 +680,81 @@ def test_gradcheck_works_in_float64_and_passes_on_integers_options_and_scalars()
     assert gradcheck(F.exp, np.float64(0.3)) and gradcheck(F.exp, Tensor(C.normal(2)))
 
 
+class HandWritten:
+    """A layer as one writes it without an engine: tanh(x Wᵀ + b), which remembers what its backward needs."""
+
+    def __init__(self, slip=None):
+        self.W, self.b, self.slip = C.normal(5, 4), C.normal(5), slip
+
+    def forward(self, x):
+        self.x = x
+        self.y = np.tanh(x @ self.W.T + self.b)
+        return self.y
+
+    def backward(self, g):
+        h = g * (1 - (self.y if self.slip == "square" else self.y**2))
+        self.dW, self.db = h.T @ self.x, h if self.slip == "sum" else h.sum(0)
+        return spoil(h @ self.W, (1, 2), 1.001) if self.slip == "element" else h @ self.W
+
+
+def with_parameters(layer):
+    def forward(x, W, b):
+        layer.W, layer.b = W, b
+        return layer.forward(x)
+
+    def backward(g, x, W, b):
+        return layer.backward(g), layer.dW, layer.db
+
+    return forward, backward
+
+
+def test_gradcheck_judges_a_backward_written_by_hand():
+    layer, x = HandWritten(), C.normal(3, 4)
+    assert gradcheck(layer.forward, x, backward=layer.backward).deviation < 1e-10
+    forward, backward = with_parameters(layer)
+    assert gradcheck(forward, x, layer.W, layer.b, backward=backward).comparisons == 24  # 12 in 7 subsets, twice
+    rows = np.array([[2], [0], [1]])
+    assert gradcheck(lambda x, i: x[i].sum(), x, np.array([0, 0, 2]), backward=lambda g, x, i: g * rows + 0 * x)
+    assert gradcheck(lambda x: float((x**2).sum()), x, backward=lambda g, x: [2 * g * x])
+    with pytest.raises(GradcheckError, match=r"mine: the pullback of input 0 .*element \(1, 2\)") as caught:
+        slipped = HandWritten("element")
+        gradcheck(slipped.forward, x, backward=slipped.backward, name="mine")
+    e = caught.value
+    assert e.index == (1, 2) and e.pullback == pytest.approx(1.001 * e.difference, rel=1e-6) and e.tolerance < 1e-5
+
+
+@pytest.mark.parametrize(
+    "slip, message",
+    [
+        ("square", "the pullback of input 0 .* disagrees"),
+        ("sum", r"backward gives input 2 a gradient of shape \(3, 5\); the input has \(5,\)"),
+    ],
+)
+def test_gradcheck_finds_a_slip_in_the_backward_of_a_layer_and_its_parameters(slip, message):
+    layer = HandWritten(slip)
+    forward, backward = with_parameters(layer)
+    with pytest.raises(GradcheckError, match=message):
+        gradcheck(forward, C.normal(3, 4), layer.W, layer.b, backward=backward)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda x: gradcheck(HandWritten().forward, x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(HandWritten(), x), TypeError, r"gradcheck\(layer.forward, x, backward=layer.backward\)"),
+        (lambda x: gradcheck(np.tanh, x), TypeError, r"of plain arrays .* gradcheck\(fn, x, backward=...\)"),
+        (lambda x: gradcheck(lambda x: np.where(x > 0, x, 0), x), TypeError, "not ndarray; of a function of plain"),
+        (lambda x: gradcheck(F.exp, x, backward=lambda g, x: g), TypeError, "must return a plain array, not a Tensor"),
+        (lambda x: gradcheck(np.add, x, x, backward=lambda g, a, b: g), GradcheckError, "no gradient for input 1"),
+        (lambda x: gradcheck(np.exp, x, backward=lambda g, x: (g, g)), GradcheckError, "2 gradients for 1 inputs"),
+        (lambda x: gradcheck(np.exp, x, backward=lambda g, x: np.multiply(g, x, out=g)), GradcheckError, "writes into"),
+    ],
+)
+def test_gradcheck_does_not_pass_over_a_backward_in_silence(call, error, message):
+    with pytest.raises(error, match=message):
+        call(C.normal(3, 4))
+
+
 @pytest.mark.parametrize(
     "fn, message",
     [
@@ -639,8 +779,9 @@ def test_gradcheck_refuses_to_judge_nothing():
 
 
 def test_gradcheck_judges_on_the_device_too(xp):
-    weight = xp.asarray(C.normal(3, 4))
-    assert gradcheck(F.linear, xp.asarray(C.normal(2, 4)), weight).deviation < 1e-9
+    x, weight = xp.asarray(C.normal(2, 4)), xp.asarray(C.normal(3, 4))
+    assert gradcheck(F.linear, x, weight).deviation < 1e-9
+    assert gradcheck(lambda x: x * x, x, backward=lambda g, x: 2 * g * x).deviation < 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------- whole models

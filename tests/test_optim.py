@@ -7,9 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.nn import Parameter
-from minipeft.train import SGD, Adam, AdamW, NonFiniteGradient, clip_grad_norm
+from minipeft.quant.codebooks import dynamic_map
+from minipeft.train import SGD, Adam, Adam8bit, AdamW, AdamW8bit, NonFiniteGradient, clip_grad_norm
 from minipeft.train.kernels import pack
 
 SHAPES = [(400, 330), (5,), (), (0, 3), (7, 2), (1,)]  # several pieces; a shared block; empty and size-one axes
@@ -165,7 +167,9 @@ def test_options_may_be_numbers_of_numpy():
     assert ends[0] == ends[1] == ends[2]
 
 
-@pytest.mark.parametrize("make", [lambda p: AdamW(p, lr=0.01), lambda p: SGD(p, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize(
+    "make", [lambda p: AdamW(p, lr=0.01), lambda p: AdamW8bit(p, lr=0.01), lambda p: SGD(p, lr=0.1, momentum=0.9)]
+)
 def test_state_goes_through_json_and_arrays_and_training_goes_on_with_the_same_bytes(xp, rng, make):
     first = parameters(xp, rng)
     optimizer = make(first)
@@ -192,7 +196,7 @@ def test_a_state_of_other_parameters_is_refused(rng):
     optimizer = Adam(one)
     optimizer.step()
     for match, wrong in {
-        r"exp_avg of parameter 0 has shape \(2, 3\), the parameter \(3, 2\)": Adam(other),
+        r"exp_avg of parameter 0 has shape \(2, 3\), not \(3, 2\)": Adam(other),
         r"groups with \[1\] parameters, this optimizer has \[2\]": Adam([*one, *other]),
         "options": SGD(one),
     }.items():
@@ -221,6 +225,92 @@ def test_misuse_is_named():
     p.grad = np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=r"bias has the shape \(3,\), its gradient \(2,\)"):
         AdamW([("bias", p)]).step()
+
+
+def test_eight_bit_moments_are_the_codes_nearest_to_adams(xp, rng):
+    """After each step: m and v of the step, computed from the stored ones in float64, and the nearest of 256 points."""
+    n = 3 * 65536 + 1000  # several pieces, the last block not full
+    p = Parameter(xp.asarray(rng.standard_normal(n, np.float32)))
+    optimizer, zero = AdamW8bit([p], lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1), np.zeros(n)
+    m, v, expected = zero, zero, to_numpy(p.data).astype(np.float64)
+    for t in (1, 2, 3):
+        p.grad = xp.asarray(rng.standard_normal(n, np.float32) ** 3)
+        g = to_numpy(p.grad).astype(np.float64)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        expected = (1 - 0.001) * expected - 0.01 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3)
+        optimizer.step()
+        np.testing.assert_allclose(to_numpy(p.data), expected, rtol=0, atol=1e-6)
+        expected, state, moments = to_numpy(p.data).astype(np.float64), optimizer.state[p], []
+        for x, k, q in ((m, 1, dynamic_map()), (v, 2, dynamic_map(signed=False))):
+            codes, absmax = (to_numpy(state[f"{name}{k}"]) for name in ("state", "absmax"))
+            blocks = np.pad(x, (0, -n % 256)).reshape(-1, 256)
+            np.testing.assert_allclose(absmax, np.abs(blocks).max(axis=1), rtol=1e-6)
+            values, c = q[codes].astype(np.float64), absmax.repeat(256)[:n]
+            neighbors = np.stack([q[np.maximum(codes, 1) - 1], q[np.minimum(codes, 254) + 1]])
+            grid = 2 / 65535  # which x / c is rounded to first
+            assert (abs(values - x / c) <= abs(neighbors - x / c).min(axis=0) + grid).all()
+            moments.append(values * c)
+        m, v = moments
+
+
+def test_eight_bits_train_as_well_as_thirty_two(rng):
+    """Least squares: the way that both go, and where they end."""
+    A, target, ends = rng.standard_normal((256, 128)).astype(np.float32), rng.standard_normal((256, 64)), {}
+    for kind in (AdamW, AdamW8bit):
+        p = Parameter(np.zeros((128, 64), np.float32))
+        optimizer = kind([p], lr=0.01)
+        for _ in range(150):
+            residual = A @ p.data - target
+            p.grad = (A.T @ residual).astype(np.float32)
+            optimizer.step()
+        ends[kind] = (residual**2).mean()
+    best = ((A @ np.linalg.lstsq(A, target)[0] - target) ** 2).mean()
+    assert ends[AdamW8bit] - best < 0.02 * (target**2).mean() and abs(ends[AdamW8bit] - ends[AdamW]) < 0.01
+
+
+def test_eight_bit_states_take_two_bytes_a_number_and_small_ones_stay_float32(xp, rng):
+    params = parameters(xp, rng, [(64, 66), (63, 65)])
+    give_gradients(xp, rng, params)
+    optimizer = Adam8bit(params)
+    optimizer.step()
+    described = [{k: (a.dtype.name, a.shape) for k, a in optimizer.state[p].items() if k != "step"} for p in params]
+    codes, scales, whole = ("uint8", (64, 66)), ("float32", (17,)), ("float32", (63, 65))
+    assert described[0] == {"state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales}
+    assert described[1] == {"state1": whole, "state2": whole}
+    whole = Adam8bit([{"params": params, "min_8bit_size": 5000}])
+    with pytest.raises(ValueError, match=r"the state of parameter 0 holds .*'absmax1'.*, not step, state1, state2$"):
+        whole.load_state_dict({**whole.state_dict(), "state": optimizer.state_dict()["state"]})
+
+
+def test_threads_change_no_byte_of_eight_bit_moments(rng, threads):
+    start, grad, ends = *rng.standard_normal((2, 300_001), np.float32), set()
+    for count in (1, 2, 3):
+        threads(count)
+        p = Parameter(start.copy())
+        p.grad, optimizer = grad, AdamW8bit([p])
+        for _ in range(3):
+            optimizer.step()
+        ends.add((p.data.tobytes(), *(a.tobytes() for k, a in optimizer.state[p].items() if k != "step")))
+    assert len(ends) == 1
+
+
+def test_loraplus_gives_b_a_rate_of_its_own(rng):
+    model, _ = mp.load_base()
+    saved = ["layers.0.mlp.up_proj", "layers.1.input_layernorm"]
+    config = mp.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=saved)
+    adapted = mp.get_peft_model(model, config)
+    groups = mp.optim.loraplus_groups(adapted, 1e-3, 16, weight_decay=0.1, loraplus_lr_embedding=1e-5)
+    kinds = [(g["lr"], g["weight_decay"], {name.rsplit(".", 1)[1] for name, _ in g["params"]}) for g in groups]
+    assert kinds == [
+        (1e-3, 0.1, {"lora_A", "weight"}),
+        (1e-5, 0.1, {"lora_embedding_A", "lora_embedding_B"}),
+        (16e-3, 0.1, {"lora_B"}),
+        (16e-3, 0.0, {"weight"}),
+    ]
+    held = [name for group in groups for name, _ in group["params"]]
+    assert sorted(held) == sorted(n for n, p in adapted.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio is .* no lora_B of this model is trained"):
+        mp.optim.loraplus_groups(model, 1e-3, 16)
 
 
 def test_clipping_scales_to_the_norm_and_leaves_what_is_below(xp, rng):

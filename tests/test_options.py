@@ -147,7 +147,7 @@ LIMITS = {
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
-    "a number of at least 1": "RopeScaling: factor",
+    "a number of at least 1": "RopeScaling: factor; TrainingArguments: loraplus_lr_ratio",
     "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
     "a number of at least 0 and below 1": """
         PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:

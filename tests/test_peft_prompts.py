@@ -37,6 +37,15 @@ def test_padding_on_either_side_changes_nothing(dialect, method, xp):
         np.testing.assert_allclose(logits[0], to_numpy(prompted(xp.asarray(IDS)).data)[0], atol=1e-5)
 
 
+def test_the_loss_takes_label_smoothing():
+    for method in ("prompt", "prefix"):
+        prompted = adapted(method=method)
+        labels = np.where(np.arange(7) > 0, IDS, -100)  # the first token, which only a prompt predicts
+        logits = prompted(IDS)
+        expected = mp.functional.cross_entropy(logits[:, :-1], IDS[:, 1:], label_smoothing=0.2).item()
+        assert prompted.loss(IDS, labels, label_smoothing=0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("dialect", "method"), both)
 def test_a_boolean_mask_and_positions_for_packing(dialect, method):
     """Two texts packed into one row, neither seeing the other, are the two alone behind the same virtual tokens."""

@@ -18,8 +18,8 @@ from minipeft.train.rates import usual_learning_rate
 from minipeft.train.schedule import SCHEDULES
 
 
-def tiny_model(dropout=0.0, seed=0, dialect="llama"):
-    options = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+def tiny_model(dropout=0.0, seed=0, dialect="llama", width=16):
+    options = {"vocab_size": 32, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
     make = getattr(mp.TransformerConfig, dialect)
     return mp.Transformer(make(**options, max_position_embeddings=24).replace(dropout=dropout), seed=seed)
 
@@ -90,6 +90,22 @@ def test_the_trainer_is_the_loop_one_would_write(rng):
             assert result.history[step]["grad_norm"] == pytest.approx(norm, rel=1e-6)
             step += 1
     assert_same_bytes(weights(model), weights(twin))
+
+
+def test_loraplus_rates_follow_the_schedule_and_are_those_of_its_groups(rng):
+    examples, ends = counting(8, rng), []
+    for ratio in (16, None):
+        model = mp.get_peft_model(tiny_model(), mp.LoraConfig(r=2))
+        optimizer = None if ratio else AdamW(mp.optim.loraplus_groups(model, 0.01, 16, weight_decay=0.1))
+        options = {"learning_rate": 0.01, "weight_decay": 0.1, "max_steps": 4, "warmup_steps": 2}
+        trainer, result = train(model, examples, optimizer=optimizer, loraplus_lr_ratio=ratio, **options)
+        factor = SCHEDULES["linear"](3, 2, 4)
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.01 * factor, 0.16 * factor]
+        assert result.losses("learning_rate")[-1] == (4, 0.01 * factor)
+        ends.append(weights(model))
+    assert_same_bytes(*ends)
+    with pytest.raises(ValueError, match="no lora_B"):
+        train(tiny_model(), examples, loraplus_lr_ratio=16)
 
 
 @pytest.mark.parametrize("dropout, packing", [(0.0, False), (0.2, False), (0.0, True), (0.2, True)])

@@ -50,6 +50,9 @@ def test_loss_is_the_shifted_cross_entropy_of_the_logits(dialect, xp, rng):
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     picked = [-log_p[b, t, labels[b, t + 1]] for b in range(2) for t in range(5) if labels[b, t + 1] != -100]
     close(model.loss(xp.asarray(ids), xp.asarray(labels)).data, np.asarray(np.mean(picked)))
+    even = [-log_p[b, t].mean() for b in range(2) for t in range(5) if labels[b, t + 1] != -100]
+    smoothed = model.loss(xp.asarray(ids), xp.asarray(labels), label_smoothing=0.2)
+    close(smoothed.data, np.asarray(0.8 * np.mean(picked) + 0.2 * np.mean(even)))
 
 
 # ----------------------------------------------------------------------------------------------- masks and positions

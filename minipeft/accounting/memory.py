@@ -23,7 +23,7 @@ from ..nn.module import Module
 from ..nn.transformer import TransformerConfig
 from .architectures import Architecture, architecture
 from .parameters import constant_parameters, elements, trained_parameters
-from .precision import OPTIMIZERS, PRECISIONS, Precision
+from .precision import OPTIMIZERS, PRECISIONS, Precision, state_bytes, step_bytes
 
 MODES = ("train", "evaluate", "generate")
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -91,7 +91,7 @@ def memory_ledger(
         batch, seq_len: the number of sequences and their length in tokens (in generation, of the prompt). Without a
             length the ledger holds the model states alone, which is all that is known of a family that this package
             does not build.
-        optimizer: "adamw", "adam", "momentum" (SGD with momentum) or "sgd".
+        optimizer: "adamw", "adam", "adamw_8bit", "momentum" (SGD with momentum) or "sgd".
         precision: a name in `PRECISIONS` or a `Precision`.
         checkpointing: keep the inputs of blocks only; None: as the model is set.
         quantization: "nf4", "fp4" or "int4": every linear layer but the output head in four bits, in blocks of 64,
@@ -104,7 +104,7 @@ def memory_ledger(
     Bytes are those of arrays: an allocator's rounding and code come on top, and input ids belong to the caller. For
     PPO see `ppo_ledger`. Raises ValueError for an unknown name, and for an argument that the mode does not use.
     """
-    p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
+    p, optimizer = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
     named("mode", mode, MODES)
     check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
     training = mode == "train"
@@ -118,7 +118,7 @@ def memory_ledger(
         if given and not effective:
             raise ValueError(f"{name} has no effect with mode={mode!r} and seq_len={seq_len}: leave it out")
     states, build = states_and_model(model, config, p, quantization, double_quantization)
-    held = states.lines | optimizer_lines(training * states.trained, p, moments)
+    held = states.lines | optimizer_lines(states.trained if training else (), p, optimizer)
     held["running averages"] = training * states.averaged * p.states
     if seq_len is None:
         return MemoryLedger({line: n for line, n in held.items() if n}, held)
@@ -135,24 +135,25 @@ def memory_ledger(
         held["KV cache"] = kv_cache_bytes(backbone.config, batch, seen.positions, p.activations)
     else:
         seen = (walk.train if training else walk.evaluate)(twin, batch, seq_len, p.activations, labels)
-    at_peak = at_step(seen.at_peak, held["gradients"], p) if training else seen.at_peak
+    at_peak = at_step(seen.at_peak, held["gradients"], p, optimizer) if training else seen.at_peak
     lines = {line: n for line, n in (always | dict(at_peak)).items() if n}
     return MemoryLedger(lines, held | (seen.held or {}), seen.per_layer, seen.by_op)
 
 
-def optimizer_lines(trained: int, p: Precision, moments: int) -> dict[str, int]:
-    """Bytes of what the optimizer needs beside the weights."""
-    sizes = {"master copies": p.master, "gradients": p.gradients, "optimizer states": p.states * moments}
-    return {line: trained * size for line, size in sizes.items()}
+def optimizer_lines(trained: tuple[int, ...], p: Precision, optimizer: str) -> dict[str, int]:
+    """Bytes of what the optimizer needs beside the weights, for trained parameters of these numbers of elements."""
+    n = sum(trained)
+    states = state_bytes(optimizer, trained, p)
+    return {"master copies": n * p.master, "gradients": n * p.gradients, "optimizer states": states}
 
 
-def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision) -> Mapping[str, int]:
+def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision, optimizer: str) -> Mapping[str, int]:
     """Bytes by line: the more of what a backward pass needs at once and what the optimizer's step after it does."""
     from ..train.optim import ELEMENTS
 
     if "gradients" in at_peak:
         at_peak = {**at_peak, "gradients": at_peak["gradients"] * p.gradients // p.activations}
-    step = {"gradients": gradients, "working memory": 3 * p.states * ELEMENTS * get_num_threads()}
+    step = {"gradients": gradients, "working memory": step_bytes(optimizer, p) * ELEMENTS * get_num_threads()}
     return step if sum(step.values()) > sum(at_peak.values()) else at_peak  # nothing of the batch is left by then
 
 
@@ -204,12 +205,12 @@ class States(NamedTuple):
     """A model's weights, and how much is kept beside them in training.
 
     lines     bytes of the frozen weights, the trained weights and the adapters
-    trained   trained parameters: each has a gradient and the optimizer's moments
+    trained   elements of each trained parameter, all of which have a gradient and the optimizer's moments
     averaged  elements of the arrays that the method keeps (AdaLoRA's running averages)
     """
 
     lines: dict[str, int]
-    trained: int
+    trained: tuple[int, ...]
     averaged: int
 
 
@@ -264,7 +265,8 @@ def states_from_shapes(
         "trained weights": 0 if is_method else trained * p.trained,
         "adapters": (trained + elements(constant_parameters(arch, config))) * p.trained if is_method else 0,
     }
-    return States(lines, trained, elements(config.training_state_shapes(shapes)) if is_method else 0)
+    sizes = tuple(map(math.prod, shapes.values()))
+    return States(lines, sizes, elements(config.training_state_shapes(shapes)) if is_method else 0)
 
 
 def states_of(model: Module, p: Precision) -> States:
@@ -276,9 +278,9 @@ def states_of(model: Module, p: Precision) -> States:
             added |= {id(q) for part in parts.values() for q in part.parameters()}
             shapes = {f"{path}.{key}": q.shape for path, part in parts.items() for key, q in part.trained().items()}
             averaged += elements(config.training_state_shapes(shapes))
-    lines, frozen, trained = dict.fromkeys(WEIGHT_LINES, 0), {}, 0
+    lines, frozen, trained = dict.fromkeys(WEIGHT_LINES, 0), {}, []
     for q in model.parameters():
-        trained += q.size * q.requires_grad
+        trained += [q.size] * q.requires_grad
         if id(q) in added:
             lines["adapters"] += q.size * p.trained
         elif q.requires_grad:
@@ -286,4 +288,4 @@ def states_of(model: Module, p: Precision) -> States:
         else:
             frozen[id(q.data)] = q.data.nbytes  # what several layers share (the code book's values) once
     lines["frozen weights"] = sum(frozen.values())
-    return States(lines, trained, averaged)
+    return States(lines, tuple(trained), averaged)

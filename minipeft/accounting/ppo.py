@@ -65,12 +65,12 @@ def ppo_ledger(
 
     Raises ValueError as `memory_ledger` does, and where nothing of the policy is trained.
     """
-    p, moments = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
+    p, optimizer = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
     check_positive(batch=batch, prompt_len=prompt_len, response_len=response_len, mini_batch=mini_batch)
     rows = mini_batch or batch
     (held, trained, _), build = states_and_model(model, config, p, quantization, double_quantization)
     policy = build()
-    held["reference"] = trained * p.frozen
+    held["reference"] = sum(trained) * p.frozen
     if checkpointing is not None:
         walk.backbone_of(policy).gradient_checkpointing = checkpointing
     reward = _model(reward_model, partial(RewardModel, seed=None), policy.config)
@@ -79,12 +79,12 @@ def ppo_ledger(
         reward.requires_grad_(False)
         held["reward model"] = _bytes(reward_model, reward, p.frozen, p)
     if value is None:
-        extra = policy.config.hidden_size + 1  # parameters of the value head
-        held["value model"] = extra * p.trained
+        extra = (policy.config.hidden_size, 1)  # weight and bias of the value head
+        held["value model"] = sum(extra) * p.trained
     else:
-        extra = sum(q.size for q in value.parameters() if q.requires_grad)
+        extra = tuple(q.size for q in value.parameters() if q.requires_grad)
         held["value model"] = _bytes(value_model, value, p.trained, p)
-    held |= optimizer_lines(trained + extra, p, moments)
+    held |= optimizer_lines(trained + extra, p, optimizer)
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
     meter = Meter(p.activations)
@@ -120,7 +120,7 @@ def ppo_ledger(
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)
         del loss, new
-    phases.append(at_step(meter.at_peak, held["gradients"], p))
+    phases.append(at_step(meter.at_peak, held["gradients"], p, optimizer))
     most = max(phases, key=lambda lines: sum(lines.values()))
     return MemoryLedger({line: n for line, n in (static | dict(most)).items() if n}, held)
 

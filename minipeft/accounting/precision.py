@@ -6,6 +6,7 @@ Adam; Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 1): 12 bytes, "more
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -28,4 +29,20 @@ PRECISIONS = {
     "bfloat16": Precision(2, 2, 2, 4, activations=2),  # 12: 2 + 2 + 8, no master copy (QLoRA, section 1)
     "float16-base": Precision(frozen=2),  # a frozen base stored in float16, widened where it is used
 }
-OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # moments of each trained parameter
+MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # of each trained parameter, `Precision.states` bytes each
+OPTIMIZERS = (*MOMENTS, "adamw_8bit")
+
+
+def state_bytes(optimizer: str, sizes: Iterable[int], p: Precision) -> int:
+    """Bytes of an optimizer's states of trained parameters of these numbers of elements.
+
+    8-bit AdamW: a byte and 4/256 of a scale for each of two moments; float32 for parameters of under 4,096 elements.
+    """
+    if optimizer != "adamw_8bit":
+        return MOMENTS[optimizer] * p.states * sum(sizes)
+    return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
+
+
+def step_bytes(optimizer: str, p: Precision) -> int:
+    """Bytes for each element of the piece that an optimizer works on; 8-bit AdamW adds in float64."""
+    return 26 if optimizer == "adamw_8bit" else 3 * p.states

@@ -354,6 +354,15 @@ def _max(op, x, axis=None, keepdims=False):
     return y, op.pull(x.shape, x, y), None, None
 
 
+@rule("var")
+def _var(op, x, axis=None, keepdims=False, correction=1):
+    mean = op.new(_reduced(x, axis, True))
+    centered = op.new(x.shape)
+    op.works_in(op.meter.itemsize * x.size)  # its squares
+    del mean
+    return op.new(_reduced(x, axis, keepdims)), op.pull(x.shape, centered), None, None, None
+
+
 @rule("logsumexp")
 def _logsumexp(op, x, axis=-1, keepdims=False):
     e = op.new(x.shape)
@@ -533,15 +542,39 @@ def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
+@rule("mse_loss")
+def _mse_loss(op, input, target):
+    d = op.new(input.shape)
+    op.works_in(op.meter.itemsize * input.size)  # its squares
+    return op.new(()), op.pull(input.shape, d), op.pull(target.shape, d)
+
+
+@rule("kl_div")
+def _kl_div(op, input, target, log_target=False):
+    p = op.new(target.shape) if log_target else target
+    log_p = target if log_target else op.new(target.shape)
+    gap = op.new(input.shape)
+    op.works_in(op.meter.itemsize * input.size)
+    del log_p
+    return op.new(()), op.pull(input.shape, p), op.pull(target.shape, p, gap), None
+
+
+@rule("nll_loss")
+def _nll_loss(op, log_probs, targets, ignore_index=-100):
+    onehot = op.new(log_probs.shape, bool)
+    op.works_in(op.meter.itemsize * log_probs.size)
+    return op.new(()), op.pull(log_probs.shape, onehot), None, None
+
+
 @rule("cross_entropy")
-def _cross_entropy(op, logits, targets, ignore_index=-100):
+def _cross_entropy(op, logits, targets, ignore_index=-100, label_smoothing=0.0):
     rows = [op.new((targets.size,), np.int64), *[op.new((targets.size,)) for _ in range(3)]]  # targets, counts, divisor
     op.works_in(op.blocks(logits.size, 1))
-    return op.new(()), op.pull(logits.shape, logits, *rows), None, None
+    return op.new(()), op.pull(logits.shape, logits, *rows), None, None, None
 
 
 @rule("linear_cross_entropy")
-def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100):
+def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
     n, (classes, width) = int((targets != ignore_index).sum()), weight.shape
     widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0
     everything = n == targets.size
@@ -554,4 +587,4 @@ def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100):
     op.works_in(op.blocks(logits.size, 1))
     copied = 0 if everything else op.meter.itemsize * n * width  # the product, before it is spread over the rows
     dhidden = op.pull(hidden.shape, hidden, h, weight, logits, which, *rows, work=copied + widened)
-    return op.new(()), dhidden, op.pull(weight.shape, h, logits, *rows), None, None
+    return op.new(()), dhidden, op.pull(weight.shape, h, logits, *rows), None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,6 +107,7 @@ def integers(high: int, *shape: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- one by one
 
 IDS, IGNORED = np.array([0, 4, 2, 2]), np.array([[0, -100, 4], [-100, 1, 1]])  # targets of a loss
+SMOOTHED = partial(F.linear_cross_entropy, label_smoothing=0.3)
 ROWS = [  # op, label, function, inputs
     ("clip", "both sides", lambda x: F.clip(x, -0.5, 0.5), (normal(3, 4),)),
     ("clip", "below", lambda x: F.clip(x, minimum=0), (normal(3, 4),)),
@@ -155,8 +157,23 @@ ROWS = [  # op, label, function, inputs
     ("cross_entropy", "one row", F.cross_entropy, (normal(5), np.array(3))),
     ("cross_entropy", "one class", F.cross_entropy, (normal(3, 1), np.zeros(3, np.int64))),
     ("cross_entropy", "large logits", F.cross_entropy, (30 * normal(4, 5), IDS)),
+    ("cross_entropy", "smoothed", partial(F.cross_entropy, label_smoothing=0.3), (normal(2, 3, 5), IGNORED)),
+    ("cross_entropy", "even", partial(F.cross_entropy, label_smoothing=1), (normal(4, 5), IDS)),
+    ("nll_loss", "rows", F.nll_loss, (normal(4, 5), IDS)),
+    ("nll_loss", "ignored targets", F.nll_loss, (normal(2, 3, 5), IGNORED)),
+    ("nll_loss", "ignore_index 0", partial(F.nll_loss, ignore_index=0), (normal(4, 5), IDS)),
+    ("nll_loss", "one row", F.nll_loss, (normal(5), np.array(3))),
+    ("nll_loss", "of log_softmax", lambda x, t: F.nll_loss(F.log_softmax(x), t), (normal(4, 5), IDS)),
+    ("mse_loss", "matrices", F.mse_loss, (normal(3, 4), normal(3, 4, seed=1))),
+    ("mse_loss", "numbers", F.mse_loss, (normal(), positive())),
+    ("mse_loss", "the same input", lambda x: F.mse_loss(x, x * 2.0), (normal(2, 3),)),
+    ("kl_div", "rows", F.kl_div, (normal(2, 3, 5), positive(2, 3, 5))),
+    ("kl_div", "log target", partial(F.kl_div, log_target=True), (normal(2, 3, 5), normal(2, 3, 5, seed=1))),
+    ("kl_div", "of logits", lambda x, y: F.kl_div(F.log_softmax(x), F.softmax(y)), (normal(3, 5), positive(3, 5))),
+    ("kl_div", "one distribution", F.kl_div, (normal(5), positive(5))),
     ("linear_cross_entropy", "every target", F.linear_cross_entropy, (normal(4, 3), normal(5, 3), IDS)),
     ("linear_cross_entropy", "ignored targets", F.linear_cross_entropy, (normal(2, 3, 4), normal(5, 4), IGNORED)),
+    ("linear_cross_entropy", "smoothed", SMOOTHED, (normal(2, 3, 4), normal(5, 4), IGNORED)),
     ("linear_cross_entropy", "one row", F.linear_cross_entropy, (normal(1, 3), normal(5, 3), np.array([3]))),
     ("linear_cross_entropy", "size-one axes", F.linear_cross_entropy, (normal(1, 1), normal(1, 1), np.array([0]))),
 ]
@@ -241,13 +258,17 @@ def _swiglu():
 AXES = [None, 0, -1, 1, (0, 2), (-1, 0), (0, 1, 2)]
 
 
-@cases("sum", "mean", "max")
+@cases("sum", "mean", "max", "var")
 def _reduction(name):
     fn = REGISTRY[name]
     for axis in AXES:
         for keepdims in (False, True):
             label = f"axis {axis}{', keepdims' if keepdims else ''}"
             yield Case(label, lambda x, a=axis, k=keepdims: fn(x, axis=a, keepdims=k), (distinct(2, 3, 4),))
+    if name == "var":
+        yield Case("no correction", lambda x: fn(x, axis=1, correction=0), (normal(2, 3),))
+        yield Case("correction 1.5", lambda x: fn(x, correction=1.5), (normal(2, 3),))
+        fn = partial(fn, correction=0)
     yield Case("scalar", fn, (normal(),))
     yield Case("size-one axes", lambda x: fn(x, axis=1), (normal(1, 1, 2),))
     yield Case("empty axis that stays", lambda x: fn(x, axis=1), (normal(0, 3),))

@@ -29,6 +29,24 @@ def probability(p: float) -> None:
         raise ValueError(f"dropout probability must lie in [0, 1), not {p}")
 
 
+def degrees_of_freedom(n: int, correction: float) -> None:
+    """Of a variance: n > correction."""
+    if n <= correction:
+        raise ValueError(f"var: {n} elements have no variance with correction={correction}; there must be more of them")
+
+
+def same_shape(name: str, a: Array, b: Array) -> None:
+    """A loss of two arrays does not broadcast: [N] beside [N, 1] would be N * N differences."""
+    if a.shape != b.shape:
+        raise ValueError(f"{name}: input {a.shape} and target {b.shape} must have the same shape")
+
+
+def smoothing(label_smoothing: float) -> None:
+    """Of cross_entropy: 0 <= label_smoothing <= 1."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
+
+
 def matmul(a: Array, b: Array) -> None:
     """The inner dimensions of a [..., n, k] (or [k]) and b [..., k, m] (or [k]) agree."""
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:

@@ -25,14 +25,15 @@ with.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import asarray, is_array, to_numpy, xp_of
-from .tensor import Tensor, no_grad
+from ..backend import Array, asarray, is_array, to_numpy, xp_of
+from .tensor import Node, Tensor, no_grad, together
 
 
 class GradcheckError(AssertionError):
@@ -62,20 +63,36 @@ class Agreement(NamedTuple):
 
 
 def gradcheck(
-    fn: Callable[..., Tensor],
+    fn: Callable[..., Any],
     *arrays: Any,
+    backward: Callable[..., Any] | None = None,
     name: str | None = None,
     seed: int = 0,
     directions: int = 2,
     rtol: float = 1e-7,
 ) -> Agreement:
-    """Compare the pullbacks of `fn(*arrays) -> Tensor` with central differences, in float64.
+    """Compare the pullbacks of `fn(*arrays) -> Tensor`, or a `backward` of one's own, with central differences.
+
+        mp.gradcheck(lambda x: F.softmax(x) * x, x)                     functions of Tensors
+
+        def forward(x, w):                                              a derivative written by hand: plain arrays
+            return np.tanh(x @ w)
+
+        def backward(g, x, w):                                          dL/dx and dL/dw, from g = dL/d(forward's value)
+            h = g * (1 - np.tanh(x @ w) ** 2)
+            return h @ w.T, x.T @ h
+
+        mp.gradcheck(forward, x, w, backward=backward)
+        mp.gradcheck(layer.forward, x, backward=layer.backward)         a layer that remembers x: backward(g)
 
     Every floating-point array is checked as an input, converted to float64, under every subset of inputs that require
     gradients (with more than four inputs: all, each alone, all but each). Integer and boolean arrays and anything that
     is no array are passed on as they are.
 
     Args:
+        backward: the derivative of an `fn` of plain arrays, called after it with g and the arrays, or g alone where it
+            takes no more. It gives the gradient of each input, in the input's shape: one array, or a tuple (with
+            None for what is not floating-point).
         name: what messages call the function (default: its own name).
         seed: names the random directions and cotangents.
         directions: how many random pairs (u, w) each input is judged by.
@@ -84,7 +101,8 @@ def gradcheck(
     Raises GradcheckError naming the input, the worst element and both values when they disagree; also when a gradient
     has the wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when
     computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to
-    check, TypeError when `fn` returns no Tensor.
+    check, TypeError when `fn` returns no Tensor (with `backward`: no array), or belongs to an object whose own backward
+    was not given: only the library's derivative of `fn` would be looked at.
     """
     call = list(map(_float64, arrays))
     inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}
@@ -92,12 +110,26 @@ def gradcheck(
     if not inputs:
         raise ValueError(f"gradcheck: {name} was given no floating-point array, so there is no derivative to check")
 
+    if backward is not None:
+        fn = _by_hand(fn, backward, name)
+    elif not isinstance(owner := getattr(fn, "__self__", fn), Tensor) and callable(getattr(owner, "backward", None)):
+        raise TypeError(
+            f"gradcheck: {type(owner).__name__} has a backward of its own, which is not looked at unless it is given: "
+            "gradcheck(layer.forward, x, backward=layer.backward)"
+        )
+
     def evaluate() -> Tensor:
         return fn(*call)
 
     worst, count = 0.0, 0
     before = {i: to_numpy(x.data).copy() for i, x in inputs.items()}
-    y = _value(evaluate, name)
+    try:
+        y = _value(evaluate, name)
+    except TypeError as error:  # of a NumPy function that was given a Tensor, or the result is an array
+        if backward is None and ("__array_ufunc__" in str(error) or "not ndarray" in str(error)):
+            hint = "of a function of plain arrays the derivative is given too: gradcheck(fn, x, backward=...)"
+            raise TypeError(f"{error}; {hint}") from error
+        raise
     if not np.array_equal(y, _value(evaluate, name)):
         raise GradcheckError(f"{name} gives two different values for the same inputs: fix its random stream", name)
     for k in range(directions):
@@ -152,6 +184,44 @@ def check_parameters(
 
 
 # -------------------------------------------------------------------------------------------------------- its parts
+
+
+def _by_hand(forward: Callable[..., Any], backward: Callable[..., Any], name: str) -> Callable[..., Tensor]:
+    """A function of Tensors that computes `forward` on their arrays, and whose pullbacks are what `backward` gives."""
+    parameters = inspect.signature(backward).parameters.values()
+    needed = [p.kind for p in parameters if p.default is p.empty and p.kind < p.KEYWORD_ONLY]
+    alone = len(needed) == 1 and needed[0] != inspect.Parameter.VAR_POSITIONAL
+
+    def fn(*args: Any) -> Tensor:
+        arrays = [a.data if isinstance(a, Tensor) else a for a in args]
+        y = forward(*arrays)
+        if isinstance(y, Tensor):
+            raise TypeError(f"gradcheck: with backward=, {name} must return a plain array, not a Tensor")
+        result = Tensor(y if is_array(y) else np.asarray(y))
+        inputs = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad}
+
+        def compute(g: Array) -> list[Array]:
+            found = backward(g) if alone else backward(g, *arrays)
+            found = list(found) if isinstance(found, (tuple, list)) else [found]
+            if len(found) > len(args):
+                raise GradcheckError(f"{name}: backward gives {len(found)} gradients for {len(args)} inputs", name)
+            found += [None] * (len(args) - len(found))
+            for i, x in inputs.items():
+                if found[i] is None:
+                    raise GradcheckError(f"{name}: backward gives no gradient for input {i}", name, i)
+                found[i] = found[i] if is_array(found[i]) else np.asarray(found[i])
+                if found[i].shape != x.shape:  # the engine would sum over a broadcast axis
+                    what = f"a gradient of shape {found[i].shape}; the input has {x.shape}"
+                    raise GradcheckError(f"{name}: backward gives input {i} {what}", name, i)
+            return [found[i] for i in inputs]
+
+        if inputs:
+            pairs = zip(inputs.values(), together(len(inputs), compute))
+            result._node = Node(name, [(x, pullback, x.shape, x.dtype) for x, pullback in pairs])
+            result.requires_grad = True
+        return result
+
+    return fn
 
 
 class _Difference(NamedTuple):

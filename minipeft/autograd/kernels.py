@@ -432,10 +432,10 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Array, Array]]:
-    """(Σ over counted rows of logsumexp(logits) - logits[target], what softmax divides by), in row blocks.
+def _nll(logits: Array, targets: Array, counts: Array, smoothing: float) -> tuple[Array, tuple[Array, Array]]:
+    """(Σ over counted rows of logsumexp(logits) - Σ_v q_v logits_v, what softmax divides by), in row blocks.
 
-    logits are [N, V], targets and counts (0 or 1) [N].
+    logits are [N, V], targets and counts (0 or 1) [N]; q = (1 - smoothing) onehot(target) + smoothing / V.
     The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
     of the largest logit, and that absolute error in an exponent is a relative one in every probability.
     """
@@ -449,15 +449,17 @@ def _nll(logits: Array, targets: Array, counts: Array) -> tuple[Array, tuple[Arr
         xp.exp(e, out=e)
         total[s] = xp.einsum("nv->n", e)[:, None]
         picked[s, 0] = x[xp.arange(x.shape[0]), targets[s]]
+        if smoothing:
+            picked[s] += smoothing * (_row_means(x) - picked[s])
 
     parallel_rows(xp, block, rows, classes)
     return ((xp.log(total) + (top - picked))[:, 0] * counts).sum(), (top, total)
 
 
 def _nll_gradient(
-    logits: Array, targets: Array, counts: Array, divisor: tuple[Array, Array], g: Array, out: Array
+    logits: Array, targets: Array, counts: Array, smoothing: float, divisor: tuple[Array, Array], g: Array, out: Array
 ) -> None:
-    """out [N, V] = (softmax(logits) - onehot(targets)) * counts * g, in row blocks; `out` may be `logits` itself."""
+    """out [N, V] = (softmax(logits) - q) * counts * g, in row blocks, q as in `_nll`; `out` may be `logits` itself."""
     xp, (rows, classes) = xp_of(logits), logits.shape
     weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
     top, scale = divisor[0], weight / divisor[1]
@@ -467,33 +469,36 @@ def _nll_gradient(
         xp.subtract(logits[s], top[s], out=o)
         xp.exp(o, out=o)
         o *= scale[s]
-        o[xp.arange(o.shape[0]), targets[s]] -= weight[s, 0]
+        if smoothing:
+            o -= weight[s] * (smoothing / classes)
+        o[xp.arange(o.shape[0]), targets[s]] -= weight[s, 0] * (1 - smoothing)
 
     parallel_rows(xp, block, rows, classes)
 
 
 @kernel(ops.cross_entropy)
-def _cross_entropy(logits, targets, ignore_index=-100):
+def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     """The pullback is computed from the logits again: no second array of their size is kept."""
+    check.smoothing(label_smoothing)
     xp, shape, classes = xp_of(logits, targets), logits.shape, logits.shape[-1]
     check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
     flat, t = logits.reshape(-1, classes), targets.reshape(-1)
     counts = (t != ignore_index).astype(logits.dtype)
     t = xp.where(t == ignore_index, 0, t)
     n = counts.sum()
-    total, divisor = _nll(flat, t, counts)
+    total, divisor = _nll(flat, t, counts, label_smoothing)
     loss = total / n if n.item() else total * xp.nan
 
     def dlogits(g):
         d = xp.empty(shape, flat.dtype)
-        _nll_gradient(flat, t, counts, divisor, g / n, d.reshape(-1, classes))
+        _nll_gradient(flat, t, counts, label_smoothing, divisor, g / n, d.reshape(-1, classes))
         return d
 
     return loss, dlogits
 
 
 @kernel(ops.linear_cross_entropy)
-def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
     """Logits are computed only for the rows that count, and held once: in backward their memory becomes their gradient.
 
     A 49k-word head so costs one array of [rows that count, V] instead of two of [all rows, V].
@@ -501,6 +506,7 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     xp, (classes, width) = xp_of(hidden, weight, targets), weight.shape
     check.linear("linear_cross_entropy", hidden, weight)
     check.targets("linear_cross_entropy", targets, hidden.shape[:-1], classes, ignore_index)
+    check.smoothing(label_smoothing)
     flat, t = hidden.reshape(-1, width), targets.reshape(-1)
     rows = xp.nonzero(t != ignore_index)[0]
     everything = rows.size == t.size
@@ -508,7 +514,7 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     n = rows.size
     logits = backend.matmul(h, _widen(weight, h).T)  # [n, V]
     counts = xp.ones(n, h.dtype)
-    total, divisor = _nll(logits, t, counts)
+    total, divisor = _nll(logits, t, counts, label_smoothing)
     loss = total / n if n else total * xp.nan
     memo = {"logits": logits}
     del logits
@@ -516,7 +522,7 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     def dlogits(g):
         if "logits" in memo:
             logits = memo.pop("logits")
-            _nll_gradient(logits, t, counts, divisor, g / n if n else g, out=logits)
+            _nll_gradient(logits, t, counts, label_smoothing, divisor, g / n if n else g, out=logits)
             memo["dlogits"] = logits
         return memo["dlogits"]
 

@@ -30,11 +30,12 @@ from . import checks as check
 from .tensor import Slice, Tensor, checkpoint, op
 
 __all__ = [
-    "abs", "add", "addmm", "broadcast_to", "cat", "checkpoint", "clip", "cross_entropy", "div", "dropout", "embedding", "exp",
-    "gather", "gelu", "getitem", "inv", "layer_norm", "linear", "linear_cross_entropy", "log", "log_softmax", "logsigmoid",
-    "logsumexp", "matmul", "max", "maximum", "mean", "minimum", "mul", "neg", "packed_attention", "pow", "relu", "reshape",
-    "rms_norm", "rope", "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "softplus", "sqrt", "stack", "sub",
-    "sum", "swapaxes", "swiglu", "tanh", "to", "transpose", "where",
+    "abs", "add", "addmm", "argmax", "broadcast_to", "cat", "checkpoint", "clip", "cross_entropy", "div", "dropout",
+    "embedding", "exp", "gather", "gelu", "getitem", "inv", "kl_div", "layer_norm", "linear", "linear_cross_entropy",
+    "log", "log_softmax", "logsigmoid", "logsumexp", "matmul", "max", "maximum", "mean", "minimum", "mse_loss", "mul", "neg",
+    "nll_loss", "packed_attention", "pow", "relu", "reshape", "rms_norm", "rope", "scaled_dot_product_attention",
+    "sigmoid", "silu", "softmax", "softplus", "sqrt", "stack", "sub", "sum", "swapaxes", "swiglu", "tanh", "to",
+    "transpose", "var", "where",
 ]  # fmt: skip
 
 
@@ -268,6 +269,21 @@ def mean(x, axis=None, keepdims=False):
 
 
 @op
+def var(x, axis=None, keepdims=False, correction=1):
+    """Σ (x - mean)² / (n - correction) over the n elements along `axis` (all axes by default).
+
+    Pullback: 2 g (x - mean) / (n - correction). Departure from PyTorch: n <= correction raises ValueError, where
+    it gives NaN.
+    """
+    axes = _axes(axis, x.ndim)
+    n = math.prod(x.shape[a] for a in axes)
+    check.degrees_of_freedom(n, correction)
+    centered = x - x.mean(axis=axes, keepdims=True)
+    y = (centered**2).sum(axis=axes, keepdims=keepdims) / (n - correction)
+    return y, lambda g: centered * _expand(g * (2 / (n - correction)), axes, keepdims)
+
+
+@op
 def max(x, axis=None, keepdims=False):
     """Maximum over `axis` (all axes by default); equal maxima share the gradient equally, as `torch.amax` does."""
     axes = _axes(axis, x.ndim)
@@ -279,6 +295,15 @@ def max(x, axis=None, keepdims=False):
         return hit * _expand(g, axes, keepdims)
 
     return (y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in axes))), dx
+
+
+def argmax(x: Tensor | Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    """Where the maximum lies along `axis` (by default, in x flattened); the first of equal ones. A plain integer array.
+
+    It is constant almost everywhere, so like a comparison it is no op: there is nothing to differentiate.
+    """
+    data = x.data if isinstance(x, Tensor) else x
+    return data.argmax(axis=None if axis is None else check.axis(axis, data.ndim), keepdims=keepdims)
 
 
 @op
@@ -625,23 +650,73 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
 
 
 @op
-def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean over the targets that count of -log softmax(logits)[target], in nats; logits [..., V], targets [...].
-
-    Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
-    Pullback: (softmax - onehot) / n, in the n rows that count. Departure from PyTorch: the class axis is the last.
-    """
-    xp, classes = xp_of(logits, targets), logits.shape[-1]
-    check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
-    counts = (targets != ignore_index)[..., None]  # [..., 1]
-    onehot = counts & (targets[..., None] == xp.arange(classes))  # [..., V]
-    n = int(counts.sum().item()) or math.nan
-    log_p, *_ = log_softmax.definition(logits)
-    return -xp.where(onehot, log_p, 0).sum() / n, lambda g: (xp.exp(log_p) * counts - onehot) * (g / n)
+def mse_loss(input, target):
+    """Mean of (input - target)² over all elements; the shapes are equal. Pullbacks: ±2 (input - target) / n."""
+    check.same_shape("mse_loss", input, target)
+    d, n = input - target, input.size or math.nan
+    return (d * d).sum() / n, lambda g: d * (2 * g / n), lambda g: d * (-2 * g / n)
 
 
 @op
-def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
+def kl_div(input, target, log_target=False):
+    """KL(P || Q) = Σ_v P log(P / Q) in nats, mean over the distributions; input = log Q [..., V], target = P [..., V].
+
+    With `log_target` the target is log P. A P of 0 adds 0. With n distributions dL/d(log Q) = -P / n,
+    dL/dP = (log P + 1 - log Q) / n, or 0 where P is 0, and dL/d(log P) = P times that.
+    Departure from PyTorch: the mean is over the distributions along the last axis, there reduction="batchmean" (its
+    default divides by V too, and then is no KL divergence). Not symmetric: PyTorch's order of arguments, model first.
+    """
+    check.same_shape("kl_div", input, target)
+    xp, n = xp_of(input, target), math.prod(input.shape[:-1]) or math.nan
+    p = xp.exp(target) if log_target else target
+    log_p = target if log_target else xp.log(xp.where(p > 0, p, 1))
+    gap = xp.where(p > 0, log_p - input, 0)  # [..., V]
+
+    def dtarget(g):
+        d = (gap + (p > 0)) * (g / n)
+        return d * p if log_target else d
+
+    return (p * gap).sum() / n, lambda g: p * (-g / n), dtarget
+
+
+@op
+def nll_loss(log_probs, targets, ignore_index=-100):
+    """Mean over the targets that count of -log_probs[target]; log_probs [..., V], targets [...]: `cross_entropy`'s.
+
+    nll_loss(log_softmax(logits), targets) = cross_entropy(logits, targets). Pullback: -onehot / n.
+    Departure from PyTorch: the class axis is the last.
+    """
+    onehot, _, n = _counted("nll_loss", log_probs, targets, ignore_index)
+    return -xp_of(log_probs).where(onehot, log_probs, 0).sum() / n, lambda g: onehot * (-g / n)
+
+
+def _counted(name: str, logits: Array, targets: Array, ignore_index: int) -> tuple[Array, Array, float]:
+    """(onehot [..., V], which targets count [..., 1], how many do, or NaN for none) of logits [..., V]."""
+    check.targets(name, targets, logits.shape[:-1], logits.shape[-1], ignore_index)
+    counts = (targets != ignore_index)[..., None]
+    onehot = counts & (targets[..., None] == xp_of(logits, targets).arange(logits.shape[-1]))
+    return onehot, counts, int(counts.sum().item()) or math.nan
+
+
+@op
+def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+    """Mean over the targets that count of -Σ_v q_v log softmax(logits)_v, in nats; logits [..., V], targets [...].
+
+    q = (1 - ε) onehot(target) + ε / V, with ε = `label_smoothing` (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
+    Pullback: (softmax - q) / n, in the n rows that count. Departure from PyTorch: the class axis is the last.
+    """
+    check.smoothing(label_smoothing)
+    onehot, counts, n = _counted("cross_entropy", logits, targets, ignore_index)
+    xp, classes = xp_of(logits, targets), logits.shape[-1]
+    log_p, *_ = log_softmax.definition(logits)
+    q = ((1 - label_smoothing) * onehot + label_smoothing / classes * counts).astype(log_p.dtype)  # [..., V]
+    loss = -(q * xp.where(q > 0, log_p, 0)).sum() / n
+    return loss, lambda g: (xp.exp(log_p) * counts - q) * (g / n)
+
+
+@op
+def linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
     """cross_entropy(linear(hidden, weight), targets): a language model's head and its loss in one.
 
     hidden [..., d], weight [V, d], targets [...]. The chain rule, once: its kernel needs a fraction of the memory.
@@ -649,7 +724,7 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index=-100):
     check.linear("linear_cross_entropy", hidden, weight)
     check.targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index)
     logits, dhidden, dweight, _ = linear.definition(hidden, weight)
-    loss, dlogits, *_ = cross_entropy.definition(logits, targets, ignore_index)
+    loss, dlogits, *_ = cross_entropy.definition(logits, targets, ignore_index, label_smoothing)
     return loss, lambda g: dhidden(dlogits(g)), lambda g: dweight(dlogits(g))
 
 
@@ -675,5 +750,5 @@ Tensor.__truediv__, Tensor.__rtruediv__ = div, _reversed(div)
 Tensor.__matmul__, Tensor.__rmatmul__ = matmul, _reversed(matmul)
 Tensor.__pow__, Tensor.__neg__, Tensor.__getitem__ = pow, neg, getitem
 Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh, Tensor.abs = exp, log, sqrt, tanh, abs
-Tensor.sum, Tensor.mean, Tensor.max, Tensor.to = sum, mean, max, to
+Tensor.sum, Tensor.mean, Tensor.max, Tensor.var, Tensor.argmax, Tensor.to = sum, mean, max, var, argmax, to
 Tensor.reshape, Tensor.transpose, Tensor.swapaxes = _reshape, _transpose, swapaxes

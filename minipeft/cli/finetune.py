@@ -22,6 +22,8 @@ examples:
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
   minipeft finetune --data my.jsonl --method lora -r 16 --alpha 32 --dropout 0.05 --output adapter
   minipeft finetune --data my.jsonl --method lora --target q_proj v_proj --set use_rslora=true --output adapter
+  minipeft finetune --data my.jsonl --optimizer adamw_8bit --output tuned      moments of 2 bytes a parameter, not 8
+  minipeft finetune --data my.jsonl --method lora --loraplus-lr-ratio 16 --lr 1e-3 --output adapter
   minipeft finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --data chat.jsonl --method qlora --output adapter
 
   minipeft generate --model tuned --prompt "..."
@@ -74,8 +76,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
     group = parser.add_argument_group("training")
     runs.add_training(
         group,
-        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm",
-        "eval_steps", "early_stopping_patience",
+        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio", "weight_decay",
+        "max_grad_norm", "eval_steps", "early_stopping_patience",
         defaults={
             "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
             "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,

@@ -15,6 +15,7 @@ examples:
   minipeft memory llama-65b --precision bfloat16
   minipeft memory llama-65b --method qlora -r 64 --batch 1 --seq 512 --precision bfloat16 --checkpointing
   minipeft memory gpt2 --method lora --batch 8 --seq 1024 --optimizer sgd
+  minipeft memory llama-7b --precision bfloat16 --optimizer adamw_8bit
   minipeft memory llama3-8b --generate 256 --batch 4 --seq 2048 --precision bfloat16
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json

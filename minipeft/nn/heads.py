@@ -87,7 +87,7 @@ class SequenceClassifier(_HeadedBackbone):
             raise ValueError(f"labels must have the shape {logits.shape[:1]}, one per sequence, not {labels.shape}")
         if self.num_labels > 1:
             return F.cross_entropy(logits, labels)
-        return ((logits.reshape(-1) - labels.astype(logits.dtype)) ** 2).mean()
+        return F.mse_loss(logits.reshape(-1), labels.astype(logits.dtype))
 
 
 class ValueModel(_HeadedBackbone):

@@ -579,17 +579,19 @@ class Transformer(BackboneModel):
         logits = self.lm_head(self.backbone(*given, attentions), as_rng(rng))
         return (logits, attentions) if output_attentions else logits
 
-    def loss(self, input_ids: Array, labels: Array, **arguments: Any) -> Tensor:
+    def loss(self, input_ids: Array, labels: Array, *, label_smoothing: float = 0.0, **arguments: Any) -> Tensor:
         """Mean next-token cross-entropy, in nats: position t predicts labels[:, t + 1]; labels of -100 do not count.
 
         `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those
-        of `forward`. Logits are computed only where a label counts, and held once. Raises as `forward`, and ValueError
-        for labels of another shape.
+        of `forward`; `label_smoothing` is `cross_entropy`'s. Logits are computed only where a label counts, and held
+        once. Raises as `forward`, and ValueError for labels of another shape.
         """
         hidden = self.backbone(input_ids, **arguments)
-        return self.head_loss(hidden, labels, as_rng(arguments.get("rng")))
+        return self.head_loss(hidden, labels, as_rng(arguments.get("rng")), label_smoothing)
 
-    def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None) -> Tensor:
+    def head_loss(
+        self, hidden: Tensor, labels: Array, rng: Rng | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """The loss of `loss`, from hidden states [B, T, d] and labels [B, T]; raises as `loss`."""
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
@@ -597,8 +599,8 @@ class Transformer(BackboneModel):
         targets = xp.full(labels.shape, -100, labels.dtype)
         targets[:, :-1] = labels[:, 1:]
         if type(self.lm_head) is Linear and self.lm_head.bias is None:
-            return F.linear_cross_entropy(hidden, self.lm_head.weight, targets)
-        return F.cross_entropy(self.lm_head(hidden, rng), targets)
+            return F.linear_cross_entropy(hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing)
+        return F.cross_entropy(self.lm_head(hidden, rng), targets, label_smoothing=label_smoothing)
 
     def generate(
         self,

@@ -126,10 +126,12 @@ class PeftModel(Module):
             prompt = self._prompt()
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
+            label_smoothing = arguments.pop("label_smoothing", 0.0)
             hidden, length, rng = self._behind(prompt, input_ids, **arguments)  # [B, P + T, d], or [B, T, d]
             xp = xp_of(labels)
             uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
-            return self.base_model.head_loss(hidden, xp.concatenate([uncounted, labels], axis=1), rng)
+            labels = xp.concatenate([uncounted, labels], axis=1)
+            return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
 
     def _behind(self, prompt: Any, *inputs: Any, **arguments: Any) -> tuple[Tensor, int, Any]:
         """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""

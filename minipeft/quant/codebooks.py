@@ -67,18 +67,18 @@ def int4_code() -> np.ndarray:
 
 
 @cache
-def dynamic_map() -> np.ndarray:
-    """The dynamic tree of eight bits, [256] ascending (Dettmers 2016, arXiv:1511.04561; bitsandbytes, signed).
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """The dynamic tree of eight bits, [256] ascending (Dettmers 2016, arXiv:1511.04561; bitsandbytes).
 
     A code is a sign, k zeros that name the decade 10^-k, a one, and a linear fraction in the 6 - k bits left: 2^(6-k)
     midpoints of [0.1, 1] times 10^-k, for k = 0..6. Relative precision is highest near 1, and six decades are covered. With
-    0 and 1 the 254 become 256.
+    0 and 1 the 254 become 256. Without a sign, for what is never negative, the fraction has one bit more.
     """
     values = [0.0, 1.0]
     for k in range(7):
-        edges = _linspace(0.1, 1.0, 2 ** (6 - k) + 1)
+        edges = _linspace(0.1, 1.0, 2 ** (6 - k + (not signed)) + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0**-k)
-        values += [*means, *-means]
+        values += [*means, *(-means if signed else ())]
     return _read_only(np.sort(np.array(values, np.float32)))
 
 

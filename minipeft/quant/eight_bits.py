@@ -18,8 +18,8 @@ from .checks import QuantError, check_array, check_finite
 from .codebooks import dynamic_map
 
 
-def quantize(blocks: Array) -> tuple[Array, Array]:
-    """(codes uint8 [m, blocksize], c float32 [m]) of finite blocks float32 [m, blocksize].
+def quantize(blocks: Array, signed: bool = True) -> tuple[Array, Array]:
+    """(codes uint8 [m, blocksize], c float32 [m]) of finite blocks float32 [m, blocksize], by `dynamic_map(signed)`.
 
     As bitsandbytes does on the CPU, x * (1 / c) is rounded to the nearest of 65536 even steps of [-1, 1] and the step's
     nearest point is taken. In a block whose c has no finite reciprocal a number above zero has code 255, any other 0.
@@ -28,14 +28,18 @@ def quantize(blocks: Array) -> tuple[Array, Array]:
     c = abs(blocks).max(axis=1)
     usable = c > 2.0**-128
     scaled = blocks * (1 / xp.where(usable, c, 1))[:, None]
-    step = ((xp.clip(scaled, -1, 1) + 1) * (65535 / 2) + 0.5).astype(xp.int32)
-    return xp.where(usable[:, None], asarray(_steps(), xp).take(step), (blocks > 0) * xp.uint8(255)), c
+    xp.clip(scaled, -1, 1, out=scaled)
+    scaled += 1
+    scaled *= 65535 / 2
+    scaled += 0.5
+    codes = asarray(_steps(signed), xp).take(scaled.astype(xp.intp))
+    return xp.where(usable[:, None], codes, (blocks > 0) * xp.uint8(255)), c
 
 
 @cache
-def _steps() -> np.ndarray:
+def _steps(signed: bool) -> np.ndarray:
     """[65536] uint8: the code nearest to -1 + 2 i / 65535."""
-    code = dynamic_map()
+    code = dynamic_map(signed)
     midpoints = (code[:-1] + code[1:]) * np.float32(0.5)
     values = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)
     return np.searchsorted(midpoints, values, side="left").astype(np.uint8)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .evaluation import evaluate as evaluate, example_losses as example_losses
     from .metrics import plot_loss as plot_loss
     from .optim import (
-        SGD as SGD, Adam as Adam, AdamW as AdamW, NonFiniteGradient as NonFiniteGradient, Optimizer as Optimizer,
-        clip_grad_norm as clip_grad_norm,
+        SGD as SGD, Adam as Adam, Adam8bit as Adam8bit, AdamW as AdamW, AdamW8bit as AdamW8bit,
+        NonFiniteGradient as NonFiniteGradient, Optimizer as Optimizer, clip_grad_norm as clip_grad_norm,
     )  # fmt: skip
     from .rates import usual_learning_rate as usual_learning_rate
     from .run import Run as Run

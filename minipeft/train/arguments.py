@@ -13,10 +13,11 @@ class TrainingArguments:
     """How to train; names and meanings are Hugging Face's where it has them.
 
     A step takes `per_device_train_batch_size * gradient_accumulation_steps` examples; the last step of an epoch takes
-    those that remain. Weight decay is decoupled (AdamW), or added to the gradient (SGD). With `save_steps` there is a
-    checkpoint at the end too. Early stopping ends, in any case, with the weights of the best evaluation. `packing` lets
-    the examples of a batch share rows instead of padding each to the longest (`collate_packed`): the same loss, sooner.
-    With `output_dir`, metrics go to metrics.jsonl there and the loss curve to loss.png.
+    those that remain. Weight decay is decoupled (AdamW), or added to the gradient (SGD). The moments of "adamw" take
+    eight bytes a parameter, of "adamw_8bit" two (`AdamW8bit`). With `save_steps` there is a checkpoint at the end too.
+    Early stopping ends, in any case, with the weights of the best evaluation. `packing` lets the examples of a batch
+    share rows instead of padding each to the longest (`collate_packed`): the same loss, sooner. With `output_dir`,
+    metrics go to metrics.jsonl there and the loss curve to loss.png.
 
     Raises ValueError, naming the argument, for a value that makes no sense.
     """
@@ -32,12 +33,15 @@ class TrainingArguments:
     per_device_eval_batch_size: int = option(8, "the same in an evaluation", least=1, flag="--eval-batch-size")
     gradient_accumulation_steps: int = option(1, "batches in a step", least=1, flag="--accumulation")
     packing: bool | int = option(False, "let examples share rows, of N tokens (without N: the longest's)", least=0)
-    optim: str = option("adamw", "optimizer", choices=("adamw", "sgd"), flag="--optimizer")
+    optim: str = option("adamw", "optimizer", choices=("adamw", "adamw_8bit", "sgd"), flag="--optimizer")
     adam_beta1: float = option(0.9, "decay of AdamW's average of gradients", least=0, below=1)
     adam_beta2: float = option(0.999, "decay of AdamW's average of squared gradients", least=0, below=1)
     adam_epsilon: float = option(1e-8, "what AdamW adds to the denominator", least=0)
     momentum: float = option(0.0, "momentum of SGD", least=0)
     weight_decay: float = option(0.0, "decay of weights, but not of norms and biases", least=0)
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: B learns at this many times the rate (16 in the paper, which then lowers the rate)", least=1
+    )
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
     warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")

@@ -19,23 +19,26 @@ DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the lau
 Piece = tuple[int, int, int]  # (index of the array, start, stop): elements of a flattened array
 
 
-def in_pieces(fn: Callable[..., None], *arrays: Array) -> None:
+def in_pieces(fn: Callable[..., None], *arrays: Array, block: int = 1) -> None:
     """Call `fn` on flat pieces of equally shaped arrays, which it may write: on threads, or one by one on a device.
 
-    All must be contiguous in memory but the first, which is copied back if it is not.
+    All must be contiguous in memory but the first, which is copied back if it is not. Pieces hold whole blocks of
+    `block` elements (the last may end earlier); an array may also hold one number for each block.
     """
     xp, flat = xp_of(*arrays), [array.reshape(-1) for array in arrays]
     limit = ELEMENTS if xp is np else DEVICE_ELEMENTS
+    n = flat[0].size
+    sizes = [block if array.size == n else 1 for array in flat]  # elements of a block
 
     def run(part: slice) -> None:
-        for i in range(part.start, part.stop, limit):
-            fn(*[array[i : min(i + limit, part.stop)] for array in flat])
+        for i in range(part.start, part.stop, limit // block):
+            stop = min(i + limit // block, part.stop)
+            fn(*[array[i * size : stop * size] for array, size in zip(flat, sizes)])
 
-    n = flat[0].size
     if n <= limit // 2:  # too few elements to wake a thread for
         fn(*flat)
     else:
-        _on_threads(run, n, 4 * n, xp)  # `fn` passes over a piece several times
+        _on_threads(run, -(-n // block), 4 * n, xp)  # `fn` passes over a piece several times
     if not arrays[0].flags.c_contiguous:  # flat[0] is a copy then
         arrays[0][...] = flat[0].reshape(arrays[0].shape)
 

@@ -6,6 +6,7 @@
 
 `Optimizer.step` (optimizer.py) calls `update` for every parameter that requires gradients and has one, in flat pieces
 (of at most `ELEMENTS` on the CPU), so plain array expressions need little memory: at most three pieces a thread.
+Eight-bit Adam has a file of its own (adam8bit.py).
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, xp_of
+from ..nn.module import Parameter
+from .adam8bit import Adam8bit, AdamW8bit
 from .kernels import ELEMENTS, in_pieces, sum_of_squares
-from .optimizer import Named, Optimizer, Params, with_names
+from .loraplus import loraplus_groups
+from .optimizer import Named, Optimizer, Params, Slots, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
 
 __all__ = [
-    "ELEMENTS", "SCHEDULES", "SGD", "Adam", "AdamW", "NonFiniteGradient", "Optimizer", "clip_grad_norm", "constant",
-    "cosine", "linear",
+    "ELEMENTS", "SCHEDULES", "SGD", "Adam", "Adam8bit", "AdamW", "AdamW8bit", "NonFiniteGradient", "Optimizer",
+    "clip_grad_norm", "constant", "cosine", "linear", "loraplus_groups",
 ]  # fmt: skip
 
 Betas = tuple[float, float]
@@ -45,9 +49,9 @@ class Adam(Optimizer):
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """exp_avg and exp_avg_sq."""
-        return ("exp_avg", "exp_avg_sq")
+    def slots(self, group: dict[str, Any], p: Parameter) -> Slots:
+        """exp_avg and exp_avg_sq, like the parameter."""
+        return {"exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)}
 
     def update(self, group: dict, step: int, p: Array, g: Array, m: Array, v: Array) -> None:
         """One flat piece p of θ, in place; g is its gradient, m and v are the same piece of the `slots`, step is t."""
@@ -103,9 +107,9 @@ class SGD(Optimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("SGD: nesterov needs a momentum above 0 and a dampening of 0")
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+    def slots(self, group: dict[str, Any], p: Parameter) -> Slots:
         """momentum_buffer, where there is momentum."""
-        return ("momentum_buffer",) if group["momentum"] else ()
+        return {"momentum_buffer": (p.shape, p.dtype)} if group["momentum"] else {}
 
     def update(self, group: dict, step: int, p: Array, g: Array, buffer: Array | None = None) -> None:
         """One flat piece p of θ, in place; g is its gradient, `buffer` the same piece of b, step counts from 1."""

@@ -13,6 +13,7 @@ from ..nn.module import Parameter
 from .kernels import in_pieces
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
+Slots = dict[str, tuple[tuple[int, ...], Any]]
 Params = Named | Iterable[dict[str, Any]]
 
 
@@ -106,31 +107,36 @@ class Optimizer:
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the arrays kept for each parameter of a group."""
+    block = 1  # pieces hold whole blocks of this many elements
+
+    def slots(self, group: dict[str, Any], p: Parameter) -> Slots:
+        """The arrays kept for a parameter of a group: name -> (shape, dtype). They start at zero."""
         raise NotImplementedError
 
     def update(self, group: dict, step: int, p: Array, g: Array, *slots: Array) -> None:
-        """Update a piece in place: flat arrays of one length; `g` is only read, `step` counts from 1."""
+        """Update a piece in place: flat arrays of one length (in `slots`, also one number for each block).
+
+        `g` is only read, `step` counts from 1.
+        """
         raise NotImplementedError
 
     def step(self) -> None:
         """Update every parameter that requires a gradient and has one. Raises ValueError where their shapes differ."""
         for group in self.param_groups:
-            options, slots = _options(group), self.slots(group)
+            options = _options(group)
             for p in group["params"]:
                 if not p.requires_grad or p.grad is None:
                     continue
                 self._check_parameter(p)
                 if p.grad.shape != p.shape:
                     raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
+                slots, zeros = self.slots(options, p), xp_of(p.data).zeros
                 if set(self.state.get(p, ())) != {"step", *slots}:
-                    xp = xp_of(p.data)
-                    self.state[p] = {"step": 0, **{slot: xp.zeros(p.shape, p.dtype) for slot in slots}}
+                    self.state[p] = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
                 state = self.state[p]
                 state["step"] += 1
                 update = partial(self.update, options, state["step"])
-                in_pieces(update, p.data, p.grad, *(state[slot] for slot in slots))
+                in_pieces(update, p.data, p.grad, *(state[slot] for slot in slots), block=self.block)
 
     def zero_grad(self) -> None:
         """Forget the gradients (`.grad` becomes None)."""
@@ -162,13 +168,13 @@ class Optimizer:
         if here != there:
             raise ValueError(f"{name}: the state is of groups with {there} parameters, this optimizer has {here}")
         loaded: dict[Parameter, dict[str, Any]] = {}
-        parameters = []  # (parameter, the names of its arrays)
+        parameters: list[tuple[Parameter, Slots]] = []
         for i, (old, new) in enumerate(zip(mine, theirs)):
             options = _options(new)
             if options.keys() != _options(old).keys():
                 raise ValueError(f"{name}: group {i} of the state has the options {sorted(new)}, here {sorted(old)}")
             self._check(options)
-            parameters += [(p, self.slots(options)) for p in old["params"]]
+            parameters += [(p, self.slots(options, p)) for p in old["params"]]
         for i, entry in state["state"].items():
             if not 0 <= int(i) < len(parameters):
                 raise ValueError(f"{name}: the state names parameter {i}; there are {len(parameters)}")
@@ -177,11 +183,11 @@ class Optimizer:
                 what = f"the state of parameter {i} holds {sorted(entry)}"
                 raise ValueError(f"{name}: {what}, not step, {', '.join(slots)}")
             loaded[p] = {"step": int(entry["step"])}
-            for slot in slots:
-                if entry[slot].shape != p.shape:
-                    what = f"{slot} of parameter {i} has shape {entry[slot].shape}"
-                    raise ValueError(f"{name}: {what}, the parameter {p.shape}")
-                loaded[p][slot] = asarray(entry[slot], xp_of(p.data)).astype(p.dtype, order="C", copy=True)
+            for slot, (shape, dtype) in slots.items():
+                if entry[slot].shape != shape:
+                    what = f"{slot} of parameter {i} has shape {entry[slot].shape}, not {shape}"
+                    raise ValueError(f"{name}: {what}; the parameter has {p.shape}")
+                loaded[p][slot] = asarray(entry[slot], xp_of(p.data)).astype(dtype, order="C", copy=True)
         self.state = loaded
         for old, new in zip(mine, theirs):
             old.update({**new, **_options(new), "params": old["params"]})

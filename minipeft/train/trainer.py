@@ -32,7 +32,7 @@ from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerpr
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, evaluate, model_loss
 from .metrics import plot_loss
-from .optim import SGD, AdamW, NonFiniteGradient, Optimizer, clip_grad_norm
+from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
 from .run import Run
@@ -140,7 +140,8 @@ class Trainer:
     The loss of a step is the mean over all labels that count in it, however it is cut into batches: accumulated
     gradients equal those of one large batch to float32 rounding. This includes dropout, whose masks follow the place of
     an example in the step; not so with `packing`, where they follow the place in a packed row, so that another cut
-    draws other masks. Weights decay (decoupled), but not norms and biases: parameters with one axis.
+    draws other masks. Weights decay (decoupled), but not norms and biases: parameters with one axis. With
+    `loraplus_lr_ratio` the groups are those of `loraplus_groups`.
 
     `collate` and `loss` are all it takes to train on something else than the next token, such as pairs of answers of
     which the first should score higher:
@@ -200,12 +201,19 @@ class Trainer:
 
     def _make_optimizer(self) -> Optimizer:
         a = self.args
-        matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
-        decays = ((matrices, a.weight_decay), (vectors, 0.0))
-        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+        if a.loraplus_lr_ratio is not None:
+            groups = loraplus_groups(self.model, a.learning_rate, a.loraplus_lr_ratio, weight_decay=a.weight_decay)
+        else:
+            groups = self._groups_by_decay()
         if a.optim == "sgd":
             return SGD(groups, lr=a.learning_rate, momentum=a.momentum)
-        return AdamW(groups, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+        kind = AdamW8bit if a.optim == "adamw_8bit" else AdamW
+        return kind(groups, lr=a.learning_rate, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon)
+
+    def _groups_by_decay(self) -> list[dict[str, Any]]:
+        matrices, vectors = ([x for x in self.trainable.items() if (x[1].ndim > 1) is m] for m in (True, False))
+        decays = ((matrices, self.args.weight_decay), (vectors, 0.0))
+        return [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
 
     def _check_optimizer(self) -> None:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}

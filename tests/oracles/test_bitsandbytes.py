@@ -14,6 +14,7 @@ import minipeft as mp  # noqa: E402
 from minipeft import quant  # noqa: E402
 from minipeft.autograd.tensor import Tensor  # noqa: E402
 from minipeft.files import read_safetensors, write_safetensors  # noqa: E402
+from minipeft.nn import Parameter  # noqa: E402
 from minipeft.quant.checks import BLOCKSIZES  # noqa: E402
 from minipeft.quant.codebooks import dynamic_map, fp4_code, nf4_code, thresholds  # noqa: E402
 
@@ -49,7 +50,8 @@ def normal(seed, *shape, dtype=np.float32):
 def test_code_books_are_equal_to_the_last_bit():
     assert nf4_code().tobytes() == theirs.get_4bit_type("nf4", "cpu").numpy().tobytes()
     assert fp4_code().tobytes() == theirs.get_4bit_type("fp4", "cpu").numpy().tobytes()
-    assert dynamic_map().tobytes() == theirs.create_dynamic_map().numpy().tobytes()
+    for signed in (True, False):
+        assert dynamic_map(signed).tobytes() == theirs.create_dynamic_map(signed).numpy().tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,3 +213,29 @@ def test_directories_of_quantized_models_are_read_by_transformers_and_read_from_
     ours, other = model.state_dict(), back.state_dict()
     assert ours.keys() == other.keys()
     assert all(np.array_equal(ours[n], other[n]) for n in ours if not n.endswith(("nested_absmax", "bitsandbytes__nf4")))
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("AdamW8bit", {"lr": 0.01, "betas": (0.9, 0.95)}), ("Adam8bit", {"weight_decay": 0.1})]
+)
+def test_8_bit_moments_are_equal_byte_for_byte_after_each_of_120_steps(kind, options):
+    """Gradients over 24 decades, and rows of zeros; sizes around the block and around the smallest that has codes."""
+    r = np.random.default_rng(4)
+    ours = [Parameter(normal(i, *shape)) for i, shape in enumerate([(70, 100), (64, 64), (63, 65), (5,), (33, 1000)])]
+    others = [torch.nn.Parameter(torch.tensor(p.data)) for p in ours]
+    mine, peer = getattr(mp.optim, kind)(ours, **options), getattr(bitsandbytes.optim, kind)(others, **options)
+    assert mine.defaults == {k: peer.defaults[k] for k in mine.defaults if k in peer.defaults} | {"min_8bit_size": 4096}
+    for step in range(120):
+        for p, q in zip(ours, others):
+            spread = np.exp(3 * r.standard_normal(p.shape)) * 10.0 ** -(step % 25)
+            p.grad = (r.standard_normal(p.shape) * spread).astype(np.float32)
+            p.grad[0] *= step % 3 == 0
+            q.grad = torch.tensor(p.grad)
+        mine.step()
+        peer.step()
+        for p, q in zip(ours, others):
+            state = {k: v for k, v in peer.state[q].items() if not k.startswith("qmap")}
+            assert mine.state[p].keys() == state.keys() and mine.state[p]["step"] == state.pop("step")
+            for k, v in state.items():
+                assert mine.state[p][k].tobytes() == v.numpy().tobytes(), (step, p.shape, k)
+            np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-6, atol=1e-6)

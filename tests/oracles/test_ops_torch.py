@@ -112,6 +112,7 @@ def rope_cases():
 ties = np.array([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 0.0], [5.0, -1.0, 2.0, 5.0]])
 edges = np.array([-1e4, -200.0, -88.8, -30.0, -1.0, -1e-8, 0.0, 1e-8, 1.0, 30.0, 88.8, 200.0, 1e4])
 big = np.array([[1000.0, 999.0, -1000.0], [-1000.0, -1000.0, -1000.5], [0.0, 3e4, 1.0]])
+sure = np.eye(4)[:3]
 x34, y34, positive = normal(3, 4), normal(3, 4, seed=1), np.abs(normal(3, 4)) + 0.1
 drop = Rng(7, 1)
 kept = (F.dropout(Tensor(np.ones((4, 5))), 0.4, drop).data > 0).astype(float)
@@ -155,8 +156,22 @@ def our_attention(*qkv, attn_mask=None, **options):
     return F.scaled_dot_product_attention(*qkv, attn_mask=mask, **options)
 
 
-def torch_cross_entropy(x, i, ignore_index=-100):
-    return TF.cross_entropy(x.reshape(-1, x.shape[-1]), t(i).reshape(-1), ignore_index=ignore_index)
+def torch_cross_entropy(x, i, ignore_index=-100, smoothing=0.0, loss=TF.cross_entropy):
+    options = {"label_smoothing": smoothing} if smoothing else {}
+    return loss(x.reshape(-1, x.shape[-1]), t(i).reshape(-1), ignore_index=ignore_index, **options)
+
+
+torch_nll_loss = partial(torch_cross_entropy, loss=TF.nll_loss)
+
+
+def torch_kl_div(x, p, log_target=False):
+    """Their "batchmean" is the mean over the first axis."""
+    rows = (-1, x.shape[-1])
+    return TF.kl_div(x.reshape(rows), p.reshape(rows), reduction="batchmean", log_target=log_target)
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
 
 
 # op -> (what, ours, theirs, differentiable inputs)
@@ -193,6 +208,15 @@ CASES = {
     "dropout": table(lambda x: F.dropout(x, 0.4, drop), lambda x: x * t(kept).to(x.dtype) / 0.6, [normal(4, 5)]),
     "sum": reduction("sum", torch.sum, normal(2, 3, 4)),
     "mean": reduction("mean", torch.mean, normal(2, 3, 4)),
+    "var": [
+        *reduction("var", lambda x, a, keepdim: torch.var(x, a, keepdim=keepdim), normal(2, 3, 4)),
+        *table(
+            lambda x, c: x.var(axis=1, correction=c),
+            lambda x, c: x.var(1, correction=c),
+            [normal(2, 3, 4), 10 + normal(30, 40)],
+            [(0,), (1,), (2,)],
+        ),
+    ],
     "max": reduction("max", torch.amax, ties, x34, axes=((0, 1), 0, -1)),
     "logsumexp": table(F.logsumexp, torch.logsumexp, [x34, big, ties], [(0,), (-1,)]),
     "softmax": table(F.softmax, torch.softmax, [x34, big, normal(2, 3, 50)], [(0,), (-1,)]),
@@ -266,6 +290,22 @@ CASES = {
             for case in table(F.cross_entropy, torch_cross_entropy, [x], [(i,), (some(i),)])
         ),
         *table(F.cross_entropy, torch_cross_entropy, [x34], [(np.array([0, 2, 0]), 0)]),
+        *table(
+            F.cross_entropy,
+            torch_cross_entropy,
+            [x34, normal(3, 400, scale=10)],
+            [(np.array([0, -100, 2]), -100, 0.1), (np.array([0, 1, 2]), 0, 1.0)],
+        ),
+    ],
+    "nll_loss": [
+        *table(F.nll_loss, torch_nll_loss, [x34], [(np.array([0, -100, 2]),), (np.array([0, 1, 2]), 0)]),
+        *table(F.nll_loss, torch_nll_loss, [normal(2, 7, 9)], [(ids(2, 7, high=9),)]),
+    ],
+    "mse_loss": table(F.mse_loss, TF.mse_loss, [(x34, y34), (x34[0], y34[0]), (normal(90, 40), normal(90, 40) / 2)]),
+    "kl_div": [
+        *table(F.kl_div, torch_kl_div, [(x34, softmax(y34)), (normal(2, 3, 50), softmax(normal(2, 3, 50)))]),
+        *table(F.kl_div, torch_kl_div, [(x34, y34), (normal(2, 3, 50), normal(2, 3, 50, seed=1))], [(True,)]),
+        *table(lambda x: F.kl_div(x, sure.astype(x.dtype)), lambda x: torch_kl_div(x, t(sure)), [x34]),
     ],
     "linear_cross_entropy": [
         case
@@ -273,9 +313,9 @@ CASES = {
         for i in [ids(*x.shape[:-1], high=9)]
         for case in table(
             F.linear_cross_entropy,
-            lambda x, w, i: torch_cross_entropy(x @ w.T, i),
+            lambda x, w, i, *options: torch_cross_entropy(x @ w.T, i, *options),
             [(x, normal(9, 4, seed=1))],
-            [(i,), (some(i),)],
+            [(i,), (some(i),), (some(i), -100, 0.1)],
         )
     ],
 }
@@ -297,6 +337,13 @@ def test_value_and_gradients(op, dtype):
         for i, (leaf, twin, array) in enumerate(zip(leaves, twins, arrays)):
             close(leaf.grad, twin.grad, dtype, f"{what}: gradient of input {i}")
             assert np.array_equal(leaf.data, array), f"{what}: input {i} was written into"
+
+
+def test_argmax_is_theirs():
+    for axis in (None, 0, -1):
+        for keepdims in (False, True):
+            found = Tensor(x34).argmax(axis, keepdims)
+            np.testing.assert_array_equal(found, t(x34).argmax(axis, keepdims).numpy())
 
 
 def test_every_op_is_compared():

@@ -392,3 +392,38 @@ def test_peft_finds_the_base_that_a_directory_remembers(tmp_path, load_in_4bit):
         np.testing.assert_allclose(logits(twin), adapted(IDS).numpy(), atol=1e-5)
     twin.save_pretrained(tmp_path / "theirs")
     mp.PeftModel.from_pretrained(mp.from_pretrained(tmp_path / "base")[0], tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_loraplus_has_pefts_groups_and_takes_the_same_steps(dialect, tmp_path):
+    """LoRA on linear layers and on the embedding; a matrix and (GPT-2) a norm that are trained beside it."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    model, twin = base(dialect)
+    names = ["embed_tokens", "q_proj", "down_proj"] if dialect == "llama" else ["wte", "c_attn", "c_proj"]
+    saved = ["up_proj"] if dialect == "llama" else ["ln_f", "c_fc"]
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=4, target_modules=names, modules_to_save=saved))
+    adapted.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path, is_trainable=True)
+    options = {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-4}
+    groups = mp.optim.loraplus_groups(adapted, 1e-3, weight_decay=0.1, **options)
+    others = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_weight_decay=0.1, **options)
+
+    def described(groups, values):
+        return [
+            (g["lr"], g["weight_decay"], sorted(round(float(abs(values(p)).sum()), 6) for p in g["params"]))
+            for g in groups
+            if g["params"]
+        ]
+
+    assert described(groups, lambda pair: pair[1].data) == described(others.param_groups, lambda p: p.detach().numpy())
+    ours = mp.optim.AdamW(groups)
+    for _ in range(3):
+        adapted.zero_grad()
+        others.zero_grad()
+        adapted.loss(IDS, IDS).backward()
+        theirs(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
+        ours.step()
+        others.step()
+    assert np.abs(adapted(IDS).data - model(IDS).data).max() > 1e-2
+    close(adapted(IDS).data, logits(theirs), 1e-5)
