@@ -48,7 +48,7 @@ def by_hand(base, turns, n):
 def test_every_form_is_asked_in_its_template_whatever_the_batch(base):
     expected = [by_hand(base, template(record), 12) for template, record in PROMPTS.values()]
     for size in (1, 3, 8):
-        assert mp.ask(*base, PROMPTS, max_new_tokens=12, batch_size=size) == expected
+        assert mp.ask(*base, list(PROMPTS), max_new_tokens=12, batch_size=size) == expected
     assert len(set(expected)) == len(expected) and all(expected)
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_with_virtual_tokens_answers(base):
     [
         ([["The"]], {}, TypeError, "prompt 1: a prompt is a text or a record of minipeft.text.datasets, not a list"),
         (["a", 3], {}, TypeError, "prompt 2: a prompt is a text or a record of minipeft.text.datasets, not a int"),
-        ([{"prompt": "a"}], {}, TypeError, "not a dict"),
+        ([{"prompt": "a"}], {}, ValueError, "field 'completion' is missing"),
         (["a", ""], {}, ValueError, "prompt 2 is empty; a prompt needs some text"),
         ([Conversation(())], {}, ValueError, "prompt 1: a conversation needs a question"),
         (

@@ -468,7 +468,10 @@ def test_cat_is_the_exact_sum_and_survives_a_file(tmp_path):
             expected = sum({"a": 0.5, "b": -2.0}[n] * d for n, d in parts.items())
             close(layer.adapters["sum"].delta_weight(), expected, 1e-6)
     adapted.set_adapter("sum")
-    adapted.save_pretrained(tmp_path)
+    with pytest.raises(PeftError, match="there is no adapter 'som'"):
+        adapted.save_pretrained(tmp_path, selected_adapters=["som"])
+    adapted.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert [path.name for path in tmp_path.iterdir()] == ["sum"]
     loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "sum")
     np.testing.assert_array_equal(logits(loaded), logits(adapted))
 

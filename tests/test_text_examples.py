@@ -27,6 +27,10 @@ def test_only_the_completion_is_learned():
     prompt = TOKENIZER.encode("Say hi:")
     assert example.input_ids.tolist() == prompt + TOKENIZER.encode(" hi there") + [EOS]
     assert example.labels.tolist() == [-100] * len(prompt) + TOKENIZER.encode(" hi there") + [EOS]
+    ((same,), *_) = encode_examples([{"prompt": "Say hi:", "completion": " hi there"}], TOKENIZER, 64)
+    assert np.array_equal(same.labels, example.labels)
+    with pytest.raises(ValueError, match="field 'completion' is missing"):
+        encode_examples([{"prompt": "Say hi:"}], TOKENIZER, 64)
 
 
 def merging_tokenizer(**options):

@@ -33,7 +33,7 @@ def ask(
         mp.ask(model, tokenizer, read_dataset("test.jsonl"), temperature=0.8, seed=1)
 
     Args:
-        prompts_or_records: texts, or records of `minipeft.text.datasets`; one alone is a list of one. Of a record only
+        prompts_or_records: texts, records of `minipeft.text.datasets`, or dicts like them; one alone is a list of one. Of a record only
             what is asked is shown to the model, never the answer that it holds (of a Document: its text).
         template: a name or text for `get_template`, or a template; by default the usual one of each record's form,
             and texts are shown as they are.
@@ -46,7 +46,7 @@ def ask(
     config = generation_config(**generation)
     if isinstance(template, str):
         template = get_template(template, tokenizer)
-    alone = isinstance(prompts_or_records, (str, *FORMS))
+    alone = isinstance(prompts_or_records, (str, dict, *FORMS))
     prompts = [prompts_or_records] if alone else list(prompts_or_records)
     return list(answer_turns(model, tokenizer, asked_turns(prompts, template, tokenizer), config))
 

@@ -370,14 +370,16 @@ class PeftModel(Module):
 
     # ------------------------------------------------------------------------------------------------------- files
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write every adapter as PEFT does; see `minipeft.peft.huggingface.save_adapter`.
+    def save_pretrained(self, directory: str | os.PathLike, selected_adapters: list[str] | None = None) -> None:
+        """Write every adapter, or those selected, as PEFT does; see `minipeft.peft.huggingface.save_adapter`.
 
         The adapter "default" is written into the directory itself, others into sub-directories of their names.
         """
         from .huggingface import save_adapter
 
-        for name in self.peft_config:
+        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        self._known(*names)
+        for name in names:
             save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
 
     @classmethod

@@ -155,15 +155,21 @@ def _prompt(line: bytes) -> str | Record:
     value = _json(line)
     if isinstance(value, dict) and "prompt" in value:
         return _text(value["prompt"], "field 'prompt'")
-    return _record(value)
+    return record_of(value)
 
 
 def parse_record(line: bytes) -> Record:
     """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
-    return _record(_json(line))
+    return record_of(_json(line))
 
 
-def _record(value: Any) -> Record:
+def record_of(value: Any) -> Record:
+    """A dict with the fields of one form as a record of that form; a record as it is.
+
+    Raises ValueError for anything else, naming what is wrong with it.
+    """
+    if isinstance(value, FORMS):
+        return value
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object with the fields of one form, got {_json_type(value)}")
     form = _form_of(value)
@@ -280,4 +286,5 @@ def fields_of(form: object) -> str:
 
 def _json_type(value: Any) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object", list: "a list"}
-    return "null" if value is None else "an empty list" if value == [] else names[type(value)]
+    made = names.get(type(value), f"a {type(value).__name__}")
+    return "null" if value is None else "an empty list" if value == [] else made

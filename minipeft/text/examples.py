@@ -7,11 +7,11 @@ Face: the logits at position t are compared with the label at t + 1, so the labe
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .datasets import Document, MultipleChoice, Preference, Record
+from .datasets import Document, MultipleChoice, Preference, Record, record_of
 from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns
 from .tokenizer import Special, Tokenizer
 
@@ -41,13 +41,13 @@ class PreferencePair(NamedTuple):
 
 
 def encode_examples(
-    records: Sequence[Record],
+    records: Sequence[Record | dict[str, Any]],
     tokenizer: Tokenizer,
     max_length: int,
     template: Template | None = None,
     on_overflow: str = "error",
 ) -> EncodedExamples:
-    """Records to examples of at most `max_length` tokens.
+    """Records, or dicts with the fields of one, to examples of at most `max_length` tokens.
 
     Documents become one token stream with an end-of-sequence token after each, cut into blocks of `max_length`
     (`chunk_text`); every token is learned. `template` (by default the usual one of their form) renders all other
@@ -59,6 +59,7 @@ def encode_examples(
     Preference records raise ValueError: they are for `encode_preferences`.
     """
     _check_lengths(max_length, on_overflow)
+    records = [record_of(record) for record in records]
     if all(isinstance(record, Document) for record in records):
         blocks = chunk_text(encode_documents([record.text for record in records], tokenizer), max_length)
         return EncodedExamples([Example(block, block.copy()) for block in blocks], 0, 0)

@@ -19,6 +19,7 @@ from .datasets import (
     Preference,
     Record,
     fields_of,
+    record_of,
 )
 from .tokenizer import Special, Tokenizer
 
@@ -217,6 +218,8 @@ def as_asked(prompt: str | Record) -> Record:
     or a Document is asked to be continued, and "-" stands for the answer that it and a Conversation without an answer
     lack. Raises TypeError for anything else, ValueError for a conversation in which nobody asks.
     """
+    if isinstance(prompt, dict):
+        prompt = record_of(prompt)
     if isinstance(prompt, str | Document):
         prompt = Completion(prompt if isinstance(prompt, str) else prompt.text, "-")
     elif isinstance(prompt, Preference):

@@ -129,8 +129,10 @@ def collate_packed(
 def check_examples(examples: Sequence[tuple[np.ndarray, np.ndarray]], what: str) -> None:
     """Raises ValueError, naming the example, unless it is integers (input_ids [n], labels [n]) and a label counts."""
     for i, example in enumerate(examples):
-        if not (isinstance(example, tuple) and len(example) == 2):
-            raise ValueError(f"{what} example {i} is not a pair (input_ids, labels) but a {type(example).__name__}")
+        if not (isinstance(example, tuple) and len(example) == 2) or any(isinstance(part, str) for part in example):
+            made = type(example).__name__
+            hint = "; encode records first: minipeft.text.examples.encode_examples" * isinstance(example, tuple | dict)
+            raise ValueError(f"{what} example {i} is not a pair (input_ids, labels) but a {made}{hint}")
         ids, labels = (np.asarray(part) for part in example)
         if ids.ndim != 1 or ids.shape != labels.shape or ids.dtype.kind not in "iu" or labels.dtype.kind not in "iu":
             raise ValueError(
