@@ -33,6 +33,29 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None
     save_png(figure, path)
 
 
+def plot_preferences(history: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Loss, log-probabilities of chosen and rejected answers, and accuracy of a run of `dpo_trainer`, as a PNG file.
+
+    Lines are training batches; points are held out.
+    """
+    figure, axes = panels(3, 13.2, 3.6)
+    shown = (
+        ("Loss", "", {"loss": "loss"}),
+        ("Log-probability of an answer", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+        ("Accuracy", "", {"rewards/accuracies": "accuracy"}),
+    )
+    for ax, (title, unit, names) in zip(axes, shown):
+        for key, label in names.items():
+            if points := [(r["step"], r[key]) for r in history if key in r]:
+                _line(ax, *zip(*points), label)
+            if held_out := [(r["step"], r[f"eval_{key}"]) for r in history if f"eval_{key}" in r]:
+                ax.plot(*zip(*held_out), "o", color=ax.lines[-1].get_color(), markersize=4)
+        ax.set(title=f"{title} (points: held out)", xlabel="step", ylabel=unit)
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[2].set(ylim=(-0.02, 1.02))
+    save_png(figure, path)
+
+
 def plot_calibration(
     predicted: np.ndarray, observed: np.ndarray, count: np.ndarray, losses: Sequence[tuple[int, float]], path: Any
 ) -> None:
