@@ -1,6 +1,8 @@
 """Reinforcement learning from human feedback: let a model answer prompts, and train it on how its answers are scored.
 
-The reward is a directory of `minipeft reward`, or, without --reward, VADER's sentiment of the answer (extra 'rlhf').
+The reward is a directory of `minipeft reward`; or a function of your own, --reward-function MODULE:NAME, importable from
+here, which is called as in TRL, name(prompts=[...], completions=[...]), and returns a number for each completion; or, by
+default, VADER's sentiment of the answer (extra 'rlhf').
 The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
 --prompts, openings of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
@@ -15,6 +17,7 @@ examples:
   minipeft ppo --model tuned --reward judge --prompts prompts.jsonl --output aligned
   minipeft ppo --algorithm grpo --kl-coef 0.02 --method lora -r 4 --lr 1e-3 --output adapter
   minipeft ppo --reward judge --kl-target 6 --output steady              an adaptive KL coefficient
+  minipeft ppo --reward-function rewards:short --output brief            short() of ./rewards.py
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
+from .functions import load_function
 from .preferences import OPENING, TEMPLATE, add_trained, load_trained, template_of
 
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
@@ -34,7 +38,9 @@ MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained(parser)
-    parser.add_argument("--reward", metavar="DIR", help="a reward model's directory (default: VADER's sentiment)")
+    reward = parser.add_mutually_exclusive_group()
+    reward.add_argument("--reward", metavar="DIR", help="a reward model's directory (default: VADER's sentiment)")
+    reward.add_argument("--reward-function", metavar="MODULE:NAME", help="or a function of prompts and completions")
     parser.add_argument(
         "--prompts", metavar="FILE", help="a .jsonl or .txt file (default: openings of the shipped novels)"
     )
@@ -85,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
         f"KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
-    before = _answers(trainer.reference, shown, tokenizer, config)
+    first_answers = _rollout(trainer.reference, shown, config)
+    trainer.reward(first_answers)  # a reward that does not work is reported before anything is written
+    before = _texts(first_answers, tokenizer)
     history = runs.run_training(args, trainer)
-    after = _answers(policy, shown, tokenizer, config)
+    after = _texts(_rollout(policy, shown, config), tokenizer)
     rlhf.plot_run(history, output / "ppo.png")
     use = runs.save_model(policy, tokenizer, output, name)
     samples = [
@@ -126,6 +134,9 @@ def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions:
 
 def _reward(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """(what is optimized, what is watched)."""
+    if args.reward_function is not None:
+        function = load_function(args.reward_function, "--reward-function")
+        return rlhf.text_reward(function, tokenizer, args.reward_function), {}
     gold = rlhf.gold_reward(tokenizer)
     if args.reward is None:
         rlhf.vader([])  # a missing extra is reported before anything is computed
@@ -146,6 +157,9 @@ def _vocabulary(tokenizer: Any) -> list[str]:
     return [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
 
 
-def _answers(policy: Any, prompts: list[list[int]], tokenizer: Any, c: PPOConfig | GroupConfig) -> list[str]:
-    roll = rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
+def _rollout(policy: Any, prompts: list[list[int]], c: PPOConfig | GroupConfig) -> rlhf.Rollout:
+    return rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
+
+
+def _texts(roll: rlhf.Rollout, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in roll.responses()]

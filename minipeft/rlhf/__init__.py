@@ -7,7 +7,7 @@ advantages.py  shaped rewards, GAE, whitening         openings.py  prompts from 
 ppo.py         PPO, an update in numbered steps       logprobs.py  log-probabilities of tokens and of texts
 group.py       RLOO, GRPO                             answers.py    a model's own answers as data
 online.py      what PPO, RLOO and GRPO share          curves.py     pictures of a run
-statistics.py  what an update reports
+statistics.py  what an update reports                 reward_functions.py  own rewards, of texts
 preference_losses.py   the equations of DPO, IPO, KTO, ORPO and SimPO; dpo.py trains on pairs, kto.py on single answers
 
 A public name is imported when it is first used.
@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
         collate_rankings as collate_rankings, ranking_pairs as ranking_pairs, reward_accuracy as reward_accuracy,
         reward_loss as reward_loss,
     )  # fmt: skip
+    from .reward_functions import text_reward as text_reward
     from .rollouts import (
         Rollout as Rollout, distinct_n as distinct_n, rollout as rollout, truncate_response as truncate_response,
     )  # fmt: skip
