@@ -5,9 +5,10 @@ reward.py      Bradley-Terry reward models            gold.py      a rater who f
 rollouts.py    sampling, where a response ends        ratings.py   real people's ratings, from the user's archive
 advantages.py  shaped rewards, GAE, whitening         openings.py  prompts from the shipped novels
 ppo.py         PPO, an update in numbered steps       logprobs.py  log-probabilities of tokens and of texts
-group.py       RLOO, GRPO                             answers.py    a model's own answers as data
-online.py      what PPO, RLOO and GRPO share          curves.py     pictures of a run
-statistics.py  what an update reports                 reward_functions.py  own rewards, of texts
+group.py       RLOO, GRPO                             answers.py   a model's own answers as data
+online.py      what PPO, RLOO and GRPO share          curves.py    pictures of a run
+statistics.py  what an update reports                 baseline.py  best of n, which trains nothing
+reward_functions.py    own rewards, of texts
 preference_losses.py   the equations of DPO, IPO, KTO, ORPO and SimPO; dpo.py trains on pairs, kto.py on single answers
 
 A public name is imported when it is first used.
@@ -20,6 +21,9 @@ from ..lazy import lazy
 if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .advantages import gae as gae, masked_mean as masked_mean, shaped_rewards as shaped_rewards, whiten as whiten
     from .answers import preference_pairs as preference_pairs, rankings as rankings, sample_answers as sample_answers
+    from .baseline import (
+        BestOfN as BestOfN, best_of_n as best_of_n, best_of_n_kl as best_of_n_kl, expected_best as expected_best,
+    )  # fmt: skip
     from .config import (
         DPOConfig as DPOConfig, GroupConfig as GroupConfig, OnlineConfig as OnlineConfig, PPOConfig as PPOConfig,
         RewardConfig as RewardConfig,
