@@ -53,6 +53,8 @@ def test_the_best_of_each_prompts_answers():
     assert found.kl[0] == 0 and len(found.kl) == 5
     with pytest.raises(ValueError, match="n of at least 1, got 0"):
         rlhf.best_of_n(base(), liked, PROMPTS, 0)
+    with pytest.raises(ValueError, match=r"one score a response, \(8,\), not \(3,\)"):
+        rlhf.best_of_n(base(), lambda roll: np.arange(3.0), PROMPTS, 2)
 
 
 def test_a_reward_model_chooses_too():

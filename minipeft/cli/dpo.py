@@ -8,7 +8,7 @@ ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it a
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
 shows the log-probabilities of chosen and rejected answers beside loss and accuracy: the chosen may fall, since only its
-difference from the rejected is trained, and most of what lowers one lowers the other.
+difference from the rejected is trained, and most of what lowers one lowers the other (not so with orpo).
 
 examples:
   minipeft dpo --output happier                                         generated pairs, the shipped base

@@ -40,7 +40,8 @@ def best_of_n(
 ) -> BestOfN:  # fmt: skip
     """n answers of at most `length` tokens to each prompt (token ids), scored as `OnlineTrainer` would, and the best.
 
-    Of equal scores the first is the best. Raises ValueError for n below 1 and as `rollout`.
+    Of equal scores the first is the best. Raises ValueError for n below 1, a reward that does not give one number a
+    response, and as `rollout`.
     """
     if n < 1:
         raise ValueError(f"the best of n answers takes n of at least 1, got {n}")
@@ -51,6 +52,9 @@ def best_of_n(
         roll = rollout(policy, rows[i : i + batch_size], length, temperature, stop_token_ids, stream)
         answers += roll.responses()
         scores.append(np.asarray(score(roll), np.float64))
+        if scores[-1].shape != roll.mask.shape[:1]:
+            wanted = f"one score a response, {roll.mask.shape[:1]}"
+            raise ValueError(f"the reward must give {wanted}, not {scores[-1].shape}")
     table = np.concatenate(scores).reshape(-1, n)
     best = [answers[k * n + i] for k, i in enumerate(table.argmax(axis=1).tolist())]
     return BestOfN(best, table, expected_best(table).mean(axis=0), best_of_n_kl(np.arange(1, n + 1)))
