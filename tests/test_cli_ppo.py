@@ -168,11 +168,11 @@ def test_a_reward_that_does_not_work_is_one_sentence(rewards, model, prompts, tm
         options = ("--model", model, "--prompts", prompts, "--output", tmp_path / "out", "--reward-function", name)
         return refused(capsys, "ppo", *QUICK, *options, *more, silent=False)
 
-    assert "must be MODULE:NAME, such as own_rewards:reward for a function of own_rewards.py" in error("own_rewards.py")
-    assert "there is no module 'nowhere', neither here" in error("nowhere:reward")
-    assert "importing broken_rewards raised SyntaxError" in error("broken_rewards:reward")
-    assert "has no 'shor'; did you mean short?" in error("own_rewards:shor")
-    assert "is no function but a int" in error("own_rewards:limit")
+    assert "own_rewards.py: must be MODULE:NAME, such as own_rewards:my_function of own_rewards.py" in error("own_rewards.py")
+    assert "cannot import nowhere (ModuleNotFoundError" in error("nowhere:reward")
+    assert "cannot import broken_rewards (SyntaxError" in error("broken_rewards:reward")
+    assert "own_rewards has no function 'shor'; did you mean short?" in error("own_rewards:shor")
+    assert "own_rewards has no function 'limit'" in error("own_rewards:limit")
     assert "not allowed with argument" in error("own_rewards:short", "--reward", tmp_path)
     capsys.readouterr()
     for name, reason in (
