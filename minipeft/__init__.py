@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
         LoHaConfig as LoHaConfig, LoKrConfig as LoKrConfig, OFTConfig as OFTConfig, LNTuningConfig as LNTuningConfig,
         BitFitConfig as BitFitConfig, BottleneckConfig as BottleneckConfig,
         PromptTuningConfig as PromptTuningConfig, PrefixTuningConfig as PrefixTuningConfig,
-        PromptEncoderConfig as PromptEncoderConfig,
+        PromptEncoderConfig as PromptEncoderConfig, TrainableTokensConfig as TrainableTokensConfig,
     )  # fmt: skip
 
     __all__ = ["functional"]  # to type checkers, a name that is not the module's own is private unless listed

@@ -8,8 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_helpers import refused, run, written
-from test_cli_reward import data, model  # noqa: F401 fixtures
+from cli_helpers import jsonl, refused, run, written
+from test_cli_reward import PAIRS, data, model  # noqa: F401 fixtures
 
 import minipeft as mp
 
@@ -56,9 +56,43 @@ def test_a_plain_template_is_saved_too_where_the_base_has_another(model, data, t
     assert json.loads((tmp_path / "adapter" / "template.json").read_text()) == {"template": "plain"}
 
 
+@pytest.mark.parametrize("loss", ["ipo", "kto", "orpo", "simpo"])
+def test_the_losses_beside_it(loss, model, data, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / loss
+    assert dpo(output, "--data", data, "--model", model, "--lr", 5e-3, "--epochs", 4, "--loss", loss) == 0
+    record, out = written(output), capsys.readouterr().out
+    assert record["options"]["loss"] == loss and record["options"]["beta"] == (2.0 if loss == "simpo" else 0.1)
+    assert record["after"]["loss"] < record["before"]["loss"]
+    for side in ("chosen", "rejected"):
+        before, after = (record[when][f"logps/{side}"] for when in ("before", "after"))
+        assert f"log-probability, {side:8} {before:9.3f} -> {after:.3f}" in out
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert any("logps/chosen" in r for r in records) and any("eval_logps/rejected" in r for r in records)
+    assert (output / "dpo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_kto_takes_answers_that_were_liked_or_not(model, tmp_path, capsys):  # noqa: F811
+    rows = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p in PAIRS[::4]
+            for side in ("chosen", "rejected")]  # fmt: skip
+    liked = jsonl(tmp_path / "liked.jsonl", rows[1:])
+    options = ("--data", liked, "--model", model, "--steps", 4)
+    assert dpo(tmp_path / "out", *options, "--loss", "kto", "--undesirable-weight", 2) == 0
+    assert "answers to the right side of the KL" in capsys.readouterr().out
+    assert "preference pairs are wanted" in refused(capsys, "dpo", *options, "--output", tmp_path / "x")
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "a", "completion": "b", "label": 1}')
+    wrong = ("dpo", "--data", tmp_path / "wrong.jsonl", "--loss", "kto", "--output", tmp_path / "x")
+    assert "field 'label' must be true (desirable) or false, got a number" in refused(capsys, *wrong)
+    assert "preferences are not something to imitate" in refused(
+        capsys, "finetune", "--data", liked, "--model", model, "--output", tmp_path / "x"
+    )
+
+
 @pytest.mark.parametrize(
     "wrong, reason",
     [
+        (("--gamma", "1"), "--gamma does nothing with --loss sigmoid"),
+        (("--loss", "orpo", "--undesirable-weight", "1"), "--undesirable-weight does nothing with --loss orpo"),
+        (("--loss", "ipo", "--beta", "0"), "must be a number above 0"),
         (("--data", "no.jsonl"), "cannot be read"),
         (("--data", "{data}", "--adapter", "x", "--method", "lora"), "give one of them"),
     ],

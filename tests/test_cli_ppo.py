@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +101,88 @@ def test_what_goes_wrong_is_one_sentence(model, judge, prompts, tmp_path, capsys
     assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--max-kl", 1e-6) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("minipeft: error: update 2: the policy is ") and "beyond max_kl=1e-06" in last
+
+
+REWARDS = """
+limit = 3
+
+def has_the(prompts, completions, **kwargs):
+    assert len(prompts) == len(completions) and all(isinstance(text, str) for text in prompts + completions)
+    return ["the" in text.lower() for text in completions]
+
+def short(completions, **kwargs):
+    return [-len(text) for text in completions]
+
+def one_too_few(completions, **kwargs):
+    return [0.0] * (len(completions) - 1)
+
+def infinite(completions, **kwargs):
+    return [float("inf")] * len(completions)
+
+def nothing(completions, **kwargs):
+    return None
+
+def fails(completions, **kwargs):
+    return completions["a"]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    (tmp_path / "broken_rewards.py").write_text("def reward(:")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("own_rewards", "broken_rewards"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
+def test_own_rewards_also_of_yes_and_no(algorithm, rewards, model, prompts, tmp_path):  # noqa: F811
+    """`has_the` is 0 or 1, and the same for all answers of many updates: that is no error."""
+    options = ("--algorithm", algorithm, "--model", model, "--prompts", prompts)
+    assert ppo(tmp_path / "out", *options, "--reward-function", "own_rewards:has_the") == 0
+    record = written(tmp_path / "out")
+    assert record["options"]["reward_function"] == "own_rewards:has_the" and record["updates"] == 3
+    assert 0 <= record["last"]["objective/raw_scores"] <= 1
+
+
+def test_an_own_reward_is_what_is_trained(rewards, model, prompts, tmp_path):  # noqa: F811
+    tokenizer = mp.from_pretrained(model)[1]
+    options = ("--model", model, "--prompts", prompts, "--steps", 1)
+    assert ppo(tmp_path / "out", *options, "--reward-function", "own_rewards:short") == 0
+    first = written(tmp_path / "out")["first"]["objective/scores"]
+    policy, encoded = (
+        mp.from_pretrained(model)[0],
+        [tokenizer.encode(json.loads(line)["prompt"]) for line in prompts.read_text().splitlines()],
+    )
+    config = mp.rlhf.PPOConfig(
+        batch_size=8, mini_batch_size=4, response_length=6, stop_token_ids=(tokenizer.eos_token_id,)
+    )
+    length = mp.rlhf.text_reward(lambda prompts, completions: [-len(c) for c in completions], tokenizer)
+    assert mp.rlhf.PPOTrainer(policy, length, encoded, config).step()["objective/scores"] == pytest.approx(first)
+
+
+def test_a_reward_that_does_not_work_is_one_sentence(rewards, model, prompts, tmp_path, capsys):  # noqa: F811
+    def error(name, *more):
+        options = ("--model", model, "--prompts", prompts, "--output", tmp_path / "out", "--reward-function", name)
+        return refused(capsys, "ppo", *QUICK, *options, *more, silent=False)
+
+    assert "own_rewards.py: must be MODULE:NAME, such as own_rewards:my_function of own_rewards.py" in error("own_rewards.py")
+    assert "cannot import nowhere (ModuleNotFoundError" in error("nowhere:reward")
+    assert "cannot import broken_rewards (SyntaxError" in error("broken_rewards:reward")
+    assert "own_rewards has no function 'shor'; did you mean short?" in error("own_rewards:shor")
+    assert "own_rewards has no function 'limit'" in error("own_rewards:limit")
+    assert "not allowed with argument" in error("own_rewards:short", "--reward", tmp_path)
+    capsys.readouterr()
+    for name, reason in (
+        ("one_too_few", "must return a list of 3 numbers, one for each completion; it returned list, 2 of them"),
+        ("nothing", "it returned NoneType, None"),
+        ("infinite", "gave inf to the completion"),
+        ("fails", "raised TypeError: list indices must be integers"),
+    ):
+        options = ("--model", model, "--prompts", prompts, "--reward-function", f"own_rewards:{name}")
+        assert ppo(tmp_path / "out", *options) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"minipeft: error: the reward function own_rewards:{name} ") and reason in line
+    assert not (tmp_path / "out").exists(), "it is tried before anything is written"

@@ -136,7 +136,7 @@ def test_another_error_and_a_post_init_of_its_own():
 LIMITS = {
     "a number above 0": """
         Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
-        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta; RopeScaling: low_freq_factor
+        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
@@ -145,7 +145,7 @@ LIMITS = {
     "a number of at least 0": """
         GenerationConfig: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
-        center; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
+        center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
     "a number of at least 1": "RopeScaling: factor; TrainingArguments: loraplus_lr_ratio",
     "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
@@ -157,7 +157,7 @@ LIMITS = {
     "an integer of at least 0": """
         GenerationConfig: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
         AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
-        OFTConfig: r oft_block_size;
+        OFTConfig: r oft_block_size; LoraConfig: trainable_token_indices; TrainableTokensConfig: token_indices;
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
@@ -180,7 +180,7 @@ LIMITS = {
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
         LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
         init_weights; PromptLearningConfig: num_transformer_submodules; PromptTuningConfig: prompt_tuning_init;
-        OnlineConfig: lr_scheduler_type; TrainingArguments: optim lr_scheduler_type
+        OnlineConfig: lr_scheduler_type; DPOConfig: loss_type; TrainingArguments: optim lr_scheduler_type
     """,
 }
 REQUIRED = {"total_step": 10, "num_virtual_tokens": 4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

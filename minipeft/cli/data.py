@@ -8,7 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..text.datasets import DatasetError, Document, Preference, Record, read_dataset
+from ..text.datasets import DatasetError, Document, Preference, Record, UnpairedPreference, read_dataset
 from ..text.examples import Example, encode_examples
 from ..text.templates import Template, asked_turn
 from ..text.tokenizer import Special
@@ -26,8 +26,8 @@ class Data(NamedTuple):
 def read_records(path: str) -> list[Record]:
     """The records of a file to fine-tune on. Raises DatasetError, also for preference pairs."""
     records = read_dataset(path)
-    if isinstance(records[0], Preference):
-        raise DatasetError(path, None, "preference pairs are not something to imitate; this command takes other forms")
+    if isinstance(records[0], (Preference, UnpairedPreference)):
+        raise DatasetError(path, None, "preferences are not something to imitate; this command takes other forms")
     return records
 
 

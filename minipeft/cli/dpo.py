@@ -1,16 +1,22 @@
 """Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
 
 The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as
-for `minipeft reward`. The reference is the model as it is at the start.
+for `minipeft reward`. The reference is the model as it is at the start. --loss takes the losses that came after DPO's:
+ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it also takes lines of {"prompt": ...,
+"completion": ..., "label": true or false}.
 
-The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with metrics.jsonl,
-loss.png and dpo.json. The same command with --resume goes on from the last checkpoint.
+The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
+metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
+shows the log-probabilities of chosen and rejected answers beside loss and accuracy: the chosen may fall, since only its
+difference from the rejected is trained, and most of what lowers one lowers the other (not so with orpo).
 
 examples:
   minipeft dpo --output happier                                         generated pairs, the shipped base
   minipeft dpo --data pairs.jsonl --model tuned --output better
   minipeft dpo --data pairs.jsonl --adapter tuned-adapter --output better-adapter
   minipeft dpo --data pairs.jsonl --method lora -r 16 --output adapter
+  minipeft dpo --data pairs.jsonl --loss simpo --beta 2.5 --gamma 1.4 --output better
+  minipeft dpo --data liked.jsonl --loss kto --undesirable-weight 2 --output better
 """
 
 from __future__ import annotations
@@ -19,46 +25,65 @@ import argparse
 
 from .. import rlhf
 from ..options import add_options, from_arguments
-from ..rlhf.config import DPOConfig
+from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
 from . import runs
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, load_trained, template_of
+
+# What a loss's accuracy is the share of.
+PREFERS = {
+    "sigmoid": "prefers the chosen answer, more than at the start, in {} of {} pairs",
+    "ipo": "prefers the chosen answer, more than at the start, in {} of {} pairs",
+    "kto": "has moved {} of {} answers to the right side of the KL",
+    "orpo": "prefers the chosen answer, by its mean log-probability, in {} of {} pairs",
+    "simpo": "prefers the chosen answer, by its mean log-probability, in {} of {} pairs",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained(parser)
     add_pairs(parser)
-    add_options(add_training(parser, learning_rate="a tenth of the method's"), DPOConfig, "beta")
+    group = add_training(parser, learning_rate="a tenth of the method's")
+    add_options(group, DPOConfig, "loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight")
     runs.add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(DPOConfig, args)
+    output, options = runs.check_output(args), check_pairs(args)
+    loss = getattr(args, "loss_type", DPOConfig.loss_type)
+    other = (name for name in ("gamma", "desirable_weight", "undesirable_weight") if name not in OPTIONS_OF_LOSS[loss])
+    runs.refuse(args, other, f"with --loss {loss}")
+    config = from_arguments(DPOConfig, args)
 
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    pairs, held_out = load_pairs(args, options, policy, tokenizer, template)
+    pairs, held_out = load_pairs(args, options, policy, tokenizer, template, unpaired=loss == "kto")
     arguments = runs.training_arguments(args, len(pairs), bool(held_out))
     if method:
         policy = method.prepare(policy, arguments.max_steps, args.seed)
-    trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, config.beta)
-    runs.announce(pairs, held_out, trainer.args, before=f"method {key}; ", after=f", beta {config.beta:g}")
-    runs.run_training(args, trainer)
-
+    trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, **vars(config))
+    runs.announce(pairs, held_out, trainer.args, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
-    rewards = rlhf.implicit_rewards(policy, judged, config.beta)
-    accuracy, margin = rlhf.reward_accuracy(*rewards.T), float((rewards[:, 0] - rewards[:, 1]).mean())
+    before = trainer.measure(judged)
+    result = runs.run_training(args, trainer)
+    after = trainer.measure(judged)
+
+    rlhf.plot_preferences(result.history, output / "dpo.png")
     use = runs.save_model(policy, tokenizer, output, name)
+    accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
         "accuracy": accuracy,
-        "accuracy_of": f"{of} pairs",
+        "accuracy_of": f"{of} {'answers' if loss == 'kto' else 'pairs'}",
         "margin": margin,
-        "loss": trainer.evaluate(judged),
+        "loss": after["loss"],
+        "before": before,
+        "after": after,
     }
     runs.write_record(args, results, options, trainer.args, config, template=name, method=key)
-    print(
-        f"prefers the chosen answer, more than at the start, in {accuracy:.1%} of {len(judged):,} {of} pairs; "
-        f"margin {margin:.3f}"
-    )
+    for side in ("chosen", "rejected"):
+        if (what := f"logps/{side}") in before:
+            print(f"log-probability, {side:8} {before[what]:9.3f} -> {after[what]:.3f}")
+    said = PREFERS[loss].format(f"{accuracy:.1%}", f"{len(judged):,} {of}")
+    print(f"{said}{'' if margin is None else f'; margin {margin:.3f}'}")
     print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
     return 0

@@ -32,9 +32,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +40,7 @@ from ..evaluation.config import GenerationConfig
 from ..options import add_options, configuration, from_arguments, option
 from . import runs
 from .arguments import add_machine, add_model
+from .functions import load_function
 from .models import load_model
 
 GENERAL = "general-cloze"
@@ -84,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = from_arguments(EvaluationOptions, args)
     config = from_arguments(GenerationConfig, args)
-    metric = None if options.metric is None else load_metric(options.metric)
+    metric = None if options.metric is None else load_function(options.metric, "--metric")
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
 
@@ -143,22 +141,3 @@ def read_items(data: str) -> list[Any]:
 
         return general_cloze()
     return read_dataset(data)
-
-
-def load_metric(name: str) -> Callable[[str, str], float]:
-    """The function that MODULE:NAME names. Raises ValueError, in a sentence, where there is none."""
-    import importlib
-
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"--metric {name}: must be MODULE:NAME, such as my_metrics:same_date")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever a foreign module can raise
-        raise ValueError(f"--metric {name}: cannot import {module} ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ValueError(f"--metric {name}: {module} has no function {function!r}")
-    return found

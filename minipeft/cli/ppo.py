@@ -1,13 +1,16 @@
 """Reinforcement learning from human feedback: let a model answer prompts, and train it on how its answers are scored.
 
-The reward is a directory of `minipeft reward`, or, without --reward, VADER's sentiment of the answer (extra 'rlhf').
+The reward is a directory of `minipeft reward`; or a function of your own, --reward-function MODULE:NAME, importable from
+here, which is called as in TRL, name(prompts=[...], completions=[...]), and returns a number for each completion; or, by
+default, VADER's sentiment of the answer (extra 'rlhf').
 The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
 --prompts, openings of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
-The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with metrics.jsonl
-(all statistics, an update a line), ppo.png and ppo.json. The same command with --resume goes on from the last
-checkpoint. The run stops with an error where the KL diverges, a number is not finite, or answers have scored the same
-for long (--max-equal-updates).
+The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
+metrics.jsonl (all statistics, an update a line), ppo.png and ppo.json. --best-of N adds the baseline that trains
+nothing: what the best of N answers of the policy at the start is worth, by the same reward, on held-out prompts (of a
+file, a tenth). The same command with --resume goes on from the last checkpoint. The run stops with an error where the KL
+diverges, a number is not finite, or answers have scored the same for long (--max-equal-updates).
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -15,6 +18,8 @@ examples:
   minipeft ppo --model tuned --reward judge --prompts prompts.jsonl --output aligned
   minipeft ppo --algorithm grpo --kl-coef 0.02 --method lora -r 4 --lr 1e-3 --output adapter
   minipeft ppo --reward judge --kl-target 6 --output steady              an adaptive KL coefficient
+  minipeft ppo --best-of 16 --output happy                               beside the best of 16 answers at the start
+  minipeft ppo --reward-function rewards:short --output brief            short() of ./rewards.py
 """
 
 from __future__ import annotations
@@ -24,17 +29,21 @@ from dataclasses import fields, replace
 from typing import Any
 
 from .. import rlhf
-from ..options import add_options, from_arguments
+from ..options import add_options, from_arguments, reader
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
+from .functions import load_function
 from .preferences import OPENING, TEMPLATE, add_trained, load_trained, template_of
 
+BASELINE = 64  # held-out prompts of --best-of
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained(parser)
-    parser.add_argument("--reward", metavar="DIR", help="a reward model's directory (default: VADER's sentiment)")
+    reward = parser.add_mutually_exclusive_group()
+    reward.add_argument("--reward", metavar="DIR", help="a reward model's directory (default: VADER's sentiment)")
+    reward.add_argument("--reward-function", metavar="MODULE:NAME", help="or a function of prompts and completions")
     parser.add_argument(
         "--prompts", metavar="FILE", help="a .jsonl or .txt file (default: openings of the shipped novels)"
     )
@@ -55,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--missing-eos", choices=MISSING_EOS, default="ignore",
         help="an answer that no stop token ended scores -1, or 1 less, or as it does (default: ignore)",
     )  # fmt: skip
+    group.add_argument(
+        "--best-of", type=reader(int, {"least": 2}), metavar="N",
+        help=f"also sample the best of N answers to {BASELINE} held-out prompts at most, at the start: the baseline",
+    )  # fmt: skip
     runs.add_output(parser)
 
 
@@ -68,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    prompts = _prompts(args, tokenizer, template, policy.config.max_position_embeddings, config.response_length)
+    room = policy.config.max_position_embeddings - config.response_length
+    prompts, held_out = _prompts(args, tokenizer, template, room, config.response_length)
     stop_token_ids = stop_tokens(policy, tokenizer, *asked_turns(["-"], template))
     often = config.save_steps or max(1, config.steps // 5)
     config = replace(config, stop_token_ids=tuple(stop_token_ids), save_steps=often)
@@ -85,47 +99,77 @@ def run(args: argparse.Namespace) -> int:
         f"KL coefficient {config.kl_coef:g}"
     )
     shown = prompts[:3]
-    before = _answers(trainer.reference, shown, tokenizer, config)
+    first_answers = _rollout(trainer.reference, shown, config)
+    trainer.reward(first_answers)  # a reward that does not work is reported before anything is written
+    before = _texts(first_answers, tokenizer)
+    drawn = (config.response_length, config.temperature, config.stop_token_ids, config.seed)
+    baseline = args.best_of and rlhf.best_of_n(trainer.reference, trainer.reward, held_out, args.best_of, *drawn)
     history = runs.run_training(args, trainer)
-    after = _answers(policy, shown, tokenizer, config)
-    rlhf.plot_run(history, output / "ppo.png")
+    after = _texts(_rollout(policy, shown, config), tokenizer)
+    rlhf.plot_run(history, output / "ppo.png", baseline)
     use = runs.save_model(policy, tokenizer, output, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
     ]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
+    if baseline:
+        trained = float(rlhf.best_of_n(policy, trainer.reward, held_out, args.best_of, *drawn).expected[0])
+        lists = {"start": baseline.expected.tolist(), "kl_bound": baseline.kl.tolist()}
+        results["best_of_n"] = {"n": args.best_of, "prompts": len(held_out), **lists, "trained": trained}
     runs.write_record(args, results, trainer.config, template=name, method=key)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
         print(f"{what:16} {first:>8} -> {last}")
+    if baseline:
+        start, best, kl = baseline.expected[0], baseline.expected[-1], baseline.kl[-1]
+        print(
+            f"on {len(held_out)} held-out prompts, reward of an answer: {start:.3f} -> {trained:.3f}; of the best of "
+            f"{args.best_of} at the start: {best:.3f}, at a KL of {kl:.3f} at most"
+        )
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
     print(f"\nsaved in {output}  (minipeft generate {use} --temperature 1 --prompt ...)")
     return 0
 
 
-def _prompts(args: argparse.Namespace, tokenizer: Any, template: Any, positions: int, length: int) -> list[list[int]]:
-    """The prompts as token ids; ValueError for one that with an answer of this length is longer than the model."""
+def _prompts(
+    args: argparse.Namespace, tokenizer: Any, template: Any, room: int, length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts to train on, held-out ones for --best-of) as token ids; ValueError for one longer than `room`.
+
+    A tenth of a file is held out; the shipped novels have validation chapters.
+    """
     from ..evaluation import asked_turns
     from ..text.datasets import read_prompts
+    from .data import split_off
 
-    room = positions - length
     if room < 1:
         raise ValueError(f"--response-length {length} leaves no room for a prompt")
-    texts = read_prompts(args.prompts) if args.prompts else rlhf.sentence_openings("train", OPENING)
-    turns = asked_turns(texts, template, tokenizer)
-    encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
-    for number, ids in enumerate(encoded, start=1):
+
+    def encoded(texts: list[Any]) -> list[list[int]]:
+        turns = asked_turns(texts, template, tokenizer)
+        return [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
+
+    prompts = encoded(read_prompts(args.prompts) if args.prompts else rlhf.sentence_openings("train", OPENING))
+    for number, ids in enumerate(prompts, start=1):
         if len(ids) > room:
             has = f"has {len(ids)} tokens; with --response-length {length} the model has room for {room}"
             raise ValueError(f"{args.prompts}: prompt {number} {has}")
-    return encoded
+    if not args.best_of:
+        return prompts, []
+    if args.prompts:
+        prompts, held_out = split_off(prompts, 0.1)
+        return prompts, held_out[:BASELINE]
+    return prompts, encoded(rlhf.sentence_openings("validation", OPENING)[:BASELINE])
 
 
 def _reward(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """(what is optimized, what is watched)."""
+    if args.reward_function is not None:
+        function = load_function(args.reward_function, "--reward-function")
+        return rlhf.text_reward(function, tokenizer, args.reward_function), {}
     gold = rlhf.gold_reward(tokenizer)
     if args.reward is None:
         rlhf.vader([])  # a missing extra is reported before anything is computed
@@ -146,6 +190,9 @@ def _vocabulary(tokenizer: Any) -> list[str]:
     return [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
 
 
-def _answers(policy: Any, prompts: list[list[int]], tokenizer: Any, c: PPOConfig | GroupConfig) -> list[str]:
-    roll = rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
+def _rollout(policy: Any, prompts: list[list[int]], c: PPOConfig | GroupConfig) -> rlhf.Rollout:
+    return rlhf.rollout(policy, prompts, c.response_length, c.temperature, c.stop_token_ids, c.seed)
+
+
+def _texts(roll: rlhf.Rollout, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in roll.responses()]

@@ -105,14 +105,14 @@ def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:
 
 
 def load_pairs(
-    args: argparse.Namespace, options: PairOptions, policy: Any, tokenizer: Any, template: Any
+    args: argparse.Namespace, options: PairOptions, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False
 ) -> tuple[list[Any], list[Any]]:
     """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated.
 
-    Raises ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
+    With `unpaired` --data may also hold answers that are desirable or not, which become UnpairedExamples. Raises ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
     """
-    from ..text.datasets import DatasetError, Preference, read_dataset
-    from ..text.examples import encode_preferences
+    from ..text.datasets import DatasetError, Preference, UnpairedPreference, read_dataset
+    from ..text.examples import encode_preferences, encode_unpaired
     from .data import split_off
 
     limit = policy.config.max_position_embeddings
@@ -123,12 +123,15 @@ def load_pairs(
         records = rlhf.human_preferences(args.human, "train", options.pairs, args.seed)
     elif args.data:
         records = read_dataset(args.data)
-        if not isinstance(records[0], Preference):
-            raise DatasetError(args.data, None, "preference pairs are wanted: {prompt, chosen, rejected} on every line")
+        if not isinstance(records[0], (Preference, UnpairedPreference) if unpaired else Preference):
+            wanted = " or {prompt, completion, label}" if unpaired else ""
+            reason = f"preference pairs are wanted: {{prompt, chosen, rejected}}{wanted} on every line"
+            raise DatasetError(args.data, None, reason)
     else:
         return _generated_pairs(options, args.seed, policy, tokenizer, template)
     train, held_out = split_off(records, options.validation) if options.validation else (list(records), [])
-    train, held_out = (encode_preferences(side, tokenizer, length, template) for side in (train, held_out))
+    encode = encode_unpaired if isinstance(records[0], UnpairedPreference) else encode_preferences
+    train, held_out = (encode(side, tokenizer, length, template) for side in (train, held_out))
     return train, held_out
 
 

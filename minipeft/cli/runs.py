@@ -16,7 +16,7 @@ from ..train.arguments import TrainingArguments
 from .arguments import add_machine
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
-    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
+    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|dpo|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
     r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|"
     r"tokenizer(_config)?\.json|(adapter_)?model\.safetensors|adapter_config\.json"
 )

@@ -28,10 +28,10 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
-from ..backend import Array, Rng, as_rng, get_backend, xp_of
+from ..backend import Array, Rng, as_rng, asarray, get_backend, xp_of
 from ..options import check, configuration, option
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
-from .module import Module, ModuleList
+from .module import Module, ModuleList, Parameter
 
 KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions, head_dim], arrays or Tensors
 
@@ -381,7 +381,11 @@ class Backbone(Module):
         c, rng = self.config, as_rng(rng)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+        for name, given in (
+            ("input_ids", input_ids),
+            ("attention_mask", attention_mask),
+            ("position_ids", position_ids),
+        ):
             if not (given is None or hasattr(given, "ndim")):
                 raise TypeError(f"{name} must be an integer array, not a {type(given).__name__}")
         if input_ids is not None:
@@ -510,6 +514,18 @@ class BackboneModel(Module):
         self.backbone.gradient_checkpointing = enabled
 
 
+def _resized(weight: Array, n: int, generator: np.random.Generator) -> Array:
+    """The first n rows of a weight [V, d]; beyond V, rows x̄ + sqrt(1e-9 / V) gᵀ(W - x̄) with normal g [V].
+
+    Such a row has the mean x̄ of the rows of W and 1e-9 of their covariance, which is never formed.
+    """
+    xp, V = xp_of(weight), len(weight)
+    mean = weight.mean(axis=0, dtype=xp.promote_types(weight.dtype, xp.float32))
+    g = generator.standard_normal((max(0, n - V), V), np.float32) * np.float32(math.sqrt(1e-9 / V))
+    new = mean + asarray(g, xp) @ (weight - mean)
+    return xp.concatenate([weight[:n], new.astype(weight.dtype)])
+
+
 class Transformer(BackboneModel):
     """A decoder-only language model: token ids -> logits over the next token.
 
@@ -547,6 +563,34 @@ class Transformer(BackboneModel):
             if c.model_type == "gpt2" and path.endswith("c_proj.weight"):
                 std /= math.sqrt(2 * c.num_hidden_layers)
             p.data = generator.standard_normal(p.shape, np.float32) * np.float32(std)
+
+    def resize_token_embeddings(self, new_num_tokens: int, seed: int = 0) -> Embedding:
+        """Give the vocabulary this many tokens, in place: embedding, head (a tied one stays tied) and configuration.
+
+        New rows are drawn as in Hugging Face transformers (`mean_resizing`): from a normal distribution with the mean of
+        the present rows and 1e-9 of their covariance, the embedding's and an untied head's each from their own. So a
+        new token is about as probable as the others are on average, where a random row could take all of the
+        probability (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). A smaller
+        vocabulary loses its last tokens. The old arrays stay as they are, for whoever shares them. Returns the embedding.
+
+        Departure: transformers adds no noise where the covariance is, up to rounding, not positive definite.
+
+        Raises ValueError for a number below 1, and for a model whose embedding or head has an adapter or is quantized.
+        """
+        embedding, head = self.backbone.embedding, self.lm_head
+        if new_num_tokens < 1:
+            raise ValueError(f"a vocabulary has at least one token, got {new_num_tokens}")
+        if type(embedding) is not Embedding or type(head) is not Linear:
+            other = next(type(m).__name__ for m in (embedding, head) if type(m) not in (Embedding, Linear))
+            raise ValueError(f"resize the vocabulary before adapters or four bits come in; there is a {other} already")
+        tied = head.weight is embedding.weight
+        for number, layer in enumerate((embedding,) if tied else (embedding, head)):
+            rows = _resized(layer.weight.data, new_num_tokens, np.random.default_rng([seed, number]))
+            layer.weight = Parameter(rows, requires_grad=layer.weight.requires_grad)
+        if tied:
+            head.weight = embedding.weight
+        self.config = self.backbone.config = self.config.replace(vocab_size=new_num_tokens)
+        return embedding
 
     def forward(
         self,

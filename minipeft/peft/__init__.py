@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .ln_tuning import LNTuningConfig as LNTuningConfig
     from .bitfit import BitFitConfig as BitFitConfig
     from .bottleneck import BottleneckConfig as BottleneckConfig
+    from .trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .p_tuning import PromptEncoderConfig as PromptEncoderConfig

@@ -126,7 +126,8 @@ def add_weighted_adapter(
         model._known(name)
         config = model.peft_config[name]
         dora, copies = getattr(config, "use_dora", False) and "DoRA", config.modules_to_save and "modules_to_save"
-        if what := config.peft_type if config.peft_type != "LORA" else copies or dora:
+        tokens = getattr(config, "trainable_token_indices", None) and "trainable_token_indices"
+        if what := config.peft_type if config.peft_type != "LORA" else copies or tokens or dora:
             raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
     combined: dict[str, Arrays] = {}
     for path, layer in model.layers.items():

@@ -43,6 +43,7 @@ PEFT_TYPES: dict[str, Any] = {  # peft_type in a file -> class: its name in this
     "LOKR": "LoKrConfig",
     "OFT": "OFTConfig",
     "BOTTLENECK": "BottleneckConfig",
+    "TRAINABLE_TOKENS": "TrainableTokensConfig",
     "PROMPT_TUNING": "PromptTuningConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
     "P_TUNING": "PromptEncoderConfig",
@@ -154,8 +155,11 @@ def state(model: Any, adapter_name: str) -> dict[str, Parameter]:
 
 
 def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
-    """The weights of adapted embeddings and heads under the keys that PEFT gives them."""
+    """The weights of adapted embeddings and heads under the keys that PEFT gives them; none beside trained tokens."""
     saved, found = state(model, adapter_name), {}
+    config = model.peft_config[adapter_name]
+    if config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None):
+        return found
     for path, _ in model.parts(adapter_name):
         named = path.rpartition(".")[2] in EMBEDDINGS and f"{PREFIX}model.{path}.weight" not in saved
         if named and hasattr(model.layers[path].base_layer, "weight"):

@@ -25,7 +25,6 @@ from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
-from .layer import TrainedCopy
 from .lora import LoraConfig
 from .model import PeftModel, _adapted, _independent, get_peft_model
 from .pissa import PissaLinear
@@ -44,7 +43,7 @@ def get_loftq_model(
         options: of `quantize_model`.
 
     Raises PeftError for another method or start, and for an adapted layer that is not quantized (other than those of
-    modules_to_save, which are trained whole).
+    modules_to_save and trainable_token_indices, which are trained themselves).
     """
     plain = isinstance(config, LoraConfig) and config.init_lora_weights is True
     if not plain or config.use_dora or config.enable_lora:
@@ -54,7 +53,7 @@ def get_loftq_model(
     peft = get_peft_model(quantize_model(model, **options), config, adapter_name, seed)
     for path, layer in peft.layers.items():
         base, adapter = layer.base_layer, layer.adapters[adapter_name]
-        if isinstance(adapter, TrainedCopy):  # of modules_to_save
+        if not hasattr(adapter, "factors"):  # of modules_to_save or trainable_token_indices
             continue
         if not isinstance(base, Linear4bit):
             raise PeftError(f"{path}: LoftQ is for quantized layers; this one is a {type(base).__name__}")

@@ -13,7 +13,7 @@ arXiv:2312.03732). `variants` lists the extensions: DoRA, PiSSA, OLoRA, fused pr
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,8 +25,11 @@ from ..options import configuration, option
 from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
+from .trainable_tokens import DELTA, resolve_tokens, tied_heads, token_rows, token_shape, tokens_of
 from .variants import check_patterns_of, check_variant, constant_shapes, variant_class
 from .weights import fill, kaiming_uniform, with_update
+
+ROWS = f"token_adapter.{DELTA}"  # what PEFT calls the rows of trainable_token_indices
 
 
 class LoraLinear(Adapter):
@@ -97,6 +100,9 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
     enable_lora: list[bool] | None = option(None, "which projections of a fused layer are adapted")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None, "tokens whose rows of the embedding are trained, too; or {end of a path: tokens}", least=0
+    )
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
@@ -122,6 +128,10 @@ class LoraConfig(PeftConfig):
         r, alpha = self.rank(name), pattern_value(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        tokens = tokens_of(self.trainable_token_indices, name) if kind in ("embedding", "linear") else None
+        return {ROWS: token_shape(tokens, shape)} if tokens else super().parameter_shapes(name, kind, shape)
+
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         check_rank(name, self.rank(name), n_out, n_in)
         return variant_class(self, name, kind).factor_shapes(self, name, self.rank(name), n_out, n_in)
@@ -135,4 +145,12 @@ class LoraConfig(PeftConfig):
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = super().resolve(modules)
         check_patterns_of(self, found)
-        return found
+        return found | resolve_tokens(self.trainable_token_indices, modules, found)
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
+        trained = {path: m for path, m in layers.items() if tokens_of(self.trainable_token_indices, path)}
+        trained |= tied_heads(trained, layers)
+        rows = token_rows(self.trainable_token_indices, ROWS, trained, seeds)
+        for path in tied_heads(trained, trained):
+            rows[path].keys = []  # PEFT writes them once
+        return super().adapters({path: m for path, m in layers.items() if path not in trained}, seeds) | rows

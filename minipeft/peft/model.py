@@ -293,7 +293,7 @@ class PeftModel(Module):
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
         Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in
-        the model and in its configuration. Raises PeftError for a method that no plain model equals, and for a
+        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that no plain model equals, and for a
         merge that is not finite.
         """
         names = self._mergeable(adapter_names)
@@ -460,7 +460,10 @@ def _independent(model: Module) -> Any:
         model.name_or_path = None  # it is not what is stored there
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
-        if model.lm_head.weight is not model.backbone.embedding.weight:
+        head, embedding = model.lm_head.weight, model.backbone.embedding.weight
+        if head is not embedding and bool((head.data == embedding.data).all().item()):  # both merged the same
+            model.lm_head.weight = embedding
+        elif head is not embedding:
             model.config = model.backbone.config = config.replace(tie_word_embeddings=False)
     return model
 

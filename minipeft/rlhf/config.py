@@ -64,7 +64,9 @@ class PPOConfig(OnlineConfig):
     """PPO's options beside OnlineConfig's. γ, λ, vf_coef and both clip ranges are OpenAI's (Huang et al. 2024)."""
 
     kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
-    kl_target: float | None = option(None, "move β so that the KL comes to this, nats a response", above=0, metavar="KL")
+    kl_target: float | None = option(
+        None, "move β so that the KL comes to this, nats a response", above=0, metavar="KL"
+    )
     kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
     gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
     lam: float = option(0.95, "λ of generalized advantage estimation", least=0, most=1)
@@ -107,9 +109,39 @@ class RewardConfig:
     center: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards near 0", least=0, metavar="C")
 
 
+# Loss -> the options that it has. Those with a reference compute its log-probabilities once, so many at a time.
+OPTIONS_OF_LOSS = {
+    "sigmoid": ("beta", "reference_batch_size"),
+    "ipo": ("beta", "reference_batch_size"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference_batch_size"),
+    "orpo": ("beta",),
+    "simpo": ("beta", "gamma"),
+}
+
+
 @configuration(kw_only=True)
 class DPOConfig:
-    """What DPO asks beside TrainingArguments."""
+    """What a loss of preferences asks beside TrainingArguments: see preference_losses.py for the equations.
 
-    beta: float = option(0.1, "β: how much leaving the reference costs", above=0, metavar="B")  # Rafailov et al., B
+    β is what leaving the reference costs: 0.1 in Rafailov et al., appendix B, and in TRL. ORPO's β is the weight λ of
+    its odds ratio, 0.1 in the paper. SimPO's scales a reward per token and is 2, with γ = 1, for the paper's
+    Llama-3-Base; its authors recommend γ / β = 0.5 to begin with.
+
+    Raises ValueError, naming the option, for a value that makes no sense or an option that the loss does not have.
+    """
+
+    loss_type: str = option("sigmoid", "of preferences; sigmoid is DPO's", choices=OPTIONS_OF_LOSS, flag="--loss")
+    beta: float | None = option(None, "β of the loss (default: 0.1; simpo: 2)", above=0, metavar="B")
+    gamma: float = option(1.0, "simpo: γ, by how much the chosen answer should lead", least=0, metavar="G")
+    desirable_weight: float = option(1.0, "kto: λ_D, weight of the desirable answers", above=0, metavar="W")
+    undesirable_weight: float = option(1.0, "kto: λ_U, weight of the undesirable answers", above=0, metavar="W")
     reference_batch_size: int = option(32, "pairs at a time whose reference log-probabilities are computed", least=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("gamma", "desirable_weight", "undesirable_weight", "reference_batch_size"):
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default and name not in OPTIONS_OF_LOSS[self.loss_type]:
+                raise ValueError(f"{name} is not an option of loss_type={self.loss_type!r}; got {value}")
+        if self.beta is None:
+            self.beta = 2.0 if self.loss_type == "simpo" else 0.1

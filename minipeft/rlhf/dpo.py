@@ -5,35 +5,37 @@ the reward β log(π / π_ref). Put into Bradley-Terry, that reward gives a loss
 
     L = -log σ(β [log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)])
 
-Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The losses that came after it, IPO, KTO, ORPO and SimPO, stand
+beside it in preference_losses.py; here is what all of them need to be trained, and what is recorded of a run, held out
+as "eval_...", by TRL's names:
+
+    logps/chosen, logps/rejected       log-probability of a whole answer: nats. Why the first may fall: preference_losses.py
+    rewards/chosen, rewards/rejected   what the loss takes for a reward: β log(π / π_ref); without a reference, ORPO and
+                                       SimPO, β times the mean log-probability of the answer's tokens
+    rewards/margins                    the first less the second
+    rewards/accuracies                 share of pairs with a margin above 0 (equal rewards count one half)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..autograd import ops as F
-from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, to_numpy, xp_of
+from ..autograd.tensor import Tensor
+from ..backend import Array, Rng
 from ..nn.module import Module
-from ..text.examples import PreferencePair
+from ..text.examples import PreferencePair, UnpairedExample
 from ..train.batches import Batch, collate
-from ..train.evaluation import on_device
+from ..train.evaluation import Statistics, example_losses
 from ..train.rates import with_learning_rate
 from ..train.trainer import Trainer, TrainingArguments
-from .config import DPOConfig
-from .logprobs import sequence_logprobs
-
-
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Array, ref_rejected: Array, beta: float = 0.1
-) -> Tensor:
-    """Mean of -log σ(β (Δ_chosen - Δ_rejected)), Δ = log π(y) - log π_ref(y) of whole completions: all [pairs]."""
-    return -F.logsigmoid(beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
+from .config import OPTIONS_OF_LOSS, DPOConfig
+from .kto import kto_trainer
+from .logprobs import completion_lengths, sequence_logprobs
+from .preference_losses import dpo_loss, ipo_loss, orpo_loss, simpo_loss
 
 
 class ReferencedPair(NamedTuple):
@@ -44,37 +46,58 @@ class ReferencedPair(NamedTuple):
     ref_rejected: float
 
 
-def collate_pairs(pairs: Sequence[ReferencedPair]) -> Batch:
+def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
     """Pairs as one batch for `dpo_objective`: the chosen texts, then the rejected ones, padded on the right."""
-    batch = collate([p.pair.chosen for p in pairs] + [p.pair.rejected for p in pairs])
-    reference = {name: np.array([getattr(p, name) for p in pairs], np.float32) for name in ("ref_chosen", "ref_rejected")}
-    return Batch(batch.arguments | reference, len(pairs), batch.tokens)
+    batch = collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    return Batch(batch.arguments, len(pairs), batch.tokens)
+
+
+def collate_referenced(pairs: Sequence[ReferencedPair]) -> Batch:
+    """`collate_pairs`, with the reference's log-probabilities."""
+    batch = collate_pairs([p.pair for p in pairs])
+    reference = {
+        name: np.array([getattr(p, name) for p in pairs], np.float32) for name in ("ref_chosen", "ref_rejected")
+    }
+    return batch._replace(arguments=batch.arguments | reference)
 
 
 def dpo_objective(
-    model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array, ref_rejected: Array,
-    beta: float = 0.1, rng: Rng | None = None,
-) -> Tensor:  # fmt: skip
-    """`dpo_loss` of a batch whose first half are the chosen completions: what the Trainer minimizes.
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array | None = None,
+    ref_rejected: Array | None = None, loss_type: str = "sigmoid", beta: float = 0.1, gamma: float = DPOConfig.gamma,
+    rng: Rng | None = None,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """A loss of pairs for a batch whose first half are the chosen completions, and its statistics: for the Trainer.
 
-    input_ids, labels, attention_mask [2 · pairs, T]; ref_chosen, ref_rejected [pairs]. `rng` is not used: dropout would
-    act on the policy and not on the reference.
+    input_ids, labels, attention_mask [2 · pairs, T]; ref_chosen, ref_rejected [pairs], None for "orpo" and "simpo".
+    `rng` is not used: dropout would act on the policy and not on the reference (and TRL's trainers turn it off).
     """
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
-    n = ref_chosen.shape[0]
-    return dpo_loss(sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
+    n = sums.shape[0] // 2
+    if ref_chosen is None:
+        means = sums / completion_lengths(labels)
+        loss = (
+            orpo_loss(means[:n], means[n:], beta)
+            if loss_type == "orpo"
+            else simpo_loss(means[:n], means[n:], beta, gamma)
+        )
+        chosen, rejected = beta * means.data[:n], beta * means.data[n:]
+    else:
+        loss = {"sigmoid": dpo_loss, "ipo": ipo_loss}[loss_type](sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
+        chosen, rejected = beta * (sums.data[:n] - ref_chosen), beta * (sums.data[n:] - ref_rejected)
+    return loss, {
+        "logps/chosen": sums.data[:n],
+        "logps/rejected": sums.data[n:],
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected) + 0.5 * (chosen == rejected),
+    }
 
 
 def completion_logprobs(model: Module, pairs: Sequence[PreferencePair], batch_size: int = 32) -> np.ndarray:
-    """log π(completion | prompt) of each pair's (chosen, rejected), without gradients: float32 [n, 2], in memory."""
-    xp, out = xp_of(model.parameters()[0].data), np.empty((len(pairs), 2), np.float32)
-    with no_grad():
-        for i in range(0, len(pairs), batch_size):
-            part = pairs[i : i + batch_size]
-            batch = collate([p.chosen for p in part] + [p.rejected for p in part])
-            sums = sequence_logprobs(model, **on_device(batch, xp))
-            out[i : i + batch_size] = to_numpy(sums.data).reshape(2, -1).T
-    return out
+    """log π(completion | prompt) of each pair's (chosen, rejected), without gradients: [n, 2], in host memory."""
+    nll, _ = example_losses(model, [example for pair in pairs for example in pair], 2 * batch_size)
+    return -nll.reshape(-1, 2)
 
 
 def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: int = 32) -> list[ReferencedPair]:
@@ -84,24 +107,37 @@ def with_reference(model: Module, pairs: Sequence[PreferencePair], batch_size: i
 
 
 def dpo_trainer(
-    policy: Module, pairs: Sequence[PreferencePair], eval_pairs: Sequence[PreferencePair] | None = None,
-    args: TrainingArguments | None = None, beta: float = DPOConfig.beta,
-    reference_batch_size: int = DPOConfig.reference_batch_size,
+    policy: Module, pairs: Sequence[PreferencePair] | Sequence[UnpairedExample],
+    eval_pairs: Sequence[PreferencePair] | Sequence[UnpairedExample] | None = None, args: TrainingArguments | None = None,
+    **options: Any,
 ) -> Trainer:  # fmt: skip
-    """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preference pairs by DPO.
+    """A Trainer that fine-tunes `policy` (a model, or a PeftModel) on preferences, by DPO or a loss beside it.
+
+        rlhf.dpo_trainer(policy, pairs, held_out, args, loss_type="simpo", beta=2.5).train()
+
+    `options` are those of `DPOConfig`. loss_type="kto" takes pairs, whose answers it looks at one by one, or
+    `UnpairedExample`s (see kto.py).
 
     The reference is the policy as it is now. Its log-probabilities are computed here, once, so no second model is held,
     `reference_batch_size` pairs at a time. They are part of the examples, and their last bits depend on that number: a
-    run is resumed with the same one, from the policy that it began with. Where `args` give no learning rate it is a
-    tenth of the method's usual one (`train.rates`). Raises ValueError as `DPOConfig` does, and for a policy with
-    virtual tokens.
-    """
-    DPOConfig(beta=beta, reference_batch_size=reference_batch_size)  # checks both
-    args = with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
-    train = with_reference(policy, pairs, reference_batch_size)
-    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, reference_batch_size)
+    run is resumed with the same one, from the policy that it began with. "orpo" and "simpo" have none. Where `args` give
+    no learning rate it is a tenth of the method's usual one (`train.rates`).
 
-    return Trainer(policy, train, held_out, args, collate=collate_pairs, loss=partial(dpo_objective, beta=beta))
+    Raises ValueError as `DPOConfig` does, for unpaired examples where pairs are wanted, and for a policy with virtual
+    tokens.
+    """
+    c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
+    if c.loss_type == "kto":
+        return kto_trainer(policy, pairs, eval_pairs, args, c)
+    if any(isinstance(example, UnpairedExample) for example in pairs[:1]):
+        raise ValueError(f"loss_type={c.loss_type!r} compares the two answers of a pair; unpaired ones are for 'kto'")
+    own = {name: getattr(c, name) for name in ("loss_type", "beta", "gamma") if name in OPTIONS_OF_LOSS[c.loss_type]}
+    objective = partial(dpo_objective, **{"loss_type": c.loss_type, **own})
+    if "reference_batch_size" not in OPTIONS_OF_LOSS[c.loss_type]:
+        return Trainer(policy, pairs, eval_pairs, args, collate=collate_pairs, loss=objective)
+    train = with_reference(policy, pairs, c.reference_batch_size)
+    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, c.reference_batch_size)
+    return Trainer(policy, train, held_out, args, collate=collate_referenced, loss=objective)
 
 
 def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, xp_of
 from ..nn.module import Module
+from ..train.batches import IGNORE
 
 
 def token_logprobs(logits: Tensor, targets: Array) -> Tensor:
@@ -53,13 +56,18 @@ def sequence_logprobs(model: Module, input_ids: Array, labels: Array, attention_
     Raises as `response_hidden`.
     """
     xp = xp_of(input_ids)
-    counts = labels[:, 1:] != -100
+    counts = labels[:, 1:] != IGNORE
     first = int(xp.argmax(counts.any(axis=0)).item())  # what stands before every completion needs no logits
     n = input_ids.shape[1] - 1 - first
     mask = xp.ones(input_ids.shape, xp.int64) if attention_mask is None else attention_mask
     hidden = response_hidden(model, input_ids, mask, n)
     logprobs = token_logprobs(model.lm_head(hidden), input_ids[:, -n:])  # [B, n]
     return F.where(counts[:, first:], logprobs, 0).sum(axis=1)
+
+
+def completion_lengths(labels: Array) -> Array:
+    """How many tokens `sequence_logprobs` adds up: labels [B, T] -> float32 [B]."""
+    return (labels[:, 1:] != IGNORE).sum(axis=1).astype(np.float32)
 
 
 class Outputs(NamedTuple):

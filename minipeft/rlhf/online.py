@@ -325,7 +325,9 @@ class OnlineTrainer(ABC):
             "options of the adapters": adapter_options(self.policy),
             "reference policy": frozen_fingerprint(self.reference),
         }  # fmt: skip
-        if (model := self._reward_model) is not None:
+        if (model := self._reward_model) is None:
+            identity["reward"] = getattr(self.reward, "__qualname__", type(self.reward).__qualname__)
+        else:
             identity["reward model"] = fingerprint((n, p.data) for n, p in model.named_parameters())
             identity["calibration"] = [model.mean, model.std]
         return identity

@@ -8,6 +8,7 @@ A `.jsonl` file holds one JSON object per line, all of one form. The fields say 
     {"messages": [{"role": ..., "content": ...}, ...]}      Conversation system (optional, first), then user and
                                                                          assistant in turn, ending with the assistant
     {"prompt": ..., "chosen": ..., "rejected": ...}         Preference   two answers, the first preferred
+    {"prompt": ..., "completion": ..., "label": true}       UnpairedPreference  an answer that was liked, or not (false)
     {"question": ..., "choices": [...], "answer": ...}      MultipleChoice  "answer" is the index of a choice, from 0,
                                                                          or the text of one
 
@@ -72,6 +73,14 @@ class Preference(NamedTuple):
     rejected: str
 
 
+class UnpairedPreference(NamedTuple):
+    """An answer to a prompt, and whether it is desirable."""
+
+    prompt: str
+    completion: str
+    label: bool
+
+
 class MultipleChoice(NamedTuple):
     """A question and two or more different answers to it, of which the one with the index `answer` is right."""
 
@@ -80,9 +89,9 @@ class MultipleChoice(NamedTuple):
     answer: int
 
 
-Record = Document | Completion | Instruction | Conversation | Preference | MultipleChoice
+Record = Document | Completion | Instruction | Conversation | Preference | UnpairedPreference | MultipleChoice
 
-FORMS = (Document, Completion, Instruction, Conversation, Preference, MultipleChoice)
+FORMS = (Document, Completion, Instruction, Conversation, Preference, UnpairedPreference, MultipleChoice)
 _OPTIONAL = {Instruction: {"input"}}  # fields that may be "" or left out
 
 
@@ -178,8 +187,15 @@ def record_of(value: Any) -> Record:
     if form is MultipleChoice:
         choices = _choices(value["choices"])
         return MultipleChoice(_text(value["question"], "field 'question'"), choices, _answer(value["answer"], choices))
+    if form is UnpairedPreference and not isinstance(value["label"], bool):
+        raise ValueError(f"field 'label' must be true (desirable) or false, got {_json_type(value['label'])}")
     optional = _OPTIONAL.get(form, ())
-    return form(*(_text(value.get(field, ""), f"field {field!r}", field in optional) for field in form._fields))
+    return form(
+        *(
+            value[field] if field == "label" else _text(value.get(field, ""), f"field {field!r}", field in optional)
+            for field in form._fields
+        )
+    )
 
 
 def _read_text(path: Path) -> Document:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .datasets import Document, MultipleChoice, Preference, Record, record_of
+from .datasets import Completion, Document, MultipleChoice, Preference, Record, UnpairedPreference, record_of
 from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns
 from .tokenizer import Special, Tokenizer
 
@@ -40,6 +40,13 @@ class PreferencePair(NamedTuple):
     rejected: Example
 
 
+class UnpairedExample(NamedTuple):
+    """An answer behind its prompt, and whether it is desirable."""
+
+    example: Example
+    label: bool
+
+
 def encode_examples(
     records: Sequence[Record | dict[str, Any]],
     tokenizer: Tokenizer,
@@ -56,7 +63,7 @@ def encode_examples(
 
     on_overflow is what happens to a record longer than `max_length`: "error" raises ValueError, "truncate" keeps its
     first `max_length` tokens (and drops it if nothing to learn is left), "drop" leaves it out. The result counts them.
-    Preference records raise ValueError: they are for `encode_preferences`.
+    Preference records raise ValueError: they are for `encode_preferences` and `encode_unpaired`.
     """
     _check_lengths(max_length, on_overflow)
     records = [record_of(record) for record in records]
@@ -90,6 +97,15 @@ def encode_preferences(
     pairs = [PreferencePair(*(encode_turns([turn], tokenizer) for turn in turns)) for turns in rendered]
     _refuse_overlong([max(len(example.input_ids) for example in pair) for pair in pairs], max_length)
     return pairs
+
+
+def encode_unpaired(
+    records: Sequence[UnpairedPreference], tokenizer: Tokenizer, max_length: int, template: Template = plain
+) -> list[UnpairedExample]:
+    """Unpaired preference records to examples with their labels. Raises as `encode_preferences`."""
+    completions = [Completion(record.prompt, record.completion) for record in records]
+    encoded = encode_examples(completions, tokenizer, max_length, template).examples
+    return [UnpairedExample(example, record.label) for example, record in zip(encoded, records)]
 
 
 def encode_choices(

@@ -46,6 +46,10 @@ class Tokenizer:
         self._plain.encode_special_tokens = True  # a special token's text in plain text is only text
         self._control = _copy(self._plain)
         self._control.encode_special_tokens = False
+        self._read()
+
+    def _read(self) -> None:
+        """Look up what the class keeps of the vocabulary and of the config."""
         added = self._plain.get_added_tokens_decoder()
         self._special_texts = [token.content for token in added.values() if token.special]
         self._special_ids = {id for id, token in added.items() if token.special}
@@ -112,6 +116,47 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, pad_token={self.pad_token!r})"
+
+    def add_tokens(self, tokens: Sequence[str], special_tokens: bool = False) -> int:
+        """Give these texts ids of their own, after all others; how many are new. As in transformers.
+
+        An added token is one token wherever its text stands; with `special_tokens` only where it is asked for, like
+        `<|im_end|>`. One that the vocabulary has keeps its id. The model needs as many rows:
+
+            tokenizer.add_tokens(["<think>", "</think>"])
+            model.resize_token_embeddings(tokenizer.vocab_size)
+
+        Raises TypeError for what is no list of texts, ValueError for an empty one.
+        """
+        import tokenizers
+
+        if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+            raise TypeError(f"tokens to add must be a list of texts, got {tokens!r}")
+        if "" in tokens:
+            raise ValueError("a token to add is empty")
+        before = self.vocab_size
+        added = [tokenizers.AddedToken(t, special=special_tokens, normalized=not special_tokens) for t in tokens]
+        for backend in (self._plain, self._control):
+            (backend.add_special_tokens if special_tokens else backend.add_tokens)(added)
+        self._read()
+        return self.vocab_size - before
+
+    def add_special_tokens(self, special_tokens: Mapping[str, str | Sequence[str]]) -> int:
+        """Add special tokens by what they are for, such as {"pad_token": "<pad>"}; how many are new.
+
+        Names: "eos_token", "pad_token", "bos_token", and "additional_special_tokens", a list. Raises ValueError for
+        another name, and as `add_tokens`.
+        """
+        known = ("eos_token", "pad_token", "bos_token")
+        for name in special_tokens:
+            if name not in (*known, "additional_special_tokens"):
+                raise ValueError(f"special tokens are {', '.join(known)} and additional_special_tokens; not {name!r}")
+        more = list(special_tokens.get("additional_special_tokens", ()))
+        named = {name: special_tokens[name] for name in known if name in special_tokens}
+        count = self.add_tokens([*named.values(), *more], special_tokens=True)
+        self.config |= named
+        self._read()
+        return count
 
     @property
     def vocab_size(self) -> int:

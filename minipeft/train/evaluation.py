@@ -16,7 +16,9 @@ from ..nn.module import Module
 from .batches import IGNORE, Batch
 from .batches import collate as collate_pairs
 
-Loss = Callable[..., Tensor]  # loss(model, **batch.arguments, rng=None): a scalar, the mean over `batch.weight` units
+Statistics = dict[str, Array]  # numbers [units] by name, NaN for a unit that has none
+# loss(model, **batch.arguments, rng=None): a scalar, the mean over `batch.weight` units; or (that, its Statistics)
+Loss = Callable[..., Tensor | tuple[Tensor, Statistics]]
 Collate = Callable[[list[Any]], Batch]
 
 
@@ -28,6 +30,22 @@ def model_loss(model: Module, **arguments: Any) -> Tensor:
 def on_device(batch: Batch, xp: ModuleType) -> dict[str, Any]:
     """The arguments of a batch, its arrays moved to the device of `xp`."""
     return {k: asarray(v, xp) if is_array(v) else v for k, v in batch.arguments.items()}
+
+
+def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
+    """What a loss gave as (loss, statistics)."""
+    return result if isinstance(result, tuple) else (result, {})
+
+
+def means(parts: Sequence[Statistics]) -> dict[str, float]:
+    """The mean of each statistic over the units of all parts that have a number; without one it is left out."""
+    found = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        numbers = np.concatenate([np.ravel(to_numpy(part[name])) for part in parts if name in part]).astype(np.float64)
+        numbers = numbers[~np.isnan(numbers)]
+        if numbers.size:
+            found[name] = float(numbers.mean())
+    return found
 
 
 def evaluate(
@@ -43,22 +61,32 @@ def evaluate(
 
     Raises ValueError where there is nothing to evaluate, or for a batch_size below 1.
     """
+    return measure(model, examples, batch_size, pad_token_id, collate=collate, loss=loss)["loss"]
+
+
+def measure(
+    model: Module, examples: Sequence[Any], batch_size: int = 8, pad_token_id: int = 0, *,
+    collate: Collate | None = None, loss: Loss | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """`evaluate` as {"loss": ...}, with the means of the statistics that the loss gives beside itself."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
     collate, loss = collate or partial(collate_pairs, pad_token_id=pad_token_id), loss or model_loss
     xp = xp_of(*[p.data for p in model.parameters()])
-    total, weight = 0.0, 0
+    total, weight, seen = 0.0, 0, []
     with no_grad():
         for i in range(0, len(examples), batch_size):
             batch = collate([examples[k] for k in range(i, min(i + batch_size, len(examples)))])
             if batch.weight:
-                total += loss(model, **on_device(batch, xp)).item() * batch.weight
+                value, statistics = with_statistics(loss(model, **on_device(batch, xp)))
+                total += value.item() * batch.weight
                 weight += batch.weight
+                seen.append(statistics)
     if not weight:
         raise ValueError(f"no label counts in any of the {len(examples)} evaluation examples")
-    return total / weight
+    return {"loss": total / weight, **means(seen)}
 
 
 POSITIONS = 512  # whose logits are held at a time

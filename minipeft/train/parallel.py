@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array, xp_of
+from ..backend import Array, Rng, is_array, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from .batches import Batch
-from .evaluation import Loss, on_device
+from .evaluation import Loss, Statistics, on_device, with_statistics
 
 ATTEMPTS = 3  # that a step makes while executors break
 
@@ -40,12 +40,16 @@ class Part(NamedTuple):
     rng: Rng
 
 
-def add_gradients(model: Module, loss: Loss, part: Part) -> float:
-    """Add the gradients of share · L_b to the model's; L_b. Nothing is added where L_b is not finite."""
-    L_b = loss(model, **on_device(part.batch, xp_of(*[p.data for p in model.parameters()])), rng=part.rng)
+Result = tuple[float, Statistics]  # L_b, and the statistics of the batch in host memory
+
+
+def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
+    """Add the gradients of share · L_b to the model's. Nothing is added where L_b is not finite."""
+    arguments = on_device(part.batch, xp_of(*[p.data for p in model.parameters()]))
+    L_b, statistics = with_statistics(loss(model, **arguments, rng=part.rng))
     if np.isfinite(value := L_b.item()):
         L_b.backward(part.share)
-    return value
+    return value, {name: to_numpy(array) for name, array in statistics.items()}
 
 
 class Workers:
@@ -68,8 +72,8 @@ class Workers:
         self.executor = self.make() if self.make else executor
         self.moved = 0
 
-    def losses(self, parts: Sequence[Part]) -> list[float]:
-        """L_b of each part; adds the gradients to the trainable parameters, part by part.
+    def losses(self, parts: Sequence[Part]) -> list[Result]:
+        """L_b and statistics of each part; adds the gradients to the trainable parameters, part by part.
 
         Where the executor has lost its workers, the whole step is computed again on a new one; RuntimeError where there
         is none to be made, or the third breaks, too. Raises ValueError for a loss that cannot reach another process.
@@ -91,9 +95,9 @@ class Workers:
             for p, gradient in zip(self.trainable, gradients):
                 if gradient is not None:
                     p.grad = gradient if p.grad is None else p.grad + gradient
-        return [L_b for L_b, _ in found]
+        return [result for result, _ in found]
 
-    def _computed(self, parts: Sequence[Part]) -> list[tuple[float, list[Array | None]]]:
+    def _computed(self, parts: Sequence[Part]) -> list[tuple[Result, list[Array | None]]]:
         arrays = [p.data for p in self.trainable]
         futures = [self._submit(part, arrays) for part in parts]
         found = []
@@ -112,8 +116,8 @@ class Workers:
 
 def _on_worker(
     key: tuple, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None
-) -> tuple[float, list[Array | None]] | None:
-    """(L_b, gradients of share · L_b in the order of the trainable parameters); None where the model is not here."""
+) -> tuple[Result, list[Array | None]] | None:
+    """(`add_gradients`' result, gradients in the order of the trainable parameters); None where the model is not here."""
     if sent is not None:
         _here.held = (key, sent[0].copy(share=True), sent[1])  # a thread's own; its trained arrays are replaced below
     held, model, loss = getattr(_here, "held", (None, None, None))
@@ -123,5 +127,5 @@ def _on_worker(
     for p, array in zip(trainable, arrays):
         p.data, p.grad = array.copy(), None
     with np.errstate(all="ignore"):
-        L_b = add_gradients(model, loss, part)
-    return L_b, [p.grad for p in trainable]
+        result = add_gradients(model, loss, part)
+    return result, [p.grad for p in trainable]

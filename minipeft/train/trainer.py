@@ -30,7 +30,7 @@ from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, evaluate, model_loss
+from .evaluation import Collate, Loss, Statistics, means, measure, model_loss
 from .metrics import plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
 from .parallel import Part, Workers, add_gradients
@@ -50,18 +50,20 @@ def training_step(
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
     Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches. Returns
-    the record of the step; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
-    gradient that is not finite.
+    the record of the step, with the means of the statistics that the loss gives; a callback's wish to stop is in
+    `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
+    seen: list[Statistics] = []
     for batch in batches:
         if batch.weight:
             parts.append(Part(batch, batch.weight / total, Rng(seed, first_row=first_row).at(step - 1)))
         first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         losses = workers.losses(parts) if workers else (add_gradients(model, loss, part) for part in parts)
-        for part, L_b in zip(parts, losses):
+        for part, (L_b, statistics) in zip(parts, losses):
             L += part.share * L_b
+            seen.append(statistics)
             if not math.isfinite(L):
                 raise diverged(step, L, parameters, optimizer)
         callbacks.before_step(step)
@@ -72,7 +74,7 @@ def training_step(
         optimizer.step()
     record = {
         "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-        "tokens": sum(batch.tokens for batch in batches),
+        "tokens": sum(batch.tokens for batch in batches), **means(seen),
     }  # fmt: skip
     callbacks.after_step(step, record)
     optimizer.zero_grad()
@@ -132,7 +134,8 @@ class Trainer:
         pad_token_id: fills shorter examples on the right; it is masked, so its value does not matter.
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
-            the mean over the batch's `weight` units. By default the model's own. A run is resumed with the same one:
+            the mean over the batch's `weight` units; or (that, statistics), arrays [units] by name (NaN does not
+            count), whose means are recorded beside it, "eval_<name>" held out. By default the model's own. A run is resumed with the same one:
             options are compared where `functools.partial` has bound them.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
@@ -290,12 +293,17 @@ class Trainer:
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> float:
         """Mean loss over all labels that count in `examples` (default: eval_examples): see `train.evaluate`."""
+        return self.measure(examples)["loss"]
+
+    def measure(self, examples: Sequence[Any] | None = None) -> dict[str, float]:
+        """`evaluate` as {"loss": ...}, with the means of the statistics that the loss gives beside itself."""
         examples = self.eval_examples if examples is None else examples
         size = self.args.per_device_eval_batch_size
-        return evaluate(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
+        return measure(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        loss, best = self.evaluate(), self._best
+        measured, best = self.measure(), self._best
+        loss = measured["loss"]
         if not math.isfinite(loss):
             raise diverged(step, loss, self.trainable, self.optimizer)
         if best.best_eval_loss is None or loss < best.best_eval_loss:
@@ -303,7 +311,7 @@ class Trainer:
             if self.args.early_stopping_patience:
                 best.best = {name: p.data.copy() for name, p in self.trainable.items()}
                 best.best_callbacks = {name: array.copy() for name, array in self._callbacks.state_dict().items()}
-        return {"step": step, "eval_loss": loss}
+        return {"step": step, **{f"eval_{name}": value for name, value in measured.items()}}
 
     # ------------------------------------------------------------------------------------------- what a run resumes
 

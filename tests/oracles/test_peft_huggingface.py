@@ -102,6 +102,12 @@ CASES = {
     "pissa": ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=LINEAR[d])),
     "gaussian": ("Lora", lambda d: dict(r=4, init_lora_weights="gaussian")),
     "random": ("Lora", lambda d: dict(r=4, init_lora_weights=False, target_modules=[EMBEDDING[d], LINEAR[d][0]])),
+    "tokens": ("TrainableTokens", lambda d: dict(token_indices=[7, 3, 59])),
+    "lora and tokens": ("Lora", lambda d: dict(r=4, lora_alpha=6, trainable_token_indices=[7, 3, 59])),
+    "lora and named tokens": (
+        "Lora",
+        lambda d: dict(r=4, target_modules=LINEAR[d], trainable_token_indices={EMBEDDING[d]: [7, 3]}),
+    ),
     "ia3": ("IA3", lambda d: dict()),
     "ia3 chosen": ("IA3", lambda d: dict(target_modules=LINEAR[d], feedforward_modules=LINEAR[d][1:])),
     "ln_tuning": ("LNTuning", lambda d: dict()),
@@ -173,7 +179,8 @@ def test_our_file_gives_the_same_logits_gradients_and_step_in_peft(dialect, case
     their_loss.backward()
     close(loss.data, their_loss.item(), max(tolerance, 1e-6))  # transformers computes the loss in float32
 
-    ours_by_key = {k: p for k, p in state(again, "default").items() if p.requires_grad}
+    once = {id(p): (k, p) for k, p in reversed(state(again, "default").items()) if p.requires_grad}  # tied rows, too
+    ours_by_key = dict(once.values())
     theirs_by_key = {
         k.replace(".default", "").replace("modules_to_save.", "").replace("vector.weight", "vector"): p
         for k, p in theirs.named_parameters()
@@ -427,3 +434,16 @@ def test_loraplus_has_pefts_groups_and_takes_the_same_steps(dialect, tmp_path):
         others.step()
     assert np.abs(adapted(IDS).data - model(IDS).data).max() > 1e-2
     close(adapted(IDS).data, logits(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("case", ["tokens", "lora and tokens"])
+def test_trained_rows_beside_an_untied_head_are_pefts_both_ways(case, tmp_path):
+    model = mp.Transformer(
+        mp.TransformerConfig.llama(**SHAPE, tie_word_embeddings=False, initializer_range=0.2), seed=5
+    )
+    ours = train_ours(mp.get_peft_model(model, configs("llama", case)[0]))
+    ours.save_pretrained(tmp_path / "ours")
+    close(logits(peft.PeftModel.from_pretrained(twin_of(model), tmp_path / "ours")), ours(IDS).data, 1e-4)
+    theirs = train_theirs(peft.get_peft_model(twin_of(model), configs("llama", case)[1]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    close(mp.PeftModel.from_pretrained(model, tmp_path / "theirs")(IDS).data, logits(theirs), 1e-4)

@@ -1,0 +1,161 @@
+"""Trainable tokens: of the embedding W [V, d], only the rows of some tokens are trained, such as those of new tokens.
+
+    W'_t = D_t for the tokens t that are trained, W_t for all others            D [n, d], at first those rows of W
+
+A tied head shares D: of its logits, those of the trained tokens are D_t · h. `LoraConfig(trainable_token_indices=...)`
+trains rows beside LoRA. Where several active adapters train one token, the last one's row is used; PEFT refuses that.
+
+The method is Hugging Face PEFT's (tuners/trainable_tokens), and so are its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..autograd import ops as F
+from ..autograd.tensor import Tensor
+from ..backend import Rng, asarray, to_numpy, xp_of
+from ..nn.module import Module, Parameter
+from ..options import configuration, option
+from .config import PeftConfig, Seed, Shape
+from .layer import Adapter, Inner
+from .targets import PeftError, kind_of, matches, shape_of
+from .weights import dense_weight, fill, with_weight
+
+DELTA = "trainable_tokens_delta"
+EMBEDDINGS = {"gpt2": ["wte"], "llama": ["embed_tokens"]}  # model_type -> the embedding of its tokens
+Tokens = list[int] | dict[str, list[int]] | None  # tokens of the embedding, or {end of a path: tokens}
+
+
+class TokenRows(Adapter):
+    """Rows of an embedding, or of a head (weight [V, d]), that are trained: one parameter [n, d]."""
+
+    def __init__(self, tokens: list[int], key: str, layer: Module, seed: Seed, init_weights: bool = True):
+        super().__init__({key: token_shape(tokens, shape_of(layer))}, layer, seed)
+        self.tokens, self.name = tokens, key.partition(".")[0]
+        if seed is not None and init_weights:
+            fill(self.rows, to_numpy(dense_weight(layer)[asarray(np.array(tokens), xp_of(self.rows.data))]))
+        elif seed is not None:
+            fill(self.rows, np.random.default_rng(seed).standard_normal(self.rows.shape, np.float32))
+
+    @property
+    def rows(self) -> Parameter:
+        """D [n, d]."""
+        return getattr(self, self.name)
+
+    def tie(self, other: TokenRows) -> TokenRows:
+        """Share another's rows; returns self."""
+        setattr(self, self.name, other.rows)
+        return self
+
+    def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
+        """Token ids [...] -> [..., d] of an embedding; hidden states [..., d] -> logits [..., V] of a head."""
+        xp, (V, _), n = xp_of(self.rows.data), shape_of(base), len(self.tokens)
+        tokens, rows = asarray(np.array(self.tokens), xp), xp.arange(n)
+        if kind_of(base) == "embedding":
+            row = xp.full(V, -1)  # of D, by token
+            row[tokens] = rows
+            row = row[x]
+            return F.where((row >= 0)[..., None], F.embedding(xp.maximum(row, 0), self.rows), inner(x))
+        column = xp.arange(V)  # of [inner(x), D x], by token
+        column[tokens] = V + rows
+        bias = None if base.bias is None else base.bias.data[tokens]
+        return F.cat([inner(x), F.linear(x, self.rows, bias)], axis=-1)[..., column]
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """The layer with D among its rows."""
+        weight = dense_weight(layer).copy()
+        weight[asarray(np.array(self.tokens), xp_of(weight))] = self.rows.data.astype(weight.dtype)
+        return with_weight(layer, weight)
+
+
+def token_shape(tokens: list[int], shape: Shape) -> Shape:
+    """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it does not have, or that is given twice."""
+    wrong = next((t for t in tokens if t >= shape[0]), None)
+    if wrong is not None:
+        raise PeftError(
+            f"the tokens are 0 to {shape[0] - 1}, and {wrong} is to be trained; resize_token_embeddings first"
+        )
+    if len(set(tokens)) < len(tokens):
+        raise PeftError(f"a token is given twice among those to train: {tokens}")
+    return len(tokens), shape[1]
+
+
+def tokens_of(tokens: Tokens, path: str) -> list[int] | None:
+    """Which tokens are trained in the module at a path; None: none."""
+    usual = [name for names in EMBEDDINGS.values() for name in names]
+    named = tokens if isinstance(tokens, Mapping) else dict.fromkeys(usual, tokens)
+    return next((own for name, own in named.items() if matches([name], path)), None) or None
+
+
+def resolve_tokens(tokens: Tokens, modules: dict[str, Module], taken: Iterable[str]) -> dict[str, Module]:
+    """{path: module} of the embeddings and heads in which these tokens are trained, tied heads included.
+
+    Raises PeftError for a name that matches none, and for a module that another part of the adapter has `taken`.
+    """
+    found = {
+        path: m for path, m in modules.items() if tokens_of(tokens, path) and kind_of(m) in ("embedding", "linear")
+    }
+    names = list(tokens) if isinstance(tokens, Mapping) else [None]
+    lost = next((n for n in names if not any(n is None or matches([n], path) for path in found)), None)
+    if tokens and (not found or lost):
+        raise PeftError(f"trainable_token_indices: there is no embedding{f' called {lost!r}' if lost else ''}")
+    found |= tied_heads(found, modules)
+    if both := sorted(set(found) & set(taken)):
+        raise PeftError(f"{both[0]} is a target of the adapter, so its tokens cannot be trained beside it")
+    return found
+
+
+def tied_heads(embeddings: dict[str, Module], modules: dict[str, Module]) -> dict[str, Module]:
+    """{path: head} of the linear layers whose weight is that of one of the embeddings."""
+    shared = {id(m.weight) for m in embeddings.values() if kind_of(m) == "embedding"}
+    return {path: m for path, m in modules.items() if kind_of(m) == "linear" and id(m.weight) in shared}
+
+
+def token_rows(
+    tokens: Tokens, key: str, layers: dict[str, Module], seeds: dict[str, Seed], init_weights: bool = True
+) -> dict[str, TokenRows]:
+    """{path: adapter} on embeddings and heads, of which tied ones share their rows."""
+    made: dict[str, TokenRows] = {}
+    owners: dict[int, str] = {}  # id of a weight -> path of the embedding that has it
+    for path, layer in sorted(layers.items(), key=lambda item: kind_of(item[1]) != "embedding"):
+        owner = owners.setdefault(id(layer.weight), path)
+        if owner == path:
+            made[path] = TokenRows(tokens_of(tokens, path), key, layer, seeds[path], init_weights)
+        else:
+            if (own := tokens_of(tokens, path) or made[owner].tokens) != made[owner].tokens:
+                raise PeftError(f"{path} is tied to {owner}, so the same tokens are trained there; got {own}")
+            made[path] = TokenRows(own, key, layer, None).tie(made[owner])
+    return {path: made[path] for path in layers}
+
+
+@configuration
+class TrainableTokensConfig(PeftConfig):
+    """Training the rows of some tokens and nothing else; options with PEFT's names."""
+
+    token_indices: list[int] = option([], "ids of the tokens whose rows are trained", least=0)
+    init_weights: bool = option(True, "start at the rows of the embedding; False: normal random numbers (for tests)")
+
+    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
+    usual_targets: ClassVar[dict[str, list[str]]] = EMBEDDINGS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.token_indices:
+            raise PeftError("token_indices names no token to train")
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        mine = kind in self.kinds and self.targets(name, kind)
+        return {DELTA: token_shape(self.token_indices, shape)} if mine else {}
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        found = super().resolve(modules)
+        return found | tied_heads(found, modules)
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
+        tokens = dict.fromkeys(layers, self.token_indices)
+        return token_rows(tokens, DELTA, layers, seeds, self.init_weights)
