@@ -96,7 +96,7 @@ def test_every_command_that_trains_makes_the_same_adapter(model, data, tmp_path,
         assert written(tmp_path / command)["options"]["rank"] == 2
     assert made["finetune"] == made["sft"] == made["dpo"] == made["ppo"]
     told = capsys.readouterr().err
-    rates = [f"learning rate {rate}" for rate in ("0.003", "0.003", "0.003", "0.0003", "0.00015")]
+    rates = [f"learning rate {rate}" for rate in ("0.003", "0.003", "0.003", "0.0003", "0.0005")]
     assert [f"learning rate {part.split(',')[0].split()[0]}" for part in told.split("learning rate ")[1:]] == rates
 
 

@@ -54,10 +54,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_learning_rate_it_is_a_twentieth_of_the_methods(method):
+def test_without_a_learning_rate_it_is_a_twentieth_of_the_usual_one_of_adapters_a_sixth(method):
     lora = mp.get_peft_model(base(), mp.LoraConfig(r=2))
     assert trainer(method).config.learning_rate == 5e-5
-    assert trainer(method, lora).config.learning_rate == pytest.approx(1.5e-4)
+    assert trainer(method, lora).config.learning_rate == pytest.approx(5e-4)
     assert trainer(method, lora, learning_rate=1e-3).config.learning_rate == 1e-3
 
 

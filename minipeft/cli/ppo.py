@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group, PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
         "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
         defaults={"seed": PPOConfig.seed},
-        learning_rate="learning rate (default: a twentieth of the method's, times 128 / hidden_size in wider models)",
+        learning_rate="learning rate (default: 1/20 of the method's, of adapters 1/6, times 128 / hidden_size in wider models)",
         kl_target="ppo: move β towards this KL, nats a response",
         max_kl="an error above this KL, nats a response; may be raised with --resume",
         save_steps="updates between checkpoints (default: 1/5)", steps="updates, each on --batch-size fresh responses",

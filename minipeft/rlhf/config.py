@@ -16,7 +16,8 @@ class OnlineConfig:
     books task); TRL has 4 epochs, too. learning_rate and steps suit the shipped base of 1.4 million parameters, where
     lm-human-preferences takes 1e-5 for 124 million: at 5e-5, a twentieth of the usual rate of full fine-tuning, VADER's
     score of its answers rose from 0.09 to 0.33 at a KL of 1.9 nats (two seeds), and clipping acted on 18% of the ratios
-    of the first update; at 1e-4 it acts on 31%.
+    of the first update; at 1e-4 it acts on 31%. Adapters take a sixth of theirs: LoRA at 5e-4 went from 0.14 to 0.30 at a
+    KL of 2.1, while at a twentieth, 1.5e-4, the KL came to 0.2 and the score did not rise (one seed).
 
     Raises ValueError, naming the option, for a value that makes no sense.
     """
@@ -27,7 +28,7 @@ class OnlineConfig:
     mini_batch_size: int = option(16, "responses an optimizer step", least=1)
     num_epochs: int = option(4, "passes over an update's responses", least=1, flag="--epochs")
     learning_rate: float | None = option(
-        None, "learning rate of Adam; None: a twentieth of the method's usual one (`train.rates`)",
+        None, "learning rate of Adam; None: a twentieth of the usual one (`train.rates`), of adapters a sixth",
         above=0, flag="--lr", metavar="RATE",
     )  # fmt: skip
     lr_scheduler_type: str = option("linear", "schedule, over updates", choices=SCHEDULES, flag="--schedule")

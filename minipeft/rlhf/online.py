@@ -58,6 +58,8 @@ def missing_eos(
     return scores if penalty is None else scores - penalty * ~ended
 
 
+SHARE, ADAPTER_SHARE = 1 / 20, 1 / 6  # of the method's usual rate, where none is given; see `OnlineConfig`
+
 # Every use of random numbers has streams of its own. Token t of row i of update u is drawn with the path
 # [seed, u, i, t] (`rollout`). The two orders have shorter paths, which NumPy pads with zeros, so that [seed, u, epoch]
 # alone would be the stream of the token [seed, u, epoch, 0]; they add a purpose as their spawn key, a number that is no
@@ -93,7 +95,7 @@ class OnlineTrainer(ABC):
         self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
         watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Module] | None = None,
     ):  # fmt: skip
-        config = with_learning_rate(config, policy, share=1 / 20)
+        config = with_learning_rate(config, policy, share=ADAPTER_SHARE if hasattr(policy, "peft_config") else SHARE)
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
         if not self.prompts or not all(self.prompts):
