@@ -49,6 +49,7 @@ def generate_stream(
     pad_token_id: int | None = None,
     past_key_values: KVCache | Sequence[KeyValue] | None = None,
     use_cache: bool = True,
+    adapter_names: Sequence[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields, step by step, the next token of every row: int64 [B]; the padding id for rows that have ended.
 
@@ -65,6 +66,7 @@ def generate_stream(
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer, [B, kv, past, D], such as a trained prefix; never changed.
         use_cache: False computes every position again at every step: the same tokens, slower.
+        adapter_names: of a `PeftModel`: the adapter of each row, "__base__" for none.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
     longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not
@@ -75,15 +77,10 @@ def generate_stream(
     mask = None if attention_mask is None else _host(attention_mask, "attention_mask")
     config, stream = getattr(model, "config", None), as_rng(seed)
     _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
-    longest = past + T if mask is None else int((mask != 0).sum(axis=1).max())
     limit = getattr(config, "max_position_embeddings", None)
-    virtual = getattr(model, "virtual_tokens", 0)  # of a model with a trained prompt, which it adds itself
-    if limit is not None and longest + max_new_tokens > limit - virtual:
-        has = f"{virtual} virtual tokens leave {limit - virtual}" if virtual else f"this model has {limit}"
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
-            f"{has} positions: shorten the prompt or generate at most {max(0, limit - virtual - longest)}"
-        )
+    if limit is not None:
+        length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
+        _check_room(limit, length, _virtual(model, adapter_names, B), max_new_tokens)
     ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
@@ -93,7 +90,8 @@ def generate_stream(
     for step in range(max_new_tokens):
         seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
-            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen)
+            names = adapter_names and [adapter_names[row] for row in rows]  # of the rows that still run
+            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen, names)
         if np.isnan(logits).any():
             raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
         if temperature == 0:
@@ -146,18 +144,44 @@ def token_probabilities(
 
 def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
     """The token at which the cumulative probability passes the uniform number of (seed, row, step)."""
-    u = np.random.default_rng([*stream.path, stream.first_row + int(row), step]).random()
+    u = np.random.default_rng([*stream.path, stream.row(row)[0], step]).random()
     total = np.cumsum(p)
     return int(np.searchsorted(total, u * total[-1], side="right"))
 
 
-def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
+def next_logits(
+    model: Module, ids: Array, mask: Array | None, past: KVCache | None, adapter_names: list[str] | None = None
+) -> np.ndarray:
     """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
     headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
-    if headed and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
+    if headed and not adapter_names and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
         return to_numpy(model.lm_head(hidden[:, -1]).data)
-    return to_numpy(model(ids, attention_mask=mask, past_key_values=past).data[:, -1])
+    named = {"adapter_names": adapter_names} if adapter_names else {}
+    return to_numpy(model(ids, attention_mask=mask, past_key_values=past, **named).data[:, -1])
+
+
+def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.ndarray:
+    """How many virtual tokens the model itself puts in front of each of B rows, [B]."""
+    if adapter_names is None:
+        return np.full(B, getattr(model, "virtual_tokens", 0))
+    if not hasattr(model, "virtual_tokens_of"):
+        raise TypeError(f"adapter_names needs a model with named adapters; this is a {type(model).__name__}")
+    if len(adapter_names) != B:
+        raise ValueError(f"adapter_names has {len(adapter_names)} names for {B} prompts")
+    return np.array(model.virtual_tokens_of(adapter_names))
+
+
+def _check_room(limit: int, length: np.ndarray, virtual: np.ndarray, new: int) -> None:
+    """Raise ValueError where a row's prompt [B], virtual tokens [B] and new tokens are more than the positions."""
+    row = int((length + virtual).argmax())
+    longest, taken = int(length[row]), int(virtual[row])
+    if taken + longest + new > limit:
+        has = f"{taken} virtual tokens leave {limit - taken}" if taken else f"this model has {limit}"
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={new} make {longest + new}, but {has} positions: shorten "
+            f"the prompt or generate at most {max(0, limit - taken - longest)}"
+        )
 
 
 def _host(values: Any, name: str) -> np.ndarray:
