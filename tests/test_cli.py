@@ -382,7 +382,7 @@ def test_several_adapters_answer_every_prompt_each_as_alone(model, tmp_path, cap
     """One batch, adapters of every kind and of two templates: the text that each gives by itself, drawn or not."""
     base, _ = mp.from_pretrained(model)
     lora = mp.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    prompt, prefix = (kind(num_virtual_tokens=n) for kind, n in ((mp.PromptTuningConfig, 5), (mp.PrefixTuningConfig, 3)))
+    prompt, prefix = mp.PromptTuningConfig(num_virtual_tokens=5), mp.PrefixTuningConfig(num_virtual_tokens=3)
     adapters = [tmp_path / name for name in ("lora", "prompt", "prefix")]
     for directory, config in zip(adapters, (lora, prompt, prefix)):
         mp.get_peft_model(base, config).save_pretrained(directory)

@@ -5,8 +5,8 @@ that finetune, dpo or evaluate take, only what they ask is shown to the model. A
 wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without
 --temperature the most probable token is taken each time. On a terminal a single prompt's text appears as it is written.
 
-Several adapters on one model answer every prompt, all in one batch, each with the text that it gives alone, after a line
-"==> DIR <==" (with --json "adapter" is a field).
+Several adapters on one model answer every prompt, all in one batch, each as it does alone, after a line "==> DIR <=="
+(with --json "adapter" is a field).
 
 With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is
 none). Without a prompt it is a conversation: each line of standard input is a message, answered before the next is

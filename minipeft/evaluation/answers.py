@@ -45,9 +45,10 @@ def ask(
             active ones answer all.
         generation: the options of `GenerationConfig`: max_new_tokens, temperature, top_k, top_p, seed, batch_size.
 
-    The answer to a prompt depends on its place (among those of the same adapter) and the seed, not on `batch_size`. Raises TypeError for what is no
-    prompt and for unknown options, ValueError for an empty prompt, for one that with `max_new_tokens` is longer than
-    the model takes, and for options that make no sense.
+    The answer to a prompt depends on the seed and its place among the prompts of its adapter, and not on `batch_size`.
+    Raises TypeError for what is no prompt and for unknown options, ValueError for an empty prompt, for one that with
+    `max_new_tokens` is longer than the model takes, for options that make no sense, and for adapter_names that are not
+    one a prompt.
     """
     config = generation_config(**generation)
     if isinstance(template, str):
@@ -93,7 +94,7 @@ def answer_turns(
         ids, mask = pad_sequences(encoded[own], 0, side="left")
         out = generate(
             model, ids, mask, seed=Rng(config.seed).take(places[own]), eos_token_id=stop_token_ids,
-            adapter_names=adapter_names and names[own], **config.options(),
+            adapter_names=None if adapter_names is None else names[own], **config.options(),
         )  # fmt: skip
         for row in out[:, ids.shape[1] :].tolist():
             yield tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, row)))

@@ -61,7 +61,7 @@ def generate_stream(
         temperature: 0 takes the most probable token (the lowest id among equals); otherwise the logits are divided by
             it and a token is drawn.
         top_k, top_p: limit the draw; see `token_probabilities`.
-        seed: names the random stream: a seed, or an `Rng` whose `first_row` is the index of the batch's first row.
+        seed: names the random stream: a seed, or an `Rng` that says which rows of the whole batch these are.
         eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer, [B, kv, past, D], such as a trained prefix; never changed.
@@ -69,18 +69,17 @@ def generate_stream(
         adapter_names: of a `PeftModel`: the adapter of each row, "__base__" for none.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
-    longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not
-    numbers.
+    longer than the positions that the model has beside its virtual tokens; TypeError for adapter_names of a model
+    without adapters; FloatingPointError when the logits are not numbers.
     """
     ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
     (B, T), past = ids.shape, len(cache)
     mask = None if attention_mask is None else _host(attention_mask, "attention_mask")
     config, stream = getattr(model, "config", None), as_rng(seed)
     _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None:
-        length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
-        _check_room(limit, length, _virtual(model, adapter_names, B), max_new_tokens)
+    length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
+    virtual, limit = _virtual(model, adapter_names, B), getattr(config, "max_position_embeddings", None)
+    _check_room(limit, length, virtual, max_new_tokens)
     ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
@@ -90,7 +89,7 @@ def generate_stream(
     for step in range(max_new_tokens):
         seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
-            names = adapter_names and [adapter_names[row] for row in rows]  # of the rows that still run
+            names = None if adapter_names is None else [adapter_names[row] for row in rows]  # that still run
             logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen, names)
         if np.isnan(logits).any():
             raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
@@ -154,10 +153,10 @@ def next_logits(
 ) -> np.ndarray:
     """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
     headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
-    if headed and not adapter_names and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
+    if headed and adapter_names is None and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
         hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
         return to_numpy(model.lm_head(hidden[:, -1]).data)
-    named = {"adapter_names": adapter_names} if adapter_names else {}
+    named = {} if adapter_names is None else {"adapter_names": adapter_names}
     return to_numpy(model(ids, attention_mask=mask, past_key_values=past, **named).data[:, -1])
 
 
@@ -172,11 +171,11 @@ def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.n
     return np.array(model.virtual_tokens_of(adapter_names))
 
 
-def _check_room(limit: int, length: np.ndarray, virtual: np.ndarray, new: int) -> None:
+def _check_room(limit: int | None, length: np.ndarray, virtual: np.ndarray, new: int) -> None:
     """Raise ValueError where a row's prompt [B], virtual tokens [B] and new tokens are more than the positions."""
     row = int((length + virtual).argmax())
     longest, taken = int(length[row]), int(virtual[row])
-    if taken + longest + new > limit:
+    if limit is not None and taken + longest + new > limit:
         has = f"{taken} virtual tokens leave {limit - taken}" if taken else f"this model has {limit}"
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={new} make {longest + new}, but {has} positions: shorten "

@@ -55,8 +55,8 @@ class Selection(Module):
 def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:
     """An adapted layer's output where each row has an adapter of its own: each row is what it is alone.
 
-    x: [B, ...] for B rows; an array [1, ...] is the same for all. Raises PeftError for another number of rows; and where
-    the adapters differ on a layer of further inputs, for one that changes the layer's input.
+    x: [B, ...] for B rows; an array [1, ...] is the same for all. Raises PeftError for another number of rows, and
+    where adapters differ on a layer of several inputs, for one that changes them.
     """
     positions = is_array(x) and x.shape[0] == 1  # the same for every row
     if x.shape[0] != len(rows) and not positions:
@@ -91,8 +91,8 @@ def _compute(layer: Any, name: str, x: Any, runs: list[slice], arguments: tuple,
             return _rows(whole(), runs)
         if further:
             raise PeftError(
-                f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it cannot "
-                "be mixed with others in a batch"
+                f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it "
+                "cannot be mixed with others in a batch"
             )
         return layer.base_layer(z, *arguments)
 

@@ -5,8 +5,8 @@
     prompt of 3      0 0 0 0 │  1 1 1 x x x x            position counts; a row's positions are 0, 1, 2, ...
     LoRA, or none    0 0 0 0 │  0 0 0 x x x x            over its 1 and x, as in the row alone
 
-K is the longest prefix of the batch, P its longest prompt. The vectors of all virtual tokens stand in one table below a
-row of zeros, which is padding's: table[ids], ids [B, K] and [B, P], is what goes into the past and in front of the input.
+K is the longest prefix of the batch, P its longest prompt. The vectors of all virtual tokens stand in one table, below
+zeros for padding: table[ids], of ids [B, K] and [B, P], is what goes into the past and in front of the input.
 
 A KVCache keeps the left side of the mask (`KVCache.visible`) and drops its rows with its keys, so the later calls of a
 generation work for the rows that are left. Dropout: `Rng.behind` gives a row the numbers that it draws alone.
@@ -32,12 +32,7 @@ class RowPrompts:
 
     def __init__(self, prompts: Sequence[Prompt | None]):
         self.prompts = prompts
-        self.in_input = np.array([p is not None and p.in_input for p in prompts])  # [B]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Virtual positions of each row, [B]."""
-        return np.array([0 if p is None else p.length for p in self.prompts])
+        self.soft = np.array([p.length if p is not None and p.in_input else 0 for p in prompts])  # of each row's input
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
         """As `Prompt.arguments`; the cache of a first call is told which positions each row sees."""
@@ -64,8 +59,7 @@ class RowPrompts:
 
     def behind(self, rng: Rng | None) -> Rng | None:
         """The random stream for rows of P + T positions, of which each draws what it draws alone."""
-        own = self.lengths * self.in_input
-        return rng and rng.behind((own.max() - own).tolist())
+        return rng and rng.behind((self.soft.max(initial=0) - self.soft).tolist())
 
     def _of(self, in_input: bool) -> list[Prompt]:
         """The different ones that are part of the input, or of the past."""

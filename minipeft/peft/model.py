@@ -99,9 +99,10 @@ class PeftModel(Module):
     def forward(self, *inputs: Any, adapter_names: list[str] | None = None, **arguments: Any) -> Any:
         """What the model gives: for a language model, logits of the input's length.
 
-        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters: every row is
-        what it is alone, also with dropout (then row i alone has `Rng(seed, first_row=i)`) and in training (`loss`).
-        Raises PeftError for names that are unknown or not one a row.
+        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters. Every row
+        is what it is alone, also with dropout, where row i alone has `Rng(seed, first_row=i)`. A KVCache that was begun
+        so goes on with the names of the rows that are left. Raises PeftError for names that are unknown or not one a
+        row.
         """
         first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
         with self._call(adapter_names, first):
@@ -121,8 +122,8 @@ class PeftModel(Module):
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
         With `adapter_names` (see `forward`) it is the mean over all labels of the batch that count, and each adapter's
-        gradient comes from its own rows; `set_requires_grad` says which learn. Raises PeftError where gradients would be
-        recorded for merged adapters, which get none.
+        gradient comes from its own rows; `set_requires_grad` says which learn. Raises PeftError where gradients would
+        be recorded for merged adapters, which get none.
         """
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
@@ -137,7 +138,7 @@ class PeftModel(Module):
             xp, rng = xp_of(labels), given["rng"]
             uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
             if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
-                predicted = xp.asarray(prompt.in_input)[:, None] | (xp.arange(labels.shape[1]) > 0)
+                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(labels.shape[1]) > 0)
                 labels, rng = xp.where(predicted, labels, -100), prompt.behind(rng)
             labels = xp.concatenate([uncounted, labels], axis=1)
             return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
@@ -154,7 +155,7 @@ class PeftModel(Module):
         return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length
 
     def training_callbacks(self) -> list[Any]:
-        """What takes part in the training of the adapters that learn, as AdaLoRA does; see `minipeft.train.callbacks`."""
+        """What takes part in the training of those that learn, as AdaLoRA does; see `minipeft.train.callbacks`."""
         trained = (name for name in self.peft_config if any(p.requires_grad for _, p in self._trained(name)))
         callbacks = (self.peft_config[name].training_callback(self, name) for name in trained)
         return [callback for callback in callbacks if callback is not None]
@@ -166,8 +167,9 @@ class PeftModel(Module):
 
             model.generate(ids, mask, adapter_names=["a", "b", "__base__"], temperature=1, seed=1)
 
-        With `adapter_names` each row is continued by its own adapter: with the tokens that it gets alone, where row i
-        alone has the seed `Rng(seed, first_row=i)`. Raises PeftError for past_key_values where there are virtual tokens.
+        With `adapter_names` each row is continued by its own adapter ("__base__": none), with the tokens that it gets
+        alone, where row i alone has the seed `Rng(seed, first_row=i)`. Raises PeftError for names that are unknown, and
+        for past_key_values where there are virtual tokens.
         """
         from ..nn.generation import generate
 

@@ -61,7 +61,7 @@ class Prompt(Adapter):
         return {STORED: vectors if isinstance(vectors, Parameter) else Parameter(vectors.data)}
 
     def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
-        """Arguments that have room for the virtual positions, with these vectors there: [P, n], or of each row [B, P, n]."""
+        """Arguments that have room for the virtual positions, with vectors [P, n], or of each row [B, P, n], there."""
         raise NotImplementedError(f"{type(self).__name__} defines no put")
 
 

@@ -28,7 +28,7 @@ def make_room(
         given: the caller's arguments, which know of no virtual positions; but past_key_values that hold positions
             already hold the virtual ones first.
         limit: positions that the model has.
-        visible: boolean [B, K + P]: which of them each row has, in a batch that mixes adapters; None: every row has all.
+        visible: boolean [B, K + P]: which of them each row has, where adapters are mixed in a batch; None: all.
 
     Returns (arguments, whether this is the first call, in which the virtual positions must be put there).
     Raises PeftError for a mask of another shape and an input that is too long.
@@ -81,7 +81,7 @@ def _check_limit(taken: Any, mask: Array | None, S: int, limit: int) -> None:
 
 
 def _see_virtual(mask: Array, visible: Array, P: int) -> Array:
-    """The mask with V more keys in front, which the queries of their rows see; and P more queries, which see only these.
+    """The mask with V more keys in front, which the queries of their rows see; P more queries see only these.
 
     mask [B, S] or [B, 1, T, S], visible [B or 1, V] -> [B, V + S] or [B, 1, P + T, V + S].
     """
