@@ -90,6 +90,14 @@ def test_logits(dialect, rows, xp):
                 np.testing.assert_allclose(mixed[i, real[i]], expected[real[i]], rtol=tolerance, atol=tolerance)
 
 
+def test_the_logits_at_the_end_alone():
+    for rows in MIXTURES.values():
+        adapted, (ids, mask) = many(), batch(rows)
+        mixed = adapted.last_logits(ids, attention_mask=mask, adapter_names=rows).data
+        expected = adapted(ids, attention_mask=mask, adapter_names=rows).data[:, -1]
+        np.testing.assert_allclose(mixed, expected, rtol=1e-12)
+
+
 @dialects
 @mixtures
 def test_packed_texts_and_positions(dialect, rows):

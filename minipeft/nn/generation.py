@@ -152,12 +152,15 @@ def next_logits(
     model: Module, ids: Array, mask: Array | None, past: KVCache | None, adapter_names: list[str] | None = None
 ) -> np.ndarray:
     """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
-    headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
-    if headed and adapter_names is None and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
-        hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
-        return to_numpy(model.lm_head(hidden[:, -1]).data)
-    named = {} if adapter_names is None else {"adapter_names": adapter_names}
-    return to_numpy(model(ids, attention_mask=mask, past_key_values=past, **named).data[:, -1])
+    arguments = {"attention_mask": mask, "past_key_values": past}
+    if adapter_names is not None:
+        arguments["adapter_names"] = adapter_names
+    if not (hasattr(model, "backbone") and hasattr(model, "lm_head")):
+        return to_numpy(model(ids, **arguments).data[:, -1])
+    if hasattr(model, "last_logits"):  # of a model with adapters
+        return to_numpy(model.last_logits(ids, **arguments).data)
+    hidden = model.backbone(ids, **arguments)  # [B, T, d]
+    return to_numpy(model.lm_head(hidden[:, -1]).data)  # the head on one position alone
 
 
 def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.ndarray:

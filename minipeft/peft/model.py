@@ -115,6 +115,13 @@ class PeftModel(Module):
             logits = self.base_model.lm_head(hidden[:, -length:], given["rng"])
             return logits if attentions is None else (logits, attentions)
 
+    def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
+        """Logits [B, V] at the last position, as `forward` gives them: to generate, without those at all others."""
+        with self._call(adapter_names, input_ids):
+            prompt, given = self._prompt(), self._bind(input_ids, **arguments)
+            given = given if prompt is None else prompt.arguments(self.base_model, **given)
+            return self.base_model.lm_head(self.base_model.backbone(**given)[:, -1])
+
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
     ) -> Tensor:
