@@ -86,6 +86,8 @@ def test_an_answer_ends_before_the_stop_token(base):
     weight[end] = hidden * 1000
     assert mp.ask(forced, tokenizer, ["x"], "chatml", max_new_tokens=5) == [""]
     assert mp.ask(forced, tokenizer, ["x"], "plain", max_new_tokens=2) == ["<|im_end|>" * 2], "plain text ends with EOS"
+    both = mp.ask(forced, tokenizer, [CHAT, "x"], max_new_tokens=2)
+    assert both == ["", "<|im_end|>" * 2], "whatever ends the other answers of the batch"
 
 
 def test_an_adapter_with_virtual_tokens_answers(base):

@@ -87,17 +87,18 @@ def answer_turns(
         raise ValueError(f"adapter_names has {len(names)} names for {len(turns)} prompts")
     counts: dict[str | None, Iterator[int]] = defaultdict(count)
     places = [next(counts[name]) for name in names]  # of each turn among those of its adapter
-    stop_token_ids = sorted({i for turn in set(turns) for i in stop_tokens(model, tokenizer, turn)})
+    stop_token_ids = {turn: stop_tokens(model, tokenizer, turn) for turn in set(turns)}
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     for start in range(0, len(encoded), config.batch_size):
         own = slice(start, start + config.batch_size)
         ids, mask = pad_sequences(encoded[own], 0, side="left")
+        ends = [stop_token_ids[turn] for turn in turns[own]]
         out = generate(
-            model, ids, mask, seed=Rng(config.seed).take(places[own]), eos_token_id=stop_token_ids,
+            model, ids, mask, seed=Rng(config.seed).take(places[own]), eos_token_id=ends,
             adapter_names=None if adapter_names is None else names[own], **config.options(),
         )  # fmt: skip
-        for row in out[:, ids.shape[1] :].tolist():
-            yield tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, row)))
+        for row, stop in zip(out[:, ids.shape[1] :].tolist(), ends):
+            yield tokenizer.decode(list(takewhile(lambda token, stop=stop: token not in stop, row)))
 
 
 def stop_tokens(model: Module, tokenizer: Tokenizer, turn: Turn) -> list[int]:

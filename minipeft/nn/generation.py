@@ -45,7 +45,7 @@ def generate_stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Rng = 0,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     pad_token_id: int | None = None,
     past_key_values: KVCache | Sequence[KeyValue] | None = None,
     use_cache: bool = True,
@@ -62,7 +62,8 @@ def generate_stream(
             it and a token is drawn.
         top_k, top_p: limit the draw; see `token_probabilities`.
         seed: names the random stream: a seed, or an `Rng` that says which rows of the whole batch these are.
-        eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
+        eos_token_id: an id, or several, that end a row, or a list of such lists, one a row; by default the model's
+            configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer, [B, kv, past, D], such as a trained prefix; never changed.
         use_cache: False computes every position again at every step: the same tokens, slower.
@@ -80,10 +81,9 @@ def generate_stream(
     length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
     virtual, limit = _virtual(model, adapter_names, B), getattr(config, "max_position_embeddings", None)
     _check_room(limit, length, virtual, max_new_tokens)
-    ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
-    ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
+    ends = _ends(getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id, B)
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
-    pad = pad if pad is not None else ends[0] if ends else 0
+    pad = pad if pad is not None else next((i for row in ends for i in row), 0)
 
     xp, rows = xp_of(model.parameters()[0].data), np.arange(B)
     for step in range(max_new_tokens):
@@ -102,7 +102,7 @@ def generate_stream(
         out[rows] = tokens
         yield out
 
-        alive = ~np.isin(tokens, ends)
+        alive = np.array([token not in ends[row] for token, row in zip(tokens.tolist(), rows)])
         if not alive.any():
             return
         if not alive.all():  # rows that have ended leave the batch
@@ -161,6 +161,17 @@ def next_logits(
         return to_numpy(model.last_logits(ids, **arguments).data)
     hidden = model.backbone(ids, **arguments)  # [B, T, d]
     return to_numpy(model.lm_head(hidden[:, -1]).data)  # the head on one position alone
+
+
+def _ends(ids: Any, B: int) -> list[list[int]]:
+    """The ids that end each of B rows, from one id, or several for all rows, or a list for each row."""
+    several = (Sequence, np.ndarray)
+    ids = [] if ids is None else list(ids) if isinstance(ids, several) else [ids]
+    if not any(isinstance(i, several) for i in ids):
+        return [[int(i) for i in ids]] * B
+    if len(ids) != B:
+        raise ValueError(f"eos_token_id has lists for {len(ids)} rows, but there are {B} prompts")
+    return [[int(i) for i in row] for row in ids]
 
 
 def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.ndarray:

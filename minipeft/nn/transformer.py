@@ -616,7 +616,7 @@ class Transformer(BackboneModel):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Rng = 0,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """The prompts [B, T] and their continuations, greedy unless `temperature` is above 0: int64 [B, T + n].
