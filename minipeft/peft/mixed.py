@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
@@ -67,28 +68,24 @@ def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:
     if positions:
         x = xp_of(x).broadcast_to(x, (len(rows), *x.shape[1:]))
     whole = cache(lambda: layer.base_layer(x, *arguments))  # once, and not at all where no adapter asks for it
-    starts = [i for i, name in enumerate(mine) if i == 0 or name != mine[i - 1]]
-    runs = [slice(*ends) for ends in pairwise([*starts, len(mine)])]  # of rows with the same adapter
-    pieces: dict[int, Tensor] = {}  # by the row they start at
+    parts, order, xp = [], [], xp_of(x if is_array(x) else x.data)
     for name in dict.fromkeys(mine):
-        own, done = [run for run in runs if mine[run.start] == name], 0
-        y = _compute(layer, name, x, own, arguments, whole)
-        for run in own:
-            pieces[run.start] = y[done : done + run.stop - run.start]
-            done += run.stop - run.start
-    return F.cat([pieces[start] for start in starts])
+        index = [i for i, n in enumerate(mine) if n == name]
+        parts.append(_compute(layer, name, x, index, arguments, whole))
+        order += index
+    return F.cat(parts)[xp.asarray(np.argsort(order))]
 
 
-def _compute(layer: Any, name: str, x: Any, runs: list[slice], arguments: tuple, whole: Callable[[], Tensor]) -> Tensor:
-    """The output of a layer with one adapter for the rows of these runs; `whole` is the base layer's for all rows."""
-    part = _rows(x, runs)
+def _compute(layer: Any, name: str, x: Any, index: list[int], arguments: tuple, whole: Callable[[], Tensor]) -> Tensor:
+    """The output of a layer with one adapter for some of the rows; `whole` is the base layer's for all of them."""
+    rows = xp_of(x if is_array(x) else x.data).asarray(index)
+    part = x[rows]
     further = [a for a in arguments if a is not None and not isinstance(a, Rng)]
-    index = [i for run in runs for i in range(run.start, run.stop)]
     arguments = tuple(a.take(index) if isinstance(a, Rng) else a for a in arguments)
 
     def base_layer(z: Any, *arguments: Any) -> Tensor:
         if z is part:
-            return _rows(whole(), runs)
+            return whole()[rows]
         if further:
             raise PeftError(
                 f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it "
@@ -97,9 +94,3 @@ def _compute(layer: Any, name: str, x: Any, runs: list[slice], arguments: tuple,
         return layer.base_layer(z, *arguments)
 
     return layer.compute([name], part, arguments, base_layer)
-
-
-def _rows(x: Any, runs: list[slice]) -> Any:
-    """The rows of these runs, of an array or a Tensor."""
-    parts = [x[run] for run in runs]
-    return parts[0] if len(parts) == 1 else xp_of(x).concatenate(parts) if is_array(x) else F.cat(parts)
