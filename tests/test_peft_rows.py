@@ -20,6 +20,8 @@ ADAPTERS = {
     "tokens": lambda d: mp.LoraConfig(r=2, target_modules=[TOKENS[d], "lm_head"], lora_dropout=0.3),
     "ia3": lambda d: mp.IA3Config(),
     "norms": lambda d: mp.LNTuningConfig(),
+    "loha": lambda d: mp.LoHaConfig(r=2, target_modules=FIRST[d], rank_dropout=0.3),
+    "oft": lambda d: mp.OFTConfig(oft_block_size=4, target_modules=FIRST[d], module_dropout=0.3),
     "houlsby": lambda d: mp.BottleneckConfig(placement="houlsby", bottleneck_size=3),
     "pfeiffer": lambda d: mp.BottleneckConfig(placement="pfeiffer", bottleneck_size=3, ln_before=True),
     "parallel": lambda d: mp.BottleneckConfig(placement="parallel", bottleneck_size=3),
@@ -32,7 +34,7 @@ FIRST = {"gpt2": ["c_attn"], "llama": ["q_proj", "down_proj"]}
 TOKENS = {"gpt2": "wte", "llama": "embed_tokens"}
 MIXTURES = {
     "every kind": ["prefix", "lora", "__base__", "houlsby", "prompt"],
-    "inside": ["lora", "ia3", "dora", "lora", "__base__", "norms", "tokens"],
+    "inside": ["lora", "ia3", "dora", "lora", "__base__", "norms", "tokens", "oft", "loha"],
     "bottlenecks": ["houlsby", "parallel", "pfeiffer", "__base__"],
     "two prompts": ["prompt", "p-tuning", "prompt"],
     "two prefixes": ["network", "__base__", "prefix", "prefix"],
