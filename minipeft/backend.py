@@ -15,7 +15,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -210,28 +210,44 @@ class Rng:
 
     Unlike a generator it holds no state, so threads, gradient accumulation and activation checkpointing, which visit
     the same dropout mask in another order or twice, all see the same mask. `first_row` is the index, within the whole
-    batch, of the first row that this stream is asked for.
+    batch, of the first row that this stream is asked for. Where the rows asked for do not follow each other (`take`) or
+    begin with padding (`behind`), `rows` has for each of them (its index, positions of padding).
     """
 
-    __slots__ = ("first_row", "path")
+    __slots__ = ("first_row", "path", "rows")
 
-    def __init__(self, *path: int, first_row: int = 0):
+    def __init__(self, *path: int, first_row: int = 0, rows: Sequence[tuple[int, int]] | None = None):
         self.path = tuple(int(p) for p in path)
         self.first_row = first_row
+        self.rows = rows
 
     def at(self, *more: int) -> Rng:
         """The stream further down the path."""
-        return Rng(*self.path, *more, first_row=self.first_row)
+        return Rng(*self.path, *more, first_row=self.first_row, rows=self.rows)
+
+    def row(self, i: int) -> tuple[int, int]:
+        """(index within the whole batch, positions of padding in front) of row i."""
+        return (self.first_row + i, 0) if self.rows is None else self.rows[i]
+
+    def take(self, index: Sequence[int]) -> Rng:
+        """The stream of these rows alone: what each of them draws stays the same."""
+        return Rng(*self.path, rows=[self.row(i) for i in index])
+
+    def behind(self, padding: Sequence[int]) -> Rng:
+        """The stream of rows with so many positions (second axis) in front of what they have alone; there it is 0."""
+        return Rng(*self.path, rows=[(self.row(i)[0], n) for i, n in enumerate(padding)])
 
     def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:
-        """float32 uniform [0, 1) of `shape`, row i of which depends on the path and on `first_row + i` alone."""
-        out = xp.empty(shape, xp.float32)
+        """float32 uniform [0, 1) of `shape`, row i of which depends on the path and on `row(i)` alone."""
+        out = (xp.empty if self.rows is None else xp.zeros)(shape, xp.float32)
 
         def block(rows: slice) -> None:
             for i in range(rows.start, rows.stop):
-                seed = np.random.SeedSequence([*self.path, self.first_row + i])
+                index, padding = self.row(i)
+                seed = np.random.SeedSequence([*self.path, index])
                 source = seed if xp is np else int(seed.generate_state(1, np.uint64)[0])
-                out[i] = xp.random.default_rng(source).random(shape[1:], dtype=xp.float32)
+                own = out[i : i + 1, padding:] if padding else out[i : i + 1]  # [1, ...]
+                own[...] = xp.random.default_rng(source).random(own.shape[1:], dtype=xp.float32)
 
         parallel_rows(xp, block, shape[0], int(np.prod(shape[1:])))
         return out

@@ -86,6 +86,8 @@ def test_an_answer_ends_before_the_stop_token(base):
     weight[end] = hidden * 1000
     assert mp.ask(forced, tokenizer, ["x"], "chatml", max_new_tokens=5) == [""]
     assert mp.ask(forced, tokenizer, ["x"], "plain", max_new_tokens=2) == ["<|im_end|>" * 2], "plain text ends with EOS"
+    both = mp.ask(forced, tokenizer, [CHAT, "x"], max_new_tokens=2)
+    assert both == ["", "<|im_end|>" * 2], "whatever ends the other answers of the batch"
 
 
 def test_an_adapter_with_virtual_tokens_answers(base):
@@ -94,6 +96,19 @@ def test_an_adapter_with_virtual_tokens_answers(base):
     prompts = ["The", "And the house of"]
     alone = [mp.ask(tuned, tokenizer, [prompt], max_new_tokens=5)[0] for prompt in prompts]
     assert mp.ask(tuned, tokenizer, prompts, max_new_tokens=5) == alone
+
+
+def test_each_prompt_by_its_own_adapter(base):
+    model, tokenizer = base
+    tuned = mp.get_peft_model(model, mp.PrefixTuningConfig(num_virtual_tokens=3))
+    tuned.add_adapter("lora", mp.LoraConfig(r=2, init_lora_weights=False))
+    names, drawing = ["lora", "default", "__base__", "lora"], dict(temperature=1, seed=2, max_new_tokens=6)
+    answers = mp.ask(tuned, tokenizer, ["The house of the"] * 4, adapter_names=names, batch_size=3, **drawing)
+    tuned.set_adapter("lora")
+    assert [answers[0], answers[3]] == mp.ask(tuned, tokenizer, ["The house of the"] * 2, **drawing)
+    assert [answers[2]] == mp.ask(model, tokenizer, "The house of the", **drawing)
+    with pytest.raises(ValueError, match="adapter_names has 1 names for 4 prompts"):
+        mp.ask(tuned, tokenizer, ["a"] * 4, adapter_names=["lora"])
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,18 @@ def test_a_row_depends_on_its_place_in_the_batch_alone(xp):
     assert len({row.tobytes() for row in whole}) == 10
 
 
+def test_rows_taken_from_a_batch_and_behind_padding_draw_what_they_draw_in_it(xp):
+    whole = to_numpy(Rng(1, first_row=2).uniform_rows((4, 3, 2), xp))  # rows 2 to 5
+    stream = Rng(1, first_row=2).take([3, 0])
+    np.testing.assert_array_equal(to_numpy(stream.uniform_rows((2, 3, 2), xp)), whole[[3, 0]])
+    np.testing.assert_array_equal(to_numpy(stream.at(7).take([1]).uniform_rows((1, 5), xp)),
+                                  to_numpy(Rng(1, 7, first_row=2).uniform_rows((1, 5), xp)))  # fmt: skip
+    padded = to_numpy(stream.behind([0, 2]).at().uniform_rows((2, 5, 2), xp))
+    np.testing.assert_array_equal(padded[0, :3], whole[3])
+    np.testing.assert_array_equal(padded[1, 2:], whole[0])
+    assert not padded[1, :2].any()
+
+
 def test_a_stream_is_uniform():
     u = Rng(11).uniform_rows((2000, 100))
     assert abs(u.mean() - 0.5) < 5 / np.sqrt(12 * u.size)

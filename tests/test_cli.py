@@ -14,6 +14,7 @@ from cli_helpers import continued, jsonl, run, same_bytes, tiny, weights, writte
 
 import minipeft as mp
 from minipeft.cli import COMMANDS
+from minipeft.cli.prompts import save_template
 
 PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei"),
          ("seven", "sette"), ("eight", "otto"), ("nine", "nove"), ("ten", "dieci"), ("hundred", "cento")]  # fmt: skip
@@ -122,6 +123,8 @@ def test_no_command_shows_the_help(capsys):
         (["generate", "--prompt", "a", "--system", "s"], "--chat"),
         (["generate", "--prompt", "a", "--model", "{model}", "--max-new-tokens", "500"], "192 positions"),
         (["generate", "--prompt", "a", "--model", "{model}", "--adapter", "nowhere"], "nowhere"),
+        (["generate", "--prompt", "a", "--adapter", "{data}", "nowhere"], "there is no such directory"),
+        (["generate", "--chat", "--adapter", "a", "b"], "a conversation is with one --adapter"),
         (["gradcheck", "--op", "gelo"], "gelu"),
         (["lessons", "999"], "999"),
     ],
@@ -373,6 +376,31 @@ def test_a_terminal_sees_the_same_text_as_a_file(model, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert run(*argv) == 0
     assert capsys.readouterr().out == plain
+
+
+def test_several_adapters_answer_every_prompt_each_as_alone(model, tmp_path, capsys):
+    """One batch, adapters of every kind and of two templates: the text that each gives by itself, drawn or not."""
+    base, _ = mp.from_pretrained(model)
+    lora = mp.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    prompt, prefix = mp.PromptTuningConfig(num_virtual_tokens=5), mp.PrefixTuningConfig(num_virtual_tokens=3)
+    adapters = [tmp_path / name for name in ("lora", "prompt", "prefix")]
+    for directory, config in zip(adapters, (lora, prompt, prefix)):
+        mp.get_peft_model(base, config).save_pretrained(directory)
+    save_template(adapters[1], "alpaca")
+    asked = ["generate", "--model", model, "--prompt", "one", "--prompt", "The house of the", "--max-new-tokens", "6"]
+    for drawing in ([], ["--temperature", "1", "--seed", "3"]):
+        alone = {}
+        for adapter in adapters:
+            assert run(*asked, *drawing, "--json", "--adapter", adapter) == 0
+            alone[str(adapter)] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len({json.dumps(records) for records in alone.values()}) == 3
+        expected = [{"adapter": a, **records[i]} for i in range(2) for a, records in alone.items()]
+        for more in ([], ["--batch-size", "4"]):
+            assert run(*asked, *drawing, *more, "--json", "--adapter", *adapters) == 0
+            assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+        assert run(*asked, *drawing, "--adapter", adapters[0], "--adapter", *adapters[1:]) == 0
+        shown = [("" if r["adapter"] == str(adapters[1]) else r["prompt"]) + r["completion"] for r in expected]
+        assert capsys.readouterr().out == "".join(f"==> {r['adapter']} <==\n{t}\n" for r, t in zip(expected, shown))
 
 
 # ---------------------------------------------------------------------------------------------------------- lessons

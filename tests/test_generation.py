@@ -97,6 +97,18 @@ def test_a_row_stops_at_eos_and_is_padded_on_the_right():
     assert min(ends) < max(ends)
 
 
+def test_each_row_its_own_ends():
+    model = build("llama")
+    options = dict(max_new_tokens=9, pad_token_id=39, **SAMPLING)
+    prompts, ends = [[3, 17], [8, 1], [5, 5]], [[1, 2, 3, 4, 5, 6, 7], [], [20, 21, 22, 23, 24, 25, 26, 27]]
+    found = model.generate(prompts, eos_token_id=ends, **options)
+    for row, (prompt, own) in enumerate(zip(prompts, ends)):
+        alone = model.generate([prompt], eos_token_id=own, seed=Rng(0, first_row=row), **options)[0]
+        assert np.array_equal(found[row, : len(alone)], alone) and (found[row, len(alone) :] == 39).all()
+    with pytest.raises(ValueError, match="eos_token_id has lists for 2 rows, but there are 3 prompts"):
+        model.generate(prompts, eos_token_id=ends[:2], **options)
+
+
 def test_eos_and_pad_come_from_the_configuration_unless_given():
     free = build("gpt2").generate([[3, 17], [8, 1]], max_new_tokens=8)
     eos = int(free[0, 4])

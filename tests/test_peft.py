@@ -294,8 +294,6 @@ def test_a_mixed_batch_is_each_row_alone(dialect, xp):
         adapted(ids if xp is np else xp.asarray(ids), adapter_names=["a", "b", "c"])
     with pytest.raises(PeftError, match="no adapter 'd'"):
         adapted(ids, adapter_names=["d"] * 5)
-    with pytest.raises(PeftError, match="without dropout: leave rng out"):
-        adapted(xp.asarray(ids), adapter_names=names, rng=1)
 
 
 def test_a_mixed_batch_with_adapted_positions(xp):

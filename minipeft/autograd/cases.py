@@ -308,6 +308,9 @@ def _getitem():
     ]:
         yield Case(label, lambda x, i=index: x[i], (x,))
     yield Case("integer array with repeats", lambda x, i: x[i], (x,), (np.array([[0, 0], [3, 0]]),))
+    yield Case("integer rows", lambda x, i: x[i], (x,), (np.array([3, 0, -2]),))
+    yield Case("a row named from both ends", lambda x, i: x[i], (x,), (np.array([3, -1, 0]),))
+    yield Case("no rows", lambda x, i: x[i], (x,), (np.array([], int),))
     yield Case("pairs of integer arrays", lambda x, i, j: x[i, j], (x,), (np.array([0, 3, 0]), np.array([1, 1, 1])))
     yield Case("integer array after a slice", lambda x, i: x[1:, i], (x,), (np.array([1, 1, -1]),))
     yield Case("boolean rows", lambda x, i: x[i], (x,), (np.array([True, False, True, True]),))

@@ -377,9 +377,16 @@ def broadcast_to(x, shape):
 @op
 def getitem(x, index):
     """x[index], with NumPy's indexing: integers, slices, None, Ellipsis, integer or boolean arrays."""
+    rows = x.shape[:1]
+    return x[index], lambda g: Slice(index, g, _repeats(index, rows))
+
+
+def _repeats(index: Any, rows: tuple[int, ...]) -> bool:
+    """Whether an index may name an element twice."""
+    if isinstance(index, np.ndarray) and index.ndim == 1 and index.dtype.kind != "b":
+        return len(set((index % rows[0]).tolist())) < index.size
     parts = index if isinstance(index, tuple) else (index,)
-    repeats = any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
-    return x[index], lambda g: Slice(index, g, repeats)
+    return any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
 
 
 @op

@@ -5,6 +5,9 @@ that finetune, dpo or evaluate take, only what they ask is shown to the model. A
 wrote is asked in the template that it was trained with (--template plain shows it the prompt as it is). Without
 --temperature the most probable token is taken each time. On a terminal a single prompt's text appears as it is written.
 
+Several adapters on one model answer every prompt, all in one batch, each as it does alone, after a line "==> DIR <=="
+(with --json "adapter" is a field).
+
 With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is
 none). Without a prompt it is a conversation: each line of standard input is a message, answered before the next is
 read; it ends with /exit or at the end of the input (Ctrl-D).
@@ -16,6 +19,7 @@ examples:
   minipeft generate --model tuned --chat --prompt "What is a dog?"
   minipeft generate --model SmolLM2-135M-Instruct.Q4_1.gguf --chat
   minipeft generate --model SmolLM2-135M-Instruct.Q4_1.gguf --adapter tuned --load-in-4bit --chat
+  minipeft generate --adapter poems recipes letters --prompt "A cup of tea"
   echo "It was" | minipeft generate --max-new-tokens 40
   minipeft generate --prompts questions.txt --json > answers.jsonl
   minipeft generate --adapter tuned --prompts my.jsonl --completion-only     the file that finetune was given
@@ -27,6 +31,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain, product
 from typing import Any
 
 from ..evaluation.config import GenerationConfig
@@ -36,7 +41,11 @@ from .models import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, adapter=" to put on the model")
+    add_model(parser)
+    parser.add_argument(
+        "--adapter", nargs="+", action="extend", default=[], metavar="DIR",
+        help="an adapter directory to put on the model; or several, each of which answers every prompt",
+    )  # fmt: skip
     parser.add_argument(
         "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
     )
@@ -73,27 +82,37 @@ def run(args: argparse.Namespace) -> int:
     from ..text.templates import question_and_answer
 
     if args.chat and not (args.prompt or args.prompts):
+        if len(args.adapter) > 1:
+            raise ValueError("a conversation is with one --adapter; several answer what --prompt or --prompts ask")
         return _converse(args, config)
     asked = _prompts(args)
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
-    asked, template = _in_chat(asked, args.system) if args.chat else asked, _template(args, tokenizer)
-    turns = asked_turns(asked, template, tokenizer)
+    asked = _in_chat(asked, args.system) if args.chat else asked
     prompts = [question_and_answer(prompt)[0] for prompt in asked]
-    echo = not args.completion_only and turns[0].prompt == (prompts[0],)
+    several = len(args.adapter) > 1
+    adapters = args.adapter or [None]
+    by_adapter = [asked_turns(asked, _template(args, adapter, tokenizer), tokenizer) for adapter in adapters]
+    turns = list(chain(*zip(*by_adapter)))  # of the first prompt for each adapter, of the second, ...
+    names = list(model.peft_config) * len(prompts) if several else None
 
-    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
-        sys.stdout.write(prompts[0] if echo else "")
+    def shown(prompt: str, turn: Any) -> str:
+        return prompt if not args.completion_only and turn.prompt == (prompt,) else ""
+
+    if len(turns) == 1 and sys.stdout.isatty() and not args.json:
+        sys.stdout.write(shown(prompts[0], turns[0]))
         ids = tokenizer.encode_pieces(turns[0].prompt, add_special_tokens=True)
         for text in stream_text(model, tokenizer, ids, config, stop_tokens(model, tokenizer, turns[0])):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
         return 0
-    for prompt, completion in zip(prompts, answer_turns(model, tokenizer, turns, config)):
+    answers = answer_turns(model, tokenizer, turns, config, names)
+    for (prompt, adapter), turn, completion in zip(product(prompts, adapters), turns, answers):
         if args.json:
-            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+            record = {"prompt": prompt, "completion": completion}
+            print(json.dumps({"adapter": adapter, **record} if several else record, ensure_ascii=False), flush=True)
         else:
-            print(prompt + completion if echo else completion, flush=True)
+            print(f"==> {adapter} <==\n" * several + shown(prompt, turn) + completion, flush=True)
     return 0
 
 
@@ -146,14 +165,14 @@ def _prompts(args: argparse.Namespace) -> list[Any]:
     return prompts
 
 
-def _template(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """The template that is asked for or was trained; None for the usual one of each prompt's form."""
+def _template(args: argparse.Namespace, adapter: str | None, tokenizer: Any) -> Any:
+    """The one asked for, or that the adapter or model was trained in; None for the usual one of each prompt's form."""
     from ..text.templates import chat, get_template
     from .prompts import usual_template
 
     if args.chat:
         return chat(tokenizer)
-    name = usual_template(args)
+    name = usual_template(args, adapter)
     return name and get_template(name, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ def load_model(
     path: str | None,
     backend: str | None = None,
     load_in_4bit: bool | None = False,
-    adapter: str | None = None,
+    adapter: str | Sequence[str] | None = None,
     is_trainable: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file, with an adapter.
+    """(model, tokenizer) of the shipped base (None), of a Hugging Face directory or of a .gguf file, with adapters.
 
-    Without a path, an adapter's base is the one that its directory names; `load_in_4bit` None is what it says, too.
+    The first adapter is active and called "default", further ones "1", "2", ... Without a path, its base is the one that
+    its directory names; `load_in_4bit` None is what it says, too.
     Raises ValueError where it is no language model or comes without a tokenizer: the commands read and write text.
     """
-    if adapter is not None and not Path(adapter).is_dir():
-        raise ValueError(f"--adapter {adapter}: there is no such directory")
-    if adapter is not None:
-        path, load_in_4bit = _recorded(adapter, path, load_in_4bit)
+    adapters = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    for directory in adapters:
+        if not Path(directory).is_dir():
+            raise ValueError(f"--adapter {directory}: there is no such directory")
+    if adapters:
+        path, load_in_4bit = _recorded(adapters[0], path, load_in_4bit)
     from ..hub.base import load_base
     from ..hub.pretrained import from_pretrained
     from ..nn.transformer import Transformer
@@ -36,10 +40,12 @@ def load_model(
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
         )
-    if adapter is not None:
+    if adapters:
         from ..peft.model import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        model = PeftModel.from_pretrained(model, adapters[0], is_trainable=is_trainable)
+        for number, directory in enumerate(adapters[1:], start=1):
+            model.load_adapter(directory, str(number))
     return model, tokenizer
 
 

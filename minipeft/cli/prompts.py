@@ -43,7 +43,10 @@ def saved_template(directory: str | os.PathLike | None) -> str | None:
     return template
 
 
-def usual_template(args: argparse.Namespace) -> str | None:
-    """--template, in which \\n is a line break; else what the adapter or the model was trained in, else None."""
-    option = args.template or saved_template(args.adapter) or saved_template(args.model)
+def usual_template(args: argparse.Namespace, adapter: str | None = None) -> str | None:
+    """--template, in which \\n is a line break; else what the adapter or the model was trained in, else None.
+
+    `adapter`: which one, for a command that takes several.
+    """
+    option = args.template or saved_template(adapter or args.adapter or None) or saved_template(args.model)
     return option and option.replace("\\n", "\n")

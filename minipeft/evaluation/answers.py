@@ -5,8 +5,9 @@ prompt ─► template ─► tokens, padded on the left ─► generate, until 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
 from ..backend import Rng
@@ -24,6 +25,8 @@ def ask(
     tokenizer: Tokenizer,
     prompts_or_records: str | Record | Iterable[str | Record],
     template: str | Template | None = None,
+    *,
+    adapter_names: Sequence[str] | None = None,
     **generation: Any,
 ) -> list[str]:
     """The model's answer to each prompt, in order: what it writes until a stop token, without the prompt.
@@ -31,24 +34,28 @@ def ask(
         mp.ask(model, tokenizer, ["It was a fine morning"], max_new_tokens=40)
         mp.ask(model, tokenizer, ["What is a dog?"], template="chat")
         mp.ask(model, tokenizer, read_dataset("test.jsonl"), temperature=0.8, seed=1)
+        mp.ask(model, tokenizer, ["Bonjour", "2 + 2 ="], adapter_names=["french", "sums"])    one batch, two adapters
 
     Args:
         prompts_or_records: texts, records of `minipeft.text.datasets`, or dicts like them; one alone is a list of one. Of a record only
             what is asked is shown to the model, never the answer that it holds (of a Document: its text).
         template: a name or text for `get_template`, or a template; by default the usual one of each record's form,
             and texts are shown as they are.
+        adapter_names: of a `PeftModel`: the adapter that answers each prompt, "__base__" for none; by default the
+            active ones answer all.
         generation: the options of `GenerationConfig`: max_new_tokens, temperature, top_k, top_p, seed, batch_size.
 
-    The answer to a prompt depends on its place and the seed, and not on `batch_size`. Raises TypeError for what is no
-    prompt and for unknown options, ValueError for an empty prompt, for one that with `max_new_tokens` is longer than
-    the model takes, and for options that make no sense.
+    The answer to a prompt depends on the seed and its place among the prompts of its adapter, and not on `batch_size`.
+    Raises TypeError for what is no prompt and for unknown options, ValueError for an empty prompt, for one that with
+    `max_new_tokens` is longer than the model takes, for options that make no sense, and for adapter_names that are not
+    one a prompt.
     """
     config = generation_config(**generation)
     if isinstance(template, str):
         template = get_template(template, tokenizer)
     alone = isinstance(prompts_or_records, (str, dict, *FORMS))
     prompts = [prompts_or_records] if alone else list(prompts_or_records)
-    return list(answer_turns(model, tokenizer, asked_turns(prompts, template, tokenizer), config))
+    return list(answer_turns(model, tokenizer, asked_turns(prompts, template, tokenizer), config, adapter_names))
 
 
 def asked_turns(
@@ -67,16 +74,31 @@ def asked_turns(
     return turns
 
 
-def answer_turns(model: Module, tokenizer: Tokenizer, turns: Sequence[Turn], config: GenerationConfig) -> Iterator[str]:
-    """The answers in order, computed in batches; what is drawn for a prompt does not depend on the batch size."""
-    stop_token_ids = sorted({i for turn in set(turns) for i in stop_tokens(model, tokenizer, turn)})
+def answer_turns(
+    model: Module, tokenizer: Tokenizer, turns: Sequence[Turn], config: GenerationConfig,
+    adapter_names: Sequence[str] | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """The answers in order, computed in batches; what is drawn does not depend on the batch size or on other adapters.
+
+    Raises ValueError where `adapter_names` are not one a turn.
+    """
+    names = [None] * len(turns) if adapter_names is None else list(adapter_names)
+    if len(names) != len(turns):
+        raise ValueError(f"adapter_names has {len(names)} names for {len(turns)} prompts")
+    counts: dict[str | None, Iterator[int]] = defaultdict(count)
+    places = [next(counts[name]) for name in names]  # of each turn among those of its adapter
+    stop_token_ids = {turn: stop_tokens(model, tokenizer, turn) for turn in set(turns)}
     encoded = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
     for start in range(0, len(encoded), config.batch_size):
-        ids, mask = pad_sequences(encoded[start : start + config.batch_size], 0, side="left")
-        stream = Rng(config.seed, first_row=start)
-        out = generate(model, ids, mask, seed=stream, eos_token_id=stop_token_ids, **config.options())
-        for row in out[:, ids.shape[1] :].tolist():
-            yield tokenizer.decode(list(takewhile(lambda token: token not in stop_token_ids, row)))
+        own = slice(start, start + config.batch_size)
+        ids, mask = pad_sequences(encoded[own], 0, side="left")
+        ends = [stop_token_ids[turn] for turn in turns[own]]
+        out = generate(
+            model, ids, mask, seed=Rng(config.seed).take(places[own]), eos_token_id=ends,
+            adapter_names=None if adapter_names is None else names[own], **config.options(),
+        )  # fmt: skip
+        for row, stop in zip(out[:, ids.shape[1] :].tolist(), ends):
+            yield tokenizer.decode(list(takewhile(lambda token, stop=stop: token not in stop, row)))
 
 
 def stop_tokens(model: Module, tokenizer: Tokenizer, turn: Turn) -> list[int]:

@@ -45,10 +45,11 @@ def generate_stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Rng = 0,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     pad_token_id: int | None = None,
     past_key_values: KVCache | Sequence[KeyValue] | None = None,
     use_cache: bool = True,
+    adapter_names: Sequence[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields, step by step, the next token of every row: int64 [B]; the padding id for rows that have ended.
 
@@ -60,40 +61,36 @@ def generate_stream(
         temperature: 0 takes the most probable token (the lowest id among equals); otherwise the logits are divided by
             it and a token is drawn.
         top_k, top_p: limit the draw; see `token_probabilities`.
-        seed: names the random stream: a seed, or an `Rng` whose `first_row` is the index of the batch's first row.
-        eos_token_id: an id, or several, that end a row; by default the model's configuration says. () never stops.
+        seed: names the random stream: a seed, or an `Rng` that says which rows of the whole batch these are.
+        eos_token_id: an id, or several, that end a row, or a list of such lists, one a row; by default the model's
+            configuration says. () never stops.
         pad_token_id: by default the configuration's, else the first EOS id.
         past_key_values: (k, v) per layer, [B, kv, past, D], such as a trained prefix; never changed.
         use_cache: False computes every position again at every step: the same tokens, slower.
+        adapter_names: of a `PeftModel`: the adapter of each row, "__base__" for none.
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
-    longer than the positions that the model has beside its virtual tokens; FloatingPointError when the logits are not
-    numbers.
+    longer than the positions that the model has beside its virtual tokens; TypeError for adapter_names of a model
+    without adapters; FloatingPointError when the logits are not numbers.
     """
     ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
     (B, T), past = ids.shape, len(cache)
     mask = None if attention_mask is None else _host(attention_mask, "attention_mask")
     config, stream = getattr(model, "config", None), as_rng(seed)
     _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
-    longest = past + T if mask is None else int((mask != 0).sum(axis=1).max())
-    limit = getattr(config, "max_position_embeddings", None)
-    virtual = getattr(model, "virtual_tokens", 0)  # of a model with a trained prompt, which it adds itself
-    if limit is not None and longest + max_new_tokens > limit - virtual:
-        has = f"{virtual} virtual tokens leave {limit - virtual}" if virtual else f"this model has {limit}"
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} make {longest + max_new_tokens}, but "
-            f"{has} positions: shorten the prompt or generate at most {max(0, limit - virtual - longest)}"
-        )
-    ends = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
-    ends = [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
+    length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
+    virtual, limit = _virtual(model, adapter_names, B), getattr(config, "max_position_embeddings", None)
+    _check_room(limit, length, virtual, max_new_tokens)
+    ends = _ends(getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id, B)
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
-    pad = pad if pad is not None else ends[0] if ends else 0
+    pad = pad if pad is not None else next((i for row in ends for i in row), 0)
 
     xp, rows = xp_of(model.parameters()[0].data), np.arange(B)
     for step in range(max_new_tokens):
         seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
-            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen)
+            names = None if adapter_names is None else [adapter_names[row] for row in rows]  # that still run
+            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen, names)
         if np.isnan(logits).any():
             raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
         if temperature == 0:
@@ -105,7 +102,7 @@ def generate_stream(
         out[rows] = tokens
         yield out
 
-        alive = ~np.isin(tokens, ends)
+        alive = np.array([token not in ends[row] for token, row in zip(tokens.tolist(), rows)])
         if not alive.any():
             return
         if not alive.all():  # rows that have ended leave the batch
@@ -146,18 +143,58 @@ def token_probabilities(
 
 def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
     """The token at which the cumulative probability passes the uniform number of (seed, row, step)."""
-    u = np.random.default_rng([*stream.path, stream.first_row + int(row), step]).random()
+    u = np.random.default_rng([*stream.path, stream.row(row)[0], step]).random()
     total = np.cumsum(p)
     return int(np.searchsorted(total, u * total[-1], side="right"))
 
 
-def next_logits(model: Module, ids: Array, mask: Array | None, past: KVCache | None) -> np.ndarray:
+def next_logits(
+    model: Module, ids: Array, mask: Array | None, past: KVCache | None, adapter_names: list[str] | None = None
+) -> np.ndarray:
     """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
-    headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
-    if headed and not getattr(model, "virtual_tokens", 0):  # the head on one position alone
-        hidden = model.backbone(ids, attention_mask=mask, past_key_values=past)  # [B, T, d]
-        return to_numpy(model.lm_head(hidden[:, -1]).data)
-    return to_numpy(model(ids, attention_mask=mask, past_key_values=past).data[:, -1])
+    arguments = {"attention_mask": mask, "past_key_values": past}
+    if adapter_names is not None:
+        arguments["adapter_names"] = adapter_names
+    if not (hasattr(model, "backbone") and hasattr(model, "lm_head")):
+        return to_numpy(model(ids, **arguments).data[:, -1])
+    if hasattr(model, "last_logits"):  # of a model with adapters
+        return to_numpy(model.last_logits(ids, **arguments).data)
+    hidden = model.backbone(ids, **arguments)  # [B, T, d]
+    return to_numpy(model.lm_head(hidden[:, -1]).data)  # the head on one position alone
+
+
+def _ends(ids: Any, B: int) -> list[list[int]]:
+    """The ids that end each of B rows, from one id, or several for all rows, or a list for each row."""
+    several = (Sequence, np.ndarray)
+    ids = [] if ids is None else list(ids) if isinstance(ids, several) else [ids]
+    if not any(isinstance(i, several) for i in ids):
+        return [[int(i) for i in ids]] * B
+    if len(ids) != B:
+        raise ValueError(f"eos_token_id has lists for {len(ids)} rows, but there are {B} prompts")
+    return [[int(i) for i in row] for row in ids]
+
+
+def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.ndarray:
+    """How many virtual tokens the model itself puts in front of each of B rows, [B]."""
+    if adapter_names is None:
+        return np.full(B, getattr(model, "virtual_tokens", 0))
+    if not hasattr(model, "virtual_tokens_of"):
+        raise TypeError(f"adapter_names needs a model with named adapters; this is a {type(model).__name__}")
+    if len(adapter_names) != B:
+        raise ValueError(f"adapter_names has {len(adapter_names)} names for {B} prompts")
+    return np.array(model.virtual_tokens_of(adapter_names))
+
+
+def _check_room(limit: int | None, length: np.ndarray, virtual: np.ndarray, new: int) -> None:
+    """Raise ValueError where a row's prompt [B], virtual tokens [B] and new tokens are more than the positions."""
+    row = int((length + virtual).argmax())
+    longest, taken = int(length[row]), int(virtual[row])
+    if limit is not None and taken + longest + new > limit:
+        has = f"{taken} virtual tokens leave {limit - taken}" if taken else f"this model has {limit}"
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={new} make {longest + new}, but {has} positions: shorten "
+            f"the prompt or generate at most {max(0, limit - taken - longest)}"
+        )
 
 
 def _host(values: Any, name: str) -> np.ndarray:

@@ -151,9 +151,13 @@ class KVCache:
     Args:
         past_key_values: optional (k, v) per layer, [B, kv, positions, D], to start from (copied), such as a trained
             prefix or another cache.
+
+    visible    boolean [B, n]: which of the first n positions a row has, where adapters with virtual tokens are mixed;
+               None: all
     """
 
     def __init__(self, past_key_values: Sequence[KeyValue] = ()):
+        self.visible: Array | None = getattr(past_key_values, "visible", None)
         self._buffers: list[list[Array]] = []
         self._lengths: list[int] = []
         for layer, (k, v) in enumerate(past_key_values):
@@ -195,6 +199,7 @@ class KVCache:
     def select(self, rows: Array) -> None:
         """Keep only these batch rows (integer array [b])."""
         self._buffers = [[buffer[rows] for buffer in pair] for pair in self._buffers]
+        self.visible = None if self.visible is None else self.visible[rows]
 
 
 def _extend(k: Tensor, v: Tensor, past: KVCache | Sequence[KeyValue] | None, layer: int) -> tuple[Any, Any]:
@@ -655,7 +660,7 @@ class Transformer(BackboneModel):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Rng = 0,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """The prompts [B, T] and their continuations, greedy unless `temperature` is above 0: int64 [B, T + n].

@@ -41,15 +41,19 @@ class AdaptedLayer(Module):
         names = self.selection.now()
         return mixed(self, names, x, arguments) if type(names) is Rows else self.compute(names, x, arguments)
 
-    def compute(self, names: list[str], x: Any, arguments: tuple) -> Tensor:
-        """The output, in the base layer's shape, with the named adapters that are here, each around those before it."""
+    def compute(self, names: list[str], x: Any, arguments: tuple, base_layer: Callable | None = None) -> Tensor:
+        """The output, in the base layer's shape, with the named adapters that are here, each around those before it.
+
+        `base_layer`: what computes the base layer, where it is not this one itself.
+        """
+        base_layer = base_layer or self.base_layer
         names = [name for name in names if name in self.adapters]
         if not names:
-            return self.base_layer(x, *arguments)
+            return base_layer(x, *arguments)
         if self.merged_names == names:
             return self.merged(x, *arguments)
         rng = arguments[-1] if arguments and isinstance(arguments[-1], Rng) else None
-        inner: Callable = lambda x: self.base_layer(x, *arguments)  # noqa: E731
+        inner: Callable = lambda x: base_layer(x, *arguments)  # noqa: E731
         for number, name in enumerate(names, 1):
             stream = rng and rng.at(STREAM + self.stream, number)
             inner = partial(self.adapters[name].forward, inner=inner, base=self.base_layer, rng=stream)

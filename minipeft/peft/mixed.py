@@ -1,16 +1,19 @@
 """Which adapters a call of a model uses: the active ones, or in a mixed batch one for each row.
 
-    rows      a  b  a  -            computed as  a: rows 0, 2;  b: row 1;  none: row 3;  and put back in order
+    rows      a  b  a  -      y = f(x)            the base layer, once for all rows
+                              y_a = A_a(x_a)      each adapter around it, for its own rows x_a = (x_0, x_2)
+                              (y_a0, y_b, y_a2, y_3)    put back in order; the last row is the base layer's
 
 The choice is fixed for a call in a context variable: a checkpointed block that is computed again in backward uses the
-adapters of its forward pass, whatever has been selected since.
+adapters of its forward pass, whatever has been selected since. `mixed_prompts` has what stands in front of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -51,10 +54,10 @@ class Selection(Module):
 
 
 def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:
-    """An adapted layer's output where each row has an adapter of its own: once for each adapter, with its rows.
+    """An adapted layer's output where each row has an adapter of its own: each row is what it is alone.
 
-    x: [B, ...] for B rows; an array [1, ...] is the same for all. Raises PeftError for another number of rows; and,
-    where the adapters differ, for a random stream (dropout) or further inputs.
+    x: [B, ...] for B rows; an array [1, ...] is the same for all. Raises PeftError for another number of rows, and
+    where adapters differ on a layer of several inputs, for one that changes them.
     """
     positions = is_array(x) and x.shape[0] == 1  # the same for every row
     if x.shape[0] != len(rows) and not positions:
@@ -62,18 +65,32 @@ def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:
     mine = [name if name in layer.adapters else BASE for name in rows]
     if len(set(mine)) == 1:
         return layer.compute(mine[:1], x, arguments)
-    if any(a is not None for a in arguments):
-        raise PeftError(
-            "a batch that mixes adapters is computed without dropout: leave rng out"
-            if all(a is None or isinstance(a, Rng) for a in arguments)
-            else f"a {type(layer.base_layer).__name__} with several inputs cannot mix adapters in a batch"
-        )
-    xp = xp_of(x if is_array(x) else x.data)
     if positions:
-        x = xp.broadcast_to(x, (len(rows), *x.shape[1:]))
-    parts, order = [], []
+        x = xp_of(x).broadcast_to(x, (len(rows), *x.shape[1:]))
+    whole = cache(lambda: layer.base_layer(x, *arguments))  # once, and not at all where no adapter asks for it
+    parts, order, xp = [], [], xp_of(x if is_array(x) else x.data)
     for name in dict.fromkeys(mine):
         index = [i for i, n in enumerate(mine) if n == name]
-        parts.append(layer.compute([name], x[xp.asarray(index)], arguments))
+        parts.append(_compute(layer, name, x, index, arguments, whole))
         order += index
-    return F.cat(parts, axis=0)[xp.asarray(np.argsort(order))]
+    return F.cat(parts)[xp.asarray(np.argsort(order))]
+
+
+def _compute(layer: Any, name: str, x: Any, index: list[int], arguments: tuple, whole: Callable[[], Tensor]) -> Tensor:
+    """The output of a layer with one adapter for some of the rows; `whole` is the base layer's for all of them."""
+    rows = xp_of(x if is_array(x) else x.data).asarray(index)
+    part = x[rows]
+    further = [a for a in arguments if a is not None and not isinstance(a, Rng)]
+    arguments = tuple(a.take(index) if isinstance(a, Rng) else a for a in arguments)
+
+    def base_layer(z: Any, *arguments: Any) -> Tensor:
+        if z is part:
+            return whole()[rows]
+        if further:
+            raise PeftError(
+                f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it "
+                "cannot be mixed with others in a batch"
+            )
+        return layer.base_layer(z, *arguments)
+
+    return layer.compute([name], part, arguments, base_layer)

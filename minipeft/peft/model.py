@@ -28,6 +28,8 @@ from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Rows, Selection
+from .mixed_prompts import RowPrompts
+from .prompt_learning import Prompt
 from .provenance import on_base, warn_of_another_base
 
 
@@ -60,7 +62,7 @@ class PeftModel(Module):
         self.base_model = model.copy(share=True).requires_grad_(False)
         self.peft_config: dict[str, PeftConfig] = {}
         self.layers: dict[str, AdaptedLayer] = {}  # by the path of the layer in the plain model
-        self.prompts: dict[str, Any] = {}  # a `Prompt` each
+        self.prompts: dict[str, Prompt] = {}
         self.selection = Selection()
         self._start: dict[str, dict[str, str]] = {}  # adapter -> parameter -> digest of its first value
         self.add_adapter(adapter_name, config, seed)
@@ -97,9 +99,10 @@ class PeftModel(Module):
     def forward(self, *inputs: Any, adapter_names: list[str] | None = None, **arguments: Any) -> Any:
         """What the model gives: for a language model, logits of the input's length.
 
-        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters. A layer is
-        computed once for each of the names, so a 4-bit weight is decoded as often. Raises PeftError for names that are
-        unknown, belong to a prompt or are not one a row, and for dropout (`rng`) in a batch that mixes adapters.
+        `adapter_names`: one name a row of the batch ("__base__" for none), in place of the active adapters. Every row
+        is what it is alone, also with dropout, where row i alone has `Rng(seed, first_row=i)`. A KVCache that was begun
+        so goes on with the names of the rows that are left. Raises PeftError for names that are unknown or not one a
+        row.
         """
         first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
         with self._call(adapter_names, first):
@@ -107,9 +110,17 @@ class PeftModel(Module):
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
             attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
-            hidden, length, rng = self._behind(prompt, *inputs, **arguments, attentions=attentions)
-            logits = self.base_model.lm_head(hidden[:, -length:], rng)
+            given = self._bind(*inputs, **arguments, attentions=attentions)
+            hidden, length = self._behind(prompt, given)
+            logits = self.base_model.lm_head(hidden[:, -length:], given["rng"])
             return logits if attentions is None else (logits, attentions)
+
+    def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
+        """Logits [B, V] at the last position, as `forward` gives them: to generate, without those at all others."""
+        with self._call(adapter_names, input_ids):
+            prompt, given = self._prompt(), self._bind(input_ids, **arguments)
+            given = given if prompt is None else prompt.arguments(self.base_model, **given)
+            return self.base_model.lm_head(self.base_model.backbone(**given)[:, -1])
 
     def loss(
         self, input_ids: Array, labels: Array, *, adapter_names: list[str] | None = None, **arguments: Any
@@ -117,7 +128,9 @@ class PeftModel(Module):
         """The model's loss, a scalar; labels have the input's length.
 
         With a prompt, the last virtual token predicts the first token of the input, as in PEFT; a prefix predicts none.
-        Raises PeftError where gradients would be recorded for merged adapters, which get none.
+        With `adapter_names` (see `forward`) it is the mean over all labels of the batch that count, and each adapter's
+        gradient comes from its own rows; `set_requires_grad` says which learn. Raises PeftError where gradients would
+        be recorded for merged adapters, which get none.
         """
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
@@ -127,56 +140,75 @@ class PeftModel(Module):
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
-            hidden, length, rng = self._behind(prompt, input_ids, **arguments)  # [B, P + T, d], or [B, T, d]
-            xp = xp_of(labels)
+            given = self._bind(input_ids, **arguments)
+            hidden, length = self._behind(prompt, given)  # [B, P + T, d], or [B, T, d]
+            xp, rng = xp_of(labels), given["rng"]
             uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
+            if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
+                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(labels.shape[1]) > 0)
+                labels, rng = xp.where(predicted, labels, -100), prompt.behind(rng)
             labels = xp.concatenate([uncounted, labels], axis=1)
             return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
 
-    def _behind(self, prompt: Any, *inputs: Any, **arguments: Any) -> tuple[Tensor, int, Any]:
-        """(hidden states behind a prompt, length of the input, random stream), from Transformer.forward's arguments."""
+    def _bind(self, *inputs: Any, **arguments: Any) -> dict[str, Any]:
+        """All arguments of Transformer.forward by name."""
         bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
         bound.apply_defaults()
-        given = bound.arguments
+        return {**bound.arguments, "rng": as_rng(bound.arguments["rng"])}
+
+    def _behind(self, prompt: Prompt | RowPrompts, given: dict[str, Any]) -> tuple[Tensor, int]:
+        """(hidden states behind a prompt, length of the input), from Transformer.forward's arguments."""
         length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
-        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length, as_rng(given["rng"])
+        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length
 
     def training_callbacks(self) -> list[Any]:
-        """What takes part in the training of the active adapters, as AdaLoRA does; see `minipeft.train.callbacks`."""
-        trained = (name for name in self.selection.names if any(p.requires_grad for _, p in self._trained(name)))
+        """What takes part in the training of those that learn, as AdaLoRA does; see `minipeft.train.callbacks`."""
+        trained = (name for name in self.peft_config if any(p.requires_grad for _, p in self._trained(name)))
         callbacks = (self.peft_config[name].training_callback(self, name) for name in trained)
         return [callback for callback in callbacks if callback is not None]
 
-    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+    def generate(
+        self, input_ids: Any, attention_mask: Any = None, *, adapter_names: list[str] | None = None, **options: Any
+    ) -> np.ndarray:
         """Continue the prompts, [B, T] -> int64 [B, T + n]; see `minipeft.nn.generation.generate`.
 
-        Raises PeftError for past_key_values where there are virtual tokens.
+            model.generate(ids, mask, adapter_names=["a", "b", "__base__"], temperature=1, seed=1)
+
+        With `adapter_names` each row is continued by its own adapter ("__base__": none), with the tokens that it gets
+        alone, where row i alone has the seed `Rng(seed, first_row=i)`. Raises PeftError for names that are unknown, and
+        for past_key_values where there are virtual tokens.
         """
         from ..nn.generation import generate
 
-        if self.virtual_tokens and options.get("past_key_values"):
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if any(self.virtual_tokens_of(names)) and options.get("past_key_values"):
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
-        return generate(self, input_ids, attention_mask, **options)
+        return generate(self, input_ids, attention_mask, adapter_names=adapter_names, **options)
 
     @property
     def virtual_tokens(self) -> int:
         """Positions of the model's context that the active adapters take from the input."""
-        prompt = self._prompt()
-        return 0 if prompt is None else prompt.length
+        return max(self.virtual_tokens_of(self.selection.names), default=0)
 
-    def _prompt(self) -> Any:
-        if not self.prompts or isinstance(names := self.selection.now(), Rows):
+    def virtual_tokens_of(self, adapter_names: list[str]) -> list[int]:
+        """Positions of the model's context that each of these adapters takes from the input.
+
+        Raises PeftError for a name that is unknown.
+        """
+        self._known(*(name for name in dict.fromkeys(adapter_names) if name != BASE))
+        return [self.prompts[name].length if name in self.prompts else 0 for name in adapter_names]
+
+    def _prompt(self) -> Prompt | RowPrompts | None:
+        if not self.prompts:
             return None
-        return next((self.prompts[name] for name in names if name in self.prompts), None)
+        names = self.selection.now()
+        prompts = [self.prompts.get(name) for name in names]
+        return RowPrompts(prompts) if isinstance(names, Rows) else next((p for p in prompts if p is not None), None)
 
     def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
         if rows is not None and first is not None and first.shape[0] != len(rows):
             raise PeftError(f"adapter_names has {len(rows)} names for an input of {first.shape[0]} rows")
-        for name in dict.fromkeys(rows or ()):
-            if name != BASE:
-                self._known(name)
-            if name in self.prompts:
-                raise PeftError(f"the adapter {name!r} changes the input, so it cannot be mixed with others in a batch")
+        self._known(*(name for name in dict.fromkeys(rows or ()) if name != BASE))
         return self.selection.call(rows)
 
     # -------------------------------------------------------------------------------------------- named adapters
@@ -237,6 +269,17 @@ class PeftModel(Module):
         for name in self.peft_config:
             for _, adapter in self.parts(name):
                 adapter.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Train these adapters, or freeze them, whichever are active: for batches of `adapter_names`.
+
+        Raises PeftError for a name that is unknown or given twice.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._known(*names)
+        for name in names:
+            for _, adapter in self.parts(name):
+                adapter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; a layer without adapters becomes the plain layer again.

@@ -52,6 +52,7 @@ class OFTLayer(Adapter):
         R, (k, b), p = self.rotations(), self.blocks, self.config.module_dropout
         if rng is not None and p:
             xp = xp_of(x.data)
+            rng = Rng(*rng.path)  # one mask, whichever rows of the batch these are
             kept = F.dropout(Tensor(xp.ones((k, 1, 1), x.dtype)), p, rng) * (1 - p)
             R = (R - xp.eye(b, dtype=x.dtype)) * kept + xp.eye(b, dtype=x.dtype)
         return inner(F.cat([x[..., i * b : (i + 1) * b] @ R[i % len(R)] for i in range(k)], axis=-1))

@@ -40,13 +40,15 @@ class Prefix(Prompt):
 
     in_input = False  # the virtual positions are past, not input: they have no queries and no logits
 
-    def layers(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """(Pk, Pv) of each layer, both [B, H, P, D]. A row holds layer after layer, keys before values."""
-        n = 2 * self.config.num_layers
-        rows = self.vectors()  # [P, 2 L H D]: prompt_embeddings, or what the network computes
-        x = rows.reshape(self.length, n, self.config.num_attention_heads, -1)  # [P, 2L, H, D]; H counts key heads
-        x = x.transpose(1, 2, 0, 3)  # [2L, H, P, D]
-        parts = [F.broadcast_to(x[i], (batch, *x.shape[1:])) for i in range(n)]
+    def layers(self, batch: int, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(Pk, Pv) of each layer, both [B, H, P, D], from vectors [P, 2 L H D], or of each row [B, P, 2 L H D].
+
+        A virtual token's vector holds layer after layer, keys before values.
+        """
+        n, H, P = 2 * self.config.num_layers, self.config.num_attention_heads, vectors.shape[-2]
+        x = vectors.reshape(-1, P, n, H, vectors.shape[-1] // (n * H))
+        x = x.transpose(2, 0, 3, 1, 4)  # [2L, B or 1, H, P, D]; H counts the heads of keys
+        parts = [F.broadcast_to(x[i], (batch, *x.shape[2:])) for i in range(n)]
         return list(zip(parts[::2], parts[1::2]))
 
     def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
@@ -56,10 +58,10 @@ class Prefix(Prompt):
             p = self.prompt_embeddings
             fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
 
-    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
+    def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
         """The prefix as past_key_values, with gradients; or, to generate, appended to the empty KVCache."""
         past, inputs = given["past_key_values"], given["input_ids"]
-        prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0])
+        prefix = self.layers((given["inputs_embeds"] if inputs is None else inputs).shape[0], vectors)
         if not isinstance(past, KVCache):
             return {**given, "past_key_values": prefix}
         for layer, (k, v) in enumerate(prefix):
@@ -72,7 +74,7 @@ class Prefix(Prompt):
         `base.generate(ids, past_key_values=prefix.key_values(len(ids)))` continues as the adapted model does.
         """
         with no_grad():
-            return [(k.data, v.data) for k, v in self.layers(batch)]
+            return [(k.data, v.data) for k, v in self.layers(batch, self.vectors())]
 
 
 class PrefixEncoder(Prefix):

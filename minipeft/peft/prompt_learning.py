@@ -46,8 +46,9 @@ class Prompt(Adapter):
         When `given["past_key_values"]` is a KVCache that holds positions already, the virtual ones are among them.
         Raises PeftError as `make_room`.
         """
-        given, first = make_room(self.length, given, model.config.max_position_embeddings, self.in_input)
-        return self.put(model, given) if first else given
+        K, P = (0, self.length) if self.in_input else (self.length, 0)
+        given, first = make_room(K, P, given, model.config.max_position_embeddings)
+        return self.put(model, given, self.vectors()) if first else given
 
     def vectors(self) -> Tensor:
         """What stands at the virtual positions, [P, numbers of a virtual token]."""
@@ -59,8 +60,8 @@ class Prompt(Adapter):
             vectors = self.vectors()
         return {STORED: vectors if isinstance(vectors, Parameter) else Parameter(vectors.data)}
 
-    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments that have room for the virtual positions, with the virtual positions there."""
+    def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
+        """Arguments that have room for the virtual positions, with vectors [P, n], or of each row [B, P, n], there."""
         raise NotImplementedError(f"{type(self).__name__} defines no put")
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..autograd import ops as F
+from ..autograd.tensor import Tensor
 from ..backend import xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
@@ -29,14 +30,13 @@ from .weights import fill
 class SoftTokens(Prompt):
     """Puts P [p, d] in front of the input's embeddings. A subclass gives P: trained itself, or computed (P-tuning)."""
 
-    def put(self, model: Transformer, given: dict[str, Any]) -> dict[str, Any]:
-        """[P; E(x)], inputs_embeds [B, p + T, d], in place of input_ids."""
+    def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
+        """[P; E(x)], P being `vectors`: inputs_embeds [B, p + T, d], in place of input_ids."""
         x = given["inputs_embeds"]  # [B, T, d]
         if x is None:
             x = model.backbone.embedding(given["input_ids"], given["rng"])
-        P = self.vectors()  # [p, d], trained
-        P = P if P.dtype == x.dtype else F.to(P, x.dtype)  # trained in float32 or more; x may be float16
-        soft = F.broadcast_to(P, (x.shape[0], *P.shape))  # [B, p, d]
+        P = vectors if vectors.dtype == x.dtype else F.to(vectors, x.dtype)  # x may be float16, what is trained not
+        soft = F.broadcast_to(P, (x.shape[0], *P.shape[-2:]))  # [B, p, d]
         return {**given, "input_ids": None, "inputs_embeds": F.cat([soft, x], axis=1)}
 
 

@@ -308,6 +308,33 @@ def test_dropout_acts_on_the_input_of_the_adapter_alone(case, tmp_path):
     close(y.data, twin_layer(torch.tensor(x)).detach().numpy())
 
 
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_every_row_its_own_adapter_as_in_peft(dialect, tmp_path):
+    """Logits and greedy continuations; PEFT mixes LoRA adapters, in evaluation alone (here in training as well)."""
+    (model, twin), ours = base(dialect), None
+    for seed, (name, case) in enumerate({"a": "lora", "b": "rslora", "c": "random"}.items()):
+        config = configs(dialect, case)[0]
+        if ours is None:
+            ours = mp.get_peft_model(model, config, name)
+        else:
+            ours.add_adapter(name, config, seed)
+        ours.set_adapter(name)
+        train_ours(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "a", adapter_name="a")
+    for name in "bc":
+        theirs.load_adapter(tmp_path / name, name)
+    theirs.eval()
+    rows = ["b", "a", "__base__", "c", "a"]
+    ids = np.random.default_rng(0).integers(0, 60, (5, 9))
+    greedy = dict(attention_mask=torch.ones(5, 9), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), adapter_names=rows).logits.numpy()
+        continued = theirs.generate(input_ids=torch.tensor(ids), adapter_names=rows, **greedy).numpy()
+    close(ours(ids, adapter_names=rows).data, expected)
+    np.testing.assert_array_equal(ours.generate(ids, adapter_names=rows, max_new_tokens=8), continued)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
