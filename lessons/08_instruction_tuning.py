@@ -33,8 +33,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft.experiments.rows import read_rows
 from minipeft.experiments.shipped import rounded
-from minipeft.experiments.sweep import read_rows, sweep
+from minipeft.experiments.sweep import sweep
 from minipeft.text.datasets import Conversation, Message
 from minipeft.text.examples import Example, encode_examples
 from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, instructions, is_right, pairs
@@ -289,9 +290,7 @@ SEEDS = (0, 1, 2)
 CONDITIONS = [Tuning(tasks=1), Tuning(tasks=3), Tuning(), Tuning(phrasings=1), Tuning(learned="everything")]
 if "--full" in sys.argv:
     RESULTS.parent.mkdir(exist_ok=True)
-    sweep(
-        [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], run, RESULTS, show=lambda line: print(line, flush=True)
-    )
+    sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
 
 # %% [markdown]
 # One of these runs now, the one on seven tasks, and what it writes. First the inputs that it never saw, asked in the

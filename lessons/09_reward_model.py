@@ -26,7 +26,8 @@ import numpy as np
 
 import minipeft as mp
 from minipeft import rlhf
-from minipeft.experiments.sweep import read_rows, sweep
+from minipeft.experiments.rows import read_rows
+from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -203,7 +204,7 @@ def labels_of(rewards, gold, run):
 
 RUNS = [Run(n, flip, seed) for seed in range(3) for flip in (0.0, 0.25) for n in (100, 300, 600, 2000)]
 if "--full" in sys.argv:
-    sweep(RUNS, measure, RESULTS, show=lambda line: print(line, flush=True))
+    sweep(measure, RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
 live = [Run(16), Run(32)] if REDUCED else [Run(100), Run(300), Run(300, flip=0.25)]

@@ -29,7 +29,8 @@ import numpy as np
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.autograd.tensor import no_grad
-from minipeft.experiments.sweep import read_rows, sweep
+from minipeft.experiments.rows import read_rows
+from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = (
@@ -250,7 +251,7 @@ def measure(run):
 ALGORITHMS = ("PPO", "RLOO", "GRPO", "DPO")
 RUNS = [Run(method, seed) for seed in range(3) for method in ("base", *ALGORITHMS)]
 if "--full" in sys.argv:
-    sweep(RUNS, measure, RESULTS, show=lambda line: print(line, flush=True))
+    sweep(measure, RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
 small = dict(updates=2, rankings=16) if REDUCED else {}

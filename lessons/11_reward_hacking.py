@@ -28,7 +28,8 @@ import numpy as np
 
 import minipeft as mp
 from minipeft import rlhf
-from minipeft.experiments.sweep import read_rows, sweep
+from minipeft.experiments.rows import read_rows
+from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = (
@@ -148,7 +149,7 @@ RUNS += [Run(0.05, missing_eos_score=-1.0, seed=seed) for seed in range(3)]
 WEAK = 300  # rankings: what a judge is worth that has seen less
 RUNS += [Run(0.0, seed=seed, rankings=WEAK) for seed in range(3)]
 if "--full" in sys.argv:
-    sweep(RUNS, optimize, RESULTS, show=lambda line: print(line, flush=True))
+    sweep(optimize, RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
 

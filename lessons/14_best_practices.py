@@ -33,9 +33,10 @@ from experiments.practice import Classification
 import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.experiments import shipped
+from minipeft.experiments.rows import complete, is_of, read_rows
 from minipeft.experiments.seeds import CLEAR, below, over_seeds, spread
 from minipeft.experiments.shipped import Rewriting
-from minipeft.experiments.sweep import complete, is_of, read_rows, sweep
+from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -44,7 +45,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "14_best_practices.jsonl"
 
 if "--full" in sys.argv:
-    sweep(practice.RUNS, practice.run, RESULTS, show=print)
+    sweep(practice.run, practice.RUNS, executor=1, store=RESULTS)
 rows, SEEDS = complete(read_rows(RESULTS), practice.RUNS)
 task_before, general_before = shipped.before(8, 2) if REDUCED else shipped.before()
 print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before any: task loss {task_before:.3f}, general loss {general_before:.3f}")
@@ -84,7 +85,7 @@ def measure(*runs):
     if REDUCED:
         runs = [replace(s, steps=2, examples=32, **({} if isinstance(s, Classification) else {"held_out": 8, "blocks": 2})) for s in runs]
         runs = [replace(s, evaluations=2) if getattr(s, "evaluations", 1) > 1 else s for s in runs]
-    return sweep(runs, practice.run)
+    return sweep(practice.run, runs, executor=1)
 
 
 def agree(now, settings):

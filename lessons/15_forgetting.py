@@ -32,10 +32,11 @@ from experiments.forgetting import FULL, LORA, RATES, REMEDIES, frontier, point
 
 import minipeft as mp
 from minipeft.experiments import shipped
+from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.run import evaluate, fine_tune
 from minipeft.experiments.seeds import below, over_seeds, spread
 from minipeft.experiments.shipped import Rewriting
-from minipeft.experiments.sweep import complete, read_rows, sweep
+from minipeft.experiments.sweep import sweep
 from minipeft.peft.methods import METHODS
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -45,7 +46,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "15_forgetting.jsonl"
 
 if "--full" in sys.argv:
-    sweep(forgetting.RUNS, forgetting.run, RESULTS, show=print)
+    sweep(forgetting.run, forgetting.RUNS, executor=1, store=RESULTS)
 rows, SEEDS = complete(read_rows(RESULTS), forgetting.RUNS)
 base, tokenizer = mp.load_base()
 small = {"steps": 2, "held_out": 8, "blocks": 2} if REDUCED else {}

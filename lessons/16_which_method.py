@@ -32,8 +32,9 @@ from experiments.decision import TITLES, Costs
 import minipeft as mp
 from minipeft.accounting import count_parameters
 from minipeft.experiments import shipped
+from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, spread
-from minipeft.experiments.sweep import complete, read_rows, sweep
+from minipeft.experiments.sweep import sweep
 from minipeft.peft.methods import METHODS
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -43,7 +44,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "16_which_method.jsonl"
 
 if "--full" in sys.argv:
-    sweep(decision.RUNS, decision.run, RESULTS, show=print)
+    sweep(decision.run, decision.RUNS, executor=1, store=RESULTS)
 rows, SEEDS = complete(read_rows(RESULTS), decision.RUNS)
 T = {method: decision.cells(rows, method) for method in TITLES}  # method -> quantity -> values over the seeds
 base, tokenizer = mp.load_base()
@@ -78,7 +79,7 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 
 # %%
 chosen = ["full", "lora"] if REDUCED else list(TITLES)
-now = sweep([Costs(method, steps=2 if REDUCED else 8) for method in chosen], decision.run)
+now = sweep(decision.run, [Costs(method, steps=2 if REDUCED else 8) for method in chosen], executor=1)
 print("\nnow, on this machine:         peak memory MB (predicted)    s/step    ms a token: as it is, merged")
 for row in now:
     after = "cannot be" if row["latency_merged"] is None else f"{1e3 * row['latency_merged']:9.2f}"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from . import (
         backend as backend, files as files, autograd as autograd, nn as nn, quant as quant, peft as peft,
         train as train, text as text, hub as hub, evaluation as evaluation, rlhf as rlhf,
-        accounting as accounting,
+        accounting as accounting, experiments as experiments,
     )  # fmt: skip
     from .autograd import ops as functional
     from .train import optim as optim
@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .hub.pretrained import from_pretrained as from_pretrained, save_pretrained as save_pretrained
     from .hub.base import load_base as load_base
     from .evaluation.answers import ask as ask
+    from .experiments.sweep import grid as grid, sweep as sweep
     from .peft import (
         get_peft_model as get_peft_model, PeftModel as PeftModel, assert_learning as assert_learning,
         LoraConfig as LoraConfig, AdaLoraConfig as AdaLoraConfig, VeraConfig as VeraConfig, IA3Config as IA3Config,

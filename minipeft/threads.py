@@ -66,6 +66,7 @@ def set_num_threads(n: int) -> None:
 def _blas_controllers() -> list:
     global _blas
     if _blas is None:
+        import numpy  # noqa: F401  (brings its BLAS, of which there is nothing to find before)
         from threadpoolctl import ThreadpoolController
 
         found = [c for c in ThreadpoolController().lib_controllers if c.user_api == "blas"]

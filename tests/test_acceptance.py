@@ -320,11 +320,12 @@ def test_readme_commands_are_what_the_command_line_takes():
 
 @pytest.mark.usefixtures("methods_as_before")
 def test_readme_python_runs(monkeypatch, tmp_path):
-    """The two blocks as written, on a fraction of the data."""
+    """The blocks as written, on a fraction of the data."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     code = "\n".join(blocks)
     assert "[:2000]" in code
     monkeypatch.chdir(tmp_path)
-    names = {"ids": IDS, "targets": IDS}
+    names = {"ids": IDS, "targets": IDS, "run": lambda r, lr, seed: {"loss": r * lr + seed}}
     exec(code.replace("[:2000]", "[:16]"), names)
     assert (tmp_path / "tuned" / "model.safetensors").is_file() and np.isfinite(names["loss"].item())
+    assert [row["loss"] for row in names["rows"]] == [r * lr + seed for r in (4, 8) for lr in (1e-3, 3e-3) for seed in range(5)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ from experiments.practice import Classification
 import minipeft as mp
 from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import latency, merged
+from minipeft.experiments.rows import described, is_of, read_rows
 from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune, l2_sp, with_dropout
 from minipeft.experiments.shipped import Rewriting
-from minipeft.experiments.sweep import complete, described, is_of, read_rows, sweep
-from minipeft.files import FileError
 from minipeft.peft.methods import METHODS
 from minipeft.text.examples import Example
 
@@ -179,63 +177,6 @@ def test_what_is_held_out_depends_on_no_seed():
     a, b = shipped.rewriting(4, 0), shipped.rewriting(4, 1)
     assert a.held_out is b.held_out and a.general is b.general and len(a.held_out) == shipped.HELD_OUT_VERSES
     assert not all(np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a.train, b.train))
-
-
-# ----------------------------------------------------------------------------------------------------------- a sweep
-
-
-@dataclass(frozen=True)
-class Square:
-    x: int
-    seed: int = 0
-
-
-def squared(settings):
-    return {"y": settings.x**2, "pid": os.getpid()}
-
-
-RUNS = [Square(x, seed) for seed in (0, 1) for x in (1, 2, 3)]
-
-
-def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
-    path, done = tmp_path / "rows.jsonl", []
-
-    def run(settings):
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        done.append(settings)
-        return {"y": settings.x**2}
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep(RUNS, run, path)
-    assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
-    rows = sweep(RUNS, lambda s: {"y": s.x**2}, path)
-    assert rows == read_rows(path) == [{**described(s), "y": s.x**2} for s in RUNS]
-    assert sweep(RUNS[::-1], lambda s: 1 / 0, path) == rows[::-1], "nothing is computed twice"
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_a_sweep_in_two_processes_gives_the_same_rows(tmp_path):
-    rows = sweep(RUNS, squared, tmp_path / "rows.jsonl", processes=2)
-    assert [(row["x"], row["seed"], row["y"]) for row in rows] == [(s.x, s.seed, s.x**2) for s in RUNS]
-    assert os.getpid() not in {row["pid"] for row in rows}
-
-
-def test_a_line_that_is_no_row_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"run": "Square"}\n{"run": "Squ', encoding="utf-8")
-    with pytest.raises(FileError, match="line 2: not valid JSON"):
-        read_rows(path)
-    path.write_text('{"run": "Square"}\n[1]\n', encoding="utf-8")
-    with pytest.raises(FileError, match="line 2: not a row"):
-        read_rows(path)
-    assert read_rows(tmp_path / "none.jsonl") == []
-
-
-def test_only_whole_seeds_are_complete():
-    rows = [{**described(s)} for s in RUNS[:-1]]
-    assert complete(rows, RUNS) == (rows[:3], [0])
-    assert complete([*rows, described(RUNS[-1])], RUNS)[1] == [0, 1]
 
 
 # --------------------------------------------------------------------------------------------------------- verdicts

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from minipeft.experiments import shipped
+from minipeft.experiments.rows import Row
 from minipeft.experiments.seeds import SEEDS, over_seeds
 from minipeft.experiments.shipped import Rewriting
-from minipeft.experiments.sweep import Row
 
 from .practice import RATES
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from minipeft.autograd.tensor import no_grad
 from minipeft.experiments import shipped
+from minipeft.experiments.rows import Row, is_of
 from minipeft.experiments.seeds import SEEDS, below, over_seeds, spread
 from minipeft.experiments.shipped import Rewriting
-from minipeft.experiments.sweep import Row, is_of
 from minipeft.nn.heads import SequenceClassifier
 from minipeft.text.corpora import wordnet
 from minipeft.train import Batch, Trainer, TrainingArguments

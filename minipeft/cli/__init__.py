@@ -23,6 +23,7 @@ from .arguments import Parser, nearest, take_plugins, use_machine
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
     "finetune": "fine-tune a model on your own file",
+    "sweep": "fine-tune over a grid of learning rates, ranks and seeds, and find the best",
     "evaluate": "score a model: loss, its answers, multiple choice",
     "generate": "let a model continue text",
     "merge": "merge an adapter into its base, as a plain model",

@@ -157,11 +157,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_data(
-    args: argparse.Namespace, seed: int, tokenizer: Any, max_length: int, examples: int, held_out: int
-) -> Any:
+    args: argparse.Namespace, seed: int, tokenizer: Any, max_length: int, examples: int, held_out: int,
+    split: str = "test",
+) -> Any:  # fmt: skip
     """The examples: of the user's file, or this number of a shipped task, chosen by the seed.
 
-    The held-out ones do not depend on the seed: the test split's, evenly spaced. Of a shipped task all are short (as in
+    The held-out ones do not depend on the seed: those of `split`, evenly spaced. Of a shipped task all are short (as in
     the lessons), so that the comparison ends soon; of a file, those too long for the model are left out.
     """
     import numpy as np
@@ -173,7 +174,7 @@ def load_data(
         data = encode(read_records(args.data), 0.1, tokenizer, max_length, on_overflow="drop")
         return data._replace(held_out=data.held_out[:held_out])
     name = args.task or "rewrite"
-    records, test = short(name, "train"), short(name, "test")
+    records, test = short(name, "train"), short(name, split)
     chosen = np.random.default_rng(seed).permutation(len(records))[:examples]
     return encode([records[i] for i in chosen], spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
 

@@ -51,11 +51,12 @@ def add_method(parser: argparse.ArgumentParser, *more: str) -> None:
     add_method_options(parser)
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """The options of methods. One that is not given is not set in the result."""
+def add_method_options(parser: argparse.ArgumentParser, several: tuple[str, ...] = ()) -> None:
+    """The options of methods; `several` take several values. One that is not given is not set in the result."""
     group = parser.add_argument_group("the method (options that are not given are its usual ones)")
     for name, (_, text, arguments) in FIELDS.items():
         flags = [*["-r"] * (name == "rank"), flag(name)]
+        arguments = arguments | ({"nargs": "+"} if name in several else {})
         group.add_argument(*flags, dest=f"method_{name}", default=argparse.SUPPRESS, help=text, **arguments)
     group.add_argument(
         "--set", nargs="+", dest="method_set", default=argparse.SUPPRESS, metavar="FIELD=VALUE",

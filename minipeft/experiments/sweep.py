@@ -1,99 +1,141 @@
-"""A sweep: runs with their settings, whose rows go to a JSONL file one by one, so that a kill loses one run at most.
+"""A sweep: runs with their settings, whose rows go to a file one by one, so that a kill loses only what was running.
+
+    def run(r, lr, seed):
+        ...
+        return {"loss": loss}
+
+    rows = mp.sweep(run, mp.grid(r=[4, 8], lr=[1e-3, 3e-3], seed=range(5)), store="rows.jsonl")
+
+What is in the file already is not computed again. A run that fails is a row too, with its error; the next call tries it
+again. `rows` says what a row is, `tables` makes tables and plots of them.
+
+A module with RUNS, a list of settings, and `run` is a sweep for the command line; the working directory is searched for
+it:
 
     python -m minipeft.experiments.sweep lessons.experiments.practice lessons/results/14_best_practices.jsonl
-    python -m minipeft.experiments.sweep my_sweep rows.jsonl --processes 2
-
-A sweep is a module with RUNS, a list of settings (frozen dataclasses), and `run(settings) -> row`; the working
-directory is searched for it. What is in the file already is not computed again. MINIPEFT_THREADS gives the threads of
-each process.
+    python -m minipeft.experiments.sweep my_sweep rows.jsonl --executor 2
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
-import json
-import multiprocessing
+import itertools
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ..files import FileError, write_text
-
-Row = dict[str, Any]
-
-
-def described(settings: Any) -> Row:
-    """Settings as the part of a row that identifies it: the class and all its fields."""
-    return {"run": type(settings).__name__, **dataclasses.asdict(settings)}
+from ..options import reader
+from .executors import computed
+from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, read_rows
 
 
-def read_rows(path: str | os.PathLike) -> list[Row]:
-    """The rows of a JSONL file; none where there is no file. Raises FileError, naming the line, for what is no row."""
-    path, rows = Path(path), []
-    if not path.exists():
-        return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
-        if not isinstance(row, dict) or "run" not in row:
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
-        rows.append(row)
-    return rows
+def grid(**axes: Any) -> list[Row]:
+    """All combinations of the axes' values, as dictionaries; the last axis varies fastest.
+
+    An axis is a list, range or array of values, or one value, the same in all. The result is a list: add two grids, or
+    leave settings out by a comprehension.
+
+        grid(r=[4, 8], seed=range(2))  ->  [{"r": 4, "seed": 0}, {"r": 4, "seed": 1}, {"r": 8, "seed": 0}, ...]
+
+    Raises ValueError for an axis without values.
+    """
+    values = {}
+    for name, axis in axes.items():
+        alone = isinstance(axis, (str, bytes, Mapping)) or not isinstance(axis, Iterable)
+        values[name] = [axis] if alone else list(axis)
+        if not values[name]:
+            raise ValueError(f"the axis {name!r} of the grid has no values")
+    return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
 
 
-def is_of(row: Row, settings: Any) -> bool:
-    """Whether a row is the result of these settings."""
-    return all(key in row and row[key] == value for key, value in described(settings).items())
-
-
-def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[int]]:
-    """(rows, seeds) of those seeds of which every run is there, so that means are over the same seeds everywhere."""
-    seeds = sorted({s.seed for s in runs})
-    whole = [seed for seed in seeds if all(any(is_of(row, s) for row in rows) for s in runs if s.seed == seed)]
-    return [row for row in rows if row["seed"] in whole], whole
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def sweep(
-    runs: Sequence[Any],
-    run: Callable[[Any], Row],
-    path: str | os.PathLike | None = None,
-    processes: int = 1,
-    show: Callable[[str], None] = lambda line: None,
+    run: Callable[..., Row],
+    grid: Iterable[Any],
+    executor: Any = None,
+    store: str | os.PathLike | None = None,
+    version: str | None = None,
+    show: Callable[[str], None] = _to_standard_error,
 ) -> list[Row]:
-    """The rows of `runs`, in their order: those that stand in the file at `path`, and the others, computed and added.
+    """The rows of the runs of `grid`, in its order: those that stand in `store`, and the others, computed and added.
 
-    Each row is the settings and what `run` measured (which may not have a setting's name), and is in the file, which is
-    replaced in one step, as soon as it is known. With more than one process, `run` must be a function of a module.
-    Raises as `read_rows`.
+    Args:
+        run: gets the settings by name, `run(r=8, lr=1e-3, seed=0)`, or whole where they are a dataclass; returns what
+            it measured, by name: numbers, texts, None, lists and dictionaries of them, NumPy's too, and NaN. It may be
+            defined in a notebook. The globals that it names are sent with it: let it load a large model itself.
+        grid: settings, dictionaries (as of `grid`) or frozen dataclasses; settings that occur twice are one run.
+        executor: where the runs are computed:
+            None            in processes of this machine, as many as threads (`MINIPEFT_THREADS`, or every core)
+            an integer      in so many processes, among which the threads are divided; 1: in this one, one by one
+            an Executor     of `concurrent.futures`, or what has its `submit`. The threads are divided among the
+                            processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
+            "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
+                            thread, unless MINIPEFT_THREADS says otherwise where the workers are.
+        store: the JSONL file. A row is added as soon as it is known, in one step, and none is ever taken out.
+        version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
+        show: gets a line after each run.
+
+    A run that raises is a row with "error" and "traceback", and the sweep goes on; a warning at the end says how many
+    failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
+
+    Raises, before anything is computed, ValueError and TypeError for settings that are no row and for a `run` that
+    cannot be sent to another process, and FileError as `read_rows`; ExecutorLost where an executor takes no more runs.
     """
-    found = [] if path is None else read_rows(path)
-    missing = [s for s in dict.fromkeys(runs) if not any(is_of(row, s) for row in found)]
-    began = time.perf_counter()
-    for number, (settings, measured) in enumerate(_computed(missing, run, processes), start=1):
-        found.append({**described(settings), **measured})
-        if path is not None:
-            write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in found))
-        show(f"{number} of {len(missing)} runs, {time.perf_counter() - began:.0f} s: {settings}")
-    return [next(row for row in found if is_of(row, s)) for s in runs]
+    if isinstance(grid, Mapping):
+        raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
+    of_version = {} if version is None else {"version": version}
+    wanted = [(settings, described(settings, run) | of_version) for settings in grid]
+    there = [] if store is None else read_rows(store)
+    find = finder(row for row in there if row.get("version") == version)
+    rows = {key(row): find(row) for _, row in wanted}
+    missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
+
+    differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
+    tasks = {k: settings for k, (settings, _) in missing.items()}
+    failures, began = [], time.perf_counter()
+    with closing(computed(partial(measured, run), tasks, executor, len(rows))) as outcomes:
+        for number, (k, outcome) in enumerate(outcomes, start=1):
+            _, row = missing[k]
+            rows[k] = {**row, **outcome}
+            if store is not None:
+                add_row(store, rows[k])
+            line = f"{number} of {len(tasks)} runs, {time.perf_counter() - began:.0f} s"
+            line += ": " * bool(differing) + ", ".join(f"{name} {row[name]}" for name in row if name in differing)
+            if failed(rows[k]):
+                failures.append(outcome["error"])
+                line += f": {outcome['error']}"
+            show(line)
+    if failures:
+        warnings.warn(
+            f"{len(failures)} of {len(tasks)} runs failed, the first with {failures[0]}; the traceback is in the row, "
+            "and the same call tries them again",
+            stacklevel=2,
+        )
+    return [rows[key(row)] for _, row in wanted]
 
 
-def _computed(runs: Sequence[Any], run: Callable[[Any], Row], processes: int) -> Iterator[tuple[Any, Row]]:
-    if processes == 1 or len(runs) < 2:
-        yield from map(partial(_measured, run), runs)
-        return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:  # forking would copy locked thread pools
-        yield from pool.imap_unordered(partial(_measured, run), runs)
+def measured(run: Callable[..., Row], settings: Any) -> Row:
+    """What a run measures, in JSON's types. Raises TypeError for what is no row, ValueError for a setting's name."""
+    found = run(**settings) if isinstance(settings, Mapping) else run(settings)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"a run must return a dictionary of what it measured, not {found!r}")
+    if taken := [name for name in found if name in FIELDS or name in described(settings)]:
+        raise ValueError(f"what a run measured cannot be called {taken[0]!r}: a row has that field already")
+    return plain(found)
 
 
-def _measured(run: Callable[[Any], Row], settings: Any) -> tuple[Any, Row]:
-    return settings, run(settings)
+def executor_of(text: str) -> int | str:
+    """`sweep`'s executor from a command line: a number of processes, or an address."""
+    return text if "://" in text else reader(int, {"least": 1})(text)
 
 
 def main() -> None:
@@ -102,10 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m minipeft.experiments.sweep", description=about)
     parser.add_argument("module", help="the sweep, as in an import statement")
     parser.add_argument("path", help="the JSONL file that the rows are added to")
-    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--executor", type=executor_of, default=1, metavar="N|ADDRESS",
+        help="processes (default: this one), or a Dask scheduler",
+    )  # fmt: skip
     args = parser.parse_args()
     module = importlib.import_module(args.module)
-    sweep(module.RUNS, module.run, args.path, args.processes, lambda line: print(line, flush=True))
+    sweep(module.run, module.RUNS, args.executor, args.path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""The rows of a sweep: one object a line in a JSONL file, the settings of a run and what it measured.
+
+    {"run": "run", "settings": ["lr", "r", "seed"], "r": 4, "lr": 0.001, "seed": 0, "loss": 2.31}
+    {"run": "run", "settings": ["lr", "r", "seed"], "r": 4, "lr": 0.003, "seed": 0, "error": "...", "traceback": "..."}
+    {"run": "Rewriting", "method": "lora", ..., "seed": 0, "task_loss": 2.69}
+
+The second run failed. The third's settings are a dataclass, whose name and fields are enough to know it by. JSON has no
+number that is not finite: in the file it is the text "NaN", "Infinity" or "-Infinity", which is read as a float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..files import FileError, write_text
+
+Row = dict[str, Any]
+FIELDS = ("run", "settings", "version", "traceback")  # that no setting and no measurement can be called
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def described(settings: Any, run: Callable[..., Any] | None = None) -> Row:
+    """Settings as the part of a row that identifies it: of a dataclass, its name and all its fields; of a dictionary,
+    the name of the function `run`, the names of the settings, and the settings.
+
+    Raises ValueError for a setting with the name of another field, TypeError for a value that is not one of JSON.
+    """
+    if dataclasses.is_dataclass(settings):
+        return plain({"run": type(settings).__name__, **dataclasses.asdict(settings)})
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings must be a dictionary or a dataclass, not {settings!r}")
+    if taken := [name for name in settings if name in FIELDS]:
+        raise ValueError(f"a setting cannot be called {taken[0]!r}: a row has that field already")
+    function = run.func if isinstance(run, partial) else run
+    name = getattr(function, "__name__", type(function).__name__)
+    return plain({"run": name, "settings": sorted(settings), **settings})
+
+
+def plain(value: Any, name: str = "") -> Any:
+    """A value of JSON's types, as it is read back: NumPy's scalars and arrays become Python's, paths become texts.
+
+    Raises TypeError, with the name, for what is none.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str):
+        return NOT_FINITE.get(value, value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(v, f"{name}.{key}" if name else str(key)) for key, v in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(v, name) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a row holds numbers, texts, None, and lists and dictionaries of them; {name} is {value!r}")
+
+
+def _json(value: Any) -> Any:
+    """A plain value without numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _json(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def key(value: Any) -> Any:
+    """A plain value as a key of dictionaries; NaN is equal to NaN."""
+    if isinstance(value, dict):
+        return tuple(sorted((name, key(v)) for name, v in value.items()))
+    if isinstance(value, list):
+        return tuple(map(key, value))
+    return "NaN" if value != value else value
+
+
+def failed(row: Row) -> bool:
+    """Whether the run failed: its row has "error" and "traceback"."""
+    return "traceback" in row
+
+
+def finder(rows: Iterable[Row]) -> Callable[[Row], Row | None]:
+    """A function from what identifies a row (`described`) to the first such row of a run that did not fail, or None."""
+    rows = [row for row in rows if not failed(row)]
+    tables: dict[tuple[str, ...], dict[Any, Row]] = {}  # by the names that identify
+
+    def find(wanted: Row) -> Row | None:
+        names = tuple(wanted)
+        if names not in tables:
+            having = [row for row in reversed(rows) if all(name in row for name in names)]
+            tables[names] = {key({name: row[name] for name in names}): row for row in having}
+        return tables[names].get(key(wanted))
+
+    return find
+
+
+def is_of(row: Row, settings: Any) -> bool:
+    """Whether a row is the result of these settings, a dataclass."""
+    return finder([row])(described(settings)) is not None
+
+
+def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[int]]:
+    """(rows, seeds) of those seeds of which every run is there, so that means are over the same seeds everywhere."""
+    find = finder(rows)
+    missing = {s.seed for s in runs if find(described(s)) is None}
+    whole = sorted({s.seed for s in runs} - missing)
+    return [row for row in rows if row["seed"] in whole], whole
+
+
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """The rows of a file, without failures that a later run has made good or repeated; none where there is no file.
+
+    Rows of all versions are among them: `[row for row in read_rows(path) if row.get("version") == "2"]`.
+
+    Raises FileError, naming the line, for what is no row.
+    """
+    path, rows = Path(path), []
+    if not path.exists():
+        return rows
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FileError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+        if not isinstance(row, dict) or "run" not in row:
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
+        rows.append(plain(row))
+    find = finder(rows)
+    last = {key(_settings(row)): row for row in rows if failed(row) and find(_settings(row)) is None}
+    return [row for row in rows if not failed(row) or any(row is kept for kept in last.values())]
+
+
+def _settings(failure: Row) -> Row:
+    return {name: value for name, value in failure.items() if name not in ("error", "traceback")}
+
+
+def add_row(path: str | os.PathLike, row: Row) -> None:
+    """Write the file anew with one more line, in one step."""
+    path = Path(path)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    end = "\n" if before and not before.endswith("\n") else ""
+    write_text(path, f"{before}{end}{json.dumps(_json(row), allow_nan=False)}\n")

@@ -1,0 +1,134 @@
+"""Tables and plots of the rows of a sweep: means over the seeds, with their intervals.
+
+    rows = read_rows("rows.jsonl")                   # or what `sweep` returned
+    print(table(rows, "loss"))                       # one line for each r and lr
+    plot(rows, "loss", x="lr", by="r")               # a matplotlib figure: a line for each r, with a band
+
+    r  lr     loss            n
+    4  0.001  2.314 ± 0.024   5
+    4  0.003  2.206 ± 0.019   5
+
+An interval holds the mean over all seeds with 95 % probability (`seeds.interval`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .rows import Row, failed, key
+from .seeds import interval
+
+Names = str | Sequence[str]
+
+
+def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Row]:
+    """One row for each combination of the settings `by`: these settings; of each `value`, its mean and half width; `n`,
+    the number of runs, and `failed`, the number of those that failed, which are in no mean.
+
+        means(rows, "loss", by="r")  ->  [{"r": 4, "loss": 2.314, "loss ±": 0.024, "n": 5, "failed": 0}, ...]
+
+    By default `by` is all settings but the seed that have several values. None (training diverged) counts as NaN.
+    Raises ValueError for a name that the rows do not have, and where a seed occurs twice in a mean: the runs then
+    differ in another setting, too.
+    """
+    values, by = _names(value), _varying(rows) if by is None else _names(by)
+    done = [row for row in rows if not failed(row)]
+    for some, names in ((rows, by), (done, values)):
+        for name in names:
+            if lacking := [row for row in some if name not in row]:
+                first = ", ".join(lacking[0])
+                raise ValueError(f"{len(lacking)} of {len(some)} rows have no {name!r}; the first has {first}")
+    groups: dict[Any, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: [_order(row[name]) for name in by]):
+        groups.setdefault(key([row[name] for name in by]), []).append(row)
+    found = []
+    for group in groups.values():
+        mean: Row = {name: group[0][name] for name in by}
+        runs = [row for row in group if not failed(row)]
+        seeds = [row["seed"] for row in runs if "seed" in row]
+        if len(seeds) > len(set(seeds)):
+            others = [name for name in _varying(group) if name not in by] or ["the version"]
+            raise ValueError(
+                f"the mean at {mean} has a seed twice: the runs differ in {', '.join(others)}; give by= all settings "
+                "that differ, or only some of the rows"
+            )
+        for name in values:
+            mean[name], mean[f"{name} ±"] = interval([math.nan if row[name] is None else row[name] for row in runs])
+        found.append(mean | {"n": len(group), "failed": len(group) - len(runs)})
+    return found
+
+
+def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
+    """`means` as text: one line for each combination of settings; a column for failures where there are any."""
+    found = means(rows, value, by)
+    names = [name for name in found[0] if f"{name} ±" in found[0]] if found else []
+    lines = []
+    for row in found:
+        cells = {name: _cell(v) for name, v in row.items() if not name.endswith(" ±")}
+        cells |= {name: with_interval(row[name], row[f"{name} ±"]) for name in names}
+        if not any(other["failed"] for other in found):
+            del cells["failed"]
+        lines.append(cells)
+    if not lines:
+        return ""
+    columns = [[name, *(line[name] for line in lines)] for name in lines[0]]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in zip(*columns))
+
+
+def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
+    """A matplotlib figure: the mean of `value` over the setting `x`, with its interval as a band; a line for each `by`.
+
+    The axis is logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
+    """
+    from ..train.metrics import panels
+
+    found = means(rows, value, [x, *([by] if by else [])])
+    figure, (axes,) = panels(1, 6, 3.6)
+    for one in sorted({row[by] for row in found}, key=_order) if by else [None]:
+        line = [row for row in found if by is None or row[by] == one]
+        xs, mean = [row[x] for row in line], [row[value] for row in line]
+        half = [row[f"{value} ±"] for row in line]
+        (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(one)}")
+        low, high = ([m + sign * (0 if math.isnan(h) else h) for m, h in zip(mean, half)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    places = [row[x] for row in found]
+    if all(type(p) in (int, float) and p > 0 for p in places) and max(places) >= 10 * min(places):
+        axes.set_xscale("log")
+    axes.set(xlabel=x, ylabel=value)
+    if by:
+        axes.legend(frameon=False)
+    return figure
+
+
+def with_interval(mean: float, half_width: float) -> str:
+    """`2.314 ± 0.024`: the half width with two digits, the mean with as many decimals; four digits for one run."""
+    if math.isnan(half_width):
+        return f"{mean:.4g}"
+    if not half_width:
+        return f"{mean:.4g} ± 0"
+    decimals = max(0, 1 - math.floor(math.log10(half_width)))
+    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+
+
+def _names(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    """The settings but the seed that have several values in the rows, in the rows' order."""
+    names = dict.fromkeys(name for row in rows for name in row if name in row.get("settings", ()) and name != "seed")
+    if rows and not all("settings" in row for row in rows):
+        raise ValueError("the settings of these rows were a dataclass: name those that the table is to tell apart, by=")
+    return [name for name in names if len({key(row.get(name)) for row in rows}) > 1]
+
+
+def _order(value: Any) -> Any:
+    """Numbers by size, before texts by the alphabet."""
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
