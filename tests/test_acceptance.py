@@ -253,6 +253,7 @@ def test_another_process_gives_the_same_bytes_and_nothing_is_written_elsewhere(t
 
 
 def test_the_package_neither_runs_what_it_reads_nor_asks_the_network():
+    sent = {"pickle", "cloudpickle"}  # to the processes and clusters that a user names; never a file
     banned = {"pickle", "shelve", "marshal", "dill", "joblib", "cloudpickle", "runpy", "code"}
     banned |= {"socket", "urllib", "http", "ftplib", "requests", "httpx", "aiohttp", "huggingface_hub"}
     found = []
@@ -267,7 +268,8 @@ def test_the_package_neither_runs_what_it_reads_nor_asks_the_network():
                 names = [f"{node.func.id}()"]
             elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("np.load", "np.save", "np.savez", "np.fromfile"):
                 names = [ast.unparse(node) + "()"]
-            found += [f"{path.name}:{node.lineno} {n}" for n in names if n in banned or n.endswith("()")]
+            allowed = sent if path.name == "executors.py" else set()
+            found += [f"{path.name}:{node.lineno} {n}" for n in names if n in banned - allowed or n.endswith("()")]
     assert not found, found
 
 

@@ -10,6 +10,7 @@ import pytest
 from test_train import counting, tiny_model, weights
 
 import minipeft as mp
+from minipeft.executors import LocalProcesses
 from minipeft.train import Callback, Trainer, TrainingArguments
 
 OPTIONS = {"max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
@@ -58,34 +59,42 @@ def test_threads_each_have_a_model_of_their_own(rng):
 class Kill(Callback):
     """Kills a worker after step 1."""
 
-    def __init__(self, executors):
-        self.executors = executors
+    def __init__(self, executor):
+        self.executor = executor
 
     def after_step(self, model, step, record):
         if step == 1:
-            os.kill(next(iter(self.executors[-1]._processes)), signal.SIGKILL)
+            first = next(iter(self.executor._processes))
+            os.kill(getattr(first, "pid", first), signal.SIGKILL)
 
 
-def test_a_step_whose_worker_is_lost_is_done_again_on_a_new_executor(rng):
-    examples, made = counting(24, rng), []
-
-    def make():
-        made.append(processes())
-        return made[-1]
-
-    try:
-        together, result = trained(adapted(), examples, make, [Kill(made)])
-        assert len(made) == 2 and result.steps == 3
-        for key, array in trained(adapted(), examples)[0].items():
-            np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
-        with pytest.raises(RuntimeError, match=r"a worker was lost .* give a function that makes an executor"):
-            trained(adapted(), examples, made[1], [Kill(made)])
-    finally:
-        for executor in made:
-            executor.shutdown()
+def test_a_batch_whose_worker_is_lost_is_computed_again(rng):
+    examples = counting(24, rng)
+    with LocalProcesses(2) as executor:
+        together, result = trained(adapted(), examples, executor, [Kill(executor)])
+    assert result.steps == 3
+    for key, array in trained(adapted(), examples)[0].items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    with processes() as executor, pytest.raises(RuntimeError, match=r"a worker was lost, .* executor=2 is two processes"):
+        trained(adapted(), examples, executor, [Kill(executor)])
 
 
-def test_what_cannot_reach_a_worker_is_named(rng):
-    trainer = Trainer(tiny_model(), counting(8, rng), loss=lambda model, rng=None, **batch: model.loss(**batch))
+def test_what_workers_cannot_do_is_named(rng):
+    examples = counting(24, rng)
+    for executor, message in ((4, "a step has 3 batches for 4 workers: set gradient_accumulation_steps"), (0, "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            trained(tiny_model(), examples, executor)
+    trainer = Trainer(tiny_model(), examples, args=TrainingArguments(**OPTIONS), loss=lambda model, **batch: model.loss(**batch))
     with processes() as executor, pytest.raises(ValueError, match="the loss must be a function of a module to reach"):
         trainer.train(executor=executor)
+    assert trainer.train(executor=2).steps == 3, "cloudpickle sends a lambda"
+
+
+def test_a_dask_cluster_computes_the_batches(rng):
+    distributed = pytest.importorskip("distributed")
+    examples = counting(24, rng)
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
+        together, _ = trained(adapted(), examples, client)
+    for key, array in trained(adapted(), examples)[0].items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)

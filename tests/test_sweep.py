@@ -21,8 +21,8 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import minipeft as mp
+from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
-from minipeft.experiments.executors import ExecutorLost
 from minipeft.experiments.rows import complete, described
 from minipeft.experiments.seeds import student_t
 from minipeft.files import FileError

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from typing import Any, NamedTuple
 
@@ -24,10 +24,9 @@ import numpy as np
 
 from ..backend import Array, Rng, is_array, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from ..threads import get_num_threads, set_num_threads
 from .batches import Batch
 from .evaluation import Loss, Statistics, on_device, with_statistics
-
-ATTEMPTS = 3  # that a step makes while executors break
 
 _here = threading.local()  # .held: (key, model, loss) that this thread of a worker holds
 
@@ -53,44 +52,41 @@ def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
 
 
 class Workers:
-    """Computes the losses and gradients of a step's parts on an executor.
+    """Computes the losses and gradients of a step's parts on an executor that is open (see `minipeft.executors`).
 
-    Args:
-        executor: any with `submit`, such as concurrent.futures.ProcessPoolExecutor or Dask's `client.get_executor()`;
-            or a function without arguments that makes one, which is called again where one breaks.
-        model, loss: as the Trainer has them. Each worker has a copy.
-
-    `moved` counts the bytes of arrays that went to workers and came back. Raises ValueError for a model on a device.
+    model, loss: as the Trainer has them; each worker has a copy. `moved` counts the bytes of arrays that went to workers
+    and came back. Raises ValueError for a model on a device, and for more workers than a step has `batches`.
     """
 
-    def __init__(self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter]):
+    def __init__(self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter], batches: int):
         if xp_of(*[p.data for p in model.parameters()]) is not np:
             raise ValueError("training on workers is for a model on the CPU; this one is on a device")
-        self.model, self.loss, self.trainable = model, loss, list(trainable.values())
+        self.executor, self.model, self.loss, self.trainable = executor, model, loss, list(trainable.values())
+        workers = getattr(executor, "_max_workers", 0)  # of pools on this machine, which share its threads
+        if workers > batches:
+            raise ValueError(
+                f"a step has {batches} batches for {workers} workers: set gradient_accumulation_steps to {workers} or more"
+            )
+        self.threads = max(1, get_num_threads() // workers) if workers else None
         self.key = (os.getpid(), id(self), time.time_ns())  # of this run, among all that a worker has seen
-        self.make: Callable[[], Any] | None = None if hasattr(executor, "submit") else executor
-        self.executor = self.make() if self.make else executor
         self.moved = 0
 
     def losses(self, parts: Sequence[Part]) -> list[Result]:
-        """L_b and statistics of each part; adds the gradients to the trainable parameters, part by part.
+        """`add_gradients`' result for each part; adds the gradients to the trainable parameters, part by part.
 
-        Where the executor has lost its workers, the whole step is computed again on a new one; RuntimeError where there
-        is none to be made, or the third breaks, too. Raises ValueError for a loss that cannot reach another process.
+        A batch whose worker is lost is computed again elsewhere, by LocalProcesses and by Dask. RuntimeError where the
+        executor cannot do that, as a ProcessPoolExecutor; ValueError for a loss that cannot reach another process.
         """
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                found = self._computed(parts)
-                break
-            except BrokenExecutor as error:
-                if self.make is None or attempt == ATTEMPTS:
-                    hint = "" if self.make else "; give a function that makes an executor, to go on with a new one"
-                    raise RuntimeError(f"a worker was lost and its executor is broken{hint}") from error
-                self.executor = self.make()
-            except Exception as error:
-                if "pickle" not in str(error):
-                    raise
-                raise ValueError(f"the loss must be a function of a module to reach other processes: {error}") from error
+        try:
+            found = self._computed(parts)
+        except BrokenExecutor as error:
+            raise RuntimeError(
+                "a worker was lost, and its executor computes no more; executor=2 is two processes that are replaced"
+            ) from error
+        except Exception as error:
+            if "pickle" not in str(error):
+                raise
+            raise ValueError(f"the loss must be a function of a module to reach other processes: {error}") from error
         for _, gradients in found:
             for p, gradient in zip(self.trainable, gradients):
                 if gradient is not None:
@@ -111,13 +107,15 @@ class Workers:
         inputs = [v for v in part.batch.arguments.values() if is_array(v)]
         weights = [p.data for p in sent[0].parameters()] if sent else []
         self.moved += sum(a.nbytes for a in (*arrays, *inputs, *weights))
-        return self.executor.submit(_on_worker, self.key, part, arrays, sent)
+        return self.executor.submit(_on_worker, self.key, self.threads, part, arrays, sent)
 
 
 def _on_worker(
-    key: tuple, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None
+    key: tuple, threads: int | None, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None
 ) -> tuple[Result, list[Array | None]] | None:
     """(`add_gradients`' result, gradients in the order of the trainable parameters); None where the model is not here."""
+    if sent is not None and threads and key[0] != os.getpid():
+        set_num_threads(threads)
     if sent is not None:
         _here.held = (key, sent[0].copy(share=True), sent[1])  # a thread's own; its trained arrays are replaced below
     held, model, loss = getattr(_here, "held", (None, None, None))

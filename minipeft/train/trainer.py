@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, Rng, is_array
+from ..executors import opened
 from ..nn.module import Module, Parameter
 from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
@@ -233,19 +235,20 @@ class Trainer:
     ) -> TrainingResult:  # fmt: skip
         """Train to the end; `resume_from_checkpoint=True` (or its path) goes on from the last checkpoint in output_dir.
 
-        The `callbacks` (see `Callback`) come after the model's own. With an `executor` its workers compute the batches of
-        each step, of which there are gradient_accumulation_steps (see `minipeft.train.parallel`); a record then has
-        "bytes_moved". Raises ValueError for a fresh run into an
-        output_dir that holds checkpoints, and to resume from any but its last; CheckpointError for one that is missing,
-        damaged, or of another base, data set, arguments or callbacks.
+        The `callbacks` (see `Callback`) come after the model's own. With an `executor`, such as a number of processes (see
+        `minipeft.executors.opened`), workers compute the batches of each step, of which there are
+        gradient_accumulation_steps; a record then has "bytes_moved" (see `minipeft.train.parallel`). Raises ValueError
+        for a fresh run into an output_dir that holds checkpoints, and to resume from any but its last; CheckpointError
+        for one that is missing, damaged, or of another base, data set, arguments or callbacks.
         """
-        began, a, self._best, self._done = time.perf_counter(), self.args, _Best(), 0
+        began, a, self._best, self._done, self._workers = time.perf_counter(), self.args, _Best(), 0, None
         early = [EarlyStopping(a.early_stopping_patience)] if a.early_stopping_patience else []
         self._callbacks = Callbacks(self.model, more=[*callbacks, *early])
-        self._workers = None if executor is None else Workers(executor, self.model, self.loss, self.trainable)
         show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
         run = Run(self, a, self.total_steps, self._callbacks, show)
-        with run.start(resume_from_checkpoint):
+        with nullcontext() if executor is None else opened(executor) as pool, run.start(resume_from_checkpoint):
+            if pool is not None:
+                self._workers = Workers(pool, self.model, self.loss, self.trainable, a.gradient_accumulation_steps)
             try:
                 for step in run:
                     run.record(self._step(step))
