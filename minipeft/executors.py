@@ -72,6 +72,7 @@ class LocalProcesses:
         self._lock, self._processes, self._closed = threading.Lock(), set(), False
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """The future of function(*arguments), computed in one of the processes."""
         return self._threads.submit(self._compute, function, arguments)
 
     def __enter__(self) -> LocalProcesses:

@@ -298,7 +298,7 @@ def max(x, axis=None, keepdims=False):
 
 
 def argmax(x: Tensor | Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    """Where the maximum lies along `axis` (by default, in x flattened); the first of equal ones. A plain integer array.
+    """Where the maximum lies along `axis` (by default, in x flattened): [..., n] -> integers [...]; the first of equals.
 
     It is constant almost everywhere, so like a comparison it is no op: there is nothing to differentiate.
     """

@@ -219,7 +219,10 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
 
 
 def nodes_below(root: Node) -> list[Node]:
-    """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack."""
+    """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack.
+
+    Raises AutogradError where a backward pass has freed the graph.
+    """
     order: list[Node] = []
     seen: set[int] = {id(root)}
     stack: list[tuple[Node, int]] = [(root, 0)]

@@ -61,7 +61,7 @@ def ask(
 def asked_turns(
     prompts: Sequence[str | Record], template: Template | None = None, tokenizer: Tokenizer | None = None
 ) -> list[Turn]:
-    """`asked_turn` of each; an error says which of the prompts is wrong."""
+    """`asked_turn` of each; TypeError and ValueError say which of the prompts is wrong."""
     turns = []
     for number, prompt in enumerate(prompts, start=1):
         try:

@@ -82,7 +82,7 @@ def evaluate(
         limit: how many records are used at most, the first ones.
         generation: the options of `GenerationConfig`.
 
-    Raises ValueError for records of several forms, for preference pairs, for a record that is too long, for options
+    Raises TypeError for what is no record, ValueError for records of several forms, for preference pairs, for a record that is too long, for options
     that do nothing with these records, and for a metric that fails; as `ask` does; FloatingPointError where the model
     computes no number.
     """

@@ -116,7 +116,10 @@ class PeftModel(Module):
             return logits if attentions is None else (logits, attentions)
 
     def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
-        """Logits [B, V] at the last position, as `forward` gives them: to generate, without those at all others."""
+        """Logits [B, V] at the last position, as `forward` gives them: to generate, without those at all others.
+
+        Raises PeftError as `forward`.
+        """
         with self._call(adapter_names, input_ids):
             prompt, given = self._prompt(), self._bind(input_ids, **arguments)
             given = given if prompt is None else prompt.arguments(self.base_model, **given)
@@ -416,7 +419,8 @@ class PeftModel(Module):
     def save_pretrained(self, directory: str | os.PathLike, selected_adapters: list[str] | None = None) -> None:
         """Write every adapter, or those selected, as PEFT does; see `minipeft.peft.huggingface.save_adapter`.
 
-        The adapter "default" is written into the directory itself, others into sub-directories of their names.
+        The adapter "default" is written into the directory itself, others into sub-directories of their names. Raises
+        PeftError for a name that is unknown.
         """
         from .huggingface import save_adapter
 

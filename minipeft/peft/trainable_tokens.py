@@ -118,7 +118,7 @@ def tied_heads(embeddings: dict[str, Module], modules: dict[str, Module]) -> dic
 def token_rows(
     tokens: Tokens, key: str, layers: dict[str, Module], seeds: dict[str, Seed], init_weights: bool = True
 ) -> dict[str, TokenRows]:
-    """{path: adapter} on embeddings and heads, of which tied ones share their rows."""
+    """{path: adapter} on embeddings and heads, of which tied ones share their rows; PeftError where those differ."""
     made: dict[str, TokenRows] = {}
     owners: dict[int, str] = {}  # id of a weight -> path of the embedding that has it
     for path, layer in sorted(layers.items(), key=lambda item: kind_of(item[1]) != "embedding"):

@@ -72,5 +72,5 @@ def expected_best(scores: np.ndarray) -> np.ndarray:
 
 
 def best_of_n_kl(n: np.ndarray | int) -> np.ndarray:
-    """log n - (n - 1) / n: the KL of the best of n from the policy, at most."""
+    """log n - (n - 1) / n: the KL of the best of n from the policy, at most, in nats; in the shape of n."""
     return np.log(n) - (n - 1) / np.asarray(n)

@@ -66,7 +66,7 @@ def kto_loss(
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p <= 0: as log σ(log p) - log tanh(-log p / 2), which is exact near p = 0 and p = 1.
+    """log(p / (1 - p)) of log p <= 0, in its shape: as log σ(log p) - log tanh(-log p / 2), which is exact near p = 0 and p = 1.
 
     For 1 - p = (1 + p) tanh(-log p / 2). At p above 1 - 1e-6 the value is that of 1 - 1e-6, and the gradient 0.
     """

@@ -33,7 +33,7 @@ def on_device(batch: Batch, xp: ModuleType) -> dict[str, Any]:
 
 
 def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
-    """What a loss gave as (loss, statistics)."""
+    """What a loss gave as (loss, a scalar; statistics)."""
     return result if isinstance(result, tuple) else (result, {})
 
 
@@ -68,7 +68,7 @@ def measure(
     model: Module, examples: Sequence[Any], batch_size: int = 8, pad_token_id: int = 0, *,
     collate: Collate | None = None, loss: Loss | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """`evaluate` as {"loss": ...}, with the means of the statistics that the loss gives beside itself."""
+    """`evaluate` as {"loss": ...}, with the means of what the loss gives beside itself. Raises ValueError as it does."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not len(examples):
