@@ -157,7 +157,7 @@ LIMITS = {
     "an integer of at least 0": """
         GenerationConfig: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
         AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
-        OFTConfig: r oft_block_size; LoraConfig: trainable_token_indices; TrainableTokensConfig: token_indices;
+        OFTConfig: r oft_block_size; WithTokenRows: trainable_token_indices; TrainableTokensConfig: token_indices;
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """

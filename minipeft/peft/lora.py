@@ -13,7 +13,7 @@ arXiv:2312.03732). `variants` lists the extensions: DoRA, PiSSA, OLoRA, fused pr
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,14 +22,12 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, Seed, Shape
+from .config import Seed, Shape
 from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
-from .trainable_tokens import DELTA, resolve_tokens, tied_heads, token_rows, token_shape, tokens_of
-from .variants import check_patterns_of, check_variant, constant_shapes, variant_class
+from .trainable_tokens import WithTokenRows
+from .variants import check_patterns_of, check_variant, constant_shapes, usual_learning_rate, variant_class
 from .weights import fill, kaiming_uniform, with_update
-
-ROWS = f"token_adapter.{DELTA}"  # what PEFT calls the rows of trainable_token_indices
 
 
 class LoraLinear(Adapter):
@@ -84,7 +82,7 @@ class LoraLinear(Adapter):
 
 
 @configuration
-class LoraConfig(PeftConfig):
+class LoraConfig(WithTokenRows):
     """LoRA's options, with PEFT's names and defaults."""
 
     r: int = option(8, "rank", least=1)
@@ -100,24 +98,17 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
     enable_lora: list[bool] | None = option(None, "which projections of a fused layer are adapted")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
-        None, "tokens whose rows of the embedding are trained, too; or {end of a path: tokens}", least=0
-    )
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
     usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    usual_learning_rate = property(usual_learning_rate)
     stores_constants: ClassVar[bool] = False  # recomputed from W on loading, not written
 
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
         check_variant(self)
-
-    @property
-    def usual_learning_rate(self) -> float:
-        """PiSSA's is lower: both of its factors start away from zero, so a step moves their product more."""
-        return 1e-3 if self.init_lora_weights == "pissa" else 3e-3
 
     def rank(self, name: str) -> int:
         """r of the module at a path."""
@@ -127,10 +118,6 @@ class LoraConfig(PeftConfig):
         """s of the module at a path."""
         r, alpha = self.rank(name), pattern_value(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
-        tokens = tokens_of(self.trainable_token_indices, name) if kind in ("embedding", "linear") else None
-        return {ROWS: token_shape(tokens, shape)} if tokens else super().parameter_shapes(name, kind, shape)
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         check_rank(name, self.rank(name), n_out, n_in)
@@ -145,12 +132,4 @@ class LoraConfig(PeftConfig):
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = super().resolve(modules)
         check_patterns_of(self, found)
-        return found | resolve_tokens(self.trainable_token_indices, modules, found)
-
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
-        trained = {path: m for path, m in layers.items() if tokens_of(self.trainable_token_indices, path)}
-        trained |= tied_heads(trained, layers)
-        rows = token_rows(self.trainable_token_indices, ROWS, trained, seeds)
-        for path in tied_heads(trained, trained):
-            rows[path].keys = []  # PEFT writes them once
-        return super().adapters({path: m for path, m in layers.items() if path not in trained}, seeds) | rows
+        return found

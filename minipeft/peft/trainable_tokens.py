@@ -26,6 +26,7 @@ from .targets import PeftError, kind_of, matches, shape_of
 from .weights import dense_weight, fill, with_weight
 
 DELTA = "trainable_tokens_delta"
+ROWS = f"token_adapter.{DELTA}"  # what PEFT calls the rows of trainable_token_indices
 EMBEDDINGS = {"gpt2": ["wte"], "llama": ["embed_tokens"]}  # model_type -> the embedding of its tokens
 Tokens = list[int] | dict[str, list[int]] | None  # tokens of the embedding, or {end of a path: tokens}
 
@@ -159,3 +160,28 @@ class TrainableTokensConfig(PeftConfig):
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
         tokens = dict.fromkeys(layers, self.token_indices)
         return token_rows(tokens, DELTA, layers, seeds, self.init_weights)
+
+
+@configuration(kw_only=True)
+class WithTokenRows(PeftConfig):
+    """The configuration of a method beside which the rows of some tokens are trained."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None, "tokens whose rows of the embedding are trained, too; or {end of a path: tokens}", least=0
+    )
+
+    def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
+        tokens = tokens_of(self.trainable_token_indices, name) if kind in ("embedding", "linear") else None
+        return {ROWS: token_shape(tokens, shape)} if tokens else super().parameter_shapes(name, kind, shape)
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        found = super().resolve(modules)
+        return found | resolve_tokens(self.trainable_token_indices, modules, found)
+
+    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
+        trained = {path: m for path, m in layers.items() if tokens_of(self.trainable_token_indices, path)}
+        trained |= tied_heads(trained, layers)
+        rows = token_rows(self.trainable_token_indices, ROWS, trained, seeds)
+        for path in tied_heads(trained, trained):
+            rows[path].keys = []  # PEFT writes them once
+        return super().adapters({path: m for path, m in layers.items() if path not in trained}, seeds) | rows

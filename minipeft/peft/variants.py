@@ -61,6 +61,11 @@ def variant_class(config: Any, name: str, kind: str) -> Any:
     return getattr(importlib.import_module(f".{file}", __package__), found)
 
 
+def usual_learning_rate(config: Any) -> float:
+    """PiSSA's is lower: both of its factors start away from zero, so a step moves their product more."""
+    return 1e-3 if config.init_lora_weights == "pissa" else 3e-3
+
+
 def constant_shapes(config: Any, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
     """The start that PiSSA and OLoRA keep beside W, {path.start_A: shape}, of {path: (kind, shape of W)}."""
     return {
