@@ -136,6 +136,8 @@ def test_compare_changes_an_option_in_the_methods_that_have_it(model, tmp_path, 
     ("sft", "--method prompt --target q_proj", "--method prompt has no option --target"),
     ("sft", "--method lora --dropout 1", "--dropout: must be a number of at least 0 and below 1"),
     ("reward", "--adapter-config nowhere -r 4", "--adapter-config says everything about the method"),
+    ("sft", "--method lora -r 1 --set r=3", "r is given twice, as 1 and as 3"),
+    ("sft", "--method lora --set r=2 --set r=3", "r is given twice, as 2 and as 3"),
 ])  # fmt: skip
 def test_an_option_without_effect_is_refused_by_name(command, argv, message, data, tmp_path, capsys):
     argv = argv.format(data=data).split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from cli_helpers import jsonl, output, refused, run, tiny
 
@@ -92,9 +93,17 @@ def test_the_verdict_names_the_best_what_is_like_it_and_the_edges_of_the_grid():
     assert best == "best: lr 0.003, r 8: validation loss 2.203 ± 0.038 (95 % over 3 seeds)"
     assert alike == "not clearly worse, seed by seed: lr 0.003, r 4"
     assert edge == "the best r is the largest of the grid: the optimum may lie beyond it; try 16, too"
-    best, edge = verdict(rows_of({(1e-3, 4): [2.0], (1e-2, 4): [3.0]}), ["lr"])
+    best, alike, edge = verdict(rows_of({(1e-3, 4): [2.0], (1e-2, 4): [3.0]}), ["lr"])
     assert best == "best: lr 0.001: validation loss 2"
+    assert alike == "not clearly worse, seed by seed: lr 0.01", "one seed tells nothing"
     assert edge == "the best lr is the least of the grid: the optimum may lie beyond it; try 0.0001, too"
+
+
+def test_more_seeds_make_a_verdict_sharper_and_no_rank_lies_below_one():
+    rng = np.random.default_rng(0)
+    losses = {(1e-3, 1): list(2 + 0.3 * rng.standard_normal(20)), (1e-3, 2): list(2.5 + 0.3 * rng.standard_normal(20))}
+    (best,) = verdict(rows_of(losses), ["r"])
+    assert best.startswith("best: r 1: ")
 
 
 def test_a_sweep_without_a_loss_says_why():

@@ -745,6 +745,7 @@ def test_gradcheck_finds_a_slip_in_the_backward_of_a_layer_and_its_parameters(sl
         (lambda x: gradcheck(np.tanh, x), TypeError, r"of plain arrays .* gradcheck\(fn, x, backward=...\)"),
         (lambda x: gradcheck(lambda x: np.where(x > 0, x, 0), x), TypeError, "not ndarray; of a function of plain"),
         (lambda x: gradcheck(F.exp, x, backward=lambda g, x: g), TypeError, "must return a plain array, not a Tensor"),
+        (lambda x: gradcheck(lambda x: (x, x), x, backward=lambda g, x: g), TypeError, "a plain array, not a tuple"),
         (lambda x: gradcheck(np.add, x, x, backward=lambda g, a, b: g), GradcheckError, "no gradient for input 1"),
         (lambda x: gradcheck(np.exp, x, backward=lambda g, x: (g, g)), GradcheckError, "2 gradients for 1 inputs"),
         (lambda x: gradcheck(np.exp, x, backward=lambda g, x: np.multiply(g, x, out=g)), GradcheckError, "writes into"),

@@ -195,8 +195,8 @@ def _by_hand(forward: Callable[..., Any], backward: Callable[..., Any], name: st
     def fn(*args: Any) -> Tensor:
         arrays = [a.data if isinstance(a, Tensor) else a for a in args]
         y = forward(*arrays)
-        if isinstance(y, Tensor):
-            raise TypeError(f"gradcheck: with backward=, {name} must return a plain array, not a Tensor")
+        if not (is_array(y) or isinstance(y, (int, float, np.generic))):
+            raise TypeError(f"gradcheck: with backward=, {name} must return a plain array, not a {type(y).__name__}")
         result = Tensor(y if is_array(y) else np.asarray(y))
         inputs = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad}
 

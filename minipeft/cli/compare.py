@@ -46,7 +46,7 @@ VARYING = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("rewrite", "define", "use"), help="the shipped task (default: rewrite)")
-    parser.add_argument("--data", metavar="FILE", help="your own .jsonl or .txt file; a tenth of it is held out")
+    parser.add_argument("--data", metavar="FILE", help="your own .jsonl or .txt file; a tenth of it, 96 at most, is held out")
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face model directory (default: the shipped base)")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="NAME",
@@ -172,7 +172,7 @@ def load_data(
 
     if args.data:
         data = encode(read_records(args.data), 0.1, tokenizer, max_length, on_overflow="drop")
-        return data._replace(held_out=data.held_out[:held_out])
+        return data._replace(held_out=spaced(data.held_out, held_out))
     name = args.task or "rewrite"
     records, test = short(name, "train"), short(name, split)
     chosen = np.random.default_rng(seed).permutation(len(records))[:examples]

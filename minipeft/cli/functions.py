@@ -22,7 +22,7 @@ def load_function(text: str, flag: str) -> Callable[..., Any]:
         importlib.invalidate_caches()
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever a foreign module can raise
+    except (Exception, SystemExit) as error:  # whatever a foreign module can raise
         raise ValueError(f"{flag} {text}: cannot import {module} ({type(error).__name__}: {error})") from error
     if not callable(function := getattr(found, name, None)):
         raise ValueError(f"{flag} {text}: {module} has no function {name!r}{nearest(name, vars(found))}")

@@ -59,7 +59,7 @@ def add_method_options(parser: argparse.ArgumentParser, several: tuple[str, ...]
         arguments = arguments | ({"nargs": "+"} if name in several else {})
         group.add_argument(*flags, dest=f"method_{name}", default=argparse.SUPPRESS, help=text, **arguments)
     group.add_argument(
-        "--set", nargs="+", dest="method_set", default=argparse.SUPPRESS, metavar="FIELD=VALUE",
+        "--set", nargs="+", action="extend", dest="method_set", default=argparse.SUPPRESS, metavar="FIELD=VALUE",
         help="any other option, by PEFT's name, its value as JSON: use_rslora=true; target_modules=null: PEFT's usual",
     )  # fmt: skip
     group.add_argument(
@@ -126,6 +126,8 @@ def methods_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Meth
             if not having:
                 raise _unknown(option, names_[0], fields)
             for name, found in having.items():
+                if found in changes[name]:
+                    raise ValueError(f"{found} is given twice, as {changes[name][found]!r} and as {value_!r}: give it once")
                 changes[name][found] = value_
     for name in methods:
         if "oft_block_size" in fields[name] and changes[name].get("r"):  # OFT's r, in place of the size of its blocks

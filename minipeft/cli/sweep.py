@@ -1,8 +1,9 @@
 """Fine-tune with every combination of learning rates, ranks and seeds, and find the best on validation examples.
 
-Every run starts from the same base. The table has the mean loss of each combination over the seeds, with the interval
-that holds it with 95 % probability, in nats per token. Validation examples are a tenth of your file, or the validation
-split of a shipped task. The least of many means is a little too low: what was chosen is to be tested on other examples.
+Every run starts from the same base. The table has the mean loss of each combination over the seeds, with its 95 %
+confidence interval (Student's t), in nats per token. Validation examples are a tenth of your file, 96 at most, or the
+validation split of a shipped task. The best mean is biased low, because it was chosen: report the loss on a test file that
+you set aside before (`minipeft evaluate --data test.jsonl`), as finetune and compare hold out the same tenth of a file.
 
 The rows of the runs go to rows.jsonl in --output as they end. The same command goes on after an interruption; with more
 values or seeds it computes what is new. Where the file or the model changes, all is new; no row is ever deleted. A
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     base, _ = loaded(args.model, args.backend)
     for r in ranks:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
-            raise ValueError(f"--method {name}: {why}")
+            raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
     usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
     settings = grid(
         task=None if args.data else args.task or "rewrite", data=args.data, model=args.model, method=name,
@@ -125,7 +126,7 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
     import numpy as np
 
     from ..experiments.rows import failed
-    from ..experiments.seeds import below
+    from ..experiments.seeds import interval
     from ..experiments.tables import means, with_interval
 
     found = [mean for mean in means(rows, LOSS, axes) if not mean["failed"] and np.isfinite(mean[LOSS])]
@@ -143,15 +144,18 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
 
     over = f" (95 % over {best['n']} seeds)" if best["n"] > 1 else ""
     lines = [f"best: {named(best)}: validation loss {with_interval(best[LOSS], best[f'{LOSS} ±'])}{over}"]
-    alike = [named(mean) for mean in found if mean is not best and below(losses(best), losses(mean)) is None]
+    more = [(mean, *interval(losses(mean) - losses(best))) for mean in found if mean is not best]
+    alike = [named(mean) for mean, difference, half in more if not difference > half]
     if alike:
         lines.append(f"not clearly worse, seed by seed: {'; '.join(alike)}")
     for name in axes:
         values = sorted({row[name] for row in rows})
         if len(values) > 1 and best[name] in (values[0], values[-1]):
             edge, near, side = (*values[:2], "least") if best[name] == values[0] else (*values[:-3:-1], "largest")
-            beyond = f"{edge * edge / near:.2g}" if name == "lr" else f"{max(1, round(edge * edge / near))}"
-            lines.append(f"the best {name} is the {side} of the grid: the optimum may lie beyond it; try {beyond}, too")
+            beyond = float(f"{edge * edge / near:.2g}") if name == "lr" else max(1, round(edge * edge / near))
+            if beyond in values:  # there is no rank below 1
+                continue
+            lines.append(f"the best {name} is the {side} of the grid: the optimum may lie beyond it; try {beyond:g}, too")
     return lines
 
 
@@ -170,7 +174,7 @@ def fine_tuned(
     general = general_blocks(tokenizer, longest(base, tuned), BLOCKS)
     of = TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
     settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed)
-    row, _ = fine_tune(base, of, settings, tuned)
+    row, _ = fine_tune(base, of, settings, tuned, progress=False)
     names = ("trainable", "train_loss", "general_loss")
     return {LOSS: row["task_loss"], **{name: row[name] for name in names}}
 

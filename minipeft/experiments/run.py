@@ -83,7 +83,7 @@ def with_dropout(model: Any, p: float) -> Any:
 
 
 def fine_tune(
-    base: Any, task: TaskData, settings: Settings, method: Method | None = None
+    base: Any, task: TaskData, settings: Settings, method: Method | None = None, progress: bool = True
 ) -> tuple[dict[str, Any], Any]:
     """(measurements, the trained model); the base stays as it is. `method` replaces what settings.method names.
 
@@ -116,6 +116,7 @@ def fine_tune(
         weight_decay=s.weight_decay,
         eval_steps=math.ceil(s.steps / s.evaluations),
         seed=s.seed,
+        progress=progress,
     )
     loss = l2_sp(model, s.l2_start) if s.l2_start else None
     trainer = Trainer(model, examples, task.held_out, arguments, task.pad_token_id, loss=loss)
