@@ -93,7 +93,7 @@ def test_what_workers_cannot_do_is_named(rng):
 def test_a_dask_cluster_computes_the_batches(rng):
     distributed = pytest.importorskip("distributed")
     examples = counting(24, rng)
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         together, _ = trained(adapted(), examples, client)
     for key, array in trained(adapted(), examples)[0].items():

@@ -285,13 +285,13 @@ def test_the_processes_end_with_their_sweep(tmp_path, how):
     with script(tmp_path, "--slow") as process:
         wait_for(lambda: all((tmp_path / f"{x}.pid").exists() and (tmp_path / f"{x}.pid").read_text() for x in (1, 2)))
         process.send_signal(how)
-        process.wait(10)
+        process.wait(60)
         pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
         wait_for(lambda: not any(alive(pid) for pid in pids))
     assert len(pids) == 2 and not (tmp_path / "rows.jsonl").exists()
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -393,7 +393,7 @@ def test_a_plot_has_a_line_with_a_band_for_each_value():
 def cluster():
     """Two workers in processes of their own, over TCP."""
     distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
-    options = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": ":0"}
     short = {"distributed.comm.timeouts.connect": "2s"}  # a result in a killed worker is asked for so long
     with dask.config.set(short), distributed.LocalCluster(processes=True, **options) as cluster:
         yield cluster
