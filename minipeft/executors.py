@@ -95,13 +95,18 @@ class LocalProcesses:
             try:
                 process.stdin.write(sent)
                 process.stdin.flush()
-                return pickle.load(process.stdout)
+                found, error = pickle.load(process.stdout)
+                break
             except (OSError, EOFError, pickle.UnpicklingError):
                 status, self._mine.process = process.wait(), None
                 if self._closed:
                     raise CancelledError from None
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        raise ProcessDied(f"the process of this run died twice ({how}); where memory ran out, use fewer processes")
+        else:
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            raise ProcessDied(f"the process of this run died twice ({how}); where memory ran out, use fewer processes")
+        if error is not None:
+            raise error
+        return found
 
     def _start(self) -> subprocess.Popen:
         code = "import sys; sys.path[:] = sys.argv[1:]; from minipeft.executors import _serve; _serve()"
@@ -133,8 +138,22 @@ def _serve() -> None:
     threading.Thread(target=receive, daemon=True).start()
     while True:
         function, arguments = asked.get()
-        pickle.dump(function(*arguments), results)
+        try:
+            found = pickle.dumps((function(*arguments), None))
+        except Exception as error:
+            found = _sendable(error)
+        results.write(found)
         results.flush()
+
+
+def _sendable(error: Exception) -> bytes:
+    """(None, the error) as bytes; one that cannot be sent becomes a RuntimeError of its type and text."""
+    try:
+        found = pickle.dumps((None, error))
+        pickle.loads(found)
+        return found
+    except Exception:
+        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _dask_client(address: str) -> Any:

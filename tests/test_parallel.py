@@ -90,6 +90,28 @@ def test_what_workers_cannot_do_is_named(rng):
     assert trainer.train(executor=2).steps == 3, "cloudpickle sends a lambda"
 
 
+def refuse(model, **batch):
+    raise ValueError("the loss says no")
+
+
+def test_an_error_of_the_loss_is_raised_as_it_is(rng):
+    trainer = Trainer(tiny_model(), counting(24, rng), args=TrainingArguments(**OPTIONS), loss=refuse)
+    with pytest.raises(ValueError, match="the loss says no"):
+        trainer.train(executor=2)
+
+
+def test_a_constrained_oft_is_projected_where_the_weights_are(rng):
+    def make():
+        config = mp.peft.OFTConfig(r=0, oft_block_size=4, coft=True, eps=1e-2, target_modules=["q_proj", "v_proj"])
+        return mp.get_peft_model(tiny_model(), config)
+
+    examples = counting(24, rng)
+    with ThreadPoolExecutor(3) as executor:
+        together, _ = trained(make(), examples, executor)
+    for key, array in trained(make(), examples)[0].items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 def test_a_dask_cluster_computes_the_batches(rng):
     distributed = pytest.importorskip("distributed")
     examples = counting(24, rng)

@@ -63,8 +63,8 @@ class LycorisLayer(Adapter):
 
 
 def _kept(n: int, p: float, rng: Rng, like: Tensor) -> Tensor:
-    """n ones, each dropped to zero with probability p; the same, whichever rows of the batch ask."""
-    return F.dropout(Tensor(xp_of(like.data).ones(n, like.dtype)), p, Rng(*rng.path)) * (1 - p)
+    """[1, n] ones, each dropped to zero with probability p; the same, whichever rows of the batch ask."""
+    return F.dropout(Tensor(xp_of(like.data).ones((1, n), like.dtype)), p, Rng(*rng.path)) * (1 - p)
 
 
 @configuration

@@ -124,6 +124,9 @@ class OFTConfig(PeftConfig):
             raise PeftError(f"{name}: of {n_in} inputs OFT makes {k} blocks of size 1, which do not rotate")
         return {"oft_R.weight": (1 if self.block_share else k, b * (b - 1) // 2)}
 
+    def training_callback(self, model: Any, adapter_name: str) -> Any:
+        return Projection(model, adapter_name) if self.coft else None
+
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> OFTLayer:
         return OFTLayer(self, shapes, layer, seed)
 
@@ -137,6 +140,26 @@ class OFTConfig(PeftConfig):
         if [int("0" + "".join(filter(str.isdigit, part))) for part in version[:2]] < [0, 18]:
             raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again with a newer one")
         return super().from_dict(options)
+
+
+class Projection:
+    """With coft, projects before a step, which starts from the Q whose gradient it has, wherever that was computed."""
+
+    def __init__(self, model: Any, adapter_name: str):
+        self.model, self.adapter_name = model, adapter_name
+
+    def before_step(self, model: Any, step: int) -> None:
+        with no_grad():
+            for _, part in self.model.parts(self.adapter_name):
+                if isinstance(part, OFTLayer):
+                    part.rotations()
+
+    def after_step(self, model: Any, step: int, record: Any = None) -> None: ...
+
+    def state_dict(self) -> dict[str, Array]:
+        return {}
+
+    def load_state_dict(self, arrays: dict[str, Array]) -> None: ...
 
 
 @lru_cache

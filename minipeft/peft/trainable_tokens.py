@@ -61,10 +61,10 @@ class TokenRows(Adapter):
             row[tokens] = rows
             row = row[x]
             return F.where((row >= 0)[..., None], F.embedding(xp.maximum(row, 0), self.rows), inner(x))
-        column = xp.arange(V)  # of [inner(x), D x], by token
-        column[tokens] = V + rows
+        place = xp.zeros((n, V), self.rows.dtype)  # one-hot: the product is exact, and so is its gradient
+        place[rows, tokens] = 1
         bias = None if base.bias is None else base.bias.data[tokens]
-        return F.cat([inner(x), F.linear(x, self.rows, bias)], axis=-1)[..., column]
+        return F.where(place.any(axis=0), F.linear(x, self.rows, bias) @ place, inner(x))
 
     def merge(self, layer: Module, base: Module) -> Module:
         """The layer with D among its rows."""

@@ -28,7 +28,7 @@ def quantize(blocks: Array, signed: bool = True) -> tuple[Array, Array]:
     c = abs(blocks).max(axis=1)
     usable = c > 2.0**-128
     scaled = blocks * (1 / xp.where(usable, c, 1))[:, None]
-    xp.clip(scaled, -1, 1, out=scaled)
+    xp.fmin(xp.fmax(scaled, -1, out=scaled), 1, out=scaled)  # NaN, which c keeps, becomes -1: no index outside
     scaled += 1
     scaled *= 65535 / 2
     scaled += 0.5

@@ -75,11 +75,8 @@ def dpo_objective(
     n = sums.shape[0] // 2
     if ref_chosen is None:
         means = sums / completion_lengths(labels)
-        loss = (
-            orpo_loss(means[:n], means[n:], beta)
-            if loss_type == "orpo"
-            else simpo_loss(means[:n], means[n:], beta, gamma)
-        )
+        losses = {"orpo": orpo_loss, "simpo": partial(simpo_loss, gamma=gamma)}
+        loss = losses[loss_type](means[:n], means[n:], beta)
         chosen, rejected = beta * means.data[:n], beta * means.data[n:]
     else:
         loss = {"sigmoid": dpo_loss, "ipo": ipo_loss}[loss_type](sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
@@ -126,6 +123,8 @@ def dpo_trainer(
     Raises ValueError as `DPOConfig` does, for unpaired examples where pairs are wanted, and for a policy with virtual
     tokens.
     """
+    if getattr(policy, "virtual_tokens", 0):
+        raise ValueError("preferences train no virtual tokens, which this policy has: use LoRA, or another adapter inside")
     c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
     if c.loss_type == "kto":
         return kto_trainer(policy, pairs, eval_pairs, args, c)

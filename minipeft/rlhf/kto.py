@@ -5,8 +5,8 @@
 
 The loss is a person's dissatisfaction by Kahneman and Tversky's account of it: gains and losses count from a reference
 point z, and less the farther they are from it. z stands for KL(π, π_ref), estimated from mismatched pairs: y' is the
-answer to another prompt, here that of the example before this one in the data (of the first: the last). The policy is
-not trained through z. An estimate is a batch's own: batches of one have a noisy one.
+answer to another prompt, here that of the last example before this one whose prompt differs. The policy is not trained
+through z. An estimate is a batch's own: batches of one have a noisy one.
 
 Source: Ethayarajh et al. 2024, arXiv:2402.01306; departures from TRL's KTOTrainer: preference_losses.py. Recorded, by
 TRL's names: logps/chosen, logps/rejected, rewards/chosen, rewards/rejected of desirable and of undesirable answers (see
@@ -53,16 +53,20 @@ def unpaired(examples: Sequence[PreferencePair] | Sequence[UnpairedExample]) -> 
 
 
 def mismatch(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Each prompt with the completion of the example before it (of the first: the last), cut to `limit` tokens.
+    """Each prompt with the completion of the last example before it of another prompt, cut to `limit` tokens.
 
-    Raises ValueError where there is but one example, whose only completion is its own.
+    Before the first example stands the last one. Where all have one prompt, it is the completion of the example before.
+    Raises ValueError for a single example.
     """
     if len(examples) < 2:
         raise ValueError("KTO estimates the KL from prompts with other prompts' answers: it takes at least 2 examples")
     starts = [int(np.argmax(labels != IGNORE)) for _, labels in examples]
-    mismatched = []
+    prompts = [tuple(example.input_ids[:start].tolist()) for example, start in zip(examples, starts)]
+    mismatched, other = [], next((j for j in range(-1, -len(examples), -1) if prompts[j] != prompts[0]), -1)
     for i, start in enumerate(starts):
-        ids = np.concatenate([examples[i].input_ids[:start], examples[i - 1].input_ids[starts[i - 1] :]])[:limit]
+        other = i - 1 if i and prompts[i - 1] != prompts[i] else other  # the last one of another prompt
+        j = other if prompts[other] != prompts[i] else i - 1  # all of one prompt
+        ids = np.concatenate([examples[i].input_ids[:start], examples[j].input_ids[starts[j] :]])[:limit]
         mismatched.append(Example(ids, np.where(np.arange(len(ids)) < start, IGNORE, ids)))
     return mismatched
 

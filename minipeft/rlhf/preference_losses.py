@@ -24,7 +24,7 @@ Where Hugging Face TRL differs, whose names are used (loss_type "sigmoid", "ipo"
 1. IPO: TRL divides each Δ(y) by the answer's tokens, so that its 1 / 2β is a difference of nats a token. Here Δ is that
    of the whole answer, as in the paper. Give `ipo_loss` means to have TRL's.
 2. KTO: TRL estimates z from each prompt with the answer before it in its batch, and takes the batches in the order of
-   the data. Here it is the answer before it in the data, so that the batches may be drawn (see kto.py).
+   the data. Here it is the last answer before it, in the data, to another prompt, so that batches may be drawn (kto.py).
 3. ORPO: TRL's first term is a mean over all tokens of a batch, prompts included. Here it is, as in the paper, the mean
    over an answer's tokens, and then over the pairs, so that the loss does not depend on how a step is cut into batches.
 4. SimPO: TRL's CPOTrainer adds `cpo_alpha` (1 by default) times the chosen answers' cross-entropy; here as with 0. β and γ

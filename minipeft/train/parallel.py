@@ -2,9 +2,10 @@
 
     here ── trainable arrays, batch b ──► a worker: L_b and its gradients ──► here: added in the order of the batches
 
-One update is that of gradient accumulation over the same batches: each batch's gradient is the same, wherever it is
-computed, and the sum has a fixed order. What moves in a step are the trainable arrays and their gradients, once for
-each batch; the model, with its frozen base, goes to a worker once. So LoRA moves the share of the bytes that it trains.
+One update is that of gradient accumulation over the same batches: each batch's gradient is the same up to rounding,
+wherever it is computed, and the sum has a fixed order. What moves in a step are the trainable arrays and their gradients,
+once for each batch; the model, with its frozen base, goes only with a batch whose worker has none yet. So LoRA moves the
+share of the bytes that it trains.
 
 Departures from PyTorch's DistributedDataParallel (Li et al. 2020, arXiv:2006.15704): 1. One process holds the optimizer
 and sends the weights; there, every process holds all and they average gradients (all-reduce). 2. Workers may come and
@@ -96,11 +97,10 @@ class Workers:
     def _computed(self, parts: Sequence[Part]) -> list[tuple[Result, list[Array | None]]]:
         arrays = [p.data for p in self.trainable]
         futures = [self._submit(part, arrays) for part in parts]
-        found = []
-        for part, future in zip(parts, futures):
-            result = future.result() or self._submit(part, arrays, (self.model, self.loss)).result()  # None: it lacks them
-            self.moved += sum(g.nbytes for g in result[1] if g is not None)
-            found.append(result)
+        found = [future.result() for future in futures]  # None: the worker lacks the model
+        again = {i: self._submit(parts[i], arrays, (self.model, self.loss)) for i, r in enumerate(found) if r is None}
+        found = [again[i].result() if i in again else result for i, result in enumerate(found)]
+        self.moved += sum(g.nbytes for _, gradients in found for g in gradients if g is not None)
         return found
 
     def _submit(self, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None = None) -> Any:

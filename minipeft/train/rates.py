@@ -37,7 +37,8 @@ def usual_learning_rate(model: Module) -> float:
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if configs := getattr(model, "peft_config", None):
-        rate = min(configs[name].usual_learning_rate for name in model.active_adapters or configs)
+        learning = [n for n in configs if any(p.requires_grad for _, part in model.parts(n) for p in part.parameters())]
+        rate = min(configs[name].usual_learning_rate for name in learning or configs)
     else:
         rate = HEAD if trained and all(name.partition(".")[0] in HEADS for name in trained) else FULL
     return at_width(rate, model)

@@ -173,7 +173,8 @@ def test_our_file_gives_the_same_logits_gradients_and_step_in_peft(dialect, case
 
     again = mp.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     close(again(IDS).data, ours(IDS).data, tolerance)
-    loss = sum((c.penalty() for c in again.training_callbacks()), again.loss(IDS, IDS))  # PEFT's loss has it inside
+    penalties = [c.penalty() for c in again.training_callbacks() if hasattr(c, "penalty")]  # PEFT's loss has them inside
+    loss = sum(penalties, again.loss(IDS, IDS))
     loss.backward()
     their_loss = theirs.train()(torch.tensor(IDS), labels=torch.tensor(IDS)).loss
     their_loss.backward()
