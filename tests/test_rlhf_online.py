@@ -557,6 +557,15 @@ def test_arguments_that_make_no_sense(message, fields):
         trainer(**fields)
 
 
+def test_what_belongs_to_another_trainer_or_is_text_is_named():
+    with pytest.raises(TypeError, match="PPOTrainer takes a PPOConfig, not a GroupConfig"):
+        rlhf.PPOTrainer(base(), liked, PROMPTS, rlhf.GroupConfig())
+    with pytest.raises(TypeError, match=r"rlhf.text_reward\(function, tokenizer\)"):
+        trainer(reward=lambda prompts, completions: [1.0] * len(prompts))
+    with pytest.raises(TypeError, match="lists of token ids, not texts"):
+        trainer(prompts=["She was"])
+
+
 def test_what_a_rollout_and_an_update_cannot_work_with():
     with pytest.raises(ValueError, match="virtual tokens do not fit"):
         trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))).step()

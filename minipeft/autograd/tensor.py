@@ -389,6 +389,13 @@ class Tensor:
             raise TypeError("NumPy would move a tensor from its device to the host unasked: use tensor.numpy()")
         return np.array(self.data, dtype, copy=copy)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Set `requires_grad`; returns self. Raises TypeError for what is not in floats."""
+        if requires_grad and self.dtype.kind != "f":
+            raise TypeError(_NOT_FLOAT.format(self.dtype, self.shape))
+        self.requires_grad = requires_grad
+        return self
+
     def detach(self) -> Tensor:
         """The same array without the graph."""
         return Tensor(self.data)

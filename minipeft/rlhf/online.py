@@ -11,11 +11,12 @@ the weights, Adam's moments, β, is in a checkpoint; so a run resumed from one e
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -88,13 +89,20 @@ class OnlineTrainer(ABC):
     The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
 
     Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
-    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter.
+    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter;
+    TypeError for the config of another trainer, prompts that are texts, and a reward that is no function of a rollout.
     """
 
     def __init__(
         self, policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], config: OnlineConfig,
         watch: Mapping[str, RewardFunction] | None = None, beside: Mapping[str, Module] | None = None,
     ):  # fmt: skip
+        if not isinstance(config, needed := get_type_hints(type(self))["config"]):
+            raise TypeError(f"{type(self).__name__} takes a {needed.__name__}, not a {type(config).__name__}")
+        if not isinstance(reward, RewardModel) and "completions" in inspect.signature(reward).parameters:
+            raise TypeError("the reward is a RewardModel or a function of a rollout: rlhf.text_reward(function, tokenizer)")
+        if any(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("prompts are lists of token ids, not texts: encode them with the policy's tokenizer")
         config = with_learning_rate(config, policy, share=ADAPTER_SHARE if hasattr(policy, "peft_config") else SHARE)
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]

@@ -34,7 +34,8 @@ def on_device(batch: Batch, xp: ModuleType) -> dict[str, Any]:
 
 def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
     """What a loss gave as (loss, a scalar; statistics)."""
-    return result if isinstance(result, tuple) else (result, {})
+    loss, given = result if isinstance(result, tuple) else (result, {})
+    return loss, {name: n if is_array(n) else np.asarray(n) for name, n in given.items()}
 
 
 def means(parts: Sequence[Statistics]) -> dict[str, float]:
