@@ -94,15 +94,15 @@ def test_a_model_that_computes_no_numbers_is_said_so(rng):
 
 def test_a_mean_of_records_that_weigh_alike_has_the_usual_interval():
     y = np.array([1.0, 2.0, 4.0, 5.0])
-    error = 1.959964 * y.std(ddof=1) / 2
-    assert mean(y) == pytest.approx((3.0, 3 - error, 3 + error), rel=1e-6)
+    error = 3.1824463 * y.std(ddof=1) / 2  # Student's t for 3 degrees of freedom
+    assert mean(y) == pytest.approx((3.0, 3 - error, 3 + error), rel=1e-5)
     assert mean([2.0]) == Estimate(2.0, None, None)
 
 
 def test_a_mean_of_units_in_records_by_hand():
     """y = (2, 8), w = (1, 3): R = 10/4; residuals 2 - 2.5 = -0.5 and 8 - 7.5 = 0.5; SE² = 2 · (0.25 + 0.25) / 16."""
     value, low, high = mean([2, 8], [1, 3])
-    assert value == 2.5 and high - value == pytest.approx(1.959964 / 4) == value - low
+    assert value == 2.5 and high - value == pytest.approx(12.7062 / 4) == value - low
 
 
 def test_the_interval_holds_the_truth_in_95_of_100_samples(rng):
@@ -113,6 +113,12 @@ def test_the_interval_holds_the_truth_in_95_of_100_samples(rng):
         low, high = mean(n * (3 + rng.standard_normal(200)), n)[1:]
         inside += low <= 3 <= high
     assert 920 <= inside <= 975
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_it_holds_the_truth_as_often_for_a_few_records(rng, n):
+    intervals = [mean(3 + rng.standard_normal(n))[1:] for _ in range(2000)]
+    assert abs(np.mean([low <= 3 <= high for low, high in intervals]) - 0.95) < 0.015  # 3 standard deviations
 
 
 def test_a_share_has_wilsons_interval():

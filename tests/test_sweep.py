@@ -21,10 +21,10 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import minipeft as mp
+from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
 from minipeft.experiments.rows import complete, described
-from minipeft.experiments.seeds import student_t
 from minipeft.files import FileError
 
 ROOT = Path(__file__).parent.parent
@@ -330,6 +330,7 @@ def test_students_t_has_the_published_quantiles():
     for degrees, t in {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 30: 2.04227}.items():
         assert student_t(0.95, degrees) == pytest.approx(t, abs=5e-5)
     assert student_t(0.99, 2) == pytest.approx(9.92484, abs=5e-5)
+    assert student_t(0.95, 100_001) == pytest.approx(1.959988, abs=1e-6)
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.30265 / math.sqrt(3)), abs=1e-5)
     assert interval([1.0])[0] == 1 and math.isnan(interval([1.0])[1]) and math.isnan(interval([1.0, math.nan])[0])
 

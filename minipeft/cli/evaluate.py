@@ -9,12 +9,13 @@ The data is a .jsonl file, one JSON object a line, all of one form, or a .txt fi
                                                      probable one, and acc_norm, by log-probability per character, as
                                                      in lm-evaluation-harness; "answer" is an index from 0, or a text
 
-Every score but chrF has its 95 % interval over the records. A model or adapter that finetune or sft wrote is asked in
+Every score but chrF has its 95 % confidence interval over the records; that of running text is too narrow, because its
+blocks depend on each other. A model or adapter that finetune or sft wrote is asked in
 the template that it was trained with; multiple choice is asked as it is, with a space before the choice, unless
 --template says otherwise.
 
-general-cloze is multiple choice that ships with the package: how goes the text on, in held-out text of the shipped
-base's own domain? Before and after fine-tuning, it says what was forgotten.
+general-cloze is multiple choice that ships with the package: which continuation is right, in held-out text like the
+base's training text? Before and after fine-tuning, it says what was forgotten.
 
 A metric is a Python function, metric(answer, expected) -> number, in a module of the current directory or an installed
 one; its mean is reported.

@@ -9,7 +9,8 @@
 
 acc and acc_norm are those of EleutherAI's lm-evaluation-harness as its code computes them. (The paper about it, Biderman
 et al. 2024, arXiv:2405.14782, says that acc_norm divides by bytes: for ASCII the same.) The first of equal choices counts.
-Every score has a 95 % interval over the records (`intervals`), but for chrF, which is no mean over them.
+Every score has a 95 % confidence interval over the records (`intervals`), but for chrF, which is no mean over them. The
+blocks of one running text depend on each other: the interval of its loss is too narrow.
 """
 
 from __future__ import annotations
