@@ -103,6 +103,30 @@ def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     assert path.read_text(encoding="utf-8").splitlines() == [old, '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
 
 
+def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
+    path, whole = tmp_path / "rows.jsonl", json.dumps({**described(RUNS[0]), "y": 1}) + "\n"
+    for cut in (1, 9, len(whole) - 2):
+        path.write_text(whole + whole[:cut])
+        assert len(read_rows(path)) == 1
+        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+        assert path.read_text().splitlines() == [whole.strip(), '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+    path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
+    with pytest.raises(FileError, match="line 2: not valid JSON"):
+        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+    assert path.read_text() == whole + "my notes"
+
+
+def test_two_processes_that_write_to_one_store_lose_no_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write = "import sys; from minipeft.experiments.rows import add_row\n"
+    write += "for i in range(100): add_row(sys.argv[1], {'run': 'f', 'of': sys.argv[2], 'i': i, 'text': 'x' * 9000})"
+    both = [subprocess.Popen([sys.executable, "-c", write, path, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    rows = read_rows(path)
+    for name in "ab":
+        assert [row["i"] for row in rows if row["of"] == name] == list(range(100))
+
+
 def test_a_run_that_fails_is_a_row_and_is_tried_again(tmp_path):
     path, broken = tmp_path / "rows.jsonl", True
 
@@ -187,7 +211,7 @@ def test_what_is_no_measurement_is_a_failed_run(found, message):
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"run": "Square"}\n{"run": "Squ', encoding="utf-8")
+    path.write_text('{"run": "Square"}\n{"run": "Squ\n', encoding="utf-8")
     with pytest.raises(FileError, match="line 2: not valid JSON"):
         read_rows(path)
     path.write_text('{"run": "Square"}\n[1]\n', encoding="utf-8")

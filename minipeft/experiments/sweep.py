@@ -80,7 +80,8 @@ def sweep(
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
                             thread, unless MINIPEFT_THREADS says otherwise where the workers are.
-        store: the JSONL file. A row is added as soon as it is known, in one step, and none is ever taken out.
+        store: the JSONL file. A row is appended as soon as it is known, and none is ever taken out. Several sweeps may
+            write to it at once; each computes all that was not there when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
         show: gets a line after each run.
 
