@@ -94,8 +94,11 @@ def run(args: argparse.Namespace) -> int:
 
     records = read_items(args.data)
     args.template = options.template
-    multiple_choice = isinstance(records[0], MultipleChoice)
-    template = usual_template(args) if options.template or not multiple_choice else None
+    answered = not isinstance(records[0], (Document, MultipleChoice))
+    if options.loss_only and not answered:
+        what = "multiple choice" if isinstance(records[0], MultipleChoice) else "running text"
+        raise ValueError(f"--loss-only: no answers are generated for {what} in any case; leave it out")
+    template = usual_template(args) if options.template or answered else None
     model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
     given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if hasattr(args, f.name)}
     found = evaluate(
