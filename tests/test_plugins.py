@@ -50,7 +50,10 @@ def test_the_readmes_method_has_thirty_lines_and_is_known_in_python(plugin, tmp_
     adapted.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["peft_type"] == "MY_LOHA"
     close(logits(mp.PeftModel.from_pretrained(model, tmp_path / "saved")), logits(adapted), 0)
-    assert memory_ledger(model.config, config, batch=1, seq_len=8).lines == memory_ledger(adapted, batch=1, seq_len=8).lines
+    assert (
+        memory_ledger(model.config, config, batch=1, seq_len=8).lines
+        == memory_ledger(adapted, batch=1, seq_len=8).lines
+    )
 
 
 def test_the_commands_know_it(plugin, tmp_path, capsys):
@@ -70,7 +73,19 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     assert loss["before"] != loss["after"]
     show = ("generate", "--model", "base", "--adapter", "tuned", "--prompt", "1 and", "--max-new-tokens", 3)
     assert run("--plugin", plugin, *show) == 0
-    compare = ("compare", "--model", "base", "--methods", "lora", "my-loha", "--reduced", "--steps", 2, "--output", "out")
+    compare = (
+        "compare",
+        "--model",
+        "base",
+        "--methods",
+        "lora",
+        "my-loha",
+        "--reduced",
+        "--steps",
+        2,
+        "--output",
+        "out",
+    )
     status, out, _ = output(capsys, *compare, f"--plugin={plugin}")
     assert status == 0 and "my LoHa r=4" in out
     rows = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
@@ -91,10 +106,17 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
     [
         (None, "--plugin mine cannot be imported: ModuleNotFoundError: No module named 'mine'"),
         ("1 / 0", "--plugin mine cannot be imported: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "--plugin mine cannot be imported: SystemExit: 0"),
         ("x = 1", "--plugin mine registers no method: put @minipeft.peft.register before"),
         (EXAMPLE.replace("MY_LOHA", "LOHA"), "the peft_type 'LOHA' is taken, by LoHaConfig; choose another"),
-        (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),
-        (EXAMPLE.replace("title=", "rank=3, title="), "register: HadamardConfig has no option 'rank'; it has target_modules"),
+        (
+            EXAMPLE.replace("title=", 'name="lora", title='),
+            "the name 'lora' is taken, by LoRA r=8; choose another with name=",
+        ),
+        (
+            EXAMPLE.replace("title=", "rank=3, title="),
+            "register: HadamardConfig has no option 'rank'; it has target_modules",
+        ),
         (EXAMPLE.replace("r={r}", "r={rank}"), "HadamardConfig has no such option: 'rank'"),
     ],
 )
