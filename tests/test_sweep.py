@@ -25,6 +25,7 @@ from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
 from minipeft.experiments.rows import complete, described
+from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +303,14 @@ def script(directory, *arguments):
 def test_functions_of_the_main_module_are_sent_by_value(tmp_path):
     with script(tmp_path) as process:
         assert process.stdout.read() == "[10, 20, 30]\n", process.stderr.read()
+
+
+@pytest.mark.parametrize("module, message", [("nosuch", "cannot import nosuch (Mod"), ("json", "json has no run")])
+def test_a_module_that_is_no_sweep_is_refused(module, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", module, str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

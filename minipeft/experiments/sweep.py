@@ -150,7 +150,12 @@ def main() -> None:
         help="processes (default: this one), or a Dask scheduler",
     )  # fmt: skip
     args = parser.parse_args()
-    module = importlib.import_module(args.module)
+    try:
+        module = importlib.import_module(args.module)
+    except (Exception, SystemExit) as error:  # whatever a foreign module can raise
+        parser.error(f"cannot import {args.module} ({type(error).__name__}: {error})")
+    if lacking := [name for name in ("run", "RUNS") if not hasattr(module, name)]:
+        parser.error(f"{args.module} has no {lacking[0]}; a sweep is a module with RUNS, a list of settings, and run")
     sweep(module.run, module.RUNS, args.executor, args.path)
 
 
