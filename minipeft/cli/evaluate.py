@@ -69,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser, adapter=" to put on the model")
     parser.add_argument(
-        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
-    )
+        "--load-in-4bit", action="store_true",
+        help="hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)",
+    )  # fmt: skip
     add_options(parser.add_argument_group("scores"), EvaluationOptions)
     add_options(parser.add_argument_group("generation"), GenerationConfig)
     parser.add_argument_group("output").add_argument(
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         what = "multiple choice" if isinstance(records[0], MultipleChoice) else "running text"
         raise ValueError(f"--loss-only: no answers are generated for {what} in any case; leave it out")
     template = usual_template(args) if options.template or answered else None
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
     given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if hasattr(args, f.name)}
     found = evaluate(
         model, tokenizer, records, template, metric=metric, answers=not options.loss_only, limit=options.limit,
