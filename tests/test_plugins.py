@@ -50,10 +50,7 @@ def test_the_readmes_method_has_thirty_lines_and_is_known_in_python(plugin, tmp_
     adapted.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["peft_type"] == "MY_LOHA"
     close(logits(mp.PeftModel.from_pretrained(model, tmp_path / "saved")), logits(adapted), 0)
-    assert (
-        memory_ledger(model.config, config, batch=1, seq_len=8).lines
-        == memory_ledger(adapted, batch=1, seq_len=8).lines
-    )
+    assert memory_ledger(model.config, config, batch=1, seq_len=8).lines == memory_ledger(adapted, batch=1, seq_len=8).lines
 
 
 def test_the_commands_know_it(plugin, tmp_path, capsys):
@@ -73,23 +70,21 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     assert loss["before"] != loss["after"]
     show = ("generate", "--model", "base", "--adapter", "tuned", "--prompt", "1 and", "--max-new-tokens", 3)
     assert run("--plugin", plugin, *show) == 0
-    compare = (
-        "compare",
-        "--model",
-        "base",
-        "--methods",
-        "lora",
-        "my-loha",
-        "--reduced",
-        "--steps",
-        2,
-        "--output",
-        "out",
-    )
+    compare = ("compare", "--model", "base", "--methods", "lora", "my-loha", "--reduced", "--steps", 2, "--output", "out")
     status, out, _ = output(capsys, *compare, f"--plugin={plugin}")
     assert status == 0 and "my LoHa r=4" in out
     rows = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
     assert rows[2]["method"] == "my-loha" and rows[2]["storage"] > 0
+
+
+def test_a_sweep_computes_all_anew_where_the_source_of_the_method_changes(plugin, tmp_path, capsys):
+    tiny(tmp_path / "base")
+    data = jsonl(tmp_path / "data.jsonl", ({"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(12)))
+    sweep = ("sweep", "--plugin", plugin, "--model", "base", "--data", data, "--method", "my-loha", "--lr", 1e-3)
+    sweep += ("--seeds", 1, "--steps", 1, "--executor", 1, "--output", "out")
+    assert [output(capsys, *sweep)[2].count("1 of 1 runs") for _ in range(2)] == [1, 0]
+    (tmp_path / f"{plugin}.py").write_text(EXAMPLE + "# changed\n", encoding="utf-8")
+    assert "1 of 1 runs" in output(capsys, *sweep)[2]
 
 
 def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_path, monkeypatch):
@@ -109,14 +104,8 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
         ("raise SystemExit(0)", "--plugin mine cannot be imported: SystemExit: 0"),
         ("x = 1", "--plugin mine registers no method: put @minipeft.peft.register before"),
         (EXAMPLE.replace("MY_LOHA", "LOHA"), "the peft_type 'LOHA' is taken, by LoHaConfig; choose another"),
-        (
-            EXAMPLE.replace("title=", 'name="lora", title='),
-            "the name 'lora' is taken, by LoRA r=8; choose another with name=",
-        ),
-        (
-            EXAMPLE.replace("title=", "rank=3, title="),
-            "register: HadamardConfig has no option 'rank'; it has target_modules",
-        ),
+        (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),
+        (EXAMPLE.replace("title=", "rank=3, title="), "register: HadamardConfig has no option 'rank'; it has target_modules"),
         (EXAMPLE.replace("r={r}", "r={rank}"), "HadamardConfig has no such option: 'rank'"),
     ],
 )
