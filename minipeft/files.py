@@ -7,6 +7,7 @@ renamed over the target, which the file system does in one step.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -26,8 +27,13 @@ class FileError(ValueError):
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all."""
+    """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all.
+
+    Raises FileNotFoundError, naming the directory, where it is missing.
+    """
     path = Path(path)
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -74,7 +80,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def write_safetensors(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
     """Write host arrays as a safetensors file, atomically. Same arrays, same bytes."""
     from safetensors.numpy import save
 
@@ -170,7 +178,9 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
     for name, entry in header.items():
         code, shape = entry["dtype"], tuple(entry["shape"])
         if code != "BF16" and code not in _DTYPES:
-            raise FileError(f"{path}: tensor {name!r} has the dtype {code}, which is not supported (one of {', '.join(_DTYPES)}, BF16)")
+            raise FileError(
+                f"{path}: tensor {name!r} has the dtype {code}, which is not supported (one of {', '.join(_DTYPES)}, BF16)"
+            )
         begin, end = (start + offset for offset in entry["data_offsets"])
         dtype = np.dtype(np.uint16 if code == "BF16" else _DTYPES[code])
         wide = np.dtype(np.float32) if code == "BF16" else dtype
@@ -179,7 +189,9 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
     return tensors, metadata
 
 
-def _read(file: MappedFile, begin: int, end: int, dtype: np.dtype, shape: tuple[int, ...], bfloat16: bool) -> np.ndarray:
+def _read(
+    file: MappedFile, begin: int, end: int, dtype: np.dtype, shape: tuple[int, ...], bfloat16: bool
+) -> np.ndarray:
     array = file.view(begin, end).view(dtype).reshape(shape)
     if not bfloat16:
         return array

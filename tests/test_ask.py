@@ -15,6 +15,7 @@ from minipeft.text.datasets import (
     Message,
     MultipleChoice,
     Preference,
+    UnpairedPreference,
     read_prompts,
 )
 from minipeft.text.templates import alpaca, chatml, plain
@@ -26,6 +27,7 @@ PROMPTS = {  # prompt -> (its usual template, a record of it with another answer
     Document("And he said"): (plain, Completion("And he said", "x")),
     Completion("Word: dog (noun)\nMeaning:", " an animal"): (plain, Completion("Word: dog (noun)\nMeaning:", "x")),
     Preference("A dog is", " good", " bad"): (plain, Completion("A dog is", "x")),
+    UnpairedPreference("A cat is", " bad", False): (plain, Completion("A cat is", "x")),
     MultipleChoice("A dog is an", ("animal", "island"), 0): (plain, Completion("A dog is an", "x")),
     Instruction("Define.", "dog", "an animal"): (alpaca, Instruction("Define.", "dog", "x")),
     CHAT: (chatml, Conversation((*CHAT.messages, Message("assistant", "x")))),
@@ -123,7 +125,7 @@ def test_each_prompt_by_its_own_adapter(base):
             ["a"],
             {"max_length": 3},
             TypeError,
-            "there is no option 'max_length'; .* said by max_new_tokens, temperature",
+            "has no option 'max_length'; nearest: max_new_tokens",
         ),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer of at least 1, got 0"),
         (["a"], {"top_k": 3}, ValueError, "give a temperature above 0"),

@@ -131,6 +131,14 @@ def test_what_is_refused(model, data, tmp_path, monkeypatch, capsys, argv, sente
     assert sentence in refused(capsys, "evaluate", "--data", data, "--model", model, *argv)
 
 
+@pytest.mark.parametrize("rows, what", [(TEXT, "running text"), (CHOICES, "multiple choice")])
+def test_options_that_do_nothing_with_the_records_are_refused(model, tmp_path, capsys, rows, what):
+    argv = ("evaluate", "--data", jsonl(tmp_path / "a.jsonl", rows), "--model", model)
+    assert f"no answers are generated for {what} in any case" in refused(capsys, *argv, "--loss-only")
+    if rows is TEXT:
+        assert "running text has none; leave it out" in refused(capsys, *argv, "--template", "alpaca")
+
+
 def test_preference_pairs_are_no_answers(model, tmp_path, capsys):
     file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert "{prompt, chosen, rejected} records have no single answer" in refused(

@@ -34,13 +34,22 @@ def adapter(model, directory, method, load_in_4bit=False):
 def test_the_merged_model_computes_what_base_and_adapter_did(model, method, tmp_path, capsys):
     expected = adapter(model, tmp_path / "adapter", method, load_in_4bit=method == "qlora")
     (tmp_path / "adapter" / "template.json").write_text('{"template": "alpaca"}')
-    status, out, err = output(capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "deep" / "merged")
+    status, out, err = output(
+        capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "deep" / "merged"
+    )
     assert (status, err) == (0, "") and f"minipeft generate --model {tmp_path / 'deep' / 'merged'}" in out
     merged, tokenizer = mp.from_pretrained(tmp_path / "deep" / "merged")
     np.testing.assert_allclose(merged(IDS).numpy(), expected, atol=1e-4)
     assert type(merged) is mp.Transformer and tokenizer.encode("a 12") == mp.load_base()[1].encode("a 12")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["merged"]
     assert json.loads((tmp_path / "deep" / "merged" / "template.json").read_text()) == {"template": "alpaca"}
+
+
+def test_the_template_of_the_base_stays_where_the_adapter_has_none(model, tmp_path, capsys):
+    (model / "template.json").write_text('{"template": "alpaca"}')
+    adapter(model, tmp_path / "adapter", "lora")
+    assert output(capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")[0] == 0
+    assert json.loads((tmp_path / "merged" / "template.json").read_text()) == {"template": "alpaca"}
 
 
 def test_what_was_in_four_bits_can_be_so_again(model, tmp_path, capsys):

@@ -45,6 +45,18 @@ def test_the_same_command_goes_on_and_computes_what_is_new(model, data, tmp_path
     assert (where / "rows.jsonl").read_bytes().startswith(before), "and nothing is deleted"
 
 
+def test_the_exit_status_says_that_a_run_failed(model, data, tmp_path, capsys, monkeypatch):
+    def fine_tuned(lr, **settings):
+        if lr > 0.01:
+            raise MemoryError
+        return {LOSS: 2.0, "general_loss": 3.0}
+
+    monkeypatch.setattr("minipeft.cli.sweep.fine_tuned", fine_tuned)
+    options = ["--data", data, "--model", model, "--lr", 1e-3, 1e-1, "--executor", 1, "--output", tmp_path / "s"]
+    status, out, err = output(capsys, "sweep", *options, "--seeds", 1)
+    assert status == 1 and "best: lr 0.001" in out and "1 of 2 runs failed, the first with MemoryError" in err
+
+
 def test_the_default_grid_is_around_the_usual_rate_and_in_other_processes(model, data, tmp_path):
     options = ["--data", data, "--model", model, "--steps", 1, "--seeds", 1, "--executor", 2]
     assert run("sweep", *options, "--output", tmp_path / "s") == 0

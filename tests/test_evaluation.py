@@ -12,7 +12,16 @@ import minipeft as mp
 from minipeft.autograd.tensor import no_grad
 from minipeft.evaluation import Estimate, evaluate, general_cloze, mean, share
 from minipeft.text.corpora import general_text
-from minipeft.text.datasets import Completion, Conversation, Document, Instruction, Message, MultipleChoice, Preference
+from minipeft.text.datasets import (
+    Completion,
+    Conversation,
+    Document,
+    Instruction,
+    Message,
+    MultipleChoice,
+    Preference,
+    UnpairedPreference,
+)
 from minipeft.text.examples import encode_choices, encode_examples
 from minipeft.text.templates import alpaca, chatml, custom, plain
 from minipeft.train import evaluate as mean_loss
@@ -94,15 +103,15 @@ def test_a_model_that_computes_no_numbers_is_said_so(rng):
 
 def test_a_mean_of_records_that_weigh_alike_has_the_usual_interval():
     y = np.array([1.0, 2.0, 4.0, 5.0])
-    error = 1.959964 * y.std(ddof=1) / 2
-    assert mean(y) == pytest.approx((3.0, 3 - error, 3 + error), rel=1e-6)
+    error = 3.1824463 * y.std(ddof=1) / 2  # Student's t for 3 degrees of freedom
+    assert mean(y) == pytest.approx((3.0, 3 - error, 3 + error), rel=1e-5)
     assert mean([2.0]) == Estimate(2.0, None, None)
 
 
 def test_a_mean_of_units_in_records_by_hand():
     """y = (2, 8), w = (1, 3): R = 10/4; residuals 2 - 2.5 = -0.5 and 8 - 7.5 = 0.5; SE² = 2 · (0.25 + 0.25) / 16."""
     value, low, high = mean([2, 8], [1, 3])
-    assert value == 2.5 and high - value == pytest.approx(1.959964 / 4) == value - low
+    assert value == 2.5 and high - value == pytest.approx(12.7062 / 4) == value - low
 
 
 def test_the_interval_holds_the_truth_in_95_of_100_samples(rng):
@@ -113,6 +122,12 @@ def test_the_interval_holds_the_truth_in_95_of_100_samples(rng):
         low, high = mean(n * (3 + rng.standard_normal(200)), n)[1:]
         inside += low <= 3 <= high
     assert 920 <= inside <= 975
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_it_holds_the_truth_as_often_for_a_few_records(rng, n):
+    intervals = [mean(3 + rng.standard_normal(n))[1:] for _ in range(2000)]
+    assert abs(np.mean([low <= 3 <= high for low, high in intervals]) - 0.95) < 0.015  # 3 standard deviations
 
 
 def test_a_share_has_wilsons_interval():
@@ -163,6 +178,11 @@ def test_without_sacrebleu_a_sentence_stands_for_chrf(base, monkeypatch):
     assert found.note == "computing chrF takes the package sacrebleu: pip install 'minipeft[hub]'"
 
 
+def test_dicts_are_records(base):
+    dicts = [record._asdict() for record in RECORDS]
+    assert evaluate(*base, dicts, answers=False).scores == evaluate(*base, RECORDS, answers=False).scores
+
+
 def test_running_text_is_scored_in_blocks(base):
     model, tokenizer = base
     document = Document("In the beginning God created the heaven and the earth. " * 8)
@@ -196,6 +216,13 @@ def test_the_template_is_that_of_ask(base, record, template):
             r"record 2 has the form {question, choices, answer}, the first {prompt, completion}",
         ),
         ([Preference("a", "b", "c")], {}, "have no single answer"),
+        ([UnpairedPreference("a", "b", True)], {}, "answers that were liked or not, and no expected ones"),
+        ([Document("a b c")], {"template": "alpaca"}, "a template is for records with a prompt"),
+        ([{"prompt": "a"}], {}, "record 1: field 'completion' is missing"),
+        (RECORDS, {"limit": 0}, "limit must be an integer of at least 1, or None, got 0"),
+        (RECORDS, {"limit": -1}, "limit must be an integer of at least 1, or None, got -1"),
+        (RECORDS, {"max_length": 0}, "max_length must be an integer of at least 2, or None, got 0"),
+        (RECORDS, {"metric": lambda a, b: sys.exit(3)}, "the metric fails on record 1: SystemExit: 3"),
         (RECORDS, {"max_length": 513}, "max_length 513 is more than the 512 positions"),
         (RECORDS, {"max_length": 5}, "3 of 3 records are longer than 5 tokens"),
         (
@@ -208,7 +235,7 @@ def test_the_template_is_that_of_ask(base, record, template):
         (RECORDS, {"metric": lambda a, b: "x"}, "the metric must give a finite number; on record 1 it gives 'x'"),
         (RECORDS, {"metric": lambda a, b: math.nan}, "on record 1 it gives nan"),
         (RECORDS, {"metric": lambda a, b: 1 // 0}, "the metric fails on record 1: ZeroDivisionError"),
-        (RECORDS, {"max_length": 5, "beams": 3}, "there is no option 'beams'"),
+        (RECORDS, {"max_length": 5, "beams": 3}, "has no option 'beams'"),
         ([QUESTION], {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
 )

@@ -77,6 +77,16 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     assert rows[2]["method"] == "my-loha" and rows[2]["storage"] > 0
 
 
+def test_a_sweep_computes_all_anew_where_the_source_of_the_method_changes(plugin, tmp_path, capsys):
+    tiny(tmp_path / "base")
+    data = jsonl(tmp_path / "data.jsonl", ({"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(12)))
+    sweep = ("sweep", "--plugin", plugin, "--model", "base", "--data", data, "--method", "my-loha", "--lr", 1e-3)
+    sweep += ("--seeds", 1, "--steps", 1, "--executor", 1, "--output", "out")
+    assert [output(capsys, *sweep)[2].count("1 of 1 runs") for _ in range(2)] == [1, 0]
+    (tmp_path / f"{plugin}.py").write_text(EXAMPLE + "# changed\n", encoding="utf-8")
+    assert "1 of 1 runs" in output(capsys, *sweep)[2]
+
+
 def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     model, config = base(), importlib.import_module(plugin).HadamardConfig(target_modules=["q_proj"])
@@ -91,6 +101,7 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
     [
         (None, "--plugin mine cannot be imported: ModuleNotFoundError: No module named 'mine'"),
         ("1 / 0", "--plugin mine cannot be imported: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "--plugin mine cannot be imported: SystemExit: 0"),
         ("x = 1", "--plugin mine registers no method: put @minipeft.peft.register before"),
         (EXAMPLE.replace("MY_LOHA", "LOHA"), "the peft_type 'LOHA' is taken, by LoHaConfig; choose another"),
         (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),

@@ -21,10 +21,11 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import minipeft as mp
+from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
 from minipeft.experiments.rows import complete, described
-from minipeft.experiments.seeds import student_t
+from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,30 @@ def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too
     mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
     assert path.read_text(encoding="utf-8").splitlines() == [old, '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+
+
+def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
+    path, whole = tmp_path / "rows.jsonl", json.dumps({**described(RUNS[0]), "y": 1}) + "\n"
+    for cut in (1, 9, len(whole) - 2):
+        path.write_text(whole + whole[:cut])
+        assert len(read_rows(path)) == 1
+        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+        assert path.read_text().splitlines() == [whole.strip(), '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+    path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
+    with pytest.raises(FileError, match="line 2: not valid JSON"):
+        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+    assert path.read_text() == whole + "my notes"
+
+
+def test_two_processes_that_write_to_one_store_lose_no_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write = "import sys; from minipeft.experiments.rows import add_row\n"
+    write += "for i in range(100): add_row(sys.argv[1], {'run': 'f', 'of': sys.argv[2], 'i': i, 'text': 'x' * 9000})"
+    both = [subprocess.Popen([sys.executable, "-c", write, path, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    rows = read_rows(path)
+    for name in "ab":
+        assert [row["i"] for row in rows if row["of"] == name] == list(range(100))
 
 
 def test_a_run_that_fails_is_a_row_and_is_tried_again(tmp_path):
@@ -187,7 +212,7 @@ def test_what_is_no_measurement_is_a_failed_run(found, message):
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"run": "Square"}\n{"run": "Squ', encoding="utf-8")
+    path.write_text('{"run": "Square"}\n{"run": "Squ\n', encoding="utf-8")
     with pytest.raises(FileError, match="line 2: not valid JSON"):
         read_rows(path)
     path.write_text('{"run": "Square"}\n[1]\n', encoding="utf-8")
@@ -280,6 +305,14 @@ def test_functions_of_the_main_module_are_sent_by_value(tmp_path):
         assert process.stdout.read() == "[10, 20, 30]\n", process.stderr.read()
 
 
+@pytest.mark.parametrize("module, message", [("nosuch", "cannot import nosuch (Mod"), ("json", "json has no run")])
+def test_a_module_that_is_no_sweep_is_refused(module, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", module, str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_processes_end_with_their_sweep(tmp_path, how):
     with script(tmp_path, "--slow") as process:
@@ -330,6 +363,7 @@ def test_students_t_has_the_published_quantiles():
     for degrees, t in {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 30: 2.04227}.items():
         assert student_t(0.95, degrees) == pytest.approx(t, abs=5e-5)
     assert student_t(0.99, 2) == pytest.approx(9.92484, abs=5e-5)
+    assert student_t(0.95, 100_001) == pytest.approx(1.959988, abs=1e-6)
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.30265 / math.sqrt(3)), abs=1e-5)
     assert interval([1.0])[0] == 1 and math.isnan(interval([1.0])[1]) and math.isnan(interval([1.0, math.nan])[0])
 

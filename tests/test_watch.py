@@ -189,6 +189,10 @@ def test_attentions_reach_the_past_and_virtual_tokens(rng):
 def test_gradient_norms_of_layers(rng, xp):
     model = build("llama", xp)
     assert gradient_norms(model) == {}
+    with pytest.raises(
+        KeyError, match=r"no module's path matches 'model.layers.0.mpl'; nearest: .*model\.layers\.0\.mlp"
+    ):
+        gradient_norms(model, "model.layers.0.mpl")
     loss_of(model, xp.asarray(tokens(rng, 2, 5))).backward()
     norms = gradient_norms(model)
     assert norms[""] == pytest.approx(mp.train.clip_grad_norm(model.parameters(), np.inf), rel=1e-12)

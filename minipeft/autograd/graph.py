@@ -6,7 +6,7 @@
     3  mul     [4, 3]  2, x
     4  sum     []      3
 
-A line is an op with the shape of its result and those of its inputs that gradients flow to: numbers of lines, and names.
+A line is an op with the shape of its result, and the inputs that receive gradients, by line number or name.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help. Only the
 module of the chosen command is imported, so that the list of all of them appears at once.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons); 2 an error, in one line on standard
-error; 130 interrupted.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons), or a run of a sweep; 2 an error, in one
+line on standard error; 130 interrupted.
 """
 
 from __future__ import annotations

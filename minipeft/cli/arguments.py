@@ -106,7 +106,7 @@ def take_plugins(argv: list[str]) -> list[str]:
         before = {**METHODS} if name not in sys.modules else {}
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever a foreign module can raise
             hint = f" (a module's name has no .py: {name.removesuffix('.py')})" * name.endswith(".py")
             raise ValueError(f"--plugin {name} cannot be imported: {type(error).__name__}: {error}{hint}") from error
         if before == METHODS:

@@ -9,12 +9,13 @@ The data is a .jsonl file, one JSON object a line, all of one form, or a .txt fi
                                                      probable one, and acc_norm, by log-probability per character, as
                                                      in lm-evaluation-harness; "answer" is an index from 0, or a text
 
-Every score but chrF has its 95 % interval over the records. A model or adapter that finetune or sft wrote is asked in
+Every score but chrF has its 95 % confidence interval over the records; that of running text is too narrow, because its
+blocks depend on each other. A model or adapter that finetune or sft wrote is asked in
 the template that it was trained with; multiple choice is asked as it is, with a space before the choice, unless
 --template says otherwise.
 
-general-cloze is multiple choice that ships with the package: how goes the text on, in held-out text of the shipped
-base's own domain? Before and after fine-tuning, it says what was forgotten.
+general-cloze is multiple choice that ships with the package: which continuation is right, in held-out text like the
+base's training text? Before and after fine-tuning, it says what was forgotten.
 
 A metric is a Python function, metric(answer, expected) -> number, in a module of the current directory or an installed
 one; its mean is reported.
@@ -68,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser, adapter=" to put on the model")
     parser.add_argument(
-        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
-    )
+        "--load-in-4bit", action="store_true",
+        help="hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)",
+    )  # fmt: skip
     add_options(parser.add_argument_group("scores"), EvaluationOptions)
     add_options(parser.add_argument_group("generation"), GenerationConfig)
     parser.add_argument_group("output").add_argument(
@@ -93,9 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
     records = read_items(args.data)
     args.template = options.template
-    multiple_choice = isinstance(records[0], MultipleChoice)
-    template = usual_template(args) if options.template or not multiple_choice else None
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
+    answered = not isinstance(records[0], (Document, MultipleChoice))
+    if options.loss_only and not answered:
+        what = "multiple choice" if isinstance(records[0], MultipleChoice) else "running text"
+        raise ValueError(f"--loss-only: no answers are generated for {what} in any case; leave it out")
+    template = usual_template(args) if options.template or answered else None
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
     given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if hasattr(args, f.name)}
     found = evaluate(
         model, tokenizer, records, template, metric=metric, answers=not options.loss_only, limit=options.limit,

@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter directory to put on the model; or several, each of which answers every prompt",
     )  # fmt: skip
     parser.add_argument(
-        "--load-in-4bit", action="store_true", help="hold the linear layers in 4 bits, as in --method qlora"
-    )
+        "--load-in-4bit", action="store_true",
+        help="hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)",
+    )  # fmt: skip
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
     group.add_argument(
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--chat is a template; give either --chat or --template")
     if args.escapes and not args.prompt:
         raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have real line breaks")
+    if args.json and args.completion_only:
+        raise ValueError("--json has prompt and completion in fields of their own; leave out --completion-only")
     config = from_arguments(GenerationConfig, args)
 
     from ..evaluation import answer_turns, asked_turns, stop_tokens
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("a conversation is with one --adapter; several answer what --prompt or --prompts ask")
         return _converse(args, config)
     asked = _prompts(args)
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
     asked = _in_chat(asked, args.system) if args.chat else asked
     prompts = [question_and_answer(prompt)[0] for prompt in asked]
     several = len(args.adapter) > 1
@@ -122,7 +125,7 @@ def _converse(args: argparse.Namespace, config: GenerationConfig) -> int:
     from ..text.datasets import Message
     from ..text.templates import chat, chat_prompt
 
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit, args.adapter)
+    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
     stop_token_ids = stop_tokens(model, tokenizer, *asked_turns(["-"], chat(tokenizer)))
     messages = [Message("system", args.system)] if args.system is not None else []
     terminal = sys.stdin.isatty()

@@ -28,7 +28,9 @@ from .arguments import add_machine
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter directory")
-    parser.add_argument("--model", metavar="PATH", help="its base (default: the one that the adapter's directory names)")
+    parser.add_argument(
+        "--model", metavar="PATH", help="its base (default: the one that the adapter's directory names)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
     parser.add_argument(
         "--requantize", action="store_true", help="put the layers that were in four bits into four bits again"
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..hub.pretrained import save_pretrained
     from ..peft.loftq import merge_and_requantize
+    from ..peft.provenance import recorded_base
     from .models import load_model
     from .prompts import save_template, saved_template
 
@@ -49,14 +52,17 @@ def run(args: argparse.Namespace) -> int:
     if args.requantize:
         merged, errors = merge_and_requantize(model)
         if not errors:
-            raise ValueError("--requantize is for an adapter on a base in four bits; this one is in floats: leave it out")
+            raise ValueError(
+                "--requantize is for an adapter on a base in four bits; this one is in floats: leave it out"
+            )
     else:
         merged = model.merge_and_unload()
 
     fresh = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_pretrained(merged, fresh, tokenizer)
-        if template := saved_template(args.adapter):
+        base = args.model or recorded_base(args.adapter)[0]
+        if template := saved_template(args.adapter) or saved_template(base):
             save_template(fresh, template)
         os.replace(fresh, output)
     except BaseException:

@@ -6,8 +6,9 @@ validation split of a shipped task. The best mean is biased low, because it was 
 you set aside before (`minipeft evaluate --data test.jsonl`), as finetune and compare hold out the same tenth of a file.
 
 The rows of the runs go to rows.jsonl in --output as they end. The same command goes on after an interruption; with more
-values or seeds it computes what is new. Where the file or the model changes, all is new; no row is ever deleted. A
-picture, sweep.png, is beside it; `minipeft.experiments` has `read_rows`, `table` and `plot` for others.
+values or seeds it computes what is new. Where the file, the model or a plugin's source changes, all is new; no row is
+ever deleted. A picture, sweep.png, is beside it; `minipeft.experiments` has `read_rows`, `table` and `plot` for others.
+The exit status is 1 where a run failed; the same command tries it again.
 
 The other options of the method are the same in all runs. --rank leaves lora_alpha as it is, so a higher rank has a
 smaller scale, alpha / r.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import sys
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import backend
     from ..experiments import plot, table
+    from ..experiments.rows import failed
     from ..train.metrics import save_png
 
     options = given_options(args)
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
             raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
     usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
+    own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
     settings = grid(
         task=None if args.data else args.task or "rewrite", data=args.data, model=args.model, method=name,
         adapter_config=args.adapter_config, options=options, steps=args.steps, batch_size=args.batch_size,
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             rows = sweep(
                 partial(fine_tuned, backend=args.backend, home=home), settings,
                 args.executor or (1 if on_device else None),
-                output / "rows.jsonl", version_of(args.data, args.model, args.adapter_config), runs.note,
+                output / "rows.jsonl", version_of(args.data, args.model, args.adapter_config, own), runs.note,
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     for line in verdict(rows, several):
         print(line)
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
-    return 0
+    return int(any(map(failed, rows)))
 
 
 def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:

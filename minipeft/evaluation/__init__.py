@@ -2,7 +2,7 @@
 
 config.py     how an answer is generated         scores.py     `evaluate`: loss, exact match, chrF, a metric of your own;
 answers.py    `ask`: from prompts to answers                   the accuracy on multiple choice
-cloze.py      general items, from held-out text  intervals.py  95 % intervals of means and shares
+cloze.py      general items, from held-out text  intervals.py  95 % confidence intervals
 
 A public name is imported when it is first used.
 """

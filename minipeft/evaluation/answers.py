@@ -17,7 +17,7 @@ from ..text.datasets import FORMS, Record
 from ..text.templates import Template, Turn, as_asked, asked_turn, get_template
 from ..text.tokenizer import Special, Tokenizer
 from ..train.batches import pad_sequences
-from .config import GenerationConfig, generation_config
+from .config import GenerationConfig
 
 
 def ask(
@@ -50,7 +50,7 @@ def ask(
     `max_new_tokens` is longer than the model takes, for options that make no sense, and for adapter_names that are not
     one a prompt.
     """
-    config = generation_config(**generation)
+    config = GenerationConfig(**generation)
     if isinstance(template, str):
         template = get_template(template, tokenizer)
     alone = isinstance(prompts_or_records, (str, dict, *FORMS))

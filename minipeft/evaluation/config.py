@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from ..options import check, configuration, option
@@ -30,12 +29,3 @@ class GenerationConfig:
         check(self)
         if self.temperature == 0 and (self.top_k or self.top_p):
             raise ValueError("top_k and top_p limit a random draw; give a temperature above 0 with them")
-
-
-def generation_config(**options: Any) -> GenerationConfig:
-    """GenerationConfig(**options). Raises TypeError, naming all options, for one that it does not have."""
-    known = [field.name for field in fields(GenerationConfig)]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"there is no option {name!r}; how an answer is generated is said by {', '.join(known)}")
-    return GenerationConfig(**options)

@@ -9,7 +9,8 @@
 
 acc and acc_norm are those of EleutherAI's lm-evaluation-harness as its code computes them. (The paper about it, Biderman
 et al. 2024, arXiv:2405.14782, says that acc_norm divides by bytes: for ASCII the same.) The first of equal choices counts.
-Every score has a 95 % interval over the records (`intervals`), but for chrF, which is no mean over them.
+Every score has a 95 % confidence interval over the records (`intervals`), but for chrF, which is no mean over them. The
+blocks of one running text depend on each other: the interval of its loss is too narrow.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 import numpy as np
 
 from ..nn.module import Module
-from ..text.datasets import Document, MultipleChoice, Preference, Record, fields_of
+from ..text.datasets import Document, MultipleChoice, Preference, Record, UnpairedPreference, fields_of, record_of
 from ..text.examples import encode_choices, encode_examples
 from ..text.templates import Template, get_template, plain, question_and_answer
 from ..text.tokenizer import Tokenizer
 from ..train.evaluation import example_losses
 from ..train.metrics import chrf
 from .answers import ask
-from .config import generation_config
+from .config import GenerationConfig
 from .intervals import Estimate, mean, share
 
 Metric = Callable[[str, str], float]  # metric(answer, expected answer)
@@ -58,7 +59,7 @@ class Evaluation:
 def evaluate(
     model: Module,
     tokenizer: Tokenizer,
-    records: Sequence[Record],
+    records: Sequence[Record | dict[str, Any]],
     template: str | Template | None = None,
     *,
     metric: Metric | None = None,
@@ -73,6 +74,7 @@ def evaluate(
         evaluate(model, tokenizer, read_dataset("test.jsonl"), max_new_tokens=20).scores["exact_match"]
 
     Args:
+        records: of minipeft.text.datasets, or dicts with the fields of one.
         template: as in `ask`; of multiple choice `plain` by default, so that models that were trained in different
             templates are asked the same.
         metric: your own; only where there are answers.
@@ -82,20 +84,26 @@ def evaluate(
         limit: how many records are used at most, the first ones.
         generation: the options of `GenerationConfig`.
 
-    Raises TypeError for what is no record, ValueError for records of several forms, for preference pairs, for a record that is too long, for options
-    that do nothing with these records, and for a metric that fails; as `ask` does; FloatingPointError where the model
+    Raises TypeError for what is no record, ValueError for records of several forms, for preferences, for a record that is
+    too long, for options that do nothing with these records, and for a metric that fails; as `ask` does; FloatingPointError where the model
     computes no number.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
+    for name, value, least in (("limit", limit, 1), ("max_length", max_length, 2)):
+        if value is not None and (not isinstance(value, numbers.Integral) or value < least):
+            raise ValueError(f"{name} must be an integer of at least {least}, or None, got {value!r}")
+    records = [_record(record, number) for number, record in enumerate(records, start=1)]
     form = type(records[0])
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, Record):
-            raise TypeError(f"record {number} is a {type(record).__name__}, none of minipeft.text.datasets")
         if type(record) is not form:
             raise ValueError(f"record {number} has the form {fields_of(record)}, the first {fields_of(records[0])}")
     if form is Preference:
         raise ValueError(f"{fields_of(Preference)} records have no single answer; rlhf.reward_accuracy judges pairs")
+    if form is UnpairedPreference:
+        raise ValueError(f"{fields_of(form)} records have answers that were liked or not, and no expected ones")
+    if form is Document and template is not None:
+        raise ValueError("a template is for records with a prompt, and running text has none; leave it out")
     if isinstance(template, str):
         template = get_template(template, tokenizer)
     virtual = getattr(model, "virtual_tokens", 0)
@@ -106,7 +114,7 @@ def evaluate(
     if not answered:
         for name in [*["metric"] * (metric is not None), *generation]:
             raise ValueError(f"{name} is for answers that are generated, and there are none; leave it out")
-    generation_config(batch_size=batch_size, **generation)  # a wrong option is reported before anything is computed
+    GenerationConfig(batch_size=batch_size, **generation)  # a wrong option is reported before anything is computed
     if form is MultipleChoice:
         return _choices(model, tokenizer, records[:limit], template or plain, length, batch_size)
 
@@ -132,11 +140,21 @@ def evaluate(
     return Evaluation(scores, details, int(tokens.sum()), note=note)
 
 
+def _record(value: Any, number: int) -> Record:
+    """A record, or a dict like one, as a record."""
+    if not isinstance(value, dict | Record):
+        raise TypeError(f"record {number} is a {type(value).__name__}, none of minipeft.text.datasets")
+    try:
+        return record_of(value)
+    except ValueError as error:
+        raise ValueError(f"record {number}: {error}") from error
+
+
 def _measured(metric: Metric, answer: str, expected: str, number: int) -> float:
     """metric(answer, expected), which is a stranger's code. ValueError says on which record and how it fails."""
     try:
         value = metric(answer, expected)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"the metric fails on record {number}: {type(error).__name__}: {error}") from error
     if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
         raise ValueError(f"the metric must give a finite number; on record {number} it gives {value!r}")

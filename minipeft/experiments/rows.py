@@ -11,15 +11,17 @@ number that is not finite: in the file it is the text "NaN", "Infinity" or "-Inf
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, write_text
+from ..files import FileError, fsync_directory
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "version", "traceback")  # that no setting and no measurement can be called
@@ -121,16 +123,19 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     Rows of all versions are among them: `[row for row in read_rows(path) if row.get("version") == "2"]`.
 
-    Raises FileError, naming the line, for what is no row.
+    A last line that a kill cut off is no row. Raises FileError, naming the line, for what else is none.
     """
     path, rows = Path(path), []
     if not path.exists():
         return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    *lines, last = path.read_bytes().split(b"\n")
+    if last and not _is_cut(last):
+        lines.append(last)
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+        except ValueError as error:
+            raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
         if not isinstance(row, dict) or "run" not in row:
             raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
         rows.append(plain(row))
@@ -144,8 +149,54 @@ def _settings(failure: Row) -> Row:
 
 
 def add_row(path: str | os.PathLike, row: Row) -> None:
-    """Write the file anew with one more line, in one step."""
-    path = Path(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    end = "\n" if before and not before.endswith("\n") else ""
-    write_text(path, f"{before}{end}{json.dumps(_json(row), allow_nan=False)}\n")
+    """Append a line, on the disk when this returns. Several processes may add rows to one file.
+
+    A line that a kill cut off is taken out first. Raises OSError, with the file as it was, where the disk is full.
+    """
+    path, new = Path(path), not os.path.exists(path)
+    line = f"{json.dumps(_json(row), allow_nan=False)}\n".encode()
+    with open(path, "a+b", buffering=0) as file:
+        _lock(file)
+        end = file.seek(0, os.SEEK_END)
+        tail = _last_line(file, end)
+        if _is_cut(tail):
+            end -= len(tail)
+            file.truncate(end)
+        elif tail:
+            line = b"\n" + line
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file.fileno())
+    if new:
+        fsync_directory(path.parent)
+
+
+def _lock(file: Any) -> None:
+    """Keep other processes from adding a row until the file is closed, where the file system has locks."""
+    with suppress(ImportError, OSError):  # Windows; network file systems
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _last_line(file: Any, end: int) -> bytes:
+    """What stands after the last newline of a file of `end` bytes."""
+    tail, block = b"", 1 << 16
+    while end and b"\n" not in tail:
+        start = max(0, end - block)
+        file.seek(start)
+        tail, end = file.read(end - start) + tail, start
+    return tail.rpartition(b"\n")[2]
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a last line without a newline is the beginning of one that `add_row` was writing when it was killed."""
+    begin = b'{"run": '
+    if not line or not begin.startswith(line[: len(begin)]):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.intervals import mean
 from .rows import Row, is_of
 
 SEEDS = (0, 1, 2)
@@ -47,37 +48,13 @@ def spread(values: np.ndarray, digits: int = 3) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """(mean, half width) of the interval that holds the true mean with this probability, from n independent values.
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width) of the 95 % confidence interval of the mean (Student's t), from n independent values.
 
-    mean ± t · s / √n, s the standard deviation and t Student's quantile for n - 1 degrees of freedom. NaN for the half
-    width of a single value, and for both where there is no value or one is NaN.
+    mean ± t · s / √n, s the standard deviation: `evaluation.mean` of equal weights. NaN for the half width of a single
+    value, and for both where there is no value or one is NaN.
     """
-    values = np.asarray(values, float)
-    n = len(values)
-    if n < 2:
-        return float(values[0]) if n else math.nan, math.nan
-    return float(values.mean()), student_t(level, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
-
-
-def student_t(level: float, degrees: int) -> float:
-    """t such that |T| < t with probability `level`, T of Student's distribution with so many degrees of freedom.
-
-    The probability is a finite sum in the angle arctan(t / √degrees) (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4),
-    which grows with the angle: bisection finds the angle.
-    """
-
-    def probability(angle: float) -> float:
-        odd, cos2, term, total = degrees % 2, math.cos(angle) ** 2, 1.0, 0.0
-        for k in range(1 + odd, degrees + odd, 2):  # Σ of (1·3···(k-2)) / (2·4···(k-1)) cos^(k-1), or the odd form
-            total += term
-            term *= k / (k + 1) * cos2
-        if odd:
-            return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
-        return math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < level else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
+    if not len(values):
+        return math.nan, math.nan
+    value, _, high = mean(values)
+    return value, math.nan if high is None else high - value

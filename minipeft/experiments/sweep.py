@@ -80,7 +80,8 @@ def sweep(
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
                             thread, unless MINIPEFT_THREADS says otherwise where the workers are.
-        store: the JSONL file. A row is added as soon as it is known, in one step, and none is ever taken out.
+        store: the JSONL file. A row is appended as soon as it is known, and none is ever taken out. Several sweeps may
+            write to it at once; each computes all that was not there when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
         show: gets a line after each run.
 
@@ -149,7 +150,12 @@ def main() -> None:
         help="processes (default: this one), or a Dask scheduler",
     )  # fmt: skip
     args = parser.parse_args()
-    module = importlib.import_module(args.module)
+    try:
+        module = importlib.import_module(args.module)
+    except (Exception, SystemExit) as error:  # whatever a foreign module can raise
+        parser.error(f"cannot import {args.module} ({type(error).__name__}: {error})")
+    if lacking := [name for name in ("run", "RUNS") if not hasattr(module, name)]:
+        parser.error(f"{args.module} has no {lacking[0]}; a sweep is a module with RUNS, a list of settings, and run")
     sweep(module.run, module.RUNS, args.executor, args.path)
 
 

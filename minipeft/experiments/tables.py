@@ -1,4 +1,4 @@
-"""Tables and plots of the rows of a sweep: means over the seeds, with their intervals.
+"""Tables and plots of the rows of a sweep: means over the seeds, with their 95 % confidence intervals.
 
     rows = read_rows("rows.jsonl")                   # or what `sweep` returned
     print(table(rows, "loss"))                       # one line for each r and lr
@@ -8,7 +8,7 @@
     4  0.001  2.314 ± 0.024   5
     4  0.003  2.206 ± 0.019   5
 
-An interval holds the mean over all seeds with 95 % probability (`seeds.interval`).
+`±` is the half width of the 95 % confidence interval of the mean (Student's t, `seeds.interval`).
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
 
     Raises KeyError, with the nearest paths, where nothing matches.
     """
-    paths = [(path, module) for path, module in model.named_modules() if fnmatchcase(path, pattern)]
-    if not paths:
-        near = difflib.get_close_matches(pattern, [path for path, _ in model.named_modules()], n=3, cutoff=0.3)
-        raise KeyError(f"no module's path matches {pattern!r}; nearest: {', '.join(near) or 'none'}")
+    paths = _matching(model, pattern)
     seen: dict[str, Any] = {}
     books = [seen]
     before = [(module, type(module)) for _, module in paths]
@@ -53,6 +50,16 @@ def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
         books.clear()  # a class lives on for a while, and must hold nothing then
         for module, cls in before:
             module.__class__ = cls
+
+
+def _matching(model: Module, pattern: str) -> list[tuple[str, Module]]:
+    """(path, module) of those whose paths match. Raises KeyError, with the nearest paths, where none does."""
+    paths = list(model.named_modules())
+    found = [(path, module) for path, module in paths if fnmatchcase(path, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, [path for path, _ in paths], n=3, cutoff=0.3)
+        raise KeyError(f"no module's path matches {pattern!r}; nearest: {', '.join(near) or 'none'}")
+    return found
 
 
 def _noting(cls: type, watched: int, path: str, books: list[dict[str, Any]]) -> type:
@@ -74,11 +81,11 @@ def gradient_norms(model: Module, pattern: str = "*") -> dict[str, float]:
     """{path: 2-norm of the gradients of all parameters in the module there}, after a backward pass, in the model's order.
 
     `pattern` chooses modules as in `watch`; "" is the whole model. Modules without a gradient are left out, so `{}`
-    says that there was no backward pass, or nothing that it reached.
+    says that there was no backward pass, or nothing that it reached. Raises KeyError as `watch`.
     """
     norms = {}
-    for path, module in model.named_modules():
-        gradients = [p.grad for p in module.parameters() if p.grad is not None] if fnmatchcase(path, pattern) else []
+    for path, module in _matching(model, pattern):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients:
             xp = xp_of(gradients[0])
             norms[path] = math.sqrt(sum(float((g.astype(xp.float64) ** 2).sum().item()) for g in gradients))

@@ -18,6 +18,7 @@ from .datasets import (
     MultipleChoice,
     Preference,
     Record,
+    UnpairedPreference,
     fields_of,
     record_of,
 )
@@ -214,8 +215,8 @@ def custom(prompt: str) -> Template:
 def as_asked(prompt: str | Record) -> Record:
     """What is asked, as a Completion, Instruction or Conversation with its answer: what templates take.
 
-    Of a MultipleChoice the question and the right choice, of a Preference the prompt and the preferred answer. A text
-    or a Document is asked to be continued, and "-" stands for the answer that it and a Conversation without an answer
+    Of a MultipleChoice the question and the right choice, of a Preference the prompt and the preferred answer, of an
+    UnpairedPreference the prompt and its answer, liked or not. A text or a Document is asked to be continued, and "-" stands for the answer that it and a Conversation without an answer
     lack. Raises TypeError for anything else, ValueError for a conversation in which nobody asks.
     """
     if isinstance(prompt, dict):
@@ -224,6 +225,8 @@ def as_asked(prompt: str | Record) -> Record:
         prompt = Completion(prompt if isinstance(prompt, str) else prompt.text, "-")
     elif isinstance(prompt, Preference):
         prompt = Completion(prompt.prompt, prompt.chosen)
+    elif isinstance(prompt, UnpairedPreference):
+        prompt = Completion(prompt.prompt, prompt.completion)
     elif isinstance(prompt, MultipleChoice):
         prompt = Completion(prompt.question, prompt.choices[prompt.answer])
     elif isinstance(prompt, Conversation):
