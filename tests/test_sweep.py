@@ -97,6 +97,17 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_store_has_room_before_anything_is_computed(tmp_path, monkeypatch):
+    rows = mp.sweep(lambda x, seed: {"y": x}, GRID, 1, tmp_path / "new" / "deep" / "rows.jsonl")
+    assert read_rows(tmp_path / "new" / "deep" / "rows.jsonl") == rows
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "file" / "rows.jsonl")
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(PermissionError, match="it is not writable"):
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "rows.jsonl")
+
+
 def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path, old = tmp_path / "rows.jsonl", '{"run":"Square", "x": 1.0, "seed": 0, "y": 1, "name": "\u00e9"}'
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..options import reader
@@ -80,8 +81,9 @@ def sweep(
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
                             thread, unless MINIPEFT_THREADS says otherwise where the workers are.
-        store: the JSONL file. A row is appended as soon as it is known, and none is ever taken out. Several sweeps may
-            write to it at once; each computes all that was not there when it began.
+        store: the JSONL file, in a directory that is made where it is missing. A row is appended as soon as it is known,
+            and none is ever taken out. Several sweeps may write to it at once; each computes all that was not there
+            when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
         show: gets a line after each run.
 
@@ -89,7 +91,7 @@ def sweep(
     failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
 
     Raises, before anything is computed, ValueError and TypeError for settings that are no row and for a `run` that
-    cannot be sent to another process, and FileError as `read_rows`; ExecutorLost where an executor takes no more runs.
+    cannot be sent to another process, FileError as `read_rows` and OSError where the store cannot be; ExecutorLost where an executor takes no more runs.
     """
     if isinstance(grid, Mapping):
         raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
@@ -99,6 +101,9 @@ def sweep(
     find = finder(row for row in there if row.get("version") == version)
     rows = {key(row): find(row) for _, row in wanted}
     missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
+
+    if store is not None:
+        _make_room(Path(store).parent)
 
     differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
     tasks = {k: settings for k, (settings, _) in missing.items()}
@@ -122,6 +127,13 @@ def sweep(
             stacklevel=2,
         )
     return [rows[key(row)] for _, row in wanted]
+
+
+def _make_room(directory: Path) -> None:
+    """Make the directory where it is missing. Raises OSError where no file can be written there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"no row can be stored in {directory}: it is not writable")
 
 
 def measured(run: Callable[..., Row], settings: Any) -> Row:
