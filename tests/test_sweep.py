@@ -24,7 +24,7 @@ import minipeft as mp
 from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
-from minipeft.experiments.rows import complete, described
+from minipeft.experiments.rows import complete, described, qualname
 from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
@@ -39,6 +39,10 @@ class Square:
 
 RUNS = [Square(x, seed) for seed in (0, 1) for x in (1, 2, 3)]
 GRID = mp.grid(x=[1, 2, 3], seed=range(2))
+
+
+def square(settings):
+    return {"y": settings.x**2}
 
 
 def where(x, seed):
@@ -91,28 +95,49 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         mp.sweep(run, RUNS, 1, path)
     assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
-    rows = mp.sweep(lambda s: {"y": s.x**2}, RUNS, 1, path)
-    assert rows == read_rows(path) == [{**described(s), "y": s.x**2} for s in RUNS]
-    assert mp.sweep(lambda s: 1 / 0, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
+    done[:] = [0, 0]
+    rows = mp.sweep(run, RUNS, 1, path)
+    assert rows == read_rows(path) == [{**described(s), "qualname": qualname(run), "y": s.x**2} for s in RUNS]
+    done[:] = range(4)
+    assert mp.sweep(run, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_a_store_has_room_before_anything_is_computed(tmp_path, monkeypatch):
-    rows = mp.sweep(lambda x, seed: {"y": x}, GRID, 1, tmp_path / "new" / "deep" / "rows.jsonl")
+    rows = mp.sweep(lambda x, seed: {"y": x}, GRID, 1, tmp_path / "new" / "deep" / "rows.jsonl", "1")
     assert read_rows(tmp_path / "new" / "deep" / "rows.jsonl") == rows
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError):
-        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "file" / "rows.jsonl")
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "file" / "rows.jsonl", "1")
     monkeypatch.setattr(os, "access", lambda *arguments: False)
     with pytest.raises(PermissionError, match="it is not writable"):
-        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "rows.jsonl")
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "rows.jsonl", "1")
 
 
 def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path, old = tmp_path / "rows.jsonl", '{"run":"Square", "x": 1.0, "seed": 0, "y": 1, "name": "\u00e9"}'
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too
-    mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
-    assert path.read_text(encoding="utf-8").splitlines() == [old, '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+    mp.sweep(square, RUNS[:2], 1, path)
+    new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+    assert path.read_text(encoding="utf-8").splitlines() == [old, new]
+
+
+def test_rows_of_another_function_are_not_used(tmp_path):
+    path, said = tmp_path / "rows.jsonl", []
+
+    def cube(settings):
+        return {"y": settings.x**3}
+
+    for run, y in ((square, [1, 4, 9]), (cube, [1, 8, 27]), (square, [1, 4, 9])):
+        assert [row["y"] for row in mp.sweep(run, RUNS[:3], 1, path, show=said.append)] == y
+    assert len(read_rows(path)) == 6 and said[-1] == "3 of 3 rows are in the store"
+    mp.sweep(cube, RUNS[:5], 1, path, show=said.append)
+    assert said[-3] == "3 of 5 rows are in the store" and said[-1].startswith("2 of 2 runs")
+    assert {row["qualname"] for row in read_rows(path)} == {"test_sweep.square", f"test_sweep.{cube.__qualname__}"}
+    with pytest.raises(ValueError, match=r"a lambda has no name .* give version="):
+        mp.sweep(lambda s: {"y": 0}, RUNS, 1, path)
+    assert mp.sweep(lambda s: {"y": 0}, RUNS[:1], 1, path, "2")[0]["y"] == 0
+    assert mp.sweep(lambda s: {"y": 1}, RUNS[:1], 1)[0]["y"] == 1, "without a store it may be"
 
 
 def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
@@ -120,11 +145,12 @@ def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
     for cut in (1, 9, len(whole) - 2):
         path.write_text(whole + whole[:cut])
         assert len(read_rows(path)) == 1
-        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
-        assert path.read_text().splitlines() == [whole.strip(), '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+        mp.sweep(square, RUNS[:2], 1, path)
+        new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+        assert path.read_text().splitlines() == [whole.strip(), new]
     path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
     with pytest.raises(FileError, match="line 2: not valid JSON"):
-        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+        mp.sweep(square, RUNS[:2], 1, path)
     assert path.read_text() == whole + "my notes"
 
 
@@ -181,21 +207,25 @@ def test_numpy_values_and_nan_are_accepted_and_read_back(tmp_path):
 def test_settings_are_known_by_all_their_names(tmp_path):
     """A grid without an axis is another one: its rows are not those of the larger grid."""
     path = tmp_path / "rows.jsonl"
-    mp.sweep(lambda x, lr: {"y": x + lr}, mp.grid(x=[1, 2], lr=[5]), 1, path)
-    assert [row["y"] for row in mp.sweep(lambda x: {"y": x}, mp.grid(x=[1, 2]), 1, path)] == [1, 2]
-    assert mp.sweep(lambda lr, x: 1 / 0, mp.grid(lr=[5.0], x=[1]), 1, path)[0]["y"] == 6, "in any order"
+    mp.sweep(lambda x, lr: {"y": x + lr}, mp.grid(x=[1, 2], lr=[5]), 1, path, "1")
+    assert [row["y"] for row in mp.sweep(lambda x: {"y": x}, mp.grid(x=[1, 2]), 1, path, "1")] == [1, 2]
+    assert mp.sweep(lambda lr, x: 1 / 0, mp.grid(lr=[5.0], x=[1]), 1, path, "1")[0]["y"] == 6, "in any order"
     nan = mp.grid(x=[math.nan, (1, 2)])
-    mp.sweep(lambda x: {"y": str(x)}, nan, 1, path)
-    assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path)] == ["nan", "(1, 2)"]
+    mp.sweep(lambda x: {"y": str(x)}, nan, 1, path, "1")
+    assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path, "1")] == ["nan", "(1, 2)"]
 
 
 def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
     path = tmp_path / "rows.jsonl"
+
+    def run(x, seed):
+        return {"y": version}
+
     for version in (None, "1", "2"):
-        rows = mp.sweep(lambda x, seed, of=version: {"y": of}, GRID, 1, path, version)
+        rows = mp.sweep(run, GRID, 1, path, version)
         assert {row["y"] for row in rows} == {version}
     assert len(read_rows(path)) == 18
-    assert {row["y"] for row in mp.sweep(lambda x, seed: 1 / 0, GRID, 1, path, "1")} == {"1"}
+    assert {row["y"] for row in mp.sweep(run, GRID, 1, path, "1")} == {"1"}
 
 
 @pytest.mark.parametrize(

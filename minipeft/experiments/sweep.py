@@ -33,7 +33,7 @@ from typing import Any
 
 from ..options import reader
 from .executors import computed
-from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, read_rows
+from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, qualname, read_rows
 
 
 def grid(**axes: Any) -> list[Row]:
@@ -85,7 +85,11 @@ def sweep(
             and none is ever taken out. Several sweeps may write to it at once; each computes all that was not there
             when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
-        show: gets a line after each run.
+        show: gets a line after each run, and one before the first where rows are in the store already.
+
+    A row has in "qualname" the file and the name of its function, "my_sweep.run", and is used for this one alone; a
+    row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
+    version only.
 
     A run that raises is a row with "error" and "traceback", and the sweep goes on; a warning at the end says how many
     failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
@@ -97,8 +101,11 @@ def sweep(
         raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
     of_version = {} if version is None else {"version": version}
     wanted = [(settings, described(settings, run) | of_version) for settings in grid]
+    function = qualname(run)
+    if store is not None and version is None and function.endswith("<lambda>"):
+        raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
     there = [] if store is None else read_rows(store)
-    find = finder(row for row in there if row.get("version") == version)
+    find = finder(row for row in there if row.get("version") == version and row.get("qualname", function) == function)
     rows = {key(row): find(row) for _, row in wanted}
     missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
 
@@ -106,12 +113,14 @@ def sweep(
         _make_room(Path(store).parent)
 
     differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
+    if len(missing) < len(rows):
+        show(f"{len(rows) - len(missing)} of {len(rows)} rows are in the store")
     tasks = {k: settings for k, (settings, _) in missing.items()}
     failures, began = [], time.perf_counter()
     with closing(computed(partial(measured, run), tasks, executor, len(rows))) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
             _, row = missing[k]
-            rows[k] = {**row, **outcome}
+            rows[k] = {**row, "qualname": function, **outcome}
             if store is not None:
                 add_row(store, rows[k])
             line = f"{number} of {len(tasks)} runs, {time.perf_counter() - began:.0f} s"

@@ -49,7 +49,7 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
         runs = [row for row in group if not failed(row)]
         seeds = [row["seed"] for row in runs if "seed" in row]
         if len(seeds) > len(set(seeds)):
-            others = [name for name in _varying(group) if name not in by] or ["the version"]
+            others = [name for name in _varying(group) if name not in by] or ["the version or the function"]
             raise ValueError(
                 f"the mean at {mean} has a seed twice: the runs differ in {', '.join(others)}; give by= all settings "
                 "that differ, or only some of the rows"
