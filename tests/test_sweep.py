@@ -244,11 +244,33 @@ def test_what_cannot_be_a_sweep_is_said_before_anything_is_computed(run, grid, e
 
 @pytest.mark.parametrize(
     "found, message",
-    [(3, "must return a dictionary"), ({"x": 1}, "cannot be called 'x'"), ({"m": mp.nn.Module}, "m is <class")],
+    [
+        (3, "must return a dictionary of what it measured, not 3"),
+        ({"x": 7}, "cannot be called 'x', which is 1, its setting: .* 7"),
+        ({"run": 7}, "cannot be called 'run', which is a field of every row"),
+    ],
 )
-def test_what_is_no_measurement_is_a_failed_run(found, message):
-    (row,), _ = quietly(lambda x: found, [{"x": 1}], 1)
-    assert message in row["error"]
+@pytest.mark.parametrize("executor", [1, 2])
+def test_a_run_that_can_be_no_row_stops_the_sweep_at_the_first(tmp_path, executor, found, message):
+    def run(x):
+        (tmp_path / str(x)).touch()
+        if x > 1:
+            time.sleep(60)
+        return found
+
+    with pytest.raises(TypeError, match=message):
+        mp.sweep(run, mp.grid(x=range(1, 5)), executor, tmp_path / "rows.jsonl")
+    assert len(list(tmp_path.iterdir())) < 4 and not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_run_may_return_its_settings_again():
+    (row,) = mp.sweep(lambda x: {"x": np.float64(x), "y": 2}, [{"x": 1}], 1)
+    assert row["x"] == 1 and row["y"] == 2
+
+
+def test_a_value_that_is_none_of_json_is_a_failed_run():
+    (row,), _ = quietly(lambda x: {"m": mp.nn.Module}, [{"x": 1}], 1)
+    assert "m is <class" in row["error"]
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 from ..executors import ExecutorLost, LocalProcesses, opened
 from ..threads import get_num_threads, set_num_threads
 
-Outcome = dict[str, Any]  # what a run measured, or its "error" and "traceback"
+Outcome = dict[str, Any] | str  # what a run measured, or its "error" and "traceback"; a text: why it can be no row
 
 
 def computed(

@@ -22,6 +22,7 @@ import argparse
 import importlib
 import itertools
 import os
+import reprlib
 import sys
 import time
 import warnings
@@ -91,6 +92,9 @@ def sweep(
     row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
     version only.
 
+    A run may return its settings again; where it returns another value of one, or no dictionary, no run of it can be a
+    row: the sweep stops with TypeError at the first, and the rows so far are kept.
+
     A run that raises is a row with "error" and "traceback", and the sweep goes on; a warning at the end says how many
     failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
 
@@ -120,6 +124,8 @@ def sweep(
     with closing(computed(partial(measured, run), tasks, executor, len(rows))) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
             _, row = missing[k]
+            if isinstance(outcome, str):
+                raise TypeError(outcome)
             rows[k] = {**row, "qualname": function, **outcome}
             if store is not None:
                 add_row(store, rows[k])
@@ -145,14 +151,20 @@ def _make_room(directory: Path) -> None:
         raise PermissionError(f"no row can be stored in {directory}: it is not writable")
 
 
-def measured(run: Callable[..., Row], settings: Any) -> Row:
-    """What a run measures, in JSON's types. Raises TypeError for what is no row, ValueError for a setting's name."""
+def measured(run: Callable[..., Row], settings: Any) -> Row | str:
+    """What a run measures, in JSON's types, without settings that it repeats; or, as a text, why it can be no row.
+
+    Raises TypeError for a value that is not one of JSON.
+    """
     found = run(**settings) if isinstance(settings, Mapping) else run(settings)
     if not isinstance(found, Mapping):
-        raise TypeError(f"a run must return a dictionary of what it measured, not {found!r}")
-    if taken := [name for name in found if name in FIELDS or name in described(settings)]:
-        raise ValueError(f"what a run measured cannot be called {taken[0]!r}: a row has that field already")
-    return plain(found)
+        return f"a run must return a dictionary of what it measured, not {reprlib.repr(found)}"
+    found, known = plain(found), described(settings)
+    for name in found:
+        if name in FIELDS or (name in known and key(found[name]) != key(known[name])):
+            has = f"{known[name]!r}, its setting" if name not in FIELDS else "a field of every row"
+            return f"what a run measured cannot be called {name!r}, which is {has}: it returned {reprlib.repr(found[name])}"
+    return {name: value for name, value in found.items() if name not in known}
 
 
 def executor_of(text: str) -> int | str:
