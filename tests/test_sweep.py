@@ -233,6 +233,9 @@ def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
     [
         (where, [{"run": 1}], ValueError, "cannot be called 'run'"),
         (where, [{"x": where}], TypeError, "x is <function where"),
+        (where, [{"x": 1, "sed": 1}], TypeError, r"where\(x, seed\) cannot be called with .* argument: 'seed'"),
+        (lambda x: {"y": x}, [{"x": 1}, {"x": 1, "lr": 1}], TypeError, "unexpected keyword argument 'lr'"),
+        ("where", [{"x": 1}], TypeError, "must be a function of the settings, not 'where'"),
         (where, [3], TypeError, "a dictionary or a dataclass, not 3"),
         (lambda x: {"y": LOCK.locked()}, [{"x": 1}, {"x": 2}], TypeError, "cannot be sent to another process"),
     ],

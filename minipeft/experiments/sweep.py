@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import itertools
 import os
 import reprlib
@@ -98,13 +99,15 @@ def sweep(
     A run that raises is a row with "error" and "traceback", and the sweep goes on; a warning at the end says how many
     failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
 
-    Raises, before anything is computed, ValueError and TypeError for settings that are no row and for a `run` that
-    cannot be sent to another process, FileError as `read_rows` and OSError where the store cannot be; ExecutorLost where an executor takes no more runs.
+    Raises, before anything is computed, ValueError and TypeError for settings that are no row or that `run` does not
+    take, and for a `run` that cannot be sent to another process; FileError as `read_rows`, and OSError where the store
+    cannot be written. Raises ExecutorLost where an executor takes no more runs.
     """
     if isinstance(grid, Mapping):
         raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
     of_version = {} if version is None else {"version": version}
     wanted = [(settings, described(settings, run) | of_version) for settings in grid]
+    _check_taken(run, [settings for settings, _ in wanted])
     function = qualname(run)
     if store is not None and version is None and function.endswith("<lambda>"):
         raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
@@ -142,6 +145,21 @@ def sweep(
             stacklevel=2,
         )
     return [rows[key(row)] for _, row in wanted]
+
+
+def _check_taken(run: Callable[..., Row], grid: list[Any]) -> None:
+    """Raise TypeError where `run` is no function of the settings, as far as its signature says."""
+    if not callable(run):
+        raise TypeError(f"run must be a function of the settings, not {run!r}")
+    try:
+        signature = inspect.signature(run)
+    except ValueError:  # of some functions in C
+        return
+    for settings in grid:
+        try:
+            signature.bind(**settings) if isinstance(settings, Mapping) else signature.bind(settings)
+        except TypeError as error:
+            raise TypeError(f"{qualname(run)}{signature} cannot be called with {settings!r}: {error}") from None
 
 
 def _make_room(directory: Path) -> None:
