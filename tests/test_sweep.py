@@ -484,6 +484,7 @@ def test_a_plot_has_a_line_with_a_band_for_each_value():
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(2.51 - 0.02484, abs=1e-4)
     assert band[:, 1].max() == pytest.approx(3.41 + 0.02484, abs=1e-4)
+    assert figure._repr_png_().startswith(b"\x89PNG"), "what a notebook shows, without pyplot"
 
 
 # ------------------------------------------------------------------------------------------------------------- cluster
