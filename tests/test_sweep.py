@@ -460,7 +460,7 @@ def test_failed_and_diverged_runs_are_not_hidden_in_a_mean():
     lines = table(rows, "loss", ["r", "lr"]).splitlines()
     assert lines[0].split() == ["r", "lr", "loss", "n", "failed"]
     assert lines[4].split() == ["8", "0.01", "3.815", "±", "0.064", "3", "1"]
-    assert lines[3].split() == ["8", "0.001", "nan", "3", "0"]
+    assert lines[3].split() == ["8", "0.001", "nan", "(2", "of", "3)", "3", "0"]
 
 
 def test_a_mean_over_different_settings_is_refused():
@@ -474,6 +474,8 @@ def test_a_mean_over_different_settings_is_refused():
     with pytest.raises(ValueError, match="a dataclass: name those"):
         means([described(RUNS[0]) | {"loss": 1}], "loss")
     assert means(rows[:3], "loss", by=())[0]["n"] == 3
+    with pytest.raises(ValueError, match=r"'loss' of the row {'lr': 0.001, .*} is a list: \[\[1, 2.5\]\]"):
+        table([rows[0], rows[-1] | {"loss": [[1, 2.5]]}], "loss")
 
 
 def test_a_plot_has_a_line_with_a_band_for_each_value():
@@ -485,6 +487,16 @@ def test_a_plot_has_a_line_with_a_band_for_each_value():
     assert band[:, 1].min() == pytest.approx(2.51 - 0.02484, abs=1e-4)
     assert band[:, 1].max() == pytest.approx(3.41 + 0.02484, abs=1e-4)
     assert figure._repr_png_().startswith(b"\x89PNG"), "what a notebook shows, without pyplot"
+
+
+def test_a_point_without_some_of_its_runs_is_hollow():
+    rows = rows_of(LOSSES)
+    rows[3]["loss"] = None  # of r 8, lr 0.001, seed 0
+    (axes,) = plot(rows, "loss", x="lr", by="r").axes
+    (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert hollow.get_xydata().tolist() == [[1e-3, pytest.approx(2.915)]], "the mean of the other two"
+    assert axes.get_title() == "hollow (or missing): in some (or all) runs loss is not finite"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["r 4", "r 8"]
 
 
 # ------------------------------------------------------------------------------------------------------------- cluster
