@@ -271,9 +271,17 @@ def test_a_run_may_return_its_settings_again():
     assert row["x"] == 1 and row["y"] == 2
 
 
-def test_a_value_that_is_none_of_json_is_a_failed_run():
-    (row,), _ = quietly(lambda x: {"m": mp.nn.Module}, [{"x": 1}], 1)
-    assert "m is <class" in row["error"]
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (mp.nn.Module, "loss is <class"),
+        (LOCK.locked, "loss is the method locked itself: call it"),
+        (mp.Tensor(np.ones((2, 3))), "loss is a Tensor [2, 3]: .item() has one"),
+    ],
+)
+def test_a_value_that_is_none_of_json_is_a_failed_run(value, message):
+    (row,), _ = quietly(lambda x: {"loss": value}, [{"x": 1}], 1)
+    assert message in row["error"]
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):

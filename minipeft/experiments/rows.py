@@ -78,6 +78,12 @@ def plain(value: Any, name: str = "") -> Any:
         return [plain(v, name) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if callable(value) and hasattr(value, "__self__"):
+        raise TypeError(f"a row holds what a method returns, and {name} is the method {value.__name__} itself: call it")
+    if hasattr(value, "item") and hasattr(value, "shape"):
+        raise TypeError(
+            f"a row holds numbers, and {name} is a {type(value).__name__} {list(value.shape)}: .item() has one"
+        )
     raise TypeError(f"a row holds numbers, texts, None, and lists and dictionaries of them; {name} is {value!r}")
 
 
