@@ -67,7 +67,7 @@ LOCK = threading.Lock()
 def quietly(*arguments, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = mp.sweep(*arguments, **options, show=lambda line: None)
+        rows = mp.sweep(*arguments, **{"show": lambda line: None, **options})
     return rows, [str(w.message) for w in caught]
 
 
@@ -315,9 +315,12 @@ def test_local_processes_divide_the_threads(threads):
 
 
 @pytest.mark.parametrize("times, y", [(1, 4), (9, None)])
-def test_a_process_that_dies_takes_no_other_run_with_it(tmp_path, times, y):
-    grid = [{**s, "directory": tmp_path, "times": times} for s in GRID]
-    rows, said = quietly(deadly, grid, 2, tmp_path / "rows.jsonl")
+def test_a_process_that_dies_takes_no_other_run_with_it_and_is_told_of_once(tmp_path, times, y):
+    grid, lines = [{**s, "directory": tmp_path, "times": times} for s in GRID], []
+    rows, said = quietly(deadly, grid, 2, tmp_path / "rows.jsonl", show=lines.append)
+    assert [line for line in lines if "process died" in line] == [
+        "a process died (SIGKILL): its run is tried once more; where memory ran out, use fewer processes"
+    ]
     assert [row.get("y") for row in rows] == [1, 1, y, y, 9, 9]
     if y is None:
         assert all("died twice (SIGKILL)" in row["error"] for row in rows[2:4]) and "2 of 6 runs failed" in said[0]

@@ -87,7 +87,8 @@ def sweep(
             and none is ever taken out. Several sweeps may write to it at once; each computes all that was not there
             when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
-        show: gets a line after each run, and one before the first where rows are in the store already.
+        show: gets a line after each run; one before the first where rows are in the store already; and one where a
+            process has died.
 
     A row has in "qualname" the file and the name of its function, "my_sweep.run", and is used for this one alone; a
     row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
@@ -124,7 +125,7 @@ def sweep(
         show(f"{len(rows) - len(missing)} of {len(rows)} rows are in the store")
     tasks = {k: settings for k, (settings, _) in missing.items()}
     failures, began = [], time.perf_counter()
-    with closing(computed(partial(measured, run), tasks, executor, len(rows))) as outcomes:
+    with closing(computed(partial(measured, run), tasks, executor, len(rows), show)) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
             _, row = missing[k]
             if isinstance(outcome, str):
