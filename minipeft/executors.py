@@ -67,6 +67,7 @@ class LocalProcesses:
 
     def __init__(self, n: int):
         self._max_workers = n
+        self.deaths: list[str] = []  # how each process that died did: "SIGKILL", or "exit status 1"
         self._threads = ThreadPoolExecutor(n)  # each waits for a process of its own
         self._mine = threading.local()
         self._lock, self._processes, self._closed = threading.Lock(), set(), False
@@ -101,8 +102,9 @@ class LocalProcesses:
                 status, self._mine.process = process.wait(), None
                 if self._closed:
                     raise CancelledError from None
+                how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+                self.deaths.append(how)
         else:
-            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             raise ProcessDied(f"the process of this run died twice ({how}); where memory ran out, use fewer processes")
         if error is not None:
             raise error

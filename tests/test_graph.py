@@ -169,3 +169,16 @@ def test_a_dead_unit_and_terms_that_cancel():
     w = net.layers[1].weight
     cancelled = why(net, lambda: (w * 2).sum() - (w + w).sum())
     assert cancelled["layers.1.weight"] == "its gradient is exactly 0: the terms from 3 ops cancel"
+
+
+@pytest.mark.parametrize(
+    "loss, error, message",
+    [
+        (mp.Tensor(np.float64(1)), TypeError, "give a function, .* not a Tensor"),
+        (lambda: 0.5, TypeError, "must be a Tensor, .* not a float: 0.5"),
+        (lambda: mp.Tensor(np.array(np.nan)), ValueError, "the loss is nan"),
+    ],
+)
+def test_a_loss_that_cannot_be_followed_is_said(loss, error, message):
+    with pytest.raises(error, match=message):
+        mp.why_unmoved(build("llama"), loss)

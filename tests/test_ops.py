@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -229,12 +230,21 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
     "broadcast_to": (lambda a: F.broadcast_to(a, (2, 2, 3, 4)), lambda a: a + np.zeros((2, 1, 1, 1)), x),
     "getitem": (lambda a: a[:, [0, 2], 1:], lambda a: np.stack([a[:, 0, 1:], a[:, 2, 1:]], axis=1), x),
     "gather": (lambda a: F.gather(a, ids[:, :3, None] % 4), lambda a: naive_gather(a, ids[:, :3, None] % 4), x),
-    "_cat": (lambda a, b: F.cat([a, b], 1), lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]), x, y),
+    "_cat": (
+        lambda a, b: F.cat([a, b], 1),
+        lambda a, b: np.einsum("ijk->jik", [*a.swapaxes(0, 1), *b.swapaxes(0, 1)]),
+        x,
+        y,
+    ),
     "matmul": (F.matmul, naive_matmul, x, C.normal(2, 4, 5)),
     "inv": (F.inv, naive_inv, C.normal(2, 3, 3) + 4 * np.eye(3)),
     "linear": (F.linear, lambda a, w, b: naive_matmul(a, w.T) + b, x, C.normal(5, 4), C.normal(5)),
     "addmm": (F.addmm, lambda b, a, w: naive_matmul(a, w) + b, C.normal(5), x, C.normal(4, 5)),
-    "embedding": (lambda w: F.embedding(ids, w), lambda w: naive_matmul(ids[..., None] == np.arange(6), w), C.normal(6, 3)),
+    "embedding": (
+        lambda w: F.embedding(ids, w),
+        lambda w: naive_matmul(ids[..., None] == np.arange(6), w),
+        C.normal(6, 3),
+    ),
     "layer_norm": (F.layer_norm, lambda a, w, b: naive_norm(a, w, b, True, 1e-5), x, C.positive(4), C.normal(4)),
     "rms_norm": (F.rms_norm, lambda a, w: naive_norm(a, w, 0 * w, False, 1e-6), x, C.positive(4)),
     "rope": (
@@ -248,7 +258,11 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
         *(C.normal(2, 4, 3, 2), C.normal(2, 2, 5, 2), C.normal(2, 2, 5, 3)),
     ),
     "packed_attention": (lambda a: F.packed_attention(a, 2), lambda a: naive_packed(a, 2), C.normal(2, 5, 12)),
-    "cross_entropy": (lambda a: F.cross_entropy(a, ids[:, :3] % 4), lambda a: naive_cross_entropy(a, ids[:, :3] % 4), x),
+    "cross_entropy": (
+        lambda a: F.cross_entropy(a, ids[:, :3] % 4),
+        lambda a: naive_cross_entropy(a, ids[:, :3] % 4),
+        x,
+    ),
     "nll_loss": (
         lambda a: F.nll_loss(a, ids[:, :3] % 4),
         lambda a: -np.array(math.fsum(a[i][ids[i] % 4] for i in np.ndindex(2, 3)) / 6),
@@ -458,7 +472,11 @@ def test_extreme_inputs_give_the_limits_without_overflow(name):
 HALF = {  # op -> (call, input, weight)
     "linear": (F.linear, (3, 4), (5, 4)),
     "addmm": (lambda x, w: F.addmm(None, x, w), (3, 4), (4, 5)),
-    "linear_cross_entropy": (lambda x, w: F.linear_cross_entropy(x, w, xp_of(x.data).asarray([0, 1, 2])), (3, 4), (5, 4)),
+    "linear_cross_entropy": (
+        lambda x, w: F.linear_cross_entropy(x, w, xp_of(x.data).asarray([0, 1, 2])),
+        (3, 4),
+        (5, 4),
+    ),
     "embedding": (lambda x, w: F.embedding(xp_of(w.data).asarray([0, 1, 1]), w), (3, 4), (5, 4)),
     "layer_norm": (lambda x, w: F.layer_norm(x, w, w.detach()), (3, 4), (4,)),
     "rms_norm": (F.rms_norm, (3, 4), (4,)),
@@ -543,7 +561,11 @@ MISUSE = [
     (lambda: F.maximum(ones(3), ones(4)), ValueError, r"^maximum: shapes \(3,\) and \(4,\)"),
     (lambda: F.where(np.ones(2, bool), ones(3), ones(4)), ValueError, r"^where: shapes \(2,\), \(3,\) and \(4,\)"),
     (lambda: ones(2, 3) @ ones(2, 3), ValueError, r"^matmul: shapes \(2, 3\) and \(2, 3\)"),
-    (lambda: ones(2, 3, 4) @ ones(5, 4, 2), ValueError, r"^matmul: shapes \(2, 3, 4\) and \(5, 4, 2\) cannot be broadcast"),
+    (
+        lambda: ones(2, 3, 4) @ ones(5, 4, 2),
+        ValueError,
+        r"^matmul: shapes \(2, 3, 4\) and \(5, 4, 2\) cannot be broadcast",
+    ),
     (lambda: F.linear(ones(2, 3), ones(5, 4)), ValueError, r"^linear: input \(2, 3\).*\(5, 4\).*must be 4"),
     (lambda: F.linear(ones(2, 3), ones(5, 3), ones(3)), ValueError, r"^linear: bias \(3,\).*\(5,\)"),
     (lambda: F.addmm(None, ones(2, 3), ones(4, 3)), ValueError, r"^addmm: input \(2, 3\).*\(4, 3\).*must be 4"),
@@ -708,9 +730,19 @@ def with_parameters(layer):
     return forward, backward
 
 
+LAYER = HandWritten()
+
+
+def through(layer):
+    return lambda x: layer.forward(x)
+
+
 def test_gradcheck_judges_a_backward_written_by_hand():
     layer, x = HandWritten(), C.normal(3, 4)
     assert gradcheck(layer.forward, x, backward=layer.backward).deviation < 1e-10
+    assert gradcheck(through(layer), x, backward=layer.backward).derivative == "yours"
+    tensor = Tensor(np.ones(4), requires_grad=True)  # whose backward is the library's
+    assert gradcheck(lambda x: x * tensor, x).derivative == "the library's own"
     forward, backward = with_parameters(layer)
     assert gradcheck(forward, x, layer.W, layer.b, backward=backward).comparisons == 24  # 12 in 7 subsets, twice
     rows = np.array([[2], [0], [1]])
@@ -742,6 +774,11 @@ def test_gradcheck_finds_a_slip_in_the_backward_of_a_layer_and_its_parameters(sl
     [
         (lambda x: gradcheck(HandWritten().forward, x), TypeError, "HandWritten has a backward of its own"),
         (lambda x: gradcheck(HandWritten(), x), TypeError, r"gradcheck\(layer.forward, x, backward=layer.backward\)"),
+        (lambda x: gradcheck(lambda x: LAYER.forward(x), x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(through(HandWritten()), x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(partial(through(HandWritten())), x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(partial(HandWritten().forward), x), TypeError, "HandWritten has a backward of its own"),
+        (lambda x: gradcheck(lambda x, layer=LAYER: layer.forward(x), x), TypeError, "has a backward of its own"),
         (lambda x: gradcheck(np.tanh, x), TypeError, r"of plain arrays .* gradcheck\(fn, x, backward=...\)"),
         (lambda x: gradcheck(lambda x: np.where(x > 0, x, 0), x), TypeError, "not ndarray; of a function of plain"),
         (lambda x: gradcheck(F.exp, x, backward=lambda g, x: g), TypeError, "must return a plain array, not a Tensor"),

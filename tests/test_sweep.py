@@ -24,7 +24,7 @@ import minipeft as mp
 from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
-from minipeft.experiments.rows import complete, described
+from minipeft.experiments.rows import complete, described, qualname
 from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
@@ -39,6 +39,10 @@ class Square:
 
 RUNS = [Square(x, seed) for seed in (0, 1) for x in (1, 2, 3)]
 GRID = mp.grid(x=[1, 2, 3], seed=range(2))
+
+
+def square(settings):
+    return {"y": settings.x**2}
 
 
 def where(x, seed):
@@ -63,7 +67,7 @@ LOCK = threading.Lock()
 def quietly(*arguments, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = mp.sweep(*arguments, **options, show=lambda line: None)
+        rows = mp.sweep(*arguments, **{"show": lambda line: None, **options})
     return rows, [str(w.message) for w in caught]
 
 
@@ -91,17 +95,49 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         mp.sweep(run, RUNS, 1, path)
     assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
-    rows = mp.sweep(lambda s: {"y": s.x**2}, RUNS, 1, path)
-    assert rows == read_rows(path) == [{**described(s), "y": s.x**2} for s in RUNS]
-    assert mp.sweep(lambda s: 1 / 0, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
+    done[:] = [0, 0]
+    rows = mp.sweep(run, RUNS, 1, path)
+    assert rows == read_rows(path) == [{**described(s), "qualname": qualname(run), "y": s.x**2} for s in RUNS]
+    done[:] = range(4)
+    assert mp.sweep(run, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_store_has_room_before_anything_is_computed(tmp_path, monkeypatch):
+    rows = mp.sweep(lambda x, seed: {"y": x}, GRID, 1, tmp_path / "new" / "deep" / "rows.jsonl", "1")
+    assert read_rows(tmp_path / "new" / "deep" / "rows.jsonl") == rows
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "file" / "rows.jsonl", "1")
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(PermissionError, match="it is not writable"):
+        mp.sweep(lambda x, seed: pytest.fail("computed"), GRID, 1, tmp_path / "rows.jsonl", "1")
 
 
 def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path, old = tmp_path / "rows.jsonl", '{"run":"Square", "x": 1.0, "seed": 0, "y": 1, "name": "\u00e9"}'
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too
-    mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
-    assert path.read_text(encoding="utf-8").splitlines() == [old, '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+    mp.sweep(square, RUNS[:2], 1, path)
+    new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+    assert path.read_text(encoding="utf-8").splitlines() == [old, new]
+
+
+def test_rows_of_another_function_are_not_used(tmp_path):
+    path, said = tmp_path / "rows.jsonl", []
+
+    def cube(settings):
+        return {"y": settings.x**3}
+
+    for run, y in ((square, [1, 4, 9]), (cube, [1, 8, 27]), (square, [1, 4, 9])):
+        assert [row["y"] for row in mp.sweep(run, RUNS[:3], 1, path, show=said.append)] == y
+    assert len(read_rows(path)) == 6 and said[-1] == "3 of 3 rows are in the store"
+    mp.sweep(cube, RUNS[:5], 1, path, show=said.append)
+    assert said[-3] == "3 of 5 rows are in the store" and said[-1].startswith("2 of 2 runs")
+    assert {row["qualname"] for row in read_rows(path)} == {"test_sweep.square", f"test_sweep.{cube.__qualname__}"}
+    with pytest.raises(ValueError, match=r"a lambda has no name .* give version="):
+        mp.sweep(lambda s: {"y": 0}, RUNS, 1, path)
+    assert mp.sweep(lambda s: {"y": 0}, RUNS[:1], 1, path, "2")[0]["y"] == 0
+    assert mp.sweep(lambda s: {"y": 1}, RUNS[:1], 1)[0]["y"] == 1, "without a store it may be"
 
 
 def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
@@ -109,11 +145,12 @@ def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
     for cut in (1, 9, len(whole) - 2):
         path.write_text(whole + whole[:cut])
         assert len(read_rows(path)) == 1
-        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
-        assert path.read_text().splitlines() == [whole.strip(), '{"run": "Square", "x": 2, "seed": 0, "y": 4}']
+        mp.sweep(square, RUNS[:2], 1, path)
+        new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+        assert path.read_text().splitlines() == [whole.strip(), new]
     path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
     with pytest.raises(FileError, match="line 2: not valid JSON"):
-        mp.sweep(lambda s: {"y": s.x**2}, RUNS[:2], 1, path)
+        mp.sweep(square, RUNS[:2], 1, path)
     assert path.read_text() == whole + "my notes"
 
 
@@ -170,21 +207,25 @@ def test_numpy_values_and_nan_are_accepted_and_read_back(tmp_path):
 def test_settings_are_known_by_all_their_names(tmp_path):
     """A grid without an axis is another one: its rows are not those of the larger grid."""
     path = tmp_path / "rows.jsonl"
-    mp.sweep(lambda x, lr: {"y": x + lr}, mp.grid(x=[1, 2], lr=[5]), 1, path)
-    assert [row["y"] for row in mp.sweep(lambda x: {"y": x}, mp.grid(x=[1, 2]), 1, path)] == [1, 2]
-    assert mp.sweep(lambda lr, x: 1 / 0, mp.grid(lr=[5.0], x=[1]), 1, path)[0]["y"] == 6, "in any order"
+    mp.sweep(lambda x, lr: {"y": x + lr}, mp.grid(x=[1, 2], lr=[5]), 1, path, "1")
+    assert [row["y"] for row in mp.sweep(lambda x: {"y": x}, mp.grid(x=[1, 2]), 1, path, "1")] == [1, 2]
+    assert mp.sweep(lambda lr, x: 1 / 0, mp.grid(lr=[5.0], x=[1]), 1, path, "1")[0]["y"] == 6, "in any order"
     nan = mp.grid(x=[math.nan, (1, 2)])
-    mp.sweep(lambda x: {"y": str(x)}, nan, 1, path)
-    assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path)] == ["nan", "(1, 2)"]
+    mp.sweep(lambda x: {"y": str(x)}, nan, 1, path, "1")
+    assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path, "1")] == ["nan", "(1, 2)"]
 
 
 def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
     path = tmp_path / "rows.jsonl"
+
+    def run(x, seed):
+        return {"y": version}
+
     for version in (None, "1", "2"):
-        rows = mp.sweep(lambda x, seed, of=version: {"y": of}, GRID, 1, path, version)
+        rows = mp.sweep(run, GRID, 1, path, version)
         assert {row["y"] for row in rows} == {version}
     assert len(read_rows(path)) == 18
-    assert {row["y"] for row in mp.sweep(lambda x, seed: 1 / 0, GRID, 1, path, "1")} == {"1"}
+    assert {row["y"] for row in mp.sweep(run, GRID, 1, path, "1")} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +233,9 @@ def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
     [
         (where, [{"run": 1}], ValueError, "cannot be called 'run'"),
         (where, [{"x": where}], TypeError, "x is <function where"),
+        (where, [{"x": 1, "sed": 1}], TypeError, r"where\(x, seed\) cannot be called with .* argument: 'seed'"),
+        (lambda x: {"y": x}, [{"x": 1}, {"x": 1, "lr": 1}], TypeError, "unexpected keyword argument 'lr'"),
+        ("where", [{"x": 1}], TypeError, "must be a function of the settings, not 'where'"),
         (where, [3], TypeError, "a dictionary or a dataclass, not 3"),
         (lambda x: {"y": LOCK.locked()}, [{"x": 1}, {"x": 2}], TypeError, "cannot be sent to another process"),
     ],
@@ -203,10 +247,40 @@ def test_what_cannot_be_a_sweep_is_said_before_anything_is_computed(run, grid, e
 
 @pytest.mark.parametrize(
     "found, message",
-    [(3, "must return a dictionary"), ({"x": 1}, "cannot be called 'x'"), ({"m": mp.nn.Module}, "m is <class")],
+    [
+        (3, "must return a dictionary of what it measured, not 3"),
+        ({"x": 7}, "cannot be called 'x', which is 1, its setting: .* 7"),
+        ({"run": 7}, "cannot be called 'run', which is a field of every row"),
+    ],
 )
-def test_what_is_no_measurement_is_a_failed_run(found, message):
-    (row,), _ = quietly(lambda x: found, [{"x": 1}], 1)
+@pytest.mark.parametrize("executor", [1, 2])
+def test_a_run_that_can_be_no_row_stops_the_sweep_at_the_first(tmp_path, executor, found, message):
+    def run(x):
+        (tmp_path / str(x)).touch()
+        if x > 1:
+            time.sleep(60)
+        return found
+
+    with pytest.raises(TypeError, match=message):
+        mp.sweep(run, mp.grid(x=range(1, 5)), executor, tmp_path / "rows.jsonl")
+    assert len(list(tmp_path.iterdir())) < 4 and not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_run_may_return_its_settings_again():
+    (row,) = mp.sweep(lambda x: {"x": np.float64(x), "y": 2}, [{"x": 1}], 1)
+    assert row["x"] == 1 and row["y"] == 2
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (mp.nn.Module, "loss is <class"),
+        (LOCK.locked, "loss is the method locked itself: call it"),
+        (mp.Tensor(np.ones((2, 3))), "loss is a Tensor [2, 3]: .item() has one"),
+    ],
+)
+def test_a_value_that_is_none_of_json_is_a_failed_run(value, message):
+    (row,), _ = quietly(lambda x: {"loss": value}, [{"x": 1}], 1)
     assert message in row["error"]
 
 
@@ -241,9 +315,12 @@ def test_local_processes_divide_the_threads(threads):
 
 
 @pytest.mark.parametrize("times, y", [(1, 4), (9, None)])
-def test_a_process_that_dies_takes_no_other_run_with_it(tmp_path, times, y):
-    grid = [{**s, "directory": tmp_path, "times": times} for s in GRID]
-    rows, said = quietly(deadly, grid, 2, tmp_path / "rows.jsonl")
+def test_a_process_that_dies_takes_no_other_run_with_it_and_is_told_of_once(tmp_path, times, y):
+    grid, lines = [{**s, "directory": tmp_path, "times": times} for s in GRID], []
+    rows, said = quietly(deadly, grid, 2, tmp_path / "rows.jsonl", show=lines.append)
+    assert [line for line in lines if "process died" in line] == [
+        "a process died (SIGKILL): its run is tried once more; where memory ran out, use fewer processes"
+    ]
     assert [row.get("y") for row in rows] == [1, 1, y, y, 9, 9]
     if y is None:
         assert all("died twice (SIGKILL)" in row["error"] for row in rows[2:4]) and "2 of 6 runs failed" in said[0]
@@ -394,7 +471,7 @@ def test_failed_and_diverged_runs_are_not_hidden_in_a_mean():
     lines = table(rows, "loss", ["r", "lr"]).splitlines()
     assert lines[0].split() == ["r", "lr", "loss", "n", "failed"]
     assert lines[4].split() == ["8", "0.01", "3.815", "±", "0.064", "3", "1"]
-    assert lines[3].split() == ["8", "0.001", "nan", "3", "0"]
+    assert lines[3].split() == ["8", "0.001", "nan", "(2", "of", "3)", "3", "0"]
 
 
 def test_a_mean_over_different_settings_is_refused():
@@ -408,6 +485,8 @@ def test_a_mean_over_different_settings_is_refused():
     with pytest.raises(ValueError, match="a dataclass: name those"):
         means([described(RUNS[0]) | {"loss": 1}], "loss")
     assert means(rows[:3], "loss", by=())[0]["n"] == 3
+    with pytest.raises(ValueError, match=r"'loss' of the row {'lr': 0.001, .*} is a list: \[\[1, 2.5\]\]"):
+        table([rows[0], rows[-1] | {"loss": [[1, 2.5]]}], "loss")
 
 
 def test_a_plot_has_a_line_with_a_band_for_each_value():
@@ -418,6 +497,17 @@ def test_a_plot_has_a_line_with_a_band_for_each_value():
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(2.51 - 0.02484, abs=1e-4)
     assert band[:, 1].max() == pytest.approx(3.41 + 0.02484, abs=1e-4)
+    assert figure._repr_png_().startswith(b"\x89PNG"), "what a notebook shows, without pyplot"
+
+
+def test_a_point_without_some_of_its_runs_is_hollow():
+    rows = rows_of(LOSSES)
+    rows[3]["loss"] = None  # of r 8, lr 0.001, seed 0
+    (axes,) = plot(rows, "loss", x="lr", by="r").axes
+    (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert hollow.get_xydata().tolist() == [[1e-3, pytest.approx(2.915)]], "the mean of the other two"
+    assert axes.get_title() == "hollow (or missing): in some (or all) runs loss is not finite"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["r 4", "r 8"]
 
 
 # ------------------------------------------------------------------------------------------------------------- cluster

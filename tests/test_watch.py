@@ -125,9 +125,19 @@ def test_a_pattern_that_matches_nothing_names_its_neighbors():
         KeyError, match=r"no module's path matches 'model.layers.0.mpl'; nearest: .*model\.layers\.0\.mlp"
     ):
         build("llama").watch("model.layers.0.mpl").__enter__()
+    for pattern, nearest in (("*.q_prj", "q_proj"), ("*.self_atn", "self_attn"), ("*.dwn_proj*", "down_proj")):
+        with pytest.raises(KeyError, match=rf"nearest: model\.layers\.\d\.\S*{nearest}, "):
+            build("llama").watch(pattern).__enter__()
+    with pytest.raises(TypeError, match=r"one pattern, .* not by \['\*\.mlp'\]"):
+        build("llama").watch(["*.mlp"]).__enter__()
 
 
 # -------------------------------------------------------------------------------------------------------- attentions
+
+
+def test_the_loss_says_how_attentions_are_asked_for(rng):
+    with pytest.raises(TypeError, match=r"attentions=\[\]"):
+        loss_of(build("llama"), tokens(rng, 1, 4), output_attentions=True)
 
 
 @dialects

@@ -25,6 +25,8 @@ with.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -60,6 +62,7 @@ class Agreement(NamedTuple):
 
     deviation: float  # the worst |<u, pullback(w)> - <w, J u>|, relative to scale + rounding / rtol
     comparisons: int  # how many pairs of numbers were compared
+    derivative: str = "the library's own"  # the one that was checked; or "yours", given as backward=
 
 
 def gradcheck(
@@ -85,6 +88,9 @@ def gradcheck(
         mp.gradcheck(forward, x, w, backward=backward)
         mp.gradcheck(layer.forward, x, backward=layer.backward)         a layer that remembers x: backward(g)
 
+    Only what `backward` returns is judged: of the last line dL/dx, and not a weight's gradient that the layer leaves in
+    `self.dw`. To have that judged, pass w as an argument and return its gradient, as above.
+
     Every floating-point array is checked as an input, converted to float64, under every subset of inputs that require
     gradients (with more than four inputs: all, each alone, all but each). Integer and boolean arrays and anything that
     is no array are passed on as they are.
@@ -102,7 +108,8 @@ def gradcheck(
     has the wrong shape, when a value or gradient is not finite, when `fn` gives two values for one input, and when
     computing gradients writes into an input, the result or the cotangent. Raises ValueError when there is nothing to
     check, TypeError when `fn` returns no Tensor (with `backward`: no array), or belongs to an object whose own backward
-    was not given: only the library's derivative of `fn` would be looked at.
+    was not given, or computes with one (through a lambda or a partial, too): only the library's derivative of `fn` would
+    be looked at. `derivative` of the result says which one was.
     """
     call = list(map(_float64, arrays))
     inputs: dict[int | str, Tensor] = {i: a for i, a in enumerate(call) if isinstance(a, Tensor)}
@@ -112,9 +119,10 @@ def gradcheck(
 
     if backward is not None:
         fn = _by_hand(fn, backward, name)
-    elif not isinstance(owner := getattr(fn, "__self__", fn), Tensor) and callable(getattr(owner, "backward", None)):
+    elif (owner := next(_with_backward(fn), None)) is not None:
+        kind = owner if isinstance(owner, type) else type(owner)
         raise TypeError(
-            f"gradcheck: {type(owner).__name__} has a backward of its own, which is not looked at unless it is given: "
+            f"gradcheck: {kind.__name__} has a backward of its own, which is not looked at unless it is given: "
             "gradcheck(layer.forward, x, backward=layer.backward)"
         )
 
@@ -148,7 +156,7 @@ def gradcheck(
                     raise GradcheckError(f"{name}: input {i} requires no gradient and was given one", name, i)
                 if not np.array_equal(before[i], to_numpy(x.data)):
                     raise GradcheckError(f"{name} writes into its input {i}", name, i)
-    return Agreement(worst, count)
+    return Agreement(worst, count, "the library's own" if backward is None else "yours")
 
 
 def check_parameters(
@@ -184,6 +192,23 @@ def check_parameters(
 
 
 # -------------------------------------------------------------------------------------------------------- its parts
+
+
+def _with_backward(fn: Callable[..., Any]) -> Iterator[Any]:
+    """The objects with a `backward` of their own, no Tensors, that a function is, is a method of, or computes with."""
+    if isinstance(fn, functools.partial):
+        yield from _with_backward(fn.func)
+        objects = [*fn.args, *fn.keywords.values()]
+    elif inspect.isfunction(fn):
+        globals_ = (i.argval for i in dis.get_instructions(fn) if i.opname == "LOAD_GLOBAL")
+        objects = [fn.__globals__.get(name) for name in globals_] + list(fn.__defaults__ or ())
+        objects += [cell.cell_contents for cell in fn.__closure__ or ()]
+    else:
+        objects = [getattr(fn, "__self__", fn)]
+    for x in objects:
+        library = issubclass(x if isinstance(x, type) else type(x), Tensor) or inspect.ismodule(x)
+        if not library and callable(getattr(x, "backward", None)):
+            yield x
 
 
 def _by_hand(forward: Callable[..., Any], backward: Callable[..., Any], name: str) -> Callable[..., Tensor]:

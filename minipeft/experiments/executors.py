@@ -18,17 +18,18 @@ from typing import Any
 from ..executors import ExecutorLost, LocalProcesses, opened
 from ..threads import get_num_threads, set_num_threads
 
-Outcome = dict[str, Any]  # what a run measured, or its "error" and "traceback"
+Outcome = dict[str, Any] | str  # what a run measured, or its "error" and "traceback"; a text: why it can be no row
 
 
 def computed(
-    run: Callable[[Any], Outcome], tasks: Mapping[Hashable, Any], executor: Any, runs: int
+    run: Callable[[Any], Outcome], tasks: Mapping[Hashable, Any], executor: Any, runs: int, show: Callable[[str], None]
 ) -> Iterator[tuple[Hashable, Outcome]]:
     """(key, outcome) of `run(task)` for each task, which are by key, as soon as it is known.
 
     `executor` is as `sweep` takes it. By default the threads are divided by the number of runs of the whole sweep,
     `runs`, so that one that goes on after an interruption computes with as many threads, and to the same bytes. Where a
     ProcessPoolExecutor breaks, LocalProcesses compute the rest, unless it prepared its processes by an initializer.
+    `show` gets a line where a process has died, the first time.
 
     Raises as `sweep`.
     """
@@ -49,7 +50,7 @@ def computed(
         function, share = send(run), workers and max(1, threads // workers)
         futures: dict[Future, Hashable] = {}
         stack.callback(lambda: [future.cancel() for future in futures])
-        rest, lost = dict(tasks), None
+        rest, lost, told = dict(tasks), None, False
         try:
             for key, task in tasks.items():
                 futures[executor.submit(_received, function, send(task), share, here)] = key
@@ -63,6 +64,11 @@ def computed(
                 continue
             except Exception as error:  # not the run's, of which `_outcome` makes an outcome
                 outcome = _failure(error)
+            if (deaths := getattr(executor, "deaths", ())) and not told:
+                told = True
+                show(
+                    f"a process died ({deaths[0]}): its run is tried once more; where memory ran out, use fewer processes"
+                )
             del rest[futures[future]]
             yield futures[future], outcome
         if rest and (not isinstance(lost, BrokenProcessPool) or getattr(executor, "_initializer", None)):
@@ -71,7 +77,8 @@ def computed(
                 "so far are kept, and the same call with a new executor goes on"
             ) from lost
         if rest:
-            yield from computed(run, rest, stack.enter_context(LocalProcesses(workers)), runs)
+            show(f"a process of the pool died, and the pool with it: {workers} other processes compute the other runs")
+            yield from computed(run, rest, stack.enter_context(LocalProcesses(workers)), runs, show)
 
 
 def _pickled(value: Any) -> bytes:

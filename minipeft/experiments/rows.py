@@ -1,11 +1,12 @@
 """The rows of a sweep: one object a line in a JSONL file, the settings of a run and what it measured.
 
-    {"run": "run", "settings": ["lr", "r", "seed"], "r": 4, "lr": 0.001, "seed": 0, "loss": 2.31}
-    {"run": "run", "settings": ["lr", "r", "seed"], "r": 4, "lr": 0.003, "seed": 0, "error": "...", "traceback": "..."}
-    {"run": "Rewriting", "method": "lora", ..., "seed": 0, "task_loss": 2.69}
+    {"run": "run", "settings": ["r", "seed"], "r": 4, "seed": 0, "qualname": "my_sweep.run", "loss": 2.31}
+    {"run": "run", "settings": ["r", "seed"], "r": 8, "seed": 0, ..., "error": "...", "traceback": "..."}
+    {"run": "Rewriting", "method": "lora", ..., "seed": 0, "qualname": "practice.run", "task_loss": 2.69}
 
-The second run failed. The third's settings are a dataclass, whose name and fields are enough to know it by. JSON has no
-number that is not finite: in the file it is the text "NaN", "Infinity" or "-Infinity", which is read as a float.
+The second run failed. The third's settings are a dataclass, whose name stands in "run". "qualname" is the function that
+measured; older rows do not have it. JSON has no number that is not finite: in the file it is the text "NaN", "Infinity"
+or "-Infinity", which is read as a float.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,7 +26,7 @@ from typing import Any
 from ..files import FileError, fsync_directory
 
 Row = dict[str, Any]
-FIELDS = ("run", "settings", "version", "traceback")  # that no setting and no measurement can be called
+FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -45,6 +47,20 @@ def described(settings: Any, run: Callable[..., Any] | None = None) -> Row:
     return plain({"run": name, "settings": sorted(settings), **settings})
 
 
+def qualname(run: Callable[..., Any]) -> str:
+    """The file and the qualified name of a function, "my_sweep.run", or of a callable object's class.
+
+    The file is the module's last name, the same whether the module is imported or is the script that runs; a notebook
+    has none. A partial goes by its function.
+    """
+    function = run.func if isinstance(run, partial) else run
+    function = function if hasattr(function, "__qualname__") else type(function)
+    module = function.__module__ or ""
+    if module == "__main__":
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
+    return ".".join(filter(None, (module.rpartition(".")[2], function.__qualname__)))
+
+
 def plain(value: Any, name: str = "") -> Any:
     """A value of JSON's types, as it is read back: NumPy's scalars and arrays become Python's, paths become texts.
 
@@ -62,6 +78,12 @@ def plain(value: Any, name: str = "") -> Any:
         return [plain(v, name) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if callable(value) and hasattr(value, "__self__"):
+        raise TypeError(f"a row holds what a method returns, and {name} is the method {value.__name__} itself: call it")
+    if hasattr(value, "item") and hasattr(value, "shape"):
+        raise TypeError(
+            f"a row holds numbers, and {name} is a {type(value).__name__} {list(value.shape)}: .item() has one"
+        )
     raise TypeError(f"a row holds numbers, texts, None, and lists and dictionaries of them; {name} is {value!r}")
 
 

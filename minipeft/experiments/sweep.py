@@ -20,19 +20,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import itertools
 import os
+import reprlib
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..options import reader
 from .executors import computed
-from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, read_rows
+from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, qualname, read_rows
 
 
 def grid(**axes: Any) -> list[Row]:
@@ -80,33 +83,54 @@ def sweep(
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
                             thread, unless MINIPEFT_THREADS says otherwise where the workers are.
-        store: the JSONL file. A row is appended as soon as it is known, and none is ever taken out. Several sweeps may
-            write to it at once; each computes all that was not there when it began.
+        store: the JSONL file, in a directory that is made where it is missing. A row is appended as soon as it is known,
+            and none is ever taken out. Several sweeps may write to it at once; each computes all that was not there
+            when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
-        show: gets a line after each run.
+        show: gets a line after each run; one before the first where rows are in the store already; and one where a
+            process has died.
+
+    A row has in "qualname" the file and the name of its function, "my_sweep.run", and is used for this one alone; a
+    row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
+    version only.
+
+    A run may return its settings again; where it returns another value of one, or no dictionary, no run of it can be a
+    row: the sweep stops with TypeError at the first, and the rows so far are kept.
 
     A run that raises is a row with "error" and "traceback", and the sweep goes on; a warning at the end says how many
     failed, and the next call computes them again. A run whose process dies is tried once more, then it has failed.
 
-    Raises, before anything is computed, ValueError and TypeError for settings that are no row and for a `run` that
-    cannot be sent to another process, and FileError as `read_rows`; ExecutorLost where an executor takes no more runs.
+    Raises, before anything is computed, ValueError and TypeError for settings that are no row or that `run` does not
+    take, and for a `run` that cannot be sent to another process; FileError as `read_rows`, and OSError where the store
+    cannot be written. Raises ExecutorLost where an executor takes no more runs.
     """
     if isinstance(grid, Mapping):
         raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
     of_version = {} if version is None else {"version": version}
     wanted = [(settings, described(settings, run) | of_version) for settings in grid]
+    _check_taken(run, [settings for settings, _ in wanted])
+    function = qualname(run)
+    if store is not None and version is None and function.endswith("<lambda>"):
+        raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
     there = [] if store is None else read_rows(store)
-    find = finder(row for row in there if row.get("version") == version)
+    find = finder(row for row in there if row.get("version") == version and row.get("qualname", function) == function)
     rows = {key(row): find(row) for _, row in wanted}
     missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
 
+    if store is not None:
+        _make_room(Path(store).parent)
+
     differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
+    if len(missing) < len(rows):
+        show(f"{len(rows) - len(missing)} of {len(rows)} rows are in the store")
     tasks = {k: settings for k, (settings, _) in missing.items()}
     failures, began = [], time.perf_counter()
-    with closing(computed(partial(measured, run), tasks, executor, len(rows))) as outcomes:
+    with closing(computed(partial(measured, run), tasks, executor, len(rows), show)) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
             _, row = missing[k]
-            rows[k] = {**row, **outcome}
+            if isinstance(outcome, str):
+                raise TypeError(outcome)
+            rows[k] = {**row, "qualname": function, **outcome}
             if store is not None:
                 add_row(store, rows[k])
             line = f"{number} of {len(tasks)} runs, {time.perf_counter() - began:.0f} s"
@@ -124,14 +148,42 @@ def sweep(
     return [rows[key(row)] for _, row in wanted]
 
 
-def measured(run: Callable[..., Row], settings: Any) -> Row:
-    """What a run measures, in JSON's types. Raises TypeError for what is no row, ValueError for a setting's name."""
+def _check_taken(run: Callable[..., Row], grid: list[Any]) -> None:
+    """Raise TypeError where `run` is no function of the settings, as far as its signature says."""
+    if not callable(run):
+        raise TypeError(f"run must be a function of the settings, not {run!r}")
+    try:
+        signature = inspect.signature(run)
+    except ValueError:  # of some functions in C
+        return
+    for settings in grid:
+        try:
+            signature.bind(**settings) if isinstance(settings, Mapping) else signature.bind(settings)
+        except TypeError as error:
+            raise TypeError(f"{qualname(run)}{signature} cannot be called with {settings!r}: {error}") from None
+
+
+def _make_room(directory: Path) -> None:
+    """Make the directory where it is missing. Raises OSError where no file can be written there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"no row can be stored in {directory}: it is not writable")
+
+
+def measured(run: Callable[..., Row], settings: Any) -> Row | str:
+    """What a run measures, in JSON's types, without settings that it repeats; or, as a text, why it can be no row.
+
+    Raises TypeError for a value that is not one of JSON.
+    """
     found = run(**settings) if isinstance(settings, Mapping) else run(settings)
     if not isinstance(found, Mapping):
-        raise TypeError(f"a run must return a dictionary of what it measured, not {found!r}")
-    if taken := [name for name in found if name in FIELDS or name in described(settings)]:
-        raise ValueError(f"what a run measured cannot be called {taken[0]!r}: a row has that field already")
-    return plain(found)
+        return f"a run must return a dictionary of what it measured, not {reprlib.repr(found)}"
+    found, known = plain(found), described(settings)
+    for name in found:
+        if name in FIELDS or (name in known and key(found[name]) != key(known[name])):
+            has = f"{known[name]!r}, its setting" if name not in FIELDS else "a field of every row"
+            return f"what a run measured cannot be called {name!r}, which is {has}: it returned {reprlib.repr(found[name])}"
+    return {name: value for name, value in found.items() if name not in known}
 
 
 def executor_of(text: str) -> int | str:

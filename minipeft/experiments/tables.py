@@ -14,7 +14,9 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from .rows import Row, failed, key
@@ -31,9 +33,22 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
 
     By default `by` is all settings but the seed that have several values. None (training diverged) counts as NaN.
     Raises ValueError for a name that the rows do not have, and where a seed occurs twice in a mean: the runs then
-    differ in another setting, too.
+    differ in another setting, too. And for a value that is no number, as a curve is.
     """
-    values, by = _names(value), _varying(rows) if by is None else _names(by)
+    values, found = _names(value), []
+    for settings, numbers, n, failures in _groups(rows, values, by):
+        mean = dict(settings)
+        for name in values:
+            mean[name], mean[f"{name} ±"] = interval(numbers[name])
+        found.append(mean | {"n": n, "failed": failures})
+    return found
+
+
+def _groups(
+    rows: Sequence[Row], values: list[str], by: Names | None
+) -> list[tuple[Row, dict[str, list[float]], int, int]]:
+    """(settings, {value: its numbers}, number of runs, of those that failed) of each combination; raises as `means`."""
+    by = _varying(rows) if by is None else _names(by)
     done = [row for row in rows if not failed(row)]
     for some, names in ((rows, by), (done, values)):
         for name in names:
@@ -45,29 +60,48 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
         groups.setdefault(key([row[name] for name in by]), []).append(row)
     found = []
     for group in groups.values():
-        mean: Row = {name: group[0][name] for name in by}
+        settings = {name: group[0][name] for name in by}
         runs = [row for row in group if not failed(row)]
         seeds = [row["seed"] for row in runs if "seed" in row]
         if len(seeds) > len(set(seeds)):
-            others = [name for name in _varying(group) if name not in by] or ["the version"]
+            others = [name for name in _varying(group) if name not in by] or ["the version or the function"]
             raise ValueError(
-                f"the mean at {mean} has a seed twice: the runs differ in {', '.join(others)}; give by= all settings "
-                "that differ, or only some of the rows"
+                f"the mean at {settings} has a seed twice: the runs differ in {', '.join(others)}; give by= all "
+                "settings that differ, or only some of the rows"
             )
-        for name in values:
-            mean[name], mean[f"{name} ±"] = interval([math.nan if row[name] is None else row[name] for row in runs])
-        found.append(mean | {"n": len(group), "failed": len(group) - len(runs)})
+        numbers = {name: [_number(row, name) for row in runs] for name in values}
+        found.append((settings, numbers, len(group), len(group) - len(runs)))
     return found
 
 
+def _number(row: Row, name: str) -> float:
+    """The value in a row; NaN for None. Raises ValueError for what is no number."""
+    if row[name] is None:
+        return math.nan
+    if not isinstance(row[name], Real):
+        settings = {setting: row[setting] for setting in row.get("settings", ())}
+        kind = "a list" if isinstance(row[name], list) else f"a {type(row[name]).__name__}"
+        raise ValueError(
+            f"a mean is over numbers, and {name!r} of the row {settings or row['run']} is {kind}: "
+            f"{reprlib.repr(row[name])}; let the run return the one number of it that counts"
+        )
+    return float(row[name])
+
+
 def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
-    """`means` as text: one line for each combination of settings; a column for failures where there are any."""
+    """`means` as text: one line for each combination of settings; a column for failures where there are any.
+
+    A mean that is NaN says in how many runs the value is a number: "nan (4 of 5)".
+    """
     found = means(rows, value, by)
     names = [name for name in found[0] if f"{name} ±" in found[0]] if found else []
     lines = []
-    for row in found:
+    for row, (_, numbers, _, _) in zip(found, _groups(rows, names, by)):
         cells = {name: _cell(v) for name, v in row.items() if not name.endswith(" ±")}
         cells |= {name: with_interval(row[name], row[f"{name} ±"]) for name in names}
+        for name in names:
+            if 0 < (finite := sum(map(math.isfinite, numbers[name]))) < len(numbers[name]):
+                cells[name] += f" ({finite} of {len(numbers[name])})"
         if not any(other["failed"] for other in found):
             del cells["failed"]
         lines.append(cells)
@@ -81,20 +115,33 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
     """A matplotlib figure: the mean of `value` over the setting `x`, with its interval as a band; a line for each `by`.
 
-    The axis is logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
+    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says so. The axis is
+    logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
     """
     from ..train.metrics import panels
 
-    found = means(rows, value, [x, *([by] if by else [])])
+    groups = _groups(rows, [value], [x, *([by] if by else [])])
     figure, (axes,) = panels(1, 6, 3.6)
-    for one in sorted({row[by] for row in found}, key=_order) if by else [None]:
-        line = [row for row in found if by is None or row[by] == one]
-        xs, mean = [row[x] for row in line], [row[value] for row in line]
-        half = [row[f"{value} ±"] for row in line]
+    some_missing = False
+    for one in sorted({settings[by] for settings, *_ in groups}, key=_order) if by else [None]:
+        xs, mean, half, hollow = [], [], [], []
+        for settings, numbers, _, _ in groups:
+            if by is None or settings[by] == one:
+                there = [number for number in numbers[value] if math.isfinite(number)]
+                m, h = interval(there)
+                xs.append(settings[x])
+                mean.append(m)
+                half.append(0 if math.isnan(h) else h)
+                hollow.append(len(there) < len(numbers[value]))
         (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(one)}")
-        low, high = ([m + sign * (0 if math.isnan(h) else h) for m, h in zip(mean, half)] for sign in (-1, 1))
+        low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
-    places = [row[x] for row in found]
+        if marked := [(place, m) for place, m, missing in zip(xs, mean, hollow) if missing]:
+            some_missing = True
+            axes.plot(*zip(*marked), "o", markersize=7, color=drawn.get_color(), markerfacecolor="white", label="_")
+    if some_missing:
+        axes.set_title(f"hollow (or missing): in some (or all) runs {value} is not finite", fontsize="small")
+    places = [settings[x] for settings, *_ in groups]
     if all(type(p) in (int, float) and p > 0 for p in places) and max(places) >= 10 * min(places):
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel=value)

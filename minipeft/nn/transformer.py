@@ -635,12 +635,14 @@ class Transformer(BackboneModel):
         of `forward`; `label_smoothing` is `cross_entropy`'s. Logits are computed only where a label counts, and held
         once. Raises as `forward`, and ValueError for labels of another shape.
         """
+        if "output_attentions" in arguments:
+            raise TypeError(
+                "loss returns the loss alone: give it a list that is filled with the attentions, attentions=[]"
+            )
         hidden = self.backbone(input_ids, **arguments)
         return self.head_loss(hidden, labels, as_rng(arguments.get("rng")), label_smoothing)
 
-    def head_loss(
-        self, hidden: Tensor, labels: Array, rng: Rng | None = None, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None, label_smoothing: float = 0.0) -> Tensor:
         """The loss of `loss`, from hidden states [B, T, d] and labels [B, T]; raises as `loss`."""
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")

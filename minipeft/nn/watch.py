@@ -36,7 +36,7 @@ def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
     leaves its gradient in their `.grad`. They are kept for as long as the dictionary is. With gradient checkpointing a
     block is computed again in the backward pass, which must then run inside, to be seen. All threads are watched.
 
-    Raises KeyError, with the nearest paths, where nothing matches.
+    Raises KeyError, with the nearest paths, where nothing matches, and TypeError for a pattern that is no text.
     """
     paths = _matching(model, pattern)
     seen: dict[str, Any] = {}
@@ -54,12 +54,25 @@ def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
 
 def _matching(model: Module, pattern: str) -> list[tuple[str, Module]]:
     """(path, module) of those whose paths match. Raises KeyError, with the nearest paths, where none does."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"modules are chosen by one pattern, such as '*.mlp' or '*.[qv]_proj', not by {pattern!r}")
     paths = list(model.named_modules())
     found = [(path, module) for path, module in paths if fnmatchcase(path, pattern)]
     if not found:
-        near = difflib.get_close_matches(pattern, [path for path, _ in paths], n=3, cutoff=0.3)
+        near = _nearest(pattern, [path for path, _ in paths])
         raise KeyError(f"no module's path matches {pattern!r}; nearest: {', '.join(near) or 'none'}")
     return found
+
+
+def _nearest(pattern: str, paths: list[str]) -> list[str]:
+    """Three paths whose last names are like the pattern's, those first that are like it as a whole."""
+    last = difflib.get_close_matches(_last(pattern), {_last(path): None for path in paths}, n=3, cutoff=0.5)
+    near = [path for name in last for path in paths if _last(path) == name] or paths
+    return difflib.get_close_matches(pattern, near, n=3, cutoff=0.0 if last else 0.3)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2].strip("*")
 
 
 def _noting(cls: type, watched: int, path: str, books: list[dict[str, Any]]) -> type:

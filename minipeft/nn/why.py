@@ -29,9 +29,23 @@ def why_unmoved(model: Module, loss: Callable[[], Tensor], optimizer: Any = None
 
     The reasons are looked for in this order, and one is given: frozen; not in the optimizer; not reached from the loss;
     a gradient of exactly 0; a learning rate of 0. With gradient checkpointing a block is one op, so leave it off here.
+
+    Raises TypeError for a loss that is no function, or that returns no Tensor; ValueError for one that is not finite.
     """
+    if not callable(loss):
+        raise TypeError(
+            f"why_unmoved calls the loss: give a function, lambda: model.loss(...), not a {type(loss).__name__}"
+        )
     with watch(model) as seen:
         value = loss()
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the loss must be a Tensor, whose graph is followed back, not a {type(value).__name__}: {value!r}"
+        )
+    if not xp_of(value.data).isfinite(value.data).all().item():
+        raise ValueError(
+            f"the loss is {value.data}: no gradient is to be trusted; find where it arises with model.watch()"
+        )
     names = {id(p): path for path, p in model.named_parameters()}
     groups = {id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,30 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], char_order: int =
 
 
 def panels(n: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
-    """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches."""
+    """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches.
+
+    A notebook shows the figure as a picture where it is the last line of a cell, also while pyplot is not imported.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, n, squeeze=False)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+    figure._repr_png_ = partial(png, figure)  # matplotlib's own has none
     return figure, axes
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the bytes of a PNG file; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    return file.getvalue()
 
 
 def save_png(figure: Any, path: str | os.PathLike) -> None:
     """Write a figure as a PNG file, atomically; the same figure gives the same bytes."""
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": None}))
+    write_atomic(path, lambda file: file.write(png(figure)))
 
 
 def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
