@@ -13,6 +13,7 @@ from test_rlhf_online import EOS, base, pairs
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
+from minipeft.rlhf.dpo import collate_pairs, dpo_objective
 from minipeft.rlhf.kto import mismatch
 from minipeft.rlhf.preference_losses import log_odds
 from minipeft.text.examples import Example, PreferencePair, UnpairedExample
@@ -153,6 +154,14 @@ def test_without_a_reference_nothing_is_computed_before_training(monkeypatch):
     monkeypatch.setattr(dpo, "with_reference", None)
     for loss in ("orpo", "simpo"):
         rlhf.dpo_trainer(base(), pairs(4, 0), loss_type=loss)
+
+
+def test_a_loss_and_a_reference_that_do_not_go_together_are_refused():
+    batch = collate_pairs(pairs(2, 0)).arguments
+    with pytest.raises(ValueError, match=r"^without ref_chosen .* must be 'orpo' or 'simpo', got 'sigmoid'$"):
+        dpo_objective(base(), **batch)
+    with pytest.raises(ValueError, match=r"^with ref_chosen .* must be 'sigmoid' or 'ipo', got 'simpo'$"):
+        dpo_objective(base(), **batch, ref_chosen=np.zeros(2), ref_rejected=np.zeros(2), loss_type="simpo")
 
 
 def test_kto_takes_answers_one_by_one():
