@@ -175,6 +175,10 @@ def test_kto_takes_answers_one_by_one():
     assert "logps/rejected" not in result.history[0] and run.measure()["kl"] != 0
     with pytest.raises(ValueError, match="compares the two answers of a pair; unpaired ones are for 'kto'"):
         rlhf.dpo_trainer(base(), alone)
+    with pytest.raises(ValueError, match="compares the two answers of a pair"):
+        rlhf.dpo_trainer(base(), both[:2], [both[2], alone[0]])
+    with pytest.raises(ValueError, match="1 of 3 examples are single answers and the others pairs: give one kind"):
+        rlhf.dpo_trainer(base(), [both[0], alone[0], both[1]], loss_type="kto")
     with pytest.raises(ValueError, match="takes at least 2 examples"):
         rlhf.dpo_trainer(base(), alone[:1], loss_type="kto")
 

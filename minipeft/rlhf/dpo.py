@@ -135,7 +135,7 @@ def dpo_trainer(
     c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
     if c.loss_type == "kto":
         return kto_trainer(policy, pairs, eval_pairs, args, c)
-    if any(isinstance(example, UnpairedExample) for example in pairs[:1]):
+    if any(isinstance(example, UnpairedExample) for given in (pairs, eval_pairs or ()) for example in given):
         raise ValueError(f"loss_type={c.loss_type!r} compares the two answers of a pair; unpaired ones are for 'kto'")
     names = OPTIONS_OF_LOSS[c.loss_type]
     own = {name: getattr(c, name) for name in names if name != "reference_batch_size"}

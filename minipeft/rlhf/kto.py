@@ -45,9 +45,16 @@ class ReferencedAnswer(NamedTuple):
 
 
 def unpaired(examples: Sequence[PreferencePair] | Sequence[UnpairedExample]) -> list[UnpairedExample]:
-    """The answers one by one: of pairs, the chosen ones as desirable, and then the rejected ones as undesirable."""
-    if all(isinstance(example, UnpairedExample) for example in examples):
+    """The answers one by one: of pairs, the chosen ones as desirable, and then the rejected ones as undesirable.
+
+    Raises ValueError where some are pairs and some are not.
+    """
+    single = [isinstance(example, UnpairedExample) for example in examples]
+    if all(single):
         return list(examples)
+    if any(single):
+        found = f"{sum(single)} of {len(single)} examples are single answers and the others pairs"
+        raise ValueError(f"{found}: give one kind")
     chosen, rejected = zip(*examples)
     return [UnpairedExample(e, True) for e in chosen] + [UnpairedExample(e, False) for e in rejected]
 
