@@ -194,6 +194,20 @@ def test_a_mismatched_answer_is_the_one_before_it_cut_to_the_models_length():
     assert [e.labels.tolist() for e in found] == [[-100, -100, 9, EOS], [-100, 7, EOS], [-100] * 3 + [8, 9]]
 
 
+def test_a_mismatched_answer_is_to_another_prompt_where_answers_of_prompts_are_interleaved():
+    texts = [Example(np.array(ids), np.array([-100, ids[1]])) for ids in ([1, 10], [1, 11], [2, 20], [2, 21], [1, 12])]
+    found = mismatch(texts, limit=5)
+    assert [e.input_ids.tolist() for e in found] == [[1, 21], [1, 21], [2, 11], [2, 11], [1, 21]]
+    assert [e.input_ids.tolist() for e in mismatch(texts[:2], limit=5)] == [[1, 11], [1, 10]], "of one prompt"
+
+
+def test_a_policy_with_virtual_tokens_is_refused_at_once():
+    policy = mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))
+    for loss in LOSSES:
+        with pytest.raises(ValueError, match="train no virtual tokens, which this policy has: use LoRA"):
+            rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
+
+
 def test_workers_bring_their_statistics_home():
     args = mp.TrainingArguments(
         max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, progress=False
