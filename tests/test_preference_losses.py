@@ -13,7 +13,7 @@ from test_rlhf_online import EOS, base, pairs
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
-from minipeft.rlhf.dpo import collate_pairs, dpo_objective
+from minipeft.rlhf.dpo import collate_pairs, completion_logprobs, dpo_objective
 from minipeft.rlhf.kto import mismatch
 from minipeft.rlhf.preference_losses import log_odds
 from minipeft.text.examples import Example, PreferencePair, UnpairedExample
@@ -125,7 +125,8 @@ def test_margin_and_accuracy_are_those_of_the_rewards(loss):
     run, before, _ = trained(loss)
     if loss in ("sigmoid", "ipo"):
         assert before["rewards/margins"] == pytest.approx(0, abs=1e-5), "the policy is its own reference"
-        rewards = rlhf.implicit_rewards(run.model, run.eval_examples, 0.1)
+        reference = [(p.ref_chosen, p.ref_rejected) for p in run.eval_examples]
+        rewards = 0.1 * (completion_logprobs(run.model, pairs(20, 1)) - reference)
     else:
         beta, policy = (0.1 if loss == "orpo" else 2.0), run.model
         mean = lambda e: rlhf.sequence_logprobs(policy, *(a[None] for a in e)).item() / (e.labels != -100).sum()  # noqa: E731

@@ -145,9 +145,3 @@ def dpo_trainer(
     train = with_reference(policy, pairs, c.reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, c.reference_batch_size)
     return Trainer(policy, train, held_out, args, collate=collate_referenced, loss=objective)
-
-
-def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:
-    """β log(π / π_ref) of each pair's (chosen, rejected) completion: float [n, 2]."""
-    reference = np.array([(p.ref_chosen, p.ref_rejected) for p in pairs])
-    return beta * (completion_logprobs(model, [p.pair for p in pairs]) - reference)
