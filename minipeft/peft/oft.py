@@ -9,9 +9,10 @@ W's rows and the angles between them. The input is rotated, W never formed anew.
 With use_cayley_neumann, PEFT's default, the inverse is a truncated series, I + Q + Q² + Q³: then, with 5 terms,
 R_i = I + 2 Q + 2 Q² + 2 Q³ + Q⁴, orthogonal but for terms of Q⁴ (Qiu et al. 2025, arXiv:2506.19847).
 
-Constrained OFT (coft) keeps R near I: before Q is used it is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4).
+Constrained OFT (coft) keeps R near I: Q is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4) in the parameter
+itself, in every forward pass and merge, as in PEFT.
 
-Departures:
+Departures, 1 from the equation above, 2 and 3 from PEFT:
 1. Without use_cayley_neumann R is PEFT's, (I - Q) (I + Q)^-1: the transform of -Q, the other way round than the series.
 2. module_dropout acts in training: each block is I with that probability. PEFT 0.21's linear layers never apply it.
 3. GPT-2's [in, out] layers are adapted too, which PEFT refuses; convolutions and embeddings are not.
@@ -61,7 +62,7 @@ class OFTLayer(Adapter):
         """R_1, ..., R_k: [k, b, b], or [1, b, b] where the blocks share one."""
         v, c = self.oft_R, self.config
         xp, b = xp_of(v.data), self.blocks[1]
-        if c.coft:  # in the parameter itself, as in PEFT, so that a step starts from there
+        if c.coft:  # so that a step starts from there
             most, length = c.eps / math.sqrt(len(v)), xp.sqrt(2 * (v.data**2).sum(axis=1, keepdims=True))
             v.data *= most / xp.maximum(length, most)
         place, sign = _skew(b, xp)
