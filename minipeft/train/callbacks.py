@@ -40,6 +40,10 @@ class Callback:
         True ends the run after this step.
         """
 
+    def arguments(self) -> tuple[Any, ...]:
+        """What it was made with, as JSON values: a run is resumed with the same."""
+        return ()
+
     def state_dict(self) -> dict[str, Array]:
         """Arrays by name that must survive an interruption; saved with every checkpoint."""
         return {}
@@ -64,8 +68,9 @@ class Callbacks:
         return [callback for _, callback in self.members if not getattr(callback, "only_looks", False)]
 
     def names(self) -> list[str]:
-        """The classes of the callbacks: a run is resumed with the same, in the same order."""
-        return [type(callback).__qualname__ for callback in self._kept()]
+        """The callbacks, such as EMA(0.999): a run is resumed with the same, in the same order."""
+        given = [(type(callback).__qualname__, getattr(callback, "arguments", tuple)()) for callback in self._kept()]
+        return [f"{name}({', '.join(map(repr, values))})" if values else name for name, values in given]
 
     def before_step(self, step: int) -> None:
         """Call `before_step` of each."""
@@ -133,6 +138,9 @@ class EarlyStopping(Callback):
         self.lowest, self.without_gain = (value, 0) if value < self.lowest else (self.lowest, self.without_gain + 1)
         return self.without_gain >= self.patience
 
+    def arguments(self) -> tuple[Any, ...]:
+        return self.patience, self.key, self.sign < 0
+
     def state_dict(self) -> dict[str, Array]:
         return {"lowest": np.array(self.lowest), "without_gain": np.array(self.without_gain)}
 
@@ -179,6 +187,9 @@ class EMA(Callback):
         finally:
             for p, data in before.items():
                 p.data = data
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.decay,)
 
     def state_dict(self) -> dict[str, Array]:
         return dict(self.averages)
