@@ -46,6 +46,8 @@ class Reference(Callback):
 def test_a_moving_average_of_the_weights(make):
     adapted = mp.get_peft_model(model(), mp.LoraConfig(r=2))
     ema, reference = EMA(0.5), Reference()
+    with pytest.raises(ValueError, match="no averages of this model's parameters: train it first"):
+        ema.applied(adapted).__enter__()
     make(adapted).train(callbacks=[ema, reference])
     last = {name: p.data.copy() for name, p in adapted.named_parameters()}
     ids = np.arange(1, 7)[None]

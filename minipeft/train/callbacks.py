@@ -20,7 +20,8 @@ from ..backend import Array
 class Callback:
     """Does nothing at every occasion; a subclass overrides what it needs.
 
-    The gradients are in `.grad` of the model's parameters from `before_step` to the end of `after_step`.
+    The gradients are in `.grad` of the model's parameters from `before_step` to the end of `after_step`. An object that is
+    given to a second run goes on with what it keeps, as `EMA` with its averages: give a run that is another a new object.
     """
 
     only_looks = False  # True: it changes nothing in the run, which may be resumed without it
@@ -177,8 +178,13 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
-        """Inside, the model's trained parameters are copies of the averages."""
+        """Inside, the model's trained parameters are copies of the averages.
+
+        Raises ValueError where there are none of this model's parameters, as before the first step.
+        """
         before = {p: p.data for name, p in model.named_parameters() if name in self.averages}
+        if not before:
+            raise ValueError("EMA has no averages of this model's parameters: train it first, with callbacks=[ema]")
         try:
             for name, p in model.named_parameters():
                 if p in before:
