@@ -32,7 +32,7 @@ from ..backend import Array, Rng, xp_of
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter, Inner
+from .layer import Adapter, Inner, kept
 from .targets import QUERY_AND_VALUE
 from .weights import dense_weight, fill, out_in, with_weight
 
@@ -52,10 +52,8 @@ class OFTLayer(Adapter):
         """y = inner(Rᵀ x): x [..., in] -> [..., out]."""
         R, (k, b), p = self.rotations(), self.blocks, self.config.module_dropout
         if rng is not None and p:
-            xp = xp_of(x.data)
-            rng = Rng(*rng.path)  # one mask, whichever rows of the batch these are
-            kept = F.dropout(Tensor(xp.ones((k, 1, 1), x.dtype)), p, rng) * (1 - p)
-            R = (R - xp.eye(b, dtype=x.dtype)) * kept + xp.eye(b, dtype=x.dtype)
+            I = xp_of(x.data).eye(b, dtype=x.dtype)
+            R = (R - I) * kept(k, p, rng, x).reshape(k, 1, 1) + I
         return inner(F.cat([x[..., i * b : (i + 1) * b] @ R[i % len(R)] for i in range(k)], axis=-1))
 
     def rotations(self) -> Tensor:
