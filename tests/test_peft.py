@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 
 import numpy as np
 import pytest
@@ -747,8 +748,15 @@ def test_a_parameter_that_never_moved_is_named():
     kept = adapter.lora_A.data.copy()
     train(adapted)
     adapter.lora_A.data = kept
-    with pytest.raises(AssertionError, match=r"1 adapter parameters never moved: model.layers.1.mlp.down_proj.lora_A$"):
+    name = "base_model.model.layers.1.mlp.down_proj.b.lora_A"
+    assert adapted.unmoved() == [name] and dict(adapted.named_parameters())[name] is adapter.lora_A
+    with pytest.raises(AssertionError, match=f"1 adapter parameters never moved: {re.escape(name)}$"):
         mp.assert_learning(adapted)
+    fresh = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
+    fresh.add_adapter("b", mp.LoraConfig(r=2))
+    fresh.set_requires_grad(["a", "b"])
+    unmoved = fresh.unmoved()
+    assert len(set(unmoved)) == len(unmoved) and {n.split(".")[-2] for n in unmoved} == {"a", "b"}
 
 
 def test_the_tree_shows_what_was_put_where():

@@ -410,9 +410,10 @@ class PeftModel(Module):
                 yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
-        """The trainable adapter parameters that are, bit for bit, what they were at the start."""
+        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, what they were at first."""
         trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
-        return [name for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)]
+        kept = {id(p) for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)}
+        return [path for path, p in self.named_parameters() if id(p) in kept]
 
     # ------------------------------------------------------------------------------------------------------- files
 
