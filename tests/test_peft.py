@@ -802,6 +802,8 @@ def test_inference_mode_and_is_trainable_say_whether_an_adapter_is_trained(tmp_p
 def test_named_adapters_go_into_sub_directories(tmp_path):
     adapted = three()
     adapted.save_pretrained(tmp_path)
+    with pytest.raises(FileError, match=f"but holds the adapters a, b, c: give {re.escape(str(tmp_path / 'a'))}$"):
+        mp.PeftModel.from_pretrained(base(), tmp_path)
     loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "a", "a")
     loaded.load_adapter(tmp_path / "b", "b")
     loaded.load_adapter(tmp_path / "c", "c")

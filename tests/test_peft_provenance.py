@@ -84,6 +84,8 @@ def test_generate_finds_the_base_and_says_what_differs(model, tmp_path, capsys):
     assert status == 0 and err.count("\n") == 1 and err.endswith("load_in_4bit=True (--load-in-4bit)\n")
     assert err.startswith(f"minipeft: warning: {packed}: the adapter was trained on a base in four bits")
     assert output(capsys, "generate", "--adapter", packed, "--load-in-4bit", *prompt)[2] == ""
+    several = refused(capsys, "generate", "--adapter", tmp_path, *prompt)
+    assert f"but holds the adapters adapter, packed: give {tmp_path / 'adapter'}" in several
     os.rename(model, tmp_path / "elsewhere")
     wrong = refused(capsys, "generate", "--adapter", adapter, *prompt)
     assert f"its base is {model}, which is no path here; say with --model where it is" in wrong
