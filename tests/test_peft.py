@@ -297,6 +297,22 @@ def test_a_mixed_batch_is_each_row_alone(dialect, xp):
         adapted(ids, adapter_names=["d"] * 5)
 
 
+def test_names_are_a_list_or_an_array_of_text_and_one_text_is_refused(tmp_path):
+    adapted, names = three(), ["b", "a", "__base__"]
+    np.testing.assert_array_equal(logits(adapted, adapter_names=np.array(names)), logits(adapted, adapter_names=names))
+    found = [adapted.generate(IDS, adapter_names=given, max_new_tokens=3) for given in (np.array(names), names)]
+    np.testing.assert_array_equal(*found)
+    refused = r"must be a list of names, such as \['abc'\], not the text 'abc'$"
+    for use in (adapted, adapted.last_logits, adapted.generate, lambda ids, **given: adapted.loss(ids, ids, **given)):
+        with pytest.raises(PeftError, match=f"^adapter_names {refused}"):
+            use(IDS, adapter_names="abc")
+    with pytest.raises(PeftError, match=f"^adapter_names {refused}"):
+        adapted.merge_and_unload("abc")
+    with pytest.raises(PeftError, match=f"^selected_adapters {refused}"):
+        adapted.save_pretrained(tmp_path / "saved", selected_adapters="abc")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_mixed_batch_with_adapted_positions(xp):
     config = mp.LoraConfig(r=2, target_modules=["wpe", "wte"], init_lora_weights=False)
     adapted = mp.get_peft_model(base("gpt2", xp), config)
