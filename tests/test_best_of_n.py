@@ -55,6 +55,12 @@ def test_the_best_of_each_prompts_answers():
         rlhf.best_of_n(base(), liked, PROMPTS, 0)
     with pytest.raises(ValueError, match=r"one score a response, \(8,\), not \(3,\)"):
         rlhf.best_of_n(base(), lambda roll: np.arange(3.0), PROMPTS, 2)
+    with pytest.raises(ValueError, match=r"NaN or infinite for 1 of 8 responses, first of prompts\[2\]"):
+        rlhf.best_of_n(base(), lambda roll: np.array([0, 0, 0, 0, 0, np.nan, 0, 0.0]), PROMPTS, 2)
+    with pytest.raises(ValueError, match="there are no prompts"):
+        rlhf.best_of_n(base(), liked, [], 2)
+    with pytest.raises(ValueError, match=r"batch_size, .* must be at least 1, got 0"):
+        rlhf.best_of_n(base(), liked, PROMPTS, 2, batch_size=0)
 
 
 def test_a_reward_model_chooses_too():

@@ -6,6 +6,7 @@ from models import build, config
 
 import minipeft as mp
 from minipeft.train import EMA, Callback, EarlyStopping, Log
+from minipeft.train.checkpoint import CheckpointError
 
 EXAMPLES = [(np.arange(i, i + 6), np.arange(i, i + 6)) for i in range(1, 13)]
 
@@ -45,6 +46,8 @@ class Reference(Callback):
 def test_a_moving_average_of_the_weights(make):
     adapted = mp.get_peft_model(model(), mp.LoraConfig(r=2))
     ema, reference = EMA(0.5), Reference()
+    with pytest.raises(ValueError, match="no averages of this model's parameters: train it first"):
+        ema.applied(adapted).__enter__()
     make(adapted).train(callbacks=[ema, reference])
     last = {name: p.data.copy() for name, p in adapted.named_parameters()}
     ids = np.arange(1, 7)[None]
@@ -77,6 +80,22 @@ def test_an_average_survives_an_interruption(tmp_path):
         run("parts", before=[Log(interrupt)])
     resumed = run("parts", resume=True)  # without the Log, which only looks
     assert whole and all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (EMA(0.9), EMA(0.5), r"\['EMA\(0.9\)'\] there, \['EMA\(0.5\)'\] here"),
+        (EarlyStopping(9), EarlyStopping(8), r"EarlyStopping\(9, 'eval_loss', False\).* there"),
+        (EarlyStopping(9), EarlyStopping(9, greater_is_better=True), r"EarlyStopping\(9, 'eval_loss', True\).* here"),
+    ],
+)
+def test_a_run_is_resumed_with_callbacks_of_the_same_arguments(before, after, named, tmp_path):
+    options = {"save_steps": 4, "output_dir": tmp_path}
+    trainer(model(), **options).train(callbacks=[before])
+    with pytest.raises(CheckpointError, match=f"is of a run with other callbacks .*{named}"):
+        trainer(model(), **options).train(True, callbacks=[after])
+    trainer(model(), **options).train(True, callbacks=[before])
 
 
 def test_early_stopping_by_a_record_of_either_trainer():

@@ -109,7 +109,7 @@ def test_what_callbacks_keep_is_saved_and_a_run_without_them_is_another(tmp_path
     again.train(resume_from_checkpoint=True, callbacks=[Callback(), resumed])
     np.testing.assert_array_equal(resumed.kept["mean"], average.kept["mean"])
     trainer(tmp_path / "bare", max_steps=2).train()
-    with pytest.raises(CheckpointError, match=r"other callbacks \(\['Early.*'\] there, \['Average', 'Early.*'\] here\)"):
+    with pytest.raises(CheckpointError, match=r"other callbacks \(\[.Early.*\] there, \['Average', .Early.*\] here\)"):
         trainer(tmp_path / "bare", max_steps=2).train(resume_from_checkpoint=True, callbacks=[Average()])
 
 

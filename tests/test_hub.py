@@ -578,6 +578,9 @@ def test_what_is_not_a_plain_model_is_refused(tmp_path):
     for other in (ValueModel(model), Linear(3, 3), model.model, None):
         with pytest.raises(HubError, match=f"a Transformer or a SequenceClassifier, not a {type(other).__name__}"):
             mp.save_pretrained(other, tmp_path)
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2))
+    with pytest.raises(HubError, match=r"not a PeftModel: model.save_pretrained\(path\) .* model.merge_and_unload\(\)"):
+        mp.save_pretrained(adapted, tmp_path)
     with pytest.raises(HubError, match="dtype must be 'float32' or 'float16', not 'bfloat16'"):
         mp.save_pretrained(model, tmp_path, dtype="bfloat16")
     changed = model.copy()

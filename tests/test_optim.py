@@ -294,6 +294,21 @@ def test_threads_change_no_byte_of_eight_bit_moments(rng, threads):
     assert len(ends) == 1
 
 
+def test_a_gradient_that_is_nan_spreads_in_8_bits_as_far_as_its_block(rng, xp):
+    """As in AdamW, whose element alone is NaN from then on; the block's scale is NaN, so its neighbors follow a step on."""
+    start, grad = rng.standard_normal((2, 2048)).astype(np.float32), rng.standard_normal((2, 2048)).astype(np.float32)
+    grad[0, 300] = np.nan
+    found = {}
+    for kind in (AdamW, AdamW8bit):
+        p = Parameter(xp.asarray(start.copy()))
+        optimizer, found[kind] = kind([p], lr=0.01), []
+        for g in (grad, np.nan_to_num(grad)):
+            p.grad = xp.asarray(g)
+            optimizer.step()
+            found[kind].append(np.flatnonzero(~np.isfinite(to_numpy(p.data))).tolist())
+    assert found[AdamW] == [[300], [300]] and found[AdamW8bit] == [[300], list(range(256, 512))]
+
+
 def test_loraplus_gives_b_a_rate_of_its_own(rng):
     model, _ = mp.load_base()
     saved = ["layers.0.mlp.up_proj", "layers.1.input_layernorm"]

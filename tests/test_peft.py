@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 
 import numpy as np
 import pytest
@@ -294,6 +295,22 @@ def test_a_mixed_batch_is_each_row_alone(dialect, xp):
         adapted(ids if xp is np else xp.asarray(ids), adapter_names=["a", "b", "c"])
     with pytest.raises(PeftError, match="no adapter 'd'"):
         adapted(ids, adapter_names=["d"] * 5)
+
+
+def test_names_are_a_list_or_an_array_of_text_and_one_text_is_refused(tmp_path):
+    adapted, names = three(), ["b", "a", "__base__"]
+    np.testing.assert_array_equal(logits(adapted, adapter_names=np.array(names)), logits(adapted, adapter_names=names))
+    found = [adapted.generate(IDS, adapter_names=given, max_new_tokens=3) for given in (np.array(names), names)]
+    np.testing.assert_array_equal(*found)
+    refused = r"must be a list of names, such as \['abc'\], not the text 'abc'$"
+    for use in (adapted, adapted.last_logits, adapted.generate, lambda ids, **given: adapted.loss(ids, ids, **given)):
+        with pytest.raises(PeftError, match=f"^adapter_names {refused}"):
+            use(IDS, adapter_names="abc")
+    with pytest.raises(PeftError, match=f"^adapter_names {refused}"):
+        adapted.merge_and_unload("abc")
+    with pytest.raises(PeftError, match=f"^selected_adapters {refused}"):
+        adapted.save_pretrained(tmp_path / "saved", selected_adapters="abc")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_mixed_batch_with_adapted_positions(xp):
@@ -747,8 +764,15 @@ def test_a_parameter_that_never_moved_is_named():
     kept = adapter.lora_A.data.copy()
     train(adapted)
     adapter.lora_A.data = kept
-    with pytest.raises(AssertionError, match=r"1 adapter parameters never moved: model.layers.1.mlp.down_proj.lora_A$"):
+    name = "base_model.model.layers.1.mlp.down_proj.b.lora_A"
+    assert adapted.unmoved() == [name] and dict(adapted.named_parameters())[name] is adapter.lora_A
+    with pytest.raises(AssertionError, match=f"1 adapter parameters never moved: {re.escape(name)}$"):
         mp.assert_learning(adapted)
+    fresh = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
+    fresh.add_adapter("b", mp.LoraConfig(r=2))
+    fresh.set_requires_grad(["a", "b"])
+    unmoved = fresh.unmoved()
+    assert len(set(unmoved)) == len(unmoved) and {n.split(".")[-2] for n in unmoved} == {"a", "b"}
 
 
 def test_the_tree_shows_what_was_put_where():
@@ -794,6 +818,8 @@ def test_inference_mode_and_is_trainable_say_whether_an_adapter_is_trained(tmp_p
 def test_named_adapters_go_into_sub_directories(tmp_path):
     adapted = three()
     adapted.save_pretrained(tmp_path)
+    with pytest.raises(FileError, match=f"but holds the adapters a, b, c: give {re.escape(str(tmp_path / 'a'))}$"):
+        mp.PeftModel.from_pretrained(base(), tmp_path)
     loaded = mp.PeftModel.from_pretrained(base(), tmp_path / "a", "a")
     loaded.load_adapter(tmp_path / "b", "b")
     loaded.load_adapter(tmp_path / "c", "c")

@@ -107,6 +107,8 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
         (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),
         (EXAMPLE.replace("title=", "rank=3, title="), "register: HadamardConfig has no option 'rank'; it has target_modules"),
         (EXAMPLE.replace("r={r}", "r={rank}"), "HadamardConfig has no such option: 'rank'"),
+        (EXAMPLE.replace("r={r}", "r={0}"), "braces in a title hold an option's name, such as {r}; got 'my LoHa r={0}'"),
+        (EXAMPLE.replace("r={r}", "r={"), "braces in a title hold an option's name, such as {r}; got 'my LoHa r={'"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused(text, message, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from test_rlhf_online import EOS, base, pairs
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
+from minipeft.rlhf.dpo import collate_pairs, completion_logprobs, dpo_objective
 from minipeft.rlhf.kto import mismatch
 from minipeft.rlhf.preference_losses import log_odds
 from minipeft.text.examples import Example, PreferencePair, UnpairedExample
@@ -124,7 +125,8 @@ def test_margin_and_accuracy_are_those_of_the_rewards(loss):
     run, before, _ = trained(loss)
     if loss in ("sigmoid", "ipo"):
         assert before["rewards/margins"] == pytest.approx(0, abs=1e-5), "the policy is its own reference"
-        rewards = rlhf.implicit_rewards(run.model, run.eval_examples, 0.1)
+        reference = [(p.ref_chosen, p.ref_rejected) for p in run.eval_examples]
+        rewards = 0.1 * (completion_logprobs(run.model, pairs(20, 1)) - reference)
     else:
         beta, policy = (0.1 if loss == "orpo" else 2.0), run.model
         mean = lambda e: rlhf.sequence_logprobs(policy, *(a[None] for a in e)).item() / (e.labels != -100).sum()  # noqa: E731
@@ -155,6 +157,14 @@ def test_without_a_reference_nothing_is_computed_before_training(monkeypatch):
         rlhf.dpo_trainer(base(), pairs(4, 0), loss_type=loss)
 
 
+def test_a_loss_and_a_reference_that_do_not_go_together_are_refused():
+    batch = collate_pairs(pairs(2, 0)).arguments
+    with pytest.raises(ValueError, match=r"^without ref_chosen .* must be 'orpo' or 'simpo', got 'sigmoid'$"):
+        dpo_objective(base(), **batch)
+    with pytest.raises(ValueError, match=r"^with ref_chosen .* must be 'sigmoid' or 'ipo', got 'simpo'$"):
+        dpo_objective(base(), **batch, ref_chosen=np.zeros(2), ref_rejected=np.zeros(2), loss_type="simpo")
+
+
 def test_kto_takes_answers_one_by_one():
     both = pairs(40, 0)
     alone = [UnpairedExample(p.chosen, True) for p in both] + [UnpairedExample(p.rejected, False) for p in both]
@@ -166,6 +176,10 @@ def test_kto_takes_answers_one_by_one():
     assert "logps/rejected" not in result.history[0] and run.measure()["kl"] != 0
     with pytest.raises(ValueError, match="compares the two answers of a pair; unpaired ones are for 'kto'"):
         rlhf.dpo_trainer(base(), alone)
+    with pytest.raises(ValueError, match="compares the two answers of a pair"):
+        rlhf.dpo_trainer(base(), both[:2], [both[2], alone[0]])
+    with pytest.raises(ValueError, match="1 of 3 examples are single answers and the others pairs: give one kind"):
+        rlhf.dpo_trainer(base(), [both[0], alone[0], both[1]], loss_type="kto")
     with pytest.raises(ValueError, match="takes at least 2 examples"):
         rlhf.dpo_trainer(base(), alone[:1], loss_type="kto")
 
@@ -179,6 +193,20 @@ def test_a_mismatched_answer_is_the_one_before_it_cut_to_the_models_length():
     found = mismatch(texts, limit=5)
     assert [e.input_ids.tolist() for e in found] == [[3, 4, 9, EOS], [5, 7, EOS], [6, 6, 6, 8, 9]]
     assert [e.labels.tolist() for e in found] == [[-100, -100, 9, EOS], [-100, 7, EOS], [-100] * 3 + [8, 9]]
+
+
+def test_a_mismatched_answer_is_to_another_prompt_where_answers_of_prompts_are_interleaved():
+    texts = [Example(np.array(ids), np.array([-100, ids[1]])) for ids in ([1, 10], [1, 11], [2, 20], [2, 21], [1, 12])]
+    found = mismatch(texts, limit=5)
+    assert [e.input_ids.tolist() for e in found] == [[1, 21], [1, 21], [2, 11], [2, 11], [1, 21]]
+    assert [e.input_ids.tolist() for e in mismatch(texts[:2], limit=5)] == [[1, 11], [1, 10]], "of one prompt"
+
+
+def test_a_policy_with_virtual_tokens_is_refused_at_once():
+    policy = mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))
+    for loss in LOSSES:
+        with pytest.raises(ValueError, match="train no virtual tokens, which this policy has: use LoRA"):
+            rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
 
 
 def test_workers_bring_their_statistics_home():

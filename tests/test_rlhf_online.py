@@ -16,6 +16,7 @@ import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
 from minipeft.rlhf import online
+from minipeft.rlhf.dpo import completion_logprobs
 from minipeft.text.examples import Example, PreferencePair
 from minipeft.train.callbacks import Callback, Log
 from minipeft.train.checkpoint import CheckpointError
@@ -601,9 +602,10 @@ def test_dpo_learns_to_prefer_from_where_it_begins():
     assert run.evaluate() == pytest.approx(math.log(2), abs=1e-5), "the policy is its own reference"
     result = run.train()
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and run.evaluate() < 0.4
-    rewards = rlhf.implicit_rewards(policy, run.eval_examples, beta=0.5)
-    assert (rewards[:, 0] > rewards[:, 1]).mean() > 0.9
+    reference = [(p.ref_chosen, p.ref_rejected) for p in run.eval_examples]
+    rewards = 0.5 * (completion_logprobs(policy, pairs(20, 1)) - reference)
     margin = rewards[:, 0] - rewards[:, 1]
+    assert (margin > 0).mean() > 0.9
     assert np.log1p(np.exp(-margin)).mean() == pytest.approx(run.evaluate(), rel=1e-4)
     with pytest.raises(ValueError, match="beta must be a number above 0, or None, got 0"):
         rlhf.dpo_trainer(policy, pairs(4, 0), beta=0)

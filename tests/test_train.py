@@ -293,6 +293,17 @@ def test_without_a_learning_rate_it_is_the_methods_less_in_a_wide_model(rng, con
     assert given.args is args and given.train().history[0]["learning_rate"] == 5e-5
 
 
+def test_the_usual_rate_is_that_of_the_adapters_that_learn_whichever_are_active():
+    model = mp.get_peft_model(tiny_model(), mp.LoraConfig(r=2), "lora")
+    model.add_adapter("ia3", mp.IA3Config())
+    assert usual_learning_rate(model) == 3e-3
+    model.set_adapter("lora", inference_mode=True)
+    model.set_requires_grad("ia3")
+    assert usual_learning_rate(model) == 3e-2
+    model.set_requires_grad(["lora", "ia3"])
+    assert usual_learning_rate(model) == 3e-3, "the lowest"
+
+
 def test_a_model_of_ones_own_without_a_learning_rate_takes_that_of_full_fine_tuning(rng):
     def loss(model, x, rng=None):
         return (model(x) ** 2).mean()

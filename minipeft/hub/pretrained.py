@@ -65,7 +65,10 @@ def save_pretrained(
     (merge adapters first), and values that float16 cannot hold.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
-        raise HubError(f"save_pretrained writes a Transformer or a SequenceClassifier, not a {type(model).__name__}")
+        what = f"a Transformer or a SequenceClassifier, not a {type(model).__name__}"
+        if hasattr(model, "merge_and_unload"):
+            what += ": model.save_pretrained(path) writes its adapters, model.merge_and_unload() makes a plain model"
+        raise HubError(f"save_pretrained writes {what}")
     if dtype is not None and dtype not in _DTYPES:
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
     _check_plain(model)

@@ -26,7 +26,7 @@ from ..files import FileError, read_json, read_safetensors, write_json, write_sa
 from ..nn.module import Parameter
 from .config import PeftConfig
 from .prompt_learning import MODULE_OPTIONS, PromptLearningConfig
-from .provenance import CONFIG, WEIGHTS, metadata_of
+from .provenance import CONFIG, WEIGHTS, config_path, metadata_of
 from .targets import PeftError, kind_of
 
 PREFIX = "base_model."
@@ -209,7 +209,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
     """
     directory = Path(directory)
     # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
-    config = read_config(directory / CONFIG, inference_mode=True)
+    config = read_config(config_path(directory), inference_mode=True)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
         raise FileError(
             f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Rng, xp_of
 from ..nn.module import Module, Parameter, shape_and_dtype
@@ -182,3 +183,8 @@ class TrainedCopy(Adapter):
 
     def saved(self) -> dict[str, Parameter]:
         return {self.prefix + path: p for path, p in self.module.named_parameters()}
+
+
+def kept(n: int, p: float, rng: Rng, like: Tensor) -> Tensor:
+    """[1, n] ones, each dropped to zero with probability p; the same, whichever rows of the batch ask."""
+    return F.dropout(Tensor(xp_of(like.data).ones((1, n), like.dtype)), p, Rng(*rng.path)) * (1 - p)

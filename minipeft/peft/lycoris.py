@@ -13,11 +13,11 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng, xp_of
+from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, Seed, Shape
-from .layer import Adapter, Inner
+from .layer import Adapter, Inner, kept
 from .targets import QUERY_AND_VALUE, check_patterns, pattern_value
 from .variants import check_patterns_of
 from .weights import fill, kaiming_uniform, with_update
@@ -43,10 +43,10 @@ class LycorisLayer(Adapter):
         """y = inner(x) + s ΔW x, [..., in] -> [..., out]."""
         update, c = self.update(x), self.config
         if rng is not None and c.rank_dropout:
-            rows = _kept(self.out_features, c.rank_dropout, rng.at(0), x)
+            rows = kept(self.out_features, c.rank_dropout, rng.at(0), x)
             update = update * (rows / F.maximum(rows.mean(), 1e-6) if c.rescaled else rows)
         if rng is not None and c.module_dropout:
-            update = update * _kept(1, c.module_dropout, rng.at(1), x)
+            update = update * kept(1, c.module_dropout, rng.at(1), x)
         return inner(x) + update
 
     def merge(self, layer: Module, base: Module) -> Module:
@@ -60,11 +60,6 @@ class LycorisLayer(Adapter):
     def delta_weight(self) -> Array:
         """s ΔW, [out, in]."""
         raise NotImplementedError(f"{type(self).__name__} defines no delta_weight")
-
-
-def _kept(n: int, p: float, rng: Rng, like: Tensor) -> Tensor:
-    """[1, n] ones, each dropped to zero with probability p; the same, whichever rows of the batch ask."""
-    return F.dropout(Tensor(xp_of(like.data).ones((1, n), like.dtype)), p, Rng(*rng.path)) * (1 - p)
 
 
 @configuration

@@ -161,11 +161,12 @@ def register(cls: Any = None, *, name: str | None = None, title: str | None = No
     Args:
         name: what `--method` calls it; by default the peft_type in small letters, with hyphens.
         title: what a table calls it, as `Method`'s label; by default the name.
-        options: of the configuration, where the method's usual ones are not the defaults of the class.
+        options: of the configuration, where the method's usual ones are not the defaults of the class: values alone,
+            no functions of a number of steps.
 
     Returns the class. One that is defined again under the same name in the same module, as in a cell that is run again,
     replaces itself. Raises PeftError for what is no configuration class of a method, for options that it does not take,
-    and for a name or a peft_type that is taken.
+    for a title that they do not fill, and for a name or a peft_type that is taken.
     """
     if cls is None:
         return partial(register, name=name, title=title, **options)
@@ -177,11 +178,16 @@ def register(cls: Any = None, *, name: str | None = None, title: str | None = No
     kind = cls.peft_type
     name = kind.lower().replace("_", "-") if name is None else name
     try:
-        (title or name).format(**vars(cls(**options)))
+        config = cls(**options)
     except TypeError as error:  # which names the class and the option
         raise PeftError(f"register: {error}") from error
+    try:
+        (title or name).format(**vars(config))
     except KeyError as error:
         raise PeftError(f"register: {cls.__name__} has no such option: {error}") from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        example = "braces in a title hold an option's name, such as {r}"
+        raise PeftError(f"register: {example}; got {title or name!r} ({error})") from error
     before = PEFT_TYPES.get(kind)
     again = getattr(before, "__module__", "") == cls.__module__ and before.__qualname__ == cls.__qualname__
     if before and not again:

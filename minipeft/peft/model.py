@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -183,7 +183,7 @@ class PeftModel(Module):
         """
         from ..nn.generation import generate
 
-        names = self.active_adapters if adapter_names is None else adapter_names
+        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
         if any(self.virtual_tokens_of(names)) and options.get("past_key_values"):
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
         return generate(self, input_ids, attention_mask, adapter_names=adapter_names, **options)
@@ -198,8 +198,9 @@ class PeftModel(Module):
 
         Raises PeftError for a name that is unknown.
         """
-        self._known(*(name for name in dict.fromkeys(adapter_names) if name != BASE))
-        return [self.prompts[name].length if name in self.prompts else 0 for name in adapter_names]
+        names = _listed("adapter_names", adapter_names)
+        self._known(*(name for name in dict.fromkeys(names) if name != BASE))
+        return [self.prompts[name].length if name in self.prompts else 0 for name in names]
 
     def _prompt(self) -> Prompt | RowPrompts | None:
         if not self.prompts:
@@ -209,6 +210,7 @@ class PeftModel(Module):
         return RowPrompts(prompts) if isinstance(names, Rows) else next((p for p in prompts if p is not None), None)
 
     def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
+        rows = None if rows is None else _listed("adapter_names", rows)
         if rows is not None and first is not None and first.shape[0] != len(rows):
             raise PeftError(f"adapter_names has {len(rows)} names for an input of {first.shape[0]} rows")
         self._known(*(name for name in dict.fromkeys(rows or ()) if name != BASE))
@@ -374,7 +376,7 @@ class PeftModel(Module):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """These names, or the active ones. Raises PeftError for those that no plain model equals."""
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
         self._known(*names)
         for name in names:
             if name in self.prompts:
@@ -410,9 +412,10 @@ class PeftModel(Module):
                 yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
-        """The trainable adapter parameters that are, bit for bit, what they were at the start."""
+        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, what they were at first."""
         trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
-        return [name for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)]
+        kept = {id(p) for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)}
+        return [path for path, p in self.named_parameters() if id(p) in kept]
 
     # ------------------------------------------------------------------------------------------------------- files
 
@@ -424,7 +427,7 @@ class PeftModel(Module):
         """
         from .huggingface import save_adapter
 
-        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else _listed("selected_adapters", selected_adapters)
         self._known(*names)
         for name in names:
             save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
@@ -488,6 +491,13 @@ def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module
     yield prefix, model
     for name, child in model.children():
         yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _listed(argument: str, names: Iterable[str]) -> list[str]:
+    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
+    if isinstance(names, str):
+        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
+    return [str(name) for name in names]
 
 
 def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]]:

@@ -9,9 +9,10 @@ W's rows and the angles between them. The input is rotated, W never formed anew.
 With use_cayley_neumann, PEFT's default, the inverse is a truncated series, I + Q + Q² + Q³: then, with 5 terms,
 R_i = I + 2 Q + 2 Q² + 2 Q³ + Q⁴, orthogonal but for terms of Q⁴ (Qiu et al. 2025, arXiv:2506.19847).
 
-Constrained OFT (coft) keeps R near I: before Q is used it is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4).
+Constrained OFT (coft) keeps R near I: Q is scaled to the length ||Q_i|| <= eps / sqrt(k) (section 3.4) in the parameter
+itself, in every forward pass and merge, as in PEFT.
 
-Departures:
+Departures, 1 from the equation above, 2 and 3 from PEFT:
 1. Without use_cayley_neumann R is PEFT's, (I - Q) (I + Q)^-1: the transform of -Q, the other way round than the series.
 2. module_dropout acts in training: each block is I with that probability. PEFT 0.21's linear layers never apply it.
 3. GPT-2's [in, out] layers are adapted too, which PEFT refuses; convolutions and embeddings are not.
@@ -31,7 +32,7 @@ from ..backend import Array, Rng, xp_of
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
-from .layer import Adapter, Inner
+from .layer import Adapter, Inner, kept
 from .targets import QUERY_AND_VALUE
 from .weights import dense_weight, fill, out_in, with_weight
 
@@ -51,17 +52,15 @@ class OFTLayer(Adapter):
         """y = inner(Rᵀ x): x [..., in] -> [..., out]."""
         R, (k, b), p = self.rotations(), self.blocks, self.config.module_dropout
         if rng is not None and p:
-            xp = xp_of(x.data)
-            rng = Rng(*rng.path)  # one mask, whichever rows of the batch these are
-            kept = F.dropout(Tensor(xp.ones((k, 1, 1), x.dtype)), p, rng) * (1 - p)
-            R = (R - xp.eye(b, dtype=x.dtype)) * kept + xp.eye(b, dtype=x.dtype)
+            I = xp_of(x.data).eye(b, dtype=x.dtype)
+            R = (R - I) * kept(k, p, rng, x).reshape(k, 1, 1) + I
         return inner(F.cat([x[..., i * b : (i + 1) * b] @ R[i % len(R)] for i in range(k)], axis=-1))
 
     def rotations(self) -> Tensor:
         """R_1, ..., R_k: [k, b, b], or [1, b, b] where the blocks share one."""
         v, c = self.oft_R, self.config
         xp, b = xp_of(v.data), self.blocks[1]
-        if c.coft:  # in the parameter itself, as in PEFT, so that a step starts from there
+        if c.coft:  # so that a step starts from there
             most, length = c.eps / math.sqrt(len(v)), xp.sqrt(2 * (v.data**2).sum(axis=1, keepdims=True))
             v.data *= most / xp.maximum(length, most)
         place, sign = _skew(b, xp)

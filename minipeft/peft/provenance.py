@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..files import map_safetensors, read_json
+from ..files import FileError, map_safetensors, read_json
 from ..nn.module import Module
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,12 +34,21 @@ def metadata_of(model: Module) -> dict[str, str]:
     return {IN_4BIT: str(in_four_bits(model)).lower()}
 
 
+def config_path(directory: str | os.PathLike) -> Path:
+    """Where the configuration of an adapter directory is. FileError for one that holds directories of adapters alone."""
+    path, inside = Path(directory) / CONFIG, sorted(p.parent for p in Path(directory).glob(f"*/{CONFIG}"))
+    if inside and not path.exists():
+        listed = f"{', '.join(p.name for p in inside[:8])}{' ...' * (len(inside) > 8)}"
+        raise FileError(f"{directory}: is no adapter, but holds the adapters {listed}: give {inside[0]}")
+    return path
+
+
 def recorded_base(directory: str | os.PathLike) -> tuple[str | None, bool | None]:
     """(name of the base, whether it was in four bits) that an adapter directory tells; None where it does not.
 
     Raises FileError for files that are missing or damaged.
     """
-    name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+    name = read_json(config_path(directory)).get("base_model_name_or_path")
     bits = map_safetensors(Path(directory) / WEIGHTS)[1].get(IN_4BIT)
     return name if isinstance(name, str) and name else None, {"true": True, "false": False}.get(bits)
 

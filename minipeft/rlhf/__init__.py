@@ -31,9 +31,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .curves import (
         plot_calibration as plot_calibration, plot_preferences as plot_preferences, plot_run as plot_run,
     )  # fmt: skip
-    from .dpo import (
-        dpo_trainer as dpo_trainer, implicit_rewards as implicit_rewards, with_reference as with_reference,
-    )  # fmt: skip
+    from .dpo import dpo_trainer as dpo_trainer, with_reference as with_reference
     from .gold import gold_reward as gold_reward, rank as rank, vader as vader
     from .group import (
         GRPOTrainer as GRPOTrainer, RLOOTrainer as RLOOTrainer, grpo_advantages as grpo_advantages,

@@ -38,13 +38,18 @@ def best_of_n(
     policy: Any, reward: RewardModel | RewardFunction, prompts: Sequence[Sequence[int]], n: int, length: int = 24,
     temperature: float = 1.0, stop_token_ids: Sequence[int] = (), seed: int = 0, batch_size: int = 64,
 ) -> BestOfN:  # fmt: skip
-    """n answers of at most `length` tokens to each prompt (token ids), scored as `OnlineTrainer` would, and the best.
+    """n answers of at most `length` tokens to each prompt (token ids), scored by the reward, and the best.
 
-    Of equal scores the first is the best. Raises ValueError for n below 1, a reward that does not give one number a
-    response, and as `rollout`.
+    To compare with an online trainer, give its `stop_token_ids`; scores are the reward's alone, without the trainer's
+    missing_eos_score or missing_eos_penalty. Of equal scores the first is the best. Raises ValueError for n or
+    batch_size below 1, a reward that does not give one finite number a response, and as `rollout`.
     """
     if n < 1:
         raise ValueError(f"the best of n answers takes n of at least 1, got {n}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size, responses that are drawn at a time, must be at least 1, got {batch_size}")
+    if not len(prompts):
+        raise ValueError("there are no prompts")
     score = learned_reward(reward) if isinstance(reward, RewardModel) else reward
     rows, answers, scores = [list(prompt) for prompt in prompts for _ in range(n)], [], []
     for i in range(0, len(rows), batch_size):
@@ -55,6 +60,9 @@ def best_of_n(
         if scores[-1].shape != roll.mask.shape[:1]:
             wanted = f"one score a response, {roll.mask.shape[:1]}"
             raise ValueError(f"the reward must give {wanted}, not {scores[-1].shape}")
+        if bad := np.flatnonzero(~np.isfinite(scores[-1])).tolist():
+            prompt, where = (i + bad[0]) // n, f"for {len(bad)} of {len(scores[-1])} responses"
+            raise ValueError(f"the reward is NaN or infinite {where}, first of prompts[{prompt}]: none can be the best")
     table = np.concatenate(scores).reshape(-1, n)
     best = [answers[k * n + i] for k, i in enumerate(table.argmax(axis=1).tolist())]
     return BestOfN(best, table, expected_best(table).mean(axis=0), best_of_n_kl(np.arange(1, n + 1)))

@@ -69,17 +69,24 @@ def dpo_objective(
     """A loss of pairs for a batch whose first half are the chosen completions, and its statistics: for the Trainer.
 
     input_ids, labels, attention_mask [2 · pairs, T]; ref_chosen, ref_rejected [pairs], None for "orpo" and "simpo".
-    `rng` is not used: dropout would act on the policy and not on the reference (and TRL's trainers turn it off).
+    `rng` is not used: dropout would act on the policy and not on the reference (and TRL's trainers turn it off). Raises
+    ValueError for a loss_type that needs a reference where there is none, and for one that has no use for it.
     """
+    if ref_chosen is None:
+        losses, given = {"orpo": orpo_loss, "simpo": partial(simpo_loss, gamma=gamma)}, "without"
+    else:
+        losses, given = {"sigmoid": dpo_loss, "ipo": ipo_loss}, "with"
+    if loss_type not in losses:
+        wanted = " or ".join(map(repr, losses))
+        raise ValueError(f"{given} ref_chosen and ref_rejected, loss_type must be {wanted}, got {loss_type!r}")
     sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
     n = sums.shape[0] // 2
     if ref_chosen is None:
         means = sums / completion_lengths(labels)
-        losses = {"orpo": orpo_loss, "simpo": partial(simpo_loss, gamma=gamma)}
         loss = losses[loss_type](means[:n], means[n:], beta)
         chosen, rejected = beta * means.data[:n], beta * means.data[n:]
     else:
-        loss = {"sigmoid": dpo_loss, "ipo": ipo_loss}[loss_type](sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
+        loss = losses[loss_type](sums[:n], sums[n:], ref_chosen, ref_rejected, beta)
         chosen, rejected = beta * (sums.data[:n] - ref_chosen), beta * (sums.data[n:] - ref_rejected)
     return loss, {
         "logps/chosen": sums.data[:n],
@@ -128,18 +135,13 @@ def dpo_trainer(
     c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
     if c.loss_type == "kto":
         return kto_trainer(policy, pairs, eval_pairs, args, c)
-    if any(isinstance(example, UnpairedExample) for example in pairs[:1]):
+    if any(isinstance(example, UnpairedExample) for given in (pairs, eval_pairs or ()) for example in given):
         raise ValueError(f"loss_type={c.loss_type!r} compares the two answers of a pair; unpaired ones are for 'kto'")
-    own = {name: getattr(c, name) for name in ("loss_type", "beta", "gamma") if name in OPTIONS_OF_LOSS[c.loss_type]}
-    objective = partial(dpo_objective, **{"loss_type": c.loss_type, **own})
-    if "reference_batch_size" not in OPTIONS_OF_LOSS[c.loss_type]:
+    names = OPTIONS_OF_LOSS[c.loss_type]
+    own = {name: getattr(c, name) for name in names if name != "reference_batch_size"}
+    objective = partial(dpo_objective, loss_type=c.loss_type, **own)
+    if "reference_batch_size" not in names:
         return Trainer(policy, pairs, eval_pairs, args, collate=collate_pairs, loss=objective)
     train = with_reference(policy, pairs, c.reference_batch_size)
     held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, c.reference_batch_size)
     return Trainer(policy, train, held_out, args, collate=collate_referenced, loss=objective)
-
-
-def implicit_rewards(model: Module, pairs: Sequence[ReferencedPair], beta: float = 0.1) -> np.ndarray:
-    """β log(π / π_ref) of each pair's (chosen, rejected) completion: float [n, 2]."""
-    reference = np.array([(p.ref_chosen, p.ref_rejected) for p in pairs])
-    return beta * (completion_logprobs(model, [p.pair for p in pairs]) - reference)

@@ -10,8 +10,8 @@ through z. An estimate is a batch's own: batches of one have a noisy one.
 
 Source: Ethayarajh et al. 2024, arXiv:2402.01306; departures from TRL's KTOTrainer: preference_losses.py. Recorded, by
 TRL's names: logps/chosen, logps/rejected, rewards/chosen, rewards/rejected of desirable and of undesirable answers (see
-dpo.py); kl, the mean of which max(0, ·) is z; and, not TRL's, rewards/accuracies: the share of answers that are on
-their side of z.
+dpo.py); kl: z is its mean, or 0 where that is negative; and, not TRL's, rewards/accuracies: the share of answers that
+are on their side of z.
 """
 
 from __future__ import annotations
@@ -45,9 +45,16 @@ class ReferencedAnswer(NamedTuple):
 
 
 def unpaired(examples: Sequence[PreferencePair] | Sequence[UnpairedExample]) -> list[UnpairedExample]:
-    """The answers one by one: of pairs, the chosen ones as desirable, and then the rejected ones as undesirable."""
-    if all(isinstance(example, UnpairedExample) for example in examples):
+    """The answers one by one: of pairs, the chosen ones as desirable, and then the rejected ones as undesirable.
+
+    Raises ValueError where some are pairs and some are not.
+    """
+    single = [isinstance(example, UnpairedExample) for example in examples]
+    if all(single):
         return list(examples)
+    if any(single):
+        found = f"{sum(single)} of {len(single)} examples are single answers and the others pairs"
+        raise ValueError(f"{found}: give one kind")
     chosen, rejected = zip(*examples)
     return [UnpairedExample(e, True) for e in chosen] + [UnpairedExample(e, False) for e in rejected]
 
@@ -122,7 +129,7 @@ def kto_trainer(
     eval_examples: Sequence[PreferencePair] | Sequence[UnpairedExample] | None, args: TrainingArguments | None,
     config: DPOConfig,
 ) -> Trainer:  # fmt: skip
-    """A Trainer of KTO: `dpo_trainer(..., loss_type="kto")`, which see."""
+    """What `dpo_trainer(..., loss_type="kto")` returns; options and errors are described there."""
     referenced = [
         None if given is None else with_reference(policy, unpaired(given), config.reference_batch_size)
         for given in (examples, eval_examples)

@@ -19,7 +19,8 @@ The log-probability of the *chosen* answer often falls. In DPO, IPO and SimPO no
 trained, and what lowers the rejected answer lowers the chosen one, too, as far as the two are alike; the loss is
 content as long as the rejected one falls faster (Razin et al. 2024, 2410.08847). ORPO's first term holds it up.
 
-Where Hugging Face TRL differs, whose names are used (loss_type "sigmoid", "ipo", "kto", "orpo", "simpo"; β is ORPO's λ):
+Names are Hugging Face TRL's (loss_type "sigmoid", "ipo", "kto", "orpo", "simpo"; β is ORPO's λ). TRL differs in four
+places:
 
 1. IPO: TRL divides each Δ(y) by the answer's tokens, so that its 1 / 2β is a difference of nats a token. Here Δ is that
    of the whole answer, as in the paper. Give `ipo_loss` means to have TRL's.

@@ -40,8 +40,9 @@ class TrainingArguments:
     momentum: float = option(0.0, "momentum of SGD", least=0)
     weight_decay: float = option(0.0, "decay of weights, but not of norms and biases", least=0)
     loraplus_lr_ratio: float | None = option(
-        None, "LoRA+: B learns at this many times the rate (16 in the paper, which then lowers the rate)", least=1
-    )
+        None, "LoRA+: B learns at N times the rate (16 in the paper, which lowers it), factors of embeddings at 1e-6",
+        least=1, metavar="N",
+    )  # fmt: skip
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
     warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")

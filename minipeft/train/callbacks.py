@@ -20,7 +20,8 @@ from ..backend import Array
 class Callback:
     """Does nothing at every occasion; a subclass overrides what it needs.
 
-    The gradients are in `.grad` of the model's parameters from `before_step` to the end of `after_step`.
+    The gradients are in `.grad` of the model's parameters from `before_step` to the end of `after_step`. An object that is
+    given to a second run goes on with what it keeps, as `EMA` with its averages: give a run that is another a new object.
     """
 
     only_looks = False  # True: it changes nothing in the run, which may be resumed without it
@@ -39,6 +40,10 @@ class Callback:
 
         True ends the run after this step.
         """
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What it was made with, as JSON values: a run is resumed with the same."""
+        return ()
 
     def state_dict(self) -> dict[str, Array]:
         """Arrays by name that must survive an interruption; saved with every checkpoint."""
@@ -64,8 +69,9 @@ class Callbacks:
         return [callback for _, callback in self.members if not getattr(callback, "only_looks", False)]
 
     def names(self) -> list[str]:
-        """The classes of the callbacks: a run is resumed with the same, in the same order."""
-        return [type(callback).__qualname__ for callback in self._kept()]
+        """The callbacks, such as EMA(0.999): a run is resumed with the same, in the same order."""
+        given = [(type(callback).__qualname__, getattr(callback, "arguments", tuple)()) for callback in self._kept()]
+        return [f"{name}({', '.join(map(repr, values))})" if values else name for name, values in given]
 
     def before_step(self, step: int) -> None:
         """Call `before_step` of each."""
@@ -133,6 +139,9 @@ class EarlyStopping(Callback):
         self.lowest, self.without_gain = (value, 0) if value < self.lowest else (self.lowest, self.without_gain + 1)
         return self.without_gain >= self.patience
 
+    def arguments(self) -> tuple[Any, ...]:
+        return self.patience, self.key, self.sign < 0
+
     def state_dict(self) -> dict[str, Array]:
         return {"lowest": np.array(self.lowest), "without_gain": np.array(self.without_gain)}
 
@@ -169,8 +178,13 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
-        """Inside, the model's trained parameters are copies of the averages."""
+        """Inside, the model's trained parameters are copies of the averages.
+
+        Raises ValueError where there are none of this model's parameters, as before the first step.
+        """
         before = {p: p.data for name, p in model.named_parameters() if name in self.averages}
+        if not before:
+            raise ValueError("EMA has no averages of this model's parameters: train it first, with callbacks=[ema]")
         try:
             for name, p in model.named_parameters():
                 if p in before:
@@ -179,6 +193,9 @@ class EMA(Callback):
         finally:
             for p, data in before.items():
                 p.data = data
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.decay,)
 
     def state_dict(self) -> dict[str, Array]:
         return dict(self.averages)

@@ -100,7 +100,9 @@ def check_identity(path: Path, here: dict[str, Any], there: dict[str, Any]) -> N
     """CheckpointError naming the first thing in which the run that is `here` differs from that of a checkpoint."""
     for name in [*here, *(set(there) - set(here))]:
         if here.get(name) != there.get(name):
-            detail = "" if len(str(there.get(name))) > 60 else f" ({there.get(name)} there, {here.get(name)} here)"
+            text = str(there.get(name))
+            unsaid = len(text) > 200 or re.fullmatch("[0-9a-f]{64}", text)  # a fingerprint
+            detail = "" if unsaid else f" ({text} there, {here.get(name)} here)"
             raise CheckpointError(
                 f"{path}: is of a run with other {name}{detail}; resume with the same, or start a new run"
             )

@@ -85,7 +85,7 @@ class Workers:
                 "a worker was lost, and its executor computes no more; executor=2 is two processes that are replaced"
             ) from error
         except Exception as error:
-            if "pickle" not in str(error):
+            if not _of_pickling(error):
                 raise
             raise ValueError(f"the loss must be a function of a module to reach other processes: {error}") from error
         for _, gradients in found:
@@ -108,6 +108,13 @@ class Workers:
         weights = [p.data for p in sent[0].parameters()] if sent else []
         self.moved += sum(a.nbytes for a in (*arrays, *inputs, *weights))
         return self.executor.submit(_on_worker, self.key, self.threads, part, arrays, sent)
+
+
+def _of_pickling(error: Exception) -> bool:
+    """Whether something could not be sent; pickle raises a PicklingError, or errors of other types by their words."""
+    kind, text = type(error), str(error)
+    said = "pickle" in text or "local object" in text
+    return kind.__name__ == "PicklingError" or (kind in (AttributeError, TypeError) and said)
 
 
 def _on_worker(
