@@ -91,7 +91,7 @@ def _number(row: Row, name: str) -> float:
 def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
     """`means` as text: one line for each combination of settings; a column for failures where there are any.
 
-    A mean that is NaN says in how many runs the value is a number: "nan (4 of 5)".
+    A mean that is NaN says in how many runs the value is a number: "nan (4 of 5)". Raises as `means`.
     """
     found = means(rows, value, by)
     names = [name for name in found[0] if f"{name} ±" in found[0]] if found else []
