@@ -327,7 +327,11 @@ def test_readme_python_runs(monkeypatch, tmp_path):
     code = "\n".join(blocks)
     assert "[:2000]" in code
     monkeypatch.chdir(tmp_path)
-    names = {"ids": IDS, "targets": IDS, "run": lambda r, lr, seed: {"loss": r * lr + seed}}
+
+    def run(r, lr, seed):
+        return {"loss": r * lr + seed}
+
+    names = {"ids": IDS, "targets": IDS, "run": run}
     exec(code.replace("[:2000]", "[:16]"), names)
     assert (tmp_path / "tuned" / "model.safetensors").is_file() and np.isfinite(names["loss"].item())
     assert [row["loss"] for row in names["rows"]] == [r * lr + seed for r in (4, 8) for lr in (1e-3, 3e-3) for seed in range(5)]

@@ -355,8 +355,9 @@ def test_a_broken_pool_that_cannot_be_replaced_is_said_and_the_sweep_can_go_on(t
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 import minipeft as mp
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 scale, slow = 10, "--slow" in sys.argv
 def run(x):
     print("a run may print")
