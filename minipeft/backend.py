@@ -234,7 +234,7 @@ class Rng:
         return Rng(*self.path, rows=[self.row(i) for i in index])
 
     def behind(self, padding: Sequence[int]) -> Rng:
-        """The stream of rows with so many positions (second axis) in front of what they have alone; there it is 0."""
+        """The stream where row i has padding[i] more positions in front (second axis); at those the numbers are 0."""
         return Rng(*self.path, rows=[(self.row(i)[0], n) for i, n in enumerate(padding)])
 
     def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:

@@ -1,7 +1,8 @@
 """Executors: where work is computed, in processes of this machine, on a Dask cluster, or wherever a pool says.
 
 An executor is anything whose `submit(function, *arguments)` returns a future of `concurrent.futures`. What goes to a
-process is pickled by cloudpickle, which sends a function by value where it has no module to be imported from.
+process is pickled by cloudpickle, which sends a function by value where it has no module to be imported from. It goes
+through pipes and sockets to processes that the caller started or named, never through a file.
 """
 
 from __future__ import annotations

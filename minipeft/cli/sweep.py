@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
     parser.add_argument(
         "--executor", type=executor_of, metavar="N|ADDRESS",
-        help="so many processes, which share the threads, or a Dask scheduler (default: as many processes as threads)",
+        help="number of processes, which share the threads, or a Dask scheduler (default: one process a thread)",
     )  # fmt: skip
 
 

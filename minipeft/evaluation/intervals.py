@@ -55,7 +55,7 @@ def share(right: Any) -> Estimate:
 
 
 def student_t(level: float, degrees: int) -> float:
-    """t such that |T| < t with probability `level`, T of Student's distribution with so many degrees of freedom.
+    """t such that |T| < t with probability `level`, T of Student's distribution with `degrees` of freedom.
 
     The probability is a finite sum in the angle arctan(t / √degrees) (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4),
     which grows with the angle: bisection finds the angle.

@@ -78,7 +78,7 @@ def sweep(
         grid: settings, dictionaries (as of `grid`) or frozen dataclasses; settings that occur twice are one run.
         executor: where the runs are computed:
             None            in processes of this machine, as many as threads (`MINIPEFT_THREADS`, or every core)
-            an integer      in so many processes, among which the threads are divided; 1: in this one, one by one
+            an integer      in this number of processes, which share the threads; 1: in this process, one by one
             an Executor     of `concurrent.futures`, or what has its `submit`. The threads are divided among the
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one

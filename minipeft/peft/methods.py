@@ -155,8 +155,8 @@ def register(cls: Any = None, *, name: str | None = None, title: str | None = No
             peft_type, usual_learning_rate = "SCALE", 1e-2
             ...
 
-    Directories with this peft_type are loaded from then on, and a command that is told to import the module, with
-    `--plugin MODULE`, takes `--method scale`.
+    From then on directories with this peft_type can be loaded. With `--plugin MODULE` a command imports the module, and
+    takes `--method scale`.
 
     Args:
         name: what `--method` calls it; by default the peft_type in small letters, with hyphens.

@@ -35,7 +35,7 @@ class RowPrompts:
         self.soft = np.array([p.length if p is not None and p.in_input else 0 for p in prompts])  # of each row's input
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
-        """As `Prompt.arguments`; the cache of a first call is told which positions each row sees."""
+        """As `Prompt.arguments`; the first call writes into the cache which positions each row sees."""
         past, limit = given["past_key_values"], model.config.max_position_embeddings
         cache = past if isinstance(past, KVCache) else KVCache()
         if len(cache) and cache.visible is not None:  # a later call, perhaps with fewer rows

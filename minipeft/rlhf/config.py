@@ -110,7 +110,7 @@ class RewardConfig:
     center: float = option(0.0, "weight of (r_chosen + r_rejected)², which keeps rewards near 0", least=0, metavar="C")
 
 
-# Loss -> the options that it has. Those with a reference compute its log-probabilities once, so many at a time.
+# Loss -> the options that it has. Those with a reference compute its log-probabilities once, in batches.
 OPTIONS_OF_LOSS = {
     "sigmoid": ("beta", "reference_batch_size"),
     "ipo": ("beta", "reference_batch_size"),
