@@ -30,14 +30,18 @@ def trained(model, examples, executor=None, callbacks=(), **options):
     return weights(model), result
 
 
+def same(together, alone):
+    for key, array in alone.items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 def test_processes_train_the_weights_that_one_process_trains_and_move_what_is_trained(rng):
     examples = counting(24, rng, shortest=5, longest=12)
     moved = {}
     with processes() as executor:
         for name, make in (("lora", lambda: adapted(0.1)), ("full", lambda: tiny_model(0.1))):
             (alone, result), (together, spread) = trained(make(), examples), trained(make(), examples, executor)
-            for key, array in alone.items():
-                np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+            same(together, alone)
             np.testing.assert_allclose(result.losses(), spread.losses(), rtol=1e-6)
             moved[name] = dict(spread.losses("bytes_moved"))
             model = make()
@@ -52,8 +56,7 @@ def test_threads_each_have_a_model_of_their_own(rng):
     examples = counting(24, rng)
     with ThreadPoolExecutor(3) as executor:
         together, _ = trained(adapted(), examples, executor)
-    for key, array in trained(adapted(), examples)[0].items():
-        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    same(together, trained(adapted(), examples)[0])
 
 
 class Kill(Callback):
@@ -73,8 +76,7 @@ def test_a_batch_whose_worker_is_lost_is_computed_again(rng):
     with LocalProcesses(2) as executor:
         together, result = trained(adapted(), examples, executor, [Kill(executor)])
     assert result.steps == 3
-    for key, array in trained(adapted(), examples)[0].items():
-        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    same(together, trained(adapted(), examples)[0])
     with processes() as executor, pytest.raises(RuntimeError, match=r"a worker was lost, .* executor=2 is two processes"):
         trained(adapted(), examples, executor, [Kill(executor)])
 
@@ -108,8 +110,7 @@ def test_a_constrained_oft_is_projected_where_the_weights_are(rng):
     examples = counting(24, rng)
     with ThreadPoolExecutor(3) as executor:
         together, _ = trained(make(), examples, executor)
-    for key, array in trained(make(), examples)[0].items():
-        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    same(together, trained(make(), examples)[0])
 
 
 def test_a_dask_cluster_computes_the_batches(rng):
@@ -118,5 +119,4 @@ def test_a_dask_cluster_computes_the_batches(rng):
     options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         together, _ = trained(adapted(), examples, client)
-    for key, array in trained(adapted(), examples)[0].items():
-        np.testing.assert_allclose(together[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    same(together, trained(adapted(), examples)[0])
