@@ -23,6 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
 
 C = TypeVar("C")
+REQUIRED: Any = dataclasses.MISSING  # in place of a default
 
 
 def option(
@@ -37,9 +38,10 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field: `default` (lists, dicts are copied), one line of `help`, and the range least <= value <= most
-    or above < value < below, or the `choices`, as they are when a value is checked. None is allowed where the annotation says so. `flag` and `metavar` are
-    the command line's; by default --name-of-the-field, and the kind of value.
+    """A dataclass field: `default` (lists, dicts are copied) or REQUIRED, one line of `help`, and the range
+    least <= value <= most or above < value < below, or the `choices`, as they are when a value is checked. None is
+    allowed where the annotation says so. `flag` (or several, "-r --rank") and `metavar` are the command line's; by default
+    --name-of-the-field, and the kind of value.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     metadata = {"help": help, "choices": choices, "flag": flag, "metavar": metavar}
@@ -111,13 +113,13 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
 
 
 def add_options(
-    parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, **helps: str
+    parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, prefix: str = "", **helps: str
 ) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
-    An option that is not given is not set in the result, so that `from_arguments` leaves its default to the class.
-    `defaults` are a command's own, which the result then has; None stands for "the command finds it out", and the help
-    says how. `helps` replaces the help of a field in this command.
+    `defaults` are a command's own; None stands for "the command finds it out", and the help says how. `helps` replaces
+    the help of a field in this command, `prefix` begins the name of its value in the result. A flag that takes several
+    values may be given again.
     """
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
@@ -126,7 +128,9 @@ def add_options(
         flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
         text = helps.get(name, field.metadata["help"]).replace("%", "%%")
         default = defaults.get(name, _default(field))
-        common: dict[str, Any] = {"dest": name, "default": default if name in defaults else argparse.SUPPRESS}
+        common: dict[str, Any] = {"dest": prefix + name, "default": default}
+        if default is REQUIRED:
+            common |= {"default": None, "required": True}
         if kinds == [bool]:
             if default is None:
                 common["action"] = argparse.BooleanOptionalAction
@@ -142,13 +146,13 @@ def add_options(
         inner = kinds[0]
         if get_origin(inner) in (list, tuple):
             inner = get_args(inner)[0]
-            common["nargs"] = "+"
+            common |= {"nargs": "+", "action": "extend"}
         choices = field.metadata["choices"]
         if choices:
             common["choices"] = tuple(c for c in choices if c is not None)
-        else:
+        if not choices or field.metadata["metavar"]:
             common["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
-        shown = text if default is None or default is False else f"{text} (default: {_shown(default)})"
+        shown = text if default is None or default is False or default is REQUIRED else f"{text} (default: {_shown(default)})"
         parser.add_argument(*flags, type=reader(inner, field.metadata), help=shown, **common)
 
 
@@ -199,10 +203,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
-    if metadata.get("choices") is not None:
-        return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
     if isinstance(value, (list, tuple)):
         return all(_within(v, metadata) for v in value)
+    if metadata.get("choices") is not None:
+        return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
     if isinstance(value, dict):
         return all(_within(v, metadata) for v in value.values())
     if isinstance(value, bool) or not isinstance(value, (int, float)):

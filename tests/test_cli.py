@@ -294,7 +294,7 @@ def test_head_trains_the_head_alone(model, data, tmp_path):
 def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_path, capsys):
     output = tmp_path / "adapter"
     assert finetune(model, data, output, "--method", "lora") == 0
-    assert f"--model {model} --adapter {output}" in capsys.readouterr().out
+    assert f"minipeft generate --adapter {output} --prompt" in capsys.readouterr().out
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     assert not (output / "model.safetensors").exists()
     base, tokenizer = mp.from_pretrained(model)

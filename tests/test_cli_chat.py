@@ -132,7 +132,7 @@ def test_finetune_a_gguf_file_in_four_bits_and_talk_to_it(gguf_file, chat_data, 
         "--lr", "1e-2", "--validation", 0,
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
-    use = f"minipeft generate --model {gguf_file} --adapter {output} --load-in-4bit --chat"
+    use = f"minipeft generate --adapter {output} --chat"
     assert use in out
     assert json.loads((output / "template.json").read_text()) == {"template": "chat"}
     assert run(*use.split()[1:], "--prompt", "red", "--prompt", "black", "--max-new-tokens", 8) == 0

@@ -74,7 +74,7 @@ def test_without_a_length_the_states_of_any_family(capsys):
     ("gpt2 --seq 64 --quantization nf4", "weights in four bits are frozen"),
     ("gpt2 --seq 64 --plain-scales", "--plain-scales is about weights in four bits"),
     ("gpt2 --seq 64 --mini-batch 2", "--mini-batch belongs to --ppo"),
-    ("gpt2 --seq 64 --inference --generate 4", "not allowed with argument"),
+    ("gpt2 --seq 64 --inference --generate 4", "--inference and --generate are two steps: give one of them"),
     ("gpt2 --seq 64 --inference --checkpointing", "--checkpointing is for training, and --inference trains nothing"),
     ("gpt2 --seq 64 --generate 4 --optimizer sgd", "--optimizer is for training, and --generate trains nothing"),
     ("gpt2 --batch 4", "--batch is about sequences: give their length, --seq"),

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from minipeft.cli import page
-from minipeft.cli.data import Sample
+from minipeft.cli.report import Sample
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -48,7 +48,7 @@ ROWS = [
     row("lora", "LoRA r=8", 2.51, 0.2, 400_000),
     row("prompt", "prompt <P=20>", 3.3, 0.05, 10_000, latency_merged=None),
 ]
-SHOWN = [(Sample("a", "<b>Word</b>: a-very-long-word-" * 9, "right & proper"), {"frozen": "x" * 300, "full": "ok"})]
+SHOWN = [Sample("a", "<b>Word</b>: a-very-long-word-" * 9, "right & proper", {"frozen": "x" * 300, "full": "ok"})]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from .arguments import Parser, nearest, take_plugins, use_machine
+from .arguments import Arguments, Parser, nearest, use_machine
+from .foreign import take_plugins
 
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
@@ -102,25 +103,23 @@ def describe(error: Exception) -> str:
     return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parse(argv: list[str]) -> Arguments:
     usage = "minipeft COMMAND [options]"
     parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
-    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
+    _add_general(parser)
     commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
     parsers = {c: commands.add_parser(c, help=text, formatter_class=_formatter) for c, text in COMMANDS.items()}
     argv = take_plugins(argv)  # before a command lists the methods
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    known = parsers.get(chosen, parser)
+    known, defaults = parsers.get(chosen, parser), {}
     if chosen in COMMANDS:
         module = importlib.import_module(f"{__name__}.{chosen}")
-        known.description, _, examples = module.__doc__.partition("\nexamples:\n")
-        known.epilog = f"examples:\n{examples}" if examples else None
+        known.description, heading, examples = module.__doc__.partition("\nexamples:\n")
+        known.epilog = heading + examples
         module.add_arguments(known)
-        known.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        known.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
-        known.set_defaults(run=module.run, flags=known.flags())
+        _add_general(known)
+        defaults = known.take_defaults() | {"run": module.run, "flags": known.flags()}
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         what = "option" if unknown[0].startswith("-") else "argument"
@@ -128,7 +127,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.command is None:
         parser.print_help()
         raise SystemExit(0)
-    return args
+    return Arguments(**{**defaults, **vars(args)}, given={*vars(args)})
+
+
+def _add_general(parser: Parser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
+    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

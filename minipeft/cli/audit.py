@@ -39,7 +39,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -47,7 +46,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import nearest
+from .arguments import Arguments, Common, Parser, nearest
 
 if TYPE_CHECKING:
     from ..accounting.published import AuditedRow
@@ -56,14 +55,14 @@ VERDICTS = ("reproduces", "differs", "not-covered")
 NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.csv", help="figures of your own (default: the shipped ones)")
     parser.add_argument("--verdict", choices=VERDICTS, help="show only these rows")
     parser.add_argument("--source", metavar="TEXT", help="audit only rows whose source contains this")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.options(Common, "json")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     from ..accounting.published import audit, read_published, tally
 
     rows = read_published(args.file)

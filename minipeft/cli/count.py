@@ -20,7 +20,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -28,7 +27,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .arguments import positive_int
+from .. import accounting
+from ..options import configuration, option
+from .arguments import Arguments, Common, Parser
 from .bars import bar, grid, size
 from .method_options import add_method, add_model_name, architecture_of, method_of
 from .report import console
@@ -36,23 +37,25 @@ from .report import console
 SHOWN = 24  # rows of the table, the rest is one row
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@configuration(kw_only=True)
+class CountOptions:
+    """What is counted, beside the model and the method."""
+
+    num_labels: int | None = option(None, "count with a classifier's head of N classes", least=1)
+
+
+def add_arguments(parser: Parser) -> None:
     add_model_name(parser)
     add_method(parser, "frozen")
-    parser.add_argument(
-        "--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.options(CountOptions)
+    parser.options(Common, "json")
 
 
-def run(args: argparse.Namespace) -> int:
-    from ..accounting import count_parameters
-    from ..accounting.parameters import trained_parameters
-
+def run(args: Arguments) -> int:
     arch = architecture_of(args.model, args.num_labels)
     name, method = method_of(args)
     config = method.config()
-    count, trained = count_parameters(arch, config), trained_parameters(arch, config)
+    count, trained = accounting.count_parameters(arch, config), accounting.parameters.trained_parameters(arch, config)
     if args.json:
         record = {
             "model": arch.name, "method": name, "trainable": count.trainable,

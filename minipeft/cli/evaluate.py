@@ -30,19 +30,20 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import minipeft as mp
+
 from ..evaluation.config import GenerationConfig
-from ..options import add_options, configuration, from_arguments, option
+from ..options import REQUIRED, configuration, from_arguments, option
 from . import runs
-from .arguments import add_machine, add_model
-from .functions import load_function
+from .arguments import Arguments, Common, Parser, add_machine
+from .foreign import load_function
 from .models import load_model
+from .prompts import usual_template
 
 GENERAL = "general-cloze"
 LABELS = {"exact_match": "exact match", "chrf": "chrF"}
@@ -52,59 +53,44 @@ LABELS = {"exact_match": "exact match", "chrf": "chrF"}
 class EvaluationOptions:
     """What is scored, and by which measure."""
 
-    template: str | None = option(
-        None, "plain, alpaca, chatml, chat or a text with {prompt} (default: as in training)", metavar="NAME|TEXT"
-    )
     metric: str | None = option(None, "a function (answer, expected) -> number", metavar="MODULE:NAME")
     limit: int | None = option(None, "use the first N records (of running text, blocks)", least=1)
     max_length: int | None = option(
         None, "tokens of a record at most, of running text those of a block (default: what the model takes)", least=2
     )
     loss_only: bool = option(False, "generate no answers")
+    json: bool | str = option(
+        False, "print one JSON object, with every record's answer and scores; or write it to FILE, and print as usual",
+        metavar="FILE",
+    )  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help=f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items"
-    )
-    add_model(parser, adapter=" to put on the model")
-    parser.add_argument(
-        "--load-in-4bit", action="store_true",
-        help="hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)",
-    )  # fmt: skip
-    add_options(parser.add_argument_group("scores"), EvaluationOptions)
-    add_options(parser.add_argument_group("generation"), GenerationConfig)
-    parser.add_argument_group("output").add_argument(
-        "--json", nargs="?", const="", metavar="FILE",
-        help="print one JSON object, with every record's answer and scores; or write it to FILE, and print as usual",
-    )  # fmt: skip
+def add_arguments(parser: Parser) -> None:
+    data = f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items"
+    parser.options(Common, "data", "model", "adapter", "load_in_4bit", defaults={"data": REQUIRED}, data=data)
+    parser.options(Common, "template", group="scores")
+    parser.options(EvaluationOptions, "metric", "limit", "max_length", "loss_only", group="scores")
+    parser.options(GenerationConfig, group="generation")
+    parser.options(EvaluationOptions, "json", group="output")
     add_machine(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    options = from_arguments(EvaluationOptions, args)
+def run(args: Arguments) -> int:
     config = from_arguments(GenerationConfig, args)
-    metric = None if options.metric is None else load_function(options.metric, "--metric")
-    if args.json and not Path(args.json).parent.is_dir():
+    metric = None if args.metric is None else load_function(args.metric, "--metric")
+    if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
-
-    from ..evaluation import evaluate
-    from ..files import write_json
-    from ..text.datasets import Document, MultipleChoice
-    from .prompts import usual_template
-
-    records = read_items(args.data)
-    args.template = options.template
-    answered = not isinstance(records[0], (Document, MultipleChoice))
-    if options.loss_only and not answered:
-        what = "multiple choice" if isinstance(records[0], MultipleChoice) else "running text"
-        raise ValueError(f"--loss-only: no answers are generated for {what} in any case; leave it out")
-    template = usual_template(args) if options.template or answered else None
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
-    given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if hasattr(args, f.name)}
-    found = evaluate(
-        model, tokenizer, records, template, metric=metric, answers=not options.loss_only, limit=options.limit,
-        max_length=options.max_length, **{"batch_size": config.batch_size, **given},
+    datasets = mp.text.datasets
+    records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
+    unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))
+    if args.loss_only and unasked:
+        raise ValueError(f"--loss-only: no answers are generated for {unasked} in any case; leave it out")
+    model, tokenizer = load_model(args)
+    template = usual_template(args) if args.template or not unasked else None
+    given = {name: value for name, value in vars(config).items() if name in args.given}
+    found = mp.evaluation.evaluate(
+        model, tokenizer, records, template, metric=metric, answers=not args.loss_only, limit=args.limit,
+        max_length=args.max_length, **{"batch_size": config.batch_size, **given},
     )  # fmt: skip
     record = {
         "data": args.data, "model": args.model, "adapter": args.adapter, "template": template,
@@ -113,12 +99,12 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if found.note:
         runs.note(found.note)
-    if args.json == "":
+    if args.json is True:
         print(json.dumps(record, indent=1, ensure_ascii=False))
         return 0
-    show(found, options.metric, "blocks" if isinstance(records[0], Document) else "records")
-    if args.json is not None:
-        write_json(args.json, record)
+    show(found, args.metric, "blocks" if isinstance(records[0], datasets.Document) else "records")
+    if args.json is not False:
+        mp.files.write_json(args.json, record)
         print(f"saved: {args.json}")
     return 0
 
@@ -135,14 +121,3 @@ def show(found: Any, metric: str | None, units: str) -> None:
         print(f"{label:16} {value:9.4f}  {interval:18}  {beside.get(name, '')}".rstrip())
     if found.chance is not None:
         print(f"{'chance':16} {found.chance:9.4f}")
-
-
-def read_items(data: str) -> list[Any]:
-    """The records of a file, or the shipped items of that name. Raises DatasetError."""
-    from ..text.datasets import read_dataset
-
-    if data == GENERAL:
-        from ..evaluation import general_cloze
-
-        return general_cloze()
-    return read_dataset(data)

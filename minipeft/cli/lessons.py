@@ -11,7 +11,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -19,17 +18,19 @@ import sys
 import time
 from pathlib import Path
 
+from .arguments import Arguments, Parser
+
 REDUCED = "MINIPEFT_REDUCED"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
     parser.add_argument(
         "--reduced", action="store_true", help=f"fewer steps, claims that need all of them left out (sets {REDUCED}=1)"
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     lessons = find_lessons()
     if args.lesson is None:
         for number, path in lessons.items():

@@ -23,13 +23,13 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
-from .arguments import positive_int
+from ..options import configuration, option
+from .arguments import Arguments, Common, Parser
 from .bars import bar, grid, size
 from .method_options import add_method, add_model_name, architecture_of, flag, method_of
 from .report import console
@@ -37,28 +37,34 @@ from .report import console
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@configuration(kw_only=True)
+class StepOptions:
+    """What is done with the model, and how."""
+
+    batch: int | None = option(None, "sequences at a time (default: 1)", least=1)
+    seq: int | None = option(None, "tokens of each (of a prompt); without it, states only", least=1)
+    precision: str = option("float32", "of the numbers; float32 is what is computed here", choices=PRECISIONS)
+    optimizer: str | None = option(None, "default: adamw", choices=(None, *OPTIMIZERS))
+    checkpointing: bool = option(False, "keep the inputs of blocks only")
+    quantization: str | None = option(
+        None, "store linear layers in four bits (qlora does: nf4)", choices=(None, "nf4", "fp4", "int4")
+    )
+    plain_scales: bool = option(False, "four bits without double quantization")
+    inference: bool = option(False, "a forward pass without gradients, instead of training; or")
+    generate: int | None = option(None, "N tokens after a prompt, with a cache; or", least=1)
+    ppo: int | None = option(None, "PPO on responses of N tokens: four models", least=1)
+    mini_batch: int | None = option(None, "with --ppo: rows of a gradient (default: --batch)", least=1)
+    value_model: bool = option(False, "with --ppo: a value model of its own, not a head")
+
+
+def add_arguments(parser: Parser) -> None:
     add_model_name(parser)
     add_method(parser, "frozen")
-    group = parser.add_argument_group("the step")
-    add = group.add_argument
-    add("--batch", type=positive_int, metavar="N", help="sequences at a time (default: 1)")
-    add("--seq", type=positive_int, metavar="N", help="tokens of each (of a prompt); without it, states only")
-    add("--precision", choices=PRECISIONS, default="float32", help="default: float32, what is computed here")
-    add("--optimizer", choices=OPTIMIZERS, help="default: adamw")
-    add("--checkpointing", action="store_true", help="keep the inputs of blocks only")
-    add("--quantization", choices=("nf4", "fp4", "int4"), help="store linear layers in four bits (qlora does: nf4)")
-    add("--plain-scales", action="store_true", help="four bits without double quantization")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--inference", action="store_true", help="a forward pass without gradients, instead of training")
-    what.add_argument("--generate", type=positive_int, metavar="N", help="N tokens after a prompt, with a cache")
-    what.add_argument("--ppo", type=positive_int, metavar="N", help="PPO on responses of N tokens: four models")
-    add("--mini-batch", type=positive_int, metavar="N", help="with --ppo: rows of a gradient (default: --batch)")
-    add("--value-model", action="store_true", help="with --ppo: a value model of its own, not a head")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.options(StepOptions, group="the step")
+    parser.options(Common, "json")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     arch, (name, method) = architecture_of(args.model), method_of(args)
     config, quantization = method.config(), args.quantization or ("nf4" if method.quantized else None)
     _check(args, quantization)
@@ -82,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, quantization: str | None) -> None:
+def _check(args: Arguments, quantization: str | None) -> None:
     """Raises ValueError for an option that does nothing in this mode."""
-    mode = next((m for m in ("inference", "generate", "ppo") if getattr(args, m)), "training")
+    mode, *others = [m for m in ("inference", "generate", "ppo") if getattr(args, m)] or ["training"]
+    if others:
+        raise ValueError(f"--{mode} and --{others[0]} are two steps: give one of them")
     if args.seq is None and mode != "training":
         raise ValueError("--inference, --generate and --ppo are about sequences: give their length, --seq")
     if args.plain_scales and quantization is None:
@@ -100,7 +108,7 @@ def _check(args: argparse.Namespace, quantization: str | None) -> None:
                 raise ValueError(f"{flag(name)} {reason}")
 
 
-def _ledger(args: argparse.Namespace, arch: Any, config: Any, quantization: str | None) -> Any:
+def _ledger(args: Arguments, arch: Any, config: Any, quantization: str | None) -> Any:
     options = dict(
         optimizer=args.optimizer or "adamw", precision=args.precision, checkpointing=args.checkpointing,
         quantization=quantization, double_quantization=not args.plain_scales,
@@ -115,7 +123,7 @@ def _ledger(args: argparse.Namespace, arch: Any, config: Any, quantization: str 
     return accounting.memory_ledger(arch, config, batch, args.seq, **options)
 
 
-def _step(args: argparse.Namespace) -> str:
+def _step(args: Arguments) -> str:
     if args.seq is None:
         return f"model states in {args.precision}; give --seq for what the batch needs"
     what = f"batch {args.batch or 1} x {args.seq} tokens, {args.precision}"

@@ -11,6 +11,7 @@ from ..files import write_text
 from .bars import size
 from .cells import Rows, cells, deviation, plus_minus
 from .plots import panel_svg
+from .report import Sample
 
 FIGURES = {
     "learning": "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
@@ -24,8 +25,8 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[tuple[Any, dict[str, str]]]) -> None:
-    """Write the page; `rows` and `settings` are those of compare.json, `shown` samples with the answers of models."""
+def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[Sample]) -> None:
+    """Write the page; `rows` and `settings` are those of compare.json, `shown` are answers of models."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

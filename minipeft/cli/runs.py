@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import minipeft as mp
+
 from ..options import add_options, from_arguments
 from ..train.arguments import TrainingArguments
-from .arguments import add_machine
+from .arguments import Arguments, Common, Parser, add_machine
+from .prompts import save_template
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
     r"checkpoint-\d+|metrics\.jsonl|(loss|reward|dpo|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
@@ -22,45 +24,43 @@ WRITTEN = re.compile(  # what the commands write into a directory, and --overwri
 )
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: Parser) -> None:
     """--output, --resume and --overwrite, and the options of the machine."""
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
+    parser.options(Common, "output")
     group = parser.add_argument_group("an output directory that is not empty")
     group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
     add_machine(parser)
 
 
-def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
+def add_training(parser: Parser, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
     helps = {"save_steps": "steps between checkpoints (default: 1/5)", **helps}
-    defaults = {"seed": TrainingArguments.seed, **defaults}
-    length = group.add_mutually_exclusive_group()
+    length = parser.add_argument_group("training").add_mutually_exclusive_group()
     add_options(length, TrainingArguments, "num_train_epochs", "max_steps", defaults=defaults)
     names = ("per_device_train_batch_size", "learning_rate", "warmup_ratio", *names, "save_steps", "seed")
-    add_options(group, TrainingArguments, *names, defaults=defaults, **helps)
+    parser.options(TrainingArguments, *names, group="training", defaults=defaults, **helps)
 
 
-def check_output(args: argparse.Namespace) -> Path:
+def directory(flag: str, path: str) -> Path:
+    """The path that an option names. ValueError where it is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a file; a directory is to be written")
+    return Path(path)
+
+
+def check_output(args: Arguments) -> Path:
     """--output. ValueError where it cannot be written: not a directory, or not empty and no option says what to do."""
-    output, hint = Path(args.output), ", or give --resume or --overwrite" * hasattr(args, "resume")
+    hint = ", or give --resume or --overwrite" if "resume" in args else ""
     if hint and args.resume and args.overwrite:
         raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
+    output = directory("--output", args.output)
     if output.is_dir() and any(output.iterdir()) and not (hint and (args.resume or args.overwrite)):
         raise ValueError(f"--output {output} is not empty; choose another{hint}")
     return output
 
 
-def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
-    """ValueError, by its flag, for the first of these options that is given: there it does nothing."""
-    for name in names:
-        if hasattr(args, name):
-            raise ValueError(f"--{args.flags[name].replace('_', '-')} does nothing {where}; leave it out")
-
-
-def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
+def training_arguments(args: Arguments, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
     """How to train on this number of examples; saved, and evaluated, five times where no option says how often."""
     a = from_arguments(TrainingArguments, args, output_dir=Path(args.output), save_total_limit=1, **fixed)
     step = a.per_device_train_batch_size * a.gradient_accumulation_steps
@@ -75,10 +75,8 @@ def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool,
     )
 
 
-def run_training(args: argparse.Namespace, trainer: Any) -> Any:
+def run_training(args: Arguments, trainer: Any) -> Any:
     """What `trainer.train` gives. --overwrite removes an earlier run first; a KeyboardInterrupt says how to go on."""
-    from ..train import last_checkpoint
-
     output = Path(args.output)
     if args.overwrite and output.is_dir():
         for path in filter(lambda path: WRITTEN.fullmatch(path.name), sorted(output.iterdir())):
@@ -86,42 +84,43 @@ def run_training(args: argparse.Namespace, trainer: Any) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=args.resume)
     except KeyboardInterrupt:
-        if last_checkpoint(output) is None:
+        if mp.train.last_checkpoint(output) is None:
             raise
         raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
 
 
-def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> str:
-    """Write a model or adapter directory, with the tokenizer, and the template that the model was trained in.
+def save(
+    args: Arguments, model: Any, tokenizer: Any, template: str | None, results: Mapping[str, Any], *configs: Any,
+    how: str = "", **found: Any,
+) -> str:  # fmt: skip
+    """Write a model or adapter directory, with the tokenizer, the template that it was trained in, and the record.
 
-    Returns the option by which `minipeft generate` takes it.
+    Returns the line that says so, and how `minipeft generate` takes it. The rest as for `write_record`.
     """
-    from ..hub.pretrained import save_pretrained
-    from .prompts import save_template
-
+    adapter = hasattr(model, "save_pretrained")
     if template is not None:
-        save_template(output, template)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(output)
-        tokenizer.save(output)
-        return f"--adapter {output}"
-    save_pretrained(model, output, tokenizer)
-    return f"--model {output}"
+        save_template(args.output, template)
+    if adapter:
+        model.save_pretrained(args.output)
+        tokenizer.save(args.output)
+    else:
+        mp.save_pretrained(model, args.output, tokenizer)
+    write_record(args, results, *configs, template=template, **found)
+    use = f"{'--adapter' if adapter else '--model'} {args.output}"
+    return f"saved in {args.output}  (minipeft generate {use} {how}{'--chat' if template == 'chat' else '--prompt ...'})"
 
 
-def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
+def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
     """<command>.json in the output directory: all options by their flags, and the results.
 
     An option's value is the one in `found`, in one of the configurations, or as given.
     """
-    from ..files import write_json
-
-    internal = ("run", "debug", "resume", "overwrite", "command", "flags", "longest")
-    given = {name: value for name, value in vars(args).items() if name not in internal}
-    for config in configs:
-        given |= {name: value for name, value in vars(config).items() if name in args.flags}
-    named = {args.flags.get(name, name): value for name, value in {**given, **found}.items()}
-    write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
+    options = {name: value for name, value in vars(args).items() if value is not None or not name.startswith("method_")}
+    for config in (*map(vars, configs), found):
+        options |= config
+    hidden = ("debug", "resume", "overwrite")
+    named = {flag: options[name] for name, flag in args.flags.items() if name in options and name not in hidden}
+    mp.files.write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
 
 
 def note(text: str, style: str | None = None) -> None:
@@ -131,12 +130,11 @@ def note(text: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def announce(
-    train: Any, held_out: Any, a: TrainingArguments, what: str = "pairs", before: str = "", after: str = ""
-) -> None:
+def announce(trainer: Any, what: str = "pairs", before: str = "", after: str = "") -> None:
     """What is learned from, and how."""
+    a, held_out = trainer.args, len(trainer.eval_examples or ())
     size = a.per_device_train_batch_size * a.gradient_accumulation_steps
     note(
-        f"{before}{len(train):,} {what} to learn from, {len(held_out):,} held out; {a.max_steps:,} steps of {size}, "
-        f"learning rate {a.learning_rate:.3g}{after}"
+        f"{before}{len(trainer.train_examples):,} {what} to learn from, {held_out:,} held out; {a.max_steps:,} steps of "
+        f"{size}, learning rate {a.learning_rate:.3g}{after}"
     )

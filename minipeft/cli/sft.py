@@ -25,46 +25,46 @@ examples:
 
 from __future__ import annotations
 
-import argparse
+import minipeft as mp
 
+from ..options import configuration, option
 from . import finetune, runs
-from .arguments import positive_int, unknown
+from .arguments import Arguments, Common, Parser, unknown
 
-PER_TASK = 500
 PER_TEST = 24  # records of a task in each of the tests
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
+@configuration(kw_only=True)
+class InstructionOptions:
+    """Which of the shipped instructions are learned."""
+
+    tasks: list[str] | None = option(
+        None, "of the shipped instructions only these: rewrite, define, use, ...", metavar="NAME"
     )
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these: rewrite, define, use, ..."
-    )
-    parser.add_argument(
-        "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"
-    )
+    per_task: int = option(500, "at most N records of each of them", least=1)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.options(Common, "data", data="a .jsonl or .txt file to learn from (default: the shipped instructions)")
+    parser.options(InstructionOptions)
     finetune.add_training_arguments(parser, longest=512)
 
 
-def run(args: argparse.Namespace) -> int:
-    runs.check_output(args)
+def run(args: Arguments) -> int:
     if args.data is not None:
-        if args.tasks or args.per_task:
-            raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")
+        args.refuse(("tasks", "per_task"), "with --data, as it chooses among the shipped instructions")
         return finetune.run(args)
-    if hasattr(args, "validation"):
-        raise ValueError("--validation goes with --data; the shipped instructions have held-out records of their own")
-    from ..text.instructions import HELD_OUT, TRAINED, instructions
-
-    tasks = list(dict.fromkeys(args.tasks or TRAINED))
+    args.refuse(("validation",), "without --data, as the shipped instructions have held-out records of their own")
+    runs.check_output(args)
+    shipped = mp.text.instructions
+    tasks = list(dict.fromkeys(args.tasks or shipped.TRAINED))
     for name in tasks:
-        if name not in TRAINED:
-            raise ValueError(unknown("task", name, TRAINED))
+        if name not in shipped.TRAINED:
+            raise ValueError(unknown("task", name, shipped.TRAINED))
     tests = {
-        "new inputs": instructions(tasks, "validation", cap=PER_TEST),
-        "new phrasings": instructions(tasks, "validation", held_out_phrasings=True, cap=PER_TEST),
-        "new tasks": instructions(HELD_OUT, "validation", held_out_phrasings=True, cap=PER_TEST),
+        "new inputs": shipped.instructions(tasks, "validation", cap=PER_TEST),
+        "new phrasings": shipped.instructions(tasks, "validation", held_out_phrasings=True, cap=PER_TEST),
+        "new tasks": shipped.instructions(shipped.HELD_OUT, "validation", held_out_phrasings=True, cap=PER_TEST),
     }
-    records = instructions(tasks, "train", cap=args.per_task or PER_TASK, seed=args.seed)
+    records = shipped.instructions(tasks, "train", cap=args.per_task, seed=args.seed)
     return finetune.fine_tune(args, records, tests["new inputs"], tests)

@@ -21,7 +21,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import sys
@@ -30,36 +29,48 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..experiments.run import Settings
-from ..experiments.sweep import executor_of, grid, sweep
-from ..options import add_options
-from ..peft.methods import METHODS, Method
-from . import runs
-from .arguments import add_machine, add_model, positive, positive_int
-from .method_options import add_method_options, given_options, method_of
+import minipeft as mp
 
-STEPS, HELD_OUT, BLOCKS = 48, 96, 24  # as in `compare`
+from ..experiments.run import Settings
+from ..experiments.sweep import executor_of
+from ..options import configuration, from_arguments, option
+from ..peft.methods import METHODS
+from . import runs
+from .arguments import Arguments, Common, Parser, add_machine
+from .data import Data, TaskOptions, longest
+from .method_options import MethodOptions, add_method_options, given_options, method_named
+from .models import load_model
+
 LOSS = "validation_loss"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=("rewrite", "define", "use"), help="the shipped task (default: rewrite)")
-    parser.add_argument("--data", metavar="FILE", help="your own .jsonl or .txt file; a tenth of it is for validation")
-    add_model(parser)
-    parser.add_argument("--method", choices=METHODS, help="default: lora")
-    add_method_options(parser, several=("rank",))
-    parser.add_argument("--output", required=True, metavar="DIR", help="where rows.jsonl and sweep.png are")
-    group = parser.add_argument_group("the grid")
-    group.add_argument(
-        "--lr", type=positive, nargs="+", metavar="RATE",
-        help="peak learning rates (default: 1/3, 1 and 3 times the method's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--seeds", type=positive_int, default=3, metavar="N", help="runs of each, seeds 0 to N - 1 (default: 3)"
+@configuration(kw_only=True)
+class SweptMethodOptions(MethodOptions):
+    """The options of the method, of which the rank may have several values."""
+
+    rank: list[int] | None = option(
+        None, "ranks; adalora's at the end, from 1.5 N; oft: number of a layer's blocks", least=1, flag="-r --rank"
     )
-    group = parser.add_argument_group("training")
-    add_options(group, Settings, "steps", "batch_size", defaults={"steps": STEPS, "batch_size": 16})
+
+
+@configuration(kw_only=True)
+class GridOptions:
+    """What is combined with the ranks."""
+
+    lr: list[float] | None = option(
+        None, "peak learning rates (default: 1/3, 1 and 3 times the method's)", above=0, metavar="RATE"
+    )
+    seeds: int = option(3, "runs of each, seeds 0 to N - 1", least=1)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.options(TaskOptions, data="your own .jsonl or .txt file; a tenth of it is for validation")
+    parser.options(Common, "model")
+    parser.add_argument("--method", choices=METHODS, help="default: lora")
+    add_method_options(parser, SweptMethodOptions)
+    parser.options(Common, "output", output="where rows.jsonl and sweep.png are")
+    parser.options(GridOptions, group="the grid")
+    parser.options(Settings, "steps", "batch_size", group="training", defaults={"steps": 48})  # as in `compare`
     add_machine(parser)
     parser.add_argument(
         "--executor", type=executor_of, metavar="N|ADDRESS",
@@ -67,19 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.task and args.data:
-        raise ValueError("give either --task or --data, not both")
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
-
-    from .. import backend
-    from ..experiments import plot, table
-    from ..experiments.rows import failed
-    from ..train.metrics import save_png
-
-    options = given_options(args)
+def run(args: Arguments) -> int:
+    task, options, output = from_arguments(TaskOptions, args), given_options(args), runs.directory("--output", args.output)
     ranks, name = options.pop("rank", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
     for r in ranks:
@@ -87,39 +87,38 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
     usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
-    settings = grid(
+    settings = mp.grid(
         task=None if args.data else args.task or "rewrite", data=args.data, model=args.model, method=name,
         adapter_config=args.adapter_config, options=options, steps=args.steps, batch_size=args.batch_size,
         r=sorted(set(ranks)),
         lr=sorted(set(args.lr or [float(f"{factor * usual:.2g}") for factor in (1 / 3, 1, 3)])), seed=range(args.seeds),
     )  # fmt: skip
-    data = examples(args.task, args.data, loaded(args.model, args.backend), method, 0, args.steps * args.batch_size)
+    data = examples(task, args.model, args.backend, method, 0, args.steps * args.batch_size)
     sizes = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} for validation"
     runs.note(f"{len(settings)} runs: {sizes}")
     if data.note:
         runs.note(data.note)
 
     output.mkdir(parents=True, exist_ok=True)
-    on_device = backend.get_backend(args.backend) is not backend.get_backend("numpy")
+    on_device = mp.backend.get_backend(args.backend) is not mp.backend.get_backend("numpy")
+    version = version_of(args.data, args.model, args.adapter_config, own)
+    train = partial(fine_tuned, backend=args.backend, home=home)
+    executor = args.executor or (1 if on_device else None)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
-            rows = sweep(
-                partial(fine_tuned, backend=args.backend, home=home), settings,
-                args.executor or (1 if on_device else None),
-                output / "rows.jsonl", version_of(args.data, args.model, args.adapter_config, own), runs.note,
-            )  # fmt: skip
+            rows = mp.sweep(train, settings, executor, output / "rows.jsonl", version, runs.note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     for warning in said:
         runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
-    save_png(plot(rows, LOSS, *several), output / "sweep.png")
-    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
+    mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
+    print(f"\n{mp.experiments.table(rows, [LOSS, 'general_loss'], several)}\n")
     for line in verdict(rows, several):
         print(line)
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
-    return int(any(map(failed, rows)))
+    return int(any(map(mp.experiments.rows.failed, rows)))
 
 
 def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
@@ -129,13 +128,10 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
     """
     import numpy as np
 
-    from ..experiments.rows import failed
-    from ..experiments.seeds import interval
-    from ..experiments.tables import means, with_interval
-
-    found = [mean for mean in means(rows, LOSS, axes) if not mean["failed"] and np.isfinite(mean[LOSS])]
+    tables = mp.experiments.tables
+    found = [mean for mean in tables.means(rows, LOSS, axes) if not mean["failed"] and np.isfinite(mean[LOSS])]
     if not found:
-        why = next((row["error"] for row in rows if failed(row)), "training diverged; give lower rates with --lr")
+        why = next((row["error"] for row in rows if mp.experiments.rows.failed(row)), "training diverged; give lower rates with --lr")
         raise ValueError(f"there is no setting of which all runs ended with a loss: {why}")
     best = min(found, key=lambda mean: mean[LOSS])
 
@@ -147,8 +143,8 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
         return ", ".join(f"{name} {mean[name]:g}" for name in axes)
 
     over = f" (95 % over {best['n']} seeds)" if best["n"] > 1 else ""
-    lines = [f"best: {named(best)}: validation loss {with_interval(best[LOSS], best[f'{LOSS} ±'])}{over}"]
-    more = [(mean, *interval(losses(mean) - losses(best))) for mean in found if mean is not best]
+    lines = [f"best: {named(best)}: validation loss {tables.with_interval(best[LOSS], best[f'{LOSS} ±'])}{over}"]
+    more = [(mean, *mp.experiments.interval(losses(mean) - losses(best))) for mean in found if mean is not best]
     alike = [named(mean) for mean, difference, half in more if not difference > half]
     if alike:
         lines.append(f"not clearly worse, seed by seed: {'; '.join(alike)}")
@@ -169,16 +165,13 @@ def fine_tuned(
     home: str,
 ) -> dict[str, Any]:  # fmt: skip
     """A run: its losses, and the number of parameters that it trained. `home` is the module of the method."""
-    from ..experiments.run import TaskData, fine_tune
-    from ..experiments.shipped import general_blocks
-
     importlib.import_module(home)
     (base, tokenizer), tuned = loaded(model, backend), chosen(method, adapter_config, options, r)
-    found = examples(task, data, loaded(model, backend), tuned, seed, steps * batch_size)
-    general = general_blocks(tokenizer, longest(base, tuned), BLOCKS)
-    of = TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
+    found = examples(TaskOptions(task=task, data=data), model, backend, tuned, seed, steps * batch_size)
+    general = mp.experiments.shipped.general_blocks(tokenizer, longest(base, tuned.virtual_tokens), 24)
+    of = mp.experiments.run.TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
     settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed)
-    row, _ = fine_tune(base, of, settings, tuned, progress=False)
+    row, _ = mp.experiments.fine_tune(base, of, settings, tuned, progress=False)
     names = ("trainable", "train_loss", "general_loss")
     return {LOSS: row["task_loss"], **{name: row[name] for name in names}}
 
@@ -186,33 +179,18 @@ def fine_tuned(
 @cache
 def loaded(model: str | None, backend: str | None) -> tuple[Any, Any]:
     """(model, tokenizer), once in a process."""
-    from .models import load_model
-
-    return load_model(model, backend)
+    return load_model(Arguments(model=model, backend=backend))
 
 
-def examples(task: str | None, data: str | None, loaded: tuple[Any, Any], method: Method, seed: int, n: int) -> Any:
+def examples(task: TaskOptions, model: str | None, backend: str | None, method: Any, seed: int, n: int) -> Data:
     """What a run learns from, of a shipped task `n` examples that the seed chooses, and the validation examples."""
-    from .compare import load_data
-
-    base, tokenizer = loaded
-    what = argparse.Namespace(task=task, data=data)
-    return load_data(what, seed, tokenizer, longest(base, method), n, HELD_OUT, "validation")
+    base, tokenizer = loaded(model, backend)
+    return task.examples(seed, tokenizer, longest(base, method.virtual_tokens), n, 96, "validation")
 
 
-def longest(base: Any, method: Method) -> int:
-    """Tokens of an example. Raises ValueError where the method takes all positions of the model."""
-    length = min(256, base.config.max_position_embeddings - method.virtual_tokens)
-    if length < 1:
-        raise ValueError(f"the method takes all of the model's {base.config.max_position_embeddings} positions")
-    return length
-
-
-def chosen(method: str | None, adapter_config: str | None, options: dict[str, Any], r: int | None) -> Method:
-    """The method with its options, at rank r unless it is None. Raises as `method_of`."""
-    options = options | ({} if r is None else {"rank": r})
-    given = {f"method_{name}": value for name, value in options.items()}
-    return method_of(argparse.Namespace(method=method, adapter_config=adapter_config, **given))[1]
+def chosen(method: str | None, adapter_config: str | None, options: dict[str, Any], r: int | None) -> Any:
+    """The method with its options, at rank r unless it is None. Raises as `method_named`."""
+    return method_named(method, adapter_config, options | ({} if r is None else {"rank": r}))[1]
 
 
 def version_of(*paths: str | None) -> str:
@@ -223,4 +201,4 @@ def version_of(*paths: str | None) -> str:
             if file.is_file():
                 with open(file, "rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return f"minipeft {__version__}, files {digest.hexdigest()[:12]}"
+    return f"minipeft {mp.__version__}, files {digest.hexdigest()[:12]}"
