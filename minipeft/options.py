@@ -117,16 +117,17 @@ def add_options(
 ) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
-    `defaults` are a command's own; None stands for "the command finds it out", and the help says how. `helps` replaces
-    the help of a field in this command, `prefix` begins the name of its value in the result. A flag that takes several
-    values may be given again.
+    `defaults` are a command's own; None stands for "the command finds it out", and the help says how: "; None: so" at its
+    end is shown as the default. `helps` replaces the help of a field in this command, `prefix` begins the name of its
+    value in the result. A flag that takes several values may be given again.
     """
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
         field = fields[name]
         kinds = [kind for kind in _kinds(_hints(cls)[name]) if kind is not NoneType]
         flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
-        text = helps.get(name, field.metadata["help"]).replace("%", "%%")
+        text, none, usual = helps.get(name, field.metadata["help"]).replace("%", "%%").partition("; None: ")
+        text += f" (default: {usual})" if none else ""
         default = defaults.get(name, _default(field))
         common: dict[str, Any] = {"dest": prefix + name, "default": default}
         if default is REQUIRED:

@@ -119,7 +119,7 @@ def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
           "--system", "s", "--prompt", "x")  # fmt: skip
     say(monkeypatch, "Hello\n" + "word " * 400)
     fails("this model has 256 positions", "--model", model, "--chat", "--max-new-tokens", "4")
-    fails("give either --chat or --template", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
+    fails("--chat and --template exclude each other", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
 
 
 # ------------------------------------------------------------------------------------------------------ the whole way

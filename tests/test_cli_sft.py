@@ -6,7 +6,7 @@ import pytest
 from cli_helpers import continued, jsonl, refused, run, tiny, written
 
 import minipeft as mp
-from minipeft.cli.prompts import saved_template
+from minipeft.cli.models import saved_template
 from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, asked_turn, get_template
 
 ROWS = [("Translate to Italian.", english, italian) for english, italian in

@@ -79,7 +79,7 @@ def test_what_cannot_be_swept_is_refused(model, data, tmp_path, capsys):
     there.write_text("mine")
     new = ("--model", model, "--output", tmp_path / "s")
     for arguments, message in (
-        (("--data", data, "--task", "use", "--output", tmp_path / "s"), "either --task or --data"),
+        (("--data", data, "--task", "use", "--output", tmp_path / "s"), "--task and --data exclude each other"),
         (("--data", data, "--output", there), "is a file"),
         ((*new, "--method", "full", "-r", 4), "--method full has no options, so --rank"),
         ((*new, "-r", 4, 0), "must be an integer of at least 1, not '0'"),

@@ -1,7 +1,7 @@
 """The command line: `minipeft COMMAND ...`, also `python -m minipeft COMMAND ...`. One file per command.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help. Only the
-module of the chosen command is imported, so that the list of all of them appears at once.
+A command is a module with `add_arguments(parser)` and `run(args) -> exit status` (None for 0); its docstring is its help, of which the
+first line stands in the list of all. Only the module of the chosen command is imported, so that the list appears at once.
 
 Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons), or a run of a sweep; 2 an error, in one
 line on standard error; 130 interrupted.
@@ -16,29 +16,16 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from .. import __version__
 from .arguments import Arguments, Parser, nearest, use_machine
 from .foreign import take_plugins
 
-COMMANDS = {
-    "compare": "fine-tune the shipped base with every method and compare them",
-    "finetune": "fine-tune a model on your own file",
-    "sweep": "fine-tune over a grid of learning rates, ranks and seeds, and find the best",
-    "evaluate": "score a model: loss, its answers, multiple choice",
-    "generate": "let a model continue text",
-    "merge": "merge an adapter into its base, as a plain model",
-    "sft": "teach a model to follow instructions",
-    "reward": "train a reward model on preferences",
-    "ppo": "train a model on how its own answers are scored (PPO, RLOO, GRPO)",
-    "dpo": "train a model on preferences, directly",
-    "count": "count what a method trains and stores, from shapes",
-    "memory": "predict the memory of training or using a model",
-    "audit": "recompute the literature's parameter counts and memory figures",
-    "gradcheck": "check every derivative against differences",
-    "lessons": "list the lessons, run one or all",
-}
-
+COMMANDS = (
+    "compare", "finetune", "sweep", "evaluate", "generate", "merge", "sft", "reward", "ppo", "dpo",
+    "count", "memory", "audit", "gradcheck", "lessons",
+)  # fmt: skip
 PLUGIN = "import a module, found from the working directory, that registers methods of your own; may be repeated"
 DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
 EXAMPLES = """\
@@ -62,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
+            warnings.simplefilter("always", UserWarning)
             shown = warnings.showwarning
             warnings.showwarning = lambda *w, **more: _warn(w[0]) if w[1] is UserWarning else shown(*w, **more)
             use_machine(args)
-            status = args.run(args)
+            status = args.run(args) or 0
         sys.stdout.flush()
         return status
     except SystemExit as stop:  # help, version, usage errors
@@ -109,7 +97,7 @@ def _parse(argv: list[str]) -> Arguments:
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
     _add_general(parser)
     commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
-    parsers = {c: commands.add_parser(c, help=text, formatter_class=_formatter) for c, text in COMMANDS.items()}
+    parsers = {c: commands.add_parser(c, help=_summary(c), formatter_class=_formatter) for c in COMMANDS}
     argv = take_plugins(argv)  # before a command lists the methods
     chosen = next((word for word in argv if not word.startswith("-")), None)
     known, defaults = parsers.get(chosen, parser), {}
@@ -133,6 +121,12 @@ def _parse(argv: list[str]) -> Arguments:
 def _add_general(parser: Parser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
     parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
+
+
+def _summary(command: str) -> str:
+    """The first line of a command's help, read from its file: importing all of them would take long."""
+    with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
+        return file.readline().strip('".\n')
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

@@ -15,13 +15,23 @@ class Arguments(argparse.Namespace):
 
     given: set[str]
     flags: dict[str, str]
-    run: Callable[[Arguments], int]
+    run: Callable[[Arguments], int | None]
+
+    def flag(self, name: str) -> str:
+        """--name-of-the-option"""
+        return f"--{self.flags[name].replace('_', '-')}"
 
     def refuse(self, names: Iterable[str], where: str) -> None:
         """ValueError, by its flag, for the first of these options that is given: there it does nothing."""
         for name in names:
             if name in self.given:
-                raise ValueError(f"--{self.flags[name].replace('_', '-')} does nothing {where}; leave it out")
+                raise ValueError(f"{self.flag(name)} does nothing {where}; leave it out")
+
+    def only_one(self, *names: str) -> None:
+        """ValueError where more than one of these options is given."""
+        flags = [self.flag(name) for name in names if name in self.given]
+        if len(flags) > 1:
+            raise ValueError(f"{' and '.join(flags)} exclude each other: give one of them")
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
-"""Recompute the literature's parameter counts and memory figures, and report which of them do not follow.
+"""Recompute the literature's counts and memory figures.
 
-297 figures of papers and repositories are shipped with this package. Each is computed again, from the shapes of the
-model and the options of the method. A verdict is
+297 parameter counts and memory figures of papers and repositories are shipped with this package. Each is computed again,
+from the shapes of the model and the options of the method. A verdict is
     reproduces     within the row's tolerance
     differs        outside of it; the likely reason is shown
     not covered    the method, the model or the quantity is not of this package, or it was measured and not derived
@@ -39,7 +39,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
@@ -47,6 +46,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Arguments, Common, Parser, nearest
+from .bars import print_json
 
 if TYPE_CHECKING:
     from ..accounting.published import AuditedRow
@@ -77,7 +77,7 @@ def run(args: Arguments) -> int:
     shown = [f for f in findings if args.verdict is None or f.verdict == args.verdict.replace("-", " ")]
     counts = tally(findings)
     if args.json:
-        print(json.dumps({"rows": [as_json(f) for f in shown], "tally": counts}, indent=1, ensure_ascii=False))
+        print_json({"rows": [as_json(f) for f in shown], "tally": counts})
     else:
         width = max(80, min(shutil.get_terminal_size().columns, 120)) if sys.stdout.isatty() else 80
         for line in table(shown, width):

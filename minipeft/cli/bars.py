@@ -1,7 +1,9 @@
-"""Numbers as a person reads them: bytes with a unit, and a stacked bar of text."""
+"""Numbers as a person reads them: bytes with a unit, a table, and a stacked bar of text; and where they are shown."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -43,3 +45,18 @@ def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) ->
     for (name, n), (mark, color) in zip(parts.items(), looks):
         text.append("\n").append(mark, color).append(f" {name} {show(n)}")
     return text
+
+
+def console() -> Any:
+    """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
+
+    It shows text as it is: brackets and colons are no markup.
+    """
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+
+
+def print_json(record: Any) -> None:
+    """A value as JSON, on standard output."""
+    print(json.dumps(record, indent=1, ensure_ascii=False))

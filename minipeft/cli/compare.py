@@ -1,7 +1,7 @@
-"""Fine-tune the shipped base with every method on the same task, and compare what each costs, learns and forgets.
+"""Fine-tune the base with every method and compare them.
 
 Every method starts from the same base, sees the same examples in the same order, and is tested on the same held-out
-text. The table says, per method:
+text. The table says what each costs, learns and forgets:
     trainable, share    parameters that are trained, and their share of all
     memory              peak of a training step, weights included: what the ledger predicts, and what is measured
     s/step              median seconds of a step
@@ -35,12 +35,12 @@ from ..options import configuration, from_arguments, option
 from ..peft.methods import METHODS, Method
 from . import runs
 from .arguments import Arguments, Common, Parser, add_machine
-from .bars import grid
+from .bars import console, grid
 from .cells import cells
 from .data import TaskOptions, longest
 from .method_options import add_method_options, given_options, method_named, methods_of
 from .models import load_model
-from .report import console, sampled, show_samples
+from .report import sampled, show_samples
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
@@ -68,20 +68,17 @@ class ComparisonOptions:
 def add_arguments(parser: Parser) -> None:
     parser.options(TaskOptions)
     parser.options(Common, "model")
-    parser.options(ComparisonOptions, "methods")
+    parser.options(ComparisonOptions)
     add_method_options(parser)
-    parser.options(ComparisonOptions, "output", "report")
     parser.options(
         Settings, "steps", "batch_size", "learning_rate", "seed", group="training",
-        defaults={"steps": None, "learning_rate": None},
-        steps=f"steps of each method (default: {SIZES[False][0]})", batch_size="examples a step",
-        learning_rate="one learning rate for all (default: each its own)", seed="seed of the data and the adapters' start",
+        defaults={"steps": None}, steps=f"optimizer steps; None: {SIZES[False][0]}",
     )  # fmt: skip
-    parser.options(ComparisonOptions, "seeds", "reduced", group="training")
     add_machine(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
+    args.only_one("task", "data")
     task, options = from_arguments(TaskOptions, args), given_options(args)
     wanted = methods_of(args.methods or METHODS, options)
     if args.adapter_config:
@@ -149,7 +146,6 @@ def run(args: Arguments) -> int:
         saved.append(report / "index.html")
         write_page(saved[-1], record, rows, samples)
     out.print(f"saved: {', '.join(map(str, saved))}")
-    return 0
 
 
 def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:

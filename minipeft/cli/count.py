@@ -1,4 +1,4 @@
-"""Count the parameters that a method trains, stores and leaves in a model: from shapes, at once, for any size.
+"""Count what a method trains and stores, from shapes.
 
 trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
 once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
@@ -20,7 +20,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -30,9 +29,8 @@ from typing import Any
 from .. import accounting
 from ..options import configuration, option
 from .arguments import Arguments, Common, Parser
-from .bars import bar, grid, size
+from .bars import bar, console, grid, print_json, size
 from .method_options import add_method, add_model_name, architecture_of, method_of
-from .report import console
 
 SHOWN = 24  # rows of the table, the rest is one row
 
@@ -51,30 +49,24 @@ def add_arguments(parser: Parser) -> None:
     parser.options(Common, "json")
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     arch = architecture_of(args.model, args.num_labels)
     name, method = method_of(args)
     config = method.config()
     count, trained = accounting.count_parameters(arch, config), accounting.parameters.trained_parameters(arch, config)
     if args.json:
-        record = {
-            "model": arch.name, "method": name, "trainable": count.trainable,
-            "stored": count.stored, "total": count.total, "share": count.share,
-            "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
-        }  # fmt: skip
-        print(json.dumps(record, indent=1))
-        return 0
+        parameters = {path: list(shape) for path, shape in trained.items()} if config is not None else None
+        record = {"model": arch.name, "method": name, **vars(count), "share": count.share, "parameters": parameters}
+        return print_json(record)
     out = console()
     out.print(f"{arch.name} ({arch.model_type}), {name}\n", style="bold")
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")
-    out.print(
-        f"stored  {count.stored:>17,}   {size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits"
-    )
+    sizes = f"{size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits"
+    out.print(f"stored  {count.stored:>17,}   {sizes}")
     out.print(f"total   {count.total:>17,}   {size(2 * count.total)} in 16 bits\n")
     out.print(bar({"trained": count.trainable, "frozen": count.total - count.trainable}))
-    return 0
 
 
 def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:

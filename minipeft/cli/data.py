@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import minipeft as mp
 
-from ..options import check, configuration, option
+from ..options import configuration, option
 
 
 class Data(NamedTuple):
@@ -26,11 +26,6 @@ class TaskOptions:
 
     task: str | None = option(None, "the shipped task (default: rewrite)", choices=(None, "rewrite", "define", "use"))
     data: str | None = option(None, "your own .jsonl or .txt file; a tenth of it, 96 at most, is held out", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.task and self.data:
-            raise ValueError("give either --task or --data, not both")
 
     def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str = "test") -> Data:
         """The examples: of the user's file, or `n` of a shipped task, chosen by the seed.

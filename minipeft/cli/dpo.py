@@ -1,9 +1,9 @@
-"""Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
+"""Train a model on preferences, directly: DPO and its kin.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as
-for `minipeft reward`. The reference is the model as it is at the start. --loss takes the losses that came after DPO's:
-ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it also takes lines of {"prompt": ...,
-"completion": ..., "label": true or false}.
+There is no reward model, and no sampling. The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...}
+lines, or --human, or generated pairs, as for `minipeft reward`. The reference is the model as it is at the start. --loss
+takes the losses that came after DPO's: ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it
+also takes lines of {"prompt": ..., "completion": ..., "label": true or false}.
 
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
@@ -43,13 +43,13 @@ PREFERS = {
 def add_arguments(parser: Parser) -> None:
     add_trained(parser)
     add_pairs(parser)
-    add_training(parser, learning_rate="a tenth of the method's")
+    add_training(parser, learning_rate="peak learning rate; None: a tenth of the method's")
     names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight")
     parser.options(DPOConfig, *names, group="training")
     runs.add_output(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     runs.check_output(args)
     check_pairs(args)
     loss = args.loss_type
@@ -88,4 +88,3 @@ def run(args: Arguments) -> int:
     said = PREFERS[loss].format(f"{accuracy:.1%}", f"{len(judged):,} {of}")
     print(f"{said}{'' if margin is None else f'; margin {margin:.3f}'}")
     print(saved)
-    return 0

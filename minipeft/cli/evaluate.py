@@ -1,4 +1,4 @@
-"""Score a model on a file of records: the loss, its answers beside the expected ones, or its choice among given answers.
+"""Score a model: its loss, its answers, multiple choice.
 
 The data is a .jsonl file, one JSON object a line, all of one form, or a .txt file of running text:
     {"prompt": ..., "completion": ...}               the loss of the answers, in nats per token; and of the answers that
@@ -30,7 +30,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,9 @@ from ..evaluation.config import GenerationConfig
 from ..options import REQUIRED, configuration, from_arguments, option
 from . import runs
 from .arguments import Arguments, Common, Parser, add_machine
+from .bars import print_json
 from .foreign import load_function
-from .models import load_model
-from .prompts import usual_template
+from .models import load_model, usual_template
 
 GENERAL = "general-cloze"
 LABELS = {"exact_match": "exact match", "chrf": "chrF"}
@@ -67,15 +66,14 @@ class EvaluationOptions:
 
 def add_arguments(parser: Parser) -> None:
     data = f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items"
-    parser.options(Common, "data", "model", "adapter", "load_in_4bit", defaults={"data": REQUIRED}, data=data)
-    parser.options(Common, "template", group="scores")
-    parser.options(EvaluationOptions, "metric", "limit", "max_length", "loss_only", group="scores")
+    names = ("data", "model", "adapter", "load_in_4bit", "template")
+    parser.options(Common, *names, defaults={"data": REQUIRED}, data=data)
+    parser.options(EvaluationOptions)
     parser.options(GenerationConfig, group="generation")
-    parser.options(EvaluationOptions, "json", group="output")
     add_machine(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     config = from_arguments(GenerationConfig, args)
     metric = None if args.metric is None else load_function(args.metric, "--metric")
     if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
@@ -83,8 +81,8 @@ def run(args: Arguments) -> int:
     datasets = mp.text.datasets
     records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
     unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))
-    if args.loss_only and unasked:
-        raise ValueError(f"--loss-only: no answers are generated for {unasked} in any case; leave it out")
+    if unasked:
+        args.refuse(("loss_only",), f"with {unasked}, for which no answers are generated")
     model, tokenizer = load_model(args)
     template = usual_template(args) if args.template or not unasked else None
     given = {name: value for name, value in vars(config).items() if name in args.given}
@@ -100,13 +98,11 @@ def run(args: Arguments) -> int:
     if found.note:
         runs.note(found.note)
     if args.json is True:
-        print(json.dumps(record, indent=1, ensure_ascii=False))
-        return 0
+        return print_json(record)
     show(found, args.metric, "blocks" if isinstance(records[0], datasets.Document) else "records")
     if args.json is not False:
         mp.files.write_json(args.json, record)
         print(f"saved: {args.json}")
-    return 0
 
 
 def show(found: Any, metric: str | None, units: str) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tune the shipped base, or any model, on your own file.
+"""Fine-tune a model on your own file.
 
 The data is a .jsonl file, one JSON object a line, all of one form:
     {"prompt": ..., "completion": ...}
@@ -41,11 +41,11 @@ import minipeft as mp
 from ..options import REQUIRED, configuration, option
 from . import runs
 from .arguments import Arguments, Common, Parser
+from .bars import console
 from .data import encode, longest, read_records
 from .method_options import add_method, method_of
-from .models import load_model
-from .prompts import chosen_template
-from .report import console, sampled, show_samples
+from .models import chosen_template, load_model
+from .report import sampled, show_samples
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
@@ -89,18 +89,14 @@ def add_training_arguments(parser: Parser, longest: int = 256) -> None:
             "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
             "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
         },
-        learning_rate="peak learning rate (default: the method's, times 128 / hidden_size in wider models)",
-        per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
-        gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
-        max_grad_norm="clip the gradient to this 2-norm; 0 does not",
-        eval_steps="steps between evaluations (default: 1/5)",
-        seed="seed of the adapter's start, the order of the data and dropout",
+        per_device_train_batch_size="examples at a time; None: 8, in large models 2",
+        gradient_accumulation_steps="batches a step; None: 1, in large models without --batch-size 4",
     )  # fmt: skip
     parser.options(FinetuneOptions, "gradient_checkpointing", group="training")
     runs.add_output(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     runs.check_output(args)
     return fine_tune(args, read_records(args.data), validation(args.validation))
 
@@ -168,7 +164,6 @@ def fine_tune(
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
     show_samples(console(), sampled({"before": base, "after": model}, tokenizer, data, 1, limit, template))
     print(saved)
-    return 0
 
 
 def validation(text: str) -> Any:

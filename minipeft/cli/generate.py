@@ -1,4 +1,4 @@
-"""Let a model continue text: the shipped base, or any saved model, with or without an adapter.
+"""Let a model continue text, with or without adapters.
 
 A prompt comes from --prompt (may be repeated), from a file, or from standard input. Of a file's records, of any form
 that finetune, dpo or evaluate take, only what they ask is shown to the model. A model or adapter that finetune or sft
@@ -38,8 +38,7 @@ import minipeft as mp
 from ..evaluation.config import GenerationConfig
 from ..options import configuration, from_arguments, option
 from .arguments import Arguments, Common, Parser, add_machine
-from .models import load_model
-from .prompts import usual_template
+from .models import load_model, usual_template
 
 
 @configuration(kw_only=True)
@@ -60,29 +59,21 @@ class PromptOptions:
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.options(Common, "model")
-    parser.options(PromptOptions, "adapter")
-    parser.options(Common, "load_in_4bit")
-    parser.options(PromptOptions, "prompt", "prompts", "escapes", group="prompts")
-    parser.options(Common, "template", group="prompts")
-    parser.options(PromptOptions, "chat", "system", group="prompts")
+    parser.options(Common, "model", "load_in_4bit")
+    parser.options(PromptOptions)
+    parser.options(Common, "template", "json", json='one line {"prompt": ..., "completion": ...} a prompt')
     parser.options(GenerationConfig, group="generation")
-    parser.options(PromptOptions, "completion_only", group="output")
-    parser.options(Common, "json", group="output", json='one line {"prompt": ..., "completion": ...} a prompt')
     add_machine(parser)
 
 
-def run(args: Arguments) -> int:
-    if args.system is not None and not args.chat:
-        raise ValueError("--system goes with --chat")
-    if args.chat and args.template is not None:
-        raise ValueError("--chat is a template; give either --chat or --template")
-    if args.escapes and not args.prompt:
-        raise ValueError(r"--escapes reads \n and \t in --prompt; files and standard input have real line breaks")
-    if args.json and args.completion_only:
-        raise ValueError("--json has prompt and completion in fields of their own; leave out --completion-only")
-    if args.prompt and args.prompts:
-        raise ValueError("give either --prompt or --prompts, not both")
+def run(args: Arguments) -> None:
+    args.only_one("chat", "template")
+    args.only_one("prompt", "prompts")
+    args.only_one("json", "completion_only")
+    if not args.chat:
+        args.refuse(("system",), "without --chat")
+    if not args.prompt:
+        args.refuse(("escapes",), "without --prompt; files and standard input have real line breaks")
     config, several = from_arguments(GenerationConfig, args), len(args.adapter or ()) > 1
     conversation = args.chat and not (args.prompt or args.prompts)
     if conversation and several:
@@ -112,10 +103,9 @@ def run(args: Arguments) -> int:
             print(f"==> {adapter} <==\n" * several + shown, end="", flush=True)
             print_pieces(pieces)
             print(flush=True)
-    return 0
 
 
-def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: Any) -> int:
+def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: Any) -> None:
     """Answer one line of standard input after the other, each with the whole conversation before it in view."""
     Message, templates = mp.text.datasets.Message, mp.text.templates
     turns = mp.evaluation.asked_turns(["-"], templates.chat(tokenizer))
@@ -129,7 +119,7 @@ def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: 
         line = sys.stdin.readline()
         said = line.strip()
         if not line or said == "/exit":
-            return 0
+            return
         if not said:
             continue
         messages.append(Message("user", said))

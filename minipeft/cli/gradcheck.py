@@ -1,4 +1,4 @@
-"""Check every derivative of the library against differences of its values.
+"""Check every derivative against differences of values.
 
 For a function with Jacobian J, a random direction u and a random cotangent w, the number <w, J u> comes from values
 alone (a central difference, extrapolated) and <u, pullback(w)> from the pullback; they must be the same. Every
@@ -21,8 +21,7 @@ from functools import partial
 from typing import Any
 
 from .arguments import Arguments, Parser, unknown
-from .bars import grid
-from .report import console
+from .bars import console, grid
 
 
 def add_arguments(parser: Parser) -> None:
@@ -38,11 +37,10 @@ def run(args: Arguments) -> int:
     from ..autograd.tensor import REGISTRY
     from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
 
+    args.only_one("op", "models")
     for name in args.op or ():
         if name not in REGISTRY:
             raise ValueError(unknown("op", name, REGISTRY))
-    if args.op and args.models:
-        raise ValueError("--op and --models each leave out the other; give one of them")
     cases, models = [] if args.models else op_cases(args.op), {} if args.op else small_models()
     total = len(cases) + sum(len(model.parameters()) for model, _ in models.values())
     found: dict[str, list[tuple[float, Exception | None]]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""List the lessons, or run one of them or all.
+"""List the lessons, run one or all.
 
 A lesson is a Python file that also opens as a notebook: prose, equations, and claims that it asserts as it runs. They
 live in the folder lessons/ of a checkout of the project and are not part of the installed package.

@@ -1,8 +1,9 @@
-"""Merge an adapter into its base: a plain model directory, which needs no adapter and runs as fast as the base.
+"""Merge an adapter into its base, as a plain model.
 
-The base is the one that the adapter's directory names, in four bits if it was trained on that; --model says where it is
-now. What was in four bits is dequantized, so the merged model computes what base and adapter did. With --requantize its
-layers are put into four bits again, which loses some of what was learned (how much is printed).
+It needs no adapter and runs as fast as the base. The base is the one that the adapter's directory names, in four bits if
+it was trained on that; --model says where it is now. What was in four bits is dequantized, so the merged model computes
+what base and adapter did. With --requantize its layers are put into four bits again, which loses some of what was
+learned (how much is printed).
 
 Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The output directory appears
 whole or not at all; the adapter and the base stay as they are.
@@ -26,8 +27,7 @@ import minipeft as mp
 from ..options import REQUIRED
 from . import runs
 from .arguments import Arguments, Common, Parser, add_machine
-from .models import load_model
-from .prompts import save_template, usual_template
+from .models import load_model, save_template, usual_template
 
 
 def add_arguments(parser: Parser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     add_machine(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     output = runs.check_output(args).resolve()
     model, tokenizer = load_model(args)
     merged, errors = mp.peft.merge_and_requantize(model) if args.requantize else (model.merge_and_unload(), {})
@@ -59,4 +59,3 @@ def run(args: Arguments) -> int:
         path, worst = max(errors.items(), key=lambda item: item[1].of_update)
         print(f"quantizing again lost {worst.of_update:.0%} of the change of {path}, the most of {len(errors)} layers")
     print(f"saved in {args.output}  (minipeft generate --model {args.output} --prompt ...)")
-    return 0

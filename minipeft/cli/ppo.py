@@ -1,8 +1,9 @@
-"""Reinforcement learning from human feedback: let a model answer prompts, and train it on how its answers are scored.
+"""Train a model on how its answers score: PPO, RLOO, GRPO.
 
-The reward is a directory of `minipeft reward`; or a function of your own, --reward-function MODULE:NAME, importable from
-here, which is called as in TRL, name(prompts=[...], completions=[...]), and returns a number for each completion; or, by
-default, VADER's sentiment of the answer (extra 'rlhf').
+This is reinforcement learning from human feedback. The reward is a directory of `minipeft reward`; or a function of your
+own, --reward-function MODULE:NAME, importable from here, which is called as in TRL, name(prompts=[...],
+completions=[...]), and returns a number for each completion; or, by default, VADER's sentiment of the answer (extra
+'rlhf').
 The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
 --prompts, openings of sentences of the shipped novels. The reference policy is the model as it is at the start.
 
@@ -30,7 +31,7 @@ from typing import Any
 import minipeft as mp
 
 from .. import rlhf
-from ..options import add_options, configuration, from_arguments, option
+from ..options import configuration, from_arguments, option
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
 from .arguments import Arguments, Common, Parser
@@ -63,27 +64,21 @@ class OnlineOptions:
 
 def add_arguments(parser: Parser) -> None:
     add_trained(parser)
-    add_options(parser.add_mutually_exclusive_group(), OnlineOptions, "reward", "reward_function")
-    parser.options(OnlineOptions, "prompts")
     parser.options(Common, "template")
-    parser.options(OnlineOptions, "algorithm", group="training")
+    parser.options(OnlineOptions)
     parser.options(
         PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
         "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
         group="training",
-        learning_rate="learning rate (default: 1/20 of the method's, of adapters 1/6, times 128 / hidden_size in wider models)",
-        kl_target="ppo: move β towards this KL, nats a response",
-        max_kl="an error above this KL, nats a response; may be raised with --resume",
-        save_steps="updates between checkpoints (default: 1/5)", steps="updates, each on --batch-size fresh responses",
+        save_steps="updates between checkpoints; None: 1/5",
     )  # fmt: skip
-    generations = "rloo, grpo: answers to each prompt"
-    parser.options(GroupConfig, "num_generations", group="training", num_generations=generations)
-    parser.options(OnlineOptions, "missing_eos", "best_of", group="training")
+    parser.options(GroupConfig, "num_generations", group="training")
     runs.add_output(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     output = runs.check_output(args)
+    args.only_one("reward", "reward_function")
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     args.refuse((f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
@@ -135,7 +130,6 @@ def run(args: Arguments) -> int:
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
     print(f"\n{saved}")
-    return 0
 
 
 def _prompts(args: Arguments, tokenizer: Any, template: Any, room: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -16,9 +16,8 @@ from ..peft.methods import Method
 from . import runs
 from .arguments import Arguments, Common, Parser
 from .data import split_off
-from .method_options import add_method, flag, given_options, method_of
-from .models import load_model
-from .prompts import usual_template
+from .method_options import add_method, given_options, method_of
+from .models import load_model, usual_template
 
 OPENING = 4  # words of a sentence that a generated pair continues
 
@@ -53,13 +52,10 @@ def add_pairs(parser: Parser) -> None:
     parser.options(PairOptions, group="data")
 
 
-def add_training(parser: Parser, learning_rate: str) -> None:
-    """The options of training on pairs; `learning_rate` says in words what the default of --lr is."""
-    runs.add_training(
-        parser, defaults={"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1},
-        learning_rate=f"peak learning rate (default: {learning_rate}, times 128 / hidden_size in wider models)",
-        per_device_train_batch_size="pairs a step", seed="seed of everything random",
-    )  # fmt: skip
+def add_training(parser: Parser, **helps: str) -> None:
+    """The options of training on pairs; `helps` replace those of TrainingArguments."""
+    defaults = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
+    runs.add_training(parser, defaults=defaults, per_device_train_batch_size="pairs a step", **helps)
 
 
 def add_trained(parser: Parser, purpose: str = "to train further") -> None:
@@ -76,10 +72,8 @@ def load_trained(args: Arguments) -> tuple[str, Method | None, Any, Any]:
     if args.adapter is None:
         name, method = method_of(args)
         return name, method, *load_model(args, method.quantized)
-    others = [*given_options(args), *(name for name in ("method", "adapter_config") if name in args.given)]
-    if others:
-        new = f"{flag(others[0])} is for a new one"
-        raise ValueError(f"--adapter trains the adapter that is given; {new}: give one of them")
+    new = ("method", "adapter_config", *(f"method_{name}" for name in given_options(args)))
+    args.refuse(new, "with --adapter, which is trained further as it is")
     return "adapter", None, *load_model(args, is_trainable=True)
 
 
@@ -102,8 +96,7 @@ def stop_tokens(policy: Any, tokenizer: Any, template: Any) -> list[int]:
 
 def check_pairs(args: Arguments) -> None:
     """ValueError, by name, for an option that does nothing with the source of the pairs."""
-    if args.data and args.human:
-        raise ValueError("give either --data or --human, not both")
+    args.only_one("data", "human")
     source = "--data" if args.data else "--human" if args.human else "generated pairs"
     args.refuse(UNUSED[source], f"with {source}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -60,13 +59,3 @@ def show_samples(console: Any, samples: Sequence[Sample]) -> None:
             table.add_row(name, text.strip())
         console.print(table)
         console.print()
-
-
-def console() -> Any:
-    """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
-
-    It shows text as it is: brackets and colons are no markup.
-    """
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)

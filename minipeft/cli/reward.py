@@ -1,8 +1,9 @@
-"""Train a reward model, the second stage of RLHF: a score for a text, learned from which of two answers was preferred.
+"""Train a reward model on preferences.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts
-that real people rated, from the source archive of vaderSentiment. Without either, the model itself
-answers openings of sentences twice, and a noisy rater prefers the answer that VADER scores higher (extra 'rlhf').
+It scores a text, the second stage of RLHF, and is learned from which of two answers was preferred. The data is a .jsonl
+file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts that real people rated,
+from the source archive of vaderSentiment. Without either, the model itself answers openings of sentences twice, and a
+noisy rater prefers the answer that VADER scores higher (extra 'rlhf').
 
 --method lora and its kin train adapters and the head, and are merged at the end.
 
@@ -31,20 +32,19 @@ from ..rlhf.config import RewardConfig
 from . import runs
 from .arguments import Arguments, Parser
 from .method_options import method_of
-from .models import load_model
+from .models import load_model, save_template
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
-from .prompts import save_template
 
 
 def add_arguments(parser: Parser) -> None:
     add_trained(parser, "to build on")
     add_pairs(parser)
-    add_training(parser, learning_rate="the method's")
+    add_training(parser)
     parser.options(RewardConfig, group="training")
     runs.add_output(parser)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     output, config = runs.check_output(args), from_arguments(RewardConfig, args)
     check_pairs(args)
     key, method = method_of(args)
@@ -87,7 +87,6 @@ def run(args: Arguments) -> int:
     runs.write_record(args, results, trainer.args, config, template=name, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
     print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
-    return 0
 
 
 def _adapted(method: Method, model: rlhf.RewardModel, steps: int, seed: int) -> Any:

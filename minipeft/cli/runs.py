@@ -12,10 +12,10 @@ from typing import Any
 
 import minipeft as mp
 
-from ..options import add_options, from_arguments
+from ..options import from_arguments
 from ..train.arguments import TrainingArguments
 from .arguments import Arguments, Common, Parser, add_machine
-from .prompts import save_template
+from .models import save_template
 
 WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
     r"checkpoint-\d+|metrics\.jsonl|(loss|reward|dpo|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
@@ -35,11 +35,11 @@ def add_output(parser: Parser) -> None:
 
 def add_training(parser: Parser, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
-    helps = {"save_steps": "steps between checkpoints (default: 1/5)", **helps}
-    length = parser.add_argument_group("training").add_mutually_exclusive_group()
-    add_options(length, TrainingArguments, "num_train_epochs", "max_steps", defaults=defaults)
-    names = ("per_device_train_batch_size", "learning_rate", "warmup_ratio", *names, "save_steps", "seed")
-    parser.options(TrainingArguments, *names, group="training", defaults=defaults, **helps)
+    parser.options(
+        TrainingArguments, "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "warmup_ratio",
+        *names, "save_steps", "seed", group="training", defaults=defaults, seed="seed of everything random",
+        eval_steps="steps between evaluations; None: 1/5", save_steps="steps between checkpoints; None: 1/5", **helps,
+    )  # fmt: skip
 
 
 def directory(flag: str, path: str) -> Path:
@@ -52,8 +52,8 @@ def directory(flag: str, path: str) -> Path:
 def check_output(args: Arguments) -> Path:
     """--output. ValueError where it cannot be written: not a directory, or not empty and no option says what to do."""
     hint = ", or give --resume or --overwrite" if "resume" in args else ""
-    if hint and args.resume and args.overwrite:
-        raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
+    args.only_one("resume", "overwrite")
+    args.only_one("num_train_epochs", "max_steps")
     output = directory("--output", args.output)
     if output.is_dir() and any(output.iterdir()) and not (hint and (args.resume or args.overwrite)):
         raise ValueError(f"--output {output} is not empty; choose another{hint}")
@@ -67,12 +67,9 @@ def training_arguments(args: Arguments, examples: int, evaluated: bool, **fixed:
     steps = a.max_steps or math.ceil(a.num_train_epochs * math.ceil(examples / step))
     fifth = max(1, steps // 5)
     return replace(
-        a,
-        max_steps=steps,
-        per_device_eval_batch_size=a.per_device_train_batch_size,
-        eval_steps=(a.eval_steps or fifth) if evaluated else None,
-        save_steps=a.save_steps or fifth,
-    )
+        a, max_steps=steps, per_device_eval_batch_size=a.per_device_train_batch_size,
+        eval_steps=(a.eval_steps or fifth) if evaluated else None, save_steps=a.save_steps or fifth,
+    )  # fmt: skip
 
 
 def run_training(args: Arguments, trainer: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Instruction tuning (SFT), the first stage of RLHF: on your own file, or on the instructions that ship with it.
+"""Teach a model to follow instructions.
 
+This is instruction tuning (SFT), the first stage of RLHF: on your own file, or on the instructions that ship with it.
 The data is a .jsonl file of one form (or a .txt file), as for `minipeft finetune`:
     {"instruction": ..., "input": ..., "output": ...}
     {"prompt": ..., "completion": ...}
@@ -50,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
     finetune.add_training_arguments(parser, longest=512)
 
 
-def run(args: Arguments) -> int:
+def run(args: Arguments) -> None:
     if args.data is not None:
         args.refuse(("tasks", "per_task"), "with --data, as it chooses among the shipped instructions")
         return finetune.run(args)

@@ -1,4 +1,4 @@
-"""Fine-tune with every combination of learning rates, ranks and seeds, and find the best on validation examples.
+"""Fine-tune over a grid of rates, ranks and seeds.
 
 Every run starts from the same base. The table has the mean loss of each combination over the seeds, with its 95 %
 confidence interval (Student's t), in nats per token. Validation examples are a tenth of your file, 96 at most, or the
@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
-import warnings
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +78,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> int:
+    args.only_one("task", "data")
     task, options, output = from_arguments(TaskOptions, args), given_options(args), runs.directory("--output", args.output)
     ranks, name = options.pop("rank", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
@@ -105,13 +105,9 @@ def run(args: Arguments) -> int:
     train = partial(fine_tuned, backend=args.backend, home=home)
     executor = args.executor or (1 if on_device else None)
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            rows = mp.sweep(train, settings, executor, output / "rows.jsonl", version, runs.note)
+        rows = mp.sweep(train, settings, executor, output / "rows.jsonl", version, runs.note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    for warning in said:
-        runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
     mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
     print(f"\n{mp.experiments.table(rows, [LOSS, 'general_loss'], several)}\n")
