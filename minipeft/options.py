@@ -113,13 +113,13 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
 
 
 def add_options(
-    parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, prefix: str = "", **helps: str
+    parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, **helps: str
 ) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
     `defaults` are a command's own; None stands for "the command finds it out", and the help says how: "; None: so" at its
-    end is shown as the default. `helps` replaces the help of a field in this command, `prefix` begins the name of its
-    value in the result. A flag that takes several values may be given again.
+    end is shown as the default. `helps` replaces the help of a field in this command. A flag that takes several
+    values may be given again.
     """
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
@@ -129,7 +129,7 @@ def add_options(
         text, none, usual = helps.get(name, field.metadata["help"]).replace("%", "%%").partition("; None: ")
         text += f" (default: {usual})" if none else ""
         default = defaults.get(name, _default(field))
-        common: dict[str, Any] = {"dest": prefix + name, "default": default}
+        common: dict[str, Any] = {"dest": name, "default": default}
         if default is REQUIRED:
             common |= {"default": None, "required": True}
         if kinds == [bool]:
@@ -152,7 +152,8 @@ def add_options(
         if choices:
             common["choices"] = tuple(c for c in choices if c is not None)
         if not choices or field.metadata["metavar"]:
-            common["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
+            usual = {int: "N", float: "X"}.get(inner, "NAME" if "nargs" in common else "TEXT")
+            common["metavar"] = field.metadata["metavar"] or usual
         shown = text if default is None or default is False or default is REQUIRED else f"{text} (default: {_shown(default)})"
         parser.add_argument(*flags, type=reader(inner, field.metadata), help=shown, **common)
 

@@ -115,7 +115,7 @@ def test_the_numbers_are_those_of_the_rows(path):
 
 def test_the_conclusions_follow_from_the_rows():
     lines = page.conclusions(ROWS)
-    assert lines[0].startswith("full learned most: task loss 2.500 ± 0.010")
+    assert lines[0] == "full learned most: it brought the base's task loss of 3.500 down to 2.500 ± 0.010."
     assert "LoRA r=8 comes as close as the seeds can distinguish" in lines[1]
     assert "LoRA r=8 forgot least: +0.200 on general text, full +0.600" in lines[2]
     apart = [ROWS[0], ROWS[1], row("lora", "LoRA r=8", 2.6, 0.7, 400_000)]

@@ -80,24 +80,23 @@ def describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, OSError) and message:  # a sentence of the library, not of the system
-        return message
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
     if isinstance(error, KeyError) and " " in message:  # a sentence, of which str() gives the repr, and not a bare key
         return " ".join(str(error.args[0]).split())
-    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, ImportError)):
+    sentences = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, ImportError, OSError)
+    if message and isinstance(error, sentences):
         return message
     return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
 
 
 def _parse(argv: list[str]) -> Arguments:
     usage = "minipeft COMMAND [options]"
-    parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
+    parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
     _add_general(parser)
     commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
-    parsers = {c: commands.add_parser(c, help=_summary(c), formatter_class=_formatter) for c in COMMANDS}
+    parsers = {c: commands.add_parser(c, help=_summary(c)) for c in COMMANDS}
     argv = take_plugins(argv)  # before a command lists the methods
     chosen = next((word for word in argv if not word.startswith("-")), None)
     known, defaults = parsers.get(chosen, parser), {}
@@ -111,7 +110,7 @@ def _parse(argv: list[str]) -> Arguments:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         what = "option" if unknown[0].startswith("-") else "argument"
-        known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known.option_names())}")
+        known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known._option_string_actions)}")
     if args.command is None:
         parser.print_help()
         raise SystemExit(0)
@@ -127,7 +126,3 @@ def _summary(command: str) -> str:
     """The first line of a command's help, read from its file: importing all of them would take long."""
     with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
         return file.readline().strip('".\n')
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NoReturn
 
 from ..options import REQUIRED, add_options, configuration, option
@@ -38,7 +39,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes no abbreviations and reports a wrong use in one line (exit status 2)."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{"allow_abbrev": False, **options})
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **options})
 
     def options(self, cls: type, *names: str, group: str | None = None, **more: Any) -> None:
         """The flags of a configuration, under a heading: see `add_options`."""
@@ -47,10 +49,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"minipeft: error: {' '.join(message.split())} (see: {self.prog} --help)\n")
-
-    def option_names(self) -> list[str]:
-        """The names of all options: --help, -h, ..."""
-        return [name for action in self._actions for name in action.option_strings]
 
     def flags(self) -> dict[str, str]:
         """The name that the command line has for each option, by the name of its value."""
@@ -87,26 +85,19 @@ class Common:
     """Options of several commands, which mean the same in each."""
 
     data: str | None = option(None, "a .jsonl or .txt file to learn from", metavar="FILE")
-    model: str | None = option(
-        None, "a Hugging Face model directory or a .gguf file (default: the shipped base)", metavar="PATH"
-    )
+    model: str | None = option(None, "a Hugging Face directory or a .gguf file; None: the shipped base", metavar="PATH")
     adapter: str | None = option(None, "an adapter directory to put on the model", metavar="DIR")
-    adapter_config: str | None = option(
-        None, "take the method from an adapter_config.json or its directory", metavar="PATH"
-    )
-    load_in_4bit: bool = option(
-        False, "hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)"
-    )
+    adapter_config: str | None = option(None, "the method of an adapter_config.json, or a directory", metavar="PATH")
+    load_in_4bit: bool = option(False, "linear layers in 4 bits, also where the adapter was not trained so")
     template: str | None = option(
         None, "plain, alpaca, chatml, chat or a text with {prompt} (default: as in training)", metavar="NAME|TEXT"
     )
     output: str = option(REQUIRED, "where to write; must be new or empty", metavar="DIR")
     json: bool = option(False, "print one JSON object")
-    threads: int | None = option(None, "CPU threads (default: MINIPEFT_THREADS, else every core)", least=1)
+    threads: int | None = option(None, "CPU threads; None: MINIPEFT_THREADS, else every core", least=1)
     backend: str | None = option(
-        None, "array library; cupy needs a GPU and the extra 'gpu' (default: MINIPEFT_BACKEND, else numpy)",
-        choices=(None, "numpy", "cupy"),
-    )  # fmt: skip
+        None, "library; cupy needs a GPU and the extra 'gpu'; None: MINIPEFT_BACKEND, else numpy", choices=(None, "numpy", "cupy")
+    )
 
 
 def add_machine(parser: Parser) -> None:

@@ -39,54 +39,49 @@ examples:
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import minipeft as mp
 
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import print_json
 
-if TYPE_CHECKING:
-    from ..accounting.published import AuditedRow
-
-VERDICTS = ("reproduces", "differs", "not-covered")
 NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.csv", help="figures of your own (default: the shipped ones)")
-    parser.add_argument("--verdict", choices=VERDICTS, help="show only these rows")
+    parser.add_argument("--verdict", choices=("reproduces", "differs", "not-covered"), help="show only these rows")
     parser.add_argument("--source", metavar="TEXT", help="audit only rows whose source contains this")
     parser.options(Common, "json")
 
 
 def run(args: Arguments) -> int:
-    from ..accounting.published import audit, read_published, tally
-
-    rows = read_published(args.file)
+    rows = mp.accounting.read_published(args.file)
     if args.source is not None:
-        sources = dict.fromkeys((row.get("source") or "").partition(" (")[0].partition(",")[0] for row in rows)
-        rows = [row for row in rows if args.source.lower() in (row.get("source") or "").lower()]
+        sources = [row.get("source") or "" for row in rows]
+        rows = [row for row, source in zip(rows, sources) if args.source.lower() in source.lower()]
         if not rows:
-            known = ", ".join(filter(None, sources)) or "none"
-            hint = f"{nearest(args.source, sources)} (known: {known})"
+            known = list(dict.fromkeys(re.split(r" \(|,", source)[0] for source in sources if source))
+            hint = f"{nearest(args.source, known)} (known: {', '.join(known) or 'none'})"
             raise ValueError(f"no row's source contains {args.source!r}{hint}")
-    findings = audit(rows)
-    shown = [f for f in findings if args.verdict is None or f.verdict == args.verdict.replace("-", " ")]
-    counts = tally(findings)
+    findings = mp.accounting.audit(rows)
+    shown = [f for f in findings if args.verdict in (None, f.verdict.replace(" ", "-"))]
+    counts = mp.accounting.published.tally(findings)
     if args.json:
         print_json({"rows": [as_json(f) for f in shown], "tally": counts})
     else:
         width = max(80, min(shutil.get_terminal_size().columns, 120)) if sys.stdout.isatty() else 80
-        for line in table(shown, width):
-            print(line)
-        print(textwrap.fill(summary(counts), width))
+        print(*table(shown, width), textwrap.fill(summary(counts), width), sep="\n")
     return 1 if counts["not as their status says"] else 0
 
 
-def as_json(finding: AuditedRow) -> dict[str, Any]:
+def as_json(finding: mp.accounting.published.AuditedRow) -> dict[str, Any]:
     """One row, with numbers as numbers."""
     row = finding.row
     shown = ("id", "source", "table_or_path", "model", "method", "hyperparameters", "quantity", "unit", "status")
@@ -97,7 +92,7 @@ def as_json(finding: AuditedRow) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:
+def table(findings: Sequence[mp.accounting.published.AuditedRow], width: int) -> Iterator[str]:
     """The lines of a table of at most `width` columns: a heading for each source, a line and a reason for each row."""
     yield _line("", "published", "computed", "unit", "verdict")
     source = None

@@ -60,9 +60,7 @@ class ComparisonOptions:
     output: str | None = option(None, f"default: ./{OUTPUT}, or where the report is", metavar="DIR")
     report: str | None = option(None, "write DIR/index.html, one page with the table and its plots", metavar="DIR")
     seeds: int | None = option(None, "runs of each method, from --seed on (default: 1; a report: 3)", least=1)
-    reduced: bool = option(
-        False, f"{SIZES[True][0]} steps and less held-out text, to try it out; also by {REDUCED}=1 in the environment"
-    )
+    reduced: bool = option(False, f"{SIZES[True][0]} steps, less held-out text; also by {REDUCED}=1 in the environment")
 
 
 def add_arguments(parser: Parser) -> None:

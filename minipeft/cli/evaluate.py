@@ -54,14 +54,9 @@ class EvaluationOptions:
 
     metric: str | None = option(None, "a function (answer, expected) -> number", metavar="MODULE:NAME")
     limit: int | None = option(None, "use the first N records (of running text, blocks)", least=1)
-    max_length: int | None = option(
-        None, "tokens of a record at most, of running text those of a block (default: what the model takes)", least=2
-    )
+    max_length: int | None = option(None, "tokens of a record or block at most; None: as the model takes", least=2)
     loss_only: bool = option(False, "generate no answers")
-    json: bool | str = option(
-        False, "print one JSON object, with every record's answer and scores; or write it to FILE, and print as usual",
-        metavar="FILE",
-    )  # fmt: skip
+    json: bool | str = option(False, "print one JSON object, with all answers and scores; or write it", metavar="FILE")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -54,18 +54,14 @@ LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would ho
 class FinetuneOptions:
     """How records become examples to learn from and held-out ones, and what TrainingArguments do not say."""
 
-    validation: str = option(
-        "0.1", "a held-out file, or the share of the data to hold out, 0 for none", metavar="FILE|FRACTION"
-    )
+    validation: str = option("0.1", "a held-out file, or the share to hold out, 0 for none", metavar="FILE|FRACTION")
     template: str | None = option(
-        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:" '
-        "(default: by the form of the records)", metavar="NAME|TEXT",
+        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:"; None: by the '
+        "form of the records", metavar="NAME|TEXT",
     )  # fmt: skip
-    max_length: int | None = option(None, "tokens of an example; None: as the model takes", least=1)
+    max_length: int = option(256, "tokens of an example, where the model takes as many", least=1)
     overflow: str = option("error", "what to do with longer records", choices=("error", "truncate", "drop"))
-    gradient_checkpointing: bool | None = option(
-        None, "compute activations again in backward: less memory, slower (default: in large models)"
-    )
+    gradient_checkpointing: bool | None = option(None, "less memory, more time; None: in large models")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -73,14 +69,11 @@ def add_arguments(parser: Parser) -> None:
     add_training_arguments(parser)
 
 
-def add_training_arguments(parser: Parser, longest: int = 256) -> None:
-    """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
-    parser.set_defaults(longest=longest)
+def add_training_arguments(parser: Parser, **defaults: Any) -> None:
+    """All options but --data; `defaults` of FinetuneOptions."""
     parser.options(Common, "model")
     add_method(parser)
-    length = f"tokens of an example (default: {longest}, or what the model takes)"
-    names = ("validation", "template", "max_length", "overflow")
-    parser.options(FinetuneOptions, *names, group="data", max_length=length)
+    parser.options(FinetuneOptions, group="data", defaults=defaults)
     runs.add_training(
         parser,
         "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio", "weight_decay",
@@ -92,18 +85,15 @@ def add_training_arguments(parser: Parser, longest: int = 256) -> None:
         per_device_train_batch_size="examples at a time; None: 8, in large models 2",
         gradient_accumulation_steps="batches a step; None: 1, in large models without --batch-size 4",
     )  # fmt: skip
-    parser.options(FinetuneOptions, "gradient_checkpointing", group="training")
     runs.add_output(parser)
 
 
 def run(args: Arguments) -> None:
     runs.check_output(args)
-    return fine_tune(args, read_records(args.data), validation(args.validation))
+    fine_tune(args, read_records(args.data), validation(args.validation), {})
 
 
-def fine_tune(
-    args: Arguments, records: list[Any], held_out: Any, tests: dict[str, list[Any]] | None = None
-) -> int:
+def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[str, list[Any]]) -> None:
     """Train on records as the options say, save, and print the held-out loss before and after, and that of each test.
 
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
@@ -114,15 +104,15 @@ def fine_tune(
     name, template = chosen_template(args.template, records[0], tokenizer)
     positions = base.config.max_position_embeddings
     limit = longest(base, method.virtual_tokens, positions)
-    if (args.max_length or 0) > limit:
+    if "max_length" in args.given and args.max_length > limit:
         taken = f", of which --method {key} takes {method.virtual_tokens}" if method.virtual_tokens else ""
         raise ValueError(f"--max-length {args.max_length} is more than the {positions} positions of the model{taken}")
-    max_length = args.max_length or min(args.longest, limit)
+    max_length = min(args.max_length, limit)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
     if not data.held_out:
         args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
-    for what, of in (tests or {}).items():
+    for what, of in tests.items():
         sets[what] = mp.text.examples.encode_examples(of, tokenizer, max_length, template, args.overflow).examples
 
     large, batch_size = mp.accounting.architecture(base.config).size > LARGE, args.per_device_train_batch_size

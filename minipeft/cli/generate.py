@@ -45,13 +45,8 @@ from .models import load_model, usual_template
 class PromptOptions:
     """What the model is asked, and how its answers are shown."""
 
-    adapter: list[str] | None = option(
-        None, "an adapter directory to put on the model; or several, each of which answers every prompt", metavar="DIR"
-    )
-    prompt: list[str] | None = option(None, "text to continue; or several")
-    prompts: str | None = option(
-        None, "prompts from a .txt file, one a line, or from the records of a .jsonl file", metavar="FILE"
-    )
+    adapter: list[str] | None = option(None, "an adapter directory; or several, which all answer", metavar="DIR")
+    prompts: str | None = option(None, "a .txt file of prompts, one a line, or a .jsonl file of records", metavar="FILE")
     escapes: bool = option(False, r"read \n and \t in --prompt as line break and tab")
     chat: bool = option(False, "talk to the model: one message, or a conversation")
     system: str | None = option(None, "with --chat: a system message before it")
@@ -60,6 +55,7 @@ class PromptOptions:
 
 def add_arguments(parser: Parser) -> None:
     parser.options(Common, "model", "load_in_4bit")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
     parser.options(PromptOptions)
     parser.options(Common, "template", "json", json='one line {"prompt": ..., "completion": ...} a prompt')
     parser.options(GenerationConfig, group="generation")
@@ -88,16 +84,15 @@ def run(args: Arguments) -> None:
     by_adapter = [mp.evaluation.asked_turns(asked, _template(args, a, tokenizer), tokenizer) for a in adapters]
     turns = list(chain(*zip(*by_adapter)))  # of the first prompt for each adapter, of the second, ...
     if len(turns) == 1 and sys.stdout.isatty() and not args.json:
-        ids = tokenizer.encode_pieces(turns[0].prompt, add_special_tokens=True)
         ends = mp.evaluation.stop_tokens(model, tokenizer, turns[0])
-        answers: Iterable[Iterable[str]] = [stream_text(model, tokenizer, ids, config, ends)]
+        answers: Iterable[Iterable[str]] = [stream_text(model, tokenizer, turns[0].prompt, config, ends)]
     else:
         names = list(model.peft_config) * len(prompts) if several else None
         answers = ([text] for text in mp.evaluation.answer_turns(model, tokenizer, turns, config, names))
     for (prompt, adapter), turn, pieces in zip(product(prompts, adapters), turns, answers):
         if args.json:
-            record = {"adapter": adapter} if several else {}
-            print(json.dumps(record | {"prompt": prompt, "completion": "".join(pieces)}, ensure_ascii=False), flush=True)
+            record = ({"adapter": adapter} if several else {}) | {"prompt": prompt, "completion": "".join(pieces)}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
             shown = prompt if not args.completion_only and turn.prompt == (prompt,) else ""
             print(f"==> {adapter} <==\n" * several + shown, end="", flush=True)
@@ -123,8 +118,7 @@ def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: 
         if not said:
             continue
         messages.append(Message("user", said))
-        ids = tokenizer.encode_pieces(templates.chat_prompt(messages, tokenizer), add_special_tokens=True)
-        pieces = stream_text(model, tokenizer, ids, config, ends)
+        pieces = stream_text(model, tokenizer, templates.chat_prompt(messages, tokenizer), config, ends)
         answer = "".join(pieces) if args.json else print_pieces(pieces)
         print(json.dumps({"prompt": said, "completion": answer}, ensure_ascii=False) if args.json else "", flush=True)
         messages.append(Message("assistant", answer))
@@ -168,20 +162,17 @@ def print_pieces(pieces: Iterable[str]) -> str:
 
 
 def stream_text(
-    model: Any, tokenizer: Any, prompt: list[int], config: GenerationConfig, stop_token_ids: list[int]
+    model: Any, tokenizer: Any, prompt: tuple[str, ...], config: GenerationConfig, ends: list[int]
 ) -> Iterator[str]:
     """The continuation of one prompt, in pieces of text as its tokens come; a character split over tokens waits."""
-    tokens: list[int] = []
-    shown = ""
-    options = {"seed": config.seed, "eos_token_id": stop_token_ids, **config.options()}
-    for token in mp.nn.generation.generate_stream(model, [prompt], **options):
-        if int(token[0]) in stop_token_ids:
+    ids, tokens, shown = tokenizer.encode_pieces(prompt, add_special_tokens=True), [], ""
+    options = {"seed": config.seed, "eos_token_id": ends, **config.options()}
+    for token in mp.nn.generation.generate_stream(model, [ids], **options):
+        if int(token[0]) in ends:
             break
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens)
         if not text.endswith("�"):  # the first bytes of a character whose rest is yet to come
             yield text[len(shown) :]
             shown = text
-    rest = tokenizer.decode(tokens)[len(shown) :]
-    if rest:
-        yield rest
+    yield tokenizer.decode(tokens)[len(shown) :]

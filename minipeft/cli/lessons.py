@@ -25,36 +25,30 @@ REDUCED = "MINIPEFT_REDUCED"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
-    parser.add_argument(
-        "--reduced", action="store_true", help=f"fewer steps, claims that need all of them left out (sets {REDUCED}=1)"
-    )
+    reduced = f"fewer steps, claims that need all of them left out (sets {REDUCED}=1)"
+    parser.add_argument("--reduced", action="store_true", help=reduced)
 
 
 def run(args: Arguments) -> int:
-    lessons = find_lessons()
+    lessons, failed = find_lessons(), []
     if args.lesson is None:
         for number, path in lessons.items():
             print(f"{number:>3}  {title(path)}  ({path.name})")
         print("\nRun one with: minipeft lessons NUMBER")
         return 0
-    if args.lesson == "all":
-        chosen = lessons
-    elif args.lesson.isdecimal() and int(args.lesson) in lessons:
-        chosen = {int(args.lesson): lessons[int(args.lesson)]}
-    else:
+    chosen = {n: path for n, path in lessons.items() if args.lesson in ("all", str(n), f"{n:02}")}
+    if not chosen:
         raise ValueError(f"no lesson {args.lesson!r}; there are {', '.join(map(str, lessons))}, and 'all'")
-    environment = {**os.environ, **({REDUCED: "1"} if args.reduced else {})}
-    failed = []
     for number, path in chosen.items():
         print(f"── lesson {number}: {title(path)}", flush=True)
         started = time.perf_counter()
-        status = subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode
-        if status:
-            failed.append(number)
-        ended = f"{'FAILED' if status else 'done'} in {time.perf_counter() - started:.0f} s"
+        environment = os.environ | ({REDUCED: "1"} if args.reduced else {})
+        if subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode:
+            failed.append(str(number))
+        ended = f"{'FAILED' if str(number) in failed else 'done'} in {time.perf_counter() - started:.0f} s"
         print(f"── lesson {number}: {ended}", flush=True)
     if failed:
-        print(f"minipeft: lessons that failed: {', '.join(map(str, failed))}", file=sys.stderr)
+        print(f"minipeft: lessons that failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -66,10 +60,8 @@ def find_lessons() -> dict[int, Path]:
         found = {int(match.group(1)): path for match, path in numbered if match}
         if found:
             return dict(sorted(found.items()))
-    raise FileNotFoundError(
-        f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: they come with a checkout of the project, not "
-        "with the installed package; run this from the checkout's top level"
-    )
+    where = "they come with a checkout of the project, not with the installed package; run this from its top level"
+    raise FileNotFoundError(f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: {where}")
 
 
 def title(path: Path) -> str:

@@ -45,9 +45,7 @@ class StepOptions:
     precision: str = option("float32", "of the numbers; float32 is what is computed here", choices=PRECISIONS)
     optimizer: str = option("adamw", "whose states are held", choices=OPTIMIZERS)
     checkpointing: bool = option(False, "keep the inputs of blocks only")
-    quantization: str | None = option(
-        None, "store linear layers in four bits (qlora does: nf4)", choices=(None, "nf4", "fp4", "int4")
-    )
+    quantization: str | None = option(None, "of linear layers; None: qlora's, nf4", choices=(None, "nf4", "fp4", "int4"))
     plain_scales: bool = option(False, "four bits without double quantization")
     inference: bool = option(False, "a forward pass without gradients, instead of training; or")
     generate: int | None = option(None, "N tokens after a prompt, with a cache; or", least=1)

@@ -22,36 +22,31 @@ from .arguments import Arguments, Common, Parser, nearest
 
 @configuration(kw_only=True)
 class MethodOptions:
-    """The options of methods. One flag serves all methods that have what it sets (`SETS`)."""
+    """The options of methods, by PEFT's names. One flag serves all methods that have its field, or one of `ALSO`."""
 
-    rank: int | None = option(
-        None, "rank; adalora's at the end, from 1.5 N; oft: number of a layer's blocks", least=1, flag="-r --rank"
-    )
-    alpha: float | None = option(None, "numerator of the scaling of lora and its kin; stays as it is where -r changes")
-    dropout: float | None = option(None, "dropout of the adapter's input", least=0, below=1, metavar="P")
-    target: list[str] | None = option(None, "modules to adapt, by ends of their paths, or all-linear", metavar="NAME")
-    exclude: list[str] | None = option(None, "modules that are left out", metavar="NAME")
-    layers: list[int] | None = option(None, "only these layers, of the modules of --target")
-    modules_to_save: list[str] | None = option(None, "modules trained whole beside it, as copies", metavar="NAME")
-    virtual_tokens: int | None = option(None, "of prompt, prefix, p-tuning", least=1)
-    projection: bool | None = option(None, "prefix: whether an MLP computes it in training")
-    hidden_size: int | None = option(None, "width of the MLP of prefix and p-tuning", least=1)
+    r: int | None = option(None, "rank; adalora's at the end, oft's number of blocks", least=1, flag="-r --rank")
+    lora_alpha: float | None = option(None, "numerator of lora's scaling; stays as it is where -r changes", flag="--alpha")
+    lora_dropout: float | None = option(None, "of the adapter's input", least=0, below=1, flag="--dropout", metavar="P")
+    target_modules: list[str] | None = option(None, "modules to adapt: ends of paths, or all-linear", flag="--target")
+    exclude_modules: list[str] | None = option(None, "modules that are left out", flag="--exclude")
+    layers_to_transform: list[int] | None = option(None, "only these layers, of the modules of --target", flag="--layers")
+    modules_to_save: list[str] | None = option(None, "modules trained whole beside it, as copies")
+    num_virtual_tokens: int | None = option(None, "of prompt, prefix, p-tuning", least=1, flag="--virtual-tokens")
+    prefix_projection: bool | None = option(None, "prefix: whether an MLP computes it in training", flag="--projection")
+    encoder_hidden_size: int | None = option(None, "width of the MLP of prefix, p-tuning", least=1, flag="--hidden-size")
     placement: str | None = option(None, "of a bottleneck: houlsby, pfeiffer or parallel", metavar="NAME")
-    bottleneck: int | None = option(None, "width of a bottleneck, or", least=1)
-    reduction: float | None = option(None, "how many times narrower it is", above=0)
+    bottleneck_size: int | None = option(None, "width of a bottleneck, or", least=1, flag="--bottleneck")
+    reduction_factor: float | None = option(None, "how many times narrower it is", above=0, flag="--reduction")
     set: list[str] | None = option(
         None, "any other option, by PEFT's name, its value as JSON: use_rslora=true; target_modules=null: PEFT's usual",
         metavar="FIELD=VALUE",
     )  # fmt: skip
 
 
-# The configuration's fields that an option sets, the first that the method has; where it is not listed, that of its name.
-SETS = {
-    "rank": ("r", "target_r"), "alpha": ("lora_alpha", "alpha"), "dropout": ("lora_dropout", "vera_dropout"),
-    "target": ("target_modules",), "exclude": ("exclude_modules",), "layers": ("layers_to_transform",),
-    "virtual_tokens": ("num_virtual_tokens",), "projection": ("prefix_projection",),
-    "hidden_size": ("encoder_hidden_size",), "bottleneck": ("bottleneck_size",), "reduction": ("reduction_factor",),
-}  # fmt: skip
+ALSO = {"r": "target_r", "lora_alpha": "alpha", "lora_dropout": "vera_dropout"}  # what other methods call it
+FLAGS = {  # field -> its flag
+    f.name: (f.metadata["flag"] or f"--{f.name.replace('_', '-')}").split()[-1] for f in dataclasses.fields(MethodOptions)
+}
 
 
 def add_method(parser: Parser, *more: str) -> None:
@@ -61,9 +56,9 @@ def add_method(parser: Parser, *more: str) -> None:
 
 
 def add_method_options(parser: Parser, cls: type = MethodOptions) -> None:
-    """The options of methods; in the result their names begin with method_."""
+    """The options of methods, and --adapter-config."""
     group = "the method (options that are not given are its usual ones)"
-    parser.options(cls, group=group, prefix="method_")
+    parser.options(cls, group=group)
     parser.options(Common, "adapter_config", group=group)
 
 
@@ -71,11 +66,6 @@ def add_model_name(parser: Parser) -> None:
     """MODEL: a table of shapes."""
     what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
     parser.add_argument("model", metavar="MODEL", help=what)
-
-
-def flag(name: str) -> str:
-    """--virtual-tokens"""
-    return f"--{name.replace('_', '-')}"
 
 
 def architecture_of(model: str, num_labels: int | None = None) -> accounting.Architecture:
@@ -92,8 +82,7 @@ def architecture_of(model: str, num_labels: int | None = None) -> accounting.Arc
 
 def given_options(args: Arguments) -> dict[str, Any]:
     """{name in MethodOptions: value} of the method's options that the command line has."""
-    values = {f.name: getattr(args, f"method_{f.name}") for f in dataclasses.fields(MethodOptions)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: getattr(args, name) for name in FLAGS if name in args.given}
 
 
 def method_of(args: Arguments) -> tuple[str, Method]:
@@ -110,9 +99,9 @@ def method_named(name: str | None, adapter_config: str | None, options: Mapping[
     if adapter_config is None:
         name = name or "full"
         return name, methods_of([name], options)[name]
-    extra = next(iter(options), "method" if name not in (None, "qlora") else None)
+    extra = next((FLAGS[name] for name in options), None if name in (None, "qlora") else "--method")
     if extra:
-        raise ValueError(f"--adapter-config says everything about the method; leave {flag(extra)} out")
+        raise ValueError(f"--adapter-config says everything about the method; leave {extra} out")
     method = dataclasses.replace(_of_file(adapter_config), quantized=name == "qlora")
     return name or method.label, method
 
@@ -122,25 +111,25 @@ def methods_of(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, Me
     methods = {name: METHODS.get(name) or Method(name, name) for name in names}
     fields = {name: _fields(method) for name, method in methods.items()}
     changes: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for option_, sets, value in _assignments(options):
-        having = {name: found for name in methods if (found := next((f for f in sets if f in fields[name]), None))}
+    for flag, field, value in _assignments(options):
+        having = {name: found for name in methods for found in (ALSO.get(field), field) if found in fields[name]}
         if not having:
-            raise _unknown(option_, sets[0], fields)
+            raise _unknown(flag, field, fields)
         for name, found in having.items():
             if found in changes[name]:
                 raise ValueError(f"{found} is given twice, as {changes[name][found]!r} and as {value!r}: give it once")
             changes[name][found] = value
     for name, method in methods.items():
-        methods[name] = method.with_options(**_settled(changes[name], fields[name], "rank" in options))
+        methods[name] = method.with_options(**_settled(changes[name], fields[name], "r" in options))
         methods[name].config()  # checks the values
     return methods
 
 
-def _assignments(options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """(option of the command line; the fields, of which the first that a method has is meant; value) of each."""
+def _assignments(options: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(flag, field, value) of each option of the command line."""
     for name, value in options.items():
         if name != "set":
-            yield name, SETS.get(name, (name,)), "all-linear" if value == ["all-linear"] else value
+            yield FLAGS[name], name, "all-linear" if value == ["all-linear"] else value
             continue
         for text in value:
             field, equals, word = text.partition("=")
@@ -148,7 +137,7 @@ def _assignments(options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, .
                 raise ValueError(f"--set takes FIELD=VALUE, not {text!r}")
             with suppress(json.JSONDecodeError):  # else it is a bare word
                 word = json.loads(word)
-            yield name, (field,), word
+            yield "--set", field, word
 
 
 def _settled(changes: dict[str, Any], fields: set[str], ranked: bool) -> dict[str, Any]:
@@ -177,19 +166,18 @@ def _fields(method: Method) -> set[str]:
     return {field.name for field in dataclasses.fields(config)} - {*without}
 
 
-def _unknown(option: str, field: str, fields: dict[str, set[str]]) -> ValueError:
+def _unknown(flag: str, field: str, fields: dict[str, set[str]]) -> ValueError:
     """The error for an option that none of the methods has, of which `fields` holds the options."""
     known = {name for names in fields.values() for name in names}
     *others, last = fields
     has = f"none of {', '.join(others)} and {last} has" if others else f"--method {last} has no"
-    what = repr(field) if option == "set" else flag(option)
+    what = repr(field) if flag == "--set" else flag
     if not known:
         return ValueError(f"{has} options, so {what} means nothing there")
     has += " an option" if others else " option"
-    if option == "set":
+    if flag == "--set":
         return ValueError(f"--set: {has} {what}{nearest(field, known)}")
-    options = (field.name for field in dataclasses.fields(MethodOptions))
-    mine = [flag(name) for name in options if known & {*SETS.get(name, (name,))}]
+    mine = [flag for name, flag in FLAGS.items() if known & {name, ALSO.get(name)}]
     return ValueError(f"{has} {what}; there are {', '.join(mine)} and --set")
 
 

@@ -49,17 +49,10 @@ class OnlineOptions:
 
     reward: str | None = option(None, "a reward model's directory (default: VADER's sentiment)", metavar="DIR")
     reward_function: str | None = option(None, "or a function of prompts and completions", metavar="MODULE:NAME")
-    prompts: str | None = option(
-        None, "a .jsonl or .txt file (default: openings of the shipped novels)", metavar="FILE"
-    )
+    prompts: str | None = option(None, "a .jsonl or .txt file; None: openings of the shipped novels", metavar="FILE")
     algorithm: str = option("ppo", "what improves the policy", choices=("ppo", "rloo", "grpo"))
-    missing_eos: str = option(
-        "ignore", "an answer that no stop token ended scores -1, or 1 less, or as it does", choices=MISSING_EOS
-    )
-    best_of: int | None = option(
-        None, f"also sample the best of N answers to {BASELINE} held-out prompts at most, at the start: the baseline",
-        least=2,
-    )  # fmt: skip
+    missing_eos: str = option("ignore", "an answer without its end scores -1, 1 less, as it does", choices=MISSING_EOS)
+    best_of: int | None = option(None, f"also the best of N answers, at the start, to {BASELINE} held-out prompts", least=2)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -16,7 +16,7 @@ from ..peft.methods import Method
 from . import runs
 from .arguments import Arguments, Common, Parser
 from .data import split_off
-from .method_options import add_method, given_options, method_of
+from .method_options import FLAGS, add_method, method_of
 from .models import load_model, usual_template
 
 OPENING = 4  # words of a sentence that a generated pair continues
@@ -26,9 +26,7 @@ OPENING = 4  # words of a sentence that a generated pair continues
 class PairOptions:
     """Where preference pairs come from, beside the file that holds them."""
 
-    human: str | None = option(
-        None, "pairs by people's ratings, from vaderSentiment-3.3.2.tar.gz", metavar="FILE"
-    )
+    human: str | None = option(None, "pairs by people's ratings, of vaderSentiment-3.3.2.tar.gz", metavar="FILE")
     validation: float = option(0.1, "share of pairs held out", least=0, below=1, metavar="FRACTION")
     max_length: int | None = option(None, "tokens of an example of a file (default: the model's)", least=1)
     pairs: int = option(2000, "pairs to generate, or to take from --human", least=1)
@@ -72,8 +70,7 @@ def load_trained(args: Arguments) -> tuple[str, Method | None, Any, Any]:
     if args.adapter is None:
         name, method = method_of(args)
         return name, method, *load_model(args, method.quantized)
-    new = ("method", "adapter_config", *(f"method_{name}" for name in given_options(args)))
-    args.refuse(new, "with --adapter, which is trained further as it is")
+    args.refuse(("method", "adapter_config", *FLAGS), "with --adapter, which is trained further as it is")
     return "adapter", None, *load_model(args, is_trainable=True)
 
 

@@ -108,15 +108,16 @@ def save(
 
 
 def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
-    """<command>.json in the output directory: all options by their flags, and the results.
+    """<command>.json in the output directory: all options that have a value, by their flags, and the results.
 
     An option's value is the one in `found`, in one of the configurations, or as given.
     """
-    options = {name: value for name, value in vars(args).items() if value is not None or not name.startswith("method_")}
+    options = dict(vars(args))
     for config in (*map(vars, configs), found):
         options |= config
     hidden = ("debug", "resume", "overwrite")
-    named = {flag: options[name] for name, flag in args.flags.items() if name in options and name not in hidden}
+    named = {flag: options.get(name) for name, flag in args.flags.items() if name not in hidden}
+    named = {flag: value for flag, value in named.items() if value is not None}
     mp.files.write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
 
 

@@ -39,16 +39,14 @@ PER_TEST = 24  # records of a task in each of the tests
 class InstructionOptions:
     """Which of the shipped instructions are learned."""
 
-    tasks: list[str] | None = option(
-        None, "of the shipped instructions only these: rewrite, define, use, ...", metavar="NAME"
-    )
+    tasks: list[str] | None = option(None, "of the shipped instructions only these: rewrite, define, use, ...")
     per_task: int = option(500, "at most N records of each of them", least=1)
 
 
 def add_arguments(parser: Parser) -> None:
     parser.options(Common, "data", data="a .jsonl or .txt file to learn from (default: the shipped instructions)")
     parser.options(InstructionOptions)
-    finetune.add_training_arguments(parser, longest=512)
+    finetune.add_training_arguments(parser, max_length=512)
 
 
 def run(args: Arguments) -> None:

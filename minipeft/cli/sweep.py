@@ -47,18 +47,14 @@ LOSS = "validation_loss"
 class SweptMethodOptions(MethodOptions):
     """The options of the method, of which the rank may have several values."""
 
-    rank: list[int] | None = option(
-        None, "ranks; adalora's at the end, from 1.5 N; oft: number of a layer's blocks", least=1, flag="-r --rank"
-    )
+    r: list[int] | None = option(None, "ranks; adalora's at the end, oft's number of blocks", least=1, flag="-r --rank")
 
 
 @configuration(kw_only=True)
 class GridOptions:
     """What is combined with the ranks."""
 
-    lr: list[float] | None = option(
-        None, "peak learning rates (default: 1/3, 1 and 3 times the method's)", above=0, metavar="RATE"
-    )
+    lr: list[float] | None = option(None, "peak rates; None: 1/3, 1, 3 times the method's", above=0, metavar="RATE")
     seeds: int = option(3, "runs of each, seeds 0 to N - 1", least=1)
 
 
@@ -80,7 +76,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Arguments) -> int:
     args.only_one("task", "data")
     task, options, output = from_arguments(TaskOptions, args), given_options(args), runs.directory("--output", args.output)
-    ranks, name = options.pop("rank", [None]), args.method or (None if args.adapter_config else "lora")
+    ranks, name = options.pop("r", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
     for r in ranks:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
@@ -186,7 +182,7 @@ def examples(task: TaskOptions, model: str | None, backend: str | None, method: 
 
 def chosen(method: str | None, adapter_config: str | None, options: dict[str, Any], r: int | None) -> Any:
     """The method with its options, at rank r unless it is None. Raises as `method_named`."""
-    return method_named(method, adapter_config, options | ({} if r is None else {"rank": r}))[1]
+    return method_named(method, adapter_config, options | ({} if r is None else {"r": r}))[1]
 
 
 def version_of(*paths: str | None) -> str:
