@@ -40,8 +40,8 @@ def option(
 ) -> Any:
     """A dataclass field: `default` (lists, dicts are copied) or REQUIRED, one line of `help`, and the range
     least <= value <= most or above < value < below, or the `choices`, as they are when a value is checked. None is
-    allowed where the annotation says so. `flag` (or several, "-r --rank") and `metavar` are the command line's; by default
-    --name-of-the-field, and the kind of value.
+    allowed where the annotation says so. `flag` (or several, "-r --rank") and `metavar` are the command line's; by
+    default --name-of-the-field, and the kind of value.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     metadata = {"help": help, "choices": choices, "flag": flag, "metavar": metavar}
@@ -108,7 +108,7 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
         if numpy and isinstance(value, numpy.generic):
             value = value.item()
             object.__setattr__(config, field.name, value)
-        if not _fits(value, _hints(type(config))[field.name]) or not _within(value, field.metadata):
+        if not _fits(value, _hints(type(config))[field.name]) or not (value is None or _within(value, field.metadata)):
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
 
 
@@ -117,15 +117,15 @@ def add_options(
 ) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
-    `defaults` are a command's own; None stands for "the command finds it out", and the help says how: "; None: so" at its
-    end is shown as the default. `helps` replaces the help of a field in this command. A flag that takes several
+    `defaults` are a command's own; None stands for "the command finds it out", and the help says how: "; None: so" at
+    its end is shown as the default. `helps` replaces the help of a field in this command. A flag that takes several
     values may be given again.
     """
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
         field = fields[name]
         kinds = [kind for kind in _kinds(_hints(cls)[name]) if kind is not NoneType]
-        flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
+        flags = flags_of(field)
         text, none, usual = helps.get(name, field.metadata["help"]).replace("%", "%%").partition("; None: ")
         text += f" (default: {usual})" if none else ""
         default = defaults.get(name, _default(field))
@@ -154,8 +154,14 @@ def add_options(
         if not choices or field.metadata["metavar"]:
             usual = {int: "N", float: "X"}.get(inner, "NAME" if "nargs" in common else "TEXT")
             common["metavar"] = field.metadata["metavar"] or usual
-        shown = text if default is None or default is False or default is REQUIRED else f"{text} (default: {_shown(default)})"
-        parser.add_argument(*flags, type=reader(inner, field.metadata), help=shown, **common)
+        if not (default is None or default is False or default is REQUIRED):
+            text += f" (default: {_shown(default)})"
+        parser.add_argument(*flags, type=reader(inner, field.metadata), help=text, **common)
+
+
+def flags_of(field: dataclasses.Field) -> list[str]:
+    """What the command line calls an option: ["-r", "--rank"]."""
+    return (field.metadata["flag"] or f"--{field.name.replace('_', '-')}").split()
 
 
 def from_arguments(cls: type, given: argparse.Namespace | Mapping[str, Any], **fixed: Any) -> Any:

@@ -161,9 +161,9 @@ LIMITS = {
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
-        FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads; MethodOptions: r num_virtual_tokens
-        encoder_hidden_size bottleneck_size; CountOptions: num_labels; StepOptions: batch seq generate ppo mini_batch; ComparisonOptions: seeds;
-        GridOptions: seeds; SweptMethodOptions: r; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads num_labels; MethodOptions: r num_virtual_tokens
+        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; ComparisonOptions: seeds;
+        GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
@@ -225,7 +225,7 @@ def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, opt
     cls = next(c for c in (CLASSES[name], *CLASSES[name].__subclasses__()) if not inspect.isabstract(c))
     needed = {k: v for k, v in REQUIRED.items() if k in cls.__dataclass_fields__}
     for field, value in itertools.product(options, just_outside(limit)):
-        several = field in ("stop_token_ids", "methods", "lr") or (name, field) == ("SweptMethodOptions", "r")
+        several = field in ("stop_token_ids", "methods", "lr") or (name, field) == ("GridOptions", "r")
         given = {"q": value} if field == "rank_pattern" else [value] if several else value
         with pytest.raises(ValueError, match=rf"^{field} must be .*{limit}(, or None)?, got {re.escape(repr(given))}"):
             cls(**needed | {field: given})

@@ -71,8 +71,8 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     show = ("generate", "--model", "base", "--adapter", "tuned", "--prompt", "1 and", "--max-new-tokens", 3)
     assert run("--plugin", plugin, *show) == 0
     compare = ("compare", "--model", "base", "--methods", "lora", "my-loha", "--reduced", "--steps", 2, "--output", "out")
-    status, out, _ = output(capsys, *compare, f"--plugin={plugin}")
-    assert status == 0 and "my LoHa r=4" in out
+    status, out, err = output(capsys, *compare, f"--plugin={plugin}")
+    assert status == 0 and "my LoHa r=4" in out, err
     rows = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
     assert rows[2]["method"] == "my-loha" and rows[2]["storage"] > 0
 

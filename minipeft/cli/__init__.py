@@ -1,11 +1,21 @@
-"""The command line: `minipeft COMMAND ...`, also `python -m minipeft COMMAND ...`. One file per command.
+"""Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> exit status` (None for 0); its docstring is its help, of which the
-first line stands in the list of all. Only the module of the chosen command is imported, so that the list appears at once.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons, audit), or a run of a sweep; 2 an error,
+in one line on standard error; 130 interrupted.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons), or a run of a sweep; 2 an error, in one
-line on standard error; 130 interrupted.
+examples:
+  minipeft compare                                   every method on the shipped base, side by side
+  minipeft finetune --data my.jsonl --output tuned   one run on your own file
+  minipeft generate --model tuned --prompt "Once"    text from any saved model
+  minipeft evaluate --data test.jsonl --model tuned  its scores on data of yours
+  minipeft memory llama-7b --method qlora --seq 512  what a method needs, and the GPUs it fits on
+  minipeft COMMAND --help                            all options of a command, with examples
+  minipeft --plugin mine compare                     with the methods of your own that mine.py registers
 """
+
+# The command line, also `python -m minipeft COMMAND ...`. One file per command: a module with `add_arguments(parser)`
+# and `run(args) -> exit status` (None for 0); its docstring is its help, as the one above is, and the first line stands
+# in the list of all. Only the module of the chosen command is imported, so that the list appears at once.
 
 from __future__ import annotations
 
@@ -19,27 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from .arguments import Arguments, Parser, nearest, use_machine
+from .arguments import Arguments, Parser, nearest, unknown, use_machine
 from .foreign import take_plugins
 
 COMMANDS = (
     "compare", "finetune", "sweep", "evaluate", "generate", "merge", "sft", "reward", "ppo", "dpo",
     "count", "memory", "audit", "gradcheck", "lessons",
 )  # fmt: skip
-PLUGIN = "import a module, found from the working directory, that registers methods of your own; may be repeated"
-DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
-EXAMPLES = """\
-examples:
-  minipeft compare                                   every method on the shipped base, side by side
-  minipeft finetune --data my.jsonl --output tuned   one run on your own file
-  minipeft generate --model tuned --prompt "Once"    text from any saved model
-  minipeft evaluate --data test.jsonl --model tuned  its scores on data of yours
-  minipeft memory llama-7b --method qlora --seq 512  what a method needs, and the GPUs it fits on
-  minipeft COMMAND --help                            all options of a command, with examples
-  minipeft --plugin mine compare                     with the methods of your own that mine.py registers
-"""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -91,35 +87,35 @@ def describe(error: Exception) -> str:
 
 
 def _parse(argv: list[str]) -> Arguments:
-    usage = "minipeft COMMAND [options]"
-    parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
-    _add_general(parser)
-    commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
-    parsers = {c: commands.add_parser(c, help=_summary(c)) for c in COMMANDS}
     argv = take_plugins(argv)  # before a command lists the methods
-    chosen = next((word for word in argv if not word.startswith("-")), None)
-    known, defaults = parsers.get(chosen, parser), {}
-    if chosen in COMMANDS:
-        module = importlib.import_module(f"{__name__}.{chosen}")
-        known.description, heading, examples = module.__doc__.partition("\nexamples:\n")
-        known.epilog = heading + examples
-        module.add_arguments(known)
-        _add_general(known)
-        defaults = known.take_defaults() | {"run": module.run, "flags": known.flags()}
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        what = "option" if unknown[0].startswith("-") else "argument"
-        known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known._option_string_actions)}")
-    if args.command is None:
+    command = next((word for word in argv if not word.startswith("-")), "")
+    parser = Parser(prog=f"minipeft {command}".strip())
+    if command and command not in COMMANDS:
+        Parser(prog="minipeft").error(unknown("command", command, COMMANDS))
+    module = importlib.import_module(f"{__name__}.{command}".strip("."))
+    parser.description, heading, examples = module.__doc__.partition("\nexamples:\n")
+    parser.epilog = heading + examples
+    if command:
+        argv.remove(command)
+        module.add_arguments(parser)
+    else:
+        parser.usage = "minipeft COMMAND [options]"
+        parser.description += "\ncommands:\n" + "\n".join(f"  {name:10} {_summary(name)}" for name in COMMANDS)
+    parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    plugin = "import a module, found from the working directory, that registers methods of your own; may be repeated"
+    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=plugin)
+    defaults = parser.take_defaults()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        what = "option" if rest[0].startswith("-") else "argument"
+        near = nearest(rest[0].partition("=")[0], parser._option_string_actions)
+        parser.error(f"unknown {what} {rest[0]!r}{near}")
+    if not command:
         parser.print_help()
         raise SystemExit(0)
-    return Arguments(**{**defaults, **vars(args)}, given={*vars(args)})
-
-
-def _add_general(parser: Parser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
-    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
+    given = vars(args)
+    return Arguments(**defaults | given, command=command, run=module.run, flags=parser.flags(), given={*given})
 
 
 def _summary(command: str) -> str:

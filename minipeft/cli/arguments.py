@@ -1,4 +1,4 @@
-"""What the commands' options share: usage errors in one line that name the nearest right word, and options of several."""
+"""What the commands share: usage errors in one line that name the nearest right word, and options of several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..options import REQUIRED, add_options, configuration, option
 
 
 class Arguments(argparse.Namespace):
-    """A command line: the value of each option by its name. `given` are those that stand there, `flags` their names there."""
+    """The value of each option by its name. `given` are those on the command line, `flags` their names there."""
 
     given: set[str]
     flags: dict[str, str]
@@ -64,14 +64,20 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            what = f"value of {action.option_strings[-1]}" if action.option_strings else "command"
-            raise argparse.ArgumentError(None, unknown(what, value, action.choices))
+            raise argparse.ArgumentError(None, unknown(f"value of {action.option_strings[-1]}", value, action.choices))
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
     """`unknown command 'comparre'; did you mean compare? (known: compare, finetune, ...)`"""
     known = list(known)
     return f"unknown {what} {value!r}{nearest(str(value), known)} (known: {', '.join(known)})"
+
+
+def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError for the first of the names that is unknown."""
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown(what, name, known))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -92,12 +98,11 @@ class Common:
     template: str | None = option(
         None, "plain, alpaca, chatml, chat or a text with {prompt} (default: as in training)", metavar="NAME|TEXT"
     )
+    num_labels: int | None = option(None, "with a classifier's head of N classes", least=1)
     output: str = option(REQUIRED, "where to write; must be new or empty", metavar="DIR")
     json: bool = option(False, "print one JSON object")
     threads: int | None = option(None, "CPU threads; None: MINIPEFT_THREADS, else every core", least=1)
-    backend: str | None = option(
-        None, "library; cupy needs a GPU and the extra 'gpu'; None: MINIPEFT_BACKEND, else numpy", choices=(None, "numpy", "cupy")
-    )
+    backend: str | None = option(None, "cupy: on a GPU; None: MINIPEFT_BACKEND, numpy", choices=("numpy", "cupy"))
 
 
 def add_machine(parser: Parser) -> None:

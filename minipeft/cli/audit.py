@@ -1,7 +1,7 @@
 """Recompute the literature's counts and memory figures.
 
-297 parameter counts and memory figures of papers and repositories are shipped with this package. Each is computed again,
-from the shapes of the model and the options of the method. A verdict is
+297 parameter counts and memory figures of papers and repositories are shipped with this package. Each is computed
+again, from the shapes of the model and the options of the method. A verdict is
     reproduces     within the row's tolerance
     differs        outside of it; the likely reason is shown
     not covered    the method, the model or the quantity is not of this package, or it was measured and not derived
@@ -51,7 +51,7 @@ import minipeft as mp
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import print_json
 
-NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
+PUBLISHED = 38  # where the published number ends
 
 
 def add_arguments(parser: Parser) -> None:
@@ -103,7 +103,7 @@ def table(findings: Sequence[mp.accounting.published.AuditedRow], width: int) ->
             yield ""
             yield from textwrap.wrap(source, width)
         label, printed = f"  {row['id']}", grouped(row["published_value"])
-        if len(label) + len(printed) >= NUMBERS[0]:
+        if len(label) + len(printed) >= PUBLISHED:
             yield label
             label = ""
         mark = ("*" if finding.solved and finding.computed is not None else "") + "!" * (finding.expected is False)
@@ -115,8 +115,7 @@ def table(findings: Sequence[mp.accounting.published.AuditedRow], width: int) ->
 
 
 def _line(label: str, published: str, computed: str, unit: str, verdict: str) -> str:
-    first, second, third = NUMBERS
-    return f"{label}{published:>{first - len(label)}}{computed:>{second}} {unit:<{third - 1}}{verdict}".rstrip()
+    return f"{label}{published:>{PUBLISHED - len(label)}}{computed:>15} {unit:<12}{verdict}".rstrip()  # of 80 columns
 
 
 def readable(value: float, published: str) -> str:

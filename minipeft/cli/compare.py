@@ -53,10 +53,7 @@ VARYING = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what
 class ComparisonOptions:
     """What is compared, and where it is written."""
 
-    methods: list[str] | None = option(
-        None, f"any of {', '.join(METHODS)} (default: all that the model can take); the frozen base is always shown",
-        choices=(None, *METHODS), metavar="NAME",
-    )  # fmt: skip
+    methods: list[str] | None = option(None, "beside the frozen base", choices=METHODS, metavar="NAME")
     output: str | None = option(None, f"default: ./{OUTPUT}, or where the report is", metavar="DIR")
     report: str | None = option(None, "write DIR/index.html, one page with the table and its plots", metavar="DIR")
     seeds: int | None = option(None, "runs of each method, from --seed on (default: 1; a report: 3)", least=1)
@@ -66,7 +63,7 @@ class ComparisonOptions:
 def add_arguments(parser: Parser) -> None:
     parser.options(TaskOptions)
     parser.options(Common, "model")
-    parser.options(ComparisonOptions)
+    parser.options(ComparisonOptions, methods=f"any of {', '.join(METHODS)}; None: all that the model can take")
     add_method_options(parser)
     parser.options(
         Settings, "steps", "batch_size", "learning_rate", "seed", group="training",
@@ -92,22 +89,21 @@ def run(args: Arguments) -> None:
     methods = {key: method for key, method in wanted.items() if key not in left_out}
     if args.methods and left_out:
         raise ValueError("; ".join(f"--methods {key}: {why}" for key, why in left_out.items()))
-    virtual = max((method.virtual_tokens for method in methods.values()), default=0)  # all methods see the same examples
+    virtual = max((method.virtual_tokens for method in methods.values()), default=0)  # all see the same examples
     max_length = longest(base, virtual)
     general = mp.experiments.shipped.general_blocks(tokenizer, max_length, blocks)
     seeds = range(settings.seed, settings.seed + (args.seeds or (3 if report and not reduced else 1)))
     n = settings.steps * settings.batch_size
-    found = [task.examples(seed, tokenizer, max_length, n, held_out) for seed in seeds]
+    found = [task.examples(seed, tokenizer, max_length, n, held_out, "test") for seed in seeds]
     data, pad = found[0], tokenizer.pad_token_id or 0
     TaskData = mp.experiments.run.TaskData
     tasks = {seed: TaskData(of.train, data.held_out, general, [], pad) for seed, of in zip(seeds, found)}
-    name = args.data or f"the task {args.task or 'rewrite'}"
+    name = args.data or f"the task {args.task}"
     runs.note(
         f"{name}: {len(data.train):,} examples to learn from, {len(data.held_out):,} held out; "
         f"{settings.steps} steps of {settings.batch_size}; {len(general)} held-out blocks of general text"
     )
-    if data.note:
-        runs.note(data.note)
+    runs.note(data.note)
 
     output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
@@ -134,8 +130,8 @@ def run(args: Arguments) -> None:
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
     room = base.config.max_position_embeddings - virtual
-    samples = sampled({rows[0]["title"]: base, best["title"]: tuned}, tokenizer, data, 2, room)
-    show_samples(out, samples)
+    samples = sampled({rows[0]["title"]: base, best["title"]: tuned}, tokenizer, data, 2, room, None)
+    show_samples(samples)
     saved = [output / "compare.png", output / "compare.json"]
     if report:
         from .page import write_page
@@ -152,8 +148,8 @@ def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:
     return {
         "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "storage": 0,
         "parameters": mp.experiments.costs.count(base)[1], **measured(None, base, base, task, batch_size),
-        "seconds_per_step": None,
-        "task_loss": task_loss, "general_loss": general_loss, "forgotten": 0.0, "curve": [], "held_out_curve": [],
+        "task_loss": task_loss, "general_loss": general_loss, "forgotten": 0.0, "seconds_per_step": None,
+        "curve": [], "held_out_curve": [],
     }  # fmt: skip
 
 
@@ -173,11 +169,10 @@ def train(
             raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         models = models or [trained]
         found.append(run | {"seed": seed, "forgotten": run["general_loss"] - start})
-    first = tasks[settings.seed]
     row = {
         "method": key, "title": method.title, "learning_rate": run["rate"],
         **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},
-        **measured(method, base, models[0], first, settings.batch_size),
+        **measured(method, base, models[0], tasks[settings.seed], settings.batch_size),
         **{name: statistics.mean(run[name] for run in found) for name in VARYING},
         "seeds": [{name: run[name] for name in ("seed", *VARYING)} for run in found],
     }  # fmt: skip

@@ -3,8 +3,8 @@
 trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
 once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
 
-The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are usual
-in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
+The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are
+usual in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
 
 examples:
   minipeft count gpt3 --method lora -r 8
@@ -27,30 +27,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import accounting
-from ..options import configuration, option
-from .arguments import Arguments, Common, Parser
+from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
-from .method_options import add_method, add_model_name, architecture_of, method_of
+from .method_options import add_shapes, architecture_of, method_of
 
 SHOWN = 24  # rows of the table, the rest is one row
 
 
-@configuration(kw_only=True)
-class CountOptions:
-    """What is counted, beside the model and the method."""
-
-    num_labels: int | None = option(None, "count with a classifier's head of N classes", least=1)
-
-
 def add_arguments(parser: Parser) -> None:
-    add_model_name(parser)
-    add_method(parser, "frozen")
-    parser.options(CountOptions)
-    parser.options(Common, "json")
+    add_shapes(parser)
 
 
 def run(args: Arguments) -> None:
-    arch = architecture_of(args.model, args.num_labels)
+    arch = architecture_of(args)
     name, method = method_of(args)
     config = method.config()
     count, trained = accounting.count_parameters(arch, config), accounting.parameters.trained_parameters(arch, config)

@@ -24,10 +24,10 @@ class Data(NamedTuple):
 class TaskOptions:
     """What is learned: a shipped task, or the user's file."""
 
-    task: str | None = option(None, "the shipped task (default: rewrite)", choices=(None, "rewrite", "define", "use"))
-    data: str | None = option(None, "your own .jsonl or .txt file; a tenth of it, 96 at most, is held out", metavar="FILE")
+    task: str = option("rewrite", "the shipped task", choices=("rewrite", "define", "use"))
+    data: str | None = option(None, "or your .jsonl or .txt file; a tenth, 96 at most, is held out", metavar="FILE")
 
-    def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str = "test") -> Data:
+    def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str) -> Data:
         """The examples: of the user's file, or `n` of a shipped task, chosen by the seed.
 
         The held-out ones do not depend on the seed: those of `split`, evenly spaced. Of a shipped task all are short
@@ -39,16 +39,22 @@ class TaskOptions:
         if self.data:
             data = encode(read_records(self.data), 0.1, tokenizer, max_length, on_overflow="drop")
             return data._replace(held_out=shipped.spaced(data.held_out, held_out))
-        records, test = (shipped.short(self.task or "rewrite", name) for name in ("train", split))
+        records, test = (shipped.short(self.task, name) for name in ("train", split))
         chosen = [records[i] for i in np.random.default_rng(seed).permutation(len(records))[:n]]
         return encode(chosen, shipped.spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
 
 
-def longest(base: Any, virtual_tokens: int, wanted: int = 256) -> int:
-    """Tokens of an example: `wanted`, or what the virtual tokens leave of the model's positions. ValueError for none."""
+def longest(base: Any, virtual_tokens: int = 0, wanted: int = 256, insisted: bool = False) -> int:
+    """Tokens of an example: `wanted`, or what the virtual tokens leave of the model's positions.
+
+    Raises ValueError where they leave none, and where more is wanted as --max-length, `insisted`.
+    """
     positions = base.config.max_position_embeddings
     if positions <= virtual_tokens:
         raise ValueError(f"{virtual_tokens} virtual tokens take all of the model's {positions} positions")
+    if insisted and wanted > positions - virtual_tokens:
+        taken = f", of which {virtual_tokens} are for virtual tokens" if virtual_tokens else ""
+        raise ValueError(f"--max-length {wanted} is more than the {positions} positions of the model{taken}")
     return min(wanted, positions - virtual_tokens)
 
 
@@ -57,8 +63,7 @@ def read_records(path: str) -> list[mp.text.datasets.Record]:
     datasets = mp.text.datasets
     records = datasets.read_dataset(path)
     if isinstance(records[0], (datasets.Preference, datasets.UnpairedPreference)):
-        reason = "preferences are not something to imitate; this command takes other forms"
-        raise datasets.DatasetError(path, None, reason)
+        raise datasets.DatasetError(path, None, "preferences are not something to imitate; give another form")
     return records
 
 
@@ -91,8 +96,7 @@ def encode(
     if isinstance(held_out, float) and len(train) == 1 and isinstance(train[0], mp.text.datasets.Document):
         blocks = encode_examples(train, tokenizer, max_length).examples
         if held_out and len(blocks) < 2:
-            why = f"the text fills {len(blocks)} block of {max_length} tokens; to hold one out it takes two"
-            raise ValueError(f"{why}: give more text, or shorter blocks")
+            raise ValueError(f"to hold a block of {max_length} tokens out it takes two; the text has {len(blocks)}")
         cut = len(blocks) - (max(1, round(held_out * len(blocks))) if held_out else 0)
         return Data(blocks[:cut], blocks[cut:], [], "")
     if isinstance(held_out, float):
@@ -105,5 +109,4 @@ def encode(
         if found := [f"{n} {what}" for n, what in ((encoded.truncated, "cut"), (encoded.dropped, "left out")) if n]:
             notes.append(f"{' and '.join(found)} of {len(records)} {name} records")
         sides.append(encoded.examples)
-    note = f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else ""
-    return Data(sides[0], sides[1], list(held_out), note)
+    return Data(*sides, list(held_out), f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else "")

@@ -1,9 +1,9 @@
 """Train a model on preferences, directly: DPO and its kin.
 
 There is no reward model, and no sampling. The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...}
-lines, or --human, or generated pairs, as for `minipeft reward`. The reference is the model as it is at the start. --loss
-takes the losses that came after DPO's: ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it
-also takes lines of {"prompt": ..., "completion": ..., "label": true or false}.
+lines, or --human, or generated pairs, as for `minipeft reward`. The reference is the model as it is at the start.
+--loss takes the losses that came after DPO's: ipo, kto, orpo and simpo; the last two need no reference, and kto no
+pairs: it also takes lines of {"prompt": ..., "completion": ..., "label": true or false}.
 
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
@@ -20,8 +20,6 @@ examples:
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from .. import rlhf
 from ..options import from_arguments
@@ -44,13 +42,12 @@ def add_arguments(parser: Parser) -> None:
     add_trained(parser)
     add_pairs(parser)
     add_training(parser, learning_rate="peak learning rate; None: a tenth of the method's")
-    names = ("loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight")
-    parser.options(DPOConfig, *names, group="training")
+    parser.options(DPOConfig, "loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", group="training")
     runs.add_output(parser)
 
 
 def run(args: Arguments) -> None:
-    runs.check_output(args)
+    output = runs.check_output(args)
     check_pairs(args)
     loss = args.loss_type
     other = (name for name in ("gamma", "desirable_weight", "undesirable_weight") if name not in OPTIONS_OF_LOSS[loss])
@@ -70,7 +67,7 @@ def run(args: Arguments) -> None:
     result = runs.run_training(args, trainer)
     after = trainer.measure(judged)
 
-    rlhf.plot_preferences(result.history, Path(args.output) / "dpo.png")
+    rlhf.plot_preferences(result.history, output / "dpo.png")
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},

@@ -45,7 +45,6 @@ from .foreign import load_function
 from .models import load_model, usual_template
 
 GENERAL = "general-cloze"
-LABELS = {"exact_match": "exact match", "chrf": "chrF"}
 
 
 @configuration(kw_only=True)
@@ -60,9 +59,8 @@ class EvaluationOptions:
 
 
 def add_arguments(parser: Parser) -> None:
-    data = f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items"
-    names = ("data", "model", "adapter", "load_in_4bit", "template")
-    parser.options(Common, *names, defaults={"data": REQUIRED}, data=data)
+    data = {"data": f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items", "defaults": {"data": REQUIRED}}
+    parser.options(Common, "data", "model", "adapter", "load_in_4bit", "template", **data)
     parser.options(EvaluationOptions)
     parser.options(GenerationConfig, group="generation")
     add_machine(parser)
@@ -90,8 +88,7 @@ def run(args: Arguments) -> None:
         "records": len(found.details), "tokens": found.tokens, "chance": found.chance,
         "scores": {name: score._asdict() for name, score in found.scores.items()}, "details": found.details,
     }  # fmt: skip
-    if found.note:
-        runs.note(found.note)
+    runs.note(found.note)
     if args.json is True:
         return print_json(record)
     show(found, args.metric, "blocks" if isinstance(records[0], datasets.Document) else "records")
@@ -107,8 +104,7 @@ def show(found: Any, metric: str | None, units: str) -> None:
     beside = {"loss": f"nats per token, of {found.tokens:,} tokens{perplexity}"}
     print(f"{len(found.details):,} {units}")
     for name, (value, low, high) in found.scores.items():
-        label = metric if name == "metric" else LABELS.get(name, name)
         interval = "" if low is None else f"[{low:.4f}, {high:.4f}]"
-        print(f"{label:16} {value:9.4f}  {interval:18}  {beside.get(name, '')}".rstrip())
+        print(f"{metric if name == 'metric' else name:16} {value:9.4f}  {interval:18}  {beside.get(name, '')}".rstrip())
     if found.chance is not None:
         print(f"{'chance':16} {found.chance:9.4f}")

@@ -41,7 +41,6 @@ import minipeft as mp
 from ..options import REQUIRED, configuration, option
 from . import runs
 from .arguments import Arguments, Common, Parser
-from .bars import console
 from .data import encode, longest, read_records
 from .method_options import add_method, method_of
 from .models import chosen_template, load_model
@@ -55,10 +54,6 @@ class FinetuneOptions:
     """How records become examples to learn from and held-out ones, and what TrainingArguments do not say."""
 
     validation: str = option("0.1", "a held-out file, or the share to hold out, 0 for none", metavar="FILE|FRACTION")
-    template: str | None = option(
-        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\nA:"; None: by the '
-        "form of the records", metavar="NAME|TEXT",
-    )  # fmt: skip
     max_length: int = option(256, "tokens of an example, where the model takes as many", least=1)
     overflow: str = option("error", "what to do with longer records", choices=("error", "truncate", "drop"))
     gradient_checkpointing: bool | None = option(None, "less memory, more time; None: in large models")
@@ -73,16 +68,16 @@ def add_training_arguments(parser: Parser, **defaults: Any) -> None:
     """All options but --data; `defaults` of FinetuneOptions."""
     parser.options(Common, "model")
     add_method(parser)
+    template = "plain, alpaca, chatml, chat or a text with {prompt}; None: by the form of the records"
+    parser.options(Common, "template", group="data", template=template)
     parser.options(FinetuneOptions, group="data", defaults=defaults)
+    by_size = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     runs.add_training(
-        parser,
-        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio", "weight_decay",
-        "max_grad_norm", "eval_steps", "early_stopping_patience",
-        defaults={
-            "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
-            "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
-        },
+        parser, "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio",
+        "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience",
+        defaults=by_size | {"lr_scheduler_type": "cosine", "warmup_ratio": 0.05},
         per_device_train_batch_size="examples at a time; None: 8, in large models 2",
+        eval_steps="steps between evaluations; None: 1/5",
         gradient_accumulation_steps="batches a step; None: 1, in large models without --batch-size 4",
     )  # fmt: skip
     runs.add_output(parser)
@@ -102,12 +97,7 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     key, method = method_of(args)
     base, tokenizer = load_model(args, method.quantized)
     name, template = chosen_template(args.template, records[0], tokenizer)
-    positions = base.config.max_position_embeddings
-    limit = longest(base, method.virtual_tokens, positions)
-    if "max_length" in args.given and args.max_length > limit:
-        taken = f", of which --method {key} takes {method.virtual_tokens}" if method.virtual_tokens else ""
-        raise ValueError(f"--max-length {args.max_length} is more than the {positions} positions of the model{taken}")
-    max_length = min(args.max_length, limit)
+    max_length = longest(base, method.virtual_tokens, args.max_length, insisted="max_length" in args.given)
     data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
     if not data.held_out:
         args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
@@ -127,8 +117,7 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     trainer = mp.Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
     trainable, total = mp.experiments.costs.count(model)
     runs.announce(trainer, "examples", f"method {key}: {trainable:,} of {total:,} parameters; ")
-    if data.note:
-        runs.note(data.note)
+    runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
     result = runs.run_training(args, trainer)
@@ -152,7 +141,8 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
         print(f"    {what:16} before {before[what]:.4f}  after {after[what]:.4f}  ({len(sets[what])} examples)")
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
-    show_samples(console(), sampled({"before": base, "after": model}, tokenizer, data, 1, limit, template))
+    room = base.config.max_position_embeddings - method.virtual_tokens
+    show_samples(sampled({"before": base, "after": model}, tokenizer, data, 1, room, template))
     print(saved)
 
 

@@ -46,7 +46,7 @@ class PromptOptions:
     """What the model is asked, and how its answers are shown."""
 
     adapter: list[str] | None = option(None, "an adapter directory; or several, which all answer", metavar="DIR")
-    prompts: str | None = option(None, "a .txt file of prompts, one a line, or a .jsonl file of records", metavar="FILE")
+    prompts: str | None = option(None, "a .txt file of prompts, one a line, or a .jsonl of records", metavar="FILE")
     escapes: bool = option(False, r"read \n and \t in --prompt as line break and tab")
     chat: bool = option(False, "talk to the model: one message, or a conversation")
     system: str | None = option(None, "with --chat: a system message before it")
@@ -161,9 +161,7 @@ def print_pieces(pieces: Iterable[str]) -> str:
     return text
 
 
-def stream_text(
-    model: Any, tokenizer: Any, prompt: tuple[str, ...], config: GenerationConfig, ends: list[int]
-) -> Iterator[str]:
+def stream_text(model: Any, tokenizer: Any, prompt: Any, config: GenerationConfig, ends: list[int]) -> Iterator[str]:
     """The continuation of one prompt, in pieces of text as its tokens come; a character split over tokens waits."""
     ids, tokens, shown = tokenizer.encode_pieces(prompt, add_special_tokens=True), [], ""
     options = {"seed": config.seed, "eos_token_id": ends, **config.options()}

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from .arguments import Arguments, Parser, unknown
+import minipeft as mp
+
+from .arguments import Arguments, Parser, check_known
 from .bars import console, grid
 
 
@@ -33,18 +35,15 @@ def run(args: Arguments) -> int:
     from rich.text import Text
     from tqdm import tqdm
 
-    from ..autograd.cases import op_cases
-    from ..autograd.tensor import REGISTRY
+    from ..autograd import cases, tensor
     from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
 
     args.only_one("op", "models")
-    for name in args.op or ():
-        if name not in REGISTRY:
-            raise ValueError(unknown("op", name, REGISTRY))
-    cases, models = [] if args.models else op_cases(args.op), {} if args.op else small_models()
-    total = len(cases) + sum(len(model.parameters()) for model, _ in models.values())
+    check_known("op", args.op or (), tensor.REGISTRY)
+    ops, models = [] if args.models else cases.op_cases(args.op), {} if args.op else small_models()
+    total = len(ops) + sum(len(model.parameters()) for model, _ in models.values())
     found: dict[str, list[tuple[float, Exception | None]]] = defaultdict(list)
-    for name, deviation, error in tqdm(checked(cases, models), "checking", total, leave=False, disable=None):
+    for name, deviation, error in tqdm(checked(ops, models), "checking", total, leave=False, disable=None):
         found[name].append((deviation, error))
 
     table, failures = grid("op or model", "checks", "worst deviation", ""), []
@@ -61,15 +60,14 @@ def run(args: Arguments) -> int:
     return 1 if failures else 0
 
 
-def checked(cases: list[Any], models: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, float, Exception | None]]:
-    """(op or model, deviation, error) of each case, and of each parameter of the models."""
-    from ..autograd.cases import check_ops
-    from ..autograd.gradcheck import check_parameters
+def checked(ops: list[Any], models: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, float, Exception | None]]:
+    """(op or model, deviation, error) of each case of the ops, and of each parameter of the models."""
+    from ..autograd import cases, gradcheck
 
-    for case, deviation, error in check_ops(cases):
+    for case, deviation, error in cases.check_ops(ops):
         yield case.op, deviation, error
     for name, (model, call) in models.items():
-        for _, deviation, error in check_parameters(partial(call, model), dict(model.named_parameters())):
+        for _, deviation, error in gradcheck.check_parameters(partial(call, model), dict(model.named_parameters())):
             yield name, deviation, error
 
 
@@ -77,8 +75,7 @@ def small_models() -> dict[str, tuple[Any, Any]]:
     """name -> (model, how it is called): both dialects, with what changes the graph: heads, ties, masks, dropout."""
     import numpy as np
 
-    from ..nn.transformer import Transformer, TransformerConfig
-
+    Transformer, TransformerConfig = mp.Transformer, mp.TransformerConfig
     shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"initializer_range": 0.3, "max_position_embeddings": 8}
     gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)

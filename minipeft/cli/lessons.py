@@ -25,16 +25,14 @@ REDUCED = "MINIPEFT_REDUCED"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
-    reduced = f"fewer steps, claims that need all of them left out (sets {REDUCED}=1)"
-    parser.add_argument("--reduced", action="store_true", help=reduced)
+    parser.add_argument("--reduced", action="store_true", help=f"fewer steps, and fewer claims (sets {REDUCED}=1)")
 
 
 def run(args: Arguments) -> int:
     lessons, failed = find_lessons(), []
     if args.lesson is None:
-        for number, path in lessons.items():
-            print(f"{number:>3}  {title(path)}  ({path.name})")
-        print("\nRun one with: minipeft lessons NUMBER")
+        listed = (f"{number:>3}  {title(path)}  ({path.name})" for number, path in lessons.items())
+        print(*listed, "\nRun one with: minipeft lessons NUMBER", sep="\n")
         return 0
     chosen = {n: path for n, path in lessons.items() if args.lesson in ("all", str(n), f"{n:02}")}
     if not chosen:
@@ -43,10 +41,10 @@ def run(args: Arguments) -> int:
         print(f"── lesson {number}: {title(path)}", flush=True)
         started = time.perf_counter()
         environment = os.environ | ({REDUCED: "1"} if args.reduced else {})
-        if subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode:
-            failed.append(str(number))
-        ended = f"{'FAILED' if str(number) in failed else 'done'} in {time.perf_counter() - started:.0f} s"
-        print(f"── lesson {number}: {ended}", flush=True)
+        status = subprocess.run([sys.executable, str(path)], env=environment, check=False).returncode
+        failed += [str(number)] if status else []
+        seconds = time.perf_counter() - started
+        print(f"── lesson {number}: {'FAILED' if status else 'done'} in {seconds:.0f} s", flush=True)
     if failed:
         print(f"minipeft: lessons that failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -56,9 +54,7 @@ def find_lessons() -> dict[int, Path]:
     """number -> file, of lessons/ in the working directory, else beside the package. FileNotFoundError for none."""
     places = [Path.cwd() / "lessons", Path(__file__).resolve().parents[2] / "lessons"]
     for place in places:
-        numbered = ((re.match(r"(\d+)_", path.name), path) for path in sorted(place.glob("*.py")))
-        found = {int(match.group(1)): path for match, path in numbered if match}
-        if found:
+        if found := {int(n[1]): path for path in place.glob("*.py") if (n := re.match(r"(\d+)_", path.name))}:
             return dict(sorted(found.items()))
     where = "they come with a checkout of the project, not with the installed package; run this from its top level"
     raise FileNotFoundError(f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: {where}")

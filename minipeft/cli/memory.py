@@ -1,9 +1,9 @@
 """Predict the memory of training or using a model.
 
-Line by line; nothing is allocated. The ledger is the moment at which the sum is largest. Activations are read off the model's own code
-run on shapes, for the families that this package builds (GPT-2, Llama, Mistral, Qwen2). For others, or without --seq,
-the ledger holds the weights, gradients and optimizer states. "Fits" takes a GB as 10^9 bytes; code and an allocator's
-rounding come on top.
+Line by line; nothing is allocated. The ledger is the moment at which the sum is largest. Activations are read off the
+model's own code run on shapes, for the families that this package builds (GPT-2, Llama, Mistral, Qwen2). For others, or
+without --seq, the ledger holds the weights, gradients and optimizer states. "Fits" takes a GB as 10^9 bytes; code and
+an allocator's rounding come on top.
 
   precision                 weights  gradients  moments  master copy    bytes a trained parameter with Adam
   float32 (default)               4          4        8            -    16
@@ -29,9 +29,9 @@ from typing import Any
 from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from ..options import configuration, option
-from .arguments import Arguments, Common, Parser
+from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
-from .method_options import add_method, add_model_name, architecture_of, method_of
+from .method_options import add_shapes, architecture_of, method_of
 
 DEVICES = (8, 16, 24, 48, 80)  # GB
 
@@ -45,7 +45,7 @@ class StepOptions:
     precision: str = option("float32", "of the numbers; float32 is what is computed here", choices=PRECISIONS)
     optimizer: str = option("adamw", "whose states are held", choices=OPTIMIZERS)
     checkpointing: bool = option(False, "keep the inputs of blocks only")
-    quantization: str | None = option(None, "of linear layers; None: qlora's, nf4", choices=(None, "nf4", "fp4", "int4"))
+    quantization: str | None = option(None, "of linear layers; qlora's is nf4", choices=("nf4", "fp4", "int4"))
     plain_scales: bool = option(False, "four bits without double quantization")
     inference: bool = option(False, "a forward pass without gradients, instead of training; or")
     generate: int | None = option(None, "N tokens after a prompt, with a cache; or", least=1)
@@ -55,16 +55,14 @@ class StepOptions:
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model_name(parser)
-    add_method(parser, "frozen")
+    add_shapes(parser)
     parser.options(StepOptions, group="the step")
-    parser.options(Common, "json")
 
 
 def run(args: Arguments) -> None:
     args.only_one("inference", "generate", "ppo")
     mode = next((mode for mode in ("inference", "generate", "ppo") if mode in args.given), "training")
-    arch, (name, method) = architecture_of(args.model), method_of(args)
+    arch, (name, method) = architecture_of(args), method_of(args)
     quantization = args.quantization or ("nf4" if method.quantized else None)
     if args.seq is None and mode != "training":
         raise ValueError(f"--{mode} is about sequences: give their length, --seq")
@@ -94,10 +92,8 @@ def run(args: Arguments) -> None:
 
 
 def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
-    options = dict(
-        optimizer=args.optimizer, precision=args.precision, checkpointing=args.checkpointing,
-        quantization=quantization, double_quantization=not args.plain_scales,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in ("optimizer", "precision", "checkpointing")}
+    options |= {"quantization": quantization, "double_quantization": not args.plain_scales}
     if mode == "ppo":
         options |= {"mini_batch": args.mini_batch, "value_model": args.value_model}
         return accounting.ppo_ledger(arch, config, args.batch, args.seq, args.ppo, **options)

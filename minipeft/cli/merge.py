@@ -1,9 +1,9 @@
 """Merge an adapter into its base, as a plain model.
 
-It needs no adapter and runs as fast as the base. The base is the one that the adapter's directory names, in four bits if
-it was trained on that; --model says where it is now. What was in four bits is dequantized, so the merged model computes
-what base and adapter did. With --requantize its layers are put into four bits again, which loses some of what was
-learned (how much is printed).
+It needs no adapter and runs as fast as the base. The base is the one that the adapter's directory names, in four bits
+if it was trained on that; --model says where it is now. What was in four bits is dequantized, so the merged model
+computes what base and adapter did. With --requantize its layers are put into four bits again, which loses some of what
+was learned (how much is printed).
 
 Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The output directory appears
 whole or not at all; the adapter and the base stay as they are.

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .. import accounting
-from ..options import configuration, option
+from .. import accounting, hub
+from ..options import configuration, flags_of, option
 from ..peft.methods import METHODS, Method
 from .arguments import Arguments, Common, Parser, nearest
 
@@ -25,15 +25,15 @@ class MethodOptions:
     """The options of methods, by PEFT's names. One flag serves all methods that have its field, or one of `ALSO`."""
 
     r: int | None = option(None, "rank; adalora's at the end, oft's number of blocks", least=1, flag="-r --rank")
-    lora_alpha: float | None = option(None, "numerator of lora's scaling; stays as it is where -r changes", flag="--alpha")
+    lora_alpha: float | None = option(None, "numerator of lora's scaling; stays where -r changes", flag="--alpha")
     lora_dropout: float | None = option(None, "of the adapter's input", least=0, below=1, flag="--dropout", metavar="P")
     target_modules: list[str] | None = option(None, "modules to adapt: ends of paths, or all-linear", flag="--target")
     exclude_modules: list[str] | None = option(None, "modules that are left out", flag="--exclude")
-    layers_to_transform: list[int] | None = option(None, "only these layers, of the modules of --target", flag="--layers")
+    layers_to_transform: list[int] | None = option(None, "only these layers of the targets", flag="--layers")
     modules_to_save: list[str] | None = option(None, "modules trained whole beside it, as copies")
     num_virtual_tokens: int | None = option(None, "of prompt, prefix, p-tuning", least=1, flag="--virtual-tokens")
     prefix_projection: bool | None = option(None, "prefix: whether an MLP computes it in training", flag="--projection")
-    encoder_hidden_size: int | None = option(None, "width of the MLP of prefix, p-tuning", least=1, flag="--hidden-size")
+    encoder_hidden_size: int | None = option(None, "prefix, p-tuning: width of the MLP", least=1, flag="--hidden-size")
     placement: str | None = option(None, "of a bottleneck: houlsby, pfeiffer or parallel", metavar="NAME")
     bottleneck_size: int | None = option(None, "width of a bottleneck, or", least=1, flag="--bottleneck")
     reduction_factor: float | None = option(None, "how many times narrower it is", above=0, flag="--reduction")
@@ -44,37 +44,35 @@ class MethodOptions:
 
 
 ALSO = {"r": "target_r", "lora_alpha": "alpha", "lora_dropout": "vera_dropout"}  # what other methods call it
-FLAGS = {  # field -> its flag
-    f.name: (f.metadata["flag"] or f"--{f.name.replace('_', '-')}").split()[-1] for f in dataclasses.fields(MethodOptions)
-}
+FLAGS = {field.name: flags_of(field)[-1] for field in dataclasses.fields(MethodOptions)}
 
 
-def add_method(parser: Parser, *more: str) -> None:
+def add_method(parser: Parser, *more: str, usual: str = "full (all parameters)", cls: type = MethodOptions) -> None:
     """--method, of METHODS and `more`, and its options."""
-    parser.add_argument("--method", choices=(*METHODS, *more), help="default: full (all parameters)")
-    add_method_options(parser)
+    parser.add_argument("--method", choices=(*METHODS, *more), help=f"default: {usual}")
+    add_method_options(parser, cls)
 
 
 def add_method_options(parser: Parser, cls: type = MethodOptions) -> None:
     """The options of methods, and --adapter-config."""
     group = "the method (options that are not given are its usual ones)"
-    parser.options(cls, group=group)
+    parser.options(cls, *FLAGS, group=group)
     parser.options(Common, "adapter_config", group=group)
 
 
-def add_model_name(parser: Parser) -> None:
-    """MODEL: a table of shapes."""
+def add_shapes(parser: Parser) -> None:
+    """MODEL, a table of shapes; a method, or none; --num-labels and --json."""
     what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
     parser.add_argument("model", metavar="MODEL", help=what)
+    add_method(parser, "frozen")
+    parser.options(Common, "num_labels", "json")
 
 
-def architecture_of(model: str, num_labels: int | None = None) -> accounting.Architecture:
+def architecture_of(args: Arguments) -> accounting.Architecture:
     """The table of what MODEL names. Raises ValueError naming the nearest names for one that is unknown."""
-    if Path(model).suffix == ".gguf":
-        from ..hub.gguf import read_gguf
-
-        return accounting.architecture(read_gguf(Path(model))[0], num_labels)
-    return accounting.architecture(model, num_labels)
+    path = Path(args.model)
+    model = hub.gguf.read_gguf(path)[0] if path.suffix == ".gguf" else args.model
+    return accounting.architecture(model, args.num_labels)
 
 
 # ------------------------------------------------------------------------------------------------ from the command line

@@ -45,20 +45,17 @@ def load_model(args: Arguments, load_in_4bit: bool = False, is_trainable: bool =
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
         raise ValueError(f"{path}: {sizes}")
-    for number, directory in enumerate(adapters):
-        if number:
-            model.load_adapter(directory, str(number))
-        else:
-            model = mp.PeftModel.from_pretrained(model, directory, is_trainable=is_trainable)
+    if adapters:
+        model = mp.PeftModel.from_pretrained(model, adapters[0], is_trainable=is_trainable)
+    for number, directory in enumerate(adapters[1:], start=1):
+        model.load_adapter(directory, str(number))
     return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------- templates
 
 
-def chosen_template(
-    option: str | None, record: mp.text.datasets.Record, tokenizer: mp.text.tokenizer.Tokenizer
-) -> tuple[str | None, mp.text.templates.Template | None]:
+def chosen_template(option: str | None, record: Any, tokenizer: Any) -> tuple[str | None, Any]:
     """(name or text, template) of --template, in which \\n is a line break; without it, the usual one of a record.
 
     (None, None) for running text, which takes none.
@@ -70,8 +67,8 @@ def chosen_template(
     if isinstance(record, mp.text.datasets.Document):
         return None, None
     template = templates.default_template(record, tokenizer)
-    shipped = (templates.plain, templates.alpaca, templates.chatml)
-    return (template.__name__ if template in shipped else "chat"), template
+    named = template in (templates.plain, templates.alpaca, templates.chatml)
+    return template.__name__ if named else "chat", template
 
 
 def save_template(directory: str | os.PathLike, name: str) -> None:

@@ -61,10 +61,10 @@ def conclusions(rows: Rows) -> list[str]:
     """What the rows say: who learned most, who is as good and smaller, who forgot least, who needs least memory."""
     base, *trained = rows
     best = min(trained, key=lambda row: row["task_loss"])
-    start, end = f"the base's task loss of {base['task_loss']:.3f}", f"{best['task_loss']:.3f}{plus_minus(best, 'task_loss')}"
-    gain = base["task_loss"] - best["task_loss"]
+    start, gain = f"the base's task loss of {base['task_loss']:.3f}", base["task_loss"] - best["task_loss"]
     if gain <= 0:
         return [f"No method got below {start}: more steps or another learning rate are needed."]
+    end = f"{best['task_loss']:.3f}{plus_minus(best, 'task_loss')}"
     lines = [f"{best['title']} learned most: it brought {start} down to {end}."]
     near = [row for row in trained if row["task_loss"] <= best["task_loss"] + margin(row, best) and row is not best]
     small = min(near, key=lambda row: row["storage"], default=best)

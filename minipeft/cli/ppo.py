@@ -1,7 +1,7 @@
 """Train a model on how its answers score: PPO, RLOO, GRPO.
 
-This is reinforcement learning from human feedback. The reward is a directory of `minipeft reward`; or a function of your
-own, --reward-function MODULE:NAME, importable from here, which is called as in TRL, name(prompts=[...],
+This is reinforcement learning from human feedback. The reward is a directory of `minipeft reward`; or a function of
+your own, --reward-function MODULE:NAME, importable from here, which is called as in TRL, name(prompts=[...],
 completions=[...]), and returns a number for each completion; or, by default, VADER's sentiment of the answer (extra
 'rlhf').
 The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or a .txt file with one a line; without
@@ -10,8 +10,8 @@ The prompts are a .jsonl file of records of any form, or of "prompt"s alone, or 
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl (all statistics, an update a line), ppo.png and ppo.json. --best-of N adds the baseline that trains
 nothing: what the best of N answers of the policy at the start is worth, by the same reward, on held-out prompts (of a
-file, a tenth). The same command with --resume goes on from the last checkpoint. The run stops with an error where the KL
-diverges, a number is not finite, or answers have scored the same for long (--max-equal-updates).
+file, a tenth). The same command with --resume goes on from the last checkpoint. The run stops with an error where the
+KL diverges, a number is not finite, or answers have scored the same for long (--max-equal-updates).
 
 examples:
   minipeft ppo --output happy                                           the shipped base made happy by VADER
@@ -25,6 +25,7 @@ examples:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ from .. import rlhf
 from ..options import configuration, from_arguments, option
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import runs
-from .arguments import Arguments, Common, Parser
+from .arguments import Arguments, Parser
 from .data import split_off
 from .foreign import load_function
 from .preferences import OPENING, add_trained, encoded_prompts, load_trained, stop_tokens, template_of
@@ -52,18 +53,16 @@ class OnlineOptions:
     prompts: str | None = option(None, "a .jsonl or .txt file; None: openings of the shipped novels", metavar="FILE")
     algorithm: str = option("ppo", "what improves the policy", choices=("ppo", "rloo", "grpo"))
     missing_eos: str = option("ignore", "an answer without its end scores -1, 1 less, as it does", choices=MISSING_EOS)
-    best_of: int | None = option(None, f"also the best of N answers, at the start, to {BASELINE} held-out prompts", least=2)
+    best_of: int | None = option(None, f"also the best of N answers at the start to {BASELINE} prompts", least=2)
 
 
 def add_arguments(parser: Parser) -> None:
     add_trained(parser)
-    parser.options(Common, "template")
     parser.options(OnlineOptions)
     parser.options(
         PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
         "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
-        group="training",
-        save_steps="updates between checkpoints; None: 1/5",
+        group="training", save_steps="updates between checkpoints; None: 1/5",
     )  # fmt: skip
     parser.options(GroupConfig, "num_generations", group="training")
     runs.add_output(parser)
@@ -101,25 +100,23 @@ def run(args: Arguments) -> None:
     history = runs.run_training(args, trainer)
     after = rlhf.rollout(policy, shown, *drawn)
     rlhf.plot_run(history, output / "ppo.png", baseline)
-    texts = zip(*([tokenizer.decode(ids, skip_special_tokens=True) for ids in side]
-                  for side in (shown, before.responses(), after.responses())))  # fmt: skip
-    samples = [dict(zip(("prompt", "before", "after"), text)) for text in texts]
+    sides = {"prompt": shown, "before": before.responses(), "after": after.responses()}
+    texts = {what: [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for what, side in sides.items()}
+    samples = [dict(zip(texts, sample)) for sample in zip(*texts.values())]
     results = {"updates": len(history), "first": history[0], "last": history[-1], "samples": samples}
     if baseline:
         best = float(rlhf.best_of_n(policy, trainer.reward, held_out, args.best_of, *drawn).expected[0])
         lists = {"start": baseline.expected.tolist(), "kl_bound": baseline.kl.tolist()}
         results["best_of_n"] = {"n": args.best_of, "prompts": len(held_out), **lists, "trained": best}
-    how = "--temperature 1 "
-    saved = runs.save(args, policy, tokenizer, name, results, trainer.config, how=how, method=key)
+    saved = runs.save(args, policy, tokenizer, name, results, trainer.config, how="--temperature 1 ", method=key)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))
         print(f"{what:16} {first:>8} -> {last}")
     if baseline:
-        print(
-            f"on {len(held_out)} held-out prompts, reward of an answer: {baseline.expected[0]:.3f} -> {best:.3f}; of the best "
-            f"of {args.best_of} at the start: {baseline.expected[-1]:.3f}, at a KL of {baseline.kl[-1]:.3f} at most"
-        )
+        reached = f"{baseline.expected[0]:.3f} -> {best:.3f}"
+        bound = f"{baseline.expected[-1]:.3f}, at a KL of {baseline.kl[-1]:.3f} at most"
+        print(f"on {len(held_out)} held-out prompts, reward of an answer: {reached}; best of {args.best_of}: {bound}")
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
     print(f"\n{saved}")
@@ -160,13 +157,11 @@ def _reward(args: Arguments, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         return gold, {}
     model, own = rlhf.RewardModel.from_pretrained(args.reward, args.backend)
     if own is not None and _vocabulary(own) != _vocabulary(tokenizer):
-        which = "has another tokenizer than the model; it must be trained with the same"
-        raise ValueError(f"--reward {args.reward}: {which}")
-    try:
+        raise ValueError(f"--reward {args.reward}: must be trained with the tokenizer of the model, and has another")
+    with suppress(ImportError):
         rlhf.vader([])
-    except ImportError:
-        return model, {}
-    return model, {"vader": gold}
+        return model, {"vader": gold}
+    return model, {}
 
 
 def _vocabulary(tokenizer: Any) -> list[str]:

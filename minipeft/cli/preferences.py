@@ -15,11 +15,12 @@ from ..options import configuration, option
 from ..peft.methods import Method
 from . import runs
 from .arguments import Arguments, Common, Parser
-from .data import split_off
+from .data import longest, split_off
 from .method_options import FLAGS, add_method, method_of
 from .models import load_model, usual_template
 
 OPENING = 4  # words of a sentence that a generated pair continues
+Sides = tuple[list[Any], list[Any]]  # for training, held out
 
 
 @configuration(kw_only=True)
@@ -35,18 +36,9 @@ class PairOptions:
     response_length: int = option(24, "tokens of a generated answer", least=1)
 
 
-# What each source of pairs has no use for.
-UNUSED = {
-    "--data": ("pairs", "rater_temperature", "rater_flip", "response_length"),
-    "--human": ("rater_temperature", "rater_flip", "response_length"),
-    "generated pairs": ("max_length",),
-}
-
-
 def add_pairs(parser: Parser) -> None:
     """Where preference pairs come from."""
     parser.options(Common, "data", data="a .jsonl file of {prompt, chosen, rejected} (default: generated pairs)")
-    parser.options(Common, "template", group="data")
     parser.options(PairOptions, group="data")
 
 
@@ -57,8 +49,9 @@ def add_training(parser: Parser, **helps: str) -> None:
 
 
 def add_trained(parser: Parser, purpose: str = "to train further") -> None:
-    """--model, --adapter, --method and its options: what is trained."""
-    parser.options(Common, "model", "adapter", adapter=f"an adapter directory, such as of minipeft sft, {purpose}")
+    """--model, --adapter, --template, --method and its options: what is trained."""
+    adapter = f"an adapter directory, such as of minipeft sft, {purpose}"
+    parser.options(Common, "model", "adapter", "template", adapter=adapter)
     add_method(parser)
 
 
@@ -94,22 +87,23 @@ def stop_tokens(policy: Any, tokenizer: Any, template: Any) -> list[int]:
 def check_pairs(args: Arguments) -> None:
     """ValueError, by name, for an option that does nothing with the source of the pairs."""
     args.only_one("data", "human")
-    source = "--data" if args.data else "--human" if args.human else "generated pairs"
-    args.refuse(UNUSED[source], f"with {source}")
+    generating = ("rater_temperature", "rater_flip", "response_length")
+    if args.data:
+        args.refuse(("pairs", *generating), "with --data")
+    elif args.human:
+        args.refuse(generating, "with --human")
+    else:
+        args.refuse(("max_length",), "with generated pairs")
 
 
-def load_pairs(
-    args: Arguments, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False
-) -> tuple[list[Any], list[Any]]:
+def load_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False) -> Sides:
     """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated.
 
     With `unpaired` --data may also hold answers that are desirable or not, which become UnpairedExamples. Raises
     ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
     """
-    datasets, limit = mp.text.datasets, policy.config.max_position_embeddings
-    length = args.max_length or limit
-    if length > limit:
-        raise ValueError(f"--max-length {length} is more than the {limit} positions of the model")
+    datasets, positions = mp.text.datasets, policy.config.max_position_embeddings
+    length = longest(policy, wanted=args.max_length or positions, insisted=True)
     if args.human:
         records = rlhf.human_preferences(args.human, "train", args.pairs, args.seed)
     elif args.data:
@@ -127,7 +121,7 @@ def load_pairs(
     return train, held_out
 
 
-def _generated_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any) -> tuple[list[Any], list[Any]]:
+def _generated_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any) -> Sides:
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER scores higher."""
     import numpy as np
 

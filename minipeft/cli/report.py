@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import minipeft as mp
 
+from .bars import console
 from .data import Data
 
 ANSWER = 48  # tokens of an answer that is shown
 
 
 class Sample(NamedTuple):
-    """What the models are asked, how that is shown, the answer that the data has for it, and the models' by their names."""
+    """What models are asked, how that is shown, the answer that the data has for it, and theirs by their names."""
 
     record: str | mp.text.datasets.Record
     prompt: str
@@ -22,7 +23,7 @@ class Sample(NamedTuple):
     answers: Mapping[str, str]
 
 
-def sampled(models: Mapping[str, Any], tokenizer: Any, data: Data, n: int, room: int, template: Any = None) -> list[Sample]:
+def sampled(models: Mapping[str, Any], tokenizer: Any, data: Data, n: int, room: int, template: Any) -> list[Sample]:
     """`n` held-out records, with the most probable ANSWER tokens of each model; both fit into `room` tokens.
 
     Of running text, the starts of blocks.
@@ -47,7 +48,7 @@ def _fitting(data: Data, tokenizer: Any, room: int, template: Any) -> Iterator[S
             yield Sample(record, "".join(turn.prompt), answer if reference is None else reference, {})
 
 
-def show_samples(console: Any, samples: Sequence[Sample]) -> None:
+def show_samples(samples: Sequence[Sample]) -> None:
     """Each prompt, the answer of each model, and the reference."""
     from rich.table import Table
 
@@ -57,5 +58,4 @@ def show_samples(console: Any, samples: Sequence[Sample]) -> None:
         table.add_column()
         for name, text in (("prompt", sample.prompt), *sample.answers.items(), ("reference", sample.reference)):
             table.add_row(name, text.strip())
-        console.print(table)
-        console.print()
+        console().print(table, "")

@@ -71,8 +71,7 @@ def run(args: Arguments) -> None:
     curve = rlhf.calibration_curve(chosen, rejected)
     rlhf.plot_calibration(*curve, result.losses(), output / "reward.png")
     accuracy = rlhf.reward_accuracy(chosen, rejected)
-    if isinstance(model, mp.PeftModel):
-        model = model.merge_and_unload()
+    model = model.merge_and_unload() if isinstance(model, mp.PeftModel) else model
     model.calibrate(texts)
     model.save_pretrained(output, tokenizer)
     save_template(output, name)

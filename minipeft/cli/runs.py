@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +37,9 @@ def add_output(parser: Parser) -> None:
 def add_training(parser: Parser, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
     parser.options(
-        TrainingArguments, "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "warmup_ratio",
-        *names, "save_steps", "seed", group="training", defaults=defaults, seed="seed of everything random",
-        eval_steps="steps between evaluations; None: 1/5", save_steps="steps between checkpoints; None: 1/5", **helps,
+        TrainingArguments, "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate",
+        "warmup_ratio", *names, "save_steps", "seed", group="training", defaults=defaults,
+        save_steps="steps between checkpoints; None: 1/5", seed="seed of everything random", **helps,
     )  # fmt: skip
 
 
@@ -103,8 +104,8 @@ def save(
     else:
         mp.save_pretrained(model, args.output, tokenizer)
     write_record(args, results, *configs, template=template, **found)
-    use = f"{'--adapter' if adapter else '--model'} {args.output}"
-    return f"saved in {args.output}  (minipeft generate {use} {how}{'--chat' if template == 'chat' else '--prompt ...'})"
+    use, prompt = "--adapter" if adapter else "--model", "--chat" if template == "chat" else "--prompt ..."
+    return f"saved in {args.output}  (minipeft generate {use} {args.output} {how}{prompt})"
 
 
 def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
@@ -112,27 +113,23 @@ def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **f
 
     An option's value is the one in `found`, in one of the configurations, or as given.
     """
-    options = dict(vars(args))
-    for config in (*map(vars, configs), found):
-        options |= config
-    hidden = ("debug", "resume", "overwrite")
-    named = {flag: options.get(name) for name, flag in args.flags.items() if name not in hidden}
-    named = {flag: value for flag, value in named.items() if value is not None}
+    values = ChainMap(found, *map(vars, configs), vars(args))
+    names = [name for name in args.flags if name not in ("debug", "resume", "overwrite")]
+    named = {args.flags[name]: values[name] for name in names if values.get(name) is not None}
     mp.files.write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
 
 
 def note(text: str, style: str | None = None) -> None:
-    """A line on standard error, as it is."""
+    """A line on standard error, as it is; none for an empty text."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
+    if text:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
 def announce(trainer: Any, what: str = "pairs", before: str = "", after: str = "") -> None:
     """What is learned from, and how."""
     a, held_out = trainer.args, len(trainer.eval_examples or ())
     size = a.per_device_train_batch_size * a.gradient_accumulation_steps
-    note(
-        f"{before}{len(trainer.train_examples):,} {what} to learn from, {held_out:,} held out; {a.max_steps:,} steps of "
-        f"{size}, learning rate {a.learning_rate:.3g}{after}"
-    )
+    steps = f"{a.max_steps:,} steps of {size}, learning rate {a.learning_rate:.3g}{after}"
+    note(f"{before}{len(trainer.train_examples):,} {what} to learn from, {held_out:,} held out; {steps}")

@@ -26,13 +26,13 @@ examples:
 
 from __future__ import annotations
 
+from functools import partial
+
 import minipeft as mp
 
 from ..options import configuration, option
 from . import finetune, runs
-from .arguments import Arguments, Common, Parser, unknown
-
-PER_TEST = 24  # records of a task in each of the tests
+from .arguments import Arguments, Common, Parser, check_known
 
 
 @configuration(kw_only=True)
@@ -51,19 +51,16 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> None:
     if args.data is not None:
-        args.refuse(("tasks", "per_task"), "with --data, as it chooses among the shipped instructions")
+        args.refuse(("tasks", "per_task"), "with --data, being about the shipped instructions")
         return finetune.run(args)
     args.refuse(("validation",), "without --data, as the shipped instructions have held-out records of their own")
     runs.check_output(args)
     shipped = mp.text.instructions
     tasks = list(dict.fromkeys(args.tasks or shipped.TRAINED))
-    for name in tasks:
-        if name not in shipped.TRAINED:
-            raise ValueError(unknown("task", name, shipped.TRAINED))
-    tests = {
-        "new inputs": shipped.instructions(tasks, "validation", cap=PER_TEST),
-        "new phrasings": shipped.instructions(tasks, "validation", held_out_phrasings=True, cap=PER_TEST),
-        "new tasks": shipped.instructions(shipped.HELD_OUT, "validation", held_out_phrasings=True, cap=PER_TEST),
-    }
+    check_known("task", tasks, shipped.TRAINED)
+    held_out = partial(shipped.instructions, split="validation", cap=24)  # records of a task in each of the tests
+    inputs, phrasings = held_out(tasks), held_out(tasks, held_out_phrasings=True)
+    others = held_out(shipped.HELD_OUT, held_out_phrasings=True)
+    tests = {"new inputs": inputs, "new phrasings": phrasings, "new tasks": others}
     records = shipped.instructions(tasks, "train", cap=args.per_task, seed=args.seed)
-    return finetune.fine_tune(args, records, tests["new inputs"], tests)
+    finetune.fine_tune(args, records, inputs, tests)

@@ -47,7 +47,7 @@ class OnlineConfig:
     save_steps: int | None = option(None, "updates between checkpoints; None: no checkpoints", least=1)
     save_total_limit: int = option(2, "how many checkpoints are kept, the newest", least=1)
     seed: int = option(0, "seed of the order of the prompts, the responses and the minibatches", least=0)
-    progress: bool = option(True, "say on stderr how far it is: a bar, or without a terminal a line every 10 s")
+    progress: bool = option(True, "say on stderr how far it is: a bar, or in a log file a line every 10 s")
 
     def __post_init__(self) -> None:
         check(self)

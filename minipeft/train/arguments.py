@@ -54,7 +54,7 @@ class TrainingArguments:
         None, "stop after N evaluations in a row without a lower loss", least=1, flag="--early-stopping"
     )
     seed: int = option(0, "seed of the order of the data and of dropout", least=0)
-    progress: bool = option(True, "say on stderr how far it is: a bar, or without a terminal a line every 10 s")
+    progress: bool = option(True, "say on stderr how far it is: a bar, or in a log file a line every 10 s")
 
     def __post_init__(self) -> None:
         check(self)

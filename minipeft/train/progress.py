@@ -16,13 +16,19 @@ LINE = "{unit} {n_fmt}/{total_fmt}  {desc}  {rate_inv_fmt}  {remaining} left"
 
 @contextmanager
 def progress(wanted: bool, unit: str, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
-    """`advance(step, text)` says how far a run is that begins after `step`; it does nothing where it is not `wanted`."""
+    """`advance(step, text)` says how far a run is that begins after `step`; it does nothing where not `wanted`."""
     from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread looks after it: each step may show itself
 
     wanted = wanted and sys.stderr is not None
     live = wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-    how = {"bar_format": "{bar:20} " + LINE} if live else {"bar_format": LINE, "mininterval": EVERY, "delay": EVERY}
-    bar = tqdm(total=total, initial=step, unit=unit, miniters=1, disable=not wanted, **how)
+    if live:
+        shape = {"bar_format": "{bar} " + LINE}
+    else:
+        shape = {"bar_format": LINE, "mininterval": EVERY, "delay": EVERY, "position": 0}
+    bar = Bar(total=total, initial=step, unit=unit, miniters=1, disable=not wanted, **shape)
     if not live:
         bar.sp = partial(print, file=sys.stderr, flush=True)  # what shows it
 
