@@ -408,11 +408,14 @@ def one_token(length, use_cache, tokens=9):
 
 
 one_token(16, True)
+uncached, cached = [], []
 print("\nprompt    positions without cache / with    time without / with")
 for n in lengths:
     (all_of_them, a), (new, b) = one_token(n, False), one_token(n, True)
     print(f"{n:6d}    {all_of_them:17d} / {new:8d}    {a / b:19.1f}")
     assert all_of_them == n + 1 and new == 1  # the token before is now part of what is read
+    uncached.append(a)
+    cached.append(b)
 
 # %% [markdown]
 # The time ratio stays below the ratio of the work: one position at a time is a matrix-*vector* product, which reads the
