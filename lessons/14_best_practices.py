@@ -60,12 +60,12 @@ print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before
 # $$\bar L \pm t \, \frac{s}{\sqrt 3}, \qquad s^2 = \frac12 \sum_{i=1}^{3} (L_i - \bar L)^2, \qquad t = 4.30 .$$
 #
 # Student's $t$ is such that, if losses are normally distributed, the interval holds the mean over *all* seeds nineteen
-# times out of twenty. (The 96 verses are always the same: what others would say is not in it.) Two settings are compared
-# seed by seed, and the three differences have an interval of their own. Is it not enough that all three have the same
-# sign? If there were no difference, each sign would be a coin, and three coins agree with probability $2 \cdot 2^{-3} =
-# \frac14$. So a difference is called **clear** where its interval excludes 0, which chance alone brings about one time in
-# twenty. Otherwise it is *undecided*, and the interval says how large it may be. Of the thirty or so in this lesson, one
-# that is clear may be chance.
+# times out of twenty. (The 96 verses are always the same: what others would say is not in it.) Two settings are
+# compared seed by seed, and the three differences have an interval of their own. Is it not enough that all three have
+# the same sign? If there were no difference, each sign would be a coin, and three coins agree with probability $2 \cdot
+# 2^{-3} = \frac14$. So a difference is called **clear** where its interval excludes 0, which chance alone brings about
+# one time in twenty. Otherwise it is *undecided*, and the interval says how large it may be. Of the thirty or so in
+# this lesson, one that is clear may be chance.
 
 # %%
 seeds = over_seeds(rows, Rewriting(learning_rate=1e-3))
@@ -139,10 +139,10 @@ for method, rate in (("full", 1e-3), ("lora", 3e-3), ("lora", 1e-2)):
     assert below(general[method][lowest], general[method][rate])
 
 # %% [markdown]
-# Full fine-tuning is best at 1e-3, LoRA at 3e-3 or at 1e-2: between those the seeds do not decide (-0.012 ± 0.042). So it
-# wants a higher rate, three or ten times, as far as this grid of half decades can say. Who learns more is undecided as
-# well (-0.009 ± 0.083, of some 1.09 nats). With both the lowest rate is the kindest to general text, and of LoRA's two
-# best the lower forgets 0.22, the higher 0.56 (Lesson 15).
+# Full fine-tuning is best at 1e-3, LoRA at 3e-3 or at 1e-2: between those the seeds do not decide (-0.012 ± 0.042). So
+# it wants a higher rate, three or ten times, as far as this grid of half decades can say. Who learns more is undecided
+# as well (-0.009 ± 0.083, of some 1.09 nats). With both the lowest rate is the kindest to general text, and of LoRA's
+# two best the lower forgets 0.22, the higher 0.56 (Lesson 15).
 #
 # ## 3 · The batch, whole or in parts
 #
@@ -176,8 +176,9 @@ for sizes in ((4, 16), (16, 64)):
     assert below(small, large), "small batches teach more"
 
 # %% [markdown]
-# From 4 to 16 the best rate rises (at 4 it is the lowest that was tried); from 16 to 64 this grid shows no rise. And small
-# batches win, each at its best rate (at 3e-3 they are the worst). They make more steps; if that is why, is not measured.
+# From 4 to 16 the best rate rises (at 4 it is the lowest that was tried); from 16 to 64 this grid shows no rise. And
+# small batches win, each at its best rate (at 3e-3 they are the worst). They make more steps; if that is why, is not
+# measured.
 #
 # ## 4 · Epochs, and the gap
 #
@@ -200,8 +201,8 @@ assert below(lora[15] - lora[3], full[15] - full[1]) and below(lora[3], lora[15]
 
 # %% [markdown]
 # Full fine-tuning is best after one or two epochs, as advised. LoRA wants four, five or six, but to stop it after three
-# would cost only 0.019 ± 0.017. After sixteen full fine-tuning has lost nearly twice as much as LoRA, which learns less by
-# heart. (All within one run, whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.)
+# would cost only 0.019 ± 0.017. After sixteen full fine-tuning has lost nearly twice as much as LoRA, which learns less
+# by heart. (All within one run, whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.)
 #
 # ## 5 · Warm-up
 #
@@ -365,8 +366,8 @@ for s in practice.epochs((0,)):
 #
 # 1. **A finer grid.** `measure(Rewriting("lora", 5e-3), ...)`: where is LoRA's optimum between the grid's points, and
 #    does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/peft/methods.py`): does it move?
-# 2. **More seeds.** Take one verdict that is *undecided*, or one whose interval nearly reaches 0, and run seeds 3 to 9 of
-#    it. How much narrower is the interval of ten than that of three, and is the verdict another one?
+# 2. **More seeds.** Take one verdict that is *undecided*, or one whose interval nearly reaches 0, and run seeds 3 to 9
+#    of it. How much narrower is the interval of ten than that of three, and is the verdict another one?
 # 3. **Early stopping.** `mp.TrainingArguments(eval_steps=..., early_stopping_patience=...)` stops where the held-out
 #    loss turns. How close does it come to the best epoch, and what does choosing by the held-out loss do to that loss
 #    as a measure?

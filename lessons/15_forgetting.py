@@ -86,8 +86,8 @@ if not REDUCED:
 # $$\text{forgotten}(t) \approx \tfrac12\, t^2\, (\theta - \theta_0)^\top H\, (\theta - \theta_0),$$
 #
 # a parabola: the first half of the way costs a quarter. The task's gradient at $\theta_0$ is *not* zero, so what is
-# learned starts like a straight line. So the first part of the way should be cheap, the last part dear. Is it, for the
-# model of above?
+# learned starts like a straight line. So the first part of the way should be cheap, the last part expensive. Is it, for
+# the model of above?
 
 # %%
 def within(values, limit):
@@ -115,9 +115,9 @@ if not REDUCED:
     assert forgotten[2] < forgotten[-1] / 2, "and costs less than half"
 
 # %% [markdown]
-# It is, for this one. So whatever makes the way shorter is a remedy of sorts: going only half of it (averaging the weights of base and tuned
-# model is known as WiSE-FT, Wortsman et al. 2022), fewer steps, a lower rate, a leash. The question is only what is
-# lost in learning, and whether something does better than a shorter way.
+# It is, for this one. So whatever makes the way shorter is a remedy of sorts: going only half of it (averaging the
+# weights of base and tuned model is known as WiSE-FT, Wortsman et al. 2022), fewer steps, a lower rate, a leash. The
+# question is only what is lost in learning, and whether something does better than a shorter way.
 #
 # ## 3 · Methods and rates
 #
@@ -151,8 +151,8 @@ print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for 
 #
 # ### Does LoRA forget less?
 #
-# At its usual rate, beside full fine-tuning at its own, it may. But is that LoRA, or would another rate do the same? Put
-# LoRA's rates beside those of full fine-tuning that learn about as much, and look at both differences.
+# At its usual rate, 3e-3, beside full fine-tuning at its own, 1e-3, it may. But is that LoRA, or would another rate do
+# the same? Put LoRA's rates beside those of full fine-tuning that learn about as much, and look at both differences.
 
 # %%
 def difference(s, other):
@@ -171,9 +171,9 @@ assert within(difference(LORA, FULL)[0], 0.1), "for nearly the same task loss"
 # %% [markdown]
 # It is the rate as much as LoRA. Beside full fine-tuning at a low rate LoRA learns a little more *and* forgets a little
 # more: it is just a bit further along, and which is cheaper at the very same loss the rows do not say. At 3e-3 it has
-# learned what full has at 1e-3, within 0.003 ± 0.041, and forgotten less than half. At 1e-2 who learns more is undecided
-# as well (-0.009 ± 0.083), and so is who forgets more (0.103 ± 0.149). "Learns less and forgets less" is not what is
-# measured here; "need not take the last, dear step" is.
+# learned what full has at 1e-3, within 0.003 ± 0.041, and forgotten less than half. At 1e-2 who learns more is
+# undecided as well (-0.009 ± 0.083), and so is who forgets more (0.103 ± 0.149). "Learns less and forgets less" is not
+# what is measured here; "need not take the last, expensive step" is.
 #
 # This holds for a model of 1.4 million parameters, after 40 steps. The claim was made for models of 7 billion after
 # billions of tokens, where full fine-tuning can go very far from the base.
@@ -232,13 +232,13 @@ for s in dict.fromkeys(replace(s, seed=0) for s in forgetting.RUNS):
 #   nothing else, and here that is enough.
 # - **LoRA with replay** forgets less than the lower rate, 0.10 instead of 0.18, and its task loss is about the same
 #   (0.010 ± 0.016).
-# - **LoRA** alone learns more and forgets more than it; **replay** of as much old text as of the task does less of both.
-#   These are other points of the same trade.
+# - **LoRA** alone learns more and forgets more than it; **replay** of as much old text as of the task does less of
+#   both. These are other points of the same trade.
 # - **Replay** of a quarter as much forgets less than no remedy, but more than the lower rate, by 0.110 ± 0.014, and
 #   learns no more (-0.001 ± 0.037): it knows some of the old text, and pays with steps that take longer.
-# - **Dropout** and **weight decay** forget far more than the lower rate, for task losses that are 0.024 ± 0.034 and 0.046
-#   ± 0.007 higher. Weight decay forgets even more than no remedy: it pulls towards zero, not towards the base. (Its
-#   strength is 10. The usual 0.1 would shrink the weights by 0.2 % in these 40 steps.)
+# - **Dropout** and **weight decay** forget far more than the lower rate, for task losses that are 0.024 ± 0.034 and
+#   0.046 ± 0.007 higher. Weight decay forgets even more than no remedy: it pulls towards zero, not towards the base.
+#   (Its strength is 10. The usual 0.1 would shrink the weights by 0.2 % in these 40 steps.)
 #
 # Each was tried in one strength or two. Another one may do better.
 
@@ -252,8 +252,8 @@ for p in edge_all:
 # %% [markdown]
 # ## The picture
 #
-# Left, methods over their rates; right, the remedies, with 95 % intervals. Lower is better, and further left is better; the
-# black steps are the frontier of the means. Only the methods that start as the base have a line from it.
+# Left, methods over their rates; right, the remedies, with 95 % intervals. Lower is better, and further left is better;
+# the black steps are the frontier of the means. Only the methods that start as the base have a line from it.
 
 # %%
 figure, (a, b) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained", sharey=True)
@@ -298,8 +298,8 @@ print("picture:", OUT / "15_forgetting.png")
 # %% [markdown]
 # ## Break it: too far to walk back
 #
-# Half of the way back was a bargain in section 2, as if base and tuned model lay in one valley. Fine-tune at ten times the
-# rate, and try the same.
+# Half of the way back was a bargain in section 2, as if base and tuned model lay in one valley. Fine-tune at ten times
+# the rate, and try the same.
 
 # %%
 settings = replace(FULL, learning_rate=1e-2, **small)

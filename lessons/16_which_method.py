@@ -99,8 +99,8 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 #
 # All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone is
 # judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its loss
-# starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs, over three
-# measurements on one machine.
+# starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs, over
+# three measurements on one machine.
 
 # %%
 def learned(method):
@@ -134,10 +134,10 @@ for m in TITLES:
 # ## 4 · Let the table decide
 #
 # A decision is a wish under a condition: *the smallest file that still learns 90 % of what full fine-tuning learns.*
-# Each line below is that: a column to make small, and what has to hold, clearly, by Lesson 14's rule. What is chosen is a
-# method *and a rate*: costs do not depend on it, and for the rest there are Lesson 15's rows. Beside the best stand those
-# that are not clearly worse, and those with less, of which the condition is undecided. Change the lines to yours. Which
-# method do you expect?
+# Each line below is that: a column to make small, and what has to hold, clearly, by Lesson 14's rule. What is chosen is
+# a method *and a rate*: costs do not depend on it, and for the rest there are Lesson 15's rows. Beside the best stand
+# those that are not clearly worse, and those with less, of which the condition is undecided. Change the lines to yours.
+# Which method do you expect?
 
 # %%
 rows += complete(read_rows(RESULTS.with_name("15_forgetting.jsonl")), forgetting.RUNS)[0]
@@ -188,16 +188,16 @@ for c in (lora, qlora):
     assert learns(0.9)(c) and sum(map(abs, interval(c["merged"] - TABLE["full"]["merged"]))) < 0.5, "merged, as fast as full"
 
 # %% [markdown]
-# Who is best at the task is undecided; so what is scarce decides, and the rate with it. Adapters at 1e-2 have the smallest
-# file and take the least memory: they learn 96 ± 4 % and forget 0.44. At their usual 3e-3 it is 90 ± 2 % and 0.25. What
-# forgets least is full fine-tuning at a third of its usual rate (or on Lesson 15's leash). LoRA learns 100 ± 4 %, in a
-# twelfth of the file; QLoRA takes 4.1 ± 0.4 MB less, and ends 0.014 ± 0.005 higher. Merged, both answer within 0.3 ms of
-# full's 1.3.
+# Who is best at the task is undecided; so what is scarce decides, and the rate with it. Of what learns 90 %, adapters at
+# 1e-2 have the smallest file and take the least memory: they learn 96 ± 4 % and forget 0.44 (at their usual 3e-3
+# 90 ± 2 % and 0.25). Full fine-tuning at a third of its usual rate, or on Lesson 15's leash, forgets least. LoRA learns
+# 100 ± 4 %, in a twelfth of the file; QLoRA takes 4.1 ± 0.4 MB less, and ends 0.014 ± 0.005 higher. Merged, both answer
+# within 0.3 ms of full's 1.3.
 #
 # ## 5 · And the other two jobs
 #
-# Instruction tuning sees the verses as one task of seven. Would you say, a seventh of its examples? RLHF starts where full
-# fine-tuning ends.
+# Instruction tuning sees the verses as one task of seven. Would you say, a seventh of its examples? RLHF starts where
+# full fine-tuning ends.
 
 # %%
 asked = [p.removesuffix(" {input}") for p in TASKS["rewrite"].phrasings]
@@ -209,10 +209,10 @@ print(f"      its 12 updates took {feedback:.0f} s, after {imitation:.0f} s of i
 assert max(seen) < 640 / 20 and imitation < feedback
 
 # %% [markdown]
-# One example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much of that
-# the verses did, these rows do not say. PPO took half as long again as all of the imitation before it, and what it did to
-# the score is undecided: 0.029 ± 0.066, on 0.177. (With Lesson 10's it rises under every seed.) So if you have answers,
-# imitate them first. A score is for what you cannot write down, but know when you see it.
+# One example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much of
+# that the verses did, these rows do not say. PPO took half as long again as all of the imitation before it, and what it
+# did to the score is undecided: 0.029 ± 0.066, on 0.177. (With Lesson 10's it rises under every seed.) So if you have
+# answers, imitate them first. A score is for what you cannot write down, but know when you see it.
 #
 # ## The picture: the table, in colors
 #
@@ -233,7 +233,7 @@ axis.imshow(np.ma.masked_invalid(shades), cmap="RdYlGn_r", aspect="auto", alpha=
 for i, m in enumerate(TITLES):
     for j, name in enumerate(shown):
         v = TABLE[m][name]
-        text = "cannot be" if v is None else f"{v.mean():.3g}\n± {interval(v)[1]:.1g}"
+        text = "cannot be" if v is None else f"{v.mean():.3g}\n± {interval(v)[1]:.2g}"
         axis.text(j, i, text, ha="center", va="center", fontsize=9)
 axis.set_xticks(range(len(shown)), shown)
 axis.set_yticks(range(len(TITLES)), TITLES.values())
@@ -246,7 +246,8 @@ print("picture:", OUT / "16_which_method.png")
 # %% [markdown]
 # ## Break it: decide by one column
 #
-# Advertisements name one number. "Trains 0.2 % of the parameters!" Choose by it, then by two others: what would you get?
+# Advertisements name one number. "Trains 0.2 % of the parameters!" Choose by it, then by two others: what would you
+# get?
 
 # %%
 print("\ndecided by one column alone:")
@@ -261,9 +262,9 @@ assert 16 * N / 1e6 < full["peak MB"] / 3, "weights, gradients and Adam's moment
 # %% [markdown]
 # The trained share misleads: prompt tuning trains least, learns two thirds, and takes 85 % of the memory. The memory of
 # a small model's step is mostly activations, which every method has to keep; the share of trained parameters says, but
-# for prefixes, what is on the *disk*. (For 65 billion parameters it is the other way round: Lesson 7.) What is forgotten
-# misleads, too: the lowest rate forgets least, and learns little more than half; the base itself forgets nothing. The
-# fastest step does not mislead, but that is luck.
+# for prefixes, what is on the *disk*. (For 65 billion parameters it is the other way round: Lesson 7.) What is
+# forgotten misleads, too: the lowest rate forgets least, and learns little more than half; the base itself forgets
+# nothing. The fastest step does not mislead, but that is luck.
 #
 # ## Exercises
 #
