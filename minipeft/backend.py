@@ -143,7 +143,7 @@ def add_at(out: Array, index: Any, values: Array) -> None:
 
 @functools.cache
 def _places(n: int) -> Any:
-    """A kernel: the position, in memory order, of (i0, i1, ...) in an array [n0, n1, ...]; an index may be negative."""
+    """A kernel: the position, in memory order, of (i0, i1, ...) in an array [n0, n1, ...]; an i < 0 is i + n."""
     inputs = ", ".join(f"{chr(65 + a)} i{a}, int64 n{a}" for a in range(n))
     step = "place = place * n{0} + ((long long)i{0} % n{0} + n{0}) % n{0};"
     code = "place = 0;" + "".join(step.format(a) for a in range(n))
@@ -152,7 +152,7 @@ def _places(n: int) -> Any:
 
 @functools.cache
 def _sum_runs() -> Any:
-    """A kernel: thread (k, c) adds column c of the values whose place is the k-th in order, if it is the first there."""
+    """A kernel: thread (k, c) adds column c of the values of one place, if the k-th in order is the first of them."""
     return importlib.import_module("cupy").ElementwiseKernel(
         "raw int64 places, raw int64 order, raw V values, int64 n, int64 width", "raw T out",
         """
@@ -282,7 +282,7 @@ class Rng:
         return Rng(*self.path, rows=[(self.row(i)[0], n) for i, n in enumerate(padding)])
 
     def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:
-        """float32 uniform [0, 1) of `shape`; row i depends on the path and on `row(i)` alone, on no device (`philox`)."""
+        """float32 uniform [0, 1) of `shape`; row i depends on the path and on `row(i)` alone (`philox`)."""
         n, size, inner = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
         library, key = xp if xp.__name__ == "cupy" else np, philox.key_of(self.path)
         out = (library.empty if self.rows is None else library.zeros)(shape, np.float32)

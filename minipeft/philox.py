@@ -6,8 +6,8 @@ Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
     (h0, l0) = 0xD2E7470EE14C6C93 x0        x <- (h1 ^ x1 ^ k0, l1, h0 ^ x3 ^ k1, l0)
     (h1, l1) = 0xCA5A826395121157 x2        k <- (k0 + 0x9E3779B97F4A7C15, k1 + 0xBB67AE8584CAA73B)
 
-Here counter (b + 1, i, 0, 0) gives numbers 8b to 8b + 7 of row i: of each word the low 32 bits, then the high; their upper
-24 bits are a float32 in [0, 1). So it is in NumPy, whose generator of this name does the CPU's work: row i is
+Here counter (b + 1, i, 0, 0) gives numbers 8b to 8b + 7 of row i: of each word the low 32 bits, then the high; the
+upper 24 of them are a float32 in [0, 1). So does NumPy's generator of this name, which computes on the CPU: row i is
 `Generator(Philox(key=key, counter=[0, i, 0, 0])).random(n, np.float32)`.
 """
 
