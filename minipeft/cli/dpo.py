@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     after = trainer.measure(judged)
 
     rlhf.plot_preferences(result.history, output / "dpo.png")
-    use = runs.save_model(policy, tokenizer, output, name)
+    use = runs.save_model(args, policy, tokenizer, name)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
@@ -85,5 +85,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"log-probability, {side:8} {before[what]:9.3f} -> {after[what]:.3f}")
     said = PREFERS[loss].format(f"{accuracy:.1%}", f"{len(judged):,} {of}")
     print(f"{said}{'' if margin is None else f'; margin {margin:.3f}'}")
-    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
+    print(f"saved in {args.output}  (minipeft generate {use} --prompt ...)")
     return 0

@@ -121,7 +121,7 @@ def fine_tune(
     from .prompts import chosen_template
     from .report import ANSWER, answered, console, show_samples
 
-    output, (key, method), options = runs.check_output(args), method_of(args), from_arguments(DataOptions, args)
+    (key, method), options = method_of(args), from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
     name, template = chosen_template(options.template, records[0], tokenizer)
     limit = base.config.max_position_embeddings - method.virtual_tokens
@@ -158,7 +158,7 @@ def fine_tune(
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
     result = runs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    use = runs.save_model(model, tokenizer, output, name)
+    use = runs.save_model(args, model, tokenizer, name)
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -184,7 +184,7 @@ def fine_tune(
         use = f"--model {args.model} {use}"
     if method.quantized:
         use += " --load-in-4bit"
-    print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
+    print(f"saved in {args.output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 
 

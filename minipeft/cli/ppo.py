@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     history = runs.run_training(args, trainer)
     after = _texts(_rollout(policy, shown, config), tokenizer)
     rlhf.plot_run(history, output / "ppo.png", baseline)
-    use = runs.save_model(policy, tokenizer, output, name)
+    use = runs.save_model(args, policy, tokenizer, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
-    print(f"\nsaved in {output}  (minipeft generate {use} --temperature 1 --prompt ...)")
+    print(f"\nsaved in {args.output}  (minipeft generate {use} --temperature 1 --prompt ...)")
     return 0
 
 

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
 
+    from ..directory import replacing
     from ..peft.model import PeftModel
     from ..train import Trainer
     from .models import load_model
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.calibrate(texts)
-    model.save_pretrained(output, tokenizer)
-    save_template(output, name)
+    with replacing(output) as fresh:
+        model.save_pretrained(fresh, tokenizer)
+        save_template(fresh, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     }
     runs.write_record(args, results, options, trainer.args, config, template=name, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
-    print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
+    print(f"saved in {args.output}  (minipeft ppo --reward {args.output} --output DIR)")
     return 0
 
 

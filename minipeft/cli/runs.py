@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import shutil
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,8 @@ from ..options import add_options, from_arguments
 from ..train.arguments import TrainingArguments
 from .arguments import add_machine
 
-WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
-    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|dpo|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
-    r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|"
-    r"tokenizer(_config)?\.json|(adapter_)?model\.safetensors|adapter_config\.json"
-)
+NEW = ".minipeft-new"  # in an output directory: the run that is to replace the one there, until it has ended
+READ = ("data", "validation", "prompts", "human", "model", "adapter", "adapter_config", "reward")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +25,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
     group = parser.add_argument_group("an output directory that is not empty")
     group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run's files, once the new run has ended (others stay)"
+    )
     add_machine(parser)
 
 
@@ -42,15 +42,77 @@ def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: 
 
 
 def check_output(args: argparse.Namespace) -> Path:
-    """--output. ValueError where it cannot be written: not a directory, or not empty and no option says what to do."""
+    """Where the command writes, and no other process until it ends: --output, or NEW in it while that holds an old run.
+
+    Raises ValueError where --output is not empty and no option says what to do, or --overwrite would replace what is no
+    earlier run's; and as `check_directory`, DirectoryInUse.
+    """
+    from ..directory import LOCK
+
+    if "work" in args:
+        return args.work
     output, hint = Path(args.output), ", or give --resume or --overwrite" * hasattr(args, "resume")
     if hint and args.resume and args.overwrite:
         raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
-    if output.is_dir() and any(output.iterdir()) and not (hint and (args.resume or args.overwrite)):
+    hold(args, output)
+    if any(path.name != LOCK for path in output.iterdir()) and not (hint and (args.resume or args.overwrite)):
         raise ValueError(f"--output {output} is not empty; choose another{hint}")
-    return output
+    args.work = output
+    if hint:
+        from ..train import last_checkpoint
+
+        replaced = bool(earlier(output)) if args.overwrite else args.resume and last_checkpoint(output / NEW)
+        args.work = output / NEW if replaced else output
+    return args.work
+
+
+def hold(args: argparse.Namespace, path: Path, option: str = "--output") -> None:
+    """Keep a directory from other processes until the command ends. Raises as `check_directory`, and DirectoryInUse."""
+    from ..directory import locked
+
+    check_directory(args, path, option)
+    args.until_end.enter_context(locked(path))
+
+
+def check_directory(args: argparse.Namespace, path: Path, option: str = "--output") -> None:
+    """ValueError where a directory that is to be written is a file, or could replace what the command reads."""
+    from ..directory import keep_apart
+
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} {path} is a file; a directory is to be written")
+    keep_apart(path, inputs(args, path), option)
+
+
+def inputs(args: argparse.Namespace, output: Path) -> Iterator[tuple[str, str]]:
+    """(option, path) of all that the command reads, with the bases of adapters, and of a module called like `output`."""
+    from ..files import FileError
+    from ..hub.base import BASE
+    from ..peft.provenance import recorded_base
+
+    given = {name: value for name in READ if (value := getattr(args, name, None)) is not None}
+    for name, value in given.items():
+        for path in [value] if isinstance(value, str) else value:
+            yield f"--{name.replace('_', '-')}", path
+            if name == "adapter":
+                with suppress(FileError):  # which is said when it is loaded
+                    yield f"the base of --adapter {path},", recorded_base(path)[0] or ""
+    if "model" not in given:
+        yield "the shipped base", str(BASE)
+    for name, module in list(sys.modules.items()):
+        if os.path.basename(file := getattr(module, "__file__", None) or "") == output.name:
+            yield f"the module {name},", file
+
+
+def earlier(output: Path) -> list[str]:
+    """The names of what an earlier run has left in a directory. ValueError for a checkpoint-N that is no run's."""
+    from ..directory import OF_A_RUN
+    from ..train.checkpoint import is_checkpoint
+
+    names = sorted(path.name for path in output.iterdir() if OF_A_RUN.fullmatch(path.name))
+    for path in (output / name for name in names):
+        if path.is_dir() and not is_checkpoint(path):
+            raise ValueError(f"{path} is in the way: it is no checkpoint of an earlier run; move it, or choose another --output")
+    return names
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
@@ -62,7 +124,7 @@ def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
 
 def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
     """How to train on this number of examples; saved, and evaluated, five times where no option says how often."""
-    a = from_arguments(TrainingArguments, args, output_dir=Path(args.output), save_total_limit=1, **fixed)
+    a = from_arguments(TrainingArguments, args, output_dir=args.work, save_total_limit=1, **fixed)
     step = a.per_device_train_batch_size * a.gradient_accumulation_steps
     steps = a.max_steps or math.ceil(a.num_train_epochs * math.ceil(examples / step))
     fifth = max(1, steps // 5)
@@ -76,52 +138,60 @@ def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool,
 
 
 def run_training(args: argparse.Namespace, trainer: Any) -> Any:
-    """What `trainer.train` gives. --overwrite removes an earlier run first; a KeyboardInterrupt says how to go on."""
+    """What `trainer.train` gives. A KeyboardInterrupt says how to go on."""
+    from ..directory import discard
     from ..train import last_checkpoint
 
-    output = Path(args.output)
-    if args.overwrite and output.is_dir():
-        for path in filter(lambda path: WRITTEN.fullmatch(path.name), sorted(output.iterdir())):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    new = Path(args.output) / NEW
+    if args.overwrite or args.work != new:  # another run, which was to replace this one, has been given up
+        discard(new)
     try:
         return trainer.train(resume_from_checkpoint=args.resume)
-    except KeyboardInterrupt:
-        if last_checkpoint(output) is None:
-            raise
-        raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
+    except BaseException as error:
+        if last_checkpoint(args.work) is None:
+            discard(new)
+        elif isinstance(error, KeyboardInterrupt):
+            instead = " in place of --overwrite" * args.overwrite
+            raise KeyboardInterrupt(f"the same command with --resume{instead} goes on from the last checkpoint") from None
+        raise
 
 
-def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> str:
+def save_model(args: argparse.Namespace, model: Any, tokenizer: Any, template: str | None) -> str:
     """Write a model or adapter directory, with the tokenizer, and the template that the model was trained in.
 
     Returns the option by which `minipeft generate` takes it.
     """
+    from ..directory import replacing
     from ..hub.pretrained import save_pretrained
     from .prompts import save_template
 
-    if template is not None:
-        save_template(output, template)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(output)
-        tokenizer.save(output)
-        return f"--adapter {output}"
-    save_pretrained(model, output, tokenizer)
-    return f"--model {output}"
+    with replacing(args.work) as fresh:
+        if template is not None:
+            save_template(fresh, template)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(fresh)
+            tokenizer.save(fresh)
+            return f"--adapter {args.output}"
+        save_pretrained(model, fresh, tokenizer)
+        return f"--model {args.output}"
 
 
 def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
-    """<command>.json in the output directory: all options by their flags, and the results.
+    """Write <command>.json, all options by their flags, and the results; with it, a run that replaces another takes its place.
 
     An option's value is the one in `found`, in one of the configurations, or as given.
     """
+    from ..directory import publish
     from ..files import write_json
 
-    internal = ("run", "debug", "resume", "overwrite", "command", "flags", "longest")
+    internal = ("run", "debug", "resume", "overwrite", "command", "flags", "longest", "work", "until_end")
     given = {name: value for name, value in vars(args).items() if name not in internal}
     for config in configs:
         given |= {name: value for name, value in vars(config).items() if name in args.flags}
     named = {args.flags.get(name, name): value for name, value in {**given, **found}.items()}
-    write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
+    write_json(args.work / f"{args.command}.json", {"options": named, **results})
+    if args.work != (output := Path(args.output)):
+        publish(args.work, output, earlier(output))
 
 
 def note(text: str, style: str | None = None) -> None:
