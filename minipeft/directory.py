@@ -90,10 +90,8 @@ def take(file: BinaryIO) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, PermissionError if sys.platform == "win32" else BlockingIOError)
     return True
 
 
@@ -119,10 +117,8 @@ def locked(directory: str | os.PathLike, file: str = "") -> Iterator[None]:
         yield
     finally:
         if _held.pop(lock, None):  # else this is a fork of the process that holds it
-            with suppress(OSError):
-                lock.unlink()  # before another can take it; on Windows it stays, where no open file can be removed
-            opened.close()
-            with suppress(OSError):
+            with opened, suppress(OSError):
+                lock.unlink()  # before another can take it; on Windows, which removes no open file, it stays
                 for path in made:
                     path.rmdir()
 

@@ -94,7 +94,7 @@ def inputs(args: argparse.Namespace, output: Path) -> Iterator[tuple[str, str]]:
         for path in [value] if isinstance(value, str) else value:
             yield f"--{name.replace('_', '-')}", path
             if name == "adapter":
-                with suppress(FileError):  # which is said when it is loaded
+                with suppress(FileError, OSError):  # which is said when it is loaded
                     yield f"the base of --adapter {path},", recorded_base(path)[0] or ""
     if "model" not in given:
         yield "the shipped base", str(BASE)
