@@ -5,10 +5,10 @@
         with replacing(output) as fresh:  an empty directory
             ...                           is filled; now its files are in `output`, or, where the block raises, none is
 
-A kill at any moment leaves the old files or the new ones. `replacing` makes the new ones durable in a directory inside
-of `output`, which is then called READY, in one step, and moves them into their places. What a kill leaves of these moves
-is made up for by the next process that holds the directory. In between there is no configuration, which is moved last,
-so that nobody loads one model's weights under another's configuration.
+A kill at any moment leaves the old files or the new ones. `replacing` writes the new ones into a directory inside of
+`output`, makes them durable, renames that directory to READY, in one step, and moves them into their places. Where a kill
+interrupts the moves, the next process that holds the directory goes on with them. Meanwhile there is no configuration,
+which is moved last, so that nobody loads one model's weights under another's configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .files import READY, fsync_directory, read_json, write_json
+from .files import READY, FileError, fsync_directory, read_json, write_json
 
 LOCK = ".minipeft-lock"
 OF_A_RUN = re.compile(  # what a run that trains writes into its directory
@@ -127,7 +127,7 @@ def _open_lock(lock: Path, directory: Path, wait: bool) -> BinaryIO:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(lock, "a+b")
+            file = open(lock, "a+b", opener=_no_link)
         except FileNotFoundError:  # an empty directory has just been removed
             continue
         taken, current = take(file), False
@@ -145,6 +145,10 @@ def _open_lock(lock: Path, directory: Path, wait: bool) -> BinaryIO:
             who = f"the process {number}{f' on {host}' * (host != platform.node())}" if number else "another process"
             raise DirectoryInUse(f"{directory}: {who} writes there; wait for its end, or choose another directory")
         time.sleep(0.005)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _forget() -> None:
@@ -203,6 +207,8 @@ def _settle(directory: Path) -> None:
     if (ready / _PLAN).exists():
         plan = read_json(ready / _PLAN)
         old, gone = plan["old"], {*plan["old"]} - {*plan["new"]}
+        if strange := [name for name in (*old, *plan["new"]) if name != Path(name).name or name == ".."]:
+            raise FileError(f"{ready / _PLAN}: {strange[0]!r} is not the name of a file in {directory}")
         for name in _CONFIGURATIONS:
             if name in gone or (ready / name).exists():
                 (directory / name).unlink(missing_ok=True)

@@ -324,6 +324,20 @@ def test_a_foreign_directory_is_not_replaced(tmp_path):
     assert content(tmp_path) == {"d/file": b"fresh/d", "moved/file": b"d"}
 
 
+def test_a_directory_of_somebody_else_reaches_nothing_outside(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "theirs" / READY).mkdir(parents=True)
+    for name in ("../mine", str(tmp_path / "mine"), ".."):
+        (tmp_path / "theirs" / READY / ".plan.json").write_text(json.dumps({"old": [name], "new": []}))
+        with pytest.raises(FileError, match="is not the name of a file in"), locked(tmp_path / "theirs"):
+            pass
+    shutil.rmtree(tmp_path / "theirs" / READY)
+    (tmp_path / "theirs" / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError), locked(tmp_path / "theirs"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
 def test_a_replacement_that_is_interrupted_is_finished(given, monkeypatch, interruption):
     replace, calls = os.replace, []
