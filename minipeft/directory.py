@@ -207,7 +207,7 @@ def _settle(directory: Path) -> None:
     if (ready / _PLAN).exists():
         plan = read_json(ready / _PLAN)
         old, gone = plan["old"], {*plan["old"]} - {*plan["new"]}
-        if strange := [name for name in (*old, *plan["new"]) if name != Path(name).name or name == ".."]:
+        if strange := [name for name in (*old, *plan["new"]) if name != Path(name).name or name in ("", "..")]:
             raise FileError(f"{ready / _PLAN}: {strange[0]!r} is not the name of a file in {directory}")
         for name in _CONFIGURATIONS:
             if name in gone or (ready / name).exists():

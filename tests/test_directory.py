@@ -327,7 +327,7 @@ def test_a_foreign_directory_is_not_replaced(tmp_path):
 def test_a_directory_of_somebody_else_reaches_nothing_outside(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "theirs" / READY).mkdir(parents=True)
-    for name in ("../mine", str(tmp_path / "mine"), ".."):
+    for name in ("../mine", str(tmp_path / "mine"), "..", ""):
         (tmp_path / "theirs" / READY / ".plan.json").write_text(json.dumps({"old": [name], "new": []}))
         with pytest.raises(FileError, match="is not the name of a file in"), locked(tmp_path / "theirs"):
             pass
