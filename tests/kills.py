@@ -144,9 +144,12 @@ def cases(given: Path, output: Path) -> dict[str, Callable[[], Case]]:
         found = mp.PeftModel.from_pretrained(mp.from_pretrained(model)[0], path)
         return {name: p for name, p in found.state_dict().items() if "lora" in name}
 
+    def of_either(path: Path) -> dict[str, Any]:
+        return of_model(path) if (path / "config.json").exists() else of_adapter(path)
+
     def of_judge(path: Path) -> dict[str, Any]:
         found, _ = mp.rlhf.RewardModel.from_pretrained(path)
-        return {**found.state_dict(), "calibration": [found.mean, found.std]}
+        return {**found.state_dict(), "calibration": (found.mean, found.std)}
 
     def command(name: str, *options: Any, load: Any = of_model, over: tuple[Any, ...] | None = None) -> Case:
         """A run that trains; `over`: with --overwrite, over a run with these options."""
@@ -197,7 +200,8 @@ def cases(given: Path, output: Path) -> dict[str, Callable[[], Case]]:
 
     return {
         "finetune": lambda: command("finetune", *tune),
-        "finetune-again": lambda: command("finetune", *tune, "--seed", 1, over=(*tune, "--method", "lora")),
+        "finetune-again": lambda: command("finetune", *tune, load=of_either, over=(*tune, "--method", "lora")),
+        "finetune-full-again": lambda: command("finetune", *tune, over=(*tune, "--seed", 1)),
         "finetune-lora-again": lambda: command(
             "finetune", *tune, "--method", "lora", load=of_adapter, over=(*tune, "--method", "lora", "-r", 2)
         ),
@@ -264,17 +268,10 @@ def ending(directory: Path) -> dict[str, Any]:
     return found
 
 
-def same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
-    if a is None or b is None or a.keys() != b.keys():
-        return False
-    return all(bytes(memoryview(mp.backend.to_numpy(a[k]) if hasattr(a[k], "shape") else repr(a[k]).encode()).cast("B"))
-               == bytes(memoryview(mp.backend.to_numpy(b[k]) if hasattr(b[k], "shape") else repr(b[k]).encode()).cast("B")) for k in a)  # fmt: skip
-
-
 def loaded(load: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any] | None:
-    """What a directory holds; None where it is refused as it should be."""
+    """What a directory holds, arrays as their bytes; None where it is refused as it should be."""
     try:
-        return load(path)
+        return {name: value.tobytes() if hasattr(value, "tobytes") else value for name, value in load(path).items()}
     except REFUSED:
         return None
 
@@ -325,6 +322,7 @@ def killed_everywhere(name: str, root: Path, counter: Counter, every: int, first
     whole, before = ending(root / "new"), digests(given)
     old = loaded(case.load, root / "old") if case.load and case.old else None
     new = loaded(case.load, root / "new") if case.load else None
+    assert not case.load or (new and new != old and bool(old) == bool(case.old)), f"{name}: the models cannot be told apart"
     wrong: list[str] = []
     kills = range(first, operations, every)
     for i in kills:
@@ -340,9 +338,9 @@ def killed_everywhere(name: str, root: Path, counter: Counter, every: int, first
         if case.load and output.exists():
             now = loaded(case.load, output)
             if now is None:
-                check(not old or same(loaded(case.load, overlaid(output)), new), "neither the old nor the new model is whole")
+                check(not old or loaded(case.load, overlaid(output)) == new, "neither the old nor the new model is whole")
             else:
-                check(same(now, new) or same(now, old), "it loads as neither the old nor the new model")
+                check(now in (old, new), "it loads as neither the old nor the new model")
         for last in (i % 12, None):
             for action in case.again:
                 status, log = forked(action, counter, work, last)
