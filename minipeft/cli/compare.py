@@ -33,7 +33,7 @@ from typing import Any
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, positive_int
 from .method_options import add_method_options, given_options, method_of, methods_of
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     report = Path(args.report) if args.report else None
     for option, path in (("--report", report), ("--output", output)):
         if path:
-            runs.hold(args, path, option)
+            outputs.hold(args, path, option)
 
     from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks

@@ -39,7 +39,7 @@ from typing import Any
 
 from ..evaluation.config import GenerationConfig
 from ..options import add_options, configuration, from_arguments, option
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, add_model
 from .functions import load_function
 from .models import load_model
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from ..directory import keep_apart, locked
 
     if args.json:
-        keep_apart(args.json, runs.inputs(args, Path(args.json)), "--json")
+        keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
 
     from ..evaluation import evaluate
     from ..files import write_json

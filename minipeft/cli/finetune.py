@@ -38,7 +38,7 @@ import math
 from typing import Any
 
 from ..options import add_options, configuration, from_arguments, option
-from . import runs
+from . import outputs, runs
 from .arguments import add_model
 from .method_options import add_method, method_of
 
@@ -99,7 +99,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
 def run(args: argparse.Namespace) -> int:
     from .data import read_records
 
-    runs.check_output(args)
+    outputs.check_output(args)
     return fine_tune(args, read_records(args.data), validation(args))
 
 
@@ -156,7 +156,7 @@ def fine_tune(
         runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
     use = runs.save_model(args, model, tokenizer, name)
     results = {

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import runs
+from . import outputs
 from .arguments import add_machine
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output = runs.check_output(args)
+    output = outputs.check_output(args)
 
     from ..directory import replacing
     from ..hub.pretrained import save_pretrained

@@ -35,7 +35,7 @@ from ..experiments.run import Settings
 from ..experiments.sweep import executor_of, grid, sweep
 from ..options import add_options
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, add_model, positive, positive_int
 from .method_options import add_method_options, given_options, method_of
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.task and args.data:
         raise ValueError("give either --task or --data, not both")
     output = Path(args.output)
-    runs.check_directory(args, output)
+    outputs.check_directory(args, output)
 
     from .. import backend
     from ..directory import locked
