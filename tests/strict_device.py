@@ -3,7 +3,7 @@
 It catches, wherever the tests run, habits that NumPy forgives and that on a device are errors or cost time in silence:
 
 1. Host and device arrays never meet. A NumPy array given to a device function, or a device array given to NumPy, raises
-   TypeError. The only crossings are `asarray` and `array` (there), `.get()`, `.item()`, `.tolist()` and `asnumpy` (back).
+   TypeError. Only `asarray` and `array` move there, and `.get()`, `.item()`, `.tolist()` and `asnumpy` back.
 2. What makes a Python number of a device array (`float()`, `int()`, `bool()`, `if`, formatting) raises TypeError: CuPy
    copies it, and waits for the device.
 3. Reductions and integer indexing give 0-dimensional device arrays, never scalars.
