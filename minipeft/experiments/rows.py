@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, fsync_directory
+from ..files import FileError, fsync_directory, parse_json
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
@@ -137,7 +137,7 @@ def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[
     find = finder(rows)
     missing = {s.seed for s in runs if find(described(s)) is None}
     whole = sorted({s.seed for s in runs} - missing)
-    return [row for row in rows if row["seed"] in whole], whole
+    return [row for row in rows if row.get("seed") in whole], whole
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -155,7 +155,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         lines.append(last)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
         if not isinstance(row, dict) or "run" not in row:

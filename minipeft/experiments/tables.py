@@ -62,7 +62,7 @@ def _groups(
     for group in groups.values():
         settings = {name: group[0][name] for name in by}
         runs = [row for row in group if not failed(row)]
-        seeds = [row["seed"] for row in runs if "seed" in row]
+        seeds = [key(row["seed"]) for row in runs if "seed" in row]
         if len(seeds) > len(set(seeds)):
             others = [name for name in _varying(group) if name not in by] or ["the version or the function"]
             raise ValueError(

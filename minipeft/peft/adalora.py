@@ -156,6 +156,7 @@ class AdaLoraCallback:
         for layer in layers.values():
             if layer.kept is not None:
                 layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
+                layer.lora_E._version += 1
 
     def update_averages(self, path: str, layer: AdaLoraLinear) -> None:
         """Update Ī, the average sensitivity (eq. 8 and 9), and Ū, its uncertainty (eq. 10), of every number.
@@ -187,7 +188,16 @@ class AdaLoraCallback:
         return {**self.averages, **kept}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError for arrays of other names or shapes."""
+        shapes = {f"{path}.kept": (layer.lora_E.shape[0],) for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            shapes |= {f"{path}.{name}.{what}": getattr(layer, name).shape for name in MATRICES for what in AVERAGES}
+        for key, array in arrays.items():
+            if array.shape != shapes.get(key) or (array.dtype == bool) != key.endswith(".kept"):
+                raise ValueError(f"AdaLoRA keeps no {key} of shape {array.shape} and {array.dtype}")
+        averages = [key for key in shapes if not key.endswith(".kept")]
+        if lacking := [key for key in averages if key not in arrays and any(other in arrays for other in averages)]:
+            raise ValueError(f"AdaLoRA's {lacking[0]} is missing")
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")

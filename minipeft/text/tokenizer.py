@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import FileError, read_json, write_json, write_text
+from ..files import FileError, expecting, read_json, write_json, write_text
 from ..train.batches import pad_sequences
 from . import chat
 
@@ -35,11 +35,11 @@ class Tokenizer:
 
     Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
     are 0 .. vocab_size - 1, special tokens included), `chat_template` (a Jinja program as str, or None).
-    Raises ValueError for a config whose tokens the tokenizer lacks.
+    Raises ValueError for a config whose tokens the tokenizer lacks, and for ids far above the number of tokens.
     """
 
     def __init__(self, backend: Any, config: dict[str, Any] | None = None):
-        self.config = dict(config or {})
+        self.config, self.vocab_size = dict(config or {}), _size(backend)
         self._plain = _copy(backend)
         self._plain.no_padding()
         self._plain.no_truncation()
@@ -65,7 +65,7 @@ class Tokenizer:
             return None, None
         if not isinstance(token, str):
             raise ValueError(f"tokenizer_config.json: {name} must be a string or an added token, got {token!r}")
-        token_id = self._plain.token_to_id(token)
+        token_id = self._plain.token_to_id(token) if _is_unicode(token) else None
         if token_id is None:
             raise ValueError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
         return token, token_id
@@ -104,7 +104,8 @@ class Tokenizer:
             content = read_json(directory / name) if (directory / name).is_file() else {}
             config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
-            config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            with expecting("text in UTF-8", directory / "chat_template.jinja"):
+                config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, config)
 
     def save(self, directory: str | Path) -> None:
@@ -138,6 +139,7 @@ class Tokenizer:
         added = [tokenizers.AddedToken(t, special=special_tokens, normalized=not special_tokens) for t in tokens]
         for backend in (self._plain, self._control):
             (backend.add_special_tokens if special_tokens else backend.add_tokens)(added)
+        self.vocab_size = _size(self._plain)
         self._read()
         return self.vocab_size - before
 
@@ -157,11 +159,6 @@ class Tokenizer:
         self.config |= named
         self._read()
         return count
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
-        return self._plain.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int:
         """The id of one token; ValueError where the vocabulary does not have it."""
@@ -261,12 +258,16 @@ class Tokenizer:
             raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")
         # longest first: where a special token's text begins with another's, the longer one is meant
         special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
-        hidden: list[str] = []
+        hidden: dict[str, str] = {}
+
+        def mark(found: re.Match) -> str:
+            hidden[place := f"{guard}{len(hidden)}{guard}"] = found[0]
+            return place
 
         def hide(value: Any) -> Any:
             """A value without the special tokens' texts in it, so that each one in the result is the template's."""
             if isinstance(value, str):
-                return special.sub(lambda m: hidden.append(m[0]) or f"{guard}{len(hidden) - 1}{guard}", value)
+                return special.sub(mark, value)
             if isinstance(value, Mapping):
                 return {key: hide(item) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list | tuple) else value
@@ -275,7 +276,7 @@ class Tokenizer:
         variables = names | {key: hide(value) for key, value in variables.items()}
         text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
         pieces = [  # plain text and special tokens take turns
-            Special(piece) if i % 2 else re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece)
+            Special(piece) if i % 2 else re.sub(f"{guard}\\d+{guard}", lambda m: hidden.get(m[0], m[0]), piece)
             for i, piece in enumerate(re.split(f"({special.pattern})", text))
         ]
         return tuple(filter(None, pieces))
@@ -310,6 +311,20 @@ def _as_mapping(message: Any) -> Mapping[str, Any]:
     if not isinstance(fields, Mapping) or not isinstance(fields.get("role"), str):
         raise TypeError(f'a message must be a mapping with "role" and "content", got {message!r}')
     return fields
+
+
+def _size(backend: Any) -> int:
+    """One more than the highest id; some below may be no token's. The library takes memory for all of them."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    highest = max(ids, default=-1)
+    if highest >= max(2 * len(ids), 1 << 16):
+        raise ValueError(f"the tokenizer has {len(ids)} tokens, but ids up to {highest}")
+    return highest + 1
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no halves of surrogate pairs, which UTF-8 does not have either."""
+    return text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _copy(backend: Any) -> Any:

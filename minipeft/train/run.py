@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import asarray, is_array, to_numpy, xp_of
+from ..files import expecting
+from ..options import fits
 from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
@@ -72,7 +74,8 @@ class Run:
         """Start, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
 
         Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
-        last; CheckpointError for one that is missing, damaged, or of another run.
+        last; CheckpointError for one that is missing, damaged, or of another run; FileError where metrics.jsonl is
+        shorter than it was then, or damaged.
         """
         position, directory = 0, self.directory
         if resume:
@@ -140,17 +143,24 @@ class Run:
             raise checkpoint.CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        checkpoint.check_identity(path, self.identity, content["identity"])
-        checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
-        parameters, trained = self.trainer.trainable, arrays.pop("model")
-        xp = xp_of(*[p.data for p in parameters.values()])
-        for name, p in parameters.items():
-            p.data[...] = asarray(trained[name], xp)
-        arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
-        self.callbacks.load_state_dict(arrays.pop("callbacks", {}))
-        self.trainer.load_state({**content["state"], **arrays})
-        self.step, self.stopped = step, content["stopped"]
-        return content["metrics_bytes"]
+        with expecting("what this run would have written", path, checkpoint.CheckpointError):
+            checkpoint.check_identity(path, self.identity, content["identity"])
+            stopped, position, parameters = content["stopped"], content["metrics_bytes"], self.trainer.trainable
+            if not (fits(stopped, bool) and fits(position, int) and position >= 0):
+                raise ValueError(f"stopped is {stopped!r}, metrics_bytes {position!r}")
+            trained = arrays.pop("model")
+            checkpoint.check_shapes(trained, {name: p.shape for name, p in parameters.items()})
+            checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
+            xp = xp_of(*[p.data for p in parameters.values()])
+            arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
+            kept = arrays.pop("callbacks", {})
+            self.trainer.load_state({**content["state"], **arrays})
+            self.callbacks.load_state_dict(kept)
+            for name, p in parameters.items():
+                p.data[...] = asarray(trained[name], xp)
+                p._version += 1
+            self.step, self.stopped = step, stopped
+        return position
 
 
 def _is_file(value: Any) -> bool:
