@@ -23,7 +23,6 @@ import marshal
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -347,7 +346,9 @@ def attempt(reader: Any, folder: Path) -> tuple[str, str]:
         outcome = "loaded"
     except TooSlow as error:
         return "slow or large", f"no end after {SECONDS:g} s {_place(error)}"
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)

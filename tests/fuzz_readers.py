@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from test_gguf import CONFIGS, F16, F32, Q8_0, build, write
+from test_gguf import F16, F32, Q8_0, build, byte_level, sentencepiece, write
 from test_rlhf_reward import source_archive, tables
 from test_text_chat import SYSTEM
 
@@ -100,19 +100,10 @@ def in_parts(folder: Path) -> None:
 
 
 def ggufs(folder: Path) -> None:
-    for number, (case, kind) in enumerate((("llama", F32), ("llama 3", F16), ("qwen2", Q8_0), ("gpt2", F32))):
-        (folder / str(number)).mkdir(parents=True)
-        assert case in CONFIGS
-        write(folder / str(number) / "model.gguf", build(case), kind, tokenizer=None if number % 2 else gguf_tokenizer)
-
-
-def gguf_tokenizer(writer: Any) -> None:
-    tokens = json.loads(backend().to_str())["model"]["vocab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(list(tokens) + [f"t{i}" for i in range(300 - len(tokens))])
-    writer.add_token_types([1] * 300)
-    writer.add_token_merges(["a b"])
+    of = {"llama": (F32, sentencepiece), "llama 3": (F16, byte_level("llama-bpe")), "qwen2": (Q8_0, byte_level("qwen2"))}
+    for case, (kind, tokenizer) in {**of, "gpt2": (F32, None)}.items():
+        (folder / case).mkdir(parents=True)
+        write(folder / case / "model.gguf", build(case), kind, tokenizer=tokenizer)
 
 
 def read_gguf(folder: Path) -> None:
@@ -120,6 +111,11 @@ def read_gguf(folder: Path) -> None:
     use(read)
     if tokenizer is not None:
         tokenizer.decode(tokenizer.encode("a cab"))
+        if tokenizer.chat_template is not None:
+            try:
+                tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+            except ValueError as error:  # the template's fault
+                assert type(error) is ValueError
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -141,6 +137,18 @@ def tokenizers_(folder: Path) -> None:
     named = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     for name, content in (("config", {**named, "chat_template": SYSTEM}), ("beside", {})):
         Tokenizer(backend(), content).save(folder / name)
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(("[UNK]", "Is", "it", "a", "##b", "c", "cab", "▁", "<|im_end|>"))}
+    for name, kind in {
+        "words": models.WordLevel(words, unk_token="[UNK]"), "pieces": models.WordPiece(words, unk_token="[UNK]"),
+        "unigram": models.Unigram([(word, -float(i)) for word, i in words.items()], unk_id=0),
+    }.items():  # fmt: skip
+        made = Backend(kind)
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        made.add_special_tokens(["<|im_end|>"])
+        Tokenizer(made, named).save(folder / name)
     write_json(folder / "beside" / "special_tokens_map.json", named)
     (folder / "beside" / "chat_template.jinja").write_text(SYSTEM)
 
@@ -192,10 +200,9 @@ def corpora_(folder: Path) -> None:
     lines = {
         "bible": ["train\tGenesis\t1\t1\tIn the beginning\tAt the first", "test\tGenesis\t1\t2\tAnd the earth\tAnd"],
         "austen": ["train\tEmma\t1\tEmma Woodhouse,\\nhandsome", "test\tEmma\t2\tMr. Weston"],
-        **dict.fromkeys(
-            ("wordnet-noun", "wordnet-verb", "wordnet-adj", "wordnet-adv"), ["train\tdog#1#42|cur#2#0\ta canine\tthe dog|a cur"]
-        ),
     }
+    for part in ("noun", "verb", "adj", "adv"):
+        lines[f"wordnet-{part}"] = ["train\tdog#1#42|cur#2#0\ta canine\tthe dog|a cur"]
     (folder / "data" / "data").mkdir(parents=True)
     for name, rows_ in lines.items():
         (folder / "data" / "data" / f"{name}.tsv.xz").write_bytes(lzma.compress("\n".join([*rows_, ""]).encode(), preset=0))
@@ -365,6 +372,7 @@ def figures(folder: Path) -> None:
             path.write_text(text + "\n")
 
 
+RUN = ("checkpoint-2/state.json", "checkpoint-2/state.json", "checkpoint-2/*")
 READERS: dict[str, Reader] = {
     "safetensors": Reader(models, lambda folder: [a.sum() for a in read_safetensors(folder / "model.safetensors")[0].values()],
                           (FileError,), ("model.safetensors",)),
@@ -381,8 +389,8 @@ READERS: dict[str, Reader] = {
     "prompts": Reader(records, lambda folder: datasets.read_prompts(one(folder)), (DatasetError,)),
     "dataset": Reader(records, lambda folder: datasets.read_dataset(one(folder)), (DatasetError,)),
     "rows": Reader(stores, read_store, (FileError,)),
-    "checkpoint": Reader(runs("full", "adalora"), resume, (CheckpointError,), ("checkpoint-2/*",), sign),
-    "ppo": Reader(runs("ppo"), resume, (CheckpointError,), ("checkpoint-2/*",), sign),
+    "checkpoint": Reader(runs("full", "adalora"), resume, (CheckpointError, FileError), RUN, sign),
+    "ppo": Reader(runs("ppo"), resume, (CheckpointError, FileError), RUN, sign),
     "ratings": Reader(archives, lambda folder: rlhf.human_preferences(one(folder), "train", 20), (FileError, ValueError)),
     "corpora": Reader(corpora_, read_corpora, (FileError,), ("data/*",)),
 }  # fmt: skip

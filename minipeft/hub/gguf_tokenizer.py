@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer, of_library
 from .configuration import HubError
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
@@ -39,14 +39,10 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
         raise HubError(f"tokenizer.ggml.tokens must be a list of tokens, of at most {MOST} characters each")
     if len(set(tokens)) != len(tokens):
         raise HubError("tokenizer.ggml.tokens must be a list of tokens, no two alike")
-    try:
+    with of_library(HubError, "the metadata makes no tokenizer"):
         backend = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
         _add_special_tokens(backend, metadata, tokens)
         return Tokenizer(backend, _configuration(metadata, tokens))
-    except HubError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception, with the reason as its text
-        raise HubError(f"the metadata makes no tokenizer ({error})") from error
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Any:

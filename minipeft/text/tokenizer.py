@@ -8,7 +8,8 @@ never because a user's text happens to spell one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Tokenizer:
 
     def __init__(self, backend: Any, config: dict[str, Any] | None = None):
         self.config, self.vocab_size = dict(config or {}), _size(backend)
-        self._plain = _copy(backend)
+        with of_library(ValueError, "the tokenizers library cannot write the tokenizer"):
+            self._plain = _copy(backend)
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True  # a special token's text in plain text is only text
@@ -95,10 +97,8 @@ class Tokenizer:
         if not path.is_file():
             raise FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
         text = path.read_bytes()
-        try:
+        with of_library(FileError, f"{path}: not a tokenizer that the tokenizers library reads"):
             backend = tokenizers.Tokenizer.from_buffer(text)
-        except Exception as error:  # the library raises bare Exception, with the reason as its text
-            raise FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
         config: dict[str, Any] = {}
         for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
             content = read_json(directory / name) if (directory / name).is_file() else {}
@@ -191,7 +191,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts, on several threads.
 
-        Raises TypeError for what is no str, ValueError for one that is not valid Unicode.
+        Raises TypeError for what is no str, ValueError for one that is not valid Unicode, or that has no tokens here.
         """
         for text in texts:
             if not isinstance(text, str):
@@ -201,7 +201,8 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text to encode is not valid Unicode: {error}") from error
         backend = self._control if allow_special else self._plain
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        with of_library(ValueError, "the tokenizer cannot encode this"):
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
@@ -291,7 +292,8 @@ class Tokenizer:
         if wrong is not None:
             raise ValueError(f"token ids are 0 to {size - 1}, got {wrong}")
         skipped = self._special_ids if skip_special_tokens else ()
-        return self._plain.decode([token_id for token_id in ids if token_id not in skipped], skip_special_tokens=False)
+        with of_library(ValueError, "the tokenizer cannot decode this"):
+            return self._plain.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
 
     def pad(self, sequences: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
         """`(ids, mask)`, int64 [batch, longest]: sequences filled up with the padding token, 1 where a token is real.
@@ -311,6 +313,19 @@ def _as_mapping(message: Any) -> Mapping[str, Any]:
     if not isinstance(fields, Mapping) or not isinstance(fields.get("role"), str):
         raise TypeError(f'a message must be a mapping with "role" and "content", got {message!r}')
     return fields
+
+
+@contextmanager
+def of_library(error: type[ValueError], what: str) -> Iterator[None]:
+    """Inside, what the tokenizers library raises, bare Exception or a panic of Rust's, becomes an `error`."""
+    try:
+        yield
+    except error:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise error(f"{what} ({e})") from e
 
 
 def _size(backend: Any) -> int:

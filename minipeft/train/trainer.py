@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array
+from ..backend import Rng, is_array
 from ..executors import opened
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
