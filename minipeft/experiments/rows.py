@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileError, fsync_directory, parse_json
+from ..options import fits
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
@@ -158,8 +159,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
             row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
-        if not isinstance(row, dict) or "run" not in row:
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
+        if not isinstance(row, dict) or "run" not in row or not fits(row.get("settings", []), list[str]):
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and names in 'settings' if any")
         rows.append(plain(row))
     find = finder(rows)
     last = {key(_settings(row)): row for row in rows if failed(row) and find(_settings(row)) is None}

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
 from functools import lru_cache
@@ -203,7 +205,8 @@ def matches(targets: list[str] | str | None, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
-SECONDS = 0.1  # of the processor: what a pattern may take for one path
+SECONDS, SLOW = 0.1, 0.001  # of the processor: what a pattern may take for one path; ten times as much for all slow ones
+_spent: Counter[str] = Counter()  # by pattern, on those
 
 
 @lru_cache(1 << 14)
@@ -214,12 +217,18 @@ def match(pattern: str, path: str, whole: bool = False) -> Any:
     """
     import regex
 
+    began, found = time.thread_time(), None
     try:
-        return (regex.fullmatch if whole else regex.match)(pattern, path, timeout=SECONDS)
-    except TimeoutError as error:
-        raise PeftError(f"the pattern {pattern!r} takes too long to match; repeat nothing that repeats itself") from error
+        found = (regex.fullmatch if whole else regex.match)(pattern, path, timeout=SECONDS)
+    except TimeoutError:
+        _spent[pattern] += 10 * SECONDS
     except regex.error as error:
         raise PeftError(f"{pattern!r} is not a regular expression: {error}") from error
+    if (took := time.thread_time() - began) > SLOW:
+        _spent[pattern] += took
+    if _spent[pattern] > 10 * SECONDS:
+        raise PeftError(f"the pattern {pattern!r} takes too long to match; repeat nothing that repeats itself")
+    return found
 
 
 def check_patterns(name: str, *patterns: str) -> None:

@@ -62,14 +62,18 @@ class _Renderer:
             except BaseException:  # an interrupt: the answer would be taken for that to the next line
                 self.stop()
                 raise
+            if not answer:  # it has been killed, or is about to be
+                self.stop()
         return json.loads(answer or f'{{"problem": "takes more than {SECONDS:g} s of the processor, or too much memory"}}')
 
     def stop(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
             self._process.kill()
-            with suppress(BrokenPipeError):
-                self._process.communicate()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with suppress(OSError):  # what was not sent yet
+                    pipe.close()
             self._process = None
 
 
