@@ -124,12 +124,14 @@ def write_safetensors(
 
     Raises TypeError for a dtype that such a file does not have.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
-    for name, array in arrays.items():
-        if array.dtype not in map(np.dtype, _DTYPES.values()):
-            raise TypeError(f"{path}: the array {name!r} is {array.dtype}, which is no dtype of safetensors")
-    data = save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}, metadata)
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    try:
+        data = save(contiguous, metadata)
+    except (KeyError, SafetensorError) as error:
+        raise TypeError(f"{path}: cannot be written as safetensors ({error})") from error
     size = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + size])
     if "__metadata__" in head:

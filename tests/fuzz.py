@@ -474,8 +474,10 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     if args.coverage:
-        import atheris
-
+        try:
+            import atheris
+        except ImportError:
+            parser.error("--coverage takes the package atheris: pip install atheris")
         with atheris.instrument_imports(include=["minipeft"]):
             from fuzz_readers import READERS
     else:

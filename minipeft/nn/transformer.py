@@ -433,7 +433,8 @@ class Backbone(Module):
         S, limit = past + T, self.config.max_position_embeddings
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
             raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
-        if mask is not None and mask.dtype.kind == "f" and (mask.ndim == 4 or bool(((mask != 0) & (mask != 1)).any().item())):
+        floats = mask is not None and mask.dtype.kind == "f"
+        if floats and (mask.ndim == 4 or bool(((mask != 0) & (mask != 1)).any().item())):
             raise ValueError(
                 f"attention_mask is 1 (or true) where there is something to see, and else 0; this one, of {mask.dtype} and "
                 f"shape {mask.shape}, may be one that is added to the scores: give mask == 0"
@@ -625,7 +626,7 @@ class Transformer(BackboneModel):
 
         Args:
             input_ids: integer array [B, T]; or give `inputs_embeds`, a Tensor [B, T, d], in its place.
-            attention_mask: [B, past + T], 1 where there is something to see, zero where a position is padding (left or right); or boolean
+            attention_mask: [B, past + T], 1 where there is a token, 0 where there is padding (left or right); or boolean
                 [B, 1, T, past + T], saying which query may see which key (packing). Causality holds in any case.
             position_ids: [B, T]; by default they count the unmasked positions.
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.

@@ -189,15 +189,14 @@ class AdaLoraCallback:
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
         """Restore what `state_dict` gave. Raises ValueError for arrays of other names or shapes."""
-        shapes = {f"{path}.kept": (layer.lora_E.shape[0],) for path, layer in self.layers.items()}
-        for path, layer in self.layers.items():
-            shapes |= {f"{path}.{name}.{what}": getattr(layer, name).shape for name in MATRICES for what in AVERAGES}
+        layers = self.layers.items()
+        averaged = {f"{path}.{n}.{what}": getattr(x, n).shape for path, x in layers for n in MATRICES for what in AVERAGES}
+        known = averaged | {f"{path}.kept": x.lora_E.shape[:1] for path, x in layers}
         for key, array in arrays.items():
-            if array.shape != shapes.get(key) or (array.dtype == bool) != key.endswith(".kept"):
+            if array.shape != known.get(key) or (array.dtype == bool) != key.endswith(".kept"):
                 raise ValueError(f"AdaLoRA keeps no {key} of shape {array.shape} and {array.dtype}")
-        averages = [key for key in shapes if not key.endswith(".kept")]
-        if lacking := [key for key in averages if key not in arrays and any(other in arrays for other in averages)]:
-            raise ValueError(f"AdaLoRA's {lacking[0]} is missing")
+        if len(averaged.keys() - arrays.keys()) not in (0, len(averaged)):
+            raise ValueError("AdaLoRA keeps the averages of all its numbers, or before the first step of none")
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")

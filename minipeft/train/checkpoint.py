@@ -196,7 +196,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, n
         raise CheckpointError(f"{where}: format version {body.get('version')!r}; this package reads version {VERSION}")
     checksum = body.pop("sha256", None)
     arrays, here = {}, {file.name for file in path.iterdir() if file.is_file()}
-    with expecting(what := "what a checkpoint holds", where, CheckpointError):
+    with expecting("what a checkpoint holds", where, CheckpointError):
         if checksum != _digest(body):
             raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
         for name, expected in body["files"].items():
@@ -210,7 +210,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, n
             arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
         step, state = body["step"], dict(body["state"])
         if not fits(step, int) or step < 0:
-            raise CheckpointError(f"{where}: does not hold {what}: the step is {step!r}")
+            raise ValueError(f"the step is {step!r}")
     return step, arrays, state
 
 
