@@ -313,6 +313,6 @@ def test_a_shape_that_no_array_has_is_refused(tmp_path, shape):
 
 @pytest.mark.parametrize("dtype", [np.longdouble, np.complex128])
 def test_a_dtype_that_the_format_does_not_have_is_named_and_nothing_is_written(tmp_path, dtype):
-    with pytest.raises(TypeError, match="cannot be written as safetensors .*(float128|longdouble|complex128)"):
+    with pytest.raises(TypeError, match=r"cannot be written as safetensors .*(float128|longdouble|complex128)"):
         write_safetensors(tmp_path / "f", {"w": np.ones(3, dtype)})
     assert os.listdir(tmp_path) == []

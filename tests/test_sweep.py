@@ -552,9 +552,10 @@ def test_a_scheduler_that_is_not_there_is_said(monkeypatch):
 def test_rows_of_another_form_are_refused_or_left_out(tmp_path):
     path = tmp_path / "rows.jsonl"
     for line in (b'{"run": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"run": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"run": "\xff"}'):
-        path.write_bytes(b'{"run": "a"}\n' + line + b"\n")
-        with pytest.raises(FileError, match="line 2: not valid JSON"):
-            read_rows(path)
+        for end in (b"\n", b""):
+            path.write_bytes(b'{"run": "a"}\n' + line + end)
+            with pytest.raises(FileError, match="line 2: not valid JSON"):
+                read_rows(path)
     path.write_text('{"run": "a", "settings": 5}\n')
     with pytest.raises(FileError, match="line 1: not a row of a sweep"):
         read_rows(path)

@@ -219,7 +219,7 @@ def _is_cut(line: bytes) -> bool:
     if not line or not begin.startswith(line[: len(begin)]):
         return False
     try:
-        json.loads(line)
-    except ValueError:
-        return True
+        parse_json(line)
+    except ValueError as error:  # others are of what `add_row` does not write
+        return isinstance(error, json.JSONDecodeError)
     return False
