@@ -400,7 +400,9 @@ HEAD = f"{'reader':12} {'tried':>9} {'loaded':>16} {'documented error':>16} {'wr
 
 
 def limit_memory() -> None:
-    """No more than MEGABYTES beside what the process has now."""
+    """No more than MEGABYTES beside what the process has now, where the system says that."""
+    if not os.path.exists("/proc/self/statm"):
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (MEGABYTES << 20), resource.RLIM_INFINITY))
 
