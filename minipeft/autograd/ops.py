@@ -497,12 +497,12 @@ def addmm(bias, x, weight):
 @op
 def embedding(ids, weight):
     """Rows of `weight` [V, d] at the integer array `ids` [...]: [..., d]. Its pullback adds each row back (scatter-add)."""
-    xp = xp_of(ids, weight)
-    check.ids(ids, weight.shape[0])
+    xp, shape = xp_of(ids, weight), weight.shape
+    check.ids(ids, shape[0])
 
     def dw(g):
-        d = xp.zeros(weight.shape, g.dtype)
-        scatter_add(d, ids.reshape(-1), g.reshape(-1, weight.shape[1]))
+        d = xp.zeros(shape, g.dtype)
+        scatter_add(d, ids.reshape(-1), g.reshape(-1, shape[1]))
         return d
 
     rows = weight[ids]

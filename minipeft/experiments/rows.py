@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..directory import take
-from ..files import FileError, fsync_directory
+from ..files import FileError, fsync_directory, parse_json
+from ..options import fits
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
@@ -138,7 +139,7 @@ def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[
     find = finder(rows)
     missing = {s.seed for s in runs if find(described(s)) is None}
     whole = sorted({s.seed for s in runs} - missing)
-    return [row for row in rows if row["seed"] in whole], whole
+    return [row for row in rows if row.get("seed") in whole], whole
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -156,11 +157,11 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         lines.append(last)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
-        if not isinstance(row, dict) or "run" not in row:
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
+        if not isinstance(row, dict) or "run" not in row or not fits(row.get("settings", []), list[str]):
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and names in 'settings' if any")
         rows.append(plain(row))
     find = finder(rows)
     last = {key(_settings(row)): row for row in rows if failed(row) and find(_settings(row)) is None}
@@ -212,7 +213,7 @@ def _is_cut(line: bytes) -> bool:
     if not line or not begin.startswith(line[: len(begin)]):
         return False
     try:
-        json.loads(line)
-    except ValueError:
-        return True
+        parse_json(line)
+    except ValueError as error:  # others are of what `add_row` does not write
+        return isinstance(error, json.JSONDecodeError)
     return False

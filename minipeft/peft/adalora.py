@@ -156,6 +156,7 @@ class AdaLoraCallback:
         for layer in layers.values():
             if layer.kept is not None:
                 layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
+                layer.lora_E._version += 1
 
     def update_averages(self, path: str, layer: AdaLoraLinear) -> None:
         """Update Ī, the average sensitivity (eq. 8 and 9), and Ū, its uncertainty (eq. 10), of every number.
@@ -187,7 +188,15 @@ class AdaLoraCallback:
         return {**self.averages, **kept}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError for arrays of other names or shapes."""
+        layers = self.layers.items()
+        averaged = {f"{path}.{n}.{what}": getattr(x, n).shape for path, x in layers for n in MATRICES for what in AVERAGES}
+        known = averaged | {f"{path}.kept": x.lora_E.shape[:1] for path, x in layers}
+        for key, array in arrays.items():
+            if array.shape != known.get(key) or (array.dtype == bool) != key.endswith(".kept"):
+                raise ValueError(f"AdaLoRA keeps no {key} of shape {array.shape} and {array.dtype}")
+        if len(averaged.keys() - arrays.keys()) not in (0, len(averaged)):
+            raise ValueError("AdaLoRA keeps the averages of all its numbers, or before the first step of none")
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")

@@ -201,7 +201,7 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     options = read_json(path)
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
-    if options["peft_type"] not in PEFT_TYPES:
+    if not isinstance(options["peft_type"], str) or options["peft_type"] not in PEFT_TYPES:
         raise PeftError(
             f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}; "
             "one of your own is known once its module has been imported, and has registered it (--plugin MODULE)"
