@@ -22,7 +22,7 @@ Departures from PEFT:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +33,18 @@ from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, check_rank
+from .ranks import check_rank
+from .targets import QUERY_AND_VALUE
 from .weights import fill, with_update
 
+TARGETS = {
+    **QUERY_AND_VALUE,
+    "roberta": ["query", "key", "value", "dense"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
 MATRICES = ("lora_A", "lora_E", "lora_B")
 AVERAGES = ("sensitivity", "uncertainty")
 
@@ -218,17 +227,10 @@ class AdaLoraConfig(PeftConfig):
     init_lora_weights: bool = option(True, "True: λ starts at zero; False: standard normal (for tests)")
     rank_pattern: dict[str, list[bool]] | None = option(None, "{path.lora_E: which triplets training has left}")
 
-    peft_type: ClassVar[str] = "ADALORA"
-    usual_learning_rate: ClassVar[float] = 3e-2
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = {
-        **QUERY_AND_VALUE,
-        "roberta": ["query", "key", "value", "dense"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    }
+    peft_type = "ADALORA"
+    usual_learning_rate = 3e-2
+    kinds = ("linear", "conv1d")
+    usual_targets = TARGETS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,8 +10,6 @@ PEFT has no such method; its files are this package's own (peft_type BITFIT, <pa
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
@@ -25,9 +23,9 @@ from .weights import dense_weight, with_weight
 class BitFitConfig(PeftConfig):
     """BitFit, y = W x + b with b trained, has no options of its own: target_modules says whose b (None: all)."""
 
-    peft_type: ClassVar[str] = "BITFIT"
-    usual_learning_rate: ClassVar[float] = 1e-2
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")
+    peft_type = "BITFIT"
+    usual_learning_rate = 1e-2
+    kinds = ("linear", "conv1d", "norm")
 
     def __post_init__(self) -> None:
         super().__post_init__()

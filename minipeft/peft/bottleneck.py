@@ -21,7 +21,6 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 
@@ -93,7 +92,7 @@ class BottleneckConfig(PeftConfig):
     scaling: float | None = option(None, "factor of the adapter's output (4 in He et al.)")
     ln_before: bool = option(False, "a layer norm of the adapter's own before it (Lin et al. 2020, arXiv:2004.03829)")
 
-    peft_type: ClassVar[str] = "BOTTLENECK"
+    peft_type = "BOTTLENECK"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ import numpy as np
 from ..backend import one_blas_thread, to_numpy
 from ..options import check, configuration, option
 from .config import PeftError
+from .model import listed
 from .weights import fill
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -122,7 +123,7 @@ def add_weighted_adapter(
         raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
     if not all(math.isfinite(w) for w in weights):
         raise PeftError(f"the weights must be finite, not {weights}")
-    for name in adapters:
+    for name in listed("adapters", adapters):
         model._known(name)
         config = model.peft_config[name]
         dora, copies = getattr(config, "use_dora", False) and "DoRA", config.modules_to_save and "modules_to_save"

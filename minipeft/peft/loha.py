@@ -10,8 +10,6 @@ Departure: GPT-2's [in, out] layers are adapted too; PEFT refuses them.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array
@@ -19,7 +17,7 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import Seed, Shape
 from .lycoris import LycorisConfig, LycorisLayer
-from .targets import check_rank
+from .ranks import check_rank
 
 
 class LohaLayer(LycorisLayer):
@@ -43,9 +41,9 @@ class LoHaConfig(LycorisConfig):
 
     init_weights: bool = option(True, "the start: all random but B2; False: B2 too (for tests)")
 
-    peft_type: ClassVar[str] = "LOHA"
-    usual_learning_rate: ClassVar[float] = 3e-2
-    rescaled: ClassVar[bool] = True
+    peft_type = "LOHA"
+    usual_learning_rate = 3e-2
+    rescaled = True
 
     @property
     def zero(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ Departure: GPT-2's [in, out] layers are adapted too; PEFT refuses them.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
@@ -56,8 +55,8 @@ class LoKrConfig(LycorisConfig):
         True, "the start; True: C zero, lycoris: D zero, False: neither (for tests)", choices=(True, False, "lycoris")
     )
 
-    peft_type: ClassVar[str] = "LOKR"
-    usual_learning_rate: ClassVar[float] = 1e-2
+    peft_type = "LOKR"
+    usual_learning_rate = 1e-2
 
     @property
     def rescaled(self) -> bool:

@@ -7,8 +7,6 @@ In training, rank_dropout drops rows of ΔW, and module_dropout all of ΔW. What
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import numpy as np
 
 from ..autograd import ops as F
@@ -16,10 +14,10 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, Seed, Shape
+from .config import Seed, Shape
 from .layer import Adapter, Inner, kept
-from .targets import QUERY_AND_VALUE, check_patterns, pattern_value
-from .variants import check_patterns_of
+from .ranks import Ranked, pattern_value
+from .targets import QUERY_AND_VALUE
 from .weights import fill, kaiming_uniform, with_update
 
 
@@ -63,7 +61,7 @@ class LycorisLayer(Adapter):
 
 
 @configuration
-class LycorisConfig(PeftConfig):
+class LycorisConfig(Ranked):
     """The options that LoHa and LoKr share, with PEFT's names and defaults."""
 
     r: int = option(8, "rank", least=1)
@@ -71,21 +69,9 @@ class LycorisConfig(PeftConfig):
     rank_dropout: float = option(0.0, "probability of dropping an output of the update", least=0, below=1)
     module_dropout: float = option(0.0, "probability of dropping the update of a layer", least=0, below=1)
     use_effective_conv2d: bool = option(False, "must be False: it is for convolutions", choices=(False,))
-    rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
-    alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: alpha there}")
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
-
-    def __post_init__(self) -> None:
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        super().__post_init__()
-        check_patterns("rank_pattern", *self.rank_pattern)
-        check_patterns("alpha_pattern", *self.alpha_pattern)
-
-    def rank(self, name: str) -> int:
-        """r of the module at a path."""
-        return pattern_value(self.rank_pattern, name, self.r)
+    kinds = ("linear", "conv1d")
+    usual_targets = QUERY_AND_VALUE
 
     def scaling(self, name: str) -> float:
         """s of the module at a path."""
@@ -100,8 +86,3 @@ class LycorisConfig(PeftConfig):
     def rescaled(self) -> bool:
         """Whether the rows that rank_dropout keeps are divided by their share."""
         raise NotImplementedError(f"{type(self).__name__} defines no rescaled")
-
-    def resolve(self, modules: dict[str, Any]) -> dict[str, Any]:
-        found = super().resolve(modules)
-        check_patterns_of(self, found)
-        return found

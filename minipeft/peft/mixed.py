@@ -39,11 +39,12 @@ class Selection(Module):
         self.names: list[str] = []  # active, in order; a new list for each choice
 
     @contextmanager
-    def call(self, rows: list[str] | None) -> Iterator[None]:
+    def call(self, rows: list[str] | None) -> Iterator[list[str] | Rows]:
         """Inside, a call of the model: with the active adapters, or in a mixed batch with one for each of its rows."""
-        token = _CALL.set((self, self.names if rows is None else Rows(rows)))
+        names = self.names if rows is None else Rows(rows)
+        token = _CALL.set((self, names))
         try:
-            yield
+            yield names
         finally:
             _CALL.reset(token)
 

@@ -14,11 +14,11 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -27,13 +27,17 @@ from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
-from .mixed import BASE, Rows, Selection
+from .mixed import BASE, Selection
 from .mixed_prompts import RowPrompts
 from .prompt_learning import Prompt
 from .provenance import on_base, warn_of_another_base
+from .targets import as_list
+from .weights import quantized
+
+M = TypeVar("M", bound=Module)  # the plain model
 
 
-def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
+def get_peft_model(model: M, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel[M]:
     """A new model with a method applied; `model` stays as it is, now and during training.
 
     Args:
@@ -47,8 +51,8 @@ def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "defau
     return PeftModel(model, config, adapter_name, seed)
 
 
-class PeftModel(Module):
-    """A model with named adapters, called like the model; attributes it does not have are the model's.
+class PeftModel(Module, Generic[M]):
+    """A model with named adapters, called like the model; attributes it does not have are those of `base_model`.
 
     peft_config       {adapter name: configuration}
     active_adapters   the names of those in use
@@ -56,7 +60,7 @@ class PeftModel(Module):
     Arguments and errors: see `get_peft_model`; without a seed (None) nothing is allocated, only counted.
     """
 
-    def __init__(self, model: Module, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
+    def __init__(self, model: M, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
         if isinstance(model, PeftModel):
             raise PeftError("the model has adapters already; use add_adapter, or merge_and_unload first")
         self.base_model = model.copy(share=True).requires_grad_(False)
@@ -105,8 +109,7 @@ class PeftModel(Module):
         row.
         """
         first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
-        with self._call(adapter_names, first):
-            prompt = self._prompt()
+        with self._call(adapter_names, first) as prompt:
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
             attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
@@ -120,8 +123,8 @@ class PeftModel(Module):
 
         Raises PeftError as `forward`.
         """
-        with self._call(adapter_names, input_ids):
-            prompt, given = self._prompt(), self._bind(input_ids, **arguments)
+        with self._call(adapter_names, input_ids) as prompt:
+            given = self._bind(input_ids, **arguments)
             given = given if prompt is None else prompt.arguments(self.base_model, **given)
             return self.base_model.lm_head(self.base_model.backbone(**given)[:, -1])
 
@@ -138,8 +141,7 @@ class PeftModel(Module):
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
             raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
-        with self._call(adapter_names, input_ids):
-            prompt = self._prompt()
+        with self._call(adapter_names, input_ids) as prompt:
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
@@ -183,7 +185,7 @@ class PeftModel(Module):
         """
         from ..nn.generation import generate
 
-        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
+        names = self.active_adapters if adapter_names is None else adapter_names
         if any(self.virtual_tokens_of(names)) and options.get("past_key_values"):
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
         return generate(self, input_ids, attention_mask, adapter_names=adapter_names, **options)
@@ -193,28 +195,31 @@ class PeftModel(Module):
         """Positions of the model's context that the active adapters take from the input."""
         return max(self.virtual_tokens_of(self.selection.names), default=0)
 
-    def virtual_tokens_of(self, adapter_names: list[str]) -> list[int]:
+    def virtual_tokens_of(self, adapter_names: Iterable[str]) -> list[int]:
         """Positions of the model's context that each of these adapters takes from the input.
 
         Raises PeftError for a name that is unknown.
         """
-        names = _listed("adapter_names", adapter_names)
+        return [self.prompts[name].length if name in self.prompts else 0 for name in self._rows(adapter_names)]
+
+    @contextmanager
+    def _call(self, adapter_names: list[str] | None, inputs: Any) -> Iterator[Prompt | RowPrompts | None]:
+        """Inside, a call of the model, with an adapter for each row or the active ones; gives what stands in front."""
+        rows = None if adapter_names is None else self._rows(adapter_names)
+        if rows is not None and inputs is not None and inputs.shape[0] != len(rows):
+            raise PeftError(f"adapter_names has {len(rows)} names for an input of {inputs.shape[0]} rows")
+        with self.selection.call(rows) as names:
+            prompts = [self.prompts.get(name) for name in names]
+            if rows is not None and self.prompts:
+                yield RowPrompts(prompts)
+            else:
+                yield next((prompt for prompt in prompts if prompt is not None), None)
+
+    def _rows(self, adapter_names: Iterable[str]) -> list[str]:
+        """The adapter of each row. Raises PeftError for a name that is unknown."""
+        names = listed("adapter_names", adapter_names)
         self._known(*(name for name in dict.fromkeys(names) if name != BASE))
-        return [self.prompts[name].length if name in self.prompts else 0 for name in names]
-
-    def _prompt(self) -> Prompt | RowPrompts | None:
-        if not self.prompts:
-            return None
-        names = self.selection.now()
-        prompts = [self.prompts.get(name) for name in names]
-        return RowPrompts(prompts) if isinstance(names, Rows) else next((p for p in prompts if p is not None), None)
-
-    def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
-        rows = None if rows is None else _listed("adapter_names", rows)
-        if rows is not None and first is not None and first.shape[0] != len(rows):
-            raise PeftError(f"adapter_names has {len(rows)} names for an input of {first.shape[0]} rows")
-        self._known(*(name for name in dict.fromkeys(rows or ()) if name != BASE))
-        return self.selection.call(rows)
+        return names
 
     # -------------------------------------------------------------------------------------------- named adapters
 
@@ -241,9 +246,8 @@ class PeftModel(Module):
             config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
         targets, copied = config.resolve(modules), config.resolve_saved(modules)
-        adapters: dict[str, Adapter] = config.adapters(
-            targets, {path: None if seed is None else (seed, numbers[path]) for path in targets}
-        )
+        seeds = {path: None if seed is None else (seed, numbers[path]) for path in targets}
+        adapters: dict[str, Adapter] = config.adapters(targets, seeds)
         prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
         adapters.update({path: TrainedCopy(module, seed) for path, module in copied.items()})
         if not adapters and prompt is None:
@@ -251,13 +255,13 @@ class PeftModel(Module):
         for path, adapter in adapters.items():
             if path not in self.layers:
                 self.layers[path] = AdaptedLayer(modules[path], self.selection, numbers[path])
-                parent, _, name = path.rpartition(".")
-                modules[parent]._set_child(name, self.layers[path])
-            self.layers[path].adapters[adapter_name] = adapter.requires_grad_(False)
+                _put(modules, path, self.layers[path])
+            self.layers[path].adapters[adapter_name] = adapter
         if prompt is not None:
-            self.prompts[adapter_name] = prompt.requires_grad_(False)
+            self.prompts[adapter_name] = prompt
         self.peft_config[adapter_name] = config
         self._start[adapter_name] = {}
+        self.set_requires_grad(adapter_name, False)
         if seed is not None:
             self.mark_start(adapter_name)
 
@@ -266,21 +270,20 @@ class PeftModel(Module):
 
         Raises PeftError for a name that is unknown or given twice, and for more than one prompt.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_list(adapter_name)
         self._known(*names)
         if sum(name in self.prompts for name in names) > 1:
             raise PeftError("at most one of the active adapters can change the input")
         self.selection.names = names
-        for name in self.peft_config:
-            for _, adapter in self.parts(name):
-                adapter.requires_grad_(name in names and not inference_mode)
+        self.set_requires_grad(list(self.peft_config), False)
+        self.set_requires_grad(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Train these adapters, or freeze them, whichever are active: for batches of `adapter_names`.
 
         Raises PeftError for a name that is unknown or given twice.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_list(adapter_names)
         self._known(*names)
         for name in names:
             for _, adapter in self.parts(name):
@@ -298,8 +301,7 @@ class PeftModel(Module):
             if adapter_name in layer.merged_names:
                 layer.merged, layer.merged_names = None, []
             if not layer.adapters:
-                parent, _, name = path.rpartition(".")
-                modules[parent]._set_child(name, layer.base_layer)
+                _put(modules, path, layer.base_layer)
                 del self.layers[path]
         self.prompts.pop(adapter_name, None)
         del self.peft_config[adapter_name], self._start[adapter_name]
@@ -337,26 +339,32 @@ class PeftModel(Module):
 
     # ---------------------------------------------------------------------------------------------------- merging
 
-    def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
+    def merge_and_unload(self, adapter_names: list[str] | None = None) -> M:
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
         Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in
-        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that no plain model equals, and for a
-        merge that is not finite.
+        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that no
+        plain model equals, and for a merge that is not finite.
         """
         names = self._mergeable(adapter_names)
-        model = self.base_model.copy(share=True)
-        for path, layer in reversed([*_adapted(model)]):
-            model.replace(path, layer.merge(names))
-        if names and _quantized(model):
+        model = self.replaced(lambda _, layer: layer.merge(names))
+        if names and quantized(model):
             from ..quant import dequantize_model
 
             model = dequantize_model(model)
-        return _independent(model)
+        return independent(model)
 
-    def unload(self) -> Any:
+    def unload(self) -> M:
         """A new plain model: the base without adapters. Its arrays are its own."""
         return self.merge_and_unload([])
+
+    def replaced(self, made: Callable[[str, AdaptedLayer], Module]) -> Any:
+        """The plain model, sharing the base's arrays, with made(path, layer) in the place of each adapted layer."""
+        twin = self.copy(share=True)
+        modules = dict(plain_modules(twin.base_model))
+        for path in sorted(twin.layers, key=lambda path: path.count("."), reverse=True):  # inner layers first
+            _put(modules, path, made(path, twin.layers[path]))
+        return twin.base_model
 
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
         """Compute with merged weights while exactly these adapters (the active ones) are in use; keep the base's.
@@ -376,7 +384,7 @@ class PeftModel(Module):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """These names, or the active ones. Raises PeftError for those that no plain model equals."""
-        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
+        names = self.active_adapters if adapter_names is None else listed("adapter_names", adapter_names)
         self._known(*names)
         for name in names:
             if name in self.prompts:
@@ -388,13 +396,13 @@ class PeftModel(Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
         adapters = [part for name in self.peft_config for _, part in self.parts(name)]
-        quantized = _quantized(self)
+        packed = quantized(self)
         trained = {id(p) for part in adapters for p in part.trained().values()}
         others = {id(p) for part in adapters for p in part.parameters()} - trained  # constants, and packed weights
-        others |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
+        others |= {id(p) for m in packed for p in m.parameters() if p is not m.bias}
         counted = [p for p in self.parameters() if id(p) not in others]
-        packed = sum(m.out_features * m.in_features for m in quantized)
-        return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + packed
+        elements = sum(m.out_features * m.in_features for m in packed)
+        return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + elements
 
     def print_trainable_parameters(self) -> None:
         """Print the counts, as PEFT does."""
@@ -427,15 +435,15 @@ class PeftModel(Module):
         """
         from .huggingface import save_adapter
 
-        names = list(self.peft_config) if selected_adapters is None else _listed("selected_adapters", selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else listed("selected_adapters", selected_adapters)
         self._known(*names)
         for name in names:
             save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
 
     @classmethod
     def from_pretrained(
-        cls, model: Module, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
-    ) -> PeftModel:
+        cls, model: M, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
+    ) -> PeftModel[M]:
         """`model` with the adapter of a directory, which PEFT or this package wrote.
 
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
@@ -465,8 +473,7 @@ class PeftModel(Module):
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-        for _, adapter in self.parts(adapter_name):
-            adapter.requires_grad_(is_trainable)
+        self.set_requires_grad(adapter_name, is_trainable)
 
 
 def assert_learning(model: PeftModel) -> None:
@@ -493,24 +500,20 @@ def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module
         yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _listed(argument: str, names: Iterable[str]) -> list[str]:
+def _put(modules: dict[str, Module], path: str, module: Module) -> None:
+    """Put a module at a path of the plain model, whose modules by path are given."""
+    parent, _, name = path.rpartition(".")
+    modules[parent]._set_child(name, module)
+
+
+def listed(argument: str, names: Iterable[str]) -> list[str]:
     """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
     if isinstance(names, str):
         raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
     return [str(name) for name in names]
 
 
-def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]]:
-    """(present path, layer) of the adapted layers, outer ones first, without looking into adapters."""
-    if isinstance(model, AdaptedLayer):
-        yield path, model
-        yield from _adapted(model.base_layer, f"{path}.base_layer")
-        return
-    for name, child in model.children():
-        yield from _adapted(child, f"{path}.{name}" if path else name)
-
-
-def _independent(model: Module) -> Any:
+def independent(model: Module) -> Any:
     """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
     model = model.copy().requires_grad_(True)
     if hasattr(model, "name_or_path"):
@@ -523,11 +526,6 @@ def _independent(model: Module) -> Any:
         elif head is not embedding:
             model.config = model.backbone.config = config.replace(tie_word_embeddings=False)
     return model
-
-
-def _quantized(model: Module) -> list[Any]:
-    """The quantized layers of a model."""
-    return [module for _, module in model.named_modules() if hasattr(type(module), "dequantize")]
 
 
 def _digest(p: Parameter) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -99,10 +99,10 @@ class OFTConfig(PeftConfig):
     use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
     num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)
 
-    peft_type: ClassVar[str] = "OFT"
-    usual_learning_rate: ClassVar[float] = 1e-3
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    peft_type = "OFT"
+    usual_learning_rate = 1e-3
+    kinds = ("linear", "conv1d")
+    usual_targets = QUERY_AND_VALUE
 
     def __post_init__(self) -> None:
         super().__post_init__()

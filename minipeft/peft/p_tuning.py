@@ -11,8 +11,6 @@ MLP; training that is not built here, and files of such adapters load like any o
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..nn.layers import Embedding, Linear
@@ -46,8 +44,8 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_reparameterization_type: str = option("MLP", "LSTM only of a file's adapter", choices=("MLP", "LSTM"))
     folded: bool = option(False, "the vectors are trained themselves, without the network; so is what a file holds")
 
-    peft_type: ClassVar[str] = "P_TUNING"
-    usual_learning_rate: ClassVar[float] = 1e-2
+    peft_type = "P_TUNING"
+    usual_learning_rate = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

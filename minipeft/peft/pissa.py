@@ -10,8 +10,6 @@ is never copied.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from ..autograd import ops as F
@@ -26,8 +24,7 @@ from .weights import dense_weight, fill, out_in
 class PissaLinear(LoraLinear):
     """LoRA beside its start: start_A [r, in] and start_B [out, r], constants that are computed from the base layer."""
 
-    constants: ClassVar[dict[str, str]] = {"start_A": "lora_A.weight", "start_B": "lora_B.weight"}  # each of this shape
-    frozen = tuple(constants)
+    frozen = ("start_A", "start_B")
 
     def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
         super().__init__(config, name, shapes, layer, None)  # None: LoRA's own start is not drawn

@@ -19,7 +19,7 @@ arrays; with them the base model runs without this module.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -103,9 +103,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
     folded: bool = option(False, "train the prefix itself, not the network; true for an adapter read from a file")
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
-    usual_learning_rate: ClassVar[float] = 1e-2
-    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
+    peft_type = "PREFIX_TUNING"
+    usual_learning_rate = 1e-2
+    prescribed = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         found = super().dimensions(config)

@@ -12,7 +12,7 @@ standard normal (the paper's is uniform); SAMPLE_VOCAB (any token; in the paper 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +65,8 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
     prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids (not in PEFT; not saved)")
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
-    usual_learning_rate: ClassVar[float] = 3e-2
+    peft_type = "PROMPT_TUNING"
+    usual_learning_rate = 3e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..files import FileError, map_safetensors, read_json
 from ..nn.module import Module
+from .weights import quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IN_4BIT = "base_in_4bit"
@@ -24,14 +25,9 @@ def on_base(config: Any, model: Module) -> Any:
     return config.replace(base_model_name_or_path=name) if name else config
 
 
-def in_four_bits(model: Module) -> bool:
-    """Whether some layers of a model are quantized."""
-    return any(hasattr(type(module), "dequantize") for _, module in model.named_modules())
-
-
 def metadata_of(model: Module) -> dict[str, str]:
     """What the metadata of an adapter's weights say of its base."""
-    return {IN_4BIT: str(in_four_bits(model)).lower()}
+    return {IN_4BIT: str(bool(quantized(model))).lower()}
 
 
 def config_path(directory: str | os.PathLike) -> Path:
@@ -58,7 +54,7 @@ def warn_of_another_base(model: Module, directory: str | os.PathLike) -> None:
     where either does not say.
     """
     name, packed = recorded_base(directory)
-    own, is_packed = getattr(model, "name_or_path", None), in_four_bits(model)
+    own, is_packed = getattr(model, "name_or_path", None), bool(quantized(model))
     if name and own and not _same(name, own):
         _warn(f"{directory}: the adapter was trained on {name}, and this model is {own}")
     if packed and not is_packed:

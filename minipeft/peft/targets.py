@@ -65,12 +65,6 @@ def family_of(model: Any) -> str | None:
     return "llama" if model_type in ("mistral", "qwen2") else model_type
 
 
-def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
-    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have."""
-    if r > min(n_in, n_out):
-        raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller one")
-
-
 @configuration(kw_only=True)
 class Targets:
     """The options that say which layers a method is put on.
@@ -104,7 +98,7 @@ class Targets:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_patterns(name, getattr(self, name))
-        check_patterns("layers_pattern", *_listed(self.layers_pattern))
+        check_patterns("layers_pattern", *as_list(self.layers_pattern))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -141,9 +135,9 @@ class Targets:
             return False
         if self.layers_to_transform is None or name in self.target_modules:
             return True
-        patterns = _listed(self.layers_pattern) or [r"[^.]*"]
+        patterns = as_list(self.layers_pattern) or [r"[^.]*"]
         found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-        return found is not None and int(found[1]) in _listed(self.layers_to_transform)
+        return found is not None and int(found[1]) in as_list(self.layers_to_transform)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.
@@ -173,7 +167,7 @@ class Targets:
         paths = list(paths)
         names, out = self.target_modules, self.exclude_modules
         for option_, targets in (("target_modules", [] if isinstance(names, str) else names), ("exclude_modules", out)):
-            for name in _listed(targets):
+            for name in as_list(targets):
                 if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
                     raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or names) and not found:
@@ -211,14 +205,11 @@ def check_patterns(name: str, *patterns: str) -> None:
             raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
-def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's path (rank_pattern, alpha_pattern)."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
-
-
-def _listed(value: Any) -> list:
-    """A list of one, or of none, from an option that may also be given as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def as_list(value: Any) -> list:
+    """A list of its values, of a single one (a text, a number), or of none (None)."""
+    if value is None or isinstance(value, (str, int)):
+        return [] if value is None else [value]
+    return list(value)
 
 
 def _near(name: str, modules: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ trains only d [r], which starts at `d_initial`, and b [out], which starts at 0.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 
@@ -87,10 +86,10 @@ class VeraConfig(PeftConfig):
     d_initial: float = option(0.1, "where d starts")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
-    peft_type: ClassVar[str] = "VERA"
-    usual_learning_rate: ClassVar[float] = 1e-1
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    peft_type = "VERA"
+    usual_learning_rate = 1e-1
+    kinds = ("linear", "conv1d")
+    usual_targets = QUERY_AND_VALUE
 
     def __post_init__(self) -> None:
         super().__post_init__()
