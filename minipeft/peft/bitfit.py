@@ -10,6 +10,8 @@ PEFT has no such method; its files are this package's own (peft_type BITFIT, <pa
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
@@ -48,16 +50,14 @@ class BitFitConfig(PeftConfig):
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Adapter:
-        return Bias({"bias": layer.bias.shape}, layer, seed)
+        return Bias({"bias": layer.bias.shape}, layer, seed, self, name)
 
 
 class Bias(Adapter):
     """A trained copy of a layer's bias, [out]."""
 
-    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        if seed is not None:
-            self.bias.data = layer.bias.data.astype(self.bias.dtype)
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.bias.data = layer.bias.data.astype(self.bias.dtype)
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""

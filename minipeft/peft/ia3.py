@@ -8,11 +8,13 @@ The factors start at 1. Merged, they scale W's rows (and b), or its columns.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
 from .targets import family_of, matches
 from .weights import dense_weight, out_in, with_weight
@@ -31,11 +33,13 @@ FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to
 class IA3Layer(Adapter):
     """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
 
-    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed, is_feedforward: bool):
-        super().__init__(shapes, layer, seed)
-        self.is_feedforward = is_feedforward
-        if seed is not None:
-            self.ia3_l.data += 1
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the input is scaled."""
+        return self.config.is_feedforward(self.path)
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.ia3_l.data += 1
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -60,7 +64,7 @@ class IA3Config(PeftConfig):
     init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
-    peft_type = "IA3"
+    peft_type, adapter_class = "IA3", IA3Layer
     usual_learning_rate = 3e-2
     kinds = ("linear", "conv1d")
     usual_targets = SCALED
@@ -90,6 +94,3 @@ class IA3Config(PeftConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> IA3Layer:
-        return IA3Layer(shapes, layer, seed, self.is_feedforward(name))

@@ -13,9 +13,8 @@ from __future__ import annotations
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array
-from ..nn.module import Module
 from ..options import configuration, option
-from .config import Seed, Shape
+from .config import Shape
 from .lycoris import LycorisConfig, LycorisLayer
 from .ranks import check_rank
 
@@ -41,7 +40,7 @@ class LoHaConfig(LycorisConfig):
 
     init_weights: bool = option(True, "the start: all random but B2; False: B2 too (for tests)")
 
-    peft_type = "LOHA"
+    peft_type, adapter_class = "LOHA", LohaLayer
     usual_learning_rate = 3e-2
     rescaled = True
 
@@ -53,6 +52,3 @@ class LoHaConfig(LycorisConfig):
         r = self.rank(name)
         check_rank(name, r, n_out, n_in)
         return {"hada_w1_a": (n_out, r), "hada_w1_b": (r, n_in), "hada_w2_a": (n_out, r), "hada_w2_b": (r, n_in)}
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LohaLayer:
-        return LohaLayer(self, name, shapes, layer, seed)

@@ -15,9 +15,8 @@ import math
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, xp_of
-from ..nn.module import Module
 from ..options import configuration, option
-from .config import Seed, Shape
+from .config import Shape
 from .lycoris import LycorisConfig, LycorisLayer
 
 
@@ -28,7 +27,7 @@ class LokrLayer(LycorisLayer):
         C, D = self.factors()
         X = x.reshape(*x.shape[:-1], C.shape[1], D.shape[1])  # [..., in1, in2]
         Y = F.linear(F.linear(X, D).swapaxes(-1, -2), C).swapaxes(-1, -2)  # C X Dᵀ, [..., out1, out2]
-        return Y.reshape(*x.shape[:-1], self.out_features)
+        return Y.reshape(*x.shape[:-1], C.shape[0] * D.shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(s C, D)."""
@@ -55,7 +54,7 @@ class LoKrConfig(LycorisConfig):
         True, "the start; True: C zero, lycoris: D zero, False: neither (for tests)", choices=(True, False, "lycoris")
     )
 
-    peft_type = "LOKR"
+    peft_type, adapter_class = "LOKR", LokrLayer
     usual_learning_rate = 1e-2
 
     @property
@@ -89,6 +88,3 @@ class LoKrConfig(LycorisConfig):
         most = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
         m = max((d for d in range(1, most + 1) if n % d == 0), default=1)
         return m, n // m
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LokrLayer:
-        return LokrLayer(self, name, shapes, layer, seed)

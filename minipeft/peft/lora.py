@@ -33,18 +33,17 @@ from .weights import fill, kaiming_uniform, with_update
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
 
-    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)  # makes lora_A and lora_B of `factor_shapes`, all zeros
-        self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
-        if seed is not None:  # else the values come from a file
-            self.start(np.random.default_rng(seed))
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.config.scaling(self.path)
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(x) + s B A z, [..., in] -> [..., out]; z is dropout(x) in training, else x (rng is None then).
 
         inner: the layer below this adapter, usually the frozen W x + b; base: W's own layer, used by DoRA.
         """
-        z = F.dropout(x, self.dropout, rng) if self.dropout else x
+        z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
         return inner(x) + self.update(z)
 
     def update(self, z: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ class LoraLinear(Adapter):
         A, B = self.factors()
         return F.linear(F.linear(z, A) * self.scaling, B)
 
-    def start(self, generator: np.random.Generator) -> None:
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B, too."""
         A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
@@ -121,7 +120,7 @@ class LoraConfig(WithTokenRows, Ranked):
         return variant_class(self, name, kind).factor_shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:
-        return variant_class(self, name, kind_of(layer))(self, name, shapes, layer, seed)
+        return variant_class(self, name, kind_of(layer))(shapes, layer, seed, self, name)
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """The start that PiSSA and OLoRA keep beside W: A0 and B0, of the shapes of A and B."""

@@ -14,7 +14,6 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import Seed, Shape
 from .layer import Adapter, Inner, kept
 from .ranks import Ranked, pattern_value
 from .targets import QUERY_AND_VALUE
@@ -24,13 +23,12 @@ from .weights import fill, kaiming_uniform, with_update
 class LycorisLayer(Adapter):
     """An update around a linear layer. A subclass defines `update` and `delta_weight`, both with the factor s."""
 
-    def __init__(self, config: LycorisConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.config, self.scaling, self.out_features = config, config.scaling(name), layer.out_features
-        if seed is not None:
-            self.start(np.random.default_rng(seed))
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.config.scaling(self.path)
 
-    def start(self, generator: np.random.Generator) -> None:
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw every factor, Kaiming-uniform, but for those that start at zero."""
         for key in self.keys:
             if key not in self.config.zero:
@@ -41,7 +39,7 @@ class LycorisLayer(Adapter):
         """y = inner(x) + s ΔW x, [..., in] -> [..., out]."""
         update, c = self.update(x), self.config
         if rng is not None and c.rank_dropout:
-            rows = kept(self.out_features, c.rank_dropout, rng.at(0), x)
+            rows = kept(base.out_features, c.rank_dropout, rng.at(0), x)
             update = update * (rows / F.maximum(rows.mean(), 1e-6) if c.rescaled else rows)
         if rng is not None and c.module_dropout:
             update = update * kept(1, c.module_dropout, rng.at(1), x)

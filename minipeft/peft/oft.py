@@ -42,11 +42,13 @@ SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier o
 class OFTLayer(Adapter):
     """OFT around a linear layer: oft_R [k, b (b - 1) / 2], one row where the blocks share it."""
 
-    def __init__(self, config: OFTConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.config, self.blocks = config, config.blocks(layer.in_features)
-        if seed is not None and not config.init_weights:
-            fill(self.oft_R, 0.1 * np.random.default_rng(seed).standard_normal(self.oft_R.shape))
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: OFTConfig, path: str):
+        super().__init__(shapes, like, seed, config, path)
+        self.blocks = config.blocks(like.in_features)
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        if not self.config.init_weights:
+            fill(self.oft_R, 0.1 * generator.standard_normal(self.oft_R.shape))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(Rᵀ x): x [..., in] -> [..., out]."""
@@ -99,7 +101,7 @@ class OFTConfig(PeftConfig):
     use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
     num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)
 
-    peft_type = "OFT"
+    peft_type, adapter_class = "OFT", OFTLayer
     usual_learning_rate = 1e-3
     kinds = ("linear", "conv1d")
     usual_targets = QUERY_AND_VALUE
@@ -125,9 +127,6 @@ class OFTConfig(PeftConfig):
 
     def training_callback(self, model: Any, adapter_name: str) -> Any:
         return Projection(model, adapter_name) if self.coft else None
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> OFTLayer:
-        return OFTLayer(self, shapes, layer, seed)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_version": SINCE}
