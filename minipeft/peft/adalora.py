@@ -237,10 +237,8 @@ class AdaLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tinit >= self.total_step - self.tfinal:
-            raise PeftError(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; "
-                "make them smaller"
-            )
+            given = f"tinit={self.tinit} and tfinal={self.tfinal}"
+            raise PeftError(f"{given} leave none of {self.total_step} steps for pruning; make them smaller")
         if self.target_r > self.init_r:
             raise PeftError(f"target_r must be at most init_r={self.init_r}, got {self.target_r}")
 

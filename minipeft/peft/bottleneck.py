@@ -67,10 +67,7 @@ class Bottleneck(Adapter):
         return h + (a if c.scaling == 1 else a * c.scaling)
 
     def merge(self, layer: Module, base: Module) -> Module:
-        raise PeftError(
-            "a bottleneck adapter is not linear, so no plain layer equals the adapted one: it cannot be merged; "
-            "keep it beside the base (unload gives the base alone)"
-        )
+        raise PeftError("a bottleneck adapter is not linear, so it cannot be merged; unload() gives the base alone")
 
 
 @configuration

@@ -71,9 +71,7 @@ class Combination:
             return np.concatenate(A), np.concatenate(B, axis=1)
         if kind in RULES:  # each with sqrt(w_i s_i), the A with its sign
             if len({a.shape for a in A}) > 1:
-                raise PeftError(
-                    f"{kind} adds factors elementwise, but at {path} the ranks are {[*map(len, A)]}; use cat or svd"
-                )
+                raise PeftError(f"{kind} adds factors, but at {path} the ranks are {[*map(len, A)]}; use cat or svd")
             ws = [w * s for w, s in zip(weights, scalings)]
             roots = [math.sqrt(abs(w)) for w in ws]
             return self.combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), self.combine(B, roots)

@@ -107,10 +107,7 @@ def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
         if start in STARTS_WITHOUT_TRACE:
             given["init_lora_weights"] = True
         elif start not in (True, False, "gaussian", "pissa", "olora"):
-            raise PeftError(
-                f"the adapter was started with init_lora_weights={start!r}, "
-                "which changes the base's weights in a way its file does not say"
-            )
+            raise PeftError(f"init_lora_weights={start!r} changes the base's weights in a way that the file does not say")
     return cls(**given)
 
 
@@ -195,10 +192,8 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
     if options["peft_type"] not in PEFT_TYPES:
-        raise PeftError(
-            f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}; "
-            "one of your own is known once its module has been imported, and has registered it (--plugin MODULE)"
-        )
+        known = f"{', '.join(PEFT_TYPES)}; import the module that registers one of your own (--plugin MODULE)"
+        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {known}")
     return config_class(options["peft_type"]).from_dict({**options, **fixed})
 
 
@@ -211,9 +206,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
     # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
     config = read_config(config_path(directory), inference_mode=True)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
-        raise FileError(
-            f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"
-        )
+        raise FileError(f"{directory}: adapter_model.bin is a pickle, which is never read; save it as safetensors")
     return config, read_safetensors(directory / WEIGHTS)[0]
 
 
@@ -223,10 +216,8 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
     Raises PeftError, with nothing changed, otherwise; and for an OLoRA of PEFT on GPT-2's layers.
     """
     if _plain_rank(model, model.peft_config[adapter_name]):
-        raise PeftError(
-            f"{directory}: neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers is read from "
-            "a file: PEFT has no such adapters, or decomposes the transposed weights, which does not start at the base"
-        )
+        what = "enable_lora, and init_lora_weights='olora' on GPT-2's [in, out] layers,"
+        raise PeftError(f"{directory}: {what} are not read from a file: PEFT has none, or another that is not the base's")
     for path, adapter in model.parts(adapter_name):
         adapter.loading(model.layers[path].base_layer if path else model.base_model)
     expected, optional = state(model, adapter_name), _base_weights(model, adapter_name)

@@ -168,10 +168,8 @@ class TrainedCopy(Adapter):
         if len(inspect.signature(module.forward).parameters) > 2:
             raise PeftError(f"a {type(module).__name__} takes more than one input; name the layers inside it instead")
         if any(p.dtype.kind != "f" for p in module.parameters()):
-            raise PeftError(
-                f"a {type(module).__name__} with quantized weights cannot be trained whole; "
-                "keep it in floats (quantize_model(skip=...)) or adapt it"
-            )
+            how = "keep it in floats (quantize_model(skip=...)) or adapt it"
+            raise PeftError(f"a {type(module).__name__} with quantized weights cannot be trained whole; {how}")
         self.module = module.copy(share=seed is None).requires_grad_(True)
         for p in self.module.parameters():
             xp = xp_of(p.data)

@@ -88,10 +88,8 @@ def _compute(layer: Any, name: str, x: Any, index: list[int], arguments: tuple, 
         if z is part:
             return whole()[rows]
         if further:
-            raise PeftError(
-                f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it "
-                "cannot be mixed with others in a batch"
-            )
+            what = f"the input of a {type(layer.base_layer).__name__}, which has several inputs"
+            raise PeftError(f"{name!r} changes {what}: it cannot be mixed with others in a batch")
         return layer.base_layer(z, *arguments)
 
     return layer.compute([name], part, arguments, base_layer)

@@ -234,10 +234,8 @@ class PeftModel(Module, Generic[M]):
         Raises PeftError, with nothing changed, when it does not fit.
         """
         if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
-            raise PeftError(
-                "an adapter's name consists of letters, digits, '_' and '-', and is not base_layer, base_model or "
-                f"{BASE}; got {adapter_name!r}"
-            )
+            rule = f"letters, digits, '_' and '-', and is not base_layer, base_model or {BASE}"
+            raise PeftError(f"an adapter's name consists of {rule}; got {adapter_name!r}")
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))

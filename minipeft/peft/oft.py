@@ -109,10 +109,8 @@ class OFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.r) == bool(self.oft_block_size):
-            raise PeftError(
-                "the inputs of a layer are r blocks of oft_block_size: give one of them, and 0 for the other; "
-                f"got r={self.r}, oft_block_size={self.oft_block_size}"
-            )
+            given = f"r={self.r}, oft_block_size={self.oft_block_size}"
+            raise PeftError(f"a layer's inputs are r blocks of oft_block_size: give one, and 0 for the other; got {given}")
 
     def blocks(self, n_in: int) -> tuple[int, int]:
         """(k, b): how many blocks a layer of n_in inputs has, and their size."""

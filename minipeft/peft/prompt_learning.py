@@ -122,9 +122,8 @@ class PromptLearningConfig(PeftConfig):
             raise PeftError(f"{type(self).__name__} needs a Transformer; this is a {type(model).__name__}")
         limit = model.config.max_position_embeddings
         if self.num_virtual_tokens >= limit:
-            raise PeftError(
-                f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
-            )
+            taken = f"num_virtual_tokens={self.num_virtual_tokens}"
+            raise PeftError(f"{taken} leaves no position for the input: this model has {limit}")
         for name, value in self.dimensions(model.config).items():
             if getattr(self, name) not in (None, value):
                 raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")

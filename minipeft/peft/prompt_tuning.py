@@ -69,12 +69,10 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_ids:
-            if not self.prompt_tuning_init_text or not self.tokenizer_name_or_path:
-                raise PeftError(
-                    "prompt_tuning_init='TEXT' needs prompt_tuning_init_ids, or prompt_tuning_init_text and "
-                    "tokenizer_name_or_path"
-                )
+        given = self.prompt_tuning_init_ids or (self.prompt_tuning_init_text and self.tokenizer_name_or_path)
+        if self.prompt_tuning_init == "TEXT" and not given:
+            needed = "prompt_tuning_init_ids, or prompt_tuning_init_text and tokenizer_name_or_path"
+            raise PeftError(f"prompt_tuning_init='TEXT' needs {needed}")
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         return {STORED: (self.num_virtual_tokens, self.token_dim or width)}

@@ -117,11 +117,9 @@ class Targets:
             return self
         model_type = family_of(model)
         if model_type not in self.usual_targets:
-            known = ", ".join(self.usual_targets) or "none"
-            raise PeftError(
-                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
-                f"(it knows those of: {known})"
-            )
+            unknown = f"a {type(model).__name__} of type {model_type!r}"
+            known = f"(it knows those of: {', '.join(self.usual_targets)})"
+            raise PeftError(f"{type(self).__name__} needs target_modules for {unknown} {known}")
         return self.replace(target_modules=copy(self.usual_targets[model_type]))
 
     def targets(self, name: str, kind: str) -> bool:
@@ -183,10 +181,8 @@ class Targets:
             raise PeftError(f"target_modules: {name!r} is a {made}; {works}")
         stored = getattr(self, "fan_in_fan_out", None)
         if kind in ("linear", "conv1d") and stored not in (None, kind == "conv1d"):
-            raise PeftError(
-                f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores its weight "
-                f"{'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None: each layer knows its own"
-            )
+            weight = f"its weight {'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None"
+            raise PeftError(f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores {weight}")
 
 
 def matches(targets: list[str] | str | None, name: str) -> bool:
