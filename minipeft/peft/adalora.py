@@ -179,12 +179,11 @@ class AdaLoraCallback:
             if p.grad is None:
                 raise PeftError("AdaLoRA needs the gradients: call after_step before zero_grad")
             sensitivity = abs(p.data * p.grad)
-            xp = xp_of(sensitivity)
-            zero = xp.zeros_like(sensitivity)
+            xp, zero = xp_of(sensitivity), xp_of(sensitivity).zeros_like(sensitivity)
             mean, uncertainty = (asarray(self.averages.get(key, zero), xp) for key in keys)
             mean = c.beta1 * mean + (1 - c.beta1) * sensitivity
-            self.averages[keys[0]] = mean
-            self.averages[keys[1]] = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
+            uncertainty = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
+            self.averages |= zip(keys, (mean, uncertainty))
 
     def importance(self, path: str) -> Array:
         """The importance of each triplet (eq. 7 and 11): [r]."""

@@ -72,14 +72,13 @@ class PeftModel(Module, Generic[M]):
         self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name, config.inference_mode)
 
-    def __repr__(self) -> str:
-        """The module tree, with what was put where."""
-        lines = [f"(base_model): {self.base_model!r}"]
+    def extra_repr(self) -> str:
+        """What the virtual tokens leave of the model's positions."""
+        lines = []
         for name, prompt in self.prompts.items():
-            limit = self.base_model.config.max_position_embeddings
-            left = f"which leave {limit - prompt.length} of {limit} positions"
-            lines.insert(0, f"+ {name}: {prompt!r}: {prompt.length} virtual tokens in front of the input, {left}")
-        return f"{type(self).__name__}(\n{chr(10).join(lines)}".replace("\n", "\n  ") + "\n)"
+            P, limit = prompt.length, self.base_model.config.max_position_embeddings
+            lines.append(f"{name}: {P} virtual tokens in front of the input, which leave {limit - P} of {limit} positions")
+        return "\n".join(lines)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_model" not in self.__dict__:
@@ -108,14 +107,15 @@ class PeftModel(Module, Generic[M]):
         so goes on with the names of the rows that are left. Raises PeftError for names that are unknown or not one a
         row.
         """
-        first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
+        given = (*inputs[:1], arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        first = next((x for x in given if x is not None), None)
         with self._call(adapter_names, first) as prompt:
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
             attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
             given = self._bind(*inputs, **arguments, attentions=attentions)
-            hidden, length = self._behind(prompt, given)
-            logits = self.base_model.lm_head(hidden[:, -length:], given["rng"])
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
+            logits = self.base_model.lm_head(hidden[:, -first.shape[1] :], given["rng"])
             return logits if attentions is None else (logits, attentions)
 
     def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
@@ -146,12 +146,12 @@ class PeftModel(Module, Generic[M]):
                 return self.base_model.loss(input_ids, labels, **arguments)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
             given = self._bind(input_ids, **arguments)
-            hidden, length = self._behind(prompt, given)  # [B, P + T, d], or [B, T, d]
-            xp, rng = xp_of(labels), given["rng"]
-            uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or [B, T, d]
+            xp, rng, (B, T) = xp_of(labels), given["rng"], labels.shape
             if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
-                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(labels.shape[1]) > 0)
+                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(T) > 0)
                 labels, rng = xp.where(predicted, labels, -100), prompt.behind(rng)
+            uncounted = xp.full((B, hidden.shape[1] - T), -100, labels.dtype)
             labels = xp.concatenate([uncounted, labels], axis=1)
             return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
 
@@ -160,11 +160,6 @@ class PeftModel(Module, Generic[M]):
         bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
         bound.apply_defaults()
         return {**bound.arguments, "rng": as_rng(bound.arguments["rng"])}
-
-    def _behind(self, prompt: Prompt | RowPrompts, given: dict[str, Any]) -> tuple[Tensor, int]:
-        """(hidden states behind a prompt, length of the input), from Transformer.forward's arguments."""
-        length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
-        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of those that learn, as AdaLoRA does; see `minipeft.train.callbacks`."""
@@ -393,12 +388,10 @@ class PeftModel(Module, Generic[M]):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
-        adapters = [part for name in self.peft_config for _, part in self.parts(name)]
-        packed = quantized(self)
-        trained = {id(p) for part in adapters for p in part.trained().values()}
-        others = {id(p) for part in adapters for p in part.parameters()} - trained  # constants, and packed weights
-        others |= {id(p) for m in packed for p in m.parameters() if p is not m.bias}
-        counted = [p for p in self.parameters() if id(p) not in others]
+        parts, packed = [part for name in self.peft_config for _, part in self.parts(name)], quantized(self)
+        trained = {p for part in parts for p in part.trained().values()} | {m.bias for m in packed}
+        others = {p for module in (*parts, *packed) for p in module.parameters()} - trained  # constants, and packed
+        counted = [p for p in self.parameters() if p not in others]
         elements = sum(m.out_features * m.in_features for m in packed)
         return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + elements
 
@@ -418,7 +411,7 @@ class PeftModel(Module, Generic[M]):
                 yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
-        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, what they were at first."""
+        """Paths, as in `named_parameters`, of trainable adapter parameters that are bit for bit what they were at first."""
         trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
         kept = {id(p) for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)}
         return [path for path, p in self.named_parameters() if id(p) in kept]
