@@ -147,11 +147,12 @@ class PeftModel(Module, Generic[M]):
             label_smoothing = arguments.pop("label_smoothing", 0.0)
             given = self._bind(input_ids, **arguments)
             hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or [B, T, d]
-            xp, rng, (B, T) = xp_of(labels), given["rng"], labels.shape
+            inputs = given["inputs_embeds"] if input_ids is None else input_ids
+            xp, rng = xp_of(labels), given["rng"]
             if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
-                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(T) > 0)
+                predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(labels.shape[1]) > 0)
                 labels, rng = xp.where(predicted, labels, -100), prompt.behind(rng)
-            uncounted = xp.full((B, hidden.shape[1] - T), -100, labels.dtype)
+            uncounted = xp.full((len(labels), hidden.shape[1] - inputs.shape[1]), -100, labels.dtype)
             labels = xp.concatenate([uncounted, labels], axis=1)
             return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
 
