@@ -17,7 +17,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
-from .config import PeftConfig, Seed, Shape, kind_of, shape_of
+from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, out_in_shape
 from .weights import fill, with_update
@@ -72,9 +72,7 @@ class VeraConfig(PeftConfig):
 
     r: int = option(256, "rank of the shared projections", least=1)
     projection_prng_key: int = option(0, "seed of the shared projections", least=0)
-    save_projection: bool = option(
-        True, "must be True: the file holds the projections, which only this library draws", choices=(True,)
-    )
+    save_projection: bool = option(True, "must be True: the file holds the projections, which only this library draws")
     vera_dropout: float = option(0.0, "probability of dropping an element of the adapter's input", least=0, below=1)
     d_initial: float = option(0.1, "where d starts")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
@@ -83,6 +81,11 @@ class VeraConfig(PeftConfig):
     usual_learning_rate = 1e-1
     kinds = ("linear", "conv1d")
     usual_targets = QUERY_AND_VALUE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_projection:
+            raise PeftError("save_projection must be True: a file without the projections cannot be loaded")
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"vera_lambda_b": (n_out,), "vera_lambda_d": (self.r,)}
