@@ -358,7 +358,9 @@ def test_a_broken_pool_is_replaced(tmp_path):
     grid = [{**s, "directory": tmp_path, "times": 9} for s in GRID]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         rows, _ = quietly(deadly, grid, executor, tmp_path / "rows.jsonl")
+        (later,), _ = quietly(where, GRID[:1], executor)
     assert [row.get("y") for row in rows] == [1, 1, None, None, 9, 9]
+    assert later["y"] == 1 and later["pid"] != os.getpid(), "one that was broken before, too"
 
 
 def test_a_broken_pool_that_cannot_be_replaced_is_said_and_the_sweep_can_go_on(tmp_path):
