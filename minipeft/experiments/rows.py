@@ -170,8 +170,9 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         rows.append(plain(row))
     find, found = finder(rows), {}
     for row in rows:
-        names = (*FIELDS, *row["settings"]) if "settings" in row else row  # where they were a dataclass, they are not named
-        run = {name: row[name] for name in names if name in row and not (failed(row) and name in ("error", "traceback"))}
+        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which of a dataclass's are settings, none says
+        known -= {"error", "traceback"} if failed(row) else set()
+        run = {name: value for name, value in row.items() if name in known}
         if not failed(row):
             found.setdefault(key(run), row)
         elif find(run) is None:

@@ -116,8 +116,8 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
     """A matplotlib figure: the mean of `value` over the setting `x`, with its interval as a band; a line for each `by`.
 
-    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says so.
-    The axis is logarithmic where the values of `x` are positive numbers and span a factor of ten. Raises as `means`.
+    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says
+    so. The axis is logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
     """
     from ..train.metrics import panels
 
@@ -133,7 +133,8 @@ def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
         (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(line[0].settings.get(by))}")
         axes.fill_between(xs, mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
         if hollow := [i for i, group in enumerate(line) if len(finite[i]) < len(group.numbers[value])]:
-            axes.plot([xs[i] for i in hollow], mean[hollow], "o", markersize=7, color=drawn.get_color(), mfc="white", label="_")
+            marker = {"markersize": 7, "markerfacecolor": "white", "color": drawn.get_color(), "label": "_"}
+            axes.plot([xs[i] for i in hollow], mean[hollow], "o", **marker)
             axes.set_title(f"hollow (or missing): in some (or all) runs {value} is not finite", fontsize="small")
     if numeric and 0 < 10 * min(places, default=0) <= max(places):
         axes.set_xscale("log")
