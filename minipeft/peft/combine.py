@@ -25,7 +25,7 @@ import numpy as np
 from ..backend import one_blas_thread, to_numpy
 from ..options import check, configuration, option
 from .config import PeftError
-from .model import listed
+from .targets import listed
 from .weights import fill
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -31,7 +31,7 @@ from .mixed import BASE, Selection
 from .mixed_prompts import RowPrompts
 from .prompt_learning import Prompt
 from .provenance import on_base, warn_of_another_base
-from .targets import as_list
+from .targets import as_list, listed
 from .weights import quantized
 
 M = TypeVar("M", bound=Module)  # the plain model
@@ -496,13 +496,6 @@ def _put(modules: dict[str, Module], path: str, module: Module) -> None:
     """Put a module at a path of the plain model, whose modules by path are given."""
     parent, _, name = path.rpartition(".")
     modules[parent]._set_child(name, module)
-
-
-def listed(argument: str, names: Iterable[str]) -> list[str]:
-    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
-    if isinstance(names, str):
-        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
-    return [str(name) for name in names]
 
 
 def independent(model: Module) -> Any:

@@ -207,6 +207,13 @@ def as_list(value: Any) -> list:
     return list(value)
 
 
+def listed(argument: str, names: Iterable[str]) -> list[str]:
+    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
+    if isinstance(names, str):
+        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
+    return [str(name) for name in names]
+
+
 def _near(name: str, modules: Iterable[str]) -> str:
     """"; nearest: a, b" of the module names (last parts, and whole paths) that resemble `name`."""
     paths = [p for p in modules if p]
