@@ -506,7 +506,7 @@ def test_what_cannot_be_combined_is_refused():
     adapted = three()
     adapted.add_adapter("dora", METHODS["dora"]("llama"))
     for names, kind, options, match in [
-        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
+        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "use_dora"),
         (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
         (["a"], "svd", {"svd_rank": -1}, "svd_rank must be an integer of at least 1, or None, got -1"),
         (["a"], "svd", {"svd_rank": 0}, "svd_rank must be an integer of at least 1, or None, got 0"),

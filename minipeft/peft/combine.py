@@ -124,10 +124,10 @@ def add_weighted_adapter(
     for name in listed("adapters", adapters):
         model._known(name)
         config = model.peft_config[name]
-        dora, copies = getattr(config, "use_dora", False) and "DoRA", config.modules_to_save and "modules_to_save"
-        tokens = getattr(config, "trainable_token_indices", None) and "trainable_token_indices"
-        if what := config.peft_type if config.peft_type != "LORA" else copies or tokens or dora:
-            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
+        beside = ("modules_to_save", "trainable_token_indices", "use_dora")
+        used = [n for n in beside if getattr(config, n)] if config.peft_type == "LORA" else [config.peft_type]
+        if used:
+            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {used[0]}")
     combined: dict[str, Arrays] = {}
     for path, layer in model.layers.items():
         mine = [(layer.adapters[n], w) for n, w in zip(adapters, weights) if n in layer.adapters]

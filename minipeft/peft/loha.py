@@ -23,6 +23,7 @@ class LohaLayer(LycorisLayer):
     """LoHa around a linear layer: hada_w1_a, hada_w2_a [out, r] and hada_w1_b, hada_w2_b [r, in]."""
 
     def update(self, x: Tensor) -> Tensor:
+        """s ΔW x: x [..., in] -> [..., out]."""
         return F.linear(x, self.product())
 
     def product(self) -> Tensor:
@@ -46,6 +47,7 @@ class LoHaConfig(LycorisConfig):
 
     @property
     def zero(self) -> tuple[str, ...]:
+        """The factors that start at zero, so that training starts at the base layer."""
         return ("hada_w2_b",) if self.init_weights else ()
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:

@@ -24,6 +24,7 @@ class LokrLayer(LycorisLayer):
     """LoKr around a linear layer: C is lokr_w1, or lokr_w1_a lokr_w1_b; D is lokr_w2, or lokr_w2_a lokr_w2_b."""
 
     def update(self, x: Tensor) -> Tensor:
+        """s ΔW x: x [..., in] -> [..., out]."""
         C, D = self.factors()
         X = x.reshape(*x.shape[:-1], C.shape[1], D.shape[1])  # [..., in1, in2]
         Y = F.linear(F.linear(X, D).swapaxes(-1, -2), C).swapaxes(-1, -2)  # C X Dᵀ, [..., out1, out2]
@@ -59,10 +60,12 @@ class LoKrConfig(LycorisConfig):
 
     @property
     def rescaled(self) -> bool:
+        """Whether the rows that rank_dropout keeps are divided by their share."""
         return self.rank_dropout_scale
 
     @property
     def zero(self) -> tuple[str, ...]:
+        """The factors that start at zero, so that training starts at the base layer."""
         if self.init_weights == "lycoris":
             return ("lokr_w2", "lokr_w2_b")
         return ("lokr_w1", "lokr_w1_a") if self.init_weights else ()

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng
+from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
 from .layer import Adapter, Inner, kept
@@ -21,7 +21,7 @@ from .weights import fill, kaiming_uniform, with_update
 
 
 class LycorisLayer(Adapter):
-    """An update around a linear layer. A subclass defines `update` and `delta_weight`, both with the factor s."""
+    """An update around a linear layer. A subclass defines update(x), s ΔW x, and delta_weight(), s ΔW [out, in]."""
 
     @property
     def scaling(self) -> float:
@@ -49,18 +49,13 @@ class LycorisLayer(Adapter):
         """W' = W + s ΔW, in a new layer; a four-bit W is dequantized."""
         return with_update(layer, self.delta_weight())
 
-    def update(self, x: Tensor) -> Tensor:
-        """s ΔW x: x [..., in] -> [..., out]."""
-        raise NotImplementedError(f"{type(self).__name__} defines no update")
-
-    def delta_weight(self) -> Array:
-        """s ΔW, [out, in]."""
-        raise NotImplementedError(f"{type(self).__name__} defines no delta_weight")
-
 
 @configuration
 class LycorisConfig(Ranked):
-    """The options that LoHa and LoKr share, with PEFT's names and defaults."""
+    """The options that LoHa and LoKr share, with PEFT's names and defaults.
+
+    A subclass says which factors start at `zero`, and whether the rows that rank_dropout keeps are `rescaled`.
+    """
 
     r: int = option(8, "rank", least=1)
     alpha: float = option(8, "numerator of the scaling")
@@ -74,13 +69,3 @@ class LycorisConfig(Ranked):
     def scaling(self, name: str) -> float:
         """s of the module at a path."""
         return pattern_value(self.alpha_pattern, name, self.alpha) / self.rank(name)
-
-    @property
-    def zero(self) -> tuple[str, ...]:
-        """The factors that start at zero, so that training starts at the base layer."""
-        raise NotImplementedError(f"{type(self).__name__} defines no zero")
-
-    @property
-    def rescaled(self) -> bool:
-        """Whether the rows that rank_dropout keeps are divided by their share."""
-        raise NotImplementedError(f"{type(self).__name__} defines no rescaled")
