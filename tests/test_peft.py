@@ -738,6 +738,16 @@ def test_public_names_are_found_in_the_package():
         mp.peft.LoraConfi  # noqa: B018
 
 
+def test_a_configuration_that_is_changed_later_changes_no_model(tmp_path):
+    config = mp.LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = train(mp.get_peft_model(base(), config))
+    y = logits(adapted)
+    config.lora_alpha, config.lora_dropout = 100, 0.5
+    np.testing.assert_array_equal(logits(adapted), y)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path)), y)
+
+
 def test_names_of_adapters():
     adapted = mp.get_peft_model(base(), mp.LoraConfig())
     for name, message in [("default", "already"), ("../x", "letters"), ("base_layer", "got 'base_l"), ("", "letters")]:

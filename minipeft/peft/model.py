@@ -235,7 +235,7 @@ class PeftModel(Module, Generic[M]):
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
-        config = config.with_targets(self.base_model)
+        config = config.with_targets(self.base_model).replace()  # a copy, which nobody else changes
         if config.base_model_name_or_path is None:
             config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
