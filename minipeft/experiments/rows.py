@@ -85,9 +85,8 @@ def plain(value: Any, name: str = "") -> Any:
     if callable(value) and hasattr(value, "__self__"):
         raise TypeError(f"a row holds what a method returns, and {name} is the method {value.__name__} itself: call it")
     if hasattr(value, "item") and hasattr(value, "shape"):
-        raise TypeError(
-            f"a row holds numbers, and {name} is a {type(value).__name__} {list(value.shape)}: .item() has one"
-        )
+        made = f"a {type(value).__name__} {list(value.shape)}"
+        raise TypeError(f"a row holds numbers, and {name} is {made}: .item() has one")
     raise TypeError(f"a row holds numbers, texts, None, and lists and dictionaries of them; {name} is {value!r}")
 
 
