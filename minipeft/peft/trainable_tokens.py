@@ -69,10 +69,9 @@ class TokenRows(Adapter):
 
 
 def token_shape(tokens: list[int], shape: Shape) -> Shape:
-    """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it does not have, or that is given twice."""
-    wrong = next((t for t in tokens if t >= shape[0]), None)
-    if wrong is not None:
-        raise PeftError(f"the tokens are 0 to {shape[0] - 1}, and {wrong} is to be trained; resize_token_embeddings first")
+    """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it lacks, or that is given twice."""
+    if (last := max(tokens)) >= shape[0]:
+        raise PeftError(f"the tokens are 0 to {shape[0] - 1}, and {last} is to be trained; resize_token_embeddings first")
     if len(set(tokens)) < len(tokens):
         raise PeftError(f"a token is given twice among those to train: {tokens}")
     return len(tokens), shape[1]
