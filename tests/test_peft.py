@@ -443,6 +443,17 @@ def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
         assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
 
 
+def test_an_adapter_inside_a_layer_with_another_learns_again_after_unmerging():
+    adapted = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
+    adapted.add_adapter("b", mp.BottleneckConfig(placement="houlsby", bottleneck_size=2))
+    before = adapted.get_nb_trainable_parameters()
+    adapted.merge_adapter()
+    assert adapted.get_nb_trainable_parameters() == before
+    adapted.unmerge_adapter()
+    mp.assert_learning(train(adapted))
+    assert adapted.get_nb_trainable_parameters() == before and before[0] > 0
+
+
 def test_merging_and_subtracting_restores_the_weight_to_rounding():
     adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
     for layer in adapted.layers.values():

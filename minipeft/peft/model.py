@@ -367,9 +367,10 @@ class PeftModel(Module, Generic[M]):
         nothing changed, where `merge_and_unload` does.
         """
         names = self._mergeable(adapter_names)
-        merged = {path: layer.merge(names).requires_grad_(False) for path, layer in self.layers.items()}
+        having = {path: [n for n in names if n in layer.adapters] for path, layer in self.layers.items()}
+        merged = {path: self.layers[path].merge(own).requires_grad_(False) for path, own in having.items() if own}
         for path, layer in self.layers.items():
-            layer.merged, layer.merged_names = merged[path], [n for n in names if n in layer.adapters]
+            layer.merged, layer.merged_names = merged.get(path), having[path]
 
     def unmerge_adapter(self) -> None:
         """Drop the merged weights; the base's, which were kept, are used again: nothing is subtracted or rounded."""
