@@ -443,6 +443,18 @@ def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
         assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
 
 
+def test_a_module_trained_whole_is_a_copy_without_the_adapters_of_layers_inside(tmp_path):
+    adapted = train(mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["down_proj"]), "inside"))
+    adapted.add_adapter("whole", mp.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    adapted.set_adapter("whole")
+    np.testing.assert_array_equal(logits(adapted), logits(base()))
+    y = logits(train(adapted))
+    assert not any("inside" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path / "whole")), y)
+    close(logits(adapted.merge_and_unload()), y)
+
+
 def test_an_adapter_inside_a_layer_with_another_learns_again_after_unmerging():
     adapted = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
     adapted.add_adapter("b", mp.BottleneckConfig(placement="houlsby", bottleneck_size=2))

@@ -243,7 +243,9 @@ class PeftModel(Module, Generic[M]):
         seeds = {path: None if seed is None else (seed, numbers[path]) for path in targets}
         adapters: dict[str, Adapter] = config.adapters(targets, seeds)
         prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
-        adapters.update({path: TrainedCopy(module, seed) for path, module in copied.items()})
+        if copied:  # as in the plain model, without the adapters of layers inside
+            plain = self.replaced(lambda _, layer: layer.base_layer)
+            adapters |= {path: TrainedCopy(plain.get_submodule(path), seed) for path in copied}
         if not adapters and prompt is None:
             raise PeftError(f"{type(config).__name__} trains nothing of this {type(self.base_model).__name__}")
         for path, adapter in adapters.items():
