@@ -12,8 +12,8 @@ import json
 import mmap
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,14 +29,14 @@ class FileError(ValueError):
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all.
 
-    Raises FileNotFoundError, naming the directory, where it is missing.
+    Raises FileNotFoundError, naming the directory, where it is missing; any OSError names a file.
     """
     path = Path(path)
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, naming(path):
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -45,6 +45,23 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def make_directory(path: str | os.PathLike) -> None:
+    """Make a directory that may be there already. Raises OSError where it cannot be, or no file could be written there."""
+    os.makedirs(path, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be stored in {path}: it is not writable")
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError inside that names no file, such as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def fsync_directory(path: str | os.PathLike) -> None:
@@ -58,8 +75,8 @@ def fsync_directory(path: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Write UTF-8 text atomically. A byte of a path that is no UTF-8, which Python holds as \\udc80 to \\udcff, is so written."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks
-    from ..files import write_json
+    from ..files import make_directory, write_json
     from .data import samples
     from .models import load_model
     from .plots import plot_comparison
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     if data.note:
         runs.note(data.note)
 
-    output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
+    for directory in filter(None, (output, report)):
+        make_directory(directory)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key, method in methods.items():
@@ -136,10 +137,9 @@ def run(args: argparse.Namespace) -> int:
         "method_options": given_options(args), "adapter_config": args.adapter_config,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": record, "methods": rows})
-    plot_comparison(rows, output / "compare.png")
-
     out = console()
     show_table(out, rows)
+    plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)
@@ -149,7 +149,6 @@ def run(args: argparse.Namespace) -> int:
     if report:
         from .page import write_page
 
-        report.mkdir(parents=True, exist_ok=True)
         saved.append(report / "index.html")
         write_page(saved[-1], record, rows, answers)
     out.print(f"saved: {', '.join(map(str, saved))}")

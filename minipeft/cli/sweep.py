@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in said:
         runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
-    save_png(plot(rows, LOSS, *several), output / "sweep.png")
     print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
+    save_png(plot(rows, LOSS, *several), output / "sweep.png")
     for line in verdict(rows, several):
         print(line)
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
