@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+READY = ".minipeft-ready"  # in a directory that is being replaced: the new files; see directory.py
+
 
 class FileError(ValueError):
     """A file cannot be read as what it should be: missing, truncated, foreign or inconsistent."""
@@ -47,13 +49,6 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
     fsync_directory(path.parent)
 
 
-def make_directory(path: str | os.PathLike) -> None:
-    """Make a directory that may be there already. Raises OSError where it cannot be, or no file could be written there."""
-    os.makedirs(path, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"nothing can be stored in {path}: it is not writable")
-
-
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """An OSError inside that names no file, such as that of a full disk, names this one."""
@@ -75,12 +70,15 @@ def fsync_directory(path: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically. A byte of a path that is no UTF-8, which Python holds as \\udc80 to \\udcff, is so written."""
+    """Write UTF-8 text atomically; a lone surrogate, as of the bytes of a path that are not UTF-8, as its escape."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity."""
+    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity.
+
+    A lone surrogate is read back as it was.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -89,12 +87,18 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file") from error
+        raise FileError(f"{path}: no such file{unfinished(Path(path).parent)}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise FileError(f"{path}: must hold an object, got {type(value).__name__}")
     return value
+
+
+def unfinished(directory: Path) -> str:
+    """What an error adds where a process was killed while it was replacing the directory's files; else nothing."""
+    hint = f"; a replacement was interrupted: the new files are in {READY}, and what writes there next puts them in place"
+    return hint if (directory / READY).is_dir() else ""
 
 
 def write_safetensors(

@@ -147,7 +147,4 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(model, tmp_path
     (tmp_path / "file").write_text("mine")
     argv = ["compare", "--model", model, "--reduced", "--methods", "full", "--output", tmp_path / "o"]
     assert run(*argv, "--report", tmp_path / "file" / "page") == 2
-    assert f"{tmp_path / 'file' / 'page'}: Not a directory" in capsys.readouterr().err
-    monkeypatch.setattr(os, "access", lambda path, mode: "page" not in str(path))
-    assert run(*argv, "--report", tmp_path / "page") == 2
-    assert f"nothing can be stored in {tmp_path / 'page'}: it is not writable" in capsys.readouterr().err
+    assert "Not a directory" in (said := capsys.readouterr().err) and str(tmp_path / "file" / "page") in said

@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from .. import __version__
 from .arguments import Parser, nearest, take_plugins, use_machine
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             use_machine(args)  # imports NumPy, which an interrupt would make an ImportError
             if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            return args.run(args)
+            with ExitStack() as args.until_end:  # what the command holds
+                return args.run(args)
     except SystemExit as stop:  # help, version, usage errors
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt as stop:

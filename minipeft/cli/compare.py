@@ -33,7 +33,7 @@ from typing import Any
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, positive_int
 from .method_options import add_method_options, given_options, method_of, methods_of
 
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output or args.report or OUTPUT)
     report = Path(args.report) if args.report else None
     for option, path in (("--report", report), ("--output", output)):
-        if path and path.exists() and not path.is_dir():
-            raise ValueError(f"{option} {path} is a file; a directory is to be written")
+        if path:
+            outputs.hold(args, path, option)
 
     from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks
-    from ..files import make_directory, write_json
+    from ..files import write_json
     from .data import samples
     from .models import load_model
     from .plots import plot_comparison
@@ -119,8 +119,6 @@ def run(args: argparse.Namespace) -> int:
     if data.note:
         runs.note(data.note)
 
-    for directory in filter(None, (output, report)):
-        make_directory(directory)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key, method in methods.items():

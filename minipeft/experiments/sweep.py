@@ -33,7 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import make_directory
 from ..options import reader
 from .executors import computed
 from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, qualname, read_rows
@@ -119,7 +118,7 @@ def sweep(
     missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
 
     if store is not None:
-        make_directory(Path(store).parent)
+        _make_room(Path(store).parent)
 
     differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
     if len(missing) < len(rows):
@@ -162,6 +161,13 @@ def _check_taken(run: Callable[..., Row], grid: list[Any]) -> None:
             signature.bind(**settings) if isinstance(settings, Mapping) else signature.bind(settings)
         except TypeError as error:
             raise TypeError(f"{qualname(run)}{signature} cannot be called with {settings!r}: {error}") from None
+
+
+def _make_room(directory: Path) -> None:
+    """Make the directory where it is missing. Raises OSError where no file can be written there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"no row can be stored in {directory}: it is not writable")
 
 
 def measured(run: Callable[..., Row], settings: Any) -> Row | str:
