@@ -114,9 +114,9 @@ def run(args: argparse.Namespace) -> int:
     for warning in said:
         runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
+    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
     with locked(output, "sweep.png"):
         save_png(plot(rows, LOSS, *several), output / "sweep.png")
-    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
     for line in verdict(rows, several):
         print(line)
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
