@@ -69,7 +69,7 @@ def xp_of(*arrays: Array) -> ModuleType:
 def get_backend(name: str | None = None) -> ModuleType:
     """The array library called `name` ("numpy" or "cupy"); None asks the environment variable MINIPEFT_BACKEND.
 
-    Raises BackendError when the name is unknown, when CuPy is not installed, or when it finds no usable GPU.
+    Raises BackendError when the name is unknown, when CuPy is not installed, or when it cannot compute on a GPU.
     """
     name = name or os.environ.get("MINIPEFT_BACKEND") or "numpy"
     if name == "numpy":
@@ -78,17 +78,34 @@ def get_backend(name: str | None = None) -> ModuleType:
         raise BackendError(f"unknown backend {name!r}; choose 'numpy' or 'cupy'")
     try:
         cupy = importlib.import_module("cupy")
+    except ModuleNotFoundError as error:
+        raise BackendError(f"the backend 'cupy' was asked for but CuPy is not installed; {_GET_CUPY}") from error
     except ImportError as error:
-        raise BackendError(
-            "the backend 'cupy' was asked for but CuPy is not installed; install the extra: pip install 'minipeft[gpu]'"
-        ) from error
+        raise BackendError(f"the backend 'cupy' was asked for but CuPy cannot be imported: {error}") from error
+    _check_device(cupy)
+    return cupy
+
+
+_GET_CUPY = (
+    "install the extra of the GPU driver's CUDA (nvidia-smi says which): pip install 'minipeft[gpu]' for 12, "
+    "'minipeft[gpu13]' for 13"
+)
+
+
+@functools.cache
+def _check_device(cupy: ModuleType) -> None:
+    """One kernel and one matrix product. Raises BackendError where there is no GPU, or CUDA's libraries are missing."""
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises its own CUDARuntimeError, or an import error of a missing driver library
-        raise BackendError(f"CuPy is installed (extra 'gpu') but finds no usable GPU: {error}") from error
+        raise BackendError(f"CuPy is installed but finds no usable GPU: {error}") from error
     if devices == 0:
-        raise BackendError("CuPy is installed (extra 'gpu') but finds no GPU on this machine")
-    return cupy
+        raise BackendError("CuPy is installed but finds no GPU on this machine (or CUDA_VISIBLE_DEVICES hides it)")
+    try:
+        ones = cupy.ones((2, 2), "float32")
+        (ones @ ones).get()
+    except Exception as error:  # CuPy's wheels hold no CUDA: neither NVRTC, which compiles kernels, nor cuBLAS
+        raise BackendError(f"CuPy finds a GPU but cannot compute on it: {error}; {_GET_CUPY}") from error
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,25 +72,59 @@ def test_get_backend_by_name_and_environment(monkeypatch):
 def test_cupy_without_cupy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # what `import cupy` does where it is not installed
     monkeypatch.setenv("MINIPEFT_BACKEND", "cupy")
-    with pytest.raises(BackendError, match=r"not installed; install the extra: pip install 'minipeft\[gpu\]'"):
+    with pytest.raises(BackendError, match=r"not installed; .*pip install 'minipeft\[gpu\]' for 12"):
         get_backend()
 
 
-@pytest.mark.parametrize("count", ["raises", 0])
-def test_cupy_without_a_gpu_says_so(monkeypatch, count):
-    class Runtime:
-        @staticmethod
-        def getDeviceCount():
-            if count == "raises":
-                raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+class Device:
+    """What `get_backend` asks of CuPy: the number of its GPUs, a kernel and a matrix product."""
+
+    def __init__(self, count, broken):
+        def devices():
+            if isinstance(count, Exception):
+                raise count
             return count
 
-    class Cupy:
-        class cuda:
-            runtime = Runtime
+        def fails(what, *_):
+            if what == broken:
+                raise RuntimeError(f"CuPy failed to load {what}: cannot open shared object file")
+            return self
 
-    monkeypatch.setitem(sys.modules, "cupy", Cupy)
-    with pytest.raises(BackendError, match=r"extra 'gpu'.*GPU"):
+        self.cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=devices))
+        self.ones, self.product = partial(fails, "libnvrtc.so.12"), partial(fails, "libcublas.so.12")
+
+    def __matmul__(self, other):
+        return self.product()
+
+    def get(self):
+        return np.full((2, 2), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "broken", "reason"),
+    [
+        (RuntimeError("no CUDA-capable device"), None, "finds no usable GPU: no CUDA-capable device$"),
+        (0, None, r"finds no GPU on this machine \(or CUDA_VISIBLE_DEVICES hides it\)$"),
+        (1, "libnvrtc.so.12", r"cannot compute on it: .*libnvrtc.so.12: .*; install the extra .*'minipeft\[gpu13\]' for 13$"),
+        (2, "libcublas.so.12", r"cannot compute on it: .*libcublas.so.12: .*'minipeft\[gpu\]' for 12"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, count, broken, reason):
+    monkeypatch.setitem(sys.modules, "cupy", Device(count, broken))
+    with pytest.raises(BackendError, match=reason):
+        get_backend("cupy")
+
+
+def test_a_gpu_that_computes_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", working := Device(1, None))
+    assert get_backend("cupy") is working
+
+
+def test_cupy_that_is_there_but_broken_is_not_called_missing(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match="CuPy cannot be imported: libcuda is too old"):
         get_backend("cupy")
 
 
@@ -337,8 +373,8 @@ def test_threads_by_environment():
     code = "from minipeft.backend import get_num_threads as n; print(n())"
     assert python(code, MINIPEFT_THREADS="3").stdout == "3\n"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert python(code).stdout == f"{cores}\n"
-    for wrong in ("0", "two", "-1", "1.5", ""):
+    assert python(code).stdout == python(code, MINIPEFT_THREADS="").stdout == f"{cores}\n"
+    for wrong in ("0", "two", "-1", "1.5"):
         done = python(code, MINIPEFT_THREADS=wrong)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].endswith(
