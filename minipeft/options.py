@@ -108,7 +108,7 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
         if numpy and isinstance(value, numpy.generic):
             value = value.item()
             object.__setattr__(config, field.name, value)
-        if not _fits(value, _hints(type(config))[field.name]) or not (value is None or _within(value, field.metadata)):
+        if not fits(value, _hints(type(config))[field.name]) or not (value is None or _within(value, field.metadata)):
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
 
 
@@ -194,20 +194,23 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN is none."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. A bool is no number; an integer is a float, of 64 bits; NaN is none."""
     kinds = _kinds(hint)
     if len(kinds) > 1:
-        return any(_fits(value, kind) for kind in kinds)
+        return any(fits(value, kind) for kind in kinds)
     origin, inside = get_origin(hint), get_args(hint)
     if hint in (int, float):
-        number = isinstance(value, numbers.Integral if hint is int else numbers.Real)
-        return number and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+        return number and -_LARGEST[hint] <= value <= _LARGEST[hint]
     if origin in (list, tuple, set, frozenset):
-        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, inside[0]) for v in value)
+        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, inside[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
     return hint is Any or not isinstance(origin or hint, type) or isinstance(value, origin or hint)
+
+
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
 
 
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -262,7 +265,7 @@ def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         except ValueError:
             value = None
         choices = metadata.get("choices")  # argparse looks at them itself, and lists them
-        if value is None or not _fits(value, kind) or (not choices and not _within(value, metadata)):
+        if value is None or not fits(value, kind) or (not choices and not _within(value, metadata)):
             raise argparse.ArgumentTypeError(f"must be {_words(kind, metadata)}, not {text!r}")
         return value
 

@@ -136,14 +136,14 @@ def test_another_error_and_a_post_init_of_its_own():
 LIMITS = {
     "a number above 0": """
         MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
-        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
+        max_kl stop_kl; TransformerConfig: rope_theta; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
     "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density",
     "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
     "a number of at least 0": """
-        GenerationConfig: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
@@ -175,7 +175,7 @@ LIMITS = {
         save_total_limit early_stopping_patience
     """,
     "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length; OnlineOptions: best_of",
-    "an integer of at least 4": "OFTConfig: num_cayley_neumann_terms",
+    "an integer of at least 4 and at most 100": "OFTConfig: num_cayley_neumann_terms",
     "an integer of at least -1": "LoKrConfig: decompose_factor",
     "one of .*": """
         Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: precision optimizer quantization;
@@ -213,9 +213,9 @@ LISTED = [
 def just_outside(limit):
     """The values next to a limit's ends that it does not hold: "an integer of at least 1" -> 0."""
     whole, step = "integer" in limit, math.nextafter
-    for kind, number in re.findall(r"(of at least|above|at most|below) (-?\d)", limit):
+    for kind, number in re.findall(r"(of at least|above|at most|below) (-?\d+)", limit):
         n = int(number)
-        yield {"of at least": n - 1 if whole else step(n, -9), "at most": step(n, 9)}.get(kind, n)
+        yield {"of at least": n - 1 if whole else step(n, -9), "at most": n + 1 if whole else step(n, 9)}.get(kind, n)
     if limit == "one of .*":
         yield "nonsense"
 
@@ -234,3 +234,18 @@ def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, opt
 def test_the_limits_of_no_option_are_forgotten():
     listed = {name: sorted(o for _, n, options in LISTED if n == name for o in options) for _, name, _ in LISTED}
     assert listed == {cls.__name__: sorted(options) for cls, options in declared().items() if options}
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, True, math.nan, math.inf])
+def test_a_number_is_one_that_an_array_can_hold(value):
+    with pytest.raises(ValueError, match="n must be an integer"):
+        mp_settings(n=value)
+    if value != 2**63:
+        with pytest.raises(ValueError, match="x must be a finite number"):
+            mp_settings(x=value)
+
+
+@configuration
+class mp_settings:
+    n: int = option(1, "a number")
+    x: float = option(1.0, "a number")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
+from .streams import printable
+
 WIDTH = 72
 MARKS = "█▓▒░#=+-·:"  # that differ without color
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow", "white")
@@ -47,14 +49,20 @@ def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) ->
     return text
 
 
-def console() -> Any:
+def console(**options: Any) -> Any:
     """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
 
-    It shows text as it is: brackets and colons are no markup.
+    It shows text as it is: brackets and colons are no markup, and control characters are no commands. The options are
+    Rich's.
     """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+    usual = {"highlight": False, "markup": False, "emoji": False, "width": None if sys.stdout.isatty() else 140}
+    return Plain(**usual | options)
 
 
 def print_json(record: Any) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import minipeft as mp
@@ -33,7 +34,7 @@ import minipeft as mp
 from ..experiments.run import Settings
 from ..options import configuration, from_arguments, option
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .bars import console, grid
 from .cells import cells
@@ -78,8 +79,10 @@ def run(args: Arguments) -> None:
     wanted = methods_of(args.methods or METHODS, options)
     if args.adapter_config:
         wanted |= [method_named(None, args.adapter_config, {})]
-    report = runs.directory("--report", args.report) if args.report else None
-    output = runs.directory("--output", args.output or args.report or OUTPUT)
+    report, output = args.report and Path(args.report), Path(args.output or args.report or OUTPUT)
+    if report:
+        outputs.hold(args, report, "--report")
+    outputs.hold(args, output)
 
     reduced = args.reduced or os.environ.get(REDUCED) == "1"
     steps, held_out, blocks = SIZES[reduced]
@@ -105,7 +108,6 @@ def run(args: Arguments) -> None:
     )
     runs.note(data.note)
 
-    output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key, method in methods.items():
@@ -124,9 +126,9 @@ def run(args: Arguments) -> None:
     from .plots import plot_comparison
 
     mp.files.write_json(output / "compare.json", {"settings": record, "methods": rows})
-    plot_comparison(rows, output / "compare.png")
     out = console()
     show_table(out, rows)
+    plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
     room = base.config.max_position_embeddings - virtual
@@ -136,7 +138,6 @@ def run(args: Arguments) -> None:
     if report:
         from .page import write_page
 
-        report.mkdir(parents=True, exist_ok=True)
         saved.append(report / "index.html")
         write_page(saved[-1], record, rows, samples)
     out.print(f"saved: {', '.join(map(str, saved))}")

@@ -21,10 +21,12 @@ examples:
 
 from __future__ import annotations
 
+import minipeft as mp
+
 from .. import rlhf
 from ..options import from_arguments
 from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Parser
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, load_trained, template_of
 
@@ -47,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> None:
-    output = runs.check_output(args)
+    output = outputs.check_output(args)
     check_pairs(args)
     loss = args.loss_type
     other = (name for name in ("gamma", "desirable_weight", "undesirable_weight") if name not in OPTIONS_OF_LOSS[loss])
@@ -64,10 +66,11 @@ def run(args: Arguments) -> None:
     runs.announce(trainer, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     before = trainer.measure(judged)
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = trainer.measure(judged)
 
-    rlhf.plot_preferences(result.history, output / "dpo.png")
+    with mp.train.metrics.picture(output / "dpo.png") as path:
+        rlhf.plot_preferences(result.history, path)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},

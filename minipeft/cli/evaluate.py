@@ -38,7 +38,7 @@ import minipeft as mp
 
 from ..evaluation.config import GenerationConfig
 from ..options import REQUIRED, configuration, from_arguments, option
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .bars import print_json
 from .foreign import load_function
@@ -71,6 +71,8 @@ def run(args: Arguments) -> None:
     metric = None if args.metric is None else load_function(args.metric, "--metric")
     if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
+    if isinstance(args.json, str):
+        mp.directory.keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
     datasets = mp.text.datasets
     records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
     unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))
@@ -93,7 +95,8 @@ def run(args: Arguments) -> None:
         return print_json(record)
     show(found, args.metric, "blocks" if isinstance(records[0], datasets.Document) else "records")
     if args.json is not False:
-        mp.files.write_json(args.json, record)
+        with mp.directory.locked(Path(args.json).parent, Path(args.json).name):
+            mp.files.write_json(args.json, record)
         print(f"saved: {args.json}")
 
 

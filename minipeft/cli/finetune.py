@@ -39,7 +39,7 @@ from typing import Any
 import minipeft as mp
 
 from ..options import REQUIRED, configuration, option
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Common, Parser
 from .data import encode, longest, read_records
 from .method_options import add_method, method_of
@@ -84,7 +84,7 @@ def add_training_arguments(parser: Parser, **defaults: Any) -> None:
 
 
 def run(args: Arguments) -> None:
-    runs.check_output(args)
+    outputs.check_output(args)
     fine_tune(args, read_records(args.data), validation(args.validation), {})
 
 
@@ -120,7 +120,7 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
     losses = {what: {"before": before.get(what), "after": after.get(what)} for what in ("", *sets)}
     loss = losses.pop("")

@@ -5,8 +5,8 @@ if it was trained on that; --model says where it is now. What was in four bits i
 computes what base and adapter did. With --requantize its layers are put into four bits again, which loses some of what
 was learned (how much is printed).
 
-Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The output directory appears
-whole or not at all; the adapter and the base stay as they are.
+Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The merged model appears whole
+or not at all; the adapter and the base stay as they are.
 
 examples:
   minipeft merge --adapter adapter --output merged
@@ -18,14 +18,10 @@ examples:
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-
 import minipeft as mp
 
 from ..options import REQUIRED
-from . import runs
+from . import outputs
 from .arguments import Arguments, Common, Parser, add_machine
 from .models import load_model, save_template, usual_template
 
@@ -40,21 +36,15 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> None:
-    output = runs.check_output(args).resolve()
+    output = outputs.check_output(args)
     model, tokenizer = load_model(args)
     merged, errors = mp.peft.merge_and_requantize(model) if args.requantize else (model.merge_and_unload(), {})
     if args.requantize and not errors:
         raise ValueError("--requantize is for an adapter on a base in four bits; this one is in floats: leave it out")
-
-    fresh = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with mp.directory.replacing(output) as fresh:
         mp.save_pretrained(merged, fresh, tokenizer)
         if template := usual_template(args):
             save_template(fresh, template)
-        os.replace(fresh, output)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     if errors:
         path, worst = max(errors.items(), key=lambda item: item[1].of_update)
         print(f"quantizing again lost {worst.of_update:.0%} of the change of {path}, the most of {len(errors)} layers")

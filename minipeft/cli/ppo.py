@@ -34,7 +34,7 @@ import minipeft as mp
 from .. import rlhf
 from ..options import configuration, from_arguments, option
 from ..rlhf.config import GroupConfig, PPOConfig
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Parser
 from .data import split_off
 from .foreign import load_function
@@ -69,7 +69,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> None:
-    output = runs.check_output(args)
+    output = outputs.check_output(args)
     args.only_one("reward", "reward_function")
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     args.refuse((f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
@@ -97,9 +97,10 @@ def run(args: Arguments) -> None:
     before = rlhf.rollout(trainer.reference, shown, *drawn)
     trainer.reward(before)  # a reward that does not work is reported before anything is written
     baseline = args.best_of and rlhf.best_of_n(trainer.reference, trainer.reward, held_out, args.best_of, *drawn)
-    history = runs.run_training(args, trainer)
+    history = outputs.run_training(args, trainer)
     after = rlhf.rollout(policy, shown, *drawn)
-    rlhf.plot_run(history, output / "ppo.png", baseline)
+    with mp.train.metrics.picture(output / "ppo.png") as path:
+        rlhf.plot_run(history, path, baseline)
     sides = {"prompt": shown, "before": before.responses(), "after": after.responses()}
     texts = {what: [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for what, side in sides.items()}
     samples = [dict(zip(texts, sample)) for sample in zip(*texts.values())]
@@ -136,7 +137,7 @@ def _prompts(args: Arguments, tokenizer: Any, template: Any, room: int) -> tuple
     for number, ids in enumerate(prompts, start=1):
         if len(ids) > room:
             has = f"has {len(ids)} tokens; with {length} the model has room for {room}"
-            raise ValueError(f"{args.prompts}: prompt {number} {has}")
+            raise ValueError(f"{args.prompts or 'openings of the shipped novels'}: prompt {number} {has}")
     if not args.best_of:
         return prompts, []
     if args.prompts:

@@ -29,10 +29,10 @@ from .. import rlhf
 from ..options import from_arguments
 from ..peft.methods import Method
 from ..rlhf.config import RewardConfig
-from . import runs
+from . import outputs, runs
 from .arguments import Arguments, Parser
 from .method_options import method_of
-from .models import load_model, save_template
+from .models import load_model
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
 
 
@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> None:
-    output, config = runs.check_output(args), from_arguments(RewardConfig, args)
+    output, config = outputs.check_output(args), from_arguments(RewardConfig, args)
     check_pairs(args)
     key, method = method_of(args)
     policy, tokenizer = load_model(args, method.quantized)
@@ -64,17 +64,16 @@ def run(args: Arguments) -> None:
     loss = partial(rlhf.RewardModel.loss, center=config.center)
     trainer = mp.Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
     runs.announce(trainer, before=f"method {key}; ")
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
 
     judged, of = test or train, "held-out" if test else "training"
     chosen, rejected = (model.score_texts([r.texts[i] for r in judged]) for i in (0, 1))
     curve = rlhf.calibration_curve(chosen, rejected)
-    rlhf.plot_calibration(*curve, result.losses(), output / "reward.png")
+    with mp.train.metrics.picture(output / "reward.png") as path:
+        rlhf.plot_calibration(*curve, result.losses(), path)
     accuracy = rlhf.reward_accuracy(chosen, rejected)
     model = model.merge_and_unload() if isinstance(model, mp.PeftModel) else model
     model.calibrate(texts)
-    model.save_pretrained(output, tokenizer)
-    save_template(output, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -83,9 +82,9 @@ def run(args: Arguments) -> None:
         "mean": model.mean,
         "std": model.std,
     }
-    runs.write_record(args, results, trainer.args, config, template=name, method=key)
+    runs.save(args, model, tokenizer, name, results, trainer.args, config, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
-    print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
+    print(f"saved in {args.output}  (minipeft ppo --reward {args.output} --output DIR)")
 
 
 def _adapted(method: Method, model: rlhf.RewardModel, steps: int, seed: int) -> Any:

@@ -31,7 +31,7 @@ from functools import partial
 import minipeft as mp
 
 from ..options import configuration, option
-from . import finetune, runs
+from . import finetune, outputs
 from .arguments import Arguments, Common, Parser, check_known
 
 
@@ -54,7 +54,7 @@ def run(args: Arguments) -> None:
         args.refuse(("tasks", "per_task"), "with --data, being about the shipped instructions")
         return finetune.run(args)
     args.refuse(("validation",), "without --data, as the shipped instructions have held-out records of their own")
-    runs.check_output(args)
+    outputs.check_output(args)
     shipped = mp.text.instructions
     tasks = list(dict.fromkeys(args.tasks or shipped.TRAINED))
     check_known("task", tasks, shipped.TRAINED)

@@ -35,7 +35,8 @@ import minipeft as mp
 from ..experiments.run import Settings
 from ..experiments.sweep import executor_of
 from ..options import configuration, from_arguments, option
-from . import runs
+from ..peft.methods import at_width
+from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .data import Data, TaskOptions, longest
 from .method_options import MethodOptions, add_method, given_options, method_named
@@ -67,14 +68,16 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     args.only_one("task", "data")
-    output = runs.directory("--output", args.output)
+    output = Path(args.output)
+    outputs.check_directory(args, output)
     task, options = from_arguments(TaskOptions, args), given_options(args)
     ranks, name = options.pop("r", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
     for r in ranks:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
             raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
-    usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
+    usual = at_width(method.learning_rate, base)
+    home = type(method.config()).__module__  # which registers a method of your own
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
     settings = mp.grid(
         task=None if args.data else args.task, data=args.data, model=args.model, method=name,
@@ -96,8 +99,9 @@ def run(args: Arguments) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
-    mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
     print(f"\n{mp.experiments.table(rows, [LOSS, 'general_loss'], several)}\n")
+    with mp.directory.locked(output, "sweep.png"):
+        mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
     print(*verdict(rows, several), sep="\n")
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
     return int(any(map(mp.experiments.rows.failed, rows)))

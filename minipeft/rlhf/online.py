@@ -289,7 +289,8 @@ class OnlineTrainer(ABC):
         two stopped can go on with a higher one.) A fresh run refuses an output_dir with checkpoints.
 
         Raises RLHFError after max_equal_updates in a row in which no score differed from those that it is compared
-        with, and, given an output_dir, saves a checkpoint before. Other errors are those of `step`.
+        with, and, given an output_dir, saves a checkpoint before; DirectoryInUse where another process writes there. Other
+        errors are those of `step`.
         """
         c, self._callbacks = self.config, Callbacks(*self._modules, more=callbacks)
         show = {"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"}
