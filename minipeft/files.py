@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+READY = ".minipeft-ready"  # in a directory that is being replaced: the new files; see directory.py
+
 
 class FileError(ValueError):
     """A file cannot be read as what it should be: missing, truncated, foreign or inconsistent."""
@@ -84,8 +86,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity.
+
+    A lone surrogate, as of the bytes of a path that are not UTF-8, is written as its escape, and read back as it was.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    data = text.encode("utf-8", "backslashreplace")
+    write_atomic(path, lambda file: file.write(data))
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
@@ -107,7 +114,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
         value = parse_json(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file") from error
+        raise FileError(f"{path}: no such file{unfinished(Path(path).parent)}") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -115,6 +122,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(f"{path}: must hold an object, got {type(value).__name__}")
     return value
+
+
+def unfinished(directory: Path) -> str:
+    """What an error adds where a process was killed while it was replacing the directory's files; else nothing."""
+    hint = f"; a replacement was interrupted: the new files are in {READY}, and what writes there next puts them in place"
+    return hint if (directory / READY).is_dir() else ""
 
 
 def write_safetensors(

@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from .. import __version__
 from .arguments import Parser, nearest, take_plugins, use_machine
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = warnings.showwarning
             warnings.showwarning = lambda *w, **more: _warn(w[0]) if w[1] is UserWarning else shown(*w, **more)
             use_machine(args)
-            status = args.run(args)
+            with ExitStack() as args.until_end:  # what the command holds
+                status = args.run(args)
         sys.stdout.flush()
         return status
     except SystemExit as stop:  # help, version, usage errors

@@ -33,7 +33,7 @@ from typing import Any
 from ..experiments.run import Settings
 from ..options import add_options, from_arguments
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, positive_int
 from .method_options import add_method_options, given_options, method_of, methods_of
 
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output or args.report or OUTPUT)
     report = Path(args.report) if args.report else None
     for option, path in (("--report", report), ("--output", output)):
-        if path and path.exists() and not path.is_dir():
-            raise ValueError(f"{option} {path} is a file; a directory is to be written")
+        if path:
+            outputs.hold(args, path, option)
 
     from ..experiments.run import TaskData
     from ..experiments.shipped import general_blocks
@@ -119,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
     if data.note:
         runs.note(data.note)
 
-    output.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
     rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
     tuned, best = base, rows[0]  # the model that does the task best, and its row
     for key, method in methods.items():
@@ -149,7 +148,6 @@ def run(args: argparse.Namespace) -> int:
     if report:
         from .page import write_page
 
-        report.mkdir(parents=True, exist_ok=True)
         saved.append(report / "index.html")
         write_page(saved[-1], record, rows, answers)
     out.print(f"saved: {', '.join(map(str, saved))}")

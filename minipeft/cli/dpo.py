@@ -26,7 +26,7 @@ import argparse
 from .. import rlhf
 from ..options import add_options, from_arguments
 from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
-from . import runs
+from . import outputs, runs
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, load_trained, template_of
 
 # What a loss's accuracy is the share of.
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output, options = runs.check_output(args), check_pairs(args)
+    output, options = outputs.check_output(args), check_pairs(args)
     loss = getattr(args, "loss_type", DPOConfig.loss_type)
     other = (name for name in ("gamma", "desirable_weight", "undesirable_weight") if name not in OPTIONS_OF_LOSS[loss])
     runs.refuse(args, other, f"with --loss {loss}")
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     runs.announce(pairs, held_out, trainer.args, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     before = trainer.measure(judged)
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = trainer.measure(judged)
 
     rlhf.plot_preferences(result.history, output / "dpo.png")
-    use = runs.save_model(policy, tokenizer, output, name)
+    use = runs.save_model(args, policy, tokenizer, name)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
@@ -85,5 +85,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"log-probability, {side:8} {before[what]:9.3f} -> {after[what]:.3f}")
     said = PREFERS[loss].format(f"{accuracy:.1%}", f"{len(judged):,} {of}")
     print(f"{said}{'' if margin is None else f'; margin {margin:.3f}'}")
-    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
+    print(f"saved in {args.output}  (minipeft generate {use} --prompt ...)")
     return 0

@@ -39,7 +39,7 @@ from typing import Any
 
 from ..evaluation.config import GenerationConfig
 from ..options import add_options, configuration, from_arguments, option
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, add_model
 from .functions import load_function
 from .models import load_model
@@ -87,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
     metric = None if options.metric is None else load_function(options.metric, "--metric")
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
+    from ..directory import keep_apart, locked
+
+    if args.json:
+        keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
 
     from ..evaluation import evaluate
     from ..files import write_json
@@ -118,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show(found, options.metric, "blocks" if isinstance(records[0], Document) else "records")
     if args.json is not None:
-        write_json(args.json, record)
+        with locked(Path(args.json).parent, Path(args.json).name):
+            write_json(args.json, record)
         print(f"saved: {args.json}")
     return 0
 

@@ -38,7 +38,7 @@ import math
 from typing import Any
 
 from ..options import add_options, configuration, from_arguments, option
-from . import runs
+from . import outputs, runs
 from .arguments import add_model
 from .method_options import add_method, method_of
 
@@ -99,7 +99,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) 
 def run(args: argparse.Namespace) -> int:
     from .data import read_records
 
-    runs.check_output(args)
+    outputs.check_output(args)
     return fine_tune(args, read_records(args.data), validation(args))
 
 
@@ -121,7 +121,7 @@ def fine_tune(
     from .prompts import chosen_template
     from .report import ANSWER, answered, console, show_samples
 
-    output, (key, method), options = runs.check_output(args), method_of(args), from_arguments(DataOptions, args)
+    (key, method), options = method_of(args), from_arguments(DataOptions, args)
     base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
     name, template = chosen_template(options.template, records[0], tokenizer)
     limit = base.config.max_position_embeddings - method.virtual_tokens
@@ -156,9 +156,9 @@ def fine_tune(
         runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    use = runs.save_model(model, tokenizer, output, name)
+    use = runs.save_model(args, model, tokenizer, name)
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
@@ -184,7 +184,7 @@ def fine_tune(
         use = f"--model {args.model} {use}"
     if method.quantized:
         use += " --load-in-4bit"
-    print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
+    print(f"saved in {args.output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
     return 0
 
 

@@ -4,8 +4,8 @@ The base is the one that the adapter's directory names, in four bits if it was t
 now. What was in four bits is dequantized, so the merged model computes what base and adapter did. With --requantize its
 layers are put into four bits again, which loses some of what was learned (how much is printed).
 
-Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The output directory appears
-whole or not at all; the adapter and the base stay as they are.
+Methods that no plain model equals (prompts, prefixes, bottleneck adapters) are refused. The merged model appears whole
+or not at all; the adapter and the base stay as they are.
 
 examples:
   minipeft merge --adapter adapter --output merged
@@ -18,11 +18,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import uuid
 
-from . import runs
+from . import outputs
 from .arguments import add_machine
 
 
@@ -39,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output = runs.check_output(args).resolve()
+    output = outputs.check_output(args)
 
+    from ..directory import replacing
     from ..hub.pretrained import save_pretrained
     from ..peft.loftq import merge_and_requantize
     from ..peft.provenance import recorded_base
@@ -58,16 +56,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         merged = model.merge_and_unload()
 
-    fresh = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(output) as fresh:
         save_pretrained(merged, fresh, tokenizer)
         base = args.model or recorded_base(args.adapter)[0]
         if template := saved_template(args.adapter) or saved_template(base):
             save_template(fresh, template)
-        os.replace(fresh, output)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     if errors:
         path, worst = max(errors.items(), key=lambda item: item[1].of_update)
         print(f"quantizing again lost {worst.of_update:.0%} of the change of {path}, the most of {len(errors)} layers")

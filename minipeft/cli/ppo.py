@@ -31,7 +31,7 @@ from typing import Any
 from .. import rlhf
 from ..options import add_options, from_arguments, reader
 from ..rlhf.config import GroupConfig, PPOConfig
-from . import runs
+from . import outputs, runs
 from .functions import load_function
 from .preferences import OPENING, TEMPLATE, add_trained, load_trained, template_of
 
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output = runs.check_output(args)
+    output = outputs.check_output(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     runs.refuse(args, (f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
@@ -104,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     before = _texts(first_answers, tokenizer)
     drawn = (config.response_length, config.temperature, config.stop_token_ids, config.seed)
     baseline = args.best_of and rlhf.best_of_n(trainer.reference, trainer.reward, held_out, args.best_of, *drawn)
-    history = runs.run_training(args, trainer)
+    history = outputs.run_training(args, trainer)
     after = _texts(_rollout(policy, shown, config), tokenizer)
     rlhf.plot_run(history, output / "ppo.png", baseline)
-    use = runs.save_model(policy, tokenizer, output, name)
+    use = runs.save_model(args, policy, tokenizer, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
         for prompt, b, a in zip(shown, before, after)
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for sample in samples:
         print(f"\n{sample['prompt']}\n  before: {sample['before'].strip()}\n  after:  {sample['after'].strip()}")
-    print(f"\nsaved in {output}  (minipeft generate {use} --temperature 1 --prompt ...)")
+    print(f"\nsaved in {args.output}  (minipeft generate {use} --temperature 1 --prompt ...)")
     return 0
 
 

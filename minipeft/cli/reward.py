@@ -27,7 +27,7 @@ from .. import rlhf
 from ..options import add_options, from_arguments
 from ..peft.methods import Method
 from ..rlhf.config import RewardConfig
-from . import runs
+from . import outputs, runs
 from .arguments import add_model
 from .method_options import add_method, method_of
 from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
+    output, options, config = outputs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
 
+    from ..directory import replacing
     from ..peft.model import PeftModel
     from ..train import Trainer
     from .models import load_model
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     loss = partial(rlhf.RewardModel.loss, center=config.center)
     trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
     runs.announce(train, test, trainer.args, before=f"method {key}; ")
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
 
     judged, of = test or train, "held-out" if test else "training"
     chosen, rejected = (model.score_texts([r.texts[i] for r in judged]) for i in (0, 1))
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.calibrate(texts)
-    model.save_pretrained(output, tokenizer)
-    save_template(output, name)
+    with replacing(output) as fresh:
+        model.save_pretrained(fresh, tokenizer)
+        save_template(fresh, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     }
     runs.write_record(args, results, options, trainer.args, config, template=name, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
-    print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
+    print(f"saved in {args.output}  (minipeft ppo --reward {args.output} --output DIR)")
     return 0
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import finetune, runs
+from . import finetune, outputs
 from .arguments import positive_int, unknown
 
 PER_TASK = 500
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    runs.check_output(args)
+    outputs.check_output(args)
     if args.data is not None:
         if args.tasks or args.per_task:
             raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")

@@ -35,7 +35,7 @@ from ..experiments.run import Settings
 from ..experiments.sweep import executor_of, grid, sweep
 from ..options import add_options
 from ..peft.methods import METHODS, Method
-from . import runs
+from . import outputs, runs
 from .arguments import add_machine, add_model, positive, positive_int
 from .method_options import add_method_options, given_options, method_of
 
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if args.task and args.data:
         raise ValueError("give either --task or --data, not both")
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
+    outputs.check_directory(args, output)
 
     from .. import backend
+    from ..directory import locked
     from ..experiments import plot, table
     from ..experiments.rows import failed
     from ..train.metrics import save_png
@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in said:
         runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
-    save_png(plot(rows, LOSS, *several), output / "sweep.png")
+    with locked(output, "sweep.png"):
+        save_png(plot(rows, LOSS, *several), output / "sweep.png")
     print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
     for line in verdict(rows, several):
         print(line)

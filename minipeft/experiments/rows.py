@@ -17,12 +17,13 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..directory import take
 from ..files import FileError, fsync_directory, parse_json
 from ..options import fits
 
@@ -179,7 +180,8 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
     path, new = Path(path), not os.path.exists(path)
     line = f"{json.dumps(_json(row), allow_nan=False)}\n".encode()
     with open(path, "a+b", buffering=0) as file:
-        _lock(file)
+        while not take(file):
+            time.sleep(0.005)
         end = file.seek(0, os.SEEK_END)
         tail = _last_line(file, end)
         if _is_cut(tail):
@@ -193,14 +195,6 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
         os.fsync(file.fileno())
     if new:
         fsync_directory(path.parent)
-
-
-def _lock(file: Any) -> None:
-    """Keep other processes from adding a row until the file is closed, where the file system has locks."""
-    with suppress(ImportError, OSError):  # Windows; network file systems
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _last_line(file: Any, end: int) -> bytes:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import asarray, get_backend, to_numpy
-from ..files import FileError, StoredTensor, fsync_directory, map_safetensors, read_json, write_json, write_safetensors
+from ..directory import replacing
+from ..files import FileError, StoredTensor, map_safetensors, read_json, unfinished, write_json, write_safetensors
 from ..nn.heads import SequenceClassifier
 from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer, TransformerConfig
@@ -53,16 +54,16 @@ def save_pretrained(
     """Write a directory that `transformers` loads as it is: LlamaForCausalLM, GPT2LMHeadModel, ... or their classifiers.
 
     Args:
-        path: the directory; made if missing. A model that is already there is replaced.
+        path: the directory; made if missing. A model that is already there is replaced by the whole new one, or not at
+            all (see `minipeft.directory`).
         tokenizer: written beside the model, as AutoTokenizer reads it; None leaves a tokenizer that is there.
         dtype: "float32" or "float16", of the stored weights; None keeps each as it is.
 
     A tied head is written once, layers in four bits as bitsandbytes has them. Everything is checked before anything is
-    written. The old model's configuration is removed first and the new one written last, so a crash in between leaves a
-    directory that does not load, never one model's weights under another's configuration.
+    written.
 
     Raises HubError for another class of model or dtype, a path that is a file, layers that have been replaced by others
-    (merge adapters first), and values that float16 cannot hold.
+    (merge adapters first), and values that float16 cannot hold; DirectoryInUse where another process writes there.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
         what = f"a Transformer or a SequenceClassifier, not a {type(model).__name__}"
@@ -87,19 +88,11 @@ def save_pretrained(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HubError(f"{path}: is a file; a model is written as a directory")
-    path.mkdir(parents=True, exist_ok=True)
-    fresh = path / f".{_WEIGHTS}.new"
-    try:
-        write_safetensors(fresh, weights, {"format": "pt"})  # the one large write: a full disk changes nothing
-        (path / _CONFIG).unlink(missing_ok=True)
-        fsync_directory(path)
-        os.replace(fresh, path / _WEIGHTS)
-    finally:
-        fresh.unlink(missing_ok=True)
-    (path / _INDEX).unlink(missing_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(path)
-    write_json(path / _CONFIG, dict(sorted(content.items())))
+    with replacing(path) as fresh:
+        write_json(fresh / _CONFIG, dict(sorted(content.items())))
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+        write_safetensors(fresh / _WEIGHTS, weights, {"format": "pt"})
 
 
 def _architecture(model: Module) -> str:
@@ -219,7 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "is a file, but no .gguf" if path.exists() else f"no such {'file' if path.suffix == '.gguf' else 'directory'}"
         raise HubError(f"{path}: {what}; give a local Hugging Face directory or a .gguf file (nothing is ever downloaded)")
     if not (path / _CONFIG).is_file():
-        what, ggufs = "no model there", sorted(file.name for file in path.glob("*.gguf"))
+        what, ggufs = f"no model there{unfinished(path)}", sorted(file.name for file in path.glob("*.gguf"))
         if (path / "adapter_config.json").is_file():
             what = "it is an adapter's: load it with PeftModel.from_pretrained"
         elif ggufs:

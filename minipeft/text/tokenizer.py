@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..directory import replacing
 from ..files import FileError, expecting, read_json, write_json, write_text
 from ..train.batches import pad_sequences
 from . import chat
@@ -110,10 +111,9 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
-        write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
+        with replacing(directory) as fresh:
+            write_text(fresh / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
+            write_json(fresh / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, pad_token={self.pad_token!r})"

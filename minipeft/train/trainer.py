@@ -240,7 +240,8 @@ class Trainer:
         `minipeft.executors.opened`), workers compute the batches of each step, of which there are
         gradient_accumulation_steps; a record then has "bytes_moved" (see `minipeft.train.parallel`). Raises ValueError
         for a fresh run into an output_dir that holds checkpoints, and to resume from any but its last; CheckpointError
-        for one that is missing, damaged, or of another base, data set, arguments or callbacks.
+        for one that is missing, damaged, or of another base, data set, arguments or callbacks; DirectoryInUse where
+        another process writes into output_dir.
         """
         began, a, self._best, self._done, self._workers = time.perf_counter(), self.args, _Best(), 0, None
         early = [EarlyStopping(a.early_stopping_patience)] if a.early_stopping_patience else []
