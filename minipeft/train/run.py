@@ -144,10 +144,10 @@ class Run:
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
         with expecting("what this run would have written", path, checkpoint.CheckpointError):
             checkpoint.check_identity(path, self.identity, content["identity"])
-            stopped, lines, parameters = content["stopped"], content["metrics"], self.trainer.trainable
-            if not (fits(stopped, bool) and fits(lines, str)):
-                raise ValueError(f"stopped is {stopped!r}, metrics {lines!r}")
-            for record in map(parse_json, lines.splitlines()):
+            stopped, metrics, parameters = content["stopped"], content["metrics"], self.trainer.trainable
+            if not (fits(stopped, bool) and fits(metrics, str)):
+                raise ValueError(f"stopped is {stopped!r}, metrics {metrics!r}")
+            for record in map(parse_json, metrics.splitlines()):
                 if not fits(record["step"], int) or any(isinstance(v, (dict, list)) for v in record.values()):
                     raise ValueError(f"among the metrics is {record!r}")
             trained = arrays.pop("model")
@@ -163,7 +163,7 @@ class Run:
                 p._version += 1
             self.step, self.stopped = step, stopped
         checkpoint.remove_old(self.directory, self.config.save_total_limit)  # which a kill may have prevented
-        return lines
+        return metrics
 
 
 def _is_file(value: Any) -> bool:
