@@ -52,14 +52,14 @@ _OF_ANOTHER_FORM = (
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all.
 
-    Raises FileNotFoundError, naming the directory, where it is missing.
+    Raises FileNotFoundError, naming the directory, where it is missing; any OSError names a file.
     """
     path = Path(path)
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, naming(path):
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -68,6 +68,16 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError inside that names no file, such as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def fsync_directory(path: str | os.PathLike) -> None:
@@ -81,18 +91,16 @@ def fsync_directory(path: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Write UTF-8 text atomically; a lone surrogate, as of the bytes of a path that are not UTF-8, as its escape."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity.
 
-    A lone surrogate, as of the bytes of a path that are not UTF-8, is written as its escape, and read back as it was.
+    A lone surrogate is read back as it was.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    data = text.encode("utf-8", "backslashreplace")
-    write_atomic(path, lambda file: file.write(data))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:

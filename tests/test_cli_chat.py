@@ -178,8 +178,8 @@ def test_defaults_of_a_large_model(gguf_file, chat_data, tmp_path, capsys, monke
 
 
 def test_the_default_learning_rate_falls_with_the_width():
-    from minipeft.peft.methods import METHODS
+    from minipeft.peft.methods import METHODS, at_width
 
     base, real = small()[0], mp.Transformer(TransformerConfig.llama(hidden_size=576, num_attention_heads=9), seed=None)
-    assert METHODS["lora"].rate_for(base) == METHODS["lora"].learning_rate
-    assert METHODS["lora"].rate_for(real) == pytest.approx(METHODS["lora"].learning_rate * 128 / 576)
+    assert at_width(METHODS["lora"].learning_rate, base) == METHODS["lora"].learning_rate
+    assert at_width(METHODS["lora"].learning_rate, real) == pytest.approx(METHODS["lora"].learning_rate * 128 / 576)

@@ -56,6 +56,11 @@ def test_sft_reward_and_ppo_chain_through_their_directories(tmp_path, prompts, c
     assert json.loads((aligned / "template.json").read_text()) == {"template": "alpaca"}
 
 
+def test_an_opening_that_is_too_long_is_said_to_be_one(model, tmp_path, capsys):  # noqa: F811
+    argv = ("ppo", "--model", model, "--output", tmp_path / "o", "--response-length", 60)
+    assert "minipeft: error: openings of the shipped novels: prompt " in refused(capsys, *argv)
+
+
 def test_a_watcher_without_a_number_is_reported_as_none(model, judge, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(mp.rlhf, "gold_reward", lambda tokenizer: lambda roll: np.full(8, np.nan))
     assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--prompts", prompts) == 0

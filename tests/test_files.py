@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -128,6 +129,22 @@ def test_json_round_trip(tmp_path):
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
     assert (tmp_path / "a.json").read_bytes().endswith(b"}\n") and "日本" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.bin'"):
+        write_atomic(tmp_path / "model.bin", full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_no_utf8_is_written_in_ascii_and_read_again(tmp_path):
+    path = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "x.json", {"output": path})
+    assert read_json(tmp_path / "x.json") == {"output": path}
+    assert rb'"caf\udce9"' in (tmp_path / "x.json").read_bytes()
 
 
 def test_json_writes_no_nan(tmp_path):

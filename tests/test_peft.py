@@ -445,6 +445,29 @@ def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
         assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
 
 
+def test_a_module_trained_whole_is_a_copy_without_the_adapters_of_layers_inside(tmp_path):
+    adapted = train(mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["down_proj"]), "inside"))
+    adapted.add_adapter("whole", mp.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    adapted.set_adapter("whole")
+    np.testing.assert_array_equal(logits(adapted), logits(base()))
+    y = logits(train(adapted))
+    assert not any("inside" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path / "whole")), y)
+    close(logits(adapted.merge_and_unload()), y)
+
+
+def test_an_adapter_inside_a_layer_with_another_learns_again_after_unmerging():
+    adapted = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
+    adapted.add_adapter("b", mp.BottleneckConfig(placement="houlsby", bottleneck_size=2))
+    before = adapted.get_nb_trainable_parameters()
+    adapted.merge_adapter()
+    assert adapted.get_nb_trainable_parameters() == before
+    adapted.unmerge_adapter()
+    mp.assert_learning(train(adapted))
+    assert adapted.get_nb_trainable_parameters() == before and before[0] > 0
+
+
 def test_merging_and_subtracting_restores_the_weight_to_rounding():
     adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
     for layer in adapted.layers.values():
@@ -508,7 +531,7 @@ def test_what_cannot_be_combined_is_refused():
     adapted = three()
     adapted.add_adapter("dora", METHODS["dora"]("llama"))
     for names, kind, options, match in [
-        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
+        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "use_dora"),
         (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
         (["a"], "svd", {"svd_rank": -1}, "svd_rank must be an integer of at least 1, or None, got -1"),
         (["a"], "svd", {"svd_rank": 0}, "svd_rank must be an integer of at least 1, or None, got 0"),
@@ -738,6 +761,16 @@ def test_public_names_are_found_in_the_package():
     assert all(hasattr(mp.peft, name) for name in mp.peft.__all__)
     with pytest.raises(AttributeError, match="no attribute 'LoraConfi'"):
         mp.peft.LoraConfi  # noqa: B018
+
+
+def test_a_configuration_that_is_changed_later_changes_no_model(tmp_path):
+    config = mp.LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = train(mp.get_peft_model(base(), config))
+    y = logits(adapted)
+    config.lora_alpha, config.lora_dropout = 100, 0.5
+    np.testing.assert_array_equal(logits(adapted), y)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path)), y)
 
 
 def test_names_of_adapters():

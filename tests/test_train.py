@@ -92,6 +92,15 @@ def test_the_trainer_is_the_loop_one_would_write(rng):
     assert_same_bytes(weights(model), weights(twin))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_only_step_of_a_run_is_no_warm_up(schedule, rng):
+    options = {"learning_rate": 0.01, "max_steps": 1, "lr_scheduler_type": schedule}
+    trainer, _ = train(tiny_model(), counting(8, rng), warmup_ratio=0.05, **options)
+    before, after = weights(tiny_model()), weights(trainer.model)
+    assert trainer.warmup_steps == 0 and not any(np.array_equal(before[name], after[name]) for name in before)
+    assert Trainer(tiny_model(), counting(8, rng), args=TrainingArguments(max_steps=40, warmup_ratio=0.05)).warmup_steps == 2
+
+
 def test_loraplus_rates_follow_the_schedule_and_are_those_of_its_groups(rng):
     examples, ends = counting(8, rng), []
     for ratio in (16, None):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array, scatter_add, xp_of
+from ..backend import Array, Rng, add_at, is_array, scatter_add, xp_of
 from . import checks as check
 from .tensor import Slice, Tensor, checkpoint, op
 
@@ -400,7 +400,7 @@ def gather(x, indices, axis=-1):
         grid = [xp.arange(n).reshape((-1,) + (1,) * (ndim - 1 - i)) for i, n in enumerate(indices.shape)]
         grid[axis] = indices
         d = xp.zeros(shape, g.dtype)
-        xp.add.at(d, tuple(grid), g)
+        add_at(d, tuple(grid), g)
         return d
 
     return xp.take_along_axis(x, indices, axis=axis), dx

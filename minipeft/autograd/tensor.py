@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from ..backend import Array, is_array, to_numpy, xp_of
+from ..backend import Array, add_at, is_array, to_numpy, xp_of
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -127,7 +127,7 @@ class Slice:
     def add_to(self, total: Array) -> None:
         """total[index] += value, in place."""
         if self.repeats:
-            xp_of(total).add.at(total, self.index, self.value)
+            add_at(total, self.index, self.value)
         else:
             total[self.index] += self.value
 

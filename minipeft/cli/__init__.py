@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,6 +20,7 @@ from contextlib import ExitStack
 
 from .. import __version__
 from .arguments import Parser, nearest, take_plugins, use_machine
+from .streams import STDOUT, open_closed_streams, printable, safe_output
 
 COMMANDS = {
     "compare": "fine-tune the shipped base with every method and compare them",
@@ -57,35 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    open_closed_streams()
     try:
         args = _parse(argv)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_output():
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
             shown = warnings.showwarning
             warnings.showwarning = lambda *w, **more: _warn(w[0]) if w[1] is UserWarning else shown(*w, **more)
-            use_machine(args)
+            use_machine(args)  # imports NumPy, which an interrupt would make an ImportError
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             with ExitStack() as args.until_end:  # what the command holds
-                status = args.run(args)
-        sys.stdout.flush()
-        return status
+                return args.run(args)
     except SystemExit as stop:  # help, version, usage errors
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt as stop:
         print(f"minipeft: interrupted{f'; {stop}' if stop.args else ''}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does: nothing more to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # its reader has gone, as `| head` does
+            return 1
         if debug:
             traceback.print_exc()
-        print(f"minipeft: error: {describe(error)}", file=sys.stderr)
+        print(f"minipeft: error: {printable(describe(error))}", file=sys.stderr)
         return 2
 
 
 def _warn(message: object) -> None:
-    print(f"minipeft: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"minipeft: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:

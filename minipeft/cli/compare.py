@@ -135,10 +135,9 @@ def run(args: argparse.Namespace) -> int:
         "method_options": given_options(args), "adapter_config": args.adapter_config,
     }  # fmt: skip
     write_json(output / "compare.json", {"settings": record, "methods": rows})
-    plot_comparison(rows, output / "compare.png")
-
     out = console()
     show_table(out, rows)
+    plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
     shown = samples(data, tokenizer, 2, base.config.max_position_embeddings - virtual - ANSWER)

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     runs.refuse(args, other, f"with --loss {loss}")
     config = from_arguments(DPOConfig, args)
 
+    from ..train.metrics import picture
+
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
     pairs, held_out = load_pairs(args, options, policy, tokenizer, template, unpaired=loss == "kto")
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     result = outputs.run_training(args, trainer)
     after = trainer.measure(judged)
 
-    rlhf.plot_preferences(result.history, output / "dpo.png")
+    with picture(output / "dpo.png") as path:
+        rlhf.plot_preferences(result.history, path)
     use = runs.save_model(args, policy, tokenizer, name)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {

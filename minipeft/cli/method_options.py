@@ -195,9 +195,8 @@ def _unknown(option: str, field: str, fields: dict[str, set[str]]) -> ValueError
 
 def _of_file(path: str) -> Method:
     """The method of an adapter_config.json, or of a directory that holds one, to be trained anew."""
-    from ..peft.huggingface import CONFIG, read_config
+    from ..peft.huggingface import read_config
 
-    place = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    config = read_config(place, inference_mode=False, base_model_name_or_path=None)
+    config = read_config(path, inference_mode=False, base_model_name_or_path=None)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return Method(config.peft_type, config.peft_type, options)

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])
 
     from ..evaluation import asked_turns, stop_tokens
+    from ..train.metrics import picture
 
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     baseline = args.best_of and rlhf.best_of_n(trainer.reference, trainer.reward, held_out, args.best_of, *drawn)
     history = outputs.run_training(args, trainer)
     after = _texts(_rollout(policy, shown, config), tokenizer)
-    rlhf.plot_run(history, output / "ppo.png", baseline)
+    with picture(output / "ppo.png") as path:
+        rlhf.plot_run(history, path, baseline)
     use = runs.save_model(args, policy, tokenizer, name)
     samples = [
         {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": b, "after": a}
@@ -156,7 +158,7 @@ def _prompts(
     for number, ids in enumerate(prompts, start=1):
         if len(ids) > room:
             has = f"has {len(ids)} tokens; with --response-length {length} the model has room for {room}"
-            raise ValueError(f"{args.prompts}: prompt {number} {has}")
+            raise ValueError(f"{args.prompts or 'openings of the shipped novels'}: prompt {number} {has}")
     if not args.best_of:
         return prompts, []
     if args.prompts:

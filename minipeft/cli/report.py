@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .streams import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,11 +41,17 @@ def show_samples(console: Console, shown: Sequence[tuple[Sample, dict[str, str]]
         console.print()
 
 
-def console() -> Any:
+def console(**options: Any) -> Any:
     """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
 
-    It shows text as it is: brackets and colons are no markup.
+    It shows text as it is: brackets and colons are no markup, and control characters are no commands. The options are
+    Rich's.
     """
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+    usual = {"highlight": False, "markup": False, "emoji": False, "width": None if sys.stdout.isatty() else 140}
+    return Plain(**usual | options)

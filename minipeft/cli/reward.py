@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..directory import replacing
     from ..peft.model import PeftModel
     from ..train import Trainer
+    from ..train.metrics import picture
     from .models import load_model
     from .prompts import save_template
 
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     judged, of = test or train, "held-out" if test else "training"
     chosen, rejected = (model.score_texts([r.texts[i] for r in judged]) for i in (0, 1))
     curve = rlhf.calibration_curve(chosen, rejected)
-    rlhf.plot_calibration(*curve, result.losses(), output / "reward.png")
+    with picture(output / "reward.png") as path:
+        rlhf.plot_calibration(*curve, result.losses(), path)
     accuracy = rlhf.reward_accuracy(chosen, rejected)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()

@@ -95,9 +95,9 @@ def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs:
 
 def note(text: str, style: str | None = None) -> None:
     """A line on standard error, as it is."""
-    from rich.console import Console
+    from .report import console
 
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
+    console(stderr=True, width=None, soft_wrap=True).print(text, style=style)
 
 
 def announce(

@@ -34,7 +34,7 @@ from .. import __version__
 from ..experiments.run import Settings
 from ..experiments.sweep import executor_of, grid, sweep
 from ..options import add_options
-from ..peft.methods import METHODS, Method
+from ..peft.methods import METHODS, Method, at_width
 from . import outputs, runs
 from .arguments import add_machine, add_model, positive, positive_int
 from .method_options import add_method_options, given_options, method_of
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     for r in ranks:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
             raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
-    usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
+    usual, home = at_width(method.learning_rate, base), type(method.config()).__module__  # which registers a method of your own
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
     settings = grid(
         task=None if args.data else args.task or "rewrite", data=args.data, model=args.model, method=name,
@@ -114,9 +114,9 @@ def run(args: argparse.Namespace) -> int:
     for warning in said:
         runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
+    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
     with locked(output, "sweep.png"):
         save_png(plot(rows, LOSS, *several), output / "sweep.png")
-    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
     for line in verdict(rows, several):
         print(line)
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")

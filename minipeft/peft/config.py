@@ -32,6 +32,7 @@ class PeftConfig(Targets, ABC):
     inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 
     peft_type: ClassVar[str]
+    adapter_class: ClassVar[Any]  # of the trained part at a target; see `Adapter`
     usual_learning_rate: ClassVar[float] = 3e-3  # AdamW's on the shipped base; see `minipeft.train.rates`
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
 
@@ -63,7 +64,7 @@ class PeftConfig(Targets, ABC):
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Any:
         """The trained part at one target, an `Adapter`, with the parameters of `parameter_shapes`."""
-        raise NotImplementedError(f"{type(self).__name__} defines no adapter")
+        return self.adapter_class(shapes, layer, seed, self, name)
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
         """{path: trained part} of every target. `seeds` name the initial values; None: they are about to be loaded."""

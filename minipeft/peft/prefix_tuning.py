@@ -19,7 +19,7 @@ arrays; with them the base model runs without this module.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
 from .config import PeftError, Seed, Shape
 from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
-from .weights import fill
 
 
 class Prefix(Prompt):
@@ -51,12 +50,9 @@ class Prefix(Prompt):
         parts = [F.broadcast_to(x[i], (batch, *x.shape[2:])) for i in range(n)]
         return list(zip(parts[::2], parts[1::2]))
 
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        super().__init__(config.prompt_shapes(config.token_dim), like, seed)  # zeros, or from a file (no seed)
-        self.config, self.length = config, config.num_virtual_tokens
-        if seed is not None and config.init_weights != "zero":
-            p = self.prompt_embeddings
-            fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        if self.config.init_weights != "zero":
+            super().start(layer, generator)
 
     def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
         """The prefix as past_key_values, with gradients; or, to generate, appended to the empty KVCache."""
@@ -83,9 +79,9 @@ class PrefixEncoder(Prefix):
     def vectors(self) -> Tensor:
         return self.transform(self.embedding.weight)
 
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        self.config, self.length = config, config.num_virtual_tokens
-        d, h = config.token_dim, config.encoder_hidden_size
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: PrefixTuningConfig, path: str):
+        self.config, d = config, config.token_dim
+        h = config.encoder_hidden_size or d
         self.embedding = Embedding(self.length, d, seed=None)
         self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
         initialize(self, like, seed)  # as PyTorch: e normal, W and b uniform; seed None: a file brings the values
@@ -103,9 +99,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
     folded: bool = option(False, "train the prefix itself, not the network; true for an adapter read from a file")
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
-    usual_learning_rate: ClassVar[float] = 1e-2
-    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
+    peft_type = "PREFIX_TUNING"
+    usual_learning_rate = 1e-2
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         found = super().dimensions(config)
@@ -114,21 +109,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         return found
 
     @property
-    def has_network(self) -> bool:
-        """Whether an MLP computes the prefix."""
-        return self.prefix_projection and not self.folded
-
-    def with_targets(self, model: Module) -> PrefixTuningConfig:
-        config = super().with_targets(model)
-        return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
+    def adapter_class(self) -> type[Prefix]:
+        """Whether an MLP computes the prefix, or it is trained itself."""
+        return PrefixEncoder if self.prefix_projection and not self.folded else Prefix
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         if self.num_layers is None or self.token_dim is None:
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
-        if not self.has_network:
+        if self.adapter_class is Prefix:
             return {STORED: (P, n)}
         return {"embedding.weight": (P, d), **mlp_shapes("transform", d, self.encoder_hidden_size or d, n)}
-
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        return (PrefixEncoder if self.has_network else Prefix)(self, model.backbone.embedding, seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +37,16 @@ class Prompt(Adapter):
     The vectors themselves, prompt_embeddings; a network that computes them defines `vectors`.
     """
 
-    length = 0  # virtual positions, P
-    in_input = True  # whether they are part of the input, or of the past
+    in_input = True  # whether the virtual positions are part of the input, or of the past
+
+    @property
+    def length(self) -> int:
+        """Virtual positions, P."""
+        return self.config.num_virtual_tokens
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        """Standard normal."""
+        fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
         """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
@@ -83,8 +91,6 @@ class PromptLearningConfig(PeftConfig):
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
 
-    prescribed: ClassVar[tuple[str, ...]] = ("token_dim",)  # the dimensions that must be the model's
-
     def dimensions(self, config: Any) -> dict[str, int | None]:
         """{option: value} from a model's configuration; None where it does not say."""
         return {option: getattr(config, name, None) for option, name in DIMENSIONS.items()}
@@ -104,27 +110,23 @@ class PromptLearningConfig(PeftConfig):
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         """{name: shape} of what is trained, for a model of this width."""
 
-    @abstractmethod
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        """The trained part for a model that it fits."""
-
     def prompt(self, model: Module, seed: Seed) -> Prompt:
-        """The trained part. Raises PeftError for what is no language model, too short a context, other dimensions."""
+        """The trained part. Raises PeftError as `check`."""
         self.check(model)
-        return self.build(model, seed)
+        embedding = model.backbone.embedding
+        return self.adapter("", embedding, self.prompt_shapes(embedding.weight.shape[1]), seed)
 
     def check(self, model: Module) -> None:
+        """Raises PeftError for what is no language model, too short a context, other dimensions."""
         if not isinstance(model, Transformer):
             raise PeftError(f"{type(self).__name__} needs a Transformer; this is a {type(model).__name__}")
         limit = model.config.max_position_embeddings
         if self.num_virtual_tokens >= limit:
-            raise PeftError(
-                f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
-            )
-        for name in self.prescribed:
-            given, value = getattr(self, name), self.dimensions(model.config)[name]
-            if given not in (None, value):
-                raise PeftError(f"{name}={given}, but {type(self).__name__} needs {value} for this model")
+            taken = f"num_virtual_tokens={self.num_virtual_tokens}"
+            raise PeftError(f"{taken} leaves no position for the input: this model has {limit}")
+        for name, value in self.dimensions(model.config).items():
+            if getattr(self, name) not in (None, value):
+                raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")
 
 
 def mlp_shapes(name: str, *widths: int) -> dict[str, Shape]:

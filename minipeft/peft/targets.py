@@ -68,12 +68,6 @@ def family_of(model: Any) -> str | None:
     return "llama" if model_type in ("mistral", "qwen2") else model_type
 
 
-def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
-    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have."""
-    if r > min(n_in, n_out):
-        raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller one")
-
-
 @configuration(kw_only=True)
 class Targets:
     """The options that say which layers a method is put on.
@@ -107,7 +101,7 @@ class Targets:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_patterns(name, getattr(self, name))
-        check_patterns("layers_pattern", *_listed(self.layers_pattern))
+        check_patterns("layers_pattern", *as_list(self.layers_pattern))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -126,11 +120,9 @@ class Targets:
             return self
         model_type = family_of(model)
         if model_type not in self.usual_targets:
-            known = ", ".join(self.usual_targets) or "none"
-            raise PeftError(
-                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
-                f"(it knows those of: {known})"
-            )
+            unknown = f"a {type(model).__name__} of type {model_type!r}"
+            known = f"(it knows those of: {', '.join(self.usual_targets)})"
+            raise PeftError(f"{type(self).__name__} needs target_modules for {unknown} {known}")
         return self.replace(target_modules=copy(self.usual_targets[model_type]))
 
     def targets(self, name: str, kind: str) -> bool:
@@ -144,9 +136,9 @@ class Targets:
             return False
         if self.layers_to_transform is None or name in self.target_modules:
             return True
-        patterns = _listed(self.layers_pattern) or [r"[^.]*"]
+        patterns = as_list(self.layers_pattern) or [r"[^.]*"]
         found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-        return found is not None and int(found.groups()[-1]) in _listed(self.layers_to_transform)
+        return found is not None and int(found.groups()[-1]) in as_list(self.layers_to_transform)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.
@@ -164,9 +156,8 @@ class Targets:
         found = {}
         for target in self.modules_to_save or ():
             matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
-            if not matched and self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score"):
-                continue  # PEFT names both of a classifier's usual heads
-            if not matched:
+            both = self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score")  # PEFT names both heads
+            if not matched and not both:
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)
         return found
@@ -176,7 +167,7 @@ class Targets:
         paths = list(paths)
         names, out = self.target_modules, self.exclude_modules
         for option_, targets in (("target_modules", [] if isinstance(names, str) else names), ("exclude_modules", out)):
-            for name in _listed(targets):
+            for name in as_list(targets):
                 if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
                     raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or names) and not found:
@@ -192,10 +183,8 @@ class Targets:
             raise PeftError(f"target_modules: {name!r} is a {made}; {works}")
         stored = getattr(self, "fan_in_fan_out", None)
         if kind in ("linear", "conv1d") and stored not in (None, kind == "conv1d"):
-            raise PeftError(
-                f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores its weight "
-                f"{'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None: each layer knows its own"
-            )
+            weight = f"its weight {'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None"
+            raise PeftError(f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores {weight}")
 
 
 def matches(targets: list[str] | str | None, name: str) -> bool:
@@ -240,14 +229,18 @@ def check_patterns(name: str, *patterns: str) -> None:
             raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
-def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's path (rank_pattern, alpha_pattern)."""
-    return next((value for pattern, value in patterns.items() if match(rf"(.*\.)?({pattern})$", name)), default)
+def as_list(value: Any) -> list:
+    """A list of its values, of a single one (a text, a number), or of none (None)."""
+    if value is None or isinstance(value, (str, int)):
+        return [] if value is None else [value]
+    return list(value)
 
 
-def _listed(value: Any) -> list:
-    """A list of one, or of none, from an option that may also be given as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def listed(argument: str, names: Iterable[str]) -> list[str]:
+    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
+    if isinstance(names, str):
+        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
+    return [str(name) for name in names]
 
 
 def _near(name: str, modules: Iterable[str]) -> str:

@@ -190,12 +190,15 @@ def record_of(value: Any) -> Record:
     if form is UnpairedPreference and not isinstance(value["label"], bool):
         raise ValueError(f"field 'label' must be true (desirable) or false, got {_json_type(value['label'])}")
     optional = _OPTIONAL.get(form, ())
-    return form(
+    record = form(
         *(
             value[field] if field == "label" else _text(value.get(field, ""), f"field {field!r}", field in optional)
             for field in form._fields
         )
     )
+    if form is Preference and record.chosen == record.rejected:
+        raise ValueError("fields 'chosen' and 'rejected' are the same text, so that neither is preferred")
+    return record
 
 
 def _read_text(path: Path) -> Document:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic, write_text
+from ..files import naming, write_atomic, write_text
 from ..lazy import extra
 
 
@@ -34,8 +36,9 @@ class Metrics:
         self.history.append(record)
         if self._file is not None:
             self.lines.append(json.dumps(record, allow_nan=False) + "\n")
-            self._file.write(self.lines[-1])
-            self._file.flush()
+            with naming(self._file.name):
+                self._file.write(self.lines[-1])
+                self._file.flush()
 
     def close(self) -> None:
         """Close the file, which is on the disk then."""
@@ -87,6 +90,15 @@ def png(figure: Any) -> bytes:
 def save_png(figure: Any, path: str | os.PathLike) -> None:
     """Write a figure as a PNG file, atomically; the same figure gives the same bytes."""
     write_atomic(path, lambda file: file.write(png(figure)))
+
+
+@contextmanager
+def picture(path: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """Inside, the path's picture is drawn; where it cannot be, that is a warning, and what was trained is not lost."""
+    try:
+        yield path
+    except Exception as error:  # matplotlib raises anything, of any type, from its import on
+        warnings.warn(f"{path} was not drawn: {error}", stacklevel=3)
 
 
 def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:

@@ -34,7 +34,7 @@ from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, Statistics, means, measure, model_loss
-from .metrics import plot_loss
+from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
@@ -197,7 +197,8 @@ class Trainer:
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        self.warmup_steps = self.args.warmup_steps or math.ceil(self.args.warmup_ratio * self.total_steps)
+        share = math.ceil(self.args.warmup_ratio * self.total_steps)  # not all: the rate of the first step is 0
+        self.warmup_steps = self.args.warmup_steps or min(share, self.total_steps - 1)
 
     def __repr__(self) -> str:
         examples = f"{len(self.train_examples):,} examples, {len(self.eval_examples or ()):,} held out"
@@ -264,7 +265,8 @@ class Trainer:
                     self._callbacks.load_state_dict(self._best.best_callbacks)
                 check_parameters(run.step, self.trainable, self.optimizer)
                 if run.directory:
-                    plot_loss(run.history, run.directory / "loss.png")
+                    with picture(run.directory / "loss.png") as path:
+                        plot_loss(run.history, path)
             finally:
                 self.model.zero_grad()
         seconds, best = time.perf_counter() - began, self._best
