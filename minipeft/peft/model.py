@@ -312,13 +312,11 @@ class PeftModel(Module, Generic[M]):
         finally:
             self.selection.names = before
 
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
-    ) -> None:
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""
         from .combine import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, **options)
+        add_weighted_adapter(self, adapters, weights, adapter_name, **how)
 
     def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
         """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
