@@ -27,7 +27,7 @@ Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng
 class PeftConfig(Targets, ABC):
     """The options all methods have. Raises PeftError, naming the option, for a value that makes no sense."""
 
-    base_model_name_or_path: str | None = option(None, "what the adapter was trained on; None: what the model was read from")
+    base_model_name_or_path: str | None = option(None, "what the adapter was trained on; None: the model's origin")
     task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")
     inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 

@@ -73,7 +73,7 @@ class Prefix(Prompt):
 
 
 class PrefixEncoder(Prefix):
-    """Trained in the prefix's place: e [P, d], W1 [h, d], b1 [h], W2 [2 L d, h], b2 [2 L d]. Saved: what they compute."""
+    """Trained in the prefix's place: e [P, d], W1 [h, d], b1 [h], W2 [2 L d, h], b2 [2 L d]. Saved: what they give."""
 
     def vectors(self) -> Tensor:
         return F.linear(F.tanh(F.linear(self.e, self.W1, self.b1)), self.W2, self.b2)

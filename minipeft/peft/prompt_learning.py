@@ -136,7 +136,7 @@ class PromptLearningConfig(PeftConfig):
 
 
 def network_shapes(P: int, *widths: int) -> dict[str, Shape]:
-    """{name: shape} of e [P, d] and of the linear layers of these widths, from d on, that it goes through: W1, b1, ..."""
+    """{name: shape} of e [P, d] and of the linear layers that it goes through, W1, b1, ..., of these widths, d first."""
     shapes: dict[str, Shape] = {"e": (P, widths[0])}
     for i, (n_in, n_out) in enumerate(pairwise(widths), start=1):
         shapes |= {f"W{i}": (n_out, n_in), f"b{i}": (n_out,)}
