@@ -172,7 +172,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         rows.append(plain(row))
     find, found = finder(rows), {}
     for row in rows:
-        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which of a dataclass's are settings, none says
+        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says
         known -= {"error", "traceback"} if failed(row) else set()
         run = {name: value for name, value in row.items() if name in known}
         if not failed(row):
