@@ -300,22 +300,33 @@ class Rng:
 
     def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:
         """float32 uniform [0, 1) of `shape`; row i depends on the path and on `row(i)` alone (`philox`)."""
-        n, size, inner = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
-        library, key = xp if xp.__name__ == "cupy" else np, philox.key_of(self.path)
-        out = (library.empty if self.rows is None else library.zeros)(shape, np.float32)
-        flat = out.reshape(n, size)
-        if library is not np:
-            rows = self.rows and [(index, padding * inner) for index, padding in map(self.row, range(n))]
-            philox.fill_on_device(flat, key, self.first_row, rows and xp.asarray(np.array(rows, np.int64)))
-            return out
+        if xp.__name__ == "cupy":
+            return self._on_device(shape, xp.float32, xp)
+        size, inner, key = math.prod(shape[1:]), math.prod(shape[2:]), philox.key_of(self.path)
+        out = (np.empty if self.rows is None else np.zeros)(shape, np.float32)
+        flat = out.reshape(shape[0], size)
 
         def block(part: slice) -> None:
             for i in range(part.start, part.stop):
                 index, padding = self.row(i)
                 philox.source().fill(flat[i, padding * inner :], key, index)
 
-        parallel_rows(np, block, n, size)
+        parallel_rows(np, block, shape[0], size)
         return asarray(out, xp)
+
+    def dropped(self, x: Array, p: float) -> Array:
+        """x (CuPy's), 0 where `uniform_rows` of its shape is below p and x / (1 - p) elsewhere, in one launch."""
+        xp = xp_of(x)
+        return self._on_device(x.shape, x.dtype, xp, xp.ascontiguousarray(x), p)
+
+    def _on_device(self, shape: tuple[int, ...], dtype: Any, xp: ModuleType, x: Array = None, p: float = 0.0) -> Array:
+        n, size, inner = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+        out = (xp.empty if self.rows is None else xp.zeros)(shape, dtype)
+        rows = self.rows and [(index, padding * inner) for index, padding in map(self.row, range(n))]
+        rows = rows and xp.asarray(np.array(rows, np.int64))
+        x = x if x is None else x.reshape(n, size)
+        philox.fill_on_device(out.reshape(n, size), philox.key_of(self.path), self.first_row, rows, x, p)
+        return out
 
 
 def as_rng(rng: Rng | int | None) -> Rng | None:

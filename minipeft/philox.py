@@ -54,22 +54,26 @@ def source() -> Source:
     return Source()
 
 
-def fill_on_device(out: Any, key: np.ndarray, first_row: int, rows: Any = None) -> None:
-    """out [n, size], float32 and contiguous, on a device: row i becomes row first_row + i, in one launch.
+def fill_on_device(
+    out: Any, key: np.ndarray, first_row: int, rows: Any = None, x: Any = None, p: float = 0.0
+) -> None:
+    """out [n, size], contiguous, on a device: row i becomes row first_row + i, in one launch.
 
-    With int64 `rows` [n, 2] it becomes row rows[i, 0], from position rows[i, 1] on; what is before stays.
+    With int64 `rows` [n, 2] it becomes row rows[i, 0], from position rows[i, 1] on; what is before stays. With x, of out's
+    shape and dtype, out becomes dropout of x instead: 0 where the number is below p, x / (1 - p) elsewhere.
     """
     n, size = out.shape
     blocks = (size + 7) // 8
     if out.size:
-        grid = -(-n * blocks // THREADS)
-        k0, k1 = key
-        _kernel()((grid,), (THREADS,), (k0, k1, 0 if rows is None else rows, first_row, n, size, blocks, out))
+        pointers = [0 if a is None else a for a in (rows, x)]
+        options = first_row, n, size, blocks, np.float32(p), out.dtype.type(1 / (1 - p)), out
+        _kernel(out.dtype.char)((-(-n * blocks // THREADS),), (THREADS,), (*key, *pointers, *options))
 
 
 @functools.cache
-def _kernel() -> Any:
-    return importlib.import_module("cupy").RawKernel(ROUNDS + UNIFORM, "uniform")
+def _kernel(dtype: str) -> Any:
+    code = ROUNDS + f"typedef {dict(f='float', d='double')[dtype]} T;" + DRAW
+    return importlib.import_module("cupy").RawKernel(code, "draw")
 
 
 ROUNDS = r"""
@@ -82,15 +86,19 @@ __device__ void philox(word k0, word k1, word x[4]) {
         k0 += 0x9E3779B97F4A7C15, k1 += 0xBB67AE8584CAA73B;
     }
 }"""
-UNIFORM = r"""
-extern "C" __global__ void uniform(word k0, word k1, const long long* rows, long long first_row, long long n,
-                                   long long size, long long blocks, float* out) {
+DRAW = r"""
+extern "C" __global__ void draw(word k0, word k1, const long long* rows, const T* x, long long first_row, long long n,
+                                long long size, long long blocks, float p, T scale, T* out) {
     long long thread = blockIdx.x * (long long)blockDim.x + threadIdx.x, i = thread / blocks, b = thread % blocks;
     if (i >= n) return;
     long long row = rows ? rows[2 * i] : first_row + i, start = 8 * b + (rows ? rows[2 * i + 1] : 0);
-    word x[4] = {word(b + 1), word(row), 0, 0};
-    philox(k0, k1, x);
+    word bits[4] = {word(b + 1), word(row), 0, 0};
+    philox(k0, k1, bits);
     #pragma unroll
-    for (int j = 0; j < 8; j++)
-        if (start + j < size) out[i * size + start + j] = ((unsigned int)(x[j / 2] >> 32 * (j % 2)) >> 8) * 0x1p-24f;
+    for (int j = 0; j < 8; j++) {
+        if (start + j >= size) return;
+        float u = ((unsigned int)(bits[j / 2] >> 32 * (j % 2)) >> 8) * 0x1p-24f;
+        long long at = i * size + start + j;
+        out[at] = !x ? T(u) : u < p ? T(0) : x[at] * scale;
+    }
 }"""

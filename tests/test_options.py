@@ -166,9 +166,9 @@ LIMITS = {
         GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
-        total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
-        rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
-        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r; LycorisConfig: r rank_pattern;
+        total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r;
+        Ranked: rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
+        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r; LycorisConfig: r;
         OnlineConfig: steps batch_size mini_batch_size num_epochs response_length max_equal_updates save_steps
         save_total_limit; PPOConfig: kl_horizon; DPOConfig: reference_batch_size; TrainingArguments: max_steps
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps

@@ -583,9 +583,10 @@ def test_rows_of_another_form_are_refused_or_left_out(tmp_path):
             path.write_bytes(b'{"run": "a"}\n' + line + end)
             with pytest.raises(FileError, match="line 2: not valid JSON"):
                 read_rows(path)
-    path.write_text('{"run": "a", "settings": 5}\n')
-    with pytest.raises(FileError, match="line 1: not a row of a sweep"):
-        read_rows(path)
+    for settings in ('5', '["rr"]', '[["r"]]', '"r"'):
+        path.write_text(f'{{"run": "a", "r": 4, "settings": {settings}}}\n')
+        with pytest.raises(FileError, match="line 1: not a row of a sweep"):
+            read_rows(path)
     rows = [{"run": "run", "settings": ["r", "seed"], "r": 4, "seed": {"a": [i]}, "loss": float("inf")} for i in (0, 1)]
     with np.errstate(invalid="ignore"):
         assert "inf" in table(rows, "loss", "r"), "a seed may be anything"

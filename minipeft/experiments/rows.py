@@ -166,12 +166,13 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
             row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
-        if not isinstance(row, dict) or "run" not in row or not fits(row.get("settings", []), list[str]):
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and names in 'settings' if any")
+        names = row.get("settings", []) if isinstance(row, dict) and "run" in row else None
+        if not fits(names, list[str]) or not {*names} <= row.keys():
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and all that 'settings' names")
         rows.append(plain(row))
     find, found = finder(rows), {}
     for row in rows:
-        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which of a dataclass's are settings, none says
+        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says
         known -= {"error", "traceback"} if failed(row) else set()
         run = {name: value for name, value in row.items() if name in known}
         if not failed(row):

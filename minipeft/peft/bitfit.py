@@ -16,16 +16,32 @@ from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
 from .weights import dense_weight, with_weight
+
+
+class Bias(Adapter):
+    """A trained copy of a layer's bias, [out]."""
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.bias.data = layer.bias.data.astype(self.bias.dtype)
+
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return inner(x) + (self.bias - base.bias.data)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """The layer with b - b0 added to its bias."""
+        bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
+        return with_weight(layer, dense_weight(layer), bias)
 
 
 @configuration
 class BitFitConfig(PeftConfig):
     """BitFit, y = W x + b with b trained, has no options of its own: target_modules says whose b (None: all)."""
 
-    peft_type = "BITFIT"
+    peft_type, adapter_class = "BITFIT", Bias
     usual_learning_rate = 1e-2
     kinds = ("linear", "conv1d", "norm")
 
@@ -49,21 +65,5 @@ class BitFitConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Adapter:
-        return Bias({"bias": layer.bias.shape}, layer, seed, self, name)
-
-
-class Bias(Adapter):
-    """A trained copy of a layer's bias, [out]."""
-
-    def start(self, layer: Module, generator: np.random.Generator) -> None:
-        self.bias.data = layer.bias.data.astype(self.bias.dtype)
-
-    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return inner(x) + (self.bias - base.bias.data)
-
-    def merge(self, layer: Module, base: Module) -> Module:
-        """The layer with b - b0 added to its bias."""
-        bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
-        return with_weight(layer, dense_weight(layer), bias)
+    def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
+        return {"bias": layer.bias.shape}

@@ -29,7 +29,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import PeftConfig, PeftError, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
 from .targets import out_in_shape
 from .weights import fill, kaiming_uniform
@@ -129,11 +129,8 @@ class BottleneckConfig(PeftConfig):
             return self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
         return {}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: self.adapter(name, layer, self.bottleneck_shapes(name, *_widths(name, layer)), seeds[name])
-            for name, layer in layers.items()
-        }
+    def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
+        return self.bottleneck_shapes(name, *_widths(name, layer))
 
 
 def _widths(name: str, module: Module) -> tuple[int, int]:

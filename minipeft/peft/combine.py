@@ -30,6 +30,7 @@ from .weights import fill
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("cat", "svd", *RULES, *(f"{rule}_svd" for rule in RULES[1:]))
+SIGNS = ("total", "frequency")
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -40,9 +41,7 @@ class Combination:
     combination_type: str = option("svd", "one of the names above (dare is dare_linear)", choices=COMBINATIONS)
     svd_rank: int | None = option(None, "rank of svd and types that end so; None: the largest of the parts'", least=1)
     density: float | None = option(None, "part of the values that trimming or dropping keeps", above=0, most=1)
-    majority_sign_method: str = option(
-        "total", "ties: the sign of the sum wins, or (frequency) that of most values", choices=("total", "frequency")
-    )
+    majority_sign_method: str = option("total", "ties: the sign of the sum, or that most values have", choices=SIGNS)
     seed: int = option(0, "of what dare drops", least=0)
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class FusedLora(LoraLinear):
 
     @staticmethod
     def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
-        """What is trained. Raises PeftError for a layer that does not fuse that many projections of its input's width."""
+        """What is trained. Raises PeftError for a layer that does not fuse that many projections of the input's width."""
         parts, enabled = len(config.enable_lora), sum(config.enable_lora)
         if n_out != parts * n_in:
             needed = f"a layer that fuses {parts} projections of width {n_in}"

@@ -27,7 +27,7 @@ SCALED = {  # model_type -> target_modules
     "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
     "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
 }  # fmt: skip
-FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "fc2")  # those whose input is scaled
+FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "fc2")  # their input is scaled
 
 
 class IA3Layer(Adapter):

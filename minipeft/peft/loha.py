@@ -1,6 +1,6 @@
 """LoHa: low-rank Hadamard product (Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098).
 
-    W' = W + s (A1 B1) * (A2 B2)        A1, A2 [out, r], B1, B2 [r, in]; B2 zero at the start        prop. 1, s = alpha / r
+    W' = W + s (A1 B1) * (A2 B2)      A1, A2 [out, r], B1, B2 [r, in]; B2 zero at the start      prop. 1, s = alpha / r
 
 The elementwise product * of two matrices of rank r has a rank of up to r^2, from twice the parameters of a LoRA of
 rank r. Both products are formed, [out, in], and kept for backward.

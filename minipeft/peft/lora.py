@@ -124,10 +124,8 @@ class LoraConfig(WithTokenRows, Ranked):
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """The start that PiSSA and OLoRA keep beside W: A0 and B0, of the shapes of A and B."""
-        return {
-            f"{name}.{constant}": size
-            for name, (kind, shape) in layers.items()
-            for constant, size in zip(
-                variant_class(self, name, kind).frozen, self.parameter_shapes(name, kind, shape).values()
-            )
-        }
+        found: dict[str, Shape] = {}
+        for name, (kind, shape) in layers.items():
+            starts, factors = variant_class(self, name, kind).frozen, self.parameter_shapes(name, kind, shape).values()
+            found |= {f"{name}.{start}": factor for start, factor in zip(starts, factors)}
+        return found

@@ -116,6 +116,7 @@ _adalora = {
 }  # fmt: skip
 _bottleneck = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
 _virtual = {"num_virtual_tokens": 20}
+_words = _virtual | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
 METHODS: dict[str, Method] = {
     "head": Method("last layer", "head"),
@@ -133,7 +134,7 @@ METHODS: dict[str, Method] = {
     "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
     "ia3": Method("IA3", "IA3"),
     "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _bottleneck),
-    "prompt": Method("prompt P={num_virtual_tokens}", "PROMPT_TUNING", _virtual | {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "prompt": Method("prompt P={num_virtual_tokens}", "PROMPT_TUNING", _words),
     "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", _virtual | {"prefix_projection": True}),
     "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }

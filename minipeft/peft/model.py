@@ -78,7 +78,8 @@ class PeftModel(Module, Generic[M]):
         lines = []
         for name, prompt in self.prompts.items():
             P, limit = prompt.length, self.base_model.config.max_position_embeddings
-            lines.append(f"{name}: {P} virtual tokens in front of the input, which leave {limit - P} of {limit} positions")
+            left = f"which leave {limit - P} of {limit} positions"
+            lines.append(f"{name}: {P} virtual tokens in front of the input, {left}")
         return "\n".join(lines)
 
     def __getattr__(self, name: str) -> Any:
@@ -148,7 +149,7 @@ class PeftModel(Module, Generic[M]):
             check_labels(labels)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
             given = self._bind(input_ids, **arguments)
-            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T, d], or [B, T, d]
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T or T, d]
             inputs = given["inputs_embeds"] if input_ids is None else input_ids
             xp, rng = xp_of(labels), given["rng"]
             if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
@@ -314,13 +315,11 @@ class PeftModel(Module, Generic[M]):
         finally:
             self.selection.names = before
 
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
-    ) -> None:
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""
         from .combine import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, **options)
+        add_weighted_adapter(self, adapters, weights, adapter_name, **how)
 
     def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
         """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
@@ -341,8 +340,8 @@ class PeftModel(Module, Generic[M]):
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
         Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in
-        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that no
-        plain model equals, and for a merge that is not finite.
+        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that
+        no plain model equals, and for a merge that is not finite.
         """
         names = self._mergeable(adapter_names)
         model = self.replaced(lambda _, layer: layer.merge(names))
@@ -417,7 +416,7 @@ class PeftModel(Module, Generic[M]):
                 yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
-        """Paths, as in `named_parameters`, of trainable adapter parameters that are bit for bit what they were at first."""
+        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, as at the start."""
         trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
         kept = {id(p) for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)}
         return [path for path, p in self.named_parameters() if id(p) in kept]

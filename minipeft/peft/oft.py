@@ -110,7 +110,7 @@ class OFTConfig(PeftConfig):
         super().__post_init__()
         if bool(self.r) == bool(self.oft_block_size):
             given = f"r={self.r}, oft_block_size={self.oft_block_size}"
-            raise PeftError(f"a layer's inputs are r blocks of oft_block_size: give one, and 0 for the other; got {given}")
+            raise PeftError(f"inputs are r blocks of oft_block_size: give one of them, and 0 for the other; got {given}")
 
     def blocks(self, n_in: int) -> tuple[int, int]:
         """(k, b): how many blocks a layer of n_in inputs has, and their size."""
@@ -134,7 +134,7 @@ class OFTConfig(PeftConfig):
         """Raises PeftError, too, for a file of an earlier version of PEFT, whose rotations are others."""
         version = str(options.get("peft_version") or "0").split(".")
         if [int("0" + "".join(filter(str.isdigit, part))) for part in version[:2]] < [0, 18]:
-            raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again with a newer one")
+            raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again")
         return super().from_dict(options)
 
 

@@ -13,28 +13,19 @@ from __future__ import annotations
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Sequential
 from ..options import configuration, option
-from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, PromptLearningConfig, initialize, mlp_shapes
+from .config import PeftError, Shape
+from .prompt_learning import STORED, PromptLearningConfig, network_shapes
 from .prompt_tuning import SoftTokens
 
 
 class PromptEncoder(SoftTokens):
-    """The network: e [P, d] through an MLP of width h."""
-
-    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: PromptEncoderConfig, path: str):
-        self.config = config
-        P, d = shapes["embedding.weight"]
-        h = config.encoder_hidden_size or d
-        self.embedding = Embedding(P, d, seed=None)
-        W1, W2, W3 = (Linear(n, m, seed=None) for n, m in ((d, h), (h, h), (h, d)))
-        self.mlp_head = Sequential(W1, F.relu, W2, F.relu, W3)
-        initialize(self, like, seed)
+    """The network: e [P, d], W1 [h, d], b1 [h], W2 [h, h], b2 [h], W3 [d, h], b3 [d]."""
 
     def vectors(self) -> Tensor:
-        return self.mlp_head(self.embedding.weight)
+        z = F.relu(F.linear(self.e, self.W1, self.b1))
+        z = F.relu(F.linear(z, self.W2, self.b2))
+        return F.linear(z, self.W3, self.b3)
 
 
 @configuration
@@ -58,7 +49,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         if self.folded:
             return {STORED: (P, d)}
         h = self.encoder_hidden_size or d
-        return {"embedding.weight": (P, d), **mlp_shapes("mlp_head", d, h, h, d)}
+        return network_shapes(P, d, h, h, d)
 
     @property
     def adapter_class(self) -> type[SoftTokens]:

@@ -26,12 +26,11 @@ import numpy as np
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array
-from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Sequential
+from ..nn.module import Module
 from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
-from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
+from .config import PeftError, Shape
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, network_shapes
 
 
 class Prefix(Prompt):
@@ -74,20 +73,15 @@ class Prefix(Prompt):
 
 
 class PrefixEncoder(Prefix):
-    """Trained in the prefix's place: embedding e [P, d] and transform, an MLP. Saved: only what they compute."""
+    """Trained in the prefix's place: e [P, d], W1 [h, d], b1 [h], W2 [2 L d, h], b2 [2 L d]. Saved: what they give."""
 
     def vectors(self) -> Tensor:
-        return self.transform(self.embedding.weight)
+        return F.linear(F.tanh(F.linear(self.e, self.W1, self.b1)), self.W2, self.b2)
 
-    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: PrefixTuningConfig, path: str):
-        self.config, d = config, config.token_dim
-        h = config.encoder_hidden_size or d
-        self.embedding = Embedding(self.length, d, seed=None)
-        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
-        initialize(self, like, seed)  # as PyTorch: e normal, W and b uniform; seed None: a file brings the values
-        if config.init_weights == "zero" and seed is not None:
-            for p in self.transform[2].parameters():
-                p.data[...] = 0
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        Prompt.start(self, layer, generator)
+        if self.config.init_weights == "zero":
+            self.W2.data[...] = self.b2.data[...] = 0
 
 
 @configuration
@@ -119,4 +113,4 @@ class PrefixTuningConfig(PromptLearningConfig):
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
         if self.adapter_class is Prefix:
             return {STORED: (P, n)}
-        return {"embedding.weight": (P, d), **mlp_shapes("transform", d, self.encoder_hidden_size or d, n)}
+        return network_shapes(P, d, self.encoder_hidden_size or d, n)

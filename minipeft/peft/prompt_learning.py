@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..nn.layers import Embedding, Linear
 from ..nn.module import Module, Parameter
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter
 from .virtual_positions import make_room
-from .weights import fill, placement, zeros
+from .weights import fill
 
 STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
@@ -34,7 +33,7 @@ MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "l
 class Prompt(Adapter):
     """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions.
 
-    The vectors themselves, prompt_embeddings; a network that computes them defines `vectors`.
+    The vectors themselves, prompt_embeddings; or, where a subclass defines `vectors`, a network that computes them.
     """
 
     in_input = True  # whether the virtual positions are part of the input, or of the past
@@ -45,8 +44,15 @@ class Prompt(Adapter):
         return self.config.num_virtual_tokens
 
     def start(self, layer: Module, generator: np.random.Generator) -> None:
-        """Standard normal."""
-        fill(self.prompt_embeddings, generator.standard_normal(self.prompt_embeddings.shape, np.float32))
+        """As PyTorch draws them: embeddings standard normal, the W and b of a linear layer uniform in ±1/sqrt(in)."""
+        for key in self.keys:
+            p = getattr(self, key)
+            if key in (STORED, "e"):
+                values = generator.standard_normal(p.shape, np.float32)
+            else:
+                bound = getattr(self, f"W{key[1:]}").shape[1] ** -0.5
+                values = generator.uniform(-bound, bound, p.shape)
+            fill(p, values)
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
         """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
@@ -129,28 +135,9 @@ class PromptLearningConfig(PeftConfig):
                 raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")
 
 
-def mlp_shapes(name: str, *widths: int) -> dict[str, Shape]:
-    """{key: shape} of an MLP called so: linear layers of these widths, with a function between each two."""
-    shapes: dict[str, Shape] = {}
-    for i, (n_in, n_out) in enumerate(pairwise(widths)):
-        shapes |= {f"{name}.{2 * i}.weight": (n_out, n_in), f"{name}.{2 * i}.bias": (n_out,)}
+def network_shapes(P: int, *widths: int) -> dict[str, Shape]:
+    """{name: shape} of e [P, d] and of the linear layers that it goes through, W1, b1, ..., of these widths, d first."""
+    shapes: dict[str, Shape] = {"e": (P, widths[0])}
+    for i, (n_in, n_out) in enumerate(pairwise(widths), start=1):
+        shapes |= {f"W{i}": (n_out, n_in), f"b{i}": (n_out,)}
     return shapes
-
-
-def initialize(module: Module, like: Module, seed: Seed) -> None:
-    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: as in `Adapter`).
-
-    Embeddings are drawn from N(0, 1), linear layers uniform in ±1/sqrt(in).
-    """
-    for p in module.parameters():
-        p.data = zeros(p.shape, *placement(like), seed)
-    if seed is None:
-        return
-    generator = np.random.default_rng(seed)
-    for _, layer in module.named_modules():
-        if isinstance(layer, Embedding):
-            fill(layer.weight, generator.standard_normal(layer.weight.shape, np.float32))
-        elif isinstance(layer, Linear):
-            bound = layer.in_features**-0.5
-            for p in (layer.weight, layer.bias):
-                fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))

@@ -31,7 +31,7 @@ def metadata_of(model: Module) -> dict[str, str]:
 
 
 def config_path(directory: str | os.PathLike) -> Path:
-    """Where the configuration of an adapter directory is. FileError for one that holds directories of adapters alone."""
+    """Where the configuration of an adapter directory is. FileError for one that holds adapters in directories alone."""
     path, inside = Path(directory) / CONFIG, sorted(p.parent for p in Path(directory).glob(f"*/{CONFIG}"))
     if inside and not path.exists():
         adapters = some([p.name for p in inside])
@@ -58,9 +58,9 @@ def warn_of_another_base(model: Module, directory: str | os.PathLike) -> None:
     if name and own and not _same(name, own):
         _warn(f"{directory}: the adapter was trained on {name}, and this model is {own}")
     if packed is not None and packed != is_packed:
-        where = {True: "in four bits", False: "in floats"}
+        was, now = ("in four bits" if bits else "in floats" for bits in (packed, is_packed))
         hint = ": load it with load_in_4bit=True (--load-in-4bit)" * packed
-        _warn(f"{directory}: the adapter was trained on a base {where[packed]}, and this one is {where[is_packed]}{hint}")
+        _warn(f"{directory}: the adapter was trained on a base {was}, and this one is {now}{hint}")
 
 
 def _same(name: str, own: str) -> bool:

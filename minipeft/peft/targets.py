@@ -156,8 +156,8 @@ class Targets:
         found = {}
         for target in self.modules_to_save or ():
             matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
-            both = self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score")  # PEFT names both heads
-            if not matched and not both:
+            either = self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score")  # PEFT names both
+            if not matched and not either:
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)
         return found

@@ -71,7 +71,8 @@ class TokenRows(Adapter):
 def token_shape(tokens: list[int], shape: Shape) -> Shape:
     """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it lacks, or that is given twice."""
     if (last := max(tokens)) >= shape[0]:
-        raise PeftError(f"the tokens are 0 to {shape[0] - 1}, and {last} is to be trained; resize_token_embeddings first")
+        known = f"0 to {shape[0] - 1}"
+        raise PeftError(f"the tokens are {known}, and {last} is to be trained; resize_token_embeddings first")
     if len(set(tokens)) < len(tokens):
         raise PeftError(f"a token is given twice among those to train: {tokens}")
     return len(tokens), shape[1]

@@ -50,11 +50,7 @@ class VeraLayer(Adapter):
         return with_update(layer, delta)
 
     def saved(self) -> dict[str, Parameter]:
-        return {
-            **super().saved(),
-            "base_model.vera_A": self.projection.vera_A,
-            "base_model.vera_B": self.projection.vera_B,
-        }
+        return super().saved() | {f"base_model.{key}": p for key, p in self.projection.saved().items()}
 
 
 class Projection(Adapter):

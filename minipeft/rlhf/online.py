@@ -302,7 +302,7 @@ class OnlineTrainer(ABC):
                 record = self.step()
                 run.record(record)
                 run.stopped = c.stop_kl is not None and record["objective/kl"] > c.stop_kl
-                equal = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
+                equal = [r.get("objective/scores_equal") == 1 for r in self.history[-c.max_equal_updates :]]
                 if len(equal) == c.max_equal_updates and all(equal) and number < c.steps:
                     raise self._nothing_to_prefer(run)
         return self.history

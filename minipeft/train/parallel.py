@@ -45,8 +45,7 @@ Result = tuple[float, Statistics]  # L_b, and the statistics of the batch in hos
 
 def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
     """Add the gradients of share · L_b to the model's. Nothing is added where L_b is not finite."""
-    arguments = on_device(part.batch, xp_of(*[p.data for p in model.parameters()]))
-    L_b, statistics = with_statistics(loss(model, **arguments, rng=part.rng))
+    L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
     if np.isfinite(value := L_b.item()):
         L_b.backward(part.share)
     return value, {name: to_numpy(array) for name, array in statistics.items()}

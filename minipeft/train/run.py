@@ -148,8 +148,10 @@ class Run:
             stopped, metrics, parameters = content["stopped"], content["metrics"], self.trainer.trainable
             if not (fits(stopped, bool) and fits(metrics, str)):
                 raise ValueError(f"stopped is {stopped!r}, metrics {metrics!r}")
-            for line in metrics.splitlines():
-                parse_json(line)
+            for record in map(parse_json, metrics.splitlines()):
+                drawn = [record.get(name) for name in ("loss", "eval_loss")]  # the rest is a callback's own
+                if not fits(record["step"], int) or not fits(drawn, list[float | None]):
+                    raise ValueError(f"among the metrics is {record!r}")
             trained = arrays.pop("model")
             checkpoint.check_shapes(trained, {name: p.shape for name, p in parameters.items()})
             checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
