@@ -2,8 +2,8 @@
 
     y = x Wᵀ + b,  W = code[codes] * absmax           dx = g W;  W itself is frozen and has no gradient
 
-The graph keeps nothing but the packed codes, which the layer holds anyway: `kernels` dequantizes a tile of W at a time, in
-forward and again in backward. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).
+The graph keeps nothing but the packed codes, which the layer holds anyway: `kernels` dequantizes a tile of W at a time (on
+a device all of it), in forward and again in backward. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..autograd.tensor import Tensor, op
-from ..backend import Array, Rng
+from ..backend import Array, Rng, xp_of
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from .bitsandbytes import QuantState, dequantize_4bit, quantize_4bit
 from .checks import QuantError
-from .kernels import Tiles, times, times_transposed
+from .kernels import Tiles, on_device, times, times_transposed
 
 
 @op
@@ -117,8 +117,11 @@ class Linear4bit(Module):
         return dequantize_4bit(self.weight.data, self.quant_state)
 
     def tiles(self) -> Iterator[tuple[slice, Array]]:
-        """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next."""
-        return Tiles(self.weight.data, self.quant_state).rows()
+        """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next. On a device there is one."""
+        packed, state = self.weight.data, self.quant_state
+        if xp_of(packed).__name__ == "cupy":
+            return iter([(slice(0, state.shape[0]), on_device(packed, state, "float32"))])
+        return Tiles(packed, state).rows()
 
     def quantize(self, W: Array) -> Linear4bit:
         """A layer with another weight [out, in], quantized in the same way, and this bias.
