@@ -94,6 +94,16 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+def read(*arrays: Array) -> list[np.ndarray]:
+    """Small arrays, of any shapes, in host memory as float64: explicit copies that wait for the device once for them all."""
+    xp = xp_of(*arrays)
+    if xp is not np:
+        sizes = np.cumsum([a.size for a in arrays])[:-1]
+        parts = np.split(xp.concatenate([a.reshape(-1) for a in arrays], dtype=xp.float64).get(), sizes)
+        return [part.reshape(a.shape) for part, a in zip(parts, arrays)]
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
 def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
     """The array, of any shape, on the device of library `xp` (a module or a name): an explicit move, or itself.
 

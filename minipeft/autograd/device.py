@@ -126,3 +126,114 @@ def quantize_8bit(blocks: Array, c: Array, steps: Array) -> Array:
         """,
     )  # fmt: skip
     return kernel(blocks, c, steps, blocks.shape[1])
+
+
+# ---------------------------------------------------------------------------- beside the ops: many arrays in one launch
+
+CHUNK = 1 << 14  # elements that a block of threads works on
+THREADS = 256
+
+_FIND = """
+    int a = 0, end = arrays;  // the array this block works on: the last one that begins at this block or before it
+    while (end - a > 1) {
+        const int middle = (a + end) / 2;
+        if (table[middle] <= (long long)blockIdx.x) a = middle; else end = middle;
+    }
+    const long long first = ((long long)blockIdx.x - table[a]) * CHUNK;
+    const int n = (int)min(table[arrays + a] - first, (long long)CHUNK);
+"""
+
+
+@functools.cache
+def _raw(xp: ModuleType, name: str, dtype: str, arguments: str, body: str) -> Any:
+    number = {"float32": "float", "float64": "double"}[dtype]
+    code = f'typedef {number} T;\n#define CHUNK {CHUNK}\nextern "C" __global__ void minipeft_{name}({arguments}) {{{body}}}'
+    return xp.RawKernel(code, f"minipeft_{name}")
+
+
+def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
+    """(table int64 on the device, blocks): of each array its first block and its size; then every column's addresses."""
+    sizes = np.array([a.size for a in columns[0]], np.int64)
+    blocks = -(-sizes // CHUNK)
+    addresses = [[a.data.ptr for a in column] for column in columns]
+    table = np.array([np.cumsum(blocks) - blocks, sizes, *addresses], np.int64)
+    return xp_of(columns[0][0]).asarray(table), int(blocks.sum())
+
+
+def fits(arrays: Sequence[Array]) -> bool:
+    """Whether `for_each` takes arrays such as these: CuPy's, contiguous, of one dtype, float32 or float64."""
+    dtype = arrays[0].dtype
+    floats = dtype in (np.float32, np.float64) and all(a.dtype == dtype and a.flags.c_contiguous for a in arrays)
+    return floats and xp_of(*arrays).__name__ == "cupy"
+
+
+def for_each(name: str, body: str, columns: dict[str, Sequence[Array]], numbers: dict[str, float]) -> None:
+    """Runs `body`, CUDA for one element, through lists of arrays: all contiguous and of one dtype, float32 or float64.
+
+    Each column's elements go by its name in `body`, as a reference to a T, and `numbers` as T's. One launch, one upload.
+    """
+    lists = list(columns.values())
+    table, blocks = _table(lists)
+    if not blocks:
+        return
+    xp, dtype = xp_of(table), lists[0][0].dtype
+    pointers = "".join(f"T* {c}_ = (T*)table[{i} * arrays + a] + first;\n" for i, c in enumerate(columns, start=2))
+    named = " ".join(f"T& {c} = {c}_[i];" for c in columns)
+    whole = f"{_FIND}{pointers}for (int i = threadIdx.x; i < n; i += blockDim.x) {{ {named} {body} }}\n"
+    arguments = ", ".join(["const long long* table", "const int arrays", *(f"const T {n}" for n in numbers)])
+    kernel = _raw(xp, name, dtype.name, arguments, whole)
+    kernel((blocks,), (THREADS,), (table, np.int32(len(lists[0])), *map(dtype.type, numbers.values())))
+
+
+def adam(p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], **numbers: float) -> None:
+    """`optim.Adam.update` of all these parameters; the numbers are its `numbers`."""
+    body = """
+        p *= keep;
+        const T d = g + decay * p;
+        m = beta1 * m + rest1 * d;
+        v = beta2 * v + rest2 * (d * d);
+        p -= rate * (m / (sqrt(v) + eps));
+    """
+    for_each("adam", body, {"p": p, "g": g, "m": m, "v": v}, numbers)
+
+
+def sgd(p: Sequence[Array], g: Sequence[Array], b: Sequence[Array] | None = None, **numbers: float) -> None:
+    """`optim.SGD.update` of all these parameters; the numbers are its `numbers`."""
+    if b is None:
+        for_each("descend", "p -= lr * (g + decay * p);", {"p": p, "g": g}, numbers)
+        return
+    body = """
+        const T d = g + decay * p;
+        b = kept * b + rest * d;
+        p -= lr * (ahead != 0 ? d + ahead * b : b);
+    """
+    for_each("sgd", body, {"p": p, "g": g, "b": b}, numbers)
+
+
+def scale(g: Sequence[Array], factor: float) -> None:
+    """g *= factor, of all these arrays."""
+    for_each("scale", "g *= factor;", {"g": g}, {"factor": factor})
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> Array:
+    """Σ x² over all elements, float64 [], added up in float64 in a fixed order: arrays as `for_each` takes them."""
+    table, blocks = _table([arrays])
+    xp = xp_of(table)
+    partial = xp.empty(blocks, xp.float64)
+    if blocks:
+        body = """
+            const T* x = (const T*)table[2 * arrays + a] + first;
+            __shared__ double sums[256];
+            double sum = 0;
+            for (int i = threadIdx.x; i < n; i += blockDim.x) sum += (double)x[i] * x[i];
+            sums[threadIdx.x] = sum;
+            for (int half = blockDim.x / 2; half; half /= 2) {
+                __syncthreads();
+                if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+            }
+            if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+        """
+        arguments = "const long long* table, const int arrays, double* partial"
+        kernel = _raw(xp, "sum_of_squares", arrays[0].dtype.name, arguments, _FIND + body)
+        kernel((blocks,), (THREADS,), (table, np.int32(len(arrays)), partial))
+    return partial.sum()
