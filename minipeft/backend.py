@@ -95,12 +95,12 @@ def to_numpy(array: Array) -> np.ndarray:
 
 
 def read(*arrays: Array) -> list[np.ndarray]:
-    """Small arrays, of any shapes, in host memory as float64: explicit copies that wait for the device once for them all."""
-    xp = xp_of(*arrays)
-    if xp is not np:
-        sizes = np.cumsum([a.size for a in arrays])[:-1]
-        parts = np.split(xp.concatenate([a.reshape(-1) for a in arrays], dtype=xp.float64).get(), sizes)
-        return [part.reshape(a.shape) for part, a in zip(parts, arrays)]
+    """Small arrays, of any shapes, in host memory as float64: explicit copies, and one wait for the device for them all."""
+    found = [a for a in arrays if _library(type(a)) not in (np, None)]
+    if found:
+        joined = xp_of(*found).concatenate([a.reshape(-1) for a in found], dtype=np.float64).get()
+        parts = iter(np.split(joined, np.cumsum([a.size for a in found])[:-1]))
+        arrays = [next(parts).reshape(a.shape) if _library(type(a)) not in (np, None) else a for a in arrays]
     return [np.asarray(a, np.float64) for a in arrays]
 
 
