@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.kernels import QUERY_BLOCK, TILE
-from ..autograd.tensor import REGISTRY, Slice, Tensor, evaluated_by, pull_back, together
+from ..autograd.tensor import REGISTRY, Tensor, Term, evaluated_by, pull_back, together
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
 
 Shape = tuple[int, ...]
@@ -97,10 +97,10 @@ class Meter:
         """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""
         self.line = "working memory"
 
-        def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
+        def deliver(leaf: Tensor, g: Array | Term, owned: bool) -> None:
             if leaf.grad is not None:
                 return  # added in place
-            if isinstance(g, Slice):
+            if isinstance(g, Term):
                 g, owned = ShapeArray.new(self, leaf.shape, leaf.dtype), True
             leaf.grad = g if owned else g.copy()
             leaf.grad.buffer.move("gradients")

@@ -1,18 +1,238 @@
-"""CUDA kernels for a device: each computes what plain array code elsewhere computes, in one launch.
+"""The kernels of a device: forms of ops for CuPy's arrays, each of one launch or a few.
 
-CuPy compiles them when they are first called; nothing here imports it, the library comes from the arrays.
+A GPU's time goes into launches and passes through memory. So an elementwise expression is one kernel; a row of a norm, of
+attention's weights or of logits is the work of one block of threads; a product reads transposed factors where they lie;
+and a gradient that such a kernel makes is added to the others by the kernel itself (`Sum`). Nothing here depends on the
+order in which threads run, and nothing waits for the device.
+
+A form equals its definition, to rounding, where the arrays have one dtype, float32 or float64; weights may be stored in
+float16. Elsewhere the definition computes. Departure: ids and targets are not read beforehand, which would be to wait;
+one that is out of range gives NaN. CuPy is imported, and a kernel compiled, when it is first called.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from types import ModuleType
+import importlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..backend import Array, xp_of
+from . import checks as check
+from . import ops
+from .ops import _rows
+from .tensor import Term, kernel, together
+
+
+def device(of: Callable, alike: int = 1) -> Callable[[Callable], Callable]:
+    """Register a form of an op for CuPy, where its first `alike` arrays have one dtype, float32 or float64."""
+
+    def register(form: Callable) -> Callable:
+        def chosen(*arrays: Any, **options: Any) -> tuple:
+            kinds = {getattr(a, "dtype", None) for a in arrays[:alike]}
+            return (form if kinds in FLOATS else of.definition)(*arrays, **options)
+
+        kernel(of, "cupy")(chosen)
+        return form
+
+    return register
+
+
+FLOATS = ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+
+
+class Sum(Term):
+    """A gradient that a kernel adds to the others: `write(out, total)` makes out = total + gradient; None is 0."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, write: Callable[[Array, Array | None], Any]):
+        self.write = write
+
+    def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The gradient, C-contiguous."""
+        out = _cupy().empty(shape, dtype)
+        self.write(out, None)
+        return out
+
+    def added(self, total: Array, owned: bool) -> Array:
+        """total + the gradient, C-contiguous."""
+        if not total.flags.c_contiguous:
+            total, owned = total.copy(), True
+        out = total if owned else _cupy().empty_like(total)
+        self.write(out, total)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+@functools.cache
+def _cupy() -> Any:
+    return importlib.import_module("cupy")
+
+
+@functools.cache
+def _made(kind: str, *definition: Any) -> Callable:
+    return getattr(_cupy(), kind)(*definition)
+
+
+def elementwise(inputs: str, outputs: str, operation: str, name: str, preamble: str = "") -> Callable:
+    """A CuPy ElementwiseKernel: `operation` for each element of inputs that broadcast."""
+    return lambda *arrays: _made("ElementwiseKernel", inputs, outputs, operation, name, True, preamble)(*arrays)
+
+
+def by_rows(name: str, rows: int, width: int, like: Array, other: Any, *arguments: Any) -> None:
+    """Run a kernel of ROWS with one block of threads for each row; T is the dtype of `like`, W the dtype `other`."""
+    if rows:
+        threads = min(1024, -(-max(1, width) // 128) * 32)
+        _row_kernel(name, like.dtype.char, np.dtype(other).char)((rows,), (threads,), arguments)
+
+
+@functools.cache
+def _row_kernel(name: str, T: str, W: str) -> Callable:
+    return _row_module(T, W).get_function(name)
+
+
+@functools.cache
+def _row_module(T: str, W: str) -> Any:
+    types = {"e": "float16", "f": "float", "d": "double", "?": "bool"}
+    code = f"{FLOAT16}typedef {types[T]} T;\ntypedef {types[W]} W;\n{ROWS}"
+    return _cupy().RawModule(code=code, options=("-std=c++17",))
+
+
+FLOAT16 = """#include <cupy/carray.cuh>
+#if __has_include(<cupy/float16.cuh>)  // CuPy 14
+#include <cupy/float16.cuh>
+#endif
+"""
+ROWS = r"""
+#define EACH(j, n) for (long long j = threadIdx.x; j < n; j += blockDim.x)  // a row's elements, among the threads of a block
+
+template <class F> __device__ T reduce(T v, T nothing, F f) {  // f over the block, in a fixed order; each thread gets it
+    __shared__ T warps[32];
+    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : nothing;
+    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
+    __syncthreads();
+    return v;
+}
+__device__ T sum(T v) { return reduce(v, 0, [](T a, T b) { return a + b; }); }
+
+// y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b
+extern "C" __global__ void normalize(const T* x, const W* w, const W* b, double eps, long long d, T* y, T* mean, T* rstd) {
+    x += blockIdx.x * d, y += blockIdx.x * d;
+    T m = 0, v = 0;
+    if (b) {
+        EACH(j, d) m += x[j];
+        m = sum(m) / d;
+    }
+    EACH(j, d) v += (x[j] - m) * (x[j] - m);
+    T r = 1 / sqrt(sum(v) / d + T(eps));
+    EACH(j, d) y[j] = (x[j] - m) * r * T(w[j]) + (b ? T(b[j]) : T(0));
+    if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
+}
+
+// out = total + (h - mean(h) - n mean(h n)) r,  h = g w, n = (x - m) r;  without mean(h) where x was not centered
+extern "C" __global__ void normalize_gradient(const T* x, const W* w, const T* g, const T* mean, const T* rstd, bool centered,
+                                         long long d, const T* total, T* out) {
+    x += blockIdx.x * d, g += blockIdx.x * d, out += blockIdx.x * d;
+    if (total) total += blockIdx.x * d;
+    T m = mean[blockIdx.x], r = rstd[blockIdx.x], h = 0, hn = 0;
+    EACH(j, d) h += g[j] * T(w[j]), hn += g[j] * T(w[j]) * (x[j] - m) * r;
+    h = centered ? sum(h) / d : T(0), hn = sum(hn) / d;
+    EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;
+}
+"""
+
+# -------------------------------------------------------------------------------------------------------- elementwise
+
+silu = elementwise("T x", "T y", "y = x / (1 + exp(-x))", "silu")
+silu_gradient = elementwise(
+    "T g, T x", "T dx", "T s = 1 / (1 + exp(-x)); dx = g * (s + x * s * (1 - s))", "silu_gradient"
+)
+
+
+@device(ops.silu)
+def _silu(x):
+    return silu(x), lambda g: silu_gradient(g, x)
+
+
+swiglu = elementwise("T gate, T up", "T y", "y = gate / (1 + exp(-gate)) * up", "swiglu")
+swiglu_gradients = elementwise(
+    "T g, T gate, T up", "T dgate, T dup",
+    "T s = 1 / (1 + exp(-gate)), y = gate * s; dgate = g * up * (s + y * (1 - s)); dup = g * y", "swiglu_gradients",
+)  # fmt: skip
+
+
+@device(ops.swiglu, 2)
+def _swiglu(gate, up):
+    return swiglu(gate, up), *together(2, lambda g: swiglu_gradients(g, gate, up))
+
+
+TANH = f"T c = {math.sqrt(2 / math.pi)}, k = 0.044715, t = tanh(c * (x + k * x * x * x)); "
+gelu = elementwise("T x", "T y", TANH + "y = x * (1 + t) / 2", "gelu")
+gelu_gradient = elementwise(
+    "T g, T x", "T dx", TANH + "dx = g * (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2", "gelu_gradient"
+)
+
+
+@device(ops.gelu)
+def _gelu(x):
+    return gelu(x), lambda g: gelu_gradient(g, x)
+
+
+# ------------------------------------------------------------------------------------------------------ normalization
+
+
+@functools.cache
+def _weight_gradient() -> Callable:
+    """Σ_rows g n, n = (x - mean) rstd: [N, d] each, mean and rstd [N, 1] -> [d]."""
+    return _cupy().ReductionKernel(
+        "T g, T x, T mean, T rstd", "T dw", "g * (x - mean) * rstd", "a + b", "dw = a", "0", "norm_weight_gradient"
+    )
+
+
+@device(ops.layer_norm)
+def _layer_norm(x, weight, bias, eps=1e-5):
+    return _norm("layer_norm", x, eps, weight, bias)
+
+
+@device(ops.rms_norm)
+def _rms_norm(x, weight, eps=1e-6):
+    return _norm("rms_norm", x, eps, weight, None)[:3]
+
+
+def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) -> tuple:
+    """Both norms, of three launches: forward, dx and dweight. Layer norm subtracts the mean, and adds a bias."""
+    check.norm(name, x, weight=weight, **({"bias": bias} if bias is not None else {}))
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.astype(weight.dtype)
+    xp, shape, x = _cupy(), x.shape, _contiguous(_rows(x))
+    weight, (n, d), kind = _contiguous(weight), x.shape, weight.dtype
+    y, mean, rstd = xp.empty(shape, x.dtype), xp.empty((n, 1), x.dtype), xp.empty((n, 1), x.dtype)
+    by_rows("normalize", n, d, x, kind, x, weight, 0 if bias is None else _contiguous(bias), float(eps), d, y, mean, rstd)
+    centered = bias is not None
+
+    def dx(g):
+        g = _contiguous(g)
+        return Sum(
+            lambda out, total: by_rows(
+                "normalize_gradient", n, d, x, kind, x, weight, g, mean, rstd, centered, d, 0 if total is None else total, out
+            )
+        )
+
+    return y, dx, lambda g: _weight_gradient()(_rows(g), x, mean, rstd, axis=0), lambda g: _rows(g).sum(axis=0)
+
+
+def _contiguous(a: Array) -> Array:
+    return a if a.flags.c_contiguous else a.copy()
+
 
 # ------------------------------------------------------------------------------------------- beside the ops: few bits
 #
@@ -37,9 +257,8 @@ __device__ float product(float a, float b) {
 """
 
 
-@functools.cache
-def _elementwise(xp: ModuleType, name: str, inputs: str, outputs: str, body: str) -> Any:
-    return xp.ElementwiseKernel(inputs, outputs, body, f"minipeft_{name}", preamble=_SUBNORMAL)
+def _few_bits(name: str, inputs: str, outputs: str, body: str) -> Callable:
+    return _made("ElementwiseKernel", inputs, outputs, body, name, True, _SUBNORMAL)
 
 
 def quantize_4bit(
@@ -50,10 +269,10 @@ def quantize_4bit(
     midpoints float32 [15] and order uint8 [16] are `thresholds`; `zero` stands beside a last odd code; `smallest` is the
     least absmax that a block is divided by.
     """
-    xp, n = xp_of(x), x.size
+    xp, n = _cupy(), x.size
     absmax, packed = xp.empty(-(-n // blocksize), xp.float32), xp.empty((n + 1) // 2, xp.uint8)
-    kernel = _elementwise(
-        xp, "quantize_4bit",
+    kernel = _few_bits(
+        "quantize_4bit",
         "raw T x, raw float32 midpoints, raw uint8 order, int64 n, int64 blocksize, uint8 zero, float32 smallest",
         "raw float32 absmax, raw uint8 packed",
         """
@@ -94,8 +313,8 @@ def dequantize_4bit(
     uint8 codes of it: absmax = code2[codes] * absmax2 + offset.
     """
     code2, absmax2, blocksize2, offset = nested or (code, code, 1, 0.0)
-    kernel = _elementwise(
-        xp_of(out), "dequantize_4bit",
+    kernel = _few_bits(
+        "dequantize_4bit",
         "raw uint8 packed, raw float32 code, raw S absmax, raw float32 code2, raw float32 absmax2, int64 n, int64 blocksize, "
         "int64 blocksize2, float32 offset",
         "raw T out",
@@ -113,8 +332,8 @@ def dequantize_4bit(
 
 def quantize_8bit(blocks: Array, c: Array, steps: Array) -> Array:
     """`eight_bits.quantize`: codes uint8 [m, blocksize] of float32 blocks, whose largest magnitudes are c [m]; steps [65536]."""
-    kernel = _elementwise(
-        xp_of(blocks), "quantize_8bit", "float32 x, raw float32 c, raw uint8 steps, int64 blocksize", "uint8 code",
+    kernel = _few_bits(
+        "quantize_8bit", "float32 x, raw float32 c, raw uint8 steps, int64 blocksize", "uint8 code",
         """
         const double top = wide(c[i / blocksize]), value = wide(x);
         if (top > 2.938735877055719e-39) {  // 2^-128
@@ -144,15 +363,10 @@ _FIND = """
 """
 
 
-@functools.cache
-def _compiled(xp: ModuleType, code: str, name: str) -> Any:
-    return xp.RawKernel(code, f"minipeft_{name}", options=("-std=c++17",))
-
-
-def _raw(xp: ModuleType, name: str, dtype: str, arguments: str, body: str) -> Any:
-    number = {"float32": "float", "float64": "double"}[dtype]
-    code = f'typedef {number} T;\n#define CHUNK {CHUNK}\nextern "C" __global__ void minipeft_{name}({arguments}) {{{body}}}'
-    return _compiled(xp, code, name)
+def _raw(name: str, dtype: Any, arguments: str, body: str) -> Callable:
+    number = {"f": "float", "d": "double"}[dtype.char]
+    code = f'typedef {number} T;\n#define CHUNK {CHUNK}\nextern "C" __global__ void {name}({arguments}) {{{body}}}'
+    return _made("RawKernel", code, name)
 
 
 def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
@@ -161,7 +375,7 @@ def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
     blocks = -(-sizes // CHUNK)
     addresses = [[a.data.ptr for a in column] for column in columns]
     table = np.array([np.cumsum(blocks) - blocks, sizes, *addresses], np.int64)
-    return xp_of(columns[0][0]).asarray(table), int(blocks.sum())
+    return _cupy().asarray(table), int(blocks.sum())
 
 
 def fits(arrays: Sequence[Array]) -> bool:
@@ -180,12 +394,12 @@ def for_each(name: str, body: str, columns: dict[str, Sequence[Array]], numbers:
     table, blocks = _table(lists)
     if not blocks:
         return
-    xp, dtype = xp_of(table), lists[0][0].dtype
+    dtype = lists[0][0].dtype
     pointers = "".join(f"T* {c}_ = (T*)table[{i} * arrays + a] + first;\n" for i, c in enumerate(columns, start=2))
     named = " ".join(f"T& {c} = {c}_[i];" for c in columns)
     whole = f"{_FIND}{pointers}for (int i = threadIdx.x; i < n; i += blockDim.x) {{ {named} {body} }}\n"
     arguments = ", ".join(["const long long* table", "const int arrays", *(f"const T {n}" for n in numbers)])
-    kernel = _raw(xp, name, dtype.name, arguments, whole)
+    kernel = _raw(name, dtype, arguments, whole)
     kernel((blocks,), (THREADS,), (table, np.int32(len(lists[0])), *map(dtype.type, numbers.values())))
 
 
@@ -222,8 +436,7 @@ def scale(g: Sequence[Array], factor: float) -> None:
 def sum_of_squares(arrays: Sequence[Array]) -> Array:
     """Σ x² over all elements, float64 [], added up in float64 in a fixed order: arrays as `for_each` takes them."""
     table, blocks = _table([arrays])
-    xp = xp_of(table)
-    partial = xp.empty(blocks, xp.float64)
+    partial = _cupy().empty(blocks, np.float64)
     if blocks:
         body = """
             const T* x = (const T*)table[2 * arrays + a] + first;
@@ -238,7 +451,7 @@ def sum_of_squares(arrays: Sequence[Array]) -> Array:
             if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
         """
         arguments = "const long long* table, const int arrays, double* partial"
-        kernel = _raw(xp, "sum_of_squares", arrays[0].dtype.name, arguments, _FIND + body)
+        kernel = _raw("sum_of_squares", arrays[0].dtype, arguments, _FIND + body)
         kernel((blocks,), (THREADS,), (table, np.int32(len(arrays)), partial))
     return partial.sum()
 
@@ -281,7 +494,7 @@ __device__ Key key(T x) {  // an integer, ordered as the numbers are
     const Key sign = (Key)1 << (8 * sizeof(Key) - 1);
     return u.bits & sign ? ~u.bits : u.bits | sign;
 }
-extern "C" __global__ void minipeft_pick(const T* logits, const double* uniform, double* mass, long long* token, const long long V,
+extern "C" __global__ void pick(const T* logits, const double* uniform, double* mass, long long* token, const long long V,
                                          const double temperature, const long long k, const double p) {
     logits += blockIdx.x * V, mass += blockIdx.x * V, token += blockIdx.x;
     int wrong = 0;
@@ -346,7 +559,7 @@ def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | No
     As `nn.generation` has it on the host: `token_probabilities`, up to rounding, then the token at which their sum passes
     the uniform number. temperature 0 takes the most probable token, and no numbers. One launch.
     """
-    xp, (B, V) = xp_of(logits), logits.shape
+    xp, (B, V) = _cupy(), logits.shape
     logits = xp.ascontiguousarray(logits, dtype=None if logits.dtype == np.float64 else np.float32)
     types = {"float32": ("float", "unsigned"), "float64": ("double", "unsigned long long")}[logits.dtype.name]
     code = "typedef {} T;\ntypedef {} Key;\n".format(*types) + _PICK
@@ -354,5 +567,5 @@ def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | No
     uniform = logits if uniform is None else uniform  # not read
     arguments = logits, uniform, mass, token, np.int64(V), np.float64(temperature), np.int64(top_k or V), np.float64(top_p or 1)
     threads = min(1024, max(32, 1 << (V // 48).bit_length()))
-    _compiled(xp, code, "pick")((B,), (threads,), arguments)
+    _made("RawKernel", code, "pick", ("-std=c++17",))((B,), (threads,), arguments)
     return token

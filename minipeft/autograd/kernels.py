@@ -26,12 +26,12 @@ from .tensor import kernel, together
 # ------------------------------------------------------------------------------------------------------ elementwise
 
 
-@kernel(ops.add)
+@kernel(ops.add, "numpy")
 def _add(a, b):
     return _large("add", a, b), lambda g: g, lambda g: g
 
 
-@kernel(ops.mul)
+@kernel(ops.mul, "numpy")
 def _mul(a, b):
     return _large("multiply", a, b), lambda g: g * b, lambda g: g * a
 
@@ -72,7 +72,7 @@ def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
     slope += rest
 
 
-@kernel(ops.silu)
+@kernel(ops.silu, "numpy")
 def _silu(x):
     def dx_into(out, g, x):
         _silu_and_slope_into(xp_of(x).empty_like(x), out, x)
@@ -81,7 +81,7 @@ def _silu(x):
     return elementwise(_silu_into, x), lambda g: elementwise(dx_into, g, x)
 
 
-@kernel(ops.swiglu)
+@kernel(ops.swiglu, "numpy")
 def _swiglu(gate, up):
     """Keeps its two inputs, where `silu` and `mul` would keep three arrays. One exponential serves both gradients."""
 
@@ -101,7 +101,7 @@ def _swiglu(gate, up):
 _C = math.sqrt(2 / math.pi)
 
 
-@kernel(ops.gelu)
+@kernel(ops.gelu, "numpy")
 def _gelu(x):
     xp = xp_of(x)
 
@@ -139,7 +139,7 @@ def _gelu(x):
 # -------------------------------------------------------------------------------------------------- matrix products
 
 
-@kernel(ops.matmul)
+@kernel(ops.matmul, "numpy")
 def _matmul(a, b):
     """Products with a matrix are one product of all rows; products of a batch run in this thread."""
     xp = xp_of(a, b)
@@ -171,7 +171,7 @@ def _matmul(a, b):
     return y, da, db
 
 
-@kernel(ops.linear)
+@kernel(ops.linear, "numpy")
 def _linear(x, weight, bias=None, name="linear"):
     """Products through `backend.matmul`; a float16 weight is widened again in backward: the wide copy is not kept."""
     transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
@@ -196,7 +196,7 @@ def _linear(x, weight, bias=None, name="linear"):
     return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: _rows(g).sum(axis=0)
 
 
-@kernel(ops.addmm)
+@kernel(ops.addmm, "numpy")
 def _addmm(bias, x, weight):
     y, dx, dw, db = _linear(x, weight, bias, "addmm")
     return y, db, dx, dw
@@ -205,12 +205,12 @@ def _addmm(bias, x, weight):
 # ---------------------------------------------------------------------------------------------------- normalization
 
 
-@kernel(ops.layer_norm)
+@kernel(ops.layer_norm, "numpy")
 def _layer_norm(x, weight, bias, eps=1e-5):
     return _norm("layer_norm", x, eps, weight, bias)
 
 
-@kernel(ops.rms_norm)
+@kernel(ops.rms_norm, "numpy")
 def _rms_norm(x, weight, eps=1e-6):
     return _norm("rms_norm", x, eps, weight, None)[:3]
 
@@ -266,7 +266,7 @@ def _row_means(a: Array, b: Array | None = None) -> Array:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-@kernel(ops.rope)
+@kernel(ops.rope, "numpy")
 def _rope(x, cos, sin):
     xp, half = xp_of(x, cos, sin), x.shape[-1] // 2
 
@@ -401,7 +401,7 @@ class _Attention:
             total += self.xp.matmul(a.swapaxes(-1, -2), b)
 
 
-@kernel(ops.scaled_dot_product_attention)
+@kernel(ops.scaled_dot_product_attention, "numpy")
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     a = _Attention(q, k, v, attn_mask, is_causal, scale)
 
@@ -413,7 +413,7 @@ def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     return a.out, *together(3, compute)
 
 
-@kernel(ops.packed_attention)
+@kernel(ops.packed_attention, "numpy")
 def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     """The three gradients are written straight into one array of qkv's shape; slices would each be added to zeros."""
     B, T, d3 = qkv.shape
@@ -476,7 +476,7 @@ def _nll_gradient(
     parallel_rows(xp, block, rows, classes)
 
 
-@kernel(ops.cross_entropy)
+@kernel(ops.cross_entropy, "numpy")
 def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     """The pullback is computed from the logits again: no second array of their size is kept."""
     check.smoothing(label_smoothing)
@@ -497,7 +497,7 @@ def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     return loss, dlogits
 
 
-@kernel(ops.linear_cross_entropy)
+@kernel(ops.linear_cross_entropy, "numpy")
 def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
     """Logits are computed only for the rows that count, and held once: in backward their memory becomes their gradient.
 

@@ -20,7 +20,7 @@ graph is freed by reference counting alone. `backward` drops each node as soon a
 pullbacks may share work through a memo in their closure, and even overwrite what the node alone owns.
 
 The contract of a pullback: it is called at most once; it returns a new array, or `g` itself or a view of it, or a
-`Slice`; it never writes into `g`. It may return the shape the broadcasting gave: the engine sums back, once, centrally.
+`Term`; it never writes into `g`. It may return the shape the broadcasting gave: the engine sums back, once, centrally.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class _Mode(threading.local):
 
 _mode = _Mode()
 
+_NUMPY, _SCALARS = np.ndarray, (np.generic, float, int)
 _NOT_FLOAT = "only floating-point tensors can require gradients; this one is {} of shape {}"
 
 
@@ -102,7 +103,21 @@ class Node:
         self.edges: list | None = edges  # None once backward has passed
 
 
-class Slice:
+class Term:
+    """A gradient that adds itself to the others of its array, which costs less than to make it and add it then."""
+
+    __slots__ = ()
+
+    def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The gradient as a new array, of the shape and dtype of what it is the gradient of."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it is alone")
+
+    def added(self, total: Array, owned: bool) -> Array:
+        """total + the gradient, which nobody else holds; where `total` is `owned` it may be written into."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is added")
+
+
+class Slice(Term):
     """A gradient that is zero outside `array[index]`, where it is `value`: added in place, never expanded first.
 
     `repeats` says that the index may name an element twice, so that the values must be summed.
@@ -113,19 +128,25 @@ class Slice:
     def __init__(self, index: Any, value: Array, repeats: bool = False):
         self.index, self.value, self.repeats = index, value, repeats
 
-    def add_to(self, total: Array) -> None:
-        """total[index] += value, in place."""
+    def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Zeros but for `value`."""
+        return self.added(xp_of(self.value).zeros(shape, dtype), True)
+
+    def added(self, total: Array, owned: bool) -> Array:
+        """total[index] += value."""
+        total = total if owned else total.copy()
         if self.repeats:
             xp_of(total).add.at(total, self.index, self.value)
         else:
             total[self.index] += self.value
+        return total
 
 
 def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
     """Turn `definition(*arrays, **options) -> (value, *pullbacks)` into a differentiable function of Tensors.
 
     It is registered by its name. `op.definition` stays callable on plain arrays; `op.forms` are what computes, by array
-    library: "" for every library (the definition, until a `kernel` takes its place), "cupy" for CuPy alone.
+    library: "numpy", "cupy", or "" for every other (the definition, until a `kernel` takes its place).
 
     Beside what the definition raises: AutogradError for an input that requires a gradient and has no derivative,
     TypeError for one not floating-point, ValueError for shapes that do not broadcast, BackendError for two libraries.
@@ -142,7 +163,9 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         arrays = []
         for a in args:
             arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
-        form = forms[""] if len(forms) == 1 else forms.get(xp_of(*arrays).__name__, forms[""])
+        form = forms[""]
+        if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
+            form = forms.get("numpy" if type(arrays[0]) is _NUMPY else xp_of(*arrays).__name__, form)
         if _mode.evaluate is not None:
             form = functools.partial(_mode.evaluate, name)
         try:
@@ -150,7 +173,7 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         except (TypeError, ValueError) as error:
             _explain(name, arrays, error)
             raise
-        if isinstance(value, (np.generic, float, int)):  # where a device gives 0-d arrays, NumPy gives scalars
+        if isinstance(value, _SCALARS):  # where a device gives 0-d arrays, NumPy gives scalars
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)
         result.data, result.grad, result._node, result.requires_grad = value, None, None, False
@@ -175,8 +198,8 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
 def kernel(of: Callable, library: str = "") -> Callable[[Callable], Callable]:
     """Register a faster form of an op: the same arguments, values and gradients, to rounding.
 
-        @kernel(ops.gelu)              for the arrays of every library
-        @kernel(ops.gelu, "cupy")      for CuPy's alone, in the place of the one above
+        @kernel(ops.gelu, "cupy")      for the arrays of one library
+        @kernel(ops.gelu)              for those of every library that has none of its own
     """
 
     def register(fn: Callable) -> Callable:
@@ -244,7 +267,7 @@ def nodes_below(root: Node) -> list[Node]:
     return order
 
 
-def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Slice, bool], None]) -> None:
+def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Term, bool], None]) -> None:
     """dL/dy = Σ, over the ops that read y, of pullback(dL/d(their result)), from `root` back to the leaves.
 
     So a node's gradient is complete once every node that it feeds has run. A leaf is handed its terms one by one, as
@@ -265,13 +288,13 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
             parent, pullback, shape, dtype = edges.pop()
             d = pullback(g)  # the chain rule
             del pullback  # and with it the arrays that it alone kept, before a sum needs memory
-            if not isinstance(d, Slice):
+            if not isinstance(d, Term):
                 d = unbroadcast(d, shape)
                 if isinstance(d, np.generic):
                     d = np.asarray(d)
                 if d.dtype != dtype:
                     d = d.astype(dtype)
-            owned = isinstance(d, Slice) or (d is not g and d.base is None)
+            owned = isinstance(d, Term) or (d is not g and d.base is None)
             if isinstance(parent, Tensor):
                 deliver(parent, d, owned)
             else:  # the sum over the paths
@@ -280,15 +303,14 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Sl
 
 
 def _added(
-    before: tuple[Array, bool] | None, d: Array | Slice, owned: bool, shape: tuple[int, ...], dtype: Any
+    before: tuple[Array, bool] | None, d: Array | Term, owned: bool, shape: tuple[int, ...], dtype: Any
 ) -> tuple[Array, bool]:
     """(total + d, owned) of before = (total, owned), in place where the total is owned; None is a total of zeros."""
-    if before is None and not isinstance(d, Slice):
-        return d, owned
-    total, owned = before or (xp_of(d.value).zeros(shape, dtype), True)
-    if isinstance(d, Slice):
-        total = total if owned else total.copy()
-        d.add_to(total)
+    if before is None:
+        return (d.alone(shape, dtype), True) if isinstance(d, Term) else (d, owned)
+    total, owned = before
+    if isinstance(d, Term):
+        total = d.added(total, owned)
     elif owned:
         total += d
     else:
@@ -298,7 +320,7 @@ def _added(
     return total, True
 
 
-def _accumulate(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
+def _accumulate(leaf: Tensor, g: Array | Term, owned: bool) -> None:
     """leaf.grad += g; `.grad` never shares memory with anything else."""
     before = None if leaf.grad is None else (leaf.grad, True)
     total, owned = _added(before, g, owned, leaf.data.shape, leaf.data.dtype)
@@ -471,7 +493,7 @@ def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Arr
     """dL/d(leaf), in its shape, of each of `leaves`, given dL/d(output): `backward` that does not write `.grad`."""
     holders = {id(leaf): Tensor(leaf.data) for leaf in leaves}
 
-    def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
+    def deliver(leaf: Tensor, g: Array | Term, owned: bool) -> None:
         if id(leaf) in holders:
             _accumulate(holders[id(leaf)], g, owned)
 

@@ -33,8 +33,8 @@ from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, means, measure, model_loss, read_results
-from .metrics import plot_loss
 from .kernels import sum_of_squares
+from .metrics import plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
