@@ -28,7 +28,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
-from ..backend import Array, Rng, as_rng, asarray, get_backend, xp_of
+from ..backend import Array, Rng, as_rng, asarray, get_backend, read, xp_of
 from ..options import check, configuration, option
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter
@@ -430,7 +430,7 @@ class Backbone(Module):
         self, xp: Any, mask: Array | None, positions: Array | None, B: int, past: int, T: int
     ) -> tuple:
         """(boolean mask or None, integer positions [B or 1, T])."""
-        S, limit = past + T, self.config.max_position_embeddings
+        S, limit, counted = past + T, self.config.max_position_embeddings, positions is None
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
             raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
         if positions is None:
@@ -440,8 +440,8 @@ class Backbone(Module):
                 positions = xp.maximum((mask != 0).astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
         elif positions.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids must have the shape {(B, T)} or {(1, T)}, not {positions.shape}")
-        if positions.size:
-            low, high = int(positions.min().item()), int(positions.max().item())
+        if positions.size and not (counted and S <= limit):  # of S positions none is beyond S, and nothing need be read
+            low, high = (int(n) for n in read(positions.min(), positions.max()))
             if low < 0:
                 raise ValueError(f"position_ids must not be negative; the lowest is {low}")
             if high >= limit:
@@ -449,8 +449,8 @@ class Backbone(Module):
                     f"the sequence reaches position {high}, but this model has {limit} positions (0..{limit - 1}): "
                     f"shorten it to at most {limit} tokens"
                 )
-        if mask is not None and mask.ndim == 2:
-            mask = None if bool(mask.all().item()) else (mask != 0)[:, None, None, :]
+        if mask is not None and mask.ndim == 2:  # whether it hides nothing is read on the CPU alone: a device would wait
+            mask = None if xp is np and mask.all() else (mask != 0)[:, None, None, :]
         elif mask is not None:
             mask = mask.astype(bool, copy=False)
         return mask, positions
