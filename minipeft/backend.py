@@ -104,6 +104,12 @@ def read(*arrays: Array) -> list[np.ndarray]:
     return [np.asarray(a, np.float64) for a in arrays]
 
 
+def synchronize(xp: ModuleType) -> None:
+    """Wait until the device of `xp` has done what was asked of it; NumPy has when it returns."""
+    if hasattr(xp, "cuda"):
+        xp.cuda.Device().synchronize()
+
+
 def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
     """The array, of any shape, on the device of library `xp` (a module or a name): an explicit move, or itself.
 

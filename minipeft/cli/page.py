@@ -70,19 +70,14 @@ def conclusions(rows: Rows) -> list[str]:
             f"Of those that learned at least half as much, {kind['title']} forgot least: {kind['forgotten']:+.3f} on "
             f"general text, {best['title']} {best['forgotten']:+.3f}."
         )
-        lean = min(useful, key=peak)
-        lines.append(f"Of the same, {lean['title']} needs the least memory: {size(peak(lean))} at the peak of a step.")
+        lean = min(useful, key=lambda row: row["memory_measured"])
+        lines.append(f"Of the same, {lean['title']} needs the least memory: {size(lean['memory_measured'])} at the peak of a step.")
     return lines
 
 
 def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
     """The sum of two standard deviations of the task loss: what the seeds cannot distinguish. 0 with one seed."""
     return sum(deviation(row, "task_loss") or 0.0 for row in (a, b))
-
-
-def peak(row: dict[str, Any]) -> int:
-    """Bytes of the peak memory: measured where it could be (not on a GPU)."""
-    return row["memory_measured"] or row["memory_predicted"]
 
 
 def alternative(name: str, rows: Rows) -> str:
@@ -97,6 +92,6 @@ def alternative(name: str, rows: Rows) -> str:
             "Points of task loss and rise of the loss on general text",
             lambda row: f"{row['title']} {row['task_loss']:.2f} and {row['forgotten']:+.2f}",
         ),
-        "memory": ("Bars of peak memory", lambda row: f"{row['title']} {size(peak(row))}"),
+        "memory": ("Bars of peak memory", lambda row: f"{row['title']} {size(row['memory_measured'])}"),
     }[name]
     return f"{opening}: {'; '.join(map(of, trained))}."

@@ -85,7 +85,7 @@ def plot_memory(axes: Any, rows: Rows) -> None:
     looks = styles(rows)
     for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
         for i, row in enumerate(rows):
-            axes.barh(i + shift, (row[key] or 0) / 1e6, 0.38, color=looks[row["method"]][0], alpha=alpha)
+            axes.barh(i + shift, row[key] / 1e6, 0.38, color=looks[row["method"]][0], alpha=alpha)
     longest = max(row["memory_predicted"] for row in rows) / 1e6
     for i, row in enumerate(rows):
         color, marker = looks[row["method"]]
