@@ -15,15 +15,16 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..backend import Array, xp_of
+from ..backend import Array, Rng, xp_of
 from . import checks as check
 from . import ops
-from .ops import _rows
+from .ops import _rows, _t, _widen
 from .tensor import Term, kernel, together
 
 
@@ -45,21 +46,26 @@ FLOATS = ({np.dtype(np.float32)}, {np.dtype(np.float64)})
 
 
 class Sum(Term):
-    """A gradient that a kernel adds to the others: `write(out, total)` makes out = total + gradient; None is 0."""
+    """A gradient that a kernel adds to the others: `write(out, total)` makes out = total + gradient; None is 0.
 
-    __slots__ = ("write",)
+    dtype: of the gradient; a weight that is stored in another gets it converted.
+    """
 
-    def __init__(self, write: Callable[[Array, Array | None], Any]):
-        self.write = write
+    __slots__ = ("dtype", "write")
+
+    def __init__(self, dtype: Any, write: Callable[[Array, Array | None], Any]):
+        self.dtype, self.write = dtype, write
 
     def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """The gradient, C-contiguous."""
-        out = _cupy().empty(shape, dtype)
+        out = _cupy().empty(shape, self.dtype)
         self.write(out, None)
-        return out
+        return out.astype(dtype, copy=False)
 
     def added(self, total: Array, owned: bool) -> Array:
         """total + the gradient, C-contiguous."""
+        if total.dtype != self.dtype:
+            return total + self.alone(total.shape, total.dtype)
         if not total.flags.c_contiguous:
             total, owned = total.copy(), True
         out = total if owned else _cupy().empty_like(total)
@@ -110,6 +116,8 @@ FLOAT16 = """#include <cupy/carray.cuh>
 #endif
 """
 ROWS = r"""
+#define INFINITE T(__int_as_float(0x7f800000))
+#define NOT_A_NUMBER T(__int_as_float(0x7fffffff))
 #define EACH(j, n) for (long long j = threadIdx.x; j < n; j += blockDim.x)  // a row's elements, among the threads of a block
 
 template <class F> __device__ T reduce(T v, T nothing, F f) {  // f over the block, in a fixed order; each thread gets it
@@ -147,6 +155,81 @@ extern "C" __global__ void normalize_gradient(const T* x, const W* w, const T* g
     EACH(j, d) h += g[j] * T(w[j]), hn += g[j] * T(w[j]) * (x[j] - m) * r;
     h = centered ? sum(h) / d : T(0), hn = sum(hn) / d;
     EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;
+}
+
+// A row of attention: scores a [S] of one query become exp(a) / sum(exp(a)) over the keys that it sees, and 0 elsewhere.
+// Rows are [B, H, T]; `strides` of the mask are those of b, h, t and s, 0 where it is broadcast.
+#define MASK const W *mask, long long mb, long long mh, long long mt, long long ms
+__device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
+__device__ T masked(T a, float m) { return a + T(m); }
+__device__ T masked(T a, double m) { return a + T(m); }
+__device__ void softmax_row(T* a, MASK, bool causal, long long H, long long queries, long long S) {
+    long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
+    long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
+    if (mask) mask += b * mb + h * mh + t * mt;
+    T top = -INFINITE, total = 0;
+    EACH(j, seen) {
+        if (mask) a[j] = masked(a[j], mask[j * ms]);
+        top = max(top, a[j]);
+    }
+    top = reduce(top, -INFINITE, [](T a, T b) { return max(a, b); });
+    if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
+    EACH(j, seen) total += a[j] = exp(a[j] - top);
+    total = sum(total);
+    EACH(j, S) a[j] = j < seen && total > 0 ? a[j] / total : T(0);
+}
+extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
+    softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
+}
+
+// p = softmax(a), in the place of a;  da = p (dp - sum(p dp)), in the place of dp
+extern "C" __global__ void softmax_gradient(T* a, T* dp, MASK, bool causal, long long H, long long queries, long long S) {
+    a += blockIdx.x * S, dp += blockIdx.x * S;
+    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
+    T delta = 0;
+    EACH(j, S) delta += a[j] * dp[j];
+    delta = sum(delta);
+    EACH(j, S) dp[j] = a[j] * (dp[j] - delta);
+}
+
+// -log softmax(x)_t of a row of logits, smoothed; 0 where t does not count, NaN where it is out of range
+extern "C" __global__ void nll(const T* x, const long long* targets, long long ignored, double smoothing, long long d,
+                               T* top, T* total, T* loss, T* counts) {
+    x += blockIdx.x * d;
+    T most = x[0], e = 0, mean = 0;
+    EACH(j, d) most = max(most, x[j]);
+    most = reduce(most, most, [](T a, T b) { return max(a, b); });
+    EACH(j, d) e += exp(x[j] - most), mean += x[j];
+    e = sum(e), mean = smoothing ? sum(mean) / d : T(0);
+    if (threadIdx.x == 0) {
+        long long t = targets[blockIdx.x];
+        T picked = t < 0 || t >= d ? NOT_A_NUMBER : x[t] + T(smoothing) * (mean - x[t]);
+        top[blockIdx.x] = most, total[blockIdx.x] = e;
+        loss[blockIdx.x] = t == ignored ? T(0) : log(e) + (most - picked), counts[blockIdx.x] = t != ignored;
+    }
+}
+
+// dx = (softmax(x) - q) g / n of the rows that count, q = (1 - smoothing) onehot(t) + smoothing / d; `out` may be x
+extern "C" __global__ void nll_gradient(const T* x, const long long* targets, long long ignored, double smoothing,
+                                        long long d, const T* top, const T* total, const T* g, const T* n, T* out) {
+    x += blockIdx.x * d, out += blockIdx.x * d;
+    long long t = targets[blockIdx.x];
+    T w = t == ignored ? T(0) : t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
+    T scale = w / total[blockIdx.x], q = w * T(smoothing) / d, hit = w * T(1 - smoothing);
+    EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));
+}
+
+// out[id] += the sum of g[i] over all i with that id, in order; the block of the first one adds them all
+extern "C" __global__ void add_rows(const long long* ids, long long n, const T* g, long long d, long long rows, T* out) {
+    long long i = blockIdx.x, id = ids[i];
+    T before = 0;
+    EACH(j, i) before += ids[j] == id;
+    if (sum(before) > 0 || id < 0 || id >= rows) return;
+    EACH(c, d) {
+        T s = 0;
+        for (long long j = i; j < n; j++) s += ids[j] == id ? g[j * d + c] : T(0);
+        out[id * d + c] += s;
+    }
 }
 """
 
@@ -221,13 +304,330 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
 
     def dx(g):
         g = _contiguous(g)
-        return Sum(
-            lambda out, total: by_rows(
-                "normalize_gradient", n, d, x, kind, x, weight, g, mean, rstd, centered, d, 0 if total is None else total, out
-            )
-        )
+        options = x, weight, g, mean, rstd, centered, d
+
+        def write(out, total):
+            by_rows("normalize_gradient", n, d, x, kind, *options, 0 if total is None else total, out)
+
+        return Sum(x.dtype, write)
 
     return y, dx, lambda g: _weight_gradient()(_rows(g), x, mean, rstd, axis=0), lambda g: _rows(g).sum(axis=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+
+def product(a: Array, b: Array, alpha: float = 1.0, out: Array | None = None, beta: float = 0.0) -> Array:
+    """out = alpha a @ b + beta out, [..., n, k] @ [..., k, m] -> [..., n, m], of equal leading axes and one dtype.
+
+    Transposed factors, and those that are parts of larger arrays, are read where they lie: to cuBLAS that is a flag.
+    """
+    (n, k), m, dtype = a.shape[-2:], b.shape[-1], a.dtype.char
+    out = _cupy().empty((*a.shape[:-1], m), dtype) if out is None else out
+    if not (out.size and k):
+        if not beta:
+            out.fill(0)
+        return out
+    blas, handle, kind, compute = _blas(dtype)
+    a, transposed_a, row_a, step_a = _as_cublas_reads(a)
+    b, transposed_b, row_b, step_b = _as_cublas_reads(b)
+    # [n, m], row by row, is to cuBLAS [m, n], column by column: outᵀ = bᵀ aᵀ
+    first = handle(), transposed_b, transposed_a, m, n, k, _scalar(alpha, dtype)[1], b.data.ptr, kind, row_b
+    then, last = (a.data.ptr, kind, row_a), (_scalar(beta, dtype)[1], out.data.ptr, kind, m)
+    count = out.size // (n * m)
+    if count == 1:
+        blas.gemmEx(*first, *then, *last, compute, blas.CUBLAS_GEMM_DEFAULT)
+    else:
+        last = (*last, n * m, count, compute, blas.CUBLAS_GEMM_DEFAULT)
+        blas.gemmStridedBatchedEx(*first, step_b, *then, step_a, *last)
+    return out
+
+
+def _as_cublas_reads(x: Array) -> tuple[Array, int, int, int]:
+    """(x or a copy, 1 where its matrices are transposed, elements from row to row, and from matrix to matrix)."""
+    (rows, columns), size = x.shape[-2:], x.itemsize
+    *lead, down, right = x.strides
+    step = _step(x.shape, lead)
+    if step is not None:
+        if (right == size or columns == 1) and (down >= columns * size or rows == 1):
+            return x, 0, down // size if rows > 1 else columns, step // size
+        if (down == size or rows == 1) and (right >= rows * size or columns == 1):
+            return x, 1, right // size if columns > 1 else rows, step // size
+    return x.copy(), 0, columns, rows * columns
+
+
+def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The bytes from one matrix to the next, from the leading axes' strides; None where distances differ."""
+    step = span = None
+    for n, stride in zip(reversed(shape[: len(strides)]), reversed(strides)):
+        if n != 1:
+            if span not in (None, stride):
+                return None
+            step, span = stride if step is None else step, stride * n
+    return step or 0
+
+
+@functools.cache
+def _blas(dtype: str) -> tuple[Any, Callable, int, int]:
+    """cuBLAS, its handle, its numbers of the dtype and of how to compute: as CuPy does, in TF32 with CUPY_TF32=1."""
+    blas, handle = _cupy().cuda.cublas, _cupy().cuda.device.get_cublas_handle
+    if dtype == "d":
+        return blas, handle, 1, blas.CUBLAS_COMPUTE_64F
+    tf32 = int(os.environ.get("CUPY_TF32", "0")) > 0
+    return blas, handle, 0, blas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else blas.CUBLAS_COMPUTE_32F
+
+
+@functools.lru_cache(256)
+def _scalar(value: float, dtype: str) -> tuple[Array, int]:
+    array = np.array(value, dtype)
+    return array, array.ctypes.data
+
+
+def _sum(a: Array, b: Array) -> Sum:
+    """a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
+
+    def write(out: Array, total: Array | None) -> None:
+        if total is not None and total is not out:
+            out[...] = total
+        product(a, b, out=_rows(out), beta=0.0 if total is None else 1.0)
+
+    return Sum(a.dtype, write)
+
+
+@device(ops.matmul, 2)
+def _matmul(a, b):
+    check.matmul(a, b)
+    if min(a.ndim, b.ndim) < 2 or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
+        return ops.matmul.definition(a, b)
+    if b.ndim > 2:
+        return product(a, b), lambda g: product(g, _t(b)), lambda g: product(_t(a), g)
+    y = product(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
+    return y, lambda g: _sum(_rows(g), b.T), lambda g: _sum(_rows(a).T, _rows(g))
+
+
+@device(ops.linear)
+def _linear(x, weight, bias=None):
+    check.linear("linear", x, weight, bias)
+    return _affine(x, weight, bias, True) or ops.linear.definition(x, weight, bias)
+
+
+@kernel(ops.addmm, "cupy")
+def _addmm(bias, x, weight):
+    check.linear("addmm", x, weight, bias, inputs=0)
+    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, False)) or [None] * 4
+    return ops.addmm.definition(bias, x, weight) if y is None else (y, db, dx, dw)
+
+
+def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple | None:
+    """y = x Wᵀ + b (transposed), or x W + b; None for a weight of another dtype than x or float16."""
+
+    def w():  # widened again in backward: the wide copy is not kept
+        wide = _widen(weight, x)
+        return wide.T if transposed else wide
+
+    if w().dtype != x.dtype:
+        return None
+    x, shape = _rows(x), x.shape
+    y = product(x, w())
+    if bias is not None:
+        y += bias
+
+    def dw(g):
+        return _sum(_rows(g).T, x) if transposed else _sum(x.T, _rows(g))
+
+    y = y.reshape(*shape[:-1], y.shape[1])
+    return y, lambda g: _sum(_rows(g), w().T), dw, lambda g: _rows(g).sum(axis=0)
+
+
+# ------------------------------------------------------------------------------------------- embeddings and attention
+
+_embedding_rows = elementwise(
+    "raw W weight, I id, int64 rows, int64 d", "T y",
+    "y = id < 0 || id >= rows ? T(nan(\"\")) : T(weight[id * d + i % d])", "embedding",
+)  # fmt: skip
+
+
+@kernel(ops.embedding, "cupy")
+def _embedding(ids, weight):
+    check.ids(ids, weight.shape[0], values=False)
+    xp, (rows, d) = _cupy(), weight.shape
+    dtype = np.float32 if weight.dtype.itemsize == 2 else weight.dtype
+    y = _embedding_rows(weight, ids[..., None], rows, d, xp.empty((*ids.shape, d), dtype))
+
+    def dw(g):
+        flat, g = ids.reshape(-1).astype(np.int64, copy=False), _contiguous(g)
+
+        def write(out, total):
+            if total is None:
+                out.fill(0)
+            elif total is not out:
+                out[...] = total
+            by_rows("add_rows", flat.size, d, g, g.dtype, flat, flat.size, g, d, rows, out)
+
+        return Sum(g.dtype, write)
+
+    return y, None, dw
+
+
+_rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y = b * c + a * s", "rope")
+
+
+@device(ops.rope, 3)
+def _rope(x, cos, sin):
+    """Gives a contiguous array, as attention reads it, and a gradient in the order of x's memory: heads merge freely."""
+    half, c, s = x.shape[-1] // 2, cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
+    order = sorted(range(4), key=lambda axis: -x.strides[axis])
+    y, shape = _cupy().empty(x.shape, x.dtype), [x.shape[axis] for axis in order]
+
+    def dx(g):  # to exchange the halves is to rotate the other way
+        d = _cupy().empty(shape, g.dtype).transpose(np.argsort(order).tolist())
+        _rotated(g[..., half:], g[..., :half], c, s, d[..., half:], d[..., :half])
+        return d
+
+    _rotated(x[..., :half], x[..., half:], c, s, y[..., :half], y[..., half:])
+    return y, dx
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
+    """(softmax(scale q kᵀ) v, gradients(g, dq=, dk=, dv=)); the weights, [T, S] a head, are not kept but made again.
+
+    The H/kv query heads of a key head stand one below the other, [B, kv, H/kv * T, D]: so their gradients of k and v
+    come as one product, summed up.
+    """
+    check.attention(q, k, v, mask)
+    (B, H, T, D), (kv, S), (k, *_), (v, *_) = q.shape, k.shape[1:3], _as_cublas_reads(k), _as_cublas_reads(v)
+    scale, kind, hidden = 1 / math.sqrt(D) if scale is None else scale, "?", (0,) * 5
+    if mask is not None:
+        strides = _cupy().broadcast_to(mask, (B, H, T, S)).strides
+        kind, hidden = mask.dtype, (mask, *[n // mask.itemsize for n in strides])
+
+    def stacked(x):
+        return _contiguous(x).reshape(B, kv, H // kv * T, x.shape[3])
+
+    def rows(name, *arrays):
+        if S:
+            by_rows(name, B * H * T, S, q, kind, *arrays, *hidden, causal, H, T, S)
+
+    q = stacked(q)
+    p = product(q, _t(k), scale)
+    rows("softmax", p)
+
+    def gradients(g, dq=None, dk=None, dv=None):
+        g, p = stacked(g), product(q, _t(k), scale)
+        da = product(g, _t(v))
+        rows("softmax_gradient", p, da)
+        dv = product(_t(p), g, out=dv)
+        del p
+        dq = product(da, k, scale, None if dq is None else stacked(dq))
+        return dq.reshape(B, H, T, D), product(_t(da), q, scale, dk), dv
+
+    return product(p, v).reshape(B, H, T, v.shape[3]), gradients
+
+
+@device(ops.scaled_dot_product_attention, 3)
+def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
+    y, gradients = _attend(q, k, v, attn_mask, is_causal, scale)
+    return y, *together(3, gradients)
+
+
+@device(ops.packed_attention)
+def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
+    (B, T, d3), D = qkv.shape, qkv.shape[2] // 3 // num_heads
+    heads = qkv.reshape(B, T, 3, num_heads, D).transpose(2, 0, 3, 1, 4).copy()  # [3, B, H, T, D]
+    y, gradients = _attend(*heads, attn_mask, is_causal, None)
+
+    def dqkv(g):
+        d = _cupy().empty_like(heads)
+        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), *d)
+        return d.transpose(1, 3, 0, 2, 4).reshape(B, T, d3)
+
+    return y.swapaxes(1, 2).reshape(B, T, d3 // 3), dqkv
+
+
+# ------------------------------------------------------------------------------------------------- dropout and losses
+
+_kept = elementwise(
+    "T x, int64 index, int64 skipped, uint64 key, int64 size, float32 p, T scale", "T y",
+    "long long j = i % size - skipped; y = j < 0 || uniform(mix(key + index), j) < p ? T(0) : x * scale", "dropout",
+    """
+    __device__ unsigned long long mix(unsigned long long z) {  // SplitMix64
+        z += 0x9e3779b97f4a7c15ull, z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull, z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+        return z ^ z >> 31;
+    }
+    __device__ float uniform(unsigned long long key, long long j) {
+        return (mix(key + j * 0x9e3779b97f4a7c15ull) >> 40) * 5.9604644775390625e-8f;  // 24 bits / 2^24
+    }""",
+)  # fmt: skip
+
+
+@device(ops.dropout)
+def _dropout(x, p, rng):
+    """No mask is kept: element j of row i is dropped by a number that a hash of (path, index of the row, j) gives."""
+    check.probability(p)
+    if rng is None or p == 0 or not isinstance(rng, Rng):
+        return ops.dropout.definition(x, p, rng)
+    key, size = int(np.random.SeedSequence(rng.path).generate_state(1, np.uint64)[0]), math.prod(x.shape[1:])
+    rows = np.array([rng.row(i) for i in range(len(x))], np.int64).T.reshape(2, -1, *[1] * (x.ndim - 1))
+    index, padding = _cupy().asarray(rows)
+    skipped = padding * math.prod(x.shape[2:]) if rng.rows is not None else 0
+
+    def kept(a):
+        return _kept(a, index, skipped, key, size, p, 1 / (1 - p))
+
+    return kept(x), kept
+
+
+def _nll(x: Array, targets: Array, ignored: int, smoothing: float) -> tuple[Array, Callable[[Array, Array], None]]:
+    """(`cross_entropy` of logits [N, d], gradient(g, out)), where `out` may be the logits' memory."""
+    xp, (n, d), t = _cupy(), x.shape, _contiguous(targets.reshape(-1).astype(np.int64, copy=False))
+    top, total = xp.empty(n, x.dtype), xp.empty(n, x.dtype)
+    losses, counts = terms = xp.empty((2, n), x.dtype)
+    options = t, ignored, float(smoothing), d, top, total
+    by_rows("nll", n, d, x, x.dtype, x, *options, losses, counts)
+    loss, count = terms.sum(axis=1)
+
+    def gradient(g, out):
+        by_rows("nll_gradient", n, d, x, x.dtype, x, *options, g, count, out)
+
+    return loss / count, gradient
+
+
+@device(ops.cross_entropy)
+def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+    """The pullback is computed from the logits again: no second array of their size is kept."""
+    check.smoothing(label_smoothing)
+    check.targets("cross_entropy", targets, logits.shape[:-1], logits.shape[-1], ignore_index, values=False)
+    loss, gradient = _nll(_contiguous(_rows(logits)), targets, ignore_index, label_smoothing)
+    shape, dtype = logits.shape, logits.dtype
+
+    def dlogits(g):
+        d = _cupy().empty(shape, dtype)
+        gradient(g, d)
+        return d
+
+    return loss, dlogits
+
+
+@device(ops.linear_cross_entropy)
+def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
+    """Logits are held once: in backward their memory becomes their gradient."""
+    check.linear("linear_cross_entropy", hidden, weight)
+    check.targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index, values=False)
+    check.smoothing(label_smoothing)
+    h = _rows(hidden)
+    if _widen(weight, h).dtype != h.dtype:
+        return ops.linear_cross_entropy.definition(hidden, weight, targets, ignore_index, label_smoothing)
+    logits = product(h, _widen(weight, h).T)
+    loss, gradient = _nll(logits, targets, ignore_index, label_smoothing)
+    made: list[Array] = []
+
+    def dlogits(g):
+        if not made:
+            gradient(g, logits)
+            made.append(logits)
+        return logits
+
+    return loss, lambda g: _sum(dlogits(g), _widen(weight, h)), lambda g: _sum(dlogits(g).T, h)
 
 
 def _contiguous(a: Array) -> Array:
