@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import device
 from ..autograd.tensor import no_grad
 from ..backend import Array, Rng, as_rng, is_array, to_numpy, xp_of
+from . import device
 from .module import Module
 from .transformer import KeyValue, KVCache
 

@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from ..autograd import device
 from ..backend import Array, asarray, xp_of
+from . import device
 from .checks import QuantError, check_array, check_finite
 from .codebooks import dynamic_map
 

@@ -9,8 +9,6 @@ A test holds each equal to its plain definition, the first two bit for bit. A by
 a table of 256 pairs. A product dequantizes a tile of W into a buffer that stays in the cache, and the next tile overwrites
 it, so no float copy of a whole weight exists. Each thread has tiles of its own, and waits for no other until the end:
 x Wᵀ takes them as rows of W, g W as columns, so that a tile gives whole columns of the result and nothing is summed up.
-
-On a device there are no tiles: one launch dequantizes the whole weight, one product takes it, and its memory is free again.
 """
 
 from __future__ import annotations
@@ -22,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..autograd import device
 from ..backend import Array, asarray, get_num_threads, matmul, one_blas_thread, parallel_rows, split_rows, xp_of
-from . import nf4
+from . import device, nf4
 from .codebooks import CODES_4BIT, thresholds
 
 if TYPE_CHECKING:
@@ -109,10 +106,7 @@ def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
 
 def times_transposed(x: Array, packed: Array, state: QuantState) -> Array:
     """x Wᵀ [n, out] in x's dtype: x [n, in], the codes of W [out, in]."""
-    xp, n_out = xp_of(x, packed), state.shape[0]
-    if xp.__name__ == "cupy":
-        return matmul(x, on_device(packed, state, x.dtype).T)
-    tiles = Tiles(packed, state)
+    xp, n_out, tiles = xp_of(x, packed), state.shape[0], Tiles(packed, state)
     y = xp.empty((x.shape[0], n_out), x.dtype)
 
     def part(s: slice) -> None:
@@ -126,10 +120,7 @@ def times_transposed(x: Array, packed: Array, state: QuantState) -> Array:
 
 def times(g: Array, packed: Array, state: QuantState) -> Array:
     """g W [n, in] in g's dtype: g [n, out], the codes of W [out, in]."""
-    xp, n_in = xp_of(g, packed), state.shape[1]
-    if xp.__name__ == "cupy":
-        return matmul(g, on_device(packed, state, g.dtype))
-    tiles = Tiles(packed, state)
+    xp, n_in, tiles = xp_of(g, packed), state.shape[1], Tiles(packed, state)
     d = xp.empty((g.shape[0], n_in), g.dtype)
     if not tiles.column_unit:  # blocks run across rows, so that no columns share their absmax: row tiles are summed up
         d[...] = 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..autograd.tensor import Tensor, op
+from ..autograd.device import _sum, product
+from ..autograd.tensor import Tensor, kernel, op
 from ..backend import Array, Rng, xp_of
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
@@ -25,10 +26,7 @@ def linear_4bit(x, packed, state, bias=None):
 
     The product has x's dtype. Raises ValueError where x does not match the weight, or is not floating-point.
     """
-    if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
-        raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
-    if x.dtype.kind != "f":
-        raise ValueError(f"linear_4bit: the input must be floating-point, not {x.dtype}")
+    _check(x, state)
     (n_out, n_in), shape = state.shape, x.shape
     y = times_transposed(x.reshape(-1, n_in), packed, state)  # [n, out]
     if bias is not None:
@@ -38,6 +36,29 @@ def linear_4bit(x, packed, state, bias=None):
         return times(g.reshape(-1, n_out), packed, state).reshape(shape)
 
     return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(-1, n_out).sum(axis=0)
+
+
+@kernel(linear_4bit, "cupy")
+def _linear_4bit(x, packed, state, bias=None):
+    """The whole weight at once: one launch makes it, one product takes it, and its memory is free again."""
+    if x.dtype.char not in "fd":
+        return linear_4bit.definition(x, packed, state, bias)
+    _check(x, state)
+    y = product(x.reshape(-1, x.shape[-1]), on_device(packed, state, x.dtype).T)
+    if bias is not None:
+        y += bias
+
+    def dx(g):
+        return _sum(g.reshape(-1, g.shape[-1]), on_device(packed, state, g.dtype))
+
+    return y.reshape(*x.shape[:-1], y.shape[1]), dx, None, None, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0)
+
+
+def _check(x: Array, state: QuantState) -> None:
+    if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
+        raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
+    if x.dtype.kind != "f":
+        raise ValueError(f"linear_4bit: the input must be floating-point, not {x.dtype}")
 
 
 class Linear4bit(Module):

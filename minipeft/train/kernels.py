@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import device
 from ..backend import Array, split_rows, xp_of
+from . import device
 
 ELEMENTS = 1 << 16  # of a piece, 256 KiB: smaller ones wait for the interpreter lock, larger ones leave the cache
 DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the launch of a kernel

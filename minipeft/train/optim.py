@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import device
 from ..backend import Array, read, xp_of
 from ..nn.module import Parameter
+from . import device
 from .adam8bit import Adam8bit, AdamW8bit
 from .kernels import ELEMENTS, scale, sum_of_squares
 from .loraplus import loraplus_groups

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..autograd import device
 from ..backend import Array, asarray, xp_of
 from ..nn.module import Parameter
+from . import device
 from .kernels import in_pieces
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
