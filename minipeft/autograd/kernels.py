@@ -172,34 +172,45 @@ def _matmul(a, b):
 
 
 @kernel(ops.linear, "numpy")
-def _linear(x, weight, bias=None, name="linear"):
-    """Products through `backend.matmul`; a float16 weight is widened again in backward: the wide copy is not kept."""
-    transposed = name == "linear"  # y = x Wᵀ + b; of addmm y = x W + b
-    check.linear(name, x, weight, bias, inputs=1 if transposed else 0)
-    xp = xp_of(x, weight, bias)
-    n_out = weight.shape[0 if transposed else 1]
-    x2, shape = _rows(x), x.shape  # [N, in]
-    w = _widen(weight, x)
-    y = backend.matmul(x2, w.T if transposed else w)  # [N, out]
-    if bias is not None:
-        y += bias
-
-    def dx(g):
-        d, w = xp.empty(shape, g.dtype), _widen(weight, g)
-        backend.matmul(_rows(g), w if transposed else w.T, out=_rows(d))
-        return d
-
-    def dw(g):
-        g2 = _rows(g)
-        return backend.matmul(g2.T, x2) if transposed else backend.matmul(x2.T, g2)
-
-    return y.reshape(*shape[:-1], n_out), dx, dw, lambda g: _rows(g).sum(axis=0)
+def _linear(x, weight, bias=None, alpha=1.0):
+    check.linear("linear", x, weight, bias)
+    return _affine(x, weight, bias, alpha, True)
 
 
 @kernel(ops.addmm, "numpy")
 def _addmm(bias, x, weight):
-    y, dx, dw, db = _linear(x, weight, bias, "addmm")
+    check.linear("addmm", x, weight, bias, inputs=0)
+    y, dx, dw, db = _affine(x, weight, bias, 1, False)
     return y, db, dx, dw
+
+
+def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transposed: bool) -> tuple:
+    """y = α x Wᵀ + b (transposed), or α x W + b, through `backend.matmul`.
+
+    What the weight is multiplied as, widened from float16 or times α, is made again in backward, and not kept.
+    """
+    x2, shape, vector = _rows(x), x.shape, bias is not None and bias.ndim == 1  # [N, in]
+
+    def w(like):  # [in, out]
+        wide = _widen(weight, like)
+        wide = wide if alpha == 1 else wide * alpha
+        return wide.T if transposed else wide
+
+    y = backend.matmul(x2, w(x))  # [N, out]
+    y = y.reshape(*shape[:-1], y.shape[1])
+    if bias is not None:
+        y += bias
+
+    def dx(g):
+        d = np.empty(shape, g.dtype)
+        backend.matmul(_rows(g), w(g).T, out=_rows(d))
+        return d
+
+    def dw(g):
+        d = backend.matmul(_rows(g).T, x2) if transposed else backend.matmul(x2.T, _rows(g))
+        return d if alpha == 1 else np.multiply(d, alpha, out=d)
+
+    return y, dx, dw, lambda g: _rows(g).sum(axis=0) if vector else g
 
 
 # ---------------------------------------------------------------------------------------------------- normalization
