@@ -405,10 +405,11 @@ def test_a_configuration_that_does_not_fit_says_why(fields, message):
 
 @dialects
 def test_input_that_does_not_fit_says_why(dialect, xp, rng):
-    model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 5))
-    embeds = model.backbone.embedding(ids)
-    ones = xp.ones((2, 4), "int64")
-    long, far, unknown = xp.asarray(tokens(rng, 1, 33)), xp.asarray([[0, 1, 2, 3, 32]]), xp.asarray([[3, 40]])
+    """In host memory, wherever the model is."""
+    model, ids = build(dialect, xp), tokens(rng, 2, 5)
+    embeds = model.backbone.embedding(xp.asarray(ids))
+    ones = np.ones((2, 4), "int64")
+    long, far, unknown = tokens(rng, 1, 33), np.array([[0, 1, 2, 3, 32]]), np.array([[3, 40]])
     for error, message, arguments in [
         (ValueError, "either input_ids or inputs_embeds", {}),
         (ValueError, "either input_ids or inputs_embeds", dict(input_ids=ids, inputs_embeds=embeds)),
@@ -429,6 +430,28 @@ def test_input_that_does_not_fit_says_why(dialect, xp, rng):
         model.loss(ids, ones)
     with pytest.raises(IndexError, match="target 40 is out of range"):
         model.loss(unknown * 0, unknown)
+
+
+@dialects
+def test_a_model_on_a_device_takes_ids_masks_and_labels_from_host_memory(dialect, xp, rng):
+    """The same logits, losses and gradients as from arrays of the device."""
+    model, ids = build(dialect, xp), tokens(rng, 2, 7)
+    labels, mask = np.where(rng.random(ids.shape) < 0.4, -100, ids), np.ones_like(ids)
+    mask[1, :2] = 0
+    for given in ({}, {"attention_mask": np.ones_like(ids)}, {"attention_mask": mask}):
+        there = {name: xp.asarray(array) for name, array in given.items()}
+        close(model(ids, **given).data, model(xp.asarray(ids), **there).data)
+        results = []
+        for loss in (model.loss(ids, labels, **given), model.loss(xp.asarray(ids), xp.asarray(labels), **there)):
+            loss.backward()
+            results.append([loss.data, *[p.grad for p in model.parameters()]])
+            model.zero_grad()
+        for a, b in zip(*results, strict=True):
+            close(a, b)
+    for module in (mp.nn.Linear(16, 40, seed=1), mp.nn.Linear(16, 40, bias=False, seed=1)):  # another head, and no plain one
+        model.lm_head = module.to(xp)
+        close(model.loss(ids, labels).data, model.loss(xp.asarray(ids), xp.asarray(labels)).data)
+    assert np.isnan(model.loss(ids, np.full_like(ids, -100)).item())
 
 
 def test_a_layer_in_the_place_of_the_head_is_used_by_the_loss(rng):

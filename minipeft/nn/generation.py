@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import no_grad
-from ..backend import Array, Rng, as_rng, is_array, to_numpy, xp_of
+from ..backend import Array, Rng, as_rng, asarray, is_array, to_numpy, xp_of
 from . import device
 from .module import Module
 from .transformer import KeyValue, KVCache
@@ -87,12 +87,11 @@ def generate_stream(
     pad = pad if pad is not None else next((i for row in ends for i in row), 0)
 
     xp, rows = xp_of(model.parameters()[0].data), np.arange(B)
-    new, seen = xp.asarray(ids), None if mask is None or (mask != 0).all() else xp.asarray(mask)
     for step in range(max_new_tokens):
-        past_now = cache if use_cache else KVCache(cache) if past else None
+        seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
             names = None if adapter_names is None else [adapter_names[row] for row in rows]  # that still run
-            logits = next_logits(model, new, seen, past_now, names)
+            logits = next_logits(model, ids, mask, seen, names)
         chosen = next_tokens(logits, temperature, top_k, top_p, stream, rows, step)
         tokens = to_numpy(chosen)  # the step's one wait for the device
         if (tokens < 0).any():
@@ -106,12 +105,13 @@ def generate_stream(
             return
         if not alive.all():  # rows that have ended leave the batch
             index = xp.asarray(np.flatnonzero(alive))
-            rows, chosen, new = rows[alive], chosen[index], new[index]
-            seen = None if seen is None else seen[index]
+            rows, tokens, chosen = rows[alive], tokens[alive], chosen[index]
+            ids = ids if use_cache else ids[alive]
+            mask = None if mask is None else mask[alive]
             cache.select(index)
-        new = chosen[:, None] if use_cache else xp.concatenate([new, chosen[:, None]], axis=1)
-        if seen is not None:
-            seen = xp.concatenate([seen, xp.ones((len(rows), 1), seen.dtype)], axis=1)
+        ids = chosen[:, None] if use_cache else np.concatenate([ids, tokens[:, None]], axis=1)
+        if mask is not None:
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
 
 
 def next_tokens(
@@ -172,11 +172,15 @@ def _draw(p: np.ndarray, u: float) -> int:
 def next_logits(
     model: Module, ids: Array, mask: Array | None, past: KVCache | None, adapter_names: list[str] | None = None
 ) -> Array:
-    """Logits at the last position, [B, V], of ids [B, T] and mask [B, past + T]."""
+    """Logits at the last position, [B, V], of ids [B, T] and mask [B, past + T], which may be in host memory."""
+    headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
+    if not headed:  # a model of another kind gets them on its device
+        xp = xp_of(model.parameters()[0].data)
+        ids, mask = asarray(ids, xp), None if mask is None else asarray(mask, xp)
     arguments = {"attention_mask": mask, "past_key_values": past}
     if adapter_names is not None:
         arguments["adapter_names"] = adapter_names
-    if not (hasattr(model, "backbone") and hasattr(model, "lm_head")):
+    if not headed:
         return model(ids, **arguments).data[:, -1]
     if hasattr(model, "last_logits"):  # of a model with adapters
         return model.last_logits(ids, **arguments).data

@@ -44,8 +44,7 @@ class RowPrompts:
         K, P = (ids.shape[1] for ids in parts)
         if K + P == 0:
             return given
-        xp = xp_of(model.backbone.embedding.weight.data)
-        visible = xp.asarray(np.concatenate(parts, axis=1) > 0)
+        xp, visible = xp_of(model.backbone.embedding.weight.data), np.concatenate(parts, axis=1) > 0
         given, first = make_room(K, P, given, limit, visible)
         given = {**given, "rng": self.behind(given["rng"])}
         if first:

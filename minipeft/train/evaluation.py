@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,20 @@ def model_loss(model: Module, **arguments: Any) -> Tensor:
     return model.loss(**arguments)
 
 
-def on_device(batch: Batch, xp: ModuleType) -> dict[str, Any]:
-    """The arguments of a batch, its arrays moved to the device of `xp`."""
+def on_device(batch: Batch, model: Module, loss: Loss = model_loss) -> dict[str, Any]:
+    """The arguments of a batch for a loss, its arrays moved to the model's device.
+
+    A language model's own loss gets them as they are: it checks them in host memory, and moves them then.
+    """
+    if loss is model_loss and _headed(model):
+        return batch.arguments
+    xp = xp_of(*[p.data for p in model.parameters()])
     return {k: asarray(v, xp) if is_array(v) else v for k, v in batch.arguments.items()}
+
+
+def _headed(model: Module) -> bool:
+    """Whether it is a Transformer, perhaps with adapters."""
+    return hasattr(model, "backbone") and hasattr(model, "lm_head")
 
 
 def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
@@ -88,13 +98,12 @@ def measure(
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
     collate, loss = collate or partial(collate_pairs, pad_token_id=pad_token_id), loss or model_loss
-    xp = xp_of(*[p.data for p in model.parameters()])
     weights, results = [], []
     with no_grad():
         for i in range(0, len(examples), batch_size):
             batch = collate([examples[k] for k in range(i, min(i + batch_size, len(examples)))])
             if batch.weight:
-                value, statistics = with_statistics(loss(model, **on_device(batch, xp)))
+                value, statistics = with_statistics(loss(model, **on_device(batch, model, loss)))
                 weights.append(batch.weight)
                 results.append((value.data, statistics))
     if not weights:
@@ -126,7 +135,7 @@ def example_losses(
         row, position = np.nonzero(labels[:, 1:] != IGNORE)
         at = [asarray(array, xp) for array in (row, position, labels[row, position + 1])]
         with no_grad():
-            losses = _losses_at(model, on_device(batch, xp), *at)
+            losses = _losses_at(model, on_device(batch, model), *at)
         np.add.at(nll, chosen[row], losses)
         np.add.at(tokens, chosen[row], 1)
     wrong = np.flatnonzero(~np.isfinite(nll))
@@ -137,7 +146,7 @@ def example_losses(
 
 def _losses_at(model: Module, arguments: dict[str, Any], row: Array, position: Array, target: Array) -> np.ndarray:
     """-log softmax(logits[row, position])[target] [n], in host memory; the head sees these positions alone."""
-    headed = hasattr(model, "backbone") and hasattr(model, "lm_head") and not getattr(model, "virtual_tokens", 0)
+    headed = _headed(model) and not getattr(model, "virtual_tokens", 0)
     states = model.backbone(**arguments) if headed else model(**arguments)  # hidden states [B, T, d], or logits
     losses = []
     for start in range(0, len(row), POSITIONS):

@@ -44,9 +44,8 @@ Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the ba
 
 
 def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
-    """Add the gradients of share · L_b to the model's. L_b is not looked at, which would wait for the device."""
-    arguments = on_device(part.batch, xp_of(*[p.data for p in model.parameters()]))
-    L_b, statistics = with_statistics(loss(model, **arguments, rng=part.rng))
+    """Add the gradients of share · L_b to the model's. L_b is not looked at, which would be to wait for the device."""
+    L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
     L_b.backward(part.share)
     return L_b.data, statistics
 
