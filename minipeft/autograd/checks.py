@@ -60,12 +60,12 @@ def square(x: Array) -> None:
 
 
 def linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs: int = 1) -> None:
-    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or None."""
+    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or [..., out] or None."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[inputs]:
         need = weight.shape[-inputs]
         raise ValueError(f"{name}: input {x.shape} does not match weight {weight.shape} (last axis must be {need})")
     out = weight.shape[1 - inputs]
-    if bias is not None and bias.shape != (out,):
+    if bias is not None and bias.shape not in ((out,), (*x.shape[:-1], out)):
         raise ValueError(f"{name}: bias {bias.shape} does not match weight {weight.shape} (must be ({out},))")
 
 

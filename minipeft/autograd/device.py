@@ -383,13 +383,13 @@ def _scalar(value: float, dtype: str) -> tuple[Array, int]:
     return array, array.ctypes.data
 
 
-def _sum(a: Array, b: Array) -> Sum:
-    """a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
+def _sum(a: Array, b: Array, alpha: float = 1.0) -> Sum:
+    """alpha a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
 
     def write(out: Array, total: Array | None) -> None:
         if total is not None and total is not out:
             out[...] = total
-        product(a, b, out=_rows(out), beta=0.0 if total is None else 1.0)
+        product(a, b, alpha, _rows(out), 0.0 if total is None else 1.0)
 
     return Sum(a.dtype, write)
 
@@ -406,37 +406,40 @@ def _matmul(a, b):
 
 
 @device(ops.linear)
-def _linear(x, weight, bias=None):
+def _linear(x, weight, bias=None, alpha=1.0):
     check.linear("linear", x, weight, bias)
-    return _affine(x, weight, bias, True) or ops.linear.definition(x, weight, bias)
+    return _affine(x, weight, bias, alpha, True) or ops.linear.definition(x, weight, bias, alpha)
 
 
 @kernel(ops.addmm, "cupy")
 def _addmm(bias, x, weight):
     check.linear("addmm", x, weight, bias, inputs=0)
-    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, False)) or [None] * 4
+    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, 1.0, False)) or [None] * 4
     return ops.addmm.definition(bias, x, weight) if y is None else (y, db, dx, dw)
 
 
-def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple | None:
-    """y = x Wᵀ + b (transposed), or x W + b; None for a weight of another dtype than x or float16."""
+def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transposed: bool) -> tuple | None:
+    """y = α x Wᵀ + b (transposed), or α x W + b; None where dtypes meet, but for a weight in float16."""
 
-    def w():  # widened again in backward: the wide copy is not kept
+    def w():  # [in, out]; widened again in backward: the wide copy is not kept
         wide = _widen(weight, x)
         return wide.T if transposed else wide
 
-    if w().dtype != x.dtype:
+    if w().dtype != x.dtype or (bias is not None and _widen(bias, x).dtype != x.dtype):
         return None
-    x, shape = _rows(x), x.shape
-    y = product(x, w())
-    if bias is not None:
+    x, shape, vector = _rows(x), (*x.shape[:-1], w().shape[1]), bias is not None and bias.ndim == 1
+    if bias is None or vector:
+        y = product(x, w(), alpha).reshape(shape)
+    else:
+        y = _widen(bias, x).copy()
+        product(x, w(), alpha, _rows(y), 1.0)
+    if vector:
         y += bias
 
     def dw(g):
-        return _sum(_rows(g).T, x) if transposed else _sum(x.T, _rows(g))
+        return _sum(_rows(g).T, x, alpha) if transposed else _sum(x.T, _rows(g), alpha)
 
-    y = y.reshape(*shape[:-1], y.shape[1])
-    return y, lambda g: _sum(_rows(g), w().T), dw, lambda g: _rows(g).sum(axis=0)
+    return y, lambda g: _sum(_rows(g), w().T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
 
 
 # ------------------------------------------------------------------------------------------- embeddings and attention

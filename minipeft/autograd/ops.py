@@ -477,12 +477,16 @@ def inv(x):
 
 
 @op
-def linear(x, weight, bias=None):
-    """y = x Wᵀ + b with x [..., in], weight [out, in], bias [out] or None. dx = g W, dW = gᵀ x, db = Σ g."""
+def linear(x, weight, bias=None, alpha=1.0):
+    """y = α x Wᵀ + b with x [..., in], weight [out, in], b [out] or None. dx = α g W, dW = α gᵀ x, db = Σ g.
+
+    Departures from PyTorch: `alpha`, as `addmm` has it there; and b may have y's shape, to be what the product is added to.
+    """
     check.linear("linear", x, weight, bias)
     w = _widen(weight, x)
+    w = w if alpha == 1 else alpha * w
     y = x @ w.T if bias is None else x @ w.T + bias  # [..., out]
-    return y, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g  # the engine sums g to bias's shape
+    return y, lambda g: g @ w, lambda g: alpha * (_rows(g).T @ _rows(x)), lambda g: g  # the engine sums g to bias's shape
 
 
 @op
