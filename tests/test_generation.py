@@ -205,6 +205,8 @@ def test_equally_probable_tokens():
 def test_masked_logits_and_extreme_temperatures_stay_numbers():
     p = token_probabilities(np.array([[-np.inf, 3.0, 1000.0, 999.0]], np.float32), temperature=1e-3, top_p=0.9)
     np.testing.assert_allclose(p, [[0, 0, 1, 0]])
+    p = token_probabilities(np.array([[-np.inf, 3.0, 1000.0, 999.0]], np.float32), temperature=1e-308)
+    assert p.tolist() == [[0, 0, 1, 0]]
     p = token_probabilities(np.array([[-np.inf, 3.0, 5.0]], np.float32), temperature=1e6)
     np.testing.assert_allclose(p, [[0, 0.5, 0.5]], atol=1e-5)
 

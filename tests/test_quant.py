@@ -287,10 +287,23 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
         *((left, f"lacks {next(k for k in entries if k not in left)}") for left in lost),
         ({"quant_state.bitsandbytes__nf4": np.frombuffer(b"{not json", np.uint8)}, "no JSON object"),
         ({**entries, "dtype": "int8"}, "dtype must be float32, float16 or bfloat16, not 'int8'"),
-        ({**entries, "shape": [-10, -64]}, r"are positive integers, not \[-10, -64, 256\]"),
-        ({**entries, "nested_blocksize": 0}, r"are positive integers, not \[640, 0\]"),
+        ({**entries, "shape": [-10, -64]}, r"of positive integers, not \[-10, -64\]"),
+        ({**entries, "nested_blocksize": 0}, "nested_blocksize must be one of 32, .*, not 0"),
+        *(({**entries, "nested_blocksize": n}, "nested_blocksize must be one of") for n in (256000768, 2**32, False)),
+        ({**entries, "shape": 640}, "of positive integers, not 640"), ({**entries, "nested_offset": "x"}, "nested_offset must be a n"),
+        ({**entries, "absmax": 5}, "absmax and the quant_map of a quantization state are arrays"),
+        ({"quant_state.bitsandbytes__nf4": np.frombuffer(b'{"quant_type": "fp4"}', np.uint8)}, "the state of another type: 'fp4'"),
+        ({**entries, "quant_type": []}, "quant_type must be one of"),
         ({**entries, "absmax": entries["absmax"][:2]}, r"absmax must be \[10\] uint8 for the shape \(640,\) in blocks of 64, not \[2\]"),
         ({**entries, "nested_absmax": entries["nested_absmax"][:0]}, r"nested_absmax must be \[1\] float32"),
     ):
         with pytest.raises(quant.QuantError, match=message):
             quant.QuantState.from_dict(damaged)
+
+
+def test_what_describes_a_state_cannot_stand_in_for_its_arrays(rng):
+    entries = quant.quantize_4bit(rng.standard_normal(640).astype(np.float32))[1].as_dict(packed=True)
+    key = "quant_state.bitsandbytes__nf4"
+    described = json.loads(bytes(entries[key])) | {"absmax": 5}
+    state = quant.QuantState.from_dict({**entries, key: np.frombuffer(json.dumps(described).encode(), np.uint8)})
+    assert np.array_equal(state.absmax, entries["absmax"])

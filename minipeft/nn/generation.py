@@ -142,11 +142,13 @@ def token_probabilities(
         2020, arXiv:1904.09751, eq. 2); among equally probable tokens the lower id goes first.
     None (or top_k=0, top_p=1) does not restrict. Order and limits are those of Hugging Face's `generate`.
     """
-    scores = logits.astype(np.float64) / temperature
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # -inf at a temperature near 0, where all but the most probable have none
+        scores = (scores - scores.max(axis=-1, keepdims=True)) / temperature
     if top_k and top_k < scores.shape[-1]:
         kth = np.partition(scores, -top_k, axis=-1)[..., -top_k, None]
         scores[scores < kth] = -np.inf
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    p = np.exp(scores)
     p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None and top_p < 1:
         order = np.argsort(-p, axis=-1, kind="stable")

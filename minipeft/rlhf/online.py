@@ -294,7 +294,8 @@ class OnlineTrainer(ABC):
         two stopped can go on with a higher one.) A fresh run refuses an output_dir with checkpoints.
 
         Raises RLHFError after max_equal_updates in a row in which no score differed from those that it is compared
-        with, and, given an output_dir, saves a checkpoint before. Other errors are those of `step`.
+        with, and, given an output_dir, saves a checkpoint before; DirectoryInUse where another process writes there. Other
+        errors are those of `step`.
         """
         c, self._callbacks = self.config, Callbacks(*self._modules, more=callbacks)
         show = {"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"}
@@ -306,7 +307,7 @@ class OnlineTrainer(ABC):
                 record = self.step()
                 run.record(record)
                 run.stopped = c.stop_kl is not None and record["objective/kl"] > c.stop_kl
-                equal = [r["objective/scores_equal"] == 1 for r in self.history[-c.max_equal_updates :]]
+                equal = [r.get("objective/scores_equal") == 1 for r in self.history[-c.max_equal_updates :]]
                 if len(equal) == c.max_equal_updates and all(equal) and number < c.steps:
                     raise self._nothing_to_prefer(run)
         return self.history

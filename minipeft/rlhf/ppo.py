@@ -29,6 +29,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..nn.layers import Linear
+from ..options import fits
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, rewards_of, whiten
 from .config import PPOConfig
@@ -170,7 +171,9 @@ class PPOTrainer(OnlineTrainer):
         return {"beta": self.kl_controller.beta}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Set β from a checkpoint."""
+        """Set β from a checkpoint. Raises ValueError for what is no β."""
+        if not fits(state["beta"], float) or state["beta"] < 0:
+            raise ValueError(f"beta is {state['beta']!r}")
         self.kl_controller.beta = state["beta"]
 
     def identity(self) -> dict[str, Any]:

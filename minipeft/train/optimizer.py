@@ -144,6 +144,7 @@ class Optimizer:
                     self.state[p] = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
                 state = self.state[p]
                 state["step"] += 1
+                p._version += 1
                 arrays = [p.data, p.grad, *(state[slot] for slot in slots)]
                 if self.flat is not None and device.fits(arrays):
                     at_once.setdefault((state["step"], p.dtype), []).append(arrays)
@@ -187,6 +188,8 @@ class Optimizer:
             options = _options(new)
             if options.keys() != _options(old).keys():
                 raise ValueError(f"{name}: group {i} of the state has the options {sorted(new)}, here {sorted(old)}")
+            if other := [n for n, value in _options(old).items() if not _alike(options[n], value)]:
+                raise ValueError(f"{name}: {other[0]} of group {i} of the state is {options[other[0]]!r}")
             self._check(options)
             parameters += [(p, self.slots(options, p)) for p in old["params"]]
         for i, entry in state["state"].items():
@@ -197,6 +200,8 @@ class Optimizer:
                 what = f"the state of parameter {i} holds {sorted(entry)}"
                 raise ValueError(f"{name}: {what}, not step, {', '.join(slots)}")
             loaded[p] = {"step": int(entry["step"])}
+            if not 0 <= loaded[p]["step"] < 2**63:
+                raise ValueError(f"{name}: the state of parameter {i} is of step {entry['step']}")
             for slot, (shape, dtype) in slots.items():
                 if entry[slot].shape != shape:
                     what = f"{slot} of parameter {i} has shape {entry[slot].shape}, not {shape}"
@@ -214,3 +219,10 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else getattr(value, "item", lambda: value)()
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two options are of one kind: numbers, tuples of as many."""
+    if isinstance(b, tuple):
+        return isinstance(a, tuple) and len(a) == len(b) and all(map(_alike, a, b))
+    return isinstance(a, (int, float)) if isinstance(b, (int, float)) else type(a) is type(b)

@@ -63,9 +63,8 @@ class Workers:
         self.executor, self.model, self.loss, self.trainable = executor, model, loss, list(trainable.values())
         workers = getattr(executor, "_max_workers", 0)  # of pools on this machine, which share its threads
         if workers > batches:
-            raise ValueError(
-                f"a step has {batches} batches for {workers} workers: set gradient_accumulation_steps to {workers} or more"
-            )
+            hint = f"set gradient_accumulation_steps to {workers} or more"
+            raise ValueError(f"a step has {batches} batches for {workers} workers: {hint}")
         self.threads = max(1, get_num_threads() // workers) if workers else None
         self.key = (os.getpid(), id(self), time.time_ns())  # of this run, among all that a worker has seen
         self.moved = 0
@@ -79,9 +78,8 @@ class Workers:
         try:
             found = self._computed(parts)
         except BrokenExecutor as error:
-            raise RuntimeError(
-                "a worker was lost, and its executor computes no more; executor=2 is two processes that are replaced"
-            ) from error
+            hint = "executor=2 is two processes that are replaced"
+            raise RuntimeError(f"a worker was lost, and its executor computes no more; {hint}") from error
         except Exception as error:
             if not _of_pickling(error):
                 raise
