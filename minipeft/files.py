@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
+import lzma
+import math
 import mmap
 import os
+import sys
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +30,23 @@ READY = ".minipeft-ready"  # in a directory that is being replaced: the new file
 
 class FileError(ValueError):
     """A file cannot be read as what it should be: missing, truncated, foreign or inconsistent."""
+
+
+@contextmanager
+def expecting(what: str, place: object, error: type[FileError] = FileError) -> Iterator[None]:
+    """Inside, what Python raises where content has not the form that is expected becomes an `error` that says so."""
+    try:
+        yield
+    except error:
+        raise
+    except _OF_ANOTHER_FORM as e:
+        detail = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise error(f"{place}: does not hold {what} ({detail})") from e
+
+
+_OF_ANOTHER_FORM = (
+    ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, lzma.LZMAError, zlib.error,
+)  # fmt: skip
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
@@ -82,13 +103,29 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` that raises ValueError alone, also for what is nested more than 100 levels deep."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level, depth = [value], 0
+    while level := [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]:
+        depth += 1
+        if depth > 100:
+            raise ValueError("nested more than 100 levels deep")
+    return value
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file; FileError names the file and what is wrong with it."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file{unfinished(Path(path).parent)}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise FileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise FileError(f"{path}: must hold an object, got {type(value).__name__}")
@@ -104,10 +141,18 @@ def unfinished(directory: Path) -> str:
 def write_safetensors(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write host arrays as a safetensors file, atomically. Same arrays, same bytes."""
+    """Write host arrays as a safetensors file, atomically. Same arrays, same bytes.
+
+    Raises TypeError for a dtype that such a file does not have.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
-    data = save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}, metadata)
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    try:
+        data = save(contiguous, metadata)
+    except (KeyError, SafetensorError) as error:
+        raise TypeError(f"{path}: cannot be written as safetensors ({error})") from error
     size = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + size])
     if "__metadata__" in head:
@@ -175,7 +220,7 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-_HUGE_PAGE = 1 << 21
+_HUGE_PAGE, _MOST_AXES = 1 << 21, 64  # of NumPy
 
 
 def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -187,6 +232,8 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
             pass  # it has checked the header, and that the tensors fill the file, without holes
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         size = os.path.getsize(path)
         raise FileError(f"{path}: {size} bytes, no safetensors file, or a cut or damaged one ({error})") from error
@@ -205,6 +252,8 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
         begin, end = (start + offset for offset in entry["data_offsets"])
         dtype = np.dtype(np.uint16 if code == "BF16" else _DTYPES[code])
         wide = np.dtype(np.float32) if code == "BF16" else dtype
+        if len(shape) > _MOST_AXES or math.prod(n or 1 for n in shape) * wide.itemsize > sys.maxsize:
+            raise FileError(f"{path}: tensor {name!r} has the shape {list(shape)}, which no array has")
         read = partial(_read, file, begin, end, dtype, shape, code == "BF16")
         tensors[name] = StoredTensor(shape, wide, code != "BF16", read, partial(file.release, begin, end))
     return tensors, metadata

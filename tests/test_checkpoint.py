@@ -1,5 +1,6 @@
 """Checkpoints: resumed runs end with the same bytes, killed runs too, and nothing damaged or foreign is taken."""
 
+import hashlib
 import json
 import shutil
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 from test_train import assert_same_bytes, bradley_terry, collate_scored, counting, pairs_of, tiny_model, weights
 
 import minipeft as mp
+from minipeft.files import read_safetensors, write_safetensors
 from minipeft.train import Callback, CheckpointError, Trainer, TrainingArguments, load_checkpoint, save_checkpoint
 
 STEPS = 9
@@ -271,3 +273,81 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path):
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, 1, {"model": {"w": np.ones(3, np.float32)}}, {"note": object()}, keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def signed(path, change):
+    """Change what is in a checkpoint and give it the checksums of what is in it then."""
+    body = json.loads((path / "state.json").read_text())
+    change(body)
+    for name, entry in body["files"].items() if isinstance(body.get("files"), dict) else ():
+        if isinstance(entry, dict) and (path / name).is_file():
+            data = (path / name).read_bytes()
+            entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    del body["sha256"]
+    text = json.dumps(body, sort_keys=True).encode()
+    (path / "state.json").write_text(json.dumps({**body, "sha256": hashlib.sha256(text).hexdigest()}))
+
+
+def within(*path, value):
+    """A change: the value at a path of the body becomes another; None: it is deleted."""
+
+    def change(body):
+        *first, last = path
+        for key in first:
+            body = body[key]
+        body[last] = value
+        if value is None:
+            del body[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        within("files", value=None), within("files", value=5), within("files", value={"model.safetensors": 5}), within("state", value=5),
+        within("files", "../outside.safetensors", value={"bytes": 8, "sha256": hashlib.sha256(b"outside!").hexdigest()}),
+        within("step", value="3"), within("step", value=-3), within("step", value=2.5), within("step", value=10**30),
+        within("state", "stopped", value="no"), within("state", "identity", value=[]),
+        *(within("state", "metrics", value=lines) for lines in (5, "{", "5\n", '{"step": "x"}\n', '{"step": 1, "loss": [1]}\n')),
+        within("state", "optimizer", value={}), within("state", "optimizer", "state", "0", "step", value=-5),
+        within("state", "optimizer", "param_groups", 0, "betas", value=[0.9]),
+        within("state", "optimizer", "param_groups", 0, "lr", value="x"),
+        within("state", "optimizer", "param_groups", 0, "weight_decay", value=True and "x"),
+        within("state", "state", value={"best_step": "x"}), within("state", "state", value={"nothing": 1}),
+        within("state", "state", "best_eval_loss", value="x"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_form_is_refused_though_its_checksums_agree(tmp_path, change):
+    interrupted(tmp_path / "run", 3)
+    (tmp_path / "outside.safetensors").write_bytes(b"outside!")
+    (tmp_path / "run" / "outside.safetensors").write_bytes(b"outside!")
+    path = mp.train.last_checkpoint(tmp_path / "run")
+    signed(path, change)
+    with pytest.raises(CheckpointError):
+        trainer(tmp_path / "run").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer", "best", "callbacks"])
+@pytest.mark.parametrize("damage", ["shape", "name", "bytes"])
+def test_arrays_that_are_not_the_runs_are_refused_though_their_checksums_agree(tmp_path, file, damage):
+    def adapted():
+        return mp.get_peft_model(tiny_model(), mp.AdaLoraConfig(total_step=9, init_r=3, target_r=2, target_modules=["q_proj"]))
+
+    interrupted(tmp_path, 3, model=adapted())
+    path = mp.train.last_checkpoint(tmp_path)
+    arrays = {name: np.array(array) for name, array in read_safetensors(path / f"{file}.safetensors")[0].items()}
+    name = next(iter(arrays))
+    if damage == "shape":
+        arrays[name] = np.stack([arrays[name], arrays[name]])
+    elif damage == "name":
+        arrays["other"] = arrays.pop(name)
+    write_safetensors(path / f"{file}.safetensors", arrays)
+    if damage == "bytes":
+        (path / f"{file}.safetensors").write_bytes(b"no safetensors")
+    signed(path, lambda body: None)
+    run = trainer(tmp_path, model=adapted())
+    before = weights(run.model)
+    with pytest.raises(CheckpointError):
+        run.train(resume_from_checkpoint=True)
+    assert_same_bytes(weights(run.model), before)

@@ -84,7 +84,7 @@ def test_an_adapter_is_made_or_trained_further(model, judge, tmp_path, capsys): 
     both = [mp.PeftModel.from_pretrained(base, tmp_path / d) for d in ("first", "second")]
     ids = np.array([[5, 6, 7]])
     assert not np.allclose(both[0](ids).numpy(), both[1](ids).numpy())
-    assert "give one of them" in refused(
+    assert "--method does nothing with --adapter" in refused(
         capsys, "ppo", *options, "--adapter", tmp_path / "first", "--method", "lora", "--output", tmp_path / "x"
     )
 
@@ -178,7 +178,7 @@ def test_a_reward_that_does_not_work_is_one_sentence(rewards, model, prompts, tm
     assert "cannot import broken_rewards (SyntaxError" in error("broken_rewards:reward")
     assert "own_rewards has no function 'shor'; did you mean short?" in error("own_rewards:shor")
     assert "own_rewards has no function 'limit'" in error("own_rewards:limit")
-    assert "not allowed with argument" in error("own_rewards:short", "--reward", tmp_path)
+    assert "--reward and --reward-function exclude each other" in error("own_rewards:short", "--reward", tmp_path)
     capsys.readouterr()
     for name, reason in (
         ("one_too_few", "must return a list of 3 numbers, one for each completion; it returned list, 2 of them"),

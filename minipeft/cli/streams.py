@@ -43,7 +43,7 @@ class _Output:
             return write(*text)
         except OSError as error:
             error.filename = STDOUT
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # or Python would try again, and complain, at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # or Python would try again at its end, and complain
             raise
 
     def __getattr__(self, name: str) -> Any:
@@ -74,7 +74,7 @@ def open_closed_streams() -> None:
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Inside, standard output says where it cannot be written, and no text of a model or a file controls the terminal."""
+    """Inside, standard output says where it cannot be written, and no text of a model or file controls the terminal."""
     before = sys.stdout
     sys.stdout = (_Terminal if before.isatty() else _Output)(before)
     try:

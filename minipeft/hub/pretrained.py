@@ -23,7 +23,7 @@ from ..directory import replacing
 from ..files import FileError, StoredTensor, map_safetensors, read_json, unfinished, write_json, write_safetensors
 from ..nn.heads import SequenceClassifier
 from ..nn.module import Module, Parameter, some
-from ..nn.transformer import Transformer
+from ..nn.transformer import Transformer, TransformerConfig
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers, quantized_layers
 from ..text.tokenizer import Tokenizer
@@ -164,16 +164,16 @@ def from_pretrained(
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
     if path.suffix == ".gguf" and path.is_file():
         config, tensors, tokenizer = read_gguf(path)
-        model: Transformer | SequenceClassifier = Transformer(config, seed=None)
-        quantized = False
+        num_labels, quantized = None, False
     else:
         content = _read_config(path)
         with naming(path / _CONFIG):
             content, quantized = split_quantization(content)
-            model = _unallocated_model(content)
+            config, num_labels = _described(content)
         tensors = _map_weights(path)
         tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
     with naming(path):
+        model = _unallocated_model(config, num_labels, len(tensors))
         layers = take_quantized(model, tensors) if quantized else {}
         for place, layer in layers.items():
             model.replace(place, layer.to(xp))
@@ -221,25 +221,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json(path / _CONFIG)
 
 
-def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassifier:
-    """The model that a config.json describes, without its weights."""
+def _described(content: dict[str, Any]) -> tuple[TransformerConfig, int | None]:
+    """(configuration, number of labels of a classifier or None) of the model that a config.json describes."""
     config = from_hugging_face(content)
     family = config.model_type
     names = content.get("architectures") or [_LANGUAGE_MODEL[family]]
     known = [_LANGUAGE_MODEL[family], _CLASSIFIER[family], _BARE[family]]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
         raise HubError(f"architectures is {names!r}: only one of {', '.join(known)} is supported")
-    try:
-        model = Transformer(config, seed=None)
-    except (ValueError, OverflowError) as error:
-        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
     if names[0] != _CLASSIFIER[family]:
-        return model
+        return config, None
     labels = content.get("id2label")
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
     if not isinstance(count, int) or not 1 <= count < 2**31:
         raise HubError(f"num_labels must be a positive integer, not {count!r}")
-    return SequenceClassifier(model, count, seed=None)
+    return config, count
+
+
+def _unallocated_model(config: TransformerConfig, num_labels: int | None, stored: int) -> Transformer | SequenceClassifier:
+    """The model without its weights, of which this number of tensors is stored."""
+    if config.num_hidden_layers > max(stored, 128):  # of fewer, `_fit` says which are missing
+        raise HubError(f"the configuration has {config.num_hidden_layers} layers, and the weights are {stored} tensors")
+    try:
+        model = Transformer(config, seed=None)
+        return model if num_labels is None else SequenceClassifier(model, num_labels, seed=None)
+    except (ValueError, OverflowError) as error:
+        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
 
 
 def _map_weights(path: Path) -> dict[str, StoredTensor]:
@@ -259,11 +266,9 @@ def _map_weights(path: Path) -> dict[str, StoredTensor]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise FileError(f"{index}: must hold an object 'weight_map' that names each tensor's file")
-    tensors = {}
+    tensors, here = {}, {file.name for file in path.iterdir() if file.is_file()}
     for file in sorted(set(placed.values())):
-        if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
-            raise FileError(f"{index}: {file!r} is not the name of a file in this directory")
-        if not (path / file).is_file():
+        if file not in here:
             raise FileError(f"{index}: names the file {file}, which is not in this directory")
         part = map_safetensors(path / file)[0]
         for name in (name for name, where in placed.items() if where == file):

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import parse_json
+
 
 class DatasetError(ValueError):
     """A data file is not as it should be; the text says the file, the line, what is wrong and what would be right."""
@@ -153,11 +155,9 @@ def _json(line: bytes) -> Any:
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
-        return json.loads(_decoded(line), object_pairs_hook=_object_without_duplicates)
+        return parse_json(_decoded(line), object_pairs_hook=_object_without_duplicates)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not valid JSON here: nested too deeply") from error
 
 
 def _prompt(line: bytes) -> str | Record:

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ import numpy as np
 
 from ..backend import Array, is_array, to_numpy
 from ..directory import discard
-from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
+from ..files import FileError, expecting, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
 from ..nn.module import Module
+from ..options import fits
 from .optim import Optimizer
 
 FORMAT = "minipeft checkpoint"
@@ -96,6 +97,14 @@ def unpack_optimizer(optimizer: Optimizer, arrays: dict[str, np.ndarray], values
         i, _, slot = name.partition(".")
         state[i][slot] = array
     optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})
+
+
+def check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless the arrays are those of these names and shapes."""
+    for name in {**shapes, **arrays}:
+        shape = arrays[name].shape if name in arrays else None
+        if shape != shapes.get(name):
+            raise ValueError(f"{name} has the shape {shape} there, {shapes.get(name)} here")
 
 
 def check_identity(path: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
@@ -193,19 +202,23 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, n
     if body.get("version") != VERSION:
         raise CheckpointError(f"{where}: format version {body.get('version')!r}; this package reads version {VERSION}")
     checksum = body.pop("sha256", None)
-    if checksum != _digest(body):
-        raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
-    arrays = {}
-    for name, expected in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing from the checkpoint")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes where {expected['bytes']} were written")
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file}: corrupted: its bytes do not match their checksum")
-        arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
-    return body["step"], arrays, body["state"]
+    arrays, here = {}, {file.name for file in path.iterdir() if file.is_file()}
+    with expecting("what a checkpoint holds", where, CheckpointError):
+        if checksum != _digest(body):
+            raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
+        for name, expected in body["files"].items():
+            file = path / name
+            if name not in here:
+                raise CheckpointError(f"{file}: missing from the checkpoint")
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{file}: has {file.stat().st_size} bytes where {expected['bytes']} were written")
+            if _sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file}: corrupted: its bytes do not match their checksum")
+            arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
+        step, state = body["step"], dict(body["state"])
+        if not fits(step, int) or step < 0:
+            raise ValueError(f"the step is {step!r}")
+    return step, arrays, state
 
 
 def _sha256(path: Path) -> str:

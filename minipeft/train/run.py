@@ -26,10 +26,11 @@ from typing import Any
 
 from ..backend import asarray, is_array, to_numpy, xp_of
 from ..directory import locked
+from ..files import expecting, parse_json
+from ..options import fits
 from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
-from .progress import progress
 
 _SAVED = {"identity", "metrics", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
@@ -75,6 +76,8 @@ class Run:
         Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
         last; CheckpointError for one that is missing, damaged, or of another run; DirectoryInUse.
         """
+        from .progress import progress  # and tqdm with it, which is only then needed
+
         directory = self.directory
         with locked(directory) if directory else nullcontext():
             lines = ""
@@ -140,18 +143,29 @@ class Run:
             raise checkpoint.CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        checkpoint.check_identity(path, self.identity, content["identity"])
-        checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
-        parameters, trained = self.trainer.trainable, arrays.pop("model")
-        xp = xp_of(*[p.data for p in parameters.values()])
-        for name, p in parameters.items():
-            p.data[...] = asarray(trained[name], xp)
-        arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
-        self.callbacks.load_state_dict(arrays.pop("callbacks", {}))
-        self.trainer.load_state({**content["state"], **arrays})
-        self.step, self.stopped = step, content["stopped"]
+        with expecting("what this run would have written", path, checkpoint.CheckpointError):
+            checkpoint.check_identity(path, self.identity, content["identity"])
+            stopped, metrics, parameters = content["stopped"], content["metrics"], self.trainer.trainable
+            if not (fits(stopped, bool) and fits(metrics, str)):
+                raise ValueError(f"stopped is {stopped!r}, metrics {metrics!r}")
+            for record in map(parse_json, metrics.splitlines()):
+                drawn = [record.get(name) for name in ("loss", "eval_loss")]  # the rest is a callback's own
+                if not fits(record["step"], int) or not fits(drawn, list[float | None]):
+                    raise ValueError(f"among the metrics is {record!r}")
+            trained = arrays.pop("model")
+            checkpoint.check_shapes(trained, {name: p.shape for name, p in parameters.items()})
+            checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
+            xp = xp_of(*[p.data for p in parameters.values()])
+            arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
+            kept = arrays.pop("callbacks", {})
+            self.trainer.load_state({**content["state"], **arrays})
+            self.callbacks.load_state_dict(kept)
+            for name, p in parameters.items():
+                p.data[...] = asarray(trained[name], xp)
+                p._version += 1
+            self.step, self.stopped = step, stopped
         checkpoint.remove_old(self.directory, self.config.save_total_limit)  # which a kill may have prevented
-        return content["metrics"]
+        return metrics
 
 
 def _is_file(value: Any) -> bool:
