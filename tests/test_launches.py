@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def step(model, **given):
 
 def of_many_layers(counting, layers, run, make):
     """Launches of `run(model)` in a model of this many layers, from models of one and of two; nothing waits."""
-    (one, waits), (two, more) = (counting(lambda m=make(n): run(m)) for n in (1, 2))
+    (one, waits), (two, more) = (counting(partial(run, make(n))) for n in (1, 2))
     assert waits == more == 0
     return two + (layers - 2) * (two - one)
 
