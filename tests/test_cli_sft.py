@@ -6,7 +6,7 @@ import pytest
 from cli_helpers import continued, jsonl, refused, run, tiny, written
 
 import minipeft as mp
-from minipeft.cli.prompts import saved_template
+from minipeft.cli.models import saved_template
 from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, asked_turn, get_template
 
 ROWS = [("Translate to Italian.", english, italian) for english, italian in
@@ -116,9 +116,9 @@ def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):
         ((), "--output"),
         (("--output", "o", "--tasks", "definne"), "unknown task 'definne'; did you mean define?"),
         (("--output", "o", "--tasks", "fill"), "unknown task 'fill'"),
-        (("--output", "o", "--data", "{data}", "--tasks", "use"), "do not go with --data"),
-        (("--output", "o", "--data", "{data}", "--per-task", "3"), "do not go with --data"),
-        (("--output", "o", "--validation", "0.2"), "--validation goes with --data"),
+        (("--output", "o", "--data", "{data}", "--tasks", "use"), "does nothing with --data"),
+        (("--output", "o", "--data", "{data}", "--per-task", "3"), "does nothing with --data"),
+        (("--output", "o", "--validation", "0.2"), "--validation does nothing without --data"),
         (("--output", "o", "--data", "{data}", "--template", "vicuna"), "a template is one of plain, alpaca, chatml"),
         (("--output", "o", "--data", "{data}", "--template", "{{prompt}}"), "takes {prompt, completion} records"),
     ],

@@ -510,15 +510,25 @@ def test_to_converts_between_float_types_and_its_gradient_back():
     assert x.grad.dtype == np.float64 and x.grad.tolist() == [1, 2, 3]
 
 
-def test_dropout_keeps_the_mean_and_its_mask_depends_on_the_row_alone():
-    x = np.ones((400, 300), np.float32)
-    y = F.dropout(Tensor(x), 0.25, Rng(7, 1)).data
+def test_dropout_keeps_the_mean_and_its_mask_depends_on_the_row_alone(xp):
+    x = np.ones((400, 30, 10), np.float32)
+
+    def dropped(rng, rows=slice(None)):
+        return to_numpy(F.dropout(Tensor(xp.asarray(x[rows])), 0.25, rng).data)
+
+    y = dropped(Rng(7, 1))
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
-    share = (y == 0).mean()
-    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / y.size)
-    np.testing.assert_array_equal(F.dropout(Tensor(x[100:200]), 0.25, Rng(7, 1, first_row=100)).data, y[100:200])
-    assert (F.dropout(Tensor(x), 0.25, Rng(7, 2)).data != y).any()
-    np.testing.assert_array_equal(F.dropout(Tensor(x), 0.25, Rng(7).at(1)).data, y)
+    assert abs((y == 0).mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / y.size)
+    assert abs(np.corrcoef(y[:-1].ravel(), y[1:].ravel())[0, 1]) < 5 / np.sqrt(y.size)  # adjacent rows
+    assert abs(np.corrcoef(y[:, :-1].ravel(), y[:, 1:].ravel())[0, 1]) < 5 / np.sqrt(y.size)
+    np.testing.assert_array_equal(dropped(Rng(7, 1, first_row=100), slice(100, 200)), y[100:200])
+    np.testing.assert_array_equal(dropped(Rng(7, 1).take([30, 2]), slice(2)), y[[30, 2]])
+    np.testing.assert_array_equal(dropped(Rng(7).at(1)), y)
+    assert (dropped(Rng(7, 2)) != y).any()
+    behind = dropped(Rng(7, 1).behind([0, 4]), slice(2))
+    np.testing.assert_array_equal(behind[0], y[0])
+    np.testing.assert_array_equal(behind[1, 4:], y[1, :-4])
+    assert not behind[1, :4].any()
 
 
 def test_dropout_masks_value_and_gradient_alike_on_every_device(xp):

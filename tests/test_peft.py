@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minipeft.files import FileError, read_safetensors, write_safetensors
 from minipeft.nn import Embedding, Linear, Sequential
 from minipeft.peft.config import PeftError, kind_of, shape_of
 from minipeft.peft.model import plain_modules
+from minipeft.peft.targets import matches
 from minipeft.text.examples import Example, PreferencePair
 
 IDS = np.random.default_rng(3).integers(0, 40, (3, 7))
@@ -982,3 +984,49 @@ def test_generation_uses_the_adapter():
         for model in (adapted, adapted.merge_and_unload(), base())
     )
     assert np.array_equal(out, merged) and not np.array_equal(out, without)
+
+
+ENDLESS = r"(\w|\w\w|\w\w\w|\.)*[!#]"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=ENDLESS), dict(target_modules=["q_proj"], exclude_modules=ENDLESS),
+        dict(target_modules=["q_proj"], rank_pattern={ENDLESS: 3}), dict(target_modules=["q_proj"], alpha_pattern={ENDLESS: 3}),
+        dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=ENDLESS),
+    ],
+)  # fmt: skip
+def test_a_pattern_that_would_match_without_end_is_refused_soon(options):
+    """And one that only takes long for each path, for all of them together."""
+    base, began = mp.Transformer(config_of("llama"), seed=0), time.process_time()
+    with pytest.raises(PeftError, match="takes too long to match; repeat nothing that repeats itself"):
+        mp.get_peft_model(base, mp.LoraConfig(r=2, **options))
+    with pytest.raises(PeftError, match="takes too long to match"):
+        for i in range(1000):
+            matches(r"(\w|\w\w|\.)*[!#]", f"model.layers.{i}.self_attn.q_proj")
+    assert time.process_time() - began < 5
+
+
+def test_patterns_that_peft_takes_match_as_there():
+    base = mp.Transformer(config_of("llama"), seed=0)
+    paths = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    for pattern in (
+        r".*\.(q_proj|v_proj)", r"(?!.*(k_proj|o_proj)).*self_attn\..*", r"model\.layers\.(?:0|1)\..*\b[qv]_proj", r"(?i).*\.[QV]_PROJ",
+    ):  # fmt: skip
+        assert list(mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules=pattern)).layers) == paths
+    config = mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=1, layers_pattern="(layers|h)")
+    assert list(mp.get_peft_model(base, config).layers) == paths[2:], "a group in the pattern is not the number"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(peft_type=["LORA"]), dict(lora_alpha=10**400), dict(r=2**63), dict(target_modules="a{99999999999}"), dict(target_modules="(" * 9999)],
+)
+def test_a_file_with_values_of_another_kind_is_refused_by_name(tmp_path, options):
+    base = mp.Transformer(config_of("llama"), seed=0)
+    mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(PeftError, match=next(iter(options)) if "peft_type" not in options else r"the method \['LORA'\] is not one"):
+        mp.PeftModel.from_pretrained(base, tmp_path)

@@ -95,8 +95,8 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     show = ("generate", "--model", "base", "--adapter", "tuned", "--prompt", "1 and", "--max-new-tokens", 3)
     assert run("--plugin", plugin, *show) == 0
     compare = ("compare", "--model", "base", "--methods", "lora", "my-loha", "--reduced", "--steps", 2, "--output", "out")
-    status, out, _ = output(capsys, *compare, f"--plugin={plugin}")
-    assert status == 0 and "my LoHa r=4" in out
+    status, out, err = output(capsys, *compare, f"--plugin={plugin}")
+    assert status == 0 and "my LoHa r=4" in out, err
     rows = json.loads((tmp_path / "out/compare.json").read_text())["methods"]
     assert rows[2]["method"] == "my-loha" and rows[2]["storage"] > 0
 
@@ -123,9 +123,9 @@ def test_without_its_module_a_directory_is_refused_with_what_to_do(plugin, tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "--plugin mine cannot be imported: ModuleNotFoundError: No module named 'mine'"),
-        ("1 / 0", "--plugin mine cannot be imported: ZeroDivisionError: division by zero"),
-        ("raise SystemExit(0)", "--plugin mine cannot be imported: SystemExit: 0"),
+        (None, "--plugin mine: cannot import mine (ModuleNotFoundError: No module named 'mine')"),
+        ("1 / 0", "--plugin mine: cannot import mine (ZeroDivisionError: division by zero)"),
+        ("raise SystemExit(0)", "--plugin mine: cannot import mine (SystemExit: 0)"),
         ("x = 1", "--plugin mine registers no method: put @minipeft.peft.register before"),
         (EXAMPLE.replace("MY_LOHA", "LOHA"), "the peft_type 'LOHA' is taken, by LoHaConfig; choose another"),
         (EXAMPLE.replace("title=", 'name="lora", title='), "the name 'lora' is taken, by LoRA r=8; choose another with name="),

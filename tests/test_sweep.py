@@ -574,3 +574,20 @@ def test_a_scheduler_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(distributed, "Client", lambda *a, **k: (_ for _ in ()).throw(OSError("Timed out")))
     with pytest.raises(ExecutorLost, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
         mp.sweep(where, GRID, "tcp://127.0.0.1:1")
+
+
+def test_rows_of_another_form_are_refused_or_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line in (b'{"run": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"run": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"run": "\xff"}'):
+        for end in (b"\n", b""):
+            path.write_bytes(b'{"run": "a"}\n' + line + end)
+            with pytest.raises(FileError, match="line 2: not valid JSON"):
+                read_rows(path)
+    for settings in ('5', '["rr"]', '[["r"]]', '"r"'):
+        path.write_text(f'{{"run": "a", "r": 4, "settings": {settings}}}\n')
+        with pytest.raises(FileError, match="line 1: not a row of a sweep"):
+            read_rows(path)
+    rows = [{"run": "run", "settings": ["r", "seed"], "r": 4, "seed": {"a": [i]}, "loss": float("inf")} for i in (0, 1)]
+    with np.errstate(invalid="ignore"):
+        assert "inf" in table(rows, "loss", "r"), "a seed may be anything"
+    assert complete([{"run": "Settings", "x": 1}], RUNS[:1])[0] == [], "a row without a seed is of none"

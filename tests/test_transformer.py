@@ -12,6 +12,7 @@ import minipeft as mp
 from minipeft import functional as F
 from minipeft.autograd.gradcheck import gradcheck
 from minipeft.backend import Rng, to_numpy
+from minipeft.nn.heads import SequenceClassifier
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
 
 
@@ -405,10 +406,11 @@ def test_a_configuration_that_does_not_fit_says_why(fields, message):
 
 @dialects
 def test_input_that_does_not_fit_says_why(dialect, xp, rng):
-    model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 5))
-    embeds = model.backbone.embedding(ids)
-    ones = xp.ones((2, 4), "int64")
-    long, far, unknown = xp.asarray(tokens(rng, 1, 33)), xp.asarray([[0, 1, 2, 3, 32]]), xp.asarray([[3, 40]])
+    """In host memory, wherever the model is."""
+    model, ids = build(dialect, xp), tokens(rng, 2, 5)
+    embeds = model.backbone.embedding(xp.asarray(ids))
+    ones = np.ones((2, 4), "int64")
+    long, far, unknown = tokens(rng, 1, 33), np.array([[0, 1, 2, 3, 32]]), np.array([[3, 40]])
     for error, message, arguments in [
         (ValueError, "either input_ids or inputs_embeds", {}),
         (ValueError, "either input_ids or inputs_embeds", dict(input_ids=ids, inputs_embeds=embeds)),
@@ -431,6 +433,28 @@ def test_input_that_does_not_fit_says_why(dialect, xp, rng):
         model.loss(unknown * 0, unknown)
 
 
+@dialects
+def test_a_model_on_a_device_takes_ids_masks_and_labels_from_host_memory(dialect, xp, rng):
+    """The same logits, losses and gradients as from arrays of the device."""
+    model, ids = build(dialect, xp), tokens(rng, 2, 7)
+    labels, mask = np.where(rng.random(ids.shape) < 0.4, -100, ids), np.ones_like(ids)
+    mask[1, :2] = 0
+    for given in ({}, {"attention_mask": np.ones_like(ids)}, {"attention_mask": mask}):
+        there = {name: xp.asarray(array) for name, array in given.items()}
+        close(model(ids, **given).data, model(xp.asarray(ids), **there).data)
+        results = []
+        for loss in (model.loss(ids, labels, **given), model.loss(xp.asarray(ids), xp.asarray(labels), **there)):
+            loss.backward()
+            results.append([loss.data, *[p.grad for p in model.parameters()]])
+            model.zero_grad()
+        for a, b in zip(*results, strict=True):
+            close(a, b)
+    for module in (mp.nn.Linear(16, 40, seed=1), mp.nn.Linear(16, 40, bias=False, seed=1)):  # another head, and no plain one
+        model.lm_head = module.to(xp)
+        close(model.loss(ids, labels).data, model.loss(xp.asarray(ids), xp.asarray(labels)).data)
+    assert np.isnan(model.loss(ids, np.full_like(ids, -100)).item())
+
+
 def test_a_layer_in_the_place_of_the_head_is_used_by_the_loss(rng):
     """Surgery on the head must not be bypassed by the fused loss."""
     model, ids = build("llama"), tokens(rng, 2, 5)
@@ -446,3 +470,28 @@ def test_a_layer_in_the_place_of_the_head_is_used_by_the_loss(rng):
     doubled.replace("lm_head", Scaled(doubled.lm_head))
     logits = model(ids) * 2.0
     close(doubled.loss(ids, ids).data, F.cross_entropy(logits[:, :-1], ids[:, 1:]).data)
+
+
+@dialects
+def test_a_mask_that_is_added_to_scores_is_refused_where_it_would_be_read_the_other_way_round(dialect, xp, rng):
+    model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 5))
+    added = np.where(np.tri(5, dtype=bool), 0.0, -np.inf).astype(np.float32)
+    nan = np.ones((2, 5), np.float32)
+    nan[0, 0] = np.nan
+    for mask in (np.broadcast_to(added, (2, 1, 5, 5)).copy(), added[[0, 1]], nan, np.ones((2, 1, 5, 5), np.float32)):
+        with pytest.raises(ValueError, match=r"attention_mask is 1 \(or true\) where .* give mask == 0"):
+            model(ids, attention_mask=xp.asarray(mask))
+    with pytest.raises(TypeError, match="position_ids must be integers, not float32"):
+        model(ids, position_ids=xp.asarray(np.ones((2, 5), np.float32)))
+
+
+@dialects
+def test_labels_are_signed_integers_in_an_array(dialect, rng):
+    model, ids = build(dialect), tokens(rng, 2, 5)
+    for labels, what in ((ids.astype(np.uint8), "uint8"), (ids.tolist(), "list"), (ids.astype(float), "float64"), (None, "NoneType")):
+        prompted = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=2))
+        for each in (model, prompted):
+            with pytest.raises(TypeError, match=f"labels must be an array of signed integers, .*, not {what}"):
+                each.loss(ids, labels)
+    with pytest.raises(TypeError, match="labels must be an array, not a list"):
+        SequenceClassifier(model, 2).loss(ids, [0, 1])

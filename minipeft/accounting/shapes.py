@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.kernels import QUERY_BLOCK, TILE
-from ..autograd.tensor import REGISTRY, Slice, Tensor, evaluated_by, pull_back, together
+from ..autograd.tensor import REGISTRY, Tensor, Term, evaluated_by, pull_back, together
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
 
 Shape = tuple[int, ...]
@@ -97,10 +97,10 @@ class Meter:
         """The backward pass: what it makes counts as "working memory", and as "gradients" once a leaf has it."""
         self.line = "working memory"
 
-        def deliver(leaf: Tensor, g: Array | Slice, owned: bool) -> None:
+        def deliver(leaf: Tensor, g: Array | Term, owned: bool) -> None:
             if leaf.grad is not None:
                 return  # added in place
-            if isinstance(g, Slice):
+            if isinstance(g, Term):
                 g, owned = ShapeArray.new(self, leaf.shape, leaf.dtype), True
             leaf.grad = g if owned else g.copy()
             leaf.grad.buffer.move("gradients")
@@ -418,21 +418,22 @@ def _inv(op, x):
 
 
 @rule("linear")
-def _linear(op, x, weight, bias=None):
-    return _affine(op, x, weight, weight.shape[0])
+def _linear(op, x, weight, bias=None, alpha=1.0):
+    return _affine(op, x, weight, bias, alpha, weight.shape[0])
 
 
 @rule("addmm")
 def _addmm(op, bias, x, weight):
-    y, dx, dw, db = _affine(op, x, weight, weight.shape[1])
+    y, dx, dw, db = _affine(op, x, weight, bias, 1, weight.shape[1])
     return y, db, dx, dw
 
 
-def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
-    widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0
-    op.works_in(widened)
+def _affine(op: _Op, x: Array, weight: Array, bias: Array | None, alpha: float, n_out: int) -> tuple:
+    made = 4 * weight.size if weight.dtype.itemsize == 2 or alpha != 1 else 0  # widened, or times α
+    op.works_in(made)
     y = op.new((*x.shape[:-1], n_out))
-    return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
+    db = _through if bias is not None and bias.ndim > 1 else op.pull((n_out,))
+    return y, op.pull(x.shape, weight, work=made), op.pull(weight.shape, x), db
 
 
 @rule("linear_4bit")

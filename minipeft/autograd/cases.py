@@ -366,6 +366,7 @@ def _linear(name):
         if name == "linear":
             yield Case(label, F.linear, (x, w, b))
             yield Case(f"{label}, no bias", F.linear, (x, w))
+            yield Case(f"{label}, added", partial(F.linear, alpha=0.3), (x, w, normal(*lead, n_out)))
         else:
             yield Case(label, F.addmm, (b, x, w.T.copy()))
             yield Case(f"{label}, no bias", lambda x, w: F.addmm(None, x, w), (x, w.T.copy()))

@@ -60,20 +60,20 @@ def square(x: Array) -> None:
 
 
 def linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs: int = 1) -> None:
-    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or None."""
+    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or [..., out] or None."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[inputs]:
         need = weight.shape[-inputs]
         raise ValueError(f"{name}: input {x.shape} does not match weight {weight.shape} (last axis must be {need})")
     out = weight.shape[1 - inputs]
-    if bias is not None and bias.shape != (out,):
+    if bias is not None and bias.shape not in ((out,), (*x.shape[:-1], out)):
         raise ValueError(f"{name}: bias {bias.shape} does not match weight {weight.shape} (must be ({out},))")
 
 
-def ids(ids: Array, rows: int) -> None:
-    """Integers [...], each the number of one of an embedding's `rows`."""
+def ids(ids: Array, rows: int, values: bool = True) -> None:
+    """Integers [...], each the number of one of an embedding's `rows`; without `values` they are not read."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, not {ids.dtype}")
-    if ids.size:
+    if ids.size and values:
         low, high = int(ids.min().item()), int(ids.max().item())
         if low < 0 or high >= rows:
             raise IndexError(
@@ -104,14 +104,21 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
             raise ValueError(f"attention: a mask of shape {mask.shape} cannot be broadcast to [B, H, T, S] = {want}")
 
 
-def targets(name: str, targets: Array, rows: tuple[int, ...], classes: int, ignore_index: int) -> None:
-    """One integer class id in 0..classes-1 (or ignore_index) for each row of logits: targets of the shape `rows`."""
+def targets(
+    name: str, targets: Array, rows: tuple[int, ...], classes: int, ignore_index: int, values: bool = True
+) -> None:
+    """One integer class id in 0..classes-1 (or ignore_index) for each row of logits: targets of the shape `rows`.
+
+    Without `values` the ids are not read.
+    """
     if targets.shape != rows:
         raise ValueError(
             f"{name}: targets of shape {targets.shape} must have the shape {rows}, one class id per row of logits"
         )
     if targets.dtype.kind not in "iu":
         raise TypeError(f"{name}: targets must be integer class ids, not {targets.dtype}")
+    if not values:
+        return
     real = targets[targets != ignore_index]
     low, high = (int(real.min().item()), int(real.max().item())) if real.size else (0, 0)
     if low < 0 or (high >= classes and real.size):

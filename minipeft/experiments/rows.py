@@ -17,13 +17,15 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, fsync_directory
+from ..directory import take
+from ..files import FileError, fsync_directory, parse_json
+from ..options import fits
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
@@ -143,7 +145,7 @@ def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[
     find = finder(rows)
     missing = {s.seed for s in runs if find(described(s)) is None}
     whole = sorted({s.seed for s in runs} - missing)
-    return [row for row in rows if row["seed"] in whole], whole
+    return [row for row in rows if row.get("seed") in whole], whole
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -161,11 +163,12 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         lines.append(last)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
-        if not isinstance(row, dict) or "run" not in row:
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
+        names = row.get("settings", []) if isinstance(row, dict) and "run" in row else None
+        if not fits(names, list[str]) or not {*names} <= row.keys():
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and all that 'settings' names")
         rows.append(plain(row))
     find, found = finder(rows), {}
     for row in rows:
@@ -187,7 +190,8 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
     path, new = Path(path), not os.path.exists(path)
     line = f"{json.dumps(mapped(row, _json), allow_nan=False)}\n".encode()
     with open(path, "a+b", buffering=0) as file:
-        _lock(file)
+        while not take(file):
+            time.sleep(0.005)
         end = file.seek(0, os.SEEK_END)
         tail = _last_line(file, end)
         if _is_cut(tail):
@@ -201,14 +205,6 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
         os.fsync(file.fileno())
     if new:
         fsync_directory(path.parent)
-
-
-def _lock(file: Any) -> None:
-    """Keep other processes from adding a row until the file is closed, where the file system has locks."""
-    with suppress(ImportError, OSError):  # Windows; network file systems
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _last_line(file: Any, end: int) -> bytes:
@@ -227,7 +223,7 @@ def _is_cut(line: bytes) -> bool:
     if not line or not begin.startswith(line[: len(begin)]):
         return False
     try:
-        json.loads(line)
-    except ValueError:
-        return True
+        parse_json(line)
+    except ValueError as error:  # others are of what `add_row` does not write
+        return isinstance(error, json.JSONDecodeError)
     return False

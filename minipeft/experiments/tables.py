@@ -69,7 +69,7 @@ def _groups(rows: Sequence[Row], values: list[str], by: Names | None) -> list[Gr
     for group in _equal(lambda row: [row[name] for name in by], ordered):
         settings = {name: group[0][name] for name in by}
         runs = [row for row in group if not failed(row)]
-        seeds = [row["seed"] for row in runs if "seed" in row]
+        seeds = [key(row["seed"]) for row in runs if "seed" in row]
         if len(seeds) > len(set(seeds)):
             others = ", ".join(n for n in _varying(group) if n not in by) or "the version or the function"
             hint = "give by= all settings that differ, or only some of the rows"
@@ -148,8 +148,8 @@ def with_interval(mean: float, half_width: float) -> str:
     """`2.314 ± 0.024`: the half width with two digits, the mean with as many decimals; four digits for one run."""
     if math.isnan(half_width):
         return f"{mean:.4g}"
-    if not half_width:
-        return f"{mean:.4g} ± 0"
+    if half_width in (0, math.inf):
+        return f"{mean:.4g} ± {half_width:g}"
     decimals = max(0, 1 - math.floor(math.log10(half_width)))
     return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
 

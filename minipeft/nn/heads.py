@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from ..autograd import checks
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray, xp_of
+from ..backend import Array, asarray, is_array, xp_of
 from .layers import Linear
 from .module import Module
-from .transformer import Backbone, BackboneModel, Transformer
+from .transformer import Backbone, BackboneModel, Transformer, from_host
 
 HEADS = ("lm_head", "score", "classifier", "v_head")  # names of a model's head, ours and those of other families
 
@@ -75,19 +76,23 @@ class SequenceClassifier(_HeadedBackbone):
         B, T, _ = hidden.shape
         xp = xp_of(hidden.data)
         last = last_real_token(attention_mask, T) if attention_mask is not None else xp.full(B, T - 1)
-        return self.score(hidden[xp.arange(B), last])
+        return self.score(hidden[xp.arange(B), from_host(last, xp)])
 
     def loss(self, input_ids: Array, labels: Array, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
         """Mean cross-entropy (nats) with class ids labels [B]; with num_labels=1, mean squared error to numbers [B].
 
-        Raises as `forward`, and ValueError for labels of another shape.
+        Raises as `forward`, ValueError for labels of another shape, and TypeError for what is no array.
         """
+        if not is_array(labels):
+            raise TypeError(f"labels must be an array, not a {type(labels).__name__}")
         logits = self(input_ids, attention_mask, **arguments)
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must have the shape {logits.shape[:1]}, one per sequence, not {labels.shape}")
-        if self.num_labels > 1:
-            return F.cross_entropy(logits, labels)
-        return F.mse_loss(logits.reshape(-1), labels.astype(logits.dtype))
+        xp, n = xp_of(logits.data), self.num_labels
+        if n > 1:
+            t = from_host(labels, xp, lambda t: checks.targets("cross_entropy", t, t.shape, n, -100))
+            return F.cross_entropy(logits, t)
+        return F.mse_loss(logits.reshape(-1), from_host(labels, xp).astype(logits.dtype))
 
 
 class ValueModel(_HeadedBackbone):

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ..autograd import checks
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
-from ..backend import Array, Rng, as_rng, asarray, get_backend, xp_of
+from ..backend import Array, Rng, as_rng, asarray, get_backend, is_array, to_numpy, xp_of
 from ..options import check, configuration, option
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter
@@ -89,14 +91,14 @@ class TransformerConfig:
     num_key_value_heads: int = option(0, "key and value heads; 0: num_attention_heads", least=0)
     head_dim: int = option(0, "channels of a head; 0: hidden_size / num_attention_heads", least=0)
     max_position_embeddings: int = option(256, "positions, at most", least=1)
-    rms_norm_eps: float = option(1e-6, "added to the mean square in RMSNorm (llama)")
-    layer_norm_epsilon: float = option(1e-5, "added to the variance in LayerNorm (gpt2)")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rms_norm_eps: float = option(1e-6, "added to the mean square in RMSNorm (llama)", least=0)
+    layer_norm_epsilon: float = option(1e-5, "added to the variance in LayerNorm (gpt2)", least=0)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
     rope_scaling: RopeScaling | None = option(None, "rotary frequencies for a longer context")
     tie_word_embeddings: bool = option(True, "the head is the embedding")
     attention_bias: bool = option(False, "biases in the attention's projections (llama)")
     mlp_bias: bool = option(False, "biases in the MLP (llama)")
-    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights", least=0)
     dropout: float = option(0.0, "probability, of the embeddings and the residual branches", least=0, below=1)
     bos_token_id: int | None = option(None, "begins a text")
     eos_token_id: int | tuple[int, ...] | None = option(None, "ends a text; several: any of them does")
@@ -152,8 +154,8 @@ class KVCache:
         past_key_values: optional (k, v) per layer, [B, kv, positions, D], to start from (copied), such as a trained
             prefix or another cache.
 
-    visible    boolean [B, n]: which of the first n positions a row has, where adapters with virtual tokens are mixed;
-               None: all
+    visible    boolean [B, n] in host memory: which of the first n positions a row has, where adapters with virtual
+               tokens are mixed; None: all
     """
 
     def __init__(self, past_key_values: Sequence[KeyValue] = ()):
@@ -199,7 +201,7 @@ class KVCache:
     def select(self, rows: Array) -> None:
         """Keep only these batch rows (integer array [b])."""
         self._buffers = [[buffer[rows] for buffer in pair] for pair in self._buffers]
-        self.visible = None if self.visible is None else self.visible[rows]
+        self.visible = None if self.visible is None else self.visible[to_numpy(rows)]
 
 
 def _extend(k: Tensor, v: Tensor, past: KVCache | Sequence[KeyValue] | None, layer: int) -> tuple[Any, Any]:
@@ -209,6 +211,14 @@ def _extend(k: Tensor, v: Tensor, past: KVCache | Sequence[KeyValue] | None, lay
     if isinstance(past, KVCache):
         return past.append(layer, k.data, v.data)
     return F.cat([past[layer][0], k], axis=2), F.cat([past[layer][1], v], axis=2)
+
+
+def from_host(array: Array, xp: ModuleType, check: Callable[[Array], None] = lambda array: None) -> Array:
+    """The array on the device of `xp`; from host memory it comes checked, as to read it there is not to wait."""
+    if xp is np or not isinstance(array, np.ndarray):
+        return array
+    check(array)
+    return xp.asarray(array)
 
 
 def past_length(past: KVCache | Sequence[KeyValue] | None) -> int:
@@ -396,16 +406,17 @@ class Backbone(Module):
         if input_ids is not None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
-            x = self.embedding(input_ids, rng)
+            xp = xp_of(self.embedding.weight.data)
+            x = self.embedding(from_host(input_ids, xp, lambda ids: checks.ids(ids, c.vocab_size)), rng)
         else:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
                 raise ValueError(
                     f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}"
                 )
             x = inputs_embeds
-        (B, T, _), past = x.shape, past_length(past_key_values)
-        xp = xp_of(x.data)
-        mask, positions = self._mask_and_positions(xp, attention_mask, position_ids, B, past, T)
+        (B, T, _), past, xp = x.shape, past_length(past_key_values), xp_of(x.data)
+        mask, positions = self._mask_and_positions(attention_mask, position_ids, B, past, T)
+        mask, positions = from_host(mask, xp), from_host(positions, xp)
         x, rotation = self._positions(x, positions)
         if c.dropout and rng is not None:
             x = F.dropout(x, c.dropout, rng.at(c.num_hidden_layers))
@@ -427,20 +438,28 @@ class Backbone(Module):
         return self.final_norm(x, rng)
 
     def _mask_and_positions(
-        self, xp: Any, mask: Array | None, positions: Array | None, B: int, past: int, T: int
-    ) -> tuple:
-        """(boolean mask or None, integer positions [B or 1, T])."""
-        S, limit = past + T, self.config.max_position_embeddings
+        self, mask: Array | None, positions: Array | None, B: int, past: int, T: int
+    ) -> tuple[Array | None, Array]:
+        """(boolean mask or None, integer positions [B or 1, T]), where the arrays are; on a device they are not read."""
+        S, limit, xp = past + T, self.config.max_position_embeddings, xp_of(mask, positions)
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
             raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
+        floats = mask is not None and mask.dtype.kind == "f"
+        if floats and (mask.ndim == 4 or bool(((mask != 0) & (mask != 1)).any().item())):
+            raise ValueError(
+                f"attention_mask is 1 (or true) where there is something to see, and else 0; this one, of {mask.dtype} and "
+                f"shape {mask.shape}, may be one that is added to the scores: give mask == 0"
+            )
         if positions is None:
             if mask is None or mask.ndim == 4:
                 positions = xp.arange(past, S)[None]
             else:
                 positions = xp.maximum((mask != 0).astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
+        elif positions.dtype.kind not in "iu":
+            raise TypeError(f"position_ids must be integers, not {positions.dtype}")
         elif positions.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids must have the shape {(B, T)} or {(1, T)}, not {positions.shape}")
-        if positions.size:
+        if positions.size and xp is np:
             low, high = int(positions.min().item()), int(positions.max().item())
             if low < 0:
                 raise ValueError(f"position_ids must not be negative; the lowest is {low}")
@@ -450,7 +469,7 @@ class Backbone(Module):
                     f"shorten it to at most {limit} tokens"
                 )
         if mask is not None and mask.ndim == 2:
-            mask = None if bool(mask.all().item()) else (mask != 0)[:, None, None, :]
+            mask = None if xp is np and mask.all() else (mask != 0)[:, None, None, :]
         elif mask is not None:
             mask = mask.astype(bool, copy=False)
         return mask, positions
@@ -475,11 +494,12 @@ class LlamaModel(Backbone):
     def _positions(self, x: Tensor, positions: Array) -> tuple[Tensor, tuple[Array, Array] | None]:
         xp, half = xp_of(x.data), self.config.head_dim // 2
         # float64 angles: at position 10,000 a float32 product would already be wrong in its fourth digit
-        frequency = self.config.rope_theta ** (-xp.arange(half, dtype=xp.float64) / half)  # [D/2]
+        frequency = self.config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)  # [D/2]
         if self.config.rope_scaling is not None:
             frequency = self.config.rope_scaling(frequency)
-        angle = positions[..., None] * frequency  # [B or 1, T, D/2]
-        return x, (xp.cos(angle).astype(x.dtype), xp.sin(angle).astype(x.dtype))
+        angle = positions[..., None] * xp.asarray(frequency)  # [B or 1, T, D/2]
+        cos, sin = (xp.empty(angle.shape, x.dtype) for _ in range(2))
+        return x, (xp.cos(angle, out=cos), xp.sin(angle, out=sin))
 
 
 class GPT2Model(Backbone):
@@ -517,6 +537,13 @@ class BackboneModel(Module):
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keep only each block's input in the forward pass and compute the block again in backward (`checkpoint`)."""
         self.backbone.gradient_checkpointing = enabled
+
+
+def check_labels(labels: Any) -> None:
+    """Raises TypeError for labels that are no array of signed integers: -100 is one of them."""
+    if not is_array(labels) or labels.dtype.kind != "i":
+        what = labels.dtype if is_array(labels) else type(labels).__name__
+        raise TypeError(f"labels must be an array of signed integers, in which -100 does not count, not {what}")
 
 
 def _resized(weight: Array, n: int, generator: np.random.Generator) -> Array:
@@ -611,7 +638,7 @@ class Transformer(BackboneModel):
 
         Args:
             input_ids: integer array [B, T]; or give `inputs_embeds`, a Tensor [B, T, d], in its place.
-            attention_mask: [B, past + T], zero where a position is padding (left or right); or boolean
+            attention_mask: [B, past + T], 1 where there is a token, 0 where there is padding (left or right); or boolean
                 [B, 1, T, past + T], saying which query may see which key (packing). Causality holds in any case.
             position_ids: [B, T]; by default they count the unmasked positions.
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
@@ -619,6 +646,10 @@ class Transformer(BackboneModel):
             output_attentions: True gives (logits, attentions), where attentions[layer] [B, H, T, past + T] is how
                 much each query reads of each key, a Tensor whose `.grad` a backward pass fills. They are computed by
                 the plain definition, which is slower. `loss` takes a list in place of it, to be filled: `attentions=`.
+
+        A model on a device takes ids, mask and positions from there or from host memory, and so does `loss` its labels.
+        In host memory they are checked, and then moved. On the device they are not read, which would be to wait for it:
+        an id or label that is out of range gives NaN.
 
         Raises IndexError for ids out of range, TypeError for what is no integer array, and ValueError for shapes that
         do not fit or a sequence longer than `max_position_embeddings`.
@@ -632,8 +663,9 @@ class Transformer(BackboneModel):
         """Mean next-token cross-entropy, in nats: position t predicts labels[:, t + 1]; labels of -100 do not count.
 
         `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those
-        of `forward`; `label_smoothing` is `cross_entropy`'s. Logits are computed only where a label counts, and held
-        once. Raises as `forward`, and ValueError for labels of another shape.
+        of `forward`; `label_smoothing` is `cross_entropy`'s. Logits are computed only where a label counts (where labels
+        are on a device: everywhere), and held once. Raises as `forward`, ValueError for labels of another shape,
+        TypeError for what are no signed integers.
         """
         if "output_attentions" in arguments:
             raise TypeError(
@@ -644,12 +676,19 @@ class Transformer(BackboneModel):
 
     def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None, label_smoothing: float = 0.0) -> Tensor:
         """The loss of `loss`, from hidden states [B, T, d] and labels [B, T]; raises as `loss`."""
+        check_labels(labels)
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
-        xp = xp_of(labels)
-        targets = xp.full(labels.shape, -100, labels.dtype)
+        xp, targets = xp_of(hidden.data), xp_of(labels).full(labels.shape, -100, labels.dtype)
         targets[:, :-1] = labels[:, 1:]
-        if type(self.lm_head) is Linear and self.lm_head.bias is None:
+        plain = type(self.lm_head) is Linear and self.lm_head.bias is None
+        if xp is not np and isinstance(targets, np.ndarray):
+            checks.targets("loss", targets, targets.shape, self.config.vocab_size, -100)
+            if plain:  # which labels count, the device's kernel could say only after a wait
+                rows = np.flatnonzero(targets != -100)
+                hidden, targets = hidden.reshape(-1, hidden.shape[2])[xp.asarray(rows)], targets.reshape(-1)[rows]
+            targets = xp.asarray(targets)
+        if plain:
             return F.linear_cross_entropy(hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing)
         return F.cross_entropy(self.lm_head(hidden, rng), targets, label_smoothing=label_smoothing)
 

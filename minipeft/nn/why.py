@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..autograd.tensor import Node, Slice, Tensor, gradients, nodes_below
+from ..autograd.tensor import Node, Tensor, Term, gradients, nodes_below
 from ..backend import Array, xp_of
 from .module import Module
 from .watch import watch
@@ -102,16 +102,16 @@ class _Gradients:
             self.zeros[node] = [x for x, *_ in node.edges if id(x) in names and not _any(x.data)]
             for i, (x, pullback, *shape) in enumerate(node.edges):
                 self.readers.setdefault(id(x), []).append((node, i))
-                node.edges[i] = (x, self._noting((node, i), pullback), *shape)
+                node.edges[i] = (x, self._noting((node, i), pullback, *shape), *shape)
                 self.edges[node, i] = False, False
         self.root = value._node
         one = xp_of(value.data).ones_like(value.data)
         self.found = {id(p): g for p, g in zip(leaves, gradients(value, one, leaves))}
 
-    def _noting(self, edge: Edge, pullback: Callable) -> Callable:
+    def _noting(self, edge: Edge, pullback: Callable, shape: tuple[int, ...], dtype: Any) -> Callable:
         def noted(g: Array) -> Any:
             d = pullback(g)
-            self.edges[edge] = _any(g), _any(d.value if isinstance(d, Slice) else d)
+            self.edges[edge] = _any(g), _any(d.alone(shape, dtype) if isinstance(d, Term) else d)
             return d
 
         return noted

@@ -69,7 +69,7 @@ class AdaLoraLinear(Adapter):
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(x) + s P diag(λ) Q z, z = x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
-        return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
+        return F.linear(F.linear(z, self.lora_A * self.lora_E), self.lora_B, inner(x), alpha=self.scaling)
 
     def merge(self, layer: Module, base: Module) -> Module:
         """W' = W + s P diag(λ) Q."""
@@ -167,6 +167,7 @@ class AdaLoraCallback:
         for layer in layers.values():
             if layer.kept is not None:
                 layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
+                layer.lora_E._version += 1
 
     def update_averages(self, path: str, layer: AdaLoraLinear) -> None:
         """Update Ī, the average sensitivity (eq. 8 and 9), and Ū, its uncertainty (eq. 10), of every number.
@@ -197,7 +198,15 @@ class AdaLoraCallback:
         return {**self.averages, **kept}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError for arrays of other names or shapes."""
+        layers = self.layers.items()
+        averaged = {f"{path}.{n}.{what}": getattr(x, n).shape for path, x in layers for n in MATRICES for what in AVERAGES}
+        known = averaged | {f"{path}.kept": x.lora_E.shape[:1] for path, x in layers}
+        for key, array in arrays.items():
+            if array.shape != known.get(key) or (array.dtype == bool) != key.endswith(".kept"):
+                raise ValueError(f"AdaLoRA keeps no {key} of shape {array.shape} and {array.dtype}")
+        if len(averaged.keys() - arrays.keys()) not in (0, len(averaged)):
+            raise ValueError("AdaLoRA keeps the averages of all its numbers, or before the first step of none")
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")

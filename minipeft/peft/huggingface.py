@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import asarray, to_numpy, xp_of
+from ..directory import replacing
 from ..files import FileError, read_json, read_safetensors, write_json, write_safetensors
 from ..nn.module import Parameter, some
 from .config import PeftConfig
@@ -164,8 +166,8 @@ def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
 
 
 def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) -> None:
-    """Write one adapter. Each file appears whole or not at all, the configuration last."""
-    directory, config = Path(directory), model.peft_config[adapter_name]
+    """Write one adapter, whole or not at all. Raises PeftError, before that, for an option that JSON cannot hold."""
+    config = model.peft_config[adapter_name]
     saved = {**state(model, adapter_name), **_base_weights(model, adapter_name)}
     arrays = {key: to_numpy(p.data) for key, p in saved.items()}
     plain = _plain_rank(model, config)
@@ -174,9 +176,14 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
         options["fan_in_fan_out"] = _has_conv1d(model, config)
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
         options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
-    write_json(directory / CONFIG, dict(sorted(options.items())))
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PeftError(f"{name} is {value!r}, which a file cannot hold: {error}") from error
+    with replacing(directory) as fresh:
+        write_json(fresh / CONFIG, dict(sorted(options.items())))
+        write_safetensors(fresh / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
 
 
 def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
@@ -188,7 +195,7 @@ def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
     options = read_json(path)
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
-    if options["peft_type"] not in PEFT_TYPES:
+    if not isinstance(options["peft_type"], str) or options["peft_type"] not in PEFT_TYPES:
         known = f"{', '.join(PEFT_TYPES)}; import the module that registers one of your own (--plugin MODULE)"
         raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {known}")
     return config_class(options["peft_type"]).from_dict({**options, **fixed})

@@ -47,8 +47,7 @@ class RowPrompts:
         K, P = (ids.shape[1] for _, ids in sides)
         if K + P == 0:
             return given
-        xp = xp_of(model.backbone.embedding.weight.data)
-        visible = xp.asarray(np.concatenate([ids for _, ids in sides], axis=1) > 0)
+        xp, visible = xp_of(model.backbone.embedding.weight.data), np.concatenate([ids for _, ids in sides], axis=1) > 0
         given, first = make_room(K, P, given, limit, visible)
         given = {**given, "rng": self.behind(given["rng"])}
         if first:

@@ -25,6 +25,7 @@ import numpy as np
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from ..nn.transformer import check_labels
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Selection
@@ -145,6 +146,7 @@ class PeftModel(Module, Generic[M]):
         with self._call(adapter_names, input_ids) as prompt:
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
+            check_labels(labels)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
             given = self._bind(input_ids, **arguments)
             hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T or T, d]

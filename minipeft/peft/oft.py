@@ -98,7 +98,7 @@ class OFTConfig(PeftConfig):
     eps: float = option(6e-5, "with coft, the length that a layer's Q has at most", above=0)
     block_share: bool = option(False, "the blocks of a layer share one rotation")
     use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
-    num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)
+    num_cayley_neumann_terms: int = option(5, "terms of the series", least=4, most=100)
 
     peft_type, adapter_class = "OFT", OFTLayer
     usual_learning_rate = 1e-3

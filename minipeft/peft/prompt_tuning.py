@@ -98,7 +98,10 @@ class PromptTuningConfig(PromptLearningConfig):
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise PeftError(f"tokenizer_name_or_path={self.tokenizer_name_or_path!r}: no tokenizer.json is there")
-        ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
+        try:
+            ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
+        except Exception as error:  # the library raises bare Exception, with the reason as its text
+            raise PeftError(f"tokenizer_name_or_path={str(path)!r}: cannot be read ({error})") from error
         if not ids:
             raise PeftError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} has no tokens")
         return ids

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError
-from .targets import check_patterns
+from .targets import check_patterns, match
 
 
 @configuration(kw_only=True)
@@ -40,7 +39,7 @@ class Ranked(PeftConfig):
 
 def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's path; else the default."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+    return next((value for pattern, value in patterns.items() if match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:

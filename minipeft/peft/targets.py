@@ -15,8 +15,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from ..nn.heads import HEADS
@@ -134,8 +137,8 @@ class Targets:
         if self.layers_to_transform is None or name in self.target_modules:
             return True
         patterns = as_list(self.layers_pattern) or [r"[^.]*"]
-        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-        return found is not None and int(found[1]) in as_list(self.layers_to_transform)
+        found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+        return found is not None and int(found.groups()[-1]) in as_list(self.layers_to_transform)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.
@@ -187,8 +190,34 @@ class Targets:
 def matches(targets: list[str] | str | None, name: str) -> bool:
     """Whether a path is, or ends in, one of these names; or matches this regular expression as a whole."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return match(targets, name, whole=True) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+SECONDS, SLOW = 0.1, 0.001  # of the processor: what a pattern may take for one path; ten times as much for all slow ones
+_spent: Counter[str] = Counter()  # by pattern, on those
+
+
+@lru_cache(1 << 14)
+def match(pattern: str, path: str, whole: bool = False) -> Any:
+    """`re.match` (or `fullmatch`) in bounded time, by the package regex: "(.*)*x" takes `re` 2^n steps for n characters.
+
+    Raises PeftError for a pattern that takes too long, or is none.
+    """
+    import regex
+
+    began, found = time.thread_time(), None
+    try:
+        found = (regex.fullmatch if whole else regex.match)(pattern, path, timeout=SECONDS)
+    except TimeoutError:
+        _spent[pattern] += 10 * SECONDS
+    except regex.error as error:
+        raise PeftError(f"{pattern!r} is not a regular expression: {error}") from error
+    if (took := time.thread_time() - began) > SLOW:
+        _spent[pattern] += took
+    if _spent[pattern] > 10 * SECONDS:
+        raise PeftError(f"the pattern {pattern!r} takes too long to match; repeat nothing that repeats itself")
+    return found
 
 
 def check_patterns(name: str, *patterns: str) -> None:
@@ -196,7 +225,7 @@ def check_patterns(name: str, *patterns: str) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backend import Array, xp_of
+from ..backend import Array, asarray, xp_of
 from ..nn.transformer import past_length
 from .targets import PeftError
 
@@ -48,11 +48,12 @@ def make_room(
         _check_limit(V if visible is None else visible.sum(axis=1), mask, S, limit)
     if visible is None and mask is None and positions is None:
         return given, first  # the model counts right by itself
-    xp = xp_of(inputs if given["inputs_embeds"] is None else inputs.data)
+    xp = xp_of(mask, positions)  # all of this is computed where the caller's arrays are: in host memory, by default
     if visible is None:
         visible = xp.ones((1, V), bool)
     elif mask is None:
         mask = xp.ones((B, S), bool)
+    visible = asarray(visible, xp)
     if positions is None and mask.ndim == 4:
         positions = xp.arange(seen, S)[None]
     if positions is not None:

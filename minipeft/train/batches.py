@@ -14,7 +14,7 @@ IGNORE = -100  # the label that does not count, as in cross entropy's ignore_ind
 class Batch(NamedTuple):
     """What one forward pass takes.
 
-    arguments: the keyword arguments of the loss; host arrays among them are moved to the model's device.
+    arguments: the keyword arguments of the loss; host arrays among them are moved to the model's device (see `on_device`).
     weight: the number of units (tokens, pairs, ...) that the loss is the mean of; losses are weighted with it.
     tokens: the number of input tokens without padding, from which the speed is computed.
     """

@@ -1,0 +1,616 @@
+"""The kernels of a device: forms of ops for CuPy's arrays, each of one launch or a few.
+
+A GPU's time goes into launches and passes through memory. So an elementwise expression is one kernel; a row of a norm, of
+attention's weights or of logits is the work of one block of threads; a product reads transposed factors where they lie;
+and a gradient that such a kernel makes is added to the others by the kernel itself (`Sum`). Nothing here depends on the
+order in which threads run, and nothing waits for the device.
+
+A form equals its definition, to rounding, where the arrays have one dtype, float32 or float64; weights may be stored in
+float16. Elsewhere the definition computes. Departure: ids and targets are not read beforehand, which would be to wait;
+one that is out of range gives NaN. CuPy is imported, and a kernel compiled, when it is first called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, Rng
+from . import checks as check
+from . import ops
+from .ops import _rows, _t, _widen
+from .tensor import Term, kernel, together
+
+
+def device(of: Callable, alike: int = 1) -> Callable[[Callable], Callable]:
+    """Register a form of an op for CuPy, where its first `alike` arrays have one dtype, float32 or float64."""
+
+    def register(form: Callable) -> Callable:
+        def chosen(*arrays: Any, **options: Any) -> tuple:
+            kinds = {getattr(a, "dtype", None) for a in arrays[:alike]}
+            return (form if kinds in FLOATS else of.definition)(*arrays, **options)
+
+        kernel(of, "cupy")(chosen)
+        return form
+
+    return register
+
+
+FLOATS = ({np.dtype(np.float32)}, {np.dtype(np.float64)})
+
+
+class Sum(Term):
+    """A gradient that a kernel adds to the others: `write(out, total)` makes out = total + gradient; None is 0.
+
+    dtype: of the gradient; a weight that is stored in another gets it converted.
+    """
+
+    __slots__ = ("dtype", "write")
+
+    def __init__(self, dtype: Any, write: Callable[[Array, Array | None], Any]):
+        self.dtype, self.write = dtype, write
+
+    def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The gradient, C-contiguous."""
+        out = _cupy().empty(shape, self.dtype)
+        self.write(out, None)
+        return out.astype(dtype, copy=False)
+
+    def added(self, total: Array, owned: bool) -> Array:
+        """total + the gradient, C-contiguous."""
+        if total.dtype != self.dtype:
+            return total + self.alone(total.shape, total.dtype)
+        if not total.flags.c_contiguous:
+            total, owned = total.copy(), True
+        out = total if owned else _cupy().empty_like(total)
+        self.write(out, total)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+@functools.cache
+def _cupy() -> Any:
+    return importlib.import_module("cupy")
+
+
+@functools.cache
+def _made(kind: str, *definition: Any) -> Callable:
+    return getattr(_cupy(), kind)(*definition)
+
+
+def elementwise(inputs: str, outputs: str, operation: str, name: str, preamble: str = "") -> Callable:
+    """A CuPy ElementwiseKernel: `operation` for each element of inputs that broadcast."""
+    return lambda *arrays: _made("ElementwiseKernel", inputs, outputs, operation, name, True, preamble)(*arrays)
+
+
+def by_rows(name: str, rows: int, width: int, like: Array, other: Any, *arguments: Any) -> None:
+    """Run a kernel of ROWS with one block of threads for each row; T is the dtype of `like`, W the dtype `other`."""
+    if rows:
+        threads = min(1024, -(-max(1, width) // 128) * 32)
+        _row_kernel(name, like.dtype.char, np.dtype(other).char)((rows,), (threads,), arguments)
+
+
+@functools.cache
+def _row_kernel(name: str, T: str, W: str) -> Callable:
+    return _row_module(T, W).get_function(name)
+
+
+@functools.cache
+def _row_module(T: str, W: str) -> Any:
+    types = {"e": "float16", "f": "float", "d": "double", "?": "bool"}
+    code = f"{FLOAT16}typedef {types[T]} T;\ntypedef {types[W]} W;\n{ROWS}"
+    return _cupy().RawModule(code=code, options=("-std=c++17",))
+
+
+FLOAT16 = """#include <cupy/carray.cuh>
+#if __has_include(<cupy/float16.cuh>)  // CuPy 14
+#include <cupy/float16.cuh>
+#endif
+"""
+ROWS = r"""
+#define INFINITE T(__int_as_float(0x7f800000))
+#define NOT_A_NUMBER T(__int_as_float(0x7fffffff))
+#define EACH(j, n) for (long long j = threadIdx.x; j < n; j += blockDim.x)  // a row's elements, among the threads of a block
+
+template <class F> __device__ T reduce(T v, T nothing, F f) {  // f over the block, in a fixed order; each thread gets it
+    __shared__ T warps[32];
+    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : nothing;
+    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
+    __syncthreads();
+    return v;
+}
+__device__ T sum(T v) { return reduce(v, 0, [](T a, T b) { return a + b; }); }
+
+// y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b
+extern "C" __global__ void normalize(const T* x, const W* w, const W* b, double eps, long long d, T* y, T* mean, T* rstd) {
+    x += blockIdx.x * d, y += blockIdx.x * d;
+    T m = 0, v = 0;
+    if (b) {
+        EACH(j, d) m += x[j];
+        m = sum(m) / d;
+    }
+    EACH(j, d) v += (x[j] - m) * (x[j] - m);
+    T r = 1 / sqrt(sum(v) / d + T(eps));
+    EACH(j, d) y[j] = (x[j] - m) * r * T(w[j]) + (b ? T(b[j]) : T(0));
+    if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
+}
+
+// out = total + (h - mean(h) - n mean(h n)) r,  h = g w, n = (x - m) r;  without mean(h) where x was not centered
+extern "C" __global__ void normalize_gradient(const T* x, const W* w, const T* g, const T* mean, const T* rstd, bool centered,
+                                         long long d, const T* total, T* out) {
+    x += blockIdx.x * d, g += blockIdx.x * d, out += blockIdx.x * d;
+    if (total) total += blockIdx.x * d;
+    T m = mean[blockIdx.x], r = rstd[blockIdx.x], h = 0, hn = 0;
+    EACH(j, d) h += g[j] * T(w[j]), hn += g[j] * T(w[j]) * (x[j] - m) * r;
+    h = centered ? sum(h) / d : T(0), hn = sum(hn) / d;
+    EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;
+}
+
+// A row of attention: scores a [S] of one query become exp(a) / sum(exp(a)) over the keys that it sees, and 0 elsewhere.
+// Rows are [B, H, T]; `strides` of the mask are those of b, h, t and s, 0 where it is broadcast.
+#define MASK const W *mask, long long mb, long long mh, long long mt, long long ms
+__device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
+__device__ T masked(T a, float m) { return a + T(m); }
+__device__ T masked(T a, double m) { return a + T(m); }
+__device__ void softmax_row(T* a, MASK, bool causal, long long H, long long queries, long long S) {
+    long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
+    long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
+    if (mask) mask += b * mb + h * mh + t * mt;
+    T top = -INFINITE, total = 0;
+    EACH(j, seen) {
+        if (mask) a[j] = masked(a[j], mask[j * ms]);
+        top = max(top, a[j]);
+    }
+    top = reduce(top, -INFINITE, [](T a, T b) { return max(a, b); });
+    if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
+    EACH(j, seen) total += a[j] = exp(a[j] - top);
+    total = sum(total);
+    EACH(j, S) a[j] = j < seen && total > 0 ? a[j] / total : T(0);
+}
+extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
+    softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
+}
+
+// p = softmax(a), in the place of a;  da = p (dp - sum(p dp)), in the place of dp
+extern "C" __global__ void softmax_gradient(T* a, T* dp, MASK, bool causal, long long H, long long queries, long long S) {
+    a += blockIdx.x * S, dp += blockIdx.x * S;
+    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
+    T delta = 0;
+    EACH(j, S) delta += a[j] * dp[j];
+    delta = sum(delta);
+    EACH(j, S) dp[j] = a[j] * (dp[j] - delta);
+}
+
+// -log softmax(x)_t of a row of logits, smoothed; 0 where t does not count, NaN where it is out of range
+extern "C" __global__ void nll(const T* x, const long long* targets, long long ignored, double smoothing, long long d,
+                               T* top, T* total, T* loss, T* counts) {
+    x += blockIdx.x * d;
+    T most = x[0], e = 0, mean = 0;
+    EACH(j, d) most = max(most, x[j]);
+    most = reduce(most, most, [](T a, T b) { return max(a, b); });
+    EACH(j, d) e += exp(x[j] - most), mean += x[j];
+    e = sum(e), mean = smoothing ? sum(mean) / d : T(0);
+    if (threadIdx.x == 0) {
+        long long t = targets[blockIdx.x];
+        T picked = t < 0 || t >= d ? NOT_A_NUMBER : x[t] + T(smoothing) * (mean - x[t]);
+        top[blockIdx.x] = most, total[blockIdx.x] = e;
+        loss[blockIdx.x] = t == ignored ? T(0) : log(e) + (most - picked), counts[blockIdx.x] = t != ignored;
+    }
+}
+
+// dx = (softmax(x) - q) g / n of the rows that count, q = (1 - smoothing) onehot(t) + smoothing / d; `out` may be x
+extern "C" __global__ void nll_gradient(const T* x, const long long* targets, long long ignored, double smoothing,
+                                        long long d, const T* top, const T* total, const T* g, const T* n, T* out) {
+    x += blockIdx.x * d, out += blockIdx.x * d;
+    long long t = targets[blockIdx.x];
+    T w = t == ignored ? T(0) : t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
+    T scale = w / total[blockIdx.x], q = w * T(smoothing) / d, hit = w * T(1 - smoothing);
+    EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));
+}
+
+// out[id] += the sum of g[i] over all i with that id, in order; the block of the first one adds them all
+extern "C" __global__ void add_rows(const long long* ids, long long n, const T* g, long long d, long long rows, T* out) {
+    long long i = blockIdx.x, id = ids[i];
+    T before = 0;
+    EACH(j, i) before += ids[j] == id;
+    if (sum(before) > 0 || id < 0 || id >= rows) return;
+    EACH(c, d) {
+        T s = 0;
+        for (long long j = i; j < n; j++) s += ids[j] == id ? g[j * d + c] : T(0);
+        out[id * d + c] += s;
+    }
+}
+"""
+
+# -------------------------------------------------------------------------------------------------------- elementwise
+
+silu = elementwise("T x", "T y", "y = x / (1 + exp(-x))", "silu")
+silu_gradient = elementwise(
+    "T g, T x", "T dx", "T s = 1 / (1 + exp(-x)); dx = g * (s + x * s * (1 - s))", "silu_gradient"
+)
+
+
+@device(ops.silu)
+def _silu(x):
+    return silu(x), lambda g: silu_gradient(g, x)
+
+
+swiglu = elementwise("T gate, T up", "T y", "y = gate / (1 + exp(-gate)) * up", "swiglu")
+swiglu_gradients = elementwise(
+    "T g, T gate, T up", "T dgate, T dup",
+    "T s = 1 / (1 + exp(-gate)), y = gate * s; dgate = g * up * (s + y * (1 - s)); dup = g * y", "swiglu_gradients",
+)  # fmt: skip
+
+
+@device(ops.swiglu, 2)
+def _swiglu(gate, up):
+    return swiglu(gate, up), *together(2, lambda g: swiglu_gradients(g, gate, up))
+
+
+TANH = f"T c = {math.sqrt(2 / math.pi)}, k = 0.044715, t = tanh(c * (x + k * x * x * x)); "
+gelu = elementwise("T x", "T y", TANH + "y = x * (1 + t) / 2", "gelu")
+gelu_gradient = elementwise(
+    "T g, T x", "T dx", TANH + "dx = g * (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2", "gelu_gradient"
+)
+
+
+@device(ops.gelu)
+def _gelu(x):
+    return gelu(x), lambda g: gelu_gradient(g, x)
+
+
+# ------------------------------------------------------------------------------------------------------ normalization
+
+
+@functools.cache
+def _weight_gradient() -> Callable:
+    """Σ_rows g n, n = (x - mean) rstd: [N, d] each, mean and rstd [N, 1] -> [d]."""
+    return _cupy().ReductionKernel(
+        "T g, T x, T mean, T rstd", "T dw", "g * (x - mean) * rstd", "a + b", "dw = a", "0", "norm_weight_gradient"
+    )
+
+
+@device(ops.layer_norm)
+def _layer_norm(x, weight, bias, eps=1e-5):
+    return _norm("layer_norm", x, eps, weight, bias)
+
+
+@device(ops.rms_norm)
+def _rms_norm(x, weight, eps=1e-6):
+    return _norm("rms_norm", x, eps, weight, None)[:3]
+
+
+def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) -> tuple:
+    """Both norms, of three launches: forward, dx and dweight. Layer norm subtracts the mean, and adds a bias."""
+    check.norm(name, x, weight=weight, **({"bias": bias} if bias is not None else {}))
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.astype(weight.dtype)
+    xp, shape, x = _cupy(), x.shape, _contiguous(_rows(x))
+    weight, (n, d), kind = _contiguous(weight), x.shape, weight.dtype
+    y, mean, rstd = xp.empty(shape, x.dtype), xp.empty((n, 1), x.dtype), xp.empty((n, 1), x.dtype)
+    by_rows("normalize", n, d, x, kind, x, weight, 0 if bias is None else _contiguous(bias), float(eps), d, y, mean, rstd)
+    centered = bias is not None
+
+    def dx(g):
+        g = _contiguous(g)
+        options = x, weight, g, mean, rstd, centered, d
+
+        def write(out, total):
+            by_rows("normalize_gradient", n, d, x, kind, *options, 0 if total is None else total, out)
+
+        return Sum(x.dtype, write)
+
+    return y, dx, lambda g: _weight_gradient()(_rows(g), x, mean, rstd, axis=0), lambda g: _rows(g).sum(axis=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- products
+
+
+def product(a: Array, b: Array, alpha: float = 1.0, out: Array | None = None, beta: float = 0.0) -> Array:
+    """out = alpha a @ b + beta out, [..., n, k] @ [..., k, m] -> [..., n, m], of equal leading axes and one dtype.
+
+    Transposed factors, and those that are parts of larger arrays, are read where they lie: to cuBLAS that is a flag.
+    """
+    (n, k), m, dtype = a.shape[-2:], b.shape[-1], a.dtype.char
+    out = _cupy().empty((*a.shape[:-1], m), dtype) if out is None else out
+    if not (out.size and k):
+        if not beta:
+            out.fill(0)
+        return out
+    blas, handle, kind, compute = _blas(dtype)
+    a, transposed_a, row_a, step_a = _as_cublas_reads(a)
+    b, transposed_b, row_b, step_b = _as_cublas_reads(b)
+    # [n, m], row by row, is to cuBLAS [m, n], column by column: outᵀ = bᵀ aᵀ
+    first = handle(), transposed_b, transposed_a, m, n, k, _scalar(alpha, dtype)[1], b.data.ptr, kind, row_b
+    then, last = (a.data.ptr, kind, row_a), (_scalar(beta, dtype)[1], out.data.ptr, kind, m)
+    count = out.size // (n * m)
+    if count == 1:
+        blas.gemmEx(*first, *then, *last, compute, blas.CUBLAS_GEMM_DEFAULT)
+    else:
+        last = (*last, n * m, count, compute, blas.CUBLAS_GEMM_DEFAULT)
+        blas.gemmStridedBatchedEx(*first, step_b, *then, step_a, *last)
+    return out
+
+
+def _as_cublas_reads(x: Array) -> tuple[Array, int, int, int]:
+    """(x or a copy, 1 where its matrices are transposed, elements from row to row, and from matrix to matrix)."""
+    (rows, columns), size = x.shape[-2:], x.itemsize
+    *lead, down, right = x.strides
+    step = _step(x.shape, lead)
+    if step is not None:
+        if (right == size or columns == 1) and (down >= columns * size or rows == 1):
+            return x, 0, down // size if rows > 1 else columns, step // size
+        if (down == size or rows == 1) and (right >= rows * size or columns == 1):
+            return x, 1, right // size if columns > 1 else rows, step // size
+    return x.copy(), 0, columns, rows * columns
+
+
+def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The bytes from one matrix to the next, from the leading axes' strides; None where distances differ."""
+    step = span = None
+    for n, stride in zip(reversed(shape[: len(strides)]), reversed(strides)):
+        if n != 1:
+            if span not in (None, stride):
+                return None
+            step, span = stride if step is None else step, stride * n
+    return step or 0
+
+
+@functools.cache
+def _blas(dtype: str) -> tuple[Any, Callable, int, int]:
+    """cuBLAS, its handle, its numbers of the dtype and of how to compute: as CuPy does, in TF32 with CUPY_TF32=1."""
+    blas, handle = _cupy().cuda.cublas, _cupy().cuda.device.get_cublas_handle
+    if dtype == "d":
+        return blas, handle, 1, blas.CUBLAS_COMPUTE_64F
+    tf32 = int(os.environ.get("CUPY_TF32", "0")) > 0
+    return blas, handle, 0, blas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else blas.CUBLAS_COMPUTE_32F
+
+
+@functools.lru_cache(256)
+def _scalar(value: float, dtype: str) -> tuple[Array, int]:
+    array = np.array(value, dtype)
+    return array, array.ctypes.data
+
+
+def _sum(a: Array, b: Array, alpha: float = 1.0) -> Sum:
+    """alpha a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
+
+    def write(out: Array, total: Array | None) -> None:
+        if total is not None and total is not out:
+            out[...] = total
+        product(a, b, alpha, _rows(out), 0.0 if total is None else 1.0)
+
+    return Sum(a.dtype, write)
+
+
+@device(ops.matmul, 2)
+def _matmul(a, b):
+    check.matmul(a, b)
+    if min(a.ndim, b.ndim) < 2 or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
+        return ops.matmul.definition(a, b)
+    if b.ndim > 2:
+        return product(a, b), lambda g: product(g, _t(b)), lambda g: product(_t(a), g)
+    y = product(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
+    return y, lambda g: _sum(_rows(g), b.T), lambda g: _sum(_rows(a).T, _rows(g))
+
+
+@device(ops.linear)
+def _linear(x, weight, bias=None, alpha=1.0):
+    check.linear("linear", x, weight, bias)
+    return _affine(x, weight, bias, alpha, True) or ops.linear.definition(x, weight, bias, alpha)
+
+
+@kernel(ops.addmm, "cupy")
+def _addmm(bias, x, weight):
+    check.linear("addmm", x, weight, bias, inputs=0)
+    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, 1.0, False)) or [None] * 4
+    return ops.addmm.definition(bias, x, weight) if y is None else (y, db, dx, dw)
+
+
+def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transposed: bool) -> tuple | None:
+    """y = α x Wᵀ + b (transposed), or α x W + b; None where dtypes meet, but for a weight in float16."""
+
+    def w():  # [in, out]; widened again in backward: the wide copy is not kept
+        wide = _widen(weight, x)
+        return wide.T if transposed else wide
+
+    if w().dtype != x.dtype or (bias is not None and _widen(bias, x).dtype != x.dtype):
+        return None
+    x, shape, vector = _rows(x), (*x.shape[:-1], w().shape[1]), bias is not None and bias.ndim == 1
+    if bias is None or vector:
+        y = product(x, w(), alpha).reshape(shape)
+    else:
+        y = _widen(bias, x).copy()
+        product(x, w(), alpha, _rows(y), 1.0)
+    if vector:
+        y += bias
+
+    def dw(g):
+        return _sum(_rows(g).T, x, alpha) if transposed else _sum(x.T, _rows(g), alpha)
+
+    return y, lambda g: _sum(_rows(g), w().T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
+
+
+# ------------------------------------------------------------------------------------------- embeddings and attention
+
+_embedding_rows = elementwise(
+    "raw W weight, I id, int64 rows, int64 d", "T y",
+    "y = id < 0 || id >= rows ? T(nan(\"\")) : T(weight[id * d + i % d])", "embedding",
+)  # fmt: skip
+
+
+@kernel(ops.embedding, "cupy")
+def _embedding(ids, weight):
+    check.ids(ids, weight.shape[0], values=False)
+    xp, (rows, d) = _cupy(), weight.shape
+    dtype = np.float32 if weight.dtype.itemsize == 2 else weight.dtype
+    y = _embedding_rows(weight, ids[..., None], rows, d, xp.empty((*ids.shape, d), dtype))
+
+    def dw(g):
+        flat, g = ids.reshape(-1).astype(np.int64, copy=False), _contiguous(g)
+
+        def write(out, total):
+            if total is None:
+                out.fill(0)
+            elif total is not out:
+                out[...] = total
+            by_rows("add_rows", flat.size, d, g, g.dtype, flat, flat.size, g, d, rows, out)
+
+        return Sum(g.dtype, write)
+
+    return y, None, dw
+
+
+_rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y = b * c + a * s", "rope")
+
+
+@device(ops.rope, 3)
+def _rope(x, cos, sin):
+    """Gives a contiguous array, as attention reads it, and a gradient in the order of x's memory: heads merge freely."""
+    half, c, s = x.shape[-1] // 2, cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
+    order = sorted(range(4), key=lambda axis: -x.strides[axis])
+    y, shape = _cupy().empty(x.shape, x.dtype), [x.shape[axis] for axis in order]
+
+    def dx(g):  # to exchange the halves is to rotate the other way
+        d = _cupy().empty(shape, g.dtype).transpose(np.argsort(order).tolist())
+        _rotated(g[..., half:], g[..., :half], c, s, d[..., half:], d[..., :half])
+        return d
+
+    _rotated(x[..., :half], x[..., half:], c, s, y[..., :half], y[..., half:])
+    return y, dx
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
+    """(softmax(scale q kᵀ) v, gradients(g, dq=, dk=, dv=)); the weights, [T, S] a head, are not kept but made again.
+
+    The H/kv query heads of a key head stand one below the other, [B, kv, H/kv * T, D]: so their gradients of k and v
+    come as one product, summed up.
+    """
+    check.attention(q, k, v, mask)
+    (B, H, T, D), (kv, S), (k, *_), (v, *_) = q.shape, k.shape[1:3], _as_cublas_reads(k), _as_cublas_reads(v)
+    scale, kind, hidden = 1 / math.sqrt(D) if scale is None else scale, "?", (0,) * 5
+    if mask is not None:
+        strides = _cupy().broadcast_to(mask, (B, H, T, S)).strides
+        kind, hidden = mask.dtype, (mask, *[n // mask.itemsize for n in strides])
+
+    def stacked(x):
+        return _contiguous(x).reshape(B, kv, H // kv * T, x.shape[3])
+
+    def rows(name, *arrays):
+        if S:
+            by_rows(name, B * H * T, S, q, kind, *arrays, *hidden, causal, H, T, S)
+
+    q = stacked(q)
+    p = product(q, _t(k), scale)
+    rows("softmax", p)
+
+    def gradients(g, dq=None, dk=None, dv=None):
+        g, p = stacked(g), product(q, _t(k), scale)
+        da = product(g, _t(v))
+        rows("softmax_gradient", p, da)
+        dv = product(_t(p), g, out=dv)
+        del p
+        dq = product(da, k, scale, None if dq is None else stacked(dq))
+        return dq.reshape(B, H, T, D), product(_t(da), q, scale, dk), dv
+
+    return product(p, v).reshape(B, H, T, v.shape[3]), gradients
+
+
+@device(ops.scaled_dot_product_attention, 3)
+def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
+    y, gradients = _attend(q, k, v, attn_mask, is_causal, scale)
+    return y, *together(3, gradients)
+
+
+@device(ops.packed_attention)
+def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
+    (B, T, d3), D = qkv.shape, qkv.shape[2] // 3 // num_heads
+    heads = qkv.reshape(B, T, 3, num_heads, D).transpose(2, 0, 3, 1, 4).copy()  # [3, B, H, T, D]
+    y, gradients = _attend(*heads, attn_mask, is_causal, None)
+
+    def dqkv(g):
+        d = _cupy().empty_like(heads)
+        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), *d)
+        return d.transpose(1, 3, 0, 2, 4).reshape(B, T, d3)
+
+    return y.swapaxes(1, 2).reshape(B, T, d3 // 3), dqkv
+
+
+# ------------------------------------------------------------------------------------------------- dropout and losses
+
+
+@device(ops.dropout)
+def _dropout(x, p, rng):
+    """No mask is kept: its numbers are drawn again for the gradient."""
+    check.probability(p)
+    if rng is None or p == 0 or not isinstance(rng, Rng):
+        return ops.dropout.definition(x, p, rng)
+    return rng.dropped(x, p), lambda g: rng.dropped(g, p)
+
+
+def _nll(x: Array, targets: Array, ignored: int, smoothing: float) -> tuple[Array, Callable[[Array, Array], None]]:
+    """(`cross_entropy` of logits [N, d], gradient(g, out)), where `out` may be the logits' memory."""
+    xp, (n, d), t = _cupy(), x.shape, _contiguous(targets.reshape(-1).astype(np.int64, copy=False))
+    top, total = xp.empty(n, x.dtype), xp.empty(n, x.dtype)
+    losses, counts = terms = xp.empty((2, n), x.dtype)
+    options = t, ignored, float(smoothing), d, top, total
+    by_rows("nll", n, d, x, x.dtype, x, *options, losses, counts)
+    loss, count = terms.sum(axis=1)
+
+    def gradient(g, out):
+        by_rows("nll_gradient", n, d, x, x.dtype, x, *options, g, count, out)
+
+    return loss / count, gradient
+
+
+@device(ops.cross_entropy)
+def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
+    """The pullback is computed from the logits again: no second array of their size is kept."""
+    check.smoothing(label_smoothing)
+    check.targets("cross_entropy", targets, logits.shape[:-1], logits.shape[-1], ignore_index, values=False)
+    loss, gradient = _nll(_contiguous(_rows(logits)), targets, ignore_index, label_smoothing)
+    shape, dtype = logits.shape, logits.dtype
+
+    def dlogits(g):
+        d = _cupy().empty(shape, dtype)
+        gradient(g, d)
+        return d
+
+    return loss, dlogits
+
+
+@device(ops.linear_cross_entropy)
+def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
+    """Logits are held once: in backward their memory becomes their gradient."""
+    check.linear("linear_cross_entropy", hidden, weight)
+    check.targets("linear_cross_entropy", targets, hidden.shape[:-1], weight.shape[0], ignore_index, values=False)
+    check.smoothing(label_smoothing)
+    h = _rows(hidden)
+    if _widen(weight, h).dtype != h.dtype:
+        return ops.linear_cross_entropy.definition(hidden, weight, targets, ignore_index, label_smoothing)
+    logits = product(h, _widen(weight, h).T)
+    loss, gradient = _nll(logits, targets, ignore_index, label_smoothing)
+    made: list[Array] = []
+
+    def dlogits(g):
+        if not made:
+            gradient(g, logits)
+            made.append(logits)
+        return logits
+
+    return loss, lambda g: _sum(dlogits(g), _widen(weight, h)), lambda g: _sum(dlogits(g).T, h)
+
+
+def _contiguous(a: Array) -> Array:
+    return a if a.flags.c_contiguous else a.copy()
