@@ -540,6 +540,24 @@ def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
     return op.view(tiles.out, (B, T, d3 // 3)), lambda g: tiles.gradients(op, [(B, T, d3)])[0], None, None, None
 
 
+@rule("rotary_attention")
+def _rotary_attention(op, q, k, v, cos, sin, attn_mask=None, cache=None):
+    (B, T, _), D = q.shape, 2 * cos.shape[2]
+    heads = [op.view(a, (B, T, a.shape[2] // D, D)).swapaxes(1, 2) for a in (q, k, v)]
+    (Q, turn, *_), (K, *_), V = *[_rope(op, x, cos, sin) for x in heads[:2]], heads[2]
+    K, V = (K, V) if cache is None else [a[:, :, : cache[2] + T] for a in cache[:2]]
+    tiles = _Tiles(op, Q, K, V, True)
+    op.works_in(tiles.forward_work)
+
+    def gradients(g: Array) -> list[Array]:
+        dq, dk, dv = tiles.gradients(op, [a.shape for a in tiles.inputs])
+        return [turn(dq), turn(dk), dv]
+
+    shapes = q.shape, k.shape, v.shape
+    pulls = [lambda g, p=p, s=s: op.view(p(g), s) for p, s in zip(together(3, gradients), shapes)]
+    return op.view(tiles.out, q.shape), *pulls, None, None, None
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 

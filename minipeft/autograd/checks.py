@@ -104,6 +104,17 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
             raise ValueError(f"attention: a mask of shape {mask.shape} cannot be broadcast to [B, H, T, S] = {want}")
 
 
+def rotary(q: Array, k: Array, v: Array, cos: Array, sin: Array) -> None:
+    """q [B, T, H D], k and v [B, T, H' D], cos and sin [B or 1, T, D/2]."""
+    (B, T), D = cos.shape[:2], 2 * cos.shape[2]
+    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and T == q.shape[1] and B in (1, q.shape[0])
+    if not fits or cos.shape != sin.shape or not D or q.shape[2] % D or k.shape[2] % D:
+        raise ValueError(
+            f"rotary_attention: q {q.shape}, k {k.shape}, v {v.shape}, cos {cos.shape} and sin {sin.shape} do not match: "
+            "[B, T, H D], [B, T, H' D], [B, T, H' D], [B or 1, T, D/2] twice"
+        )
+
+
 def targets(
     name: str, targets: Array, rows: tuple[int, ...], classes: int, ignore_index: int, values: bool = True
 ) -> None:

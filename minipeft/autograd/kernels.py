@@ -432,6 +432,32 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     return a.out.transpose(0, 2, 1, 3).reshape(B, T, d3 // 3), dqkv
 
 
+@kernel(ops.rotary_attention, "numpy")
+def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
+    """Queries, keys and their gradients keep the order of the projections in memory, so that heads merge without a copy."""
+    check.rotary(q, k, v, cos, sin)
+    D = 2 * cos.shape[-1]
+
+    def heads(a):  # [B, T, H D] -> [B, H, T, D]
+        return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
+
+    def merged(a):
+        a = a.swapaxes(1, 2)
+        return a.reshape(*a.shape[:2], a.shape[2] * D)
+
+    (Q, rotate), (K, _), V = _rope(heads(q), cos, sin), _rope(heads(k), cos, sin), heads(v)
+    K, V = (K, V) if cache is None else ops._remembered(cache, K, V)
+    a = _Attention(Q, K, V, attn_mask, True, None)
+
+    def compute(g):
+        found = np.empty_like(Q), np.zeros_like(K), np.zeros_like(V)
+        a.backward(heads(g), *found)
+        dq, dk, dv = found
+        return [merged(d) for d in (rotate(dq), rotate(dk), dv)]
+
+    return merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 

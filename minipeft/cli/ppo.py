@@ -69,8 +69,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: Arguments) -> None:
-    output = outputs.check_output(args)
     args.only_one("reward", "reward_function")
+    output = outputs.check_output(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     args.refuse((f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
     config = from_arguments(own, args, output_dir=output, save_total_limit=1, **MISSING_EOS[args.missing_eos])

@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from tqdm import tqdm
+
 EVERY = 10  # seconds between two lines
 LINE = "{unit} {n_fmt}/{total_fmt}  {desc}  {rate_inv_fmt}  {remaining} left"
+
+
+class Bar(tqdm):
+    """tqdm's, without a thread that looks after it: each step may show itself."""
+
+    monitor_interval = 0
 
 
 @contextmanager
 def progress(wanted: bool, unit: str, step: int, total: int) -> Iterator[Callable[[int, str], None]]:
     """`advance(step, text)` says how far a run is that begins after `step`; it does nothing where not `wanted`."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        monitor_interval = 0  # no thread looks after it: each step may show itself
-
     wanted = wanted and sys.stderr is not None
     live = wanted and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     if live:

@@ -31,7 +31,6 @@ from ..options import fits
 from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
-from .progress import progress
 
 _SAVED = {"identity", "metrics", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
@@ -77,6 +76,8 @@ class Run:
         Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
         last; CheckpointError for one that is missing, damaged, or of another run; DirectoryInUse.
         """
+        from .progress import progress  # and tqdm with it, which is only then needed
+
         directory = self.directory
         with locked(directory) if directory else nullcontext():
             lines = ""
