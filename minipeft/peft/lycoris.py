@@ -62,7 +62,6 @@ class LycorisConfig(Ranked):
     module_dropout: float = option(0.0, "probability of dropping the update of a layer", least=0, below=1)
     use_effective_conv2d: bool = option(False, "must be False: it is for convolutions", choices=(False,))
 
-
     def scaling(self, name: str) -> float:
         """s of the module at a path."""
         return pattern_value(self.alpha_pattern, name, self.alpha) / self.rank(name)
