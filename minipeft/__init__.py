@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from . import (
-        backend as backend, files as files, autograd as autograd, nn as nn, quant as quant, peft as peft,
+        backend as backend, files as files, directory as directory, autograd as autograd, nn as nn, quant as quant, peft as peft,
         train as train, text as text, hub as hub, evaluation as evaluation, rlhf as rlhf,
         accounting as accounting, experiments as experiments,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from . import philox
 from .threads import SPLIT, BackendError, get_num_threads, one_blas_thread, split_rows
 from .threads import run_tasks as run_tasks
 from .threads import set_num_threads as set_num_threads
@@ -67,7 +69,7 @@ def xp_of(*arrays: Array) -> ModuleType:
 def get_backend(name: str | None = None) -> ModuleType:
     """The array library called `name` ("numpy" or "cupy"); None asks the environment variable MINIPEFT_BACKEND.
 
-    Raises BackendError when the name is unknown, when CuPy is not installed, or when it finds no usable GPU.
+    Raises BackendError when the name is unknown, when CuPy is not installed, or when it cannot compute on a GPU.
     """
     name = name or os.environ.get("MINIPEFT_BACKEND") or "numpy"
     if name == "numpy":
@@ -76,22 +78,55 @@ def get_backend(name: str | None = None) -> ModuleType:
         raise BackendError(f"unknown backend {name!r}; choose 'numpy' or 'cupy'")
     try:
         cupy = importlib.import_module("cupy")
+    except ModuleNotFoundError as error:
+        raise BackendError(f"the backend 'cupy' was asked for but CuPy is not installed; {_GET_CUPY}") from error
     except ImportError as error:
-        raise BackendError(
-            "the backend 'cupy' was asked for but CuPy is not installed; install the extra: pip install 'minipeft[gpu]'"
-        ) from error
+        raise BackendError(f"the backend 'cupy' was asked for but CuPy cannot be imported: {error}") from error
+    _check_device(cupy)
+    return cupy
+
+
+_GET_CUPY = (
+    "install the extra of the GPU driver's CUDA (nvidia-smi says which): pip install 'minipeft[gpu]' for 12, "
+    "'minipeft[gpu13]' for 13"
+)
+
+
+@functools.cache
+def _check_device(cupy: ModuleType) -> None:
+    """One kernel and one matrix product. Raises BackendError where there is no GPU, or CUDA's libraries are missing."""
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises its own CUDARuntimeError, or an import error of a missing driver library
-        raise BackendError(f"CuPy is installed (extra 'gpu') but finds no usable GPU: {error}") from error
+        raise BackendError(f"CuPy is installed but finds no usable GPU: {error}") from error
     if devices == 0:
-        raise BackendError("CuPy is installed (extra 'gpu') but finds no GPU on this machine")
-    return cupy
+        raise BackendError("CuPy is installed but finds no GPU on this machine (or CUDA_VISIBLE_DEVICES hides it)")
+    try:
+        ones = cupy.ones((2, 2), "float32")
+        (ones @ ones).get()
+    except Exception as error:  # CuPy's wheels hold no CUDA: neither NVRTC, which compiles kernels, nor cuBLAS
+        raise BackendError(f"CuPy finds a GPU but cannot compute on it: {error}; {_GET_CUPY}") from error
 
 
 def to_numpy(array: Array) -> np.ndarray:
     """The array, of any shape, in host memory: itself if it is NumPy's, an explicit copy from the device otherwise."""
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def read(*arrays: Array) -> list[np.ndarray]:
+    """Small arrays, of any shapes, in host memory as float64: explicit copies, and one wait for the device for them all."""
+    found = [a for a in arrays if _library(type(a)) not in (np, None)]
+    if found:
+        joined = xp_of(*found).concatenate([a.reshape(-1) for a in found], dtype=np.float64).get()
+        parts = iter(np.split(joined, np.cumsum([a.size for a in found])[:-1]))
+        arrays = [next(parts).reshape(a.shape) if _library(type(a)) not in (np, None) else a for a in arrays]
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+def synchronize(xp: ModuleType) -> None:
+    """Wait until the device of `xp` has done what was asked of it; NumPy has when it returns."""
+    if hasattr(xp, "cuda"):
+        xp.cuda.Device().synchronize()
 
 
 def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
@@ -110,16 +145,58 @@ def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
 
 def scatter_add(out: Array, ids: Array, rows: Array) -> None:
     """out[ids[i]] += rows[i] for every i, in order of i within one target row; ids [n], rows [n, ...], out [m, ...]."""
-    xp = xp_of(out)
-    if ids.size == 0:
-        return
-    if xp is not np:
-        xp.add.at(out, ids, rows)
-        return
+    if xp_of(out) is not np or ids.size == 0:
+        return add_at(out, ids, rows)
     order = np.argsort(ids, kind="stable")  # sorted, each target's rows are one run: 10x faster than numpy.add.at
     sorted_ids = ids[order]
     starts = np.flatnonzero(np.r_[True, sorted_ids[1:] != sorted_ids[:-1]])
     out[sorted_ids[starts]] += np.add.reduceat(rows[order], starts, axis=0)
+
+
+def add_at(out: Array, index: Any, values: Array) -> None:
+    """out[index] += values, also where `index` names an element several times: `numpy.add.at`, in the same order.
+
+    values: of the shape of out[index]. CuPy's `add.at` adds in an order that differs from run to run. Here a device
+    sorts the places, and one thread adds up what goes to one of them. Nothing waits for the device; integer arrays as
+    an index cost four launches.
+    """
+    xp = xp_of(out)
+    if xp.__name__ != "cupy":
+        xp.add.at(out, index, values)
+    elif values.size:
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(isinstance(part, xp.ndarray) and part.dtype.kind in "iu" for part in parts):
+            places = _places(len(parts))(*[x for part in zip(parts, out.shape) for x in part])
+        else:
+            parts, places = out.shape, xp.arange(out.size).reshape(out.shape)[index]
+        n, width = places.size, math.prod(out.shape[len(parts) :])
+        order = xp.argsort(places.reshape(-1), kind="stable")
+        _sum_runs()(places.reshape(-1), order, values, n, width, out, size=n * width)
+
+
+@functools.cache
+def _places(n: int) -> Any:
+    """A kernel: the position, in memory order, of (i0, i1, ...) in an array [n0, n1, ...]; an i < 0 is i + n."""
+    inputs = ", ".join(f"{chr(65 + a)} i{a}, int64 n{a}" for a in range(n))
+    step = "place = place * n{0} + ((long long)i{0} % n{0} + n{0}) % n{0};"
+    code = "place = 0;" + "".join(step.format(a) for a in range(n))
+    return importlib.import_module("cupy").ElementwiseKernel(inputs, "int64 place", code, "places")
+
+
+@functools.cache
+def _sum_runs() -> Any:
+    """A kernel: thread (k, c) adds column c of the values of one place, if the k-th in order is the first of them."""
+    return importlib.import_module("cupy").ElementwiseKernel(
+        "raw int64 places, raw int64 order, raw V values, int64 n, int64 width", "raw T out",
+        """
+        long long k = i / width, c = i % width, place = places[order[k]];
+        if (k == 0 || places[order[k - 1]] != place) {
+            T total = out[place * width + c];
+            for (; k < n && places[order[k]] == place; k++) total += T(values[order[k] * width + c]);
+            out[place * width + c] = total;
+        }""",
+        "sum_runs",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks
@@ -238,18 +315,33 @@ class Rng:
         return Rng(*self.path, rows=[(self.row(i)[0], n) for i, n in enumerate(padding)])
 
     def uniform_rows(self, shape: tuple[int, ...], xp: ModuleType = np) -> Array:
-        """float32 uniform [0, 1) of `shape`, row i of which depends on the path and on `row(i)` alone."""
-        out = (xp.empty if self.rows is None else xp.zeros)(shape, xp.float32)
+        """float32 uniform [0, 1) of `shape`; row i depends on the path and on `row(i)` alone (`philox`)."""
+        if xp.__name__ == "cupy":
+            return self._on_device(shape, xp.float32, xp)
+        size, inner, key = math.prod(shape[1:]), math.prod(shape[2:]), philox.key_of(self.path)
+        out = (np.empty if self.rows is None else np.zeros)(shape, np.float32)
+        flat = out.reshape(shape[0], size)
 
-        def block(rows: slice) -> None:
-            for i in range(rows.start, rows.stop):
+        def block(part: slice) -> None:
+            for i in range(part.start, part.stop):
                 index, padding = self.row(i)
-                seed = np.random.SeedSequence([*self.path, index])
-                source = seed if xp is np else int(seed.generate_state(1, np.uint64)[0])
-                own = out[i : i + 1, padding:] if padding else out[i : i + 1]  # [1, ...]
-                own[...] = xp.random.default_rng(source).random(own.shape[1:], dtype=xp.float32)
+                philox.source().fill(flat[i, padding * inner :], key, index)
 
-        parallel_rows(xp, block, shape[0], int(np.prod(shape[1:])))
+        parallel_rows(np, block, shape[0], size)
+        return asarray(out, xp)
+
+    def dropped(self, x: Array, p: float) -> Array:
+        """x (CuPy's), 0 where `uniform_rows` of its shape is below p and x / (1 - p) elsewhere, in one launch."""
+        xp = xp_of(x)
+        return self._on_device(x.shape, x.dtype, xp, xp.ascontiguousarray(x), p)
+
+    def _on_device(self, shape: tuple[int, ...], dtype: Any, xp: ModuleType, x: Array = None, p: float = 0.0) -> Array:
+        n, size, inner = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+        out = (xp.empty if self.rows is None else xp.zeros)(shape, dtype)
+        rows = self.rows and [(index, padding * inner) for index, padding in map(self.row, range(n))]
+        rows = rows and xp.asarray(np.array(rows, np.int64))
+        x = x if x is None else x.reshape(n, size)
+        philox.fill_on_device(out.reshape(n, size), philox.key_of(self.path), self.first_row, rows, x, p)
         return out
 
 

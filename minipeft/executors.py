@@ -95,9 +95,9 @@ class LocalProcesses:
         for _ in range(2):
             process = getattr(self._mine, "process", None) or self._start()
             try:
-                process.stdin.write(sent)
+                pickle.dump(sent, process.stdin)
                 process.stdin.flush()
-                found, error = pickle.load(process.stdout)
+                found = pickle.load(process.stdout)
                 break
             except (OSError, EOFError, pickle.UnpicklingError):
                 status, self._mine.process = process.wait(), None
@@ -107,9 +107,10 @@ class LocalProcesses:
                 self.deaths.append(how)
         else:
             raise ProcessDied(f"the process of this run died twice ({how}); where memory ran out, use fewer processes")
+        result, error = pickle.loads(found)
         if error is not None:
             raise error
-        return found
+        return result
 
     def _start(self) -> subprocess.Popen:
         code = "import sys; sys.path[:] = sys.argv[1:]; from minipeft.executors import _serve; _serve()"
@@ -124,7 +125,10 @@ class LocalProcesses:
 
 
 def _serve() -> None:
-    """What a process of LocalProcesses does: (function, arguments) come in, results go out, until the input ends."""
+    """What a process of LocalProcesses does: (function, arguments) come in, results go out, until the input ends.
+
+    Both go as bytes within a pickle, so that one that cannot be opened leaves the stream where it should be.
+    """
     tasks, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a run prints is no result
@@ -135,17 +139,18 @@ def _serve() -> None:
         try:
             while True:
                 asked.put(pickle.load(tasks))
-        except (EOFError, pickle.UnpicklingError):
+        finally:
             os._exit(0)  # in the middle of a run, too: nobody waits for it
 
     threading.Thread(target=receive, daemon=True).start()
     while True:
-        function, arguments = asked.get()
+        task = asked.get()
         try:
+            function, arguments = pickle.loads(task)
             found = pickle.dumps((function(*arguments), None))
-        except Exception as error:
+        except Exception as error:  # also of a module that is not found here
             found = _sendable(error)
-        results.write(found)
+        pickle.dump(found, results)
         results.flush()
 
 

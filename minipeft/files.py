@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import errno
 import json
+import lzma
+import math
 import mmap
 import os
+import sys
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,22 +25,41 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+READY = ".minipeft-ready"  # in a directory that is being replaced: the new files; see directory.py
+
 
 class FileError(ValueError):
     """A file cannot be read as what it should be: missing, truncated, foreign or inconsistent."""
 
 
+@contextmanager
+def expecting(what: str, place: object, error: type[FileError] = FileError) -> Iterator[None]:
+    """Inside, what Python raises where content has not the form that is expected becomes an `error` that says so."""
+    try:
+        yield
+    except error:
+        raise
+    except _OF_ANOTHER_FORM as e:
+        detail = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise error(f"{place}: does not hold {what} ({detail})") from e
+
+
+_OF_ANOTHER_FORM = (
+    ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError, lzma.LZMAError, zlib.error,
+)  # fmt: skip
+
+
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all.
 
-    Raises FileNotFoundError, naming the directory, where it is missing.
+    Raises FileNotFoundError, naming the directory, where it is missing; any OSError names a file.
     """
     path = Path(path)
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, naming(path):
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -45,6 +68,16 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError inside that names no file, such as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def fsync_directory(path: str | os.PathLike) -> None:
@@ -58,35 +91,68 @@ def fsync_directory(path: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Write UTF-8 text atomically; a lone surrogate, as of the bytes of a path that are not UTF-8, as its escape."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity."""
+    """Write JSON (two-space indent, final newline) atomically. Raises ValueError for NaN or infinity.
+
+    A lone surrogate is read back as it was.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` that raises ValueError alone, also for what is nested more than 100 levels deep."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level, depth = [value], 0
+    while level := [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]:
+        depth += 1
+        if depth > 100:
+            raise ValueError("nested more than 100 levels deep")
+    return value
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file; FileError names the file and what is wrong with it."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileError(f"{path}: no such file{unfinished(Path(path).parent)}") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise FileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise FileError(f"{path}: must hold an object, got {type(value).__name__}")
     return value
 
 
+def unfinished(directory: Path) -> str:
+    """What an error adds where a process was killed while it was replacing the directory's files; else nothing."""
+    hint = f"; a replacement was interrupted: the new files are in {READY}, and what writes there next puts them in place"
+    return hint if (directory / READY).is_dir() else ""
+
+
 def write_safetensors(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write host arrays as a safetensors file, atomically. Same arrays, same bytes."""
+    """Write host arrays as a safetensors file, atomically. Same arrays, same bytes.
+
+    Raises TypeError for a dtype that such a file does not have.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
-    data = save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}, metadata)
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    try:
+        data = save(contiguous, metadata)
+    except (KeyError, SafetensorError) as error:
+        raise TypeError(f"{path}: cannot be written as safetensors ({error})") from error
     size = int.from_bytes(data[:8], "little")
     head = json.loads(data[8 : 8 + size])
     if "__metadata__" in head:
@@ -154,7 +220,7 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-_HUGE_PAGE = 1 << 21
+_HUGE_PAGE, _MOST_AXES = 1 << 21, 64  # of NumPy
 
 
 def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -166,6 +232,8 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
             pass  # it has checked the header, and that the tensors fill the file, without holes
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         size = os.path.getsize(path)
         raise FileError(f"{path}: {size} bytes, no safetensors file, or a cut or damaged one ({error})") from error
@@ -184,6 +252,8 @@ def map_safetensors(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], d
         begin, end = (start + offset for offset in entry["data_offsets"])
         dtype = np.dtype(np.uint16 if code == "BF16" else _DTYPES[code])
         wide = np.dtype(np.float32) if code == "BF16" else dtype
+        if len(shape) > _MOST_AXES or math.prod(n or 1 for n in shape) * wide.itemsize > sys.maxsize:
+            raise FileError(f"{path}: tensor {name!r} has the shape {list(shape)}, which no array has")
         read = partial(_read, file, begin, end, dtype, shape, code == "BF16")
         tensors[name] = StoredTensor(shape, wide, code != "BF16", read, partial(file.release, begin, end))
     return tensors, metadata

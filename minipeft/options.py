@@ -23,6 +23,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
 
 C = TypeVar("C")
+REQUIRED: Any = dataclasses.MISSING  # in place of a default
 
 
 def option(
@@ -37,9 +38,10 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field: `default` (lists, dicts are copied), one line of `help`, and the range least <= value <= most
-    or above < value < below, or the `choices`, as they are when a value is checked. None is allowed where the annotation says so. `flag` and `metavar` are
-    the command line's; by default --name-of-the-field, and the kind of value.
+    """A dataclass field: `default` (lists, dicts are copied) or REQUIRED, one line of `help`, and the range
+    least <= value <= most or above < value < below, or the `choices`, as they are when a value is checked. None is
+    allowed where the annotation says so. `flag` (or several, "-r --rank") and `metavar` are the command line's; by
+    default --name-of-the-field, and the kind of value.
     """
     limits = {"least": least, "above": above, "most": most, "below": below}
     metadata = {"help": help, "choices": choices, "flag": flag, "metavar": metavar}
@@ -106,7 +108,7 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
         if numpy and isinstance(value, numpy.generic):
             value = value.item()
             object.__setattr__(config, field.name, value)
-        if not _fits(value, _hints(type(config))[field.name]) or not _within(value, field.metadata):
+        if not fits(value, _hints(type(config))[field.name]) or not (value is None or _within(value, field.metadata)):
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
 
 
@@ -115,18 +117,21 @@ def add_options(
 ) -> None:
     """Flags for fields of a configuration (default: all its options) in an argparse parser or group.
 
-    An option that is not given is not set in the result, so that `from_arguments` leaves its default to the class.
-    `defaults` are a command's own, which the result then has; None stands for "the command finds it out", and the help
-    says how. `helps` replaces the help of a field in this command.
+    `defaults` are a command's own; None stands for "the command finds it out", and the help says how: "; None: so" at
+    its end is shown as the default. `helps` replaces the help of a field in this command. A flag that takes several
+    values may be given again.
     """
     fields, defaults = {f.name: f for f in _options(cls)}, defaults or {}
     for name in names or fields:
         field = fields[name]
         kinds = [kind for kind in _kinds(_hints(cls)[name]) if kind is not NoneType]
-        flags = (field.metadata["flag"] or f"--{name.replace('_', '-')}").split()
-        text = helps.get(name, field.metadata["help"]).replace("%", "%%")
+        flags = flags_of(field)
+        text, none, usual = helps.get(name, field.metadata["help"]).replace("%", "%%").partition("; None: ")
+        text += f" (default: {usual})" if none else ""
         default = defaults.get(name, _default(field))
-        common: dict[str, Any] = {"dest": name, "default": default if name in defaults else argparse.SUPPRESS}
+        common: dict[str, Any] = {"dest": name, "default": default}
+        if default is REQUIRED:
+            common |= {"default": None, "required": True}
         if kinds == [bool]:
             if default is None:
                 common["action"] = argparse.BooleanOptionalAction
@@ -142,14 +147,21 @@ def add_options(
         inner = kinds[0]
         if get_origin(inner) in (list, tuple):
             inner = get_args(inner)[0]
-            common["nargs"] = "+"
+            common |= {"nargs": "+", "action": "extend"}
         choices = field.metadata["choices"]
         if choices:
             common["choices"] = tuple(c for c in choices if c is not None)
-        else:
-            common["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(inner, "TEXT")
-        shown = text if default is None or default is False else f"{text} (default: {_shown(default)})"
-        parser.add_argument(*flags, type=reader(inner, field.metadata), help=shown, **common)
+        if not choices or field.metadata["metavar"]:
+            usual = {int: "N", float: "X"}.get(inner, "NAME" if "nargs" in common else "TEXT")
+            common["metavar"] = field.metadata["metavar"] or usual
+        if not (default is None or default is False or default is REQUIRED):
+            text += f" (default: {_shown(default)})"
+        parser.add_argument(*flags, type=reader(inner, field.metadata), help=text, **common)
+
+
+def flags_of(field: dataclasses.Field) -> list[str]:
+    """What the command line calls an option: ["-r", "--rank"]."""
+    return (field.metadata["flag"] or f"--{field.name.replace('_', '-')}").split()
 
 
 def from_arguments(cls: type, given: argparse.Namespace | Mapping[str, Any], **fixed: Any) -> Any:
@@ -182,27 +194,30 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. A bool is no number, an integer is a float, NaN is none."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. A bool is no number; an integer is a float, of 64 bits; NaN is none."""
     kinds = _kinds(hint)
     if len(kinds) > 1:
-        return any(_fits(value, kind) for kind in kinds)
+        return any(fits(value, kind) for kind in kinds)
     origin, inside = get_origin(hint), get_args(hint)
     if hint in (int, float):
-        number = isinstance(value, numbers.Integral if hint is int else numbers.Real)
-        return number and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+        return number and -_LARGEST[hint] <= value <= _LARGEST[hint]
     if origin in (list, tuple, set, frozenset):
-        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, inside[0]) for v in value)
+        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, inside[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
     return hint is Any or not isinstance(origin or hint, type) or isinstance(value, origin or hint)
 
 
+_LARGEST = {int: 2**63 - 1, float: sys.float_info.max}
+
+
 def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
-    if metadata.get("choices") is not None:
-        return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
     if isinstance(value, (list, tuple)):
         return all(_within(v, metadata) for v in value)
+    if metadata.get("choices") is not None:
+        return any(value is c or (type(value) is type(c) and value == c) for c in metadata["choices"])
     if isinstance(value, dict):
         return all(_within(v, metadata) for v in value.values())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -250,7 +265,7 @@ def reader(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         except ValueError:
             value = None
         choices = metadata.get("choices")  # argparse looks at them itself, and lists them
-        if value is None or not _fits(value, kind) or (not choices and not _within(value, metadata)):
+        if value is None or not fits(value, kind) or (not choices and not _within(value, metadata)):
             raise argparse.ArgumentTypeError(f"must be {_words(kind, metadata)}, not {text!r}")
         return value
 

@@ -39,7 +39,7 @@ def get_num_threads() -> int:
     global _threads
     if not _threads:
         asked = os.environ.get("MINIPEFT_THREADS")
-        if asked is None:
+        if not asked:
             _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         elif asked.isdigit() and int(asked) > 0:
             set_num_threads(int(asked))

@@ -224,6 +224,10 @@ def test_a_wrong_row_is_an_error_that_names_it(tmp_path, changes, message):
     ({"ledger": {}, "line": "weights"}, "unknown line 'weights'; nearest:"),
     ({"ledger": {}, "line": "total", "config": ["head", "frozen"]}, "a ledger is of one method, not of a list"),
     ({"quantize_4bit": {"blocksize": 63}, "line": "codes"}, "blocksize must be one of"),
+    ({"config": {"peft_type": ["LORA"]}}, ""), ({"model": ["gpt2"]}, ""), ({"line": {}, "ledger": {}}, ""),
+    ({"model": "x" * 5000}, ""), ({"times": 10**400}, "times must be a finite number"), ({"ledger": {"precision": []}}, ""),
+    ({"code": {"quant_type": [], "index": 0}}, ""), ({"only": 5}, ""), ({"only": r"(\w|\w\w|\.)*[!#]"}, ""),
+    ({"quantize_4bit": {"blocksize": []}, "line": "codes"}, ""), ({"model": {"model_type": "gpt2", "n_layer": 10**9}}, ""),
     ({"code": {"quant_type": "nf5", "index": 0}}, "unknown quant_type 'nf5'; nearest: nf4"),
     ({"code": {"quant_type": "nf4", "index": 16}}, "unknown index 16; there are 0, 1"),
 ])

@@ -111,6 +111,11 @@ def test_each_prompt_by_its_own_adapter(base):
     assert [answers[2]] == mp.ask(model, tokenizer, "The house of the", **drawing)
     with pytest.raises(ValueError, match="adapter_names has 1 names for 4 prompts"):
         mp.ask(tuned, tokenizer, ["a"] * 4, adapter_names=["lora"])
+    for prompts in (["a"], ["a"] * 4):
+        with pytest.raises(ValueError, match=r"adapter_names must be a list of names, such as \['lora'\], not the text"):
+            mp.ask(tuned, tokenizer, prompts, adapter_names="lora")
+    with pytest.raises(ValueError, match=r"adapters must be a list of names"):
+        tuned.add_weighted_adapter("ab", [1, 1], "sum")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
-from minipeft import AutogradError, Tensor, no_grad
+import minipeft as mp
+from minipeft import AutogradError, Tensor, nn, no_grad
 from minipeft import functional as F
+from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
 from minipeft.backend import Rng, to_numpy
 
@@ -514,7 +516,7 @@ def test_a_freed_part_of_a_graph():
         (lambda: (leaf(2, 3) * 2.0).backward(np.ones((3, 2))), ValueError, r"shape \(3, 2\), the tensor \(2, 3\)"),
         (lambda: Tensor(np.array([1, 2]), requires_grad=True), TypeError, r"int64 of shape \(2,\)"),
         (lambda: Tensor(np.array([True]), requires_grad=True), TypeError, "bool"),
-        (lambda: Tensor(np.array(["a"])), TypeError, "real numbers; data of dtype <U1"),
+        (lambda: Tensor(np.array(["a"])), TypeError, "real numbers of up to 64 bits; data of dtype <U1"),
         (lambda: Tensor(np.array([1j])), TypeError, "complex128"),
         (lambda: F.pow(Tensor(np.ones(2)), leaf(2)), AutogradError, r"pow: the input of shape \(2,\) has no derivative"),
         (lambda: F.broadcast_to(leaf(2), (3,)), ValueError, r"\(2,\).*\(3,\)"),
@@ -609,3 +611,84 @@ def test_random_graphs_of_sums_and_products(data):
     y, p = pool[-1]
     y.backward()
     np.testing.assert_allclose([y.item(), x.grad], [p(0.7), p.deriv()(0.7)], rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------- arrays that are changed in between
+
+
+@pytest.mark.parametrize("case", op_cases(), ids=lambda c: f"{c.op} {c.label}".replace(" ", "_"))
+def test_of_every_op_a_gradient_that_a_change_would_make_wrong_is_refused(case):
+    """And no other, but where the values do not matter for these numbers."""
+    for which, array in enumerate(case.inputs):
+        if array.dtype.kind != "f":
+            continue
+        for alone in (True, False):
+
+            def gradients_of(changed, counted, which=which, alone=alone):
+                xs = [Tensor(a.copy(), a.dtype.kind == "f" and (i == which or not alone)) for i, a in enumerate(case.inputs)]
+                with np.errstate(all="ignore"):
+                    y = case.fn(*xs, *case.constants)
+                    if changed:
+                        xs[which].data *= 1.7
+                        xs[which].data += 0.3
+                    xs[which]._version += counted
+                    y.backward(np.random.default_rng(1).standard_normal(y.shape))
+                return [x.grad for x in xs if x.grad is not None]
+
+            pairs = zip(gradients_of(False, 0), gradients_of(True, 0), strict=True)
+            if not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs):
+                with pytest.raises(AutogradError, match="needs the tensor of shape"):
+                    gradients_of(True, 1)
+
+
+def parameters(*shapes):
+    return [nn.Parameter(np.random.default_rng(i).standard_normal(shape).astype(np.float32)) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(
+    "loss, op",
+    [
+        (lambda p, q: (p * q).sum(), "mul"), (lambda p, q: (p @ q.transpose()).sum(), "matmul"),
+        (lambda p, q: (p.reshape(9) * 2 * q.reshape(9)).sum(), "mul"), (lambda p, q: checkpoint(F.exp, p + q).sum(), None),
+        (lambda p, q: checkpoint(lambda x: x + 1, p, parameters=[q]).sum(), "checkpoint"),
+        (lambda p, q: (p + q * 2).sum(), None), (lambda p, q: p.exp().sum() + q.sum(), None),
+        (lambda p, q: F.linear(Tensor(np.ones((2, 3), np.float32)), p, q[0]).sum(), None),
+        (lambda p, q: F.embedding(np.array([0, 1]), p).sum() + q.sum(), None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["an optimizer's step", "load_state_dict"])
+def test_a_step_between_forward_and_backward_is_refused_by_the_ops_that_need_what_it_changed(loss, op, how):
+    """As in PyTorch, which raises for the same ops; nothing has been added to `.grad` then."""
+    p, q = parameters((3, 3), (3, 3))
+    module = nn.Module()
+    module.p, module.q = p, q
+    loss(p, q).backward()
+    late = loss(p, q)
+    if how == "load_state_dict":
+        module.load_state_dict(module.state_dict())
+    else:
+        mp.optim.SGD([p, q]).step()
+    before = p.grad.copy(), q.grad.copy()
+    if op is None:
+        late.backward()
+        np.testing.assert_allclose(p.grad, 2 * before[0], rtol=1e-6)
+        return
+    with pytest.raises(AutogradError, match=f"'{op}' needs the tensor of shape .3, 3. as it was, .*call backward before"):
+        late.backward()
+    assert np.array_equal(p.grad, before[0]) and np.array_equal(q.grad, before[1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_that_was_stepped_after_its_loss_refuses_the_gradient_and_then_trains_on(checkpointing):
+    model = mp.Transformer(mp.TransformerConfig.llama(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2))
+    model.gradient_checkpointing_enable(checkpointing)
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, target_modules="all-linear"))
+    optimizer = mp.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
+    ids = np.arange(8).reshape(2, 4)
+    adapted.loss(ids, ids).backward()
+    late = adapted.loss(ids, ids)
+    optimizer.step()
+    with pytest.raises(AutogradError, match="optimizer's step or load_state_dict has changed it"):
+        late.backward()
+    adapted.loss(ids, ids).backward()
+    optimizer.step()

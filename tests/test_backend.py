@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft import backend
-from minipeft.backend import BackendError, Rng, as_rng, asarray, get_backend, scatter_add, to_numpy, xp_of
+from minipeft import backend, philox
+from minipeft.backend import BackendError, Rng, add_at, as_rng, asarray, get_backend, read, scatter_add, to_numpy, xp_of
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -56,6 +58,15 @@ def test_moves_are_explicit_and_copy_only_across(xp):
     assert asarray([1, 2], xp).tolist() == [1, 2]
 
 
+def test_arrays_are_read_together_in_float64_and_in_their_shapes(xp):
+    given = [np.float32(0.1) * np.ones(()), np.arange(6, dtype=np.int64).reshape(2, 3), np.array([True, False]), np.zeros((0, 4))]
+    found = read(*(xp.asarray(a) for a in given), 2.5, np.ones(3, np.float16))  # numbers of the host stay there
+    for a, b in zip(found, [*given, 2.5, np.ones(3)], strict=True):
+        assert type(a) is np.ndarray and a.dtype == np.float64 and a.shape == np.shape(b)
+        np.testing.assert_array_equal(a, np.asarray(b, np.float64))
+    assert read() == []
+
+
 def test_get_backend_by_name_and_environment(monkeypatch):
     monkeypatch.delenv("MINIPEFT_BACKEND", raising=False)
     assert get_backend() is np and get_backend("numpy") is np
@@ -70,25 +81,59 @@ def test_get_backend_by_name_and_environment(monkeypatch):
 def test_cupy_without_cupy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # what `import cupy` does where it is not installed
     monkeypatch.setenv("MINIPEFT_BACKEND", "cupy")
-    with pytest.raises(BackendError, match=r"not installed; install the extra: pip install 'minipeft\[gpu\]'"):
+    with pytest.raises(BackendError, match=r"not installed; .*pip install 'minipeft\[gpu\]' for 12"):
         get_backend()
 
 
-@pytest.mark.parametrize("count", ["raises", 0])
-def test_cupy_without_a_gpu_says_so(monkeypatch, count):
-    class Runtime:
-        @staticmethod
-        def getDeviceCount():
-            if count == "raises":
-                raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+class Device:
+    """What `get_backend` asks of CuPy: the number of its GPUs, a kernel and a matrix product."""
+
+    def __init__(self, count, broken):
+        def devices():
+            if isinstance(count, Exception):
+                raise count
             return count
 
-    class Cupy:
-        class cuda:
-            runtime = Runtime
+        def fails(what, *_):
+            if what == broken:
+                raise RuntimeError(f"CuPy failed to load {what}: cannot open shared object file")
+            return self
 
-    monkeypatch.setitem(sys.modules, "cupy", Cupy)
-    with pytest.raises(BackendError, match=r"extra 'gpu'.*GPU"):
+        self.cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=devices))
+        self.ones, self.product = partial(fails, "libnvrtc.so.12"), partial(fails, "libcublas.so.12")
+
+    def __matmul__(self, other):
+        return self.product()
+
+    def get(self):
+        return np.full((2, 2), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "broken", "reason"),
+    [
+        (RuntimeError("no CUDA-capable device"), None, "finds no usable GPU: no CUDA-capable device$"),
+        (0, None, r"finds no GPU on this machine \(or CUDA_VISIBLE_DEVICES hides it\)$"),
+        (1, "libnvrtc.so.12", r"cannot compute on it: .*libnvrtc.so.12: .*; install the extra .*'minipeft\[gpu13\]' for 13$"),
+        (2, "libcublas.so.12", r"cannot compute on it: .*libcublas.so.12: .*'minipeft\[gpu\]' for 12"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, count, broken, reason):
+    monkeypatch.setitem(sys.modules, "cupy", Device(count, broken))
+    with pytest.raises(BackendError, match=reason):
+        get_backend("cupy")
+
+
+def test_a_gpu_that_computes_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", working := Device(1, None))
+    assert get_backend("cupy") is working
+
+
+def test_cupy_that_is_there_but_broken_is_not_called_missing(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match="CuPy cannot be imported: libcuda is too old"):
         get_backend("cupy")
 
 
@@ -158,6 +203,42 @@ def test_scatter_add_on_every_device_and_of_any_row_shape(xp, dtype):
     expected = np.stack([rows[1], 0 * rows[0], rows[0] + rows[2] + rows[3]])
     np.testing.assert_array_equal(to_numpy(out), expected)
     scatter_add(out, xp.asarray(ids[:0]), xp.asarray(rows[:0]))
+    np.testing.assert_array_equal(to_numpy(out), expected)
+
+
+PLACES = {  # of an array [4, 3, 2]
+    "rows": np.array([2, 0, 2, -1, 2, 3]),
+    "rows, in two axes": np.array([[2, 0], [2, -2]], np.int32),
+    "no rows": np.array([], np.int64),
+    "places": (np.array([1, -3, 1, 2]), np.array([0, 2, 0, -2])),
+    "places that broadcast": (np.array([[1], [3]]), np.array([0, -1, 2, 2])),
+    "elements": (np.array([1, 1, 3, 1]), np.array([0, 0, 2, 0]), np.array([1, 1, 0, 0])),
+    "columns": (slice(None), np.array([1, 1, 0])),
+    "columns of the last rows": (slice(2, None), slice(None), np.array([0, 0, 1])),
+    "a row's columns": (2, np.array([0, 0])),
+    "of the last axis": (..., np.array([1, 1, 1])),
+    "a list": [0, 0, 3],
+}
+
+
+@pytest.mark.parametrize("index", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_add_at_adds_in_numpys_order_on_every_device(xp, index, dtype, rng):
+    def there(part):
+        return xp.asarray(part) if isinstance(part, np.ndarray) else part
+
+    expected = rng.standard_normal((4, 3, 2)).astype(dtype)
+    out, values = xp.asarray(expected.copy()), rng.standard_normal(expected[index].shape).astype(dtype)
+    np.add.at(expected, index, values)
+    add_at(out, tuple(map(there, index)) if isinstance(index, tuple) else there(index), xp.asarray(values))
+    np.testing.assert_array_equal(to_numpy(out), expected)
+
+
+def test_add_at_writes_into_views_of_other_layouts(xp, rng):
+    expected, values = np.zeros((3, 4), np.float32), rng.standard_normal((5, 2)).astype(np.float32)
+    out, ids = xp.asarray(expected.copy()), np.array([3, 0, 0, 3, 0])
+    np.add.at(expected.T[:, 1:], ids, values)
+    add_at(out.T[:, 1:], xp.asarray(ids), xp.asarray(values.T.copy()).T)
     np.testing.assert_array_equal(to_numpy(out), expected)
 
 
@@ -301,8 +382,8 @@ def test_threads_by_environment():
     code = "from minipeft.backend import get_num_threads as n; print(n())"
     assert python(code, MINIPEFT_THREADS="3").stdout == "3\n"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert python(code).stdout == f"{cores}\n"
-    for wrong in ("0", "two", "-1", "1.5", ""):
+    assert python(code).stdout == python(code, MINIPEFT_THREADS="").stdout == f"{cores}\n"
+    for wrong in ("0", "two", "-1", "1.5"):
         done = python(code, MINIPEFT_THREADS=wrong)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].endswith(
@@ -370,6 +451,52 @@ def test_a_stream_is_uniform():
     counts = np.histogram(u, bins=20, range=(0, 1))[0]
     assert ((counts - u.size / 20) ** 2 / (u.size / 20)).sum() < 60  # chi-squared with 19 degrees: 60 is beyond 1e-5
     assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 5 / np.sqrt(u.size)  # adjacent rows
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 1), (5, 7), (2, 70_001), (3, 5, 9), (4,), (0, 3), (3, 0)])
+def test_every_device_draws_the_numbers_of_numpys_philox(xp, shape):
+    stream, n = Rng(3, 1 << 40, first_row=(1 << 33) + 7), int(np.prod(shape[1:]))
+    found = to_numpy(stream.uniform_rows(shape, xp))
+    assert found.shape == shape and found.dtype == np.float32
+    for i, row in enumerate(found.reshape(shape[0], n)):
+        source = np.random.Philox(key=philox.key_of(stream.path), counter=[0, (1 << 33) + 7 + i, 0, 0])
+        np.testing.assert_array_equal(row, np.random.Generator(source).random(n, np.float32))
+
+
+def test_devices_agree_on_rows_taken_and_padded(xp):
+    stream = Rng(2, 5).take([9, 0, 4, 9]).behind([0, 3, 4, 1])
+    for shape in ((4, 4), (4, 4, 3), (4, 40, 11)):
+        np.testing.assert_array_equal(to_numpy(stream.uniform_rows(shape, xp)), stream.uniform_rows(shape))
+
+
+PI = [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89, 0x452821E638D01377,
+      0xBE5466CF34E90C6C]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "counter, key, expected",  # Random123's kat_vectors
+    [
+        ([0] * 4, [0] * 2, "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"),
+        ([2**64 - 1] * 4, [2**64 - 1] * 2, "87b092c3013fe90b 438c3c67be8d0224 9cc7d7c69cd777b6 a09caebf594f0ba0"),
+        (PI[:4], PI[4:], "a528f45403e61d95 38c72dbd566e9788 a5a1610e72fd18b5 57bd43b5e52b7fe6"),
+    ],
+)
+def test_philox_gives_the_published_vectors(xp, counter, key, expected):
+    if xp.__name__ == "cupy":
+        code = 'extern "C" __global__ void run(word k0, word k1, word* x) { philox(k0, k1, x); }'
+        x = xp.asarray(np.array(counter, np.uint64))
+        xp.RawKernel(philox.ROUNDS + code, "run")((1,), (1,), (*map(np.uint64, key), x))
+        found = x.tolist()
+    else:  # NumPy counts before it draws
+        before = (sum(word << 64 * i for i, word in enumerate(counter)) - 1) % (1 << 256)
+        found = np.random.Philox(counter=before, key=np.array(key, np.uint64)).random_raw(4).tolist()
+    assert " ".join(f"{word:016x}" for word in found) == expected
+
+
+def test_paths_that_end_in_zeros_are_streams_of_their_own():
+    drawn = [Rng(*path).uniform_rows((2, 4)).tobytes() for path in ((), (0,), (0, 0), (0, 0, 0), (1 << 32,), (0, 1))]
+    rows = {part for whole in drawn for part in (whole[:16], whole[16:])}
+    assert len(rows) == 12
 
 
 def test_as_rng():

@@ -14,7 +14,7 @@ from cli_helpers import continued, jsonl, run, same_bytes, tiny, weights, writte
 
 import minipeft as mp
 from minipeft.cli import COMMANDS
-from minipeft.cli.prompts import save_template
+from minipeft.cli.models import save_template
 
 PAIRS = [("one", "uno"), ("two", "due"), ("three", "tre"), ("four", "quattro"), ("five", "cinque"), ("six", "sei"),
          ("seven", "sette"), ("eight", "otto"), ("nine", "nove"), ("ten", "dieci"), ("hundred", "cento")]  # fmt: skip
@@ -90,7 +90,7 @@ def test_no_command_shows_the_help(capsys):
         (["compare", "--step", "3"], "unknown option '--step'; did you mean --steps"),
         (["compare", "--methods", "ful"], "did you mean full?"),
         (["compare", "--steps", "0"], "--steps: must be an integer of at least 1, not '0'"),
-        (["compare", "--task", "rewrite", "--data", "x.jsonl"], "either --task or --data"),
+        (["compare", "--task", "rewrite", "--data", "x.jsonl"], "--task and --data exclude each other: give one of them"),
         (["compare", "--task", "rewrit"], "did you mean rewrite?"),
         (["finetune", "--output", "o"], "--data"),
         (["finetune", "--data", "d.jsonl"], "--output"),
@@ -112,11 +112,11 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--method", "bitfit"], "this model has none"),
         (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
-        (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "not allowed with argument"),
+        (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "--epochs and --steps exclude each other"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "0", "--eval-steps", "1"], "--eval-steps does nothing"),
-        (["generate", "--prompts", "{bad}", "--escapes"], "--escapes reads"),
+        (["generate", "--prompts", "{bad}", "--escapes"], "--escapes does nothing without --prompt"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
-        (["generate", "--prompt", "a", "--prompts", "f"], "not both"),
+        (["generate", "--prompt", "a", "--prompts", "f"], "--prompt and --prompts exclude each other"),
         (["generate", "--prompts", "missing.txt"], "missing.txt: cannot be read (No such file"),
         (["generate", "--prompts", "{bad}"], "bad.jsonl:2: not valid JSON"),
         (["generate", "--prompt", "a", "--top-k", "5"], "give a temperature above 0"),
@@ -294,7 +294,7 @@ def test_head_trains_the_head_alone(model, data, tmp_path):
 def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_path, capsys):
     output = tmp_path / "adapter"
     assert finetune(model, data, output, "--method", "lora") == 0
-    assert f"--model {model} --adapter {output}" in capsys.readouterr().out
+    assert f"minipeft generate --adapter {output} --prompt" in capsys.readouterr().out
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     assert not (output / "model.safetensors").exists()
     base, tokenizer = mp.from_pretrained(model)

@@ -119,7 +119,7 @@ def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
           "--system", "s", "--prompt", "x")  # fmt: skip
     say(monkeypatch, "Hello\n" + "word " * 400)
     fails("this model has 256 positions", "--model", model, "--chat", "--max-new-tokens", "4")
-    fails("give either --chat or --template", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
+    fails("--chat and --template exclude each other", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
 
 
 # ------------------------------------------------------------------------------------------------------ the whole way
@@ -132,7 +132,7 @@ def test_finetune_a_gguf_file_in_four_bits_and_talk_to_it(gguf_file, chat_data, 
         "--lr", "1e-2", "--validation", 0,
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
-    use = f"minipeft generate --model {gguf_file} --adapter {output} --load-in-4bit --chat"
+    use = f"minipeft generate --adapter {output} --chat"
     assert use in out
     assert json.loads((output / "template.json").read_text()) == {"template": "chat"}
     assert run(*use.split()[1:], "--prompt", "red", "--prompt", "black", "--max-new-tokens", 8) == 0
@@ -178,8 +178,8 @@ def test_defaults_of_a_large_model(gguf_file, chat_data, tmp_path, capsys, monke
 
 
 def test_the_default_learning_rate_falls_with_the_width():
-    from minipeft.peft.methods import METHODS
+    from minipeft.peft.methods import METHODS, at_width
 
     base, real = small()[0], mp.Transformer(TransformerConfig.llama(hidden_size=576, num_attention_heads=9), seed=None)
-    assert METHODS["lora"].rate_for(base) == METHODS["lora"].learning_rate
-    assert METHODS["lora"].rate_for(real) == pytest.approx(METHODS["lora"].learning_rate * 128 / 576)
+    assert at_width(METHODS["lora"].learning_rate, base) == METHODS["lora"].learning_rate
+    assert at_width(METHODS["lora"].learning_rate, real) == pytest.approx(METHODS["lora"].learning_rate * 128 / 576)

@@ -132,5 +132,5 @@ def test_a_single_text_is_split_by_its_blocks():
     data = encode([Document("It was a fine morning. " * 100)], 0.2, tokenizer, 64)
     blocks = len(data.train) + len(data.held_out)
     assert blocks >= 5 and len(data.held_out) == round(0.2 * blocks)
-    with pytest.raises(ValueError, match="to hold one out it takes two"):
+    with pytest.raises(ValueError, match="to hold a block of 64 tokens out it takes two; the text has 1"):
         encode([Document("It was.")], 0.2, tokenizer, 64)

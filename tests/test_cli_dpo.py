@@ -94,7 +94,7 @@ def test_kto_takes_answers_that_were_liked_or_not(model, tmp_path, capsys):  # n
         (("--loss", "orpo", "--undesirable-weight", "1"), "--undesirable-weight does nothing with --loss orpo"),
         (("--loss", "ipo", "--beta", "0"), "must be a number above 0"),
         (("--data", "no.jsonl"), "cannot be read"),
-        (("--data", "{data}", "--adapter", "x", "--method", "lora"), "give one of them"),
+        (("--data", "{data}", "--adapter", "x", "--method", "lora"), "--method does nothing with --adapter"),
     ],
 )
 def test_bad_input_is_one_sentence(wrong, reason, data, tmp_path, capsys):  # noqa: F811

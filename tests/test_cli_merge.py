@@ -73,7 +73,9 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(model, tmp_path
     adapter(model, tmp_path / "adapter", "lora")
     assert "--requantize is for an adapter on a base in four bits" in refused(capsys, *argv, "--requantize")
     assert not (tmp_path / "merged").exists() and not [*tmp_path.glob(".*")]
-    assert "is not empty; choose another\n" in refused(capsys, *argv[:-1], model)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "is not empty; choose another\n" in refused(capsys, *argv[:-1], tmp_path / "mine")
     assert "is a file" in refused(capsys, *argv[:-1], model / "config.json")
 
 
@@ -87,7 +89,7 @@ def test_a_merge_that_fails_while_it_is_written_leaves_nothing(model, tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("minipeft.cli.merge.os.replace", full)
+        patch.setattr("os.replace", full)
         assert "No space left on device" in refused(capsys, *argv)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "empty"])
     assert not [*(tmp_path / "empty").iterdir()]

@@ -42,9 +42,10 @@ def test_every_command_takes_every_option(command, capsys):
     more += "--no-projection --hidden-size 8 --placement pfeiffer --bottleneck 4 --reduction 2".split()
     args = _parse([command, *COMMANDS[command].split(), *map(str, OPTIONS), *more, "--adapter-config", "path"])
     assert given_options(args) == {
-        "rank": 2, "alpha": 4, "dropout": 0.1, "target": ["q_proj", "v_proj"], "exclude": ["k_proj"], "layers": [0],
-        "modules_to_save": ["norm"], "virtual_tokens": 3, "projection": False, "hidden_size": 8,
-        "placement": "pfeiffer", "bottleneck": 4, "reduction": 2, "set": ["use_rslora=true"],
+        "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["k_proj"], "layers_to_transform": [0], "modules_to_save": ["norm"], "num_virtual_tokens": 3,
+        "prefix_projection": False, "encoder_hidden_size": 8, "placement": "pfeiffer", "bottleneck_size": 4,
+        "reduction_factor": 2, "set": ["use_rslora=true"],
     }  # fmt: skip
     assert args.adapter_config == "path" and "-r N, --rank N" in helped(command, capsys)
 
@@ -118,7 +119,7 @@ def test_compare_changes_an_option_in_the_methods_that_have_it(model, tmp_path, 
     assert [row["title"] for row in rows.values()] == ["frozen", "full", "VeRA r=4", "LoRA r=4", "LORA"]
     for key, of in (("vera", ("--method", "vera", "-r", 4)), ("LORA", ("--adapter-config", tmp_path / "adapter"))):
         assert rows[key]["trainable"] == reported(capsys, "count", model, *of)["trainable"]
-    assert content["settings"]["method_options"] == {"rank": 4, "alpha": 2}
+    assert content["settings"]["method_options"] == {"r": 4, "lora_alpha": 2}
     none = refused(capsys, *argv[:-4], "--methods", "full", "ia3", "-r", 4)
     assert "none of full and ia3 has an option --rank; there are --target" in none
     assert "none of full and head has options, so --rank means nothing" in refused(
@@ -131,8 +132,8 @@ def test_compare_changes_an_option_in_the_methods_that_have_it(model, tmp_path, 
     ("finetune", "--data {data} -r 4", "--method full has no options, so --rank means nothing there"),
     ("dpo", "--alpha 4", "--method full has no options, so --alpha means nothing there"),
     ("ppo", "--method lora --virtual-tokens 4", "--method lora has no option --virtual-tokens"),
-    ("ppo", "--adapter x -r 4", "--rank is for a new one: give one of them"),
-    ("dpo", "--adapter x --adapter-config y", "--adapter-config is for a new one: give one of them"),
+    ("ppo", "--adapter x -r 4", "--rank does nothing with --adapter"),
+    ("dpo", "--adapter x --adapter-config y", "--adapter-config does nothing with --adapter"),
     ("sft", "--method prompt --target q_proj", "--method prompt has no option --target"),
     ("sft", "--method lora --dropout 1", "--dropout: must be a number of at least 0 and below 1"),
     ("reward", "--adapter-config nowhere -r 4", "--adapter-config says everything about the method"),

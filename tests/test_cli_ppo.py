@@ -56,6 +56,11 @@ def test_sft_reward_and_ppo_chain_through_their_directories(tmp_path, prompts, c
     assert json.loads((aligned / "template.json").read_text()) == {"template": "alpaca"}
 
 
+def test_an_opening_that_is_too_long_is_said_to_be_one(model, tmp_path, capsys):  # noqa: F811
+    argv = ("ppo", "--model", model, "--output", tmp_path / "o", "--response-length", 60)
+    assert "minipeft: error: openings of the shipped novels: prompt " in refused(capsys, *argv)
+
+
 def test_a_watcher_without_a_number_is_reported_as_none(model, judge, prompts, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(mp.rlhf, "gold_reward", lambda tokenizer: lambda roll: np.full(8, np.nan))
     assert ppo(tmp_path / "out", "--model", model, "--reward", judge, "--prompts", prompts) == 0
@@ -79,7 +84,7 @@ def test_an_adapter_is_made_or_trained_further(model, judge, tmp_path, capsys): 
     both = [mp.PeftModel.from_pretrained(base, tmp_path / d) for d in ("first", "second")]
     ids = np.array([[5, 6, 7]])
     assert not np.allclose(both[0](ids).numpy(), both[1](ids).numpy())
-    assert "give one of them" in refused(
+    assert "--method does nothing with --adapter" in refused(
         capsys, "ppo", *options, "--adapter", tmp_path / "first", "--method", "lora", "--output", tmp_path / "x"
     )
 
@@ -173,7 +178,7 @@ def test_a_reward_that_does_not_work_is_one_sentence(rewards, model, prompts, tm
     assert "cannot import broken_rewards (SyntaxError" in error("broken_rewards:reward")
     assert "own_rewards has no function 'shor'; did you mean short?" in error("own_rewards:shor")
     assert "own_rewards has no function 'limit'" in error("own_rewards:limit")
-    assert "not allowed with argument" in error("own_rewards:short", "--reward", tmp_path)
+    assert "--reward and --reward-function exclude each other" in error("own_rewards:short", "--reward", tmp_path)
     capsys.readouterr()
     for name, reason in (
         ("one_too_few", "must return a list of 3 numbers, one for each completion; it returned list, 2 of them"),

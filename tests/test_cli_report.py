@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from minipeft.cli import page
-from minipeft.cli.data import Sample
+from minipeft.cli.report import Sample
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -48,7 +48,7 @@ ROWS = [
     row("lora", "LoRA r=8", 2.51, 0.2, 400_000),
     row("prompt", "prompt <P=20>", 3.3, 0.05, 10_000, latency_merged=None),
 ]
-SHOWN = [(Sample("a", "<b>Word</b>: a-very-long-word-" * 9, "right & proper"), {"frozen": "x" * 300, "full": "ok"})]
+SHOWN = [Sample("a", "<b>Word</b>: a-very-long-word-" * 9, "right & proper", {"frozen": "x" * 300, "full": "ok"})]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_numbers_are_those_of_the_rows(path):
 
 def test_the_conclusions_follow_from_the_rows():
     lines = page.conclusions(ROWS)
-    assert lines[0].startswith("full learned most: task loss 2.500 ± 0.010")
+    assert lines[0] == "full learned most: it brought the base's task loss of 3.500 down to 2.500 ± 0.010."
     assert "LoRA r=8 comes as close as the seeds can distinguish" in lines[1]
     assert "LoRA r=8 forgot least: +0.200 on general text, full +0.600" in lines[2]
     apart = [ROWS[0], ROWS[1], row("lora", "LoRA r=8", 2.6, 0.7, 400_000)]

@@ -68,7 +68,7 @@ def test_generated_pairs_need_nothing_but_the_extra(model, tmp_path, capsys, mon
         (("--data", "incomplete.jsonl"), "incomplete.jsonl:1: field 'rejected' is missing"),
         (("--data", "{data}", "--model", "{model}", "--max-length", "4"), "longer than 4 tokens"),
         (("--data", "{data}", "--model", "{model}", "--max-length", "65"), "is more than the 64 positions"),
-        (("--data", "{data}", "--human", "{data}"), "not both"),
+        (("--data", "{data}", "--human", "{data}"), "--data and --human exclude each other"),
         (("--human", "{data}", "--model", "{model}"), "not a .tar.gz archive"),
         (("--adapter", "no"), "no such directory"),
         (("--data", "{data}", "--output", "."), "is not empty"),

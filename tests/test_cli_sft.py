@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from cli_helpers import continued, jsonl, refused, run, tiny, written
 
 import minipeft as mp
-from minipeft.cli.prompts import saved_template
+from minipeft.cli.models import saved_template
 from minipeft.text.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, asked_turn, get_template
 
 ROWS = [("Translate to Italian.", english, italian) for english, italian in
@@ -96,6 +98,18 @@ def test_an_adapter_carries_its_template(model, data, tmp_path, capsys):
     assert "Say one." not in answer and raw.startswith("Say one.")
 
 
+def test_an_adapter_without_a_template_is_asked_as_the_base_that_it_remembers(model, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "template.json").write_text('{"template": "alpaca"}')
+    adapted = mp.get_peft_model(mp.from_pretrained(base)[0], mp.LoraConfig(r=1, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    asked = ("--adapter", tmp_path / "adapter", "--prompt", "Say one.")
+    named = generate("--model", base, *asked, capsys=capsys)
+    assert generate(*asked, capsys=capsys) == named and "Say one." not in named
+    assert generate(*asked, "--template", "plain", capsys=capsys).startswith("Say one.")
+
+
 def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):
     output = tmp_path / "tuned"
     options = ("--model", model, "--tasks", "define", "source", "--per-task", 12, "--template", "chatml", "--packing",
@@ -116,9 +130,9 @@ def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):
         ((), "--output"),
         (("--output", "o", "--tasks", "definne"), "unknown task 'definne'; did you mean define?"),
         (("--output", "o", "--tasks", "fill"), "unknown task 'fill'"),
-        (("--output", "o", "--data", "{data}", "--tasks", "use"), "do not go with --data"),
-        (("--output", "o", "--data", "{data}", "--per-task", "3"), "do not go with --data"),
-        (("--output", "o", "--validation", "0.2"), "--validation goes with --data"),
+        (("--output", "o", "--data", "{data}", "--tasks", "use"), "does nothing with --data"),
+        (("--output", "o", "--data", "{data}", "--per-task", "3"), "does nothing with --data"),
+        (("--output", "o", "--validation", "0.2"), "--validation does nothing without --data"),
         (("--output", "o", "--data", "{data}", "--template", "vicuna"), "a template is one of plain, alpaca, chatml"),
         (("--output", "o", "--data", "{data}", "--template", "{{prompt}}"), "takes {prompt, completion} records"),
     ],

@@ -71,7 +71,7 @@ def test_the_options_of_the_method_are_those_of_the_other_commands(model, data, 
     assert run("sweep", *options, "-r", 4, 2, "--target", "q_proj", "--alpha", 4, "--output", where) == 0
     rows = read_rows(where / "rows.jsonl")
     assert [(row["r"], row["trainable"]) for row in rows] == [(2, 2 * 32), (4, 4 * 32)]
-    assert rows[0]["options"] == {"alpha": 4, "target": ["q_proj"]}
+    assert rows[0]["options"] == {"lora_alpha": 4, "target_modules": ["q_proj"]}
 
 
 def test_what_cannot_be_swept_is_refused(model, data, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_what_cannot_be_swept_is_refused(model, data, tmp_path, capsys):
     there.write_text("mine")
     new = ("--model", model, "--output", tmp_path / "s")
     for arguments, message in (
-        (("--data", data, "--task", "use", "--output", tmp_path / "s"), "either --task or --data"),
+        (("--data", data, "--task", "use", "--output", tmp_path / "s"), "--task and --data exclude each other"),
         (("--data", data, "--output", there), "is a file"),
         ((*new, "--method", "full", "-r", 4), "--method full has no options, so --rank"),
         ((*new, "-r", 4, 0), "must be an integer of at least 1, not '0'"),

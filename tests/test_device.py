@@ -16,7 +16,7 @@ from test_ops import by_definition, close, run
 from minipeft import functional as F
 from minipeft.autograd import cases as C
 from minipeft.autograd.tensor import REGISTRY, Tensor, no_grad
-from minipeft.backend import to_numpy
+from minipeft.backend import Rng, to_numpy
 
 FORMS = [name for name, fn in REGISTRY.items() if fn.__module__ == F.__name__ and "cupy" in fn.forms]
 targets = C.integers(5000, 7)
@@ -29,6 +29,10 @@ EDGES = [  # rows longer than the threads of a block, and shorter than a warp; w
         for d in (1, 31, 5000)
         for norm, more in ((F.rms_norm, ()), (F.layer_norm, (C.normal(d),)))
     ],
+    C.Case("many numbers", lambda x: F.dropout(x, 0.3, Rng(3, 4, first_row=5)), (C.normal(5, 13, 97),), op="dropout"),
+    C.Case(
+        "behind padding", lambda x: F.dropout(x, 0.3, Rng(3).behind([0, 7, 2])), (C.normal(3, 7, 9),), op="dropout"
+    ),
     C.Case("repeated ids", F.embedding, (C.integers(7, 3, 100), C.normal(9, 40)), op="embedding"),
     C.Case("a cache longer than the queries", attention(is_causal=True), qkv(2, 4, 2, 7, 15)),
     C.Case("more queries than keys", attention(is_causal=True), qkv(1, 4, 1, 13, 6)),
@@ -42,7 +46,7 @@ EDGES = [  # rows longer than the threads of a block, and shorter than a warp; w
     C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
     C.Case("many classes", F.linear_cross_entropy, (C.normal(7, 4), C.normal(5000, 4), some)),
 ]
-CASES = [c for c in C.op_cases(FORMS) if c.label not in ("keyed stream", "later rows")]  # whose numbers are the library's
+CASES = C.op_cases(FORMS)
 in_float32 = pytest.mark.parametrize(
     "case", [*CASES, *EDGES], ids=lambda c: f"{c.op or getattr(c.fn, '__name__', '')}-{c.label}".replace(" ", "_")
 )
@@ -115,8 +119,7 @@ def test_other_dtypes_are_left_to_the_definition(name, cupy):
         found = case.fn(*inputs, *constants).data
         with by_definition():
             expected = case.fn(*inputs, *constants).data
-        if name != "dropout":
-            close(to_numpy(found).astype(np.float64), to_numpy(expected).astype(np.float64), 1e-2)
+        close(to_numpy(found).astype(np.float64), to_numpy(expected).astype(np.float64), 1e-2)
 
 
 def test_an_id_or_a_target_out_of_range_gives_nan_and_reads_nothing_else(cupy):

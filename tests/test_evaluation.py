@@ -216,7 +216,7 @@ def test_the_template_is_that_of_ask(base, record, template):
             r"record 2 has the form {question, choices, answer}, the first {prompt, completion}",
         ),
         ([Preference("a", "b", "c")], {}, "have no single answer"),
-        ([UnpairedPreference("a", "b", True)], {}, "answers that were liked or not, and no expected ones"),
+        ([UnpairedPreference("a", "b", True)], {}, "have no single answer"),
         ([Document("a b c")], {"template": "alpaca"}, "a template is for records with a prompt"),
         ([{"prompt": "a"}], {}, "record 1: field 'completion' is missing"),
         (RECORDS, {"limit": 0}, "limit must be an integer of at least 1, or None, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -130,6 +131,22 @@ def test_json_round_trip(tmp_path):
     assert (tmp_path / "a.json").read_bytes().endswith(b"}\n") and "日本" in (tmp_path / "a.json").read_text("utf-8")
 
 
+def test_a_full_disk_is_named(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.bin'"):
+        write_atomic(tmp_path / "model.bin", full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_no_utf8_is_written_in_ascii_and_read_again(tmp_path):
+    path = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "x.json", {"output": path})
+    assert read_json(tmp_path / "x.json") == {"output": path}
+    assert rb'"caf\udce9"' in (tmp_path / "x.json").read_bytes()
+
+
 def test_json_writes_no_nan(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
@@ -137,11 +154,18 @@ def test_json_writes_no_nan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON")]
-)
+    "content, message",
+    [
+        (None, "no such file"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"), (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "not valid JSON .*nested"),
+        (b"[" * 100_000, "not valid JSON"), ("a directory", "cannot be read"),
+    ],
+)  # fmt: skip
 def test_bad_json_names_the_file(tmp_path, content, message):
     path = tmp_path / "config.json"
-    if content is not None:
+    if content == "a directory":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(FileError, match=rf"config.json: {message}"):
         read_json(path)
@@ -295,3 +319,17 @@ def test_a_damaged_file_is_refused_or_read_within_its_bytes(tmp_path, data):
     except FileError:
         return
     assert sum(a.nbytes for a in arrays.values()) <= len(content)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62], [2**64 - 1, 0], [1] * 65])
+def test_a_shape_that_no_array_has_is_refused(tmp_path, shape):
+    path = raw(tmp_path / "f", {"w": entry(shape, 0, 0 if 0 in shape else 4)}, b"" if 0 in shape else b"abcd")
+    with pytest.raises(FileError, match=r"'w' has the shape .*, which no array has"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, np.complex128])
+def test_a_dtype_that_the_format_does_not_have_is_named_and_nothing_is_written(tmp_path, dtype):
+    with pytest.raises(TypeError, match=r"cannot be written as safetensors .*(float128|longdouble|complex128)"):
+        write_safetensors(tmp_path / "f", {"w": np.ones(3, dtype)})
+    assert os.listdir(tmp_path) == []

@@ -423,3 +423,23 @@ def test_the_real_model_in_four_bits_is_loaded_near_its_own_size():
     peak, size = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert size < 170e6
     assert peak < size + 100e6  # the tokenizer takes half of that; the float32 model would be 538 MB
+
+
+def test_a_header_of_another_kind_is_refused_before_anything_is_built(made):
+    for change, sentence in (
+        (lambda w: w.add_uint32("llama.block_count", 10**8), "the configuration has 100000000 layers, and the weights are"),
+        (byte_level("gpt-2", tokens=["a" * 100_000, *map(str, range(299))]), "of at most 4096 characters each"),
+        (lambda w: w.add_array("tokenizer.ggml.model", ["gpt2"]), "tokenizer.ggml.model is ['gpt2']"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, np.inf, np.float32)), "factor must be a number of at least 1"),
+    ):
+        with pytest.raises(HubError) as error:
+            mp.from_pretrained(made(change=change))
+        assert sentence in str(error.value)
+    path = made()
+    text = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"llama"
+    array = (9).to_bytes(4, "little") + (0).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"llama"  # of five bytes
+    data = path.read_bytes()
+    assert text in data
+    path.write_bytes(data.replace(text, b"general.architecture" + array))
+    with pytest.raises(HubError, match=r"the architecture is \[108, 108, 97, 109, 97\]: only llama, qwen2, gpt2 are"):
+        mp.from_pretrained(path)

@@ -427,6 +427,14 @@ def test_weights_in_several_files(case, saved):
         (dict(tie_word_embeddings=1), "tie_word_embeddings must be true or false, not 1"),
         (dict(eos_token_id=[2, "x"]), "eos_token_id must be an integer, not 'x'"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (dict(model_type=["llama"]), "model_type must be one of 'llama', 'mistral', 'qwen2', 'gpt2', not ['llama']"),
+        (dict(layer_types=5), "layer_types must be a list, not 5"),
+        (dict(rms_norm_eps=10**400), "rms_norm_eps must be a number"),
+        (dict(rms_norm_eps=-1e-6), "rms_norm_eps must be a number of at least 0, got -1e-06"),
+        (dict(rope_theta=0, rope_parameters=None), "rope_theta must be a number above 0, got 0.0"),
+        (dict(rope_theta=-1e4, rope_parameters=None), "rope_theta must be a number above 0, got -10000.0"),
+        (dict(rope_scaling={"factor": 2.0}), "rope_scaling is {'factor': 2.0}, and does not say its rope_type"),
+        (dict(pad_token_id=2**63), "pad_token_id must be an integer"),
     ],
 )
 def test_llama_configurations_that_are_refused(changes, sentence, saved):
@@ -530,7 +538,7 @@ def test_an_index_cannot_name_files_outside(file, saved):
     content = json.loads(path.read_text())
     content["weight_map"]["model.norm.weight"] = file
     path.write_text(json.dumps(content))
-    with pytest.raises(FileError, match="is not the name of a file in this directory"):
+    with pytest.raises(FileError, match="which is not in this directory"):
         mp.from_pretrained(directory)
 
 
@@ -665,3 +673,20 @@ def test_base_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "BASE", tmp_path)
     with pytest.raises(HubError, match="the shipped base's weights are not in this installation"):
         mp.load_base()
+
+
+def test_a_number_of_layers_that_is_not_stored_is_refused_before_they_are_built(saved):
+    for case, name in (("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
+        directory = saved(case)
+        edit(directory, **{name: 10**8})
+        with pytest.raises(HubError, match=r"the configuration has 100000000 layers, and the weights are [0-9]+ tensors"):
+            mp.from_pretrained(directory)
+
+
+def test_an_index_may_name_files_that_no_system_has(saved):
+    directory = saved()
+    shard(directory)
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"model.norm.weight": "x" * 5000}}))
+    with pytest.raises(FileError, match="which is not in this directory"):
+        mp.from_pretrained(directory)

@@ -109,7 +109,7 @@ def test_a_command_may_have_defaults_of_its_own_and_a_switch_may_take_a_value():
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_options(parser, More, "rows", "again", "learning_rate", "dropout", defaults={"learning_rate": None, "dropout": 0.5})
-    assert vars(parser.parse_args([])) == {"learning_rate": None, "dropout": 0.5}
+    assert vars(parser.parse_args([])) == {"rows": False, "again": None, "learning_rate": None, "dropout": 0.5}
     assert vars(parser.parse_args(["--rows", "--no-again"])) == vars(parser.parse_args([])) | {"rows": True, "again": False}
     assert parser.parse_args(["--rows", "8", "--again"]).rows == 8
     assert "probability (default: 0.5)" in " ".join(parser.format_help().split())
@@ -135,22 +135,22 @@ def test_another_error_and_a_post_init_of_its_own():
 
 LIMITS = {
     "a number above 0": """
-        Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
-        max_kl stop_kl; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
+        MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
+        max_kl stop_kl; TransformerConfig: rope_theta; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
     "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density",
     "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
     "a number of at least 0": """
-        GenerationConfig: temperature; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
     "a number of at least 1": "RopeScaling: factor; TrainingArguments: loraplus_lr_ratio",
     "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
     "a number of at least 0 and below 1": """
-        PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
+        MethodOptions: lora_dropout; PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
         lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; LycorisConfig: rank_dropout
         module_dropout; OFTConfig: module_dropout; TrainingArguments: adam_beta1 adam_beta2
     """,
@@ -161,22 +161,25 @@ LIMITS = {
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
-        DataOptions: max_length; EvaluationOptions: limit; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
+        FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads num_labels; MethodOptions: r num_virtual_tokens
+        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; ComparisonOptions: seeds;
+        GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
-        total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r
-        rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
-        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r; LycorisConfig: r rank_pattern;
+        total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r;
+        Ranked: rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
+        PromptLearningConfig: num_virtual_tokens token_dim num_layers num_attention_heads; VeraConfig: r; LycorisConfig: r;
         OnlineConfig: steps batch_size mini_batch_size num_epochs response_length max_equal_updates save_steps
         save_total_limit; PPOConfig: kl_horizon; DPOConfig: reference_batch_size; TrainingArguments: max_steps
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
         save_total_limit early_stopping_patience
     """,
-    "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length",
-    "an integer of at least 4": "OFTConfig: num_cayley_neumann_terms",
+    "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length; OnlineOptions: best_of",
+    "an integer of at least 4 and at most 100": "OFTConfig: num_cayley_neumann_terms",
     "an integer of at least -1": "LoKrConfig: decompose_factor",
     "one of .*": """
-        Options: quantity; DataOptions: overflow; Settings: method; TransformerConfig: model_type; BottleneckConfig:
+        Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: precision optimizer quantization;
+        ComparisonOptions: methods; TaskOptions: task; OnlineOptions: algorithm missing_eos; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
         LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
         init_weights; PromptLearningConfig: num_transformer_submodules; PromptTuningConfig: prompt_tuning_init;
@@ -184,7 +187,7 @@ LIMITS = {
     """,
 }
 REQUIRED = {"total_step": 10, "num_virtual_tokens": 4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}  # fmt: skip
+            "original_max_position_embeddings": 8192, "output": "o"}  # fmt: skip
 
 
 def declared():
@@ -210,9 +213,9 @@ LISTED = [
 def just_outside(limit):
     """The values next to a limit's ends that it does not hold: "an integer of at least 1" -> 0."""
     whole, step = "integer" in limit, math.nextafter
-    for kind, number in re.findall(r"(of at least|above|at most|below) (-?\d)", limit):
+    for kind, number in re.findall(r"(of at least|above|at most|below) (-?\d+)", limit):
         n = int(number)
-        yield {"of at least": n - 1 if whole else step(n, -9), "at most": step(n, 9)}.get(kind, n)
+        yield {"of at least": n - 1 if whole else step(n, -9), "at most": n + 1 if whole else step(n, 9)}.get(kind, n)
     if limit == "one of .*":
         yield "nonsense"
 
@@ -222,7 +225,8 @@ def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, opt
     cls = next(c for c in (CLASSES[name], *CLASSES[name].__subclasses__()) if not inspect.isabstract(c))
     needed = {k: v for k, v in REQUIRED.items() if k in cls.__dataclass_fields__}
     for field, value in itertools.product(options, just_outside(limit)):
-        given = {"rank_pattern": {"q": value}, "stop_token_ids": [value]}.get(field, value)
+        several = field in ("stop_token_ids", "methods", "lr") or (name, field) == ("GridOptions", "r")
+        given = {"q": value} if field == "rank_pattern" else [value] if several else value
         with pytest.raises(ValueError, match=rf"^{field} must be .*{limit}(, or None)?, got {re.escape(repr(given))}"):
             cls(**needed | {field: given})
 
@@ -230,3 +234,18 @@ def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, opt
 def test_the_limits_of_no_option_are_forgotten():
     listed = {name: sorted(o for _, n, options in LISTED if n == name for o in options) for _, name, _ in LISTED}
     assert listed == {cls.__name__: sorted(options) for cls, options in declared().items() if options}
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, True, math.nan, math.inf])
+def test_a_number_is_one_that_an_array_can_hold(value):
+    with pytest.raises(ValueError, match="n must be an integer"):
+        mp_settings(n=value)
+    if value != 2**63:
+        with pytest.raises(ValueError, match="x must be a finite number"):
+            mp_settings(x=value)
+
+
+@configuration
+class mp_settings:
+    n: int = option(1, "a number")
+    x: float = option(1.0, "a number")

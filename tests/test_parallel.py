@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import sys
+import types
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -120,3 +122,22 @@ def test_a_dask_cluster_computes_the_batches(rng):
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         together, _ = trained(adapted(), examples, client)
     same(together, trained(adapted(), examples)[0])
+
+
+@pytest.mark.parametrize("lacking", ["a function", "a result"])
+def test_what_another_process_cannot_open_is_an_error_and_the_process_goes_on(lacking, monkeypatch):
+    """A module that was made here, as from a file by its path, or there."""
+
+    def made_there():
+        sys.modules["made_there"] = module = types.ModuleType("made_there")
+        module.Thing = type("Thing", (), {"__module__": "made_there"})
+        return module.Thing()
+
+    monkeypatch.setitem(sys.modules, "made_here", module := types.ModuleType("made_here"))
+    exec("def double(x): return 2 * x", module.__dict__)
+    task = (module.double, 3) if lacking == "a function" else (made_there,)
+    with LocalProcesses(1) as processes:
+        with pytest.raises(ModuleNotFoundError, match="No module named 'made_"):
+            processes.submit(*task).result(timeout=20)
+        assert processes.submit(abs, -3).result(timeout=20) == 3
+    assert processes.deaths == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minipeft.files import FileError, read_safetensors, write_safetensors
 from minipeft.nn import Embedding, Linear, Sequential
 from minipeft.peft.config import PeftError, kind_of, shape_of
 from minipeft.peft.model import plain_modules
+from minipeft.peft.targets import matches
 from minipeft.text.examples import Example, PreferencePair
 
 IDS = np.random.default_rng(3).integers(0, 40, (3, 7))
@@ -443,6 +445,29 @@ def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
         assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
 
 
+def test_a_module_trained_whole_is_a_copy_without_the_adapters_of_layers_inside(tmp_path):
+    adapted = train(mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["down_proj"]), "inside"))
+    adapted.add_adapter("whole", mp.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    adapted.set_adapter("whole")
+    np.testing.assert_array_equal(logits(adapted), logits(base()))
+    y = logits(train(adapted))
+    assert not any("inside" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path / "whole")), y)
+    close(logits(adapted.merge_and_unload()), y)
+
+
+def test_an_adapter_inside_a_layer_with_another_learns_again_after_unmerging():
+    adapted = mp.get_peft_model(base(), mp.LoraConfig(r=2), "a")
+    adapted.add_adapter("b", mp.BottleneckConfig(placement="houlsby", bottleneck_size=2))
+    before = adapted.get_nb_trainable_parameters()
+    adapted.merge_adapter()
+    assert adapted.get_nb_trainable_parameters() == before
+    adapted.unmerge_adapter()
+    mp.assert_learning(train(adapted))
+    assert adapted.get_nb_trainable_parameters() == before and before[0] > 0
+
+
 def test_merging_and_subtracting_restores_the_weight_to_rounding():
     adapted = train(mp.get_peft_model(base(), METHODS["lora"]("llama")))
     for layer in adapted.layers.values():
@@ -506,7 +531,7 @@ def test_what_cannot_be_combined_is_refused():
     adapted = three()
     adapted.add_adapter("dora", METHODS["dora"]("llama"))
     for names, kind, options, match in [
-        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "DoRA"),
+        (["a", "b"], "linear", {}, "ranks are"), (["a", "c"], "cat", {}, "'c' uses IA3"), (["dora"], "cat", {}, "use_dora"),
         (["a"], "mean", {}, "combination_type"), (["a"], "ties", {}, "density"), (["x"], "cat", {}, "no adapter 'x'"),
         (["a"], "svd", {"svd_rank": -1}, "svd_rank must be an integer of at least 1, or None, got -1"),
         (["a"], "svd", {"svd_rank": 0}, "svd_rank must be an integer of at least 1, or None, got 0"),
@@ -738,6 +763,16 @@ def test_public_names_are_found_in_the_package():
         mp.peft.LoraConfi  # noqa: B018
 
 
+def test_a_configuration_that_is_changed_later_changes_no_model(tmp_path):
+    config = mp.LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = train(mp.get_peft_model(base(), config))
+    y = logits(adapted)
+    config.lora_alpha, config.lora_dropout = 100, 0.5
+    np.testing.assert_array_equal(logits(adapted), y)
+    adapted.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path)), y)
+
+
 def test_names_of_adapters():
     adapted = mp.get_peft_model(base(), mp.LoraConfig())
     for name, message in [("default", "already"), ("../x", "letters"), ("base_layer", "got 'base_l"), ("", "letters")]:
@@ -949,3 +984,49 @@ def test_generation_uses_the_adapter():
         for model in (adapted, adapted.merge_and_unload(), base())
     )
     assert np.array_equal(out, merged) and not np.array_equal(out, without)
+
+
+ENDLESS = r"(\w|\w\w|\w\w\w|\.)*[!#]"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=ENDLESS), dict(target_modules=["q_proj"], exclude_modules=ENDLESS),
+        dict(target_modules=["q_proj"], rank_pattern={ENDLESS: 3}), dict(target_modules=["q_proj"], alpha_pattern={ENDLESS: 3}),
+        dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=ENDLESS),
+    ],
+)  # fmt: skip
+def test_a_pattern_that_would_match_without_end_is_refused_soon(options):
+    """And one that only takes long for each path, for all of them together."""
+    base, began = mp.Transformer(config_of("llama"), seed=0), time.process_time()
+    with pytest.raises(PeftError, match="takes too long to match; repeat nothing that repeats itself"):
+        mp.get_peft_model(base, mp.LoraConfig(r=2, **options))
+    with pytest.raises(PeftError, match="takes too long to match"):
+        for i in range(1000):
+            matches(r"(\w|\w\w|\.)*[!#]", f"model.layers.{i}.self_attn.q_proj")
+    assert time.process_time() - began < 5
+
+
+def test_patterns_that_peft_takes_match_as_there():
+    base = mp.Transformer(config_of("llama"), seed=0)
+    paths = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    for pattern in (
+        r".*\.(q_proj|v_proj)", r"(?!.*(k_proj|o_proj)).*self_attn\..*", r"model\.layers\.(?:0|1)\..*\b[qv]_proj", r"(?i).*\.[QV]_PROJ",
+    ):  # fmt: skip
+        assert list(mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules=pattern)).layers) == paths
+    config = mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=1, layers_pattern="(layers|h)")
+    assert list(mp.get_peft_model(base, config).layers) == paths[2:], "a group in the pattern is not the number"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(peft_type=["LORA"]), dict(lora_alpha=10**400), dict(r=2**63), dict(target_modules="a{99999999999}"), dict(target_modules="(" * 9999)],
+)
+def test_a_file_with_values_of_another_kind_is_refused_by_name(tmp_path, options):
+    base = mp.Transformer(config_of("llama"), seed=0)
+    mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(PeftError, match=next(iter(options)) if "peft_type" not in options else r"the method \['LORA'\] is not one"):
+        mp.PeftModel.from_pretrained(base, tmp_path)

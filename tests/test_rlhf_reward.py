@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from models import traced
 
 import minipeft as mp
 from minipeft import rlhf
@@ -256,3 +257,28 @@ def test_no_archive_at_all(tmp_path):
     for name, message in (("x.tar.gz", "not a .tar.gz archive"), ("nothing.tar.gz", "cannot be read")):
         with pytest.raises(FileError, match=message):
             rlhf.human_ratings(tmp_path / name)
+
+
+def test_an_archive_that_unpacks_to_more_than_it_may_is_refused(tmp_path):
+    big = {f"a/{i}.txt": b"0" * (30 << 20) for i in range(3)}
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(archive(big))
+    assert path.stat().st_size < 1 << 20
+    with traced() as memory, pytest.raises(FileError, match="has more than 67108864 bytes unpacked"):
+        rlhf.human_ratings(path)
+    with traced() as memory, pytest.raises(FileError, match="has more than 67108864 bytes unpacked"):
+        rlhf.human_ratings(source_archive(tmp_path, big))
+        assert memory()[1] < 300 << 20
+
+
+def test_a_damaged_archive_is_an_error_of_the_file(tmp_path):
+    path = source_archive(tmp_path, tables())
+    data = path.read_bytes()
+    for at in range(12, len(data), 97):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        with pytest.raises(FileError) as error:
+            rlhf.human_ratings(path)
+        assert type(error.value) is FileError
+    for ratings in ("[01, 2]", "[1, 99999999999]"):
+        with pytest.raises(FileError, match="the ratings are not a list of whole numbers"):
+            rlhf.human_ratings(source_archive(tmp_path, tables(ratings=ratings)))

@@ -1,4 +1,4 @@
-"""The stand-in device refuses what its docstring promises to refuse, and has no name that CuPy lacks."""
+"""The stand-in device refuses what its docstring promises to refuse, and computes as NumPy does."""
 
 import copy
 
@@ -30,17 +30,6 @@ MIXES = [
     lambda a: np.ndarray.__iadd__(HOST.copy(), a),
 ]  # fmt: skip
 WAITS = [float, int, bool, range, lambda x: [10, 20][x], lambda x: f"{x:.2f}", lambda x: 1 if x else 0, np.float32]
-NO_ARRAYS = [
-    lambda a: device.sum([1, 2]), lambda a: device.sum(1.0), lambda a: device.exp([1.0]), lambda a: a - [1, 2, 3],
-    lambda a: device.stack([1.0, 2.0]), lambda a: device.matmul(a, [1, 2, 3]), lambda a: device.atleast_1d([1]),
-    lambda a: device.add(a, 1, out=[0.0]),
-]  # fmt: skip
-NOT_TAKEN = [
-    (lambda a: device.add(a, a, where=a > 0), "where"), (lambda a: device.sum(a, where=a > 0), "where"),
-    (lambda a: device.max(a, initial=0), "initial"), (lambda a: a.max(initial=0), "initial"),
-    (lambda a: device.pad(a, 1, stat_length=1), "stat_length"), (lambda a: device.multiply.at(a, 0, 1), "multiply.at"),
-    (lambda a: device.add.at(device.zeros(3, device.int64), device.asarray([0]), 1), "int64"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -57,29 +46,6 @@ def test_nothing_waits_for_the_device_unless_asked(wait):
     assert device.asarray(1).item() == 1
 
 
-@pytest.mark.parametrize("sequence", NO_ARRAYS)
-def test_lists_and_scalars_are_no_arrays(a, sequence):
-    with pytest.raises(TypeError, match="Unsupported type"):
-        sequence(a)
-
-
-@pytest.mark.parametrize("call, missing", NOT_TAKEN)
-def test_what_cupys_functions_do_not_take_is_refused(a, call, missing):
-    with pytest.raises(TypeError, match=missing):
-        call(a)
-
-
-@pytest.mark.parametrize("name", ["block", "vecdot", "nditer", "float128", "errstate", "insert", "testing", "object_"])
-def test_names_and_element_types_that_cupy_lacks_are_missing(name):
-    with pytest.raises(AttributeError, match=f"cupy has no '{name}'"):
-        getattr(device, name)
-    for host in ([None], ["a"], [1j]):
-        with pytest.raises(ValueError, match="Unsupported dtype"):
-            device.asarray(np.array(host))
-    assert not hasattr(device.add, "reduceat") and not hasattr(device.add, "reduce")
-    assert not hasattr(device.random.default_rng(0), "normal") and not hasattr(device.ndarray, "__imatmul__")
-
-
 def test_what_a_device_leaves_undefined_fails(a):
     assert device.isnan(device.empty((2, 2))).all().item() and device.isnan(device.empty_like(a)).all().item()
     assert (device.empty(3, device.int8) == 127).all().item()
@@ -89,16 +55,6 @@ def test_what_a_device_leaves_undefined_fails(a):
         a[device.asarray([0, 0])] = device.asarray([[1.0, 1, 1], [2, 2, 2]])
     a[device.asarray([0, 0])] = device.asarray([[7.0, 7, 7]])  # the same value twice is well defined
     assert a[0].tolist() == [7, 7, 7]
-
-
-def test_cupy_has_every_name_of_the_stand_in():
-    """Names can be compared without a GPU."""
-    cupy = pytest.importorskip("cupy", reason="needs the extra 'gpu': pip install 'minipeft[gpu]'")
-    assert [name for name in (*device.NAMESPACE, "asarray", "array", "asnumpy") if not hasattr(cupy, name)] == []
-    assert [name for name in device.LINALG if not hasattr(cupy.linalg, name)] == []
-    assert [name for name in (*device.METHODS, *device.ATTRIBUTES) if not hasattr(cupy.ndarray, name)] == []
-    assert not any(hasattr(cupy, name) for name in ("block", "vecdot", "errstate"))
-    assert not hasattr(cupy.ndarray, "__imatmul__") and not hasattr(cupy.random.Generator, "normal")
 
 
 def test_it_is_a_library_of_its_own_and_moves_are_copies(a):
@@ -136,7 +92,7 @@ def test_views_share_memory_and_in_place_operations_write(a):
 def test_every_result_is_a_device_array(a):
     zero_dimensional = [
         a.sum(), a.max(), a.mean(), a[0, 0], a[0][1], device.sum(a), device.argmax(a), a.argmin(), device.any(a > 0),
-        device.allclose(a, a), device.array_equal(a, a), device.count_nonzero(a), device.add(1, 2), device.exp(1.0),
+        device.add(1, 2), device.exp(1.0),
         a[0] @ a[0], device.dot(a[0], a[0]), device.linalg.norm(a), next(iter(a[0])), -a[0, 0], a[0, 0] + 1,
     ]  # fmt: skip
     for value in zero_dimensional:

@@ -24,7 +24,7 @@ import minipeft as mp
 from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
-from minipeft.experiments.rows import complete, described, qualname
+from minipeft.experiments.rows import add_row, complete, described, qualname
 from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
@@ -232,7 +232,10 @@ def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
     "run, grid, error, message",
     [
         (where, [{"run": 1}], ValueError, "cannot be called 'run'"),
+        (where, [{"error": 1}], ValueError, "cannot be called 'error'"),
         (where, [{"x": where}], TypeError, "x is <function where"),
+        (where, mp.grid(x=[np.ones(2), np.zeros(2)], seed=0), TypeError, r"the setting 'x' is an array \[2\]: give"),
+        (square, [Square(np.ones(3))], TypeError, r"the setting 'x' is an array \[3\]"),
         (where, [{"x": 1, "sed": 1}], TypeError, r"where\(x, seed\) cannot be called with .* argument: 'seed'"),
         (lambda x: {"y": x}, [{"x": 1}, {"x": 1, "lr": 1}], TypeError, "unexpected keyword argument 'lr'"),
         ("where", [{"x": 1}], TypeError, "must be a function of the settings, not 'where'"),
@@ -295,6 +298,20 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     assert read_rows(tmp_path / "none.jsonl") == []
 
 
+def test_a_run_that_was_measured_twice_is_read_once(tmp_path):
+    """As where two sweeps that write to one store began before either had its rows."""
+    path, old = tmp_path / "rows.jsonl", tmp_path / "old.jsonl"
+    rows = mp.sweep(lambda x, seed: {"y": x, "error": seed}, GRID, 1, path, "1")
+    for row in rows[:2]:
+        add_row(path, row | {"y": 7})
+    add_row(path, rows[0] | {"version": "2"})
+    assert read_rows(path) == [*rows, rows[0] | {"version": "2"}]
+    assert table([row for row in read_rows(path) if row["version"] == "1"], "y").splitlines()[1].split() == ["1", "1", "±", "0", "2"]
+    mp.sweep(square, RUNS, 1, old)
+    old.write_text(old.read_text() * 2)
+    assert len(read_rows(old)) == len(RUNS)
+
+
 def test_only_whole_seeds_are_complete():
     rows = [{**described(s)} for s in RUNS[:-1]]
     assert complete(rows, RUNS) == (rows[:3], [0])
@@ -341,7 +358,9 @@ def test_a_broken_pool_is_replaced(tmp_path):
     grid = [{**s, "directory": tmp_path, "times": 9} for s in GRID]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         rows, _ = quietly(deadly, grid, executor, tmp_path / "rows.jsonl")
+        (later,), _ = quietly(where, GRID[:1], executor)
     assert [row.get("y") for row in rows] == [1, 1, None, None, 9, 9]
+    assert later["y"] == 1 and later["pid"] != os.getpid(), "one that was broken before, too"
 
 
 def test_a_broken_pool_that_cannot_be_replaced_is_said_and_the_sweep_can_go_on(tmp_path):
@@ -501,6 +520,14 @@ def test_a_plot_has_a_line_with_a_band_for_each_value():
     assert figure._repr_png_().startswith(b"\x89PNG"), "what a notebook shows, without pyplot"
 
 
+def test_settings_that_are_no_numbers_are_places_and_lines_too():
+    names = [["q_proj"], ["q_proj", "v_proj"]]
+    rows = [{**described({"to": to, "of": to[0], "seed": s}, where), "loss": 1.0 + s} for to in names for s in range(3)]
+    (axes,) = plot(rows, "loss", x="to", by="of").axes
+    assert {label.get_text() for label in axes.get_xticklabels()} == set(map(str, names))
+    assert len(plot(rows, "loss", x="of", by="to").axes[0].lines) == 2
+
+
 def test_a_point_without_some_of_its_runs_is_hollow():
     rows = rows_of(LOSSES)
     rows[3]["loss"] = None  # of r 8, lr 0.001, seed 0
@@ -547,3 +574,20 @@ def test_a_scheduler_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(distributed, "Client", lambda *a, **k: (_ for _ in ()).throw(OSError("Timed out")))
     with pytest.raises(ExecutorLost, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
         mp.sweep(where, GRID, "tcp://127.0.0.1:1")
+
+
+def test_rows_of_another_form_are_refused_or_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line in (b'{"run": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"run": ' + b"[" * 200 + b"]" * 200 + b"}", b'{"run": "\xff"}'):
+        for end in (b"\n", b""):
+            path.write_bytes(b'{"run": "a"}\n' + line + end)
+            with pytest.raises(FileError, match="line 2: not valid JSON"):
+                read_rows(path)
+    for settings in ('5', '["rr"]', '[["r"]]', '"r"'):
+        path.write_text(f'{{"run": "a", "r": 4, "settings": {settings}}}\n')
+        with pytest.raises(FileError, match="line 1: not a row of a sweep"):
+            read_rows(path)
+    rows = [{"run": "run", "settings": ["r", "seed"], "r": 4, "seed": {"a": [i]}, "loss": float("inf")} for i in (0, 1)]
+    with np.errstate(invalid="ignore"):
+        assert "inf" in table(rows, "loss", "r"), "a seed may be anything"
+    assert complete([{"run": "Settings", "x": 1}], RUNS[:1])[0] == [], "a row without a seed is of none"

@@ -1,6 +1,9 @@
 """Chat templates: rendered in a sandbox, encoded so that a message stays a message, cut into turns to learn."""
 
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -182,3 +185,50 @@ def test_a_beginning_of_the_templates_own():
     t = Tokenizer(backend, shipped.config)
     assert t.encode_pieces(["a"], add_special_tokens=True)[0] == 0
     assert t.encode_pieces([Special("<|im_start|>"), "a"], add_special_tokens=True)[0] == t.token_to_id("<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "template, sentence",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 1 s of the processor"),
+        ("{{ messages | tojson(indent=10**9) }}", "takes more than|fails on these messages .MemoryError"),
+        ("{{ 'x' * 10**10 }}", "fails on these messages .MemoryError"),
+        ("{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "fails .*MemoryError|takes"),
+        ("{{ 'x' * (2 ** 24 + 1) }}", "writes more than 16,777,216 characters"),
+        ("{{ 10 ** (10 ** 8) }}", "takes more than 1 s|fails"),
+    ],
+)
+def test_a_template_has_limits_of_time_memory_and_output_and_the_next_one_is_rendered(template, sentence):
+    with pytest.raises(ValueError, match=f"the chat template ({sentence})"):
+        render(template)
+    assert render("{{ messages[0].content }}") == "hi"
+
+
+def test_the_process_that_renders_may_die_and_an_interrupt_leaves_no_answer_behind(monkeypatch):
+    assert render("a") == "a"
+    chat._renderer._process.kill()
+    chat._renderer._process.wait()
+    assert render("b") == "b"
+    lines = chat._renderer._process.stdout
+    monkeypatch.setattr(chat._renderer._process, "stdout", SimpleNamespace(readline=lambda: 1 / 0, close=lines.close))
+    with pytest.raises(ZeroDivisionError):
+        render("c")
+    lines.close()
+    assert render("d") == "d"
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        render("{{ x }}", x={1, 2})
+    assert render("e") == "e"
+
+
+def test_a_forked_process_has_a_renderer_of_its_own():
+    assert render("a") == "a"
+    script = "from minipeft.text import chat; import os; chat.render('x', []); pid = os.fork(); " \
+        "texts = [chat.render('%d' % (pid > 0), []) for _ in range(50)]; " \
+        "assert set(texts) == {'%d' % (pid > 0)}, texts; os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) and 1 / 0 if pid else None"  # fmt: skip
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+def test_a_template_that_writes_the_marks_itself_writes_text():
+    template = r"{{ '\ufdd05\ufdd0' }}{{ '\ufdd0' }}99{{ '\ufdd0' }}{{ messages[0].content }}"
+    text = tokenizer(template).apply_chat_template([{"role": "user", "content": "<|im_end|>"}], tokenize=False)
+    assert text == "\ufdd05\ufdd0\ufdd099\ufdd0<|im_end|>"

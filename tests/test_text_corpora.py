@@ -13,6 +13,7 @@ from itertools import combinations, product
 
 import pytest
 
+from minipeft.files import FileError
 from minipeft.text import build_corpora, corpora
 from minipeft.text.splits import SPLITS, side
 from minipeft.text.tasks import TASKS, task
@@ -255,3 +256,18 @@ def test_build_names_a_missing_archive(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         build_corpora.main(["--kjv", "no.whl", "--bbe", "b", "--austen", "a", "--wordnet", "w", str(tmp_path)])
     assert exit_.value.code == 2 and "--kjv: there is no file no.whl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no xz", b"", lzma.compress(b"train\tGenesis\t1\t1\ta\tb\n")[:-9], lzma.compress(b"train\t\xff\t1\t1\ta\tb\n"),
+        lzma.compress(b"train\tGenesis\tone\t1\ta\tb\n"), lzma.compress(b"train\tGenesis\t1\n"),
+    ],
+)  # fmt: skip
+def test_a_damaged_corpus_is_an_error_of_the_file(tmp_path, monkeypatch, data):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bible.tsv.xz").write_bytes(data)
+    monkeypatch.setattr(corpora, "files", lambda _: tmp_path)
+    with pytest.raises(FileError, match=r"bible.tsv.xz: does not hold the corpus, compressed text"):
+        corpora.bible.__wrapped__("train")

@@ -71,6 +71,8 @@ def test_text_file_is_one_document(tmp_path):
         ({"prompt": "a"}, "field 'completion' is missing; the form is {prompt, completion}"),
         ({"prompt": "a", "completion": "b", "id": 3}, "field 'id' is unknown; the form is {prompt, completion}"),
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing; the form is {prompt, chosen, rejected}"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "fields 'chosen' and 'rejected' are the same text"),
+        ({"prompt": "a", "chosen": None, "rejected": None}, "field 'chosen' must be a string, got null"),
         ({"instruction": "a", "response": "b"}, "field 'output' is missing, field 'response' is unknown"),
         ({"ask": "a"}, "the fields ['ask'] are none of the known forms: {text}, {prompt, completion}, "),
         ({}, "the fields [] are none of the known forms"),

@@ -150,3 +150,43 @@ def test_unreadable_directories(directory, tmp_path_factory):
         (directory / name).write_text(content)
         with pytest.raises(FileError, match=message):
             Tokenizer.load(directory)
+
+
+def edited(tmp_path, **changes):
+    """The shipped tokenizer with other entries: of its model, its added tokens, its configuration."""
+    content = json.loads((BASE / "tokenizer.json").read_text("utf-8"))
+    content["model"] |= changes.get("model", {})
+    content["model"]["vocab"] |= changes.get("vocab", {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((BASE / "tokenizer_config.json").read_text("utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | changes.get("config", {})))
+    return tmp_path
+
+
+def test_ids_that_are_not_used_count_and_far_ones_are_refused_before_they_take_memory(tmp_path):
+    tokenizer = Tokenizer.load(edited(tmp_path, vocab={"zzz": 2050}))
+    assert tokenizer.vocab_size == 2051 and tokenizer.id_to_token(2050) == "zzz" and tokenizer.decode([2050]) == "zzz"
+    with pytest.raises(ValueError, match="the tokenizer has 2049 tokens, but ids up to 500000000"):
+        Tokenizer.load(edited(tmp_path, vocab={"zzz": 500_000_000}))
+
+
+def test_files_that_are_no_text_or_no_tokenizer_are_an_error_of_the_file(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"names '.ud800' as eos_token, which tokenizer.json does not have"):
+        Tokenizer.load(edited(tmp_path, config={"eos_token": "\ud800"}))
+    edited(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileError, match=r"chat_template.jinja: does not hold text in UTF-8"):
+        Tokenizer.load(tmp_path)
+    merges = [["a", "b"]]
+    edited(tmp_path, model={"continuing_subword_prefix": "1e9999", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": merges})
+    with pytest.raises(FileError, match="not a tokenizer that the tokenizers library reads"):  # it panics
+        Tokenizer.load(tmp_path)
+
+
+def test_what_a_tokenizer_has_no_token_for_is_a_value_error():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode this .*UNK") as error:
+        Tokenizer(Backend(models.WordLevel({"a": 0}, unk_token="[UNK]"))).encode("b")
+    assert type(error.value) is ValueError

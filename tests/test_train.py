@@ -12,7 +12,7 @@ import pytest
 import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.text.tokenizer import pad_sequences
-from minipeft.train import AdamW, Batch, Callback, Trainer, TrainingArguments, TrainingDiverged, collate
+from minipeft.train import AdamW, Batch, Callback, Log, Trainer, TrainingArguments, TrainingDiverged, collate
 from minipeft.train.batches import epoch_order
 from minipeft.train.rates import usual_learning_rate
 from minipeft.train.schedule import SCHEDULES
@@ -44,11 +44,11 @@ def assert_same_bytes(one, other):
         np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
-def train(model, examples, held_out=None, collate=None, loss=None, optimizer=None, **arguments):
+def train(model, examples, held_out=None, collate=None, loss=None, optimizer=None, callbacks=(), **arguments):
     """(the trainer, its result)."""
     args = TrainingArguments(**arguments)
     trainer = Trainer(model, examples, held_out, args, collate=collate, loss=loss, optimizer=optimizer)
-    return trainer, trainer.train()
+    return trainer, trainer.train(callbacks=callbacks)
 
 
 def test_training_learns_to_count_and_evaluates_what_it_was_held_out_from(rng):
@@ -90,6 +90,15 @@ def test_the_trainer_is_the_loop_one_would_write(rng):
             assert result.history[step]["grad_norm"] == pytest.approx(norm, rel=1e-6)
             step += 1
     assert_same_bytes(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_only_step_of_a_run_is_no_warm_up(schedule, rng):
+    options = {"learning_rate": 0.01, "max_steps": 1, "lr_scheduler_type": schedule}
+    trainer, _ = train(tiny_model(), counting(8, rng), warmup_ratio=0.05, **options)
+    before, after = weights(tiny_model()), weights(trainer.model)
+    assert trainer.warmup_steps == 0 and not any(np.array_equal(before[name], after[name]) for name in before)
+    assert Trainer(tiny_model(), counting(8, rng), args=TrainingArguments(max_steps=40, warmup_ratio=0.05)).warmup_steps == 2
 
 
 def test_loraplus_rates_follow_the_schedule_and_are_those_of_its_groups(rng):
@@ -367,27 +376,36 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
     assert capsys.readouterr() == ("", ""), "nothing is printed by a run that is short"
 
 
+@pytest.mark.parametrize("place", ["terminal", "notebook"])
 @pytest.mark.parametrize("progress", [True, False])
-def test_a_terminal_shows_loss_speed_and_time_left(monkeypatch, rng, progress):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_terminal_and_a_notebook_show_a_bar_with_loss_speed_and_time_left(place, monkeypatch, rng, progress):
+    shown = io.StringIO()
+    shown.isatty = lambda: place == "terminal"
+    if place == "notebook":
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setenv("COLUMNS", "120")
     train(tiny_model(), counting(8, rng), max_steps=3, progress=progress)
-    shown = terminal.getvalue()
-    assert all(text in shown for text in ("step 3/3", "loss 3.", "tokens/s", "left")) if progress else shown == ""
+    *others, last = shown.getvalue().split("\r")  # the same line is written again
+    if not progress:
+        assert (others, last) == ([], "")
+    else:
+        assert re.search(r"^[█#]{10,} step 3/3  loss 3\.\d{3}  [\d,]+ tokens/s  +\d\.\d\ds/step  00:00 left *\n$", last)
 
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch, capsys, rng, progress):
-    seconds = iter(range(0, 1000, 4))  # a step takes four
-    monkeypatch.setattr("minipeft.train.progress.monotonic", lambda: next(seconds))
-    train(tiny_model(), counting(8, rng), max_steps=7, progress=progress)
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+
+    def four_seconds_later(record):
+        now[0] += 4
+
+    train(tiny_model(), counting(8, rng), callbacks=[Log(four_seconds_later)], max_steps=7, progress=progress)
     out, shown = capsys.readouterr()
     assert out == ""
     lines = [re.sub(r"loss 3\.\d\d\d  [\d,]+ tokens/s", "...", line) for line in shown.splitlines()]
-    wanted = ["step 3/7  ...  4.00 s/step  0:00:16 left", "step 6/7  ...  4.00 s/step  0:00:04 left"]
+    wanted = ["step 3/7  ...   4.00s/step  00:16 left", "step 6/7  ...   4.00s/step  00:04 left"]
     assert lines == (wanted if progress else [])
 
 

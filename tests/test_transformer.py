@@ -12,6 +12,7 @@ import minipeft as mp
 from minipeft import functional as F
 from minipeft.autograd.gradcheck import gradcheck
 from minipeft.backend import Rng, to_numpy
+from minipeft.nn.heads import SequenceClassifier
 from minipeft.nn.transformer import KVCache, Transformer, TransformerConfig
 
 
@@ -469,3 +470,28 @@ def test_a_layer_in_the_place_of_the_head_is_used_by_the_loss(rng):
     doubled.replace("lm_head", Scaled(doubled.lm_head))
     logits = model(ids) * 2.0
     close(doubled.loss(ids, ids).data, F.cross_entropy(logits[:, :-1], ids[:, 1:]).data)
+
+
+@dialects
+def test_a_mask_that_is_added_to_scores_is_refused_where_it_would_be_read_the_other_way_round(dialect, xp, rng):
+    model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 5))
+    added = np.where(np.tri(5, dtype=bool), 0.0, -np.inf).astype(np.float32)
+    nan = np.ones((2, 5), np.float32)
+    nan[0, 0] = np.nan
+    for mask in (np.broadcast_to(added, (2, 1, 5, 5)).copy(), added[[0, 1]], nan, np.ones((2, 1, 5, 5), np.float32)):
+        with pytest.raises(ValueError, match=r"attention_mask is 1 \(or true\) where .* give mask == 0"):
+            model(ids, attention_mask=xp.asarray(mask))
+    with pytest.raises(TypeError, match="position_ids must be integers, not float32"):
+        model(ids, position_ids=xp.asarray(np.ones((2, 5), np.float32)))
+
+
+@dialects
+def test_labels_are_signed_integers_in_an_array(dialect, rng):
+    model, ids = build(dialect), tokens(rng, 2, 5)
+    for labels, what in ((ids.astype(np.uint8), "uint8"), (ids.tolist(), "list"), (ids.astype(float), "float64"), (None, "NoneType")):
+        prompted = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=2))
+        for each in (model, prompted):
+            with pytest.raises(TypeError, match=f"labels must be an array of signed integers, .*, not {what}"):
+                each.loss(ids, labels)
+    with pytest.raises(TypeError, match="labels must be an array, not a list"):
+        SequenceClassifier(model, 2).loss(ids, [0, 1])

@@ -37,7 +37,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Instructions:
-    """Full fine-tuning on the shipped mix of instruction tasks, as many examples as a `Rewriting` run sees."""
+    """Full fine-tuning on the shipped mix of instruction tasks, as many examples as a `Rewriting` run sees; few are verses,
+    most of which do not fit into 128 tokens."""
 
     learning_rate: float = 1e-3
     steps: int = 40

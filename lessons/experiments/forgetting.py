@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from minipeft.experiments import shipped
 from minipeft.experiments.rows import Row
 from minipeft.experiments.seeds import SEEDS, over_seeds
@@ -54,28 +52,3 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 def point(rows: Sequence[Row], settings: Rewriting) -> tuple[float, float]:
     """(task loss, forgotten), means over the seeds."""
     return float(over_seeds(rows, settings).mean()), float(over_seeds(rows, settings, "forgotten").mean())
-
-
-def price(rows: Sequence[Row], method: str, task_loss: float | np.ndarray) -> np.ndarray:
-    """What a method has forgotten where its loss on the task has come down to `task_loss` (one, or one a seed), by seed.
-
-    On the straight lines from the base through the points of its rates, the lowest first, up to its best; NaN where it
-    does not get that low.
-    """
-    base_loss = shipped.before()[0]
-    losses, forgotten = (
-        np.array([over_seeds(rows, Rewriting(method, rate), key) for rate in RATES[method]])  # [rates, seeds]
-        for key in ("task_loss", "forgotten")
-    )
-    prices = []
-    for x, y, level in zip(losses.T, forgotten.T, np.broadcast_to(task_loss, losses.shape[1])):
-        best = int(x.argmin()) + 1
-        xs, ys = np.array([base_loss, *x[:best]]), np.array([0.0, *y[:best]])
-        reached = np.flatnonzero(xs <= level)
-        if not len(reached):
-            prices.append(np.nan)
-            continue
-        i = int(reached[0])
-        share = 0.0 if i == 0 else (xs[i - 1] - level) / (xs[i - 1] - xs[i])
-        prices.append(ys[i] if i == 0 else ys[i - 1] + share * (ys[i] - ys[i - 1]))
-    return np.array(prices)

@@ -14,12 +14,12 @@ modules are built with: for a weight or bias of the module called `name`, the pa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from ..peft.targets import check_patterns, match
 from .architectures import Architecture, Shape, architecture
 
 
@@ -53,12 +53,10 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
     Raises ValueError as `architecture` and `trained_parameters` do, and for what is no regular expression.
     """
     arch = model if isinstance(model, Architecture) else architecture(model)
-    try:
-        pattern = None if only is None else re.compile(only)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"only={only!r} is not a regular expression: {error}") from error
+    if only is not None:
+        check_patterns("only", only)
     trained, stored = trained_parameters(arch, config), stored_parameters(arch, config)
-    return ParameterCount(*[elements(shapes, pattern) for shapes in (trained, stored, {**arch.shapes, **trained})])
+    return ParameterCount(*[elements(shapes, only) for shapes in (trained, stored, {**arch.shapes, **trained})])
 
 
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
@@ -152,6 +150,6 @@ def _paths(arch: Architecture) -> dict[str, str]:
     return paths
 
 
-def elements(shapes: Mapping[str, Shape], only: re.Pattern | None = None) -> int:
+def elements(shapes: Mapping[str, Shape], only: str | None = None) -> int:
     """The number of elements of all shapes, or of those whose whole name matches `only`."""
-    return sum(math.prod(shape) for name, shape in shapes.items() if only is None or only.fullmatch(name))
+    return sum(math.prod(shape) for name, shape in shapes.items() if only is None or match(only, name, whole=True))

@@ -27,7 +27,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import math
 import os
 import re
@@ -38,7 +37,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError
+from ..files import FileError, parse_json
 from ..options import configuration, option
 from ..peft.huggingface import PEFT_TYPES, config_class
 from .architectures import Architecture, architecture, names
@@ -160,12 +159,12 @@ def recompute(row: Mapping[str, str]) -> float:
     if not row["options"]:
         raise NotCovered(_why_not(row))
     try:
-        options = json.loads(row["options"])
-    except json.JSONDecodeError as error:
+        options = parse_json(row["options"])
+    except ValueError as error:
         raise ValueError(f"row {row['id']!r}: the options are not JSON ({error})") from error
     try:
         return _value(options, QUANTITIES.get(row["quantity"])) / _known("unit", row["unit"], UNITS)
-    except (ValueError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"row {row['id']!r}: {error}") from error
 
 

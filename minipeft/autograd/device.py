@@ -635,35 +635,14 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
 
 # ------------------------------------------------------------------------------------------------- dropout and losses
 
-_kept = elementwise(
-    "T x, int64 index, int64 skipped, uint64 key, int64 size, float32 p, T scale", "T y",
-    "long long j = i % size - skipped; y = j < 0 || uniform(mix(key + index), j) < p ? T(0) : x * scale", "dropout",
-    """
-    __device__ unsigned long long mix(unsigned long long z) {  // SplitMix64
-        z += 0x9e3779b97f4a7c15ull, z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull, z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-        return z ^ z >> 31;
-    }
-    __device__ float uniform(unsigned long long key, long long j) {
-        return (mix(key + j * 0x9e3779b97f4a7c15ull) >> 40) * 5.9604644775390625e-8f;  // 24 bits / 2^24
-    }""",
-)  # fmt: skip
-
 
 @device(ops.dropout)
 def _dropout(x, p, rng):
-    """No mask is kept: element j of row i is dropped by a number that a hash of (path, index of the row, j) gives."""
+    """No mask is kept: its numbers are drawn again for the gradient."""
     check.probability(p)
     if rng is None or p == 0 or not isinstance(rng, Rng):
         return ops.dropout.definition(x, p, rng)
-    key, size = int(np.random.SeedSequence(rng.path).generate_state(1, np.uint64)[0]), math.prod(x.shape[1:])
-    rows = np.array([rng.row(i) for i in range(len(x))], np.int64).T.reshape(2, -1, *[1] * (x.ndim - 1))
-    index, padding = _cupy().asarray(rows)
-    skipped = padding * math.prod(x.shape[2:]) if rng.rows is not None else 0
-
-    def kept(a):
-        return _kept(a, index, skipped, key, size, p, 1 / (1 - p))
-
-    return kept(x), kept
+    return rng.dropped(x, p), lambda g: rng.dropped(g, p)
 
 
 def _nll(x: Array, targets: Array, ignored: int, smoothing: float) -> tuple[Array, Callable[[Array, Array], None]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array, scatter_add, xp_of
+from ..backend import Array, Rng, add_at, is_array, scatter_add, xp_of
 from . import checks as check
 from .tensor import Slice, Tensor, checkpoint, op
 
@@ -400,7 +400,7 @@ def gather(x, indices, axis=-1):
         grid = [xp.arange(n).reshape((-1,) + (1,) * (ndim - 1 - i)) for i, n in enumerate(indices.shape)]
         grid[axis] = indices
         d = xp.zeros(shape, g.dtype)
-        xp.add.at(d, tuple(grid), g)
+        add_at(d, tuple(grid), g)
         return d
 
     return xp.take_along_axis(x, indices, axis=axis), dx
@@ -501,12 +501,12 @@ def addmm(bias, x, weight):
 @op
 def embedding(ids, weight):
     """Rows of `weight` [V, d] at the integer array `ids` [...]: [..., d]. Its pullback adds each row back (scatter-add)."""
-    xp = xp_of(ids, weight)
-    check.ids(ids, weight.shape[0])
+    xp, shape = xp_of(ids, weight), weight.shape
+    check.ids(ids, shape[0])
 
     def dw(g):
-        d = xp.zeros(weight.shape, g.dtype)
-        scatter_add(d, ids.reshape(-1), g.reshape(-1, weight.shape[1]))
+        d = xp.zeros(shape, g.dtype)
+        scatter_add(d, ids.reshape(-1), g.reshape(-1, shape[1]))
         return d
 
     rows = weight[ids]

@@ -19,6 +19,9 @@ Parents are Nodes, or leaf Tensors; nodes never point to the tensors they made, 
 graph is freed by reference counting alone. `backward` drops each node as soon as its pullbacks have run; so a node's
 pullbacks may share work through a memo in their closure, and even overwrite what the node alone owns.
 
+What changes a tensor's array (an optimizer's step, `load_state_dict`) counts its `_version` up; backward refuses a graph
+whose pullbacks have captured the array of such a leaf, for they would take its new values.
+
 The contract of a pullback: it is called at most once; it returns a new array, or `g` itself or a view of it, or a
 `Term`; it never writes into `g`. It may return the shape the broadcasting gave: the engine sums back, once, centrally.
 """
@@ -31,13 +34,14 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import zip_longest
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from ..backend import Array, is_array, to_numpy, xp_of
+from ..backend import Array, add_at, is_array, to_numpy, xp_of
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -94,13 +98,20 @@ def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
 
 
 class Node:
-    """One application of an op: where the gradient of each input that needs one goes, and how it is computed."""
+    """One application of an op: where the gradient of each input that needs one goes, and how it is computed.
 
-    __slots__ = ("edges", "op")
+    leaves   (leaf, its version, id of the array that owns its memory) of those inputs that are leaves, as they were
+    """
+
+    __slots__ = ("edges", "leaves", "op")
 
     def __init__(self, op: str, edges: list[tuple[Node | Tensor, Callable, tuple[int, ...], Any]]):
         self.op = op
         self.edges: list | None = edges  # None once backward has passed
+        self.leaves = []
+        for edge in edges:
+            if type(x := edge[0]) is not Node:
+                self.leaves.append((x, x._version, id(_owner(x.data))))
 
 
 class Term:
@@ -136,7 +147,7 @@ class Slice(Term):
         """total[index] += value."""
         total = total if owned else total.copy()
         if self.repeats:
-            xp_of(total).add.at(total, self.index, self.value)
+            add_at(total, self.index, self.value)
         else:
             total[self.index] += self.value
         return total
@@ -176,7 +187,7 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         if isinstance(value, _SCALARS):  # where a device gives 0-d arrays, NumPy gives scalars
             value = np.asarray(value)
         result = Tensor.__new__(Tensor)
-        result.data, result.grad, result._node, result.requires_grad = value, None, None, False
+        result.data, result.grad, result._node, result._version, result.requires_grad = value, None, None, 0, False
         if _mode.enabled:
             edges = []
             for a, pullback in zip_longest(args, pullbacks):
@@ -241,6 +252,51 @@ def unbroadcast(g: Array, shape: tuple[int, ...]) -> Array:
     return g.sum(axis=axes, keepdims=True) if axes else g
 
 
+def _owner(array: Array) -> Array:
+    """The array whose memory this one is a view of; or itself."""
+    base = getattr(array, "base", None)
+    return array if base is None or not is_array(base) else base
+
+
+def _check_unchanged(nodes: list[Node]) -> None:
+    """Raises AutogradError where a leaf's array has been changed that a pullback has captured."""
+    leaves = [leaf for node in nodes for leaf in node.leaves if leaf[0]._version != leaf[1]]
+    if not leaves:
+        return
+    changed = {key: leaf for leaf, _, owner in leaves for key in (id(leaf), owner)}
+    for node in nodes:
+        for found in _captured([pullback for _, pullback, *_ in node.edges]):
+            key = id(found if isinstance(found, Tensor) else _owner(found))
+            if key in changed:
+                raise AutogradError(
+                    f"backward: {node.op!r} needs the tensor of shape {changed[key].shape} as it was, and since then an "
+                    "optimizer's step or load_state_dict has changed it; call backward before, or compute the loss again"
+                )
+
+
+def _captured(functions: list[Callable]) -> Iterator[Tensor | Array]:
+    """The tensors and arrays that functions, and functions in their closures, hold."""
+    found, seen = [*functions], set()
+    while found:
+        x = found.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, Tensor) or is_array(x):
+            yield x
+        elif isinstance(x, functools.partial):
+            found += [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, FunctionType):
+            found += x.__defaults__ or ()
+            for cell in x.__closure__ or ():
+                with suppress(ValueError):  # an empty one
+                    found.append(cell.cell_contents)
+        elif isinstance(x, (list, tuple)):
+            found += x
+        elif isinstance(x, dict):
+            found += x.values()
+
+
 def nodes_below(root: Node) -> list[Node]:
     """The nodes below `root`, each before every node that it feeds (root last). Iterative: depth costs no stack.
 
@@ -275,9 +331,11 @@ def pull_back(root: Node, gradient: Array, deliver: Callable[[Tensor, Array | Te
     Memory is freed on the way: a node's gradient leaves `pending` before its pullbacks run, so that it dies when the
     last of them has run; an edge leaves `edges` when its pullback runs, and with it what only that pullback kept.
 
-    `gradient` has the shape of root's value. Raises AutogradError for a graph that an earlier walk has freed.
+    `gradient` has the shape of root's value. Raises AutogradError for a graph that an earlier walk has freed, and for one
+    that needs an array that has been changed; nothing is delivered then.
     """
     order = nodes_below(root)
+    _check_unchanged(order)
     pending: dict[int, tuple[Array, bool]] = {id(root): (gradient, False)}  # node -> (its gradient so far, owned)
     while order:
         node = order.pop()  # every node that it feeds has run: its gradient is complete
@@ -341,10 +399,11 @@ class Tensor:
         data: an array (kept as it is, float64 included), or nested lists or numbers (floats become float32).
         requires_grad: whether `backward` should leave dL/d(this) in `.grad`.
 
-    Raises TypeError for data that is not numeric and for an integer or boolean tensor that is asked for gradients.
+    Raises TypeError for data that is not numeric, or of more than 64 bits, and for an integer or boolean tensor that is
+    asked for gradients.
     """
 
-    __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_node", "_version", "data", "grad", "requires_grad")
     __array_ufunc__ = None  # `ndarray * Tensor` asks the Tensor, and does not loop over its elements
     __array_priority__ = 1000
 
@@ -356,14 +415,15 @@ class Tensor:
             data = np.asarray(data)
             if data.dtype == np.float64 and not generic:
                 data = data.astype(np.float32)
-        if data.dtype.kind not in "fiub":
-            raise TypeError(f"a Tensor holds real numbers; data of dtype {data.dtype} was given")
+        if data.dtype.kind not in "fiub" or data.dtype.itemsize > 8:
+            raise TypeError(f"a Tensor holds real numbers of up to 64 bits; data of dtype {data.dtype} was given")
         if requires_grad and data.dtype.kind != "f":
             raise TypeError(_NOT_FLOAT.format(data.dtype, data.shape))
         self.data: Array = data
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self._node: Node | None = None
+        self._version = 0  # how often what knows of it has changed the array
 
     shape = property(operator.attrgetter("data.shape"))
     dtype = property(operator.attrgetter("data.dtype"))
@@ -448,7 +508,8 @@ class Tensor:
         """Add d(self)/d(leaf), weighted by `grad`, to `.grad` of every leaf that requires gradients; free the graph.
 
         `grad` has this tensor's shape; it may be left out for a tensor with one element (1 is taken).
-        Raises AutogradError when there is nothing to differentiate or the graph was freed by an earlier backward,
+        Raises AutogradError when there is nothing to differentiate, the graph was freed by an earlier backward, or an
+        array that it needs has been changed since by an optimizer's step or `load_state_dict`;
         ValueError for a `grad` of another shape.
         """
         if not self.requires_grad:

@@ -1,46 +1,8 @@
-"""The command line: `minipeft COMMAND ...`, also `python -m minipeft COMMAND ...`. One file per command.
+"""Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its docstring is its help. Only the
-module of the chosen command is imported, so that the list of all of them appears at once.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons, audit), or a run of a sweep; 2 an error,
+in one line on standard error; 130 interrupted.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons), or a run of a sweep; 2 an error, in one
-line on standard error; 130 interrupted.
-"""
-
-from __future__ import annotations
-
-import argparse
-import importlib
-import os
-import sys
-import traceback
-import warnings
-from collections.abc import Sequence
-
-from .. import __version__
-from .arguments import Parser, nearest, take_plugins, use_machine
-
-COMMANDS = {
-    "compare": "fine-tune the shipped base with every method and compare them",
-    "finetune": "fine-tune a model on your own file",
-    "sweep": "fine-tune over a grid of learning rates, ranks and seeds, and find the best",
-    "evaluate": "score a model: loss, its answers, multiple choice",
-    "generate": "let a model continue text",
-    "merge": "merge an adapter into its base, as a plain model",
-    "sft": "teach a model to follow instructions",
-    "reward": "train a reward model on preferences",
-    "ppo": "train a model on how its own answers are scored (PPO, RLOO, GRPO)",
-    "dpo": "train a model on preferences, directly",
-    "count": "count what a method trains and stores, from shapes",
-    "memory": "predict the memory of training or using a model",
-    "audit": "recompute the literature's parameter counts and memory figures",
-    "gradcheck": "check every derivative against differences",
-    "lessons": "list the lessons, run one or all",
-}
-
-PLUGIN = "import a module, found from the working directory, that registers methods of your own; may be repeated"
-DESCRIPTION = "Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust."
-EXAMPLES = """\
 examples:
   minipeft compare                                   every method on the shipped base, side by side
   minipeft finetune --data my.jsonl --output tuned   one run on your own file
@@ -51,39 +13,65 @@ examples:
   minipeft --plugin mine compare                     with the methods of your own that mine.py registers
 """
 
+# The command line, also `python -m minipeft COMMAND ...`. One file per command: a module with `add_arguments(parser)`
+# and `run(args) -> exit status` (None for 0); its docstring is its help, as the one above is, and the first line stands
+# in the list of all. Only the module of the chosen command is imported, so that the list appears at once.
 
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from .. import __version__
+from .arguments import Arguments, Parser, nearest, unknown, use_machine
+from .foreign import take_plugins
+from .streams import STDOUT, open_closed_streams, printable, safe_output
+
+COMMANDS = (
+    "compare", "finetune", "sweep", "evaluate", "generate", "merge", "sft", "reward", "ppo", "dpo",
+    "count", "memory", "audit", "gradcheck", "lessons",
+)  # fmt: skip
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    open_closed_streams()
     try:
         args = _parse(argv)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_output():
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
+            warnings.simplefilter("always", UserWarning)
             shown = warnings.showwarning
             warnings.showwarning = lambda *w, **more: _warn(w[0]) if w[1] is UserWarning else shown(*w, **more)
-            use_machine(args)
-            status = args.run(args)
-        sys.stdout.flush()
-        return status
+            use_machine(args)  # imports NumPy, which an interrupt would make an ImportError
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            with ExitStack() as args.until_end:  # what the command holds
+                return args.run(args) or 0
     except SystemExit as stop:  # help, version, usage errors
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt as stop:
         print(f"minipeft: interrupted{f'; {stop}' if stop.args else ''}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does: nothing more to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # its reader has gone, as `| head` does
+            return 1
         if debug:
             traceback.print_exc()
-        print(f"minipeft: error: {describe(error)}", file=sys.stderr)
+        print(f"minipeft: error: {printable(describe(error))}", file=sys.stderr)
         return 2
 
 
 def _warn(message: object) -> None:
-    print(f"minipeft: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"minipeft: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def describe(error: Exception) -> str:
@@ -91,45 +79,49 @@ def describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, OSError) and message:  # a sentence of the library, not of the system
-        return message
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({message})' if message else ''}; try a smaller --batch-size or --max-length"
     if isinstance(error, KeyError) and " " in message:  # a sentence, of which str() gives the repr, and not a bare key
         return " ".join(str(error.args[0]).split())
-    if message and isinstance(error, (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, ImportError)):
+    sentences = (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError, ImportError, OSError)
+    if message and isinstance(error, sentences):
         return message
     return f"unexpected {type(error).__name__}{f': {message}' if message else ''} (--debug shows where)"
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    usage = "minipeft COMMAND [options]"
-    parser = Parser(prog="minipeft", usage=usage, description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_formatter)
-    parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (with any command)")
-    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
-    commands = parser.add_subparsers(prog="minipeft", metavar="COMMAND ...", title="commands", dest="command")
-    parsers = {c: commands.add_parser(c, help=text, formatter_class=_formatter) for c, text in COMMANDS.items()}
+def _parse(argv: list[str]) -> Arguments:
     argv = take_plugins(argv)  # before a command lists the methods
-    chosen = next((word for word in argv if not word.startswith("-")), None)
-    known = parsers.get(chosen, parser)
-    if chosen in COMMANDS:
-        module = importlib.import_module(f"{__name__}.{chosen}")
-        known.description, _, examples = module.__doc__.partition("\nexamples:\n")
-        known.epilog = f"examples:\n{examples}" if examples else None
-        module.add_arguments(known)
-        known.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        known.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=PLUGIN)
-        known.set_defaults(run=module.run, flags=known.flags())
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        what = "option" if unknown[0].startswith("-") else "argument"
-        known.error(f"unknown {what} {unknown[0]!r}{nearest(unknown[0].partition('=')[0], known.option_names())}")
-    if args.command is None:
+    command = next((word for word in argv if not word.startswith("-")), "")
+    parser = Parser(prog=f"minipeft {command}".strip())
+    if command and command not in COMMANDS:
+        Parser(prog="minipeft").error(unknown("command", command, COMMANDS))
+    module = importlib.import_module(f"{__name__}.{command}".strip("."))
+    parser.description, heading, examples = module.__doc__.partition("\nexamples:\n")
+    parser.epilog = heading + examples
+    if command:
+        argv.remove(command)
+        module.add_arguments(parser)
+    else:
+        parser.usage = "minipeft COMMAND [options]"
+        parser.description += "\ncommands:\n" + "\n".join(f"  {name:10} {_summary(name)}" for name in COMMANDS)
+    parser.add_argument("--version", action="version", version=f"minipeft {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    plugin = "import a module, found from the working directory, that registers methods of your own; may be repeated"
+    parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=plugin)
+    defaults = parser.take_defaults()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        what = "option" if rest[0].startswith("-") else "argument"
+        near = nearest(rest[0].partition("=")[0], parser._option_string_actions)
+        parser.error(f"unknown {what} {rest[0]!r}{near}")
+    if not command:
         parser.print_help()
         raise SystemExit(0)
-    return args
+    given = vars(args)
+    return Arguments(**defaults | given, command=command, run=module.run, flags=parser.flags(), given={*given})
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
+def _summary(command: str) -> str:
+    """The first line of a command's help, read from its file: importing all of them would take long."""
+    with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
+        return file.readline().strip('".\n')

@@ -1,7 +1,7 @@
-"""Recompute the literature's parameter counts and memory figures, and report which of them do not follow.
+"""Recompute the literature's counts and memory figures.
 
-297 figures of papers and repositories are shipped with this package. Each is computed again, from the shapes of the
-model and the options of the method. A verdict is
+297 parameter counts and memory figures of papers and repositories are shipped with this package. Each is computed
+again, from the shapes of the model and the options of the method. A verdict is
     reproduces     within the row's tolerance
     differs        outside of it; the likely reason is shown
     not covered    the method, the model or the quantity is not of this package, or it was measured and not derived
@@ -39,55 +39,49 @@ examples:
 
 from __future__ import annotations
 
-import argparse
-import json
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .arguments import nearest
+import minipeft as mp
 
-if TYPE_CHECKING:
-    from ..accounting.published import AuditedRow
+from .arguments import Arguments, Common, Parser, nearest
+from .bars import print_json
 
-VERDICTS = ("reproduces", "differs", "not-covered")
-NUMBERS = 38, 15, 13  # where published and computed end, and the width of the unit, so that a line is one of 80 columns
+PUBLISHED = 38  # where the published number ends
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.csv", help="figures of your own (default: the shipped ones)")
-    parser.add_argument("--verdict", choices=VERDICTS, help="show only these rows")
+    parser.add_argument("--verdict", choices=("reproduces", "differs", "not-covered"), help="show only these rows")
     parser.add_argument("--source", metavar="TEXT", help="audit only rows whose source contains this")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.options(Common, "json")
 
 
-def run(args: argparse.Namespace) -> int:
-    from ..accounting.published import audit, read_published, tally
-
-    rows = read_published(args.file)
+def run(args: Arguments) -> int:
+    rows = mp.accounting.read_published(args.file)
     if args.source is not None:
-        sources = dict.fromkeys((row.get("source") or "").partition(" (")[0].partition(",")[0] for row in rows)
-        rows = [row for row in rows if args.source.lower() in (row.get("source") or "").lower()]
+        sources = [row.get("source") or "" for row in rows]
+        rows = [row for row, source in zip(rows, sources) if args.source.lower() in source.lower()]
         if not rows:
-            known = ", ".join(filter(None, sources)) or "none"
-            hint = f"{nearest(args.source, sources)} (known: {known})"
+            known = list(dict.fromkeys(re.split(r" \(|,", source)[0] for source in sources if source))
+            hint = f"{nearest(args.source, known)} (known: {', '.join(known) or 'none'})"
             raise ValueError(f"no row's source contains {args.source!r}{hint}")
-    findings = audit(rows)
-    shown = [f for f in findings if args.verdict is None or f.verdict == args.verdict.replace("-", " ")]
-    counts = tally(findings)
+    findings = mp.accounting.audit(rows)
+    shown = [f for f in findings if args.verdict in (None, f.verdict.replace(" ", "-"))]
+    counts = mp.accounting.published.tally(findings)
     if args.json:
-        print(json.dumps({"rows": [as_json(f) for f in shown], "tally": counts}, indent=1, ensure_ascii=False))
+        print_json({"rows": [as_json(f) for f in shown], "tally": counts})
     else:
         width = max(80, min(shutil.get_terminal_size().columns, 120)) if sys.stdout.isatty() else 80
-        for line in table(shown, width):
-            print(line)
-        print(textwrap.fill(summary(counts), width))
+        print(*table(shown, width), textwrap.fill(summary(counts), width), sep="\n")
     return 1 if counts["not as their status says"] else 0
 
 
-def as_json(finding: AuditedRow) -> dict[str, Any]:
+def as_json(finding: mp.accounting.published.AuditedRow) -> dict[str, Any]:
     """One row, with numbers as numbers."""
     row = finding.row
     shown = ("id", "source", "table_or_path", "model", "method", "hyperparameters", "quantity", "unit", "status")
@@ -98,7 +92,7 @@ def as_json(finding: AuditedRow) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:
+def table(findings: Sequence[mp.accounting.published.AuditedRow], width: int) -> Iterator[str]:
     """The lines of a table of at most `width` columns: a heading for each source, a line and a reason for each row."""
     yield _line("", "published", "computed", "unit", "verdict")
     source = None
@@ -109,7 +103,7 @@ def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:
             yield ""
             yield from textwrap.wrap(source, width)
         label, printed = f"  {row['id']}", grouped(row["published_value"])
-        if len(label) + len(printed) >= NUMBERS[0]:
+        if len(label) + len(printed) >= PUBLISHED:
             yield label
             label = ""
         mark = ("*" if finding.solved and finding.computed is not None else "") + "!" * (finding.expected is False)
@@ -121,8 +115,7 @@ def table(findings: Sequence[AuditedRow], width: int) -> Iterator[str]:
 
 
 def _line(label: str, published: str, computed: str, unit: str, verdict: str) -> str:
-    first, second, third = NUMBERS
-    return f"{label}{published:>{first - len(label)}}{computed:>{second}} {unit:<{third - 1}}{verdict}".rstrip()
+    return f"{label}{published:>{PUBLISHED - len(label)}}{computed:>15} {unit:<12}{verdict}".rstrip()  # of 80 columns
 
 
 def readable(value: float, published: str) -> str:

@@ -1,10 +1,14 @@
-"""Numbers as a person reads them: bytes with a unit, and a stacked bar of text."""
+"""Numbers as a person reads them: bytes with a unit, a table, and a stacked bar of text; and where they are shown."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
+
+from .streams import printable
 
 WIDTH = 72
 MARKS = "█▓▒░#=+-·:"  # that differ without color
@@ -43,3 +47,24 @@ def bar(parts: Mapping[str, int], show: Callable[[int], str] = "{:,}".format) ->
     for (name, n), (mark, color) in zip(parts.items(), looks):
         text.append("\n").append(mark, color).append(f" {name} {show(n)}")
     return text
+
+
+def console(**options: Any) -> Any:
+    """The console of standard output: as wide as the terminal, or wide enough for every table where it is a file.
+
+    It shows text as it is: brackets and colons are no markup, and control characters are no commands. The options are
+    Rich's.
+    """
+    from rich.console import Console
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+    usual = {"highlight": False, "markup": False, "emoji": False, "width": None if sys.stdout.isatty() else 140}
+    return Plain(**usual | options)
+
+
+def print_json(record: Any) -> None:
+    """A value as JSON, on standard output."""
+    print(json.dumps(record, indent=1, ensure_ascii=False))

@@ -1,10 +1,10 @@
-"""Count the parameters that a method trains, stores and leaves in a model: from shapes, at once, for any size.
+"""Count what a method trains and stores, from shapes.
 
 trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
 once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
 
-The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are usual
-in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
+The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are
+usual in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
 
 examples:
   minipeft count gpt3 --method lora -r 8
@@ -20,58 +20,42 @@ examples:
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .arguments import positive_int
-from .bars import bar, grid, size
-from .method_options import add_method, add_model_name, architecture_of, method_of
-from .report import console
+from .. import accounting
+from .arguments import Arguments, Parser
+from .bars import bar, console, grid, print_json, size
+from .method_options import add_shapes, architecture_of, method_of
 
 SHOWN = 24  # rows of the table, the rest is one row
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_name(parser)
-    add_method(parser, "frozen")
-    parser.add_argument(
-        "--num-labels", type=positive_int, metavar="N", help="count with a classifier's head of N classes"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def add_arguments(parser: Parser) -> None:
+    add_shapes(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from ..accounting import count_parameters
-    from ..accounting.parameters import trained_parameters
-
-    arch = architecture_of(args.model, args.num_labels)
+def run(args: Arguments) -> None:
+    arch = architecture_of(args)
     name, method = method_of(args)
     config = method.config()
-    count, trained = count_parameters(arch, config), trained_parameters(arch, config)
+    count, trained = accounting.count_parameters(arch, config), accounting.parameters.trained_parameters(arch, config)
     if args.json:
-        record = {
-            "model": arch.name, "method": name, "trainable": count.trainable,
-            "stored": count.stored, "total": count.total, "share": count.share,
-            "parameters": {name: list(shape) for name, shape in trained.items()} if config is not None else None,
-        }  # fmt: skip
-        print(json.dumps(record, indent=1))
-        return 0
+        parameters = {path: list(shape) for path, shape in trained.items()} if config is not None else None
+        record = {"model": arch.name, "method": name, **vars(count), "share": count.share, "parameters": parameters}
+        return print_json(record)
     out = console()
     out.print(f"{arch.name} ({arch.model_type}), {name}\n", style="bold")
     if trained:
         out.print(_table(trained))
     out.print(f"\ntrained {count.trainable:>17,}   {100 * count.share:.4f}% of all")
-    out.print(
-        f"stored  {count.stored:>17,}   {size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits"
-    )
+    sizes = f"{size(4 * count.stored)} a task in float32, {size(2 * count.stored)} in 16 bits"
+    out.print(f"stored  {count.stored:>17,}   {sizes}")
     out.print(f"total   {count.total:>17,}   {size(2 * count.total)} in 16 bits\n")
     out.print(bar({"trained": count.trainable, "frozen": count.total - count.trainable}))
-    return 0
 
 
 def _table(trained: Mapping[str, tuple[int, ...]]) -> Any:

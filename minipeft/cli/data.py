@@ -3,35 +3,71 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..text.datasets import DatasetError, Document, Preference, Record, UnpairedPreference, read_dataset
-from ..text.examples import Example, encode_examples
-from ..text.templates import Template, asked_turn
-from ..text.tokenizer import Special
+import minipeft as mp
+
+from ..options import configuration, option
 
 
 class Data(NamedTuple):
     """Encoded examples to learn from and held out ones, the records of the latter, and what did not fit."""
 
-    train: list[Example]
-    held_out: list[Example]
-    held_out_records: list[Record]
+    train: list[mp.text.examples.Example]
+    held_out: list[mp.text.examples.Example]
+    held_out_records: list[mp.text.datasets.Record]
     note: str  # "" or one line about records that were cut or left out
 
 
-def read_records(path: str) -> list[Record]:
+@configuration(kw_only=True)
+class TaskOptions:
+    """What is learned: a shipped task, or the user's file."""
+
+    task: str = option("rewrite", "the shipped task", choices=("rewrite", "define", "use"))
+    data: str | None = option(None, "or your .jsonl or .txt file; a tenth, 96 at most, is held out", metavar="FILE")
+
+    def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str) -> Data:
+        """The examples: of the user's file, or `n` of a shipped task, chosen by the seed.
+
+        The held-out ones do not depend on the seed: those of `split`, evenly spaced. Of a shipped task all are short
+        (as in the lessons), so that a comparison ends soon; of a file, those too long for the model are left out.
+        """
+        import numpy as np
+
+        shipped = mp.experiments.shipped
+        if self.data:
+            data = encode(read_records(self.data), 0.1, tokenizer, max_length, on_overflow="drop")
+            return data._replace(held_out=shipped.spaced(data.held_out, held_out))
+        records, test = (shipped.short(self.task, name) for name in ("train", split))
+        chosen = [records[i] for i in np.random.default_rng(seed).permutation(len(records))[:n]]
+        return encode(chosen, shipped.spaced(test, held_out), tokenizer, max_length, on_overflow="drop")
+
+
+def longest(base: Any, virtual_tokens: int = 0, wanted: int = 256, insisted: bool = False) -> int:
+    """Tokens of an example: `wanted`, or what the virtual tokens leave of the model's positions.
+
+    Raises ValueError where they leave none, and where more is wanted as --max-length, `insisted`.
+    """
+    positions = base.config.max_position_embeddings
+    if positions <= virtual_tokens:
+        raise ValueError(f"{virtual_tokens} virtual tokens take all of the model's {positions} positions")
+    if insisted and wanted > positions - virtual_tokens:
+        taken = f", of which {virtual_tokens} are for virtual tokens" if virtual_tokens else ""
+        raise ValueError(f"--max-length {wanted} is more than the {positions} positions of the model{taken}")
+    return min(wanted, positions - virtual_tokens)
+
+
+def read_records(path: str) -> list[mp.text.datasets.Record]:
     """The records of a file to fine-tune on. Raises DatasetError, also for preference pairs."""
-    records = read_dataset(path)
-    if isinstance(records[0], (Preference, UnpairedPreference)):
-        raise DatasetError(path, None, "preferences are not something to imitate; this command takes other forms")
+    datasets = mp.text.datasets
+    records = datasets.read_dataset(path)
+    if isinstance(records[0], (datasets.Preference, datasets.UnpairedPreference)):
+        raise datasets.DatasetError(path, None, "preferences are not something to imitate; give another form")
     return records
 
 
-def split_off(records: Sequence[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+def split_off(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
     """(training records, held-out records), about `fraction` of the distinct ones, at least one, held out.
 
     Those are held out whose digests are lowest: it depends on the records' content alone, so neither their order nor a
@@ -48,25 +84,19 @@ def split_off(records: Sequence[Record], fraction: float) -> tuple[list[Record],
 
 
 def encode(
-    train: Sequence[Record],
-    held_out: Sequence[Record] | float,
-    tokenizer: Any,
-    max_length: int,
-    template: Template | None = None,
-    on_overflow: str = "error",
-) -> Data:
+    train: Sequence[mp.text.datasets.Record], held_out: Sequence[mp.text.datasets.Record] | float, tokenizer: Any,
+    max_length: int, template: mp.text.templates.Template | None = None, on_overflow: str = "error",
+) -> Data:  # fmt: skip
     """Both sides encoded; `held_out` is records, or the fraction of `train` to split off (0 holds nothing out).
 
     A single document is split by its blocks: the last ones are held out. Raises ValueError where it is too short for
     that, where no record of a side fits, and as `split_off` and `encode_examples`.
     """
-    if isinstance(held_out, float) and len(train) == 1 and isinstance(train[0], Document):
+    encode_examples = mp.text.examples.encode_examples
+    if isinstance(held_out, float) and len(train) == 1 and isinstance(train[0], mp.text.datasets.Document):
         blocks = encode_examples(train, tokenizer, max_length).examples
         if held_out and len(blocks) < 2:
-            raise ValueError(
-                f"the text fills {len(blocks)} block of {max_length} tokens; to hold one out it takes two: give more "
-                "text, or shorter blocks"
-            )
+            raise ValueError(f"to hold a block of {max_length} tokens out it takes two; the text has {len(blocks)}")
         cut = len(blocks) - (max(1, round(held_out * len(blocks))) if held_out else 0)
         return Data(blocks[:cut], blocks[cut:], [], "")
     if isinstance(held_out, float):
@@ -79,37 +109,4 @@ def encode(
         if found := [f"{n} {what}" for n, what in ((encoded.truncated, "cut"), (encoded.dropped, "left out")) if n]:
             notes.append(f"{' and '.join(found)} of {len(records)} {name} records")
         sides.append(encoded.examples)
-    note = f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else ""
-    return Data(sides[0], sides[1], list(held_out), note)
-
-
-class Sample(NamedTuple):
-    """What the model is asked, how that is shown, and the answer that the data has for it."""
-
-    record: str | Record
-    prompt: str
-    reference: str
-
-
-def samples(data: Data, tokenizer: Any, n: int, room: int, template: Template | None = None) -> list[Sample]:
-    """`n` held-out records whose prompts have at most `room` tokens; of running text, the starts of blocks."""
-    found: Iterable[tuple[str | Record, str | None]]
-    if not data.held_out_records or isinstance(data.held_out_records[0], Document):
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        halves = ((example.input_ids.tolist(), min(len(example.input_ids) // 2, 32)) for example in data.held_out)
-        found = ((decode(ids[:half]), decode(ids[half:][:48])) for ids, half in halves if half)
-    else:
-        found = ((record, None) for record in data.held_out_records)
-    fitting = (_sample(record, reference, tokenizer, room, template) for record, reference in found)
-    return list(islice(filter(None, fitting), n))
-
-
-def _sample(
-    record: str | Record, reference: str | None, tokenizer: Any, room: int, template: Template | None
-) -> Sample | None:
-    """The sample, with its record's own answer where there is no other reference; None where it has no room."""
-    turn = asked_turn(record, template, tokenizer)
-    if not 1 <= len(tokenizer.encode_pieces(turn.prompt, add_special_tokens=True)) <= room:
-        return None
-    answer = "".join(piece for piece in turn.completion if not isinstance(piece, Special))
-    return Sample(record, "".join(turn.prompt), answer if reference is None else reference)
+    return Data(*sides, list(held_out), f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else "")

@@ -1,9 +1,9 @@
-"""Direct preference optimization: train a model on preference pairs, without a reward model and without sampling.
+"""Train a model on preferences, directly: DPO and its kin.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines, or --human, or generated pairs, as
-for `minipeft reward`. The reference is the model as it is at the start. --loss takes the losses that came after DPO's:
-ipo, kto, orpo and simpo; the last two need no reference, and kto no pairs: it also takes lines of {"prompt": ...,
-"completion": ..., "label": true or false}.
+There is no reward model, and no sampling. The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...}
+lines, or --human, or generated pairs, as for `minipeft reward`. The reference is the model as it is at the start.
+--loss takes the losses that came after DPO's: ipo, kto, orpo and simpo; the last two need no reference, and kto no
+pairs: it also takes lines of {"prompt": ..., "completion": ..., "label": true or false}.
 
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
@@ -21,12 +21,13 @@ examples:
 
 from __future__ import annotations
 
-import argparse
+import minipeft as mp
 
 from .. import rlhf
-from ..options import add_options, from_arguments
+from ..options import from_arguments
 from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
-from . import runs
+from . import outputs, runs
+from .arguments import Arguments, Parser
 from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, load_trained, template_of
 
 # What a loss's accuracy is the share of.
@@ -39,36 +40,37 @@ PREFERS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     add_trained(parser)
     add_pairs(parser)
-    group = add_training(parser, learning_rate="a tenth of the method's")
-    add_options(group, DPOConfig, "loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight")
+    add_training(parser, learning_rate="peak learning rate; None: a tenth of the method's")
+    parser.options(DPOConfig, "loss_type", "beta", "gamma", "desirable_weight", "undesirable_weight", group="training")
     runs.add_output(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    output, options = runs.check_output(args), check_pairs(args)
-    loss = getattr(args, "loss_type", DPOConfig.loss_type)
+def run(args: Arguments) -> None:
+    output = outputs.check_output(args)
+    check_pairs(args)
+    loss = args.loss_type
     other = (name for name in ("gamma", "desirable_weight", "undesirable_weight") if name not in OPTIONS_OF_LOSS[loss])
-    runs.refuse(args, other, f"with --loss {loss}")
+    args.refuse(other, f"with --loss {loss}")
     config = from_arguments(DPOConfig, args)
 
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
-    pairs, held_out = load_pairs(args, options, policy, tokenizer, template, unpaired=loss == "kto")
+    pairs, held_out = load_pairs(args, policy, tokenizer, template, unpaired=loss == "kto")
     arguments = runs.training_arguments(args, len(pairs), bool(held_out))
     if method:
         policy = method.prepare(policy, arguments.max_steps, args.seed)
     trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, **vars(config))
-    runs.announce(pairs, held_out, trainer.args, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
+    runs.announce(trainer, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     before = trainer.measure(judged)
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = trainer.measure(judged)
 
-    rlhf.plot_preferences(result.history, output / "dpo.png")
-    use = runs.save_model(policy, tokenizer, output, name)
+    with mp.train.metrics.picture(output / "dpo.png") as path:
+        rlhf.plot_preferences(result.history, path)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
         "pairs": {"training": len(pairs), "held_out": len(held_out)},
@@ -79,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
         "before": before,
         "after": after,
     }
-    runs.write_record(args, results, options, trainer.args, config, template=name, method=key)
-    for side in ("chosen", "rejected"):
-        if (what := f"logps/{side}") in before:
-            print(f"log-probability, {side:8} {before[what]:9.3f} -> {after[what]:.3f}")
+    saved = runs.save(args, policy, tokenizer, name, results, trainer.args, config, method=key)
+    for what in ("logps/chosen", "logps/rejected"):
+        if what in before:
+            print(f"log-probability, {what.removeprefix('logps/'):8} {before[what]:9.3f} -> {after[what]:.3f}")
     said = PREFERS[loss].format(f"{accuracy:.1%}", f"{len(judged):,} {of}")
     print(f"{said}{'' if margin is None else f'; margin {margin:.3f}'}")
-    print(f"saved in {output}  (minipeft generate {use} --prompt ...)")
-    return 0
+    print(saved)

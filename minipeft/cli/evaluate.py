@@ -1,4 +1,4 @@
-"""Score a model on a file of records: the loss, its answers beside the expected ones, or its choice among given answers.
+"""Score a model: its loss, its answers, multiple choice.
 
 The data is a .jsonl file, one JSON object a line, all of one form, or a .txt file of running text:
     {"prompt": ..., "completion": ...}               the loss of the answers, in nats per token; and of the answers that
@@ -30,97 +30,74 @@ examples:
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import minipeft as mp
+
 from ..evaluation.config import GenerationConfig
-from ..options import add_options, configuration, from_arguments, option
-from . import runs
-from .arguments import add_machine, add_model
-from .functions import load_function
-from .models import load_model
+from ..options import REQUIRED, configuration, from_arguments, option
+from . import outputs, runs
+from .arguments import Arguments, Common, Parser, add_machine
+from .bars import print_json
+from .foreign import load_function
+from .models import load_model, usual_template
 
 GENERAL = "general-cloze"
-LABELS = {"exact_match": "exact match", "chrf": "chrF"}
 
 
 @configuration(kw_only=True)
 class EvaluationOptions:
     """What is scored, and by which measure."""
 
-    template: str | None = option(
-        None, "plain, alpaca, chatml, chat or a text with {prompt} (default: as in training)", metavar="NAME|TEXT"
-    )
     metric: str | None = option(None, "a function (answer, expected) -> number", metavar="MODULE:NAME")
     limit: int | None = option(None, "use the first N records (of running text, blocks)", least=1)
-    max_length: int | None = option(
-        None, "tokens of a record at most, of running text those of a block (default: what the model takes)", least=2
-    )
+    max_length: int | None = option(None, "tokens of a record or block at most; None: as the model takes", least=2)
     loss_only: bool = option(False, "generate no answers")
+    json: bool | str = option(False, "print one JSON object, with all answers and scores; or write it", metavar="FILE")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help=f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items"
-    )
-    add_model(parser, adapter=" to put on the model")
-    parser.add_argument(
-        "--load-in-4bit", action="store_true",
-        help="hold the linear layers in 4 bits, as in --method qlora (an adapter that was trained so needs no flag)",
-    )  # fmt: skip
-    add_options(parser.add_argument_group("scores"), EvaluationOptions)
-    add_options(parser.add_argument_group("generation"), GenerationConfig)
-    parser.add_argument_group("output").add_argument(
-        "--json", nargs="?", const="", metavar="FILE",
-        help="print one JSON object, with every record's answer and scores; or write it to FILE, and print as usual",
-    )  # fmt: skip
+def add_arguments(parser: Parser) -> None:
+    data = {"data": f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items", "defaults": {"data": REQUIRED}}
+    parser.options(Common, "data", "model", "adapter", "load_in_4bit", "template", **data)
+    parser.options(EvaluationOptions)
+    parser.options(GenerationConfig, group="generation")
     add_machine(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    options = from_arguments(EvaluationOptions, args)
+def run(args: Arguments) -> None:
     config = from_arguments(GenerationConfig, args)
-    metric = None if options.metric is None else load_function(options.metric, "--metric")
-    if args.json and not Path(args.json).parent.is_dir():
+    metric = None if args.metric is None else load_function(args.metric, "--metric")
+    if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
-
-    from ..evaluation import evaluate
-    from ..files import write_json
-    from ..text.datasets import Document, MultipleChoice
-    from .prompts import usual_template
-
-    records = read_items(args.data)
-    args.template = options.template
-    answered = not isinstance(records[0], (Document, MultipleChoice))
-    if options.loss_only and not answered:
-        what = "multiple choice" if isinstance(records[0], MultipleChoice) else "running text"
-        raise ValueError(f"--loss-only: no answers are generated for {what} in any case; leave it out")
-    template = usual_template(args) if options.template or answered else None
-    model, tokenizer = load_model(args.model, args.backend, args.load_in_4bit or None, args.adapter)
-    given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig) if hasattr(args, f.name)}
-    found = evaluate(
-        model, tokenizer, records, template, metric=metric, answers=not options.loss_only, limit=options.limit,
-        max_length=options.max_length, **{"batch_size": config.batch_size, **given},
+    if isinstance(args.json, str):
+        mp.directory.keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
+    datasets = mp.text.datasets
+    records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
+    unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))
+    if unasked:
+        args.refuse(("loss_only",), f"with {unasked}, for which no answers are generated")
+    model, tokenizer = load_model(args)
+    template = usual_template(args) if args.template or not unasked else None
+    given = {name: value for name, value in vars(config).items() if name in args.given}
+    found = mp.evaluation.evaluate(
+        model, tokenizer, records, template, metric=metric, answers=not args.loss_only, limit=args.limit,
+        max_length=args.max_length, **{"batch_size": config.batch_size, **given},
     )  # fmt: skip
     record = {
         "data": args.data, "model": args.model, "adapter": args.adapter, "template": template,
         "records": len(found.details), "tokens": found.tokens, "chance": found.chance,
         "scores": {name: score._asdict() for name, score in found.scores.items()}, "details": found.details,
     }  # fmt: skip
-    if found.note:
-        runs.note(found.note)
-    if args.json == "":
-        print(json.dumps(record, indent=1, ensure_ascii=False))
-        return 0
-    show(found, options.metric, "blocks" if isinstance(records[0], Document) else "records")
-    if args.json is not None:
-        write_json(args.json, record)
+    runs.note(found.note)
+    if args.json is True:
+        return print_json(record)
+    show(found, args.metric, "blocks" if isinstance(records[0], datasets.Document) else "records")
+    if args.json is not False:
+        with mp.directory.locked(Path(args.json).parent, Path(args.json).name):
+            mp.files.write_json(args.json, record)
         print(f"saved: {args.json}")
-    return 0
 
 
 def show(found: Any, metric: str | None, units: str) -> None:
@@ -130,19 +107,7 @@ def show(found: Any, metric: str | None, units: str) -> None:
     beside = {"loss": f"nats per token, of {found.tokens:,} tokens{perplexity}"}
     print(f"{len(found.details):,} {units}")
     for name, (value, low, high) in found.scores.items():
-        label = metric if name == "metric" else LABELS.get(name, name)
         interval = "" if low is None else f"[{low:.4f}, {high:.4f}]"
-        print(f"{label:16} {value:9.4f}  {interval:18}  {beside.get(name, '')}".rstrip())
+        print(f"{metric if name == 'metric' else name:16} {value:9.4f}  {interval:18}  {beside.get(name, '')}".rstrip())
     if found.chance is not None:
         print(f"{'chance':16} {found.chance:9.4f}")
-
-
-def read_items(data: str) -> list[Any]:
-    """The records of a file, or the shipped items of that name. Raises DatasetError."""
-    from ..text.datasets import read_dataset
-
-    if data == GENERAL:
-        from ..evaluation import general_cloze
-
-        return general_cloze()
-    return read_dataset(data)

@@ -1,4 +1,4 @@
-"""Fine-tune the shipped base, or any model, on your own file.
+"""Fine-tune a model on your own file.
 
 The data is a .jsonl file, one JSON object a line, all of one form:
     {"prompt": ..., "completion": ...}
@@ -33,113 +33,79 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
-from ..options import add_options, configuration, from_arguments, option
-from . import runs
-from .arguments import add_model
+import minipeft as mp
+
+from ..options import REQUIRED, configuration, option
+from . import outputs, runs
+from .arguments import Arguments, Common, Parser
+from .data import encode, longest, read_records
 from .method_options import add_method, method_of
+from .models import chosen_template, load_model
+from .report import sampled, show_samples
 
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
 
 @configuration(kw_only=True)
-class DataOptions:
-    """How records become examples to learn from and held-out ones."""
+class FinetuneOptions:
+    """How records become examples to learn from and held-out ones, and what TrainingArguments do not say."""
 
-    validation: str = option(
-        "0.1", "a held-out file, or the share of the data to hold out, 0 for none", metavar="FILE|FRACTION"
-    )
-    template: str | None = option(
-        None, 'plain, alpaca, chatml, chat (which comes with the model) or a text such as "Q: {prompt}\\nA:" '
-        "(default: by the form of the records)", metavar="NAME|TEXT",
-    )  # fmt: skip
-    max_length: int | None = option(None, "tokens of an example; None: as the model takes", least=1)
+    validation: str = option("0.1", "a held-out file, or the share to hold out, 0 for none", metavar="FILE|FRACTION")
+    max_length: int = option(256, "tokens of an example, where the model takes as many", least=1)
     overflow: str = option("error", "what to do with longer records", choices=("error", "truncate", "drop"))
+    gradient_checkpointing: bool | None = option(None, "less memory, more time; None: in large models")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="FILE", help="a .jsonl or .txt file to learn from")
+def add_arguments(parser: Parser) -> None:
+    parser.options(Common, "data", defaults={"data": REQUIRED})
     add_training_arguments(parser)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, longest: int = 256) -> None:
-    """All options but --data; `longest` is the default of --max-length, where the model takes as much."""
-    parser.set_defaults(longest=longest)
-    add_model(parser)
+def add_training_arguments(parser: Parser, **defaults: Any) -> None:
+    """All options but --data; `defaults` of FinetuneOptions."""
+    parser.options(Common, "model")
     add_method(parser)
-
-    group = parser.add_argument_group("data")
-    add_options(group, DataOptions, max_length=f"tokens of an example (default: {longest}, or what the model takes)")
-    group = parser.add_argument_group("training")
+    template = "plain, alpaca, chatml, chat or a text with {prompt}; None: by the form of the records"
+    parser.options(Common, "template", group="data", template=template)
+    parser.options(FinetuneOptions, group="data", defaults=defaults)
+    by_size = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     runs.add_training(
-        group,
-        "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio", "weight_decay",
-        "max_grad_norm", "eval_steps", "early_stopping_patience",
-        defaults={
-            "learning_rate": None, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
-            "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
-        },
-        learning_rate="peak learning rate (default: the method's, times 128 / hidden_size in wider models)",
-        per_device_train_batch_size="examples at a time (default: 8, in large models 2)",
-        gradient_accumulation_steps="batches a step (default: 1, in large models without --batch-size 4)",
-        max_grad_norm="clip the gradient to this 2-norm; 0 does not",
-        eval_steps="steps between evaluations (default: 1/5)",
-        seed="seed of the adapter's start, the order of the data and dropout",
-    )  # fmt: skip
-    group.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        help="compute activations again in backward: less memory, slower (default: in large models)",
+        parser, "gradient_accumulation_steps", "packing", "lr_scheduler_type", "optim", "loraplus_lr_ratio",
+        "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience",
+        defaults=by_size | {"lr_scheduler_type": "cosine", "warmup_ratio": 0.05},
+        per_device_train_batch_size="examples at a time; None: 8, in large models 2",
+        eval_steps="steps between evaluations; None: 1/5",
+        gradient_accumulation_steps="batches a step; None: 1, in large models without --batch-size 4",
     )  # fmt: skip
     runs.add_output(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from .data import read_records
-
-    runs.check_output(args)
-    return fine_tune(args, read_records(args.data), validation(args))
+def run(args: Arguments) -> None:
+    outputs.check_output(args)
+    fine_tune(args, read_records(args.data), validation(args.validation), {})
 
 
-def fine_tune(
-    args: argparse.Namespace, records: list[Any], held_out: Any, tests: dict[str, list[Any]] | None = None
-) -> int:
+def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[str, list[Any]]) -> None:
     """Train on records as the options say, save, and print the held-out loss before and after, and that of each test.
 
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
     Raises ValueError for a method or a --max-length that takes more positions than the model has.
     """
-
-    from ..accounting import architecture
-    from ..experiments.costs import count
-    from ..text.examples import encode_examples
-    from ..train import Trainer
-    from .data import encode, samples
-    from .models import load_model
-    from .prompts import chosen_template
-    from .report import ANSWER, answered, console, show_samples
-
-    output, (key, method), options = runs.check_output(args), method_of(args), from_arguments(DataOptions, args)
-    base, tokenizer = load_model(args.model, args.backend, load_in_4bit=method.quantized)
-    name, template = chosen_template(options.template, records[0], tokenizer)
-    limit = base.config.max_position_embeddings - method.virtual_tokens
-    if limit < 1:
-        raise ValueError(f"--method {key} takes {method.virtual_tokens} positions, all that the model has")
-    if options.max_length and options.max_length > limit:
-        taken = f", of which --method {key} takes {method.virtual_tokens}" if method.virtual_tokens else ""
-        positions = f"{base.config.max_position_embeddings} positions of the model{taken}"
-        raise ValueError(f"--max-length {options.max_length} is more than the {positions}")
-    max_length = options.max_length or min(args.longest, limit)
-    data = encode(records, held_out, tokenizer, max_length, template, options.overflow)
+    key, method = method_of(args)
+    base, tokenizer = load_model(args, method.quantized)
+    name, template = chosen_template(args.template, records[0], tokenizer)
+    max_length = longest(base, method.virtual_tokens, args.max_length, insisted="max_length" in args.given)
+    data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
     if not data.held_out:
-        runs.refuse(args, ("eval_steps", "early_stopping_patience"), "without held-out examples")
+        args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
-    for what, of in (tests or {}).items():
-        sets[what] = encode_examples(of, tokenizer, max_length, template, options.overflow).examples
+    for what, of in tests.items():
+        sets[what] = mp.text.examples.encode_examples(of, tokenizer, max_length, template, args.overflow).examples
 
-    large, batch_size = architecture(base.config).size > LARGE, args.per_device_train_batch_size
+    large, batch_size = mp.accounting.architecture(base.config).size > LARGE, args.per_device_train_batch_size
     arguments = runs.training_arguments(
         args, len(data.train), bool(data.held_out),
         per_device_train_batch_size=batch_size or (2 if large else 8),
@@ -148,54 +114,43 @@ def fine_tune(
     model = method.prepare(base, arguments.max_steps, args.seed)
     if large if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    trainer = Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
-    trainable, total = count(model)
-    trained = f"method {key}: {trainable:,} of {total:,} parameters; "
-    runs.announce(data.train, data.held_out, trainer.args, "examples", trained)
-    if data.note:
-        runs.note(data.note)
+    trainer = mp.Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
+    trainable, total = mp.experiments.costs.count(model)
+    runs.announce(trainer, "examples", f"method {key}: {trainable:,} of {total:,} parameters; ")
+    runs.note(data.note)
 
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
-    result = runs.run_training(args, trainer)
+    result = outputs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
-    use = runs.save_model(model, tokenizer, output, name)
+    losses = {what: {"before": before.get(what), "after": after.get(what)} for what in ("", *sets)}
+    loss = losses.pop("")
     results = {
         "parameters": {"trainable": trainable, "all": total},
         "examples": {"training": len(data.train), "held_out": len(data.held_out)},
         "steps": result.steps,
         "stopped_early": result.stopped_early,
-        "held_out_loss": {"before": before.pop("", None), "after": after.pop("", None)},
+        "held_out_loss": loss,
     }
     if tests:
-        results["loss_apart"] = {what: {"before": before[what], "after": after[what]} for what in tests}
-    runs.write_record(args, results, options, trainer.args, max_length=max_length, method=key)
-
-    loss = results["held_out_loss"]
+        results["loss_apart"] = losses
+    saved = runs.save(args, model, tokenizer, name, results, trainer.args, max_length=max_length, method=key)
     if data.held_out:
         perplexity = " -> ".join(f"{math.exp(x):.2f}" if x < 700 else "inf" for x in loss.values())
         print(f"held-out loss  before {loss['before']:.4f}  after {loss['after']:.4f}  (perplexity {perplexity})")
-    for what in tests or ():
+    for what in losses:
         print(f"    {what:16} before {before[what]:.4f}  after {after[what]:.4f}  ({len(sets[what])} examples)")
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
-    shown = samples(data, tokenizer, 1, limit - ANSWER, template)
-    show_samples(console(), answered({"before": base, "after": model}, tokenizer, shown, template))
-    if args.model and hasattr(model, "save_pretrained"):
-        use = f"--model {args.model} {use}"
-    if method.quantized:
-        use += " --load-in-4bit"
-    print(f"saved in {output}  (minipeft generate {use} {'--chat' if name == 'chat' else '--prompt ...'})")
-    return 0
+    room = base.config.max_position_embeddings - method.virtual_tokens
+    show_samples(sampled({"before": base, "after": model}, tokenizer, data, 1, room, template))
+    print(saved)
 
 
-def validation(args: argparse.Namespace) -> Any:
+def validation(text: str) -> Any:
     """--validation: a fraction as a float, or the records of the file that it names.
 
     Raises ValueError for a number outside of [0, 1), and as `read_records`.
     """
-    from .data import read_records
-
-    text = from_arguments(DataOptions, args).validation
     try:
         fraction = float(text)
     except ValueError:

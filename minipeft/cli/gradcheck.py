@@ -1,4 +1,4 @@
-"""Check every derivative of the library against differences of its values.
+"""Check every derivative against differences of values.
 
 For a function with Jacobian J, a random direction u and a random cotangent w, the number <w, J u> comes from values
 alone (a central difference, extrapolated) and <u, pullback(w)> from the pullback; they must be the same. Every
@@ -15,75 +15,67 @@ examples:
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import minipeft as mp
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
+from .arguments import Arguments, Parser, check_known
+from .bars import console, grid
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--op", nargs="+", action="extend", metavar="NAME", help="only these ops")
     parser.add_argument("--models", action="store_true", help="only the whole models")
 
 
-def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
+def run(args: Arguments) -> int:
     from rich.text import Text
+    from tqdm import tqdm
 
-    from ..autograd.cases import check_ops, op_cases
-    from ..autograd.gradcheck import check_parameters
-    from ..autograd.tensor import REGISTRY
+    from ..autograd import cases, tensor
     from ..quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
-    from .arguments import unknown
-    from .bars import grid
-    from .report import console
 
-    for name in args.op or ():
-        if name not in REGISTRY:
-            raise ValueError(unknown("op", name, REGISTRY))
-    if args.op and args.models:
-        raise ValueError("--op and --models each leave out the other; give one of them")
-    cases = [] if args.models else op_cases(args.op)
-    models = {} if args.op else small_models()
-    rows: dict[str, list[Any]] = {}  # name -> [number of checks, worst deviation, errors]
+    args.only_one("op", "models")
+    check_known("op", args.op or (), tensor.REGISTRY)
+    ops, models = [] if args.models else cases.op_cases(args.op), {} if args.op else small_models()
+    total = len(ops) + sum(len(model.parameters()) for model, _ in models.values())
+    found: dict[str, list[tuple[float, Exception | None]]] = defaultdict(list)
+    for name, deviation, error in tqdm(checked(ops, models), "checking", total, leave=False, disable=None):
+        found[name].append((deviation, error))
 
-    def add(name: str, deviation: float, error: Exception | None) -> None:
-        row = rows.setdefault(name, [0, 0.0, []])
-        row[0], row[1] = row[0] + 1, max(row[1], deviation)
-        row[2] += [error] if error else []
-
-    total = len(cases) + sum(len(model.parameters()) for model, _ in models.values())
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("checking", total=total)
-        for case, deviation, error in check_ops(cases):
-            add(case.op, deviation, error)
-            bar.advance(task)
-        for name, (model, call) in models.items():
-            for _, deviation, error in check_parameters(partial(call, model), dict(model.named_parameters())):
-                add(name, deviation, error)
-                bar.advance(task)
-
-    table = grid("op or model", "checks", "worst deviation", "")
-    for name, (checks, worst, errors) in rows.items():
+    table, failures = grid("op or model", "checks", "worst deviation", ""), []
+    for name, checks in found.items():
+        errors = [error for _, error in checks if error]
         verdict = Text(f"{len(errors)} FAILED", "bold red") if errors else Text("ok", "green")
-        table.add_row(Text(name), str(checks), "-" if errors else f"{worst:.1e}", verdict)
+        table.add_row(name, str(len(checks)), "-" if errors else f"{max(d for d, _ in checks):.1e}", verdict)
+        failures += errors
     out = console()
     out.print(table)
-    failures = [error for _, _, errors in rows.values() for error in errors]
     for error in failures:
-        out.print(Text(f"\n{error}"))
-    checks = sum(row[0] for row in rows.values())
-    out.print(f"\n{checks - len(failures)} of {checks} checks passed")
+        out.print(f"\n{error}")
+    out.print(f"\n{total - len(failures)} of {total} checks passed")
     return 1 if failures else 0
+
+
+def checked(ops: list[Any], models: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, float, Exception | None]]:
+    """(op or model, deviation, error) of each case of the ops, and of each parameter of the models."""
+    from ..autograd import cases, gradcheck
+
+    for case, deviation, error in cases.check_ops(ops):
+        yield case.op, deviation, error
+    for name, (model, call) in models.items():
+        for _, deviation, error in gradcheck.check_parameters(partial(call, model), dict(model.named_parameters())):
+            yield name, deviation, error
 
 
 def small_models() -> dict[str, tuple[Any, Any]]:
     """name -> (model, how it is called): both dialects, with what changes the graph: heads, ties, masks, dropout."""
     import numpy as np
 
-    from ..nn.transformer import Transformer, TransformerConfig
-
+    Transformer, TransformerConfig = mp.Transformer, mp.TransformerConfig
     shape = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"initializer_range": 0.3, "max_position_embeddings": 8}
     gpt2, llama = TransformerConfig.gpt2(**shape), TransformerConfig.llama(**shape, num_key_value_heads=2)

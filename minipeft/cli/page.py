@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,25 @@ from ..files import write_text
 from .bars import size
 from .cells import Rows, cells, deviation, plus_minus
 from .plots import panel_svg
+from .report import Sample
 
-FIGURES = {
-    "learning": "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
-    "trade": "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
-    "memory": "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
+# Figure -> its caption; how its description begins, from the base's row; and what that says of a method, from its row.
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], str]]] = {
+    "learning": (
+        "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
+        lambda base: f"Curves of the task loss over the steps, from {base['task_loss']:.2f}",
+        lambda row: f"{row['title']} ends at {row['task_loss']:.2f}",
+    ),
+    "trade": (
+        "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
+        lambda base: "Points of task loss and rise of the loss on general text",
+        lambda row: f"{row['title']} {row['task_loss']:.2f} and {row['forgotten']:+.2f}",
+    ),
+    "memory": (
+        "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
+        lambda base: "Bars of peak memory",
+        lambda row: f"{row['title']} {size(row['memory_measured'])}",
+    ),
 }
 HEADINGS = {
     "task_loss": "Task loss", "forgotten": "Forgotten", "general_loss": "General loss",
@@ -24,23 +38,22 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[tuple[Any, dict[str, str]]]) -> None:
-    """Write the page; `rows` and `settings` are those of compare.json, `shown` samples with the answers of models."""
+def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[Sample]) -> None:
+    """Write the page; `rows` and `settings` are those of compare.json, `shown` are answers of models."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    pictures = {name: base64.b64encode(panel_svg(name, rows)).decode("ascii") for name in FIGURES}
+    base, *trained = rows
+    figures = [
+        (base64.b64encode(panel_svg(name, rows)).decode(), f"{opening(base)}: {'; '.join(map(of, trained))}.", caption)
+        for name, (caption, opening, of) in FIGURES.items()
+    ]
     page = environment.get_template("report.html.jinja").render(
-        title=f"Fine-tuning methods compared on {settings['data']}",
-        settings=settings,
-        conclusions=conclusions(rows),
-        headings=HEADINGS,
-        table=[(row["title"], cells(row, rows)) for row in rows],
-        figures=[(pictures[name], alternative(name, rows), caption) for name, caption in FIGURES.items()],
-        shown=shown,
-    )
+        title=f"Fine-tuning methods compared on {settings['data']}", settings=settings, conclusions=conclusions(rows),
+        headings=HEADINGS, table=[(row["title"], cells(row, rows)) for row in rows], figures=figures, shown=shown,
+    )  # fmt: skip
     write_text(path, page)
 
 
@@ -48,30 +61,23 @@ def conclusions(rows: Rows) -> list[str]:
     """What the rows say: who learned most, who is as good and smaller, who forgot least, who needs least memory."""
     base, *trained = rows
     best = min(trained, key=lambda row: row["task_loss"])
-    lines = [
-        f"{best['title']} learned most: task loss {best['task_loss']:.3f}{plus_minus(best, 'task_loss')}, from the "
-        f"base's {base['task_loss']:.3f}."
-        if best["task_loss"] < base["task_loss"]
-        else f"No method got below the base's task loss of {base['task_loss']:.3f}: more steps or another learning "
-        "rate are needed."
-    ]
+    start, gain = f"the base's task loss of {base['task_loss']:.3f}", base["task_loss"] - best["task_loss"]
+    if gain <= 0:
+        return [f"No method got below {start}: more steps or another learning rate are needed."]
+    end = f"{best['task_loss']:.3f}{plus_minus(best, 'task_loss')}"
+    lines = [f"{best['title']} learned most: it brought {start} down to {end}."]
     near = [row for row in trained if row["task_loss"] <= best["task_loss"] + margin(row, best) and row is not best]
-    small = min(near, key=lambda row: row["storage"], default=None)
-    if small is not None and small["storage"] < best["storage"]:
+    small = min(near, key=lambda row: row["storage"], default=best)
+    if small["storage"] < best["storage"]:
         lines.append(
             f"{small['title']} comes as close as the seeds can distinguish ({small['task_loss']:.3f}), and keeps "
             f"{size(small['storage'])} a task instead of {size(best['storage'])}."
         )
-    gain = base["task_loss"] - best["task_loss"]
-    useful = [row for row in trained if base["task_loss"] - row["task_loss"] >= gain / 2 > 0]
-    if useful:
-        kind = min(useful, key=lambda row: row["forgotten"])
-        lines.append(
-            f"Of those that learned at least half as much, {kind['title']} forgot least: {kind['forgotten']:+.3f} on "
-            f"general text, {best['title']} {best['forgotten']:+.3f}."
-        )
-        lean = min(useful, key=peak)
-        lines.append(f"Of the same, {lean['title']} needs the least memory: {size(peak(lean))} at the peak of a step.")
+    useful = [row for row in trained if base["task_loss"] - row["task_loss"] >= gain / 2]
+    kind, lean = min(useful, key=lambda row: row["forgotten"]), min(useful, key=lambda row: row["memory_measured"])
+    forgot = f"{kind['forgotten']:+.3f} on general text, {best['title']} {best['forgotten']:+.3f}"
+    lines.append(f"Of those that learned at least half as much, {kind['title']} forgot least: {forgot}.")
+    lines.append(f"Of the same, {lean['title']} needs the least memory: {size(lean['memory_measured'])} at the peak of a step.")
     return lines
 
 
@@ -80,23 +86,3 @@ def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
     return sum(deviation(row, "task_loss") or 0.0 for row in (a, b))
 
 
-def peak(row: dict[str, Any]) -> int:
-    """Bytes of the peak memory: measured where it could be (not on a GPU)."""
-    return row["memory_measured"] or row["memory_predicted"]
-
-
-def alternative(name: str, rows: Rows) -> str:
-    """What a figure shows, in words and numbers."""
-    base, *trained = rows
-    opening, of = {
-        "learning": (
-            f"Curves of the task loss over the steps, from {base['task_loss']:.2f}",
-            lambda row: f"{row['title']} ends at {row['task_loss']:.2f}",
-        ),
-        "trade": (
-            "Points of task loss and rise of the loss on general text",
-            lambda row: f"{row['title']} {row['task_loss']:.2f} and {row['forgotten']:+.2f}",
-        ),
-        "memory": ("Bars of peak memory", lambda row: f"{row['title']} {size(peak(row))}"),
-    }[name]
-    return f"{opening}: {'; '.join(map(of, trained))}."

@@ -13,8 +13,6 @@ from typing import Any
 from ..train.metrics import panels, save_png
 from .cells import Rows
 
-Style = tuple[Any, str]  # color, marker
-
 
 def plot_comparison(rows: Rows, path: Path) -> None:
     """Three panels as one PNG, which share a legend: the names beside the bars, with each method's color and marker."""
@@ -30,47 +28,39 @@ def panel_svg(name: str, rows: Rows) -> bytes:
 
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):
-        height = 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3)
-        figure, (axes,) = panels(1, 6, height)
-        figure.set_facecolor("none")
-        axes.set_facecolor("none")
+        figure, (axes,) = panels(1, 6, 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3))
         PANELS[name](axes, rows)
         if name != "memory":
-            for row in rows:
-                color, marker = styles(rows)[row["method"]]
+            for row, color, marker in styled(rows):
                 axes.plot([], [], marker, color=color, label=row["title"])
             figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 
-def styles(rows: Rows) -> dict[str, Style]:
-    """The color and the marker of each method; the base's are grey."""
+def styled(rows: Rows) -> list[tuple[dict[str, Any], Any, str]]:
+    """The rows, each with its color and its marker; the base's are grey."""
     from matplotlib import colormaps
 
     hues = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without grey
-    found = {row["method"]: (hues[i % 9], "osD^vP*X<>ph"[i % 12]) for i, row in enumerate(rows[1:])}
-    return {rows[0]["method"]: ("grey", "o"), **found}
+    looks = [("grey", "o"), *((hues[i % 9], "osD^vP*X<>ph"[i % 12]) for i in range(len(rows) - 1))]
+    return [(row, *look) for row, look in zip(rows, looks)]
 
 
 def plot_learning(axes: Any, rows: Rows) -> None:
     """Loss on the task over the steps: thin in training, marked where the held-out examples were measured."""
-    base, looks = rows[0], styles(rows)
-    for row in rows[1:]:
-        color, marker = looks[row["method"]]
+    start = rows[0]["task_loss"]
+    for row, color, marker in styled(rows)[1:]:
         axes.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
-        held_out = [(0, base["task_loss"]), *row["held_out_curve"]]
-        axes.plot(*zip(*held_out), marker + "-", color=color, markersize=5)
-    axes.axhline(base["task_loss"], color="grey", linestyle="--", linewidth=1)
+        axes.plot(*zip((0, start), *row["held_out_curve"]), marker + "-", color=color, markersize=5)
+    axes.axhline(start, color="grey", linestyle="--", linewidth=1)
     axes.set(title="Learning the task (thin: training, marked: held out)", xlabel="step", ylabel="loss on the task")
 
 
 def plot_trade(axes: Any, rows: Rows) -> None:
     """What was learned against what was forgotten; where there are several seeds, small points are single ones."""
-    looks = styles(rows)
     axes.axhline(0, color="grey", linestyle="--", linewidth=1)
-    for row in rows:
-        color, marker = looks[row["method"]]
+    for row, color, marker in styled(rows):
         seeds = row.get("seeds", [])
         if len(seeds) > 1:
             points = [(run["task_loss"], run["forgotten"]) for run in seeds]
@@ -82,13 +72,10 @@ def plot_trade(axes: Any, rows: Rows) -> None:
 
 def plot_memory(axes: Any, rows: Rows) -> None:
     """Peak memory of a step, as bars in MB: predicted (pale) and measured."""
-    looks = styles(rows)
-    for shift, key, alpha in ((-0.2, "memory_predicted", 0.45), (0.2, "memory_measured", 1.0)):
-        for i, row in enumerate(rows):
-            axes.barh(i + shift, (row[key] or 0) / 1e6, 0.38, color=looks[row["method"]][0], alpha=alpha)
     longest = max(row["memory_predicted"] for row in rows) / 1e6
-    for i, row in enumerate(rows):
-        color, marker = looks[row["method"]]
+    for i, (row, color, marker) in enumerate(styled(rows)):
+        axes.barh(i - 0.2, row["memory_predicted"] / 1e6, 0.38, color=color, alpha=0.45)
+        axes.barh(i + 0.2, row["memory_measured"] / 1e6, 0.38, color=color)
         axes.plot(-0.04 * longest, i, marker, color=color, markersize=7)
     axes.set_xlim(left=-0.08 * longest)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
@@ -96,9 +83,7 @@ def plot_memory(axes: Any, rows: Rows) -> None:
     axes.set(title="Peak memory of a step (pale: predicted)", xlabel="MB, weights included")
 
 
-PANELS: dict[str, Callable[[Any, Rows], None]] = {
-    "learning": plot_learning, "trade": plot_trade, "memory": plot_memory,
-}  # fmt: skip
+PANELS: dict[str, Callable[[Any, Rows], None]] = {"learning": plot_learning, "trade": plot_trade, "memory": plot_memory}
 
 
 def smooth(curve: list[tuple[int, float]], width: int = 10) -> list[tuple[int, float]]:

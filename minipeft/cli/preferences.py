@@ -6,24 +6,28 @@ higher.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
+import minipeft as mp
+
 from .. import rlhf
-from ..options import add_options, configuration, from_arguments, option
+from ..options import configuration, option
 from ..peft.methods import Method
 from . import runs
-from .arguments import add_model
-from .method_options import add_method, flag, given_options, method_of
+from .arguments import Arguments, Common, Parser
+from .data import longest, split_off
+from .method_options import FLAGS, add_method, method_of
+from .models import load_model, usual_template
 
 OPENING = 4  # words of a sentence that a generated pair continues
-TEMPLATE = {"metavar": "NAME|TEXT", "help": "plain, alpaca, chatml or a text with {prompt} (default: the model's own)"}
+Sides = tuple[list[Any], list[Any]]  # for training, held out
 
 
 @configuration(kw_only=True)
 class PairOptions:
     """Where preference pairs come from, beside the file that holds them."""
 
+    human: str | None = option(None, "pairs by people's ratings, of vaderSentiment-3.3.2.tar.gz", metavar="FILE")
     validation: float = option(0.1, "share of pairs held out", least=0, below=1, metavar="FRACTION")
     max_length: int | None = option(None, "tokens of an example of a file (default: the model's)", least=1)
     pairs: int = option(2000, "pairs to generate, or to take from --human", least=1)
@@ -32,132 +36,105 @@ class PairOptions:
     response_length: int = option(24, "tokens of a generated answer", least=1)
 
 
-# What each source of pairs has no use for.
-UNUSED = {
-    "--data": ("pairs", "rater_temperature", "rater_flip", "response_length"),
-    "--human": ("rater_temperature", "rater_flip", "response_length"),
-    "generated pairs": ("max_length",),
-}
-
-
-def add_pairs(parser: argparse.ArgumentParser) -> None:
+def add_pairs(parser: Parser) -> None:
     """Where preference pairs come from."""
-    parser.add_argument(
-        "--data", metavar="FILE", help="a .jsonl file of {prompt, chosen, rejected} (default: generated pairs)"
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument("--template", **TEMPLATE)
-    group.add_argument("--human", metavar="FILE", help="pairs by people's ratings, from vaderSentiment-3.3.2.tar.gz")
-    add_options(group, PairOptions)
+    parser.options(Common, "data", data="a .jsonl file of {prompt, chosen, rejected} (default: generated pairs)")
+    parser.options(PairOptions, group="data")
 
 
-def add_training(parser: argparse.ArgumentParser, learning_rate: str) -> Any:
-    """The options of training on pairs; `learning_rate` says in words what the default of --lr is. Returns their group."""
-    group = parser.add_argument_group("training")
+def add_training(parser: Parser, **helps: str) -> None:
+    """The options of training on pairs; `helps` replace those of TrainingArguments."""
     defaults = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "warmup_ratio": 0.1}
-    runs.add_training(
-        group, defaults=defaults, per_device_train_batch_size="pairs a step",
-        learning_rate=f"peak learning rate (default: {learning_rate}, times 128 / hidden_size in wider models)",
-        seed="seed of everything random",
-    )  # fmt: skip
-    return group
+    runs.add_training(parser, defaults=defaults, per_device_train_batch_size="pairs a step", **helps)
 
 
-def check_pairs(args: argparse.Namespace) -> PairOptions:
-    """The options of the pairs. ValueError, by name, for one that does nothing with their source."""
-    if args.data and args.human:
-        raise ValueError("give either --data or --human, not both")
-    source = "--data" if args.data else "--human" if args.human else "generated pairs"
-    runs.refuse(args, UNUSED[source], f"with {source}")
-    return from_arguments(PairOptions, args)
-
-
-def add_trained(parser: argparse.ArgumentParser) -> None:
-    """--model, --adapter, --method and its options: what is trained."""
-    add_model(parser, adapter=", such as of minipeft sft, to train further")
+def add_trained(parser: Parser, purpose: str = "to train further") -> None:
+    """--model, --adapter, --template, --method and its options: what is trained."""
+    adapter = f"an adapter directory, such as of minipeft sft, {purpose}"
+    parser.options(Common, "model", "adapter", "template", adapter=adapter)
     add_method(parser)
 
 
-def load_trained(args: argparse.Namespace) -> tuple[str, Method | None, Any, Any]:
+def load_trained(args: Arguments) -> tuple[str, Method | None, Any, Any]:
     """(what a report calls the method, the method, model, tokenizer); the method is None for a model with --adapter.
 
     Raises ValueError for --adapter together with a method or its options, and as `method_of` and `load_model`.
     """
-    from .models import load_model
-
     if args.adapter is None:
         name, method = method_of(args)
-        return name, method, *load_model(args.model, args.backend, load_in_4bit=method.quantized)
-    others = [*given_options(args), *(n for n in ("method", "adapter_config") if getattr(args, n) is not None)]
-    if others:
-        new = f"{flag(others[0])} is for a new one"
-        raise ValueError(f"--adapter trains the adapter that is given; {new}: give one of them")
-    return "adapter", None, *load_model(args.model, args.backend, None, args.adapter, is_trainable=True)
+        return name, method, *load_model(args, method.quantized)
+    args.refuse(("method", "adapter_config", *FLAGS), "with --adapter, which is trained further as it is")
+    return "adapter", None, *load_model(args, is_trainable=True)
 
 
-def template_of(args: argparse.Namespace, tokenizer: Any) -> tuple[str, Any]:
+def template_of(args: Arguments, tokenizer: Any) -> tuple[str, Any]:
     """(name, template) of --template, else of the adapter's or the model's directory, else plain."""
-    from ..text.datasets import Completion
-    from .prompts import chosen_template, usual_template
-
-    name, template = chosen_template(usual_template(args) or "plain", Completion("-", "-"), tokenizer)
-    return name or "plain", template
+    name = usual_template(args) or "plain"
+    return name, mp.text.templates.get_template(name, tokenizer)
 
 
-def load_pairs(
-    args: argparse.Namespace, options: PairOptions, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False
-) -> tuple[list[Any], list[Any]]:
+def encoded_prompts(texts: list[Any], tokenizer: Any, template: Any) -> list[list[int]]:
+    """Prompts, texts or records, as the token ids that the model is asked with."""
+    turns = mp.evaluation.asked_turns(texts, template, tokenizer)
+    return [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
+
+
+def stop_tokens(policy: Any, tokenizer: Any, template: Any) -> list[int]:
+    """What ends an answer in this template."""
+    return mp.evaluation.stop_tokens(policy, tokenizer, *mp.evaluation.asked_turns(["-"], template))
+
+
+def check_pairs(args: Arguments) -> None:
+    """ValueError, by name, for an option that does nothing with the source of the pairs."""
+    args.only_one("data", "human")
+    generating = ("rater_temperature", "rater_flip", "response_length")
+    if args.data:
+        args.refuse(("pairs", *generating), "with --data")
+    elif args.human:
+        args.refuse(generating, "with --human")
+    else:
+        args.refuse(("max_length",), "with generated pairs")
+
+
+def load_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False) -> Sides:
     """(training, held-out) PreferencePairs of token ids, from --data or --human, or generated.
 
-    With `unpaired` --data may also hold answers that are desirable or not, which become UnpairedExamples. Raises ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
+    With `unpaired` --data may also hold answers that are desirable or not, which become UnpairedExamples. Raises
+    ValueError for a --max-length above the model's positions, DatasetError for a file of other records.
     """
-    from ..text.datasets import DatasetError, Preference, UnpairedPreference, read_dataset
-    from ..text.examples import encode_preferences, encode_unpaired
-    from .data import split_off
-
-    limit = policy.config.max_position_embeddings
-    length = options.max_length or limit
-    if length > limit:
-        raise ValueError(f"--max-length {length} is more than the {limit} positions of the model")
+    datasets, positions = mp.text.datasets, policy.config.max_position_embeddings
+    length = longest(policy, wanted=args.max_length or positions, insisted=True)
     if args.human:
-        records = rlhf.human_preferences(args.human, "train", options.pairs, args.seed)
+        records = rlhf.human_preferences(args.human, "train", args.pairs, args.seed)
     elif args.data:
-        records = read_dataset(args.data)
-        if not isinstance(records[0], (Preference, UnpairedPreference) if unpaired else Preference):
-            wanted = " or {prompt, completion, label}" if unpaired else ""
-            reason = f"preference pairs are wanted: {{prompt, chosen, rejected}}{wanted} on every line"
-            raise DatasetError(args.data, None, reason)
+        records = datasets.read_dataset(args.data)
+        forms = (datasets.Preference, *[datasets.UnpairedPreference] * unpaired)
+        if not isinstance(records[0], forms):
+            wanted = "{prompt, chosen, rejected}" + " or {prompt, completion, label}" * unpaired
+            raise datasets.DatasetError(args.data, None, f"preference pairs are wanted: {wanted} on every line")
     else:
-        return _generated_pairs(options, args.seed, policy, tokenizer, template)
-    train, held_out = split_off(records, options.validation) if options.validation else (list(records), [])
-    encode = encode_unpaired if isinstance(records[0], UnpairedPreference) else encode_preferences
-    train, held_out = (encode(side, tokenizer, length, template) for side in (train, held_out))
+        return _generated_pairs(args, policy, tokenizer, template)
+    sides = split_off(records, args.validation) if args.validation else (list(records), [])
+    single = isinstance(records[0], datasets.UnpairedPreference)
+    encode = mp.text.examples.encode_unpaired if single else mp.text.examples.encode_preferences
+    train, held_out = (encode(side, tokenizer, length, template) for side in sides)
     return train, held_out
 
 
-def _generated_pairs(
-    options: PairOptions, seed: int, policy: Any, tokenizer: Any, template: Any
-) -> tuple[list[Any], list[Any]]:
+def _generated_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any) -> Sides:
     """Two answers of the policy to each opening of a sentence, and a rater who prefers the one VADER scores higher."""
     import numpy as np
 
-    from ..evaluation import asked_turns, stop_tokens
-
-    stop_token_ids = stop_tokens(policy, tokenizer, *asked_turns(["-"], template))
+    ends = stop_tokens(policy, tokenizer, template)
     rlhf.vader([])  # a missing extra is reported before anything is computed
-    rng, sides = np.random.default_rng(seed), []
-    counts = {"train": options.pairs, "validation": round(options.validation * options.pairs)}
+    rng, sides = np.random.default_rng(args.seed), []
+    counts = {"train": args.pairs, "validation": round(args.validation * args.pairs)}
     for number, (split, n) in enumerate(counts.items()):
-        texts = rlhf.sentence_openings(split, OPENING)
-        turns = asked_turns(texts, template)
-        prompts = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
+        prompts = encoded_prompts(rlhf.sentence_openings(split, OPENING), tokenizer, template)
         chosen = [prompts[i % len(prompts)] for i in rng.permutation(max(n, len(prompts)))[:n]]
-        answers = rlhf.sample_answers(
-            policy, chosen, 2, options.response_length, stop_token_ids=stop_token_ids, seed=2 * seed + number
-        )
-        scores = np.array(
-            [rlhf.vader([tokenizer.decode(a, skip_special_tokens=True) for a in own]) for own in answers]
-        ).reshape(-1, 2)
-        order = rlhf.rank(scores, rng, options.rater_temperature, options.rater_flip)
+        seed = 2 * args.seed + number
+        answers = rlhf.sample_answers(policy, chosen, 2, args.response_length, stop_token_ids=ends, seed=seed)
+        scores = rlhf.vader([tokenizer.decode(a, skip_special_tokens=True) for own in answers for a in own])
+        order = rlhf.rank(scores.reshape(-1, 2), rng, args.rater_temperature, args.rater_flip)
         sides.append(rlhf.preference_pairs(chosen, answers, order))
     return sides[0], sides[1]

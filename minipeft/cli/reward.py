@@ -1,8 +1,9 @@
-"""Train a reward model, the second stage of RLHF: a score for a text, learned from which of two answers was preferred.
+"""Train a reward model on preferences.
 
-The data is a .jsonl file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts
-that real people rated, from the source archive of vaderSentiment. Without either, the model itself
-answers openings of sentences twice, and a noisy rater prefers the answer that VADER scores higher (extra 'rlhf').
+It scores a text, the second stage of RLHF, and is learned from which of two answers was preferred. The data is a .jsonl
+file of {"prompt": ..., "chosen": ..., "rejected": ...} lines. With --human it is pairs of texts that real people rated,
+from the source archive of vaderSentiment. Without either, the model itself answers openings of sentences twice, and a
+noisy rater prefers the answer that VADER scores higher (extra 'rlhf').
 
 --method lora and its kin train adapters and the head, and are merged at the end.
 
@@ -19,65 +20,60 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from typing import Any
 
+import minipeft as mp
+
 from .. import rlhf
-from ..options import add_options, from_arguments
+from ..options import from_arguments
 from ..peft.methods import Method
 from ..rlhf.config import RewardConfig
-from . import runs
-from .arguments import add_model
-from .method_options import add_method, method_of
-from .preferences import add_pairs, add_training, check_pairs, load_pairs, template_of
+from . import outputs, runs
+from .arguments import Arguments, Parser
+from .method_options import method_of
+from .models import load_model
+from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, adapter=", such as of minipeft sft, to build on")
-    add_method(parser)
+def add_arguments(parser: Parser) -> None:
+    add_trained(parser, "to build on")
     add_pairs(parser)
-    add_options(add_training(parser, learning_rate="the method's"), RewardConfig)
+    add_training(parser)
+    parser.options(RewardConfig, group="training")
     runs.add_output(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    output, options, config = runs.check_output(args), check_pairs(args), from_arguments(RewardConfig, args)
-
-    from ..peft.model import PeftModel
-    from ..train import Trainer
-    from .models import load_model
-    from .prompts import save_template
-
+def run(args: Arguments) -> None:
+    output, config = outputs.check_output(args), from_arguments(RewardConfig, args)
+    check_pairs(args)
     key, method = method_of(args)
-    policy, tokenizer = load_model(args.model, args.backend, method.quantized or None, args.adapter)
+    policy, tokenizer = load_model(args, method.quantized)
     policy = policy if args.adapter is None else policy.merge_and_unload()
     name, template = template_of(args, tokenizer)
     train, test = (
         [rlhf.Ranking((p.chosen.input_ids, p.rejected.input_ids)) for p in side]
-        for side in load_pairs(args, options, policy, tokenizer, template)
+        for side in load_pairs(args, policy, tokenizer, template)
     )
     arguments = runs.training_arguments(args, len(train), bool(test))
     texts = [text for ranking in train for text in ranking.texts]
-    judge = rlhf.RewardModel(policy, seed=arguments.seed)
-    model = _adapted(method, judge, arguments.max_steps, arguments.seed)
+    judge = rlhf.RewardModel(policy, seed=args.seed)
+    model = _adapted(method, judge, arguments.max_steps, args.seed)
     model.calibrate(texts[:256])  # a fresh head's scores have any scale; from here the loss starts near that of a coin
 
     loss = partial(rlhf.RewardModel.loss, center=config.center)
-    trainer = Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
-    runs.announce(train, test, trainer.args, before=f"method {key}; ")
-    result = runs.run_training(args, trainer)
+    trainer = mp.Trainer(model, train, test or None, arguments, collate=rlhf.collate_rankings, loss=loss)
+    runs.announce(trainer, before=f"method {key}; ")
+    result = outputs.run_training(args, trainer)
 
     judged, of = test or train, "held-out" if test else "training"
     chosen, rejected = (model.score_texts([r.texts[i] for r in judged]) for i in (0, 1))
     curve = rlhf.calibration_curve(chosen, rejected)
-    rlhf.plot_calibration(*curve, result.losses(), output / "reward.png")
+    with mp.train.metrics.picture(output / "reward.png") as path:
+        rlhf.plot_calibration(*curve, result.losses(), path)
     accuracy = rlhf.reward_accuracy(chosen, rejected)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+    model = model.merge_and_unload() if isinstance(model, mp.PeftModel) else model
     model.calibrate(texts)
-    model.save_pretrained(output, tokenizer)
-    save_template(output, name)
     results = {
         "pairs": {"training": len(train), "held_out": len(test)},
         "accuracy": accuracy,
@@ -86,10 +82,9 @@ def run(args: argparse.Namespace) -> int:
         "mean": model.mean,
         "std": model.std,
     }
-    runs.write_record(args, results, options, trainer.args, config, template=name, method=key)
+    runs.save(args, model, tokenizer, name, results, trainer.args, config, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
-    print(f"saved in {output}  (minipeft ppo --reward {output} --output DIR)")
-    return 0
+    print(f"saved in {args.output}  (minipeft ppo --reward {args.output} --output DIR)")
 
 
 def _adapted(method: Method, model: rlhf.RewardModel, steps: int, seed: int) -> Any:

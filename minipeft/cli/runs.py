@@ -1,142 +1,98 @@
-"""What the commands that train share: options, the output directory, the run itself, and what is written down."""
+"""What the commands that train share: options, the model that is saved, and what is written down."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ..options import add_options, from_arguments
+import minipeft as mp
+
+from ..options import from_arguments
 from ..train.arguments import TrainingArguments
-from .arguments import add_machine
-
-WRITTEN = re.compile(  # what the commands write into a directory, and --overwrite removes
-    r"checkpoint-\d+|metrics\.jsonl|(loss|reward|dpo|ppo)\.png|(finetune|sft|reward|dpo|ppo)\.json|"
-    r"reward_calibration\.json|template\.json|chat_template\.jinja|(generation_)?config\.json|"
-    r"tokenizer(_config)?\.json|(adapter_)?model\.safetensors|adapter_config\.json"
-)
+from .arguments import Arguments, Common, Parser, add_machine
+from .bars import console
+from .models import save_template
+from .outputs import replace_earlier
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: Parser) -> None:
     """--output, --resume and --overwrite, and the options of the machine."""
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; must be new or empty")
+    parser.options(Common, "output")
     group = parser.add_argument_group("an output directory that is not empty")
     group.add_argument("--resume", action="store_true", help="go on from its last checkpoint; give the same options")
-    group.add_argument("--overwrite", action="store_true", help="replace an earlier run's files (others stay)")
+    overwrite = "replace an earlier run's files, once the new run has ended (others stay)"
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
     add_machine(parser)
 
 
-def add_training(group: Any, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
+def add_training(parser: Parser, *names: str, defaults: Mapping[str, Any], **helps: str) -> None:
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
-    helps = {"save_steps": "steps between checkpoints (default: 1/5)", **helps}
-    defaults = {"seed": TrainingArguments.seed, **defaults}
-    length = group.add_mutually_exclusive_group()
-    add_options(length, TrainingArguments, "num_train_epochs", "max_steps", defaults=defaults)
-    names = ("per_device_train_batch_size", "learning_rate", "warmup_ratio", *names, "save_steps", "seed")
-    add_options(group, TrainingArguments, *names, defaults=defaults, **helps)
+    parser.options(
+        TrainingArguments, "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate",
+        "warmup_ratio", *names, "save_steps", "seed", group="training", defaults=defaults,
+        save_steps="steps between checkpoints; None: 1/5", seed="seed of everything random", **helps,
+    )  # fmt: skip
 
 
-def check_output(args: argparse.Namespace) -> Path:
-    """--output. ValueError where it cannot be written: not a directory, or not empty and no option says what to do."""
-    output, hint = Path(args.output), ", or give --resume or --overwrite" * hasattr(args, "resume")
-    if hint and args.resume and args.overwrite:
-        raise ValueError("--resume goes on with an earlier run and --overwrite replaces it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
-    if output.is_dir() and any(output.iterdir()) and not (hint and (args.resume or args.overwrite)):
-        raise ValueError(f"--output {output} is not empty; choose another{hint}")
-    return output
-
-
-def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
-    """ValueError, by its flag, for the first of these options that is given: there it does nothing."""
-    for name in names:
-        if hasattr(args, name):
-            raise ValueError(f"--{args.flags[name].replace('_', '-')} does nothing {where}; leave it out")
-
-
-def training_arguments(args: argparse.Namespace, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
+def training_arguments(args: Arguments, examples: int, evaluated: bool, **fixed: Any) -> TrainingArguments:
     """How to train on this number of examples; saved, and evaluated, five times where no option says how often."""
-    a = from_arguments(TrainingArguments, args, output_dir=Path(args.output), save_total_limit=1, **fixed)
+    a = from_arguments(TrainingArguments, args, output_dir=args.work, save_total_limit=1, **fixed)
     step = a.per_device_train_batch_size * a.gradient_accumulation_steps
     steps = a.max_steps or math.ceil(a.num_train_epochs * math.ceil(examples / step))
     fifth = max(1, steps // 5)
     return replace(
-        a,
-        max_steps=steps,
-        per_device_eval_batch_size=a.per_device_train_batch_size,
-        eval_steps=(a.eval_steps or fifth) if evaluated else None,
-        save_steps=a.save_steps or fifth,
-    )
+        a, max_steps=steps, per_device_eval_batch_size=a.per_device_train_batch_size,
+        eval_steps=(a.eval_steps or fifth) if evaluated else None, save_steps=a.save_steps or fifth,
+    )  # fmt: skip
 
 
-def run_training(args: argparse.Namespace, trainer: Any) -> Any:
-    """What `trainer.train` gives. --overwrite removes an earlier run first; a KeyboardInterrupt says how to go on."""
-    from ..train import last_checkpoint
+def save(
+    args: Arguments, model: Any, tokenizer: Any, template: str | None, results: Mapping[str, Any], *configs: Any,
+    how: str = "", **found: Any,
+) -> str:  # fmt: skip
+    """Write a model or adapter directory, with the tokenizer, the template that it was trained in, and the record.
 
-    output = Path(args.output)
-    if args.overwrite and output.is_dir():
-        for path in filter(lambda path: WRITTEN.fullmatch(path.name), sorted(output.iterdir())):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    try:
-        return trainer.train(resume_from_checkpoint=args.resume)
-    except KeyboardInterrupt:
-        if last_checkpoint(output) is None:
-            raise
-        raise KeyboardInterrupt("the same command with --resume goes on from the last checkpoint") from None
-
-
-def save_model(model: Any, tokenizer: Any, output: Path, template: str | None) -> str:
-    """Write a model or adapter directory, with the tokenizer, and the template that the model was trained in.
-
-    Returns the option by which `minipeft generate` takes it.
+    Returns the line that says so, and how `minipeft generate` takes it. The rest as for `write_record`.
     """
-    from ..hub.pretrained import save_pretrained
-    from .prompts import save_template
+    adapter = hasattr(model, "save_pretrained")
+    with mp.directory.replacing(args.work) as fresh:
+        if template is not None:
+            save_template(fresh, template)
+        if adapter:
+            model.save_pretrained(fresh)
+            tokenizer.save(fresh)
+        else:
+            mp.save_pretrained(model, fresh, tokenizer)
+    write_record(args, results, *configs, template=template, **found)
+    use, prompt = "--adapter" if adapter else "--model", "--chat" if template == "chat" else "--prompt ..."
+    return f"saved in {args.output}  (minipeft generate {use} {args.output} {how}{prompt})"
 
-    if template is not None:
-        save_template(output, template)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(output)
-        tokenizer.save(output)
-        return f"--adapter {output}"
-    save_pretrained(model, output, tokenizer)
-    return f"--model {output}"
 
+def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
+    """<command>.json: all options that have a value, by their flags, and the results.
 
-def write_record(args: argparse.Namespace, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:
-    """<command>.json in the output directory: all options by their flags, and the results.
-
-    An option's value is the one in `found`, in one of the configurations, or as given.
+    An option's value is the one in `found`, in one of the configurations, or as given. With this file a run that
+    replaces another takes its place.
     """
-    from ..files import write_json
-
-    internal = ("run", "debug", "resume", "overwrite", "command", "flags", "longest")
-    given = {name: value for name, value in vars(args).items() if name not in internal}
-    for config in configs:
-        given |= {name: value for name, value in vars(config).items() if name in args.flags}
-    named = {args.flags.get(name, name): value for name, value in {**given, **found}.items()}
-    write_json(Path(args.output) / f"{args.command}.json", {"options": named, **results})
+    values = ChainMap(found, *map(vars, configs), vars(args))
+    names = [name for name in args.flags if name not in ("debug", "resume", "overwrite")]
+    named = {args.flags[name]: values[name] for name in names if values.get(name) is not None}
+    mp.files.write_json(args.work / f"{args.command}.json", {"options": named, **results})
+    replace_earlier(args)
 
 
 def note(text: str, style: str | None = None) -> None:
-    """A line on standard error, as it is."""
-    from rich.console import Console
+    """A line on standard error, as it is; none for an empty text."""
+    if text:
+        console(stderr=True, width=None, soft_wrap=True).print(text, style=style)
 
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
-
-def announce(
-    train: Any, held_out: Any, a: TrainingArguments, what: str = "pairs", before: str = "", after: str = ""
-) -> None:
+def announce(trainer: Any, what: str = "pairs", before: str = "", after: str = "") -> None:
     """What is learned from, and how."""
+    a, held_out = trainer.args, len(trainer.eval_examples or ())
     size = a.per_device_train_batch_size * a.gradient_accumulation_steps
-    note(
-        f"{before}{len(train):,} {what} to learn from, {len(held_out):,} held out; {a.max_steps:,} steps of {size}, "
-        f"learning rate {a.learning_rate:.3g}{after}"
-    )
+    steps = f"{a.max_steps:,} steps of {size}, learning rate {a.learning_rate:.3g}{after}"
+    note(f"{before}{len(trainer.train_examples):,} {what} to learn from, {held_out:,} held out; {steps}")

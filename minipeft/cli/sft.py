@@ -1,5 +1,6 @@
-"""Instruction tuning (SFT), the first stage of RLHF: on your own file, or on the instructions that ship with it.
+"""Teach a model to follow instructions.
 
+This is instruction tuning (SFT), the first stage of RLHF: on your own file, or on the instructions that ship with it.
 The data is a .jsonl file of one form (or a .txt file), as for `minipeft finetune`:
     {"instruction": ..., "input": ..., "output": ...}
     {"prompt": ..., "completion": ...}
@@ -25,46 +26,41 @@ examples:
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
-from . import finetune, runs
-from .arguments import positive_int, unknown
+import minipeft as mp
 
-PER_TASK = 500
-PER_TEST = 24  # records of a task in each of the tests
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", metavar="FILE", help="a .jsonl or .txt file to learn from (default: the shipped instructions)"
-    )
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="of the shipped instructions only these: rewrite, define, use, ..."
-    )
-    parser.add_argument(
-        "--per-task", type=positive_int, metavar="N", help=f"at most N records of each of them (default: {PER_TASK})"
-    )
-    finetune.add_training_arguments(parser, longest=512)
+from ..options import configuration, option
+from . import finetune, outputs
+from .arguments import Arguments, Common, Parser, check_known
 
 
-def run(args: argparse.Namespace) -> int:
-    runs.check_output(args)
+@configuration(kw_only=True)
+class InstructionOptions:
+    """Which of the shipped instructions are learned."""
+
+    tasks: list[str] | None = option(None, "of the shipped instructions only these: rewrite, define, use, ...")
+    per_task: int = option(500, "at most N records of each of them", least=1)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.options(Common, "data", data="a .jsonl or .txt file to learn from (default: the shipped instructions)")
+    parser.options(InstructionOptions)
+    finetune.add_training_arguments(parser, max_length=512)
+
+
+def run(args: Arguments) -> None:
     if args.data is not None:
-        if args.tasks or args.per_task:
-            raise ValueError("--tasks and --per-task choose among the shipped instructions; they do not go with --data")
+        args.refuse(("tasks", "per_task"), "with --data, being about the shipped instructions")
         return finetune.run(args)
-    if hasattr(args, "validation"):
-        raise ValueError("--validation goes with --data; the shipped instructions have held-out records of their own")
-    from ..text.instructions import HELD_OUT, TRAINED, instructions
-
-    tasks = list(dict.fromkeys(args.tasks or TRAINED))
-    for name in tasks:
-        if name not in TRAINED:
-            raise ValueError(unknown("task", name, TRAINED))
-    tests = {
-        "new inputs": instructions(tasks, "validation", cap=PER_TEST),
-        "new phrasings": instructions(tasks, "validation", held_out_phrasings=True, cap=PER_TEST),
-        "new tasks": instructions(HELD_OUT, "validation", held_out_phrasings=True, cap=PER_TEST),
-    }
-    records = instructions(tasks, "train", cap=args.per_task or PER_TASK, seed=args.seed)
-    return finetune.fine_tune(args, records, tests["new inputs"], tests)
+    args.refuse(("validation",), "without --data, as the shipped instructions have held-out records of their own")
+    outputs.check_output(args)
+    shipped = mp.text.instructions
+    tasks = list(dict.fromkeys(args.tasks or shipped.TRAINED))
+    check_known("task", tasks, shipped.TRAINED)
+    held_out = partial(shipped.instructions, split="validation", cap=24)  # records of a task in each of the tests
+    inputs, phrasings = held_out(tasks), held_out(tasks, held_out_phrasings=True)
+    others = held_out(shipped.HELD_OUT, held_out_phrasings=True)
+    tests = {"new inputs": inputs, "new phrasings": phrasings, "new tasks": others}
+    records = shipped.instructions(tasks, "train", cap=args.per_task, seed=args.seed)
+    finetune.fine_tune(args, records, inputs, tests)

@@ -1,9 +1,10 @@
-"""Fine-tune with every combination of learning rates, ranks and seeds, and find the best on validation examples.
+"""Fine-tune over a grid of rates, ranks and seeds.
 
 Every run starts from the same base. The table has the mean loss of each combination over the seeds, with its 95 %
 confidence interval (Student's t), in nats per token. Validation examples are a tenth of your file, 96 at most, or the
-validation split of a shipped task. The best mean is biased low, because it was chosen: report the loss on a test file that
-you set aside before (`minipeft evaluate --data test.jsonl`), as finetune and compare hold out the same tenth of a file.
+validation split of a shipped task. The best mean is biased low, because it was chosen: report the loss on a test file
+that you set aside before (`minipeft evaluate --data test.jsonl`), as finetune and compare hold out the same tenth of a
+file.
 
 The rows of the runs go to rows.jsonl in --output as they end. The same command goes on after an interruption; with more
 values or seeds it computes what is new. Where the file, the model or a plugin's source changes, all is new; no row is
@@ -21,105 +22,89 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import sys
-import warnings
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..experiments.run import Settings
-from ..experiments.sweep import executor_of, grid, sweep
-from ..options import add_options
-from ..peft.methods import METHODS, Method
-from . import runs
-from .arguments import add_machine, add_model, positive, positive_int
-from .method_options import add_method_options, given_options, method_of
+import minipeft as mp
 
-STEPS, HELD_OUT, BLOCKS = 48, 96, 24  # as in `compare`
+from ..experiments.run import Settings
+from ..experiments.sweep import executor_of
+from ..options import configuration, from_arguments, option
+from ..peft.methods import at_width
+from . import outputs, runs
+from .arguments import Arguments, Common, Parser, add_machine
+from .data import Data, TaskOptions, longest
+from .method_options import MethodOptions, add_method, given_options, method_named
+from .models import load_model
+
 LOSS = "validation_loss"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=("rewrite", "define", "use"), help="the shipped task (default: rewrite)")
-    parser.add_argument("--data", metavar="FILE", help="your own .jsonl or .txt file; a tenth of it is for validation")
-    add_model(parser)
-    parser.add_argument("--method", choices=METHODS, help="default: lora")
-    add_method_options(parser, several=("rank",))
-    parser.add_argument("--output", required=True, metavar="DIR", help="where rows.jsonl and sweep.png are")
-    group = parser.add_argument_group("the grid")
-    group.add_argument(
-        "--lr", type=positive, nargs="+", metavar="RATE",
-        help="peak learning rates (default: 1/3, 1 and 3 times the method's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--seeds", type=positive_int, default=3, metavar="N", help="runs of each, seeds 0 to N - 1 (default: 3)"
-    )
-    group = parser.add_argument_group("training")
-    add_options(group, Settings, "steps", "batch_size", defaults={"steps": STEPS, "batch_size": 16})
+@configuration(kw_only=True)
+class GridOptions(MethodOptions):
+    """The options of the method, of which the rank may have several values, and what is combined with the ranks."""
+
+    r: list[int] | None = option(None, "ranks; adalora's at the end, oft's number of blocks", least=1, flag="-r --rank")
+    lr: list[float] | None = option(None, "peak rates; None: 1/3, 1, 3 times the method's", above=0, metavar="RATE")
+    seeds: int = option(3, "runs of each, seeds 0 to N - 1", least=1)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.options(TaskOptions, data="or your .jsonl or .txt file; a tenth, 96 at most, is for validation")
+    parser.options(Common, "model")
+    add_method(parser, usual="lora", cls=GridOptions)
+    parser.options(Common, "output", output="where rows.jsonl and sweep.png are")
+    parser.options(GridOptions, "lr", "seeds", group="the grid")
+    parser.options(Settings, "steps", "batch_size", group="training", defaults={"steps": 48})  # as in `compare`
     add_machine(parser)
-    parser.add_argument(
-        "--executor", type=executor_of, metavar="N|ADDRESS",
-        help="number of processes, which share the threads, or a Dask scheduler (default: one process a thread)",
-    )  # fmt: skip
+    where = "processes, which share the threads, or a Dask scheduler (default: one process a thread)"
+    parser.add_argument("--executor", type=executor_of, metavar="N|ADDRESS", help=where)
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.task and args.data:
-        raise ValueError("give either --task or --data, not both")
+def run(args: Arguments) -> int:
+    args.only_one("task", "data")
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; a directory is to be written")
-
-    from .. import backend
-    from ..experiments import plot, table
-    from ..experiments.rows import failed
-    from ..train.metrics import save_png
-
-    options = given_options(args)
-    ranks, name = options.pop("rank", [None]), args.method or (None if args.adapter_config else "lora")
+    outputs.check_directory(args, output)
+    task, options = from_arguments(TaskOptions, args), given_options(args)
+    ranks, name = options.pop("r", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
     for r in ranks:
         if why := (method := chosen(name, args.adapter_config, options, r)).why_not(base):
             raise ValueError(f"{f'--method {name}' if name else f'--adapter-config {args.adapter_config}'}: {why}")
-    usual, home = method.rate_for(base), type(method.config()).__module__  # which registers a method of your own
+    usual = at_width(method.learning_rate, base)
+    home = type(method.config()).__module__  # which registers a method of your own
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
-    settings = grid(
-        task=None if args.data else args.task or "rewrite", data=args.data, model=args.model, method=name,
+    settings = mp.grid(
+        task=None if args.data else args.task, data=args.data, model=args.model, method=name,
         adapter_config=args.adapter_config, options=options, steps=args.steps, batch_size=args.batch_size,
         r=sorted(set(ranks)),
         lr=sorted(set(args.lr or [float(f"{factor * usual:.2g}") for factor in (1 / 3, 1, 3)])), seed=range(args.seeds),
     )  # fmt: skip
-    data = examples(args.task, args.data, loaded(args.model, args.backend), method, 0, args.steps * args.batch_size)
+    data = examples(task, args.model, args.backend, method, 0, args.steps * args.batch_size)
     sizes = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} for validation"
     runs.note(f"{len(settings)} runs: {sizes}")
-    if data.note:
-        runs.note(data.note)
+    runs.note(data.note)
 
-    output.mkdir(parents=True, exist_ok=True)
-    on_device = backend.get_backend(args.backend) is not backend.get_backend("numpy")
+    on_device = mp.backend.get_backend(args.backend) is not mp.backend.get_backend("numpy")
+    version = version_of(args.data, args.model, args.adapter_config, own)
+    train = partial(fine_tuned, backend=args.backend, home=home)
+    executor = args.executor or (1 if on_device else None)
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            rows = sweep(
-                partial(fine_tuned, backend=args.backend, home=home), settings,
-                args.executor or (1 if on_device else None),
-                output / "rows.jsonl", version_of(args.data, args.model, args.adapter_config, own), runs.note,
-            )  # fmt: skip
+        rows = mp.sweep(train, settings, executor, output / "rows.jsonl", version, runs.note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
-    for warning in said:
-        runs.note(str(warning.message))
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
-    save_png(plot(rows, LOSS, *several), output / "sweep.png")
-    print(f"\n{table(rows, [LOSS, 'general_loss'], several)}\n")
-    for line in verdict(rows, several):
-        print(line)
+    print(f"\n{mp.experiments.table(rows, [LOSS, 'general_loss'], several)}\n")
+    with mp.directory.locked(output, "sweep.png"):
+        mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
+    print(*verdict(rows, several), sep="\n")
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
-    return int(any(map(failed, rows)))
+    return int(any(map(mp.experiments.rows.failed, rows)))
 
 
 def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
@@ -129,37 +114,33 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
     """
     import numpy as np
 
-    from ..experiments.rows import failed
-    from ..experiments.seeds import interval
-    from ..experiments.tables import means, with_interval
-
-    found = [mean for mean in means(rows, LOSS, axes) if not mean["failed"] and np.isfinite(mean[LOSS])]
+    losses: dict[tuple[float, ...], list[float]] = defaultdict(list)  # of each combination, by seed
+    for row in sorted(rows, key=lambda row: [*(row[name] for name in axes), row["seed"]]):
+        losses[tuple(row[name] for name in axes)].append(np.nan if row.get(LOSS) is None else row[LOSS])
+    found = {point: np.array(values) for point, values in losses.items() if np.isfinite(values).all()}
     if not found:
-        why = next((row["error"] for row in rows if failed(row)), "training diverged; give lower rates with --lr")
+        diverged = "training diverged; give lower rates with --lr"
+        why = next((row["error"] for row in rows if mp.experiments.rows.failed(row)), diverged)
         raise ValueError(f"there is no setting of which all runs ended with a loss: {why}")
-    best = min(found, key=lambda mean: mean[LOSS])
+    best, interval = min(found, key=lambda point: found[point].mean()), mp.experiments.interval
 
-    def losses(mean: dict[str, Any]) -> np.ndarray:
-        there = [row for row in rows if all(row[name] == mean[name] for name in axes)]
-        return np.array([row[LOSS] for row in sorted(there, key=lambda row: row["seed"])])
+    def named(point: tuple[float, ...]) -> str:
+        return ", ".join(f"{name} {value:g}" for name, value in zip(axes, point))
 
-    def named(mean: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {mean[name]:g}" for name in axes)
-
-    over = f" (95 % over {best['n']} seeds)" if best["n"] > 1 else ""
-    lines = [f"best: {named(best)}: validation loss {with_interval(best[LOSS], best[f'{LOSS} ±'])}{over}"]
-    more = [(mean, *interval(losses(mean) - losses(best))) for mean in found if mean is not best]
-    alike = [named(mean) for mean, difference, half in more if not difference > half]
+    over = f" (95 % over {len(found[best])} seeds)" if len(found[best]) > 1 else ""
+    loss = mp.experiments.tables.with_interval(*interval(found[best]))
+    lines = [f"best: {named(best)}: validation loss {loss}{over}"]
+    differences = {point: interval(values - found[best]) for point, values in found.items() if point != best}
+    alike = [named(point) for point, (difference, half) in differences.items() if not difference > half]
     if alike:
         lines.append(f"not clearly worse, seed by seed: {'; '.join(alike)}")
-    for name in axes:
-        values = sorted({row[name] for row in rows})
-        if len(values) > 1 and best[name] in (values[0], values[-1]):
-            edge, near, side = (*values[:2], "least") if best[name] == values[0] else (*values[:-3:-1], "largest")
+    for name, value, values in zip(axes, best, map(sorted, map(set, zip(*losses)))):
+        if len(values) > 1 and value in (values[0], values[-1]):
+            edge, near, side = (*values[:2], "least") if value == values[0] else (*values[:-3:-1], "largest")
             beyond = float(f"{edge * edge / near:.2g}") if name == "lr" else max(1, round(edge * edge / near))
-            if beyond in values:  # there is no rank below 1
-                continue
-            lines.append(f"the best {name} is the {side} of the grid: the optimum may lie beyond it; try {beyond:g}, too")
+            if beyond not in values:  # there is no rank below 1
+                where = f"the best {name} is the {side} of the grid"
+                lines.append(f"{where}: the optimum may lie beyond it; try {beyond:g}, too")
     return lines
 
 
@@ -169,16 +150,13 @@ def fine_tuned(
     home: str,
 ) -> dict[str, Any]:  # fmt: skip
     """A run: its losses, and the number of parameters that it trained. `home` is the module of the method."""
-    from ..experiments.run import TaskData, fine_tune
-    from ..experiments.shipped import general_blocks
-
     importlib.import_module(home)
     (base, tokenizer), tuned = loaded(model, backend), chosen(method, adapter_config, options, r)
-    found = examples(task, data, loaded(model, backend), tuned, seed, steps * batch_size)
-    general = general_blocks(tokenizer, longest(base, tuned), BLOCKS)
-    of = TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
+    found = examples(TaskOptions(task=task or "rewrite", data=data), model, backend, tuned, seed, steps * batch_size)
+    general = mp.experiments.shipped.general_blocks(tokenizer, longest(base, tuned.virtual_tokens), 24)
+    of = mp.experiments.run.TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
     settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed)
-    row, _ = fine_tune(base, of, settings, tuned, progress=False)
+    row, _ = mp.experiments.fine_tune(base, of, settings, tuned, progress=False)
     names = ("trainable", "train_loss", "general_loss")
     return {LOSS: row["task_loss"], **{name: row[name] for name in names}}
 
@@ -186,41 +164,26 @@ def fine_tuned(
 @cache
 def loaded(model: str | None, backend: str | None) -> tuple[Any, Any]:
     """(model, tokenizer), once in a process."""
-    from .models import load_model
-
-    return load_model(model, backend)
+    return load_model(Arguments(model=model, backend=backend))
 
 
-def examples(task: str | None, data: str | None, loaded: tuple[Any, Any], method: Method, seed: int, n: int) -> Any:
+def examples(task: TaskOptions, model: str | None, backend: str | None, method: Any, seed: int, n: int) -> Data:
     """What a run learns from, of a shipped task `n` examples that the seed chooses, and the validation examples."""
-    from .compare import load_data
-
-    base, tokenizer = loaded
-    what = argparse.Namespace(task=task, data=data)
-    return load_data(what, seed, tokenizer, longest(base, method), n, HELD_OUT, "validation")
+    base, tokenizer = loaded(model, backend)
+    return task.examples(seed, tokenizer, longest(base, method.virtual_tokens), n, 96, "validation")
 
 
-def longest(base: Any, method: Method) -> int:
-    """Tokens of an example. Raises ValueError where the method takes all positions of the model."""
-    length = min(256, base.config.max_position_embeddings - method.virtual_tokens)
-    if length < 1:
-        raise ValueError(f"the method takes all of the model's {base.config.max_position_embeddings} positions")
-    return length
-
-
-def chosen(method: str | None, adapter_config: str | None, options: dict[str, Any], r: int | None) -> Method:
-    """The method with its options, at rank r unless it is None. Raises as `method_of`."""
-    options = options | ({} if r is None else {"rank": r})
-    given = {f"method_{name}": value for name, value in options.items()}
-    return method_of(argparse.Namespace(method=method, adapter_config=adapter_config, **given))[1]
+def chosen(method: str | None, adapter_config: str | None, options: dict[str, Any], r: int | None) -> Any:
+    """The method with its options, at rank r unless it is None. Raises as `method_named`."""
+    return method_named(method, adapter_config, options | ({} if r is None else {"r": r}))[1]
 
 
 def version_of(*paths: str | None) -> str:
     """What the rows depend on beside their settings: this version, and the bytes of the files in use."""
+    places = map(Path, filter(None, paths))
+    files = (file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place]))
     digest = hashlib.sha256()
-    for path in map(Path, filter(None, paths)):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return f"minipeft {__version__}, files {digest.hexdigest()[:12]}"
+    for file in filter(Path.is_file, files):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return f"minipeft {mp.__version__}, files {digest.hexdigest()[:12]}"

@@ -13,6 +13,7 @@ from typing import Any
 from ..backend import Rng
 from ..nn.generation import generate
 from ..nn.module import Module
+from ..peft.targets import listed
 from ..text.datasets import FORMS, Record
 from ..text.templates import Template, Turn, as_asked, asked_turn, get_template
 from ..text.tokenizer import Special, Tokenizer
@@ -37,8 +38,9 @@ def ask(
         mp.ask(model, tokenizer, ["Bonjour", "2 + 2 ="], adapter_names=["french", "sums"])    one batch, two adapters
 
     Args:
-        prompts_or_records: texts, records of `minipeft.text.datasets`, or dicts like them; one alone is a list of one. Of a record only
-            what is asked is shown to the model, never the answer that it holds (of a Document: its text).
+        prompts_or_records: texts, records of `minipeft.text.datasets`, or dicts like them; one alone is a list of one.
+            Of a record only what is asked is shown to the model, never the answer that it holds (of a Document: its
+            text).
         template: a name or text for `get_template`, or a template; by default the usual one of each record's form,
             and texts are shown as they are.
         adapter_names: of a `PeftModel`: the adapter that answers each prompt, "__base__" for none; by default the
@@ -80,9 +82,9 @@ def answer_turns(
 ) -> Iterator[str]:  # fmt: skip
     """The answers in order, computed in batches; what is drawn does not depend on the batch size or on other adapters.
 
-    Raises ValueError where `adapter_names` are not one a turn.
+    Raises ValueError where `adapter_names` are not a list of one a turn.
     """
-    names = [None] * len(turns) if adapter_names is None else list(adapter_names)
+    names = [None] * len(turns) if adapter_names is None else listed("adapter_names", adapter_names)
     if len(names) != len(turns):
         raise ValueError(f"adapter_names has {len(names)} names for {len(turns)} prompts")
     counts: dict[str | None, Iterator[int]] = defaultdict(count)

@@ -7,8 +7,9 @@
     multiple choice        acc           share of questions whose right choice has the highest Σ_t log p(choice_t | ...)
                            acc_norm      the same, with each sum divided by the number of characters of the choice
 
-acc and acc_norm are those of EleutherAI's lm-evaluation-harness as its code computes them. (The paper about it, Biderman
-et al. 2024, arXiv:2405.14782, says that acc_norm divides by bytes: for ASCII the same.) The first of equal choices counts.
+acc and acc_norm are those of EleutherAI's lm-evaluation-harness as its code computes them. (The paper about it,
+Biderman et al. 2024, arXiv:2405.14782, says that acc_norm divides by bytes: for ASCII the same.) The first of equal
+choices counts.
 Every score has a 95 % confidence interval over the records (`intervals`), but for chrF, which is no mean over them. The
 blocks of one running text depend on each other: the interval of its loss is too narrow.
 """
@@ -84,30 +85,24 @@ def evaluate(
         limit: how many records are used at most, the first ones.
         generation: the options of `GenerationConfig`.
 
-    Raises TypeError for what is no record, ValueError for records of several forms, for preferences, for a record that is
-    too long, for options that do nothing with these records, and for a metric that fails; as `ask` does; FloatingPointError where the model
-    computes no number.
+    Raises TypeError for what is no record, ValueError for records of several forms, for preferences, for a record that
+    is too long, for options that do nothing with these records, and for a metric that fails; as `ask` does;
+    FloatingPointError where the model computes no number.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
     for name, value, least in (("limit", limit, 1), ("max_length", max_length, 2)):
         if value is not None and (not isinstance(value, numbers.Integral) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}, or None, got {value!r}")
-    records = [_record(record, number) for number, record in enumerate(records, start=1)]
+    records = _records(records)
     form = type(records[0])
-    for number, record in enumerate(records, start=1):
-        if type(record) is not form:
-            raise ValueError(f"record {number} has the form {fields_of(record)}, the first {fields_of(records[0])}")
-    if form is Preference:
-        raise ValueError(f"{fields_of(Preference)} records have no single answer; rlhf.reward_accuracy judges pairs")
-    if form is UnpairedPreference:
-        raise ValueError(f"{fields_of(form)} records have answers that were liked or not, and no expected ones")
+    if form in (Preference, UnpairedPreference):
+        raise ValueError(f"{fields_of(form)} records have no single answer; rlhf.reward_accuracy judges pairs")
     if form is Document and template is not None:
         raise ValueError("a template is for records with a prompt, and running text has none; leave it out")
     if isinstance(template, str):
         template = get_template(template, tokenizer)
-    virtual = getattr(model, "virtual_tokens", 0)
-    room = model.config.max_position_embeddings - virtual
+    room = model.config.max_position_embeddings - getattr(model, "virtual_tokens", 0)
     if max_length is not None and max_length > room:
         raise ValueError(f"max_length {max_length} is more than the {room} positions that the model has for a text")
     length, answered = max_length or room, answers and form not in (Document, MultipleChoice)
@@ -140,14 +135,20 @@ def evaluate(
     return Evaluation(scores, details, int(tokens.sum()), note=note)
 
 
-def _record(value: Any, number: int) -> Record:
-    """A record, or a dict like one, as a record."""
-    if not isinstance(value, dict | Record):
-        raise TypeError(f"record {number} is a {type(value).__name__}, none of minipeft.text.datasets")
-    try:
-        return record_of(value)
-    except ValueError as error:
-        raise ValueError(f"record {number}: {error}") from error
+def _records(values: Sequence[Any]) -> list[Record]:
+    """Records, or dicts like them, as records of one form. TypeError and ValueError say which is none."""
+    records: list[Record] = []
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict | Record):
+            raise TypeError(f"record {number} is a {type(value).__name__}, none of minipeft.text.datasets")
+        try:
+            records.append(record_of(value))
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from error
+        form, first = fields_of(records[-1]), fields_of(records[0])
+        if form != first:
+            raise ValueError(f"record {number} has the form {form}, the first {first}")
+    return records
 
 
 def _measured(metric: Metric, answer: str, expected: str, number: int) -> float:

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from typing import Any
 
 from ..executors import ExecutorLost, LocalProcesses, opened
@@ -42,43 +41,45 @@ def computed(
         for key, task in tasks.items():
             yield key, _outcome(run, task)
         return
-    with ExitStack() as stack:
-        executor = stack.enter_context(opened(executor))
+    with opened(executor) as executor:
         workers = getattr(executor, "_max_workers", None)  # of pools on this machine; others do not say
-        here = isinstance(executor, ThreadPoolExecutor)
-        send = (lambda value: value) if here else _pickled
-        function, share = send(run), workers and max(1, threads // workers)
+        here, share = isinstance(executor, ThreadPoolExecutor), workers and max(1, threads // workers)
+        function = None if here else _pickled(run)
         futures: dict[Future, Hashable] = {}
-        stack.callback(lambda: [future.cancel() for future in futures])
         rest, lost, told = dict(tasks), None, False
         try:
-            for key, task in tasks.items():
-                futures[executor.submit(_received, function, send(task), share, here)] = key
-        except BrokenExecutor as error:
-            lost = error
-        for future in as_completed(futures):
             try:
-                outcome = future.result()
-            except (BrokenExecutor, CancelledError) as error:
+                for key, task in tasks.items():
+                    call = (_outcome, run, task) if here else (_received, function, _pickled(task), share)
+                    futures[executor.submit(*call)] = key
+            except BrokenExecutor as error:
                 lost = error
-                continue
-            except Exception as error:  # not the run's, of which `_outcome` makes an outcome
-                outcome = _failure(error)
-            if (deaths := getattr(executor, "deaths", ())) and not told:
-                told = True
-                show(
-                    f"a process died ({deaths[0]}): its run is tried once more; where memory ran out, use fewer processes"
-                )
-            del rest[futures[future]]
-            yield futures[future], outcome
-        if rest and (not isinstance(lost, BrokenProcessPool) or getattr(executor, "_initializer", None)):
-            raise ExecutorLost(
-                f"{len(rest)} runs are not done: a worker of the executor has died, or its cluster is gone; all rows "
-                "so far are kept, and the same call with a new executor goes on"
-            ) from lost
-        if rest:
-            show(f"a process of the pool died, and the pool with it: {workers} other processes compute the other runs")
-            yield from computed(run, rest, stack.enter_context(LocalProcesses(workers)), runs, show)
+            for future in as_completed(futures):
+                try:
+                    outcome = future.result()
+                except (BrokenExecutor, CancelledError) as error:
+                    lost = error
+                    continue
+                except Exception as error:  # not the run's, of which `_outcome` makes an outcome
+                    outcome = _failure(error)
+                if (deaths := getattr(executor, "deaths", ())) and not told:
+                    told = True
+                    again = "its run is tried once more; where memory ran out, use fewer processes"
+                    show(f"a process died ({deaths[0]}): {again}")
+                del rest[futures[future]]
+                yield futures[future], outcome
+        finally:
+            for future in futures:
+                future.cancel()
+    if not rest:
+        return
+    if not isinstance(lost, BrokenProcessPool) or getattr(executor, "_initializer", None):
+        why = "a worker of the executor has died, or its cluster is gone"
+        kept = "all rows so far are kept, and the same call with a new executor goes on"
+        raise ExecutorLost(f"{len(rest)} runs are not done: {why}; {kept}") from lost
+    show(f"a process of the pool died, and the pool with it: {workers} other processes compute the other runs")
+    with LocalProcesses(workers) as others:
+        yield from computed(run, rest, others, runs, show)
 
 
 def _pickled(value: Any) -> bytes:
@@ -87,22 +88,15 @@ def _pickled(value: Any) -> bytes:
     try:
         return cloudpickle.dumps(value)
     except Exception as error:  # whatever the value's own methods raise
-        raise TypeError(
-            f"{value!r} cannot be sent to another process ({error}); executor=1 computes all runs in this one"
-        ) from error
+        why = f"cannot be sent to another process ({error})"
+        raise TypeError(f"{value!r} {why}; executor=1 computes all runs in this one") from error
 
 
-def _received(function: Any, task: Any, share: int | None, here: bool) -> Outcome:
-    """The outcome of a run. Where it has come to another process, with its share of the threads (default: one)."""
-    if here:
-        return _outcome(function, task)
+def _received(function: bytes, task: bytes, share: int | None) -> Outcome:
+    """The outcome of a run that has come to another process, with its share of the threads (default: one)."""
     if share or "MINIPEFT_THREADS" not in os.environ:
         set_num_threads(share or 1)
-    try:
-        function, task = pickle.loads(function), pickle.loads(task)
-    except Exception as error:  # a module that is not there, another version of a class
-        return _failure(error)
-    return _outcome(function, task)
+    return _outcome(lambda sent: pickle.loads(function)(pickle.loads(sent)), task)  # which may lack a module
 
 
 def _outcome(function: Callable[[Any], Outcome], task: Any) -> Outcome:

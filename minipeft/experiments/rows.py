@@ -17,13 +17,15 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, fsync_directory
+from ..directory import take
+from ..files import FileError, fsync_directory, parse_json
+from ..options import fits
 
 Row = dict[str, Any]
 FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
@@ -36,12 +38,16 @@ def described(settings: Any, run: Callable[..., Any] | None = None) -> Row:
 
     Raises ValueError for a setting with the name of another field, TypeError for a value that is not one of JSON.
     """
-    if dataclasses.is_dataclass(settings):
-        return plain({"run": type(settings).__name__, **dataclasses.asdict(settings)})
-    if not isinstance(settings, Mapping):
+    given = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    if not isinstance(given, Mapping):
         raise TypeError(f"settings must be a dictionary or a dataclass, not {settings!r}")
-    if taken := [name for name in settings if name in FIELDS]:
-        raise ValueError(f"a setting cannot be called {taken[0]!r}: a row has that field already")
+    for name, value in given.items():
+        if name in (*FIELDS, "error"):
+            raise ValueError(f"a setting cannot be called {name!r}: a row has that field already")
+        if getattr(value, "ndim", 0):
+            raise TypeError(f"the setting {name!r} is an array {list(value.shape)}: give a number, a text or a list")
+    if given is not settings:
+        return plain({"run": type(settings).__name__, **given})
     function = run.func if isinstance(run, partial) else run
     name = getattr(function, "__name__", type(function).__name__)
     return plain({"run": name, "settings": sorted(settings), **settings})
@@ -81,18 +87,20 @@ def plain(value: Any, name: str = "") -> Any:
     if callable(value) and hasattr(value, "__self__"):
         raise TypeError(f"a row holds what a method returns, and {name} is the method {value.__name__} itself: call it")
     if hasattr(value, "item") and hasattr(value, "shape"):
-        raise TypeError(
-            f"a row holds numbers, and {name} is a {type(value).__name__} {list(value.shape)}: .item() has one"
-        )
+        made = f"a {type(value).__name__} {list(value.shape)}"
+        raise TypeError(f"a row holds numbers, and {name} is {made}: .item() has one")
     raise TypeError(f"a row holds numbers, texts, None, and lists and dictionaries of them; {name} is {value!r}")
 
 
-def _json(value: Any) -> Any:
-    """A plain value without numbers that are not finite."""
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A plain value with leaf(x) in the place of every x that is no list and no dictionary."""
     if isinstance(value, dict):
-        return {key: _json(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_json(v) for v in value]
+        return {key: mapped(v, leaf) for key, v in value.items()}
+    return [mapped(v, leaf) for v in value] if isinstance(value, list) else leaf(value)
+
+
+def _json(value: Any) -> Any:
+    """A number as JSON has it: one that is not finite becomes a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -137,11 +145,11 @@ def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[
     find = finder(rows)
     missing = {s.seed for s in runs if find(described(s)) is None}
     whole = sorted({s.seed for s in runs} - missing)
-    return [row for row in rows if row["seed"] in whole], whole
+    return [row for row in rows if row.get("seed") in whole], whole
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
-    """The rows of a file, without failures that a later run has made good or repeated; none where there is no file.
+    """The rows of a file, the first of each run; of one that failed every time, the last. None where there is no file.
 
     Rows of all versions are among them: `[row for row in read_rows(path) if row.get("version") == "2"]`.
 
@@ -155,19 +163,23 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         lines.append(last)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise FileError(f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}") from error
-        if not isinstance(row, dict) or "run" not in row:
-            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with the field 'run'")
+        names = row.get("settings", []) if isinstance(row, dict) and "run" in row else None
+        if not fits(names, list[str]) or not {*names} <= row.keys():
+            raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and all that 'settings' names")
         rows.append(plain(row))
-    find = finder(rows)
-    last = {key(_settings(row)): row for row in rows if failed(row) and find(_settings(row)) is None}
-    return [row for row in rows if not failed(row) or any(row is kept for kept in last.values())]
-
-
-def _settings(failure: Row) -> Row:
-    return {name: value for name, value in failure.items() if name not in ("error", "traceback")}
+    find, found = finder(rows), {}
+    for row in rows:
+        known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says
+        known -= {"error", "traceback"} if failed(row) else set()
+        run = {name: value for name, value in row.items() if name in known}
+        if not failed(row):
+            found.setdefault(key(run), row)
+        elif find(run) is None:
+            found[key(run)] = row
+    return list(found.values())
 
 
 def add_row(path: str | os.PathLike, row: Row) -> None:
@@ -176,9 +188,10 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
     A line that a kill cut off is taken out first. Raises OSError, with the file as it was, where the disk is full.
     """
     path, new = Path(path), not os.path.exists(path)
-    line = f"{json.dumps(_json(row), allow_nan=False)}\n".encode()
+    line = f"{json.dumps(mapped(row, _json), allow_nan=False)}\n".encode()
     with open(path, "a+b", buffering=0) as file:
-        _lock(file)
+        while not take(file):
+            time.sleep(0.005)
         end = file.seek(0, os.SEEK_END)
         tail = _last_line(file, end)
         if _is_cut(tail):
@@ -192,14 +205,6 @@ def add_row(path: str | os.PathLike, row: Row) -> None:
         os.fsync(file.fileno())
     if new:
         fsync_directory(path.parent)
-
-
-def _lock(file: Any) -> None:
-    """Keep other processes from adding a row until the file is closed, where the file system has locks."""
-    with suppress(ImportError, OSError):  # Windows; network file systems
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _last_line(file: Any, end: int) -> bytes:
@@ -218,7 +223,7 @@ def _is_cut(line: bytes) -> bool:
     if not line or not begin.startswith(line[: len(begin)]):
         return False
     try:
-        json.loads(line)
-    except ValueError:
-        return True
+        parse_json(line)
+    except ValueError as error:  # others are of what `add_row` does not write
+        return isinstance(error, json.JSONDecodeError)
     return False

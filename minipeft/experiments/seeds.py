@@ -1,6 +1,6 @@
-"""Runs that differ in their seed alone: the mean and its spread, and whether a difference counts.
+"""Runs that differ in their seed alone: the mean and its interval, and whether a difference is clear.
 
-A difference counts where it has the same sign under every seed and is large beside its own spread over them.
+A difference, seed by seed, is clear where the 95 % confidence interval of its mean (Student's t) excludes 0.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from ..evaluation.intervals import mean
 from .rows import Row, is_of
 
 SEEDS = (0, 1, 2)
-CLEAR = 2.5  # standard deviations of a difference: over three seeds, Student's t-test at 5 %
 
 
 def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np.ndarray:
-    """The value of `key` in the rows of these settings, [seeds] in order; NaN where training diverged.
+    """The value of `key` in the rows of these settings, [seeds] in order ([seeds, n] of lists); NaN where training diverged.
 
     Raises ValueError where there is no such row.
     """
@@ -31,21 +30,18 @@ def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np
 
 
 def below(a: np.ndarray, b: np.ndarray) -> bool | None:
-    """Whether a < b (True), a > b (False), or neither (None), compared seed by seed; both are [seeds].
+    """Whether a < b (True), a > b (False), or neither clearly (None), compared seed by seed; both are [seeds].
 
-    The difference must have one sign under every seed, and a mean of more than CLEAR times its standard deviation.
+    None also for one seed, whose difference has no interval, and where a run diverged (NaN).
     """
-    difference = b - a
-    sign = np.sign(difference[0])
-    alike = (sign * difference > 0).all()  # false where a run diverged: NaN
-    if not alike or (len(difference) > 1 and abs(difference.mean()) <= CLEAR * difference.std(ddof=1)):
-        return None
-    return bool(sign > 0)
+    difference, half_width = interval(b - a)
+    return difference > 0 if abs(difference) > half_width else None
 
 
 def spread(values: np.ndarray, digits: int = 3) -> str:
-    """`mean ± standard deviation` of values [seeds]."""
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+    """`mean ± half width` of the 95 % confidence interval of the mean of values [seeds]; of one value, itself."""
+    value, half_width = interval(values)
+    return f"{value:.{digits}f}" + (f" ± {half_width:.{digits}f}" if len(values) > 1 else "")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from ..text.corpora import general_text
 from ..text.datasets import Completion
 from ..text.examples import Example, chunk_text, encode_documents, encode_examples
 from ..text.tasks import task
+from .rows import mapped
 from .run import Settings, TaskData, evaluate, fine_tune
 
 CHARACTERS = 190  # of prompt and completion
@@ -122,8 +123,4 @@ def run(settings: Rewriting) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     """Floats to five decimals, in lists and dictionaries too: more is noise of the machine."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return round(value, 5) if isinstance(value, float) else value
+    return mapped(value, lambda x: round(x, 5) if isinstance(x, float) else x)

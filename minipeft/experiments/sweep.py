@@ -83,9 +83,9 @@ def sweep(
                             processes of a pool; the runs of a ThreadPoolExecutor share those of this process.
             "tcp://..."     the address of a Dask scheduler, or a `distributed.Client` (extra `cluster`). A run has one
                             thread, unless MINIPEFT_THREADS says otherwise where the workers are.
-        store: the JSONL file, in a directory that is made where it is missing. A row is appended as soon as it is known,
-            and none is ever taken out. Several sweeps may write to it at once; each computes all that was not there
-            when it began.
+        store: the JSONL file, in a directory that is made where it is missing. A row is appended as soon as it is
+            known, and none is ever taken out. Several sweeps may write to it at once; each computes all that was not
+            there when it began.
         version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
         show: gets a line after each run; one before the first where rows are in the store already; and one where a
             process has died.
@@ -107,45 +107,43 @@ def sweep(
     if isinstance(grid, Mapping):
         raise ValueError("the grid must be a list of settings, one a run; mp.grid(r=[4, 8], seed=range(5)) makes it")
     of_version = {} if version is None else {"version": version}
-    wanted = [(settings, described(settings, run) | of_version) for settings in grid]
-    _check_taken(run, [settings for settings, _ in wanted])
+    settings = list(grid)
+    wanted = [described(one, run) | of_version for one in settings]
+    _check_taken(run, settings)
     function = qualname(run)
     if store is not None and version is None and function.endswith("<lambda>"):
         raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
     there = [] if store is None else read_rows(store)
     find = finder(row for row in there if row.get("version") == version and row.get("qualname", function) == function)
-    rows = {key(row): find(row) for _, row in wanted}
-    missing = {key(row): (settings, row) for settings, row in wanted if rows[key(row)] is None}
+    keys = [key(row) for row in wanted]
+    begun = dict(zip(keys, wanted))
+    rows = {k: find(row) for k, row in begun.items()}
+    tasks = {k: one for k, one in zip(keys, settings) if rows[k] is None}
 
     if store is not None:
         _make_room(Path(store).parent)
 
-    differing = {name for _, row in wanted for name in row if key(row[name]) != key(wanted[0][1].get(name))}
-    if len(missing) < len(rows):
-        show(f"{len(rows) - len(missing)} of {len(rows)} rows are in the store")
-    tasks = {k: settings for k, (settings, _) in missing.items()}
+    differing = {name for row in wanted for name in row if key(row[name]) != key(wanted[0].get(name))}
+    if len(tasks) < len(rows):
+        show(f"{len(rows) - len(tasks)} of {len(rows)} rows are in the store")
     failures, began = [], time.perf_counter()
     with closing(computed(partial(measured, run), tasks, executor, len(rows), show)) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
-            _, row = missing[k]
             if isinstance(outcome, str):
                 raise TypeError(outcome)
-            rows[k] = {**row, "qualname": function, **outcome}
+            rows[k] = {**begun[k], "qualname": function, **outcome}
             if store is not None:
                 add_row(store, rows[k])
-            line = f"{number} of {len(tasks)} runs, {time.perf_counter() - began:.0f} s"
-            line += ": " * bool(differing) + ", ".join(f"{name} {row[name]}" for name in row if name in differing)
+            varied = ", ".join(f"{name} {value}" for name, value in begun[k].items() if name in differing)
+            line = f"{number} of {len(tasks)} runs, {time.perf_counter() - began:.0f} s" + f": {varied}" * bool(varied)
             if failed(rows[k]):
                 failures.append(outcome["error"])
                 line += f": {outcome['error']}"
             show(line)
     if failures:
-        warnings.warn(
-            f"{len(failures)} of {len(tasks)} runs failed, the first with {failures[0]}; the traceback is in the row, "
-            "and the same call tries them again",
-            stacklevel=2,
-        )
-    return [rows[key(row)] for _, row in wanted]
+        first = f"the first with {failures[0]}; the traceback is in the row, and the same call tries them again"
+        warnings.warn(f"{len(failures)} of {len(tasks)} runs failed, {first}", stacklevel=2)
+    return [rows[k] for k in keys]
 
 
 def _check_taken(run: Callable[..., Row], grid: list[Any]) -> None:
@@ -182,7 +180,8 @@ def measured(run: Callable[..., Row], settings: Any) -> Row | str:
     for name in found:
         if name in FIELDS or (name in known and key(found[name]) != key(known[name])):
             has = f"{known[name]!r}, its setting" if name not in FIELDS else "a field of every row"
-            return f"what a run measured cannot be called {name!r}, which is {has}: it returned {reprlib.repr(found[name])}"
+            value = reprlib.repr(found[name])
+            return f"what a run measured cannot be called {name!r}, which is {has}: it returned {value}"
     return {name: value for name, value in found.items() if name not in known}
 
 

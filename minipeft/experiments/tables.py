@@ -15,14 +15,25 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .rows import Row, failed, key
 from .seeds import interval
 
 Names = str | Sequence[str]
+
+
+class Group(NamedTuple):
+    """The runs of one combination of settings: of each value the numbers [runs], NaN where training diverged."""
+
+    settings: Row
+    numbers: dict[str, list[float]]
+    n: int
+    failed: int  # runs that have no numbers
 
 
 def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Row]:
@@ -35,19 +46,17 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
     Raises ValueError for a name that the rows do not have, and where a seed occurs twice in a mean: the runs then
     differ in another setting, too. And for a value that is no number, as a curve is.
     """
-    values, found = _names(value), []
-    for settings, numbers, n, failures in _groups(rows, values, by):
-        mean = dict(settings)
-        for name in values:
-            mean[name], mean[f"{name} ±"] = interval(numbers[name])
-        found.append(mean | {"n": n, "failed": failures})
+    found = []
+    for group in _groups(rows, _names(value), by):
+        mean = dict(group.settings)
+        for name, numbers in group.numbers.items():
+            mean[name], mean[f"{name} ±"] = interval(numbers)
+        found.append(mean | {"n": group.n, "failed": group.failed})
     return found
 
 
-def _groups(
-    rows: Sequence[Row], values: list[str], by: Names | None
-) -> list[tuple[Row, dict[str, list[float]], int, int]]:
-    """(settings, {value: its numbers}, number of runs, of those that failed) of each combination; raises as `means`."""
+def _groups(rows: Sequence[Row], values: list[str], by: Names | None) -> list[Group]:
+    """The groups, in the order of their settings. Raises as `means`."""
     by = _varying(rows) if by is None else _names(by)
     done = [row for row in rows if not failed(row)]
     for some, names in ((rows, by), (done, values)):
@@ -55,22 +64,18 @@ def _groups(
             if lacking := [row for row in some if name not in row]:
                 first = ", ".join(lacking[0])
                 raise ValueError(f"{len(lacking)} of {len(some)} rows have no {name!r}; the first has {first}")
-    groups: dict[Any, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: [_order(row[name]) for name in by]):
-        groups.setdefault(key([row[name] for name in by]), []).append(row)
+    ordered = sorted(rows, key=lambda row: [_order(row[name]) for name in by])
     found = []
-    for group in groups.values():
+    for group in _equal(lambda row: [row[name] for name in by], ordered):
         settings = {name: group[0][name] for name in by}
         runs = [row for row in group if not failed(row)]
-        seeds = [row["seed"] for row in runs if "seed" in row]
+        seeds = [key(row["seed"]) for row in runs if "seed" in row]
         if len(seeds) > len(set(seeds)):
-            others = [name for name in _varying(group) if name not in by] or ["the version or the function"]
-            raise ValueError(
-                f"the mean at {settings} has a seed twice: the runs differ in {', '.join(others)}; give by= all "
-                "settings that differ, or only some of the rows"
-            )
+            others = ", ".join(n for n in _varying(group) if n not in by) or "the version or the function"
+            hint = "give by= all settings that differ, or only some of the rows"
+            raise ValueError(f"the mean at {settings} has a seed twice: the runs differ in {others}; {hint}")
         numbers = {name: [_number(row, name) for row in runs] for name in values}
-        found.append((settings, numbers, len(group), len(group) - len(runs)))
+        found.append(Group(settings, numbers, len(group), len(group) - len(runs)))
     return found
 
 
@@ -79,12 +84,9 @@ def _number(row: Row, name: str) -> float:
     if row[name] is None:
         return math.nan
     if not isinstance(row[name], Real):
-        settings = {setting: row[setting] for setting in row.get("settings", ())}
-        kind = "a list" if isinstance(row[name], list) else f"a {type(row[name]).__name__}"
-        raise ValueError(
-            f"a mean is over numbers, and {name!r} of the row {settings or row['run']} is {kind}: "
-            f"{reprlib.repr(row[name])}; let the run return the one number of it that counts"
-        )
+        settings = {setting: row[setting] for setting in row.get("settings", ())} or row["run"]
+        value = f"a {type(row[name]).__name__}: {reprlib.repr(row[name])}"
+        raise ValueError(f"a mean is over numbers, and {name!r} of the row {settings} is {value}")
     return float(row[name])
 
 
@@ -93,17 +95,16 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 
     A mean that is NaN says in how many runs the value is a number: "nan (4 of 5)". Raises as `means`.
     """
-    found = means(rows, value, by)
-    names = [name for name in found[0] if f"{name} ±" in found[0]] if found else []
-    lines = []
-    for row, (_, numbers, _, _) in zip(found, _groups(rows, names, by)):
-        cells = {name: _cell(v) for name, v in row.items() if not name.endswith(" ±")}
-        cells |= {name: with_interval(row[name], row[f"{name} ±"]) for name in names}
-        for name in names:
-            if 0 < (finite := sum(map(math.isfinite, numbers[name]))) < len(numbers[name]):
-                cells[name] += f" ({finite} of {len(numbers[name])})"
-        if not any(other["failed"] for other in found):
-            del cells["failed"]
+    groups, lines = _groups(rows, _names(value), by), []
+    for group in groups:
+        cells = {name: _cell(v) for name, v in group.settings.items()}
+        for name, numbers in group.numbers.items():
+            cells[name] = with_interval(*interval(numbers))
+            if 0 < (finite := sum(map(math.isfinite, numbers))) < len(numbers):
+                cells[name] += f" ({finite} of {len(numbers)})"
+        cells["n"] = str(group.n)
+        if any(other.failed for other in groups):
+            cells["failed"] = str(group.failed)
         lines.append(cells)
     if not lines:
         return ""
@@ -115,34 +116,27 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
     """A matplotlib figure: the mean of `value` over the setting `x`, with its interval as a band; a line for each `by`.
 
-    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says so. The axis is
-    logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
+    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says
+    so. The axis is logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
     """
     from ..train.metrics import panels
 
-    groups = _groups(rows, [value], [x, *([by] if by else [])])
+    groups = _groups(rows, [value], [by, x] if by else [x])
+    places = [group.settings[x] for group in groups]
+    numeric = all(type(place) in (int, float) for place in places)
     figure, (axes,) = panels(1, 6, 3.6)
-    some_missing = False
-    for one in sorted({settings[by] for settings, *_ in groups}, key=_order) if by else [None]:
-        xs, mean, half, hollow = [], [], [], []
-        for settings, numbers, _, _ in groups:
-            if by is None or settings[by] == one:
-                there = [number for number in numbers[value] if math.isfinite(number)]
-                m, h = interval(there)
-                xs.append(settings[x])
-                mean.append(m)
-                half.append(0 if math.isnan(h) else h)
-                hollow.append(len(there) < len(numbers[value]))
-        (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(one)}")
-        low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-        axes.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
-        if marked := [(place, m) for place, m, missing in zip(xs, mean, hollow) if missing]:
-            some_missing = True
-            axes.plot(*zip(*marked), "o", markersize=7, color=drawn.get_color(), markerfacecolor="white", label="_")
-    if some_missing:
-        axes.set_title(f"hollow (or missing): in some (or all) runs {value} is not finite", fontsize="small")
-    places = [settings[x] for settings, *_ in groups]
-    if all(type(p) in (int, float) and p > 0 for p in places) and max(places) >= 10 * min(places):
+    for line in _equal(lambda group: group.settings.get(by), groups):
+        finite = [[number for number in group.numbers[value] if math.isfinite(number)] for group in line]
+        xs = [group.settings[x] if numeric else _cell(group.settings[x]) for group in line]
+        mean, half = np.array([interval(numbers) for numbers in finite]).T
+        half = np.nan_to_num(half)
+        (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(line[0].settings.get(by))}")
+        axes.fill_between(xs, mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        if hollow := [i for i, group in enumerate(line) if len(finite[i]) < len(group.numbers[value])]:
+            marker = {"markersize": 7, "markerfacecolor": "white", "color": drawn.get_color(), "label": "_"}
+            axes.plot([xs[i] for i in hollow], mean[hollow], "o", **marker)
+            axes.set_title(f"hollow (or missing): in some (or all) runs {value} is not finite", fontsize="small")
+    if numeric and 0 < 10 * min(places, default=0) <= max(places):
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel=value)
     if by:
@@ -154,10 +148,18 @@ def with_interval(mean: float, half_width: float) -> str:
     """`2.314 ± 0.024`: the half width with two digits, the mean with as many decimals; four digits for one run."""
     if math.isnan(half_width):
         return f"{mean:.4g}"
-    if not half_width:
-        return f"{mean:.4g} ± 0"
+    if half_width in (0, math.inf):
+        return f"{mean:.4g} ± {half_width:g}"
     decimals = max(0, 1 - math.floor(math.log10(half_width)))
     return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+
+
+def _equal(of: Callable[[Any], Any], items: Iterable[Any]) -> list[list[Any]]:
+    """The items in lists of those for which `of` is equal, in the order of the first of each."""
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(of(item)), []).append(item)
+    return list(found.values())
 
 
 def _names(names: Names) -> list[str]:

@@ -9,12 +9,12 @@ else is refused by its name, before any weight is read.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..nn.transformer import RopeScaling, TransformerConfig
+from ..options import fits
 
 
 class HubError(ValueError):
@@ -91,7 +91,7 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
     set to something that our model does not compute.
     """
     family = content.get("model_type")
-    if family not in FIELDS:
+    if not isinstance(family, str) or family not in FIELDS:
         raise HubError(f"model_type must be one of {', '.join(map(repr, FIELDS))}, not {family!r}")
     for name, values in _SUPPORTED[family].items():
         if content.get(name) is not None and content[name] not in values:
@@ -119,16 +119,15 @@ def from_hugging_face(content: dict[str, Any]) -> TransformerConfig:
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
-    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not right or (kind is float and not math.isfinite(value)):
-        what = {int: "an integer", float: "a number", bool: "true or false"}[kind]
+    if not fits(value, kind):
+        what = {int: "an integer", float: "a number", bool: "true or false", list: "a list"}[kind]
         raise HubError(f"{name} must be {what}, not {value!r}")
     return kind(value)
 
 
 def _check_attention(content: dict[str, Any]) -> None:
     """Every position must see all earlier ones: a window narrower than the model's context is refused."""
-    for kind in content.get("layer_types") or ():
+    for kind in _typed("layer_types", content.get("layer_types") or [], list):
         if kind != "full_attention":
             raise HubError(f"layer_types names {kind!r}: only 'full_attention' is supported")
     if content["model_type"] == "mistral":
@@ -148,6 +147,8 @@ def _rope(content: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
         if not isinstance(rope, dict):
             raise HubError(f"{key} must be an object, not {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
+        if rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} and not rope.keys() & {"rope_type", "type"}:
+            raise HubError(f"{key} is {rope!r}, and does not say its rope_type")
         if kind not in ("default", "llama3"):
             raise HubError(f"{key} asks for the rope_type {kind!r}: only 'default' and 'llama3' are supported")
         if rope.get("partial_rotary_factor") not in (None, 1):

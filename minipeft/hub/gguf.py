@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> tuple[TransformerConfig, dict[str, StoredTensor], T
         if files not in (0, 1):
             raise HubError(f"split.count is {files!r}: the model is in several files; llama-gguf-split merges them")
         architecture = header.metadata.get("general.architecture")
-        if architecture not in _NAMES:
+        if not isinstance(architecture, str) or architecture not in _NAMES:
             raise HubError(f"the architecture is {architecture!r}: only {', '.join(_NAMES)} are supported")
         config = from_hugging_face(_configuration(architecture, header))
         config, tensors = _tensors(architecture, config, header)
@@ -286,7 +286,8 @@ def _llama3_scaling(factors: np.ndarray, config: TransformerConfig) -> RopeScali
     """
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-np.arange(half) / half)
-    scaling = RopeScaling(max(1.0, float(factors.max(initial=1))), 1.0, 4.0, 8192)
+    with naming("rope_freqs.weight", ValueError):
+        scaling = RopeScaling(max(1.0, float(factors.max(initial=1))), 1.0, 4.0, 8192)
     if factors.shape != (half,) or not np.allclose(frequency / scaling(frequency), factors, rtol=1e-4):
         raise HubError("rope_freqs.weight holds frequency factors other than those of Llama 3.1 and 3.2: not supported")
     return scaling

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer, of_library
 from .configuration import HubError
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
+MOST = 4096  # characters of a token: `_merges_from_scores` looks at all ways to cut it in two
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {  # None: GPT-2's pattern, which ByteLevel has built in
@@ -34,16 +35,14 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
     if kind not in ("gpt2", "llama"):
         raise HubError(f"tokenizer.ggml.model is {kind!r}: only 'gpt2' and 'llama' are supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or len(set(tokens)) != len(tokens):
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and len(t) <= MOST for t in tokens):
+        raise HubError(f"tokenizer.ggml.tokens must be a list of tokens, of at most {MOST} characters each")
+    if len(set(tokens)) != len(tokens):
         raise HubError("tokenizer.ggml.tokens must be a list of tokens, no two alike")
-    try:
+    with of_library(HubError, "the metadata makes no tokenizer"):
         backend = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens)
         _add_special_tokens(backend, metadata, tokens)
         return Tokenizer(backend, _configuration(metadata, tokens))
-    except HubError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception, with the reason as its text
-        raise HubError(f"the metadata makes no tokenizer ({error})") from error
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> Any:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from ..backend import asarray, get_backend, to_numpy
-from ..files import FileError, StoredTensor, fsync_directory, map_safetensors, read_json, write_json, write_safetensors
+from ..directory import replacing
+from ..files import FileError, StoredTensor, map_safetensors, read_json, unfinished, write_json, write_safetensors
 from ..nn.heads import SequenceClassifier
 from ..nn.module import Module, Parameter, some
-from ..nn.transformer import Transformer
+from ..nn.transformer import Transformer, TransformerConfig
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers, quantized_layers
 from ..text.tokenizer import Tokenizer
@@ -53,16 +54,16 @@ def save_pretrained(
     """Write a directory that `transformers` loads as it is: LlamaForCausalLM, GPT2LMHeadModel, ... or their classifiers.
 
     Args:
-        path: the directory; made if missing. A model that is already there is replaced.
+        path: the directory; made if missing. A model that is already there is replaced by the whole new one, or not at
+            all (see `minipeft.directory`).
         tokenizer: written beside the model, as AutoTokenizer reads it; None leaves a tokenizer that is there.
         dtype: "float32" or "float16", of the stored weights; None keeps each as it is.
 
     A tied head is written once, layers in four bits as bitsandbytes has them. Everything is checked before anything is
-    written. The old model's configuration is removed first and the new one written last, so a crash in between leaves a
-    directory that does not load, never one model's weights under another's configuration.
+    written.
 
     Raises HubError for another class of model or dtype, a path that is a file, layers that have been replaced by others
-    (merge adapters first), and values that float16 cannot hold.
+    (merge adapters first), and values that float16 cannot hold; DirectoryInUse where another process writes there.
     """
     if not isinstance(model, Transformer | SequenceClassifier):
         what = f"a Transformer or a SequenceClassifier, not a {type(model).__name__}"
@@ -87,19 +88,11 @@ def save_pretrained(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HubError(f"{path}: is a file; a model is written as a directory")
-    path.mkdir(parents=True, exist_ok=True)
-    fresh = path / f".{_WEIGHTS}.new"
-    try:
-        write_safetensors(fresh, weights, {"format": "pt"})  # the one large write: a full disk changes nothing
-        (path / _CONFIG).unlink(missing_ok=True)
-        fsync_directory(path)
-        os.replace(fresh, path / _WEIGHTS)
-    finally:
-        fresh.unlink(missing_ok=True)
-    (path / _INDEX).unlink(missing_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(path)
-    write_json(path / _CONFIG, dict(sorted(content.items())))
+    with replacing(path) as fresh:
+        write_json(fresh / _CONFIG, dict(sorted(content.items())))
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+        write_safetensors(fresh / _WEIGHTS, weights, {"format": "pt"})
 
 
 def _architecture(model: Module) -> str:
@@ -171,16 +164,16 @@ def from_pretrained(
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
     if path.suffix == ".gguf" and path.is_file():
         config, tensors, tokenizer = read_gguf(path)
-        model: Transformer | SequenceClassifier = Transformer(config, seed=None)
-        quantized = False
+        num_labels, quantized = None, False
     else:
         content = _read_config(path)
         with naming(path / _CONFIG):
             content, quantized = split_quantization(content)
-            model = _unallocated_model(content)
+            config, num_labels = _described(content)
         tensors = _map_weights(path)
         tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
     with naming(path):
+        model = _unallocated_model(config, num_labels, len(tensors))
         layers = take_quantized(model, tensors) if quantized else {}
         for place, layer in layers.items():
             model.replace(place, layer.to(xp))
@@ -219,7 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "is a file, but no .gguf" if path.exists() else f"no such {'file' if path.suffix == '.gguf' else 'directory'}"
         raise HubError(f"{path}: {what}; give a local Hugging Face directory or a .gguf file (nothing is ever downloaded)")
     if not (path / _CONFIG).is_file():
-        what, ggufs = "no model there", sorted(file.name for file in path.glob("*.gguf"))
+        what, ggufs = f"no model there{unfinished(path)}", sorted(file.name for file in path.glob("*.gguf"))
         if (path / "adapter_config.json").is_file():
             what = "it is an adapter's: load it with PeftModel.from_pretrained"
         elif ggufs:
@@ -228,25 +221,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json(path / _CONFIG)
 
 
-def _unallocated_model(content: dict[str, Any]) -> Transformer | SequenceClassifier:
-    """The model that a config.json describes, without its weights."""
+def _described(content: dict[str, Any]) -> tuple[TransformerConfig, int | None]:
+    """(configuration, number of labels of a classifier or None) of the model that a config.json describes."""
     config = from_hugging_face(content)
     family = config.model_type
     names = content.get("architectures") or [_LANGUAGE_MODEL[family]]
     known = [_LANGUAGE_MODEL[family], _CLASSIFIER[family], _BARE[family]]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
         raise HubError(f"architectures is {names!r}: only one of {', '.join(known)} is supported")
-    try:
-        model = Transformer(config, seed=None)
-    except (ValueError, OverflowError) as error:
-        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
     if names[0] != _CLASSIFIER[family]:
-        return model
+        return config, None
     labels = content.get("id2label")
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
     if not isinstance(count, int) or not 1 <= count < 2**31:
         raise HubError(f"num_labels must be a positive integer, not {count!r}")
-    return SequenceClassifier(model, count, seed=None)
+    return config, count
+
+
+def _unallocated_model(config: TransformerConfig, num_labels: int | None, stored: int) -> Transformer | SequenceClassifier:
+    """The model without its weights, of which this number of tensors is stored."""
+    if config.num_hidden_layers > max(stored, 128):  # of fewer, `_fit` says which are missing
+        raise HubError(f"the configuration has {config.num_hidden_layers} layers, and the weights are {stored} tensors")
+    try:
+        model = Transformer(config, seed=None)
+        return model if num_labels is None else SequenceClassifier(model, num_labels, seed=None)
+    except (ValueError, OverflowError) as error:
+        raise HubError(f"no array has the shapes of this hidden_size, vocab_size, ... ({error})") from error
 
 
 def _map_weights(path: Path) -> dict[str, StoredTensor]:
@@ -266,11 +266,9 @@ def _map_weights(path: Path) -> dict[str, StoredTensor]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise FileError(f"{index}: must hold an object 'weight_map' that names each tensor's file")
-    tensors = {}
+    tensors, here = {}, {file.name for file in path.iterdir() if file.is_file()}
     for file in sorted(set(placed.values())):
-        if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
-            raise FileError(f"{index}: {file!r} is not the name of a file in this directory")
-        if not (path / file).is_file():
+        if file not in here:
             raise FileError(f"{index}: names the file {file}, which is not in this directory")
         part = map_safetensors(path / file)[0]
         for name in (name for name, where in placed.items() if where == file):

@@ -18,7 +18,7 @@ import numpy as np
 from ..autograd import checks
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray, xp_of
+from ..backend import Array, asarray, is_array, xp_of
 from .layers import Linear
 from .module import Module
 from .transformer import Backbone, BackboneModel, Transformer, from_host
@@ -81,8 +81,10 @@ class SequenceClassifier(_HeadedBackbone):
     def loss(self, input_ids: Array, labels: Array, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
         """Mean cross-entropy (nats) with class ids labels [B]; with num_labels=1, mean squared error to numbers [B].
 
-        Raises as `forward`, and ValueError for labels of another shape.
+        Raises as `forward`, ValueError for labels of another shape, and TypeError for what is no array.
         """
+        if not is_array(labels):
+            raise TypeError(f"labels must be an array, not a {type(labels).__name__}")
         logits = self(input_ids, attention_mask, **arguments)
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must have the shape {logits.shape[:1]}, one per sequence, not {labels.shape}")

@@ -202,6 +202,7 @@ class Module:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
         for p, path in given.items():
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)
+            p._version += 1
 
 
 def shape_and_dtype(p: Parameter) -> str:

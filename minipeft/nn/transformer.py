@@ -30,7 +30,7 @@ import numpy as np
 from ..autograd import checks
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
-from ..backend import Array, Rng, as_rng, asarray, get_backend, to_numpy, xp_of
+from ..backend import Array, Rng, as_rng, asarray, get_backend, is_array, to_numpy, xp_of
 from ..options import check, configuration, option
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter
@@ -91,14 +91,14 @@ class TransformerConfig:
     num_key_value_heads: int = option(0, "key and value heads; 0: num_attention_heads", least=0)
     head_dim: int = option(0, "channels of a head; 0: hidden_size / num_attention_heads", least=0)
     max_position_embeddings: int = option(256, "positions, at most", least=1)
-    rms_norm_eps: float = option(1e-6, "added to the mean square in RMSNorm (llama)")
-    layer_norm_epsilon: float = option(1e-5, "added to the variance in LayerNorm (gpt2)")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rms_norm_eps: float = option(1e-6, "added to the mean square in RMSNorm (llama)", least=0)
+    layer_norm_epsilon: float = option(1e-5, "added to the variance in LayerNorm (gpt2)", least=0)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
     rope_scaling: RopeScaling | None = option(None, "rotary frequencies for a longer context")
     tie_word_embeddings: bool = option(True, "the head is the embedding")
     attention_bias: bool = option(False, "biases in the attention's projections (llama)")
     mlp_bias: bool = option(False, "biases in the MLP (llama)")
-    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights", least=0)
     dropout: float = option(0.0, "probability, of the embeddings and the residual branches", least=0, below=1)
     bos_token_id: int | None = option(None, "begins a text")
     eos_token_id: int | tuple[int, ...] | None = option(None, "ends a text; several: any of them does")
@@ -420,8 +420,7 @@ class Backbone(Module):
         if input_ids is not None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
-            xp = xp_of(self.embedding.weight.data)
-            x = self.embedding(from_host(input_ids, xp, lambda ids: checks.ids(ids, c.vocab_size)), rng)
+            x = self.embed(input_ids, rng)
         else:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
                 raise ValueError(
@@ -451,6 +450,11 @@ class Backbone(Module):
                 x = block(x, context, i, layer_rng)
         return self.final_norm(x, rng)
 
+    def embed(self, input_ids: Array, rng: Rng | None = None) -> Tensor:
+        """The embeddings of ids [B, T], on the model's device: [B, T, d]. Raises IndexError for ids out of range."""
+        xp = xp_of(self.embedding.weight.data)
+        return self.embedding(from_host(input_ids, xp, lambda ids: checks.ids(ids, self.config.vocab_size)), rng)
+
     def _mask_and_positions(
         self, mask: Array | None, positions: Array | None, B: int, past: int, T: int
     ) -> tuple[Array | None, Array]:
@@ -458,11 +462,19 @@ class Backbone(Module):
         S, limit, xp = past + T, self.config.max_position_embeddings, xp_of(mask, positions)
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
             raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
+        floats = mask is not None and mask.dtype.kind == "f"
+        if floats and (mask.ndim == 4 or bool(((mask != 0) & (mask != 1)).any().item())):
+            raise ValueError(
+                f"attention_mask is 1 (or true) where there is something to see, and else 0; this one, of {mask.dtype} and "
+                f"shape {mask.shape}, may be one that is added to the scores: give mask == 0"
+            )
         if positions is None:
             if mask is None or mask.ndim == 4:
                 positions = xp.arange(past, S)[None]
             else:
                 positions = xp.maximum((mask != 0).astype(xp.int64).cumsum(axis=1) - 1, 0)[:, past:]
+        elif positions.dtype.kind not in "iu":
+            raise TypeError(f"position_ids must be integers, not {positions.dtype}")
         elif positions.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids must have the shape {(B, T)} or {(1, T)}, not {positions.shape}")
         if positions.size and xp is np:
@@ -543,6 +555,13 @@ class BackboneModel(Module):
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keep only each block's input in the forward pass and compute the block again in backward (`checkpoint`)."""
         self.backbone.gradient_checkpointing = enabled
+
+
+def check_labels(labels: Any) -> None:
+    """Raises TypeError for labels that are no array of signed integers: -100 is one of them."""
+    if not is_array(labels) or labels.dtype.kind != "i":
+        what = labels.dtype if is_array(labels) else type(labels).__name__
+        raise TypeError(f"labels must be an array of signed integers, in which -100 does not count, not {what}")
 
 
 def _resized(weight: Array, n: int, generator: np.random.Generator) -> Array:
@@ -637,7 +656,7 @@ class Transformer(BackboneModel):
 
         Args:
             input_ids: integer array [B, T]; or give `inputs_embeds`, a Tensor [B, T, d], in its place.
-            attention_mask: [B, past + T], zero where a position is padding (left or right); or boolean
+            attention_mask: [B, past + T], 1 where there is a token, 0 where there is padding (left or right); or boolean
                 [B, 1, T, past + T], saying which query may see which key (packing). Causality holds in any case.
             position_ids: [B, T]; by default they count the unmasked positions.
             past_key_values: (k, v) per layer of earlier positions, never changed; or a KVCache, which is appended to.
@@ -663,7 +682,8 @@ class Transformer(BackboneModel):
 
         `labels` has the shape of `input_ids` (as in Hugging Face, they are shifted here); further arguments are those
         of `forward`; `label_smoothing` is `cross_entropy`'s. Logits are computed only where a label counts (where labels
-        are on a device: everywhere), and held once. Raises as `forward`, and ValueError for labels of another shape.
+        are on a device: everywhere), and held once. Raises as `forward`, ValueError for labels of another shape,
+        TypeError for what are no signed integers.
         """
         if "output_attentions" in arguments:
             raise TypeError(
@@ -674,6 +694,7 @@ class Transformer(BackboneModel):
 
     def head_loss(self, hidden: Tensor, labels: Array, rng: Rng | None = None, label_smoothing: float = 0.0) -> Tensor:
         """The loss of `loss`, from hidden states [B, T, d] and labels [B, T]; raises as `loss`."""
+        check_labels(labels)
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have the shape of the input, {hidden.shape[:2]}, not {labels.shape}")
         xp, targets = xp_of(hidden.data), xp_of(labels).full(labels.shape, -100, labels.dtype)

@@ -22,7 +22,7 @@ Departures from PEFT:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +31,20 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, asarray, xp_of
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, check_rank
+from .ranks import check_rank
+from .targets import QUERY_AND_VALUE
 from .weights import fill, with_update
 
+TARGETS = {
+    **QUERY_AND_VALUE,
+    "roberta": ["query", "key", "value", "dense"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
 MATRICES = ("lora_A", "lora_E", "lora_B")
 AVERAGES = ("sensitivity", "uncertainty")
 
@@ -45,19 +54,21 @@ class AdaLoraLinear(Adapter):
 
     kept: Array | None = None  # boolean [r]: the triplets that the last pruning kept; None: nothing was pruned
 
-    def __init__(self, config: AdaLoraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)  # all zeros
-        self.scaling, self.dropout = config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
-        if seed is not None:
-            generator = np.random.default_rng(seed)
-            for p in (self.lora_A, self.lora_B):
-                fill(p, generator.standard_normal(p.shape, np.float32) * np.float32(0.02))
-            if config.init_lora_weights is False:
-                fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.config.lora_alpha / (self.config.init_r + 1e-5)
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        """Draw P and Q; λ stays zero, so training starts at the base layer. init False draws λ, too."""
+        for p in (self.lora_A, self.lora_B):
+            fill(p, generator.standard_normal(p.shape, np.float32) * np.float32(0.02))
+        if self.config.init_lora_weights is False:
+            fill(self.lora_E, generator.standard_normal(self.lora_E.shape, np.float32))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(x) + s P diag(λ) Q z, z = x, in training with dropout: x [..., in] -> y [..., out]."""
-        z = F.dropout(x, self.dropout, rng) if self.dropout else x
+        z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
         return F.linear(F.linear(z, self.lora_A * self.lora_E), self.lora_B, inner(x), alpha=self.scaling)
 
     def merge(self, layer: Module, base: Module) -> Module:
@@ -156,6 +167,7 @@ class AdaLoraCallback:
         for layer in layers.values():
             if layer.kept is not None:
                 layer.lora_E.data *= asarray(layer.kept, xp_of(layer.lora_E.data))[:, None]
+                layer.lora_E._version += 1
 
     def update_averages(self, path: str, layer: AdaLoraLinear) -> None:
         """Update Ī, the average sensitivity (eq. 8 and 9), and Ū, its uncertainty (eq. 10), of every number.
@@ -168,12 +180,11 @@ class AdaLoraCallback:
             if p.grad is None:
                 raise PeftError("AdaLoRA needs the gradients: call after_step before zero_grad")
             sensitivity = abs(p.data * p.grad)
-            xp = xp_of(sensitivity)
-            zero = xp.zeros_like(sensitivity)
+            xp, zero = xp_of(sensitivity), xp_of(sensitivity).zeros_like(sensitivity)
             mean, uncertainty = (asarray(self.averages.get(key, zero), xp) for key in keys)
             mean = c.beta1 * mean + (1 - c.beta1) * sensitivity
-            self.averages[keys[0]] = mean
-            self.averages[keys[1]] = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
+            uncertainty = c.beta2 * uncertainty + (1 - c.beta2) * abs(sensitivity - mean)
+            self.averages |= zip(keys, (mean, uncertainty))
 
     def importance(self, path: str) -> Array:
         """The importance of each triplet (eq. 7 and 11): [r]."""
@@ -187,7 +198,15 @@ class AdaLoraCallback:
         return {**self.averages, **kept}
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError for arrays of other names or shapes."""
+        layers = self.layers.items()
+        averaged = {f"{path}.{n}.{what}": getattr(x, n).shape for path, x in layers for n in MATRICES for what in AVERAGES}
+        known = averaged | {f"{path}.kept": x.lora_E.shape[:1] for path, x in layers}
+        for key, array in arrays.items():
+            if array.shape != known.get(key) or (array.dtype == bool) != key.endswith(".kept"):
+                raise ValueError(f"AdaLoRA keeps no {key} of shape {array.shape} and {array.dtype}")
+        if len(averaged.keys() - arrays.keys()) not in (0, len(averaged)):
+            raise ValueError("AdaLoRA keeps the averages of all its numbers, or before the first step of none")
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")
@@ -218,25 +237,15 @@ class AdaLoraConfig(PeftConfig):
     init_lora_weights: bool = option(True, "True: λ starts at zero; False: standard normal (for tests)")
     rank_pattern: dict[str, list[bool]] | None = option(None, "{path.lora_E: which triplets training has left}")
 
-    peft_type: ClassVar[str] = "ADALORA"
-    usual_learning_rate: ClassVar[float] = 3e-2
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = {
-        **QUERY_AND_VALUE,
-        "roberta": ["query", "key", "value", "dense"],
-        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-        "t5": ["q", "k", "v", "o", "wi", "wo"],
-        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    }
+    peft_type, adapter_class = "ADALORA", AdaLoraLinear
+    usual_learning_rate = 3e-2
+    usual_targets = TARGETS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tinit >= self.total_step - self.tfinal:
-            raise PeftError(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {self.total_step} steps for pruning; "
-                "make them smaller"
-            )
+            given = f"tinit={self.tinit} and tfinal={self.tfinal}"
+            raise PeftError(f"{given} leave none of {self.total_step} steps for pruning; make them smaller")
         if self.target_r > self.init_r:
             raise PeftError(f"target_r must be at most init_r={self.init_r}, got {self.target_r}")
 
@@ -249,9 +258,6 @@ class AdaLoraConfig(PeftConfig):
         r = self.rank(name)
         check_rank(name, r, n_out, n_in)
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> AdaLoraLinear:
-        return AdaLoraLinear(self, shapes, layer, seed)
 
     def training_callback(self, model: Any, adapter_name: str) -> AdaLoraCallback:
         return AdaLoraCallback(model, adapter_name)

@@ -10,24 +10,41 @@ PEFT has no such method; its files are this package's own (peft_type BITFIT, <pa
 
 from __future__ import annotations
 
-from typing import ClassVar
+import numpy as np
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
 from .weights import dense_weight, with_weight
+
+
+class Bias(Adapter):
+    """A trained copy of a layer's bias, [out]."""
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.bias.data = layer.bias.data.astype(self.bias.dtype)
+
+    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return inner(x) + (self.bias - base.bias.data)
+
+    def merge(self, layer: Module, base: Module) -> Module:
+        """The layer with b - b0 added to its bias."""
+        bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
+        return with_weight(layer, dense_weight(layer), bias)
 
 
 @configuration
 class BitFitConfig(PeftConfig):
     """BitFit, y = W x + b with b trained, has no options of its own: target_modules says whose b (None: all)."""
 
-    peft_type: ClassVar[str] = "BITFIT"
-    usual_learning_rate: ClassVar[float] = 1e-2
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "norm")
+    peft_type, adapter_class = "BITFIT", Bias
+    usual_learning_rate = 1e-2
+    kinds = ("linear", "conv1d", "norm")
+    usual_targets = None  # all that have a bias
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,23 +66,5 @@ class BitFitConfig(PeftConfig):
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         return {"bias": shape} if kind == "bias" and self.targets(name, "linear") else {}
 
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Adapter:
-        return Bias({"bias": layer.bias.shape}, layer, seed)
-
-
-class Bias(Adapter):
-    """A trained copy of a layer's bias, [out]."""
-
-    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        if seed is not None:
-            self.bias.data = layer.bias.data.astype(self.bias.dtype)
-
-    def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return inner(x) + (self.bias - base.bias.data)
-
-    def merge(self, layer: Module, base: Module) -> Module:
-        """The layer with b - b0 added to its bias."""
-        bias = self.bias.data if layer is base else layer.bias.data + (self.bias.data - base.bias.data)
-        return with_weight(layer, dense_weight(layer), bias)
+    def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
+        return {"bias": layer.bias.shape}

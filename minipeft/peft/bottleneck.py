@@ -21,7 +21,6 @@ package's own (peft_type BOTTLENECK, <path of the sublayer>.down_weight ...).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
+from .config import PeftConfig, PeftError, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
 from .targets import out_in_shape
 from .weights import fill, kaiming_uniform
@@ -52,30 +51,23 @@ LAST = ("c_proj", "o_proj", "down_proj", "dense", "o", "wo", "dense_4h_to_h")
 class Bottleneck(Adapter):
     """a(z): down_weight [m, d], down_bias [m], up_weight [d, m], up_bias [d]; ln_before_weight, ln_before_bias [d]."""
 
-    def __init__(self, config: BottleneckConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.parallel, self.scaling = config.placement == "parallel", config.scaling
-        self.non_linearity = config.non_linearity
-        if seed is not None:
-            fill(self.down_weight, kaiming_uniform(np.random.default_rng(seed), self.down_weight.shape))
-            if config.ln_before:
-                self.ln_before_weight.data += 1
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        fill(self.down_weight, kaiming_uniform(generator, self.down_weight.shape))
+        if self.config.ln_before:
+            self.ln_before_weight.data += 1
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
-        h = inner(x)
-        z = x if self.parallel else h
-        if "ln_before_weight" in self.keys:
+        c, h = self.config, inner(x)
+        z = x if c.placement == "parallel" else h
+        if c.ln_before:
             z = F.layer_norm(z, self.ln_before_weight, self.ln_before_bias)
         z = F.linear(z, self.down_weight, self.down_bias)  # [..., m]
-        a = F.linear(NON_LINEARITIES[self.non_linearity](z), self.up_weight, self.up_bias)
-        return h + (a if self.scaling == 1 else a * self.scaling)
+        a = F.linear(NON_LINEARITIES[c.non_linearity](z), self.up_weight, self.up_bias)
+        return h + (a if c.scaling == 1 else a * c.scaling)
 
     def merge(self, layer: Module, base: Module) -> Module:
-        raise PeftError(
-            "a bottleneck adapter is not linear, so no plain layer equals the adapted one: it cannot be merged; "
-            "keep it beside the base (unload gives the base alone)"
-        )
+        raise PeftError("a bottleneck adapter is not linear, so it cannot be merged; unload() gives the base alone")
 
 
 @configuration
@@ -93,7 +85,8 @@ class BottleneckConfig(PeftConfig):
     scaling: float | None = option(None, "factor of the adapter's output (4 in He et al.)")
     ln_before: bool = option(False, "a layer norm of the adapter's own before it (Lin et al. 2020, arXiv:2004.03829)")
 
-    peft_type: ClassVar[str] = "BOTTLENECK"
+    peft_type, adapter_class = "BOTTLENECK", Bottleneck
+    kinds = ()  # any module of one input and one output
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,11 +130,8 @@ class BottleneckConfig(PeftConfig):
             return self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
         return {}
 
-    def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        return {
-            name: Bottleneck(self, self.bottleneck_shapes(name, *_widths(name, layer)), layer, seeds[name])
-            for name, layer in layers.items()
-        }
+    def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
+        return self.bottleneck_shapes(name, *_widths(name, layer))
 
 
 def _widths(name: str, module: Module) -> tuple[int, int]:

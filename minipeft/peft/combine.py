@@ -25,10 +25,12 @@ import numpy as np
 from ..backend import one_blas_thread, to_numpy
 from ..options import check, configuration, option
 from .config import PeftError
+from .targets import listed
 from .weights import fill
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("cat", "svd", *RULES, *(f"{rule}_svd" for rule in RULES[1:]))
+SIGNS = ("total", "frequency")
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -39,9 +41,7 @@ class Combination:
     combination_type: str = option("svd", "one of the names above (dare is dare_linear)", choices=COMBINATIONS)
     svd_rank: int | None = option(None, "rank of svd and types that end so; None: the largest of the parts'", least=1)
     density: float | None = option(None, "part of the values that trimming or dropping keeps", above=0, most=1)
-    majority_sign_method: str = option(
-        "total", "ties: the sign of the sum wins, or (frequency) that of most values", choices=("total", "frequency")
-    )
+    majority_sign_method: str = option("total", "ties: the sign of the sum, or that most values have", choices=SIGNS)
     seed: int = option(0, "of what dare drops", least=0)
 
     def __post_init__(self) -> None:
@@ -70,9 +70,7 @@ class Combination:
             return np.concatenate(A), np.concatenate(B, axis=1)
         if kind in RULES:  # each with sqrt(w_i s_i), the A with its sign
             if len({a.shape for a in A}) > 1:
-                raise PeftError(
-                    f"{kind} adds factors elementwise, but at {path} the ranks are {[*map(len, A)]}; use cat or svd"
-                )
+                raise PeftError(f"{kind} adds factors, but at {path} the ranks are {[*map(len, A)]}; use cat or svd")
             ws = [w * s for w, s in zip(weights, scalings)]
             roots = [math.sqrt(abs(w)) for w in ws]
             return self.combine(A, [math.copysign(r, w) for r, w in zip(roots, ws)]), self.combine(B, roots)
@@ -122,13 +120,13 @@ def add_weighted_adapter(
         raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
     if not all(math.isfinite(w) for w in weights):
         raise PeftError(f"the weights must be finite, not {weights}")
-    for name in adapters:
+    for name in listed("adapters", adapters):
         model._known(name)
         config = model.peft_config[name]
-        dora, copies = getattr(config, "use_dora", False) and "DoRA", config.modules_to_save and "modules_to_save"
-        tokens = getattr(config, "trainable_token_indices", None) and "trainable_token_indices"
-        if what := config.peft_type if config.peft_type != "LORA" else copies or tokens or dora:
-            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {what}")
+        beside = ("modules_to_save", "trainable_token_indices", "use_dora")
+        used = [n for n in beside if getattr(config, n)] if config.peft_type == "LORA" else [config.peft_type]
+        if used:
+            raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {used[0]}")
     combined: dict[str, Arrays] = {}
     for path, layer in model.layers.items():
         mine = [(layer.adapters[n], w) for n, w in zip(adapters, weights) if n in layer.adapters]

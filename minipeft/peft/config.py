@@ -27,11 +27,12 @@ Seed = tuple[int, ...] | None  # names a random stream: numpy.random.default_rng
 class PeftConfig(Targets, ABC):
     """The options all methods have. Raises PeftError, naming the option, for a value that makes no sense."""
 
-    base_model_name_or_path: str | None = option(None, "what the adapter was trained on; None: what the model was read from")
+    base_model_name_or_path: str | None = option(None, "what the adapter was trained on; None: the model's origin")
     task_type: str | None = option(None, "what the model is for, in PEFT's words: CAUSAL_LM, SEQ_CLS, ...")
     inference_mode: bool = option(False, "a new model's adapter is frozen (set_adapter changes that)")
 
     peft_type: ClassVar[str]
+    adapter_class: ClassVar[Any]  # of the trained part at a target; see `Adapter`
     usual_learning_rate: ClassVar[float] = 3e-3  # AdamW's on the shipped base; see `minipeft.train.rates`
     stores_constants: ClassVar[bool] = True  # whether the file holds the constants, or they are computed from the base
 
@@ -50,6 +51,10 @@ class PeftConfig(Targets, ABC):
         """`parameter_shapes` at a target with this many outputs and inputs."""
         raise NotImplementedError(f"{type(self).__name__} defines no shapes")
 
+    def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
+        """`parameter_shapes` of all that is trained at a target."""
+        return self.parameter_shapes(name, kind_of(layer), shape_of(layer))
+
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
         """{name: shape} of what the method adds and never trains; {} for most.
 
@@ -63,14 +68,11 @@ class PeftConfig(Targets, ABC):
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> Any:
         """The trained part at one target, an `Adapter`, with the parameters of `parameter_shapes`."""
-        raise NotImplementedError(f"{type(self).__name__} defines no adapter")
+        return self.adapter_class(shapes, layer, seed, self, name)
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
         """{path: trained part} of every target. `seeds` name the initial values; None: they are about to be loaded."""
-        return {
-            name: self.adapter(name, layer, self.parameter_shapes(name, kind_of(layer), shape_of(layer)), seeds[name])
-            for name, layer in layers.items()
-        }
+        return {n: self.adapter(n, layer, self.layer_shapes(n, layer), seeds[n]) for n, layer in layers.items()}
 
     def prompt(self, model: Module, seed: Seed) -> Any:
         """For methods that change a model's input: the trained part, a `Prompt`; None for all others."""
@@ -85,7 +87,7 @@ class PeftConfig(Targets, ABC):
         config = self.with_targets(model)
         modules = dict(model.named_modules())
         for name, module in config.resolve(modules).items():
-            config.parameter_shapes(name, kind_of(module) or "", shape_of(module) if kind_of(module) else ())
+            config.layer_shapes(name, module)
         config.resolve_saved(modules)
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,11 +11,13 @@ Around a layer that other adapters have changed, W x is theirs, and n and the bi
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, Rng, xp_of
 from ..nn.module import Module
-from .config import Seed, Shape
+from .config import Shape
 from .layer import Inner
 from .lora import LoraConfig, LoraLinear
 from .lora_embedding import LoraEmbedding
@@ -27,17 +29,17 @@ from .weights import dense_weight, out_in, with_weight
 class DoraLinear(LoraLinear):
     """LoRA with lora_magnitude_vector, m [out]."""
 
-    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(config, name, shapes, layer, seed)
-        if seed is not None:
-            self.lora_magnitude_vector.data = self.row_norms(layer)
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        super().start(layer, generator)
+        self.lora_magnitude_vector.data = self.row_norms(layer)
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = W x + b + s B A z + (m/n - 1) (W z + s B A z): x [..., in] -> y [..., out].
 
         z is x, in training with dropout, which acts on both terms of the rescaled sum, as in PEFT.
         """
-        z = F.dropout(x, self.dropout, rng) if self.dropout and rng is not None else x
+        p = self.config.lora_dropout
+        z = F.dropout(x, p, rng) if p and rng is not None else x
         y, delta = inner(x), self.update(z)
         Wz, b = y if z is x else inner(z), getattr(base, "bias", None)
         Wz = Wz if b is None else Wz - b

@@ -33,11 +33,9 @@ class FusedLora(LoraLinear):
 
     @staticmethod
     def factor_shapes(config: LoraConfig, name: str, r: int, n_out: int, n_in: int) -> dict[str, Shape]:
-        """What is trained. Raises PeftError for a layer that does not fuse that many projections of its input's width."""
+        """What is trained. Raises PeftError for a layer that does not fuse that many projections of the input's width."""
         parts, enabled = len(config.enable_lora), sum(config.enable_lora)
         if n_out != parts * n_in:
-            raise PeftError(
-                f"{name}: enable_lora={config.enable_lora} needs a layer that fuses {parts} projections of width "
-                f"{n_in}; this one gives {n_out}"
-            )
+            needed = f"a layer that fuses {parts} projections of width {n_in}"
+            raise PeftError(f"{name}: enable_lora={config.enable_lora} needs {needed}; this one gives {n_out}")
         return {"lora_A.weight": (enabled * r, n_in), "lora_B.weight": (enabled * n_in, r)}

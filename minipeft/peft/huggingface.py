@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import asarray, to_numpy, xp_of
+from ..directory import replacing
 from ..files import FileError, read_json, read_safetensors, write_json, write_safetensors
-from ..nn.module import Parameter
+from ..nn.module import Parameter, some
 from .config import PeftConfig
 from .prompt_learning import MODULE_OPTIONS, PromptLearningConfig
 from .provenance import CONFIG, WEIGHTS, config_path, metadata_of
@@ -102,15 +104,8 @@ def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
         given["fan_in_fan_out"] = None  # PEFT's files say it of models as a whole, in which each layer knows its own
     if "folded" in known and given.get("inference_mode"):
         given["folded"] = True
-    if cls.peft_type == "LORA":
-        start = given.get("init_lora_weights", True)
-        if start in STARTS_WITHOUT_TRACE:
-            given["init_lora_weights"] = True
-        elif start not in (True, False, "gaussian", "pissa", "olora"):
-            raise PeftError(
-                f"the adapter was started with init_lora_weights={start!r}, "
-                "which changes the base's weights in a way its file does not say"
-            )
+    if given.get("init_lora_weights") in STARTS_WITHOUT_TRACE:
+        given["init_lora_weights"] = True
     return cls(**given)
 
 
@@ -137,7 +132,7 @@ def _as_plain(config: Any, times: int) -> Any:
         rank_pattern={k: v * times for k, v in config.rank_pattern.items()},
         alpha_pattern={k: v * factor for k, v in config.alpha_pattern.items()},
         enable_lora=None,
-        init_lora_weights=True if config.init_lora_weights == "olora" else config.init_lora_weights,
+        init_lora_weights=True,
     )
 
 
@@ -171,8 +166,8 @@ def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
 
 
 def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) -> None:
-    """Write one adapter. Each file appears whole or not at all, the configuration last."""
-    directory, config = Path(directory), model.peft_config[adapter_name]
+    """Write one adapter, whole or not at all. Raises PeftError, before that, for an option that JSON cannot hold."""
+    config = model.peft_config[adapter_name]
     saved = {**state(model, adapter_name), **_base_weights(model, adapter_name)}
     arrays = {key: to_numpy(p.data) for key, p in saved.items()}
     plain = _plain_rank(model, config)
@@ -181,24 +176,28 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
         options["fan_in_fan_out"] = _has_conv1d(model, config)
     if options["task_type"] is None and hasattr(model.base_model, "lm_head"):
         options["task_type"] = "CAUSAL_LM"  # PEFT adds AdaLoRA's penalty, and finds a prompt's model, by it
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
-    write_json(directory / CONFIG, dict(sorted(options.items())))
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PeftError(f"{name} is {value!r}, which a file cannot hold: {error}") from error
+    with replacing(directory) as fresh:
+        write_json(fresh / CONFIG, dict(sorted(options.items())))
+        write_safetensors(fresh / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
 
 
 def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
-    """The configuration of an adapter_config.json, with these options in place of its own.
+    """The configuration of an adapter_config.json, or of its directory, with these options in place of its own.
 
     Raises FileError for what is no such file, PeftError for a method or an option that is unknown here.
     """
+    path = config_path(path) if Path(path).is_dir() else path
     options = read_json(path)
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
-    if options["peft_type"] not in PEFT_TYPES:
-        raise PeftError(
-            f"{path}: the method {options['peft_type']!r} is not one of {', '.join(PEFT_TYPES)}; "
-            "one of your own is known once its module has been imported, and has registered it (--plugin MODULE)"
-        )
+    if not isinstance(options["peft_type"], str) or options["peft_type"] not in PEFT_TYPES:
+        known = f"{', '.join(PEFT_TYPES)}; import the module that registers one of your own (--plugin MODULE)"
+        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {known}")
     return config_class(options["peft_type"]).from_dict({**options, **fixed})
 
 
@@ -209,11 +208,9 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict[str, np
     """
     directory = Path(directory)
     # whatever it says, a file holds what a trained adapter computes: a prompt's vectors, not their network
-    config = read_config(config_path(directory), inference_mode=True)
+    config = read_config(directory, inference_mode=True)
     if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
-        raise FileError(
-            f"{directory}: the weights are a pickle (adapter_model.bin), which is never read; save them as safetensors"
-        )
+        raise FileError(f"{directory}: adapter_model.bin is a pickle, which is never read; save it as safetensors")
     return config, read_safetensors(directory / WEIGHTS)[0]
 
 
@@ -223,19 +220,16 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
     Raises PeftError, with nothing changed, otherwise; and for an OLoRA of PEFT on GPT-2's layers.
     """
     if _plain_rank(model, model.peft_config[adapter_name]):
-        raise PeftError(
-            f"{directory}: neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers is read from "
-            "a file: PEFT has no such adapters, or decomposes the transposed weights, which does not start at the base"
-        )
+        what = "neither enable_lora nor init_lora_weights='olora' on GPT-2's [in, out] layers"
+        raise PeftError(f"{directory}: {what} is read from a file; PEFT's OLoRA does not start at the base there")
     for path, adapter in model.parts(adapter_name):
         adapter.loading(model.layers[path].base_layer if path else model.base_model)
     expected, optional = state(model, adapter_name), _base_weights(model, adapter_name)
     missing = [key for key in expected if key not in arrays]
     unexpected = [key for key in arrays if key not in expected and key not in optional]
-    wrong = [f"{what} {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}"
-             for what, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys]  # fmt: skip
-    if wrong:
-        raise PeftError(f"{directory}: the adapter does not fit this model; its file {' and '.join(wrong)}")
+    if missing or unexpected:
+        wrong = f"its file lacks {some(missing)} and has unexpected {some(unexpected)}"
+        raise PeftError(f"{directory}: the adapter does not fit this model; {wrong}")
     known = {**optional, **expected}
     for key, array in arrays.items():
         if array.shape != known[key].shape:

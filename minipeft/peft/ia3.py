@@ -8,26 +8,38 @@ The factors start at 1. Merged, they scale W's rows (and b), or its columns.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import numpy as np
 
 from ..autograd.tensor import Tensor
 from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, PeftError, Seed, Shape
+from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
 from .targets import family_of, matches
 from .weights import dense_weight, out_in, with_weight
+
+SCALED = {  # model_type -> target_modules
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "bert": ["key", "value", "output.dense"], "roberta": ["key", "value", "output.dense"],
+    "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+    "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
+    "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
+}  # fmt: skip
+FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "fc2")  # their input is scaled
 
 
 class IA3Layer(Adapter):
     """One factor per output, ia3_l [out, 1], or per input, [1, in]."""
 
-    def __init__(self, shapes: dict[str, Shape], layer: Module, seed: Seed, is_feedforward: bool):
-        super().__init__(shapes, layer, seed)
-        self.is_feedforward = is_feedforward
-        if seed is not None:
-            self.ia3_l.data += 1
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the input is scaled."""
+        return self.config.is_feedforward(self.path)
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.ia3_l.data += 1
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -52,21 +64,9 @@ class IA3Config(PeftConfig):
     init_ia3_weights: bool = option(True, "must be True: the factors start at 1", choices=(True,))
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
-    peft_type: ClassVar[str] = "IA3"
-    usual_learning_rate: ClassVar[float] = 3e-2
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = {
-        "gpt2": ["c_attn", "mlp.c_proj"],
-        "llama": ["k_proj", "v_proj", "down_proj"],
-        "bert": ["key", "value", "output.dense"], "roberta": ["key", "value", "output.dense"],
-        "deberta-v2": ["key_proj", "value_proj", "output.dense"],
-        "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
-        "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
-    }  # fmt: skip
-    usual_feedforward: ClassVar[dict[str, list[str]]] = {
-        "gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "bert": ["output.dense"], "roberta": ["output.dense"],
-        "deberta-v2": ["output.dense"], "t5": ["wo"], "mt5": [], "bloom": ["mlp.dense_4h_to_h"], "opt": ["fc2"],
-    }  # fmt: skip
+    peft_type, adapter_class = "IA3", IA3Layer
+    usual_learning_rate = 3e-2
+    usual_targets = SCALED
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,14 +79,11 @@ class IA3Config(PeftConfig):
         config = super().with_targets(model)
         if config.feedforward_modules is not None:
             return config
-        model_type = family_of(model)
-        if model_type not in self.usual_feedforward:
+        model_type, targets = family_of(model), config.target_modules
+        if model_type not in SCALED:
             raise PeftError(f"IA3Config needs feedforward_modules (or []) for a model of type {model_type!r}")
-        usual = self.usual_feedforward[model_type]
-        targets = config.target_modules
-        return config.replace(
-            feedforward_modules=usual if isinstance(targets, str) else [name for name in usual if name in targets]
-        )
+        usual = [name for name in SCALED[model_type] if name in FEEDFORWARD]
+        return config.replace(feedforward_modules=[n for n in usual if isinstance(targets, str) or n in targets])
 
     def is_feedforward(self, name: str) -> bool:
         """Whether the module at a path has its input scaled."""
@@ -96,6 +93,3 @@ class IA3Config(PeftConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> IA3Layer:
-        return IA3Layer(shapes, layer, seed, self.is_feedforward(name))

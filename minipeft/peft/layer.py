@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Rng, xp_of
@@ -101,16 +103,22 @@ class Adapter(Module):
     Args:
         shapes: {key: shape}, the key being the parameter's name in a file; up to the first dot it is the attribute.
         like: a layer beside which the parameters are allocated: on its device, in float32 (float64 where it is).
-        seed: of the initial values, which a subclass draws. None allocates nothing: for a model that is about to be
+        seed: of the initial values, which `start` draws. None allocates nothing: for a model that is about to be
             loaded, or only counted.
+        config, path: the method's configuration, and where in the plain model it is put.
     """
 
     frozen: tuple[str, ...] = ()  # attributes that are constants, neither trained nor counted
 
-    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed):
-        self.keys = list(shapes)
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: Any = None, path: str = ""):
+        self.keys, self.config, self.path = list(shapes), config, path
         for key, shape in shapes.items():
             setattr(self, key.partition(".")[0], Parameter(zeros(shape, *placement(like), seed)))
+        if seed is not None:
+            self.start(like, np.random.default_rng(seed))
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        """Give the parameters, all zeros, their first values, beside this layer."""
 
     def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """The adapted layer's output, of the shape of inner(x).
@@ -160,10 +168,8 @@ class TrainedCopy(Adapter):
         if len(inspect.signature(module.forward).parameters) > 2:
             raise PeftError(f"a {type(module).__name__} takes more than one input; name the layers inside it instead")
         if any(p.dtype.kind != "f" for p in module.parameters()):
-            raise PeftError(
-                f"a {type(module).__name__} with quantized weights cannot be trained whole; "
-                "keep it in floats (quantize_model(skip=...)) or adapt it"
-            )
+            how = "keep it in floats (quantize_model(skip=...)) or adapt it"
+            raise PeftError(f"a {type(module).__name__} with quantized weights cannot be trained whole; {how}")
         self.module = module.copy(share=seed is None).requires_grad_(True)
         for p in self.module.parameters():
             xp = xp_of(p.data)

@@ -5,29 +5,29 @@ Each LayerNorm or RMSNorm is replaced by a copy of itself that learns; merged, t
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, Seed, Shape
 from .layer import TrainedCopy
+
+NORMS = {
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
+    "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
+    "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+    "opt": ["self_attn_layer_norm", "final_layer_norm"],
+}  # fmt: skip
 
 
 @configuration
 class LNTuningConfig(PeftConfig):
     """LN tuning, weight * normalized(x) + bias with both trained; target_modules says which norms (default: all)."""
 
-    peft_type: ClassVar[str] = "LN_TUNING"
-    usual_learning_rate: ClassVar[float] = 3e-2
-    kinds: ClassVar[tuple[str, ...]] = ("norm",)
-    usual_targets: ClassVar[dict[str, list[str]]] = {
-        "gpt2": ["ln_1", "ln_2", "ln_f"],
-        "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
-        "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
-        "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
-        "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
-        "opt": ["self_attn_layer_norm", "final_layer_norm"],
-    }  # fmt: skip
+    peft_type = "LN_TUNING"
+    usual_learning_rate = 3e-2
+    kinds = ("norm",)
+    usual_targets = NORMS
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
         if kind not in ("norm", "bias") or not self.targets(name, "norm"):

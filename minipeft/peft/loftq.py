@@ -25,8 +25,9 @@ from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
+from .layer import AdaptedLayer
 from .lora import LoraConfig
-from .model import PeftModel, _adapted, _independent, get_peft_model
+from .model import PeftModel, get_peft_model, independent
 from .pissa import PissaLinear
 from .weights import dense_weight, fill, out_in
 
@@ -97,27 +98,29 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
     dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made. Raises
     PeftError as `merge_and_unload`.
     """
-    names = model._mergeable(adapter_names)
-    made, errors = model.base_model.copy(share=True), {}
-    for path, layer in reversed([*_adapted(made)]):
+    names, errors = model._mergeable(adapter_names), {}
+
+    def made(path: str, layer: AdaptedLayer) -> Module:
         merged, base = layer.merge(names), layer.base_layer
-        if isinstance(base, Linear4bit) and merged is not base:
-            again = base.quantize(out_in(merged, merged.weight.data))
-            again.bias = merged.bias
-            probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
-            x = Tensor(asarray(probe, xp_of(base.weight.data)))
-            with no_grad():
-                adapted = layer.compute(names, x, ()).data
-                dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
-            errors[path.replace(".base_layer", "")] = MergeError(
-                dense / _norm(adapted),
-                requantized / _norm(adapted),
-                requantized / plain if plain else math.inf,
-                float((again.weight.data != base.weight.data).mean().item()),
-            )
-            merged = again
-        made.replace(path, merged)
-    return _independent(made), dict(reversed(errors.items()))
+        if not isinstance(base, Linear4bit) or merged is base:
+            return merged
+        again = base.quantize(out_in(merged, merged.weight.data))
+        again.bias = merged.bias
+        probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
+        x = Tensor(asarray(probe, xp_of(base.weight.data)))
+        with no_grad():
+            adapted = layer.compute(names, x, ()).data
+            dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
+        errors[path] = MergeError(
+            dense / _norm(adapted),
+            requantized / _norm(adapted),
+            requantized / plain if plain else math.inf,
+            float((again.weight.data != base.weight.data).mean().item()),
+        )
+        return again
+
+    plain_model = independent(model.replaced(made))
+    return plain_model, {path: errors[path] for path in model.layers if path in errors}
 
 
 def _norm(x: Array) -> float:

@@ -11,14 +11,12 @@ Departure: GPT-2's [in, out] layers are adapted too; PEFT refuses them.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, xp_of
-from ..nn.module import Module
 from ..options import configuration, option
-from .config import Seed, Shape
+from .config import Shape
 from .lycoris import LycorisConfig, LycorisLayer
 
 
@@ -26,10 +24,11 @@ class LokrLayer(LycorisLayer):
     """LoKr around a linear layer: C is lokr_w1, or lokr_w1_a lokr_w1_b; D is lokr_w2, or lokr_w2_a lokr_w2_b."""
 
     def update(self, x: Tensor) -> Tensor:
+        """s ΔW x: x [..., in] -> [..., out]."""
         C, D = self.factors()
         X = x.reshape(*x.shape[:-1], C.shape[1], D.shape[1])  # [..., in1, in2]
         Y = F.linear(F.linear(X, D).swapaxes(-1, -2), C).swapaxes(-1, -2)  # C X Dᵀ, [..., out1, out2]
-        return Y.reshape(*x.shape[:-1], self.out_features)
+        return Y.reshape(*x.shape[:-1], C.shape[0] * D.shape[0])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(s C, D)."""
@@ -56,15 +55,17 @@ class LoKrConfig(LycorisConfig):
         True, "the start; True: C zero, lycoris: D zero, False: neither (for tests)", choices=(True, False, "lycoris")
     )
 
-    peft_type: ClassVar[str] = "LOKR"
-    usual_learning_rate: ClassVar[float] = 1e-2
+    peft_type, adapter_class = "LOKR", LokrLayer
+    usual_learning_rate = 1e-2
 
     @property
     def rescaled(self) -> bool:
+        """Whether the rows that rank_dropout keeps are divided by their share."""
         return self.rank_dropout_scale
 
     @property
     def zero(self) -> tuple[str, ...]:
+        """The factors that start at zero, so that training starts at the base layer."""
         if self.init_weights == "lycoris":
             return ("lokr_w2", "lokr_w2_b")
         return ("lokr_w1", "lokr_w1_a") if self.init_weights else ()
@@ -90,6 +91,3 @@ class LoKrConfig(LycorisConfig):
         most = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
         m = max((d for d in range(1, most + 1) if n % d == 0), default=1)
         return m, n // m
-
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LokrLayer:
-        return LokrLayer(self, name, shapes, layer, seed)

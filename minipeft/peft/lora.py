@@ -13,7 +13,6 @@ arXiv:2312.03732). `variants` lists the extensions: DoRA, PiSSA, OLoRA, fused pr
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 
@@ -24,27 +23,27 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import Seed, Shape
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, check_rank, kind_of, pattern_value
+from .ranks import Ranked, check_rank, pattern_value
+from .targets import kind_of
 from .trainable_tokens import WithTokenRows
-from .variants import check_patterns_of, check_variant, constant_shapes, usual_learning_rate, variant_class
+from .variants import check_variant, variant_class
 from .weights import fill, kaiming_uniform, with_update
 
 
 class LoraLinear(Adapter):
     """LoRA around a linear layer (Linear, GPT-2's Conv1D, or a quantized one): lora_A [r, in] and lora_B [out, r]."""
 
-    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)  # makes lora_A and lora_B of `factor_shapes`, all zeros
-        self.config, self.scaling, self.dropout = config, config.scaling(name), config.lora_dropout
-        if seed is not None:  # else the values come from a file
-            self.start(np.random.default_rng(seed))
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.config.scaling(self.path)
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(x) + s B A z, [..., in] -> [..., out]; z is dropout(x) in training, else x (rng is None then).
 
         inner: the layer below this adapter, usually the frozen W x + b; base: W's own layer, used by DoRA.
         """
-        z = F.dropout(x, self.dropout, rng) if self.dropout else x
+        z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
         return self.update(z, inner(x))
 
     def update(self, z: Tensor, y: Tensor | None = None) -> Tensor:
@@ -52,7 +51,7 @@ class LoraLinear(Adapter):
         A, B = self.factors()
         return F.linear(F.linear(z, A), B, y, alpha=self.scaling)
 
-    def start(self, generator: np.random.Generator) -> None:
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B, too."""
         A, B, init = self.lora_A, self.lora_B, self.config.init_lora_weights
         if init == "gaussian":
@@ -82,7 +81,7 @@ class LoraLinear(Adapter):
 
 
 @configuration
-class LoraConfig(WithTokenRows):
+class LoraConfig(WithTokenRows, Ranked):
     """LoRA's options, with PEFT's names and defaults."""
 
     r: int = option(8, "rank", least=1)
@@ -94,25 +93,21 @@ class LoraConfig(WithTokenRows):
         True, "the start; True: A uniform, gaussian: of deviation 1/r; False: B random, too (for tests)",
         choices=(True, False, "gaussian", "pissa", "olora"),
     )  # fmt: skip
-    rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
-    alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: lora_alpha there}")
     enable_lora: list[bool] | None = option(None, "which projections of a fused layer are adapted")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
-    peft_type: ClassVar[str] = "LORA"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
-    usual_learning_rate = property(usual_learning_rate)
-    stores_constants: ClassVar[bool] = False  # recomputed from W on loading, not written
+    peft_type = "LORA"
+    kinds = ("linear", "conv1d", "embedding")
+    stores_constants = False  # recomputed from W on loading, not written
 
     def __post_init__(self) -> None:
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
         check_variant(self)
 
-    def rank(self, name: str) -> int:
-        """r of the module at a path."""
-        return pattern_value(self.rank_pattern, name, self.r)
+    @property
+    def usual_learning_rate(self) -> float:
+        """PiSSA's is lower: both of its factors start away from zero, so a step moves their product more."""
+        return 1e-3 if self.init_lora_weights == "pissa" else 3e-3
 
     def scaling(self, name: str) -> float:
         """s of the module at a path."""
@@ -124,12 +119,12 @@ class LoraConfig(WithTokenRows):
         return variant_class(self, name, kind).factor_shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:
-        return variant_class(self, name, kind_of(layer))(self, name, shapes, layer, seed)
+        return variant_class(self, name, kind_of(layer))(shapes, layer, seed, self, name)
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
-        return constant_shapes(self, layers)
-
-    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
-        found = super().resolve(modules)
-        check_patterns_of(self, found)
+        """The start that PiSSA and OLoRA keep beside W: A0 and B0, of the shapes of A and B."""
+        found: dict[str, Shape] = {}
+        for name, (kind, shape) in layers.items():
+            starts, factors = variant_class(self, name, kind).frozen, self.parameter_shapes(name, kind, shape).values()
+            found |= {f"{name}.{start}": factor for start, factor in zip(starts, factors)}
         return found

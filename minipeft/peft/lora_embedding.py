@@ -30,7 +30,7 @@ class LoraEmbedding(LoraLinear):
         """s B A_i of each id i: [..., d]."""
         return F.linear(F.embedding(ids, self.lora_embedding_A.transpose()) * self.scaling, self.lora_embedding_B)
 
-    def start(self, generator: np.random.Generator) -> None:
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw B; A stays zero."""
         A, B = self.factors()
         fill(B, generator.standard_normal(B.shape, np.float32))

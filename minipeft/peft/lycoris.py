@@ -7,32 +7,27 @@ In training, rank_dropout drops rows of ΔW, and module_dropout all of ΔW. What
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng
+from ..backend import Rng
 from ..nn.module import Module
 from ..options import configuration, option
-from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner, kept
-from .targets import QUERY_AND_VALUE, check_patterns, pattern_value
-from .variants import check_patterns_of
+from .ranks import Ranked, pattern_value
 from .weights import fill, kaiming_uniform, with_update
 
 
 class LycorisLayer(Adapter):
-    """An update around a linear layer. A subclass defines `update` and `delta_weight`, both with the factor s."""
+    """An update around a linear layer. A subclass defines update(x), s ΔW x, and delta_weight(), s ΔW [out, in]."""
 
-    def __init__(self, config: LycorisConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.config, self.scaling, self.out_features = config, config.scaling(name), layer.out_features
-        if seed is not None:
-            self.start(np.random.default_rng(seed))
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.config.scaling(self.path)
 
-    def start(self, generator: np.random.Generator) -> None:
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw every factor, Kaiming-uniform, but for those that start at zero."""
         for key in self.keys:
             if key not in self.config.zero:
@@ -43,7 +38,7 @@ class LycorisLayer(Adapter):
         """y = inner(x) + s ΔW x, [..., in] -> [..., out]."""
         update, c = self.update(x), self.config
         if rng is not None and c.rank_dropout:
-            rows = kept(self.out_features, c.rank_dropout, rng.at(0), x)
+            rows = kept(base.out_features, c.rank_dropout, rng.at(0), x)
             update = update * (rows / F.maximum(rows.mean(), 1e-6) if c.rescaled else rows)
         if rng is not None and c.module_dropout:
             update = update * kept(1, c.module_dropout, rng.at(1), x)
@@ -53,55 +48,20 @@ class LycorisLayer(Adapter):
         """W' = W + s ΔW, in a new layer; a four-bit W is dequantized."""
         return with_update(layer, self.delta_weight())
 
-    def update(self, x: Tensor) -> Tensor:
-        """s ΔW x: x [..., in] -> [..., out]."""
-        raise NotImplementedError(f"{type(self).__name__} defines no update")
-
-    def delta_weight(self) -> Array:
-        """s ΔW, [out, in]."""
-        raise NotImplementedError(f"{type(self).__name__} defines no delta_weight")
-
 
 @configuration
-class LycorisConfig(PeftConfig):
-    """The options that LoHa and LoKr share, with PEFT's names and defaults."""
+class LycorisConfig(Ranked):
+    """The options that LoHa and LoKr share, with PEFT's names and defaults.
+
+    A subclass says which factors start at `zero`, and whether the rows that rank_dropout keeps are `rescaled`.
+    """
 
     r: int = option(8, "rank", least=1)
     alpha: float = option(8, "numerator of the scaling")
     rank_dropout: float = option(0.0, "probability of dropping an output of the update", least=0, below=1)
     module_dropout: float = option(0.0, "probability of dropping the update of a layer", least=0, below=1)
     use_effective_conv2d: bool = option(False, "must be False: it is for convolutions", choices=(False,))
-    rank_pattern: dict[str, int] = option({}, "{end of a path, or a regular expression: r there}", least=1)
-    alpha_pattern: dict[str, float] = option({}, "{end of a path, or a regular expression: alpha there}")
-
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
-
-    def __post_init__(self) -> None:
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        super().__post_init__()
-        check_patterns("rank_pattern", *self.rank_pattern)
-        check_patterns("alpha_pattern", *self.alpha_pattern)
-
-    def rank(self, name: str) -> int:
-        """r of the module at a path."""
-        return pattern_value(self.rank_pattern, name, self.r)
 
     def scaling(self, name: str) -> float:
         """s of the module at a path."""
         return pattern_value(self.alpha_pattern, name, self.alpha) / self.rank(name)
-
-    @property
-    def zero(self) -> tuple[str, ...]:
-        """The factors that start at zero, so that training starts at the base layer."""
-        raise NotImplementedError(f"{type(self).__name__} defines no zero")
-
-    @property
-    def rescaled(self) -> bool:
-        """Whether the rows that rank_dropout keeps are divided by their share."""
-        raise NotImplementedError(f"{type(self).__name__} defines no rescaled")
-
-    def resolve(self, modules: dict[str, Any]) -> dict[str, Any]:
-        found = super().resolve(modules)
-        check_patterns_of(self, found)
-        return found

@@ -67,10 +67,6 @@ class Method:
         """The usual rate, on a model as wide as the shipped base; see `minipeft.train.rates`."""
         return {None: FULL, "head": HEAD}.get(self.kind) or self.config().usual_learning_rate
 
-    def rate_for(self, base: Any) -> float:
-        """The usual rate on a model: in proportion less for one wider than the shipped base."""
-        return at_width(self.learning_rate, base)
-
     @property
     def virtual_tokens(self) -> int:
         """Positions of the context that the method takes from every example."""
@@ -113,14 +109,14 @@ class Method:
 
 
 _lora = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-_pissa = {**_lora, "lora_alpha": 8, "init_lora_weights": "pissa"}
 # A tenth of the run at full rank, then four tenths of pruning, then half of it at the ranks that are left.
 _adalora = {
     "total_step": lambda steps: steps, "tinit": lambda steps: steps // 10, "tfinal": lambda steps: steps // 2,
     "init_r": 12, "target_r": 8, "lora_alpha": 24, "orth_reg_weight": 0.1, "target_modules": "all-linear",
 }  # fmt: skip
-_houlsby = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
+_bottleneck = {"placement": "houlsby", "bottleneck_size": 16, "non_linearity": "relu"}
 _virtual = {"num_virtual_tokens": 20}
+_words = _virtual | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
 METHODS: dict[str, Method] = {
     "head": Method("last layer", "head"),
@@ -128,8 +124,8 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("BitFit", "BITFIT"),
     "ln": Method("LN tuning", "LN_TUNING"),
     "lora": Method("LoRA r={r}", "LORA", _lora),
-    "dora": Method("DoRA r={r}", "LORA", {**_lora, "use_dora": True}),
-    "pissa": Method("PiSSA r={r}", "LORA", _pissa),
+    "dora": Method("DoRA r={r}", "LORA", _lora | {"use_dora": True}),
+    "pissa": Method("PiSSA r={r}", "LORA", _lora | {"lora_alpha": 8, "init_lora_weights": "pissa"}),
     "adalora": Method("AdaLoRA r={target_r}", "ADALORA", _adalora),
     "vera": Method("VeRA r={r}", "VERA", {"r": 64, "target_modules": "all-linear"}),
     "loha": Method("LoHa r={r}", "LOHA", {"r": 4, "alpha": 8, "target_modules": "all-linear"}),
@@ -137,11 +133,9 @@ METHODS: dict[str, Method] = {
     "oft": Method("OFT b={oft_block_size} k={r}", "OFT", {"target_modules": "all-linear"}),
     "qlora": Method("QLoRA r={r}", "LORA", _lora, quantized=True),
     "ia3": Method("IA3", "IA3"),
-    "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _houlsby),
-    "prompt": Method(
-        "prompt P={num_virtual_tokens}", "PROMPT_TUNING", {**_virtual, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    ),
-    "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", {**_virtual, "prefix_projection": True}),
+    "bottleneck": Method("adapter m={bottleneck_size}", "BOTTLENECK", _bottleneck),
+    "prompt": Method("prompt P={num_virtual_tokens}", "PROMPT_TUNING", _words),
+    "prefix": Method("prefix P={num_virtual_tokens}", "PREFIX_TUNING", _virtual | {"prefix_projection": True}),
     "p-tuning": Method("P-tuning P={num_virtual_tokens}", "P_TUNING", _virtual),
 }
 
@@ -175,27 +169,25 @@ def register(cls: Any = None, *, name: str | None = None, title: str | None = No
 
     if not (isinstance(cls, type) and issubclass(cls, PeftConfig) and isinstance(getattr(cls, "peft_type", None), str)):
         raise PeftError(f"register takes a subclass of PeftConfig that has a peft_type, its name in files, not {cls!r}")
-    kind = cls.peft_type
+    kind, known = cls.peft_type, PEFT_TYPES.get(cls.peft_type)
     name = kind.lower().replace("_", "-") if name is None else name
+    title = title or name
     try:
         config = cls(**options)
     except TypeError as error:  # which names the class and the option
         raise PeftError(f"register: {error}") from error
     try:
-        (title or name).format(**vars(config))
-    except KeyError as error:
-        raise PeftError(f"register: {cls.__name__} has no such option: {error}") from error
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        example = "braces in a title hold an option's name, such as {r}"
-        raise PeftError(f"register: {example}; got {title or name!r} ({error})") from error
-    before = PEFT_TYPES.get(kind)
-    again = getattr(before, "__module__", "") == cls.__module__ and before.__qualname__ == cls.__qualname__
-    if before and not again:
-        raise PeftError(f"the peft_type {kind!r} is taken, by {getattr(before, '__name__', before)}; choose another")
+        title.format(**vars(config))
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        named = f"a title's braces hold an option of {cls.__name__}, such as {{r}}"
+        raise PeftError(f"register: {named}; got {title!r}") from error
+    again = getattr(known, "__module__", "") == cls.__module__ and known.__qualname__ == cls.__qualname__
+    if known and not again:
+        raise PeftError(f"the peft_type {kind!r} is taken, by {getattr(known, '__name__', known)}; choose another")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "frozen":
-        raise PeftError(f"a method's name consists of small letters, digits, '_' and '-', and is not frozen; got {name!r}")
+        raise PeftError(f"a method's name has small letters, digits, '_' and '-', and is not frozen; got {name!r}")
     if name in METHODS and not (again and METHODS[name].kind == kind):
         raise PeftError(f"the name {name!r} is taken, by {METHODS[name].title}; choose another with name=")
     PEFT_TYPES[kind] = cls
-    METHODS[name] = Method(title or name, kind, options)
+    METHODS[name] = Method(title, kind, options)
     return cls

@@ -39,11 +39,12 @@ class Selection(Module):
         self.names: list[str] = []  # active, in order; a new list for each choice
 
     @contextmanager
-    def call(self, rows: list[str] | None) -> Iterator[None]:
+    def call(self, rows: list[str] | None) -> Iterator[list[str] | Rows]:
         """Inside, a call of the model: with the active adapters, or in a mixed batch with one for each of its rows."""
-        token = _CALL.set((self, self.names if rows is None else Rows(rows)))
+        names = self.names if rows is None else Rows(rows)
+        token = _CALL.set((self, names))
         try:
-            yield
+            yield names
         finally:
             _CALL.reset(token)
 
@@ -87,10 +88,8 @@ def _compute(layer: Any, name: str, x: Any, index: list[int], arguments: tuple, 
         if z is part:
             return whole()[rows]
         if further:
-            raise PeftError(
-                f"{name!r} changes the input of a {type(layer.base_layer).__name__}, which has several inputs: it "
-                "cannot be mixed with others in a batch"
-            )
+            what = f"the input of a {type(layer.base_layer).__name__}, which has several inputs"
+            raise PeftError(f"{name!r} changes {what}: it cannot be mixed with others in a batch")
         return layer.base_layer(z, *arguments)
 
     return layer.compute([name], part, arguments, base_layer)

@@ -28,11 +28,14 @@ from .virtual_positions import make_room
 
 
 class RowPrompts:
-    """For each row of a batch its `Prompt`, or None; used as a Prompt is."""
+    """For each row of a batch its `Prompt`, or None. `arguments` is used as a Prompt's is.
+
+    soft    [B]: how many virtual tokens each row's input has
+    """
 
     def __init__(self, prompts: Sequence[Prompt | None]):
         self.prompts = prompts
-        self.soft = np.array([p.length if p is not None and p.in_input else 0 for p in prompts])  # of each row's input
+        self.soft = np.array([p.length if p is not None and p.in_input else 0 for p in prompts])
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
         """As `Prompt.arguments`; the first call writes into the cache which positions each row sees."""
@@ -40,42 +43,39 @@ class RowPrompts:
         cache = past if isinstance(past, KVCache) else KVCache()
         if len(cache) and cache.visible is not None:  # a later call, perhaps with fewer rows
             return make_room(cache.visible.shape[1], 0, given, limit, cache.visible)[0]
-        parts = [self._ids(in_input) for in_input in (False, True)]  # [B, K], [B, P]
-        K, P = (ids.shape[1] for ids in parts)
+        sides = [_side(self.prompts, in_input) for in_input in (False, True)]
+        K, P = (ids.shape[1] for _, ids in sides)
         if K + P == 0:
             return given
-        xp, visible = xp_of(model.backbone.embedding.weight.data), np.concatenate(parts, axis=1) > 0
+        xp, visible = xp_of(model.backbone.embedding.weight.data), np.concatenate([ids for _, ids in sides], axis=1) > 0
         given, first = make_room(K, P, given, limit, visible)
         given = {**given, "rng": self.behind(given["rng"])}
         if first:
             cache.visible = visible
-            for in_input, ids in zip((False, True), parts):
-                if ids.shape[1]:
-                    kind = next(p for p in self.prompts if p is not None and p.in_input == in_input)
-                    vectors = F.embedding(xp.asarray(ids), self._table(in_input))  # [B, K or P, n]
-                    given = kind.put(model, given, vectors)
+            for prompts, ids in sides:
+                if prompts:
+                    vectors = F.embedding(xp.asarray(ids), _table(prompts))  # [B, K or P, n]
+                    given = prompts[0].put(model, given, vectors)
         return given
 
     def behind(self, rng: Rng | None) -> Rng | None:
         """The random stream for rows of P + T positions, of which each draws what it draws alone."""
         return rng and rng.behind((self.soft.max(initial=0) - self.soft).tolist())
 
-    def _of(self, in_input: bool) -> list[Prompt]:
-        """The different ones that are part of the input, or of the past."""
-        return list(dict.fromkeys(p for p in self.prompts if p is not None and p.in_input == in_input))
 
-    def _ids(self, in_input: bool) -> np.ndarray:
-        """The rows of the table at each virtual position, [B, longest], 0 where there is padding."""
-        prompts = self._of(in_input)
-        starts = dict(zip(prompts, np.cumsum([1, *(p.length for p in prompts)])))
-        ids = np.zeros((len(self.prompts), max((p.length for p in prompts), default=0)), np.int64)
-        for row, p in enumerate(self.prompts):
-            if p in starts:
-                ids[row, -p.length :] = starts[p] + np.arange(p.length)
-        return ids
+def _side(rows: Sequence[Prompt | None], in_input: bool) -> tuple[list[Prompt], np.ndarray]:
+    """(the different prompts on one side, the row of their table at each virtual position [B, longest]; 0: padding)."""
+    prompts = list(dict.fromkeys(p for p in rows if p is not None and p.in_input == in_input))
+    starts = dict(zip(prompts, np.cumsum([1, *(p.length for p in prompts)])))
+    ids = np.zeros((len(rows), max((p.length for p in prompts), default=0)), np.int64)
+    for i, p in enumerate(rows):
+        if p in starts:
+            ids[i, -p.length :] = starts[p] + np.arange(p.length)
+    return prompts, ids
 
-    def _table(self, in_input: bool) -> Tensor:
-        """Zeros, then the vectors of every virtual token: [1 + Σ length, n]."""
-        vectors = [p.vectors() for p in self._of(in_input)]
-        zeros = xp_of(vectors[0].data).zeros((1, vectors[0].shape[1]), vectors[0].dtype)
-        return F.cat([Tensor(zeros), *vectors])
+
+def _table(prompts: list[Prompt]) -> Tensor:
+    """Zeros, then the vectors of every virtual token: [1 + Σ length, n]."""
+    vectors = [p.vectors() for p in prompts]
+    zeros = xp_of(vectors[0].data).zeros((1, vectors[0].shape[1]), vectors[0].dtype)
+    return F.cat([Tensor(zeros), *vectors])

@@ -14,26 +14,31 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
+from ..nn.transformer import check_labels
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
-from .mixed import BASE, Rows, Selection
+from .mixed import BASE, Selection
 from .mixed_prompts import RowPrompts
 from .prompt_learning import Prompt
 from .provenance import on_base, warn_of_another_base
+from .targets import as_list, listed
+from .weights import quantized
+
+M = TypeVar("M", bound=Module)  # the plain model
 
 
-def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel:
+def get_peft_model(model: M, config: PeftConfig, adapter_name: str = "default", seed: int = 0) -> PeftModel[M]:
     """A new model with a method applied; `model` stays as it is, now and during training.
 
     Args:
@@ -47,8 +52,8 @@ def get_peft_model(model: Module, config: PeftConfig, adapter_name: str = "defau
     return PeftModel(model, config, adapter_name, seed)
 
 
-class PeftModel(Module):
-    """A model with named adapters, called like the model; attributes it does not have are the model's.
+class PeftModel(Module, Generic[M]):
+    """A model with named adapters, called like the model; attributes it does not have are those of `base_model`.
 
     peft_config       {adapter name: configuration}
     active_adapters   the names of those in use
@@ -56,7 +61,7 @@ class PeftModel(Module):
     Arguments and errors: see `get_peft_model`; without a seed (None) nothing is allocated, only counted.
     """
 
-    def __init__(self, model: Module, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
+    def __init__(self, model: M, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
         if isinstance(model, PeftModel):
             raise PeftError("the model has adapters already; use add_adapter, or merge_and_unload first")
         self.base_model = model.copy(share=True).requires_grad_(False)
@@ -68,14 +73,14 @@ class PeftModel(Module):
         self.add_adapter(adapter_name, config, seed)
         self.set_adapter(adapter_name, config.inference_mode)
 
-    def __repr__(self) -> str:
-        """The module tree, with what was put where."""
-        lines = [f"(base_model): {self.base_model!r}"]
+    def extra_repr(self) -> str:
+        """What the virtual tokens leave of the model's positions."""
+        lines = []
         for name, prompt in self.prompts.items():
-            limit = self.base_model.config.max_position_embeddings
-            left = f"which leave {limit - prompt.length} of {limit} positions"
-            lines.insert(0, f"+ {name}: {prompt!r}: {prompt.length} virtual tokens in front of the input, {left}")
-        return f"{type(self).__name__}(\n{chr(10).join(lines)}".replace("\n", "\n  ") + "\n)"
+            P, limit = prompt.length, self.base_model.config.max_position_embeddings
+            left = f"which leave {limit - P} of {limit} positions"
+            lines.append(f"{name}: {P} virtual tokens in front of the input, {left}")
+        return "\n".join(lines)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base_model" not in self.__dict__:
@@ -104,15 +109,15 @@ class PeftModel(Module):
         so goes on with the names of the rows that are left. Raises PeftError for names that are unknown or not one a
         row.
         """
-        first = inputs[0] if inputs else arguments.get("input_ids", arguments.get("inputs_embeds"))
-        with self._call(adapter_names, first):
-            prompt = self._prompt()
+        given = (*inputs[:1], arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        first = next((x for x in given if x is not None), None)
+        with self._call(adapter_names, first) as prompt:
             if prompt is None:
                 return self.base_model(*inputs, **arguments)
             attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
             given = self._bind(*inputs, **arguments, attentions=attentions)
-            hidden, length = self._behind(prompt, given)
-            logits = self.base_model.lm_head(hidden[:, -length:], given["rng"])
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
+            logits = self.base_model.lm_head(hidden[:, -first.shape[1] :], given["rng"])
             return logits if attentions is None else (logits, attentions)
 
     def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
@@ -120,8 +125,8 @@ class PeftModel(Module):
 
         Raises PeftError as `forward`.
         """
-        with self._call(adapter_names, input_ids):
-            prompt, given = self._prompt(), self._bind(input_ids, **arguments)
+        with self._call(adapter_names, input_ids) as prompt:
+            given = self._bind(input_ids, **arguments)
             given = given if prompt is None else prompt.arguments(self.base_model, **given)
             return self.base_model.lm_head(self.base_model.backbone(**given)[:, -1])
 
@@ -138,18 +143,19 @@ class PeftModel(Module):
         merged = any(layer.merged_names for layer in self.layers.values())
         if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
             raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
-        with self._call(adapter_names, input_ids):
-            prompt = self._prompt()
+        with self._call(adapter_names, input_ids) as prompt:
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
+            check_labels(labels)
             label_smoothing = arguments.pop("label_smoothing", 0.0)
             given = self._bind(input_ids, **arguments)
-            hidden, length = self._behind(prompt, given)  # [B, P + T, d], or [B, T, d]
+            hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))  # [B, P + T or T, d]
+            inputs = given["inputs_embeds"] if input_ids is None else input_ids
             xp, rng = xp_of(labels), given["rng"]
-            uncounted = xp.full((labels.shape[0], hidden.shape[1] - length), -100, labels.dtype)
             if isinstance(prompt, RowPrompts):  # only soft tokens predict a first token
                 predicted = xp.asarray(prompt.soft > 0)[:, None] | (xp.arange(labels.shape[1]) > 0)
                 labels, rng = xp.where(predicted, labels, -100), prompt.behind(rng)
+            uncounted = xp.full((len(labels), hidden.shape[1] - inputs.shape[1]), -100, labels.dtype)
             labels = xp.concatenate([uncounted, labels], axis=1)
             return self.base_model.head_loss(hidden, labels, rng, label_smoothing)
 
@@ -158,11 +164,6 @@ class PeftModel(Module):
         bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
         bound.apply_defaults()
         return {**bound.arguments, "rng": as_rng(bound.arguments["rng"])}
-
-    def _behind(self, prompt: Prompt | RowPrompts, given: dict[str, Any]) -> tuple[Tensor, int]:
-        """(hidden states behind a prompt, length of the input), from Transformer.forward's arguments."""
-        length = (given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]).shape[1]
-        return self.base_model.backbone(**prompt.arguments(self.base_model, **given)), length
 
     def training_callbacks(self) -> list[Any]:
         """What takes part in the training of those that learn, as AdaLoRA does; see `minipeft.train.callbacks`."""
@@ -183,7 +184,7 @@ class PeftModel(Module):
         """
         from ..nn.generation import generate
 
-        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
+        names = self.active_adapters if adapter_names is None else adapter_names
         if any(self.virtual_tokens_of(names)) and options.get("past_key_values"):
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
         return generate(self, input_ids, attention_mask, adapter_names=adapter_names, **options)
@@ -193,28 +194,31 @@ class PeftModel(Module):
         """Positions of the model's context that the active adapters take from the input."""
         return max(self.virtual_tokens_of(self.selection.names), default=0)
 
-    def virtual_tokens_of(self, adapter_names: list[str]) -> list[int]:
+    def virtual_tokens_of(self, adapter_names: Iterable[str]) -> list[int]:
         """Positions of the model's context that each of these adapters takes from the input.
 
         Raises PeftError for a name that is unknown.
         """
-        names = _listed("adapter_names", adapter_names)
+        return [self.prompts[name].length if name in self.prompts else 0 for name in self._rows(adapter_names)]
+
+    @contextmanager
+    def _call(self, adapter_names: list[str] | None, inputs: Any) -> Iterator[Prompt | RowPrompts | None]:
+        """Inside, a call of the model, with an adapter for each row or the active ones; gives what stands in front."""
+        rows = None if adapter_names is None else self._rows(adapter_names)
+        if rows is not None and inputs is not None and inputs.shape[0] != len(rows):
+            raise PeftError(f"adapter_names has {len(rows)} names for an input of {inputs.shape[0]} rows")
+        with self.selection.call(rows) as names:
+            prompts = [self.prompts.get(name) for name in names]
+            if rows is not None and self.prompts:
+                yield RowPrompts(prompts)
+            else:
+                yield next((prompt for prompt in prompts if prompt is not None), None)
+
+    def _rows(self, adapter_names: Iterable[str]) -> list[str]:
+        """The adapter of each row. Raises PeftError for a name that is unknown."""
+        names = listed("adapter_names", adapter_names)
         self._known(*(name for name in dict.fromkeys(names) if name != BASE))
-        return [self.prompts[name].length if name in self.prompts else 0 for name in names]
-
-    def _prompt(self) -> Prompt | RowPrompts | None:
-        if not self.prompts:
-            return None
-        names = self.selection.now()
-        prompts = [self.prompts.get(name) for name in names]
-        return RowPrompts(prompts) if isinstance(names, Rows) else next((p for p in prompts if p is not None), None)
-
-    def _call(self, rows: list[str] | None, first: Any) -> AbstractContextManager[None]:
-        rows = None if rows is None else _listed("adapter_names", rows)
-        if rows is not None and first is not None and first.shape[0] != len(rows):
-            raise PeftError(f"adapter_names has {len(rows)} names for an input of {first.shape[0]} rows")
-        self._known(*(name for name in dict.fromkeys(rows or ()) if name != BASE))
-        return self.selection.call(rows)
+        return names
 
     # -------------------------------------------------------------------------------------------- named adapters
 
@@ -229,35 +233,34 @@ class PeftModel(Module):
         Raises PeftError, with nothing changed, when it does not fit.
         """
         if not re.fullmatch(r"[\w-]+", adapter_name) or adapter_name in ("base_layer", "base_model", BASE):
-            raise PeftError(
-                "an adapter's name consists of letters, digits, '_' and '-', and is not base_layer, base_model or "
-                f"{BASE}; got {adapter_name!r}"
-            )
+            rule = f"letters, digits, '_' and '-', and is not base_layer, base_model or {BASE}"
+            raise PeftError(f"an adapter's name consists of {rule}; got {adapter_name!r}")
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
-        config = config.with_targets(self.base_model)
+        config = config.with_targets(self.base_model).replace()  # a copy, which nobody else changes
         if config.base_model_name_or_path is None:
             config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
         targets, copied = config.resolve(modules), config.resolve_saved(modules)
-        adapters: dict[str, Adapter] = config.adapters(
-            targets, {path: None if seed is None else (seed, numbers[path]) for path in targets}
-        )
+        seeds = {path: None if seed is None else (seed, numbers[path]) for path in targets}
+        adapters: dict[str, Adapter] = config.adapters(targets, seeds)
         prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
-        adapters.update({path: TrainedCopy(module, seed) for path, module in copied.items()})
+        if copied:  # as in the plain model, without the adapters of layers inside
+            plain = self.replaced(lambda _, layer: layer.base_layer)
+            adapters |= {path: TrainedCopy(plain.get_submodule(path), seed) for path in copied}
         if not adapters and prompt is None:
             raise PeftError(f"{type(config).__name__} trains nothing of this {type(self.base_model).__name__}")
         for path, adapter in adapters.items():
             if path not in self.layers:
                 self.layers[path] = AdaptedLayer(modules[path], self.selection, numbers[path])
-                parent, _, name = path.rpartition(".")
-                modules[parent]._set_child(name, self.layers[path])
-            self.layers[path].adapters[adapter_name] = adapter.requires_grad_(False)
+                _put(modules, path, self.layers[path])
+            self.layers[path].adapters[adapter_name] = adapter
         if prompt is not None:
-            self.prompts[adapter_name] = prompt.requires_grad_(False)
+            self.prompts[adapter_name] = prompt
         self.peft_config[adapter_name] = config
         self._start[adapter_name] = {}
+        self.set_requires_grad(adapter_name, False)
         if seed is not None:
             self.mark_start(adapter_name)
 
@@ -266,21 +269,20 @@ class PeftModel(Module):
 
         Raises PeftError for a name that is unknown or given twice, and for more than one prompt.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_list(adapter_name)
         self._known(*names)
         if sum(name in self.prompts for name in names) > 1:
             raise PeftError("at most one of the active adapters can change the input")
         self.selection.names = names
-        for name in self.peft_config:
-            for _, adapter in self.parts(name):
-                adapter.requires_grad_(name in names and not inference_mode)
+        self.set_requires_grad(list(self.peft_config), False)
+        self.set_requires_grad(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Train these adapters, or freeze them, whichever are active: for batches of `adapter_names`.
 
         Raises PeftError for a name that is unknown or given twice.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_list(adapter_names)
         self._known(*names)
         for name in names:
             for _, adapter in self.parts(name):
@@ -298,8 +300,7 @@ class PeftModel(Module):
             if adapter_name in layer.merged_names:
                 layer.merged, layer.merged_names = None, []
             if not layer.adapters:
-                parent, _, name = path.rpartition(".")
-                modules[parent]._set_child(name, layer.base_layer)
+                _put(modules, path, layer.base_layer)
                 del self.layers[path]
         self.prompts.pop(adapter_name, None)
         del self.peft_config[adapter_name], self._start[adapter_name]
@@ -314,13 +315,11 @@ class PeftModel(Module):
         finally:
             self.selection.names = before
 
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any
-    ) -> None:
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""
         from .combine import add_weighted_adapter
 
-        add_weighted_adapter(self, adapters, weights, adapter_name, **options)
+        add_weighted_adapter(self, adapters, weights, adapter_name, **how)
 
     def parts(self, adapter_name: str) -> list[tuple[str, Adapter]]:
         """(path of the layer, adapter) of everything that a named adapter consists of; ("", prompt) for a prompt."""
@@ -337,26 +336,32 @@ class PeftModel(Module):
 
     # ---------------------------------------------------------------------------------------------------- merging
 
-    def merge_and_unload(self, adapter_names: list[str] | None = None) -> Any:
+    def merge_and_unload(self, adapter_names: list[str] | None = None) -> M:
         """A new plain model that computes what this one does with these adapters (the active ones by default).
 
         Its arrays are its own, and dense: what is quantized is dequantized. Merging into a tied embedding unties it, in
-        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that no plain model equals, and for a
-        merge that is not finite.
+        the model and in its configuration, where the head has not become the same. Raises PeftError for a method that
+        no plain model equals, and for a merge that is not finite.
         """
         names = self._mergeable(adapter_names)
-        model = self.base_model.copy(share=True)
-        for path, layer in reversed([*_adapted(model)]):
-            model.replace(path, layer.merge(names))
-        if names and _quantized(model):
+        model = self.replaced(lambda _, layer: layer.merge(names))
+        if names and quantized(model):
             from ..quant import dequantize_model
 
             model = dequantize_model(model)
-        return _independent(model)
+        return independent(model)
 
-    def unload(self) -> Any:
+    def unload(self) -> M:
         """A new plain model: the base without adapters. Its arrays are its own."""
         return self.merge_and_unload([])
+
+    def replaced(self, made: Callable[[str, AdaptedLayer], Module]) -> Any:
+        """The plain model, sharing the base's arrays, with made(path, layer) in the place of each adapted layer."""
+        twin = self.copy(share=True)
+        modules = dict(plain_modules(twin.base_model))
+        for path in sorted(twin.layers, key=lambda path: path.count("."), reverse=True):  # inner layers first
+            _put(modules, path, made(path, twin.layers[path]))
+        return twin.base_model
 
     def merge_adapter(self, adapter_names: list[str] | None = None) -> None:
         """Compute with merged weights while exactly these adapters (the active ones) are in use; keep the base's.
@@ -365,9 +370,10 @@ class PeftModel(Module):
         nothing changed, where `merge_and_unload` does.
         """
         names = self._mergeable(adapter_names)
-        merged = {path: layer.merge(names).requires_grad_(False) for path, layer in self.layers.items()}
+        having = {path: [n for n in names if n in layer.adapters] for path, layer in self.layers.items()}
+        merged = {path: self.layers[path].merge(own).requires_grad_(False) for path, own in having.items() if own}
         for path, layer in self.layers.items():
-            layer.merged, layer.merged_names = merged[path], [n for n in names if n in layer.adapters]
+            layer.merged, layer.merged_names = merged.get(path), having[path]
 
     def unmerge_adapter(self) -> None:
         """Drop the merged weights; the base's, which were kept, are used again: nothing is subtracted or rounded."""
@@ -376,7 +382,7 @@ class PeftModel(Module):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """These names, or the active ones. Raises PeftError for those that no plain model equals."""
-        names = self.active_adapters if adapter_names is None else _listed("adapter_names", adapter_names)
+        names = self.active_adapters if adapter_names is None else listed("adapter_names", adapter_names)
         self._known(*names)
         for name in names:
             if name in self.prompts:
@@ -387,14 +393,12 @@ class PeftModel(Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, tied ones once; a quantized weight counts its elements."""
-        adapters = [part for name in self.peft_config for _, part in self.parts(name)]
-        quantized = _quantized(self)
-        trained = {id(p) for part in adapters for p in part.trained().values()}
-        others = {id(p) for part in adapters for p in part.parameters()} - trained  # constants, and packed weights
-        others |= {id(p) for m in quantized for p in m.parameters() if p is not m.bias}
-        counted = [p for p in self.parameters() if id(p) not in others]
-        packed = sum(m.out_features * m.in_features for m in quantized)
-        return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + packed
+        parts, packed = [part for name in self.peft_config for _, part in self.parts(name)], quantized(self)
+        trained = {p for part in parts for p in part.trained().values()} | {m.bias for m in packed}
+        others = {p for module in (*parts, *packed) for p in module.parameters()} - trained  # constants, and packed
+        counted = [p for p in self.parameters() if p not in others]
+        elements = sum(m.out_features * m.in_features for m in packed)
+        return sum(p.size for p in counted if p.requires_grad), sum(p.size for p in counted) + elements
 
     def print_trainable_parameters(self) -> None:
         """Print the counts, as PEFT does."""
@@ -412,7 +416,7 @@ class PeftModel(Module):
                 yield (f"{path}.{key}" if path else key), p
 
     def unmoved(self) -> list[str]:
-        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, what they were at first."""
+        """Paths, as in `named_parameters`, of trainable adapter parameters that are, bit for bit, as at the start."""
         trained = [(start, *item) for adapter, start in self._start.items() for item in self._trained(adapter)]
         kept = {id(p) for start, name, p in trained if p.requires_grad and start.get(name) == _digest(p)}
         return [path for path, p in self.named_parameters() if id(p) in kept]
@@ -427,15 +431,15 @@ class PeftModel(Module):
         """
         from .huggingface import save_adapter
 
-        names = list(self.peft_config) if selected_adapters is None else _listed("selected_adapters", selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else listed("selected_adapters", selected_adapters)
         self._known(*names)
         for name in names:
             save_adapter(self, name, Path(directory) / ("" if name == "default" else name))
 
     @classmethod
     def from_pretrained(
-        cls, model: Module, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
-    ) -> PeftModel:
+        cls, model: M, directory: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
+    ) -> PeftModel[M]:
         """`model` with the adapter of a directory, which PEFT or this package wrote.
 
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
@@ -465,8 +469,7 @@ class PeftModel(Module):
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-        for _, adapter in self.parts(adapter_name):
-            adapter.requires_grad_(is_trainable)
+        self.set_requires_grad(adapter_name, is_trainable)
 
 
 def assert_learning(model: PeftModel) -> None:
@@ -493,24 +496,13 @@ def plain_modules(model: Module, prefix: str = "") -> Iterator[tuple[str, Module
         yield from plain_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _listed(argument: str, names: Iterable[str]) -> list[str]:
-    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
-    if isinstance(names, str):
-        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
-    return [str(name) for name in names]
+def _put(modules: dict[str, Module], path: str, module: Module) -> None:
+    """Put a module at a path of the plain model, whose modules by path are given."""
+    parent, _, name = path.rpartition(".")
+    modules[parent]._set_child(name, module)
 
 
-def _adapted(model: Module, path: str = "") -> Iterator[tuple[str, AdaptedLayer]]:
-    """(present path, layer) of the adapted layers, outer ones first, without looking into adapters."""
-    if isinstance(model, AdaptedLayer):
-        yield path, model
-        yield from _adapted(model.base_layer, f"{path}.base_layer")
-        return
-    for name, child in model.children():
-        yield from _adapted(child, f"{path}.{name}" if path else name)
-
-
-def _independent(model: Module) -> Any:
+def independent(model: Module) -> Any:
     """A copy with arrays of its own, all trainable, whose configuration says whether the head is tied."""
     model = model.copy().requires_grad_(True)
     if hasattr(model, "name_or_path"):
@@ -523,11 +515,6 @@ def _independent(model: Module) -> Any:
         elif head is not embedding:
             model.config = model.backbone.config = config.replace(tie_word_embeddings=False)
     return model
-
-
-def _quantized(model: Module) -> list[Any]:
-    """The quantized layers of a model."""
-    return [module for _, module in model.named_modules() if hasattr(type(module), "dequantize")]
 
 
 def _digest(p: Parameter) -> str:

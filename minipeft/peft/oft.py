@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner, kept
-from .targets import QUERY_AND_VALUE
 from .weights import dense_weight, fill, out_in, with_weight
 
 SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier ones mean another
@@ -42,11 +41,13 @@ SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier o
 class OFTLayer(Adapter):
     """OFT around a linear layer: oft_R [k, b (b - 1) / 2], one row where the blocks share it."""
 
-    def __init__(self, config: OFTConfig, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(shapes, layer, seed)
-        self.config, self.blocks = config, config.blocks(layer.in_features)
-        if seed is not None and not config.init_weights:
-            fill(self.oft_R, 0.1 * np.random.default_rng(seed).standard_normal(self.oft_R.shape))
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: OFTConfig, path: str):
+        super().__init__(shapes, like, seed, config, path)
+        self.blocks = config.blocks(like.in_features)
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        if not self.config.init_weights:
+            fill(self.oft_R, 0.1 * generator.standard_normal(self.oft_R.shape))
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(Rᵀ x): x [..., in] -> [..., out]."""
@@ -97,20 +98,16 @@ class OFTConfig(PeftConfig):
     eps: float = option(6e-5, "with coft, the length that a layer's Q has at most", above=0)
     block_share: bool = option(False, "the blocks of a layer share one rotation")
     use_cayley_neumann: bool = option(True, "a truncated series in place of the inverse")
-    num_cayley_neumann_terms: int = option(5, "terms of the series", least=4)
+    num_cayley_neumann_terms: int = option(5, "terms of the series", least=4, most=100)
 
-    peft_type: ClassVar[str] = "OFT"
-    usual_learning_rate: ClassVar[float] = 1e-3
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    peft_type, adapter_class = "OFT", OFTLayer
+    usual_learning_rate = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.r) == bool(self.oft_block_size):
-            raise PeftError(
-                "the inputs of a layer are r blocks of oft_block_size: give one of them, and 0 for the other; "
-                f"got r={self.r}, oft_block_size={self.oft_block_size}"
-            )
+            given = f"r={self.r}, oft_block_size={self.oft_block_size}"
+            raise PeftError(f"inputs are r blocks of oft_block_size: give one of them, and 0 for the other; got {given}")
 
     def blocks(self, n_in: int) -> tuple[int, int]:
         """(k, b): how many blocks a layer of n_in inputs has, and their size."""
@@ -126,9 +123,6 @@ class OFTConfig(PeftConfig):
     def training_callback(self, model: Any, adapter_name: str) -> Any:
         return Projection(model, adapter_name) if self.coft else None
 
-    def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> OFTLayer:
-        return OFTLayer(self, shapes, layer, seed)
-
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_version": SINCE}
 
@@ -137,7 +131,7 @@ class OFTConfig(PeftConfig):
         """Raises PeftError, too, for a file of an earlier version of PEFT, whose rotations are others."""
         version = str(options.get("peft_version") or "0").split(".")
         if [int("0" + "".join(filter(str.isdigit, part))) for part in version[:2]] < [0, 18]:
-            raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again with a newer one")
+            raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again")
         return super().from_dict(options)
 
 

@@ -11,31 +11,21 @@ MLP; training that is not built here, and files of such adapters load like any o
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Sequential
-from ..nn.transformer import Transformer
 from ..options import configuration, option
-from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
-from .prompt_tuning import PromptEmbedding, SoftTokens
+from .config import PeftError, Shape
+from .prompt_learning import STORED, PromptLearningConfig, network_shapes
+from .prompt_tuning import SoftTokens
 
 
 class PromptEncoder(SoftTokens):
-    """The network: e [P, d] through an MLP of width h."""
-
-    def __init__(self, P: int, d: int, h: int, like: Module, seed: Seed):
-        self.length = P
-        self.embedding = Embedding(P, d, seed=None)
-        W1, W2, W3 = (Linear(n, m, seed=None) for n, m in ((d, h), (h, h), (h, d)))
-        self.mlp_head = Sequential(W1, F.relu, W2, F.relu, W3)
-        initialize(self, like, seed)
+    """The network: e [P, d], W1 [h, d], b1 [h], W2 [h, h], b2 [h], W3 [d, h], b3 [d]."""
 
     def vectors(self) -> Tensor:
-        return self.mlp_head(self.embedding.weight)
+        z = F.relu(F.linear(self.e, self.W1, self.b1))
+        z = F.relu(F.linear(z, self.W2, self.b2))
+        return F.linear(z, self.W3, self.b3)
 
 
 @configuration
@@ -46,8 +36,8 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_reparameterization_type: str = option("MLP", "LSTM only of a file's adapter", choices=("MLP", "LSTM"))
     folded: bool = option(False, "the vectors are trained themselves, without the network; so is what a file holds")
 
-    peft_type: ClassVar[str] = "P_TUNING"
-    usual_learning_rate: ClassVar[float] = 1e-2
+    peft_type = "P_TUNING"
+    usual_learning_rate = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,10 +49,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         if self.folded:
             return {STORED: (P, d)}
         h = self.encoder_hidden_size or d
-        return {"embedding.weight": (P, d), **mlp_shapes("mlp_head", d, h, h, d)}
+        return network_shapes(P, d, h, h, d)
 
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        d, embedding = model.config.hidden_size, model.backbone.embedding
-        if self.folded:
-            return PromptEmbedding(self.prompt_shapes(d), embedding, seed)
-        return PromptEncoder(self.num_virtual_tokens, d, self.encoder_hidden_size or d, embedding, seed)
+    @property
+    def adapter_class(self) -> type[SoftTokens]:
+        """Whether a network computes the vectors, or they are trained themselves."""
+        return SoftTokens if self.folded else PromptEncoder

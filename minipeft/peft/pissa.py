@@ -10,8 +10,6 @@ is never copied.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from ..autograd import ops as F
@@ -26,15 +24,17 @@ from .weights import dense_weight, fill, out_in
 class PissaLinear(LoraLinear):
     """LoRA beside its start: start_A [r, in] and start_B [out, r], constants that are computed from the base layer."""
 
-    constants: ClassVar[dict[str, str]] = {"start_A": "lora_A.weight", "start_B": "lora_B.weight"}  # each of this shape
-    frozen = tuple(constants)
+    frozen = ("start_A", "start_B")
 
-    def __init__(self, config: LoraConfig, name: str, shapes: dict[str, Shape], layer: Module, seed: Seed):
-        super().__init__(config, name, shapes, layer, None)  # None: LoRA's own start is not drawn
+    def __init__(self, shapes: dict[str, Shape], like: Module, seed: Seed, config: LoraConfig, path: str):
+        super().__init__(shapes, like, None, config, path)
         self.start_A, self.start_B = (Parameter(p.data, requires_grad=False) for p in (self.lora_A, self.lora_B))
         if seed is not None:
-            self.loading(layer)
-            self.lora_A.data, self.lora_B.data = self.start_A.data.copy(), self.start_B.data.copy()
+            self.start(like, np.random.default_rng(seed))
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.loading(layer)
+        self.lora_A.data, self.lora_B.data = self.start_A.data.copy(), self.start_B.data.copy()
 
     def loading(self, base: Module) -> None:
         """Compute the start: once, and once more from the same base layer when a file is loaded."""

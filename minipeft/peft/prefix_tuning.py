@@ -19,20 +19,18 @@ arrays; with them the base model runs without this module.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array
-from ..nn.layers import Embedding, Linear
-from ..nn.module import Module, Sequential
+from ..nn.module import Module
 from ..nn.transformer import KVCache, Transformer
 from ..options import configuration, option
-from .config import PeftError, Seed, Shape
-from .prompt_learning import STORED, Prompt, PromptLearningConfig, initialize, mlp_shapes
-from .weights import fill
+from .config import PeftError, Shape
+from .prompt_learning import STORED, Prompt, PromptLearningConfig, network_shapes
 
 
 class Prefix(Prompt):
@@ -51,12 +49,9 @@ class Prefix(Prompt):
         parts = [F.broadcast_to(x[i], (batch, *x.shape[2:])) for i in range(n)]
         return list(zip(parts[::2], parts[1::2]))
 
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        super().__init__(config.prompt_shapes(config.token_dim), like, seed)  # zeros, or from a file (no seed)
-        self.config, self.length = config, config.num_virtual_tokens
-        if seed is not None and config.init_weights != "zero":
-            p = self.prompt_embeddings
-            fill(p, np.random.default_rng(seed).standard_normal(p.shape, np.float32))
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        if self.config.init_weights != "zero":
+            super().start(layer, generator)
 
     def put(self, model: Transformer, given: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
         """The prefix as past_key_values, with gradients; or, to generate, appended to the empty KVCache."""
@@ -78,20 +73,15 @@ class Prefix(Prompt):
 
 
 class PrefixEncoder(Prefix):
-    """Trained in the prefix's place: embedding e [P, d] and transform, an MLP. Saved: only what they compute."""
+    """Trained in the prefix's place: e [P, d], W1 [h, d], b1 [h], W2 [2 L d, h], b2 [2 L d]. Saved: what they give."""
 
     def vectors(self) -> Tensor:
-        return self.transform(self.embedding.weight)
+        return F.linear(F.tanh(F.linear(self.e, self.W1, self.b1)), self.W2, self.b2)
 
-    def __init__(self, config: PrefixTuningConfig, like: Module, seed: Seed):
-        self.config, self.length = config, config.num_virtual_tokens
-        d, h = config.token_dim, config.encoder_hidden_size
-        self.embedding = Embedding(self.length, d, seed=None)
-        self.transform = Sequential(Linear(d, h, seed=None), F.tanh, Linear(h, 2 * config.num_layers * d, seed=None))
-        initialize(self, like, seed)  # as PyTorch: e normal, W and b uniform; seed None: a file brings the values
-        if config.init_weights == "zero" and seed is not None:
-            for p in self.transform[2].parameters():
-                p.data[...] = 0
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        Prompt.start(self, layer, generator)
+        if self.config.init_weights == "zero":
+            self.W2.data[...] = self.b2.data[...] = 0
 
 
 @configuration
@@ -103,9 +93,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: str | None = option(None, "None (random), or zero: the prefix starts at zero", choices=(None, "zero"))
     folded: bool = option(False, "train the prefix itself, not the network; true for an adapter read from a file")
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
-    usual_learning_rate: ClassVar[float] = 1e-2
-    prescribed: ClassVar[tuple[str, ...]] = ("num_layers", "num_attention_heads", "token_dim")  # the model's own
+    peft_type = "PREFIX_TUNING"
+    usual_learning_rate = 1e-2
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         found = super().dimensions(config)
@@ -114,21 +103,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         return found
 
     @property
-    def has_network(self) -> bool:
-        """Whether an MLP computes the prefix."""
-        return self.prefix_projection and not self.folded
-
-    def with_targets(self, model: Module) -> PrefixTuningConfig:
-        config = super().with_targets(model)
-        return config.replace(encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
+    def adapter_class(self) -> type[Prefix]:
+        """Whether an MLP computes the prefix, or it is trained itself."""
+        return PrefixEncoder if self.prefix_projection and not self.folded else Prefix
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         if self.num_layers is None or self.token_dim is None:
             raise PeftError("PrefixTuningConfig needs num_layers and token_dim for a model of this family")
         P, d, n = self.num_virtual_tokens, self.token_dim, 2 * self.num_layers * self.token_dim
-        if not self.has_network:
+        if self.adapter_class is Prefix:
             return {STORED: (P, n)}
-        return {"embedding.weight": (P, d), **mlp_shapes("transform", d, self.encoder_hidden_size or d, n)}
-
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        return (PrefixEncoder if self.has_network else Prefix)(self, model.backbone.embedding, seed)
+        return network_shapes(P, d, self.encoder_hidden_size or d, n)

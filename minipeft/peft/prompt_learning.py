@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..nn.layers import Embedding, Linear
 from ..nn.module import Module, Parameter
 from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter
 from .virtual_positions import make_room
-from .weights import fill, placement, zeros
+from .weights import fill
 
 STORED = "prompt_embeddings"  # the key in a file
 TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
@@ -34,11 +33,26 @@ MODULE_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "l
 class Prompt(Adapter):
     """What a method trains in front of a model's input: virtual tokens, or keys and values of virtual positions.
 
-    The vectors themselves, prompt_embeddings; a network that computes them defines `vectors`.
+    The vectors themselves, prompt_embeddings; or, where a subclass defines `vectors`, a network that computes them.
     """
 
-    length = 0  # virtual positions, P
-    in_input = True  # whether they are part of the input, or of the past
+    in_input = True  # whether the virtual positions are part of the input, or of the past
+
+    @property
+    def length(self) -> int:
+        """Virtual positions, P."""
+        return self.config.num_virtual_tokens
+
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        """As PyTorch draws them: embeddings standard normal, the W and b of a linear layer uniform in ±1/sqrt(in)."""
+        for key in self.keys:
+            p = getattr(self, key)
+            if key in (STORED, "e"):
+                values = generator.standard_normal(p.shape, np.float32)
+            else:
+                bound = getattr(self, f"W{key[1:]}").shape[1] ** -0.5
+                values = generator.uniform(-bound, bound, p.shape)
+            fill(p, values)
 
     def arguments(self, model: Transformer, **given: Any) -> dict[str, Any]:
         """The arguments for `model` with the virtual positions in front, from a caller's (Transformer.forward's).
@@ -75,6 +89,8 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
+    kinds = ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in MODULE_OPTIONS:
@@ -82,8 +98,6 @@ class PromptLearningConfig(PeftConfig):
                 raise PeftError(f"{type(self).__name__} puts nothing on modules: it has no {name}")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise PeftError(f"{type(self).__name__} is for task_type='CAUSAL_LM', not {self.task_type!r}")
-
-    prescribed: ClassVar[tuple[str, ...]] = ("token_dim",)  # the dimensions that must be the model's
 
     def dimensions(self, config: Any) -> dict[str, int | None]:
         """{option: value} from a model's configuration; None where it does not say."""
@@ -104,51 +118,28 @@ class PromptLearningConfig(PeftConfig):
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         """{name: shape} of what is trained, for a model of this width."""
 
-    @abstractmethod
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        """The trained part for a model that it fits."""
-
     def prompt(self, model: Module, seed: Seed) -> Prompt:
-        """The trained part. Raises PeftError for what is no language model, too short a context, other dimensions."""
+        """The trained part. Raises PeftError as `check`."""
         self.check(model)
-        return self.build(model, seed)
+        embedding = model.backbone.embedding
+        return self.adapter("", embedding, self.prompt_shapes(embedding.weight.shape[1]), seed)
 
     def check(self, model: Module) -> None:
+        """Raises PeftError for what is no language model, too short a context, other dimensions."""
         if not isinstance(model, Transformer):
             raise PeftError(f"{type(self).__name__} needs a Transformer; this is a {type(model).__name__}")
         limit = model.config.max_position_embeddings
         if self.num_virtual_tokens >= limit:
-            raise PeftError(
-                f"num_virtual_tokens={self.num_virtual_tokens} leaves no position for the input: this model has {limit}"
-            )
-        for name in self.prescribed:
-            given, value = getattr(self, name), self.dimensions(model.config)[name]
-            if given not in (None, value):
-                raise PeftError(f"{name}={given}, but {type(self).__name__} needs {value} for this model")
+            taken = f"num_virtual_tokens={self.num_virtual_tokens}"
+            raise PeftError(f"{taken} leaves no position for the input: this model has {limit}")
+        for name, value in self.dimensions(model.config).items():
+            if getattr(self, name) not in (None, value):
+                raise PeftError(f"{name}={getattr(self, name)}, but {type(self).__name__} needs {value} for this model")
 
 
-def mlp_shapes(name: str, *widths: int) -> dict[str, Shape]:
-    """{key: shape} of an MLP called so: linear layers of these widths, with a function between each two."""
-    shapes: dict[str, Shape] = {}
-    for i, (n_in, n_out) in enumerate(pairwise(widths)):
-        shapes |= {f"{name}.{2 * i}.weight": (n_out, n_in), f"{name}.{2 * i}.bias": (n_out,)}
+def network_shapes(P: int, *widths: int) -> dict[str, Shape]:
+    """{name: shape} of e [P, d] and of the linear layers that it goes through, W1, b1, ..., of these widths, d first."""
+    shapes: dict[str, Shape] = {"e": (P, widths[0])}
+    for i, (n_in, n_out) in enumerate(pairwise(widths), start=1):
+        shapes |= {f"W{i}": (n_out, n_in), f"b{i}": (n_out,)}
     return shapes
-
-
-def initialize(module: Module, like: Module, seed: Seed) -> None:
-    """Allocate a module's parameters beside `like`, and draw them as PyTorch does (seed None: as in `Adapter`).
-
-    Embeddings are drawn from N(0, 1), linear layers uniform in ±1/sqrt(in).
-    """
-    for p in module.parameters():
-        p.data = zeros(p.shape, *placement(like), seed)
-    if seed is None:
-        return
-    generator = np.random.default_rng(seed)
-    for _, layer in module.named_modules():
-        if isinstance(layer, Embedding):
-            fill(layer.weight, generator.standard_normal(layer.weight.shape, np.float32))
-        elif isinstance(layer, Linear):
-            bound = layer.in_features**-0.5
-            for p in (layer.weight, layer.bias):
-                fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))

@@ -12,7 +12,7 @@ standard normal (the paper's is uniform); SAMPLE_VOCAB (any token; in the paper 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ..backend import xp_of
 from ..nn.module import Module
 from ..nn.transformer import Transformer
 from ..options import configuration, option
-from .config import PeftError, Seed, Shape
+from .config import PeftError, Shape
 from .prompt_learning import STORED, Prompt, PromptLearningConfig
 from .weights import fill
 
@@ -34,23 +34,22 @@ class SoftTokens(Prompt):
         """[P; E(x)], P being `vectors`: inputs_embeds [B, p + T, d], in place of input_ids."""
         x = given["inputs_embeds"]  # [B, T, d]
         if x is None:
-            x = model.backbone.embedding(given["input_ids"], given["rng"])
+            x = model.backbone.embed(given["input_ids"], given["rng"])
         P = vectors if vectors.dtype == x.dtype else F.to(vectors, x.dtype)  # x may be float16, what is trained not
         soft = F.broadcast_to(P, (x.shape[0], *P.shape[-2:]))  # [B, p, d]
         return {**given, "input_ids": None, "inputs_embeds": F.cat([soft, x], axis=1)}
 
 
 class PromptEmbedding(SoftTokens):
-    """P is trained itself: prompt_embeddings [p, d]. It starts as E[ids], or standard normal where ids is None."""
+    """P is trained itself: prompt_embeddings [p, d]. It starts as E[ids], or standard normal."""
 
-    def __init__(self, shapes: dict[str, Shape], embedding: Module, seed: Seed, ids: list[int] | None = None):
-        super().__init__(shapes, embedding, seed)  # zeros; seed None: a file brings the values
-        self.length = self.prompt_embeddings.shape[0]
-        P, E = self.prompt_embeddings, embedding.weight.data
-        if seed is not None and ids is None:
-            fill(P, np.random.default_rng(seed).standard_normal(P.shape, np.float32))
-        elif seed is not None:
-            fill(P, E[xp_of(E).asarray(ids)])
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        E = layer.weight.data
+        ids = self.config.first_ids(E.shape[0], generator)
+        if ids is None:
+            super().start(layer, generator)
+        else:
+            fill(self.prompt_embeddings, E[xp_of(E).asarray(ids)])
 
 
 @configuration
@@ -65,33 +64,26 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = option(None, "directory of the text's tokenizer.json")
     prompt_tuning_init_ids: list[int] | None = option(None, "the text's token ids (not in PEFT; not saved)")
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
-    usual_learning_rate: ClassVar[float] = 3e-2
+    peft_type, adapter_class = "PROMPT_TUNING", PromptEmbedding
+    usual_learning_rate = 3e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_ids:
-            if not self.prompt_tuning_init_text or not self.tokenizer_name_or_path:
-                raise PeftError(
-                    "prompt_tuning_init='TEXT' needs prompt_tuning_init_ids, or prompt_tuning_init_text and "
-                    "tokenizer_name_or_path"
-                )
+        given = self.prompt_tuning_init_ids or (self.prompt_tuning_init_text and self.tokenizer_name_or_path)
+        if self.prompt_tuning_init == "TEXT" and not given:
+            needed = "prompt_tuning_init_ids, or prompt_tuning_init_text and tokenizer_name_or_path"
+            raise PeftError(f"prompt_tuning_init='TEXT' needs {needed}")
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
         return {STORED: (self.num_virtual_tokens, self.token_dim or width)}
 
-    def build(self, model: Transformer, seed: Seed) -> Prompt:
-        E = model.backbone.embedding
-        shapes, ids = self.prompt_shapes(model.config.hidden_size), self.first_ids(E.weight.shape[0], seed)
-        return PromptEmbedding(shapes, E, seed, ids)
-
-    def first_ids(self, vocabulary: int, seed: Seed) -> list[int] | None:
-        """The p tokens whose embeddings are the start; None: it is random, or not wanted (no seed)."""
+    def first_ids(self, vocabulary: int, generator: np.random.Generator) -> list[int] | None:
+        """The p tokens whose embeddings are the start; None: it is random."""
         p = self.num_virtual_tokens
-        if seed is None or self.prompt_tuning_init == "RANDOM":
+        if self.prompt_tuning_init == "RANDOM":
             return None
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
-            return np.random.default_rng(seed).integers(0, vocabulary, p).tolist()
+            return generator.integers(0, vocabulary, p).tolist()
         ids = self.prompt_tuning_init_ids or self.text_ids()
         ids = (list(ids) * -(-p // len(ids)))[:p]  # repeated, then cut to p
         if not all(0 <= i < vocabulary for i in ids):
@@ -106,7 +98,10 @@ class PromptTuningConfig(PromptLearningConfig):
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise PeftError(f"tokenizer_name_or_path={self.tokenizer_name_or_path!r}: no tokenizer.json is there")
-        ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
+        try:
+            ids = Tokenizer.from_file(str(path)).encode(self.prompt_tuning_init_text).ids
+        except Exception as error:  # the library raises bare Exception, with the reason as its text
+            raise PeftError(f"tokenizer_name_or_path={str(path)!r}: cannot be read ({error})") from error
         if not ids:
             raise PeftError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} has no tokens")
         return ids

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileError, map_safetensors, read_json
-from ..nn.module import Module
+from ..nn.module import Module, some
+from .weights import quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IN_4BIT = "base_in_4bit"
@@ -24,22 +25,17 @@ def on_base(config: Any, model: Module) -> Any:
     return config.replace(base_model_name_or_path=name) if name else config
 
 
-def in_four_bits(model: Module) -> bool:
-    """Whether some layers of a model are quantized."""
-    return any(hasattr(type(module), "dequantize") for _, module in model.named_modules())
-
-
 def metadata_of(model: Module) -> dict[str, str]:
     """What the metadata of an adapter's weights say of its base."""
-    return {IN_4BIT: str(in_four_bits(model)).lower()}
+    return {IN_4BIT: str(bool(quantized(model))).lower()}
 
 
 def config_path(directory: str | os.PathLike) -> Path:
-    """Where the configuration of an adapter directory is. FileError for one that holds directories of adapters alone."""
+    """Where the configuration of an adapter directory is. FileError for one that holds adapters in directories alone."""
     path, inside = Path(directory) / CONFIG, sorted(p.parent for p in Path(directory).glob(f"*/{CONFIG}"))
     if inside and not path.exists():
-        listed = f"{', '.join(p.name for p in inside[:8])}{' ...' * (len(inside) > 8)}"
-        raise FileError(f"{directory}: is no adapter, but holds the adapters {listed}: give {inside[0]}")
+        adapters = some([p.name for p in inside])
+        raise FileError(f"{directory}: is no adapter, but holds the adapters {adapters}: give {inside[0]}")
     return path
 
 
@@ -58,14 +54,13 @@ def warn_of_another_base(model: Module, directory: str | os.PathLike) -> None:
     where either does not say.
     """
     name, packed = recorded_base(directory)
-    own, is_packed = getattr(model, "name_or_path", None), in_four_bits(model)
+    own, is_packed = getattr(model, "name_or_path", None), bool(quantized(model))
     if name and own and not _same(name, own):
         _warn(f"{directory}: the adapter was trained on {name}, and this model is {own}")
-    if packed and not is_packed:
-        hint = "load it with load_in_4bit=True (--load-in-4bit)"
-        _warn(f"{directory}: the adapter was trained on a base in four bits, and this one is in floats: {hint}")
-    if packed is False and is_packed:
-        _warn(f"{directory}: the adapter was trained on a base in floats, and this one is in four bits")
+    if packed is not None and packed != is_packed:
+        was, now = ("in four bits" if bits else "in floats" for bits in (packed, is_packed))
+        hint = ": load it with load_in_4bit=True (--load-in-4bit)" * packed
+        _warn(f"{directory}: the adapter was trained on a base {was}, and this one is {now}{hint}")
 
 
 def _same(name: str, own: str) -> bool:

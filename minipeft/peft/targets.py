@@ -15,8 +15,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable
 from copy import copy
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from ..nn.heads import HEADS
@@ -65,12 +68,6 @@ def family_of(model: Any) -> str | None:
     return "llama" if model_type in ("mistral", "qwen2") else model_type
 
 
-def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
-    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have."""
-    if r > min(n_in, n_out):
-        raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller one")
-
-
 @configuration(kw_only=True)
 class Targets:
     """The options that say which layers a method is put on.
@@ -89,8 +86,8 @@ class Targets:
     layers_pattern: list[str] | str | None = option(None, "what stands before that number, where a path has several")
     modules_to_save: list[str] | str | None = option(None, "ends of paths of modules that are trained whole, as copies")
 
-    kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
-    usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")  # of layers the method can be put on
+    usual_targets: ClassVar[dict[str, list[str]] | None] = QUERY_AND_VALUE  # model_type -> target_modules
 
     def __post_init__(self) -> None:
         check(self, PeftError)
@@ -104,7 +101,7 @@ class Targets:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_patterns(name, getattr(self, name))
-        check_patterns("layers_pattern", *_listed(self.layers_pattern))
+        check_patterns("layers_pattern", *as_list(self.layers_pattern))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -123,11 +120,9 @@ class Targets:
             return self
         model_type = family_of(model)
         if model_type not in self.usual_targets:
-            known = ", ".join(self.usual_targets) or "none"
-            raise PeftError(
-                f"{type(self).__name__} needs target_modules for a {type(model).__name__} of type {model_type!r} "
-                f"(it knows those of: {known})"
-            )
+            unknown = f"a {type(model).__name__} of type {model_type!r}"
+            known = f"(it knows those of: {', '.join(self.usual_targets)})"
+            raise PeftError(f"{type(self).__name__} needs target_modules for {unknown} {known}")
         return self.replace(target_modules=copy(self.usual_targets[model_type]))
 
     def targets(self, name: str, kind: str) -> bool:
@@ -141,9 +136,9 @@ class Targets:
             return False
         if self.layers_to_transform is None or name in self.target_modules:
             return True
-        patterns = _listed(self.layers_pattern) or [r"[^.]*"]
-        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-        return found is not None and int(found[1]) in _listed(self.layers_to_transform)
+        patterns = as_list(self.layers_pattern) or [r"[^.]*"]
+        found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+        return found is not None and int(found.groups()[-1]) in as_list(self.layers_to_transform)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.
@@ -161,9 +156,8 @@ class Targets:
         found = {}
         for target in self.modules_to_save or ():
             matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
-            if not matched and self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score"):
-                continue  # PEFT names both of a classifier's usual heads
-            if not matched:
+            either = self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score")  # PEFT names both
+            if not matched and not either:
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)
         return found
@@ -173,7 +167,7 @@ class Targets:
         paths = list(paths)
         names, out = self.target_modules, self.exclude_modules
         for option_, targets in (("target_modules", [] if isinstance(names, str) else names), ("exclude_modules", out)):
-            for name in _listed(targets):
+            for name in as_list(targets):
                 if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
                     raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or names) and not found:
@@ -189,17 +183,41 @@ class Targets:
             raise PeftError(f"target_modules: {name!r} is a {made}; {works}")
         stored = getattr(self, "fan_in_fan_out", None)
         if kind in ("linear", "conv1d") and stored not in (None, kind == "conv1d"):
-            raise PeftError(
-                f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores its weight "
-                f"{'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None: each layer knows its own"
-            )
+            weight = f"its weight {'[in, out]' if kind == 'conv1d' else '[out, in]'}; leave it None"
+            raise PeftError(f"fan_in_fan_out={stored}, but {name!r} is a {made}, which stores {weight}")
 
 
 def matches(targets: list[str] | str | None, name: str) -> bool:
     """Whether a path is, or ends in, one of these names; or matches this regular expression as a whole."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return match(targets, name, whole=True) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+SECONDS, SLOW = 0.1, 0.001  # of the processor: what a pattern may take for one path; ten times as much for all slow ones
+_spent: Counter[str] = Counter()  # by pattern, on those
+
+
+@lru_cache(1 << 14)
+def match(pattern: str, path: str, whole: bool = False) -> Any:
+    """`re.match` (or `fullmatch`) in bounded time, by the package regex: "(.*)*x" takes `re` 2^n steps for n characters.
+
+    Raises PeftError for a pattern that takes too long, or is none.
+    """
+    import regex
+
+    began, found = time.thread_time(), None
+    try:
+        found = (regex.fullmatch if whole else regex.match)(pattern, path, timeout=SECONDS)
+    except TimeoutError:
+        _spent[pattern] += 10 * SECONDS
+    except regex.error as error:
+        raise PeftError(f"{pattern!r} is not a regular expression: {error}") from error
+    if (took := time.thread_time() - began) > SLOW:
+        _spent[pattern] += took
+    if _spent[pattern] > 10 * SECONDS:
+        raise PeftError(f"the pattern {pattern!r} takes too long to match; repeat nothing that repeats itself")
+    return found
 
 
 def check_patterns(name: str, *patterns: str) -> None:
@@ -207,18 +225,22 @@ def check_patterns(name: str, *patterns: str) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise PeftError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
-def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's path (rank_pattern, alpha_pattern)."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+def as_list(value: Any) -> list:
+    """A list of its values, of a single one (a text, a number), or of none (None)."""
+    if value is None or isinstance(value, (str, int)):
+        return [] if value is None else [value]
+    return list(value)
 
 
-def _listed(value: Any) -> list:
-    """A list of one, or of none, from an option that may also be given as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def listed(argument: str, names: Iterable[str]) -> list[str]:
+    """Names as a list, also of an array of text. Raises PeftError for one text in place of a list."""
+    if isinstance(names, str):
+        raise PeftError(f"{argument} must be a list of names, such as [{names!r}], not the text {names!r}")
+    return [str(name) for name in names]
 
 
 def _near(name: str, modules: Iterable[str]) -> str:

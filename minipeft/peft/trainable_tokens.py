@@ -10,8 +10,8 @@ The method is Hugging Face PEFT's (tuners/trainable_tokens), and so are its file
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +47,6 @@ class TokenRows(Adapter):
         """D [n, d]."""
         return getattr(self, self.name)
 
-    def tie(self, other: TokenRows) -> TokenRows:
-        """Share another's rows; returns self."""
-        setattr(self, self.name, other.rows)
-        return self
-
     def forward(self, x: Any, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """Token ids [...] -> [..., d] of an embedding; hidden states [..., d] -> logits [..., V] of a head."""
         xp, (V, _), n = xp_of(self.rows.data), shape_of(base), len(self.tokens)
@@ -74,12 +69,10 @@ class TokenRows(Adapter):
 
 
 def token_shape(tokens: list[int], shape: Shape) -> Shape:
-    """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it does not have, or that is given twice."""
-    wrong = next((t for t in tokens if t >= shape[0]), None)
-    if wrong is not None:
-        raise PeftError(
-            f"the tokens are 0 to {shape[0] - 1}, and {wrong} is to be trained; resize_token_embeddings first"
-        )
+    """[n, d] of n tokens of a weight [V, d]. Raises PeftError for a token that it lacks, or that is given twice."""
+    if (last := max(tokens)) >= shape[0]:
+        known = f"0 to {shape[0] - 1}"
+        raise PeftError(f"the tokens are {known}, and {last} is to be trained; resize_token_embeddings first")
     if len(set(tokens)) < len(tokens):
         raise PeftError(f"a token is given twice among those to train: {tokens}")
     return len(tokens), shape[1]
@@ -92,28 +85,17 @@ def tokens_of(tokens: Tokens, path: str) -> list[int] | None:
     return next((own for name, own in named.items() if matches([name], path)), None) or None
 
 
-def resolve_tokens(tokens: Tokens, modules: dict[str, Module], taken: Iterable[str]) -> dict[str, Module]:
-    """{path: module} of the embeddings and heads in which these tokens are trained, tied heads included.
-
-    Raises PeftError for a name that matches none, and for a module that another part of the adapter has `taken`.
-    """
-    found = {
-        path: m for path, m in modules.items() if tokens_of(tokens, path) and kind_of(m) in ("embedding", "linear")
-    }
-    names = list(tokens) if isinstance(tokens, Mapping) else [None]
-    lost = next((n for n in names if not any(n is None or matches([n], path) for path in found)), None)
-    if tokens and (not found or lost):
-        raise PeftError(f"trainable_token_indices: there is no embedding{f' called {lost!r}' if lost else ''}")
-    found |= tied_heads(found, modules)
-    if both := sorted(set(found) & set(taken)):
-        raise PeftError(f"{both[0]} is a target of the adapter, so its tokens cannot be trained beside it")
-    return found
-
-
 def tied_heads(embeddings: dict[str, Module], modules: dict[str, Module]) -> dict[str, Module]:
     """{path: head} of the linear layers whose weight is that of one of the embeddings."""
     shared = {id(m.weight) for m in embeddings.values() if kind_of(m) == "embedding"}
     return {path: m for path, m in modules.items() if kind_of(m) == "linear" and id(m.weight) in shared}
+
+
+def token_layers(tokens: Tokens, modules: dict[str, Module]) -> dict[str, Module]:
+    """{path: module} of the embeddings and heads in which these tokens are trained, tied heads included."""
+    kinds = TrainableTokensConfig.kinds
+    found = {path: m for path, m in modules.items() if tokens_of(tokens, path) and kind_of(m) in kinds}
+    return found | tied_heads(found, modules)
 
 
 def token_rows(
@@ -123,14 +105,15 @@ def token_rows(
     made: dict[str, TokenRows] = {}
     owners: dict[int, str] = {}  # id of a weight -> path of the embedding that has it
     for path, layer in sorted(layers.items(), key=lambda item: kind_of(item[1]) != "embedding"):
-        owner = owners.setdefault(id(layer.weight), path)
+        own, owner = tokens_of(tokens, path), owners.setdefault(id(layer.weight), path)
         if owner == path:
-            made[path] = TokenRows(tokens_of(tokens, path), key, layer, seeds[path], init_weights)
-        else:
-            if (own := tokens_of(tokens, path) or made[owner].tokens) != made[owner].tokens:
-                raise PeftError(f"{path} is tied to {owner}, so the same tokens are trained there; got {own}")
-            made[path] = TokenRows(own, key, layer, None).tie(made[owner])
-    return {path: made[path] for path in layers}
+            made[path] = TokenRows(own, key, layer, seeds[path], init_weights)
+            continue
+        if own and own != made[owner].tokens:
+            raise PeftError(f"{path} is tied to {owner}, so the same tokens are trained there; got {own}")
+        made[path] = TokenRows(made[owner].tokens, key, layer, None)
+        setattr(made[path], made[path].name, made[owner].rows)
+    return made
 
 
 @configuration
@@ -140,9 +123,9 @@ class TrainableTokensConfig(PeftConfig):
     token_indices: list[int] = option([], "ids of the tokens whose rows are trained", least=0)
     init_weights: bool = option(True, "start at the rows of the embedding; False: normal random numbers (for tests)")
 
-    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
-    kinds: ClassVar[tuple[str, ...]] = ("embedding", "linear")
-    usual_targets: ClassVar[dict[str, list[str]]] = EMBEDDINGS
+    peft_type = "TRAINABLE_TOKENS"
+    kinds = ("embedding", "linear")
+    usual_targets = EMBEDDINGS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,12 +158,21 @@ class WithTokenRows(PeftConfig):
         return {ROWS: token_shape(tokens, shape)} if tokens else super().parameter_shapes(name, kind, shape)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
-        found = super().resolve(modules)
-        return found | resolve_tokens(self.trainable_token_indices, modules, found)
+        """As in `Targets`. Raises PeftError, too, for tokens of what is no embedding, or is trained otherwise."""
+        targets, saved, tokens = super().resolve(modules), self.resolve_saved(modules), self.trainable_token_indices
+        found = token_layers(tokens, modules)
+        names = list(tokens) if isinstance(tokens, Mapping) else []
+        if lost := [f" called {name!r}" for name in names if not any(matches([name], path) for path in found)]:
+            raise PeftError(f"trainable_token_indices: there is no embedding{lost[0]}")
+        if tokens and not found:
+            raise PeftError("trainable_token_indices: there is no embedding")
+        if both := [path for path in found if path in targets or (path in saved and tokens_of(tokens, path))]:
+            how = "a target of the adapter" if both[0] in targets else "trained whole (modules_to_save)"
+            raise PeftError(f"{both[0]} is {how}, so its tokens cannot be trained beside it")
+        return targets | {path: m for path, m in found.items() if path not in saved}  # a tied head may be trained whole
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:
-        trained = {path: m for path, m in layers.items() if tokens_of(self.trainable_token_indices, path)}
-        trained |= tied_heads(trained, layers)
+        trained = token_layers(self.trainable_token_indices, layers)
         rows = token_rows(self.trainable_token_indices, ROWS, trained, seeds)
         for path in tied_heads(trained, trained):
             rows[path].keys = []  # PEFT writes them once

@@ -9,7 +9,6 @@ trains only d [r], which starts at `d_initial`, and b [out], which starts at 0.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 
@@ -20,8 +19,8 @@ from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
-from .targets import QUERY_AND_VALUE, out_in_shape
-from .weights import fill, placement, with_update, zeros
+from .targets import out_in_shape
+from .weights import fill, with_update
 
 
 class VeraLayer(Adapter):
@@ -29,48 +28,35 @@ class VeraLayer(Adapter):
 
     frozen = ("projection",)
 
-    def __init__(
-        self, config: VeraConfig, shapes: dict[str, Shape], layer: Module, seed: Seed, projection: Projection
-    ):
-        super().__init__(shapes, layer, seed)
-        self.projection, self.dropout = projection, config.vera_dropout
-        self.out_features, self.in_features = layer.out_features, layer.in_features
-        if seed is not None:
-            self.vera_lambda_d.data += config.d_initial
+    projection: Projection  # shared by all layers
 
-    def _corners(self) -> tuple[Array, Array]:
-        return self.projection.vera_A.data[:, : self.in_features], self.projection.vera_B.data[: self.out_features]
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
+        self.vera_lambda_d.data += self.config.d_initial
+
+    def corners(self, base: Module) -> tuple[Array, Array]:
+        """(A [r, in], B [out, r]) of the base layer's size."""
+        return self.projection.vera_A.data[:, : base.in_features], self.projection.vera_B.data[: base.out_features]
 
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """x [..., in] -> [..., out]."""
-        A, B = self._corners()
-        z = F.dropout(x, self.dropout, rng) if self.dropout else x
+        (A, B), p = self.corners(base), self.config.vera_dropout
+        z = F.dropout(x, p, rng) if p else x
         return inner(x) + self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(z, A), B)
 
     def merge(self, layer: Module, base: Module) -> Module:
         """W' = W + diag(b) B diag(d) A."""
-        A, B = self._corners()
+        A, B = self.corners(base)
         delta = (self.vera_lambda_b.data[:, None] * B) @ (self.vera_lambda_d.data[:, None] * A)
         return with_update(layer, delta)
 
     def saved(self) -> dict[str, Parameter]:
-        return {
-            **super().saved(),
-            "base_model.vera_A": self.projection.vera_A,
-            "base_model.vera_B": self.projection.vera_B,
-        }
+        return super().saved() | {f"base_model.{key}": p for key, p in self.projection.saved().items()}
 
 
-class Projection(Module):
-    """The shared A [r, in] and B [out, r], Kaiming-uniform; with no key (None) not drawn, as in `Adapter`."""
+class Projection(Adapter):
+    """The shared A [r, in] and B [out, r], vera_A and vera_B: Kaiming-uniform, never trained."""
 
-    def __init__(self, shapes: dict[str, Shape], like: Module, key: int | None):
-        self.vera_A, self.vera_B = (
-            Parameter(zeros(shapes[name], *placement(like), key), False) for name in ("vera_A", "vera_B")
-        )
-        if key is None:
-            return
-        generator = np.random.default_rng(key)
+    def start(self, layer: Module, generator: np.random.Generator) -> None:
         for p in (self.vera_A, self.vera_B):
             bound = math.sqrt(6 / p.shape[1])  # gain sqrt(2) (He et al. 2015): variance 2 / fan_in
             fill(p, generator.uniform(-bound, bound, p.shape).astype(np.float32))
@@ -87,18 +73,13 @@ class VeraConfig(PeftConfig):
     d_initial: float = option(0.1, "where d starts")
     fan_in_fan_out: bool | None = option(None, "whether weights are stored [in, out]; None: each layer knows its own")
 
-    peft_type: ClassVar[str] = "VERA"
-    usual_learning_rate: ClassVar[float] = 1e-1
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
-    usual_targets: ClassVar[dict[str, list[str]]] = QUERY_AND_VALUE
+    peft_type, adapter_class = "VERA", VeraLayer
+    usual_learning_rate = 1e-1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.save_projection:
-            raise PeftError(
-                "save_projection=False leaves the shared projections out of the file, and they cannot be drawn again; "
-                "it must be True"
-            )
+            raise PeftError("save_projection must be True: a file without the projections cannot be loaded")
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"vera_lambda_b": (n_out,), "vera_lambda_d": (self.r,)}
@@ -109,14 +90,12 @@ class VeraConfig(PeftConfig):
         return {"vera_A": (self.r, max(ins)), "vera_B": (max(outs), self.r)}
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Adapter]:
-        if not layers:
-            return {}
-        shapes = self.constant_shapes({name: (kind_of(layer), shape_of(layer)) for name, layer in layers.items()})
-        first, layer = next(iter(layers.items()))
-        drawn = None if seeds[first] is None else self.projection_prng_key
-        projection = Projection(shapes, layer, drawn)
-        found: dict[str, Adapter] = {}
-        for name, layer in layers.items():
-            added = self.parameter_shapes(name, kind_of(layer), shape_of(layer))
-            found[name] = VeraLayer(self, added, layer, seeds[name], projection)
+        found = super().adapters(layers, seeds)
+        if found:
+            shapes = self.constant_shapes({name: (kind_of(layer), shape_of(layer)) for name, layer in layers.items()})
+            first, like = next(iter(layers.items()))
+            seed = None if seeds[first] is None else (self.projection_prng_key,)
+            projection = Projection(shapes, like, seed).requires_grad_(False)
+            for part in found.values():
+                part.projection = projection
         return found

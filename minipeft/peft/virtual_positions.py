@@ -44,10 +44,8 @@ def make_room(
         raise PeftError(f"past_key_values hold {past} positions; the {V} virtual tokens cannot be among them")
     S = seen + T
     if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
-        raise PeftError(
-            f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}: the {V} virtual tokens "
-            "are added to it here"
-        )
+        shapes = f"the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}"
+        raise PeftError(f"attention_mask must have {shapes}: the {V} virtual tokens are added to it here")
     xp = xp_of(mask, positions)  # what is computed here is so where the caller's arrays are: in host memory, by default
     if positions is None and xp is np:  # arrays of a device are not read
         _check_limit(V if visible is None else visible.sum(axis=1), mask, S, limit)
@@ -75,10 +73,8 @@ def _check_limit(taken: Any, mask: Array | None, S: int, limit: int) -> None:
     row = None if isinstance(total, int) else int(total.argmax())
     taken, reached = (n if isinstance(n, int) else int(n[row]) for n in (taken, reached))
     if taken + reached > limit:
-        raise PeftError(
-            f"{taken} virtual tokens leave {limit - taken} of this model's {limit} positions, but the input reaches "
-            f"{reached}: shorten it to at most {limit - taken} tokens"
-        )
+        room = f"{taken} virtual tokens leave {limit - taken} of this model's {limit} positions"
+        raise PeftError(f"{room}, but the input reaches {reached}: shorten it to at most {limit - taken} tokens")
 
 
 def _see_virtual(mask: Array, visible: Array, P: int) -> Array:

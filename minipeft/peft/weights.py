@@ -36,6 +36,11 @@ def fill(parameter: Parameter, values: np.ndarray) -> None:
     parameter.data = asarray(values.astype(parameter.dtype, copy=False), xp_of(parameter.data))
 
 
+def quantized(model: Module) -> list[Any]:
+    """The quantized layers of a model."""
+    return [module for _, module in model.named_modules() if hasattr(type(module), "dequantize")]
+
+
 def dense_weight(layer: Module) -> Array:
     """The layer's weight, as it is stored, in `shape_of`'s shape; dequantized where it is quantized."""
     return layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.data

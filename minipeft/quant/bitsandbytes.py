@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, asarray, parallel_rows, to_numpy, xp_of
+from ..backend import Array, asarray, is_array, parallel_rows, to_numpy, xp_of
+from ..files import parse_json
+from ..options import fits
 from . import eight_bits, kernels, nf4
 from .checks import QuantError, check_array, check_finite, check_options
 from .codebooks import CODES_4BIT, dynamic_map
@@ -80,9 +82,11 @@ class QuantState:
         entries = dict(entries)
         for key in [k for k in entries if k.startswith("quant_state.")]:
             try:
-                entries |= json.loads(bytes(to_numpy(entries.pop(key))))
+                entries = {**parse_json(bytes(to_numpy(entries.pop(key)))), **entries}
             except (ValueError, TypeError) as error:
                 raise QuantError(f"{key} holds no JSON object: {error}") from error
+            if key != f"quant_state.bitsandbytes__{entries.get('quant_type')}":
+                raise QuantError(f"{key} holds the state of another type: {entries.get('quant_type')!r}")
         needed = ["absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape"]
         double = ["nested_absmax", "nested_quant_map", "nested_blocksize", "nested_offset"]
         needed += double if any(k in entries for k in double) else []
@@ -94,13 +98,18 @@ class QuantState:
             raise QuantError(f"a quantization state's dtype must be float32, float16 or bfloat16, not {dtype!r}")
         dtype, float32 = np.dtype("float32" if dtype == "bfloat16" else dtype), np.dtype("float32")
         check_options(blocksize, quant_type)
-        state2, offset, sizes = None, None, [*shape]
+        if not all(map(is_array, (absmax, code, *nested[:2]))):
+            raise QuantError("the absmax and the quant_map of a quantization state are arrays")
+        if not fits(shape, list[int]) or not all(size > 0 for size in shape):
+            raise QuantError(f"the shape of a quantization state is a list of positive integers, not {shape!r}")
+        state2, offset = None, None
         if nested:
             absmax2, code2, blocksize2, offset = nested
+            check_options(blocksize2, quant_type, "nested_blocksize")
+            if not fits(offset, float):
+                raise QuantError(f"a quantization state's nested_offset must be a number, not {offset!r}")
             state2 = cls(absmax2, absmax.shape, code2, blocksize2, None, float32)
-            offset, sizes = float(offset), [*sizes, blocksize2]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise QuantError(f"the shape and the block sizes of a quantization state are positive integers, not {sizes}")
+            offset = float(offset)
         state = cls(absmax, tuple(shape), code, blocksize, quant_type, dtype, offset, state2)
         state.check()
         return state

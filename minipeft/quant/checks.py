@@ -16,11 +16,11 @@ class QuantError(ValueError):
     """Something cannot be quantized, or a quantized buffer does not fit its description."""
 
 
-def check_options(blocksize: Any, quant_type: Any) -> None:
+def check_options(blocksize: Any, quant_type: Any, name: str = "blocksize") -> None:
     """Raises QuantError for a block size or a type of four bits that there is not."""
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise QuantError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, not {blocksize!r}")
-    if quant_type not in CODES_4BIT:
+        raise QuantError(f"{name} must be one of {', '.join(map(str, BLOCKSIZES))}, not {blocksize!r}")
+    if not isinstance(quant_type, str) or quant_type not in CODES_4BIT:
         raise QuantError(f"quant_type must be one of {', '.join(CODES_4BIT)}, not {quant_type!r}")
 
 

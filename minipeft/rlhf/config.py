@@ -47,7 +47,7 @@ class OnlineConfig:
     save_steps: int | None = option(None, "updates between checkpoints; None: no checkpoints", least=1)
     save_total_limit: int = option(2, "how many checkpoints are kept, the newest", least=1)
     seed: int = option(0, "seed of the order of the prompts, the responses and the minibatches", least=0)
-    progress: bool = option(True, "say on stderr how far it is: a bar, or without a terminal a line every 10 s")
+    progress: bool = option(True, "say on stderr how far it is: a bar, or in a log file a line every 10 s")
 
     def __post_init__(self) -> None:
         check(self)
@@ -66,7 +66,7 @@ class PPOConfig(OnlineConfig):
 
     kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")  # TRL's
     kl_target: float | None = option(
-        None, "move β so that the KL comes to this, nats a response", above=0, metavar="KL"
+        None, "ppo: move β so that the KL comes to this, nats a response", above=0, metavar="KL"
     )
     kl_horizon: int = option(10000, "responses over which such a β may move by a fifth", least=1)
     gamma: float = option(1.0, "γ, the discount of later rewards", least=0, most=1)
@@ -92,7 +92,7 @@ class GroupConfig(OnlineConfig):
     PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04.
     """
 
-    num_generations: int = option(4, "responses to each prompt", least=2, flag="--generations", metavar="K")
+    num_generations: int = option(4, "rloo, grpo: responses to each prompt", least=2, flag="--generations", metavar="K")
     kl_coef: float = option(0.05, "β, the price of KL from the reference", least=0, metavar="B")
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
 from ..nn.layers import Linear
+from ..options import fits
 from ..train.checkpoint import frozen_fingerprint
 from .advantages import gae, masked_mean, rewards_of, whiten
 from .config import PPOConfig
@@ -140,7 +141,7 @@ class PPOTrainer(OnlineTrainer):
         trained = self.epochs(batch)
         return record | of_objective(record, -beta * mean_kl, beta) | trained
 
-    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch. `new`: what `outputs` gives now."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
@@ -149,10 +150,10 @@ class PPOTrainer(OnlineTrainer):
         of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
         value = value_loss(*of_values)
         return policy + c.vf_coef * value, {
-            "loss/policy": policy.item(),
-            "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
-            "val/clipfrac": value_clip_fraction(*of_values).item(),
+            "loss/policy": policy.data,
+            "loss/value": value.data,
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange),
+            "val/clipfrac": value_clip_fraction(*of_values),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 
@@ -170,7 +171,9 @@ class PPOTrainer(OnlineTrainer):
         return {"beta": self.kl_controller.beta}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Set β from a checkpoint."""
+        """Set β from a checkpoint. Raises ValueError for what is no β."""
+        if not fits(state["beta"], float) or state["beta"] < 0:
+            raise ValueError(f"beta is {state['beta']!r}")
         self.kl_controller.beta = state["beta"]
 
     def identity(self) -> dict[str, Any]:

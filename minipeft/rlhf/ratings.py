@@ -12,11 +12,13 @@ shipped: it is read where the user has it, in memory, without unpacking anything
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ KINDS = {  # the prefix of a file -> what a reward model reads before the text
     "nytEditorialSnippets": "Editorial:",
     "tweets": "Tweet:",
 }
-INNER, LIMIT = "hutto_ICWSM_2014.tar.gz", 64 << 20  # bytes that a file in the archive may have
+INNER, LIMIT = "hutto_ICWSM_2014.tar.gz", 64 << 20  # bytes that an archive may have, unpacked
 
 
 class RatedText(NamedTuple):
@@ -102,14 +104,16 @@ def _members(data: bytes, path: Path) -> dict[str, bytes]:
     """{file name without its folders: content} of the .txt and .tar.gz files of a compressed archive, in memory."""
     found = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+        with gzip.open(io.BytesIO(data)) as file:
+            content = file.read(LIMIT + 1)
+        if len(content) > LIMIT:
+            raise FileError(f"{path}: has more than {LIMIT} bytes unpacked, more than such an archive has")
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                if member.isfile() and name.endswith((".txt", ".tar.gz")):
-                    if member.size > LIMIT:
-                        raise FileError(f"{path}: {member.name} has {member.size} bytes, more than such a file has")
+                if member.isfile() and not member.issparse() and name.endswith((".txt", ".tar.gz")):
                     found[name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise FileError(f"{path}: not a .tar.gz archive, or a damaged one ({error})") from error
     return found
 
@@ -130,6 +134,6 @@ def _rows(members: dict[str, bytes], name: str, columns: int, path: Path) -> dic
 
 
 def _ratings(text: str, where: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\s*\[-?\d+(, -?\d+)*\]\s*", text):
+    if not re.fullmatch(r"\s*\[-?\d(, -?\d)*\]\s*", text, re.ASCII):
         raise FileError(f"{where}: the ratings are not a list of whole numbers but {text[:40]!r}")
     return tuple(json.loads(text))

@@ -24,6 +24,7 @@ import numpy as np
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
 from ..backend import Array, Rng, asarray, to_numpy, xp_of
+from ..directory import replacing
 from ..files import FileError, read_json, write_json
 from ..nn.heads import SequenceClassifier
 from ..nn.transformer import Transformer
@@ -157,8 +158,9 @@ class RewardModel(SequenceClassifier):
         """Write a directory that transformers loads as LlamaForSequenceClassification, with the calibration."""
         from ..hub.pretrained import save_pretrained
 
-        save_pretrained(self, directory, tokenizer)
-        write_json(Path(directory) / CALIBRATION, {"mean": self.mean, "std": self.std})
+        with replacing(directory) as fresh:
+            save_pretrained(self, fresh, tokenizer)
+            write_json(fresh / CALIBRATION, {"mean": self.mean, "std": self.std})
 
     @classmethod
     def from_pretrained(

@@ -1,17 +1,20 @@
 """The corpora that ship with the package, one list per split: aligned Bible verses, Jane Austen's novels, WordNet.
 
-A corpus is loaded at its first use and kept; an unknown split raises ValueError. `build_corpora` says where they come
+A corpus is loaded at its first use and kept; an unknown split raises ValueError, a damaged file FileError. `build_corpora` says where they come
 from and how the splits are kept apart.
 """
 
 import lzma
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from ..files import expecting
 from .splits import check_split
 
+T = TypeVar("T")
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 
@@ -56,14 +59,13 @@ class Synset(NamedTuple):
 @cache
 def bible(split: str) -> list[Verse]:
     """Verses of `split` ("train", "validation" or "test"), in the Bible's order."""
-    rows = _rows("bible", split)
-    return [Verse(book, int(chapter), int(verse), kjv, bbe) for book, chapter, verse, kjv, bbe in rows]
+    return _rows("bible", split, lambda book, chapter, verse, *texts: Verse(book, int(chapter), int(verse), *texts))
 
 
 @cache
 def austen(split: str) -> list[Chapter]:
     """Chapters of Jane Austen's six novels; chapters are counted from 1 through all volumes of a novel."""
-    return [Chapter(novel, int(chapter), text.replace("\\n", "\n")) for novel, chapter, text in _rows("austen", split)]
+    return _rows("austen", split, lambda novel, chapter, text: Chapter(novel, int(chapter), text.replace("\\n", "\n")))
 
 
 @cache
@@ -71,10 +73,13 @@ def wordnet(split: str) -> list[Synset]:
     """WordNet's synsets: nouns, then verbs, adjectives and adverbs."""
     synsets = []
     for short, part_of_speech in PARTS_OF_SPEECH.items():
-        for words, definition, examples in _rows(f"wordnet-{short}", split):
+
+        def synset(words: str, definition: str, examples: str, part_of_speech: str = part_of_speech) -> Synset:
             triples = (word.rsplit("#", 2) for word in words.split("|"))
             headwords = tuple(Headword(lemma, int(sense), int(count)) for lemma, sense, count in triples)
-            synsets.append(Synset(headwords, part_of_speech, definition, tuple(filter(None, examples.split("|")))))
+            return Synset(headwords, part_of_speech, definition, tuple(filter(None, examples.split("|"))))
+
+        synsets += _rows(f"wordnet-{short}", split, synset)
     return synsets
 
 
@@ -103,9 +108,10 @@ def general_corpora(split: str) -> dict[str, list[str]]:
     }
 
 
-def _rows(name: str, split: str) -> list[list[str]]:
+def _rows(name: str, split: str, make: Callable[..., T]) -> list[T]:
+    """What `make` makes of the columns of each line of a split. Raises FileError for a damaged file."""
     check_split(split)
-    packed = files("minipeft.text").joinpath("data", f"{name}.tsv.xz").read_bytes()
-    lines = lzma.decompress(packed).decode("utf-8").split("\n")[:-1]
-    prefix = split + "\t"
-    return [line[len(prefix) :].split("\t") for line in lines if line.startswith(prefix)]
+    place, prefix = files("minipeft.text").joinpath("data", f"{name}.tsv.xz"), split + "\t"
+    with expecting("the corpus, compressed text", place):
+        lines = lzma.decompress(place.read_bytes()).decode("utf-8").split("\n")[:-1]
+        return [make(*line[len(prefix) :].split("\t")) for line in lines if line.startswith(prefix)]

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import parse_json
+
 
 class DatasetError(ValueError):
     """A data file is not as it should be; the text says the file, the line, what is wrong and what would be right."""
@@ -153,11 +155,9 @@ def _json(line: bytes) -> Any:
     if not line.strip():
         raise ValueError("the line is blank; every line before the end must hold one JSON object")
     try:
-        return json.loads(_decoded(line), object_pairs_hook=_object_without_duplicates)
+        return parse_json(_decoded(line), object_pairs_hook=_object_without_duplicates)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError("not valid JSON here: nested too deeply") from error
 
 
 def _prompt(line: bytes) -> str | Record:
@@ -190,12 +190,15 @@ def record_of(value: Any) -> Record:
     if form is UnpairedPreference and not isinstance(value["label"], bool):
         raise ValueError(f"field 'label' must be true (desirable) or false, got {_json_type(value['label'])}")
     optional = _OPTIONAL.get(form, ())
-    return form(
+    record = form(
         *(
             value[field] if field == "label" else _text(value.get(field, ""), f"field {field!r}", field in optional)
             for field in form._fields
         )
     )
+    if form is Preference and record.chosen == record.rejected:
+        raise ValueError("fields 'chosen' and 'rejected' are the same text, so that neither is preferred")
+    return record
 
 
 def _read_text(path: Path) -> Document:

@@ -8,13 +8,15 @@ never because a user's text happens to spell one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import FileError, read_json, write_json, write_text
+from ..directory import replacing
+from ..files import FileError, expecting, read_json, write_json, write_text
 from ..train.batches import pad_sequences
 from . import chat
 
@@ -35,12 +37,13 @@ class Tokenizer:
 
     Attributes: `eos_token`, `pad_token` (str or None), `eos_token_id`, `pad_token_id` (int or None), `vocab_size` (ids
     are 0 .. vocab_size - 1, special tokens included), `chat_template` (a Jinja program as str, or None).
-    Raises ValueError for a config whose tokens the tokenizer lacks.
+    Raises ValueError for a config whose tokens the tokenizer lacks, and for ids far above the number of tokens.
     """
 
     def __init__(self, backend: Any, config: dict[str, Any] | None = None):
-        self.config = dict(config or {})
-        self._plain = _copy(backend)
+        self.config, self.vocab_size = dict(config or {}), _size(backend)
+        with of_library(ValueError, "the tokenizers library cannot write the tokenizer"):
+            self._plain = _copy(backend)
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True  # a special token's text in plain text is only text
@@ -65,7 +68,7 @@ class Tokenizer:
             return None, None
         if not isinstance(token, str):
             raise ValueError(f"tokenizer_config.json: {name} must be a string or an added token, got {token!r}")
-        token_id = self._plain.token_to_id(token)
+        token_id = self._plain.token_to_id(token) if _is_unicode(token) else None
         if token_id is None:
             raise ValueError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
         return token, token_id
@@ -95,24 +98,22 @@ class Tokenizer:
         if not path.is_file():
             raise FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
         text = path.read_bytes()
-        try:
+        with of_library(FileError, f"{path}: not a tokenizer that the tokenizers library reads"):
             backend = tokenizers.Tokenizer.from_buffer(text)
-        except Exception as error:  # the library raises bare Exception, with the reason as its text
-            raise FileError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from error
         config: dict[str, Any] = {}
         for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
             content = read_json(directory / name) if (directory / name).is_file() else {}
             config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
-            config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            with expecting("text in UTF-8", directory / "chat_template.jinja"):
+                config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, config)
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
-        write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
+        with replacing(directory) as fresh:
+            write_text(fresh / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
+            write_json(fresh / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos_token={self.eos_token!r}, pad_token={self.pad_token!r})"
@@ -138,6 +139,7 @@ class Tokenizer:
         added = [tokenizers.AddedToken(t, special=special_tokens, normalized=not special_tokens) for t in tokens]
         for backend in (self._plain, self._control):
             (backend.add_special_tokens if special_tokens else backend.add_tokens)(added)
+        self.vocab_size = _size(self._plain)
         self._read()
         return self.vocab_size - before
 
@@ -157,11 +159,6 @@ class Tokenizer:
         self.config |= named
         self._read()
         return count
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
-        return self._plain.get_vocab_size(with_added_tokens=True)
 
     def token_to_id(self, token: str) -> int:
         """The id of one token; ValueError where the vocabulary does not have it."""
@@ -194,7 +191,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts, on several threads.
 
-        Raises TypeError for what is no str, ValueError for one that is not valid Unicode.
+        Raises TypeError for what is no str, ValueError for one that is not valid Unicode, or that has no tokens here.
         """
         for text in texts:
             if not isinstance(text, str):
@@ -204,7 +201,8 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text to encode is not valid Unicode: {error}") from error
         backend = self._control if allow_special else self._plain
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        with of_library(ValueError, "the tokenizer cannot encode this"):
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
     def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
@@ -261,12 +259,16 @@ class Tokenizer:
             raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")
         # longest first: where a special token's text begins with another's, the longer one is meant
         special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
-        hidden: list[str] = []
+        hidden: dict[str, str] = {}
+
+        def mark(found: re.Match) -> str:
+            hidden[place := f"{guard}{len(hidden)}{guard}"] = found[0]
+            return place
 
         def hide(value: Any) -> Any:
             """A value without the special tokens' texts in it, so that each one in the result is the template's."""
             if isinstance(value, str):
-                return special.sub(lambda m: hidden.append(m[0]) or f"{guard}{len(hidden) - 1}{guard}", value)
+                return special.sub(mark, value)
             if isinstance(value, Mapping):
                 return {key: hide(item) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list | tuple) else value
@@ -275,7 +277,7 @@ class Tokenizer:
         variables = names | {key: hide(value) for key, value in variables.items()}
         text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
         pieces = [  # plain text and special tokens take turns
-            Special(piece) if i % 2 else re.sub(f"{guard}(\\d+){guard}", lambda m: hidden[int(m[1])], piece)
+            Special(piece) if i % 2 else re.sub(f"{guard}\\d+{guard}", lambda m: hidden.get(m[0], m[0]), piece)
             for i, piece in enumerate(re.split(f"({special.pattern})", text))
         ]
         return tuple(filter(None, pieces))
@@ -290,7 +292,8 @@ class Tokenizer:
         if wrong is not None:
             raise ValueError(f"token ids are 0 to {size - 1}, got {wrong}")
         skipped = self._special_ids if skip_special_tokens else ()
-        return self._plain.decode([token_id for token_id in ids if token_id not in skipped], skip_special_tokens=False)
+        with of_library(ValueError, "the tokenizer cannot decode this"):
+            return self._plain.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
 
     def pad(self, sequences: Sequence[Sequence[int]], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
         """`(ids, mask)`, int64 [batch, longest]: sequences filled up with the padding token, 1 where a token is real.
@@ -310,6 +313,33 @@ def _as_mapping(message: Any) -> Mapping[str, Any]:
     if not isinstance(fields, Mapping) or not isinstance(fields.get("role"), str):
         raise TypeError(f'a message must be a mapping with "role" and "content", got {message!r}')
     return fields
+
+
+@contextmanager
+def of_library(error: type[ValueError], what: str) -> Iterator[None]:
+    """Inside, what the tokenizers library raises, bare Exception or a panic of Rust's, becomes an `error`."""
+    try:
+        yield
+    except error:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise error(f"{what} ({e})") from e
+
+
+def _size(backend: Any) -> int:
+    """One more than the highest id; some below may be no token's. The library takes memory for all of them."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    highest = max(ids, default=-1)
+    if highest >= max(2 * len(ids), 1 << 16):
+        raise ValueError(f"the tokenizer has {len(ids)} tokens, but ids up to {highest}")
+    return highest + 1
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no halves of surrogate pairs, which UTF-8 does not have either."""
+    return text == text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _copy(backend: Any) -> Any:

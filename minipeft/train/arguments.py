@@ -43,7 +43,7 @@ class TrainingArguments:
         None, "LoRA+: B learns at N times the rate (16 in the paper, which lowers it), factors of embeddings at 1e-6",
         least=1, metavar="N",
     )  # fmt: skip
-    max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 or None does not", least=0)
+    max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
     warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")
     warmup_steps: int = option(0, "steps that warm up, in place of the share", least=0)
@@ -54,7 +54,7 @@ class TrainingArguments:
         None, "stop after N evaluations in a row without a lower loss", least=1, flag="--early-stopping"
     )
     seed: int = option(0, "seed of the order of the data and of dropout", least=0)
-    progress: bool = option(True, "say on stderr how far it is: a bar, or without a terminal a line every 10 s")
+    progress: bool = option(True, "say on stderr how far it is: a bar, or in a log file a line every 10 s")
 
     def __post_init__(self) -> None:
         check(self)

@@ -4,12 +4,13 @@
                               optimizer.safetensors   the optimizer's moments
                               callbacks.safetensors   what callbacks keep (AdaLoRA), if they do
                               best.safetensors        the trainable parameters of the best evaluation (early stopping)
-                              state.json              everything else, and the size and SHA-256 of the other files
+                              state.json              everything else, the lines of metrics.jsonl up to here among it,
+                                                      and the size and SHA-256 of the other files
 
 A checkpoint is written into a temporary directory beside its place, every file and the directory are flushed to the
 disk, and then the directory is renamed, which the file system does in one step. A crash or a `kill -9` at any moment
 leaves the earlier checkpoints, and perhaps a temporary directory, which the next run removes. An old checkpoint is
-deleted only when a newer one is on the disk.
+deleted only when a newer one is on the disk, and a directory of that name that is none, never.
 
 Frozen parameters are not stored, only their fingerprint: a checkpoint restores the full model together with the base
 it was trained on, and refuses another base.
@@ -23,19 +24,21 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backend import Array, is_array, to_numpy
-from ..files import FileError, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
+from ..directory import discard
+from ..files import FileError, expecting, fsync_directory, read_json, read_safetensors, write_json, write_safetensors
 from ..nn.module import Module
+from ..options import fits
 from .optim import Optimizer
 
 FORMAT = "minipeft checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(FileError):
@@ -96,6 +99,14 @@ def unpack_optimizer(optimizer: Optimizer, arrays: dict[str, np.ndarray], values
     optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})
 
 
+def check_shapes(arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless the arrays are those of these names and shapes."""
+    for name in {**shapes, **arrays}:
+        shape = arrays[name].shape if name in arrays else None
+        if shape != shapes.get(name):
+            raise ValueError(f"{name} has the shape {shape} there, {shapes.get(name)} here")
+
+
 def check_identity(path: Path, here: dict[str, Any], there: dict[str, Any]) -> None:
     """CheckpointError naming the first thing in which the run that is `here` differs from that of a checkpoint."""
     for name in [*here, *(set(there) - set(here))]:
@@ -123,10 +134,19 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return (list_checkpoints(output_dir) or [None])[-1]
 
 
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether `save_checkpoint` wrote a directory, whatever has been damaged since."""
+    try:
+        with open(Path(path) / "state.json", "rb") as file:
+            return f'"format": "{FORMAT}"'.encode() in file.read(64)
+    except OSError:
+        return False
+
+
 def save_checkpoint(
     output_dir: str | os.PathLike, step: int, arrays: dict[str, dict[str, np.ndarray]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `checkpoint-{step}`, then delete all but the newest `keep`; returns its path.
+    """Write `checkpoint-{step}`, then delete all but the newest `keep` checkpoints; returns its path.
 
     Args:
         arrays: file name without suffix -> host arrays by name, each written as one safetensors file.
@@ -154,18 +174,14 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(root)
-    for old in list_checkpoints(root)[:-keep]:
-        doomed = root / f".{old.name}.{uuid.uuid4().hex}.tmp"
-        os.rename(old, doomed)  # in one step, so that no half-deleted checkpoint is ever seen
-        shutil.rmtree(doomed)
+    remove_old(root, keep)
     return target
 
 
-def remove_leftovers(output_dir: str | os.PathLike) -> None:
-    """Remove the temporary directories of checkpoints whose writing or deleting was interrupted."""
-    for path in Path(output_dir).glob(".checkpoint-*.tmp"):
-        if re.fullmatch(r"\.checkpoint-\d+\.[0-9a-f]{32}\.tmp", path.name):
-            shutil.rmtree(path)
+def remove_old(output_dir: str | os.PathLike, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for old in list(filter(is_checkpoint, list_checkpoints(output_dir)))[:-keep]:
+        discard(old)
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, np.ndarray]], dict[str, Any]]:
@@ -186,19 +202,23 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[int, dict[str, dict[str, n
     if body.get("version") != VERSION:
         raise CheckpointError(f"{where}: format version {body.get('version')!r}; this package reads version {VERSION}")
     checksum = body.pop("sha256", None)
-    if checksum != _digest(body):
-        raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
-    arrays = {}
-    for name, expected in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing from the checkpoint")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes where {expected['bytes']} were written")
-        if _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file}: corrupted: its bytes do not match their checksum")
-        arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
-    return body["step"], arrays, body["state"]
+    arrays, here = {}, {file.name for file in path.iterdir() if file.is_file()}
+    with expecting("what a checkpoint holds", where, CheckpointError):
+        if checksum != _digest(body):
+            raise CheckpointError(f"{where}: corrupted: its content does not match its checksum")
+        for name, expected in body["files"].items():
+            file = path / name
+            if name not in here:
+                raise CheckpointError(f"{file}: missing from the checkpoint")
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{file}: has {file.stat().st_size} bytes where {expected['bytes']} were written")
+            if _sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file}: corrupted: its bytes do not match their checksum")
+            arrays[name.removesuffix(".safetensors")] = read_safetensors(file)[0]
+        step, state = body["step"], dict(body["state"])
+        if not fits(step, int) or step < 0:
+            raise ValueError(f"the step is {step!r}")
+    return step, arrays, state
 
 
 def _sha256(path: Path) -> str:

@@ -5,60 +5,45 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, write_atomic
+from ..files import naming, write_atomic, write_text
 from ..lazy import extra
 
 
 class Metrics:
-    """Records in memory (`history`) and, given a path, one JSON line each in a file.
+    """Records in memory (`history`) and, given a path, one JSON line each in a file (`lines`).
 
-    `position` is the number of bytes to keep of what an earlier run wrote: the rest was written after the checkpoint
-    from which the run resumes, and is cut off, so that no line is doubled. 0 keeps nothing.
-
-    Raises FileError when the file is shorter than `position`, or holds anything but JSON lines up to there.
+    `lines` are those that the checkpoint knows from which the run resumes. The file is written anew with them: what was
+    recorded after the checkpoint is recorded again, and what has become of the file meanwhile does not matter.
     """
 
-    def __init__(self, path: Path | None, position: int = 0):
-        self.history: list[dict[str, Any]] = []
+    def __init__(self, path: Path | None, lines: str = ""):
+        self.lines = lines.splitlines(keepends=True)
+        self.history: list[dict[str, Any]] = [json.loads(line) for line in self.lines]
         self._file = None
-        if path is None:
-            return
-        size = path.stat().st_size if path.exists() else 0
-        if size < position:
-            raise FileError(
-                f"{path}: has {size} bytes, but {position} when the checkpoint was written; put the file back"
-            )
-        self._file = open(path, "r+b" if path.exists() else "w+b")
-        try:
-            self.history = [json.loads(line) for line in self._file.read(position).splitlines()]
-        except ValueError as error:
-            self._file.close()
-            raise FileError(f"{path}: the first {position} bytes are not lines of JSON ({error})") from error
-        self._file.seek(position)
-        self._file.truncate()
+        if path is not None:
+            write_text(path, lines)
+            self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record."""
         self.history.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-
-    def position(self) -> int:
-        """The length of the file in bytes, which is on the disk when this returns; 0 without a file."""
-        if self._file is None:
-            return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+            self.lines.append(json.dumps(record, allow_nan=False) + "\n")
+            with naming(self._file.name):
+                self._file.write(self.lines[-1])
+                self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, which is on the disk then."""
         if self._file is not None:
+            os.fsync(self._file.fileno())
             self._file.close()
 
 
@@ -105,6 +90,15 @@ def png(figure: Any) -> bytes:
 def save_png(figure: Any, path: str | os.PathLike) -> None:
     """Write a figure as a PNG file, atomically; the same figure gives the same bytes."""
     write_atomic(path, lambda file: file.write(png(figure)))
+
+
+@contextmanager
+def picture(path: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """Inside, the path's picture is drawn; where it cannot be, that is a warning, and what was trained is not lost."""
+    try:
+        yield path
+    except Exception as error:  # matplotlib raises anything, of any type, from its import on
+        warnings.warn(f"{path} was not drawn: {error}", stacklevel=3)
 
 
 def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:

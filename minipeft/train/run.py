@@ -19,18 +19,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..backend import asarray, is_array, to_numpy, xp_of
+from ..directory import locked
+from ..files import expecting, parse_json
+from ..options import fits
 from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
-from .progress import progress
 
-_SAVED = {"identity", "metrics_bytes", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
+_SAVED = {"identity", "metrics", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
 
 class Run:
@@ -72,23 +74,24 @@ class Run:
         """Start, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
 
         Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
-        last; CheckpointError for one that is missing, damaged, or of another run.
+        last; CheckpointError for one that is missing, damaged, or of another run; DirectoryInUse.
         """
-        position, directory = 0, self.directory
-        if resume:
-            position = self._resume(resume)
-        elif directory and (found := checkpoint.last_checkpoint(directory)):
-            raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
-        if directory:
-            directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_leftovers(directory)
-        self._metrics = Metrics(directory and directory / "metrics.jsonl", position)
-        self.history = self._metrics.history
-        try:
-            with progress(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
-                yield
-        finally:
-            self._metrics.close()
+        from .progress import progress  # and tqdm with it, which is only then needed
+
+        directory = self.directory
+        with locked(directory) if directory else nullcontext():
+            lines = ""
+            if resume:
+                lines = self._resume(resume)
+            elif directory and (found := checkpoint.last_checkpoint(directory)):
+                raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
+            self._metrics = Metrics(directory and directory / "metrics.jsonl", lines)
+            self.history = self._metrics.history
+            try:
+                with progress(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
+                    yield
+            finally:
+                self._metrics.close()
 
     def __iter__(self) -> Iterator[int]:
         while self.step < self.total_steps and not self.stopped:
@@ -117,14 +120,14 @@ class Run:
             "state": {name: value for name, value in state.items() if name not in files},
             "stopped": self.stopped,
             "optimizer": optimizer,
-            "metrics_bytes": self._metrics.position(),
+            "metrics": "".join(self._metrics.lines),
             "identity": self.identity,
         }
         arrays = {file: {name: to_numpy(array) for name, array in group.items()} for file, group in files.items()}
         checkpoint.save_checkpoint(self.directory, self.step, arrays, content, self.config.save_total_limit)
 
-    def _resume(self, source: bool | str | os.PathLike) -> int:
-        """Put everything where the checkpoint was; returns the length of the metrics file then."""
+    def _resume(self, source: bool | str | os.PathLike) -> str:
+        """Put everything where the checkpoint was; returns the lines of the metrics file then."""
         if self.directory is None:
             raise ValueError("resume_from_checkpoint needs the output_dir of the run that is to be resumed")
         path = newest = checkpoint.last_checkpoint(self.directory)
@@ -140,17 +143,29 @@ class Run:
             raise checkpoint.CheckpointError(f"{path}: was not written by a trainer: it has no {', '.join(lacking)}")
         if path.resolve() != newest.resolve():
             raise ValueError(f"{newest} is later than {path.name}: resume from it, or remove it first")
-        checkpoint.check_identity(path, self.identity, content["identity"])
-        checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
-        parameters, trained = self.trainer.trainable, arrays.pop("model")
-        xp = xp_of(*[p.data for p in parameters.values()])
-        for name, p in parameters.items():
-            p.data[...] = asarray(trained[name], xp)
-        arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
-        self.callbacks.load_state_dict(arrays.pop("callbacks", {}))
-        self.trainer.load_state({**content["state"], **arrays})
-        self.step, self.stopped = step, content["stopped"]
-        return content["metrics_bytes"]
+        with expecting("what this run would have written", path, checkpoint.CheckpointError):
+            checkpoint.check_identity(path, self.identity, content["identity"])
+            stopped, metrics, parameters = content["stopped"], content["metrics"], self.trainer.trainable
+            if not (fits(stopped, bool) and fits(metrics, str)):
+                raise ValueError(f"stopped is {stopped!r}, metrics {metrics!r}")
+            for record in map(parse_json, metrics.splitlines()):
+                drawn = [record.get(name) for name in ("loss", "eval_loss")]  # the rest is a callback's own
+                if not fits(record["step"], int) or not fits(drawn, list[float | None]):
+                    raise ValueError(f"among the metrics is {record!r}")
+            trained = arrays.pop("model")
+            checkpoint.check_shapes(trained, {name: p.shape for name, p in parameters.items()})
+            checkpoint.unpack_optimizer(self.trainer.optimizer, arrays.pop("optimizer"), content["optimizer"])
+            xp = xp_of(*[p.data for p in parameters.values()])
+            arrays = {file: {n: asarray(a.copy(), xp) for n, a in group.items()} for file, group in arrays.items()}
+            kept = arrays.pop("callbacks", {})
+            self.trainer.load_state({**content["state"], **arrays})
+            self.callbacks.load_state_dict(kept)
+            for name, p in parameters.items():
+                p.data[...] = asarray(trained[name], xp)
+                p._version += 1
+            self.step, self.stopped = step, stopped
+        checkpoint.remove_old(self.directory, self.config.save_total_limit)  # which a kill may have prevented
+        return metrics
 
 
 def _is_file(value: Any) -> bool:

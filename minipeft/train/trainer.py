@@ -17,24 +17,26 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array
+from ..backend import Rng, is_array
 from ..executors import opened
 from ..nn.module import Module, Parameter
+from ..options import configuration, option
 from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
-from .checkpoint import adapter_options, arrays_in, fingerprint, frozen_fingerprint
+from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, Statistics, means, measure, model_loss
-from .metrics import plot_loss
-from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
+from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .kernels import sum_of_squares
+from .metrics import picture, plot_loss
+from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
 from .run import Run
@@ -56,21 +58,21 @@ def training_step(
     `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    seen: list[Statistics] = []
     for batch in batches:
         if batch.weight:
             parts.append(Part(batch, batch.weight / total, Rng(seed, first_row=first_row).at(step - 1)))
         first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        losses = workers.losses(parts) if workers else (add_gradients(model, loss, part) for part in parts)
-        for part, (L_b, statistics) in zip(parts, losses):
+        results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
+        callbacks.before_step(step)
+        gradients = gradients_of(parameters.items())
+        losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
+        for part, L_b in zip(parts, losses):
             L += part.share * L_b
-            seen.append(statistics)
             if not math.isfinite(L):
                 raise diverged(step, L, parameters, optimizer)
-        callbacks.before_step(step)
         try:
-            norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
+            norm = clip(gradients, squares, max_grad_norm or math.inf)
         except NonFiniteGradient:
             raise diverged(step, L, parameters, optimizer) from None
         optimizer.step()
@@ -110,14 +112,14 @@ class TrainingResult:
         return [(r["step"], r[key]) for r in self.history if key in r]
 
 
-@dataclass
+@configuration
 class _Best:
     """The best evaluation so far; the weights (and what callbacks keep) only where early stopping needs them."""
 
-    best_eval_loss: float | None = None
-    best_step: int | None = None
-    best: dict[str, Array] = field(default_factory=dict)
-    best_callbacks: dict[str, Array] = field(default_factory=dict)
+    best_eval_loss: float | None = option(None, "the lowest held-out loss")
+    best_step: int | None = option(None, "after which it was measured")
+    best: dict[str, Any] = option({}, "the trained parameters then")
+    best_callbacks: dict[str, Any] = option({}, "what the callbacks kept then")
 
 
 # What may differ between a run and the one that resumes it; everything else decides the bytes of the weights.
@@ -196,7 +198,8 @@ class Trainer:
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        self.warmup_steps = self.args.warmup_steps or math.ceil(self.args.warmup_ratio * self.total_steps)
+        share = math.ceil(self.args.warmup_ratio * self.total_steps)  # not all: the rate of the first step is 0
+        self.warmup_steps = self.args.warmup_steps or min(share, self.total_steps - 1)
 
     def __repr__(self) -> str:
         examples = f"{len(self.train_examples):,} examples, {len(self.eval_examples or ()):,} held out"
@@ -239,7 +242,8 @@ class Trainer:
         `minipeft.executors.opened`), workers compute the batches of each step, of which there are
         gradient_accumulation_steps; a record then has "bytes_moved" (see `minipeft.train.parallel`). Raises ValueError
         for a fresh run into an output_dir that holds checkpoints, and to resume from any but its last; CheckpointError
-        for one that is missing, damaged, or of another base, data set, arguments or callbacks.
+        for one that is missing, damaged, or of another base, data set, arguments or callbacks; DirectoryInUse where
+        another process writes into output_dir.
         """
         began, a, self._best, self._done, self._workers = time.perf_counter(), self.args, _Best(), 0, None
         early = [EarlyStopping(a.early_stopping_patience)] if a.early_stopping_patience else []
@@ -258,10 +262,12 @@ class Trainer:
                 if self._best.best:
                     for name, p in self.trainable.items():
                         p.data[...] = self._best.best[name]
+                        p._version += 1
                     self._callbacks.load_state_dict(self._best.best_callbacks)
                 check_parameters(run.step, self.trainable, self.optimizer)
                 if run.directory:
-                    plot_loss(run.history, run.directory / "loss.png")
+                    with picture(run.directory / "loss.png") as path:
+                        plot_loss(run.history, path)
             finally:
                 self.model.zero_grad()
         seconds, best = time.perf_counter() - began, self._best
@@ -324,8 +330,12 @@ class Trainer:
         return dict(vars(self._best))
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self._best = _Best(**state)
+        """Take up what `state` gave. Raises ValueError, or another error of Python's, for anything else."""
+        best = _Best(**state)
+        if best.best:
+            check_shapes(best.best, {name: p.shape for name, p in self.trainable.items()})
+            self._callbacks.load_state_dict(best.best_callbacks)  # only to see that they can be
+        self._best = best
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""

@@ -60,8 +60,10 @@ def their_parameters(model):
 
 def our_parameters(model):
     """Under PEFT's names."""
-    names = {"prompt_embeddings": "embedding.weight"}
-    return {names.get(name, name): p for name, p in model.prompts["default"].named_parameters()}
+    mlp = "transform" if model.peft_config["default"].peft_type == "PREFIX_TUNING" else "mlp_head"
+    names = {"prompt_embeddings": "embedding.weight", "e": "embedding.weight"}
+    names |= {f"{n}{i + 1}": f"{mlp}.{2 * i}.{word}" for i in range(3) for n, word in (("W", "weight"), ("b", "bias"))}
+    return {names[name]: p for name, p in model.prompts["default"].named_parameters()}
 
 
 @pytest.mark.parametrize(("dialect", "case"), both)
