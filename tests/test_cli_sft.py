@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from cli_helpers import continued, jsonl, refused, run, tiny, written
 
@@ -94,6 +96,18 @@ def test_an_adapter_carries_its_template(model, data, tmp_path, capsys):
     answer = generate("--model", model, "--adapter", output, "--prompt", "Say one.", capsys=capsys)
     raw = generate("--model", model, "--adapter", output, "--prompt", "Say one.", "--template", "plain", capsys=capsys)
     assert "Say one." not in answer and raw.startswith("Say one.")
+
+
+def test_an_adapter_without_a_template_is_asked_as_the_base_that_it_remembers(model, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "template.json").write_text('{"template": "alpaca"}')
+    adapted = mp.get_peft_model(mp.from_pretrained(base)[0], mp.LoraConfig(r=1, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    asked = ("--adapter", tmp_path / "adapter", "--prompt", "Say one.")
+    named = generate("--model", base, *asked, capsys=capsys)
+    assert generate(*asked, capsys=capsys) == named and "Say one." not in named
+    assert generate(*asked, "--template", "plain", capsys=capsys).startswith("Say one.")
 
 
 def test_the_shipped_instructions_are_tested_apart(model, tmp_path, capsys):

@@ -176,7 +176,7 @@ __device__ void softmax_row(T* a, MASK, bool causal, long long H, long long quer
     if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
     EACH(j, seen) total += a[j] = exp(a[j] - top);
     total = sum(total);
-    EACH(j, S) a[j] = j < seen && total > 0 ? a[j] / total : T(0);
+    EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
 }
 extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
     softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
@@ -458,32 +458,35 @@ def _linear(x, weight, bias=None, alpha=1.0):
 @kernel(ops.addmm, "cupy")
 def _addmm(bias, x, weight):
     check.linear("addmm", x, weight, bias, inputs=0)
-    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, 1.0, False)) or [None] * 4
-    return ops.addmm.definition(bias, x, weight) if y is None else (y, db, dx, dw)
+    found = _affine(x, weight, bias, 1.0, False) if x.dtype.char in "fd" else None
+    if found is None:
+        return ops.addmm.definition(bias, x, weight)
+    y, dx, dw, db = found
+    return y, db, dx, dw
 
 
 def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transposed: bool) -> tuple | None:
-    """y = α x Wᵀ + b (transposed), or α x W + b; None where dtypes meet, but for a weight in float16."""
+    """y = α x Wᵀ + b (transposed), or α x W + b; None where dtypes meet, other than a weight's in float16."""
 
-    def w():  # [in, out]; widened again in backward: the wide copy is not kept
-        wide = _widen(weight, x)
-        return wide.T if transposed else wide
+    def wide(like):  # [in, out]; widened again in backward, and not kept
+        w = _widen(weight, like)
+        return w.T if transposed else w
 
-    if w().dtype != x.dtype or (bias is not None and _widen(bias, x).dtype != x.dtype):
+    w, b = wide(x), None if bias is None else _widen(bias, x)
+    if any(a is not None and a.dtype != x.dtype for a in (w, b)):
         return None
-    x, shape, vector = _rows(x), (*x.shape[:-1], w().shape[1]), bias is not None and bias.ndim == 1
-    if bias is None or vector:
-        y = product(x, w(), alpha).reshape(shape)
-    else:
-        y = _widen(bias, x).copy()
-        product(x, w(), alpha, _rows(y), 1.0)
+    x, y = _rows(x), _cupy().empty((*x.shape[:-1], w.shape[1]), x.dtype)
+    added, vector = b is not None and b.ndim > 1, b is not None and b.ndim == 1
+    if added:
+        y[...] = b
+    product(x, w, alpha, _rows(y), float(added))
     if vector:
-        y += bias
+        y += b
 
     def dw(g):
         return _sum(_rows(g).T, x, alpha) if transposed else _sum(x.T, _rows(g), alpha)
 
-    return y, lambda g: _sum(_rows(g), w().T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
+    return y, lambda g: _sum(_rows(g), wide(g).T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
 
 
 # ------------------------------------------------------------------------------------------- embeddings and attention
@@ -521,21 +524,17 @@ _rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y =
 
 @device(ops.rope, 3)
 def _rope(x, cos, sin):
-    """Gives a contiguous array, as attention reads it, and a gradient in the order of x's memory: heads merge freely."""
-    half, c, s = x.shape[-1] // 2, cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
-    order = sorted(range(4), key=lambda axis: -x.strides[axis])
-    y, shape = _cupy().empty(x.shape, x.dtype), [x.shape[axis] for axis in order]
+    half = slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None)
 
-    def dx(g):  # to exchange the halves is to rotate the other way
-        d = _cupy().empty(shape, g.dtype).transpose(np.argsort(order).tolist())
-        _rotated(g[..., half:], g[..., :half], c, s, d[..., half:], d[..., :half])
-        return d
+    def rotate(x, first, second):  # to exchange the halves is to rotate the other way
+        y = _cupy().empty(x.shape, x.dtype)
+        _rotated(x[..., first], x[..., second], cos[:, None], sin[:, None], y[..., first], y[..., second])
+        return y
 
-    _rotated(x[..., :half], x[..., half:], c, s, y[..., :half], y[..., half:])
-    return y, dx
+    return rotate(x, *half), lambda g: rotate(g, *half[::-1])
 
 
-ANSWER, SHARED = 256, 48 << 10  # threads that answer one query, and the bytes that their scores fit into
+ANSWER, SHARED = 256, 47 << 10  # threads that answer one query, and the bytes that their scores fit into
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
@@ -696,7 +695,7 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoo
             made.append(logits)
         return logits
 
-    return loss, lambda g: _sum(dlogits(g), _widen(weight, h)), lambda g: _sum(dlogits(g).T, h)
+    return loss, lambda g: _sum(dlogits(g), _widen(weight, g)), lambda g: _sum(dlogits(g).T, h)
 
 
 def _contiguous(a: Array) -> Array:

@@ -239,7 +239,6 @@ class AdaLoraConfig(PeftConfig):
 
     peft_type, adapter_class = "ADALORA", AdaLoraLinear
     usual_learning_rate = 3e-2
-    kinds = ("linear", "conv1d")
     usual_targets = TARGETS
 
     def __post_init__(self) -> None:

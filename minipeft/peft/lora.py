@@ -24,7 +24,7 @@ from ..options import configuration, option
 from .config import Seed, Shape
 from .layer import Adapter, Inner
 from .ranks import Ranked, check_rank, pattern_value
-from .targets import QUERY_AND_VALUE, kind_of
+from .targets import kind_of
 from .trainable_tokens import WithTokenRows
 from .variants import check_variant, variant_class
 from .weights import fill, kaiming_uniform, with_update
@@ -98,7 +98,6 @@ class LoraConfig(WithTokenRows, Ranked):
 
     peft_type = "LORA"
     kinds = ("linear", "conv1d", "embedding")
-    usual_targets = QUERY_AND_VALUE
     stores_constants = False  # recomputed from W on loading, not written
 
     def __post_init__(self) -> None:

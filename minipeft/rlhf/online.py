@@ -261,6 +261,7 @@ class OnlineTrainer(ABC):
                 norm = clip(gradients, total, c.max_grad_norm or math.inf)
             except NonFiniteGradient as error:
                 raise self._error(f"{error}; {self._advice()}") from error
+            del gradients  # what holds them besides the parameters would hold them through the next backward pass
             self.optimizer.step()
             seen.append({**stats, "grad_norm": norm})
             self._callbacks.after_step(number, {"step": number, **seen[-1]})
