@@ -113,6 +113,22 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+def read(*arrays: Array) -> list[np.ndarray]:
+    """Small arrays, of any shapes, in host memory as float64: explicit copies, and one wait for the device for them all."""
+    found = [a for a in arrays if _library(type(a)) not in (np, None)]
+    if found:
+        joined = xp_of(*found).concatenate([a.reshape(-1) for a in found], dtype=np.float64).get()
+        parts = iter(np.split(joined, np.cumsum([a.size for a in found])[:-1]))
+        arrays = [next(parts).reshape(a.shape) if _library(type(a)) not in (np, None) else a for a in arrays]
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+def synchronize(xp: ModuleType) -> None:
+    """Wait until the device of `xp` has done what was asked of it; NumPy has when it returns."""
+    if hasattr(xp, "cuda"):
+        xp.cuda.Device().synchronize()
+
+
 def asarray(array: Array, xp: ModuleType | str | None = None) -> Array:
     """The array, of any shape, on the device of library `xp` (a module or a name): an explicit move, or itself.
 
@@ -212,16 +228,16 @@ def parallel_rows(xp: ModuleType, block: Callable[[slice], None], rows: int, row
 
 
 def elementwise(fn: Callable[..., None], *arrays: Array, outputs: int = 1) -> Any:
-    """y = fn over equally shaped arrays, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result.
+    """y = fn over NumPy arrays of one shape, in cache-sized blocks: `fn(out, *inputs)` writes flat pieces of the result.
 
     With more `outputs` it is given as many arrays to write into, and they are returned as a list.
     """
-    xp, first = xp_of(*arrays), arrays[0]
-    dtype = first.dtype if len(arrays) == 1 else xp.result_type(*arrays)
-    outs = [xp.empty(first.shape, dtype) for _ in range(outputs)]
-    if xp is np and first.size >= SPLIT and all(a.flags.c_contiguous for a in arrays):
+    first = arrays[0]
+    dtype = first.dtype if len(arrays) == 1 else np.result_type(*arrays)
+    outs = [np.empty(first.shape, dtype) for _ in range(outputs)]
+    if first.size >= SPLIT and all(a.flags.c_contiguous for a in arrays):
         flat = [a.reshape(-1) for a in (*outs, *arrays)]
-        parallel_rows(xp, lambda s: fn(*[a[s] for a in flat]), first.size, 1)
+        parallel_rows(np, lambda s: fn(*[a[s] for a in flat]), first.size, 1)
     elif first.ndim == 0:  # NumPy's functions give scalars for 0-d arrays, which cannot be written into
         fn(*[a.reshape(1) for a in (*outs, *arrays)])
     else:

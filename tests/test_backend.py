@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft import backend, philox
-from minipeft.backend import BackendError, Rng, add_at, as_rng, asarray, get_backend, scatter_add, to_numpy, xp_of
+from minipeft.backend import BackendError, Rng, add_at, as_rng, asarray, get_backend, read, scatter_add, to_numpy, xp_of
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -56,6 +56,15 @@ def test_moves_are_explicit_and_copy_only_across(xp):
     assert to_numpy(host) is host and asarray(host, "numpy") is host
     assert xp_of(asarray(there, np)) is np
     assert asarray([1, 2], xp).tolist() == [1, 2]
+
+
+def test_arrays_are_read_together_in_float64_and_in_their_shapes(xp):
+    given = [np.float32(0.1) * np.ones(()), np.arange(6, dtype=np.int64).reshape(2, 3), np.array([True, False]), np.zeros((0, 4))]
+    found = read(*(xp.asarray(a) for a in given), 2.5, np.ones(3, np.float16))  # numbers of the host stay there
+    for a, b in zip(found, [*given, 2.5, np.ones(3)], strict=True):
+        assert type(a) is np.ndarray and a.dtype == np.float64 and a.shape == np.shape(b)
+        np.testing.assert_array_equal(a, np.asarray(b, np.float64))
+    assert read() == []
 
 
 def test_get_backend_by_name_and_environment(monkeypatch):

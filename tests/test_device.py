@@ -136,6 +136,32 @@ def test_an_id_or_a_target_out_of_range_gives_nan_and_reads_nothing_else(cupy):
         assert np.isnan(loss.item()) and cupy.isnan(logits.grad[1]).all().item() and not cupy.isnan(logits.grad[0]).any().item()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_weight_keeps_no_activation(frozen, cupy):
+    """But for what a pullback needs, arrays go as soon as nobody else holds them."""
+    n, pool = 1 << 16, cupy.get_default_memory_pool()
+    x, w = Tensor(cupy.ones((n // 64, 64)), requires_grad=True), Tensor(cupy.eye(64), requires_grad=not frozen)
+    before = pool.used_bytes()
+    y = F.linear(F.linear(F.linear(x * 2, w), w), w)
+    kept = (pool.used_bytes() - before) // (8 * n)
+    assert kept == (1 if frozen else 4)
+    assert y.requires_grad
+
+
+def test_nan_goes_through_every_row_kernel(cupy):
+    for at, fn in [
+        ((1, 2), lambda x: F.rms_norm(x, cupy.ones(6))),
+        ((1, 2), lambda x: F.layer_norm(x, cupy.ones(6), cupy.ones(6))),
+        ((1, 2), lambda x: F.cross_entropy(x, cupy.asarray([0, 0, 0])).reshape(1, 1)),
+        ((1, 2), lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], is_causal=True)[0, 0]),
+        ((0, 2), lambda x: F.scaled_dot_product_attention(x[None, None, :1], *[x[None, None]] * 2)[0, 0]),
+    ]:
+        x = C.normal(3, 6)
+        x[at] = np.nan
+        y = fn(Tensor(cupy.asarray(x))).data
+        assert cupy.isnan(y[-1 if len(y) == 1 else 1]).all().item()
+
+
 def test_the_graph_adds_products_into_the_gradients_that_are_there(cupy):
     """A tied weight and an input of several products: the terms of both come from kernels that add."""
     x0, w0 = C.normal(3, 4), C.normal(4, 4)

@@ -14,7 +14,7 @@ from experiments.practice import Classification
 
 import minipeft as mp
 from minipeft.experiments import seeds, shipped
-from minipeft.experiments.costs import latency, merged
+from minipeft.experiments.costs import latency, memory, merged
 from minipeft.experiments.rows import described, is_of, read_rows
 from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune, l2_sp, with_dropout
 from minipeft.experiments.shipped import Rewriting
@@ -159,7 +159,14 @@ def test_merged_models_compute_the_same_and_soft_prompts_have_none(base, task):
         assert np.allclose(merged(model)(ids).data, model(ids).data, atol=1e-4), method
     for method in ("bottleneck", "prompt", "prefix"):
         assert merged(METHODS[method].prepare(base, 2)) is None, method
-    assert 0 < latency(base, prompt=4, tokens=4) < 1
+
+
+def test_costs_are_measured_on_the_models_own_device(xp, base, task):
+    there = base.copy().to(xp)
+    assert 0 < latency(there, prompt=4, tokens=2, passes=1) < 10
+    if xp.__name__ != "strict_device":  # whose arrays have objects of their own beside the numbers
+        _, measured = memory(METHODS["full"], there, task.train, 2, 0)
+        assert measured > 4 * sum(p.data.nbytes for p in base.parameters())  # weights, gradients, two moments
 
 
 # ---------------------------------------------------------------------------------------------------- the shipped task

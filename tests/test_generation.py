@@ -10,7 +10,7 @@ from models import dialects
 import minipeft as mp
 from minipeft.autograd.tensor import is_grad_enabled
 from minipeft.backend import Rng, to_numpy
-from minipeft.nn.generation import generate, generate_stream, token_probabilities
+from minipeft.nn.generation import generate, generate_stream, next_tokens, token_probabilities
 from minipeft.nn.transformer import KVCache
 
 
@@ -209,6 +209,22 @@ def test_masked_logits_and_extreme_temperatures_stay_numbers():
     assert p.tolist() == [[0, 0, 1, 0]]
     p = token_probabilities(np.array([[-np.inf, 3.0, 5.0]], np.float32), temperature=1e6)
     np.testing.assert_allclose(p, [[0, 0.5, 0.5]], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.0, None, None), (0.7, None, None), (1.0, 5, None), (1.5, None, 0.6), (1.0, 40, 0.9)])
+def test_the_tokens_chosen_on_a_device_are_the_hosts(xp, rng, temperature, top_k, top_p, dtype):
+    rows = np.arange(40)
+    logits = (3 * rng.standard_normal((40, 77))).astype(dtype)
+    logits[10:20] = logits[10:20].round()  # many are equal
+    logits[20:30, ::3] = -np.inf
+    logits[30] = 0.0
+    options = temperature, top_k, top_p, Rng(3, 1), rows
+    for step in range(3):
+        host, found = next_tokens(logits, *options, step), next_tokens(xp.asarray(logits), *options, step)
+        assert found.dtype == np.int64 and np.array_equal(to_numpy(found), host)
+    logits[7, 5] = np.nan
+    assert to_numpy(next_tokens(xp.asarray(logits), *options, 0))[7] == -1
 
 
 def test_tokens_are_drawn_with_their_probabilities():

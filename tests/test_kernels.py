@@ -28,6 +28,7 @@ def qkv(B, H, kv, T, S, D=4, Dv=3):
 far_apart = np.array([[1000.0, 999.0, -1000.0], [-1000.0, -1000.0, -1000.5], [0.0, 3e4, 1.0]])
 targets = C.integers(300, 700)
 some = np.where(targets % 3 == 0, -100, targets)
+turn = C.normal(1, 130, 8)
 angle, hidden, rows = C.normal(8, 32, 16), np.zeros((2, 1, 3, 5), bool), C.integers(2, 3, 1, 70, 70) == 1
 hidden[1, 0, 1] = True
 EDGES = {  # beside the cases that every op has: several blocks, several tiles, and what only kernels take apart
@@ -58,6 +59,14 @@ EDGES = {  # beside the cases that every op has: several blocks, several tiles, 
             for causal in (False, True)
         ],
         C.Case("scores far apart", attention(is_causal=True), tuple(9 * a for a in qkv(1, 2, 2, 6, 6))),
+    ],
+    "rotary_attention": [
+        C.Case(
+            "threads",
+            F.rotary_attention,
+            (C.normal(5, 130, 64), C.normal(5, 130, 32), C.normal(5, 130, 32, seed=1)),
+            (np.cos(turn), np.sin(turn)),
+        )
     ],
     "packed_attention": [
         C.Case("threads", lambda x: F.packed_attention(x, 4), (C.normal(5, 130, 192),)),

@@ -159,6 +159,12 @@ def naive_rope(x, cos, sin):  # each pair of channels is a complex number, multi
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
+def naive_rotary(q, k, v, cos, sin, mask=None):
+    q, k, v = (np.stack(np.split(a, a.shape[2] // (2 * cos.shape[2]), axis=2), axis=1) for a in (q, k, v))  # [B, H, T, D]
+    y = naive_attention(naive_rope(q, cos, sin), naive_rope(k, cos, sin), v, mask, is_causal=True)
+    return np.concatenate(list(y.swapaxes(0, 1)), axis=2)
+
+
 def naive_inv(a):
     """By Cramer's rule, from the products of a 3 x 3 matrix's columns."""
     c = [np.cross(a[..., (i + 1) % 3], a[..., (i + 2) % 3]) for i in range(3)]
@@ -256,6 +262,11 @@ REFERENCES = {  # op -> (call, the same by another formula, arrays)
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         lambda q, k, v: naive_attention(q, k, v, is_causal=True),
         *(C.normal(2, 4, 3, 2), C.normal(2, 2, 5, 2), C.normal(2, 2, 5, 3)),
+    ),
+    "rotary_attention": (
+        lambda q, k, v: F.rotary_attention(q, k, v, np.cos(angle), np.sin(angle)),
+        lambda q, k, v: naive_rotary(q, k, v, np.cos(angle), np.sin(angle)),
+        *(C.normal(2, 3, 16), C.normal(2, 3, 8), C.normal(2, 3, 8, seed=1)),
     ),
     "packed_attention": (lambda a: F.packed_attention(a, 2), lambda a: naive_packed(a, 2), C.normal(2, 5, 12)),
     "cross_entropy": (
@@ -375,6 +386,36 @@ def test_masks_of_every_broadcastable_shape(shape, kind, causal):
     )
     out = F.scaled_dot_product_attention(Tensor(q), Tensor(k), Tensor(v), mask, causal).data
     np.testing.assert_allclose(out, naive_attention(q, k, v, mask, causal), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, by_definition])
+def test_rotary_attention_writes_the_new_keys_and_values_into_its_cache_and_sees_the_earlier_ones(context, xp):
+    """Piece by piece it gives what it gives at once, whichever room the cache has."""
+    B, T, H, kv, D = 2, 7, 4, 2, 6
+    q, k, v, angle = C.normal(B, T, H * D), C.normal(B, T, kv * D), C.normal(B, T, kv * D, seed=1), C.normal(B, T, D // 2)
+    keep = C.integers(3, B, 1, 1, T) > 0
+    keep[..., 0] = True
+
+    def parts(a, start, stop):
+        return Tensor(xp.asarray(a[:, start:stop]))
+
+    whole = naive_rotary(q, k, v, np.cos(angle), np.sin(angle), keep)
+    keys, values = (xp.asarray(np.full((B, kv, 9, D), np.nan)) for _ in range(2))
+    with context():
+        for start, stop in [(0, 4), (4, 5), (5, 7)]:
+            rotation = [f(parts(angle, start, stop).data) for f in (xp.cos, xp.sin)]
+            mask, qkv = xp.asarray(keep[..., :stop]), [parts(a, start, stop) for a in (q, k, v)]
+            y = F.rotary_attention(*qkv, *rotation, attn_mask=mask, cache=(keys, values, start))
+            np.testing.assert_allclose(to_numpy(y.data), whole[:, start:stop], atol=1e-12)
+    assert np.isnan(to_numpy(keys)[:, :, 7:]).all() and np.isfinite(to_numpy(values)[:, :, :7]).all()
+    first = Tensor(xp.asarray(q[:, :1]), requires_grad=True)
+    others, rotation = [parts(a, 0, 1) for a in (k, v)], [f(parts(angle, 0, 1).data) for f in (xp.cos, xp.sin)]
+    F.rotary_attention(first, *others, *rotation, cache=(keys, values, 4)).backward(xp.ones((B, 1, H * D)))
+    gradient = first.grad
+    alone = Tensor(first.data, requires_grad=True)
+    with by_definition():
+        F.rotary_attention(alone, *others, *rotation, cache=(keys, values, 4)).backward(xp.ones((B, 1, H * D)))
+    np.testing.assert_allclose(to_numpy(gradient), to_numpy(alone.grad), atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +624,11 @@ MISUSE = [
     (lambda: F.layer_norm(ones(2, 3), ones(4), ones(3)), ValueError, r"^layer_norm: weight \(4,\).*\(2, 3\)"),
     (lambda: F.layer_norm(ones(2, 3), ones(3), ones(4)), ValueError, r"^layer_norm: bias \(4,\).*\(2, 3\)"),
     (lambda: F.rms_norm(ones(2, 3), ones(4)), ValueError, r"^rms_norm: weight \(4,\).*\(2, 3\)"),
+    (
+        lambda: F.rotary_attention(ones(1, 3, 8), ones(1, 3, 6), ones(1, 3, 4), np.ones((1, 3, 2)), np.ones((1, 3, 2))),
+        ValueError,
+        r"rotary_attention: q \(1, 3, 8\), k \(1, 3, 6\)",
+    ),
     (lambda: F.embedding(np.array([0, 7]), ones(5, 2)), IndexError, r"token id 7 .*0\.\.4"),
     (lambda: F.embedding(np.array([-1]), ones(5, 2)), IndexError, r"token id -1 .*0\.\.4"),
     (lambda: F.embedding(np.array([0.0]), ones(5, 2)), TypeError, "integers, not float64"),

@@ -126,6 +126,34 @@ def test_a_parameter_that_joins_later_starts_at_its_own_first_step(xp, rng):
     assert [optimizer.state[p]["step"] for p in (early, late)] == [4, 3]
 
 
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (AdamW, {"weight_decay": 0.1}), (Adam, {"weight_decay": 0.1}), (SGD, {"weight_decay": 0.1}), (AdamW8bit, {"min_8bit_size": 64}),
+        (SGD, {"momentum": 0.9, "dampening": 0.2}), (SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)  # fmt: skip
+def test_on_every_device_the_update_is_numpys(xp, rng, kind, options):
+    """Of all parameters in one launch, and of those that none takes: of another step, dtype or layout, or without a gradient."""
+    here = [*parameters(np, rng), *parameters(np, rng, [(4, 3)], np.float64), *parameters(np, rng, [(6, 5)] * 3)]
+    here[-3].data, here[-2].requires_grad = here[-3].data.T, False
+    there = [Parameter(xp.asarray(p.data.copy()), requires_grad=p.requires_grad) for p in here]
+    there[-3].data = xp.asarray(here[-3].data.T.copy()).T
+    optimizers = [kind(params, lr=0.01, **options) for params in (here, there)]
+    for step in range(4):
+        give_gradients(np, rng, here)
+        here[-1].grad = None if step == 1 else here[-1].grad
+        for p, twin in zip(here, there):
+            twin.grad = None if p.grad is None else xp.asarray(p.grad.copy())
+        norms = [clip_grad_norm(params, 5.0) for params in (here, there)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, twin in zip(here, there):
+        np.testing.assert_allclose(to_numpy(twin.data), p.data, rtol=2e-5, atol=2e-6)
+    assert [s["step"] for s in optimizers[1].state.values()] == [s["step"] for s in optimizers[0].state.values()]
+
+
 def test_a_parameter_whose_memory_is_transposed_is_updated_in_place(xp, rng):
     memory = rng.standard_normal((30, 20), np.float32)
     turned, plain = Parameter(xp.asarray(memory).T), Parameter(xp.asarray(memory.T.copy()))

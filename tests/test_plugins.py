@@ -64,7 +64,7 @@ def test_a_method_may_make_its_adapters_itself():
 
     @configuration
     class ScaleConfig(PeftConfig):
-        peft_type, kinds = "SCALE", ("linear",)
+        peft_type = "SCALE"
 
         def shapes(self, name, kind, n_out, n_in):
             return {"scale": (n_out,)}

@@ -96,8 +96,11 @@ def test_a_missing_end_replaces_the_score_or_lowers_it():
 def test_a_mean_over_no_token_and_a_group_of_one_are_refused(xp):
     x, mask = xp.asarray(np.ones((2, 3))), xp.asarray(np.zeros((2, 3)))
     for values in (x, mp.Tensor(x)):
-        with pytest.raises(ValueError, match="a mean over no token"):
-            rlhf.masked_mean(values, mask)
+        if xp is np:
+            with pytest.raises(ValueError, match="a mean over no token"):
+                rlhf.masked_mean(values, mask)
+        else:  # to look would be to wait
+            assert np.isnan(rlhf.masked_mean(values, mask).item())
     for advantages in (rlhf.rloo_advantages, rlhf.grpo_advantages):
         with pytest.raises(ValueError, match="k of at least 2, got 1"):
             advantages(xp.asarray(np.ones(4)), 1)

@@ -26,7 +26,10 @@ mp.AdaLoraConfig(total_step=10)
 mp.PromptTuningConfig(num_virtual_tokens=4)
 
 adapted = mp.get_peft_model(model, config)
-assert_type(adapted, mp.PeftModel[mp.Transformer])
+assert_type(adapted, mp.PeftModel[Transformer])
+assert_type(adapted.merge_and_unload(), Transformer)
+assert_type(adapted.base_model.generate([[1]]), np.ndarray)
+whatever: mp.PeftModel = adapted
 assert_type(mp.Trainer(adapted, [], args=mp.TrainingArguments(learning_rate=1e-3)).train(), TrainingResult)
 mp.optim.AdamW(adapted.parameters(), lr=1e-3, beta=0.9)  # error: Unexpected keyword argument "beta"
 

@@ -16,7 +16,10 @@ import math
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..backend import Array, get_num_threads
 from ..nn.module import Module
@@ -163,9 +166,18 @@ def kv_cache_bytes(config: TransformerConfig, batch: int, positions: int, itemsi
     return per_position * batch * positions * itemsize
 
 
-def measure_peak(fn: Callable[[], Any]) -> int:
-    """The most bytes that `fn()` had at once beyond what was there before, as NumPy reports them to tracemalloc."""
+def measure_peak(fn: Callable[[], Any], xp: ModuleType = np) -> int:
+    """The most bytes that `fn()` had at once beyond what was there before, as NumPy reports them to tracemalloc.
+
+    With CuPy for `xp`: the most of the device's memory that CuPy's pool took, which is a little more than arrays use.
+    """
     gc.collect()
+    if xp.__name__ == "cupy":
+        pool = xp.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.used_bytes()
+        fn()
+        return pool.total_bytes() - before
     ours = not tracemalloc.is_tracing()
     if ours:
         tracemalloc.start()

@@ -418,21 +418,22 @@ def _inv(op, x):
 
 
 @rule("linear")
-def _linear(op, x, weight, bias=None):
-    return _affine(op, x, weight, weight.shape[0])
+def _linear(op, x, weight, bias=None, alpha=1.0):
+    return _affine(op, x, weight, bias, alpha, weight.shape[0])
 
 
 @rule("addmm")
 def _addmm(op, bias, x, weight):
-    y, dx, dw, db = _affine(op, x, weight, weight.shape[1])
+    y, dx, dw, db = _affine(op, x, weight, bias, 1, weight.shape[1])
     return y, db, dx, dw
 
 
-def _affine(op: _Op, x: Array, weight: Array, n_out: int) -> tuple:
-    widened = 4 * weight.size if weight.dtype.itemsize == 2 else 0
-    op.works_in(widened)
+def _affine(op: _Op, x: Array, weight: Array, bias: Array | None, alpha: float, n_out: int) -> tuple:
+    made = 4 * weight.size if weight.dtype.itemsize == 2 or alpha != 1 else 0  # widened, or times α
+    op.works_in(made)
     y = op.new((*x.shape[:-1], n_out))
-    return y, op.pull(x.shape, weight, work=widened), op.pull(weight.shape, x), op.pull((n_out,))
+    db = _through if bias is not None and bias.ndim > 1 else op.pull((n_out,))
+    return y, op.pull(x.shape, weight, work=made), op.pull(weight.shape, x), db
 
 
 @rule("linear_4bit")
@@ -537,6 +538,24 @@ def _packed_attention(op, qkv, num_heads, attn_mask=None, is_causal=True):
     tiles = _Tiles(op, q, q, q, is_causal)
     op.works_in(tiles.forward_work)
     return op.view(tiles.out, (B, T, d3 // 3)), lambda g: tiles.gradients(op, [(B, T, d3)])[0], None, None, None
+
+
+@rule("rotary_attention")
+def _rotary_attention(op, q, k, v, cos, sin, attn_mask=None, cache=None):
+    (B, T, _), D = q.shape, 2 * cos.shape[2]
+    heads = [op.view(a, (B, T, a.shape[2] // D, D)).swapaxes(1, 2) for a in (q, k, v)]
+    (Q, turn, *_), (K, *_), V = *[_rope(op, x, cos, sin) for x in heads[:2]], heads[2]
+    K, V = (K, V) if cache is None else [a[:, :, : cache[2] + T] for a in cache[:2]]
+    tiles = _Tiles(op, Q, K, V, True)
+    op.works_in(tiles.forward_work)
+
+    def gradients(g: Array) -> list[Array]:
+        dq, dk, dv = tiles.gradients(op, [a.shape for a in tiles.inputs])
+        return [turn(dq), turn(dk), dv]
+
+    shapes = q.shape, k.shape, v.shape
+    pulls = [lambda g, p=p, s=s: op.view(p(g), s) for p, s in zip(together(3, gradients), shapes)]
+    return op.view(tiles.out, q.shape), *pulls, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -15,7 +15,7 @@ from ..autograd.tensor import no_grad
 from ..backend import Array, Rng
 from ..nn.generation import next_logits
 from ..nn.module import Module, Parameter, unallocated
-from ..nn.transformer import Backbone, KeyValue, KVCache, Transformer
+from ..nn.transformer import Backbone, KVCache, Transformer
 from .architectures import Architecture
 from .precision import Precision
 from .shapes import Buffer, Meter, ShapeArray
@@ -168,11 +168,11 @@ class _Cache(KVCache):
         super().__init__()
         self.meter = meter
 
-    def append(self, layer: int, k: Array, v: Array) -> KeyValue:
+    def reserve(self, *arguments: Any, **like: Array) -> tuple[Array, Array, int]:
         """As in KVCache."""
         before, self.meter.line = self.meter.line, "KV cache"
         try:
-            return super().append(layer, k, v)
+            return super().reserve(*arguments, **like)
         finally:
             self.meter.line = before
 

@@ -366,6 +366,7 @@ def _linear(name):
         if name == "linear":
             yield Case(label, F.linear, (x, w, b))
             yield Case(f"{label}, no bias", F.linear, (x, w))
+            yield Case(f"{label}, added", partial(F.linear, alpha=0.3), (x, w, normal(*lead, n_out)))
         else:
             yield Case(label, F.addmm, (b, x, w.T.copy()))
             yield Case(f"{label}, no bias", lambda x, w: F.addmm(None, x, w), (x, w.T.copy()))
@@ -456,3 +457,20 @@ def _packed():
     yield Case("padding", lambda x, m: F.packed_attention(x, 2, attn_mask=m), (normal(2, 3, 12),), (keep,))
     for label, shape in [("one head", (1, 3, 6)), ("size-one axes", (1, 1, 3)), ("several blocks", (1, 66, 6))]:
         yield Case(label, lambda x: F.packed_attention(x, 1), (normal(*shape),))
+
+
+@cases("rotary_attention")
+def _rotary():
+    for label, (B, T, H, kv, D), each in [
+        ("grouped queries", (2, 3, 4, 2, 4), False),
+        ("positions of each row", (2, 3, 2, 2, 2), True),
+        ("one position", (2, 1, 4, 1, 4), False),
+        ("no positions", (2, 0, 2, 1, 4), False),
+        ("several blocks", (1, 66, 2, 1, 2), False),
+    ]:
+        angle = normal(B if each else 1, T, D // 2)
+        inputs = normal(B, T, H * D), normal(B, T, kv * D, seed=1), normal(B, T, kv * D, seed=2)
+        yield Case(label, F.rotary_attention, inputs, (np.cos(angle), np.sin(angle)))
+    inputs, angle = (normal(2, 3, 8), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)), normal(1, 3, 2)
+    keep = np.array([[True, True, False], [True, False, True]])[:, None, None]
+    yield Case("padding", F.rotary_attention, inputs, (np.cos(angle), np.sin(angle), keep))

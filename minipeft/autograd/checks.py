@@ -60,12 +60,12 @@ def square(x: Array) -> None:
 
 
 def linear(name: str, x: Array, weight: Array, bias: Array | None = None, inputs: int = 1) -> None:
-    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or None."""
+    """x [..., in], weight with its inputs on axis `inputs`, bias [out] or [..., out] or None."""
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[inputs]:
         need = weight.shape[-inputs]
         raise ValueError(f"{name}: input {x.shape} does not match weight {weight.shape} (last axis must be {need})")
     out = weight.shape[1 - inputs]
-    if bias is not None and bias.shape != (out,):
+    if bias is not None and bias.shape not in ((out,), (*x.shape[:-1], out)):
         raise ValueError(f"{name}: bias {bias.shape} does not match weight {weight.shape} (must be ({out},))")
 
 
@@ -102,6 +102,17 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None) -> None:
             raise TypeError(f"attention: the mask must be boolean (True = attend) or additive floats, not {mask.dtype}")
         if mask.ndim > 4 or any(m not in (1, w) for m, w in zip(mask.shape[::-1], want[::-1])):
             raise ValueError(f"attention: a mask of shape {mask.shape} cannot be broadcast to [B, H, T, S] = {want}")
+
+
+def rotary(q: Array, k: Array, v: Array, cos: Array, sin: Array) -> None:
+    """q [B, T, H D], k and v [B, T, H' D], cos and sin [B or 1, T, D/2]."""
+    (B, T), D = cos.shape[:2], 2 * cos.shape[2]
+    fits = k.shape == v.shape and q.shape[:2] == k.shape[:2] and T == q.shape[1] and B in (1, q.shape[0])
+    if not fits or cos.shape != sin.shape or not D or q.shape[2] % D or k.shape[2] % D:
+        raise ValueError(
+            f"rotary_attention: q {q.shape}, k {k.shape}, v {v.shape}, cos {cos.shape} and sin {sin.shape} do not match: "
+            "[B, T, H D], [B, T, H' D], [B, T, H' D], [B or 1, T, D/2] twice"
+        )
 
 
 def targets(

@@ -176,7 +176,7 @@ __device__ void softmax_row(T* a, MASK, bool causal, long long H, long long quer
     if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
     EACH(j, seen) total += a[j] = exp(a[j] - top);
     total = sum(total);
-    EACH(j, S) a[j] = j < seen && total > 0 ? a[j] / total : T(0);
+    EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
 }
 extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
     softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
@@ -190,6 +190,50 @@ extern "C" __global__ void softmax_gradient(T* a, T* dp, MASK, bool causal, long
     EACH(j, S) delta += a[j] * dp[j];
     delta = sum(delta);
     EACH(j, S) dp[j] = a[j] * (dp[j] - delta);
+}
+
+// The attention of one query of a head: y = softmax(scale q kᵀ) v, a row of [B, H, D]; k and v [B, kv, S, D] have these
+// distances between rows and heads. Scores stay in the block's memory.
+extern "C" __global__ void answer(const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v,
+                                  long long head_v, double scale, long long D, long long Dv, long long kv, T* y,
+                                  MASK, bool causal, long long H, long long queries, long long S) {
+    extern __shared__ T a[];
+    long long head = blockIdx.x / H * kv + blockIdx.x % H / (H / kv), groups = blockDim.x / Dv, c = threadIdx.x % Dv;
+    q += blockIdx.x * D, k += head * head_k, v += head * head_v;
+    EACH(j, S) {
+        T s = 0;
+        for (long long i = 0; i < D; i++) s += q[i] * k[j * row_k + i];
+        a[j] = T(scale) * s;
+    }
+    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
+    __syncthreads();
+    T s = 0, *part = a + S;  // each group of Dv threads adds up some of the values
+    for (long long j = threadIdx.x / Dv; j < S && threadIdx.x / Dv < groups; j += groups) s += a[j] * v[j * row_v + c];
+    part[threadIdx.x] = s;
+    __syncthreads();
+    if (threadIdx.x >= Dv) return;
+    for (long long g = 1; g < groups; g++) s += part[g * Dv + c];
+    y[blockIdx.x * Dv + c] = s;
+}
+
+// Projections q, k and v [B, T, h D] <-> heads [B, h, room, D] from a first position on, of which q and k are rotated
+extern "C" __global__ void rotate_heads(const T* q, const T* k, const T* v, T* out_q, T* out_k, T* out_v, const T* cosine,
+                                        const T* sine, bool each, bool back, long long size, long long queries, long long H,
+                                        long long kv, long long half, long long room, long long first) {
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    long long c = i % half, h = i / half % (H + 2 * kv), t = i / half / (H + 2 * kv) % queries, b = i / half / (H + 2 * kv) / queries;
+    long long angle = ((each ? b : 0) * queries + t) * half + c, n = h < H ? H : kv;
+    T turn = h < H + kv ? cosine[angle] : T(1), side = h < H + kv ? sine[angle] : T(0);
+    const T* in = h < H ? q : h < H + kv ? k : v;
+    T* out = h < H ? out_q : h < H + kv ? out_k : out_v;
+    if (h < H) room = queries, first = 0;
+    h -= h < H ? 0 : h < H + kv ? H : H + kv;
+    long long beside = ((b * queries + t) * n + h) * 2 * half + c, below = ((b * n + h) * room + first + t) * 2 * half + c;
+    in += back ? below : beside, out += back ? beside : below;
+    T x = in[0], y = in[half];
+    if (back) side = -side;
+    out[0] = x * turn - y * side, out[half] = y * turn + x * side;
 }
 
 // -log softmax(x)_t of a row of logits, smoothed; 0 where t does not count, NaN where it is out of range
@@ -383,13 +427,13 @@ def _scalar(value: float, dtype: str) -> tuple[Array, int]:
     return array, array.ctypes.data
 
 
-def _sum(a: Array, b: Array) -> Sum:
-    """a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
+def _sum(a: Array, b: Array, alpha: float = 1.0) -> Sum:
+    """alpha a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
 
     def write(out: Array, total: Array | None) -> None:
         if total is not None and total is not out:
             out[...] = total
-        product(a, b, out=_rows(out), beta=0.0 if total is None else 1.0)
+        product(a, b, alpha, _rows(out), 0.0 if total is None else 1.0)
 
     return Sum(a.dtype, write)
 
@@ -406,37 +450,43 @@ def _matmul(a, b):
 
 
 @device(ops.linear)
-def _linear(x, weight, bias=None):
+def _linear(x, weight, bias=None, alpha=1.0):
     check.linear("linear", x, weight, bias)
-    return _affine(x, weight, bias, True) or ops.linear.definition(x, weight, bias)
+    return _affine(x, weight, bias, alpha, True) or ops.linear.definition(x, weight, bias, alpha)
 
 
 @kernel(ops.addmm, "cupy")
 def _addmm(bias, x, weight):
     check.linear("addmm", x, weight, bias, inputs=0)
-    y, dx, dw, db = (x.dtype.char in "fd" and _affine(x, weight, bias, False)) or [None] * 4
-    return ops.addmm.definition(bias, x, weight) if y is None else (y, db, dx, dw)
+    found = _affine(x, weight, bias, 1.0, False) if x.dtype.char in "fd" else None
+    if found is None:
+        return ops.addmm.definition(bias, x, weight)
+    y, dx, dw, db = found
+    return y, db, dx, dw
 
 
-def _affine(x: Array, weight: Array, bias: Array | None, transposed: bool) -> tuple | None:
-    """y = x Wᵀ + b (transposed), or x W + b; None for a weight of another dtype than x or float16."""
+def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transposed: bool) -> tuple | None:
+    """y = α x Wᵀ + b (transposed), or α x W + b; None where dtypes meet, other than a weight's in float16."""
 
-    def w():  # widened again in backward: the wide copy is not kept
-        wide = _widen(weight, x)
-        return wide.T if transposed else wide
+    def wide(like):  # [in, out]; widened again in backward, and not kept
+        w = _widen(weight, like)
+        return w.T if transposed else w
 
-    if w().dtype != x.dtype:
+    w, b = wide(x), None if bias is None else _widen(bias, x)
+    if any(a is not None and a.dtype != x.dtype for a in (w, b)):
         return None
-    x, shape = _rows(x), x.shape
-    y = product(x, w())
-    if bias is not None:
-        y += bias
+    x, y = _rows(x), _cupy().empty((*x.shape[:-1], w.shape[1]), x.dtype)
+    added, vector = b is not None and b.ndim > 1, b is not None and b.ndim == 1
+    if added:
+        y[...] = b
+    product(x, w, alpha, _rows(y), float(added))
+    if vector:
+        y += b
 
     def dw(g):
-        return _sum(_rows(g).T, x) if transposed else _sum(x.T, _rows(g))
+        return _sum(_rows(g).T, x, alpha) if transposed else _sum(x.T, _rows(g), alpha)
 
-    y = y.reshape(*shape[:-1], y.shape[1])
-    return y, lambda g: _sum(_rows(g), w().T), dw, lambda g: _rows(g).sum(axis=0)
+    return y, lambda g: _sum(_rows(g), wide(g).T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
 
 
 # ------------------------------------------------------------------------------------------- embeddings and attention
@@ -474,54 +524,62 @@ _rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y =
 
 @device(ops.rope, 3)
 def _rope(x, cos, sin):
-    """Gives a contiguous array, as attention reads it, and a gradient in the order of x's memory: heads merge freely."""
-    half, c, s = x.shape[-1] // 2, cos[:, None], sin[:, None]  # [B or 1, 1, T, D/2]
-    order = sorted(range(4), key=lambda axis: -x.strides[axis])
-    y, shape = _cupy().empty(x.shape, x.dtype), [x.shape[axis] for axis in order]
+    half = slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None)
 
-    def dx(g):  # to exchange the halves is to rotate the other way
-        d = _cupy().empty(shape, g.dtype).transpose(np.argsort(order).tolist())
-        _rotated(g[..., half:], g[..., :half], c, s, d[..., half:], d[..., :half])
-        return d
+    def rotate(x, first, second):  # to exchange the halves is to rotate the other way
+        y = _cupy().empty(x.shape, x.dtype)
+        _rotated(x[..., first], x[..., second], cos[:, None], sin[:, None], y[..., first], y[..., second])
+        return y
 
-    _rotated(x[..., :half], x[..., half:], c, s, y[..., :half], y[..., half:])
-    return y, dx
+    return rotate(x, *half), lambda g: rotate(g, *half[::-1])
+
+
+ANSWER, SHARED = 256, 47 << 10  # threads that answer one query, and the bytes that their scores fit into
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
     """(softmax(scale q kᵀ) v, gradients(g, dq=, dk=, dv=)); the weights, [T, S] a head, are not kept but made again.
 
     The H/kv query heads of a key head stand one below the other, [B, kv, H/kv * T, D]: so their gradients of k and v
-    come as one product, summed up.
+    come as one product, summed up. The answer to one query is one kernel.
     """
     check.attention(q, k, v, mask)
-    (B, H, T, D), (kv, S), (k, *_), (v, *_) = q.shape, k.shape[1:3], _as_cublas_reads(k), _as_cublas_reads(v)
+    (B, H, T, D), (kv, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    (k, turned_k, *rows_k), (v, turned_v, *rows_v) = _as_cublas_reads(k), _as_cublas_reads(v)
     scale, kind, hidden = 1 / math.sqrt(D) if scale is None else scale, "?", (0,) * 5
     if mask is not None:
         strides = _cupy().broadcast_to(mask, (B, H, T, S)).strides
         kind, hidden = mask.dtype, (mask, *[n // mask.itemsize for n in strides])
+    hidden = *hidden, causal, H, T, S
 
     def stacked(x):
         return _contiguous(x).reshape(B, kv, H // kv * T, x.shape[3])
 
-    def rows(name, *arrays):
-        if S:
-            by_rows(name, B * H * T, S, q, kind, *arrays, *hidden, causal, H, T, S)
-
-    q = stacked(q)
-    p = product(q, _t(k), scale)
-    rows("softmax", p)
+    def weights():
+        return product(q, _t(k), scale)
 
     def gradients(g, dq=None, dk=None, dv=None):
-        g, p = stacked(g), product(q, _t(k), scale)
+        g, p = stacked(g), weights()
         da = product(g, _t(v))
-        rows("softmax_gradient", p, da)
+        if S:
+            by_rows("softmax_gradient", B * H * T, S, q, kind, p, da, *hidden)
         dv = product(_t(p), g, out=dv)
         del p
         dq = product(da, k, scale, None if dq is None else stacked(dq))
         return dq.reshape(B, H, T, D), product(_t(da), q, scale, dk), dv
 
-    return product(p, v).reshape(B, H, T, v.shape[3]), gradients
+    q = stacked(q)
+    shared = (S + ANSWER) * q.itemsize
+    if T == 1 and S and Dv <= ANSWER and shared <= SHARED and not (turned_k or turned_v):
+        y = _cupy().empty((B, H, 1, Dv), q.dtype)
+        kernel = _row_kernel("answer", q.dtype.char, np.dtype(kind).char)
+        options = (q, k, *rows_k, v, *rows_v, scale, D, Dv, kv, y, *hidden)
+        kernel((B * H,), (ANSWER,), options, shared_mem=shared)
+        return y, gradients
+    p = weights()
+    if S:
+        by_rows("softmax", B * H * T, S, q, kind, p, *hidden)
+    return product(p, v).reshape(B, H, T, Dv), gradients
 
 
 @device(ops.scaled_dot_product_attention, 3)
@@ -542,6 +600,37 @@ def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
         return d.transpose(1, 3, 0, 2, 4).reshape(B, T, d3)
 
     return y.swapaxes(1, 2).reshape(B, T, d3 // 3), dqkv
+
+
+@device(ops.rotary_attention, 5)
+def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
+    """One kernel rotates, and puts the heads where they are read: keys and values into the cache, where there is one."""
+    check.rotary(q, k, v, cos, sin)
+    (B, T, _), half, each = q.shape, cos.shape[-1], cos.shape[0] > 1
+    D, H, kv, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), _contiguous(cos), _contiguous(sin)
+
+    def rotate(ins, outs, back, room, first):
+        size = B * T * (H + 2 * kv) * half
+        if size:
+            kernel = _row_kernel("rotate_heads", outs[0].dtype.char, "?")
+            sizes = size, T, H, kv, half, room, first
+            kernel((-(-size // 256),), (256,), (*map(_contiguous, ins), *outs, cos, sin, each, back, *sizes))
+        return outs
+
+    def empty(*shape):
+        return _cupy().empty(shape, cos.dtype)
+
+    *caches, n = (empty(B, kv, T, D), empty(B, kv, T, D), 0) if cache is None else cache
+    Q, K, V = rotate((q, k, v), (empty(B, H, T, D), *caches), False, caches[0].shape[2], n)
+    y, gradients = _attend(Q, K[:, :, : n + T], V[:, :, : n + T], attn_mask, True, None)
+
+    def compute(g):
+        dQ, dK, dV = gradients(g.reshape(B, T, H, D).swapaxes(1, 2))
+        outs = empty(B, T, H * D), empty(B, T, kv * D), empty(B, T, kv * D)
+        return rotate((dQ, dK[:, :, n:], dV[:, :, n:]), outs, True, T, 0)
+
+    pullbacks = together(3, compute)
+    return y.swapaxes(1, 2).reshape(B, T, H * D), *(pullbacks if cache is None else pullbacks[:1])
 
 
 # ------------------------------------------------------------------------------------------------- dropout and losses
@@ -606,7 +695,7 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoo
             made.append(logits)
         return logits
 
-    return loss, lambda g: _sum(dlogits(g), _widen(weight, h)), lambda g: _sum(dlogits(g).T, h)
+    return loss, lambda g: _sum(dlogits(g), _widen(weight, g)), lambda g: _sum(dlogits(g).T, h)
 
 
 def _contiguous(a: Array) -> Array:

@@ -33,7 +33,7 @@ __all__ = [
     "abs", "add", "addmm", "argmax", "broadcast_to", "cat", "checkpoint", "clip", "cross_entropy", "div", "dropout",
     "embedding", "exp", "gather", "gelu", "getitem", "inv", "kl_div", "layer_norm", "linear", "linear_cross_entropy",
     "log", "log_softmax", "logsigmoid", "logsumexp", "matmul", "max", "maximum", "mean", "minimum", "mse_loss", "mul", "neg",
-    "nll_loss", "packed_attention", "pow", "relu", "reshape", "rms_norm", "rope", "scaled_dot_product_attention",
+    "nll_loss", "packed_attention", "pow", "relu", "reshape", "rms_norm", "rope", "rotary_attention", "scaled_dot_product_attention",
     "sigmoid", "silu", "softmax", "softplus", "sqrt", "stack", "sub", "sum", "swapaxes", "swiglu", "tanh", "to",
     "transpose", "var", "where",
 ]  # fmt: skip
@@ -477,12 +477,16 @@ def inv(x):
 
 
 @op
-def linear(x, weight, bias=None):
-    """y = x Wᵀ + b with x [..., in], weight [out, in], bias [out] or None. dx = g W, dW = gᵀ x, db = Σ g."""
+def linear(x, weight, bias=None, alpha=1.0):
+    """y = α x Wᵀ + b with x [..., in], weight [out, in], b [out] or None. dx = α g W, dW = α gᵀ x, db = Σ g.
+
+    Departures from PyTorch: `alpha`, as `addmm` has it there; and b may have y's shape, to be what the product is added to.
+    """
     check.linear("linear", x, weight, bias)
     w = _widen(weight, x)
+    w = w if alpha == 1 else alpha * w
     y = x @ w.T if bias is None else x @ w.T + bias  # [..., out]
-    return y, lambda g: g @ w, lambda g: _rows(g).T @ _rows(x), lambda g: g  # the engine sums g to bias's shape
+    return y, lambda g: g @ w, lambda g: alpha * (_rows(g).T @ _rows(x)), lambda g: g  # the engine sums g to bias's shape
 
 
 @op
@@ -651,6 +655,46 @@ def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
         return xp.concatenate([merged(pullback(split)) for pullback in pullbacks], axis=-1)
 
     return merged(y), dqkv
+
+
+@op
+def rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
+    """Causal attention that takes Llama's projections: `rope` of queries and keys, `scaled_dot_product_attention`.
+
+    Args:
+        q: [B, T, H D] gives [B, T, H D];  k, v: [B, T, kv D], heads side by side;  cos, sin: [B or 1, T, D/2].
+        attn_mask: as there, for [B, H, T, S].
+        cache: (keys, values, n), arrays [B, kv, room, D] with n earlier positions, which queries see, too: S = n + T. The T
+            new ones are written behind them, and their gradients are not known.
+    """
+    check.rotary(q, k, v, cos, sin)
+    D = 2 * cos.shape[-1]
+
+    def heads(a):  # [B, T, H D] -> [B, H, T, D]
+        return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
+
+    def merged(a):
+        a = a.swapaxes(1, 2)
+        return a.reshape(*a.shape[:2], a.shape[2] * D)
+
+    (Q, rotate, *_), (K, *_), V = rope.definition(heads(q), cos, sin), rope.definition(heads(k), cos, sin), heads(v)
+    K, V = (K, V) if cache is None else _remembered(cache, K, V)
+    y, dq, dk, dv = scaled_dot_product_attention.definition(Q, K, V, attn_mask, True)
+    pullbacks = [
+        lambda g: merged(rotate(dq(heads(g)))),
+        lambda g: merged(rotate(dk(heads(g)))),
+        lambda g: merged(dv(heads(g))),
+    ]
+    return merged(y), *pullbacks[: 1 if cache is not None else 3]
+
+
+def _remembered(cache: tuple[Array, Array, int], K: Array, V: Array) -> list[Array]:
+    """All keys and all values [B, kv, n + T, D], of which the last T are written into the cache."""
+    *arrays, n = cache
+    end = n + K.shape[2]
+    for array, new in zip(arrays, (K, V)):
+        array[:, :, n:end] = new
+    return [array[:, :, :end] for array in arrays]
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

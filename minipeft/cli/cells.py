@@ -28,7 +28,7 @@ def cells(row: dict[str, Any], rows: Rows) -> dict[str, Cell]:
         spread = plus_minus(row, key) if key in ("task_loss", "forgotten") else ""
         return Cell(text, spread, row[key] == min(other[key] for other in trained))
 
-    merged, measured, seconds = row["latency_merged"], row["memory_measured"], row["seconds_per_step"]
+    merged, seconds = row["latency_merged"], row["seconds_per_step"]
     return {
         "task_loss": best("task_loss", f"{row['task_loss']:.3f}"),
         "forgotten": best("forgotten", f"{row['forgotten']:+.3f}"),
@@ -36,7 +36,7 @@ def cells(row: dict[str, Any], rows: Rows) -> dict[str, Cell]:
         "trainable": Cell(f"{row['trainable']:,}"),
         "share": Cell(f"{100 * row['trainable'] / row['parameters']:.2f}"),
         "storage": best("storage", size(row["storage"])),
-        "measured": Cell("-" if measured is None else size(measured)),
+        "measured": Cell(size(row["memory_measured"])),
         "predicted": Cell(size(row["memory_predicted"])),
         "step": best("seconds_per_step", f"{seconds or 0:.3f}"),
         "token": Cell(f"{1e3 * row['latency']:.2f}"),

@@ -28,7 +28,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[st
     "memory": (
         "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
         lambda base: "Bars of peak memory",
-        lambda row: f"{row['title']} {size(peak(row))}",
+        lambda row: f"{row['title']} {size(row['memory_measured'])}",
     ),
 }
 HEADINGS = {
@@ -74,10 +74,10 @@ def conclusions(rows: Rows) -> list[str]:
             f"{size(small['storage'])} a task instead of {size(best['storage'])}."
         )
     useful = [row for row in trained if base["task_loss"] - row["task_loss"] >= gain / 2]
-    kind, lean = min(useful, key=lambda row: row["forgotten"]), min(useful, key=peak)
+    kind, lean = min(useful, key=lambda row: row["forgotten"]), min(useful, key=lambda row: row["memory_measured"])
     forgot = f"{kind['forgotten']:+.3f} on general text, {best['title']} {best['forgotten']:+.3f}"
     lines.append(f"Of those that learned at least half as much, {kind['title']} forgot least: {forgot}.")
-    lines.append(f"Of the same, {lean['title']} needs the least memory: {size(peak(lean))} at the peak of a step.")
+    lines.append(f"Of the same, {lean['title']} needs the least memory: {size(lean['memory_measured'])} at the peak of a step.")
     return lines
 
 
@@ -86,6 +86,3 @@ def margin(a: dict[str, Any], b: dict[str, Any]) -> float:
     return sum(deviation(row, "task_loss") or 0.0 for row in (a, b))
 
 
-def peak(row: dict[str, Any]) -> int:
-    """Bytes of the peak memory: measured where it could be (not on a GPU)."""
-    return row["memory_measured"] or row["memory_predicted"]

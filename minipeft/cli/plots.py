@@ -75,7 +75,7 @@ def plot_memory(axes: Any, rows: Rows) -> None:
     longest = max(row["memory_predicted"] for row in rows) / 1e6
     for i, (row, color, marker) in enumerate(styled(rows)):
         axes.barh(i - 0.2, row["memory_predicted"] / 1e6, 0.38, color=color, alpha=0.45)
-        axes.barh(i + 0.2, (row["memory_measured"] or 0) / 1e6, 0.38, color=color)
+        axes.barh(i + 0.2, row["memory_measured"] / 1e6, 0.38, color=color)
         axes.plot(-0.04 * longest, i, marker, color=color, markersize=7)
     axes.set_xlim(left=-0.08 * longest)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])

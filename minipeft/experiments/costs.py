@@ -6,11 +6,9 @@ import statistics
 import time
 from typing import Any
 
-import numpy as np
-
 from ..accounting import architecture, measure_peak, memory_ledger
 from ..autograd.tensor import no_grad
-from ..backend import xp_of
+from ..backend import synchronize, xp_of
 from ..nn.transformer import KVCache
 from ..peft.config import PeftError
 from ..peft.huggingface import state
@@ -37,9 +35,9 @@ def storage(model: Any) -> int:
 
 def memory(
     method: Method | None, base: Any, examples: list[Example], batch_size: int, pad_token_id: int
-) -> tuple[int, int | None]:
+) -> tuple[int, int]:
     """(predicted, measured) peak bytes of a step on the longest examples, everything included: weights, gradients,
-    optimizer states, activations. For the frozen base (None), of an evaluation. Only host memory can be measured.
+    optimizer states, activations. For the frozen base (None), of an evaluation. On a device it is that of its memory.
     """
     longest = sorted(examples, key=lambda example: -len(example.input_ids))[:batch_size]
     labels = collate(longest, pad_token_id).arguments["labels"]
@@ -48,8 +46,6 @@ def memory(
     else:
         config, mode = (method.config(), "train") if method else ("frozen", "evaluate")
         ledger = memory_ledger(architecture(base.config), config, *labels.shape, labels=labels, mode=mode)
-    if xp_of(base.parameters()[0].data) is not np:
-        return ledger.total, None
 
     def step() -> None:
         model = base.copy()  # so that the weights are counted too
@@ -60,7 +56,7 @@ def memory(
         else:
             evaluate(model, longest, batch_size, pad_token_id)
 
-    return ledger.total, measure_peak(step)
+    return ledger.total, measure_peak(step, xp_of(base.parameters()[0].data))
 
 
 def merged(model: Any) -> Any | None:
@@ -78,15 +74,18 @@ def latency(model: Any, prompt: int = 16, tokens: int = 32, passes: int = 5) -> 
 
     The median over `tokens` steps, and the least of that over `passes`: what else the machine does only adds to it.
     """
-    ids = np.zeros((1, prompt), np.int64)
+    xp = xp_of(model.parameters()[0].data)
+    ids = xp.zeros((1, prompt), xp.int64)
     medians = []
     with no_grad():
         for _ in range(passes):
             cache, seconds = KVCache(), []
             model(ids, past_key_values=cache)
             for _ in range(tokens):
+                synchronize(xp)
                 start = time.perf_counter()
                 model(ids[:, :1], past_key_values=cache)
+                synchronize(xp)
                 seconds.append(time.perf_counter() - start)
             medians.append(statistics.median(seconds))
     return min(medians)

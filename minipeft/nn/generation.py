@@ -4,8 +4,8 @@
                         ▲ keys and values of the positions seen so far (KVCache)
 
 The model is asked through its call signature alone, so anything called like `Transformer` generates. A row whose token
-ends it leaves the batch. The logits of the last position are moved to the host, where the token is chosen: NumPy and
-CuPy models draw the same tokens from the same logits.
+ends it leaves the batch. On a GPU the token is chosen there, and all that is read in a step are the tokens [B]. NumPy and
+CuPy models draw with the same random numbers: the same tokens from the same logits, up to rounding.
 
 A row's tokens do not depend on the other rows: the random number of step t in row i is a function of (seed, i, t).
 """
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import no_grad
-from ..backend import Array, Rng, as_rng, is_array, to_numpy, xp_of
+from ..backend import Array, Rng, as_rng, asarray, is_array, to_numpy, xp_of
+from . import device
 from .module import Module
 from .transformer import KeyValue, KVCache
 
@@ -90,14 +91,11 @@ def generate_stream(
         seen = cache if use_cache else KVCache(cache) if past else None
         with no_grad():
             names = None if adapter_names is None else [adapter_names[row] for row in rows]  # that still run
-            logits = next_logits(model, xp.asarray(ids), None if mask is None else xp.asarray(mask), seen, names)
-        if np.isnan(logits).any():
+            logits = next_logits(model, ids, mask, seen, names)
+        chosen = next_tokens(logits, temperature, top_k, top_p, stream, rows, step)
+        tokens = to_numpy(chosen)  # the step's one wait for the device
+        if (tokens < 0).any():
             raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
-        if temperature == 0:
-            tokens = logits.argmax(axis=-1)
-        else:
-            probabilities = token_probabilities(logits, temperature, top_k, top_p)
-            tokens = np.array([_draw(p, stream, row, step) for p, row in zip(probabilities, rows)])
         out = np.full(B, pad, np.int64)
         out[rows] = tokens
         yield out
@@ -106,12 +104,31 @@ def generate_stream(
         if not alive.any():
             return
         if not alive.all():  # rows that have ended leave the batch
-            rows, tokens, ids = rows[alive], tokens[alive], ids[alive]
+            index = xp.asarray(np.flatnonzero(alive))
+            rows, tokens, chosen = rows[alive], tokens[alive], chosen[index]
+            ids = ids if use_cache else ids[alive]
             mask = None if mask is None else mask[alive]
-            cache.select(xp.asarray(np.flatnonzero(alive)))
-        ids = tokens[:, None] if use_cache else np.concatenate([ids, tokens[:, None]], axis=1)
+            cache.select(index)
+        ids = chosen[:, None] if use_cache else np.concatenate([ids, tokens[:, None]], axis=1)
         if mask is not None:
             mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+
+
+def next_tokens(
+    logits: Array, temperature: float, top_k: int | None, top_p: float | None, stream: Rng, rows: np.ndarray, step: int
+) -> Array:
+    """The tokens of a step, int64 [b], where the logits [b, V] of these rows are; -1 where a logit is NaN."""
+    xp = xp_of(logits)
+    u = [uniform(stream, row, step) for row in rows] if temperature else None
+    if xp.__name__ == "cupy":
+        return device.pick(logits, temperature, top_k, top_p, None if u is None else xp.asarray(u))
+    logits = to_numpy(logits)
+    if np.isnan(logits).any():
+        return xp.full(len(rows), -1)
+    if temperature == 0:
+        return xp.asarray(logits.argmax(axis=-1))
+    probabilities = token_probabilities(logits, temperature, top_k, top_p)
+    return xp.asarray(np.array([_draw(p, number) for p, number in zip(probabilities, u)]))
 
 
 def token_probabilities(
@@ -143,26 +160,34 @@ def token_probabilities(
     return p
 
 
-def _draw(p: np.ndarray, stream: Rng, row: int, step: int) -> int:
-    """The token at which the cumulative probability passes the uniform number of (seed, row, step)."""
-    u = np.random.default_rng([*stream.path, stream.row(row)[0], step]).random()
+def uniform(stream: Rng, row: int, step: int) -> float:
+    """The number in [0, 1) of (seed, row, step)."""
+    return np.random.default_rng([*stream.path, stream.row(row)[0], step]).random()
+
+
+def _draw(p: np.ndarray, u: float) -> int:
+    """The token at which the cumulative probability passes u."""
     total = np.cumsum(p)
     return int(np.searchsorted(total, u * total[-1], side="right"))
 
 
 def next_logits(
     model: Module, ids: Array, mask: Array | None, past: KVCache | None, adapter_names: list[str] | None = None
-) -> np.ndarray:
-    """Logits at the last position, in host memory [B, V], of ids [B, T] and mask [B, past + T]."""
+) -> Array:
+    """Logits at the last position, [B, V], of ids [B, T] and mask [B, past + T], which may be in host memory."""
+    headed = hasattr(model, "backbone") and hasattr(model, "lm_head")
+    if not headed:  # a model of another kind gets them on its device
+        xp = xp_of(model.parameters()[0].data)
+        ids, mask = asarray(ids, xp), None if mask is None else asarray(mask, xp)
     arguments = {"attention_mask": mask, "past_key_values": past}
     if adapter_names is not None:
         arguments["adapter_names"] = adapter_names
-    if not (hasattr(model, "backbone") and hasattr(model, "lm_head")):
-        return to_numpy(model(ids, **arguments).data[:, -1])
+    if not headed:
+        return model(ids, **arguments).data[:, -1]
     if hasattr(model, "last_logits"):  # of a model with adapters
-        return to_numpy(model.last_logits(ids, **arguments).data)
+        return model.last_logits(ids, **arguments).data
     hidden = model.backbone(ids, **arguments)  # [B, T, d]
-    return to_numpy(model.lm_head(hidden[:, -1]).data)  # the head on one position alone
+    return model.lm_head(hidden[:, -1]).data  # the head on one position alone
 
 
 def _ends(ids: Any, B: int) -> list[list[int]]:

@@ -182,21 +182,29 @@ class KVCache:
 
     def append(self, layer: int, k: Array, v: Array) -> KeyValue:
         """Add k, v [B, kv, new, D] to a layer; returns all its keys and values, views [B, kv, positions, D]."""
+        *buffers, n = self.reserve(layer, k.shape, v.shape, like=k)
+        m = n + k.shape[2]
+        for buffer, new in zip(buffers, (k, v)):
+            buffer[:, :, n:m] = new
+        return buffers[0][:, :, :m], buffers[1][:, :, :m]
+
+    def reserve(self, layer: int, k: tuple[int, ...], v: tuple[int, ...], like: Array) -> tuple[Array, Array, int]:
+        """(keys, values, n): a layer's buffers, into which k and v of these shapes [B, kv, new, D] are to be written from
+        position n on; they count as added."""
         if layer == len(self._buffers):
-            self._buffers.append([k[:, :, :0], v[:, :, :0]])
+            self._buffers.append([like[..., :0, :0], like[..., :0, :0]])
             self._lengths.append(0)
         n = self._lengths[layer]
-        m = n + k.shape[2]
-        for i, new in enumerate((k, v)):
+        for i, (B, kv, new, D) in enumerate((k, v)):
             buffer = self._buffers[layer][i]
-            if buffer.shape[2] < m:
-                shape = (*new.shape[:2], max(m, 2 * buffer.shape[2], 16), new.shape[3])
-                grown = xp_of(new).empty_like(new, shape=shape, order="C")
-                grown[:, :, :n] = buffer[:, :, :n]
-                self._buffers[layer][i] = buffer = grown
-            buffer[:, :, n:m] = new
-        self._lengths[layer] = m
-        return self._buffers[layer][0][:, :, :m], self._buffers[layer][1][:, :, :m]
+            if buffer.shape[-2] < n + new:
+                shape = B, kv, max(n + new, 2 * buffer.shape[-2], 16), D
+                grown = xp_of(like).empty_like(like, shape=shape, order="C")
+                if n:
+                    grown[:, :, :n] = buffer[:, :, :n]
+                self._buffers[layer][i] = grown
+        self._lengths[layer] = n + k[2]
+        return *self._buffers[layer], n
 
     def select(self, rows: Array) -> None:
         """Keep only these batch rows (integer array [b])."""
@@ -271,16 +279,22 @@ class LlamaAttention(Module):
 
     def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
-        B, T, _ = x.shape
+        (B, T, _), D, past = x.shape, self.head_dim, context.past
+        q, k, v = self.q_proj(x, rng), self.k_proj(x, rng), self.v_proj(x, rng)  # [B, T, heads * D]
+        cached = isinstance(past, KVCache) and not is_grad_enabled()
+        if context.attentions is None and (past is None or cached):
+            shape = B, k.shape[2] // D, T, D
+            cache = past.reserve(layer, shape, shape, like=k.data) if cached else None
+            y = F.rotary_attention(q, k, v, *context.rotation, attn_mask=context.mask, cache=cache)
+            return self.o_proj(y, rng)
 
         def heads(y: Tensor) -> Tensor:  # [B, T, H * D] -> [B, H, T, D]
-            return y.reshape(B, T, y.shape[2] // self.head_dim, self.head_dim).swapaxes(1, 2)
+            return y.reshape(B, T, y.shape[2] // D, D).swapaxes(1, 2)
 
-        q = F.rope(heads(self.q_proj(x, rng)), *context.rotation)
-        k = F.rope(heads(self.k_proj(x, rng)), *context.rotation)
-        k, v = _extend(k, heads(self.v_proj(x, rng)), context.past, layer)
+        q, k = F.rope(heads(q), *context.rotation), F.rope(heads(k), *context.rotation)
+        k, v = _extend(k, heads(v), past, layer)
         y = attend(q, k, v, context, layer)
-        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, y.shape[1] * self.head_dim), rng)
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, y.shape[1] * D), rng)
 
 
 class LlamaMLP(Module):
@@ -406,8 +420,7 @@ class Backbone(Module):
         if input_ids is not None:
             if input_ids.ndim != 2:
                 raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
-            xp = xp_of(self.embedding.weight.data)
-            x = self.embedding(from_host(input_ids, xp, lambda ids: checks.ids(ids, c.vocab_size)), rng)
+            x = self.embed(input_ids, rng)
         else:
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
                 raise ValueError(
@@ -436,6 +449,11 @@ class Backbone(Module):
             else:
                 x = block(x, context, i, layer_rng)
         return self.final_norm(x, rng)
+
+    def embed(self, input_ids: Array, rng: Rng | None = None) -> Tensor:
+        """The embeddings of ids [B, T], on the model's device: [B, T, d]. Raises IndexError for ids out of range."""
+        xp = xp_of(self.embedding.weight.data)
+        return self.embedding(from_host(input_ids, xp, lambda ids: checks.ids(ids, self.config.vocab_size)), rng)
 
     def _mask_and_positions(
         self, mask: Array | None, positions: Array | None, B: int, past: int, T: int

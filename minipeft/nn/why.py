@@ -3,7 +3,7 @@
 why_unmoved(model, lambda: model.loss(ids, labels), optimizer)
 
 {"....q_proj.default.lora_A": "its gradient is exactly 0, lost in linear, where ....q_proj.default.lora_B is all
-                               zeros: linear > mul > linear > lora_A"}
+                               zeros: linear > linear > lora_A"}
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class AdaLoraLinear(Adapter):
     def forward(self, x: Tensor, inner: Inner, base: Module, rng: Rng | None) -> Tensor:
         """y = inner(x) + s P diag(λ) Q z, z = x, in training with dropout: x [..., in] -> y [..., out]."""
         z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
-        return inner(x) + F.linear(F.linear(z, self.lora_A * self.lora_E) * self.scaling, self.lora_B)
+        return F.linear(F.linear(z, self.lora_A * self.lora_E), self.lora_B, inner(x), alpha=self.scaling)
 
     def merge(self, layer: Module, base: Module) -> Module:
         """W' = W + s P diag(λ) Q."""
@@ -239,7 +239,6 @@ class AdaLoraConfig(PeftConfig):
 
     peft_type, adapter_class = "ADALORA", AdaLoraLinear
     usual_learning_rate = 3e-2
-    kinds = ("linear", "conv1d")
     usual_targets = TARGETS
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class BitFitConfig(PeftConfig):
     peft_type, adapter_class = "BITFIT", Bias
     usual_learning_rate = 1e-2
     kinds = ("linear", "conv1d", "norm")
+    usual_targets = None  # all that have a bias
 
     def __post_init__(self) -> None:
         super().__post_init__()

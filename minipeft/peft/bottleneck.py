@@ -86,6 +86,7 @@ class BottleneckConfig(PeftConfig):
     ln_before: bool = option(False, "a layer norm of the adapter's own before it (Lin et al. 2020, arXiv:2004.03829)")
 
     peft_type, adapter_class = "BOTTLENECK", Bottleneck
+    kinds = ()  # any module of one input and one output
 
     def __post_init__(self) -> None:
         super().__post_init__()

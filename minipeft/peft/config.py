@@ -87,7 +87,7 @@ class PeftConfig(Targets, ABC):
         config = self.with_targets(model)
         modules = dict(model.named_modules())
         for name, module in config.resolve(modules).items():
-            config.parameter_shapes(name, kind_of(module) or "", shape_of(module) if kind_of(module) else ())
+            config.layer_shapes(name, module)
         config.resolve_saved(modules)
 
     def to_dict(self) -> dict[str, Any]:

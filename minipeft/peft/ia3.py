@@ -66,7 +66,6 @@ class IA3Config(PeftConfig):
 
     peft_type, adapter_class = "IA3", IA3Layer
     usual_learning_rate = 3e-2
-    kinds = ("linear", "conv1d")
     usual_targets = SCALED
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from ..options import configuration, option
 from .config import Seed, Shape
 from .layer import Adapter, Inner
 from .ranks import Ranked, check_rank, pattern_value
-from .targets import QUERY_AND_VALUE, kind_of
+from .targets import kind_of
 from .trainable_tokens import WithTokenRows
 from .variants import check_variant, variant_class
 from .weights import fill, kaiming_uniform, with_update
@@ -44,12 +44,12 @@ class LoraLinear(Adapter):
         inner: the layer below this adapter, usually the frozen W x + b; base: W's own layer, used by DoRA.
         """
         z = F.dropout(x, self.config.lora_dropout, rng) if self.config.lora_dropout else x
-        return inner(x) + self.update(z)
+        return self.update(z, inner(x))
 
-    def update(self, z: Tensor) -> Tensor:
-        """s B A z: z [..., in] -> [..., out], by way of [..., r]."""
+    def update(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """y + s B A z: z [..., in] -> [..., out], by way of [..., r]."""
         A, B = self.factors()
-        return F.linear(F.linear(z, A) * self.scaling, B)
+        return F.linear(F.linear(z, A), B, y, alpha=self.scaling)
 
     def start(self, layer: Module, generator: np.random.Generator) -> None:
         """Draw A; B stays zero, so training starts at the base layer (section 4.1). init False draws B, too."""
@@ -98,7 +98,6 @@ class LoraConfig(WithTokenRows, Ranked):
 
     peft_type = "LORA"
     kinds = ("linear", "conv1d", "embedding")
-    usual_targets = QUERY_AND_VALUE
     stores_constants = False  # recomputed from W on loading, not written
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .layer import Adapter, Inner, kept
 from .ranks import Ranked, pattern_value
-from .targets import QUERY_AND_VALUE
 from .weights import fill, kaiming_uniform, with_update
 
 
@@ -62,9 +61,6 @@ class LycorisConfig(Ranked):
     rank_dropout: float = option(0.0, "probability of dropping an output of the update", least=0, below=1)
     module_dropout: float = option(0.0, "probability of dropping the update of a layer", least=0, below=1)
     use_effective_conv2d: bool = option(False, "must be False: it is for convolutions", choices=(False,))
-
-    kinds = ("linear", "conv1d")
-    usual_targets = QUERY_AND_VALUE
 
     def scaling(self, name: str) -> float:
         """s of the module at a path."""

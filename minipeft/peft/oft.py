@@ -33,7 +33,6 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape
 from .layer import Adapter, Inner, kept
-from .targets import QUERY_AND_VALUE
 from .weights import dense_weight, fill, out_in, with_weight
 
 SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier ones mean another
@@ -103,8 +102,6 @@ class OFTConfig(PeftConfig):
 
     peft_type, adapter_class = "OFT", OFTLayer
     usual_learning_rate = 1e-3
-    kinds = ("linear", "conv1d")
-    usual_targets = QUERY_AND_VALUE
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -89,6 +89,8 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = option(None, "heads (prefix tuning: that have keys of their own)", least=1)
     num_transformer_submodules: int | None = option(None, "1: a decoder", choices=(None, 1))
 
+    kinds = ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in MODULE_OPTIONS:

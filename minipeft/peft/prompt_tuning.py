@@ -34,7 +34,7 @@ class SoftTokens(Prompt):
         """[P; E(x)], P being `vectors`: inputs_embeds [B, p + T, d], in place of input_ids."""
         x = given["inputs_embeds"]  # [B, T, d]
         if x is None:
-            x = model.backbone.embedding(given["input_ids"], given["rng"])
+            x = model.backbone.embed(given["input_ids"], given["rng"])
         P = vectors if vectors.dtype == x.dtype else F.to(vectors, x.dtype)  # x may be float16, what is trained not
         soft = F.broadcast_to(P, (x.shape[0], *P.shape[-2:]))  # [B, p, d]
         return {**given, "input_ids": None, "inputs_embeds": F.cat([soft, x], axis=1)}

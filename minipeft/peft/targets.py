@@ -86,8 +86,8 @@ class Targets:
     layers_pattern: list[str] | str | None = option(None, "what stands before that number, where a path has several")
     modules_to_save: list[str] | str | None = option(None, "ends of paths of modules that are trained whole, as copies")
 
-    kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of layers the method can be put on
-    usual_targets: ClassVar[dict[str, list[str]]] = {}  # model_type -> target_modules
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")  # of layers the method can be put on
+    usual_targets: ClassVar[dict[str, list[str]] | None] = QUERY_AND_VALUE  # model_type -> target_modules
 
     def __post_init__(self) -> None:
         check(self, PeftError)

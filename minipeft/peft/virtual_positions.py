@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..backend import Array, asarray, xp_of
 from ..nn.transformer import past_length
 from .targets import PeftError
@@ -44,16 +46,14 @@ def make_room(
     if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
         shapes = f"the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}"
         raise PeftError(f"attention_mask must have {shapes}: the {V} virtual tokens are added to it here")
-    if positions is None:
+    xp = xp_of(mask, positions)  # what is computed here is so where the caller's arrays are: in host memory, by default
+    if positions is None and xp is np:  # arrays of a device are not read
         _check_limit(V if visible is None else visible.sum(axis=1), mask, S, limit)
     if visible is None and mask is None and positions is None:
         return given, first  # the model counts right by itself
-    xp = xp_of(mask, positions)  # all of this is computed where the caller's arrays are: in host memory, by default
-    if visible is None:
-        visible = xp.ones((1, V), bool)
-    elif mask is None:
+    if visible is not None and mask is None:
         mask = xp.ones((B, S), bool)
-    visible = asarray(visible, xp)
+    visible = xp.ones((1, V), bool) if visible is None else asarray(visible, xp)
     if positions is None and mask.ndim == 4:
         positions = xp.arange(seen, S)[None]
     if positions is not None:
@@ -70,8 +70,8 @@ def _check_limit(taken: Any, mask: Array | None, S: int, limit: int) -> None:
     """Raise PeftError where a row reaches further than the model; `taken`: virtual tokens, of all rows or each [B]."""
     reached = S if mask is None or mask.ndim == 4 else (mask != 0).sum(axis=1)
     total = taken + reached
-    row = None if isinstance(total, int) else int(total.argmax().item())
-    taken, reached = (n if isinstance(n, int) else int(n[row].item()) for n in (taken, reached))
+    row = None if isinstance(total, int) else int(total.argmax())
+    taken, reached = (n if isinstance(n, int) else int(n[row]) for n in (taken, reached))
     if taken + reached > limit:
         room = f"{taken} virtual tokens leave {limit - taken} of this model's {limit} positions"
         raise PeftError(f"{room}, but the input reaches {reached}: shorten it to at most {limit - taken} tokens")

@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 
 from ..backend import Array, asarray, xp_of
+from . import device
 from .checks import QuantError, check_array, check_finite
 from .codebooks import dynamic_map
 
@@ -25,7 +26,9 @@ def quantize(blocks: Array, signed: bool = True) -> tuple[Array, Array]:
     nearest point is taken. In a block whose c has no finite reciprocal a number above zero has code 255, any other 0.
     """
     xp = xp_of(blocks)
-    c = abs(blocks).max(axis=1)
+    c = (blocks.view(xp.int32) & 0x7FFFFFFF).max(axis=1).view(xp.float32)  # as integers, magnitudes are ordered the same
+    if xp.__name__ == "cupy":
+        return device.quantize_8bit(blocks, c, xp.asarray(_steps(signed))), c
     usable = c > 2.0**-128
     scaled = blocks * (1 / xp.where(usable, c, 1))[:, None]
     xp.fmin(xp.fmax(scaled, -1, out=scaled), 1, out=scaled)  # NaN, which c keeps, becomes -1: no index outside

@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..backend import Array, asarray, get_num_threads, matmul, one_blas_thread, parallel_rows, split_rows, xp_of
-from . import nf4
+from . import device, nf4
 from .codebooks import CODES_4BIT, thresholds
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ def quantize(x: Array, blocksize: int, quant_type: str) -> tuple[Array, Array]:
     """(packed uint8 [(n + 1) // 2], absmax float32 [blocks]) of x [n]; where x holds NaN or infinity so does absmax."""
     xp, n = xp_of(x), x.size
     midpoints, order = thresholds(quant_type)
+    zero = int(abs(CODES_4BIT[quant_type]()).argmin())
+    if xp.__name__ == "cupy":
+        return device.quantize_4bit(x, blocksize, xp.asarray(midpoints), xp.asarray(order), zero, nf4.SMALLEST)
     midpoints, order = midpoints.tolist(), None if quant_type == "nf4" else asarray(order, xp)  # NF4's codes ascend
     absmax, packed = xp.empty(-(-n // blocksize), xp.float32), xp.empty((n + 1) // 2, xp.uint8)
     full = n // blocksize
@@ -57,7 +59,7 @@ def quantize(x: Array, blocksize: int, quant_type: str) -> tuple[Array, Array]:
 
     parallel_rows(xp, part, full, blocksize)
     if full < absmax.size:  # part of a block; an odd last code has zero's for its partner
-        tail, zero = x[full * blocksize :], abs(CODES_4BIT[quant_type]()).argmin()
+        tail = x[full * blocksize :]
         codes = xp.full((tail.size + 1) // 2 * 2, zero, xp.uint8)
         codes[: tail.size], absmax[full:] = nf4.quantize(tail, blocksize, quant_type)
         packed[full * blocksize // 2 :] = _pack(codes)
@@ -72,11 +74,22 @@ def _pack(codes: Array) -> Array:
 
 def dequantize(packed: Array, state: QuantState) -> Array:
     """code[codes] * scales, of the state's shape and dtype: packed uint8 [(n + 1) // 2]."""
-    xp, n, size, tiles = xp_of(packed), math.prod(state.shape), state.blocksize, Tiles(packed, state)
-    out = xp.empty(n, state.dtype)
+    xp, n, size = xp_of(packed), math.prod(state.shape), state.blocksize
+    if xp.__name__ == "cupy":
+        return on_device(packed, state, state.dtype)
+    out, tiles = xp.empty(n, state.dtype), Tiles(packed, state)
     work = n if xp is np else 0
     split_rows(lambda s: tiles.read(out[s.start * size : s.stop * size], s.start * size), tiles.scales.size, work)
     return out.reshape(state.shape)
+
+
+def on_device(packed: Array, state: QuantState, dtype: Any) -> Array:
+    """`dequantize` with CuPy into any dtype: one launch, without a table or the scales in memory."""
+    inner = state.state2
+    nested = None if inner is None else (inner.code, inner.absmax, inner.blocksize, state.offset)
+    out = xp_of(packed).empty(state.shape, dtype)
+    device.dequantize_4bit(out, packed, state.code, state.blocksize, state.absmax, nested)
+    return out
 
 
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
@@ -124,9 +137,9 @@ def times(g: Array, packed: Array, state: QuantState) -> Array:
     return d
 
 
-def tile_size(n: int, xp: ModuleType = np) -> int:
-    """Rows (of `n`) of a tile: the tiles of all threads together are at most half of the weight. A device has one thread."""
-    return max(1, min(TILE, n // (2 * (get_num_threads() if xp is np else 1))))
+def tile_size(n: int) -> int:
+    """Rows (of `n`) of a tile: the tiles of all threads together are at most half of the weight."""
+    return max(1, min(TILE, n // (2 * get_num_threads())))
 
 
 class Tiles:
@@ -158,8 +171,8 @@ class Tiles:
     def rows(self, part: slice | None = None) -> Iterator[tuple[slice, Array]]:
         """(rows, values [rows, in]) through a part of the rows, or all."""
         (n_out, n_in), size = self.state.shape, self.state.blocksize
-        buffer = self.xp.empty(tile_size(n_out, self.xp) * n_in + size, self.xp.float32)
-        for rows in _pieces(part or slice(0, n_out), tile_size(n_out, self.xp)):
+        buffer = self.xp.empty(tile_size(n_out) * n_in + size, self.xp.float32)
+        for rows in _pieces(part or slice(0, n_out), tile_size(n_out)):
             first = rows.start * n_in // size * size  # blocks run across rows: a tile may start inside of one
             values = buffer[: rows.stop * n_in - first]
             self.read(values, first)
@@ -171,13 +184,13 @@ class Tiles:
         (_, n_in), size = self.state.shape, self.state.blocksize
         if n_in % size:
             return 0
-        return 2 ** max(1, min(5, tile_size(n_in, self.xp).bit_length() - 1))  # at most 32, the smallest block
+        return 2 ** max(1, min(5, tile_size(n_in).bit_length() - 1))  # at most 32, the smallest block
 
     def columns(self, part: slice) -> Iterator[tuple[slice, Array]]:
         """(columns, values [out, columns]) through a part of the columns, counted in `column_unit`, which is not 0."""
         (n_out, n_in), size, unit = self.state.shape, self.state.blocksize, self.column_unit
         codes, scales = self.packed.reshape(n_out, n_in // 2), self.scales.reshape(n_out, n_in // size)
-        most = max(1, tile_size(n_in, self.xp) // unit)
+        most = max(1, tile_size(n_in) // unit)
         buffer = self.xp.empty(n_out * most * unit, self.xp.float32)
         for units in _pieces(part, most):
             a, b = units.start * unit, units.stop * unit

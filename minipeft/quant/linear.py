@@ -2,21 +2,22 @@
 
     y = x Wᵀ + b,  W = code[codes] * absmax           dx = g W;  W itself is frozen and has no gradient
 
-The graph keeps nothing but the packed codes, which the layer holds anyway: `kernels` dequantizes a tile of W at a time, in
-forward and again in backward. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).
+The graph keeps nothing but the packed codes, which the layer holds anyway: `kernels` dequantizes a tile of W at a time (on
+a device all of it), in forward and again in backward. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..autograd.tensor import Tensor, op
-from ..backend import Array, Rng
+from ..autograd.device import _sum, product
+from ..autograd.tensor import Tensor, kernel, op
+from ..backend import Array, Rng, xp_of
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from .bitsandbytes import QuantState, dequantize_4bit, quantize_4bit
 from .checks import QuantError
-from .kernels import Tiles, times, times_transposed
+from .kernels import Tiles, on_device, times, times_transposed
 
 
 @op
@@ -25,10 +26,7 @@ def linear_4bit(x, packed, state, bias=None):
 
     The product has x's dtype. Raises ValueError where x does not match the weight, or is not floating-point.
     """
-    if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
-        raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
-    if x.dtype.kind != "f":
-        raise ValueError(f"linear_4bit: the input must be floating-point, not {x.dtype}")
+    _check(x, state)
     (n_out, n_in), shape = state.shape, x.shape
     y = times_transposed(x.reshape(-1, n_in), packed, state)  # [n, out]
     if bias is not None:
@@ -38,6 +36,29 @@ def linear_4bit(x, packed, state, bias=None):
         return times(g.reshape(-1, n_out), packed, state).reshape(shape)
 
     return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(-1, n_out).sum(axis=0)
+
+
+@kernel(linear_4bit, "cupy")
+def _linear_4bit(x, packed, state, bias=None):
+    """The whole weight at once: one launch makes it, one product takes it, and its memory is free again."""
+    if x.dtype.char not in "fd":
+        return linear_4bit.definition(x, packed, state, bias)
+    _check(x, state)
+    y = product(x.reshape(-1, x.shape[-1]), on_device(packed, state, x.dtype).T)
+    if bias is not None:
+        y += bias
+
+    def dx(g):
+        return _sum(g.reshape(-1, g.shape[-1]), on_device(packed, state, g.dtype))
+
+    return y.reshape(*x.shape[:-1], y.shape[1]), dx, None, None, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0)
+
+
+def _check(x: Array, state: QuantState) -> None:
+    if len(state.shape) != 2 or x.ndim == 0 or x.shape[-1] != state.shape[1]:
+        raise ValueError(f"linear_4bit: input {x.shape} does not match the quantized weight {tuple(state.shape)}")
+    if x.dtype.kind != "f":
+        raise ValueError(f"linear_4bit: the input must be floating-point, not {x.dtype}")
 
 
 class Linear4bit(Module):
@@ -117,8 +138,11 @@ class Linear4bit(Module):
         return dequantize_4bit(self.weight.data, self.quant_state)
 
     def tiles(self) -> Iterator[tuple[slice, Array]]:
-        """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next."""
-        return Tiles(self.weight.data, self.quant_state).rows()
+        """(rows, float32 values [rows, in]) through the weight; each is overwritten by the next. On a device there is one."""
+        packed, state = self.weight.data, self.quant_state
+        if xp_of(packed).__name__ == "cupy":
+            return iter([(slice(0, state.shape[0]), on_device(packed, state, "float32"))])
+        return Tiles(packed, state).rows()
 
     def quantize(self, W: Array) -> Linear4bit:
         """A layer with another weight [out, in], quantized in the same way, and this bias.

@@ -20,7 +20,9 @@ Bits a weight, code books aside: 4 + 32/64 = 4.5, and 4 + 8/64 + 32/(64 * 256) =
 code takes a byte. `kernels` packs two into one, the first in the high half, and gives the same codes faster.
 
 Departures from the paper: 1. q is its table; its eq. 4, which averages neighboring quantiles, does not give that.
-2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`.
+2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`. 4. Float
+arithmetic on a GPU takes numbers below 1.18e-38 for zero. `kernels` gives the CPU's codes and numbers there all the same;
+what is lost is a scale that is nearer to the mean of the scales than that.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ import numpy as np
 
 from ..backend import Array, asarray, xp_of
 from . import eight_bits
+from .checks import QuantError
 from .codebooks import thresholds
 
-SMALLEST = 1e-38  # the least scale that a block is divided by; a GPU treats it as zero
+SMALLEST = 1e-38  # the least scale that a block is divided by; a GPU's float arithmetic takes it for zero
 NESTED_BLOCKSIZE = 256  # scales that double quantization puts into a block
 DESCRIPTION = 256  # bytes that a stored weight has beside its arrays: JSON padded to this
 
@@ -52,8 +55,14 @@ def dequantize(codes: Array, c: Array, q: Array, blocksize: int = 64) -> Array:
 
 
 def quantize_scales(c: Array) -> tuple[Array, Array, float]:
-    """Double quantization: (codes uint8 [B], c2 float32 [ceil(B / 256)], mean) of c [B]."""
-    mean = float(c.mean().item())
+    """Double quantization: (codes uint8 [B], c2 float32 [ceil(B / 256)], mean) of c [B].
+
+    Raises QuantError where the sum of the scales is no float32 number.
+    """
+    with np.errstate(over="ignore"):
+        mean = float(c.mean().item())
+    if mean == np.inf:
+        raise QuantError("the scales are too large for double quantization: their sum is above 3.4e38, a float32's limit")
     codes, c2 = eight_bits.quantize(in_blocks(c - xp_of(c).float32(mean), NESTED_BLOCKSIZE))
     return codes.reshape(-1)[: c.size], c2, mean
 
@@ -94,8 +103,7 @@ def _divide(blocks: Array, c: Array, partial: bool) -> tuple[Array, Array]:
 
     1. A whole block is multiplied by the float32 reciprocal of c; a partial one, at the end, is divided by c.
     2. c is raised to 1e-38 first. A whole block still stores its own c, a partial one the raised c.
-    3. A GPU treats numbers below 1.18e-38 as zero. There a block whose c is that small gets only the code of zero; so
-       does a whole block whose 1 / c is.
+    3. This definition, on a GPU, gives only the code of zero where c, or 1 / c of a whole block, is below 1.18e-38.
     """
     xp, scaled = xp_of(c), blocks * reciprocal(c)[:, None]
     if partial:

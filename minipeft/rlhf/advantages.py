@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import Array, xp_of
@@ -21,14 +23,14 @@ from ..nn.heads import last_real_token
 def masked_mean(x: Any, mask: Array) -> Any:
     """Mean of x [B, T], a Tensor or an array, over the positions where the mask is not zero: a scalar of x's kind.
 
-    Raises ValueError for a mask without any.
+    Raises ValueError for a mask without any; on a device, where to look would be to wait, the mean is NaN then.
     """
     real = mask != 0
     count = real.sum()
-    if not count.item():
+    if isinstance(count, np.generic) and not count:
         raise ValueError("a mean over no token: the mask is zero everywhere")
     if isinstance(x, Tensor):
-        return F.where(real, x, 0).sum() / count.item()
+        return F.where(real, x, 0).sum() / count.astype(x.dtype)
     return xp_of(x).where(real, x, 0).sum() / count
 
 

@@ -103,15 +103,15 @@ class RLOOTrainer(OnlineTrainer):
         batch["advantages"] = rloo_advantages(scores - beta * kl, self.config.num_generations)  # [B]
         return record | of_objective(record, -beta * float(kl.mean().item()), beta) | self.epochs(batch)
 
-    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`rloo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
         cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
         ratio = change.sum(axis=1).exp()  # of whole responses, [b]
         loss = clipped(ratio, advantages, cliprange).mean()
         return loss, {
-            "loss/policy": loss.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange).item(),
+            "loss/policy": loss.data,
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange),
             **of_ratio(change.data, xp_of(mask).exp(change.data), mask, new.entropy),
         }
 
@@ -127,7 +127,7 @@ class GRPOTrainer(OnlineTrainer):
         batch["advantages"] = grpo_advantages(scores, self.config.num_generations)  # [B]
         return record | of_objective(record, 0.0, self.config.kl_coef) | self.epochs(batch)
 
-    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`grpo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
@@ -136,9 +136,9 @@ class GRPOTrainer(OnlineTrainer):
         token = clipped(ratio, advantages, c.cliprange)
         loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
         return loss, {
-            "loss/policy": loss.item(),
-            "loss/kl": masked_mean(kl.detach(), mask).item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
+            "loss/policy": loss.data,
+            "loss/kl": masked_mean(kl.data, mask),
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 

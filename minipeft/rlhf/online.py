@@ -21,11 +21,12 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, asarray, to_numpy, xp_of
+from ..backend import Array, Rng, asarray, read, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import adapter_options, fingerprint, frozen_fingerprint
-from ..train.optim import Adam, NonFiniteGradient, clip_grad_norm
+from ..train.kernels import sum_of_squares
+from ..train.optim import Adam, NonFiniteGradient, clip, gradients_of
 from ..train.rates import with_learning_rate
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
@@ -144,8 +145,8 @@ class OnlineTrainer(ABC):
         """Sample, score and train once; the record of it (see statistics.py), but for its number and learning rate."""
 
     @abstractmethod
-    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
-        """(scalar loss, statistics) of a minibatch: rows of an update's arrays, and the policy's outputs for them."""
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
+        """(scalar loss, statistics, on the device) of a minibatch: rows of an update's arrays, the policy's outputs for them."""
 
     def step(self) -> dict[str, Any]:
         """One update. Returns its statistics (see statistics.py), which are also added to `history`.
@@ -245,17 +246,22 @@ class OnlineTrainer(ABC):
         first = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + 1
         for number, part in enumerate(self.minibatches(batch), start=first):
             new = self.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
-            loss, stats = self.loss(part, new)
-            if not seen:
-                check_first_minibatch(stats)
-            if not math.isfinite(loss.item()):
-                raise self._error(f"the loss is {loss.item():g}; {self._advice()}")
+            loss, given = self.loss(part, new)
             loss.backward()
             self._callbacks.before_step(number)
+            gradients = gradients_of(self.trainable.items())
+            squares = sum_of_squares([g for _, g in gradients])
+            L, total, *numbers = map(float, read(loss.data, squares, *given.values()))  # the minibatch's one wait
+            stats = dict(zip(given, numbers))
+            if not seen:
+                check_first_minibatch(stats)
+            if not math.isfinite(L):
+                raise self._error(f"the loss is {L:g}; {self._advice()}")
             try:
-                norm = clip_grad_norm(self.trainable.items(), c.max_grad_norm or math.inf)
+                norm = clip(gradients, total, c.max_grad_norm or math.inf)
             except NonFiniteGradient as error:
                 raise self._error(f"{error}; {self._advice()}") from error
+            del gradients  # what holds them besides the parameters would hold them through the next backward pass
             self.optimizer.step()
             seen.append({**stats, "grad_norm": norm})
             self._callbacks.after_step(number, {"step": number, **seen[-1]})

@@ -141,7 +141,7 @@ class PPOTrainer(OnlineTrainer):
         trained = self.epochs(batch)
         return record | of_objective(record, -beta * mean_kl, beta) | trained
 
-    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch. `new`: what `outputs` gives now."""
         c, mask, advantages = self.config, batch["mask"], batch["advantages"]
         change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
@@ -150,10 +150,10 @@ class PPOTrainer(OnlineTrainer):
         of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
         value = value_loss(*of_values)
         return policy + c.vf_coef * value, {
-            "loss/policy": policy.item(),
-            "loss/value": value.item(),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange).item(),
-            "val/clipfrac": value_clip_fraction(*of_values).item(),
+            "loss/policy": policy.data,
+            "loss/value": value.data,
+            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange),
+            "val/clipfrac": value_clip_fraction(*of_values),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import Array
+from ..backend import Array, read
 from .advantages import masked_mean
 from .rollouts import Rollout, distinct_n
 
@@ -56,13 +56,15 @@ def of_responses(roll: Rollout, batch: Mapping[str, Array], watched: Mapping[str
     """Statistics of an update's responses, without scores; old_logprobs, ref_logprobs and kl of `batch` are [B, n]."""
     size, responses = len(roll.mask), roll.responses()
     means = {name: float(scores.mean()) for name, scores in watched.items()}
+    sums = [(batch[name] * roll.mask).sum() for name in ("kl", "old_logprobs")]
+    kl, logprobs, ended, ref = map(float, read(*sums, roll.ended.sum(), masked_mean(batch["ref_logprobs"], roll.mask)))
     return {
-        "objective/kl": float((batch["kl"] * roll.mask).sum().item()) / size,
-        "objective/entropy": -float((batch["old_logprobs"] * roll.mask).sum().item()) / size,
-        "num_eos": int(roll.ended.sum().item()),
+        "objective/kl": kl / size,
+        "objective/entropy": -logprobs / size,
+        "num_eos": int(ended),
         "text/length": float(np.mean([len(r) for r in responses])),
         "text/distinct_2": distinct_n(responses, 2),
-        "text/ref_loss": -float(masked_mean(batch["ref_logprobs"], roll.mask).item()),
+        "text/ref_loss": -ref,
         **{f"watch/{name}": mean if math.isfinite(mean) else None for name, mean in means.items()},
     }
 
@@ -84,14 +86,14 @@ def of_objective(record: Mapping[str, Any], non_score: float, beta: float) -> di
     }
 
 
-def of_ratio(log_ratio: Array, ratio: Array, mask: Array, entropy: Array) -> dict[str, float]:
+def of_ratio(log_ratio: Array, ratio: Array, mask: Array, entropy: Array) -> dict[str, Array]:
     """How far the policy has gone from the one that sampled; log ρ (0 at padding), ρ, mask and entropy are [B, n]."""
     return {
-        "policy/approxkl": 0.5 * float(masked_mean(log_ratio**2, mask).item()),
-        "policy/entropy": float(masked_mean(entropy, mask).item()),
-        "val/ratio": float(masked_mean(ratio, mask).item()),
-        "val/ratio_max": float((ratio * (mask != 0)).max().item()),
-        "val/ratio_deviation": float(abs(ratio - 1).max().item()),
+        "policy/approxkl": 0.5 * masked_mean(log_ratio**2, mask),
+        "policy/entropy": masked_mean(entropy, mask),
+        "val/ratio": masked_mean(ratio, mask),
+        "val/ratio_max": (ratio * (mask != 0)).max(),
+        "val/ratio_deviation": abs(ratio - 1).max(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..backend import read, xp_of
 from ..nn.module import Parameter
 from .optim import Optimizer, non_finite
 
@@ -27,7 +28,8 @@ def diverged(step: int, loss: float, parameters: Mapping[str, Parameter], optimi
         name, bad = next((n, bad) for n, bad in gradients if bad)
         where = f"in the gradient of {name} {bad} of {parameters[name].size} elements are NaN or infinite"
     else:
-        sizes = {n: float(abs(p.data).max().item()) for n, p in parameters.items() if p.size}
+        largest = {n: abs(p.data).max() for n, p in parameters.items() if p.size}
+        sizes = {n: float(size) for n, size in zip(largest, read(*largest.values()))}
         name = max(sizes, key=sizes.__getitem__)
         where = f"every trained parameter is finite, the largest value is {sizes[name]:.3g} in {name}"
     return TrainingDiverged(step, loss, name, f"the loss is {loss:g}; {where}; {_advice(step, optimizer)}")
@@ -49,4 +51,5 @@ def _advice(step: int, optimizer: Optimizer) -> str:
 
 
 def _non_finite_parameter(parameters: Mapping[str, Parameter]) -> str | None:
-    return next((name for name, p in parameters.items() if non_finite(p.data)), None)
+    finite = read(*(xp_of(p.data).isfinite(p.data).all() for p in parameters.values()))
+    return next((name for name, good in zip(parameters, finite) if not good), None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, asarray, is_array, to_numpy, xp_of
+from ..backend import Array, asarray, is_array, read, to_numpy, xp_of
 from ..nn.module import Module
 from .batches import IGNORE, Batch
 from .batches import collate as collate_pairs
@@ -48,11 +48,24 @@ def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor,
     return loss, {name: n if is_array(n) else np.asarray(n) for name, n in given.items()}
 
 
+def read_results(
+    results: Sequence[tuple[Array, Statistics]], *more: Array
+) -> tuple[list[float], list[Statistics], list[float]]:
+    """(losses and statistics that batches gave, more numbers) in host memory, float64: one wait for the device."""
+    arrays = [array for L, statistics in results for array in (L, *statistics.values())]
+    found = iter(read(*arrays, *more))
+    losses, seen = [], []
+    for _, statistics in results:
+        losses.append(next(found).item())
+        seen.append({name: next(found) for name in statistics})
+    return losses, seen, [number.item() for number in found]
+
+
 def means(parts: Sequence[Statistics]) -> dict[str, float]:
-    """The mean of each statistic over the units of all parts that have a number; without one it is left out."""
+    """The mean of each statistic, read, over the units of all parts that have a number; without one it is left out."""
     found = {}
     for name in dict.fromkeys(name for part in parts for name in part):
-        numbers = np.concatenate([np.ravel(to_numpy(part[name])) for part in parts if name in part]).astype(np.float64)
+        numbers = np.concatenate([np.ravel(part[name]) for part in parts if name in part])
         numbers = numbers[~np.isnan(numbers)]
         if numbers.size:
             found[name] = float(numbers.mean())
@@ -85,18 +98,18 @@ def measure(
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
     collate, loss = collate or partial(collate_pairs, pad_token_id=pad_token_id), loss or model_loss
-    total, weight, seen = 0.0, 0, []
+    weights, results = [], []
     with no_grad():
         for i in range(0, len(examples), batch_size):
             batch = collate([examples[k] for k in range(i, min(i + batch_size, len(examples)))])
             if batch.weight:
                 value, statistics = with_statistics(loss(model, **on_device(batch, model, loss)))
-                total += value.item() * batch.weight
-                weight += batch.weight
-                seen.append(statistics)
-    if not weight:
+                weights.append(batch.weight)
+                results.append((value.data, statistics))
+    if not weights:
         raise ValueError(f"no label counts in any of the {len(examples)} evaluation examples")
-    return {"loss": total / weight, **means(seen)}
+    losses, seen, _ = read_results(results)
+    return {"loss": sum(value * weight for value, weight in zip(losses, weights)) / sum(weights), **means(seen)}
 
 
 POSITIONS = 512  # whose logits are held at a time

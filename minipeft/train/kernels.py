@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ..backend import Array, split_rows, xp_of
+from . import device
 
 ELEMENTS = 1 << 16  # of a piece, 256 KiB: smaller ones wait for the interpreter lock, larger ones leave the cache
 DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the launch of a kernel
@@ -67,12 +69,30 @@ def pack(sizes: Sequence[int], limit: int) -> list[list[Piece]]:
     return blocks
 
 
-def sum_of_squares(arrays: Sequence[Array]) -> float:
-    """Σ x² over all elements of all arrays, which is not finite where one of them is not, or where float32 overflows.
+def scale(arrays: Sequence[Array], factor: float) -> None:
+    """x *= factor, of all arrays."""
+
+    def times(piece: Array) -> None:
+        piece *= factor
+
+    for found in _by_dtype(arrays):
+        if device.fits(found):
+            device.scale(found, factor)
+        else:
+            for array in found:
+                in_pieces(times, array)
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> Array:
+    """Σ x² over all elements of all arrays, float64 [], not finite where one of them is not, or where float32 overflows.
 
     The squares of a block of `pack` are summed in its dtype, and the blocks in float64.
     """
-    xp, flat = xp_of(*arrays), [array.reshape(-1) for array in arrays]
+    xp = xp_of(*arrays)
+    if xp.__name__ == "cupy":
+        first, *more = (device.sum_of_squares([xp.ascontiguousarray(a) for a in found]) for found in _by_dtype(arrays))
+        return sum(more, first)
+    flat = [array.reshape(-1) for array in arrays]
     blocks = pack([array.size for array in flat], ELEMENTS if xp is np else DEVICE_ELEMENTS)
     partial = xp.zeros(len(blocks), xp.float64)
 
@@ -84,4 +104,11 @@ def sum_of_squares(arrays: Sequence[Array]) -> float:
                 partial[k] = (x * x).sum()
 
     _on_threads(run, len(blocks), sum(array.size for array in flat), xp)
-    return float(partial.sum().item())
+    return partial.sum()
+
+
+def _by_dtype(arrays: Sequence[Array]) -> list[list[Array]]:
+    found: dict[Any, list[Array]] = {}
+    for array in arrays:
+        found.setdefault(array.dtype, []).append(array)
+    return list(found.values())

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, xp_of
+from ..backend import Array, read, xp_of
 from ..nn.module import Parameter
+from . import device
 from .adam8bit import Adam8bit, AdamW8bit
-from .kernels import ELEMENTS, in_pieces, sum_of_squares
+from .kernels import ELEMENTS, scale, sum_of_squares
 from .loraplus import loraplus_groups
 from .optimizer import Named, Optimizer, Params, Slots, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
@@ -53,20 +54,30 @@ class Adam(Optimizer):
         """exp_avg and exp_avg_sq, like the parameter."""
         return {"exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)}
 
+    flat = staticmethod(device.adam)
+
+    def numbers(self, group: dict, step: int) -> dict[str, float]:
+        """m̂ / (sqrt(v̂) + eps) = (sqrt(c2) / c1) · m / (sqrt(v) + eps sqrt(c2)), where c1 = 1 - β1^t, c2 = 1 - β2^t."""
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        root = math.sqrt(1 - beta2**step)
+        return {
+            "keep": 1 - lr * decay if self.decoupled else 1.0, "decay": 0.0 if self.decoupled else decay,
+            "beta1": beta1, "rest1": 1 - beta1, "beta2": beta2, "rest2": 1 - beta2,
+            "rate": lr * root / (1 - beta1**step), "eps": group["eps"] * root,
+        }  # fmt: skip
+
     def update(self, group: dict, step: int, p: Array, g: Array, m: Array, v: Array) -> None:
         """One flat piece p of θ, in place; g is its gradient, m and v are the same piece of the `slots`, step is t."""
-        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-        if decay and self.decoupled:
-            p *= 1 - lr * decay
-        elif decay:
-            g = g + decay * p
-        m *= beta1
-        m += (1 - beta1) * g
-        v *= beta2
-        v += (1 - beta2) * (g * g)
-        # m̂ / (sqrt(v̂) + eps) = (sqrt(c2) / c1) · m / (sqrt(v) + eps sqrt(c2)), where c1 = 1 - β1^t, c2 = 1 - β2^t
-        root = math.sqrt(1 - beta2**step)
-        p -= (lr * root / (1 - beta1**step)) * (m / (xp_of(v).sqrt(v) + group["eps"] * root))
+        n = self.numbers(group, step)
+        if n["keep"] != 1:
+            p *= n["keep"]
+        if n["decay"]:
+            g = g + n["decay"] * p
+        m *= n["beta1"]
+        m += n["rest1"] * g
+        v *= n["beta2"]
+        v += n["rest2"] * (g * g)
+        p -= n["rate"] * (m / (xp_of(v).sqrt(v) + n["eps"]))
 
 
 class AdamW(Adam):
@@ -111,19 +122,24 @@ class SGD(Optimizer):
         """momentum_buffer, where there is momentum."""
         return {"momentum_buffer": (p.shape, p.dtype)} if group["momentum"] else {}
 
+    flat = staticmethod(device.sgd)
+
+    def numbers(self, group: dict, step: int) -> dict[str, float]:
+        """b ← kept · b + rest · g; nesterov: g ← g + momentum · b."""
+        momentum, rest = (group["momentum"], 1 - group["dampening"]) if step > 1 else (0.0, 1.0)
+        ahead = group["momentum"] * group["nesterov"]
+        return {"lr": group["lr"], "decay": group["weight_decay"], "kept": momentum, "rest": rest, "ahead": ahead}
+
     def update(self, group: dict, step: int, p: Array, g: Array, buffer: Array | None = None) -> None:
         """One flat piece p of θ, in place; g is its gradient, `buffer` the same piece of b, step counts from 1."""
-        momentum = group["momentum"]
-        if group["weight_decay"]:
-            g = g + group["weight_decay"] * p
+        n = self.numbers(group, step)
+        if n["decay"]:
+            g = g + n["decay"] * p
         if buffer is not None:
-            if step == 1:
-                buffer[...] = g
-            else:
-                buffer *= momentum
-                buffer += (1 - group["dampening"]) * g
-            g = g + momentum * buffer if group["nesterov"] else buffer
-        p -= group["lr"] * g
+            buffer *= n["kept"]
+            buffer += n["rest"] * g
+            g = g + n["ahead"] * buffer if n["ahead"] else buffer
+        p -= n["lr"] * g
 
 
 class NonFiniteGradient(ValueError):
@@ -139,6 +155,14 @@ def non_finite(array: Array) -> int:
     return array.size - int(xp_of(array).isfinite(array).sum().item())
 
 
+Gradients = list[tuple[str | None, Array]]
+
+
+def gradients_of(parameters: Named) -> Gradients:
+    """(name, gradient) of the parameters that have one."""
+    return [(name, p.grad) for name, p in with_names(parameters) if p.grad is not None]
+
+
 def clip_grad_norm(parameters: Named, max_norm: float) -> float:
     """Scale all gradients by max_norm / (norm + 1e-6) where their common 2-norm exceeds `max_norm`; returns the norm.
 
@@ -148,23 +172,20 @@ def clip_grad_norm(parameters: Named, max_norm: float) -> float:
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative, got {max_norm}")
-    named = [(name, p.grad) for name, p in with_names(parameters) if p.grad is not None]
-    if not named:
-        return 0.0
-    norm = math.sqrt(sum_of_squares([g for _, g in named]))
+    gradients = gradients_of(parameters)
+    return clip(gradients, *read(sum_of_squares([g for _, g in gradients])), max_norm)
+
+
+def clip(named: Gradients, squares: float, max_norm: float) -> float:
+    """`clip_grad_norm` of gradients whose `sum_of_squares` has been read."""
+    norm = math.sqrt(squares)
     if not math.isfinite(norm):
         for i, (name, g) in enumerate(named):
             if bad := non_finite(g):
                 name = name or f"parameter {i}"
                 message = f"the gradient of {name} has {bad} of {g.size} elements that are NaN or infinite"
                 raise NonFiniteGradient(name, message)
-        norm = math.sqrt(sum(sum_of_squares([g.astype(np.float64)]) for _, g in named))  # float32 overflowed
+        norm = math.sqrt(sum(float(sum_of_squares([g.astype(np.float64)]).item()) for _, g in named))  # float32 overflowed
     if norm + 1e-6 > max_norm:
-        factor = float(max_norm) / (norm + 1e-6)
-
-        def scale(piece: Array) -> None:
-            piece *= factor
-
-        for _, g in named:
-            in_pieces(scale, g)
+        scale([g for _, g in named], float(max_norm) / (norm + 1e-6))
     return norm

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..backend import Array, asarray, xp_of
 from ..nn.module import Parameter
+from . import device
 from .kernels import in_pieces
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
@@ -108,6 +109,7 @@ class Optimizer:
     # ------------------------------------------------------------------------------------------------------ steps
 
     block = 1  # pieces hold whole blocks of this many elements
+    flat: ClassVar[Callable[..., None] | None] = None  # `update` of many parameters in one launch, given their `numbers`
 
     def slots(self, group: dict[str, Any], p: Parameter) -> Slots:
         """The arrays kept for a parameter of a group: name -> (shape, dtype). They start at zero."""
@@ -120,24 +122,36 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def numbers(self, group: dict, step: int) -> dict[str, float]:
+        """What `update` reads of a group's options in this step, where there is a `flat`."""
+        raise NotImplementedError
+
     def step(self) -> None:
-        """Update every parameter that requires a gradient and has one. Raises ValueError where their shapes differ."""
-        for group in self.param_groups:
-            options = _options(group)
-            for p in group["params"]:
-                if not p.requires_grad or p.grad is None:
-                    continue
-                self._check_parameter(p)
-                if p.grad.shape != p.shape:
-                    raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
+        """Update every parameter that requires a gradient and has one.
+
+        Raises ValueError where their shapes differ; then nothing has changed.
+        """
+        groups = [(_options(g), [p for p in g["params"] if p.requires_grad and p.grad is not None]) for g in self.param_groups]
+        for p in (p for _, params in groups for p in params):
+            self._check_parameter(p)
+            if p.grad.shape != p.shape:
+                raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
+        for options, params in groups:
+            at_once: dict[tuple, list[list[Array]]] = {}  # those that one launch takes: of one step and dtype
+            for p in params:
                 slots, zeros = self.slots(options, p), xp_of(p.data).zeros
                 if set(self.state.get(p, ())) != {"step", *slots}:
                     self.state[p] = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
                 state = self.state[p]
                 state["step"] += 1
-                update = partial(self.update, options, state["step"])
-                in_pieces(update, p.data, p.grad, *(state[slot] for slot in slots), block=self.block)
                 p._version += 1
+                arrays = [p.data, p.grad, *(state[slot] for slot in slots)]
+                if self.flat is not None and device.fits(arrays):
+                    at_once.setdefault((state["step"], p.dtype), []).append(arrays)
+                else:
+                    in_pieces(partial(self.update, options, state["step"]), *arrays, block=self.block)
+            for (step, _), found in at_once.items():
+                self.flat(*zip(*found), **self.numbers(options, step))
 
     def zero_grad(self) -> None:
         """Forget the gradients (`.grad` becomes None)."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, Rng, is_array, to_numpy, xp_of
+from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
 from ..threads import get_num_threads, set_num_threads
 from .batches import Batch
@@ -40,15 +40,14 @@ class Part(NamedTuple):
     rng: Rng
 
 
-Result = tuple[float, Statistics]  # L_b, and the statistics of the batch in host memory
+Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
 
 
 def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
-    """Add the gradients of share · L_b to the model's. Nothing is added where L_b is not finite."""
+    """Add the gradients of share · L_b to the model's. L_b is not looked at, which would be to wait for the device."""
     L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
-    if np.isfinite(value := L_b.item()):
-        L_b.backward(part.share)
-    return value, {name: to_numpy(array) for name, array in statistics.items()}
+    L_b.backward(part.share)
+    return L_b.data, statistics
 
 
 class Workers:

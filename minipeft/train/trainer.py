@@ -33,9 +33,10 @@ from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, Statistics, means, measure, model_loss
+from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
-from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip_grad_norm, loraplus_groups
+from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
 from .parallel import Part, Workers, add_gradients
 from .rates import with_learning_rate
 from .run import Run
@@ -57,21 +58,21 @@ def training_step(
     `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    seen: list[Statistics] = []
     for batch in batches:
         if batch.weight:
             parts.append(Part(batch, batch.weight / total, Rng(seed, first_row=first_row).at(step - 1)))
         first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        losses = workers.losses(parts) if workers else (add_gradients(model, loss, part) for part in parts)
-        for part, (L_b, statistics) in zip(parts, losses):
+        results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
+        callbacks.before_step(step)
+        gradients = gradients_of(parameters.items())
+        losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
+        for part, L_b in zip(parts, losses):
             L += part.share * L_b
-            seen.append(statistics)
             if not math.isfinite(L):
                 raise diverged(step, L, parameters, optimizer)
-        callbacks.before_step(step)
         try:
-            norm = clip_grad_norm(parameters.items(), max_grad_norm or math.inf)
+            norm = clip(gradients, squares, max_grad_norm or math.inf)
         except NonFiniteGradient:
             raise diverged(step, L, parameters, optimizer) from None
         optimizer.step()

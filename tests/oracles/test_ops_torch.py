@@ -109,6 +109,25 @@ def rope_cases():
         )
 
 
+def torch_rotary(q, k, v, angle):
+    B, T, _ = q.shape
+    q, k, v = (a.reshape(B, T, -1, 2 * angle.shape[2]).transpose(1, 2) for a in (q, k, v))
+    q, k, groups = torch_rope(q, np.cos(angle), np.sin(angle)), torch_rope(k, np.cos(angle), np.sin(angle)), q.shape[1] // k.shape[1]
+    k, v = (a.repeat_interleave(groups, dim=1) for a in (k, v))
+    return TF.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
+
+
+def rotary_cases():
+    for T, rows in ((1, 1), (7, 2), (130, 1)):
+        angle = normal(rows, T, 3, scale=20)
+        yield (
+            f"{rows} x {T}",
+            lambda q, k, v, a=angle: F.rotary_attention(q, k, v, np.cos(a).astype(q.dtype), np.sin(a).astype(q.dtype)),
+            lambda q, k, v, a=angle: torch_rotary(q, k, v, a),
+            (normal(2, T, 24), normal(2, T, 12, seed=1), normal(2, T, 12, seed=2)),
+        )
+
+
 ties = np.array([[1.0, 3.0, 3.0, -2.0], [0.0, 0.0, 0.0, 0.0], [5.0, -1.0, 2.0, 5.0]])
 edges = np.array([-1e4, -200.0, -88.8, -30.0, -1.0, -1e-8, 0.0, 1e-8, 1.0, 30.0, 88.8, 200.0, 1e4])
 big = np.array([[1000.0, 999.0, -1000.0], [-1000.0, -1000.0, -1000.5], [0.0, 3e4, 1.0]])
@@ -277,6 +296,7 @@ CASES = {
         (what, partial(our_attention, **ours), partial(torch_attention, **theirs), qkv)
         for what, qkv, ours, theirs in attention_cases()
     ],
+    "rotary_attention": list(rotary_cases()),
     "packed_attention": [
         *table(F.packed_attention, torch_packed, [normal(2, 5, 24)], [(4,)]),
         *table(F.packed_attention, torch_packed, [normal(1, 130, 24)], [(2,)]),
