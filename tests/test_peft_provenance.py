@@ -85,7 +85,7 @@ def test_generate_finds_the_base_and_says_what_differs(model, tmp_path, capsys):
     assert in_four_bits == output(capsys, "generate", "--adapter", packed, "--load-in-4bit", *prompt)
     with pytest.warns(UserWarning, match="load_in_4bit=True"):
         mp.PeftModel.from_pretrained(mp.from_pretrained(model)[0], packed)
-    assert "leave out --completion-only" in refused(capsys, "generate", "--adapter", adapter, "--json", *prompt)
+    assert "--json and --completion-only exclude each other" in refused(capsys, "generate", "--adapter", adapter, "--json", *prompt)
     several = refused(capsys, "generate", "--adapter", tmp_path, *prompt)
     assert f"but holds the adapters adapter, packed: give {tmp_path / 'adapter'}" in several
     os.rename(model, tmp_path / "elsewhere")

@@ -462,7 +462,7 @@ def _linear_4bit(op, x, packed, state, bias=None):
 def _embedding(op, ids, weight):
     n, d = ids.size, weight.shape[1]
     scatter = 4 * d * (n + 2 * min(n, weight.shape[0])) + 16 * n  # rows sorted, their sums, the sums added; their order
-    return op.new((*ids.shape, d)), None, op.pull(weight.shape, weight, ids, work=scatter)
+    return op.new((*ids.shape, d)), None, op.pull(weight.shape, ids, work=scatter)
 
 
 # ---------------------------------------------------------------------------------------------------- normalization

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from .. import __version__
 from .arguments import Arguments, Parser, nearest, unknown, use_machine
@@ -123,5 +123,5 @@ def _parse(argv: list[str]) -> Arguments:
 
 def _summary(command: str) -> str:
     """The first line of a command's help, read from its file: importing all of them would take long."""
-    with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
+    with open(os.path.join(os.path.dirname(__file__), f"{command}.py"), encoding="utf-8") as file:
         return file.readline().strip('".\n')

@@ -50,5 +50,6 @@ def take_plugins(argv: list[str]) -> list[str]:
         before = {**METHODS} if name not in sys.modules else {}
         imported(name, f"--plugin {name}")
         if before == METHODS:
-            raise ValueError(f"--plugin {name} registers no method: put @minipeft.peft.register before a configuration")
+            how = "put @minipeft.peft.register before a configuration class"
+            raise ValueError(f"--plugin {name} registers no method: {how}")
     return rest

@@ -69,7 +69,7 @@ def run(args: Arguments) -> None:
     if not args.chat:
         args.refuse(("system",), "without --chat")
     if not args.prompt:
-        args.refuse(("escapes",), "without --prompt; files and standard input have real line breaks")
+        args.refuse(("escapes",), "without --prompt: files and standard input have real line breaks")
     config, several = from_arguments(GenerationConfig, args), len(args.adapter or ()) > 1
     conversation = args.chat and not (args.prompt or args.prompts)
     if conversation and several:

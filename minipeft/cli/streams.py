@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import os
 import re
 import sys
@@ -18,6 +17,8 @@ CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys, bu
 
 def escaped(text: str) -> str:
     """Text in ASCII, as in JSON: é as \\u00e9."""
+    import json  # only where there is something to escape: it would take a tenth of the time of --help
+
     return json.dumps(text)[1:-1].replace("\x7f", "\\u007f")
 
 
