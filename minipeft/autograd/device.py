@@ -263,16 +263,16 @@ extern "C" __global__ void nll_gradient(const T* x, const long long* targets, lo
     EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));
 }
 
-// out[id] += the sum of g[i] over all i with that id, in order; the block of the first one adds them all
+// out[id] += g[i] for all i with that id, in order; the block of the first of them adds them all
 extern "C" __global__ void add_rows(const long long* ids, long long n, const T* g, long long d, long long rows, T* out) {
     long long i = blockIdx.x, id = ids[i];
     T before = 0;
     EACH(j, i) before += ids[j] == id;
     if (sum(before) > 0 || id < 0 || id >= rows) return;
-    EACH(c, d) {
-        T s = 0;
-        for (long long j = i; j < n; j++) s += ids[j] == id ? g[j * d + c] : T(0);
-        out[id * d + c] += s;
+    for (long long first = i; first < n; first += 32) {  // each warp looks at 32 ids at a time
+        unsigned lane = threadIdx.x % 32, hits = first + lane < n && ids[first + lane] == id ? 1u << lane : 0;
+        for (int k = 16; k; k /= 2) hits |= __shfl_xor_sync(~0u, hits, k);
+        for (; hits; hits &= hits - 1) EACH(c, d) out[id * d + c] += g[(first + __ffs(hits) - 1) * d + c];
     }
 }
 """
@@ -389,9 +389,8 @@ def product(a: Array, b: Array, alpha: float = 1.0, out: Array | None = None, be
 
 def _as_cublas_reads(x: Array) -> tuple[Array, int, int, int]:
     """(x or a copy, 1 where its matrices are transposed, elements from row to row, and from matrix to matrix)."""
-    (rows, columns), size = x.shape[-2:], x.itemsize
-    *lead, down, right = x.strides
-    step = _step(x.shape, lead)
+    shape, strides, size = x.shape, x.strides, x.itemsize
+    (rows, columns), (down, right), step = shape[-2:], strides[-2:], _step(shape, strides) if len(shape) > 2 else 0
     if step is not None:
         if (right == size or columns == 1) and (down >= columns * size or rows == 1):
             return x, 0, down // size if rows > 1 else columns, step // size
@@ -401,9 +400,9 @@ def _as_cublas_reads(x: Array) -> tuple[Array, int, int, int]:
 
 
 def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The bytes from one matrix to the next, from the leading axes' strides; None where distances differ."""
+    """The bytes from one matrix [..., r, c] to the next; None where they lie at different distances."""
     step = span = None
-    for n, stride in zip(reversed(shape[: len(strides)]), reversed(strides)):
+    for n, stride in zip(shape[-3::-1], strides[-3::-1]):
         if n != 1:
             if span not in (None, stride):
                 return None

@@ -13,8 +13,9 @@ sums it back.
 Elementwise ops, softmax, dropout and norms give x's shape; two inputs broadcast, as in NumPy. Ops raise ValueError for
 shapes that do not match, TypeError for wrong dtypes, IndexError for axes, ids and targets out of range (`checks`).
 
-These are the definitions. `kernels` holds faster forms of some, in blocks, on several threads or with less memory,
-which compute in their place; each is tested to equal its definition, to rounding. `minipeft.functional` is this module.
+These are the definitions. `kernels` holds faster forms of some for NumPy, in blocks, on several threads or with less
+memory, and `device` for CuPy, of few launches; they compute in their place, and each is tested to equal its definition, to
+rounding. Arrays of another library are computed by the definitions. `minipeft.functional` is this module.
 """
 
 from __future__ import annotations
@@ -444,7 +445,7 @@ def _t(x: Array) -> Array:
 
 def _rows(x: Array) -> Array:
     """[..., d] -> [N, d]; unlike reshape(-1, d) also where d is 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @op

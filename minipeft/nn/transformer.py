@@ -704,7 +704,8 @@ class Transformer(BackboneModel):
             checks.targets("loss", targets, targets.shape, self.config.vocab_size, -100)
             if plain:  # which labels count, the device's kernel could say only after a wait
                 rows = np.flatnonzero(targets != -100)
-                hidden, targets = hidden.reshape(-1, hidden.shape[2])[xp.asarray(rows)], targets.reshape(-1)[rows]
+                hidden = F.embedding(xp.asarray(rows), hidden.reshape(-1, hidden.shape[2]))  # these rows of it
+                targets = targets.reshape(-1)[rows]
             targets = xp.asarray(targets)
         if plain:
             return F.linear_cross_entropy(hidden, self.lm_head.weight, targets, label_smoothing=label_smoothing)
