@@ -89,11 +89,10 @@ def ready(tmp_path_factory):
 
 
 @pytest.fixture
-def given(ready, tmp_path, monkeypatch):
+def given(ready, tmp_path, monkeypatch, methods_as_before):
     """A copy of that, the working directory."""
     shutil.copytree(ready, tmp_path / "given")
     monkeypatch.chdir(tmp_path / "given")
-    monkeypatch.setattr(sys, "path", list(sys.path))
     config = json.loads((tmp_path / "given" / "A" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "given" / "M")
     (tmp_path / "given" / "A" / "adapter_config.json").write_text(json.dumps(config))
