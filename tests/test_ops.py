@@ -586,12 +586,44 @@ def test_ties_share_the_gradient():
     a, b = Tensor(np.array([1.0, 2.0]), requires_grad=True), Tensor(np.array([1.0, 1.0]), requires_grad=True)
     F.maximum(a, b).backward(np.array([1.0, 1.0]))
     assert a.grad.tolist() == [0.5, 1.0] and b.grad.tolist() == [0.5, 0.0]
+    a.grad = b.grad = None
+    F.minimum(a, b).backward(np.array([1.0, 1.0]))
+    assert a.grad.tolist() == [0.5, 0.0] and b.grad.tolist() == [0.5, 1.0]
     x = Tensor(np.array([[3.0, 3.0, 1.0]]), requires_grad=True)
     x.max(axis=1).backward(np.array([1.0]))
     assert x.grad.tolist() == [[0.5, 0.5, 0.0]]
     c = Tensor(np.array([-1.0, 0.0, 1.0]), requires_grad=True)
     F.clip(c, -1.0, 0.5).backward(np.ones(3))
     assert c.grad.tolist() == [1.0, 1.0, 0.0]
+    c.grad = None
+    F.abs(c).backward(np.ones(3))
+    assert c.grad.tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_stack_gives_numpys_values_along_every_axis_of_one_tensor_too():
+    a, b = C.normal(2, 3), C.normal(2, 3, seed=1)
+    for axis in range(-3, 3):
+        for arrays in ([a], [a, b]):
+            np.testing.assert_array_equal(F.stack(list(map(Tensor, arrays)), axis).data, np.stack(arrays, axis))
+
+
+def test_linear_scales_the_product_alone_by_any_alpha(xp):
+    x, w, b = (C.normal(*shape).astype(np.float32) for shape in ((3, 4), (5, 4), (5,)))
+    for alpha in (0, 0.5, 1, 2):
+        y = F.linear(*(Tensor(xp.asarray(a)) for a in (x, w, b)), alpha=alpha)
+        close(to_numpy(y.data), alpha * (x @ w.T) + b, 1e-6)
+
+
+def test_a_float64_weight_is_not_narrowed_to_the_input(xp):
+    x, w = C.normal(3, 4).astype(np.float32), C.normal(4, 4)
+    y = F.linear(Tensor(xp.asarray(x)), Tensor(xp.asarray(w)))
+    np.testing.assert_allclose(to_numpy(y.data), x @ w.T, rtol=1e-12)
+
+
+def test_dropout_of_nothing_gives_its_input_and_draws_nothing():
+    x, generator = Tensor(C.normal(3, 4)), np.random.default_rng(0)
+    assert np.shares_memory(F.dropout(x, 0.0, generator).data, x.data)
+    assert generator.random() == np.random.default_rng(0).random()
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
