@@ -515,7 +515,7 @@ def main() -> int:
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    table, alive = [], []
+    table, alive, stale = [], [], []
     for group in GROUPS if "all" in args.groups else dict.fromkeys(args.groups):
         mutants = [mutant for module in modules_of(group) for mutant in mutants_of(module)]
         if args.sample is not None and args.sample < len(mutants):
@@ -527,9 +527,14 @@ def main() -> int:
         found = [known[m.key] for m in mutants if m.key in known]
         left = [r for r in found if r["outcome"] == "survived"]
         alive += [r for r in left if not is_listed(r)]
+        if len(found) == len(mutants) and args.sample is None:
+            kept = {(r["module"], r["function"], r["line"]) for r in left}
+            stale += [entry for entry in listed if entry[0] in modules_of(group) and entry not in kept]
         killed, unlisted = len(found) - len(left), sum(not is_listed(r) for r in left)
         table.append(f"{group:8}{len(found):>9}{killed:>8}{len(left) - unlisted:>8}{unlisted:>10}"
                      f"{killed / max(1, len(found)):>8.1%}{sum(r['seconds'] for r in found):>9.0f}")  # fmt: skip
+    for module, function, line in sorted(stale):
+        print(f"{LISTED.name} names what is killed or gone: {module} {function}: {line}")
     for r in alive:
         print(f"{r['module']}:{r['number']} {r['function']}: {r['was']}  ->  {r['line']}")
     print(f"{'group':8}{'mutants':>9}{'killed':>8}{'listed':>8}{'survived':>10}{'rate':>8}{'seconds':>9}", *table, sep="\n")

@@ -20,7 +20,7 @@ import minipeft
 from minipeft import functional as F
 from minipeft.autograd import cases as C
 from minipeft.autograd.gradcheck import GradcheckError, check_parameters, gradcheck
-from minipeft.autograd.tensor import REGISTRY, Tensor, evaluated_by
+from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_by
 from minipeft.backend import BackendError, Rng, to_numpy, xp_of
 
 OPS = [name for name, fn in REGISTRY.items() if fn.__module__ == "minipeft.autograd.ops"]
@@ -618,6 +618,34 @@ def test_a_float64_weight_is_not_narrowed_to_the_input(xp):
     x, w = C.normal(3, 4).astype(np.float32), C.normal(4, 4)
     y = F.linear(Tensor(xp.asarray(x)), Tensor(xp.asarray(w)))
     np.testing.assert_allclose(to_numpy(y.data), x @ w.T, rtol=1e-12)
+
+
+def test_what_has_no_probability_adds_nothing_however_improbable_the_model_finds_it(xp):
+    logits = xp.asarray(np.array([[0.0, -np.inf, 0.0]]))
+    loss = F.cross_entropy(Tensor(logits), xp.asarray(np.array([0])))
+    assert loss.item() == pytest.approx(math.log(2))
+    target = Tensor(xp.asarray(np.array([[0.5, 0.0, 0.5]])), requires_grad=True)
+    for log_q in ([-1.0, -2.0, -0.5], [-1.0, -np.inf, -0.5]):
+        target.grad = None
+        loss = F.kl_div(Tensor(xp.asarray(np.array([log_q]))), target)
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log(0.5) + 0.75)
+        assert to_numpy(target.grad)[0, 1] == 0
+
+
+def test_with_a_cache_keys_and_values_have_no_gradient_and_say_so(xp):
+    angle = xp.asarray(np.zeros((1, 2, 2)))
+    cache = (xp.asarray(np.ones((1, 1, 5, 4))), xp.asarray(np.ones((1, 1, 5, 4))), 3)
+    for i in (1, 2):
+        qkv = [Tensor(xp.asarray(C.normal(1, 2, 4)), requires_grad=i == j) for j in range(3)]
+        with pytest.raises(AutogradError, match="rotary_attention: the input of shape .* has no derivative"):
+            F.rotary_attention(*qkv, angle, angle, cache=cache)
+
+
+def test_transpose_takes_the_axes_one_by_one_as_a_tuple_or_not_at_all():
+    a = C.normal(2, 3, 4)
+    for axes in ((2, 0, 1), ((2, 0, 1),), ([2, 0, 1],), ()):
+        np.testing.assert_array_equal(Tensor(a).transpose(*axes).data, a.transpose(*axes))
 
 
 def test_dropout_of_nothing_gives_its_input_and_draws_nothing():
