@@ -8,15 +8,14 @@
 No file is edited. Results are appended to FILE, and what stands there of the same source is not run again. First the tests
 run as they are, which shows the lines that each runs; a mutant gets the tests that run its statement, the quickest first.
 It lives in a forked copy of the collected session, where the code of its functions is replaced. What is computed on import
-(a constant, an option) cannot be replaced so; it gets a process that imports the mutant, and so does what is replaced in
-vain because it may have been called on import: a default.
+(a constant) cannot be replaced so: it gets a process that imports the mutant.
 A mutant that is too slow, or takes too much memory, is killed. Changed are
 
     + - * / // % ** & | << >> (each to one other), the comparisons (their edge; == and is to their negations), numbers (one
     more, one less), True and False, and/or, conditions (not), unary - ~ not (removed), break/continue, loops (no turn);
     not in annotations, signatures' * and /, __all__, and texts of errors.
 
-tests/mutants.json lists the mutants that may survive, each with its reason. The exit status is 1 when another one does.
+tests/mutants.json lists the mutants that may survive, each with its reason: {module: {function: {changed line: reason}}}. The exit status is 1 when another one does.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {  # name: (modules, tests; all but ops on NumPy alone)
     "ops": (["autograd/ops.py"], "ops kernels autograd layers"),
-    "lora": (["peft/lora.py"], "peft peft_rows qlora accounting_parameters"),
+    "lora": (["peft/lora.py"], "peft peft_rows qlora accounting_parameters accounting_shapes options train"),
     "quant": (
         [f"quant/{name}.py" for name in "bitsandbytes checks codebooks eight_bits kernels linear nf4 surgery".split()],
         "quant quant_linear qlora hub_quantized optim",
@@ -66,6 +65,7 @@ OPERATORS = """ReplaceBinaryOperator_ Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_D
     Replace TrueWithFalse FalseWithTrue AndWithOr OrWithAnd BreakWithContinue ContinueWithBreak
     . NumberReplacer AddNot ZeroIterationForLoop"""
 SECONDS = 3.0  # that a test may take to be used
+BUDGET = 10.0  # seconds of tests, the quickest, for what is computed on import: most tests of the module run it
 MEGABYTES = 3000  # of address space that a mutant may take, beside what the process has
 
 
@@ -82,7 +82,7 @@ class Mutant:
     source: str
     function: str
     lines: tuple[int, ...]
-    on_import: str  # "" in a function, "default" of one, or "module"
+    on_import: str  # "" in a function; else what is computed: a "default" of one, an attribute of a "class", or "module"
     text: str
 
     @property
@@ -180,6 +180,8 @@ def place(node: Any) -> tuple[str, tuple[int, ...], str]:
                 if on_import == "default" and len(names) == 1:
                     lines = set(range(parent.start_pos[0], parent.end_pos[0] + 1))
         child = parent
+    if names and on_import == "module":
+        on_import = "class"
     return ".".join(reversed(names)), tuple(sorted(lines)), on_import
 
 
@@ -209,6 +211,17 @@ def replaced(functions: list[FunctionType], mutant: Mutant, new: CodeType) -> bo
     def key(code: CodeType) -> tuple[str, int]:
         return code.co_qualname, code.co_firstlineno
 
+    if mutant.on_import == "class":  # of which the options have their defaults and bounds in these places
+        name = f"minipeft.{mutant.module[:-3].replace('/', '.')}"
+        namespace = {"__name__": name, "__package__": name.rpartition(".")[0], "__file__": new.co_filename}
+        exec(new, namespace)
+        for old, made in ((getattr(sys.modules[name], key, None), value) for key, value in namespace.items()):
+            if isinstance(old, type) and old.__module__ == name and hasattr(old, "__dataclass_fields__"):
+                old.__init__, old.__dataclass_fields__ = made.__init__, made.__dataclass_fields__
+                for key, value in vars(made).items():
+                    if isinstance(value, (bool, int, float, tuple)) and not key.startswith("__"):
+                        setattr(old, key, value)
+        return hasattr(namespace[mutant.function], "__dataclass_fields__")
     codes = list(walk(new))
     many = Counter(map(key, codes))
     by_key, done, line = {key(code): code for code in codes if many[key(code)] == 1}, False, mutant.lines[-1]
@@ -391,7 +404,7 @@ class Session:
 
                 outcome, test = forked(live, limit)
                 killers[mutant.module, mutant.function, test] += outcome == "killed"
-            if names and outcome == "survived" and (mutant.on_import or test == "import"):
+            if names and outcome == "survived" and (mutant.on_import == "module" or test == "import"):
                 outcome, test = "import", ""
             self.report(mutant, outcome, test, time.perf_counter() - began, text, old, names, limit)
         return True
@@ -399,13 +412,18 @@ class Session:
 
 def chosen(mutant: Mutant, tests: dict[str, tuple[float, set[tuple[str, int]]]]) -> list[str]:
     """The tests that run a mutant's statement; of what runs on import or is kept in a cache: those that run its module."""
-    whole = mutant.on_import == "module" or "\n@cache" in (ROOT / "minipeft" / mutant.module).read_text()
+    whole = mutant.on_import in ("class", "module") or "\n@cache" in (ROOT / "minipeft" / mutant.module).read_text()
     here = {(mutant.module, line) for line in mutant.lines}
     found = [(seconds, name) for name, (seconds, ran) in tests.items() if here & ran]
     rest = [(s, name) for name, (s, ran) in tests.items() if whole and not here & ran and mutant.module in {m for m, _ in ran}]
     if whole and not (found or rest):  # such as a module of constants
         rest = [(seconds, name) for name, (seconds, _) in tests.items()]
-    return [name for _, name in [*sorted(found), *sorted(rest)]]
+    names, spent = [], 0.0
+    for seconds, name in [*sorted(found), *sorted(rest)]:
+        spent += seconds
+        if mutant.on_import not in ("class", "module") or spent < BUDGET:
+            names.append(name)
+    return names
 
 
 def imported(group: str, mutant: Mutant, code: CodeType, names: list[str], pipe: int) -> int:
@@ -502,16 +520,18 @@ def main() -> int:
     import rich.console  # noqa: F401
     import tokenizers  # noqa: F401
 
-    rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    known = {(r["module"], r["operator"], r["occurrence"], r["source"]): r for r in rows}
-    listed = {(e["module"], e["function"], e["line"]) for e in json.loads(LISTED.read_text())} if LISTED.exists() else set()
+    def stored() -> dict[Any, dict[str, Any]]:
+        rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+        return {(r["module"], r["operator"], r["occurrence"], r["source"]): r for r in rows}
+
+    known = stored()
+    listed = {(m, f, line) for m, fs in json.loads(LISTED.read_text()).items() for f, lines in fs.items() for line in lines}
     is_listed = lambda r: (r["module"], r["function"], r["line"]) in listed  # noqa: E731
 
     def save(mutant: Mutant, outcome: str, test: str, seconds: float, text: str, old: str) -> None:
         row = {"module": mutant.module, "operator": mutant.operator, "occurrence": mutant.occurrence, "source": mutant.source,
                "function": mutant.function, "number": mutant.lines[0], "line": text, "was": old, "outcome": outcome, "by": test,
                "seconds": round(seconds, 2)}  # fmt: skip
-        known[mutant.key] = row
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -524,6 +544,7 @@ def main() -> int:
         todo = [m for m in mutants if m.key not in known or redo(known[m.key])]
         if todo:
             run_group(group, todo, save, args.results.with_suffix(f".{group}.tests").absolute())
+            known = stored()
         found = [known[m.key] for m in mutants if m.key in known]
         left = [r for r in found if r["outcome"] == "survived"]
         alive += [r for r in left if not is_listed(r)]

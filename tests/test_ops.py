@@ -605,6 +605,13 @@ def test_stack_gives_numpys_values_along_every_axis_of_one_tensor_too():
     for axis in range(-3, 3):
         for arrays in ([a], [a, b]):
             np.testing.assert_array_equal(F.stack(list(map(Tensor, arrays)), axis).data, np.stack(arrays, axis))
+    np.testing.assert_array_equal(F.stack([Tensor(a), Tensor(b)]).data, np.stack([a, b]))
+
+
+def test_softmax_and_logsumexp_run_along_the_last_axis_unless_told():
+    x = Tensor(C.normal(2, 3, 4))
+    for op in (F.softmax, F.log_softmax, F.logsumexp):
+        np.testing.assert_array_equal(op(x).data, op(x, axis=2).data)
 
 
 def test_linear_scales_the_product_alone_by_any_alpha(xp):
