@@ -65,7 +65,7 @@ OPERATORS = """ReplaceBinaryOperator_ Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_D
     Replace TrueWithFalse FalseWithTrue AndWithOr OrWithAnd BreakWithContinue ContinueWithBreak
     . NumberReplacer AddNot ZeroIterationForLoop"""
 SECONDS = 3.0  # that a test may take to be used
-BUDGET = 10.0  # seconds of tests, the quickest, for what is computed on import: most tests of the module run it
+BUDGET = 30.0  # seconds of tests, the quickest, for what is computed on import: most tests of the module run it
 MEGABYTES = 3000  # of address space that a mutant may take, beside what the process has
 
 
@@ -173,6 +173,8 @@ def place(node: Any) -> tuple[str, tuple[int, ...], str]:
             lines = set(range(parent.start_pos[0], parent.end_pos[0] + (parent.end_pos[1] > 0)))
         elif parent.type in ("if_stmt", "while_stmt", "for_stmt", "with_stmt") and child is not parent.children[-1] and not names:
             lines.add(child.start_pos[0])
+        if parent.type == "lambdef" and child is parent.children[-1]:
+            on_import = ""
         if parent.type in ("funcdef", "classdef"):
             names.append(parent.name.value)
             if parent.type == "funcdef" and on_import:
