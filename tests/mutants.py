@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
+import functools
 import gc
 import hashlib
 import importlib.machinery
@@ -316,6 +317,11 @@ def run_items(items: list[Any]) -> Iterator[tuple[Any, float]]:
         yield item, time.perf_counter() - began
 
 
+def caches_of_package() -> list[Any]:
+    """What its functions remember."""
+    return [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper) and "minipeft" in str(o.__module__)]
+
+
 class Session:
     """A plugin that takes the place of pytest's loop: the tests as they are, then every mutant in a copy of the process."""
 
@@ -346,7 +352,10 @@ class Session:
 
         threading.settrace(trace)
         sys.settrace(trace)
+        caches = caches_of_package()
         for item, seconds in run_items(items):
+            for cache in caches:  # what the next test needs it computes itself
+                cache.cache_clear()
             if item.nodeid not in self.failed and seconds < SECONDS:
                 found[item.nodeid] = (seconds, sorted(lines))
             lines.clear()
@@ -384,6 +393,7 @@ class Session:
         tests = self._measured(items)
         by_name = {item.nodeid: item for item in items}
         functions = [o for o in gc.get_objects() if isinstance(o, FunctionType) and f"{os.sep}minipeft{os.sep}" in o.__code__.co_filename]
+        caches = caches_of_package()
         gc.freeze()  # copies of the process share these objects' memory
         self.report(f"{len(items)} tests, {len(tests)} used, {math.fsum(s for s, _ in tests.values()):.0f} s")
         killers: Counter[tuple[str, str, str]] = Counter()  # which tests have found something in a function: first
@@ -400,6 +410,8 @@ class Session:
                     if not replaced(functions, mutant, code):
                         os.write(pipe, b"import")
                         return
+                    for cache in caches:
+                        cache.cache_clear()
                     session.config.pluginmanager.register(StopAtFailure(pipe))
                     for _ in run_items([by_name[name] for name in names]):
                         pass
@@ -413,8 +425,8 @@ class Session:
 
 
 def chosen(mutant: Mutant, tests: dict[str, tuple[float, set[tuple[str, int]]]]) -> list[str]:
-    """The tests that run a mutant's statement; of what runs on import or is kept in a cache: those that run its module."""
-    whole = mutant.on_import in ("class", "module") or "\n@cache" in (ROOT / "minipeft" / mutant.module).read_text()
+    """The tests that run a mutant's statement; of what runs on import: those that run its module."""
+    whole = mutant.on_import in ("class", "module")
     here = {(mutant.module, line) for line in mutant.lines}
     found = [(seconds, name) for name, (seconds, ran) in tests.items() if here & ran]
     rest = [(s, name) for name, (s, ran) in tests.items() if whole and not here & ran and mutant.module in {m for m, _ in ran}]

@@ -288,10 +288,12 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
         ({"quant_state.bitsandbytes__nf4": np.frombuffer(b"{not json", np.uint8)}, "no JSON object"),
         ({**entries, "dtype": "int8"}, "dtype must be float32, float16 or bfloat16, not 'int8'"),
         ({**entries, "shape": [-10, -64]}, r"of positive integers, not \[-10, -64\]"),
+        ({**entries, "shape": [0, 64]}, r"of positive integers, not \[0, 64\]"),
         ({**entries, "nested_blocksize": 0}, "nested_blocksize must be one of 32, .*, not 0"),
         *(({**entries, "nested_blocksize": n}, "nested_blocksize must be one of") for n in (256000768, 2**32, False)),
         ({**entries, "shape": 640}, "of positive integers, not 640"), ({**entries, "nested_offset": "x"}, "nested_offset must be a n"),
         ({**entries, "absmax": 5}, "absmax and the quant_map of a quantization state are arrays"),
+        ({**entries, "nested_quant_map": 5}, "absmax and the quant_map of a quantization state are arrays"),
         ({"quant_state.bitsandbytes__nf4": np.frombuffer(b'{"quant_type": "fp4"}', np.uint8)}, "the state of another type: 'fp4'"),
         ({**entries, "quant_type": []}, "quant_type must be one of"),
         ({**entries, "absmax": entries["absmax"][:2]}, r"absmax must be \[10\] uint8 for the shape \(640,\) in blocks of 64, not \[2\]"),
@@ -299,6 +301,32 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
     ):
         with pytest.raises(quant.QuantError, match=message):
             quant.QuantState.from_dict(damaged)
+
+
+def test_a_state_of_a_single_row_is_read(rng):
+    packed, state = quant.quantize_4bit(rng.standard_normal((1, 64)).astype(np.float32))
+    again = quant.QuantState.from_dict(state.as_dict())
+    assert again.shape == (1, 64) and np.array_equal(quant.dequantize_4bit(packed, again), quant.dequantize_4bit(packed, state))
+
+
+def test_the_code_books_are_shared_and_so_cannot_be_written():
+    for book in (*CODES_4BIT.values(), dynamic_map):
+        with pytest.raises(ValueError, match="read-only"):
+            book()[0] = 0
+
+
+def test_8_bit_blockwise_keeps_the_largest_magnitude_to_the_last_bit(xp, rng):
+    x = rng.standard_normal((40, 256)).astype(np.float32)
+    state = quant.quantize_blockwise(xp.asarray(x), 256)[1]
+    assert np.array_equal(to_numpy(state.absmax), np.abs(x).max(axis=1))
+    assert quant.quantize_blockwise(xp.asarray(x))[1].absmax.shape == (3,)  # blocks of 4096
+    assert np.array_equal(to_numpy(quant.quantize_blockwise(xp.asarray(x), 1)[1].absmax), np.abs(x).reshape(-1))
+
+
+def test_8_bit_blocks_too_small_for_a_reciprocal_have_two_codes():
+    for largest in (2.0**-128, 2.0**-140):
+        codes, state = quant.quantize_blockwise(np.array([largest, largest / 2, 0, -largest], np.float32), 4)
+        assert state.absmax[0] == np.float32(largest) and codes.tolist() == [255, 255, 0, 0]
 
 
 def test_what_describes_a_state_cannot_stand_in_for_its_arrays(rng):
