@@ -353,6 +353,8 @@ class Session:
         threading.settrace(trace)
         sys.settrace(trace)
         caches = caches_of_package()
+        for cache in caches:
+            cache.cache_clear()
         for item, seconds in run_items(items):
             for cache in caches:  # what the next test needs it computes itself
                 cache.cache_clear()

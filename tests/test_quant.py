@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_the_dynamic_map_covers_six_decades_with_255_distinct_signs_and_sizes():
     assert np.array_equal(np.sort(-values[values < 0]), positive)
     per_decade = [int(((positive > 10.0**-k / 10) & (positive < 10.0**-k)).sum()) for k in range(7)]
     assert per_decade == [64, 32, 16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(("signed", "bits", "checksum"), [(True, 6, 0x1B137AEB), (False, 7, 0xE871278F)])
+def test_the_dynamic_map_is_its_definition_and_bitsandbytes_table_to_the_last_bit(signed, bits, checksum):
+    """The checksum is that of the table that tests/oracles compares with bitsandbytes'."""
+    fractions = [0.1 + 0.9 * (np.arange(n) + 0.5) / n for n in 2 ** np.arange(bits, bits - 7, -1)]
+    positive = np.concatenate([f * 10.0**-k for k, f in enumerate(fractions)])
+    values = dynamic_map(signed)
+    np.testing.assert_allclose(values, np.sort([0, 1, *positive, *(-positive if signed else ())]), rtol=1e-6)
+    assert zlib.crc32(values.tobytes()) == checksum
 
 
 # ------------------------------------------------------------------------------------------------------------ four bits
