@@ -338,6 +338,24 @@ def test_8_bit_blocks_too_small_for_a_reciprocal_have_two_codes():
     for largest in (2.0**-128, 2.0**-140):
         codes, state = quant.quantize_blockwise(np.array([largest, largest / 2, 0, -largest], np.float32), 4)
         assert state.absmax[0] == np.float32(largest) and codes.tolist() == [255, 255, 0, 0]
+    x = np.array([1.5, 0.6, 0, -0.3], np.float32)
+    small, large = (quant.quantize_blockwise(x * np.float32(scale), 4)[0].tolist() for scale in (2.0**-128, 1))
+    assert small == large  # 1.5 times the least that has one
+
+
+def test_int8_rows_of_any_shape_and_size_use_all_codes(xp, rng):
+    x = rng.standard_normal((2, 3, 5)).astype(np.float32) * np.float32([[[0.01]], [[100]]])
+    codes, absmax = quant.int8_vectorwise_quant(xp.asarray(x))
+    largest = np.abs(x).max(axis=2)
+    assert np.array_equal(to_numpy(absmax), largest.reshape(-1))
+    np.testing.assert_allclose(to_numpy(codes), x * 127 / largest[..., None], atol=0.501)
+    np.testing.assert_allclose(to_numpy(quant.int8_vectorwise_dequant(codes, absmax)), x, atol=largest.max() / 250)
+    for wrong in ((codes.astype(xp.int16), absmax), (codes, absmax[:5])):
+        with pytest.raises(quant.QuantError, match="do not fit scales"):
+            quant.int8_vectorwise_dequant(*wrong)
+    x[1, 2, 3] = np.nan
+    with pytest.raises(quant.QuantError, match="among its elements 25 to 29"):
+        quant.int8_vectorwise_quant(xp.asarray(x))
 
 
 def test_what_describes_a_state_cannot_stand_in_for_its_arrays(rng):
