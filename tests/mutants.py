@@ -51,7 +51,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {  # name: (modules, tests; all but ops on NumPy alone)
     "ops": (["autograd/ops.py"], "ops kernels autograd layers"),
-    "lora": (["peft/lora.py"], "peft peft_rows qlora accounting_parameters accounting_shapes options train"),
+    "lora": (["peft/lora.py"], "lora peft peft_rows qlora accounting_parameters accounting_shapes options"),
     "quant": (
         [f"quant/{name}.py" for name in "bitsandbytes checks codebooks eight_bits kernels linear nf4 surgery".split()],
         "quant quant_linear qlora hub_quantized optim",

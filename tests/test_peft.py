@@ -203,24 +203,6 @@ def test_any_module_can_be_adapted(xp, rng):
     assert net.parameters()[0].grad is None
 
 
-def test_the_gaussian_start_has_the_deviation_one_over_the_rank():
-    config = mp.LoraConfig(r=4, target_modules=["0"], init_lora_weights="gaussian")
-    adapted = dict(mp.get_peft_model(Sequential(Linear(2000, 9, seed=1)), config).named_parameters())
-    A, B = (next(p.data for name, p in adapted.items() if f"lora_{part}" in name) for part in "AB")
-    assert abs(A.std() * 4 - 1) < 0.05 and abs(A.mean()) < 0.01 and not B.any()
-
-
-def test_pissa_keeps_a_start_of_the_shapes_of_its_factors_beside_them():
-    config = mp.LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
-    layers = {"0": ("linear", (5, 6)), "1": ("linear", (7, 5))}
-    assert config.constant_shapes(layers) == {"0.start_A": (2, 6), "0.start_B": (5, 2)}
-
-
-def test_loras_defaults_are_pefts():
-    c = mp.LoraConfig()
-    assert (c.r, c.lora_alpha, c.lora_dropout, c.use_rslora, c.use_dora, c.init_lora_weights) == (8, 8, 0.0, False, False, True)
-
-
 def test_a_layer_alone_has_no_name_to_be_found_by():
     with pytest.raises(PeftError, match=r"no module is called '0'; nothing is inside this one: .* Sequential"):
         mp.get_peft_model(Linear(3, 3), mp.LoraConfig(target_modules=["0"]))
