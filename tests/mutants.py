@@ -66,7 +66,7 @@ OPERATORS = """ReplaceBinaryOperator_ Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_D
     Replace TrueWithFalse FalseWithTrue AndWithOr OrWithAnd BreakWithContinue ContinueWithBreak
     . NumberReplacer AddNot ZeroIterationForLoop"""
 SECONDS = 3.0  # that a test may take to be used
-BUDGET = 30.0  # seconds of tests, the quickest, for what is computed on import: most tests of the module run it
+BUDGET = {"": 12.0, "default": 12.0, "class": 6.0, "module": 6.0}  # seconds of tests that a mutant gets, the quickest
 MEGABYTES = 3000  # of address space that a mutant may take, beside what the process has
 
 
@@ -437,7 +437,7 @@ def chosen(mutant: Mutant, tests: dict[str, tuple[float, set[tuple[str, int]]]])
     names, spent = [], 0.0
     for seconds, name in [*sorted(found), *sorted(rest)]:
         spent += seconds
-        if mutant.on_import not in ("class", "module") or spent < BUDGET:
+        if spent < BUDGET[mutant.on_import]:
             names.append(name)
     return names
 

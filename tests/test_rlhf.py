@@ -85,6 +85,41 @@ def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
         rlhf.shaped_rewards(np.zeros((1, 3)), np.zeros((1, 3)), np.ones(1), np.zeros((1, 3)), 0.5)
 
 
+def test_padding_costs_no_kl_whatever_stands_there(xp):
+    logprobs, ref, mask = (xp.asarray(np.array([a])) for a in ([-1.0, -2.0, np.nan], [-1.5, -1.0, -9.0], [1, 1, 0]))
+    assert to_numpy(rlhf.advantages.token_kl(logprobs, ref, mask)).tolist() == [[0.5, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (rlhf.PPOConfig, {"steps": 1, "mini_batch_size": 1, "num_epochs": 1, "response_length": 1, "seed": 0}),
+        (rlhf.PPOConfig, {"max_equal_updates": 1, "save_total_limit": 1, "max_grad_norm": 0, "kl_horizon": 1}),
+        (rlhf.PPOConfig, {"kl_coef": 0, "gamma": 0, "lam": 0, "vf_coef": 0}),
+        (rlhf.GroupConfig, {"num_generations": 2, "kl_coef": 0}),
+        (rlhf.DPOConfig, {"reference_batch_size": 1}),
+        (rlhf.RewardConfig, {"center": 0}),
+    ],
+)
+def test_an_option_takes_its_least_value_and_names_itself_below(config, least):
+    for name, value in least.items():
+        assert getattr(config(**{name: value}), name) == value
+        with pytest.raises(ValueError, match=name):
+            config(**{name: value - 1})
+
+
+def test_the_defaults_are_the_ones_that_the_configurations_give_sources_for():
+    c = rlhf.PPOConfig()
+    assert (c.gamma, c.lam, c.vf_coef, c.cliprange, c.cliprange_value) == (1, 0.95, 0.1, 0.2, 0.2)  # OpenAI's
+    assert (c.batch_size, c.mini_batch_size, c.num_epochs, c.response_length, c.steps) == (64, 16, 4, 24, 40)
+    assert (c.kl_coef, c.kl_horizon, c.max_kl, c.max_equal_updates, c.temperature) == (0.05, 10000, 100, 20, 1)
+    assert (c.max_grad_norm, c.save_total_limit, c.whiten_rewards, c.progress, c.seed) == (1, 2, False, True, 0)
+    group, dpo = rlhf.GroupConfig(), rlhf.DPOConfig()
+    assert (group.num_generations, group.kl_coef, rlhf.RewardConfig().center) == (4, 0.05, 0)
+    assert (dpo.beta, dpo.gamma, dpo.desirable_weight, dpo.undesirable_weight, dpo.reference_batch_size) == (0.1, 1, 1, 1, 32)
+    assert rlhf.DPOConfig(loss_type="simpo").beta == 2
+
+
 def test_a_missing_end_replaces_the_score_or_lowers_it():
     scores, ended = np.array([0.5, 2.0]), np.array([True, False])
     for options, second in ((dict(score=-1.0), -1.0), (dict(penalty=0.75), 1.25), ({}, 2.0)):
