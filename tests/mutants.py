@@ -26,6 +26,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import importlib
 import importlib.machinery
 import json
 import math
@@ -392,6 +393,8 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: Any) -> bool:
         items = session.items
+        for module in self.modules:  # not all are imported by all tests
+            importlib.import_module(f"minipeft.{module[:-3].replace('/', '.')}".removesuffix(".__init__"))
         tests = self._measured(items)
         by_name = {item.nodeid: item for item in items}
         functions = [o for o in gc.get_objects() if isinstance(o, FunctionType) and f"{os.sep}minipeft{os.sep}" in o.__code__.co_filename]

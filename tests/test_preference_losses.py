@@ -51,6 +51,31 @@ def test_kto_weighs_gains_and_losses_from_the_kl(xp):
     assert start.item() == pytest.approx(0.5), "at the reference nothing is gained or lost"
 
 
+def test_kto_counts_the_answers_that_are_on_their_own_side_of_z():
+    policy, ids = base(), np.array([[3, 4, 5, 6], [4, 5, 6, 7], [5, 6, 7, 8], [6, 7, 8, 9]])
+    labels = np.where(np.arange(4) < 2, -100, ids)
+    lp = rlhf.sequence_logprobs(policy, ids, labels).numpy()
+    desirable = np.array([True, True, False, False])
+
+    def accuracies(gain, z):
+        given = (ids, labels, None, ids, labels, None, desirable, lp - np.float32(gain), lp - np.float32(z))
+        return rlhf.kto.kto_objective(policy, *given)[1]["rewards/accuracies"].tolist()
+
+    assert accuracies([0.5, 0.1, 0.1, 0.5], 0.3) == [1, 0, 1, 0]
+    assert accuracies([0, 0, 0, 0], 0) == [0.5] * 4, "undecided"
+
+
+def test_without_options_a_loss_takes_its_papers():
+    w, l, u, v = (mp.Tensor(a) for a in (CHOSEN, REJECTED, *REFERENCES))
+    refs = [r.data for r in (u, v)]
+    for loss in (rlhf.dpo_loss, rlhf.ipo_loss):
+        assert loss(w, l, *refs).item() == loss(w, l, *refs, 0.1).item()
+    assert rlhf.orpo_loss(w, l).item() == rlhf.orpo_loss(w, l, 0.1).item()
+    assert rlhf.simpo_loss(w, l).item() == rlhf.simpo_loss(w, l, 2.0, 1.0).item()
+    liked = np.array([True, False])
+    assert rlhf.kto_loss(w, refs[0], liked, 0.3).item() == rlhf.kto_loss(w, refs[0], liked, 0.3, 0.1, 1.0, 1.0).item()
+
+
 def test_orpo_is_cross_entropy_and_the_log_odds_ratio(xp):
     chosen, rejected = parameter(xp, CHOSEN), parameter(xp, REJECTED)
     loss = rlhf.orpo_loss(chosen, rejected, beta=0.3)

@@ -172,6 +172,24 @@ def test_clipping_stops_the_gradient_only_where_it_would_help_too_much():
     assert (logprobs.grad != 0).tolist() == [[False, True, True, False]]
 
 
+def test_without_options_clipping_is_at_a_fifth():
+    ratio, ones = np.array([[0.5, 0.9, 1.3]]), np.ones((1, 3))
+    assert rlhf.ppo.clipped(mp.Tensor(ratio), -ones).data.tolist() == [[0.8, 0.9, 1.3]]
+    logprobs, values = mp.Tensor(np.log(ratio)), mp.Tensor(ratio)
+    for loss in (rlhf.policy_loss, rlhf.value_loss):
+        x = logprobs if loss is rlhf.policy_loss else values
+        assert loss(x, 0 * ones, ones, ones).item() == loss(x, 0 * ones, ones, ones, 0.2).item() != loss(x, 0 * ones, ones, ones, 1.2).item()
+    assert rlhf.rloo_loss(logprobs, 0 * ones, ones[0, :1], ones).item() == rlhf.rloo_loss(logprobs, 0 * ones, ones[0, :1], ones, 0.2).item()
+    grpo = (logprobs, 0 * ones, 0.1 * ones, -ones[0, :1], ones)
+    assert rlhf.grpo_loss(*grpo).item() == rlhf.grpo_loss(*grpo, 0.2, 0.04).item()
+
+
+def test_grpo_has_no_gradient_from_what_stands_at_padding():
+    logprobs = parameter(np, LOGPROBS - JUNK)
+    rlhf.grpo_loss(logprobs, LOGPROBS, REFERENCE, SCORES, MASK).backward()
+    assert np.isfinite(logprobs.grad).all() and not logprobs.grad[MASK == 0].any()
+
+
 def test_kl_controllers():
     fixed, adaptive = rlhf.KLController(0.1), rlhf.KLController(0.1, target=6.0, horizon=1000)
     fixed.update(kl=50.0, n=64)

@@ -243,6 +243,7 @@ def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
     [
         ({"a/readme.txt": b"hello"}, "holds no movieReviewSnippets_GroundTruth.txt; give the source archive"),
         (tables(line="only two\tcolumns\r\n"), "line 31: does not have 3 columns"),
+        (tables(line="99_1\t0\t  \r\n"), "line 31: does not have 3 columns"),
         (tables(ratings="[1, __import__]"), r"text 1 \(0_0\): the ratings are not a list of whole numbers"),
         (tables(line="99_1\t0\tunrated text\r\n"), r"\(99_1\) has no ratings"),
     ],
