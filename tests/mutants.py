@@ -94,8 +94,15 @@ class Mutant:
 
 def operators() -> dict[str, Any]:
     """cosmic-ray's operators that are used, by name."""
-    from cosmic_ray.operators import binary_operator_replacement, boolean_replacer, break_continue, number_replacer
-    from cosmic_ray.operators import comparison_operator_replacement, unary_operator_replacement, zero_iteration_for_loop
+    from cosmic_ray.operators import (
+        binary_operator_replacement,
+        boolean_replacer,
+        break_continue,
+        comparison_operator_replacement,
+        number_replacer,
+        unary_operator_replacement,
+        zero_iteration_for_loop,
+    )
 
     modules = [binary_operator_replacement, boolean_replacer, break_continue, number_replacer]
     modules += [comparison_operator_replacement, unary_operator_replacement, zero_iteration_for_loop]

@@ -645,7 +645,7 @@ def test_with_a_cache_keys_and_values_have_no_gradient_and_say_so(xp):
     cache = (xp.asarray(np.ones((1, 1, 5, 4))), xp.asarray(np.ones((1, 1, 5, 4))), 3)
     for i in (1, 2):
         qkv = [Tensor(xp.asarray(C.normal(1, 2, 4)), requires_grad=i == j) for j in range(3)]
-        with pytest.raises(AutogradError, match="rotary_attention: the input of shape .* has no derivative"):
+        with pytest.raises(AutogradError, match=r"rotary_attention: the input of shape .* has no derivative"):
             F.rotary_attention(*qkv, angle, angle, cache=cache)
 
 

@@ -184,6 +184,13 @@ def test_without_options_clipping_is_at_a_fifth():
     assert rlhf.grpo_loss(*grpo).item() == rlhf.grpo_loss(*grpo, 0.2, 0.04).item()
 
 
+def test_statistics_of_groups_of_two_and_of_clipped_values():
+    scores = np.array([1.0, 1.0, 2.0, 3.0])
+    assert rlhf.statistics.of_scores(scores, scores, 2)["objective/scores_equal"] == 0.5
+    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, 0.1, 0.5]])), np.zeros((1, 4)), np.array([[1.0, -1.0, 1.0, 0.0]])
+    assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 4))) == 0.5
+
+
 def test_grpo_has_no_gradient_from_what_stands_at_padding():
     logprobs = parameter(np, LOGPROBS - JUNK)
     rlhf.grpo_loss(logprobs, LOGPROBS, REFERENCE, SCORES, MASK).backward()
