@@ -5,17 +5,18 @@
     python tests/mutants.py rlhf --results FILE --sample 200 --seed 1
     python tests/mutants.py quant --results FILE --again        # survivors once more, after new tests
 
-No file is edited. Results are appended to FILE, and what stands there of the same source is not run again. First the tests
-run as they are, which shows the lines that each runs; a mutant gets the tests that run its statement, the quickest first.
-It lives in a forked copy of the collected session, where the code of its functions is replaced. What is computed on import
-(a constant) cannot be replaced so: it gets a process that imports the mutant.
-A mutant that is too slow, or takes too much memory, is killed. Changed are
+No file is edited. Results are appended to FILE, and what stands there of the same source is not run again. First the
+tests run as they are, which shows the lines that each runs. A mutant gets the tests that run its statement, the quickest
+first, in a forked copy of the session that has collected them: there the code of its functions and the defaults of its
+configurations are replaced. A constant cannot be replaced so; it gets a process that imports the mutant. One that is too
+slow, or takes too much memory, counts as killed. Changed are
 
-    + - * / // % ** & | << >> (each to one other), the comparisons (their edge; == and is to their negations), numbers (one
+    + - * / // % ** & | << >> (each to one other), comparisons (their edge; == and is to their negations), numbers (one
     more, one less), True and False, and/or, conditions (not), unary - ~ not (removed), break/continue, loops (no turn);
     not in annotations, signatures' * and /, __all__, and texts of errors.
 
-tests/mutants.json lists the mutants that may survive, each with its reason: {module: {function: {changed line: reason}}}. The exit status is 1 when another one does.
+tests/mutants.json lists the mutants that may survive, with the reason: {module: {function: {changed line: reason}}}. The
+exit status is 1 when another one does.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ GROUPS = {  # name: (modules, tests; all but ops on NumPy alone)
     ),
     "rlhf": (["rlhf/*.py"], "rlhf preference_losses rlhf_reward best_of_n rlhf_online"),
 }
+HEAD = "mutants", "killed", "listed", "survived", "rate", "seconds"
 LISTED = ROOT / "tests" / "mutants.json"
 OPERATORS = """ReplaceBinaryOperator_ Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_Div Pow_Mul
     BitAnd_BitOr BitOr_BitAnd LShift_RShift RShift_LShift
@@ -127,7 +129,8 @@ def mutants_of(module: str) -> list[Mutant]:
         for name, operator in used.items():
             for index, _ in enumerate(operator.mutation_positions(node)):
                 if not skipped(node):
-                    found.append(Mutant(module, name, counts[name], digest, *place(node), changed(tree, node, operator, index)))
+                    new = changed(tree, node, operator, index)
+                    found.append(Mutant(module, name, counts[name], digest, *place(node), new))
                 counts[name] += 1
     return found
 
@@ -135,8 +138,8 @@ def mutants_of(module: str) -> list[Mutant]:
 def changed(tree: Any, node: Any, operator: Any, index: int) -> str:
     """The text of a tree with a node changed by cosmic-ray; the tree is afterwards as it was."""
     parent, parts = node.parent, [node, *getattr(node, "children", ())]
-    before = [(part, name, value) for part in parts for name in ("value", "children") if (value := getattr(part, name, None)) is not None]
-    before = [(part, name, list(value) if name == "children" else value) for part, name, value in before]
+    before = [(part, "value", part.value) for part in parts if hasattr(part, "value")]
+    before += [(part, "children", list(part.children)) for part in parts if hasattr(part, "children")]
     at = next(i for i, child in enumerate(parent.children) if child is node) if parent else None
     new = operator.mutate(node, index)
     if new is not node:
@@ -157,7 +160,7 @@ def parents(node: Any) -> Iterator[Any]:
 
 
 def skipped(node: Any) -> bool:
-    """Whether a change here says nothing: an annotation, a mark in a signature or display, an error's text, `__all__`."""
+    """Whether a change says nothing here: an annotation, a mark in a signature or display, an error's text, `__all__`."""
     child, types = node, []
     for parent in parents(node):
         types.append(parent.type)
@@ -170,17 +173,19 @@ def skipped(node: Any) -> bool:
         if parent.type == "expr_stmt" and parent.children[0].get_code().strip() == "__all__":
             return True
         child = parent
-    mark = getattr(node, "value", "") in ("*", "**", "/") and types[0] in ("parameters", "lambdef", "dictorsetmaker", "atom")
-    return mark or ("fstring" in types and "raise_stmt" in types)
+    if getattr(node, "value", "") in ("*", "**", "/") and types[0] in ("parameters", "lambdef", "dictorsetmaker", "atom"):
+        return True
+    return "fstring" in types and "raise_stmt" in types
 
 
 def place(node: Any) -> tuple[str, tuple[int, ...], str]:
     """(the function's name, the lines of the statement, and what of it runs on import)."""
     names, lines, on_import, child = [], {node.start_pos[0], node.end_pos[0]}, "module", node
+    headed = ("if_stmt", "while_stmt", "for_stmt", "with_stmt")
     for parent in parents(node):
         if parent.type == "simple_stmt" and len(lines) < 3:
             lines = set(range(parent.start_pos[0], parent.end_pos[0] + (parent.end_pos[1] > 0)))
-        elif parent.type in ("if_stmt", "while_stmt", "for_stmt", "with_stmt") and child is not parent.children[-1] and not names:
+        elif parent.type in headed and child is not parent.children[-1] and not names:
             lines.add(child.start_pos[0])
         if parent.type == "lambdef" and child is parent.children[-1]:
             on_import = ""
@@ -199,12 +204,12 @@ def place(node: Any) -> tuple[str, tuple[int, ...], str]:
 def compiled(mutant: Mutant) -> tuple[str, CodeType | None, str]:
     """(the changed line, the module's code, or None where it does not compile; and the line as it was)."""
     path = ROOT / "minipeft" / mutant.module
-    old, new = path.read_text().splitlines(), mutant.text.splitlines()
-    start = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), 0)
+    lines = zip(path.read_text().splitlines(), mutant.text.splitlines())
+    old, new = next(((" ".join(a.split()), " ".join(b.split())) for a, b in lines if a != b), ("", ""))
     try:
-        return " ".join(new[start].split()), compile(mutant.text, str(path), "exec", dont_inherit=True), " ".join(old[start].split())
+        return new, compile(mutant.text, str(path), "exec", dont_inherit=True), old
     except SyntaxError:
-        return "", None, ""
+        return new, None, old
 
 
 def replaced(functions: list[FunctionType], mutant: Mutant, new: CodeType) -> bool:
@@ -250,6 +255,7 @@ def replaced(functions: list[FunctionType], mutant: Mutant, new: CodeType) -> bo
         last = max(at for inner in walk(code) for *_, at in inner.co_lines() if at is not None)
         done |= code.co_firstlineno <= line <= last and not mutant.on_import
         if args := defaults.get((fn.__name__, code.co_firstlineno)):
+
             def value(node: ast.expr, fn: FunctionType = fn) -> Any:
                 return eval(compile(ast.Expression(node), new.co_filename, "eval"), fn.__globals__)
 
@@ -327,11 +333,12 @@ def run_items(items: list[Any]) -> Iterator[tuple[Any, float]]:
 
 def caches_of_package() -> list[Any]:
     """What its functions remember."""
-    return [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper) and "minipeft" in str(o.__module__)]
+    wrappers = [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper)]
+    return [wrapper for wrapper in wrappers if "minipeft" in str(wrapper.__module__)]
 
 
 class Session:
-    """A plugin that takes the place of pytest's loop: the tests as they are, then every mutant in a copy of the process."""
+    """A plugin in the place of pytest's loop: the tests as they are, then every mutant in a copy of the process."""
 
     def __init__(self, modules: list[str], mutants: list[Mutant], report: Callable[..., None], folder: Path, cache: Path):
         self.modules, self.mutants, self.report, self.folder, self.cache = modules, mutants, report, folder, cache
@@ -381,7 +388,8 @@ class Session:
     def _measured(self, items: list[Any]) -> dict[str, tuple[float, set[tuple[str, int]]]]:
         """{test: (seconds, lines)}; of files that are as they were when they were measured, from the cache."""
         same = "".join((ROOT / "minipeft" / name).read_text() for name in self.modules)
-        digests = {path: hashlib.sha256((same + path.read_text()).encode()).hexdigest() for path in {i.path for i in items}}
+        paths = {item.path for item in items}
+        digests = {path: hashlib.sha256((same + path.read_text()).encode()).hexdigest() for path in paths}
         stored = json.loads(self.cache.read_text()) if self.cache.exists() else {}
         new = [item for item in items if digests[item.path] not in stored]
         if new:
@@ -404,7 +412,8 @@ class Session:
             importlib.import_module(f"minipeft.{module[:-3].replace('/', '.')}".removesuffix(".__init__"))
         tests = self._measured(items)
         by_name = {item.nodeid: item for item in items}
-        functions = [o for o in gc.get_objects() if isinstance(o, FunctionType) and f"{os.sep}minipeft{os.sep}" in o.__code__.co_filename]
+        functions = [o for o in gc.get_objects() if isinstance(o, FunctionType)]
+        functions = [fn for fn in functions if fn.__code__.co_filename.startswith(str(ROOT / "minipeft"))]
         caches = caches_of_package()
         gc.freeze()  # copies of the process share these objects' memory
         self.report(f"{len(items)} tests, {len(tests)} used, {math.fsum(s for s, _ in tests.values()):.0f} s")
@@ -441,9 +450,11 @@ def chosen(mutant: Mutant, tests: dict[str, tuple[float, set[tuple[str, int]]]])
     whole = mutant.on_import in ("class", "module")
     here = {(mutant.module, line) for line in mutant.lines}
     found = [(seconds, name) for name, (seconds, ran) in tests.items() if here & ran]
-    rest = [(s, name) for name, (s, ran) in tests.items() if whole and not here & ran and mutant.module in {m for m, _ in ran}]
-    if whole and not (found or rest):  # such as a module of constants
-        rest = [(seconds, name) for name, (seconds, _) in tests.items()]
+    rest = []
+    if whole:
+        rest = [(s, name) for name, (s, ran) in tests.items() if not here & ran and mutant.module in {m for m, _ in ran}]
+        if not found and not rest:  # such as a module of constants
+            rest = [(seconds, name) for name, (seconds, _) in tests.items()]
     names, spent = [], 0.0
     for seconds, name in [*sorted(found), *sorted(rest)]:
         spent += seconds
@@ -501,7 +512,8 @@ def run_group(group: str, todo: list[Mutant], save: Callable[..., None], cache: 
 
         def session(_: int) -> int:
             files = [f"tests/test_{name}.py" for name in GROUPS[group][1].split()]
-            return pytest.main(["-s", *options(group), *files], plugins=[Session(modules_of(group), todo, report, folder, cache)])
+            plugin = Session(modules_of(group), todo, report, folder, cache)
+            return pytest.main(["-s", *options(group), *files], plugins=[plugin])
 
         if forked(session, 86400, str(folder / "log"))[0] != "survived":
             raise SystemExit((folder / "log").read_text()[-3000:])
@@ -510,7 +522,8 @@ def run_group(group: str, todo: list[Mutant], save: Callable[..., None], cache: 
             survivors.append((todo[index], names, seconds, limit))
         if survivors:  # a process that imports what is not changed has no failure
             mutant, names, _, limit = survivors[0]
-            code = compile((ROOT / "minipeft" / mutant.module).read_text(), str(ROOT / "minipeft" / mutant.module), "exec")
+            path = ROOT / "minipeft" / mutant.module
+            code = compile(path.read_text(), str(path), "exec", dont_inherit=True)
             if forked(lambda pipe: imported(group, mutant, code, names, pipe), 20 + limit)[0] != "survived":
                 raise SystemExit(f"{group}: the tests of {mutant.module} fail where nothing is changed")
         for i, (mutant, names, seconds, limit) in enumerate(survivors):
@@ -518,7 +531,8 @@ def run_group(group: str, todo: list[Mutant], save: Callable[..., None], cache: 
             started = time.perf_counter()
             outcome, test = "survived", ""
             if names:
-                outcome, test = forked(lambda pipe, m=mutant, c=code, n=names: imported(group, m, c, n, pipe), 20 + limit)
+                arguments = group, mutant, code, names
+                outcome, test = forked(lambda pipe, a=arguments: imported(*a, pipe), 20 + limit)
             save(mutant, outcome, test, seconds + time.perf_counter() - started, text, old)
             show(f"by import {i + 1} of {len(survivors)}: {outcome}; {mutant.module}:{mutant.lines[0]} {text[:80]}")
         show(f"{len(todo)} in {time.perf_counter() - began:.0f} s")
@@ -530,8 +544,9 @@ def run_group(group: str, todo: list[Mutant], save: Callable[..., None], cache: 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "all"], metavar="GROUP", help=f"any of {', '.join(GROUPS)}; all")
-    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="JSON lines: read first, then appended to")
+    names = ", ".join(GROUPS)
+    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "all"], metavar="GROUP", help=f"any of {names}; all")
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="JSON lines, read and appended to")
     parser.add_argument("--sample", type=int, metavar="N", help="of each group only N mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
     parser.add_argument("--again", action="store_true", help="run survivors again that are not listed")
@@ -551,13 +566,14 @@ def main() -> int:
         return {(r["module"], r["operator"], r["occurrence"], r["source"]): r for r in rows}
 
     known = stored()
-    listed = {(m, f, line) for m, fs in json.loads(LISTED.read_text()).items() for f, lines in fs.items() for line in lines}
+    reasons = json.loads(LISTED.read_text())
+    listed = {(module, fn, line) for module, fns in reasons.items() for fn, lines in fns.items() for line in lines}
     is_listed = lambda r: (r["module"], r["function"], r["line"]) in listed  # noqa: E731
 
     def save(mutant: Mutant, outcome: str, test: str, seconds: float, text: str, old: str) -> None:
-        row = {"module": mutant.module, "operator": mutant.operator, "occurrence": mutant.occurrence, "source": mutant.source,
-               "function": mutant.function, "number": mutant.lines[0], "line": text, "was": old, "outcome": outcome, "by": test,
-               "seconds": round(seconds, 2)}  # fmt: skip
+        row = dict(zip(("module", "operator", "occurrence", "source"), mutant.key))
+        row |= {"function": mutant.function, "number": mutant.lines[0], "line": text, "was": old}
+        row |= {"outcome": outcome, "by": test, "seconds": round(seconds, 2)}
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -584,7 +600,7 @@ def main() -> int:
         print(f"{LISTED.name} names what is killed or gone: {module} {function}: {line}")
     for r in alive:
         print(f"{r['module']}:{r['number']} {r['function']}: {r['was']}  ->  {r['line']}")
-    print(f"{'group':8}{'mutants':>9}{'killed':>8}{'listed':>8}{'survived':>10}{'rate':>8}{'seconds':>9}", *table, sep="\n")
+    print(f"{'group':8}" + "{:>9}{:>8}{:>8}{:>10}{:>8}{:>9}".format(*HEAD), *table, sep="\n")
     return int(bool(alive))
 
 
