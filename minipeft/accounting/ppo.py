@@ -87,7 +87,7 @@ def ppo_ledger(
     held |= optimizer_lines(trained + extra, p, optimizer)
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
-    meter = Meter(p.activations)
+    meter = Meter(p.activations, p.gradients)
     for other in (policy, reward, value):
         if other is not None:
             walk.onto_shapes(other, meter)

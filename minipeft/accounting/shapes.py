@@ -30,19 +30,19 @@ Shape = tuple[int, ...]
 
 
 class Buffer:
-    """The bytes of one array, counted in a meter's line from creation to deletion."""
+    """The bytes of one array, counted in a meter's line from creation to deletion; `shape` is None for working memory."""
 
-    __slots__ = ("line", "meter", "nbytes", "op")
+    __slots__ = ("line", "meter", "nbytes", "op", "shape")
 
-    def __init__(self, meter: Meter, nbytes: int, op: str = ""):
-        self.meter, self.nbytes, self.line, self.op = meter, nbytes, meter.line, op
+    def __init__(self, meter: Meter, nbytes: int, op: str = "", shape: Shape | None = None):
+        self.meter, self.nbytes, self.line, self.op, self.shape = meter, nbytes, meter.line, op, shape
         meter.count(self, nbytes)
 
-    def move(self, line: str) -> None:
-        """Count these bytes in another line from now on."""
-        lines = self.meter.lines
-        lines[self.line] -= self.nbytes
-        self.line, lines[line] = line, lines.get(line, 0) + self.nbytes
+    def move(self, line: str, nbytes: int | None = None) -> None:
+        """Count these bytes, or as many as they are from now on, in another line."""
+        self.meter.count(self, -self.nbytes)
+        self.line, self.nbytes = line, self.nbytes if nbytes is None else nbytes
+        self.meter.count(self, self.nbytes)
 
     def __del__(self) -> None:
         self.meter.count(self, -self.nbytes)
@@ -55,13 +55,14 @@ class Meter:
     peak, at_peak               the largest sum since `take_peak`, and the bytes by line at that moment
 
     Args:
-        itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
+        itemsize: bytes of a floating-point activation, whatever its dtype here (2 in half precision).
+        gradients: bytes of an element of a leaf's gradient; None: as many.
 
     Raises ValueError for an op that no rule is for and that does not run on shapes.
     """
 
-    def __init__(self, itemsize: int = 4):
-        self.itemsize, self.threads = itemsize, get_num_threads()
+    def __init__(self, itemsize: int = 4, gradients: int | None = None):
+        self.itemsize, self.gradients, self.threads = itemsize, gradients or itemsize, get_num_threads()
         self.line = "activations"
         self.lines: dict[str, int] = {}
         self.ops: dict[str, int] = {}
@@ -76,7 +77,7 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         self._evaluation.__exit__(*error)
 
-    def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
+    def _evaluate(self, name: str, form: Any, *arrays: Any, **options: Any) -> tuple:
         return RULES.get(name, _without_rule)(_Op(self, name), *arrays, **options)
 
     def count(self, buffer: Buffer, nbytes: int) -> None:
@@ -103,7 +104,7 @@ class Meter:
             if isinstance(g, Term):
                 g, owned = ShapeArray.new(self, leaf.shape, leaf.dtype), True
             leaf.grad = g if owned else g.copy()
-            leaf.grad.buffer.move("gradients")
+            leaf.grad.buffer.move("gradients", leaf.grad.buffer.nbytes // self.itemsize * self.gradients)
 
         if loss._node is not None:
             pull_back(loss._node, ShapeArray.new(self, loss.shape, loss.dtype), deliver)
@@ -127,7 +128,7 @@ class ShapeArray(np.ndarray):
         """An array that counts as allocated."""
         dtype = np.dtype(dtype)
         itemsize = min(dtype.itemsize, meter.itemsize) if dtype.kind == "f" else dtype.itemsize
-        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op), shape, dtype)
+        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op, shape), shape, dtype)
         array.owner = True
         return array
 
