@@ -50,12 +50,14 @@ class Event(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Bytes more or less in a line, in an event; of an array with this shape (None: working memory); `key` names it."""
+    """Bytes more or less in a line, in an event; of an array of this shape (None: what an op works in), which was made in
+    the event `made`; while it lives, no other has its `key`."""
 
     event: int
     line: str
     nbytes: int
     key: int
+    made: int
     shape: Shape | None
 
 
@@ -119,6 +121,7 @@ class _Recorder(Meter, _Tape):
         self.changes: list[Change] = []
 
     def begin(self, op: str, path: str = "", pullback: bool = False) -> None:
+        self.event = len(self.events)
         self.events.append(Event(op, path, self.phase, pullback))
 
     def _evaluate(self, name: str, form: Any, *arrays: Any, **options: Any) -> tuple:
@@ -127,7 +130,7 @@ class _Recorder(Meter, _Tape):
     def count(self, buffer: Buffer, nbytes: int) -> None:
         super().count(buffer, nbytes)
         if nbytes:
-            self.changes.append(Change(max(0, len(self.events) - 1), buffer.line, nbytes, id(buffer), buffer.shape))
+            self.changes.append(Change(self.event, buffer.line, nbytes, id(buffer), buffer.event, buffer.shape))
 
 
 def predicted(

@@ -30,12 +30,16 @@ Shape = tuple[int, ...]
 
 
 class Buffer:
-    """The bytes of one array, counted in a meter's line from creation to deletion; `shape` is None for working memory."""
+    """The bytes of one array, counted in a meter's line from creation to deletion.
 
-    __slots__ = ("line", "meter", "nbytes", "op", "shape")
+    shape, event    of an array (None: what an op works in); the meter's `event` in which it was made
+    """
+
+    __slots__ = ("event", "line", "meter", "nbytes", "op", "shape")
 
     def __init__(self, meter: Meter, nbytes: int, op: str = "", shape: Shape | None = None):
-        self.meter, self.nbytes, self.line, self.op, self.shape = meter, nbytes, meter.line, op, shape
+        self.meter, self.nbytes, self.line, self.op = meter, nbytes, meter.line, op
+        self.shape, self.event = shape, meter.event
         meter.count(self, nbytes)
 
     def move(self, line: str, nbytes: int | None = None) -> None:
@@ -53,6 +57,7 @@ class Meter:
 
     line, current, lines, ops   the line that new arrays are counted in; bytes now, their sum and by line and op
     peak, at_peak               the largest sum since `take_peak`, and the bytes by line at that moment
+    event                       which op runs, where somebody counts them
 
     Args:
         itemsize: bytes of a floating-point activation, whatever its dtype here (2 in half precision).
@@ -63,7 +68,7 @@ class Meter:
 
     def __init__(self, itemsize: int = 4, gradients: int | None = None):
         self.itemsize, self.gradients, self.threads = itemsize, gradients or itemsize, get_num_threads()
-        self.line = "activations"
+        self.line, self.event = "activations", 0
         self.lines: dict[str, int] = {}
         self.ops: dict[str, int] = {}
         self.current = self.peak = 0

@@ -20,6 +20,8 @@ examples:
   minipeft memory llama3-8b --generate 256 --batch 4 --seq 2048 --precision bfloat16
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json
+  minipeft memory llama-7b --method lora --seq 512 --timeline step.html        op by op, with what-ifs
+  minipeft memory minipeft/hub/base --method lora --batch 8 --seq 128 --timeline step.json --measure
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from ..options import configuration, option
+from . import timeline
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
 from .method_options import add_shapes, architecture_of, method_of
@@ -57,6 +60,7 @@ class StepOptions:
 def add_arguments(parser: Parser) -> None:
     add_shapes(parser)
     parser.options(StepOptions, group="the step")
+    parser.options(timeline.TimelineOptions, group="its course")
 
 
 def run(args: Arguments) -> None:
@@ -64,6 +68,7 @@ def run(args: Arguments) -> None:
     mode = next((mode for mode in ("inference", "generate", "ppo") if mode in args.given), "training")
     arch, (name, method) = architecture_of(args), method_of(args)
     quantization = args.quantization or ("nf4" if method.quantized else None)
+    timeline.check(args, mode)
     if args.seq is None and mode != "training":
         raise ValueError(f"--{mode} is about sequences: give their length, --seq")
     if args.seq is None:
@@ -76,19 +81,23 @@ def run(args: Arguments) -> None:
         args.refuse(("plain_scales",), "without weights in four bits, --quantization or --method qlora")
     ledger = _ledger(args, mode, arch, method.config(), quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
+    title = f"{arch.name} ({arch.model_type}), {name}: {_step(args, mode)}"
+    course = timeline.write(args, title, arch, method.config(), quantization) if args.timeline else None
     if args.json:
         return print_json({
             "model": arch.name, "method": name, "lines": dict(ledger.lines), "held": dict(ledger.held),
             "activations_per_layer": list(ledger.activations_per_layer),
-            "total": ledger.total, "fits_gb": fits,
+            "total": ledger.total, "fits_gb": fits, **({"timeline": course} if course else {}),
         })  # fmt: skip
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {name}: {_step(args, mode)}\n", style="bold")
+    out.print(f"{title}\n", style="bold")
     out.print(_table(ledger))
     layers = ledger.activations_per_layer
     if layers and max(layers):
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
     out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
+    if course:
+        out.print("", timeline.sentences(course), sep="\n")
 
 
 def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:

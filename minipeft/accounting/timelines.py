@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ..files import write_text
 from ..nn.module import Module
 from ..train.metrics import panels, save_png
 from . import recorder, walk
-from .architectures import architecture
+from .architectures import Architecture, architecture
 from .memory import LINES, check_positive, named, optimizer_lines, optimizer_work, states_and_model
 from .precision import OPTIMIZERS, PRECISIONS, Precision
 from .recorder import Event
@@ -37,6 +37,10 @@ COLORS = {
     "gradients": "#59a14f", "optimizer states": "#8cd17d", "running averages": "#d4e6a5", "activations": "#f28e2b",
     "logits": "#ffbe7d", "working memory": "#e15759",
 }  # fmt: skip
+SIZES = (  # what the size of a method is called, and its fields
+    ("rank", ("init_r", "target_r")), ("rank", ("r",)), ("width", ("bottleneck_size",)),
+    ("virtual tokens", ("num_virtual_tokens",)),
+)  # fmt: skip
 COLUMNS = 500  # of a picture: as many events as can be told apart in it, each the largest of its neighbors
 
 
@@ -119,6 +123,7 @@ class Timeline:
         """Write the picture, bytes by line over the events, as a PNG file."""
         figure, (axes,) = panels(1, 11, 4.8)
         draw(axes, self)
+        axes.set_title(f"{self.name}\n{self.peak:,} bytes at the peak, in {self.at_peak}", fontsize=10, loc="left")
         figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
         save_png(figure, path)
 
@@ -153,7 +158,7 @@ def timeline(
     constant = states.lines | optimizer_lines(states.trained, p, optimizer)
     constant |= {"gradients": 0, "running averages": states.averaged * p.states}
     twin = _checkpointed(build(), checkpointing)
-    work = optimizer_work(p, optimizer)
+    work = optimizer_work(states.trained, p, optimizer)
     events, changes = recorder.predicted(twin, batch, seq_len, p, optimizer, work, labels)
     found = _replayed(_name(model), constant, events, changes)
     if not measure:
@@ -181,15 +186,15 @@ def what_ifs(
     checkpointing: bool | None = None,
     **options: Any,
 ) -> dict[str, Timeline | str]:
-    """The timelines of steps that differ in one thing: half and double rank, half and double length, checkpointing, the
-    optimizer's states. What cannot be is the sentence that says why. Arguments as in `timeline`."""
+    """The timelines of steps that differ in one thing: half and double rank (or width, or virtual tokens), half and double
+    length, checkpointing, the optimizer's states. What cannot be is the sentence that says why. Arguments as in `timeline`."""
     usual = {"config": config, "seq_len": seq_len, "optimizer": optimizer, "checkpointing": checkpointing}
     if checkpointing is None:
         checkpointing = isinstance(model, Module) and walk.backbone_of(model).gradient_checkpointing
-    cases = {f"rank {names}": {"config": changed} for names, changed in _ranks(config)}
+    cases = {name: {"config": changed} for name, changed in _sizes(config)}
     cases |= {f"length {n}": {"seq_len": n} for n in (seq_len // 2, 2 * seq_len) if n}
     cases |= {f"{'no ' * checkpointing}checkpointing": {"checkpointing": not checkpointing}}
-    cases |= {name: {"optimizer": name} for name in ("adamw_8bit", "sgd") if name != optimizer}
+    cases |= {name: {"optimizer": name} for name in ("adamw", "adamw_8bit", "sgd") if name != optimizer}
     found: dict[str, Timeline | str] = {}
     for name, changed in cases.items():
         try:
@@ -199,22 +204,25 @@ def what_ifs(
     return found
 
 
-def _ranks(config: Any) -> Iterator[tuple[str, Any]]:
-    """(the rank, the configuration) with half and with double the rank, where there is one."""
-    names = [name for name in ("r", "init_r", "target_r") if getattr(config, name, None)]
-    if "target_r" in names:  # AdaLoRA's, which has no r
-        names.remove("r")
-    for factor in (0.5, 2):
-        ranks = {name: int(getattr(config, name) * factor) for name in names}
-        if ranks and all(ranks.values()):
-            yield " to ".join(map(str, ranks.values())), dataclasses.replace(config, **ranks)
+def _sizes(config: Any) -> Iterator[tuple[str, Any]]:
+    """("rank 4", the configuration) with half and with double the rank, or what the method has instead."""
+    for name, fields in SIZES:
+        if not all(getattr(config, field, None) for field in fields):
+            continue
+        for factor in (0.5, 2):
+            sizes = {field: int(getattr(config, field) * factor) for field in fields}
+            if all(sizes.values()):
+                yield f"{name} {' to '.join(map(str, sizes.values()))}", dataclasses.replace(config, **sizes)
+        return
 
 
 # ------------------------------------------------------------------------------------------------------- what is made
 
 
 def _name(model: Any) -> str:
-    return type(model).__name__ if isinstance(model, Module) else getattr(model, "name", None) or str(model)
+    if isinstance(model, Module):
+        return type(model).__name__
+    return (model if isinstance(model, Architecture) else architecture(model)).name
 
 
 def _checkpointed(model: Module, checkpointing: bool | None) -> Module:
@@ -227,7 +235,8 @@ def _random(model: Any, config: Any, quantization: str | None, double_quantizati
     """A model of these shapes under a method, with random weights."""
     from ..nn.transformer import Transformer
 
-    made: Any = Transformer(architecture(model).config, seed=0)
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    made: Any = Transformer(arch.config, seed=0)
     if quantization:
         from ..quant.surgery import quantize_model
 
@@ -285,7 +294,7 @@ def _largest(events: list[Event], changes: list[recorder.Change]) -> tuple[Group
             alive.pop(change.key)
     groups: dict[tuple, list[int]] = {}
     for change in alive.values():
-        event = events[change.event]
+        event = events[change.made]
         key = change.line, change.shape, event.op, re.sub(r"\.\d+(?=\.|$)", ".*", event.path), event.phase
         groups.setdefault(key, []).append(change.nbytes)
     return tuple(sorted((Group(sum(sizes), len(sizes), *key) for key, sizes in groups.items()), key=_size, reverse=True))
@@ -350,38 +359,41 @@ def chrome(timeline: Timeline) -> dict[str, Any]:
     return {"traceEvents": trace, "displayTimeUnit": "ns", "otherData": {"peak": what, "lines at the peak": timeline.lines_at_peak}}
 
 
-def draw(axes: Any, timeline: Timeline, columns: int = COLUMNS, title: str = "") -> None:
-    """Bytes by line over the events, the phases, and the peak; black: measured. The optimizer's step is drawn wider."""
+def draw(axes: Any, timeline: Timeline, columns: int = COLUMNS, top: int | None = None, words: bool = True) -> None:
+    """Bytes by line over the events, the phases, and the peak; black: measured. The optimizer's step is drawn wider.
+
+    `top`: bytes that the axis has room for, by default the peak. Without `words` the phases have no names.
+    """
     n, total = len(timeline.events), timeline.total
     wide = max(1, n // 25)  # of one event among thousands nothing would be seen
-    edges = np.unique(np.linspace(0, n - 1, min(columns, n) + 1).astype(int))
-    kept = [int(a + total[a:b].argmax()) for a, b in zip(edges, edges[1:])]
-    at = np.array([*kept, n - 1, n - 1])
-    x = np.array([*kept, n - 1, n - 1 + wide])
-    scale, unit = _unit(timeline.peak)
-    rows = timeline.live[at].T / scale
-    seen = [i for i, row in enumerate(rows) if row.any()]
+    begins = np.unique(np.linspace(0, n - 1, min(columns, n - 1) + 1).astype(int))
+    ends = np.append(begins[1:], n)
+    x = np.append(begins, n - 1 + wide)
+    scale, unit = _unit(top or timeline.peak)
+
+    def tops(values: Array) -> Array:
+        """The event with the most, of those that share a column."""
+        found = [a + int(values[a:b].argmax()) for a, b in zip(begins, ends)]
+        return np.array([*found, n - 1])
+
+    rows = timeline.live[tops(total)].T / scale
+    seen = [i for i in range(len(rows)) if timeline.live[:, i].any()]
     axes.stackplot(
         x, rows[seen], step="post", labels=[timeline.lines[i] for i in seen], linewidth=0,
         colors=[COLORS[timeline.lines[i]] for i in seen],
     )  # fmt: skip
     if timeline.measured is not None:
-        most = [int(a + timeline.measured[a:b].argmax()) for a, b in zip(edges, edges[1:])]
-        measured = timeline.measured[[*most, n - 1, n - 1]] / scale
-        axes.step([*most, n - 1, n - 1 + wide], measured, where="post", color="black", linewidth=1, label="measured")
+        measured = timeline.measured[tops(timeline.measured)] / scale
+        axes.step(x, measured, where="post", color="black", linewidth=1, label="measured")
     for phase, start, end in timeline.phases():
-        axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
-        end = end - 1 + wide if phase == "optimizer" else end
-        if title == "":
-            axes.text((start + end) / 2, -0.02, phase, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
-    peak = int(total.argmax())
-    axes.plot(peak, timeline.peak / scale, "v", color="black", markersize=6, clip_on=False)
-    axes.set(xlim=(0, n - 1 + wide), ylabel=unit, xticks=[])
-    axes.margins(y=0.06)
-    axes.set_title(title or f"peak {timeline.peak / scale:.3g} {unit}: {timeline.at_peak}", fontsize=10, loc="left")
+        if start:
+            axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
+        if words:
+            at = (start + (n - 1 + wide if end == n else end)) / 2
+            axes.text(at, -0.02, phase, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
+    axes.plot(int(total.argmax()) + 0.5, timeline.peak / scale, "v", color="black", markersize=6, clip_on=False)
+    axes.set(xlim=(0, n - 1 + wide), ylim=(0, 1.06 * (top or timeline.peak) / scale), ylabel=unit, xticks=[])
 
 
 def _unit(nbytes: int) -> tuple[int, str]:
     return next((10**power, unit) for power, unit in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if nbytes >= 10**power)
-
-

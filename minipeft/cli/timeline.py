@@ -1,0 +1,134 @@
+"""`minipeft memory --timeline FILE`: the step op by op, as a page with what-ifs beside it, or as a trace for Perfetto."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import minipeft as mp
+
+from .. import accounting
+from ..options import configuration, option
+from .arguments import Arguments
+from .bars import size
+from .outputs import inputs
+
+SHOWN = 12  # rows of what lives at the peak
+NARROW = 100  # columns of a small picture
+
+
+@configuration(kw_only=True)
+class TimelineOptions:
+    """What is written of the step's course."""
+
+    timeline: str | None = option(
+        None, "write the step op by op: a page with what-ifs (.html), or a trace for ui.perfetto.dev (.json)", metavar="FILE"
+    )
+    measure: bool = option(False, "run the step here too, with random weights, and draw what was measured")
+
+
+def check(args: Arguments, mode: str) -> None:
+    """Raises ValueError for a file that cannot be written, or a step that has no timeline, before anything is computed."""
+    if args.timeline is None:
+        return args.refuse(("measure",), "without --timeline, which shows what was measured")
+    path = Path(args.timeline)
+    if path.suffix not in (".html", ".json"):
+        raise ValueError(f"--timeline {path}: a timeline is a page, .html, or a trace, .json; give it one of these endings")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory; give a file in it" if path.is_dir() else f"there is no directory {path.parent}"
+        raise ValueError(f"--timeline {path}: {what}")
+    if mode != "training":
+        raise ValueError(f"--timeline is of a training step: leave --{mode} out")
+    if args.seq is None:
+        raise ValueError("--timeline is of a step on sequences: give their length, --seq")
+    read = (("MODEL" if name == "--model" else name, given) for name, given in inputs(args, path))
+    mp.directory.keep_apart(path, read, "--timeline")
+
+
+def write(args: Arguments, title: str, arch: Any, config: Any, quantization: str | None) -> dict[str, Any]:
+    """Write the file; returns what a record says of it. Raises ValueError as `accounting.timeline`."""
+    options = {name: getattr(args, name) for name in ("batch", "optimizer", "precision", "checkpointing")}
+    options |= {"seq_len": args.seq, "quantization": quantization, "double_quantization": not args.plain_scales}
+    found = accounting.timeline(arch, config, **options, measure=args.measure)
+    found = dataclasses.replace(found, name=title)
+    path = Path(args.timeline)
+    if path.suffix == ".json":
+        found.to_chrome(path)
+    else:
+        mp.files.write_text(path, page(found, accounting.what_ifs(arch, config, **options)))
+    record = {"file": str(path), "bytes": path.stat().st_size, "events": len(found.events), "peak": found.peak}
+    record |= found.at_peak._asdict()
+    if found.measured is not None:
+        gap, event = found.deviation
+        record["measured"] = {"peak": int(found.measured.max()), "largest_difference": gap, **event._asdict()}
+    return record
+
+
+def sentences(record: dict[str, Any]) -> str:
+    """What the command says of the file that it has written."""
+    event = accounting.timelines.Event(*(record[name] for name in accounting.timelines.Event._fields))
+    lines = [f"timeline of minipeft's own step: {record['file']} ({size(record['bytes'])}, {record['events']:,} ops)"]
+    lines += [f"the peak is in {event}"]
+    if "measured" in record:
+        seen = record["measured"]
+        event = accounting.timelines.Event(*(seen[name] for name in event._fields))
+        lines += [measured(record["peak"], seen["peak"], seen["largest_difference"], event)]
+    return "\n".join(lines)
+
+
+def page(found: Any, others: dict[str, Any]) -> str:
+    """The timeline as a page, with the what-ifs beside it."""
+    from ..train.metrics import panels
+    from .page import encoded, rendered
+    from .plots import svg
+
+    def picture(timeline: Any, name: str, width: float, height: float, **options: Any) -> str:
+        figure, (axes,) = panels(1, width, height)
+        accounting.timelines.draw(axes, timeline, **options)
+        if options.get("words", True):
+            figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+        return encoded(svg(figure, name))
+
+    steps = {"as asked": dataclasses.replace(found, measured=None)}
+    steps |= {name: other for name, other in others.items() if not isinstance(other, str)}
+    top = max(step.peak for step in steps.values())
+    small = [
+        (picture(step, name, 4.2, 2.1, columns=NARROW, top=top, words=False), name, step, size(step.peak), _change(step, found))
+        for name, step in steps.items()
+    ]
+    rest = found.largest[SHOWN:]
+    return rendered(
+        "timeline.html.jinja", title=f"{size(found.peak)} at the peak of a training step", found=found,
+        conclusions=conclusions(found, steps), picture=picture(found, "step", 11, 4.6), small=small, size=size,
+        impossible={name: why for name, why in others.items() if isinstance(why, str)},
+        largest=found.largest[:SHOWN], rest=(sum(g.n for g in rest), sum(g.nbytes for g in rest)),
+    )  # fmt: skip
+
+
+def _change(step: Any, asked: Any) -> str:
+    return "" if step.peak == asked.peak else f"{'+' if step.peak > asked.peak else '−'}{size(abs(step.peak - asked.peak))}"
+
+
+def conclusions(found: Any, steps: dict[str, Any]) -> list[str]:
+    """What the timeline says: where the peak is and what it is made of, what lowers it most, how right it is."""
+    lines, peak = found.lines_at_peak, found.peak
+    number = found.events.index(found.at_peak) + 1
+    largest = sorted(lines, key=lines.__getitem__, reverse=True)[:2]
+    said = [f"The peak is in op {number:,} of {len(found.events):,}: {found.at_peak}."]
+    parts = " and ".join(f"{line} ({size(lines[line])}, {lines[line] / peak:.0%})" for line in largest)
+    said.append(f"Its largest parts are {parts}.")
+    name, best = min(steps.items(), key=lambda item: item[1].peak)
+    if best.peak < peak:
+        said.append(f"Of the what-ifs, {name} lowers it most: to {size(best.peak)}, {1 - best.peak / peak:.0%} less.")
+    else:
+        said.append("None of the what-ifs lowers it.")
+    if found.measured is not None:
+        said.append(f"As {measured(peak, int(found.measured.max()), *found.deviation)}.")
+    return said
+
+
+def measured(peak: int, most: int, gap: int, event: Any) -> str:
+    """How far a step that was run is from the prediction."""
+    differs = f"the largest difference of an op is {gap / peak:+.1%} of the peak, in {event}"
+    return f"measured, the peak is {size(most)}, {most / peak - 1:+.1%}; {differs}"
