@@ -101,8 +101,9 @@ def architecture(
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", to_hugging_face(model, "float32"))
     if isinstance(model, Mapping):
         if "name" in model:
-            changes = {key: value for key, value in model.items() if key != "name"}
-            return _build(model["name"], {**_known(model["name"])["config"], **changes})
+            published, changes = _known(model["name"])["config"], {k: v for k, v in model.items() if k != "name"}
+            _check_changes(model["name"], changes, published)
+            return _build(model["name"], {**published, **changes})
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
     path = Path(model)
     if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
@@ -116,6 +117,16 @@ def _known(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(wanted, names(), n=3, cutoff=0.3) or names()[:3]
         raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
     return _published()[name]
+
+
+def _check_changes(name: str, changes: Iterable[str], published: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that the model's family has not: it would change nothing."""
+    _, fields = FAMILIES[published["model_type"]]
+    fields = [*fields, *(alias for alias, field in _ALIASES.items() if field in fields), *published]
+    for key in changes:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or fields
+            raise ValueError(f"{name} has no field {key!r} that decides a shape; nearest: {', '.join(dict.fromkeys(near))}")
 
 
 def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
