@@ -28,7 +28,7 @@ from ..peft.config import PeftConfig, PeftError, Shape
 from ..peft.huggingface import PEFT_TYPES, config_class
 from ..peft.prompt_learning import TOKEN_EMBEDDINGS
 from ..peft.ranks import pattern_value
-from ..peft.targets import QUERY_AND_VALUE
+from ..peft.targets import QUERY_AND_VALUE, out_in_shape
 from .architectures import Architecture
 
 GPT2_OUT = {**QUERY_AND_VALUE, "gpt2": ["mlp.c_proj"]}
@@ -71,6 +71,14 @@ class Counted(PeftConfig):
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Any:
         return super().from_dict({k: v for k, v in options.items() if k not in cls.neutral.split()})
+
+    def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
+        sizes = {path: out_in_shape(*layer) for path, layer in layers.items()}
+        return {f"{path}.{key}": shape for path, size in sizes.items() for key, shape in self.fixed(*size).items()}
+
+    def fixed(self, n_out: int, n_in: int) -> dict[str, Shape]:
+        """What the file holds of a layer beside what is trained; {} for most."""
+        return {}
 
 
 def _parts(name: str, n: int, size: int, what: str) -> int:
@@ -153,6 +161,9 @@ class DeloraConfig(Counted):
         r = pattern_value(self.rank_pattern, name, self.r)
         return {"delora_A": (r, n_in), "delora_B": (n_out, r), "delora_lambda": (1,)}
 
+    def fixed(self, n_out: int, n_in: int) -> dict[str, Shape]:
+        return {"delora_w_norm": (n_in,)}
+
 
 @configuration(kw_only=True)
 class FourierFTConfig(Counted):
@@ -224,7 +235,7 @@ class RandLoraConfig(Counted):
         return {"randlora_lambda": (self.r, bases), "randlora_gamma": (bases, min(n_out, n_in))}
 
     def constant_shapes(self, layers: dict[str, tuple[str, Shape]]) -> dict[str, Shape]:
-        small, large = sorted(map(max, zip(*[s if kind == "linear" else s[::-1] for kind, s in layers.values()])))
+        small, large = sorted(map(max, zip(*[out_in_shape(*layer) for layer in layers.values()])))
         return {"randlora_A": (self.r, 1, small), "randlora_B": (large, -(-small // self.r), self.r)}
 
 
@@ -253,6 +264,9 @@ class ShiraConfig(Counted):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"shira_weight": _among((self.r * (n_out + n_in),), name, n_out, n_in)}
+
+    def fixed(self, n_out: int, n_in: int) -> dict[str, Shape]:
+        return {"shira_indices": (2, self.r * (n_out + n_in))}
 
 
 @configuration(kw_only=True)

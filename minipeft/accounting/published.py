@@ -324,7 +324,7 @@ def _check_only(arch: Architecture, configs: list, only: str, quantity: str) -> 
         known = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", name) for name in names))
         near = difflib.get_close_matches(only, known, n=SHOWN, cutoff=0) if len(known) > SHOWN else known
         raise ValueError(
-            f"only={only!r} is the whole name of none of the {quantity} parameters; nearest: {', '.join(near)}"
+            f"only={only!r} is the whole name of none of the {quantity} parameters; nearest: {', '.join(near) or 'there are none'}"
         )
 
 
