@@ -101,9 +101,8 @@ def architecture(
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", to_hugging_face(model, "float32"))
     if isinstance(model, Mapping):
         if "name" in model:
-            published, changes = _known(model["name"])["config"], {k: v for k, v in model.items() if k != "name"}
-            _check_changes(model["name"], changes, published)
-            return _build(model["name"], {**published, **changes})
+            changes = {key: value for key, value in model.items() if key != "name"}
+            return _build(model["name"], _changed(model["name"], _known(model["name"])["config"], changes))
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
     path = Path(model)
     if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
@@ -119,14 +118,14 @@ def _known(name: str) -> dict[str, Any]:
     return _published()[name]
 
 
-def _check_changes(name: str, changes: Iterable[str], published: Mapping[str, Any]) -> None:
-    """Raises ValueError for a field that the model's family has not: it would change nothing."""
-    _, fields = FAMILIES[published["model_type"]]
-    fields = [*fields, *(alias for alias, field in _ALIASES.items() if field in fields), *published]
+def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A published model's configuration with some fields changed. Raises ValueError for one that its family lacks."""
+    fields = FAMILIES[config["model_type"]][1]
     for key in changes:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or fields
-            raise ValueError(f"{name} has no field {key!r} that decides a shape; nearest: {', '.join(dict.fromkeys(near))}")
+        if key not in {*fields, *config} and _ALIASES.get(key) not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
+    return {**config, **changes}
 
 
 def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
