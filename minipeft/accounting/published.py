@@ -75,9 +75,10 @@ UNITS = {
     "bits/param": (1 / 8, DENSITY), "bytes/param": (1, DENSITY),
 }  # fmt: skip
 INHERITED = ("model", "num_labels", "task")
+COUNTING = "a count"
 USED = {  # what is computed -> the other options that decide it; bytes, times and of go with all
     "code": (), "quantize_4bit": ("line",), "sum": (*INHERITED, "quantity"), "ledger": (*INHERITED, "config", "line"),
-    "a count": (*INHERITED, "config", "quantity", "only"),
+    COUNTING: (*INHERITED, "config", "quantity", "only"),
 }  # fmt: skip
 SHOWN = 12  # names in a message
 SAMPLE = 2**18  # numbers quantized for the bytes of one; every block size divides it
@@ -246,20 +247,25 @@ def _figure(given: Any, quantity: str | None) -> Figure:
 def _check_effect(options: Options, given: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that changes nothing where it stands."""
     given = [name for name, value in given.items() if value is not None or name == "config"]
-    what = next((name for name in USED if name in given), "a count")
+    what = _computed(given)
     for name in given:
         if name not in (what, "bytes", "times", "of", *USED[what]):
-            where = "; it goes into the terms" if what == "sum" else ""
-            raise ValueError(f"{name} has no effect on {what}: leave it out{where}")
+            where = "in a count" if what == COUNTING else f"beside {what}"
+            raise ValueError(f"{name} has no effect {where}: leave it out{', or put it into the terms' * (what == 'sum')}")
     if "task" in given and "num_labels" not in given and what != "sum":
         raise ValueError("task has no effect without num_labels: leave it out, or say how many classes the head has")
     if options.sum is not None:
         if not options.sum:
             raise ValueError("sum must not be empty")
-        parts = [*options.sum, *([] if options.of is None else [options.of])]
-        for name in INHERITED:
-            if name in given and all(name in part for part in parts):
-                raise ValueError(f"{name} has no effect beside sum, whose terms all have their own: leave it out")
+        for name in USED["sum"]:
+            terms = [*options.sum, *([options.of] if options.of is not None and name in INHERITED else [])]
+            if name in given and all(name in term or name not in USED[_computed(term)] for term in terms):
+                raise ValueError(f"{name} has no effect beside sum, none of whose terms takes it: leave it out")
+
+
+def _computed(given: Iterable[str]) -> str:
+    """Which of `USED` options of these names compute."""
+    return next((name for name in USED if name in given), COUNTING)
 
 
 def _bytes(given: float | str) -> float:
