@@ -352,8 +352,9 @@ def test_a_prompt_has_vectors_for_the_encoder_and_the_decoder_where_its_file_say
     prefix = counted("t5-large", PREFIX)
     assert counted("t5-large", {**PREFIX, "task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}) == prefix
     assert counted("bert-base", {**PROMPT, "task_type": "SEQ_CLS"}) == 5 * 768
-    with pytest.raises(ValueError, match="task_type"):
-        counted("t5-large", {**PROMPT, "task_type": "SEQ2SEQ"})
+    for wrong in ({"task_type": "SEQ2SEQ"}, {"num_transformer_submodules": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            counted("t5-large", {**PROMPT, **wrong})
 
 
 def test_adalora_counts_without_the_length_of_its_training():

@@ -50,7 +50,8 @@ def counted_config(options: dict[str, Any], arch: Architecture) -> PeftConfig:
         options = {**options, "total_step": options.get("tinit", 0) + options.get("tfinal", 0) + 1}
     if hasattr(cls, "prompt_shapes"):
         options, task = dict(options), options.get("task_type")
-        sides = options.pop("num_transformer_submodules", None) or (2 if task == "SEQ_2_SEQ_LM" else 1)
+        sides = options.pop("num_transformer_submodules", None)
+        sides = (2 if task == "SEQ_2_SEQ_LM" else 1) if sides is None else sides
         two = all(any(f"{stack}." in name for name in arch) for stack in ("encoder", "decoder"))
         if sides not in ((1, 2) if two else (1,)):
             stacks = "1 or 2" if two else f"1, as {arch.name} has not both an encoder and a decoder"
