@@ -102,7 +102,7 @@ def architecture(
     if isinstance(model, Mapping):
         if "name" in model:
             changes = {key: value for key, value in model.items() if key != "name"}
-            return _build(model["name"], {**_known(model["name"])["config"], **changes})
+            return _build(model["name"], _changed(model["name"], _known(model["name"])["config"], changes))
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
     path = Path(model)
     if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
@@ -116,6 +116,16 @@ def _known(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(wanted, names(), n=3, cutoff=0.3) or names()[:3]
         raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
     return _published()[name]
+
+
+def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A published model's configuration with some fields changed. Raises ValueError for one that its family lacks."""
+    fields = FAMILIES[config["model_type"]][1]
+    for key in changes:
+        if key not in {*fields, *config} and _ALIASES.get(key) not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
+    return {**config, **changes}
 
 
 def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
