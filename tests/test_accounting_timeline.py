@@ -92,16 +92,13 @@ def test_what_lives_at_the_peak_sums_to_its_lines_and_is_known_by_its_maker():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora, every layer", "prompt"])
-def test_every_op_of_a_step_that_is_run_is_within_10_percent_of_the_peak_and_the_peak_within_2(dialect, method, checkpointing):
-    course(dialect, method, 3, 128, measure=True)  # whatever is made once is made
+@pytest.mark.parametrize("method", ["full", "lora, every layer", "lora with dropout", "qlora", "prompt"])
+def test_every_op_of_a_step_that_is_run_is_within_3_percent_of_the_peak(dialect, method, checkpointing):
     found = course(dialect, method, 3, 128, checkpointing=checkpointing, measure=True)
     assert len(found.measured) == len(found.events)
-    assert found.measured.max() == pytest.approx(found.peak, rel=0.02)
     gap, event = found.deviation
-    assert abs(gap) < 0.10 * found.peak, event
-    assert np.median(np.abs(found.measured - found.total)) < 0.015 * found.peak
-    assert found.total[-1] == pytest.approx(found.measured[-1], rel=0.05), "the optimizer's step"
+    assert abs(gap) < 0.03 * found.peak, event
+    assert found.measured.max() == pytest.approx(found.peak, rel=0.03)
 
 
 def test_a_model_that_is_measured_stays_as_it_is():
@@ -112,6 +109,13 @@ def test_a_model_that_is_measured_stays_as_it_is():
     assert all((array == before[name]).all() for name, array in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert type(model.base_model.model.layers[0].mlp).__name__ == "LlamaMLP" and "forward" in vars(type(model.base_model))
+
+
+def test_a_classifier_has_a_timeline_too():
+    model, labels = mp.SequenceClassifier(mp.Transformer(CONFIGS["llama"], seed=0), num_labels=3), np.arange(4) % 3
+    found = timeline(model, batch=4, seq_len=128, labels=labels, measure=True)
+    assert found.peak == memory_ledger(model, batch=4, seq_len=128, labels=labels).total
+    assert found.measured.max() == pytest.approx(found.peak, rel=0.05)
 
 
 def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):

@@ -7,12 +7,11 @@ import json
 import re
 
 import pytest
-from cli_helpers import output, refused, reported, run, tiny
+from cli_helpers import output, refused, reported, tiny
 
-from minipeft.accounting import timeline
 from minipeft.cli.bars import size
 
-LORA = ("gpt2", "--method", "lora", "-r", 4, "--target", "c_attn", "--seq", 64)
+LORA = ("gpt2", "--method", "lora", "-r", 4, "--target", "c_attn", "--seq", 1024)
 
 
 def test_the_page_holds_the_timeline_and_the_what_ifs(capsys, tmp_path):
@@ -21,16 +20,16 @@ def test_the_page_holds_the_timeline_and_the_what_ifs(capsys, tmp_path):
     assert (status, err) == (0, "") and f"timeline of minipeft's own step: {path}" in out
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"<script|<link rel=\"stylesheet|(src|href)=\"(?!data:)|url\(|@import", text), "it needs no network"
-    assert "gpt2 (gpt2), lora: a training step, batch 2 x 64 tokens, float32, adamw" in text
+    assert "gpt2 (gpt2), lora: a training step, batch 2 x 1024 tokens, float32, adamw" in text
     assert "the step of minipeft's own engine" in text.replace("&#39;", "'")
     record = reported(capsys, "memory", *LORA, "--batch", 2, "--timeline", tmp_path / "step.json")
     assert f"{record['total']:,}" in text and record["timeline"]["peak"] == record["total"]
     assert f"the peak is in {record['timeline']['op']}" in out
     pictures = [base64.b64decode(found) for found in re.findall(r"data:image/svg\+xml;base64,([^\"]+)\"", text)]
-    assert len(pictures) == 9 and all(b"</svg>" in picture for picture in pictures)
-    for name in ("as asked", "rank 2", "rank 8", "length 32", "length 128", "checkpointing", "adamw_8bit", "sgd"):
-        other = re.search(rf"<b>{name}: ([^<]+)</b>", text)
-        assert other, name
+    assert len(pictures) == 8 and all(b"</svg>" in picture for picture in pictures)
+    for name in ("as asked", "rank 2", "rank 8", "length 512", "checkpointing", "adamw_8bit", "sgd"):
+        assert f"<b>{name}: " in text
+    assert "length 2048: the sequence reaches position 2047" in text
     assert f"<b>as asked: {size(record['total'])}</b>" in text
     assert "transformer.h.*.attn.c_attn" in text and path.stat().st_size < 2_000_000
 
@@ -48,17 +47,15 @@ def test_the_trace_is_the_timeline_of_the_same_options(capsys, tmp_path):
 
 def test_a_step_that_is_run_is_drawn_beside_the_prediction(capsys, tmp_path):
     model = tiny(tmp_path / "model")
-    path = tmp_path / "step.html"
-    argv = ("memory", model, "--batch", 4, "--seq", 128, "--timeline", path, "--measure")
-    assert run(*argv) == 0
-    text = path.read_text(encoding="utf-8")
+    argv = ("memory", model, "--batch", 4, "--seq", 128, "--measure", "--timeline")
+    status, out, _ = output(capsys, *argv, tmp_path / "step.html")
+    assert status == 0 and "measured, the peak is" in out and "the largest difference of an op is" in out
+    text = (tmp_path / "step.html").read_text(encoding="utf-8")
     assert "As measured, the peak is" in text and "tracemalloc" in text
-    record = reported(capsys, *argv[:-2], tmp_path / "step.json", "--measure")
+    record = reported(capsys, *argv, tmp_path / "step.json")
     measured = record["timeline"]["measured"]
-    assert measured["peak"] == pytest.approx(record["total"], rel=0.10)
-    assert abs(measured["largest_difference"]) < 0.15 * record["total"]
-    _, out, _ = output(capsys, *argv)
-    assert "measured, the peak is" in out and "the largest difference of an op is" in out
+    assert measured["peak"] == pytest.approx(record["total"], rel=0.10)  # whatever the threads do at the same moment
+    assert abs(measured["largest_difference"]) < 0.10 * record["total"]
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -83,10 +80,3 @@ def test_a_mistake_is_one_line_and_leaves_no_file(capsys, tmp_path, monkeypatch,
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert message in refused(capsys, "memory", *argv.split())
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_the_page_shows_why_a_what_if_cannot_be(capsys, tmp_path):
-    path = tmp_path / "step.html"
-    assert run("memory", "gpt2", "--seq", 1024, "--timeline", path) == 0
-    assert "length 2048: the sequence reaches position 2047" in path.read_text(encoding="utf-8")
-    assert timeline("gpt2", None, 1, 1024).peak > 0

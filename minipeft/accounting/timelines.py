@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array
+from ..backend import Array, xp_of
 from ..files import write_text
 from ..nn.module import Module
 from ..train.metrics import panels, save_png
@@ -57,7 +57,7 @@ class Group(NamedTuple):
     phase: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """A step's bytes over its events.
 
@@ -165,6 +165,8 @@ def timeline(
         return found
     if p != PRECISIONS["float32"]:
         raise ValueError(f"a step is run in float32; precision={precision!r} is only predicted: leave measure out")
+    if isinstance(model, Module) and xp_of(model.parameters()[0].data) is not np:
+        raise ValueError("a step is measured in host memory: move a copy of the model there, model.copy().to('numpy')")
     there = _physical_memory()
     if found.peak > there:
         raise ValueError(f"the step needs {found.peak:,} bytes, and this machine has {there:,}: leave measure out")

@@ -21,7 +21,7 @@ examples:
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json
   minipeft memory llama-7b --method lora --seq 512 --timeline step.html        op by op, with what-ifs
-  minipeft memory minipeft/hub/base --method lora --batch 8 --seq 128 --timeline step.json --measure
+  minipeft memory path/to/model --method lora --seq 128 --timeline step.json --measure
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(args: Arguments) -> None:
         return print_json({
             "model": arch.name, "method": name, "lines": dict(ledger.lines), "held": dict(ledger.held),
             "activations_per_layer": list(ledger.activations_per_layer),
-            "total": ledger.total, "fits_gb": fits, **({"timeline": course} if course else {}),
+            "total": ledger.total, "fits_gb": fits, **({"timeline": timeline.record(args, course)} if course else {}),
         })  # fmt: skip
     out = console()
     out.print(f"{title}\n", style="bold")
@@ -97,7 +97,7 @@ def run(args: Arguments) -> None:
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
     out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
     if course:
-        out.print("", timeline.sentences(course), sep="\n")
+        out.print("", timeline.sentences(args, course), sep="\n")
 
 
 def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:

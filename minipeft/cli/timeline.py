@@ -46,35 +46,41 @@ def check(args: Arguments, mode: str) -> None:
     mp.directory.keep_apart(path, read, "--timeline")
 
 
-def write(args: Arguments, title: str, arch: Any, config: Any, quantization: str | None) -> dict[str, Any]:
-    """Write the file; returns what a record says of it. Raises ValueError as `accounting.timeline`."""
+def write(args: Arguments, title: str, arch: Any, config: Any, quantization: str | None) -> Any:
+    """Write the file; returns the timeline. Raises ValueError as `accounting.timeline`."""
     options = {name: getattr(args, name) for name in ("batch", "optimizer", "precision", "checkpointing")}
     options |= {"seq_len": args.seq, "quantization": quantization, "double_quantization": not args.plain_scales}
     found = accounting.timeline(arch, config, **options, measure=args.measure)
     found = dataclasses.replace(found, name=title)
-    path = Path(args.timeline)
-    if path.suffix == ".json":
-        found.to_chrome(path)
+    if Path(args.timeline).suffix == ".json":
+        found.to_chrome(args.timeline)
     else:
-        mp.files.write_text(path, page(found, accounting.what_ifs(arch, config, **options)))
-    record = {"file": str(path), "bytes": path.stat().st_size, "events": len(found.events), "peak": found.peak}
-    record |= found.at_peak._asdict()
+        mp.files.write_text(args.timeline, page(found, accounting.what_ifs(arch, config, **options)))
+    return found
+
+
+def record(args: Arguments, found: Any) -> dict[str, Any]:
+    """What --json says of the file."""
+    said = {"file": args.timeline, "bytes": Path(args.timeline).stat().st_size, "events": len(found.events)}
+    said |= {"peak": found.peak, **found.at_peak._asdict()}
     if found.measured is not None:
         gap, event = found.deviation
-        record["measured"] = {"peak": int(found.measured.max()), "largest_difference": gap, **event._asdict()}
-    return record
+        said["measured"] = {"peak": int(found.measured.max()), "largest_difference": gap, **event._asdict()}
+    return said
 
 
-def sentences(record: dict[str, Any]) -> str:
-    """What the command says of the file that it has written."""
-    event = accounting.timelines.Event(*(record[name] for name in accounting.timelines.Event._fields))
-    lines = [f"timeline of minipeft's own step: {record['file']} ({size(record['bytes'])}, {record['events']:,} ops)"]
-    lines += [f"the peak is in {event}"]
-    if "measured" in record:
-        seen = record["measured"]
-        event = accounting.timelines.Event(*(seen[name] for name in event._fields))
-        lines += [measured(record["peak"], seen["peak"], seen["largest_difference"], event)]
-    return "\n".join(lines)
+def sentences(args: Arguments, found: Any) -> str:
+    """What the command says of the file."""
+    what = f"{size(Path(args.timeline).stat().st_size)}, {len(found.events):,} ops"
+    lines = [f"timeline of minipeft's own step: {args.timeline} ({what})", f"the peak is in {found.at_peak}"]
+    return "\n".join(lines if found.measured is None else [*lines, measured(found)])
+
+
+def measured(found: Any) -> str:
+    """How far a step that was run is from the prediction."""
+    most, (gap, event) = int(found.measured.max()), found.deviation
+    differs = f"the largest difference of an op is {gap / found.peak:+.1%} of the peak, in {event}"
+    return f"measured, the peak is {size(most)}, {most / found.peak - 1:+.1%}; {differs}"
 
 
 def page(found: Any, others: dict[str, Any]) -> str:
@@ -113,7 +119,7 @@ def _change(step: Any, asked: Any) -> str:
 def conclusions(found: Any, steps: dict[str, Any]) -> list[str]:
     """What the timeline says: where the peak is and what it is made of, what lowers it most, how right it is."""
     lines, peak = found.lines_at_peak, found.peak
-    number = found.events.index(found.at_peak) + 1
+    number = int(found.total.argmax()) + 1
     largest = sorted(lines, key=lines.__getitem__, reverse=True)[:2]
     said = [f"The peak is in op {number:,} of {len(found.events):,}: {found.at_peak}."]
     parts = " and ".join(f"{line} ({size(lines[line])}, {lines[line] / peak:.0%})" for line in largest)
@@ -124,11 +130,5 @@ def conclusions(found: Any, steps: dict[str, Any]) -> list[str]:
     else:
         said.append("None of the what-ifs lowers it.")
     if found.measured is not None:
-        said.append(f"As {measured(peak, int(found.measured.max()), *found.deviation)}.")
+        said.append(f"As {measured(found)}.")
     return said
-
-
-def measured(peak: int, most: int, gap: int, event: Any) -> str:
-    """How far a step that was run is from the prediction."""
-    differs = f"the largest difference of an op is {gap / peak:+.1%} of the peak, in {event}"
-    return f"measured, the peak is {size(most)}, {most / peak - 1:+.1%}; {differs}"
