@@ -82,7 +82,7 @@ def run(args: Arguments) -> None:
     ledger = _ledger(args, mode, arch, method.config(), quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
     title = f"{arch.name} ({arch.model_type}), {name}: {_step(args, mode)}"
-    course = timeline.write(args, title, arch, method.config(), quantization) if args.timeline else None
+    course = args.timeline and timeline.write(args, title, arch, method.config(), _options(args, quantization))
     if args.json:
         return print_json({
             "model": arch.name, "method": name, "lines": dict(ledger.lines), "held": dict(ledger.held),
@@ -100,9 +100,13 @@ def run(args: Arguments) -> None:
         out.print("", timeline.sentences(args, course), sep="\n")
 
 
-def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
+def _options(args: Arguments, quantization: str | None) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("optimizer", "precision", "checkpointing")}
-    options |= {"quantization": quantization, "double_quantization": not args.plain_scales}
+    return options | {"quantization": quantization, "double_quantization": not args.plain_scales}
+
+
+def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
+    options = _options(args, quantization)
     if mode == "ppo":
         options |= {"mini_batch": args.mini_batch, "value_model": args.value_model}
         return accounting.ppo_ledger(arch, config, args.batch, args.seq, args.ppo, **options)

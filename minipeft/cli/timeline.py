@@ -46,10 +46,9 @@ def check(args: Arguments, mode: str) -> None:
     mp.directory.keep_apart(path, read, "--timeline")
 
 
-def write(args: Arguments, title: str, arch: Any, config: Any, quantization: str | None) -> Any:
-    """Write the file; returns the timeline. Raises ValueError as `accounting.timeline`."""
-    options = {name: getattr(args, name) for name in ("batch", "optimizer", "precision", "checkpointing")}
-    options |= {"seq_len": args.seq, "quantization": quantization, "double_quantization": not args.plain_scales}
+def write(args: Arguments, title: str, arch: Any, config: Any, options: dict[str, Any]) -> Any:
+    """Write the file; returns the timeline. The options are the ledger's; raises ValueError as `accounting.timeline`."""
+    options = {"batch": args.batch, "seq_len": args.seq, **options}
     found = accounting.timeline(arch, config, **options, measure=args.measure)
     found = dataclasses.replace(found, name=title)
     if Path(args.timeline).suffix == ".json":
