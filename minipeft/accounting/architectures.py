@@ -29,7 +29,7 @@ class Architecture(Mapping[str, Shape]):
     """The parameters of a model, each once: `arch[name]` is a shape, `arch.kinds[name]` what it belongs to.
 
     Kinds: of weights, by their layer, `linear` ([out, in]), `conv1d` (GPT-2's linear layer, [in, out]), `embedding`,
-    `norm` and `convolution`; `router` and `experts` ([experts, out, in]) where LoRA adapts them; `bias`, of any layer;
+    `norm` and `convolution`; `router` and `experts` ([experts, out, in]) where PEFT puts LoRA on them; `bias`, of any layer;
     and `parameter` for what is none of these.
     """
 
@@ -154,7 +154,7 @@ SAME = (
     ("qkv_bias", "use_qkv_bias"),
 )
 # options under which a model would have parameters that no rule here has
-REFUSED = ("add_cross_attention", "vision_use_head", "use_head", "qk_layernorm")
+REFUSED = ("add_cross_attention", "qk_layernorm")
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Architecture:
@@ -187,25 +187,38 @@ def _fields(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -
     c = dict(defaults)
     for key in sorted(config, key=lambda key: key in defaults):  # a family's own names of fields come last and count
         own = _field(key, defaults)
-        if config[key] and key in REFUSED and own is None:
-            raise ValueError(f"{name}: the parameters of {key}={config[key]!r} are not known here")
         if own is not None and config[key] is not None:
             c[own] = config[key]
         elif own == "num_key_value_heads":  # null: as many as query heads
-            c[own] = 0
+            c[own], defaults = 0, {**defaults, own: 0}
+    for key in REFUSED:
+        if config.get(key) and key not in defaults:
+            raise ValueError(f"{name}: the parameters that {key} adds are not known here")
     for key, default in defaults.items():
         value = c[key]
         if isinstance(default, Mapping):
-            c[key] = _fields(f"{name}: {key}", value if isinstance(value, Mapping) else {}, default)
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}: {key} must be an object, not {value!r}")
+            c[key] = _fields(f"{name}: {key}", {} if value is default else value, default)
         elif type(default) is int and (type(value) is not int or (value < 1 and value != default)):
             raise ValueError(f"{name}: {key} must be a positive integer, not {value!r}")
         elif type(default) is int and value > (limit := MOST_LAYERS if "layer" in key else MOST):
             raise ValueError(f"{name}: {key} must be at most {limit:,}, not {value!r}")
         elif type(default) is bool and type(value) is not bool:
             raise ValueError(f"{name}: {key} must be true or false, not {value!r}")
-        elif type(default) in (str, list) and not isinstance(value, (str, list)):
-            raise ValueError(f"{name}: {key} must be a text or a list, not {value!r}")
+        elif type(default) is str and type(value) is not str:
+            raise ValueError(f"{name}: {key} must be a text, not {value!r}")
+        elif type(default) is frozenset and value is not default:
+            c[key] = _set(name, key, value)
     return c
+
+
+def _set(name: str, key: str, value: Any) -> frozenset[int | str]:
+    """The elements of a list, or of a text with | between them."""
+    value = value.split("|") if isinstance(value, str) else value
+    if not isinstance(value, list) or any(type(element) not in (int, str) for element in value):
+        raise ValueError(f"{name}: {key} must be a list, not {value!r}")
+    return frozenset(value)
 
 
 def _columns(table: Iterable[Entry]) -> tuple[dict[str, Shape], dict[str, str]]:

@@ -283,8 +283,8 @@ def _has_experts(c: Fields, i: int) -> bool:
 def experts(c: Fields, h: str) -> Iterator[Entry]:
     """A router and the gated MLPs that it chooses from (Jiang et al. 2024, arXiv:2401.04088).
 
-    PEFT (0.21) puts LoRA on the router and the experts of Mixtral and Qwen3, as `trained_parameters` counts it. It
-    leaves those of Qwen2-MoE alone, and of Phi-3.5-MoE it adapts the router, which is a linear layer there.
+    PEFT (0.21) puts LoRA on the router and the experts of Mixtral and Qwen3 (see `parameters`). It leaves those of
+    Qwen2-MoE alone, but for the expert that all share, and of Phi-3.5-MoE it adapts the router, a linear layer there.
     """
     d, family, ff = c["hidden_size"], c["model_type"], c.get("moe_intermediate_size") or c["intermediate_size"]
     E = c.get("num_local_experts") or c["num_experts"]
@@ -295,7 +295,7 @@ def experts(c: Fields, h: str) -> Iterator[Entry]:
     yield f"{h}experts.down_proj", "experts" if adapted else "parameter", (E, d, ff)
     if family == "qwen2_moe":
         yield from gated(f"{h}shared_expert.", d, c["shared_expert_intermediate_size"])
-        yield from linear(f"{h}shared_expert_gate", d, 1, bias=False)
+        yield f"{h}shared_expert_gate.weight", "router", (1, d)
 
 
 def qwen(c: Fields) -> Iterator[Entry]:
@@ -322,6 +322,8 @@ def gemma3(c: Fields) -> Iterator[Entry]:
     """Gemma3ForConditionalGeneration (Gemma Team 2025, arXiv:2503.19786): SigLIP's image encoder, a projection, Gemma 3."""
     v, p = c["vision_config"], "model.vision_tower."
     d, patch = v["hidden_size"], v["patch_size"]
+    if v["vision_use_head"]:
+        raise ValueError("vision_config: the parameters of vision_use_head are not known here; Gemma 3 has it false")
     yield from convolution(f"{p}embeddings.patch_embedding", d, v["num_channels"], patch, patch)
     yield from embedding(f"{p}embeddings.position_embedding", (v["image_size"] // patch) ** 2, d)
     for i in range(v["num_hidden_layers"]):
@@ -448,7 +450,7 @@ def deberta(c: Fields) -> Iterator[Entry]:
     yield from layer_norm("embeddings.LayerNorm", d)
     projections = ("query_proj", "key_proj", "value_proj")
     if c["relative_attention"] and not c["share_att_key"]:
-        kinds = c["pos_att_type"].split("|") if isinstance(c["pos_att_type"], str) else c["pos_att_type"]
+        kinds = c["pos_att_type"]
         projections += ("pos_key_proj",) * ("c2p" in kinds) + ("pos_query_proj",) * ("p2c" in kinds)
     for i in range(c["num_hidden_layers"]):
         yield from _encoder_layer(f"encoder.layer.{i}.", d, ff, projections)
@@ -495,7 +497,7 @@ _LLAMA = dict(_DECODER, attention_bias=False, mlp_bias=False)
 _MISTRAL = dict(_DECODER, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
 _QWEN2 = dict(_DECODER, vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)
 _MOE = dict(
-    _QWEN2, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, mlp_only_layers=[],
+    _QWEN2, hidden_size=2048, num_hidden_layers=24, decoder_sparse_step=1, mlp_only_layers=frozenset(),
 )  # fmt: skip
 _GEMMA2 = dict(
     _DECODER, vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
@@ -544,7 +546,7 @@ FAMILIES: dict[str, tuple[Rule, dict[str, Any]]] = {
         num_key_value_heads=16)),
     "gemma2": (llama, _GEMMA2),
     "gemma3_text": (llama, _GEMMA3),
-    "gemma3": (gemma3, dict(_GEMMA3, vision_config=_VIT)),
+    "gemma3": (gemma3, dict(_GEMMA3, vision_config=dict(_VIT, vision_use_head=True))),
     "phi": (phi, _PHI),
     "phi3": (llama, dict(_DECODER, vocab_size=32064, hidden_size=3072, intermediate_size=8192,
                          max_position_embeddings=4096)),
@@ -575,7 +577,7 @@ FAMILIES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "deberta-v2": (deberta, dict(
         vocab_size=128100, hidden_size=1536, num_hidden_layers=24, num_attention_heads=24, intermediate_size=6144,
         max_position_embeddings=512, type_vocab_size=0, relative_attention=False, max_relative_positions=-1,
-        position_biased_input=True, position_buckets=-1, norm_rel_ebd="none", share_att_key=False, pos_att_type="",
+        position_biased_input=True, position_buckets=-1, norm_rel_ebd="none", share_att_key=False, pos_att_type=frozenset(),
         conv_kernel_size=0)),
     "vit": (vit, dict(_VIT, qkv_bias=True, pooler_output_size=0)),
 }  # fmt: skip

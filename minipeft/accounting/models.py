@@ -57,7 +57,7 @@ def find(name: str) -> tuple[str, dict[str, Any]]:
     bare = tuple(part for part in _parts(first_version) if part not in NEUTRAL)
     found = known.get(parts) or known.get(bare)
     if found is None or not re.fullmatch(r"(\w[^/]*/)?[^/]+", name):  # a path is no name
-        hint = " (or give a Hugging Face config.json)"
+        hint = " (minipeft count --models lists all; or give a Hugging Face config.json)"
         several = list(dict.fromkeys(model for other, model in known.items() if bare and other[: len(bare)] == bare))
         if several and found is None:
             more = ", ..." * (len(several) > 12)

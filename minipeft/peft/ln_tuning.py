@@ -12,7 +12,12 @@ from .layer import TrainedCopy
 
 NORMS = {
     "gpt2": ["ln_1", "ln_2", "ln_f"],
-    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    **dict.fromkeys("llama gemma".split(), ["input_layernorm", "post_attention_layernorm", "norm"]),
+    **dict.fromkeys("gemma2 gemma3_text".split(), [
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]),
+    **dict.fromkeys("qwen2 qwen3".split(), ["post_attention_layernorm"]),
+    "gptj": ["ln_1", "ln_f"], "phi": ["input_layernorm", "final_layernorm"],
+    "falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
     "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
     "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
     "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],

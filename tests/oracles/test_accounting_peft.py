@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from accounting_cases import on_meta
+from accounting_cases import CLASSES, on_meta
 
-from minipeft.accounting.architectures import _published, names
+import minipeft as mp
+from minipeft.accounting import count_parameters
+from minipeft.accounting.architectures import names
+from minipeft.accounting.models import find
 from minipeft.accounting.published import _value, read_published
 
 pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
@@ -38,7 +41,7 @@ ROWS = comparable()
 @pytest.mark.parametrize("row", ROWS)
 def test_a_rows_count_is_that_of_peft(row):
     options, method = ROWS[row]
-    published, method = _published()[options["model"]]["config"], dict(method)
+    published, method = find(options["model"])[1], dict(method)
     family, base = published["model_type"], on_meta(published)
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method.pop("peft_type")]]
     extra = {"num_transformer_submodules": 1} if "num_virtual_tokens" in method else {}  # T5 in PEFT: one for each side
@@ -53,3 +56,62 @@ def test_most_methods_are_compared():
         "LORA", "IA3", "LN_TUNING", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING",
     }  # fmt: skip
     assert len(ROWS) > 60
+
+
+TINY = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+GPT = dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
+SMALL = {  # model_type -> fields
+    **dict.fromkeys(CLASSES, TINY), **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj"), GPT),
+    "bloom": dict(hidden_size=64, n_layer=2, n_head=4), "opt": TINY | {"ffn_dim": 96},
+    **dict.fromkeys(("mixtral", "phimoe"), TINY | {"num_local_experts": 4}),
+    "qwen2_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    **dict.fromkeys(("t5", "mt5"), dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)),
+    "whisper": dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
+    "gemma3": {"text_config": TINY, "vision_config": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vision_use_head": False}},
+}  # fmt: skip
+METHODS = {
+    "lora": (mp.LoraConfig(r=2), peft.LoraConfig(r=2)),
+    "lora, all-linear": (mp.LoraConfig(r=2, target_modules="all-linear"), peft.LoraConfig(r=2, target_modules="all-linear")),
+    "ia3": (mp.IA3Config(), peft.IA3Config()),
+    "ln": (mp.LNTuningConfig(), peft.LNTuningConfig()),
+}
+HERE_ONLY = {  # PEFT has no usual targets for these, or fails with its own: LN tuning of OPT, BERT, ...; LoRA of Mixtral
+    ("mixtral", "lora"), ("opt", "ln"), ("bert", "ln"), ("roberta", "ln"), ("deberta-v2", "ln"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_a_familys_usual_targets_train_as_many_parameters_as_in_peft(model_type, method):
+    config, (ours, theirs) = {"model_type": model_type, **SMALL[model_type]}, METHODS[method]
+    if (model_type, method) in HERE_ONLY:
+        assert count_parameters(config, ours).trainable
+        return
+    theirs = type(theirs)(**{k: v for k, v in theirs.to_dict().items() if k in ("r", "target_modules")})
+    theirs.task_type = TASKS.get(model_type, "CAUSAL_LM") if "ForCond" not in CLASSES[model_type] else "SEQ_2_SEQ_LM"
+    if model_type in ("vit", "xlm-roberta"):
+        theirs.task_type = "FEATURE_EXTRACTION"
+    try:
+        model = peft.get_peft_model(on_meta(config), theirs, low_cpu_mem_usage=True)
+    except ValueError as error:
+        assert "target_modules" in str(error)  # no usual targets for the family
+        with pytest.raises(ValueError, match="needs target_modules|needs feedforward_modules"):
+            count_parameters(config, ours)
+    else:
+        expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert count_parameters(config, ours).trainable == expected
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [
+    ("mixtral", ["w1", "w2", "w3"]), ("mixtral", ["q_proj", "gate"]), ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"]),
+    ("qwen3_moe", ["q_proj", "down_proj"]), ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"]),
+])  # fmt: skip
+def test_lora_of_experts_is_counted_as_in_peft(model_type, targets):
+    config = {"model_type": model_type, **SMALL[model_type]}
+    theirs = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(on_meta(config), theirs, low_cpu_mem_usage=True)
+    ours = count_parameters(config, mp.LoraConfig(r=4, target_modules=targets))
+    assert (ours.trainable, ours.total) == model.get_nb_trainable_parameters()
