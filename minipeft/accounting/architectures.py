@@ -18,8 +18,8 @@ from typing import Any
 from ..files import read_json
 from ..hub.configuration import our_name, to_hugging_face
 from ..nn.transformer import TransformerConfig
-from .families import FAMILIES, Entry, Shape, bert, deberta, gpt2, linear, llama, t5, vit, whisper
-from .models import find, names as names
+from .families import FAMILIES, Entry, Shape, bert, deberta, linear, t5, vit, whisper
+from .models import find, names
 
 MOST, MOST_LAYERS = 2**31, 10_000  # a larger dimension is a slip, and the table would not end
 

@@ -62,7 +62,7 @@ def find(name: str) -> tuple[str, dict[str, Any]]:
         if several and found is None:
             more = ", ..." * (len(several) > 12)
             raise ValueError(f"{name!r} is not one model: there are {', '.join(several[:12])}{more}{hint}")
-        near = difflib.get_close_matches(" ".join(bare), [" ".join(other) for other in known], n=9, cutoff=0.3)
-        near = list(dict.fromkeys(known[tuple(other.split())] for other in near))[:3] or names()[:3]
+        joined = {"".join(_parts(model)): model for model in names()}
+        near = [joined[other] for other in difflib.get_close_matches("".join(bare), joined, cutoff=0.3)] or names()[:3]
         raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)}{hint}")
     return found, next(group[found]["config"] for group in groups().values() if found in group)

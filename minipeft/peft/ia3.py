@@ -16,20 +16,18 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
-from .targets import family_of, matches
+from .targets import by_family, family_of, matches
 from .weights import dense_weight, out_in, with_weight
 
-SCALED = {  # model_type -> target_modules
-    **dict.fromkeys("gpt2 gpt_bigcode".split(), ["c_attn", "mlp.c_proj"]),
+SCALED = by_family({  # model_type -> target_modules
+    "gpt2 gpt_bigcode": ["c_attn", "mlp.c_proj"],
     "llama": ["k_proj", "v_proj", "down_proj"], "mixtral": ["k_proj", "v_proj"],  # its experts' w2 is no layer any more
-    **dict.fromkeys("qwen2 qwen3 gemma gemma2 gemma3_text".split(), ["q_proj", "v_proj", "down_proj"]),
-    "gptj": ["q_proj", "v_proj", "fc_out"], "phi": ["q_proj", "v_proj", "fc2"],
-    **dict.fromkeys("gpt_neox falcon".split(), ["query_key_value", "dense_4h_to_h"]),
-    "bert": ["key", "value", "output.dense"], "roberta": ["key", "value", "output.dense"],
-    "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+    "qwen2 qwen3 gemma gemma2 gemma3_text": ["q_proj", "v_proj", "down_proj"],
+    "gptj": ["q_proj", "v_proj", "fc_out"], "phi": ["q_proj", "v_proj", "fc2"], "opt": ["q_proj", "k_proj", "fc2"],
+    "gpt_neox falcon": ["query_key_value", "dense_4h_to_h"], "bloom": ["query_key_value", "mlp.dense_4h_to_h"],
+    "bert roberta": ["key", "value", "output.dense"], "deberta-v2": ["key_proj", "value_proj", "output.dense"],
     "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
-    "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
-}  # fmt: skip
+})  # fmt: skip
 FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "dense_4h_to_h", "fc2", "fc_out")  # their input is scaled
 
 

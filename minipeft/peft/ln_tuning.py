@@ -10,19 +10,15 @@ from ..options import configuration
 from .config import PeftConfig, Seed, Shape
 from .layer import TrainedCopy
 
-NORMS = {
-    "gpt2": ["ln_1", "ln_2", "ln_f"],
-    **dict.fromkeys("llama gemma".split(), ["input_layernorm", "post_attention_layernorm", "norm"]),
-    **dict.fromkeys("gemma2 gemma3_text".split(), [
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]),
-    **dict.fromkeys("qwen2 qwen3".split(), ["post_attention_layernorm"]),
-    "gptj": ["ln_1", "ln_f"], "phi": ["input_layernorm", "final_layernorm"],
-    "falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
-    "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
-    "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
-    "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+NORMS = by_family({
+    "gpt2": ["ln_1", "ln_2", "ln_f"], "gptj": ["ln_1", "ln_f"], "phi": ["input_layernorm", "final_layernorm"],
+    "llama gemma": ["input_layernorm", "post_attention_layernorm", "norm"], "qwen2 qwen3": ["post_attention_layernorm"],
+    "gemma2 gemma3_text": [
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"],
+    "bert roberta deberta-v2": ["LayerNorm"], "t5 mt5": ["layer_norm", "final_layer_norm"],
+    "bloom falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
     "opt": ["self_attn_layer_norm", "final_layer_norm"],
-}  # fmt: skip
+})  # fmt: skip
 
 
 @configuration

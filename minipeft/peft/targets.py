@@ -29,16 +29,19 @@ from ..options import check, configuration, option
 
 Shape = tuple[int, ...]
 
+
+def by_family(table: dict[str, list[str]]) -> dict[str, list[str]]:
+    """{"bert roberta": names} as {"bert": names, "roberta": names}."""
+    return {family: names for families, names in table.items() for family in families.split()}
+
+
 # model_type -> the layers that LoRA and its relatives are put on where target_modules is None, as in PEFT
-QUERY_AND_VALUE = {
-    **dict.fromkeys("gpt2 gpt_bigcode".split(), ["c_attn"]),
-    **dict.fromkeys("gpt_neox falcon bloom".split(), ["query_key_value"]),
-    **dict.fromkeys("llama mixtral qwen3 gemma gemma2 gemma3_text stablelm gptj opt".split(), ["q_proj", "v_proj"]),
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    **dict.fromkeys("t5 mt5".split(), ["q", "v"]),
-    **dict.fromkeys("bert roberta xlm-roberta".split(), ["query", "value"]),
-    "deberta-v2": ["query_proj", "value_proj"],
-}
+QUERY_AND_VALUE = by_family({
+    "gpt2 gpt_bigcode": ["c_attn"], "gpt_neox falcon bloom": ["query_key_value"],
+    "llama mixtral qwen3 gemma gemma2 gemma3_text stablelm gptj opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"], "t5 mt5": ["q", "v"],
+    "bert roberta xlm-roberta": ["query", "value"], "deberta-v2": ["query_proj", "value_proj"],
+})  # fmt: skip
 
 
 class PeftError(ValueError):

@@ -22,6 +22,8 @@ from .layer import Adapter, Inner
 from .targets import QUERY_AND_VALUE, out_in_shape
 from .weights import fill, with_update
 
+TARGETS = {**QUERY_AND_VALUE, "phi": ["q_proj", "v_proj"]}
+
 
 class VeraLayer(Adapter):
     """VeRA around a linear layer: vera_lambda_d [r] and vera_lambda_b [out]."""
@@ -75,7 +77,7 @@ class VeraConfig(PeftConfig):
 
     peft_type, adapter_class = "VERA", VeraLayer
     usual_learning_rate = 1e-1
-    usual_targets = {**QUERY_AND_VALUE, "phi": ["q_proj", "v_proj"]}  # all of one size
+    usual_targets = TARGETS
 
     def __post_init__(self) -> None:
         super().__post_init__()

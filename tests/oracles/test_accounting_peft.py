@@ -66,7 +66,7 @@ SMALL = {  # model_type -> fields
     **dict.fromkeys(("mixtral", "phimoe"), TINY | {"num_local_experts": 4}),
     "qwen2_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     "qwen3_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
-    **dict.fromkeys(("t5", "mt5"), dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)),
+    **{family: dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4) for family in ("t5", "mt5")},
     "whisper": dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
     "gemma3": {"text_config": TINY, "vision_config": {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,7 +98,7 @@ def test_a_familys_usual_targets_train_as_many_parameters_as_in_peft(model_type,
         model = peft.get_peft_model(on_meta(config), theirs, low_cpu_mem_usage=True)
     except ValueError as error:
         assert "target_modules" in str(error)  # no usual targets for the family
-        with pytest.raises(ValueError, match="needs target_modules|needs feedforward_modules"):
+        with pytest.raises(ValueError, match=r"needs target_modules|needs feedforward_modules"):
             count_parameters(config, ours)
     else:
         expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
