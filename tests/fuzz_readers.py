@@ -372,6 +372,13 @@ def figures(folder: Path) -> None:
             path.write_text(text + "\n")
 
 
+def read_figures(folder: Path) -> None:
+    """Audit; raise what a row that is wrong says of itself."""
+    for finding in published.audit(published.read_published(folder / "mine.csv")):
+        if finding.verdict == "error":
+            raise ValueError(finding.reason)
+
+
 RUN = ("checkpoint-2/state.json", "checkpoint-2/state.json", "checkpoint-2/*")
 READERS: dict[str, Reader] = {
     "safetensors": Reader(models, lambda folder: [a.sum() for a in read_safetensors(folder / "model.safetensors")[0].values()],
@@ -383,7 +390,7 @@ READERS: dict[str, Reader] = {
     "tokenizer": Reader(tokenizers_, read_tokenizer, (FileError, ValueError)),
     "adapter": Reader(adapters, read_adapter, (PeftError, FileError), ("*.json", "*.json", "*.json", "*.safetensors")),
     "gguf": Reader(ggufs, read_gguf, (HubError, FileError)),
-    "audit": Reader(figures, lambda folder: published.audit(published.read_published(folder / "mine.csv")), (FileError, ValueError)),
+    "audit": Reader(figures, read_figures, (FileError, ValueError)),
     "template": Reader(templates_, read_template, (ValueError,)),
     "calibration": Reader(calibrations, read_reward, (FileError, HubError), ("reward_calibration.json",)),
     "prompts": Reader(records, lambda folder: datasets.read_prompts(one(folder)), (DatasetError,)),

@@ -96,9 +96,9 @@ def architecture(
 
 def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A published model's configuration with some fields changed. Raises ValueError for one that its family lacks."""
-    fields = FAMILIES[changes.get("model_type", config["model_type"])][1]
+    fields = FAMILIES[config["model_type"]][1]
     for key in changes:
-        if key not in ("model_type", "text_config") and _field(key, fields) is None:
+        if key not in config and _field(key, fields) is None:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
     return {**config, **changes}

@@ -9,6 +9,7 @@ from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, Seed, Shape
 from .layer import TrainedCopy
+from .targets import by_family
 
 NORMS = by_family({
     "gpt2": ["ln_1", "ln_2", "ln_f"], "gptj": ["ln_1", "ln_f"], "phi": ["input_layernorm", "final_layernorm"],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from accounting_cases import CLASSES, on_meta
+from accounting_cases import on_meta
 
-import minipeft as mp
-from minipeft.accounting import count_parameters
-from minipeft.accounting.architectures import names
+from minipeft.accounting.architectures import architecture, names
+from minipeft.accounting.block_formats import BLOCK_FORMATS
+from minipeft.accounting.counted import COUNTED, counted_config
 from minipeft.accounting.models import find
-from minipeft.accounting.published import _value, read_published
+from minipeft.accounting.parameters import constant_parameters, elements, trained_parameters
+from minipeft.accounting.published import _figure, read_published
 
 pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
 pytest.importorskip("transformers", reason="needs transformers: install the extra 'oracles'")
@@ -30,7 +31,8 @@ def comparable() -> dict[str, tuple[dict, dict]]:
         options = json.loads(row["options"] or "{}")
         config, model = options.get("config"), options.get("model")
         if isinstance(config, dict) and model in names() and "num_labels" not in options and "only" not in options:
-            if config["peft_type"] in peft.PeftType.__members__ and "enable_lora" not in config:
+            shared = config["peft_type"] in peft.PeftType.__members__ and config["peft_type"] not in COUNTED
+            if shared and "enable_lora" not in config:
                 rows.setdefault(json.dumps([model, config]), (row["id"], options, config))
     return {name: (options, config) for name, options, config in rows.values()}
 
@@ -48,7 +50,7 @@ def test_a_rows_count_is_that_of_peft(row):
     config = cls(task_type=TASKS.get(family, "CAUSAL_LM"), **method, **extra)
     model = peft.get_peft_model(base, config, low_cpu_mem_usage=True)
     expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert _value({"model": options["model"], "config": options["config"]}, "trainable") == expected
+    assert _figure({"model": options["model"], "config": options["config"]}, "trainable").value == expected
 
 
 def test_most_methods_are_compared():
@@ -58,60 +60,86 @@ def test_most_methods_are_compared():
     assert len(ROWS) > 60
 
 
-TINY = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
-GPT = dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
-SMALL = {  # model_type -> fields
-    **dict.fromkeys(CLASSES, TINY), **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj"), GPT),
-    "bloom": dict(hidden_size=64, n_layer=2, n_head=4), "opt": TINY | {"ffn_dim": 96},
-    **dict.fromkeys(("mixtral", "phimoe"), TINY | {"num_local_experts": 4}),
-    "qwen2_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
-    "qwen3_moe": TINY | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
-    **{family: dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4) for family in ("t5", "mt5")},
-    "whisper": dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
-    "gemma3": {"text_config": TINY, "vision_config": {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "vision_use_head": False}},
+SMALL = {
+    "llama": dict(
+        model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
+    "gpt2": dict(model_type="gpt2", vocab_size=64, n_positions=32, n_embd=64, n_layer=3, n_head=4),
+    "t5": dict(model_type="t5", vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
 }  # fmt: skip
-METHODS = {
-    "lora": (mp.LoraConfig(r=2), peft.LoraConfig(r=2)),
-    "lora, all-linear": (mp.LoraConfig(r=2, target_modules="all-linear"), peft.LoraConfig(r=2, target_modules="all-linear")),
-    "ia3": (mp.IA3Config(), peft.IA3Config()),
-    "ln": (mp.LNTuningConfig(), peft.LNTuningConfig()),
-}
-HERE_ONLY = {  # PEFT has no usual targets for these, or fails with its own: LN tuning of OPT, BERT, ...; LoRA of Mixtral
-    ("mixtral", "lora"), ("opt", "ln"), ("bert", "ln"), ("roberta", "ln"), ("deberta-v2", "ln"),
-}  # fmt: skip
+MLP = ["gate_proj", "down_proj", "q_proj"]  # of three shapes
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_a_familys_usual_targets_train_as_many_parameters_as_in_peft(model_type, method):
-    config, (ours, theirs) = {"model_type": model_type, **SMALL[model_type]}, METHODS[method]
-    if (model_type, method) in HERE_ONLY:
-        assert count_parameters(config, ours).trainable
-        return
-    theirs = type(theirs)(**{k: v for k, v in theirs.to_dict().items() if k in ("r", "target_modules")})
-    theirs.task_type = TASKS.get(model_type, "CAUSAL_LM") if "ForCond" not in CLASSES[model_type] else "SEQ_2_SEQ_LM"
-    if model_type in ("vit", "xlm-roberta"):
-        theirs.task_type = "FEATURE_EXTRACTION"
-    try:
-        model = peft.get_peft_model(on_meta(config), theirs, low_cpu_mem_usage=True)
-    except ValueError as error:
-        assert "target_modules" in str(error)  # no usual targets for the family
-        with pytest.raises(ValueError, match=r"needs target_modules|needs feedforward_modules"):
-            count_parameters(config, ours)
-    else:
-        expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert count_parameters(config, ours).trainable == expected
+@pytest.mark.parametrize(("family", "method"), [
+    ("llama", dict(peft_type="ADAPTION_PROMPT", adapter_len=5, adapter_layers=2)),
+    ("gpt2", dict(peft_type="ADAPTION_PROMPT", adapter_len=5, adapter_layers=3, target_modules="attn")),
+    ("llama", dict(peft_type="BOFT", boft_block_size=4)),
+    ("llama", dict(peft_type="BOFT", boft_block_size=0, boft_block_num=4, target_modules=MLP)),
+    ("llama", dict(peft_type="C3A", block_size=16, target_modules=MLP, block_size_pattern={"q_proj": 32})),
+    ("llama", dict(peft_type="C3A", block_size=32)),
+    ("llama", dict(peft_type="DELORA", r=3, target_modules=MLP, rank_pattern={"q_proj": 2})),
+    ("llama", dict(peft_type="FOURIERFT", n_frequency=100, target_modules=MLP, n_frequency_pattern={"q_proj": 30})),
+    ("gpt2", dict(peft_type="FOURIERFT", n_frequency=100, fan_in_fan_out=True)),
+    ("llama", dict(peft_type="HRA", r=3, target_modules=MLP)),
+    ("llama", dict(peft_type="MISS", r=4, target_modules=MLP)),
+    ("llama", dict(peft_type="MISS", r=16, init_weights="bat", target_modules=MLP)),
+    ("llama", dict(peft_type="MISS", r=4, mini_r=8, init_weights="mini", target_modules=MLP)),
+    ("llama", dict(peft_type="RANDLORA", r=5, target_modules=MLP)),
+    ("llama", dict(peft_type="RANDLORA", r=8, save_projection=False)),
+    ("llama", dict(peft_type="ROAD", variant="road_1", group_size=16, target_modules=MLP)),
+    ("llama", dict(peft_type="ROAD", variant="road_2", group_size=16)),
+    ("llama", dict(peft_type="ROAD", variant="road_4", group_size=32)),
+    ("llama", dict(peft_type="SHIRA", r=3, target_modules=MLP, random_seed=1)),
+    ("llama", dict(peft_type="VBLORA", r=2, num_vectors=9, vector_length=16, target_modules=MLP)),
+    ("gpt2", dict(peft_type="VBLORA", r=2, num_vectors=9, vector_length=32, topk=3)),
+    ("t5", dict(peft_type="VBLORA", r=2, num_vectors=9, vector_length=16)),
+    ("llama", dict(peft_type="LOHA", r=3, target_modules=MLP)),
+    ("llama", dict(peft_type="LOKR", r=3, decompose_factor=4, target_modules=MLP)),
+    ("llama", dict(peft_type="OFT", oft_block_size=8, target_modules=MLP)),
+    ("llama", dict(peft_type="ADALORA", init_r=4, target_r=2, target_modules=MLP)),
+    ("llama", dict(peft_type="TRAINABLE_TOKENS", token_indices=[1, 5])),
+    ("t5", dict(peft_type="PROMPT_TUNING", num_virtual_tokens=5)),
+    ("t5", dict(peft_type="PROMPT_TUNING", num_virtual_tokens=5, num_transformer_submodules=1)),
+    ("t5", dict(peft_type="PROMPT_TUNING", num_virtual_tokens=5, num_transformer_submodules=2)),
+    ("t5", dict(peft_type="P_TUNING", num_virtual_tokens=5, encoder_hidden_size=32)),
+    ("t5", dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5)),
+], ids=lambda value: value if isinstance(value, str) else value["peft_type"])  # fmt: skip
+def test_a_method_counts_as_in_peft(family, method):
+    """From the file that PEFT writes of the configuration; trained, and what never is, as PEFT's file holds them."""
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method["peft_type"]]]
+    given = {k: v for k, v in method.items() if k != "peft_type"} | {"task_type": TASKS.get(family, "CAUSAL_LM")}
+    if method["peft_type"] == "ADALORA":
+        given["total_step"] = 10
+    base = transformers_model(SMALL[family])
+    config = cls(**given)
+    written = json.loads(json.dumps(config.to_dict(), default=sorted))
+    model = peft.get_peft_model(base, config)
+    arch = architecture(SMALL[family])
+    ours = counted_config({**written, "total_step": None} if method["peft_type"] == "ADALORA" else written, arch)
+    trained = elements(trained_parameters(arch, ours))
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if method["peft_type"] in COUNTED:
+        held = {p.data_ptr(): p for p in peft.get_peft_model_state_dict(model).values()}  # what layers share once
+        stored = sum(p.numel() for p in held.values())
+        constants = constant_parameters(arch, ours) if ours.stores_constants else {}
+        assert trained + elements(constants) == stored
 
 
-@pytest.mark.parametrize(("model_type", "targets"), [
-    ("mixtral", ["w1", "w2", "w3"]), ("mixtral", ["q_proj", "gate"]), ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"]),
-    ("qwen3_moe", ["q_proj", "down_proj"]), ("qwen2_moe", ["gate_proj", "up_proj", "down_proj"]),
-])  # fmt: skip
-def test_lora_of_experts_is_counted_as_in_peft(model_type, targets):
-    config = {"model_type": model_type, **SMALL[model_type]}
-    theirs = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(on_meta(config), theirs, low_cpu_mem_usage=True)
-    ours = count_parameters(config, mp.LoraConfig(r=4, target_modules=targets))
-    assert (ours.trainable, ours.total) == model.get_nb_trainable_parameters()
+def transformers_model(config):
+    """A small model of transformers, with weights, at which some methods look."""
+    import transformers
+
+    kind = "AutoModelForSeq2SeqLM" if config["model_type"] == "t5" else "AutoModelForCausalLM"
+    return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(**config))
+
+
+def test_all_counted_methods_are_compared():
+    marks = test_a_method_counts_as_in_peft.pytestmark
+    cases = next(m.args[1] for m in marks if m.name == "parametrize")
+    assert {method["peft_type"] for _, method in cases} >= set(COUNTED)
+
+
+def test_block_formats_are_those_of_gguf():
+    gguf = pytest.importorskip("gguf", reason="needs gguf: install the extra 'hub'")
+    for name, sizes in BLOCK_FORMATS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == sizes, name
