@@ -18,7 +18,8 @@ from test_text_chat import SYSTEM
 
 import minipeft as mp
 from minipeft import quant, rlhf
-from minipeft.accounting import published
+from minipeft.accounting import architecture, published
+from minipeft.accounting.models import groups
 from minipeft.experiments import rows
 from minipeft.files import FileError, read_safetensors, write_json, write_safetensors
 from minipeft.hub.pretrained import HubError
@@ -80,6 +81,14 @@ def models(folder: Path) -> None:
     for name, config in of.items():
         mp.save_pretrained(model(config), folder / name)
     mp.save_pretrained(SequenceClassifier(model(LLAMA), 3), folder / "classifier")
+
+
+def described(folder: Path) -> None:
+    """A config.json of each family."""
+    by_family = {entry["config"]["model_type"]: entry["config"] for group in groups().values() for entry in group.values()}
+    for family, config in by_family.items():
+        (folder / family).mkdir(parents=True)
+        write_json(folder / family / "config.json", config)
 
 
 def quantized(folder: Path) -> None:
@@ -383,6 +392,7 @@ RUN = ("checkpoint-2/state.json", "checkpoint-2/state.json", "checkpoint-2/*")
 READERS: dict[str, Reader] = {
     "safetensors": Reader(models, lambda folder: [a.sum() for a in read_safetensors(folder / "model.safetensors")[0].values()],
                           (FileError,), ("model.safetensors",)),
+    "architecture": Reader(described, lambda folder: architecture(folder).size, (ValueError, FileError)),
     "config": Reader(models, read_model, (HubError, FileError), ("config.json",)),
     "weights": Reader(models, read_model, (HubError, FileError), ("model.safetensors",)),
     "quantized": Reader(quantized, read_model, (HubError, FileError)),
