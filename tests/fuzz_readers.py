@@ -392,7 +392,6 @@ RUN = ("checkpoint-2/state.json", "checkpoint-2/state.json", "checkpoint-2/*")
 READERS: dict[str, Reader] = {
     "safetensors": Reader(models, lambda folder: [a.sum() for a in read_safetensors(folder / "model.safetensors")[0].values()],
                           (FileError,), ("model.safetensors",)),
-    "architecture": Reader(described, lambda folder: architecture(folder).size, (ValueError, FileError)),
     "config": Reader(models, read_model, (HubError, FileError), ("config.json",)),
     "weights": Reader(models, read_model, (HubError, FileError), ("model.safetensors",)),
     "quantized": Reader(quantized, read_model, (HubError, FileError)),
@@ -401,6 +400,7 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(adapters, read_adapter, (PeftError, FileError), ("*.json", "*.json", "*.json", "*.safetensors")),
     "gguf": Reader(ggufs, read_gguf, (HubError, FileError)),
     "audit": Reader(figures, read_figures, (FileError, ValueError)),
+    "architecture": Reader(described, lambda folder: architecture(folder).size, (ValueError, FileError)),
     "template": Reader(templates_, read_template, (ValueError,)),
     "calibration": Reader(calibrations, read_reward, (FileError, HubError), ("reward_calibration.json",)),
     "prompts": Reader(records, lambda folder: datasets.read_prompts(one(folder)), (DatasetError,)),

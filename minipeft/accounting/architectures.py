@@ -17,6 +17,7 @@ from typing import Any
 
 from ..files import read_json
 from ..hub.configuration import our_name, to_hugging_face
+from ..nn.transformer import FAMILIES as BUILT
 from ..nn.transformer import TransformerConfig
 from .families import FAMILIES, Entry, Shape, bert, deberta, linear, t5, vit, whisper
 from .models import find, names
@@ -84,7 +85,7 @@ def architecture(
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", to_hugging_face(model, "float32"))
     if isinstance(model, Mapping):
         if "name" in model:
-            name, config = find(model["name"])
+            name, config = find(str(model["name"]))
             changes = {key: value for key, value in model.items() if key != "name"}
             return _build(name, _changed(name, config, changes))
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
@@ -238,7 +239,7 @@ def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
 
 def _transformer_config(c: Mapping[str, Any]) -> TransformerConfig | None:
     """The configuration of `Transformer` for the families that it builds."""
-    if c["model_type"] not in ("gpt2", "llama", "mistral", "qwen2"):
+    if c["model_type"] not in BUILT:
         return None
     fields = FAMILIES[c["model_type"]][1]
     return TransformerConfig(model_type=c["model_type"], **{our_name(key): c[key] for key in fields})

@@ -6,19 +6,22 @@ Names and shapes are those of the model that transformers (5.24) builds, so that
 means there; the fields are those of its configuration classes, with their defaults (`FAMILIES`). In a table of fields
 0 stands for a size that follows from others.
 
-    model_type                              positions        norm       MLP             also
-    gpt2, gpt_bigcode, opt                  learned          LayerNorm  two matrices    one key head (gpt_bigcode)
-    gptj, gpt_neox, phi, falcon             rotary           LayerNorm  two matrices    beside the attention
-    bloom                                   ALiBi            LayerNorm  two matrices    a norm on the embedding
-    llama, mistral, qwen, qwen2             rotary           RMSNorm    gated           biases in q, k, v (qwen, qwen2)
-    qwen3, gemma3_text, gemma3              rotary           RMSNorm    gated           norms on q and k; images (gemma3)
-    gemma, gemma2, gemma3_text, gemma3      rotary           RMSNorm    gated           norms behind sublayers (2, 3)
-    phi3; stablelm                          rotary           RMSNorm; LayerNorm, gated  q, k, v in one matrix; not
-    mixtral, phimoe, qwen2_moe, qwen3_moe   rotary           RMSNorm    gated experts   a router
-    t5, mt5                                 relative         RMSNorm    two, or gated   encoder and decoder
-    whisper                                 learned          LayerNorm  two matrices    convolutions; two stacks
-    bert, roberta, xlm-roberta, vit         learned          LayerNorm  two matrices    pooler; patches (vit)
-    deberta-v2                              relative         LayerNorm  two matrices
+    model_type                              positions   norm       MLP             also
+    gpt2, gpt_bigcode, opt                  learned     LayerNorm  two matrices    one key head (gpt_bigcode)
+    gptj, gpt_neox, phi, falcon             rotary      LayerNorm  two matrices    beside the attention
+    bloom                                   ALiBi       LayerNorm  two matrices    a norm on the embedding
+    llama, mistral, qwen, qwen2             rotary      RMSNorm    gated           biases in q, k, v (qwen, qwen2)
+    qwen3                                   rotary      RMSNorm    gated           norms on q and k
+    gemma, gemma2, gemma3_text, gemma3      rotary      RMSNorm    gated           norms behind sublayers (2, 3) and on
+                                                                                   q and k (3); an image encoder (gemma3)
+    phi3                                    rotary      RMSNorm    gated           q, k, v in one matrix
+    stablelm                                rotary      LayerNorm  gated
+    mixtral, qwen2_moe, qwen3_moe, phimoe   rotary      RMSNorm    gated, experts  a router; LayerNorm (phimoe)
+    t5, mt5                                 relative    RMSNorm    two, or gated   encoder and decoder
+    whisper                                 learned     LayerNorm  two matrices    the same, behind convolutions
+    bert, roberta, xlm-roberta              learned     LayerNorm  two matrices    a pooler
+    vit                                     learned     LayerNorm  two matrices    a pooler; patches of an image
+    deberta-v2                              relative    LayerNorm  two matrices
 
 The causal language models, T5 and Whisper have their language-model head; the encoders are the bare model (with their
 pooler, but for DeBERTa), as their authors count them.
