@@ -102,7 +102,7 @@ def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -
         if key not in config and _field(key, fields) is None:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
-    return {**config, **{key if key in config else _field(key, fields): value for key, value in changes.items()}}
+    return {**config, **{_field(key, fields) or key: value for key, value in changes.items()}}
 
 
 def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
