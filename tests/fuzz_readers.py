@@ -18,7 +18,8 @@ from test_text_chat import SYSTEM
 
 import minipeft as mp
 from minipeft import quant, rlhf
-from minipeft.accounting import published
+from minipeft.accounting import architecture, published
+from minipeft.accounting.models import groups
 from minipeft.experiments import rows
 from minipeft.files import FileError, read_safetensors, write_json, write_safetensors
 from minipeft.hub.pretrained import HubError
@@ -80,6 +81,14 @@ def models(folder: Path) -> None:
     for name, config in of.items():
         mp.save_pretrained(model(config), folder / name)
     mp.save_pretrained(SequenceClassifier(model(LLAMA), 3), folder / "classifier")
+
+
+def described(folder: Path) -> None:
+    """A config.json of each family."""
+    by_family = {entry["config"]["model_type"]: entry["config"] for group in groups().values() for entry in group.values()}
+    for family, config in by_family.items():
+        (folder / family).mkdir(parents=True)
+        write_json(folder / family / "config.json", config)
 
 
 def quantized(folder: Path) -> None:
@@ -391,6 +400,7 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(adapters, read_adapter, (PeftError, FileError), ("*.json", "*.json", "*.json", "*.safetensors")),
     "gguf": Reader(ggufs, read_gguf, (HubError, FileError)),
     "audit": Reader(figures, read_figures, (FileError, ValueError)),
+    "architecture": Reader(described, lambda folder: architecture(folder).size, (ValueError, FileError)),
     "template": Reader(templates_, read_template, (ValueError,)),
     "calibration": Reader(calibrations, read_reward, (FileError, HubError), ("reward_calibration.json",)),
     "prompts": Reader(records, lambda folder: datasets.read_prompts(one(folder)), (DatasetError,)),

@@ -7,9 +7,10 @@ import json
 import pytest
 from accounting_cases import on_meta
 
-from minipeft.accounting.architectures import _published, architecture, names
+from minipeft.accounting.architectures import architecture, names
 from minipeft.accounting.block_formats import BLOCK_FORMATS
 from minipeft.accounting.counted import COUNTED, counted_config
+from minipeft.accounting.models import find
 from minipeft.accounting.parameters import constant_parameters, elements, trained_parameters
 from minipeft.accounting.published import _figure, read_published
 
@@ -42,7 +43,7 @@ ROWS = comparable()
 @pytest.mark.parametrize("row", ROWS)
 def test_a_rows_count_is_that_of_peft(row):
     options, method = ROWS[row]
-    published, method = _published()[options["model"]]["config"], dict(method)
+    published, method = find(options["model"])[1], dict(method)
     family, base = published["model_type"], on_meta(published)
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[method.pop("peft_type")]]
     extra = {"num_transformer_submodules": 1} if "num_virtual_tokens" in method else {}  # T5 in PEFT: one for each side
