@@ -136,6 +136,8 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
         assert all(span["ts"] + span["dur"] <= end for end in open_until), "spans are nested"
         open_until.append(span["ts"] + span["dur"])
     assert [span["name"] for span in spans if span["cat"] == "phase"] == ["forward", "backward", "optimizer"]
+    blocks = [span["name"] for span in spans if span["cat"] == "block"]
+    assert blocks == ["layers.0", "layers.1", "layers.2", "layers.2", "layers.1", "layers.0"]
     assert sum(span["cat"] == "op" for span in spans) == len(found.events)
     for name, expected in (("live bytes", found.total), ("live bytes, sum", found.total), ("live bytes, measured", found.measured)):
         now, at = None, {event["ts"]: sum(event["args"].values()) for event in events if event["ph"] == "C" and event["name"] == name}

@@ -340,7 +340,8 @@ def chrome(timeline: Timeline) -> dict[str, Any]:
         blocks = [block_of(event.path) for event in timeline.events[start:end]]
         for block, first, after in runs(blocks):
             if block:
-                span(block, "block", start + first, start + after)
+                name = ".".join(block.split(".")[-2:])  # layers.3
+                span(name, "block", start + first, start + after, args={"module": block})
             for i in range(start + first, start + after):
                 op, path, _, pullback = timeline.events[i]
                 span(f"{op} (pullback)" if pullback else op, "op", i, i + 1, args={"module": path})
