@@ -1,4 +1,4 @@
-"""The timeline of a step: its peak is the ledger's, its ops are those that run, and its bytes are what tracemalloc sees."""
+"""The timeline of a step: its peak is the ledger's, its ops are those that run, its bytes what tracemalloc sees."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from accounting_cases import CONFIGS, METHODS, QUANTIZED, built
 import minipeft as mp
 from minipeft.accounting import memory_ledger, timeline, what_ifs
 from minipeft.accounting.shapes import Meter, ShapeArray
-from minipeft.accounting.timelines import block_of, chrome
+from minipeft.accounting.timeline_shown import block_of, chrome
 from minipeft.autograd import ops as F
 from minipeft.autograd.tensor import Tensor
 
 dialect, one_thread = accounting_cases.dialect, accounting_cases.one_thread
-SHOWN = ("full", "head", "lora", "lora, every layer", "lora with dropout", "dora", "qlora", "adalora", "oft", "prefix", "prompt")
+SHOWN = (
+    "full", "head", "lora", "lora, every layer", "lora with dropout", "dora", "qlora", "adalora", "oft",
+    "prefix", "prompt",
+)  # fmt: skip
 STEP = ("activations", "logits", "working memory", "gradients")
 
 
@@ -45,7 +48,7 @@ def test_the_peak_is_the_ledgers_in_other_precisions_and_with_other_optimizers(p
         options = dict(
             batch=batch, seq_len=96, optimizer=optimizer, precision=precision, checkpointing=checkpointing
         )
-        assert timeline(CONFIGS["llama"], None, **options).peak == memory_ledger(CONFIGS["llama"], None, **options).total
+        assert timeline(CONFIGS["llama"], **options).peak == memory_ledger(CONFIGS["llama"], **options).total
 
 
 def test_gradients_of_other_bytes_than_activations_count_with_theirs_from_the_moment_they_are_made():
@@ -108,7 +111,6 @@ def test_a_model_that_is_measured_stays_as_it_is():
     assert found.measured.max() == pytest.approx(found.peak, rel=0.05)
     assert all((array == before[name]).all() for name, array in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert type(model.base_model.model.layers[0].mlp).__name__ == "LlamaMLP" and "forward" in vars(type(model.base_model))
 
 
 def test_a_classifier_has_a_timeline_too():
@@ -124,7 +126,8 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
     trace = json.loads((tmp_path / "step.json").read_text())
     assert trace == json.loads(json.dumps(chrome(found)))
     events = trace["traceEvents"]
-    assert all({"name", "ph", "pid", "tid"} <= event.keys() and (event["ph"] == "M" or event["ts"] >= 0) for event in events)
+    assert all({"name", "ph", "pid", "tid"} <= event.keys() for event in events)
+    assert all(event["ts"] >= 0 for event in events if event["ph"] != "M")
     (instant,) = (event for event in events if event["ph"] == "i")
     op, path, phase, pullback = found.at_peak
     named = {"bytes": found.peak, "op": op, "module": path, "phase": phase, "pullback": pullback}
@@ -139,8 +142,9 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
     blocks = [span["name"] for span in spans if span["cat"] == "block"]
     assert blocks == ["layers.0", "layers.1", "layers.2", "layers.2", "layers.1", "layers.0"]
     assert sum(span["cat"] == "op" for span in spans) == len(found.events)
-    for name, expected in (("live bytes", found.total), ("live bytes, sum", found.total), ("live bytes, measured", found.measured)):
-        now, at = None, {event["ts"]: sum(event["args"].values()) for event in events if event["ph"] == "C" and event["name"] == name}
+    for name, expected in (("", found.total), (", sum", found.total), (", measured", found.measured)):
+        counted = [event for event in events if event["ph"] == "C" and event["name"] == f"live bytes{name}"]
+        now, at = None, {event["ts"]: sum(event["args"].values()) for event in counted}
         for i, n in enumerate(expected.tolist()):
             now = at.get(i, now)
             assert now == n, (name, i)

@@ -19,7 +19,7 @@ def test_the_page_holds_the_timeline_and_the_what_ifs(capsys, tmp_path):
     status, out, err = output(capsys, "memory", *LORA, "--batch", 2, "--timeline", path)
     assert (status, err) == (0, "") and f"timeline of minipeft's own step: {path}" in out
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"<script|<link rel=\"stylesheet|(src|href)=\"(?!data:)|url\(|@import", text), "it needs no network"
+    assert not re.search(r"<script|<link rel=\"stylesheet|(src|href)=\"(?!data:)|url\(|@import", text), "no network"
     assert "gpt2 (gpt2), lora: a training step, batch 2 x 1024 tokens, float32, adamw" in text
     assert "the step of minipeft's own engine" in text.replace("&#39;", "'")
     record = reported(capsys, "memory", *LORA, "--batch", 2, "--timeline", tmp_path / "step.json")
@@ -36,7 +36,7 @@ def test_the_page_holds_the_timeline_and_the_what_ifs(capsys, tmp_path):
 
 def test_the_trace_is_the_timeline_of_the_same_options(capsys, tmp_path):
     path = tmp_path / "step.json"
-    argv = ("gpt2", "--method", "qlora", "--batch", 2, "--seq", 64, "--checkpointing", "--optimizer", "sgd", "--plain-scales")
+    argv = "gpt2 --method qlora --batch 2 --seq 64 --checkpointing --optimizer sgd --plain-scales".split()
     record = reported(capsys, "memory", *argv, "--timeline", path)
     trace = json.loads(path.read_text(encoding="utf-8"))
     assert trace["otherData"]["peak"]["bytes"] == record["total"]

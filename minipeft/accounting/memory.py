@@ -158,7 +158,7 @@ def at_step(at_peak: Mapping[str, int], trained: tuple[int, ...], p: Precision, 
 
 
 def optimizer_work(trained: tuple[int, ...], p: Precision, optimizer: str) -> int:
-    """Bytes that an optimizer's step works in: on each thread a piece of the same parameter, which may be a smaller one."""
+    """Bytes that an optimizer's step works in: on each thread a piece of the same parameter, which may be smaller."""
     from ..train.optim import ELEMENTS
 
     return step_bytes(optimizer, p) * min(ELEMENTS * get_num_threads(), max(trained, default=0))

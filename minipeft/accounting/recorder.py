@@ -1,11 +1,11 @@
-"""What a training step does, op by op, while its bytes are counted: on shapes, or, when it is run, as tracemalloc has them.
+"""What a training step does, op by op, while its bytes are counted: on shapes; or run, as tracemalloc has them.
 
     forward      each op, as a module calls it
     backward     each pullback, with the sums that the engine makes of what it gives; with checkpointing, ops again
     optimizer    its step
 
-What happens between the beginning of one and of the next belongs to the first. So a step that is run has the same ops in
-the same order as its prediction, and both can be drawn on one axis.
+What happens between the beginning of one and of the next belongs to the first. A step that is run has the same ops in
+the same order as its prediction, so both can be drawn on one axis.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ class Event(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Bytes more or less in a line, in an event; of an array of this shape (None: what an op works in), which was made in
-    the event `made`; while it lives, no other has its `key`."""
+    """Bytes more or less in a line, in an event.
+
+    made, shape    the event in which the array was made, and its shape; None: what an op works in
+    key            no other has it while this one lives
+    """
 
     event: int
     line: str
@@ -185,9 +188,11 @@ class _Measurer(_Tape):
 def measured(
     make: Callable[[], Module], batch: int, seq_len: int, optimizer: str, labels: Array | None, events: list[Event]
 ) -> np.ndarray:
-    """The most bytes in each of the events, int64 [events], of a step that is run: the second, which has the optimizer's
-    states. `make` gives the model, which is trained. Bytes are those of the arrays there before the step, as NumPy reports
-    them to tracemalloc, and of all that is allocated in it, the graph's Python objects included.
+    """The most bytes in each of the events, int64 [events], of a step that is run: the second, which has the
+    optimizer's states. `make` gives the model, which is trained.
+
+    Bytes are those of the arrays there before the step, as NumPy reports them to tracemalloc, and of all that is
+    allocated in it, the graph's Python objects included. Raises RuntimeError where the step has other events.
     """
     ours = not tracemalloc.is_tracing()
     if ours:

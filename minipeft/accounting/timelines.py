@@ -1,7 +1,7 @@
 """One training step, op by op: the bytes that live while each op runs, by line, and which op makes the peak.
 
     events   e_1 ... e_n      each op, each pullback, then the optimizer's step
-    live     bytes [n, lines] of weights, states, activations, gradients, ... at the moment of e_i at which they are most
+    live     bytes [n, lines] of weights, states, activations, ... at the moment of e_i at which their sum is largest
     peak     max_i Σ_lines live[i]       the total of `memory_ledger`
 
 The step is that of this engine, run on shapes; a loop of PyTorch's allocates otherwise. With `measure=True` it is also
@@ -16,7 +16,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,28 +24,26 @@ from ..backend import Array, xp_of
 from ..files import write_text
 from ..nn.module import Module
 from ..train.metrics import panels, save_png
-from . import recorder, walk
+from . import recorder, timeline_shown, walk
 from .architectures import Architecture, architecture
 from .memory import LINES, check_positive, named, optimizer_lines, optimizer_work, states_and_model
 from .precision import OPTIMIZERS, PRECISIONS, Precision
 from .recorder import Event
 from .shapes import Shape
 
-COLORS = {
-    "frozen weights": "#8d99ae", "trained weights": "#5b6b8a", "adapters": "#2f4b7c", "master copies": "#b8a9c9",
-    "gradients": "#59a14f", "optimizer states": "#8cd17d", "running averages": "#d4e6a5", "activations": "#f28e2b",
-    "logits": "#ffbe7d", "working memory": "#e15759",
-}  # fmt: skip
 SIZES = (  # what the size of a method is called, and its fields
     ("rank", ("init_r", "target_r")), ("rank", ("r",)), ("width", ("bottleneck_size",)),
     ("virtual tokens", ("num_virtual_tokens",)),
 )  # fmt: skip
-COLUMNS = 500  # of a picture: as many events as can be told apart in it, each the largest of its neighbors
 
 
 class Group(NamedTuple):
-    """Arrays that live at the peak and differ in their layer alone: n of this shape, made by an op of modules whose paths
-    have * for the layer's number; `nbytes` is their sum."""
+    """Arrays that live at the peak and differ in their layer alone, whose number is * in the path.
+
+    n, nbytes    how many, and their bytes together
+    shape        of each; None: what an op works in
+    op, path, phase    which made them
+    """
 
     nbytes: int
     n: int
@@ -108,21 +105,21 @@ class Timeline:
 
     def phases(self) -> Iterator[tuple[str, int, int]]:
         """(phase, its first event, the one after its last)."""
-        return runs([event.phase for event in self.events])
+        return timeline_shown.runs([event.phase for event in self.events])
 
     def to_chrome(self, path: str | os.PathLike) -> None:
         """Write the timeline in Chrome's Trace Event Format, for ui.perfetto.dev or chrome://tracing.
 
         An event takes a microsecond, whatever it would take. Phases contain blocks, which contain ops (complete events,
-        "X"); live bytes by line, their sum and what was measured are counters ("C"), written where they change; the peak
-        is an instant event ("i"), global, that names the op, the module and the phase.
+        "X"); live bytes by line, their sum and what was measured are counters ("C"), written where they change; the
+        peak is a global instant event ("i") that names the op, the module and the phase. Some 450 bytes an event.
         """
-        write_text(path, json.dumps(chrome(self), separators=(",", ":"), ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(timeline_shown.chrome(self), separators=(",", ":"), ensure_ascii=False) + "\n")
 
     def plot(self, path: str | os.PathLike) -> None:
         """Write the picture, bytes by line over the events, as a PNG file."""
         figure, (axes,) = panels(1, 11, 4.8)
-        draw(axes, self)
+        timeline_shown.draw(axes, self)
         axes.set_title(f"{self.name}\n{self.peak:,} bytes at the peak, in {self.at_peak}", fontsize=10, loc="left")
         figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
         save_png(figure, path)
@@ -188,8 +185,11 @@ def what_ifs(
     checkpointing: bool | None = None,
     **options: Any,
 ) -> dict[str, Timeline | str]:
-    """The timelines of steps that differ in one thing: half and double rank (or width, or virtual tokens), half and double
-    length, checkpointing, the optimizer's states. What cannot be is the sentence that says why. Arguments as in `timeline`."""
+    """The timelines of steps that differ in one thing, by its name; what cannot be is the sentence that says why.
+
+    Half and double rank (or width, or virtual tokens), half and double length, checkpointing, the optimizer's states.
+    Arguments as in `timeline`.
+    """
     usual = {"config": config, "seq_len": seq_len, "optimizer": optimizer, "checkpointing": checkpointing}
     if checkpointing is None:
         checkpointing = isinstance(model, Module) and walk.backbone_of(model).gradient_checkpointing
@@ -299,104 +299,5 @@ def _largest(events: list[Event], changes: list[recorder.Change]) -> tuple[Group
         event = events[change.made]
         key = change.line, change.shape, event.op, re.sub(r"\.\d+(?=\.|$)", ".*", event.path), event.phase
         groups.setdefault(key, []).append(change.nbytes)
-    return tuple(sorted((Group(sum(sizes), len(sizes), *key) for key, sizes in groups.items()), key=_size, reverse=True))
-
-
-def _size(group: Group) -> int:
-    return group.nbytes
-
-
-# ------------------------------------------------------------------------------------------------------------- shown
-
-
-def runs(values: list[Any]) -> Iterator[tuple[Any, int, int]]:
-    """(value, begin, end) of each stretch of equal values."""
-    start = 0
-    for value, equal in groupby(values):
-        end = start + len(list(equal))
-        yield value, start, end
-        start = end
-
-
-def block_of(path: str) -> str:
-    """The block that a module's path lies in, model.layers.3 of model.layers.3.mlp.up_proj; "" for none."""
-    found = re.match(r".*?\.\d+(?=\.|$)", path)
-    return found[0] if found else ""
-
-
-def chrome(timeline: Timeline) -> dict[str, Any]:
-    """The object that `Timeline.to_chrome` writes."""
-    where = {"pid": 1, "tid": 1}
-    trace: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", **where, "args": {"name": f"{timeline.name}: a step of minipeft's engine"}},
-        {"ph": "M", "name": "thread_name", **where, "args": {"name": "ops, each drawn as a microsecond"}},
-    ]
-
-    def span(name: str, kind: str, start: int, end: int, **more: Any) -> None:
-        trace.append({"ph": "X", "name": name, "cat": kind, "ts": start, "dur": end - start, **where, **more})
-
-    for phase, start, end in timeline.phases():
-        span(phase, "phase", start, end)
-        blocks = [block_of(event.path) for event in timeline.events[start:end]]
-        for block, first, after in runs(blocks):
-            if block:
-                name = ".".join(block.split(".")[-2:])  # layers.3
-                span(name, "block", start + first, start + after, args={"module": block})
-            for i in range(start + first, start + after):
-                op, path, _, pullback = timeline.events[i]
-                span(f"{op} (pullback)" if pullback else op, "op", i, i + 1, args={"module": path})
-    counters = {"live bytes": [dict(zip(timeline.lines, row)) for row in timeline.live.tolist()]}
-    counters["live bytes, sum"] = [{"bytes": n} for n in timeline.total.tolist()]
-    if timeline.measured is not None:
-        counters["live bytes, measured"] = [{"bytes": n} for n in timeline.measured.tolist()]
-    for name, rows in counters.items():
-        before = None
-        for i, row in enumerate(rows):
-            if row != before:
-                trace.append({"ph": "C", "name": name, "ts": i, **where, "args": row})
-            before = row
-    at, event = int(timeline.total.argmax()), timeline.at_peak
-    what = {"bytes": timeline.peak, "op": event.op, "module": event.path, "phase": event.phase, "pullback": event.pullback}
-    name = f"peak: {timeline.peak:,} bytes, {event}"
-    trace.append({"ph": "i", "s": "g", "name": name, "cat": "peak", "ts": at, **where, "args": what})
-    return {"traceEvents": trace, "displayTimeUnit": "ns", "otherData": {"peak": what, "lines at the peak": timeline.lines_at_peak}}
-
-
-def draw(axes: Any, timeline: Timeline, columns: int = COLUMNS, top: int | None = None, words: bool = True) -> None:
-    """Bytes by line over the events, the phases, and the peak; black: measured. The optimizer's step is drawn wider.
-
-    `top`: bytes that the axis has room for, by default the peak. Without `words` the phases have no names.
-    """
-    n, total = len(timeline.events), timeline.total
-    wide = max(1, n // 25)  # of one event among thousands nothing would be seen
-    begins = np.unique(np.linspace(0, n - 1, min(columns, n - 1) + 1).astype(int))
-    ends = np.append(begins[1:], n)
-    x = np.append(begins, n - 1 + wide)
-    scale, unit = _unit(top or timeline.peak)
-
-    def tops(values: Array) -> Array:
-        """The event with the most, of those that share a column."""
-        found = [a + int(values[a:b].argmax()) for a, b in zip(begins, ends)]
-        return np.array([*found, n - 1])
-
-    rows = timeline.live[tops(total)].T / scale
-    seen = [i for i in range(len(rows)) if timeline.live[:, i].any()]
-    axes.stackplot(
-        x, rows[seen], step="post", labels=[timeline.lines[i] for i in seen], linewidth=0,
-        colors=[COLORS[timeline.lines[i]] for i in seen],
-    )  # fmt: skip
-    if timeline.measured is not None:
-        measured = timeline.measured[tops(timeline.measured)] / scale
-        axes.step(x, measured, where="post", color="black", linewidth=1, label="measured")
-    for phase, start, end in timeline.phases():
-        if start:
-            axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
-        if words:
-            at = (start + (n - 1 + wide if end == n else end)) / 2
-            axes.text(at, -0.02, phase, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
-    axes.plot(int(total.argmax()) + 0.5, timeline.peak / scale, "v", color="black", markersize=6, clip_on=False)
-    axes.set(xlim=(0, n - 1 + wide), ylim=(0, 1.06 * (top or timeline.peak) / scale), ylabel=unit, xticks=[])
-
-
-def _unit(nbytes: int) -> tuple[int, str]:
-    return next((10**power, unit) for power, unit in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if nbytes >= 10**power)
+    found = [Group(sum(sizes), len(sizes), *key) for key, sizes in groups.items()]
+    return tuple(sorted(found, key=lambda group: group.nbytes, reverse=True))

@@ -1,4 +1,4 @@
-"""`minipeft memory --timeline FILE`: the step op by op, as a page with what-ifs beside it, or as a trace for Perfetto."""
+"""`minipeft memory --timeline FILE`: the step op by op, as a page with what-ifs, or as a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class TimelineOptions:
     """What is written of the step's course."""
 
     timeline: str | None = option(
-        None, "write the step op by op: a page with what-ifs (.html), or a trace for ui.perfetto.dev (.json)", metavar="FILE"
+        None, "the step op by op: a page with what-ifs, .html; a trace for ui.perfetto.dev, .json", metavar="FILE"
     )
     measure: bool = option(False, "run the step here too, with random weights, and draw what was measured")
 
 
 def check(args: Arguments, mode: str) -> None:
-    """Raises ValueError for a file that cannot be written, or a step that has no timeline, before anything is computed."""
+    """Raises ValueError for a file that cannot be written, and a step that has no timeline; nothing is computed yet."""
     if args.timeline is None:
         return args.refuse(("measure",), "without --timeline, which shows what was measured")
     path = Path(args.timeline)
     if path.suffix not in (".html", ".json"):
-        raise ValueError(f"--timeline {path}: a timeline is a page, .html, or a trace, .json; give it one of these endings")
+        raise ValueError(f"--timeline {path}: a timeline is a page, .html, or a trace, .json: give such an ending")
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory; give a file in it" if path.is_dir() else f"there is no directory {path.parent}"
         raise ValueError(f"--timeline {path}: {what}")
@@ -47,7 +47,7 @@ def check(args: Arguments, mode: str) -> None:
 
 
 def write(args: Arguments, title: str, arch: Any, config: Any, options: dict[str, Any]) -> Any:
-    """Write the file; returns the timeline. The options are the ledger's; raises ValueError as `accounting.timeline`."""
+    """Write the file; returns the timeline. `options` are the ledger's. Raises ValueError as `accounting.timeline`."""
     options = {"batch": args.batch, "seq_len": args.seq, **options}
     found = accounting.timeline(arch, config, **options, measure=args.measure)
     found = dataclasses.replace(found, name=title)
@@ -84,13 +84,14 @@ def measured(found: Any) -> str:
 
 def page(found: Any, others: dict[str, Any]) -> str:
     """The timeline as a page, with the what-ifs beside it."""
+    from ..accounting import timeline_shown
     from ..train.metrics import panels
     from .page import encoded, rendered
     from .plots import svg
 
     def picture(timeline: Any, name: str, width: float, height: float, **options: Any) -> str:
         figure, (axes,) = panels(1, width, height)
-        accounting.timelines.draw(axes, timeline, **options)
+        timeline_shown.draw(axes, timeline, **options)
         if options.get("words", True):
             figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)
         return encoded(svg(figure, name))
@@ -98,10 +99,10 @@ def page(found: Any, others: dict[str, Any]) -> str:
     steps = {"as asked": dataclasses.replace(found, measured=None)}
     steps |= {name: other for name, other in others.items() if not isinstance(other, str)}
     top = max(step.peak for step in steps.values())
-    small = [
-        (picture(step, name, 4.2, 2.1, columns=NARROW, top=top, words=False), name, step, size(step.peak), _change(step, found))
-        for name, step in steps.items()
-    ]
+    small = []
+    for name, step in steps.items():
+        drawn = picture(step, name, 4.2, 2.1, columns=NARROW, top=top, words=False)
+        small.append((drawn, name, step, size(step.peak), _change(step.peak - found.peak)))
     rest = found.largest[SHOWN:]
     return rendered(
         "timeline.html.jinja", title=f"{size(found.peak)} at the peak of a training step", found=found,
@@ -111,8 +112,8 @@ def page(found: Any, others: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _change(step: Any, asked: Any) -> str:
-    return "" if step.peak == asked.peak else f"{'+' if step.peak > asked.peak else '−'}{size(abs(step.peak - asked.peak))}"
+def _change(nbytes: int) -> str:
+    return f"{'+' if nbytes > 0 else '−'}{size(abs(nbytes))}" if nbytes else ""
 
 
 def conclusions(found: Any, steps: dict[str, Any]) -> list[str]:
