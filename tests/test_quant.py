@@ -330,7 +330,8 @@ def test_8_bit_blockwise_keeps_the_largest_magnitude_to_the_last_bit(xp, rng):
     x = rng.standard_normal((40, 256)).astype(np.float32)
     state = quant.quantize_blockwise(xp.asarray(x), 256)[1]
     assert np.array_equal(to_numpy(state.absmax), np.abs(x).max(axis=1))
-    assert quant.quantize_blockwise(xp.asarray(x))[1].absmax.shape == (3,)  # blocks of 4096
+    for n in (4097, 8192):  # blocks of 4096
+        assert quant.quantize_blockwise(xp.asarray(x.reshape(-1)[:n]))[1].absmax.shape == (2,)
     assert np.array_equal(to_numpy(quant.quantize_blockwise(xp.asarray(x), 1)[1].absmax), np.abs(x).reshape(-1))
 
 
