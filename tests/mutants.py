@@ -69,7 +69,7 @@ OPERATORS = """ReplaceBinaryOperator_ Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_D
     Replace TrueWithFalse FalseWithTrue AndWithOr OrWithAnd BreakWithContinue ContinueWithBreak
     . NumberReplacer AddNot ZeroIterationForLoop"""
 SECONDS = 3.0  # that a test may take to be used
-BUDGET = {"": 12.0, "default": 12.0, "class": 6.0, "module": 6.0}  # seconds of tests that a mutant gets, the quickest
+BUDGET = {"": 12.0, "default": 12.0, "class": 6.0, "module": 4.0}  # seconds of tests that a mutant gets, the quickest
 MEGABYTES = 3000  # of address space that a mutant may take, beside what the process has
 
 
