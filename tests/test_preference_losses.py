@@ -190,6 +190,15 @@ def test_a_loss_and_a_reference_that_do_not_go_together_are_refused():
         dpo_objective(base(), **batch, ref_chosen=np.zeros(2), ref_rejected=np.zeros(2), loss_type="simpo")
 
 
+def test_at_the_reference_no_answer_is_preferred():
+    batch, logps = collate_pairs(pairs(3, 0)).arguments, completion_logprobs(base(), pairs(3, 0)).astype(np.float32)
+    _, found = dpo_objective(base(), **batch, ref_chosen=np.zeros(3), ref_rejected=np.zeros(3))
+    at = {"ref_chosen": found["logps/chosen"], "ref_rejected": found["logps/rejected"]}
+    np.testing.assert_allclose(np.stack(list(at.values()), axis=1), logps, rtol=1e-4)
+    _, found = dpo_objective(base(), **batch, **at)
+    assert found["rewards/accuracies"].tolist() == [0.5] * 3 and not found["rewards/margins"].any()
+
+
 def test_kto_takes_answers_one_by_one():
     both = pairs(40, 0)
     alone = [UnpairedExample(p.chosen, True) for p in both] + [UnpairedExample(p.rejected, False) for p in both]

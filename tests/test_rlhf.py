@@ -191,6 +191,14 @@ def test_statistics_of_groups_of_two_and_of_clipped_values():
     assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 4))) == 0.5
 
 
+def test_statistics_of_the_ratio_are_their_formulas():
+    change, mask, entropy = np.array([[0.1, -0.3, 0.0]]), np.array([[1, 1, 0]]), np.array([[1.0, 2.0, 9.0]])
+    found = rlhf.statistics.of_ratio(change, np.exp(change), mask, entropy)
+    assert found["policy/approxkl"] == pytest.approx((0.1**2 + 0.3**2) / 2 / 2) and found["policy/entropy"] == 1.5
+    assert found["val/ratio"] == pytest.approx(np.exp([0.1, -0.3]).mean())
+    assert found["val/ratio_max"] == np.exp(0.1) and found["val/ratio_deviation"] == pytest.approx(1 - np.exp(-0.3))
+
+
 def test_grpo_has_no_gradient_from_what_stands_at_padding():
     logprobs = parameter(np, LOGPROBS - JUNK)
     rlhf.grpo_loss(logprobs, LOGPROBS, REFERENCE, SCORES, MASK).backward()
