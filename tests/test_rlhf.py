@@ -187,7 +187,7 @@ def test_without_options_clipping_is_at_a_fifth():
 def test_statistics_of_groups_of_two_and_of_clipped_values():
     scores = np.array([1.0, 1.0, 2.0, 3.0])
     assert rlhf.statistics.of_scores(scores, scores, 2)["objective/scores_equal"] == 0.5
-    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, 0.1, 0.5]])), np.zeros((1, 4)), np.array([[1.0, -1.0, 1.0, 0.0]])
+    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, -0.1, 0.5]])), np.zeros((1, 4)), np.array([[1.0, -1.0, -0.1, 0.0]])
     assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 4))) == 0.5
 
 
