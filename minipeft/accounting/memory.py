@@ -36,6 +36,9 @@ STATE_LINES = (*WEIGHT_LINES, "master copies", "gradients", "optimizer states", 
 LINES = (
     *WEIGHT_LINES, "reference", "value model", "reward model", *STATE_LINES[3:],
     "activations", "logits", "KV cache", "working memory",
+    # of a PyTorch loop
+    "gradient buckets", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
+    "weights in 16 bits", "optimizer's temporary", "cuBLAS workspaces", "CUDA context", "headroom",
 )  # fmt: skip
 
 
@@ -58,7 +61,8 @@ class MemoryLedger:
     def __post_init__(self) -> None:
         for name in ("lines", "held"):
             lines = getattr(self, name)
-            object.__setattr__(self, name, {line: lines[line] for line in sorted(lines, key=LINES.index)})
+            order = {line: i for i, line in enumerate(LINES)}
+            object.__setattr__(self, name, {line: lines[line] for line in sorted(lines, key=order.__getitem__)})
 
     @property
     def total(self) -> int:
