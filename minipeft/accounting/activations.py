@@ -41,6 +41,7 @@ class Term(NamedTuple):
 class Layer(NamedTuple):
     """A linear layer of a block.
 
+    size     numbers in its weight
     kind     of its input: "norm" (normed hidden states), "attention" (its output) or "mlp" (the inner values)
     array    a name of its input: layers that read the same array have the same
     share    of the tokens that reach it: of n experts, k / n
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
     """
 
     n_in: int
+    size: int
     kind: str
     array: str
     share: float
@@ -113,7 +115,7 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
             entering += n_out * share
         added = tuple(s for key, s in extra.items() if key.startswith(f"{path}.") and len(s) == 2 and min(s) > 1)
         mine = name in trained or f"{path}.modules_to_save.weight" in trained
-        layers.append(Layer(n_in, kind, array, share, mine, added))
+        layers.append(Layer(n_in, n_in * n_out, kind, array, share, mine, added))
     norms = []
     for name, shape in shapes.items():
         if arch.kinds[name] == "norm" and name.endswith(".weight"):
@@ -125,6 +127,22 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
         arch.model_type, elements(shapes), elements(extra) + elements({n: s for n, s in shapes.items() if n in trained}),
         max(map(math.prod, matrices.values()), default=0),
     )  # fmt: skip
+
+
+def first_trained(arch: Architecture, blocks: list[Block], trained: Mapping[str, Shape]) -> tuple[int, bool]:
+    """(the first block that gradients reach, whether they reach its input): the number of blocks for none.
+
+    They reach all blocks where something in front of them is trained, an embedding or a prompt.
+    """
+    head = ("lm_head", "score", "classifier", "pooler", "qa_outputs")
+    behind = {name: shape for name, shape in trained.items() if name.startswith(head) or _is_last_norm(arch, name)}
+    if elements(trained) > elements(behind) + sum(block.trained for block in blocks):
+        return 0, True
+    return next((i for i, block in enumerate(blocks) if block.trained), len(blocks)), False
+
+
+def _is_last_norm(arch: Architecture, name: str) -> bool:
+    return arch.kinds.get(name) == "norm" and not re.search(r"\.\d+\.|embed", name)
 
 
 def block_terms(

@@ -15,12 +15,11 @@ two are measured, with their source (`CONTEXT`, `WORKSPACE`). What a block keeps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .activations import ATTENTION, Block, block_terms, blocks_of
+from .activations import ATTENTION, Block, block_terms, blocks_of, first_trained
 from .architectures import Architecture, architecture
 from .memory import QUANT_TYPES, MemoryLedger, check_positive, named, states_from_shapes
 from .parameters import elements, trained_parameters
@@ -49,6 +48,8 @@ LOGITS = {
     "float32": (12, 0),
     # the same in 16 bits, and the loop's variable keeps the logits themselves
     "bfloat16": (8, 2),
+    # a kernel that writes the gradient over the logits: those in float32 and their shifted copy (Unsloth, Liger)
+    "in-place": (8, 0),
     # logits made and scored a few tokens at a time, in 16 bits; logits and log-probabilities stay (lit-gpt)
     "chunked": (4, 2),
     # scored in the kernel that makes them, a chunk at a time, and never all there (Liger, cut cross-entropy)
@@ -177,7 +178,8 @@ def pytorch_ledger(
     if seq_len is None or (mode == "train" and not sizes):
         return _ledger(always, held, {"model states": whole if mode == "train" else {}}, loop)
 
-    blocks = blocks_of(arch, trained_parameters(arch, config))
+    trained = trained_parameters(arch, config)
+    blocks = blocks_of(arch, trained)
     if not blocks:
         raise ValueError(f"activations need the shapes of blocks; {arch.name} has none: leave seq_len out")
     if mode != "train":
@@ -191,7 +193,7 @@ def pytorch_ledger(
     c = 2 if autocast else stream
     options = dict(weights=stream, autocast=autocast, adapters=p.trained, attention=s.attention, dropout=s.dropout)
     kept = [t * sum(x.bytes for x in block_terms(block, seq_len, **options)) for block in blocks]
-    reached = _reached(arch, blocks, config)  # blocks before the first trained number keep nothing
+    reached, _ = first_trained(arch, blocks, trained)  # blocks before keep nothing
     kept = [size if i >= reached else 0 for i, size in enumerate(kept)]
     inputs = stream * t * h * (len(blocks) - reached)
     V = _words(arch)
@@ -225,9 +227,9 @@ def pytorch_ledger(
     }
     if s.checkpointing:
         moments["backward, last block"] |= {"recomputed block": round(kept[top])}
-        moments["backward, first block"] = inside | end | whole | {"activations": stream * t * h, "recomputed block": round(kept[reached])}
+        moments["backward, first block"] = inside | end | whole | {"activations": stream * t * h, "recomputed block": round(kept[min(reached, len(blocks) - 1)])}
     else:
-        moments["backward, first block"] = inside | end | whole | {"activations": round(kept[reached])}
+        moments["backward, first block"] = inside | end | whole | {"activations": round(kept[min(reached, len(blocks) - 1)])}
     held |= all_kept | {"logits": loss["logits"]}
     return _ledger(always, held, moments, loop, tuple(map(round, kept)))
 
@@ -279,16 +281,6 @@ def _gathered(arch: Architecture, blocks: list[Block], states: Mapping[str, int]
     total, inside = sum(states.values()), sum(b.parameters for b in blocks)
     outside = (elements(arch.shapes) - inside) * (LOOP_PRECISIONS[loop.precision].frozen)
     return 2 * (total - outside) // len(blocks) + outside
-
-
-def _reached(arch: Architecture, blocks: list[Block], config: Any) -> int:
-    """The number of blocks before which nothing is trained: no gradient flows through those."""
-    trained = trained_parameters(arch, config)
-    inside = sum(block.trained for block in blocks)
-    head = sum(math.prod(shape) for name, shape in trained.items() if name.startswith(("lm_head", "score", "classifier")))
-    if elements(trained) > inside + head:  # an embedding, a prompt: all blocks are behind it
-        return 0
-    return next((i for i, block in enumerate(blocks) if block.trained), len(blocks) - 1)
 
 
 def _words(arch: Architecture) -> int:

@@ -1,0 +1,152 @@
+"""The arithmetic of a training step, from shapes: a multiplication and an addition are two operations (FLOPs).
+
+    t tokens through a layer [out, in]     forward 2 t in out
+                                           the gradient of its input, where anything before it is trained: as much again
+                                           the gradient of its weight, where that is trained: as much again
+    attention over s positions             forward 4 t s a d (q k^T, and the weights times v), half of it if causal;
+                                           backward twice that
+    checkpointing                          each block's forward once more
+
+A frozen weight so saves a third of full fine-tuning's work, not all of it: gradients still flow through it. Norms,
+activations, softmax and the optimizer's step are left out, as is usual. `counted_flops` obtains the same number from the
+products of this engine's own graph, run on shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .activations import blocks_of, first_trained
+from .architectures import Architecture, architecture
+from .memory import check_positive
+from .parameters import trained_parameters
+
+# name -> (GB, 10^12 FLOPs a second of a dense product of 16-bit numbers, added in float32): NVIDIA's and AMD's data sheets
+CARDS = {
+    "t4": (16, 65), "v100": (32, 125), "a10": (24, 125), "l4": (24, 121), "rtx3090": (24, 71), "rtx4090": (24, 165),
+    "rtx5090": (32, 209), "l40s": (48, 362), "a100": (80, 312), "h100": (80, 989), "h200": (141, 989), "b200": (180, 2250),
+    "mi300x": (192, 1307),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a step: forward, backward, and what checkpointing computes again."""
+
+    forward: int
+    backward: int
+    recomputed: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.forward + self.backward + self.recomputed
+
+    def seconds(self, card: str, utilization: float) -> float:
+        """Of a card that spends this share of its time at its peak rate."""
+        return self.total / (CARDS[card][1] * 1e12 * utilization)
+
+
+def step_flops(
+    model: Any, config: Any = None, batch: int = 1, seq_len: int = 1, checkpointing: bool = True, causal: bool = True
+) -> Flops:
+    """The FLOPs of one forward and backward pass over [batch, seq_len] tokens.
+
+    Arguments as in `pytorch_ledger`; with `causal`, attention computes what it may see alone, as flash attention does.
+    Raises ValueError where a model's blocks are not known.
+    """
+    check_positive(batch=batch, seq_len=seq_len)
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    trained = trained_parameters(arch, config)
+    blocks = blocks_of(arch, trained)
+    if not blocks:
+        raise ValueError(f"FLOPs need the shapes of blocks; {arch.name} has none")
+    t = batch * seq_len
+    first, before = first_trained(arch, blocks, trained)
+    forward = backward = again = 0.0
+    for i, block in enumerate(blocks):
+        attention = 4 * t * seq_len * block.queries * block.attentions / (2 if causal else 1)
+        flows = i > first or (i == first and before)  # gradients reach this block's inputs
+        own = attention
+        back = 2 * attention if i >= first else 0.0
+        for layer in block.layers:
+            product = 2 * t * layer.share * layer.size
+            entering = layer.kind == "norm" and layer.array == block.layers[0].array
+            own += product + sum(2 * t * layer.share * math.prod(shape) for shape in layer.added)
+            back += product * (layer.trained + (i >= first and (flows or not entering)))
+            for shape in layer.added:
+                added = 2 * t * layer.share * math.prod(shape)
+                back += added * (1 + (flows or not entering or shape[1] != layer.n_in))
+        forward, backward, again = forward + own, backward + back, again + own * (checkpointing and i >= first)
+    owner = arch.tied.get("lm_head.weight", "lm_head.weight")
+    if owner in arch:
+        head = 2 * t * math.prod(arch[owner])
+        mine = owner in trained or "lm_head.weight" in trained
+        forward, backward = forward + head, backward + head * (mine + (first < len(blocks)))
+    return Flops(round(forward), round(backward), round(again))
+
+
+def counted_flops(model: Any, config: Any = None, batch: int = 1, seq_len: int = 1, checkpointing: bool = True) -> int:
+    """The same from the engine's own graph: each product that a step computes, on shapes. Of families it builds."""
+    from . import shapes, walk
+    from .precision import PRECISIONS
+
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    counted = [0]
+
+    class Counter(shapes.Meter):
+        def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
+            y, *pulls = super()._evaluate(name, *arrays, **options)
+            product = _product(name, arrays, y)
+            counted[0] += product
+            if not product:
+                return y, *pulls
+            if "attention" in name:  # one pullback computes the gradients of all inputs
+                spent = []
+
+                def pull(g: Any, p: Any) -> Any:
+                    counted[0] += 0 if spent else 2 * product
+                    spent.append(True)
+                    return p(g)
+            else:
+
+                def pull(g: Any, p: Any) -> Any:
+                    counted[0] += product
+                    return p(g)
+
+            return y, *[partial(pull, p=p) if p and i in FACTORS[name] else p for i, p in enumerate(pulls)]
+
+    built = walk.unallocated_model(arch, config, PRECISIONS["float32"], None, True)
+    walk.backbone_of(built).gradient_checkpointing = checkpointing
+    meter = Counter()
+    walk.onto_shapes(built, meter)
+    ids = np.zeros((batch, seq_len), np.int64)
+    with meter:
+        meter.backward(built.loss(ids, ids))
+    return counted[0]
+
+
+# The ops that multiply matrices, and which of their inputs are factors.
+FACTORS = {
+    "linear": (0, 1), "addmm": (1, 2), "linear_cross_entropy": (0, 1), "rotary_attention": (0, 1, 2), "packed_attention": (0,),
+}  # fmt: skip
+
+
+def _product(name: str, arrays: tuple, y: Any) -> int:
+    """FLOPs of an op's forward pass."""
+    if name == "linear":
+        return 2 * arrays[0].size * arrays[1].shape[0]
+    if name == "addmm":
+        return 2 * arrays[1].size * arrays[2].shape[1]
+    if name == "linear_cross_entropy":
+        weight, targets = arrays[1:3]
+        return 2 * int((targets != -100).sum()) * weight.size
+    if name in FACTORS:
+        B, T, d = y.shape
+        return 4 * B * T * T * d
+    return 0
