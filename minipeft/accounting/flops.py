@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .activations import blocks_of, first_trained
+from .activations import Block, Layer, blocks_of, first_trained
 from .architectures import Architecture, architecture
 from .memory import check_positive
 from .parameters import trained_parameters
@@ -70,18 +70,19 @@ def step_flops(
     first, before = first_trained(arch, blocks, trained)
     forward = backward = again = 0.0
     for i, block in enumerate(blocks):
+        # In the first block, gradients go back to the first layer that is trained, not beyond.
+        stages = [_stage(block, layer) for layer in block.layers]
+        mine = [stage for layer, stage in zip(block.layers, stages) if layer.trained or layer.added]
+        reach = -1 if i > first or before or any(norm.trained for norm in block.norms) else min(mine, default=-1)
+        reach = 4 if i < first else reach
         attention = 4 * t * seq_len * block.queries * block.attentions / (2 if causal else 1)
-        flows = i > first or (i == first and before)  # gradients reach this block's inputs
-        own = attention
-        back = 2 * attention if i >= first else 0.0
-        for layer in block.layers:
+        own, back = attention, 2 * attention * (reach < 1)
+        for layer, stage in zip(block.layers, stages):
             product = 2 * t * layer.share * layer.size
-            entering = layer.kind == "norm" and layer.array == block.layers[0].array
-            own += product + sum(2 * t * layer.share * math.prod(shape) for shape in layer.added)
-            back += product * (layer.trained + (i >= first and (flows or not entering)))
+            own, back = own + product, back + product * (layer.trained + (stage > reach))
             for shape in layer.added:
                 added = 2 * t * layer.share * math.prod(shape)
-                back += added * (1 + (flows or not entering or shape[1] != layer.n_in))
+                own, back = own + added, back + added * (1 + (stage > reach or shape[1] != layer.n_in))
         forward, backward, again = forward + own, backward + back, again + own * (checkpointing and i >= first)
     owner = arch.tied.get("lm_head.weight", "lm_head.weight")
     if owner in arch:
@@ -89,6 +90,13 @@ def step_flops(
         mine = owner in trained or "lm_head.weight" in trained
         forward, backward = forward + head, backward + head * (mine + (first < len(blocks)))
     return Flops(round(forward), round(backward), round(again))
+
+
+def _stage(block: Block, layer: Layer) -> int:
+    """Where in a block a layer is: before attention, behind it, at the MLP's start, at its end."""
+    if layer.kind == "norm":
+        return 0 if layer.array == block.layers[0].array else 2
+    return 1 if layer.kind == "attention" else 3
 
 
 def counted_flops(model: Any, config: Any = None, batch: int = 1, seq_len: int = 1, checkpointing: bool = True) -> int:
