@@ -15,6 +15,7 @@ two are measured, with their source (`CONTEXT`, `WORKSPACE`). What a block keeps
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,9 @@ LOOP_OPTIMIZERS = {
 LOGITS = {
     # transformers' ForCausalLMLoss: logits.float(); log_softmax, its gradient and that of its input: 4 bytes each
     "float32": (12, 0),
-    # the same in 16 bits, and the loop's variable keeps the logits themselves
+    # the same in a loop whose variable keeps the outputs, whose logits were float32 too before transformers 4.46
+    "held": (16, 4),
+    # in 16 bits throughout, and the loop's variable keeps the logits themselves
     "bfloat16": (8, 2),
     # a kernel that writes the gradient over the logits: those in float32 and their shifted copy (Unsloth, Liger)
     "in-place": (8, 0),
@@ -145,6 +148,8 @@ def pytorch_ledger(
     named("mode", mode, ("train", "evaluate", "generate"))
     check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
     arch = model if isinstance(model, Architecture) else architecture(model)
+    if seq_len is not None and seq_len + (max_new_tokens or 1) - 1 > positions_of(arch):
+        raise ValueError(f"{arch.name} has {positions_of(arch)} positions: give a seq_len of at most as many")
     if loop.quantization and config is None and mode == "train":
         raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
     config = "frozen" if config is None and mode != "train" else config
@@ -287,6 +292,12 @@ def _words(arch: Architecture) -> int:
     """V, of a language model's head; of another, 0."""
     owner = arch.tied.get("lm_head.weight", "lm_head.weight")
     return arch[owner][0] if owner in arch else 0
+
+
+def positions_of(arch: Architecture) -> int:
+    """The positions that a model has a table of; without one, far more than fit anywhere."""
+    tables = [shape[0] for name, shape in arch.items() if arch.kinds[name] == "embedding" and re.search("wpe|position", name)]
+    return min(tables, default=2**24)
 
 
 def _head_bytes(arch: Architecture, config: Any, t: int, stream: int) -> int:
