@@ -337,6 +337,7 @@ def largest(fits: Any, least: int = 1, most: int = 2**24) -> int:
     low, high = least, least * 2
     while high <= most and fits(high):
         low, high = high, high * 2
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

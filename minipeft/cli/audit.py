@@ -34,6 +34,7 @@ examples:
   minipeft audit --verdict differs
   minipeft audit --source QLoRA
   minipeft audit mine.csv
+  minipeft audit --footprints
   minipeft audit --json
 """
 
@@ -57,11 +58,16 @@ PUBLISHED = 38  # where the published number ends
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.csv", help="figures of your own (default: the shipped ones)")
     parser.add_argument("--verdict", choices=("reproduces", "differs", "not-covered"), help="show only these rows")
+    parser.add_argument("--footprints", action="store_true", help="measured memory of runs, and what is predicted for them")
     parser.add_argument("--source", metavar="TEXT", help="audit only rows whose source contains this")
     parser.options(Common, "json")
 
 
 def run(args: Arguments) -> int:
+    if args.footprints:
+        from . import footprints
+
+        return footprints.run(args)
     rows = mp.accounting.read_published(args.file)
     if args.source is not None:
         sources = [row.get("source") or "" for row in rows]

@@ -330,7 +330,7 @@ def _step(args: Arguments, mode: str) -> str:
         "ppo": ("an update of PPO", f", responses of {args.ppo}"),
         "generate": (f"generating {args.generate} tokens", ""),
         "inference": ("a forward pass", ""),
-        "training": ("a training step", f"{checkpointing}, {args.optimizer or optimizer}"),
+        "training": ("training", f"{checkpointing}, {args.optimizer or optimizer}"),
     }[mode]
     return f"{what}, batch {args.batch} x {args.seq} tokens, {precision}{more}"
 
@@ -352,5 +352,5 @@ def _verdict(total: int, fits: list[int]) -> str:
     if not fits:
         times = f"{total / 1e9 / DEVICES[-1]:.1f} times {DEVICES[-1]} GB"
         return f"fits on: none of {', '.join(map(str, DEVICES))} GB (the sum is {times})"
-    yes, no = (", ".join(f"{gb} GB" for gb in DEVICES if (gb in fits) is side) for side in (True, False))
-    return f"fits on: {yes}{no and f'; not on {no}'}"
+    yes, no = (", ".join(str(gb) for gb in DEVICES if (gb in fits) is side) for side in (True, False))
+    return f"fits on: {yes} GB{no and f'; not on {no} GB'}"
