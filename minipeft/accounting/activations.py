@@ -154,6 +154,7 @@ def block_terms(
     adapters: int = 4,
     attention: str = "flash",
     dropout: float = 0.0,
+    packed_inputs: bool = False,
 ) -> Iterator[Term]:
     """The terms of a block that gradients flow through, as PyTorch runs it op by op.
 
@@ -161,7 +162,7 @@ def block_terms(
         s: tokens of a sequence; attention that is not flash keeps them squared.
         weights, adapters: bytes of a number of the model's, of a method's matrices.
         autocast: linear layers and attention compute in 16 bits, norms and softmax in float32 (torch.autocast).
-        dropout: a method's own, of its matrices' inputs.
+        dropout: a method's own, of its matrices' inputs; packed_inputs: frozen layers keep theirs too.
     """
     a, queries, keys, n = block.a, block.queries, block.keys, block.attentions
     c = 2 if autocast else weights  # bytes of what linear layers read and make
@@ -185,10 +186,10 @@ def block_terms(
     def came(layer: Layer) -> int:
         return normed if layer.kind == "norm" else c
 
-    inputs = [layer for layer in block.layers if layer.trained and layer.kind != "attention"]
+    inputs = [layer for layer in block.layers if (layer.trained or packed_inputs) and layer.kind != "attention"]
     if inputs:
         arrays = {(layer.array, i if came(layer) != c else 0): layer for i, layer in enumerate(inputs)}
-        yield term("inputs of trained linear layers", c, *(layer.n_in * layer.share for layer in arrays.values()))
+        yield term("inputs of linear layers", c, *(layer.n_in * layer.share for layer in arrays.values()))
 
     # 3. A method's matrices. PEFT casts x to the adapter's dtype, layer by layer, and autocast what it finds; without
     #    either and without dropout what is kept is the array itself.

@@ -76,6 +76,7 @@ class Loop:
         dropout: of adapters' inputs.
         quantization, double_quantization: as in `memory_ledger`; upcast: what is not in four bits in float32
             (prepare_model_for_kbit_training).
+        packed_inputs: layers in four bits keep their inputs, as bitsandbytes before 0.43.2 had it (its pull request 1270).
         gpus, sharding: "ddp" keeps everything on each; "zero1" shards states, "zero2" gradients too, "zero3" (FSDP's
             FULL_SHARD) weights too, of which two blocks are whole at a time, and what is in no block.
         offload: states on the host, and sharded weights and gradients too.
@@ -94,6 +95,7 @@ class Loop:
     quantization: str | None = None
     double_quantization: bool = True
     upcast: bool = False
+    packed_inputs: bool = False
     gpus: int = 1
     sharding: str = "ddp"
     offload: bool = False
@@ -197,6 +199,7 @@ def pytorch_ledger(
     stream = p.frozen if config is not None else p.trained
     c = 2 if autocast else stream
     options = dict(weights=stream, autocast=autocast, adapters=p.trained, attention=s.attention, dropout=s.dropout)
+    options["packed_inputs"] = bool(s.quantization) and s.packed_inputs
     kept = [t * sum(x.bytes for x in block_terms(block, seq_len, **options)) for block in blocks]
     reached, _ = first_trained(arch, blocks, trained)  # blocks before keep nothing
     kept = [size if i >= reached else 0 for i, size in enumerate(kept)]
