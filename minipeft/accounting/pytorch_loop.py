@@ -195,8 +195,8 @@ def pytorch_ledger(
 
     # What the batch adds. t tokens; `kept` is of each block.
     t, h = batch * seq_len, blocks[0].h
-    autocast = s.precision == "autocast" or (is_method and s.adapters == "float32" and p.frozen == 2)
-    stream = p.frozen if config is not None else p.trained
+    autocast = s.precision == "autocast" or (is_method and s.adapters == "float32" and p.frozen == 2) or s.upcast
+    stream = rest.frozen if config is not None else p.trained  # an embedding in float32 makes a stream in float32
     c = 2 if autocast else stream
     options = dict(weights=stream, autocast=autocast, adapters=p.trained, attention=s.attention, dropout=s.dropout)
     options["packed_inputs"] = bool(s.quantization) and s.packed_inputs
@@ -222,7 +222,7 @@ def pytorch_ledger(
     inside = {
         "working memory": work, "dequantized weight": packed,
         "gathered weights": _gathered(arch, blocks, states, loop),
-        "weights in 16 bits": cast * (autocast and stream == 4),
+        "weights in 16 bits": cast * (autocast and stream == 4 and not s.quantization),
     }  # fmt: skip
     gathered = {"gathered weights": inside["gathered weights"]}
     own = block.trained * p.gradients

@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Any
 
-from ..accounting.footprints import WITHIN, Footprint, footprints, summary
+from ..accounting.footprints import SPLITS, WITHIN, Footprint, footprints, summary
 from .arguments import Arguments
 from .bars import console, grid, print_json
 
@@ -25,7 +25,7 @@ def run(args: Arguments) -> int:
         print_json({"runs": [as_json(f) for f in found], "summary": counts})
         return 0
     table = grid("run", "measured", "predicted", "ratio", "0.5      1      1.5")
-    for split in counts:
+    for split in SPLITS:
         table.add_row(f"\n{split}", style="bold")
         for f in found:
             if f.row["split"] == split and f.ratio is not None:
@@ -33,10 +33,12 @@ def run(args: Arguments) -> int:
                 table.add_row(f"{f.row['id']}{'' if f.close else ' !'}", *sizes, f"{f.ratio:.2f}", mark(f.ratio))
     out = console()
     out.print("GiB on one GPU; ! marks what is more than 15 % off\n", table, "", sep="\n")
+    reasons: dict[str, list[str]] = {}
     for f in found:
-        if f.row.get("reason"):
-            what = "" if f.ratio is None else f"{f.ratio:.2f}, "
-            out.print(textwrap.fill(f"{f.row['id']}: {what}{f.row['reason']}", 80, subsequent_indent="  "))
+        if f.row["reason"]:
+            reasons.setdefault(f.row["reason"], []).append(f.row["id"])
+    for reason, ids in reasons.items():
+        out.print(textwrap.fill(f"{', '.join(ids)}: {reason}", 80, subsequent_indent="  ", break_on_hyphens=False))
     out.print("", *(sentence(split, count) for split, count in counts.items()), sep="\n")
     return 0
 
@@ -64,4 +66,5 @@ def sentence(split: str, count: dict[str, float]) -> str:
     """The summary of one split."""
     share = f"{count['within 15 %']} of {count['predicted']} within 15 %"
     median = "" if math.isnan(count["median"]) else f", median ratio {count['median']:.2f}"
-    return f"{split}: {share}{median}; {count['runs'] - count['predicted']} more runs are not covered"
+    more = count["runs"] - count["predicted"]
+    return f"{split}: {share}{median}{f'; {more} more runs are not covered' * bool(more)}"
