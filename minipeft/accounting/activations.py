@@ -14,7 +14,6 @@ transformers and PEFT.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from .parameters import elements
 
 ATTENTION = ("eager", "sdpa", "flash")
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "o")  # what families call the layer that reads attention's output
-PYTHON_GELU = ("gpt2", "bloom")  # tanh GELU written in Python: keeps x, x / 2, tanh and 1 + tanh, not x alone
-NARROW_SOFTMAX = ("gpt2", "bert", "roberta", "deberta-v2")  # families whose eager softmax is not widened
-DROPOUT = ("gpt2", "bert", "roberta", "deberta-v2", "t5", "mt5", "opt")  # families with dropout of 0.1 by default
+PYTHON_GELU = ("gpt2", "bloom", "phi", "gptj", "gpt_neo")  # tanh GELU written in Python: keeps x, x / 2, tanh and 1 + tanh, not x alone
+TOP_K = {"mixtral": 2, "phimoe": 2, "qwen2_moe": 4, "qwen3_moe": 8}  # experts a token goes to, by default
+NARROW_SOFTMAX = ("gpt2", "bert", "roberta", "xlm-roberta", "deberta-v2")  # families whose eager softmax is not widened
+DROPOUT = ("gpt2", "gpt_bigcode", "bert", "roberta", "xlm-roberta", "deberta-v2", "t5", "mt5", "opt")  # families with dropout of 0.1 by default
 
 
 class Term(NamedTuple):
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
     size     numbers in its weight
     kind     of its input: "norm" (normed hidden states), "attention" (its output) or "mlp" (the inner values)
     array    a name of its input: layers that read the same array have the same
-    share    of the tokens that reach it: of n experts, k / n
+    share    how many of its kind a token goes to: k of a mixture's experts
     trained  whether its weight is; added: the shapes of the matrices that a method adds to it
     """
 
@@ -90,42 +90,50 @@ def blocks_of(arch: Architecture, trained: Mapping[str, Shape]) -> list[Block]:
     for name, shape in {**arch.shapes, **trained}.items():
         if found := re.match(r"(.*?\.\d+)\.", name):
             groups.setdefault(found[1], ({}, {}))[name not in arch][name] = shape
-    return [_block(arch, shapes, trained, extra) for shapes, extra in groups.values()]
+    blocks = [_block(arch, shapes, trained, extra) for shapes, extra in groups.values()]
+    return [block for block in blocks if any(norm.width == block.h for norm in block.norms)]  # not an image encoder's
 
 
 def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str, Shape], extra: Any) -> Block:
     d = arch.dimensions
     h, heads, width = d["hidden_size"], d["num_attention_heads"], d["head_dim"]
-    queries, keys = heads * width, d["num_key_value_heads"] * width
-    experts = {m[1] for name in shapes if (m := re.search(r"\.experts\.(\d+)\.", name))}
-    layers, outs, inner, entering = [], 0, 0.0, 0.0
-    matrices = {name: shape for name, shape in shapes.items() if arch.kinds[name] in ("linear", "conv1d")}
-    for name, shape in matrices.items():
-        n_out, n_in = shape if arch.kinds[name] == "linear" else shape[::-1]
-        path = name.rpartition(".")[0]
-        parent, _, leaf = path.rpartition(".")
-        share = d.get("num_experts_per_tok", 2) / len(experts) if ".experts." in name else 1.0
-        kind, array = "norm", parent
-        if "att" in parent.lower():
-            if leaf in OUT:
-                kind, array, outs = "attention", path, outs + 1
-        elif n_out == h and n_in != h:
-            kind, array, inner = "mlp", path, inner + n_in * share
-        elif n_in == h:
-            entering += n_out * share
-        added = tuple(s for key, s in extra.items() if key.startswith(f"{path}.") and len(s) == 2 and min(s) > 1)
-        mine = name in trained or f"{path}.modules_to_save.weight" in trained
-        layers.append(Layer(n_in, n_in * n_out, kind, array, share, mine, added))
+    queries = heads * width
     norms = []
     for name, shape in shapes.items():
         if arch.kinds[name] == "norm" and name.endswith(".weight"):
             per_head = {"q_norm": heads, "k_norm": d["num_key_value_heads"]}.get(name.split(".")[-2], 1)
             n = shape[0] * (per_head if shape[0] == width else 1)
             norms.append(Norm(n, name[:-6] + "bias" not in shapes, name in trained))
+    beside = sum(norm.width == h for norm in norms) == 1  # the MLP reads what attention reads
+    layers, outs, inner, entering, made, first = [], 0, 0.0, 0.0, 0, ""
+    for name, shape in shapes.items():
+        experts = ".experts." in name and len(shape) == 3  # in one array
+        if arch.kinds[name] not in ("linear", "conv1d") and not experts:
+            continue
+        *_, n_out, n_in = shape[::-1] if arch.kinds[name] == "conv1d" else shape
+        path = name if experts else name.rpartition(".")[0]
+        parent, _, leaf = path.rpartition(".")
+        share = TOP_K.get(arch.model_type, 1) if experts else 1.0
+        kind, array = "norm", parent
+        if "att" in parent.lower():
+            if leaf in OUT:
+                kind, array, outs = "attention", path, outs + 1
+            elif array == (first := first or array):
+                made += n_out
+        elif n_out == h and n_in != h:
+            kind, array, inner = "mlp", path, inner + n_in * share
+        elif n_in == h:
+            entering += n_out * share
+            array = first if beside and first else array
+        added = tuple(s for key, s in extra.items() if key.startswith(f"{path}.") and len(s) == 2 and min(s) > 1)
+        mine = name in trained or f"{path}.modules_to_save.weight" in trained
+        layers.append(Layer(n_in, n_in * n_out, kind, array, share, mine, added))
+    keys = (made - queries) // 2  # q, k and v are all that attention's first layers make, together or apart
+    keys = keys if 0 < keys <= queries else d["num_key_value_heads"] * width
     return Block(
         h, heads, queries, keys, tuple(layers), tuple(norms), max(1, outs), inner, entering > 1.5 * inner,
         arch.model_type, elements(shapes), elements(extra) + elements({n: s for n, s in shapes.items() if n in trained}),
-        max(map(math.prod, matrices.values()), default=0),
+        max((layer.size for layer in layers if layer.share == 1.0), default=0),
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def predict(options: dict[str, Any]) -> float:
     """Bytes of a run by its options."""
     arch = architecture(options["model"], options.get("num_labels"))
     loop = Loop(**{"headroom": 0.0, **options.get("loop", {})})
-    ledger = pytorch_ledger(arch, _config(options["config"]), options.get("batch", 1), options.get("seq"), loop)
+    ledger = pytorch_ledger(arch, _config(options["config"], arch), options.get("batch", 1), options.get("seq"), loop)
     if options["measured"] == "states":
         return ledger.model_states
     context = options.get("context", CONTEXT) if options["measured"] == "used" else 0

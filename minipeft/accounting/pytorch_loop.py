@@ -166,6 +166,8 @@ def pytorch_ledger(
     sizes = sizes if mode == "train" else ()
     n, s = sum(sizes), loop
     ranks = {name: s.gpus if s.sharding >= name else 1 for name in ("zero1", "zero2", "zero3")}
+    if s.accumulation > 1 and s.sharding == "zero3":
+        ranks["zero2"] = 1  # FSDP's no_sync "accumulates the full model gradients (instead of gradient shards)"
     weights = {line: size // ranks["zero3"] for line, size in states.items()}
     held = dict(weights)
     held["master copies"] = n * p.master // ranks["zero1"]
