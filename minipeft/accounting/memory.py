@@ -37,7 +37,7 @@ LINES = (
     *WEIGHT_LINES, "reference", "value model", "reward model", *STATE_LINES[3:],
     "activations", "logits", "KV cache", "working memory",
     # of a PyTorch loop
-    "gradient buckets", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
+    "gradient buckets", "last pass", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
     "weights in 16 bits", "optimizer's temporary", "cuBLAS workspaces", "CUDA context", "headroom",
 )  # fmt: skip
 

@@ -77,6 +77,8 @@ class Loop:
         quantization, double_quantization: as in `memory_ledger`; upcast: what is not in four bits in float32
             (prepare_model_for_kbit_training).
         packed_inputs: layers in four bits keep their inputs, as bitsandbytes before 0.43.2 had it (its pull request 1270).
+        holds_outputs: the loop's variable keeps the outputs of the last pass until the next forward pass is done: its
+            logits, and through them its graph, to which packed_inputs belong (they are attributes, which backward leaves).
         gpus, sharding: "ddp" keeps everything on each; "zero1" shards states, "zero2" gradients too, "zero3" (FSDP's
             FULL_SHARD) weights too, of which two blocks are whole at a time, and what is in no block.
         offload: states on the host, and sharded weights and gradients too.
@@ -96,6 +98,7 @@ class Loop:
     double_quantization: bool = True
     upcast: bool = False
     packed_inputs: bool = False
+    holds_outputs: bool = False
     gpus: int = 1
     sharding: str = "ddp"
     offload: bool = False
@@ -213,6 +216,10 @@ def pytorch_ledger(
     loss = {"logits": V * (per_word * t + 12 * chunk), "last norm and head": head}
     end = {"logits": V * stays * t}
     before = whole if s.accumulation > 1 else {}
+    old = 0
+    if s.holds_outputs:
+        packed_arrays = [{layer.array: layer.n_in for layer in block.layers} for block in blocks if options["packed_inputs"]]
+        old = t * (V * stays + c * sum(sum(arrays.values()) for arrays in packed_arrays))
 
     # One block in the backward pass: what it keeps, and the gradients that are there at once.
     top = max(range(len(blocks)), key=lambda i: kept[i])
@@ -231,6 +238,7 @@ def pytorch_ledger(
     partly = {"gradients": (n * p.gradients - sum(b.trained for b in blocks) * p.gradients + own) // ranks["zero2"]}
     all_kept = {"activations": inputs if s.checkpointing else round(sum(kept))}
     moments = {
+        **({"the end of the forward pass": all_kept | end | before | {"last pass": old}} if old else {}),
         "the loss": all_kept | loss | before | gathered | {"weights in 16 bits": inside["weights in 16 bits"]},
         "backward, last block": all_kept | inside | end | (before or partly),
         "optimizer step": whole | step | end,
