@@ -167,6 +167,6 @@ def test_published_footprints_are_predicted():
     assert predict({"model": "llama-7b", "config": None, "measured": "states"}) == 8 * N
     counts = summary(list(found.values()))
     assert counts["looked at"]["runs"] + counts["held out"]["runs"] == len(found) == 91
-    assert counts["of allocated memory"]["within 15 %"] >= 0.8 * counts["of allocated memory"]["predicted"] > 30
+    assert counts["of allocated memory"]["within 15 %"] >= 0.75 * counts["of allocated memory"]["predicted"] > 40
     assert 0.85 < counts["held out"]["median"] < 1.05
     assert all(f.close or f.row["reason"] for f in found.values())  # each miss says why, as far as that is known

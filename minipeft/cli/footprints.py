@@ -66,5 +66,6 @@ def sentence(split: str, count: dict[str, float]) -> str:
     """The summary of one split."""
     share = f"{count['within 15 %']} of {count['predicted']} within 15 %"
     median = "" if math.isnan(count["median"]) else f", median ratio {count['median']:.2f}"
+    first = f" ({count['at first']} when first predicted)" if "at first" in count else ""
     more = count["runs"] - count["predicted"]
-    return f"{split}: {share}{median}{f'; {more} more runs are not covered' * bool(more)}"
+    return f"{split}: {share}{first}{median}{f'; {more} more runs are not covered' * bool(more)}"
