@@ -15,7 +15,9 @@ LEFT, RIGHT, CELLS = 0.5, 1.5, 21  # of the drawing, in predicted / measured
 
 def run(args: Arguments) -> int:
     """Print the table and its summary. The exit status is 0: a prediction is no claim."""
-    args.refuse(("file", "verdict", "unexpected"), "with --footprints, whose runs are shipped")
+    if args.file is not None:
+        raise ValueError(f"--footprints has its own runs: leave {args.file} out")
+    args.refuse(("verdict", "unexpected"), "with --footprints, whose runs are shipped")
     wanted = (args.source or "").lower()
     found = [f for f in footprints() if wanted in f.row["source"].lower()]
     if not found:

@@ -105,6 +105,7 @@ def test_the_flops_of_a_real_step(method, checkpointing):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     config = LoraConfig(r=8, target_modules=TARGETS) if method == "lora" else None
     ours = step_flops({"model_type": "llama", **SHAPE}, config, B, S, checkpointing, causal=False)
-    # to run checkpointed blocks again, PEFT asks for the gradient of the first one's input, which nobody needs
-    slack = 0.02 if method == "lora" and checkpointing else 0
+    # the first block: torch leaves out the gradient of its keys, which nothing trained makes; with checkpoints, PEFT
+    # asks for that of its input, which nobody needs
+    slack = 0.02 if method == "lora" else 0
     assert ours.total == pytest.approx(counter.get_total_flops(), rel=slack, abs=0)
