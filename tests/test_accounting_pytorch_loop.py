@@ -8,8 +8,9 @@ from minipeft import LoraConfig
 from minipeft.accounting import Loop, architecture, pytorch_ledger
 from minipeft.accounting.activations import block_terms, blocks_of, megatron_terms
 from minipeft.accounting.footprints import footprints, predict, summary
+from minipeft.accounting.loop import CONTEXT, WORKSPACE
 from minipeft.accounting.parameters import trained_parameters
-from minipeft.accounting.pytorch_loop import CONTEXT, WORKSPACE, largest
+from minipeft.accounting.pytorch_loop import largest
 
 LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
 N = 6_738_415_616  # LLaMA-7B

@@ -28,8 +28,9 @@ from typing import Any
 
 from ..files import parse_json
 from .architectures import architecture
+from .loop import CONTEXT, Loop
 from .published import _config
-from .pytorch_loop import CONTEXT, Loop, pytorch_ledger
+from .pytorch_loop import pytorch_ledger
 
 WITHIN = 0.15
 SPLITS = ("looked at", "held out")

@@ -15,110 +15,18 @@ two are measured, with their source (`CONTEXT`, `WORKSPACE`). What a block keeps
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from .activations import ATTENTION, Block, block_terms, blocks_of, first_trained
-from .architectures import Architecture, architecture
-from .memory import QUANT_TYPES, MemoryLedger, check_positive, named, states_from_shapes
+from .activations import Block, block_terms, blocks_of, first_trained
+from .architectures import Architecture, Shape, architecture
+from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
+from .memory import MemoryLedger, check_positive, named, states_from_shapes
 from .parameters import elements, trained_parameters
-from .precision import PRECISIONS, Precision
-
-CONTEXT = 426 * 2**20  # of a process: driver, kernels (github.com/unslothai/unsloth-zoo/pull/1053, RTX 6000 Ada)
-WORKSPACE = 8_519_680  # of cuBLAS, a handle (discuss.pytorch.org/t/178671); forward and backward threads have one each
-
-LOOP_PRECISIONS = {
-    # torch.optim makes a state in its parameter's dtype (torch.zeros_like(p)), so Adam in bfloat16 costs 2 + 2 + 4
-    "bfloat16": Precision(2, 2, 2, 2, activations=2),
-    "mixed": PRECISIONS["mixed"],
-    "mixed-float32-gradients": PRECISIONS["mixed-float32-gradients"],
-    "autocast": Precision(),  # float32 weights, and linear layers in 16 bits
-    "float32": Precision(),
-}
-# name -> (states a parameter, in its dtype; numbers that a step makes beside them). The default for a GPU is `foreach`,
-# whose exp_avg_sq_sqrt = torch._foreach_sqrt(...) is as large as all parameters (torch/optim/adam.py); `fused` has none.
-LOOP_OPTIMIZERS = {
-    "adamw": (2, 1), "adam": (2, 1), "adamw_fused": (2, 0), "momentum": (1, 0), "sgd": (0, 0),
-    "adamw_8bit": (2, 0), "paged_adamw": (2, 0), "paged_adamw_8bit": (2, 0), "adafactor": (0, 0),
-}  # fmt: skip
-# Bytes a token and word at the loss, and of them kept until the end of the backward pass, over the whole batch.
-LOGITS = {
-    # transformers' ForCausalLMLoss: logits.float(); log_softmax, its gradient and that of its input: 4 bytes each
-    "float32": (12, 0),
-    # the same in a loop whose variable keeps the outputs, whose logits were float32 too before transformers 4.46
-    "held": (16, 4),
-    # in 16 bits throughout, and the loop's variable keeps the logits themselves
-    "bfloat16": (8, 2),
-    # a kernel that writes the gradient over the logits: those in float32 and their shifted copy (Unsloth, Liger)
-    "in-place": (8, 0),
-    # logits made and scored a few tokens at a time, in 16 bits; logits and log-probabilities stay (lit-gpt)
-    "chunked": (4, 2),
-    # scored in the kernel that makes them, a chunk at a time, and never all there (Liger, cut cross-entropy)
-    "fused": (0, 0),
-}
-SHARDING = ("ddp", "zero1", "zero2", "zero3")
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How the loop is set, with the defaults that are practised; each has an option of `minipeft memory`.
-
-    Args:
-        precision: of the weights, their gradients and states; a key of LOOP_PRECISIONS.
-        adapters: of a method's parameters; PEFT makes float32 of 16 bits (autocast_adapter_dtype), and autocast computes.
-        optimizer: a key of LOOP_OPTIMIZERS. A paged one's states lie in unified memory, which gives way.
-        checkpointing: blocks keep their inputs only.
-        attention: "flash", "sdpa" (keys and values repeated to all heads) or "eager" (softmax kept, s squared).
-        logits: how the loss is computed; a key of LOGITS.
-        accumulation: backward passes for one step; from the second on, gradients are there from the start.
-        dropout: of adapters' inputs.
-        quantization, double_quantization: as in `memory_ledger`; upcast: what is not in four bits in float32
-            (prepare_model_for_kbit_training).
-        packed_inputs: layers in four bits keep their inputs, as bitsandbytes before 0.43.2 had it (its pull request 1270).
-        holds_outputs: the loop's variable keeps the outputs of the last pass until the next forward pass is done: its
-            logits, and through them its graph, to which packed_inputs belong (they are attributes, which backward leaves).
-        gpus, sharding: "ddp" keeps everything on each; "zero1" shards states, "zero2" gradients too, "zero3" (FSDP's
-            FULL_SHARD) weights too, of which two blocks are whole at a time, and what is in no block.
-        offload: states on the host, and sharded weights and gradients too.
-        cache_bits: of a number in the cache of keys and values; 8 and 4 have a scale and a zero for 64 numbers.
-        headroom: percent added for an allocator's fragments; a margin, not a measurement.
-    """
-
-    precision: str = "bfloat16"
-    adapters: str = "float32"
-    optimizer: str = "adamw"
-    checkpointing: bool = True
-    attention: str = "flash"
-    logits: str = "float32"
-    accumulation: int = 1
-    dropout: float = 0.0
-    quantization: str | None = None
-    double_quantization: bool = True
-    upcast: bool = False
-    packed_inputs: bool = False
-    holds_outputs: bool = False
-    gpus: int = 1
-    sharding: str = "ddp"
-    offload: bool = False
-    cache_bits: int = 16
-    headroom: float = 5.0
-
-    def __post_init__(self) -> None:
-        named("precision", self.precision, LOOP_PRECISIONS)
-        named("adapters", self.adapters, ("float32", "bfloat16"))
-        named("optimizer", self.optimizer, LOOP_OPTIMIZERS)
-        named("attention", self.attention, ATTENTION)
-        named("logits", self.logits, LOGITS)
-        named("sharding", self.sharding, SHARDING)
-        check_positive(gpus=self.gpus, accumulation=self.accumulation)
-        if self.quantization is not None:
-            named("quantization", self.quantization, QUANT_TYPES)
-        if self.cache_bits not in (4, 8, 16):
-            raise ValueError(f"cache_bits must be 4, 8 or 16, not {self.cache_bits!r}")
-        if self.gpus == 1 and self.sharding != "ddp":
-            raise ValueError(f"sharding={self.sharding!r} needs several GPUs: give gpus, the number of them")
+from .precision import Precision
 
 
 @dataclass(frozen=True)
@@ -158,124 +66,148 @@ def pytorch_ledger(
     if loop.quantization and config is None and mode == "train":
         raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
     config = "frozen" if config is None and mode != "train" else config
-    p, is_method = LOOP_PRECISIONS[loop.precision], hasattr(config, "parameter_shapes")
-    if is_method:  # what is trained is the method's own
-        wide = 4 if loop.adapters == "float32" else 2
-        p = replace(p, trained=wide, gradients=wide, states=wide, master=0)
-    rest = replace(p, frozen=4) if loop.upcast and loop.quantization else p
-    states, sizes, averaged = states_from_shapes(arch, config, rest, loop.quantization, loop.double_quantization)
-
-    # What is there all the time.
-    sizes = sizes if mode == "train" else ()
-    n, s = sum(sizes), loop
-    ranks = {name: s.gpus if s.sharding >= name else 1 for name in ("zero1", "zero2", "zero3")}
-    if s.accumulation > 1 and s.sharding == "zero3":
-        ranks["zero2"] = 1  # FSDP's no_sync "accumulates the full model gradients (instead of gradient shards)"
-    weights = {line: size // ranks["zero3"] for line, size in states.items()}
-    held = dict(weights)
-    held["master copies"] = n * p.master // ranks["zero1"]
-    held["gradients"] = n * p.gradients // ranks["zero2"]
-    held["optimizer states"] = optimizer_bytes(s.optimizer, arch, trained_parameters(arch, config), sizes, p) // ranks["zero1"]
-    held["running averages"] = averaged * p.states * (mode == "train")
-    if s.offload or s.optimizer.startswith("paged"):
-        held["optimizer states"] = held["master copies"] = 0
-    if s.offload and s.sharding == "zero3":
-        held |= dict.fromkeys([*states, "gradients"], 0)
-    held["gradient buckets"] = n * p.gradients * (s.gpus > 1 and s.sharding == "ddp")  # gradient_as_bucket_view=False
-    always = {line: size for line, size in held.items() if line != "gradients"}
-    always |= {"CUDA context": CONTEXT, "cuBLAS workspaces": 2 * WORKSPACE}
-    whole = {"gradients": held["gradients"]}
-    step = {"optimizer's temporary": LOOP_OPTIMIZERS[s.optimizer][1] * n * p.states // ranks["zero1"]}
-    step["optimizer's temporary"] *= not s.offload
-    if seq_len is None or (mode == "train" and not sizes):
-        return _ledger(always, held, {"model states": whole if mode == "train" else {}}, loop)
-
     trained = trained_parameters(arch, config)
+    states = _states(arch, config, trained, loop, mode == "train")
+    if seq_len is None:
+        return _ledger(states, {"model states": states.gradients}, {}, loop)
     blocks = blocks_of(arch, trained)
     if not blocks:
         raise ValueError(f"activations need the shapes of blocks; {arch.name} has none: leave seq_len out")
-    if mode != "train":
-        moments = _use(arch, blocks, batch, seq_len, max_new_tokens, loop, p, mode)
-        return _ledger(always, held, moments, loop)
+    if mode != "train" or not trained:
+        moments = _use(arch, blocks, batch, seq_len, max_new_tokens, loop, "generate" if mode == "generate" else "evaluate")
+        return _ledger(states, moments, {}, loop)
+    return _ledger(states, *_train(arch, config, trained, blocks, states, batch, seq_len, loop), loop)
 
-    # What the batch adds. t tokens; `kept` is of each block.
-    t, h = batch * seq_len, blocks[0].h
-    autocast = s.precision == "autocast" or (is_method and s.adapters == "float32" and p.frozen == 2) or s.upcast
-    stream = rest.frozen if config is not None else p.trained  # an embedding in float32 makes a stream in float32
-    c = 2 if autocast else stream
-    options = dict(weights=stream, autocast=autocast, adapters=p.trained, attention=s.attention, dropout=s.dropout)
-    options["packed_inputs"] = bool(s.quantization) and s.packed_inputs
-    kept = [t * sum(x.bytes for x in block_terms(block, seq_len, **options)) for block in blocks]
-    reached, _ = first_trained(arch, blocks, trained)  # blocks before keep nothing
-    kept = [size if i >= reached else 0 for i, size in enumerate(kept)]
-    inputs = stream * t * h * (len(blocks) - reached)
-    V = _words(arch)
-    head = _head_bytes(arch, config, t, stream)
-    per_word, stays = LOGITS[s.logits]
-    chunk = min(t, 1024 if s.logits == "fused" else 128) if s.logits in ("chunked", "fused") else 0
-    loss = {"logits": V * (per_word * t + 12 * chunk), "last norm and head": head}
-    end = {"logits": V * stays * t}
-    before = whole if s.accumulation > 1 else {}
-    old = 0
-    if s.holds_outputs:
-        packed_arrays = [{layer.array: layer.n_in for layer in block.layers} for block in blocks if options["packed_inputs"]]
-        old = t * (V * stays + c * sum(sum(arrays.values()) for arrays in packed_arrays))
 
-    # One block in the backward pass: what it keeps, and the gradients that are there at once.
-    top = max(range(len(blocks)), key=lambda i: kept[i])
-    block = blocks[top]
-    work = t * _backward_bytes(block, c, seq_len, s.attention)
-    packed = 2 * block.largest if s.quantization else 0  # bnb's MatMul4Bit.backward: F.dequantize_4bit(B, ...).to(dtype)
-    packed += block.largest // 64 * 4 if s.quantization and s.double_quantization else 0  # the scales, in float32
-    cast = 2 * (sum(b.parameters for b in blocks) if not s.checkpointing else block.parameters)
-    inside = {
-        "working memory": work, "dequantized weight": packed,
-        "gathered weights": _gathered(arch, blocks, states, loop),
-        "weights in 16 bits": cast * (autocast and stream == 4 and not s.quantization),
+# ------------------------------------------------------------------------------------------- what is there all the time
+
+
+class _States(NamedTuple):
+    """What does not depend on the batch: bytes by line.
+
+    p          bytes of a number, by what it is for; stream: of a number of the hidden states
+    always     weights, states, CUDA's own
+    gradients  all of them; step: what the optimizer makes beside them
+    whole      of the weights before they are shared out
+    """
+
+    p: Precision
+    stream: int
+    always: dict[str, int]
+    gradients: dict[str, int]
+    step: dict[str, int]
+    whole: int
+
+
+def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Loop, training: bool) -> _States:
+    p, is_method = LOOP_PRECISIONS[s.precision], hasattr(config, "parameter_shapes")
+    if is_method:  # what is trained is the method's own
+        wide = 4 if s.adapters == "float32" else 2
+        p = replace(p, trained=wide, gradients=wide, states=wide, master=0)
+    frozen = 4 if s.upcast else p.frozen
+    kept = replace(p, frozen=frozen)
+    weights, sizes, averaged = states_from_shapes(arch, config, kept, s.quantization, s.double_quantization)
+    n = sum(sizes) * training
+    states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
+    if s.accumulation > 1 and s.sharding == "zero3":
+        gradient = 1  # FSDP's no_sync "accumulates the full model gradients (instead of gradient shards)"
+    hosted = s.offload and s.sharding == "zero3"
+    paged = s.offload or s.optimizer.startswith("paged")
+    gradients = {"gradients": 0 if hosted else n * p.gradients // gradient}
+    always = {line: 0 if hosted else size // weight for line, size in weights.items()} | {
+        "master copies": 0 if paged else n * p.master // states,
+        "optimizer states": 0 if paged or not n else optimizer_bytes(s.optimizer, trained, p) // states,
+        "running averages": averaged * p.states * training,
+        "gradient buckets": n * p.gradients * (s.gpus > 1 and s.sharding == "ddp"),  # gradient_as_bucket_view=False
+        "cuBLAS workspaces": 2 * WORKSPACE, "CUDA context": CONTEXT,
     }  # fmt: skip
-    gathered = {"gathered weights": inside["gathered weights"]}
-    own = block.trained * p.gradients
-    partly = {"gradients": (n * p.gradients - sum(b.trained for b in blocks) * p.gradients + own) // ranks["zero2"]}
-    all_kept = {"activations": inputs if s.checkpointing else round(sum(kept))}
+    temporary = 0 if s.offload else LOOP_OPTIMIZERS[s.optimizer][1] * n * p.states // states
+    # an embedding in float32 makes a stream in float32
+    stream = p.trained if config is None else frozen
+    return _States(p, stream, always, gradients, {"optimizer's temporary": temporary}, sum(weights.values()))
+
+
+def optimizer_bytes(optimizer: str, trained: Mapping[str, Shape], p: Precision) -> int:
+    """Bytes of an optimizer's states of trained parameters of these shapes."""
+    sizes = [math.prod(shape) for shape in trained.values()]
+    if optimizer == "adafactor":  # a row and a column of float32 for each matrix, all of a vector
+        return sum(4 * (sum(shape) if len(shape) > 1 else shape[0]) for shape in trained.values())
+    if "8bit" in optimizer:  # bitsandbytes: two bytes, a float32 scale of 256 numbers; float32 under 4,096 numbers
+        return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
+    return LOOP_OPTIMIZERS[optimizer][0] * p.states * sum(sizes)
+
+
+# ------------------------------------------------------------------------------------------- what the batch adds
+
+
+def _train(
+    arch: Architecture, config: Any, trained: Mapping[str, Shape], blocks: list[Block], states: _States, batch: int,
+    seq_len: int, s: Loop,
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:  # fmt: skip
+    """(the lines of each moment, what is kept in full)."""
+    p, stream, t, h, V = states.p, states.stream, batch * seq_len, blocks[0].h, _words(arch)
+    float32_adapters = hasattr(config, "parameter_shapes") and s.adapters == "float32"
+    autocast = s.precision == "autocast" or s.upcast or (float32_adapters and p.frozen == 2)
+    c, four_bits = 2 if autocast else stream, s.quantization is not None
+
+    # Activations: of each block from the first that gradients reach, all that it keeps, or its input alone.
+    options = {"weights": stream, "autocast": autocast, "adapters": p.trained, "attention": s.attention}
+    options |= {"dropout": s.dropout, "packed_inputs": four_bits and s.packed_inputs}
+    reached, _ = first_trained(arch, blocks, trained)
+    kept = [round(t * sum(term.bytes for term in block_terms(block, seq_len, **options))) for block in blocks]
+    kept[:reached] = [0] * min(reached, len(blocks))
+    activations = {"activations": stream * t * h * (len(blocks) - reached) if s.checkpointing else sum(kept)}
+
+    # The loss: logits; the last norm's input in float32, and its output twice where norm and head are trained.
+    a_word, stays = LOGITS[s.logits]
+    chunk = {"fused": 1024, "chunked": 128}.get(s.logits, 0)
+    loss = {"logits": V * (a_word * t + 12 * min(t, chunk)), "last norm and head": t * h * (4 + 2 * stream * (config is None))}
+    after = {"logits": V * stays * t}
+
+    # One block in the backward pass: gradients of activations, its weights in 16 bits. bitsandbytes' MatMul4Bit.backward
+    # widens the whole weight (F.dequantize_4bit(B, ...)), and its scales in float32 before.
+    block = blocks[top := max(range(len(blocks)), key=kept.__getitem__)]
+    widened = four_bits * (2 * block.largest + block.largest // 64 * 4 * s.double_quantization)
+    narrowed = block.parameters if s.checkpointing else sum(b.parameters for b in blocks)
+    weights = {
+        "weights in 16 bits": 2 * narrowed * (autocast and stream == 4 and not four_bits),
+        "gathered weights": _gathered(arch, blocks, states.whole, s),
+    }  # fmt: skip
+    work = {"dequantized weight": widened, "working memory": t * _backward_bytes(block, c, seq_len, s.attention)}
+    inside = weights | work | after
+    before = states.gradients if s.accumulation > 1 else {}
+    outside = sum(map(math.prod, trained.values())) - sum(b.trained for b in blocks)
+    first = {"gradients": min((outside + block.trained) * p.gradients, states.gradients["gradients"])}
+
+    def one(i: int) -> dict[str, int]:
+        return {"recomputed block": kept[i]} if s.checkpointing else {}
+
     moments = {
-        **({"the end of the forward pass": all_kept | end | before | {"last pass": old}} if old else {}),
-        "the loss": all_kept | loss | before | gathered | {"weights in 16 bits": inside["weights in 16 bits"]},
-        "backward, last block": all_kept | inside | end | (before or partly),
-        "optimizer step": whole | step | end,
-    }
-    if s.checkpointing:
-        moments["backward, last block"] |= {"recomputed block": round(kept[top])}
-        moments["backward, first block"] = inside | end | whole | {"activations": stream * t * h, "recomputed block": round(kept[min(reached, len(blocks) - 1)])}
-    else:
-        moments["backward, first block"] = inside | end | whole | {"activations": round(kept[min(reached, len(blocks) - 1)])}
-    held |= all_kept | {"logits": loss["logits"]}
-    return _ledger(always, held, moments, loop, tuple(map(round, kept)))
+        "the loss": activations | loss | weights | before,
+        "backward, last block": activations | inside | one(top) | (before or first),
+        "backward, first block": inside | states.gradients | one(last := min(reached, len(blocks) - 1))
+        | {"activations": stream * t * h if s.checkpointing else kept[last]},
+        "optimizer step": after | states.gradients | states.step,
+    }  # fmt: skip
+    if s.holds_outputs:
+        arrays = [{layer.array: layer.n_in for layer in block.layers} for block in blocks]
+        packed = sum(sum(widths.values()) for widths in arrays) if options["packed_inputs"] else 0
+        moments["the end of the forward pass"] = activations | after | before | {"last pass": t * (V * stays + c * packed)}
+    return moments, {"kept": kept, "held": activations | {"logits": loss["logits"]}}
 
 
 def _ledger(
-    always: Mapping[str, int], held: Mapping[str, int], moments: Mapping[str, Mapping[str, int]], loop: Loop,
-    per_layer: tuple[int, ...] = (),
-) -> LoopLedger:  # fmt: skip
+    states: _States, moments: Mapping[str, Mapping[str, float]], found: Mapping[str, Any], loop: Loop
+) -> LoopLedger:
     """The largest moment, with a margin on all but CUDA's own."""
     full = {}
     for name, lines in moments.items():
-        lines = {line: round(size) for line, size in {**always, **lines}.items() if round(size)}
+        lines = {line: round(size) for line, size in {**states.always, **lines}.items() if round(size)}
         margin = sum(size for line, size in lines.items() if line != "CUDA context") * loop.headroom / 100
         full[name] = lines | ({"headroom": round(margin)} if margin else {})
     peak = max(full, key=lambda name: sum(full[name].values()))
-    held = {line: round(size) for line, size in held.items()}
-    return LoopLedger(full[peak], held, per_layer, None, full, peak)
-
-
-def optimizer_bytes(optimizer: str, arch: Architecture, trained: Any, sizes: tuple[int, ...], p: Precision) -> int:
-    """Bytes of an optimizer's states of trained parameters of these numbers of elements."""
-    if optimizer == "adafactor":  # a row and a column of float32 for each matrix, all of a vector
-        shapes = trained.values() if sizes else ()
-        return sum(4 * (sum(shape) if len(shape) > 1 else shape[0]) for shape in shapes)
-    if "8bit" in optimizer:  # bitsandbytes: two bytes, a float32 scale of 256 numbers; float32 under 4,096 numbers
-        return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
-    wide = 4 if optimizer.startswith("paged") else p.states  # bitsandbytes' states are float32
-    return LOOP_OPTIMIZERS[optimizer][0] * wide * sum(sizes)
+    held = states.always | states.gradients | found.get("held", {})
+    return LoopLedger(full[peak], held, tuple(found.get("kept", ())), None, full, peak)
 
 
 def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
@@ -292,13 +224,12 @@ def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
     return max(mlp, (8 - c) * block.a * s - c * 3 * block.inner)
 
 
-def _gathered(arch: Architecture, blocks: list[Block], states: Mapping[str, int], loop: Loop) -> int:
+def _gathered(arch: Architecture, blocks: list[Block], whole: int, loop: Loop) -> int:
     """FSDP has a block whole while it runs and the next on its way, and what is in no block from the start."""
     if loop.sharding != "zero3":
         return 0
-    total, inside = sum(states.values()), sum(b.parameters for b in blocks)
-    outside = (elements(arch.shapes) - inside) * (LOOP_PRECISIONS[loop.precision].frozen)
-    return 2 * (total - outside) // len(blocks) + outside
+    outside = (elements(arch.shapes) - sum(b.parameters for b in blocks)) * LOOP_PRECISIONS[loop.precision].frozen
+    return 2 * (whole - outside) // len(blocks) + outside
 
 
 def _words(arch: Architecture) -> int:
@@ -313,17 +244,11 @@ def positions_of(arch: Architecture) -> int:
     return min(tables, default=2**24)
 
 
-def _head_bytes(arch: Architecture, config: Any, t: int, stream: int) -> int:
-    """What the last norm keeps (its input in float32), and the head's input where it is trained."""
-    h = arch.dimensions["hidden_size"]
-    return t * h * (4 + 2 * stream * (config is None))
-
-
 def _use(
-    arch: Architecture, blocks: list[Block], batch: int, seq_len: int, new: int | None, loop: Loop, p: Precision, mode: str
-) -> dict[str, dict[str, int]]:
+    arch: Architecture, blocks: list[Block], batch: int, seq_len: int, new: int | None, loop: Loop, mode: str
+) -> dict[str, dict[str, float]]:
     """A forward pass, or generation with a cache, in which the prompt's pass needs most working memory."""
-    t, c, block = batch * seq_len, p.frozen if p.frozen == 2 else p.activations, max(blocks, key=lambda b: b.inner)
+    t, c, block = batch * seq_len, LOOP_PRECISIONS[loop.precision].frozen, max(blocks, key=lambda b: b.inner)
     work = c * (block.h * 2 + max(3 * block.inner, block.queries + 2 * block.keys))
     if loop.attention == "eager":
         work = max(work, (4 + c) * block.a * seq_len)
@@ -339,8 +264,8 @@ def _use(
     positions = seq_len + (new or 1) - 1
     cache = 2 * sum(b.keys * b.attentions for b in blocks) * batch * number
     growing = cache / len(blocks) * positions  # torch.cat: a layer's old and new keys and values at once
-    last = {"KV cache": cache * positions, "working memory": growing, "logits": lines["logits"]}
-    return {"the prompt": lines | {"KV cache": cache * seq_len}, "the last token": last | {"dequantized weight": lines["dequantized weight"]}}
+    last = lines | {"KV cache": cache * positions, "working memory": growing}
+    return {"the prompt": lines | {"KV cache": cache * seq_len}, "the last token": last}
 
 
 def largest(fits: Any, least: int = 1, most: int = 2**24) -> int:

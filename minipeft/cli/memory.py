@@ -36,18 +36,9 @@ from typing import Any
 from .. import accounting
 from ..accounting.activations import ATTENTION
 from ..accounting.flops import CARDS
+from ..accounting.loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, SHARDING, WORKSPACE, Loop
 from ..accounting.precision import OPTIMIZERS
-from ..accounting.pytorch_loop import (
-    CONTEXT,
-    LOGITS,
-    LOOP_OPTIMIZERS,
-    LOOP_PRECISIONS,
-    SHARDING,
-    WORKSPACE,
-    Loop,
-    largest,
-    positions_of,
-)
+from ..accounting.pytorch_loop import largest, positions_of
 from ..options import configuration, option
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size

@@ -9,7 +9,7 @@ import pytest
 
 from minipeft import LoraConfig
 from minipeft.accounting import Loop, pytorch_ledger, step_flops
-from minipeft.accounting.pytorch_loop import CONTEXT, WORKSPACE
+from minipeft.accounting.loop import CONTEXT, WORKSPACE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
