@@ -145,7 +145,7 @@ def test_every_family_of_which_there_is_a_table():
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"precision": "fp8"}, "precision must be one of bfloat16"), ({"attention": "ring"}, "attention must be one of eager"),
     ({"logits": "none"}, "logits must be one of float32"), ({"gpus": 0}, "gpus must be a positive integer"),
-    ({"sharding": "zero2"}, "sharding='zero2' needs several GPUs"), ({"cache_bits": 3}, "cache_bits must be 4, 8 or 16"),
+    ({"sharding": "zero2"}, "sharding='zero2' needs several GPUs"), ({"upcast": True}, "give quantization, too"), ({"cache_bits": 3}, "cache_bits must be 4, 8 or 16"),
 ])  # fmt: skip
 def test_nonsense_is_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):

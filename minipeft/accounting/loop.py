@@ -45,7 +45,7 @@ SHARDING = ("ddp", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Loop:
-    """How the loop is set, with the defaults that are practised; each has an option of `minipeft memory`.
+    """How the loop is set, with the defaults that are practised.
 
     Args:
         precision: of the weights, their gradients and states; a key of LOOP_PRECISIONS.
@@ -97,6 +97,8 @@ class Loop:
         check_positive(gpus=self.gpus, accumulation=self.accumulation)
         if self.quantization is not None:
             named("quantization", self.quantization, QUANT_TYPES)
+        elif self.upcast:
+            raise ValueError("upcast is of what is not in four bits: give quantization, too")
         if self.cache_bits not in (4, 8, 16):
             raise ValueError(f"cache_bits must be 4, 8 or 16, not {self.cache_bits!r}")
         if self.gpus == 1 and self.sharding != "ddp":
