@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from .architectures import Architecture, Shape
 from .parameters import elements
 
-ATTENTION = ("eager", "sdpa", "flash")
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "o")  # what families call the layer that reads attention's output
 PYTHON_GELU = ("gpt2", "bloom", "phi", "gptj", "gpt_neo")  # tanh GELU written in Python: keeps x, x / 2, tanh and 1 + tanh, not x alone
 TOP_K = {"mixtral": 2, "phimoe": 2, "qwen2_moe": 4, "qwen3_moe": 8}  # experts a token goes to, by default

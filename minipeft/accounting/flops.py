@@ -23,15 +23,9 @@ import numpy as np
 
 from .activations import Block, Layer, blocks_of, first_trained
 from .architectures import Architecture, architecture
-from .memory import check_positive
+from .cards import CARDS
 from .parameters import trained_parameters
-
-# name -> (GB, 10^12 FLOPs a second of a dense product of 16-bit numbers, added in float32): NVIDIA's and AMD's data sheets
-CARDS = {
-    "t4": (16, 65), "v100": (32, 125), "a10": (24, 125), "l4": (24, 121), "rtx3090": (24, 71), "rtx4090": (24, 165),
-    "rtx5090": (32, 209), "l40s": (48, 362), "a100": (80, 312), "h100": (80, 989), "h200": (141, 989), "b200": (180, 2250),
-    "mi300x": (192, 1307),
-}  # fmt: skip
+from .precision import PRECISIONS, check_positive
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,6 @@ def _stage(block: Block, layer: Layer) -> int:
 def counted_flops(model: Any, config: Any = None, batch: int = 1, seq_len: int = 1, checkpointing: bool = True) -> int:
     """The same from the engine's own graph: each product that a step computes, on shapes. Of families it builds."""
     from . import shapes, walk
-    from .precision import PRECISIONS
 
     arch = model if isinstance(model, Architecture) else architecture(model)
     counted = [0]

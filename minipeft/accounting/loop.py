@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .activations import ATTENTION
-from .memory import QUANT_TYPES, check_positive, named
-from .precision import PRECISIONS, Precision
+from .precision import PRECISIONS, QUANT_TYPES, Precision, check_positive, named
 
 CONTEXT = 426 * 2**20  # of a process: driver, kernels (github.com/unslothai/unsloth-zoo/pull/1053, RTX 6000 Ada)
 WORKSPACE = 8_519_680  # of cuBLAS, a handle (discuss.pytorch.org/t/178671); forward and backward threads have one each
@@ -40,6 +38,7 @@ LOGITS = {
     # scored in the kernel that makes them, a chunk at a time, and never all there (Liger, cut cross-entropy)
     "fused": (0, 0),
 }
+ATTENTION = ("eager", "sdpa", "flash")
 SHARDING = ("ddp", "zero1", "zero2", "zero3")
 
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 from .activations import Block, block_terms, blocks_of, first_trained
 from .architectures import Architecture, Shape, architecture
 from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
-from .memory import MemoryLedger, check_positive, named, states_from_shapes
+from .memory import MemoryLedger, states_from_shapes
 from .parameters import elements, trained_parameters
-from .precision import Precision
+from .precision import Precision, check_positive, named
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ examples:
   minipeft memory llama3-8b --method lora -r 16 --target q_proj v_proj --seq 2048 --fit 24
   minipeft memory llama-7b --seq 2048 --gpus 8 --sharding zero3
   minipeft memory llama3-8b --method lora --seq 2048 --batch 8 --tokens 50e6 --card h100 --price 2.50
-  minipeft memory llama-7b --optimizer adamw_8bit --seq 1024 --no-checkpointing --attention eager
+  minipeft memory llama-7b --optimizer adamw_8bit --seq 1024 --attention eager
   minipeft memory llama3-8b --generate 256 --batch 4 --seq 2048 --cache-bits 8
   minipeft memory gpt2 --engine minipeft --method lora --batch 8 --seq 1024 --optimizer sgd
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
@@ -34,11 +34,18 @@ from functools import partial
 from typing import Any
 
 from .. import accounting
-from ..accounting.activations import ATTENTION
-from ..accounting.flops import CARDS
-from ..accounting.loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, SHARDING, WORKSPACE, Loop
+from ..accounting.cards import CARDS
+from ..accounting.loop import (
+    ATTENTION,
+    CONTEXT,
+    LOGITS,
+    LOOP_OPTIMIZERS,
+    LOOP_PRECISIONS,
+    SHARDING,
+    WORKSPACE,
+    Loop,
+)  # fmt: skip
 from ..accounting.precision import OPTIMIZERS
-from ..accounting.pytorch_loop import largest, positions_of
 from ..options import configuration, option
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
@@ -245,6 +252,8 @@ def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int |
 
 def _fit(args: Arguments, arch: Any, ledger_of: Callable[..., Any]) -> tuple[str, int, int]:
     """(the answer of --fit, its batch, its length)."""
+    from ..accounting.pytorch_loop import largest, positions_of
+
     room, most = args.fit * 1e9, positions_of(arch)
     if args.seq is not None and "batch" in args.given:
         raise ValueError("--fit looks for the batch or for the length: leave --batch or --seq out")
