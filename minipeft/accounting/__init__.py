@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .pytorch_loop import pytorch_ledger as pytorch_ledger
     from .flops import step_flops as step_flops
     from .shapes import rule as rule
+    from .timelines import Timeline as Timeline, timeline as timeline, what_ifs as what_ifs
     from .ppo import ppo_ledger as ppo_ledger
     from .published import audit as audit, read_published as read_published
 else:

@@ -24,6 +24,8 @@ examples:
   minipeft memory gpt2 --engine minipeft --method lora --batch 8 --seq 1024 --optimizer sgd
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json
+  minipeft memory llama-7b --method lora --seq 512 --timeline step.html        op by op, with what-ifs
+  minipeft memory path/to/model --method lora --seq 128 --timeline step.json --measure
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from ..accounting.loop import (
 )  # fmt: skip
 from ..accounting.precision import OPTIMIZERS
 from ..options import configuration, option
+from . import timeline
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
 from .method_options import add_shapes, architecture_of, method_of
@@ -59,7 +62,7 @@ MINIPEFT = ("adamw", "float32", False)  # its optimizer, precision and checkpoin
 class StepOptions:
     """What is done with the model, and how."""
 
-    engine: str | None = option(None, "whose ledger; None: pytorch (of --ppo minipeft)", choices=("pytorch", "minipeft"))
+    engine: str | None = option(None, "whose ledger; None: pytorch (of --ppo and --timeline minipeft)", choices=("pytorch", "minipeft"))
     batch: int = option(1, "sequences at a time, on one GPU", least=1)
     seq: int | None = option(None, "tokens of each (of a prompt); without it, states only", least=1)
     precision: str | None = option(
@@ -107,29 +110,36 @@ def add_arguments(parser: Parser) -> None:
     add_shapes(parser)
     parser.options(StepOptions, group="the step")
     parser.options(LoopOptions, group="the PyTorch loop (of --engine pytorch)")
+    parser.options(timeline.TimelineOptions, group="its course (of --engine minipeft)")
 
 
 def run(args: Arguments) -> None:
     args.only_one("inference", "generate", "ppo")
     mode = next((mode for mode in ("inference", "generate", "ppo") if mode in args.given), "training")
-    engine = args.engine or ("minipeft" if mode == "ppo" else "pytorch")
+    engine = args.engine or ("minipeft" if mode == "ppo" or args.timeline else "pytorch")
     arch, (name, method) = architecture_of(args), method_of(args)
     quantization = args.quantization or ("nf4" if method.quantized else None)
+    timeline.check(args, mode)
     _check(args, mode, engine, quantization)
     config = method.config()
     if engine == "pytorch":
         return _pytorch(args, mode, arch, name, config, quantization)
     ledger = _ledger(args, mode, arch, config, quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
+    title = f"{arch.name} ({arch.model_type}), {name}, in minipeft: {_step(args, mode)}"
+    course = args.timeline and timeline.write(args, title, arch, config, _options(args, quantization))
     if args.json:
-        return print_json({"engine": "minipeft", **_record(arch, name, ledger, fits)})
+        more = {"timeline": timeline.record(args, course)} if course else {}
+        return print_json({"engine": "minipeft", **_record(arch, name, ledger, fits), **more})
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {name}, in minipeft: {_step(args, mode)}\n", style="bold")
+    out.print(f"{title}\n", style="bold")
     out.print(_table(ledger))
     layers = ledger.activations_per_layer
     if layers and max(layers):
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
     out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
+    if course:
+        out.print("", timeline.sentences(args, course), sep="\n")
 
 
 def _check(args: Arguments, mode: str, engine: str, quantization: str | None) -> None:
@@ -141,8 +151,9 @@ def _check(args: Arguments, mode: str, engine: str, quantization: str | None) ->
         args.refuse(("attention", "logits", *OF_TIME), "without --seq, the length of the sequences")
     if mode != "ppo":
         args.refuse(("mini_batch", "value_model"), "without --ppo")
-    elif engine == "pytorch":
-        raise ValueError("--ppo is of this package's own engine: add --engine minipeft, or leave --engine out")
+    if engine == "pytorch" and (mode == "ppo" or args.timeline):
+        flag = "--ppo" if mode == "ppo" else "--timeline"
+        raise ValueError(f"{flag} is of this package's own engine: add --engine minipeft, or leave --engine out")
     if mode in ("inference", "generate"):
         args.refuse(("optimizer", "checkpointing"), f"with --{mode}, which trains nothing")
         args.refuse(("adapters", "logits", "accumulation", "offload", *OF_TIME), f"with --{mode}, which trains nothing")
@@ -306,11 +317,17 @@ def _record(arch: Any, name: str, ledger: Any, fits: list[int]) -> dict[str, Any
     }  # fmt: skip
 
 
-def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
+def _options(args: Arguments, quantization: str | None) -> dict[str, Any]:
     optimizer, precision, checkpointing = MINIPEFT
-    options = {"optimizer": args.optimizer or optimizer, "precision": args.precision or precision}
-    options["checkpointing"] = checkpointing if args.checkpointing is None else args.checkpointing
-    options |= {"quantization": quantization, "double_quantization": not args.plain_scales}
+    return {
+        "optimizer": args.optimizer or optimizer, "precision": args.precision or precision,
+        "checkpointing": checkpointing if args.checkpointing is None else args.checkpointing,
+        "quantization": quantization, "double_quantization": not args.plain_scales,
+    }  # fmt: skip
+
+
+def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
+    options = _options(args, quantization)
     if mode == "ppo":
         options |= {"mini_batch": args.mini_batch, "value_model": args.value_model}
         return accounting.ppo_ledger(arch, config, args.batch, args.seq, args.ppo, **options)
