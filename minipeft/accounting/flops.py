@@ -101,8 +101,8 @@ def counted_flops(model: Any, config: Any = None, batch: int = 1, seq_len: int =
     counted = [0]
 
     class Counter(shapes.Meter):
-        def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
-            y, *pulls = super()._evaluate(name, *arrays, **options)
+        def _evaluate(self, name: str, form: Any, *arrays: Any, **options: Any) -> tuple:
+            y, *pulls = super()._evaluate(name, form, *arrays, **options)
             product = _product(name, arrays, y)
             counted[0] += product
             if not product:
