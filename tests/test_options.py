@@ -135,15 +135,15 @@ def test_another_error_and_a_post_init_of_its_own():
 
 LIMITS = {
     "a number above 0": """
-        MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
+        LoopOptions: fit tokens price; MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
         max_kl stop_kl; TransformerConfig: rope_theta; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
-    "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density",
+    "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density; LoopOptions: utilization",
     "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
     "a number of at least 0": """
-        GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        LoopOptions: headroom; GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
@@ -162,7 +162,7 @@ LIMITS = {
     """,
     "an integer of at least 1": """
         FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads num_labels; MethodOptions: r num_virtual_tokens
-        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; ComparisonOptions: seeds;
+        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; LoopOptions: accumulation gpus; ComparisonOptions: seeds;
         GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
@@ -178,7 +178,8 @@ LIMITS = {
     "an integer of at least 4 and at most 100": "OFTConfig: num_cayley_neumann_terms",
     "an integer of at least -1": "LoKrConfig: decompose_factor",
     "one of .*": """
-        Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: precision optimizer quantization;
+        Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: engine precision optimizer quantization;
+        LoopOptions: adapters attention logits sharding cache_bits card;
         ComparisonOptions: methods; TaskOptions: task; OnlineOptions: algorithm missing_eos; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
         LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:

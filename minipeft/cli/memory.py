@@ -94,7 +94,7 @@ class LoopOptions:
     sharding: str = option("ddp", "what they share; zero3 is FSDP", choices=SHARDING)
     offload: bool = option(False, "states on the host, and what zero3 shards")
     cache_bits: int = option(16, "with --generate: of a key's or value's number", choices=(4, 8, 16))
-    headroom: float = option(5.0, "percent for an allocator's fragments", least=0, most=100)
+    headroom: float = option(5.0, "percent for an allocator's fragments", least=0)
     fit: float | None = option(None, "GB: the longest sequence, or with --seq the largest batch, that fits", above=0)
     card: str = option("a100", "for the time of a step", choices=tuple(CARDS))
     utilization: float = option(0.4, "share of the card's peak rate", above=0, most=1)
