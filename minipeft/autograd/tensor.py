@@ -87,9 +87,10 @@ def no_grad() -> AbstractContextManager[None]:
 
 
 def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
-    """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, *arrays, **options)`.
+    """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, form, *arrays, **options)`.
 
-    The graph, and the walk back through it, are those of the real ops: so a model's memory is predicted from shapes.
+    `form` is what would have computed. The graph, and the walk back through it, are those of the real ops: so a model's
+    memory is predicted from shapes.
     """
     return _set_mode("evaluate", evaluate)
 
@@ -178,7 +179,7 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
             form = forms.get("numpy" if type(arrays[0]) is _NUMPY else xp_of(*arrays).__name__, form)
         if _mode.evaluate is not None:
-            form = functools.partial(_mode.evaluate, name)
+            form = functools.partial(_mode.evaluate, name, form)
         try:
             value, *pullbacks = form(*arrays, **options)
         except (TypeError, ValueError) as error:
