@@ -63,6 +63,7 @@ def test_kto_counts_the_answers_that_are_on_their_own_side_of_z():
 
     assert accuracies([0.5, 0.1, 0.1, 0.5], 0.3) == [1, 0, 1, 0]
     assert accuracies([0, 0, 0, 0], 0) == [0.5] * 4, "undecided"
+    assert accuracies([0.1, -0.1, -0.1, 0.1], -0.3) == [1, 0, 1, 0], "z is never below 0"
 
 
 def test_without_options_a_loss_takes_its_papers():

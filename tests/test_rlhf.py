@@ -88,6 +88,8 @@ def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
 def test_padding_costs_no_kl_whatever_stands_there(xp):
     logprobs, ref, mask = (xp.asarray(np.array([a])) for a in ([-1.0, -2.0, np.nan], [-1.5, -1.0, -9.0], [1, 1, 0]))
     assert to_numpy(rlhf.advantages.token_kl(logprobs, ref, mask)).tolist() == [[0.5, -1.0, 0.0]]
+    rewards = rlhf.advantages.rewards_of(logprobs, xp.asarray(np.array([2.0])), mask, 0.5)
+    assert to_numpy(rewards).tolist() == [[0.5, 3.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,12 @@ def test_an_option_takes_its_least_value_and_names_itself_below(config, least):
         assert getattr(config(**{name: value}), name) == value
         with pytest.raises(ValueError, match=name):
             config(**{name: value - 1})
+
+
+def test_a_limit_of_kl_may_be_small_but_not_zero():
+    assert rlhf.PPOConfig(max_kl=0.5).max_kl == 0.5 and rlhf.ppo.KLController(0.1, 1.0).horizon == 10000
+    with pytest.raises(ValueError, match="max_kl"):
+        rlhf.PPOConfig(max_kl=0)
 
 
 def test_the_defaults_are_the_ones_that_the_configurations_give_sources_for():
@@ -187,8 +195,9 @@ def test_without_options_clipping_is_at_a_fifth():
 def test_statistics_of_groups_of_two_and_of_clipped_values():
     scores = np.array([1.0, 1.0, 2.0, 3.0])
     assert rlhf.statistics.of_scores(scores, scores, 2)["objective/scores_equal"] == 0.5
-    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, -0.1, 0.5]])), np.zeros((1, 4)), np.array([[1.0, -1.0, -0.1, 0.0]])
-    assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 4))) == 0.5
+    assert rlhf.statistics.of_scores(scores, scores, 1)["objective/scores_equal"] == 0, "one is compared with none"
+    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, -0.1, 0.5, 0.1]])), np.zeros((1, 5)), np.array([[1, -1, -0.1, 0, 1]])
+    assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 5))) == pytest.approx(2 / 5)
 
 
 def test_statistics_of_the_ratio_are_their_formulas():
@@ -311,3 +320,19 @@ def test_token_logprobs_and_entropy(xp, rng):
     got = rlhf.token_logprobs(mp.Tensor(xp.asarray(logits)), xp.asarray(targets))
     close(got.data, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], 1e-12)
     close(rlhf.entropy(xp.asarray(logits)), -(np.exp(log_p) * log_p).sum(-1), 1e-12)
+
+
+def test_entropy_of_large_logits_does_not_overflow(xp):
+    close(rlhf.logprobs.entropy(xp.asarray(np.array([[1e4, 1e4, -1e4]]))), [np.log(2)])
+
+
+def test_a_function_of_texts_is_a_reward_and_must_give_finite_numbers():
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return "x" * len(ids)
+
+    roll = rlhf.Rollout(np.ones((2, 5), int), np.ones((2, 5), int), np.array([[1, 1, 1], [1, 0, 0]]), np.ones(2, bool))
+    length = rlhf.text_reward(lambda prompts, completions: [len(p) + 10 * len(c) for p, c in zip(prompts, completions)], Tokenizer())
+    assert length(roll).tolist() == [32, 12]
+    with pytest.raises(ValueError, match="gave nan to the completion 'x'"):
+        rlhf.text_reward(lambda prompts, completions: [1, float("nan")], Tokenizer())(roll)

@@ -175,6 +175,15 @@ def test_a_checkpoint_with_a_price_of_kl_below_zero_is_refused():
     for beta in (-0.5, "0.1", None):
         with pytest.raises(ValueError, match="beta is"):
             trainer().load_state({"beta": beta})
+    trainer().load_state({"beta": 0.0})
+
+
+def test_padding_on_the_left_does_not_move_a_completions_probability():
+    policy, mask = base(), np.array([[0, 0, 1, 1, 1, 1]])
+    ids = np.array([[9, 9, 3, 4, 5, 6]])
+    labels = np.where(np.arange(6) < 4, -100, ids)
+    padded, alone = rlhf.sequence_logprobs(policy, ids, labels, mask), rlhf.sequence_logprobs(policy, ids[:, 2:], labels[:, 2:])
+    assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_statistics_of_the_first_update_are_those_of_its_rollout():

@@ -143,6 +143,7 @@ def test_without_options_answers_are_of_24_tokens_and_of_seed_0(base):
     best = rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 2)
     assert [len(r) for r in best.responses] == [24, 24]
     assert best.responses == rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 2, 24, 1.0, (), 0, 64).responses
+    assert rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 1, 5).scores.tolist() == [[5], [5]]
     answers = rlhf.sample_answers(base, prompts)
     assert [len(own) for own in answers] == [2, 2] and answers == rlhf.sample_answers(base, prompts, 2, 24, 1.0, (), 0, 64)
 
