@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .autograd import ops as functional
     from .train import optim as optim
     from .autograd.tensor import Tensor as Tensor, no_grad as no_grad, AutogradError as AutogradError
+    from .autograd.autocast import autocast as autocast
     from .autograd.gradcheck import gradcheck as gradcheck, GradcheckError as GradcheckError
     from .nn.transformer import Transformer as Transformer, TransformerConfig as TransformerConfig, KVCache as KVCache
     from .nn.heads import SequenceClassifier as SequenceClassifier, ValueModel as ValueModel, head_only as head_only

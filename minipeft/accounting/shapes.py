@@ -76,7 +76,7 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         self._evaluation.__exit__(*error)
 
-    def _evaluate(self, name: str, *arrays: Any, **options: Any) -> tuple:
+    def _evaluate(self, name: str, form: Any, *arrays: Any, **options: Any) -> tuple:
         return RULES.get(name, _without_rule)(_Op(self, name), *arrays, **options)
 
     def count(self, buffer: Buffer, nbytes: int) -> None:

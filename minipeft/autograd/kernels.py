@@ -18,8 +18,8 @@ import numpy as np
 
 from .. import backend
 from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_thread, parallel_rows, split_rows
+from . import autocast, ops
 from . import checks as check
-from . import ops
 from .ops import _rows, _widen
 from .tensor import kernel, together
 
@@ -131,6 +131,43 @@ def _gelu(x):
         out *= g
 
     return elementwise(into, x), lambda g: elementwise(dx_into, g, x)
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+@kernel(autocast.rounded, "numpy")
+def _rounded(x, dtype):
+    return elementwise(_into_bfloat16 if dtype == "bfloat16" else _into_float16, x)
+
+
+def _into_bfloat16(out: Array, x: Array) -> None:
+    _drop_bits(out, x, 16)
+    np.copyto(out, x, where=np.isnan(x))
+
+
+def _into_float16(out: Array, x: Array) -> None:
+    """In float32's bits, which takes a third of the time of NumPy's casts."""
+    _drop_bits(out, x, 13)
+    with np.errstate(invalid="ignore"):  # NaNs
+        size = np.abs(x)
+        large, small = ~(size < 65520), size < 2**-14
+        if large.any():  # half of a place above the largest number, or NaN
+            np.copyto(out, np.copysign(np.where(np.isnan(x), x, np.float32(np.inf)), x), where=large)
+        if small.any():  # subnormal: whole multiples of 2^-24, which is the last place of a float32 near 0.5
+            size += 0.5
+            size -= 0.5
+            np.copyto(out, np.copysign(size, x), where=small)
+
+
+def _drop_bits(out: Array, x: Array, n: int) -> None:
+    """out = x without the last n bits of its fraction, rounded to the nearest, of two to the even one."""
+    bits, kept = x.view(np.uint32), out.view(np.uint32)
+    np.right_shift(bits, n, out=kept)
+    kept &= 1
+    kept += (1 << (n - 1)) - 1
+    kept += bits
+    kept &= 0xFFFFFFFF ^ ((1 << n) - 1)
 
 
 # -------------------------------------------------------------------------------------------------- matrix products
