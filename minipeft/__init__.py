@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .nn.transformer import Transformer as Transformer, TransformerConfig as TransformerConfig, KVCache as KVCache
     from .nn.heads import SequenceClassifier as SequenceClassifier, ValueModel as ValueModel, head_only as head_only
     from .nn.why import why_unmoved as why_unmoved
+    from .train.grad_scaler import GradScaler as GradScaler
     from .train.trainer import Trainer as Trainer, TrainingArguments as TrainingArguments
     from .hub.pretrained import from_pretrained as from_pretrained, save_pretrained as save_pretrained
     from .hub.base import load_base as load_base

@@ -314,7 +314,7 @@ def _gelu(x):
     return gelu(x), lambda g: gelu_gradient(g, x)
 
 
-_to_float16 = elementwise("float32 x", "float32 y", "y = float(float16(x))", "to_float16")
+_to_float16 = elementwise("float32 x", "float32 y", "y = float(float16(x))", "to_float16", FLOAT16)
 _to_bfloat16 = elementwise(  # in integers: arithmetic would take subnormal numbers for zeros
     "uint32 x", "uint32 y", "y = (x & 0x7fffffffu) > 0x7f800000u ? x : (x + 0x7fffu + (x >> 16 & 1u)) & 0xffff0000u",
     "to_bfloat16",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
         list_checkpoints as list_checkpoints, load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint,
     )  # fmt: skip
     from .evaluation import evaluate as evaluate, example_losses as example_losses
+    from .grad_scaler import GradScaler as GradScaler
     from .metrics import plot_loss as plot_loss
     from .optim import (
         SGD as SGD, Adam as Adam, Adam8bit as Adam8bit, AdamW as AdamW, AdamW8bit as AdamW8bit,
