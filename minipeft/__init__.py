@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .autograd.gradcheck import gradcheck as gradcheck, GradcheckError as GradcheckError
     from .nn.transformer import Transformer as Transformer, TransformerConfig as TransformerConfig, KVCache as KVCache
     from .nn.heads import SequenceClassifier as SequenceClassifier, ValueModel as ValueModel, head_only as head_only
+    from .nn.precision_report import PrecisionReport as PrecisionReport
     from .nn.why import why_unmoved as why_unmoved
     from .train.grad_scaler import GradScaler as GradScaler
     from .train.trainer import Trainer as Trainer, TrainingArguments as TrainingArguments

@@ -86,7 +86,7 @@ def test_misuse_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients: the trained weights are stored in float16"):
         mp.GradScaler().unscale_(optimizer)
     for options in ({"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"growth_interval": 0}, {"init_scale": -1.0}):
-        with pytest.raises(ValueError, match="GradScaler: .* must be"):
+        with pytest.raises(ValueError, match=r"GradScaler: .* must be"):
             mp.GradScaler(**options)
     for state in ({}, scaler.state_dict() | {"scale": np.nan}, scaler.state_dict() | {"_growth_tracker": 5000}):
         with pytest.raises(ValueError, match="GradScaler: "):

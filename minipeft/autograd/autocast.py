@@ -130,7 +130,8 @@ class _Cast:
         given = [arrays[i] for i in floats]
         value, *pullbacks = form(*arrays, **options)
         value = np.asarray(value) if isinstance(value, np.generic) else value
-        low = name in LOWER or name not in self.float32 and all(map(self._is_low, [a for a in given if a.ndim] or given))
+        sized = [a for a in given if a.ndim] or given  # numbers count only among themselves, as in PyTorch
+        low = name in LOWER or (name not in self.float32 and all(map(self._is_low, sized)))
         if not low:
             value = value.view() if self._is_low(value) else value  # `to` may give its input
         elif name in EXACT:

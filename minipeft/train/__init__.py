@@ -11,7 +11,9 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from . import schedule as schedule
     from .arguments import TrainingArguments as TrainingArguments
     from .batches import Batch as Batch, collate as collate, collate_packed as collate_packed, pack as pack
-    from .callbacks import Callback as Callback, EarlyStopping as EarlyStopping, EMA as EMA, Log as Log
+    from .callbacks import (
+        Callback as Callback, EarlyStopping as EarlyStopping, EMA as EMA, Log as Log, WeightsIn as WeightsIn,
+    )  # fmt: skip
     from .checkpoint import (
         CheckpointError as CheckpointError, last_checkpoint as last_checkpoint,
         list_checkpoints as list_checkpoints, load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint,
