@@ -20,6 +20,8 @@ Words that mean one thing everywhere:
     score               one number for a whole response, from a reward model or function
     reward              what is maximized: the score less the price of KL, token by token
     advantage           by how much a response, or a token of it, did better than expected
+    master weights      the trained weights in float32, of which rounded ones are made where they are used
+    overflow, flush     a number that rounding makes infinite; one that it makes zero
     ledger              the memory of a step in bytes, line by line (`MemoryLedger`)
     block               consecutive numbers that are quantized together
     scale, absmax       the largest absolute value of a block, by which its numbers are divided
