@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import models
 import numpy as np
 import pytest
 import torch
+from twins import twin_of
 
 import minipeft as mp
 from minipeft import functional as F
@@ -212,3 +214,32 @@ def test_the_lists_name_ops():
     assert linear_4bit.__name__ in REGISTRY
     assert {*LOWER, *EXACT, *FLOAT32["cpu"], *FLOAT32["cuda"]} <= set(REGISTRY)
     assert FLOAT32["cpu"] < FLOAT32["cuda"] and not LOWER & FLOAT32["cuda"]
+
+
+@dtypes
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_a_transformer_differs_from_transformers_by_no_more_than_both_do_from_float32(dialect, dtype):
+    """Two roundings of one computation, in other places: their errors know nothing of each other, and are as large.
+
+    So the squared distance between ours and theirs is at most about the sum of those of both from float32.
+    """
+    config = models.config(dialect, initializer_range=0.1, hidden_size=32)
+    model, ids = mp.Transformer(config, seed=1), np.random.default_rng(6).integers(0, 40, (2, 16))
+    twin, exact = twin_of(model, "float32"), model.copy()
+    exact.loss(ids, ids).backward()
+    with autocast(dtype, device_type="cpu"):
+        loss = model.loss(ids, ids)
+    loss.backward()
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+        other = twin(torch.from_numpy(ids), labels=torch.from_numpy(ids), use_cache=False).loss
+    other.backward()
+    assert loss.item() == pytest.approx(other.item(), rel=4 * PLACE[dtype])
+    theirs, true = dict(twin.named_parameters()), dict(exact.named_parameters())
+    ratios = []
+    for name, p in model.named_parameters():
+        their, e = theirs[name].grad.numpy(), true[name].grad
+        ours_off, theirs_off, apart = (np.linalg.norm(d) for d in (p.grad - e, their - e, p.grad - their))
+        assert 0 < ours_off < 40 * PLACE[dtype] * np.linalg.norm(e), name
+        assert apart < 1.5 * np.hypot(ours_off, theirs_off), name
+        ratios.append(ours_off / theirs_off)
+    assert 0.5 < np.median(ratios) < 2, "neither is much nearer to float32 than the other"
