@@ -84,9 +84,9 @@ def autocast(dtype: str = "bfloat16", enabled: bool = True, device_type: str = "
     The backward pass of what was computed inside rounds as well, also when it runs after the `with`. float64 is left
     alone. Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740); the lists of PyTorch 2.13
     (aten/src/ATen/autocast_mode.h). Departures: 1. Arrays are float32, so this saves no memory. 2. What is one op here
-    rounds its inputs and its result alone: in attention weights, `swiglu` and `cross_entropy` nothing in between; but
-    `linear_cross_entropy` is `linear` and `cross_entropy`. 3. Gradients of several readers are added in float32, and then
-    rounded. 4. `device_type` is no place, so it comes last.
+    rounds its inputs, its result and their gradients alone: nothing inside attention, `swiglu` or a loss, nor the result
+    that a derivative is made of; but `linear_cross_entropy` is `linear` and `cross_entropy`. 3. Gradients that meet are
+    added in float32, and then rounded. 4. `device_type` is no place, so it comes last.
 
     Raises ValueError for other names.
     """
