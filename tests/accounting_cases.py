@@ -47,11 +47,17 @@ QUANTIZED = {  # what of METHODS stands on a base in four bits, and how
     "qlora, plain scales": dict(quantization="nf4", double_quantization=False),
     "qdora": dict(quantization="nf4"),
 }
-CLASSES = {
-    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "bert": "BertModel", "roberta": "RobertaModel", "deberta-v2": "DebertaV2Model",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "bloom": "BloomForCausalLM",
-    "opt": "OPTForCausalLM",
+CLASSES = {  # model_type -> transformers' class
+    "gpt2": "GPT2LMHeadModel", "gpt_bigcode": "GPTBigCodeForCausalLM", "gptj": "GPTJForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "gemma3": "Gemma3ForConditionalGeneration",
+    "phi": "PhiForCausalLM", "phi3": "Phi3ForCausalLM", "phimoe": "PhimoeForCausalLM", "stablelm": "StableLmForCausalLM",
+    "falcon": "FalconForCausalLM", "bloom": "BloomForCausalLM", "opt": "OPTForCausalLM",
+    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
+    "whisper": "WhisperForConditionalGeneration", "bert": "BertModel", "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel", "deberta-v2": "DebertaV2Model", "vit": "ViTModel",
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def change(tree: Any, draws: Draws) -> Any:
         if what == 0:
             del tree[key]
         elif what == 1:  # put there what stands elsewhere
-            tree[key] = tree[draws.choice(keys)]
+            tree[key] = deepcopy(tree[draws.choice(keys)])
         elif what == 2 and isinstance(tree, dict):  # rename
             tree[draws.choice([*map(str, tree), *TEXTS])] = tree.pop(key)
         elif what == 2:  # again
@@ -245,7 +246,7 @@ def change(tree: Any, draws: Draws) -> Any:
         return tree
     what = draws.below(10)
     if what < 3:
-        return draws.choice(VALUES)
+        return deepcopy(draws.choice(VALUES))  # for later changes may go into it
     if isinstance(tree, bytes):
         return change_bytes(tree, draws)
     if isinstance(tree, str):
@@ -253,8 +254,8 @@ def change(tree: Any, draws: Draws) -> Any:
     if isinstance(tree, (int, float)) and not isinstance(tree, bool):
         return draws.choice(NUMBERS) if what < 6 else draws.choice([tree + 1, tree - 1, tree * 2, -tree, float(tree), str(tree)])
     if isinstance(tree, list):
-        return [*tree, draws.choice(VALUES)]
-    return {**tree, draws.choice(TEXTS): draws.choice(VALUES)} if isinstance(tree, dict) else [tree]
+        return [*tree, deepcopy(draws.choice(VALUES))]
+    return {**tree, draws.choice(TEXTS): deepcopy(draws.choice(VALUES))} if isinstance(tree, dict) else [tree]
 
 
 def change_text(text: str, draws: Draws) -> str:

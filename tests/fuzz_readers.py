@@ -18,7 +18,8 @@ from test_text_chat import SYSTEM
 
 import minipeft as mp
 from minipeft import quant, rlhf
-from minipeft.accounting import published
+from minipeft.accounting import architecture, published
+from minipeft.accounting.models import groups
 from minipeft.experiments import rows
 from minipeft.files import FileError, read_safetensors, write_json, write_safetensors
 from minipeft.hub.pretrained import HubError
@@ -80,6 +81,14 @@ def models(folder: Path) -> None:
     for name, config in of.items():
         mp.save_pretrained(model(config), folder / name)
     mp.save_pretrained(SequenceClassifier(model(LLAMA), 3), folder / "classifier")
+
+
+def described(folder: Path) -> None:
+    """A config.json of each family."""
+    by_family = {entry["config"]["model_type"]: entry["config"] for group in groups().values() for entry in group.values()}
+    for family, config in by_family.items():
+        (folder / family).mkdir(parents=True)
+        write_json(folder / family / "config.json", config)
 
 
 def quantized(folder: Path) -> None:
@@ -372,6 +381,13 @@ def figures(folder: Path) -> None:
             path.write_text(text + "\n")
 
 
+def read_figures(folder: Path) -> None:
+    """Audit; raise what a row that is wrong says of itself."""
+    for finding in published.audit(published.read_published(folder / "mine.csv")):
+        if finding.verdict == "error":
+            raise ValueError(finding.reason)
+
+
 RUN = ("checkpoint-2/state.json", "checkpoint-2/state.json", "checkpoint-2/*")
 READERS: dict[str, Reader] = {
     "safetensors": Reader(models, lambda folder: [a.sum() for a in read_safetensors(folder / "model.safetensors")[0].values()],
@@ -383,7 +399,8 @@ READERS: dict[str, Reader] = {
     "tokenizer": Reader(tokenizers_, read_tokenizer, (FileError, ValueError)),
     "adapter": Reader(adapters, read_adapter, (PeftError, FileError), ("*.json", "*.json", "*.json", "*.safetensors")),
     "gguf": Reader(ggufs, read_gguf, (HubError, FileError)),
-    "audit": Reader(figures, lambda folder: published.audit(published.read_published(folder / "mine.csv")), (FileError, ValueError)),
+    "audit": Reader(figures, read_figures, (FileError, ValueError)),
+    "architecture": Reader(described, lambda folder: architecture(folder).size, (ValueError, FileError)),
     "template": Reader(templates_, read_template, (ValueError,)),
     "calibration": Reader(calibrations, read_reward, (FileError, HubError), ("reward_calibration.json",)),
     "prompts": Reader(records, lambda folder: datasets.read_prompts(one(folder)), (DatasetError,)),

@@ -320,6 +320,13 @@ def test_readme_commands_are_what_the_command_line_takes():
             assert _parse(call).command in COMMANDS
 
 
+def test_readme_names_files_of_tests_that_exist():
+    promises = README[README.index("## What you can rely on") :].split("\n## ")[0]
+    named = set(re.findall(r"tests/[\w/*.]+\.py", promises))
+    assert len(named) > 20
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
 @pytest.mark.usefixtures("methods_as_before")
 def test_readme_python_runs(monkeypatch, tmp_path):
     """The blocks as written, on a fraction of the data."""

@@ -86,6 +86,38 @@ def test_every_family_has_usual_targets(model, options):
     assert 0 < count_parameters(model, options).share < 0.03
 
 
+@pytest.mark.parametrize(("model", "options", "trainable"), [
+    # 32 layers of q: 4096 -> 4096 and v: 4096 -> 1024
+    ("mixtral-8x7b", mp.LoraConfig(r=8), 32 * 8 * (4096 + 4096 + 4096 + 1024)),
+    # as PEFT 0.21: in each layer factors of the ranks 2 r E and r E, and at the router
+    ("mixtral-8x7b", mp.LoraConfig(r=8, target_modules=["w1", "w2", "w3"]),
+     32 * 8 * 8 * (2 * (4096 + 2 * 14336) + 14336 + 4096)),
+    ("mixtral-8x7b", mp.LoraConfig(r=8, target_modules=["gate"]), 32 * 8 * (4096 + 8)),
+    ("qwen3-30b-a3b", mp.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]),
+     48 * 2 * 128 * (2 * (2048 + 2 * 768) + 768 + 2048)),
+    ("mixtral-8x7b", mp.LoHaConfig(r=2, target_modules="all-linear"), 32 * 2 * 2 * (2 * 8192 + 2 * 5120)),
+    # PEFT's documentation: LoRA with a head of two classes on Gemma 2 2B, LoRA on Whisper large
+    ("openai/whisper-large-v2", mp.LoraConfig(r=32, target_modules=["q_proj", "v_proj"]), 15_728_640),
+    ("phi-2", mp.LoraConfig(r=8), 32 * 8 * (2 * 2 * 2560 + 2 * (2560 + 10240))),
+    ("falcon-7b", mp.LNTuningConfig(), 33 * 2 * 4544),  # which has one norm a block, of the usual two
+    ("phi-2", "head", 51200 * 2561),
+    ("whisper-tiny", "head", 51865 * 384),
+])  # fmt: skip
+def test_counts_of_other_families(model, options, trainable):
+    assert count_parameters(model, options).trainable == trainable
+
+
+def test_a_classifier_of_gemma_2_is_counted_as_pefts_documentation_prints_it():
+    config = mp.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    assert count_parameters(architecture("google/gemma-2-2b", num_labels=2), config).trainable == 3_199_488
+
+
+def test_four_bits_leave_experts_that_are_in_one_array():
+    options = dict(quantization="nf4", precision="bfloat16")
+    frozen = mp.accounting.memory_ledger("mixtral-8x7b", mp.LoraConfig(r=1), **options).lines["frozen weights"]
+    assert frozen > 2 * 32 * 8 * 3 * 4096 * 14336
+
+
 def test_adapters_around_the_sublayers_of_other_families():
     """Houlsby et al. 2019 (figure 2): two in each layer of BERT; Pfeiffer et al. 2020: one."""
     one = 2 * 768 * 64 + 64 + 768
@@ -136,6 +168,10 @@ def test_trained_biases_are_copies_beside_the_frozen_ones():
     ("bert-base", mp.LoraConfig(target_modules=["LayerNorm"]), "'embeddings.LayerNorm' of bert-base is of the kind norm"),
     ("gpt2", mp.LoraConfig(modules_to_save=["lm_heat"]), "modules_to_save: no module is called 'lm_heat'"),
     ("llama-7b", mp.BitFitConfig(), "BitFitConfig trains nothing of llama-7b"),
+    ("mixtral-8x7b", mp.LoraConfig(target_modules=["w1"]), "w1 and w3 of mixtral-8x7b are one array: name both or neither"),
+    ("mixtral-8x7b", mp.LoraConfig(target_modules=["w1", "w3"], use_dora=True), "DoRA is not defined for experts in one"),
+    ("mixtral-8x7b", mp.LoHaConfig(target_modules=["gate_up_proj"]), "is of the kind experts; LoHaConfig works on linear"),
+    ("phi4", mp.LoraConfig(), "LoraConfig needs target_modules for a .* of type 'phi3'"),
 ])  # fmt: skip
 def test_what_is_no_method_or_fits_no_parameter_is_refused(model, config, sentence):
     with pytest.raises(ValueError, match=sentence):

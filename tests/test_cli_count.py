@@ -101,6 +101,7 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
 
 @pytest.mark.parametrize(("argv", "message"), [
     ("lama-7b", "unknown model 'lama-7b'; nearest: llama-7b"),
+    ("llama-3", "'llama-3' is not one model: there are llama3-8b, llama3-70b, llama3.1-8b"),
     ("gpt2 --method lorra", "unknown value of --method 'lorra'; did you mean lora"),
     ("gpt2 --method ia3 -r 8", "--method ia3 has no option --rank; there are --target"),
     ("gpt2 --method full -r 8", "--method full has no options, so --rank means nothing there"),
@@ -121,6 +122,20 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     assert message in refused(capsys, "count", *argv.split())
+
+
+@pytest.mark.parametrize("command", ["count", "memory"])
+def test_the_models_are_listed_by_family(capsys, command):
+    status, out, err = output(capsys, command, "--models")
+    assert (status, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+    assert "Mixtral\n  mixtral-8x7b, mixtral-8x22b\n" in out
+    listed = [name for line in out.splitlines() if line.startswith(" ") for name in line.strip(" ,").split(", ")]
+    assert listed == mp.accounting.architectures.names()
+
+
+def test_a_name_on_the_hub_is_answered_with_the_models_own(capsys):
+    record = reported(capsys, "count", "meta-llama/Llama-3.1-8B-Instruct", "--method", "frozen")
+    assert (record["model"], record["total"]) == ("llama3.1-8b", 8_030_261_248)
 
 
 @pytest.mark.parametrize("command", ["count", "memory"])

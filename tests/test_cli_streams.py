@@ -32,7 +32,8 @@ def shell(redirections, *argv, path=ROOT, **environment):
     """`minipeft ARGV REDIRECTIONS` of a shell."""
     command = ["sh", "-c", f'"$@" {redirections}', "sh", sys.executable, "-m", "minipeft", *map(str, argv)]
     environment = {**os.environ, "MINIPEFT_THREADS": "1", "PYTHONPATH": str(path), **environment}
-    return subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    listen = None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background, too
+    return subprocess.run(command, capture_output=True, env=environment, timeout=120, preexec_fn=listen)
 
 
 @posix

@@ -2,34 +2,26 @@
 
     architecture("gpt3")["transformer.h.0.attn.c_attn.weight"]   ->  (12288, 36864)
 
-A family's rule is its module tree written down: one function that names every parameter once, in the order and with
-the names of Hugging Face's model, so that `target_modules` means here what it means there. Nothing is allocated. The
-dimensions of named models lie in architectures.json, as Hugging Face configurations with their source.
-
-Families: gpt2, llama (and mistral, qwen2), bert (and roberta), deberta-v2, t5 (and mt5), bloom, opt. The causal
-language models and T5 have their language-model head; BERT, RoBERTa and DeBERTa are the bare model (the first two with
-their pooler), as their authors count them. Another head is asked for with `num_labels`.
+`families` has the rules, `models` the configurations of named models. Nothing is allocated.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json
 from ..hub.configuration import our_name, to_hugging_face
+from ..nn.transformer import FAMILIES as BUILT
 from ..nn.transformer import TransformerConfig
+from .families import FAMILIES, Entry, Shape, bert, deberta, linear, t5, vit, whisper
+from .models import find, names
 
-Shape = tuple[int, ...]
-Entry = tuple[str, str, Shape]  # parameter name, kind, shape
 MOST, MOST_LAYERS = 2**31, 10_000  # a larger dimension is a slip, and the table would not end
 
 
@@ -38,7 +30,8 @@ class Architecture(Mapping[str, Shape]):
     """The parameters of a model, each once: `arch[name]` is a shape, `arch.kinds[name]` what it belongs to.
 
     Kinds: of weights, by their layer, `linear` ([out, in]), `conv1d` (GPT-2's linear layer, [in, out]), `embedding`,
-    `norm` and `convolution`; and `bias`, of any layer.
+    `norm` and `convolution`; `router` and `experts` ([experts, out, in]) where PEFT puts LoRA on them; `bias`, of any layer;
+    and `parameter` for what is none of these.
     """
 
     name: str
@@ -64,16 +57,6 @@ class Architecture(Mapping[str, Shape]):
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def names() -> list[str]:
-    """The names that `architecture` knows."""
-    return list(_published())
-
-
-@cache
-def _published() -> dict[str, dict[str, Any]]:
-    return json.loads(files(__package__).joinpath("architectures.json").read_text("utf-8"))
-
-
 def architecture(
     model: str | os.PathLike | Mapping[str, Any] | TransformerConfig | int,
     num_labels: int | None = None,
@@ -82,14 +65,15 @@ def architecture(
     """The parameter table of a model.
 
     Args:
-        model: a published model's name (`names()`); a Hugging Face config.json, its directory, or its content as a
-            dictionary (with "name", changes to the configuration of that published model); a TransformerConfig,
-            whose table is that of `Transformer(config)`; or a number, for a model of which only the number of
-            parameters is known.
+        model: a published model's name, as here (`names()`) or on the hub, in any spelling; a Hugging Face
+            config.json, its directory, or its content as a dictionary (with "name", changes to the configuration of
+            that published model); a TransformerConfig, whose table is that of `Transformer(config)`; or a number, for
+            a model of which only the number of parameters is known.
         num_labels: the number of classes of Hugging Face's head for `task`, in place of a language model's; None: none.
-        task: "SEQ_CLS", or for BERT, RoBERTa and DeBERTa "QUESTION_ANS" too (PEFT's names).
+        task: "SEQ_CLS" (of images, too), or for BERT, RoBERTa and DeBERTa "QUESTION_ANS" (PEFT's names).
 
-    Raises ValueError naming the nearest names when a name is unknown, and for a family without a rule here.
+    Raises ValueError naming the nearest names when a name is unknown, those that it could mean when it is not one
+    model's, and for a family without a rule here.
     """
     if num_labels is not None:
         return _with_head(architecture(model), num_labels, task)
@@ -101,79 +85,141 @@ def architecture(
         return _build(f"{model.model_type} of {model.num_hidden_layers} layers", to_hugging_face(model, "float32"))
     if isinstance(model, Mapping):
         if "name" in model:
+            name, config = find(str(model["name"]))
             changes = {key: value for key, value in model.items() if key != "name"}
-            return _build(model["name"], {**_known(model["name"])["config"], **changes})
+            return _build(name, _changed(name, config, changes))
         return _build(str(model.get("_name_or_path") or model.get("model_type")), model)
     path = Path(model)
-    if str(model) not in _published() and (path.is_dir() or path.suffix == ".json"):
+    if str(model) not in names() and (path.is_dir() or path.suffix == ".json"):
         return _build(str(model), read_json(path / "config.json" if path.is_dir() else path))
-    return _build(str(model), _known(str(model))["config"])
+    return _build(*find(str(model)))
 
 
-def _known(name: str) -> dict[str, Any]:
-    if name not in _published():
-        wanted = name.rpartition("/")[2].lower()  # as the hub writes it: Qwen/Qwen2.5-3B
-        near = difflib.get_close_matches(wanted, names(), n=3, cutoff=0.3) or names()[:3]
-        raise ValueError(f"unknown model {name!r}; nearest: {', '.join(near)} (or give a Hugging Face config.json)")
-    return _published()[name]
+def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A published model's configuration with some fields changed. Raises ValueError for one that its family lacks."""
+    fields = FAMILIES[config["model_type"]][1]
+    for key in changes:
+        if key not in config and _field(key, fields) is None:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
+    return {**config, **{_field(key, fields) or key: value for key, value in changes.items()}}
 
 
 def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
     """Hugging Face's models for a task.
 
-    Sequence classification: BERT and DeBERTa keep (or get) a pooler, RoBERTa has a dense layer in its place, and a
-    decoder has a head without a bias, `score`. Question answering: a layer on all positions, and no pooler.
+    Sequence classification: BERT and DeBERTa keep (or get) a pooler, RoBERTa has a dense layer in its place, ViT none,
+    and a decoder has a head without a bias, `score`. Question answering: a layer on all positions, and no pooler.
     """
     family = FAMILIES[arch.model_type][0] if arch.model_type in FAMILIES else None
     if type(num_labels) is not int or num_labels < 1:
         raise ValueError(f"num_labels must be a positive integer, not {num_labels!r}")
     if task not in ("SEQ_CLS", "QUESTION_ANS"):
         raise ValueError(f"task must be 'SEQ_CLS' or 'QUESTION_ANS', not {task!r}")
-    encoder = family in (bert, deberta)
-    if family in (None, t5) or (task == "QUESTION_ANS" and not encoder):
-        known = [t for t, (r, _) in FAMILIES.items() if r in (bert, deberta) or (task == "SEQ_CLS" and r != t5)]
+    encoder, roberta = family in (bert, deberta), arch.model_type in ("roberta", "xlm-roberta")
+    if family in (None, t5, whisper) or (task == "QUESTION_ANS" and not encoder):
+        known = [t for t, (r, _) in FAMILIES.items() if r in (bert, deberta) or (task == "SEQ_CLS" and r not in (t5, whisper))]
         family_name = f"{arch.name} is of the family {arch.model_type}"
         raise ValueError(f"{task} heads are known of {', '.join(known)}; {family_name}")
     d = arch.dimensions["hidden_size"]
-    table = [(name, arch.kinds[name], shape) for name, shape in arch.items() if name != "lm_head.weight"]
-    if encoder and (task == "QUESTION_ANS" or arch.model_type == "roberta"):
+    table = [(name, arch.kinds[name], shape) for name, shape in arch.items() if not name.startswith("lm_head.")]
+    if family == vit or (encoder and (task == "QUESTION_ANS" or roberta)):
         table = [entry for entry in table if not entry[0].startswith("pooler.")]
     if task == "QUESTION_ANS":
         table += linear("qa_outputs", d, num_labels)
+    elif family == vit:
+        table += linear("classifier", d, num_labels)
     elif not encoder:
         last = arch["lm_head.weight" if "lm_head.weight" in arch else arch.tied["lm_head.weight"]][1]
         table += linear("score", last, num_labels, bias=False)  # OPT may project its outputs: as wide as its embedding
-    elif arch.model_type == "roberta":
+    elif roberta:
         table += [*linear("classifier.dense", d, d), *linear("classifier.out_proj", d, num_labels)]
     else:
         table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
         table += linear("classifier", d, num_labels)
     name = f"{arch.name} with {num_labels} {'classes' if task == 'SEQ_CLS' else 'outputs a token'}"
-    model_type = "llama" if family is llama else arch.model_type
-    return Architecture(name, model_type, *_columns(table), dimensions=arch.dimensions)
+    return Architecture(name, arch.model_type, *_columns(table), dimensions=arch.dimensions)
+
+
+# ------------------------------------------------------------------------------------------------ from a configuration
+
+# names of one field; each family has one of them
+SAME = (
+    ("hidden_size", "n_embd", "n_embed", "d_model"),
+    ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers"),
+    ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    ("num_key_value_heads",),
+    ("head_dim", "d_kv", "kv_channels"),
+    ("max_position_embeddings", "n_positions", "n_ctx"),
+    ("num_experts", "num_local_experts"),
+    ("qkv_bias", "use_qkv_bias"),
+)
+# options under which a model would have parameters that no rule here has
+REFUSED = ("add_cross_attention", "qk_layernorm")
 
 
 def _build(name: str, config: Mapping[str, Any]) -> Architecture:
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    model_type, text = config.get("model_type"), config.get("text_config")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.0)
-        raise ValueError(
-            f"no rule for the family model_type={model_type!r} (nearest: {near[0]}); there are {', '.join(FAMILIES)}"
-        )
+        inner = text.get("model_type") if isinstance(text, Mapping) else None
+        alone = f"; its text_config, of {inner}, can be given alone" * (isinstance(inner, str) and inner in FAMILIES)
+        known = f"(nearest: {near[0]}); there are {', '.join(FAMILIES)}"
+        raise ValueError(f"no rule for the family model_type={model_type!r} {known}{alone}")
+    if isinstance(text, Mapping):
+        config = {**text, **config}
     rule, defaults = FAMILIES[model_type]
-    known = {k: v for k, v in config.items() if v is not None}
-    c = {**defaults, **{_ALIASES.get(k, k) if _ALIASES.get(k) in defaults else k: v for k, v in known.items()}}
-    for key, default in defaults.items():
-        if type(default) is int and (type(c[key]) is not int or (c[key] < 1 and c[key] != default)):
-            raise ValueError(f"{name}: {key} must be a positive integer, not {c[key]!r}")
-        if type(default) is int and c[key] > (limit := MOST_LAYERS if "layer" in key else MOST):
-            raise ValueError(f"{name}: {key} must be at most {limit:,}, not {c[key]!r}")
+    c = {"model_type": model_type, **_fields(name, config, defaults)}
     table = list(rule(c))
     tied = {entry: owner for entry, kind, owner in table if kind == "tied"}
     return Architecture(
-        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(model_type, c),
-        _dimensions(c),
+        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(c), _dimensions(c)
     )  # fmt: skip
+
+
+def _field(key: str, fields: Mapping[str, Any]) -> str | None:
+    """The name that a family's `fields` have for a key of a configuration, None where they have none."""
+    same = next((group for group in SAME if key in group), ())
+    return key if key in fields else next((other for other in same if other in fields), None)
+
+
+def _fields(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a family's rule, from a configuration and the defaults. Raises ValueError for one that is wrong."""
+    c = dict(defaults)
+    for key in sorted(config, key=lambda key: key in defaults):  # a family's own names of fields come last and count
+        own = _field(key, defaults)
+        if own is not None and config[key] is not None:
+            c[own] = config[key]
+        elif own == "num_key_value_heads":  # null: as many as query heads
+            c[own], defaults = 0, {**defaults, own: 0}
+    for key in REFUSED:
+        if config.get(key) and key not in defaults:
+            raise ValueError(f"{name}: the parameters that {key} adds are not known here")
+    for key, default in defaults.items():
+        value = c[key]
+        if isinstance(default, Mapping):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name}: {key} must be an object, not {value!r}")
+            c[key] = _fields(f"{name}: {key}", {} if value is default else value, default)
+        elif type(default) is int and (type(value) is not int or (value < 1 and value != default)):
+            raise ValueError(f"{name}: {key} must be a positive integer, not {value!r}")
+        elif type(default) is int and value > (limit := MOST_LAYERS if "layer" in key else MOST):
+            raise ValueError(f"{name}: {key} must be at most {limit:,}, not {value!r}")
+        elif type(default) is bool and type(value) is not bool:
+            raise ValueError(f"{name}: {key} must be true or false, not {value!r}")
+        elif type(default) is str and type(value) is not str:
+            raise ValueError(f"{name}: {key} must be a text, not {value!r}")
+        elif type(default) is frozenset and value is not default:
+            c[key] = _set(name, key, value)
+    return c
+
+
+def _set(name: str, key: str, value: Any) -> frozenset[int | str]:
+    """The elements of a list, or of a text with | between them."""
+    value = value.split("|") if isinstance(value, str) else value
+    if not isinstance(value, list) or any(type(element) not in (int, str) for element in value):
+        raise ValueError(f"{name}: {key} must be a list, not {value!r}")
+    return frozenset(value)
 
 
 def _columns(table: Iterable[Entry]) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -184,274 +230,16 @@ def _columns(table: Iterable[Entry]) -> tuple[dict[str, Shape], dict[str, str]]:
 
 def _dimensions(c: Mapping[str, Any]) -> dict[str, int]:
     """The sizes that methods ask a model for, whatever its family calls them."""
-    d = c.get("hidden_size") or c.get("n_embd") or c.get("d_model")
-    layers = c.get("num_hidden_layers") or c.get("n_layer") or c.get("num_layers")
-    heads = c.get("num_attention_heads") or c.get("n_head") or c.get("num_heads")
+    d, layers, heads, kv, width = (next((c[name] for name in group if c.get(name)), 0) for group in SAME[:5])
     return dict(
-        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c.get("d_kv") or d // heads,
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv or heads,
+        head_dim=width or d // heads,
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- layers
-
-
-def linear(path: str, n_in: int, n_out: int, bias: bool = True) -> Iterator[Entry]:
-    """torch.nn.Linear: weight [out, in] and bias [out]."""
-    yield f"{path}.weight", "linear", (n_out, n_in)
-    if bias:
-        yield f"{path}.bias", "bias", (n_out,)
-
-
-def conv1d(path: str, n_in: int, n_out: int) -> Iterator[Entry]:
-    """GPT-2's linear layer, its weight the other way round, [in, out]."""
-    yield f"{path}.weight", "conv1d", (n_in, n_out)
-    yield f"{path}.bias", "bias", (n_out,)
-
-
-def embedding(path: str, n: int, d: int) -> Iterator[Entry]:
-    """A table of n rows, [n, d]."""
-    yield f"{path}.weight", "embedding", (n, d)
-
-
-def layer_norm(path: str, d: int) -> Iterator[Entry]:
-    """LayerNorm: weight and bias, [d]."""
-    yield f"{path}.weight", "norm", (d,)
-    yield f"{path}.bias", "bias", (d,)
-
-
-def rms_norm(path: str, d: int) -> Iterator[Entry]:
-    """RMSNorm: a weight [d]."""
-    yield f"{path}.weight", "norm", (d,)
-
-
-def head(c: Mapping[str, Any], n: int, d: int, table: str) -> Iterator[Any]:
-    """The language model's head [V, d]: a second name of the embedding's table, or a matrix of its own."""
-    if c["tie_word_embeddings"]:
-        yield "lm_head.weight", "tied", f"{table}.weight"
-    else:
-        yield from linear("lm_head", d, n, bias=False)
-
-
-# ---------------------------------------------------------------------------------------------------------- families
-
-
-def gpt2(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """GPT2LMHeadModel (Radford et al. 2019)."""
-    d, ff, p = c["n_embd"], c["n_inner"] or 4 * c["n_embd"], "transformer."
-    yield from embedding(f"{p}wte", c["vocab_size"], d)
-    yield from embedding(f"{p}wpe", c["n_positions"], d)
-    for i in range(c["n_layer"]):
-        h = f"{p}h.{i}."
-        yield from layer_norm(f"{h}ln_1", d)
-        yield from conv1d(f"{h}attn.c_attn", d, 3 * d)
-        yield from conv1d(f"{h}attn.c_proj", d, d)
-        yield from layer_norm(f"{h}ln_2", d)
-        yield from conv1d(f"{h}mlp.c_fc", d, ff)
-        yield from conv1d(f"{h}mlp.c_proj", ff, d)
-    yield from layer_norm(f"{p}ln_f", d)
-    yield from head(c, c["vocab_size"], d, f"{p}wte")
-
-
-def llama(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """LlamaForCausalLM, MistralForCausalLM and Qwen2ForCausalLM (Touvron et al. 2023, arXiv:2302.13971).
-
-    Qwen2 has biases in the query, key and value projections; Llama's `attention_bias` gives o_proj one too.
-    """
-    d, ff, p = c["hidden_size"], c["intermediate_size"], "model."
-    heads, kv = c["num_attention_heads"], c["num_key_value_heads"] or c["num_attention_heads"]
-    width = c["head_dim"] or d // heads
-    qkv_bias = c["model_type"] == "qwen2" or c["attention_bias"]
-    yield from embedding(f"{p}embed_tokens", c["vocab_size"], d)
-    for i in range(c["num_hidden_layers"]):
-        h = f"{p}layers.{i}."
-        yield from linear(f"{h}self_attn.q_proj", d, heads * width, qkv_bias)
-        yield from linear(f"{h}self_attn.k_proj", d, kv * width, qkv_bias)
-        yield from linear(f"{h}self_attn.v_proj", d, kv * width, qkv_bias)
-        yield from linear(f"{h}self_attn.o_proj", heads * width, d, c["attention_bias"])
-        yield from linear(f"{h}mlp.gate_proj", d, ff, c["mlp_bias"])
-        yield from linear(f"{h}mlp.up_proj", d, ff, c["mlp_bias"])
-        yield from linear(f"{h}mlp.down_proj", ff, d, c["mlp_bias"])
-        yield from rms_norm(f"{h}input_layernorm", d)
-        yield from rms_norm(f"{h}post_attention_layernorm", d)
-    yield from rms_norm(f"{p}norm", d)
-    yield from head(c, c["vocab_size"], d, f"{p}embed_tokens")
-
-
-def bert(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """BertModel and RobertaModel, with pooler (Devlin et al. 2018, arXiv:1810.04805)."""
-    d, ff, p = c["hidden_size"], c["intermediate_size"], "embeddings."
-    yield from embedding(f"{p}word_embeddings", c["vocab_size"], d)
-    yield from embedding(f"{p}position_embeddings", c["max_position_embeddings"], d)
-    yield from embedding(f"{p}token_type_embeddings", c["type_vocab_size"], d)
-    yield from layer_norm(f"{p}LayerNorm", d)
-    for i in range(c["num_hidden_layers"]):
-        yield from _encoder_layer(f"encoder.layer.{i}.", d, ff, ("query", "key", "value"))
-    yield from linear("pooler.dense", d, d)
-
-
-def _encoder_layer(h: str, d: int, ff: int, projections: tuple[str, ...]) -> Iterator[Entry]:
-    for name in projections:
-        yield from linear(f"{h}attention.self.{name}", d, d)
-    yield from linear(f"{h}attention.output.dense", d, d)
-    yield from layer_norm(f"{h}attention.output.LayerNorm", d)
-    yield from linear(f"{h}intermediate.dense", d, ff)
-    yield from linear(f"{h}output.dense", ff, d)
-    yield from layer_norm(f"{h}output.LayerNorm", d)
-
-
-def deberta(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """DebertaV2Model (He et al. 2020, arXiv:2006.03654; 2021, arXiv:2111.09543).
-
-    One table of relative positions serves all layers; unless `share_att_key`, each layer projects it with matrices of
-    its own. The convolution over the first layer's input is there where `conv_kernel_size` says so.
-    """
-    d, ff = c["hidden_size"], c["intermediate_size"]
-    yield from embedding("embeddings.word_embeddings", c["vocab_size"], d)
-    if c["position_biased_input"]:
-        yield from embedding("embeddings.position_embeddings", c["max_position_embeddings"], d)
-    if c["type_vocab_size"]:
-        yield from embedding("embeddings.token_type_embeddings", c["type_vocab_size"], d)
-    yield from layer_norm("embeddings.LayerNorm", d)
-    projections = ("query_proj", "key_proj", "value_proj")
-    if c["relative_attention"] and not c["share_att_key"]:
-        kinds = c["pos_att_type"].split("|") if isinstance(c["pos_att_type"], str) else c["pos_att_type"]
-        projections += ("pos_key_proj",) * ("c2p" in kinds) + ("pos_query_proj",) * ("p2c" in kinds)
-    for i in range(c["num_hidden_layers"]):
-        yield from _encoder_layer(f"encoder.layer.{i}.", d, ff, projections)
-    if c["relative_attention"]:
-        limit = c["max_relative_positions"] if c["max_relative_positions"] > 0 else c["max_position_embeddings"]
-        buckets = c["position_buckets"] if c["position_buckets"] > 0 else limit
-        yield from embedding("encoder.rel_embeddings", 2 * buckets, d)
-    if "layer_norm" in c["norm_rel_ebd"].split("|"):
-        yield from layer_norm("encoder.LayerNorm", d)
-    if c["conv_kernel_size"] > 0:
-        yield "encoder.conv.conv.weight", "convolution", (d, d, c["conv_kernel_size"])
-        yield "encoder.conv.conv.bias", "bias", (d,)
-        yield from layer_norm("encoder.conv.LayerNorm", d)
-
-
-def t5(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """T5ForConditionalGeneration and MT5's (Raffel et al. 2019, arXiv:1910.10683; v1.1: gated GELU, untied head).
-
-    One table of relative positions in each stack's first block; no biases; RMS norms. A config.json of transformers 5
-    calls every head tied, whatever its checkpoint holds: of v1.1 it says so by `scale_decoder_outputs`, and mT5's head
-    is always its own.
-    """
-    d, ff, inner, V = c["d_model"], c["d_ff"], c["d_kv"] * c["num_heads"], c["vocab_size"]
-    yield from embedding("shared", V, d)
-
-    def attention(path: str, relative: bool) -> Iterator[Entry]:
-        for name in "qkv":
-            yield from linear(f"{path}.{name}", d, inner, bias=False)
-        yield from linear(f"{path}.o", inner, d, bias=False)
-        if relative:
-            yield from embedding(f"{path}.relative_attention_bias", c["relative_attention_num_buckets"], c["num_heads"])
-
-    for stack, layers in (("encoder", c["num_layers"]), ("decoder", c["num_decoder_layers"] or c["num_layers"])):
-        for i in range(layers):
-            sublayers = ["SelfAttention", *(["EncDecAttention"] if stack == "decoder" else []), "DenseReluDense"]
-            for j, name in enumerate(sublayers):
-                h = f"{stack}.block.{i}.layer.{j}."
-                if name != "DenseReluDense":
-                    yield from attention(h + name, relative=i == 0 and j == 0)
-                else:
-                    for wi in ("wi_0", "wi_1") if c["feed_forward_proj"].startswith("gated") else ("wi",):
-                        yield from linear(f"{h}{name}.{wi}", d, ff, bias=False)
-                    yield from linear(f"{h}{name}.wo", ff, d, bias=False)
-                yield from rms_norm(f"{h}layer_norm", d)
-        yield from rms_norm(f"{stack}.final_layer_norm", d)
-    tied = c["tie_word_embeddings"] and c["scale_decoder_outputs"] and c["model_type"] != "mt5"
-    yield from head({"tie_word_embeddings": tied}, V, d, "shared")
-
-
-def bloom(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """BloomForCausalLM (Scao et al. 2022, arXiv:2211.05100): no position table (ALiBi), a norm on the embedding."""
-    d, p = c["hidden_size"], "transformer."
-    yield from embedding(f"{p}word_embeddings", c["vocab_size"], d)
-    yield from layer_norm(f"{p}word_embeddings_layernorm", d)
-    for i in range(c["n_layer"]):
-        h = f"{p}h.{i}."
-        yield from layer_norm(f"{h}input_layernorm", d)
-        yield from linear(f"{h}self_attention.query_key_value", d, 3 * d)
-        yield from linear(f"{h}self_attention.dense", d, d)
-        yield from layer_norm(f"{h}post_attention_layernorm", d)
-        yield from linear(f"{h}mlp.dense_h_to_4h", d, 4 * d)
-        yield from linear(f"{h}mlp.dense_4h_to_h", 4 * d, d)
-    yield from layer_norm(f"{p}ln_f", d)
-    yield from head(c, c["vocab_size"], d, f"{p}word_embeddings")
-
-
-def opt(c: Mapping[str, Any]) -> Iterator[Entry]:
-    """OPTForCausalLM (Zhang et al. 2022, arXiv:2205.01068): two positions more than the context, as an offset."""
-    d, ff, p = c["hidden_size"], c["ffn_dim"], "model.decoder."
-    narrow = c["word_embed_proj_dim"] or d
-    yield from embedding(f"{p}embed_tokens", c["vocab_size"], narrow)
-    yield from embedding(f"{p}embed_positions", c["max_position_embeddings"] + 2, d)
-    if narrow != d:
-        yield from linear(f"{p}project_out", d, narrow, bias=False)
-        yield from linear(f"{p}project_in", narrow, d, bias=False)
-    if c["do_layer_norm_before"]:
-        yield from layer_norm(f"{p}final_layer_norm", d)
-    for i in range(c["num_hidden_layers"]):
-        h = f"{p}layers.{i}."
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield from linear(f"{h}self_attn.{name}", d, d)
-        yield from layer_norm(f"{h}self_attn_layer_norm", d)
-        yield from linear(f"{h}fc1", d, ff)
-        yield from linear(f"{h}fc2", ff, d)
-        yield from layer_norm(f"{h}final_layer_norm", d)
-    yield from head(c, c["vocab_size"], narrow, f"{p}embed_tokens")
-
-
-# Hugging Face writes only the fields that differ from its defaults; 0 stands for a field that is derived from others.
-_LLAMA = dict(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=0, head_dim=0, max_position_embeddings=2048, tie_word_embeddings=False, attention_bias=False,
-    mlp_bias=False,
-)  # fmt: skip
-_BERT = dict(
-    vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-    max_position_embeddings=512, type_vocab_size=2,
-)  # fmt: skip
-_T5 = dict(
-    vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=0, num_heads=8,
-    relative_attention_num_buckets=32, feed_forward_proj="relu", tie_word_embeddings=True, scale_decoder_outputs=True,
-)  # fmt: skip
-
-FAMILIES: dict[str, tuple[Callable[[Mapping[str, Any]], Iterator[Entry]], dict[str, Any]]] = {
-    "gpt2": (gpt2, dict(
-        vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=0, tie_word_embeddings=True)),
-    "llama": (llama, _LLAMA),
-    "mistral": (llama, dict(_LLAMA, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)),
-    "qwen2": (llama, dict(_LLAMA, vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)),
-    "bert": (bert, _BERT),
-    "roberta": (bert, {**_BERT, "vocab_size": 50265}),
-    "deberta-v2": (deberta, dict(
-        vocab_size=128100, hidden_size=1536, num_hidden_layers=24, num_attention_heads=24, intermediate_size=6144,
-        max_position_embeddings=512, type_vocab_size=0, relative_attention=False, max_relative_positions=-1,
-        position_biased_input=True, position_buckets=-1, norm_rel_ebd="none", share_att_key=False, pos_att_type="",
-        conv_kernel_size=0)),
-    "t5": (t5, _T5),
-    "mt5": (t5, dict(_T5, vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj="gated-gelu")),
-    "bloom": (bloom, dict(vocab_size=250880, hidden_size=64, n_layer=2, n_head=8, tie_word_embeddings=True)),
-    "opt": (opt, dict(
-        vocab_size=50272, hidden_size=768, num_hidden_layers=12, ffn_dim=3072, num_attention_heads=12,
-        max_position_embeddings=2048, word_embed_proj_dim=0, do_layer_norm_before=True, tie_word_embeddings=True)),
-}  # fmt: skip
-
-_ALIASES = {
-    "n_embed": "hidden_size",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "n_ctx": "n_positions",
-}
-
-
-def _transformer_config(model_type: str, c: Mapping[str, Any]) -> TransformerConfig | None:
+def _transformer_config(c: Mapping[str, Any]) -> TransformerConfig | None:
     """The configuration of `Transformer` for the families that it builds."""
-    rule, defaults = FAMILIES[model_type]
-    if rule not in (gpt2, llama):
+    if c["model_type"] not in BUILT:
         return None
-    return TransformerConfig(model_type=model_type, **{our_name(key): c[key] for key in defaults})
+    fields = FAMILIES[c["model_type"]][1]
+    return TransformerConfig(model_type=c["model_type"], **{our_name(key): c[key] for key in fields})

@@ -7,6 +7,11 @@ Conventions, those of PEFT's `print_trainable_parameters`:
     packed weights      count their elements: a weight in 4 bits is as many parameters as in 32
     a method's constants  (VeRA's shared projections) are not trained and not counted in the total, but stored
 
+    experts in one array  no layer, so no method's target but LoRA's, as PEFT (0.21) puts it on Mixtral's and Qwen3's: with
+                        all-linear, by the arrays' names, or those of the layers that experts once were (w1, w2, w3;
+                        gate_proj, up_proj, down_proj). Of gate_up_proj [E, 2f, d] it trains factors of the rank 2rE, of down_proj rE, and
+                        of the router r
+
 A method's rule is its configuration's own `parameter_shapes(name, kind, shape) -> {name: shape}`, the one that its
 modules are built with: for a weight or bias of the module called `name`, the parameters that the method trains there.
 """
@@ -19,7 +24,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..peft.targets import check_patterns, match
+from ..peft.targets import check_patterns, match, matches
 from .architectures import Architecture, Shape, architecture
 
 
@@ -81,25 +86,27 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
     if config == "frozen":
         return {}
     if config == "head":
-        if "lm_head.weight" not in {*arch.shapes, *arch.tied}:
+        shapes = {**arch.shapes, **{name: arch[owner] for name, owner in arch.tied.items()}}
+        head = {name: shape for name, shape in shapes.items() if name.startswith(("lm_head.", "proj_out."))}
+        if not head:
             raise ValueError(f"{arch.name} has no language-model head to train alone")
-        owner = arch.tied.get("lm_head.weight", "lm_head.weight")
-        return {"lm_head.weight": arch[owner]}
+        return head
     config = _resolved(arch, config)
     paths = _paths(arch)
     saved = config.resolve_saved(paths)
     trained: dict[str, Shape] = {}
     for name, kind, shape in _weights(arch):
-        path, _, attribute = name.rpartition(".")
+        path, attribute = _path(name, kind), name.rpartition(".")[2]
         if any(f"{path}.".startswith(f"{module}.") for module in saved):
             trained[f"{path}.modules_to_save.{attribute}"] = shape
             continue
-        for key, added in config.parameter_shapes(path, kind, shape).items():
+        for key, added in _added(config, path, kind, shape).items():
             copied = "modules_to_save." if f"{path}.{key}" in arch else ""  # BitFit's bias, beside the frozen one
             trained[f"{path}.{copied}{key}"] = added
     for path, kind in paths.items():
         named = isinstance(config.target_modules, list)  # a regular expression may match what holds the layers, too
-        if named and config.kinds and config.targets(path, kind) and kind not in config.kinds:
+        kinds = (*config.kinds, *(EXPERTS if config.peft_type == "LORA" else ()))
+        if named and config.kinds and config.targets(path, kind) and kind not in kinds:
             what = f"of the kind {kind}" if kind else "not a layer but several"
             works = f"{type(config).__name__} works on {', '.join(config.kinds)}"
             raise ValueError(f"target_modules: {path!r} of {arch.name} is {what}; {works}")
@@ -109,26 +116,62 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
     return trained
 
 
+EXPERTS = ("router", "experts")  # kinds
+# model_type -> what PEFT (0.21.2) takes the names of the experts' layers for, which transformers 5 has no more
+ONCE = {
+    "mixtral": {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+    "qwen3_moe": {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"},
+}
+
+
+def _added(config: Any, path: str, kind: str, shape: Shape) -> Mapping[str, Shape]:
+    """The parameters that a method adds for one of the model's."""
+    if kind not in EXPERTS or config.peft_type != "LORA":
+        return config.parameter_shapes(path, kind, shape)
+    if not config.targets(path, "linear"):
+        return {}
+    if config.use_dora:
+        raise ValueError(f"{path}: DoRA is not defined for experts in one array; leave use_dora out, or their names")
+    E, (n_out, n_in) = shape[0] if kind == "experts" else 1, shape[-2:]
+    r = config.rank(path) * E * (2 if path.endswith("gate_up_proj") else 1)
+    return {"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)}
+
+
 def constant_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
     """name -> shape of what a method adds and never trains. Raises ValueError for what is no method."""
     if config is None or isinstance(config, str):
         return {}
     config = _resolved(arch, config)
     layers = {
-        name.rpartition(".")[0]: (kind, shape)
+        _path(name, kind): (kind, shape)
         for name, kind, shape in _weights(arch)
-        if kind in config.kinds and config.targets(name.rpartition(".")[0], kind)
+        if kind in config.kinds and config.targets(_path(name, kind), kind)
     }
     return config.constant_shapes(layers)
 
 
 def _resolved(arch: Architecture, config: Any) -> Any:
-    """The configuration with its targets, or a model's dimensions, filled in."""
+    """The configuration with its targets, or a model's dimensions, filled in.
+
+    Of a family's usual targets a model may have some; of experts, the names are those of today's arrays.
+    """
     if not hasattr(config, "parameter_shapes"):
         what = "None (full fine-tuning), 'head', 'frozen' or a method's configuration"
         raise ValueError(f"config must be {what}, not {config!r}")
     dimensions = SimpleNamespace(model_type=arch.model_type, **arch.dimensions)
-    return config.with_targets(SimpleNamespace(config=arch.config or dimensions))
+    resolved = config.with_targets(SimpleNamespace(config=arch.config or dimensions))
+    targets = resolved.target_modules
+    if isinstance(targets, list):
+        if config.target_modules is None:
+            targets = [name for name in targets if any(matches([name], path) for path in _paths(arch))] or targets
+        if config.peft_type == "LORA":
+            once = ONCE.get(arch.model_type, {})
+            half = {n for n in targets if once.get(n) == "gate_up_proj"}
+            if len(half) == 1:
+                both = " and ".join(name for name, new in once.items() if new == "gate_up_proj")
+                raise ValueError(f"target_modules: {both} of {arch.name} are one array: name both or neither")
+            targets = list(dict.fromkeys(once.get(name, name) for name in targets))
+    return resolved if targets == resolved.target_modules else resolved.replace(target_modules=targets)
 
 
 def _weights(arch: Architecture) -> Iterable[tuple[str, str, Shape]]:
@@ -141,13 +184,18 @@ def _paths(arch: Architecture) -> dict[str, str]:
     """path -> kind of every module; "" for one that only holds others."""
     paths: dict[str, str] = {}
     for name, kind, _ in _weights(arch):
-        path = name.rpartition(".")[0]
+        path = _path(name, kind)
         for i, character in enumerate(path):
             if character == ".":
                 paths.setdefault(path[:i], "")
         if kind != "bias":
             paths[path] = kind
     return paths
+
+
+def _path(name: str, kind: str) -> str:
+    """The path of the module that a parameter belongs to; experts in one array are their own."""
+    return name if kind == "experts" else name.rpartition(".")[0]
 
 
 def elements(shapes: Mapping[str, Shape], only: str | None = None) -> int:

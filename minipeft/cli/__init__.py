@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     open_closed_streams()
     try:
-        args = _parse(argv)
-        with warnings.catch_warnings(), safe_output():
+        with safe_output(), warnings.catch_warnings():
+            args = _parse(argv)
             # Overflow and the like: every command looks at its numbers itself, and says it in a sentence.
             warnings.simplefilter("default" if debug else "ignore", RuntimeWarning)
             warnings.simplefilter("always", UserWarning)

@@ -14,7 +14,8 @@ examples:
   minipeft count gpt2-m --method lora -r 4 --target c_attn --set enable_lora=[true,false,true]
   minipeft count t5v1.1-xxl --method prompt --virtual-tokens 100 --json
   minipeft count path/to/config.json --method adalora -r 4
-  minipeft count llama3.2-3b --method lora -r 32 --set target_modules=null
+  minipeft count Qwen/Qwen2.5-7B-Instruct --method lora -r 32 --set target_modules=null
+  minipeft count mixtral-8x7b --method lora -r 16 --target q_proj v_proj w1 w2 w3
   minipeft count path/to/config.json --adapter-config path/to/adapter
 """
 

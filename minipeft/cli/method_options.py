@@ -7,10 +7,13 @@ configurations.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +64,22 @@ def add_method_options(parser: Parser, cls: type = MethodOptions) -> None:
 
 
 def add_shapes(parser: Parser) -> None:
-    """MODEL, a table of shapes; a method, or none; --num-labels and --json."""
-    what = "a published model's name (a wrong one lists the nearest), a config.json, a .gguf, or a model directory"
+    """MODEL, a table of shapes, and --models; a method, or none; --num-labels and --json."""
+    what = "a published model's name, here or on the hub, a config.json, a .gguf, or a model directory"
     parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--models", action=_ListModels, nargs=0, help="list the published models by family, and exit")
     add_method(parser, "frozen")
     parser.options(Common, "num_labels", "json")
+
+
+class _ListModels(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from ..accounting.models import groups
+
+        wrap = partial(textwrap.fill, width=80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        for group, models in groups().items():
+            print(group, wrap(", ".join(models)), sep="\n")
+        parser.exit()
 
 
 def architecture_of(args: Arguments) -> accounting.Architecture:

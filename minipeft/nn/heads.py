@@ -23,7 +23,7 @@ from .layers import Linear
 from .module import Module
 from .transformer import Backbone, BackboneModel, Transformer, from_host
 
-HEADS = ("lm_head", "score", "classifier", "v_head")  # names of a model's head, ours and those of other families
+HEADS = ("lm_head", "score", "classifier", "v_head", "proj_out")  # names of a model's head, ours and those of other families
 
 
 class _HeadedBackbone(BackboneModel):

@@ -16,18 +16,19 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
-from .targets import family_of, matches
+from .targets import by_family, family_of, matches
 from .weights import dense_weight, out_in, with_weight
 
-SCALED = {  # model_type -> target_modules
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "llama": ["k_proj", "v_proj", "down_proj"],
-    "bert": ["key", "value", "output.dense"], "roberta": ["key", "value", "output.dense"],
-    "deberta-v2": ["key_proj", "value_proj", "output.dense"],
+SCALED = by_family({  # model_type -> target_modules
+    "gpt2 gpt_bigcode": ["c_attn", "mlp.c_proj"],
+    "llama": ["k_proj", "v_proj", "down_proj"], "mixtral": ["k_proj", "v_proj"],  # its experts' w2 is no layer any more
+    "qwen2 qwen3 gemma gemma2 gemma3_text": ["q_proj", "v_proj", "down_proj"],
+    "gptj": ["q_proj", "v_proj", "fc_out"], "phi": ["q_proj", "v_proj", "fc2"], "opt": ["q_proj", "k_proj", "fc2"],
+    "gpt_neox falcon": ["query_key_value", "dense_4h_to_h"], "bloom": ["query_key_value", "mlp.dense_4h_to_h"],
+    "bert roberta": ["key", "value", "output.dense"], "deberta-v2": ["key_proj", "value_proj", "output.dense"],
     "t5": ["k", "v", "wo"], "mt5": ["k", "v", "wi_1"],
-    "bloom": ["query_key_value", "mlp.dense_4h_to_h"], "opt": ["q_proj", "k_proj", "fc2"],
-}  # fmt: skip
-FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "fc2")  # their input is scaled
+})  # fmt: skip
+FEEDFORWARD = ("mlp.c_proj", "down_proj", "output.dense", "wo", "mlp.dense_4h_to_h", "dense_4h_to_h", "fc2", "fc_out")  # their input is scaled
 
 
 class IA3Layer(Adapter):
@@ -79,7 +80,7 @@ class IA3Config(PeftConfig):
         config = super().with_targets(model)
         if config.feedforward_modules is not None:
             return config
-        model_type, targets = family_of(model), config.target_modules
+        model_type, targets = family_of(model, SCALED), config.target_modules
         if model_type not in SCALED:
             raise PeftError(f"IA3Config needs feedforward_modules (or []) for a model of type {model_type!r}")
         usual = [name for name in SCALED[model_type] if name in FEEDFORWARD]

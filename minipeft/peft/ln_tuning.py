@@ -9,15 +9,17 @@ from ..nn.module import Module
 from ..options import configuration
 from .config import PeftConfig, Seed, Shape
 from .layer import TrainedCopy
+from .targets import by_family
 
-NORMS = {
-    "gpt2": ["ln_1", "ln_2", "ln_f"],
-    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
-    "bert": ["LayerNorm"], "roberta": ["LayerNorm"], "deberta-v2": ["LayerNorm"],
-    "t5": ["layer_norm", "final_layer_norm"], "mt5": ["layer_norm", "final_layer_norm"],
-    "bloom": ["input_layernorm", "post_attention_layernorm", "ln_f"],
+NORMS = by_family({
+    "gpt2": ["ln_1", "ln_2", "ln_f"], "gptj": ["ln_1", "ln_f"], "phi": ["input_layernorm", "final_layernorm"],
+    "llama gemma": ["input_layernorm", "post_attention_layernorm", "norm"], "qwen2 qwen3": ["post_attention_layernorm"],
+    "gemma2 gemma3_text": [
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"],
+    "bert roberta deberta-v2": ["LayerNorm"], "t5 mt5": ["layer_norm", "final_layer_norm"],
+    "bloom falcon": ["input_layernorm", "post_attention_layernorm", "ln_f"],
     "opt": ["self_attn_layer_norm", "final_layer_norm"],
-}  # fmt: skip
+})  # fmt: skip
 
 
 @configuration

@@ -17,7 +17,7 @@ import difflib
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from copy import copy
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -29,12 +29,19 @@ from ..options import check, configuration, option
 
 Shape = tuple[int, ...]
 
+
+def by_family(table: dict[str, list[str]]) -> dict[str, list[str]]:
+    """{"bert roberta": names} as {"bert": names, "roberta": names}."""
+    return {family: names for families, names in table.items() for family in families.split()}
+
+
 # model_type -> the layers that LoRA and its relatives are put on where target_modules is None, as in PEFT
-QUERY_AND_VALUE = {
-    "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "roberta": ["query", "value"],
-    "deberta-v2": ["query_proj", "value_proj"], "t5": ["q", "v"], "mt5": ["q", "v"], "bloom": ["query_key_value"],
-    "opt": ["q_proj", "v_proj"],
-}  # fmt: skip
+QUERY_AND_VALUE = by_family({
+    "gpt2 gpt_bigcode": ["c_attn"], "gpt_neox falcon bloom": ["query_key_value"],
+    "llama mixtral qwen3 gemma gemma2 gemma3_text stablelm gptj opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"], "t5 mt5": ["q", "v"],
+    "bert roberta xlm-roberta": ["query", "value"], "deberta-v2": ["query_proj", "value_proj"],
+})  # fmt: skip
 
 
 class PeftError(ValueError):
@@ -62,10 +69,10 @@ def out_in_shape(kind: str, shape: Shape) -> Shape:
     return shape if kind == "linear" else shape[::-1]
 
 
-def family_of(model: Any) -> str | None:
-    """The model_type whose module names a model has: Mistral's and Qwen2's are Llama's."""
+def family_of(model: Any, known: Container[str]) -> str | None:
+    """A model's model_type; where that is not `known`, the one whose module names it has: Mistral's are Llama's."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return "llama" if model_type in ("mistral", "qwen2") else model_type
+    return "llama" if model_type in ("mistral", "qwen2") and model_type not in known else model_type
 
 
 @configuration(kw_only=True)
@@ -118,7 +125,7 @@ class Targets:
         """
         if self.target_modules is not None or not self.usual_targets:
             return self
-        model_type = family_of(model)
+        model_type = family_of(model, self.usual_targets)
         if model_type not in self.usual_targets:
             unknown = f"a {type(model).__name__} of type {model_type!r}"
             known = f"(it knows those of: {', '.join(self.usual_targets)})"

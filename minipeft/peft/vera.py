@@ -19,8 +19,10 @@ from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Seed, Shape, kind_of, shape_of
 from .layer import Adapter, Inner
-from .targets import out_in_shape
+from .targets import QUERY_AND_VALUE, out_in_shape
 from .weights import fill, with_update
+
+TARGETS = {**QUERY_AND_VALUE, "phi": ["q_proj", "v_proj"]}
 
 
 class VeraLayer(Adapter):
@@ -75,6 +77,7 @@ class VeraConfig(PeftConfig):
 
     peft_type, adapter_class = "VERA", VeraLayer
     usual_learning_rate = 1e-1
+    usual_targets = TARGETS
 
     def __post_init__(self) -> None:
         super().__post_init__()
