@@ -10,7 +10,7 @@
 # it as a notebook. It makes one run now, and reads the others, with three seeds each, from
 # `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in a notebook `!python
 # lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there (all of them: about
-# ten minutes), and goes on with the lesson.
+# a quarter of an hour), and goes on with the lesson.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -206,14 +206,15 @@ assert below(4 * learned[1], learned[0])
 #
 # ## 4 · Why float16 needs a scale, and bfloat16 does not
 #
-# Now the gradients. Below are all gradients of one step of this model: of what every module gives, and of the weights.
-# float16's smallest number is $2^{-24}$; what is smaller than half of that becomes zero.
+# Now the gradients. Below are those of one step of this model, of everything that its modules give. float16's smallest
+# number is $2^{-24}$; what is smaller than half of that becomes zero.
 #
 # A question: how much of them is lost in float16, and what does it cost?
 
 # %%
 probe, _ = trainer_of(replace(FULL, steps=1, held_out=8))
-batch = probe.collate(probe.train_examples).arguments
+whole = probe.collate(probe.train_examples)
+batch = whole.arguments
 with probe.model.watch("*layers*") as seen:
     probe.model.loss(**batch).backward()
 G = np.concatenate([np.abs(t.grad).ravel() for t in seen.values() if isinstance(t, mp.Tensor)])
@@ -221,7 +222,7 @@ G = G[G > 0]
 SCALES = {"2^-10": 2.0**-10, "1": 1.0, "2^16": 2.0**16}
 flushed = {name: float((S * G < 2.0**-25).mean()) for name, S in SCALES.items()}
 finest = float((2.0**-10 * G < 2.0**-134).mean())
-print(f"\n{G.size:,} gradients of activations, from {G.min():.1e} to {G.max():.1e}, half of them below {np.median(G):.1e}")
+print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activations, from {G.min():.1e} to {G.max():.1e}, half of them below {np.median(G):.1e}")
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
@@ -230,9 +231,9 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.01
 
 # %% [markdown]
 # Here one gradient in a hundred, and training does not feel it. So is the scale a myth? No: this step is small. The loss is
-# a *mean* over the tokens of a step, so every gradient of an activation carries a factor of one over their number: 354
-# here, and a million in a large run, cut into a thousand batches whose gradients are added. That is this very step with its
-# loss divided by a thousand, $S = 2^{-10}$: two gradients in three are gone. The same again, in training:
+# a *mean* over the tokens of a step, so every gradient of an activation carries a factor of one over their number: some
+# hundreds here, and in a large run a million, cut into many batches whose gradients are added. Let this be one batch of 1024:
+# then its loss is divided by that number, $S = 2^{-10}$, and two gradients in three are gone. In training:
 
 # %%
 print("\nthe loss of each batch is that of a step 1024 times as large:")
@@ -296,10 +297,11 @@ print(f"\nunscale, then clip: {right:.3f};  clip, then unscale: {wrong:.2e} = 2^
 assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 
 # %% [markdown]
-# Adam hides this one, as it divides by the gradient's own size; SGD stands still.
+# With SGD nothing is learned any more. Adam divides by the gradient's own size, and hides the mistake until that comes near
+# its `eps`.
 #
 # The second gives PyTorch's best known message on the subject, *"Attempting to unscale FP16 gradients"*. The weights
-# themselves were stored in float16 (`torch_dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to divide those by
+# themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to divide those by
 # $S$ in float16 flushes what the scale had saved. How much?
 
 # %%
@@ -425,8 +427,8 @@ print("picture:", OUT / "17_precision.png")
 # %% [markdown]
 # ## Break it: too large for any scale
 #
-# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504, which real models do: some
-# trained in bfloat16 have activations of a hundred thousand and more. Make one of this model's layers do it, and ask who was first.
+# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504, which T5, a model trained in
+# bfloat16, is known for. Make one of this model's layers do it, and ask who was first.
 
 # %%
 hot = base.copy()

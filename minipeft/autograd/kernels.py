@@ -142,32 +142,33 @@ def _rounded(x, dtype):
 
 
 def _into_bfloat16(out: Array, x: Array) -> None:
-    _drop_bits(out, x, 16)
+    bits, kept = x.view(np.uint32), out.view(np.uint32)
+    np.right_shift(bits, 16, out=kept)
+    kept &= 1
+    kept += 0x7FFF
+    kept += bits
+    kept &= 0xFFFF0000
     np.copyto(out, x, where=np.isnan(x))
 
 
 def _into_float16(out: Array, x: Array) -> None:
-    """In float32's bits, which takes a third of the time of NumPy's casts."""
-    _drop_bits(out, x, 13)
-    with np.errstate(invalid="ignore"):  # NaNs
-        size = np.abs(x)
-        large, small = ~(size < 65520), size < 2**-14
-        if large.any():  # half of a place above the largest number, or NaN
-            np.copyto(out, np.copysign(np.where(np.isnan(x), x, np.float32(np.inf)), x), where=large)
-        if small.any():  # subnormal: whole multiples of 2^-24, which is the last place of a float32 near 0.5
-            size += 0.5
-            size -= 0.5
-            np.copyto(out, np.copysign(size, x), where=small)
+    """|x| + c - c, where c is 2^13 times x's power of two: float32's last place near c is float16's near x.
 
-
-def _drop_bits(out: Array, x: Array, n: int) -> None:
-    """out = x without the last n bits of its fraction, rounded to the nearest, of two to the even one."""
+    Its powers of two begin with 2^-14; from 2^16 on all is infinite. A third of the time of NumPy's casts.
+    """
     bits, kept = x.view(np.uint32), out.view(np.uint32)
-    np.right_shift(bits, n, out=kept)
-    kept &= 1
-    kept += (1 << (n - 1)) - 1
-    kept += bits
-    kept &= 0xFFFFFFFF ^ ((1 << n) - 1)
+    sign, c = bits & 0x80000000, bits & 0x7F800000
+    np.clip(c, (127 - 14) << 23, (127 + 16) << 23, out=c)
+    c += 13 << 23
+    c = c.view(np.float32)
+    np.bitwise_xor(bits, sign, out=kept)
+    with np.errstate(invalid="ignore"):  # NaNs
+        out += c
+        out -= c
+        large = out > 65504
+    if large.any():
+        np.copyto(out, np.inf, where=large)
+    kept |= sign
 
 
 # -------------------------------------------------------------------------------------------------- matrix products
