@@ -1,16 +1,16 @@
 # %% [markdown]
 # # Lesson 17 · Precision: sixteen bits, and what they lose
 #
-# Large models are trained in sixteen bits, because half the bytes move in half the time, and tensor cores multiply them
-# many times faster. Two formats spend the sixteen bits in different ways, and each has its own accident: in one the
-# gradients vanish, in the other the steps. The remedies have names that everybody has seen: *master weights*, *loss
-# scaling*, "unscale FP16 gradients", *compute dtype*. This lesson makes every accident happen, and counts it.
+# Large models are trained in sixteen bits, because half the bytes move in half the time, and tensor cores multiply
+# them many times faster. Two formats spend the sixteen bits in different ways, and each has its own accident: in one
+# the gradients vanish, in the other the steps. The remedies have names that everybody has seen: *master weights*,
+# *loss scaling*, "unscale FP16 gradients", *compute dtype*. This lesson makes every accident happen, and counts it.
 #
-# You need Lessons 3, 4, 7 and 12. Run it with `python lessons/17_precision.py` (less than a minute on two cores), or open
-# it as a notebook. It makes one run now, and reads the others, with three seeds each, from
+# You need Lessons 3, 4, 7 and 12. Run it with `python lessons/17_precision.py` (less than a minute on two cores), or
+# open it as a notebook. It makes one run now, and reads the others, with three seeds each, from
 # `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in a notebook `!python
-# lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there (all of them: about
-# a quarter of an hour), and goes on with the lesson.
+# lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there (all of them: about a
+# quarter of an hour), and goes on with the lesson.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -67,8 +67,8 @@ def beside(what, how, than="float32"):
 # $$x = (-1)^s \left(1 + \frac{f}{2^p}\right) 2^{e} .$$
 #
 # The exponent's bits buy *range*, the fraction's bits buy *resolution*: next to $x$ the numbers are $2^{e - p}$ apart.
-# float32 has 8 and 23. Of sixteen bits, **bfloat16** keeps all 8 of the exponent and only 7 of the fraction. **float16**
-# keeps 5 and 10: eight times finer, but over a far shorter way.
+# float32 has 8 and 23. Of sixteen bits, **bfloat16** keeps all 8 of the exponent and only 7 of the fraction.
+# **float16** keeps 5 and 10: eight times finer, but over a far shorter way.
 #
 # bfloat16 is the first half of a float32, so to round to it is to add half of the last place that stays, and cut. Here
 # it is by hand.
@@ -100,14 +100,14 @@ for dtype in ("bfloat16", "float16"):
 assert rounded(np.float32([1 + 1 / 500]), "bfloat16") == 1 and np.isinf(rounded(np.float32([70000]), "float16"))
 
 # %% [markdown]
-# bfloat16 cannot say 1.002, float16 can say neither 70,000 nor 0.00000001. Keep these two failures in mind: all the rest
-# follows from them.
+# bfloat16 cannot say 1.002, float16 can say neither 70,000 nor 0.00000001. Keep these two failures in mind: all the
+# rest follows from them.
 #
 # ## 2 · Mixed precision
 #
 # So nobody rounds everything. Inside `with mp.autocast("bfloat16"):` products round their inputs and their result, and
-# sum in float32 in between, which is what tensor cores do. What adds many numbers up or exponentiates stays in float32.
-# The lists are PyTorch's for a GPU; its list for the CPU leaves far less in float32 (`device_type="cpu"`).
+# sum in float32 in between, which is what tensor cores do. What adds many numbers up or exponentiates stays in
+# float32. The lists are PyTorch's for a GPU; its list for the CPU leaves far less in float32 (`device_type="cpu"`).
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -121,8 +121,8 @@ assert np.array_equal(y.data, once) or np.abs(y.data - once).max() <= places(onc
 assert not np.array_equal(wide.data, rounded(wide.data, "bfloat16"))
 
 # %% [markdown]
-# Does training notice? Lesson 3's task, 40 steps, all weights trained at the usual rate; the differences are seed by seed,
-# with 95 % intervals, as in Lesson 14.
+# Does training notice? Lesson 3's task, 40 steps, all weights trained at the usual rate; the differences are seed by
+# seed, with 95 % intervals, as in Lesson 14.
 
 # %%
 print(f"\nall weights, rate 1e-3: float32 ends at {spread(LOSS['full', 'float32'])}; in mixed precision, minus that:")
@@ -151,9 +151,9 @@ assert weight == 1
 #
 # $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{so always where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
 #
-# and 0.1 % of a weight is always smaller: $2^{-9}$ is 0.2 %. A thousand times nothing is nothing. A *master copy* in float32, of which
-# the rounded weights are made anew for each step, adds the thousand steps up first. (In minipeft the parameters are the
-# master copy; `autocast` rounds them where they are used.)
+# and 0.1 % of a weight is always smaller: $2^{-9}$ is 0.2 %. A thousand times nothing is nothing. A *master copy* in
+# float32, of which the rounded weights are made anew for each step, adds the thousand steps up first. (In minipeft the
+# parameters are the master copy; `autocast` rounds them where they are used.)
 #
 # Adam's step is about the learning rate in every weight, so the share of the weights that such a step cannot move is
 # known before training:
@@ -174,10 +174,10 @@ for dtype in ("bfloat16", "float16"):
 assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
 
 # %% [markdown]
-# So a thousandth moves nearly every weight of this base in bfloat16, and a thirtieth of that hardly any. (Inwards from an
-# exact power of two, half as much is enough.) Two runs of all weights, then, one at either rate, with a master copy and
-# without. The run without one rounds its weights after every step, `mp.train.WeightsIn(model, "bfloat16")`, and changes
-# nothing else. Here is one of them, now.
+# So a thousandth moves nearly every weight of this base in bfloat16, and a thirtieth of that hardly any. (Inwards from
+# an exact power of two, half as much is enough.) Two runs of all weights, then, one at either rate, with a master copy
+# and without. The run without one rounds its weights after every step, `mp.train.WeightsIn(model, "bfloat16")`, and
+# changes nothing else. Here is one of them, now.
 
 # %%
 case = replace(CASES["full, low rate", "bf16, no master"], **({"steps": 2, "held_out": 8} if REDUCED else {}))
@@ -201,8 +201,8 @@ assert below(4 * learned[1], learned[0])
 
 # %% [markdown]
 # At the usual rate the loss is a little higher without the master copy. At the low rate, where nearly all steps are
-# lost, an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly. That is what
-# makes this accident expensive. And it is worst just where one is careful: late in a schedule, at small rates.
+# lost, an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly. That
+# is what makes this accident expensive. And it is worst just where one is careful: late in a schedule, at small rates.
 #
 # ## 4 · Why float16 needs a scale, and bfloat16 does not
 #
@@ -230,10 +230,11 @@ assert flushed["1"] < 0.05 and finest == 0
 assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.01
 
 # %% [markdown]
-# Here one gradient in a hundred, and training does not feel it. So is the scale a myth? No: this step is small. The loss is
-# a *mean* over the tokens of a step, so every gradient of an activation carries a factor of one over their number: some
-# hundreds here, and in a large run a million, cut into many batches whose gradients are added. Let this be one batch of 1024:
-# then its loss is divided by that number, $S = 2^{-10}$, and two gradients in three are gone. In training:
+# Here one gradient in a hundred, and training does not feel it. So is the scale a myth? No: this step is small. The
+# loss is a *mean* over the tokens of a step, so every gradient of an activation carries a factor of one over their
+# number: some hundreds here, and in a large run a million, cut into many batches whose gradients are added. Let this
+# be one batch of 1024: then its loss is divided by that number, $S = 2^{-10}$, and two gradients in three are gone. In
+# training:
 
 # %%
 print("\nthe loss of each batch is that of a step 1024 times as large:")
@@ -247,17 +248,18 @@ print("\n" + str(report))
 assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
 
 # %% [markdown]
-# float16 loses half of what there was to learn; bfloat16 ends with the *same* loss as before, to the last digit: a power of two only
-# moves its exponents, and they have room. `mp.PrecisionReport` names the op and the module at which the first gradient
-# vanished.
+# float16 loses half of what there was to learn; bfloat16 ends with the *same* loss as before, to the last digit: a
+# power of two only moves its exponents, and they have room. `mp.PrecisionReport` names the op and the module at which
+# the first gradient vanished.
 #
 # The remedy is one line of arithmetic (Micikevicius et al. 2018): gradients are linear in the loss, so train on
 #
 # $$S \cdot L, \qquad \frac{\partial (S L)}{\partial w} = S\, \frac{\partial L}{\partial w},$$
 #
-# and divide the weights' gradients by $S$ at the end, in float32, which can hold them. How large may $S$ be? As large as
-# it can before something exceeds 65,504. Nobody knows that number beforehand, so `mp.GradScaler` finds it: it starts high,
-# leaves out a step that overflows and halves $S$; after 2,000 good steps it doubles $S$. Watch it begin too high:
+# and divide the weights' gradients by $S$ at the end, in float32, which can hold them. How large may $S$ be? As large
+# as it can before something exceeds 65,504. Nobody knows that number beforehand, so `mp.GradScaler` finds it: it
+# starts high, leaves out a step that overflows and halves $S$; after 2,000 good steps it doubles $S$. Watch it begin
+# too high:
 
 # %%
 trainer, _ = trainer_of(replace(FULL, compute="float16", steps=4 if REDUCED else 8, held_out=8))
@@ -297,12 +299,12 @@ print(f"\nunscale, then clip: {right:.3f};  clip, then unscale: {wrong:.2e} = 2^
 assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 
 # %% [markdown]
-# With SGD nothing is learned any more. Adam divides by the gradient's own size, and hides the mistake until that comes near
-# its `eps`.
+# With SGD nothing is learned any more. Adam divides by the gradient's own size, and hides the mistake until that comes
+# near its `eps`.
 #
 # The second gives PyTorch's best known message on the subject, *"Attempting to unscale FP16 gradients"*. The weights
-# themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to divide those by
-# $S$ in float16 flushes what the scale had saved. How much?
+# themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to
+# divide those by $S$ in float16 flushes what the scale had saved. How much?
 
 # %%
 scaled = rounded(2.0**16 * 2.0**-10 * G, "float16")  # as they arrive, of the step 1024 times as large
@@ -320,8 +322,9 @@ except ValueError as error:
     assert "Attempting to unscale FP16 gradients" in str(error)
 
 # %% [markdown]
-# So the message does not ask for another call. It says: there is no master copy. Load the weights that are trained in float32.
-# With adapters those are few: PEFT casts them to float32 by itself (`autocast_adapter_dtype`), over a base in sixteen bits.
+# So the message does not ask for another call. It says: there is no master copy. Load the weights that are trained in
+# float32. With adapters those are few: PEFT casts them to float32 by itself (`autocast_adapter_dtype`), over a base in
+# sixteen bits.
 #
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
@@ -344,15 +347,15 @@ for what in ("LoRA", "QLoRA"):
         assert sum(map(abs, interval(beside(what, how)))) < 0.02
 
 # %% [markdown]
-# Nothing that one could see: rounding's relative error of 0.2 % disappears beside the 9 % of four bits, as errors that know
-# nothing of each other add up like the sides of a right triangle. So the compute dtype is chosen for the machine:
-# bfloat16 where tensor cores have it, float16 on older ones (with a scale), and the default, float32, is only slow. It does
-# not change what is stored.
+# Nothing that one could see: rounding's relative error of 0.2 % disappears beside the 9 % of four bits, as errors that
+# know nothing of each other add up like the sides of a right triangle. So the compute dtype is chosen for the machine:
+# bfloat16 where tensor cores have it, float16 on older ones (with a scale), and the default, float32, is only slow. It
+# does not change what is stored.
 #
 # ## 7 · The ledger beside
 #
-# One more question. Mixed precision halves the bytes of a number. LLaMA-7B, all weights trained with Adam: how many of its
-# bytes of weights, gradients and moments does it save?
+# One more question. Mixed precision halves the bytes of a number. LLaMA-7B, all weights trained with Adam: how many of
+# its bytes of weights, gradients and moments does it save?
 
 # %%
 print("\nLLaMA-7B, one sequence of 512, GB:")
@@ -374,9 +377,9 @@ assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloa
 assert states["QLoRA, computed in 16 bits"] < parameters
 
 # %% [markdown]
-# None. Sixteen bytes a parameter before, $4 + 4 + 8$, and after, $2 + 2 + 8 + 4$: the master copy takes what the weights
-# and gradients gave. Mixed precision buys speed, and half of the activations. The run without a master copy has 12, and Section 3 says what
-# that costs. QLoRA, which trains almost nothing, has almost no master copy to pay for.
+# None. Sixteen bytes a parameter before, $4 + 4 + 8$, and after, $2 + 2 + 8 + 4$: the master copy takes what the
+# weights and gradients gave. Mixed precision buys speed, and half of the activations. The run without a master copy
+# has 12, and Section 3 says what that costs. QLoRA, which trains almost nothing, has almost no master copy to pay for.
 #
 # ## The picture
 
@@ -448,15 +451,15 @@ assert not math.isfinite(ends["float16"]) and abs(ends["bfloat16"] / exact - 1) 
 # %% [markdown]
 # ## Exercises
 #
-# 1. **Stochastic rounding.** Round up or down at random, up with the probability of how far along $x$ lies between its two
-#    neighbors. Then a step of 0.001 moves a weight of 1 one time in four, by four times as much, and *on average* by 0.001:
-#    a master copy in the mean. Write `stochastic(x, generator)` for bfloat16; `check_stochastic` below judges it. (Hint: the
-#    sixteen bits that are cut off are that probability. Add a random number of sixteen bits, and cut.) Then put it
-#    into `WeightsIn`, and run the low rate.
-# 2. **How low can a scale be?** In Section 4, $S = 1$ was enough and $2^{-10}$ was not. Find the largest $S$ that costs
-#    0.1 nats, over three seeds, and the share of gradients that it flushes.
-# 3. **Who needs float32?** Take `softmax` and `rms_norm` out of the list, with `mp.autocast("bfloat16", device_type="cpu")`.
-#    Does the loss of the base move by more than its own rounding did?
+# 1. **Stochastic rounding.** Round up or down at random, up with the probability of how far along $x$ lies between its
+#    two neighbors. Then a step of 0.001 moves a weight of 1 one time in four, by four times as much, and *on average*
+#    by 0.001: a master copy in the mean. Write `stochastic(x, generator)` for bfloat16; `check_stochastic` below
+#    judges it. (Hint: the sixteen bits that are cut off are that probability. Add a random number of sixteen bits, and
+#    cut.) Then put it into `WeightsIn`, and run the low rate.
+# 2. **How low can a scale be?** In Section 4, $S = 1$ was enough and $2^{-10}$ was not. Find the largest $S$ that
+#    costs 0.1 nats, over three seeds, and the share of gradients that it flushes.
+# 3. **Who needs float32?** Take `softmax` and `rms_norm` out of the list, with `mp.autocast("bfloat16",
+#    device_type="cpu")`. Does the loss of the base move by more than its own rounding did?
 
 # %%
 def check_stochastic(stochastic):
@@ -482,8 +485,8 @@ assert check_stochastic(lambda x, generator: x) != "right"
 # %% [markdown]
 # ## Answers
 #
-# To the first: add sixteen random bits, and cut. It is right by the checker's judgement, and the weight of Section 3 comes
-# down.
+# To the first: add sixteen random bits, and cut. It is right by the checker's judgement, and the weight of Section 3
+# comes down.
 
 # %%
 def stochastic(x, generator):

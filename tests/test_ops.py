@@ -30,7 +30,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".rep
 
 def by_definition():
     """Inside, ops compute by their definitions, whatever kernels there are."""
-    return evaluated_by(lambda name, *arrays, **options: REGISTRY[name].definition(*arrays, **options))
+    return evaluated_by(lambda name, form, *arrays, **options: REGISTRY[name].definition(*arrays, **options))
 
 
 def run(case, inputs=None, xp=np, dtype=np.float64, cotangent=None):

@@ -30,19 +30,23 @@ Shape = tuple[int, ...]
 
 
 class Buffer:
-    """The bytes of one array, counted in a meter's line from creation to deletion."""
+    """The bytes of one array, counted in a meter's line from creation to deletion.
 
-    __slots__ = ("line", "meter", "nbytes", "op")
+    shape, event    of an array (None: what an op works in); the meter's `event` in which it was made
+    """
 
-    def __init__(self, meter: Meter, nbytes: int, op: str = ""):
+    __slots__ = ("event", "line", "meter", "nbytes", "op", "shape")
+
+    def __init__(self, meter: Meter, nbytes: int, op: str = "", shape: Shape | None = None):
         self.meter, self.nbytes, self.line, self.op = meter, nbytes, meter.line, op
+        self.shape, self.event = shape, meter.event
         meter.count(self, nbytes)
 
-    def move(self, line: str) -> None:
-        """Count these bytes in another line from now on."""
-        lines = self.meter.lines
-        lines[self.line] -= self.nbytes
-        self.line, lines[line] = line, lines.get(line, 0) + self.nbytes
+    def move(self, line: str, nbytes: int | None = None) -> None:
+        """Count these bytes, or as many as they are from now on, in another line."""
+        self.meter.count(self, -self.nbytes)
+        self.line, self.nbytes = line, self.nbytes if nbytes is None else nbytes
+        self.meter.count(self, self.nbytes)
 
     def __del__(self) -> None:
         self.meter.count(self, -self.nbytes)
@@ -53,16 +57,18 @@ class Meter:
 
     line, current, lines, ops   the line that new arrays are counted in; bytes now, their sum and by line and op
     peak, at_peak               the largest sum since `take_peak`, and the bytes by line at that moment
+    event                       which op runs, where somebody counts them
 
     Args:
-        itemsize: bytes of a floating-point activation or gradient, whatever its dtype here (2 in half precision).
+        itemsize: bytes of a floating-point activation, whatever its dtype here (2 in half precision).
+        gradients: bytes of an element of a leaf's gradient; None: as many.
 
     Raises ValueError for an op that no rule is for and that does not run on shapes.
     """
 
-    def __init__(self, itemsize: int = 4):
-        self.itemsize, self.threads = itemsize, get_num_threads()
-        self.line = "activations"
+    def __init__(self, itemsize: int = 4, gradients: int | None = None):
+        self.itemsize, self.gradients, self.threads = itemsize, gradients or itemsize, get_num_threads()
+        self.line, self.event = "activations", 0
         self.lines: dict[str, int] = {}
         self.ops: dict[str, int] = {}
         self.current = self.peak = 0
@@ -103,7 +109,7 @@ class Meter:
             if isinstance(g, Term):
                 g, owned = ShapeArray.new(self, leaf.shape, leaf.dtype), True
             leaf.grad = g if owned else g.copy()
-            leaf.grad.buffer.move("gradients")
+            leaf.grad.buffer.move("gradients", leaf.grad.buffer.nbytes // self.itemsize * self.gradients)
 
         if loss._node is not None:
             pull_back(loss._node, ShapeArray.new(self, loss.shape, loss.dtype), deliver)
@@ -127,7 +133,7 @@ class ShapeArray(np.ndarray):
         """An array that counts as allocated."""
         dtype = np.dtype(dtype)
         itemsize = min(dtype.itemsize, meter.itemsize) if dtype.kind == "f" else dtype.itemsize
-        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op), shape, dtype)
+        array = cls.over(Buffer(meter, math.prod(shape) * itemsize, op, shape), shape, dtype)
         array.owner = True
         return array
 

@@ -25,8 +25,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..backend import Array, is_array, xp_of
-from . import ops
-from .tensor import Term, _mode, _set_mode, evaluated_by, unbroadcast
+from .tensor import REGISTRY, Term, _mode, _set_mode, evaluated_by, unbroadcast
 
 DTYPES = ("bfloat16", "float16")
 LOWER = frozenset({
@@ -176,8 +175,11 @@ class _Cast:
 
     def _head_and_loss(self, hidden: Array, weight: Array, targets: Array, *more: Any, **options: Any) -> tuple:
         """linear_cross_entropy: logits, and their gradient, are rounded."""
-        logits, dhidden, dweight, *_ = self._evaluated(ops.linear, hidden, weight)
-        loss, dlogits, *_ = self._evaluated(ops.cross_entropy, logits, targets, *more, **options)
+        linear, cross_entropy = (REGISTRY[name].forms for name in ("linear", "cross_entropy"))
+        library = xp_of(hidden, weight).__name__
+        logits, dhidden, dweight, *_ = self("linear", linear.get(library, linear[""]), hidden, weight)
+        form = cross_entropy.get(library, cross_entropy[""])
+        loss, dlogits, *_ = self("cross_entropy", form, logits, targets, *more, **options)
         memo: list[Array] = []
 
         def d(g: Array) -> Array:
@@ -186,7 +188,3 @@ class _Cast:
             return memo[0]
 
         return loss, lambda g: dhidden(d(g)), lambda g: dweight(d(g))
-
-    def _evaluated(self, op: Callable, *arrays: Any, **options: Any) -> tuple:
-        form = op.forms.get(xp_of(*arrays).__name__, op.forms[""])
-        return self(op.__name__, form, *arrays, **options)

@@ -90,7 +90,7 @@ def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
     """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, form, *arrays, **options)`.
 
     `form` is what would have computed. The graph, and the walk back through it, are those of the real ops: so a model's
-    memory is predicted from shapes, and its values are rounded (`autocast`).
+    memory is predicted from shapes, and its numbers are rounded (`autocast`).
     """
     return _set_mode("evaluate", evaluate)
 
