@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .precision import Precision as Precision
     from .memory import MemoryLedger as MemoryLedger, measure_peak as measure_peak, memory_ledger as memory_ledger
     from .shapes import rule as rule
+    from .timelines import Timeline as Timeline, timeline as timeline, what_ifs as what_ifs
     from .ppo import ppo_ledger as ppo_ledger
     from .published import audit as audit, read_published as read_published
 else:

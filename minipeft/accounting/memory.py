@@ -128,17 +128,18 @@ def memory_ledger(
     always = {line: n for line, n in held.items() if line != "gradients"}
 
     from . import walk
+    from .shapes import Meter
 
-    twin = build()
+    twin, meter = build(), Meter(p.activations, p.gradients)
     backbone = walk.backbone_of(twin)
     if checkpointing is not None:
         backbone.gradient_checkpointing = checkpointing
     if mode == "generate":
-        seen = walk.generate(twin, batch, seq_len, p.activations, max_new_tokens or 1)
+        seen = walk.generate(twin, batch, seq_len, meter, max_new_tokens or 1)
         held["KV cache"] = kv_cache_bytes(backbone.config, batch, seen.positions, p.activations)
     else:
-        seen = (walk.train if training else walk.evaluate)(twin, batch, seq_len, p.activations, labels)
-    at_peak = at_step(seen.at_peak, held["gradients"], p, optimizer) if training else seen.at_peak
+        seen = (walk.train if training else walk.evaluate)(twin, batch, seq_len, meter, labels)
+    at_peak = at_step(seen.at_peak, states.trained, p, optimizer) if training else seen.at_peak
     lines = {line: n for line, n in (always | dict(at_peak)).items() if n}
     return MemoryLedger(lines, held | (seen.held or {}), seen.per_layer, seen.by_op)
 
@@ -150,14 +151,17 @@ def optimizer_lines(trained: tuple[int, ...], p: Precision, optimizer: str) -> d
     return {"master copies": n * p.master, "gradients": n * p.gradients, "optimizer states": states}
 
 
-def at_step(at_peak: Mapping[str, int], gradients: int, p: Precision, optimizer: str) -> Mapping[str, int]:
+def at_step(at_peak: Mapping[str, int], trained: tuple[int, ...], p: Precision, optimizer: str) -> Mapping[str, int]:
     """Bytes by line: the more of what a backward pass needs at once and what the optimizer's step after it does."""
+    step = {"gradients": sum(trained) * p.gradients, "working memory": optimizer_work(trained, p, optimizer)}
+    return step if sum(step.values()) > sum(at_peak.values()) else at_peak  # nothing of the batch is left by then
+
+
+def optimizer_work(trained: tuple[int, ...], p: Precision, optimizer: str) -> int:
+    """Bytes that an optimizer's step works in: on each thread a piece of the same parameter, which may be smaller."""
     from ..train.optim import ELEMENTS
 
-    if "gradients" in at_peak:
-        at_peak = {**at_peak, "gradients": at_peak["gradients"] * p.gradients // p.activations}
-    step = {"gradients": gradients, "working memory": step_bytes(optimizer, p) * ELEMENTS * get_num_threads()}
-    return step if sum(step.values()) > sum(at_peak.values()) else at_peak  # nothing of the batch is left by then
+    return step_bytes(optimizer, p) * min(ELEMENTS * get_num_threads(), max(trained, default=0))
 
 
 def kv_cache_bytes(config: TransformerConfig, batch: int, positions: int, itemsize: int = 4) -> int:

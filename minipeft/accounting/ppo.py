@@ -87,7 +87,7 @@ def ppo_ledger(
     held |= optimizer_lines(trained + extra, p, optimizer)
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
-    meter = Meter(p.activations)
+    meter = Meter(p.activations, p.gradients)
     for other in (policy, reward, value):
         if other is not None:
             walk.onto_shapes(other, meter)
@@ -120,7 +120,7 @@ def ppo_ledger(
         held |= {line: meter.lines[line] for line in ("activations", "logits") if meter.lines.get(line)}
         meter.backward(loss)
         del loss, new
-    phases.append(at_step(meter.at_peak, held["gradients"], p, optimizer))
+    phases.append(at_step(meter.at_peak, trained + extra, p, optimizer))
     most = max(phases, key=lambda lines: sum(lines.values()))
     return MemoryLedger({line: n for line, n in (static | dict(most)).items() if n}, held)
 

@@ -38,13 +38,13 @@ class Walk(NamedTuple):
     positions: int = 0
 
 
-def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array | None = None) -> Walk:
+def train(model: Module, batch: int, seq_len: int, meter: Meter, labels: Array | None = None) -> Walk:
     """Loss and backward pass, in the lines activations, logits, working memory and gradients. Changes the model.
 
-    `itemsize` is the size of an activation; `labels` are the loss's, by default the input ids [batch, seq_len].
+    `meter` is a new one; `labels` are the loss's, by default the input ids [batch, seq_len].
     Raises ValueError as `backbone_of`.
     """
-    meter, marks = Meter(itemsize), []
+    marks: list[int] = []
     backbone = backbone_of(model)
     paths = {id(m): path for path, m in model.named_modules()}
     for module in (*backbone.blocks, backbone.final_norm):
@@ -60,9 +60,8 @@ def train(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array 
     return Walk(meter.at_peak, held, per_layer, by_op)
 
 
-def evaluate(model: Module, batch: int, seq_len: int, itemsize: int, labels: Array | None = None) -> Walk:
+def evaluate(model: Module, batch: int, seq_len: int, meter: Meter, labels: Array | None = None) -> Walk:
     """The loss, without a graph; arguments as in `train`."""
-    meter = Meter(itemsize)
     onto_shapes(model, meter)
     ids = np.zeros((batch, seq_len), np.int64)
     with meter, no_grad():
@@ -70,9 +69,8 @@ def evaluate(model: Module, batch: int, seq_len: int, itemsize: int, labels: Arr
     return Walk(meter.at_peak)
 
 
-def generate(model: Module, batch: int, seq_len: int, itemsize: int, max_new_tokens: int) -> Walk:
-    """Greedy generation after a prompt [batch, seq_len]; `itemsize` as in `train`."""
-    meter = Meter(itemsize)
+def generate(model: Module, batch: int, seq_len: int, meter: Meter, max_new_tokens: int) -> Walk:
+    """Greedy generation after a prompt [batch, seq_len]; `meter` as in `train`."""
     onto_shapes(model, meter)
     positions = continue_prompt(model, np.zeros((batch, seq_len), np.int64), max_new_tokens, meter)
     return Walk(meter.at_peak, positions=positions)

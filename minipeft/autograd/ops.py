@@ -232,6 +232,7 @@ def dropout(x, p, rng):
     xp = xp_of(x)
     u = rng.uniform_rows(x.shape, xp) if isinstance(rng, Rng) else rng.random(x.shape, dtype=xp.float32)
     keep = u >= p
+    del u  # before the result needs memory
 
     def masked(a):
         y = a * keep

@@ -20,6 +20,8 @@ examples:
   minipeft memory llama3-8b --generate 256 --batch 4 --seq 2048 --precision bfloat16
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json
+  minipeft memory llama-7b --method lora --seq 512 --timeline step.html        op by op, with what-ifs
+  minipeft memory path/to/model --method lora --seq 128 --timeline step.json --measure
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 from .. import accounting
 from ..accounting.precision import OPTIMIZERS, PRECISIONS
 from ..options import configuration, option
+from . import timeline
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
 from .method_options import add_shapes, architecture_of, method_of
@@ -57,6 +60,7 @@ class StepOptions:
 def add_arguments(parser: Parser) -> None:
     add_shapes(parser)
     parser.options(StepOptions, group="the step")
+    parser.options(timeline.TimelineOptions, group="its course")
 
 
 def run(args: Arguments) -> None:
@@ -64,6 +68,7 @@ def run(args: Arguments) -> None:
     mode = next((mode for mode in ("inference", "generate", "ppo") if mode in args.given), "training")
     arch, (name, method) = architecture_of(args), method_of(args)
     quantization = args.quantization or ("nf4" if method.quantized else None)
+    timeline.check(args, mode)
     if args.seq is None and mode != "training":
         raise ValueError(f"--{mode} is about sequences: give their length, --seq")
     if args.seq is None:
@@ -76,24 +81,32 @@ def run(args: Arguments) -> None:
         args.refuse(("plain_scales",), "without weights in four bits, --quantization or --method qlora")
     ledger = _ledger(args, mode, arch, method.config(), quantization)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
+    title = f"{arch.name} ({arch.model_type}), {name}: {_step(args, mode)}"
+    course = args.timeline and timeline.write(args, title, arch, method.config(), _options(args, quantization))
     if args.json:
         return print_json({
             "model": arch.name, "method": name, "lines": dict(ledger.lines), "held": dict(ledger.held),
             "activations_per_layer": list(ledger.activations_per_layer),
-            "total": ledger.total, "fits_gb": fits,
+            "total": ledger.total, "fits_gb": fits, **({"timeline": timeline.record(args, course)} if course else {}),
         })  # fmt: skip
     out = console()
-    out.print(f"{arch.name} ({arch.model_type}), {name}: {_step(args, mode)}\n", style="bold")
+    out.print(f"{title}\n", style="bold")
     out.print(_table(ledger))
     layers = ledger.activations_per_layer
     if layers and max(layers):
         out.print(f"\nkept for the backward pass: {size(max(layers))} a layer, in {len(layers)} layers")
     out.print("", bar(ledger.lines, size), "", _verdict(ledger.total, fits), sep="\n")
+    if course:
+        out.print("", timeline.sentences(args, course), sep="\n")
+
+
+def _options(args: Arguments, quantization: str | None) -> dict[str, Any]:
+    options = {name: getattr(args, name) for name in ("optimizer", "precision", "checkpointing")}
+    return options | {"quantization": quantization, "double_quantization": not args.plain_scales}
 
 
 def _ledger(args: Arguments, mode: str, arch: Any, config: Any, quantization: str | None) -> Any:
-    options = {name: getattr(args, name) for name in ("optimizer", "precision", "checkpointing")}
-    options |= {"quantization": quantization, "double_quantization": not args.plain_scales}
+    options = _options(args, quantization)
     if mode == "ppo":
         options |= {"mini_batch": args.mini_batch, "value_model": args.value_model}
         return accounting.ppo_ledger(arch, config, args.batch, args.seq, args.ppo, **options)

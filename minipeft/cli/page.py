@@ -1,4 +1,7 @@
-"""A comparison as one HTML page that holds everything it shows: no script, no network; light, dark and for print."""
+"""A comparison as one HTML page that holds everything it shows: no script, no network; light, dark and for print.
+
+`rendered` makes such a page of any template that extends page.html.jinja.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +43,31 @@ HEADINGS = {
 
 def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence[Sample]) -> None:
     """Write the page; `rows` and `settings` are those of compare.json, `shown` are answers of models."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     base, *trained = rows
     figures = [
-        (base64.b64encode(panel_svg(name, rows)).decode(), f"{opening(base)}: {'; '.join(map(of, trained))}.", caption)
+        (encoded(panel_svg(name, rows)), f"{opening(base)}: {'; '.join(map(of, trained))}.", caption)
         for name, (caption, opening, of) in FIGURES.items()
     ]
-    page = environment.get_template("report.html.jinja").render(
+    page = rendered(
+        "report.html.jinja",
         title=f"Fine-tuning methods compared on {settings['data']}", settings=settings, conclusions=conclusions(rows),
         headings=HEADINGS, table=[(row["title"], cells(row, rows)) for row in rows], figures=figures, shown=shown,
     )  # fmt: skip
     write_text(path, page)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """The page that a template of this directory makes of the values; one that it lacks is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def encoded(picture: bytes) -> str:
+    """A picture as text that a page can hold."""
+    return base64.b64encode(picture).decode()
 
 
 def conclusions(rows: Rows) -> list[str]:

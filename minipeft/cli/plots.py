@@ -24,16 +24,21 @@ def plot_comparison(rows: Rows, path: Path) -> None:
 
 def panel_svg(name: str, rows: Rows) -> bytes:
     """One of PANELS as an SVG file of its own, with a legend; the same rows give the same bytes."""
+    figure, (axes,) = panels(1, 6, 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3))
+    PANELS[name](axes, rows)
+    if name != "memory":
+        for row, color, marker in styled(rows):
+            axes.plot([], [], marker, color=color, label=row["title"])
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return svg(figure, name)
+
+
+def svg(figure: Any, name: str) -> bytes:
+    """A figure as an SVG file; the same figure under the same name gives the same bytes."""
     from matplotlib import rc_context
 
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):
-        figure, (axes,) = panels(1, 6, 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3))
-        PANELS[name](axes, rows)
-        if name != "memory":
-            for row, color, marker in styled(rows):
-                axes.plot([], [], marker, color=color, label=row["title"])
-            figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
 

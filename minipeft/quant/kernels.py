@@ -119,14 +119,15 @@ def times_transposed(x: Array, packed: Array, state: QuantState) -> Array:
 
 
 def times(g: Array, packed: Array, state: QuantState) -> Array:
-    """g W [n, in] in g's dtype: g [n, out], the codes of W [out, in]."""
-    xp, n_in, tiles = xp_of(g, packed), state.shape[1], Tiles(packed, state)
-    d = xp.empty((g.shape[0], n_in), g.dtype)
+    """g W [..., in] in g's dtype, an array that nobody else holds: g [..., out], the codes of W [out, in]."""
+    xp, (n_out, n_in), tiles = xp_of(g, packed), state.shape, Tiles(packed, state)
+    made = xp.empty((*g.shape[:-1], n_in), g.dtype)
+    g, d = g.reshape(-1, n_out), made.reshape(-1, n_in)
     if not tiles.column_unit:  # blocks run across rows, so that no columns share their absmax: row tiles are summed up
         d[...] = 0
         for rows, w in tiles.rows():
             d += matmul(g[:, rows], w.astype(g.dtype, copy=False))
-        return d
+        return made
 
     def part(s: slice) -> None:
         for columns, w in tiles.columns(s):
@@ -134,7 +135,7 @@ def times(g: Array, packed: Array, state: QuantState) -> Array:
 
     with one_blas_thread():
         split_rows(part, n_in // tiles.column_unit, tiles.work(g.shape[0]))
-    return d
+    return made
 
 
 def tile_size(n: int) -> int:

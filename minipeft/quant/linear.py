@@ -27,15 +27,15 @@ def linear_4bit(x, packed, state, bias=None):
     The product has x's dtype. Raises ValueError where x does not match the weight, or is not floating-point.
     """
     _check(x, state)
-    (n_out, n_in), shape = state.shape, x.shape
+    n_out, n_in = state.shape
     y = times_transposed(x.reshape(-1, n_in), packed, state)  # [n, out]
     if bias is not None:
         y += bias
 
     def dx(g):
-        return times(g.reshape(-1, n_out), packed, state).reshape(shape)
+        return times(g, packed, state)
 
-    return y.reshape(*shape[:-1], n_out), dx, None, None, lambda g: g.reshape(-1, n_out).sum(axis=0)
+    return y.reshape(*x.shape[:-1], n_out), dx, None, None, lambda g: g.reshape(-1, n_out).sum(axis=0)
 
 
 @kernel(linear_4bit, "cupy")
