@@ -128,11 +128,12 @@ assert not np.array_equal(wide.data, rounded(wide.data, "bfloat16"))
 print(f"\nall weights, rate 1e-3: float32 ends at {spread(LOSS['full', 'float32'])}; in mixed precision, minus that:")
 for how in ("bf16", "fp16"):
     print(f"  {how}: {spread(beside('full', how), 4)}")
-    mean, half_width = interval(beside("full", how))
-    assert abs(mean) + half_width < 0.01, "within a hundredth of the nat that is learned"
+    assert sum(map(abs, interval(beside("full", how)))) < 0.001, "of 1.09 nats that are learned"
+assert abs(float((task_before - LOSS["full", "float32"]).mean()) - 1.09) < 0.01
 
 # %% [markdown]
-# It does not: within a hundredth of a nat. But these two runs had help, and you have not seen it yet.
+# Hardly: the differences are a ten-thousandth of a nat, of 1.09 that are learned. But these two runs had help, and you
+# have not seen it yet.
 #
 # ## 3 · Why a float32 master copy
 #
@@ -196,13 +197,14 @@ for what, rate in (("full", 1e-3), ("full, low rate", 3e-5)):
     print(f"  rate {rate:<8g}          {spread(with_one):22s}{spread(without):22s}{spread(without - with_one)}")
     assert below(with_one, without), "without it less is learned"
 learned = [task_before - LOSS["full, low rate", how] for how in ("bf16", "bf16, no master")]
-print(f"at the low rate the run without one learns {spread(100 * learned[1] / learned[0], 0)} % of what the other learns")
+print(f"at the low rate the run without one learns {spread(100 * learned[1] / learned[0], 1)} % of what the other learns")
 assert below(4 * learned[1], learned[0])
 
 # %% [markdown]
-# At the usual rate the loss is a little higher without the master copy. At the low rate, where nearly all steps are
-# lost, an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly. That
-# is what makes this accident expensive. And it is worst just where one is careful: late in a schedule, at small rates.
+# At the usual rate the loss ends 0.022 ± 0.004 higher without the master copy. At the low rate, where nearly all steps
+# are lost, an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly.
+# That is what makes this accident expensive. And it is worst just where one is careful: at small rates, late in a
+# schedule.
 #
 # ## 4 · Why float16 needs a scale, and bfloat16 does not
 #
@@ -240,7 +242,7 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.01
 print("\nthe loss of each batch is that of a step 1024 times as large:")
 for how in ("fp16, S = 2^-10", "bf16, S = 2^-10"):
     print(f"  {how}: minus float32 {spread(beside('full', how), 4)}")
-assert below(LOSS["full", "float32"] + 0.3, LOSS["full", "fp16, S = 2^-10"])
+assert below(LOSS["full", "float32"], LOSS["full", "fp16, S = 2^-10"])
 assert np.array_equal(LOSS["full", "bf16, S = 2^-10"], LOSS["full", "bf16"]), "a power of two changes no fraction"
 with mp.PrecisionReport(probe.model) as report, mp.autocast("float16"):
     (probe.model.loss(**batch) * SCALES["2^-10"]).backward()
@@ -248,9 +250,10 @@ print("\n" + str(report))
 assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
 
 # %% [markdown]
-# float16 loses half of what there was to learn; bfloat16 ends with the *same* loss as before, to the last digit: a
-# power of two only moves its exponents, and they have room. `mp.PrecisionReport` names the op and the module at which
-# the first gradient vanished.
+# float16 ends 0.45 ± 0.36 higher, of 1.09 nats that are learned; how much exactly, the seeds do not agree. bfloat16
+# ends with the *same* loss as at $S = 1$, in every digit of the rows: a power of two only moves its exponents, and
+# they have room. `mp.PrecisionReport` names the op and the module at which the first gradient vanished (the gradient
+# of the logits: most words are improbable, so most of its numbers are tiny).
 #
 # The remedy is one line of arithmetic (Micikevicius et al. 2018): gradients are linear in the loss, so train on
 #
@@ -344,13 +347,15 @@ for what in ("LoRA", "QLoRA"):
     print(f"  {what:6s} ({spread(LOSS[what, 'float32'])})", "".join(f"{cell:20s}" for cell in cells))
 for what in ("LoRA", "QLoRA"):
     for how in ("bf16", "fp16"):
-        assert sum(map(abs, interval(beside(what, how)))) < 0.02
+        assert sum(map(abs, interval(beside(what, how)))) < 0.002
+assert below(LOSS["QLoRA", "float32"], LOSS["QLoRA", "bf16"]) and below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"])
 
 # %% [markdown]
-# Nothing that one could see: rounding's relative error of 0.2 % disappears beside the 9 % of four bits, as errors that
-# know nothing of each other add up like the sides of a right triangle. So the compute dtype is chosen for the machine:
-# bfloat16 where tensor cores have it, float16 on older ones (with a scale), and the default, float32, is only slow. It
-# does not change what is stored.
+# Next to nothing. The relative error of a rounding, at most 0.4 %, disappears beside the 9 % of four bits: errors that
+# know nothing of each other add up like the sides of a right triangle. In training bfloat16 ends 0.0006 ± 0.0005
+# higher: clear by the rule, and of no consequence. So the compute dtype is chosen for the machine: bfloat16 where
+# tensor cores have it, float16 on older ones (with a scale); the default, float32, is only slow. It does not change
+# what is stored. An adapter that is itself held in bfloat16 ends 0.0016 ± 0.0005 higher, at its usual, high rate.
 #
 # ## 7 · The ledger beside
 #
@@ -398,9 +403,9 @@ a.text(-44.3, a.get_ylim()[1] * 0.94, "zero in float16", fontsize=9)
 a.text(-24.6, a.get_ylim()[1] * 0.94, "subnormal", fontsize=9, color="0.4")
 a.set(title="One step's gradients, times the loss scale", xlabel="$\\log_2$ |gradient|", ylabel="share", xlim=(-45, 9), yticks=[])
 a.legend(fontsize=8, loc="upper right")
-grid = np.logspace(-6, -2, 60)
+grid = np.logspace(-6, -2, 400)
 for dtype, color in (("bfloat16", ORANGE), ("float16", BLUE)):
-    b.plot(grid, [stuck(rate, dtype, weights[::7]) for rate in grid], color=color, label=dtype)
+    b.plot(grid, [stuck(rate, dtype, weights[::37]) for rate in grid], color=color, label=dtype)
 for rate, text in ((1e-3, "usual rate"), (3e-5, "low rate")):
     b.axvline(rate, color="0.4", linestyle=":", linewidth=1)
     b.text(rate * 1.1, 0.5, text, rotation=90, va="center", fontsize=8, color="0.4")
