@@ -121,8 +121,7 @@ class GradScaler:
         if found[1]:
             raise RuntimeError("step() has already been called since the last update()")
         if found[0]:
-            with np.errstate(over="ignore"):
-                optimizer.step()
+            optimizer.step()
         found[1] = True
 
     def update(self) -> None:
