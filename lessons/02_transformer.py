@@ -185,7 +185,8 @@ assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation 
 # %%
 def llama_by_hand(model, ids):
     """ids [T] -> (logits [T, V], what was written into the residual stream)."""
-    c, p = model.config, model.state_dict()
+    c = model.config
+    p = {name: mp.backend.to_numpy(a) for name, a in model.state_dict().items()}
     T, D = len(ids), c.head_dim
     angle = np.arange(T)[:, None] * c.rope_theta ** (-np.arange(D // 2) / (D // 2))  # [T, D/2]
     turn = np.exp(1j * angle)[:, None]  # [T, 1, D/2]
@@ -222,7 +223,7 @@ config = llama(
 )  # fmt: skip
 model = mp.Transformer(config, seed=0)
 ids = rng.integers(0, VOCAB, 2 * PERIOD)
-(by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).data[0]
+(by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).numpy()[0]
 print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:", np.abs(by_hand - logits).max())
 assert np.allclose(by_hand, logits, atol=1e-5)
 
@@ -267,7 +268,7 @@ def loss_by_position(model, n=256):
     """Mean loss of each of the 31 predictions, on fresh sequences."""
     batch = sequences(np.random.default_rng(99), n)
     with mp.no_grad():
-        log_p = F.log_softmax(model(batch)).data[:, :-1]
+        log_p = F.log_softmax(model(batch)).numpy()[:, :-1]
     return -np.take_along_axis(log_p, batch[:, 1:, None], axis=-1)[..., 0].mean(axis=0)  # [31]
 
 
@@ -308,13 +309,14 @@ class OpenAttention(mp.nn.Module):
             return y.reshape(B, T, -1, a.head_dim).swapaxes(1, 2)
 
         q, k = F.rope(heads(a.q_proj(x)), *context.rotation), F.rope(heads(a.k_proj(x)), *context.rotation)
-        group = np.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # which key head each query head reads
+        xp = mp.backend.xp_of(q.data)  # NumPy, or CuPy on a GPU
+        group = xp.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # which key head each query head reads
         k, v = k[:, group], heads(a.v_proj(x))[:, group]
         scores = q @ k.swapaxes(2, 3) / math.sqrt(a.head_dim)  # [B, H, T, T]
         if self.causal:
-            scores = F.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+            scores = F.where(xp.tril(xp.ones((T, T), bool)), scores, -np.inf)
         weights = F.softmax(scores)
-        self.weights = weights.data
+        self.weights = weights.numpy()
         return a.o_proj((weights @ v).swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -326,7 +328,7 @@ def opened(model, causal=True):
 
 
 watched = opened(model)
-difference = np.abs(watched(test).data - model(test).data).max()
+difference = np.abs(watched(test).numpy() - model(test).numpy()).max()
 print(f"\nthe model with its attention opened up gives the same logits: largest difference {difference:.1e}")
 assert difference < 1e-3
 patterns = np.stack([block.self_attn.weights.mean(axis=0) for block in watched.model.layers])  # [layer, head, T, T]
@@ -434,7 +436,7 @@ print(f"\nwithout the mask the training loss ends at {peeked[-1]:.3f}; the hones
 row = prompt.copy()
 for _ in range(15):
     with mp.no_grad():
-        row = np.concatenate([row, peeking(row).data[:, -1].argmax(axis=-1)[:, None]], axis=1)
+        row = np.concatenate([row, peeking(row).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1)
 peek_copied = (row[:, PERIOD + 1 :] == row[:, 1:PERIOD]).mean()
 honest_copied = (written[:, PERIOD + 1 :] == written[:, 1:PERIOD]).mean()
 print(f"writing the repetition: {peek_copied:.0%} of letters right; the honest model: {honest_copied:.0%}; chance: 3%")
@@ -458,9 +460,9 @@ changes = {}
 for dialect in (gpt2, llama):
     c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     m = mp.Transformer(c, seed=0)
-    alone = m(short).data[0, -1]
+    alone = m(short).numpy()[0, -1]
     runs = m(padded, mask), m(padded, mask, position_ids=naive), m(padded)
-    change = changes[c.model_type] = [np.abs(run.data[0, -1] - alone).max() for run in runs]
+    change = changes[c.model_type] = [np.abs(run.numpy()[0, -1] - alone).max() for run in runs]
     print(f"  {c.model_type:6s}  {change[0]:10.1e}  {change[1]:17.1e}  {change[2]:18.1e}")
 assert changes["gpt2"][0] < 1e-4 and changes["llama"][0] < 1e-4
 assert changes["gpt2"][1] > 0.1, "learned positions: the prompt has moved"

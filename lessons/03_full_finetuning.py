@@ -22,6 +22,7 @@ import numpy as np
 
 import minipeft as mp
 from minipeft.accounting import measure_peak, memory_ledger
+from minipeft.backend import to_numpy
 from minipeft.files import read_json
 from minipeft.text.corpora import general_text
 from minipeft.text.datasets import Document
@@ -128,7 +129,7 @@ for step in range(3 if REDUCED else 20):
     optimizer.zero_grad()
 ids, mask, kind = verses(test_records)
 with mp.no_grad():
-    accuracy = (classifier(ids, mask).data.argmax(axis=-1) == kind).mean()
+    accuracy = (classifier(ids, mask).numpy().argmax(axis=-1) == kind).mean()
 print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out verses, after {8 * (step + 1)} verses in each")
 if not REDUCED:
     assert accuracy > 0.65, "chance is 0.5, and three standard errors of 128 verses are 0.13"
@@ -209,11 +210,11 @@ if not REDUCED:
 folder = OUT / "03_rewriter"
 mp.save_pretrained(tuned, folder, tokenizer)
 again, _ = mp.from_pretrained(folder)
-same = all(np.array_equal(p.data, q.data) for p, q in zip(tuned.parameters(), again.parameters()))
+same = all(np.array_equal(p.numpy(), q.numpy()) for p, q in zip(tuned.parameters(), again.parameters()))
 print("saved:", ", ".join(sorted(path.name for path in folder.iterdir())))
 print("config.json says", read_json(folder / "config.json")["architectures"], "- reloaded, bit for bit:", same)
 assert same
-assert np.array_equal(tuned(test_examples[0].input_ids[None]).data, again(test_examples[0].input_ids[None]).data)
+assert np.array_equal(tuned(test_examples[0].input_ids[None]).numpy(), again(test_examples[0].input_ids[None]).numpy())
 
 mp.save_pretrained(tuned, OUT / "03_rewriter_float16", tokenizer, dtype="float16")
 rounded, _ = mp.from_pretrained(OUT / "03_rewriter_float16")
@@ -255,7 +256,7 @@ text = np.random.default_rng(0).integers(0, base.config.vocab_size, (B, T))
 
 def two_steps():
     """A copy of the base, an optimizer, two steps: in the second the moments are there too."""
-    model = base.copy()
+    model = base.copy().to("numpy")  # whose arrays tracemalloc sees
     optimizer = mp.optim.AdamW(model.parameters())
     for _ in range(2):
         model.loss(text, text).backward()
@@ -292,7 +293,7 @@ def gradient(examples):
     batch = mp.train.collate(examples, tokenizer.pad_token_id)
     model = base.copy()
     model.loss(**batch.arguments).backward()
-    return np.concatenate([p.grad.ravel() for p in model.parameters()]), batch.weight
+    return np.concatenate([to_numpy(p.grad).ravel() for p in model.parameters()]), batch.weight
 
 
 sixteen = sorted(train_examples[:16], key=lambda example: len(example.input_ids))  # as loaders that save padding do
@@ -313,7 +314,7 @@ for size, times in ((16, 1), (4, 4)):
         learning_rate=0.1, optim="sgd", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=times
     )
     mp.Trainer(model, train_examples, args=arguments).train()
-    finals.append(np.concatenate([p.data.ravel() for p in model.parameters()]))
+    finals.append(np.concatenate([p.numpy().ravel() for p in model.parameters()]))
 difference = np.abs(finals[0] - finals[1]).max()
 print(f"  the Trainer, two steps of 16 or of 4 x 4: largest difference of a weight {difference:.1e}")
 assert difference < 1e-6

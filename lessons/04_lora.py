@@ -23,7 +23,7 @@ import numpy as np
 
 import minipeft as mp
 from minipeft.accounting import count_parameters, measure_peak, memory_ledger
-from minipeft.backend import one_blas_thread
+from minipeft.backend import one_blas_thread, to_numpy
 from minipeft.files import read_json, write_json
 from minipeft.text.examples import encode_examples
 from minipeft.text.tasks import task
@@ -85,7 +85,7 @@ assert count_parameters("gpt3", gpt3_lora(1)).trainable == 4_718_592
 
 # %%
 base, tokenizer = mp.load_base()
-untouched = [p.data.copy() for p in base.parameters()]  # compared at the very end
+untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the very end
 N = sum(p.size for p in base.parameters())
 
 model = mp.get_peft_model(base, mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -93,7 +93,7 @@ print()
 model.print_trainable_parameters()
 print("\n".join(repr(model).split("\n")[:9]), "\n  ...")
 ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (4, 32))
-assert np.array_equal(model(ids).data, base(ids).data)
+assert np.array_equal(model(ids).numpy(), base(ids).numpy())
 print("at the start, the logits are the base's, bit for bit: True")
 
 # %% [markdown]
@@ -112,11 +112,12 @@ lora = model.layers[place].adapters["default"]
 A, B = lora.lora_A, lora.lora_B  # [r, k], [d, r]
 dense = base.copy()
 dense.loss(ids, ids).backward()
-G = dict(dense.named_parameters())[f"{place}.weight"].grad  # [d, k]
+G = to_numpy(dict(dense.named_parameters())[f"{place}.weight"].grad)  # [d, k]
 model.loss(ids, ids).backward()
-print(f"\nfirst step: largest gradient of A {np.abs(A.grad).max():.1e}, of B {np.abs(B.grad).max():.1e}")
-assert not A.grad.any() and B.grad.any()
-assert np.allclose(B.grad, 16 / 8 * G @ A.data.T, rtol=1e-3, atol=1e-3 * np.abs(B.grad).max())
+dA, dB = to_numpy(A.grad), to_numpy(B.grad)
+print(f"\nfirst step: largest gradient of A {np.abs(dA).max():.1e}, of B {np.abs(dB).max():.1e}")
+assert not dA.any() and dB.any()
+assert np.allclose(dB, 16 / 8 * G @ A.numpy().T, rtol=1e-3, atol=1e-3 * np.abs(dB).max())
 
 optimizer = mp.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)  # decay would move A even so
 optimizer.step()
@@ -135,9 +136,9 @@ assert A.grad is None and not model.unmoved()
 
 # %%
 x = np.random.default_rng(1).standard_normal((4, 32, A.shape[1])).astype(np.float32)  # [batch, seq, k]
-W = dict(base.named_parameters())[f"{place}.weight"].data
-by_hand = x @ W.T + 16 / 8 * (x @ A.data.T) @ B.data.T
-library = model.layers[place](mp.Tensor(x)).data
+W = dict(base.named_parameters())[f"{place}.weight"].numpy()
+by_hand = x @ W.T + 16 / 8 * (x @ A.numpy().T) @ B.numpy().T
+library = model.layers[place](mp.Tensor(mp.backend.asarray(x))).numpy()
 difference = np.abs(by_hand - library).max()
 print(f"W x + (alpha/r) B A x by hand and the library's: largest difference {difference:.1e}")
 assert difference < 1e-5 and np.abs(library - x @ W.T).max() > 1e-3
@@ -172,7 +173,7 @@ def kept_by(layer):
     return held - y.data.nbytes
 
 
-plain = mp.nn.Sequential(mp.nn.Linear(WIDTH, WIDTH, bias=False))
+plain = mp.nn.Sequential(mp.nn.Linear(WIDTH, WIDTH, bias=False)).to("numpy")  # whose arrays tracemalloc sees
 layers = {
     "trained": plain.copy(),
     "frozen": plain.copy().requires_grad_(False),
@@ -201,10 +202,11 @@ for name, size in kept.items():
 # %%
 BATCH, LENGTH = (4, 64) if REDUCED else (16, 64)
 text = np.random.default_rng(0).integers(0, base.config.vocab_size, (BATCH, LENGTH))
+on_cpu = base.copy().to("numpy")
 VARIANTS = {
-    "full": lambda: base.copy(),
-    "LoRA, all-linear": lambda: mp.get_peft_model(base.copy(), mp.LoraConfig(r=8, target_modules="all-linear")),
-    "LoRA, q and v": lambda: mp.get_peft_model(base.copy(), mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])),
+    "full": lambda: on_cpu.copy(),
+    "LoRA, all-linear": lambda: mp.get_peft_model(on_cpu.copy(), mp.LoraConfig(r=8, target_modules="all-linear")),
+    "LoRA, q and v": lambda: mp.get_peft_model(on_cpu.copy(), mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])),
 }
 
 
@@ -356,7 +358,7 @@ originals = dict(base.named_parameters())
 def svd(matrix):
     """U, s, Vt with matrix = U diag(s) Vt."""
     with one_blas_thread():  # thousands of tiny products: to wake a second thread for each takes far longer
-        return np.linalg.svd(matrix, full_matrices=False)
+        return np.linalg.svd(to_numpy(matrix), full_matrices=False)
 
 
 updates = {
@@ -395,7 +397,7 @@ def cut(directions):
     for name, p in model.named_parameters():
         if name in updates:
             U, s, Vt = updates[name]
-            p.data += (U[:, directions] * s[directions]) @ Vt[directions]
+            p.data += mp.backend.asarray((U[:, directions] * s[directions]) @ Vt[directions])
     return model
 
 
@@ -429,7 +431,7 @@ probe = base.copy()
 probe.loss(**mp.train.collate(data["rewrite"][:SIZE], tokenizer.pad_token_id).arguments).backward()
 print("\nenergy of 8 directions      gradient     sign of the gradient")
 for group, part in (("attention", "self_attn"), ("MLP", "mlp")):
-    grads = [p.grad for name, p in probe.named_parameters() if part in name]
+    grads = [to_numpy(p.grad) for name, p in probe.named_parameters() if part in name]
     raw, signed = (
         np.mean([energy(svd(g)[1])[3] for g in matrices])
         for matrices in (grads, [np.sign(g) for g in grads])
@@ -456,7 +458,7 @@ def first_step(r, alpha):
     """|Delta L| / eta of the first step."""
     model = lora(r, alpha)
     model.loss(**mp.train.collate(data["rewrite"][:SIZE], tokenizer.pad_token_id).arguments).backward()
-    return sum(float(np.abs(p.grad).sum()) for p in model.parameters() if p.requires_grad)
+    return sum(abs(p.grad).sum().item() for p in model.parameters() if p.requires_grad)
 
 
 print("\nsize of the first step, relative to r = 8:      r = 1        r = 64      (64 is the largest possible here)")
@@ -516,13 +518,13 @@ if not REDUCED:
 
 # %%
 merged = adapted.merge_and_unload()
-want, got = adapted(ids).data, merged(ids).data
+want, got = adapted(ids).numpy(), merged(ids).numpy()
 print(f"\nmerged against unmerged: largest difference of a logit {np.abs(want - got).max():.1e}", end=", ")
 print(f"of logits up to {np.abs(want).max():.0f}")
 assert np.abs(want - got).max() < 1e-4 * np.abs(want).max()
 assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
-assert all(np.array_equal(p.data, kept) for p, kept in zip(base.parameters(), untouched))
+assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched))
 
 # %% [markdown]
 # How large the rounding is depends on the numbers that the base is stored in. The same adapter, put on bases in other
@@ -536,7 +538,7 @@ for dtype in ("float64", "float32", "float16"):
     for p in stored.parameters():
         p.data = p.data.astype(dtype)
     beside = mp.PeftModel.from_pretrained(stored, OUT / "04_adapters" / "rewrite")
-    errors[dtype] = np.abs(beside.merge_and_unload()(ids).data - beside(ids).data).max() / np.abs(want).max()
+    errors[dtype] = np.abs(beside.merge_and_unload()(ids).numpy() - beside(ids).numpy()).max() / np.abs(want).max()
     print(f"  merged in {dtype}: largest difference {errors[dtype]:.0e} of the largest logit")
 assert errors["float64"] < 1e-12 < errors["float32"] < 1e-5 < errors["float16"] < 1e-1
 
@@ -546,14 +548,14 @@ assert errors["float64"] < 1e-12 < errors["float32"] < 1e-5 < errors["float16"] 
 # weights, `unmerge_adapter` drops them, and nothing has been rounded.
 
 # %%
-W, D = originals[f"{place}.weight"].data, adapted.layers[place].adapters["rewrite"].delta_weight()
+W, D = originals[f"{place}.weight"].numpy(), to_numpy(adapted.layers[place].adapters["rewrite"].delta_weight())
 subtracted = (W + D) - D
 adapted.merge_adapter()
-assert np.array_equal(adapted(ids).data, got)
+assert np.array_equal(adapted(ids).numpy(), got)
 adapted.unmerge_adapter()
-assert np.array_equal(adapted(ids).data, want)
+assert np.array_equal(adapted(ids).numpy(), want)
 with adapted.disable_adapter():
-    assert np.array_equal(adapted(ids).data, base(ids).data)
+    assert np.array_equal(adapted(ids).numpy(), base(ids).numpy())
 print(f"merged and subtracted again: {np.mean(subtracted != W):.0%} of the weights differ,", end=" ")
 print(f"by up to {np.abs(subtracted - W).max():.0e}; unmerged from kept weights: none, bit for bit")
 assert 0 < np.abs(subtracted - W).max() < 1e-6
@@ -569,7 +571,7 @@ adapted.add_adapter("define", mp.LoraConfig(r=8, lora_alpha=16, target_modules="
 adapted.set_adapter("define")
 train(adapted, name="define")
 adapted.set_adapter("rewrite")
-assert np.array_equal(adapted(ids).data, want), "training one adapter leaves the other alone"
+assert np.array_equal(adapted(ids).numpy(), want), "training one adapter leaves the other alone"
 table = {"none": [start, loss_of(base, "define")]}
 for name in ("rewrite", "define"):
     adapted.set_adapter(name)
@@ -587,18 +589,18 @@ if not REDUCED:
 
 # %%
 names = ["rewrite", "__base__", "define", "rewrite"]
-mixed = adapted(ids, adapter_names=names).data
+mixed = adapted(ids, adapter_names=names).numpy()
 difference = 0.0
 for i, name in enumerate(names):
     if name == "__base__":
-        alone = base(ids[i : i + 1]).data
+        alone = base(ids[i : i + 1]).numpy()
     else:
         adapted.set_adapter(name)
-        alone = adapted(ids[i : i + 1]).data
+        alone = adapted(ids[i : i + 1]).numpy()
     difference = max(difference, np.abs(mixed[i] - alone[0]).max())
 print("\na batch of", ", ".join(names), f"against each row alone: largest difference {difference:.1e}")
 assert difference < 1e-4 * np.abs(mixed).max()
-assert np.abs(mixed[0] - base(ids[:1]).data[0]).max() > 0.1
+assert np.abs(mixed[0] - base(ids[:1]).numpy()[0]).max() > 0.1
 
 # %% [markdown]
 # On the disk a task is its adapter: two matrices per layer, and a small JSON file that says which layers, which $r$,
@@ -612,7 +614,7 @@ print(f"\n{'define/adapter_model.safetensors':34s} {size:12,} bytes; {trainable:
 print(f"{'a full fine-tune, float32':34s} {4 * N:12,} bytes: {4 * N / size:.0f} times as much")
 assert 0 <= size - 4 * trainable < 20_000, "the file is the matrices and a small header"
 again = mp.PeftModel.from_pretrained(base, folder / "rewrite")
-assert np.array_equal(again(ids).data, want)
+assert np.array_equal(again(ids).numpy(), want)
 adapter, whole = 2 * count_parameters("gpt3", gpt3_lora(4)).stored, 2 * count_parameters("gpt3").stored
 print(f"GPT-3, r = 4, float16: {adapter / 1e6:.1f} MB a task; whole {whole / 1e9:.0f} GB: {whole / adapter:,.0f} times")
 print(f"100 tasks: {(whole + 100 * adapter) / 1e9:.0f} GB, or {100 * whole / 1e12:.0f} TB")
@@ -633,7 +635,7 @@ for _, part in dead.parts("default"):
 dead.mark_start("default")
 train(dead, steps=3)
 print(f"\nboth zero: held-out loss before {start:.4f}, after {loss_of(dead):.4f}")
-assert np.array_equal(dead(ids).data, base(ids).data)
+assert np.array_equal(dead(ids).numpy(), base(ids).numpy())
 try:
     mp.assert_learning(dead)
     complaint = ""
@@ -667,7 +669,7 @@ write_json(folder / "rewrite" / "adapter_config.json", options | {"lora_alpha": 
 halved = mp.PeftModel.from_pretrained(base, folder / "rewrite", is_trainable=True)
 write_json(folder / "rewrite" / "adapter_config.json", options)
 print(f"\nheld-out loss: alpha as trained {adapted_end:.3f}, alpha halved {loss_of(halved):.3f}, base {start:.3f}")
-ratio = halved.layers[place].adapters["default"].delta_weight() / D
+ratio = to_numpy(halved.layers[place].adapters["default"].delta_weight()) / D
 assert np.allclose(ratio, 0.5)
 if not REDUCED:
     assert loss_of(halved) > adapted_end + 0.01
@@ -676,7 +678,7 @@ if not REDUCED:
 # And through all of this, on one base: two dozen adapters, trained, merged, switched, broken.
 
 # %%
-same = all(np.array_equal(p.data, kept) for p, kept in zip(base.parameters(), untouched))
+same = all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched))
 print("\nthe base is what it was when it was loaded, bit for bit:", same)
 assert same
 

@@ -47,10 +47,10 @@ ids = np.array([tokenizer.encode("And it came to pass in those days")])
 # %%
 soft = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=20))
 P = soft.prompts["default"].prompt_embeddings
-by_hand = F.cat([P.reshape(1, *P.shape), model.backbone.embedding(ids)], axis=1)  # [1, 20 + T, d]
-logits = model(inputs_embeds=by_hand).data[:, 20:]
-print("by hand against minipeft:", np.abs(logits - soft(ids).data).max(), "  logits", soft(ids).shape)
-assert np.allclose(logits, soft(ids).data, atol=1e-4)
+by_hand = F.cat([P.reshape(1, *P.shape), model.backbone.embedding(mp.backend.asarray(ids))], axis=1)  # [1, 20 + T, d]
+logits = model(inputs_embeds=by_hand).numpy()[:, 20:]
+print("by hand against minipeft:", np.abs(logits - soft(ids).numpy()).max(), "  logits", soft(ids).shape)
+assert np.allclose(logits, soft(ids).numpy(), atol=1e-4)
 assert soft(ids).shape[1] == ids.shape[1]
 
 # %% [markdown]
@@ -64,7 +64,7 @@ hard = np.concatenate([[words], ids], axis=1)
 from_text = mp.PromptTuningConfig(
     num_virtual_tokens=len(words), prompt_tuning_init="TEXT", prompt_tuning_init_ids=list(words)
 )
-difference = np.abs(mp.get_peft_model(model, from_text)(ids).data - model(hard).data[:, len(words) :]).max()
+difference = np.abs(mp.get_peft_model(model, from_text)(ids).numpy() - model(hard).numpy()[:, len(words) :]).max()
 print(f"soft tokens that are {len(words)} real ones, against the text itself: {difference:.1e}")
 assert difference < 1e-3
 
@@ -85,8 +85,8 @@ cache = mp.KVCache()
 model(np.array([words]), past_key_values=cache)
 prefixed = mp.get_peft_model(model, mp.PrefixTuningConfig(num_virtual_tokens=len(words)))
 flat = [a[0].transpose(1, 0, 2).reshape(len(words), -1) for pair in cache for a in pair]  # of each layer: keys, values
-prefixed.prompts["default"].prompt_embeddings.data = np.concatenate(flat, axis=1)
-difference = np.abs(prefixed(ids).data - model(hard).data[:, len(words) :]).max()
+prefixed.prompts["default"].prompt_embeddings.data = mp.backend.xp_of(*flat).concatenate(flat, axis=1)
+difference = np.abs(prefixed(ids).numpy() - model(hard).numpy()[:, len(words) :]).max()
 print(f"a prefix that is a text's keys and values, against the text itself: {difference:.1e}")
 assert difference < 1e-3
 
@@ -177,7 +177,7 @@ end = {name: np.mean([r[1] for r in found]) for name, found in runs.items()}
 assert end["random"] > end["vocabulary"]
 assert all(after < before for found in runs.values() for before, after, _ in found)
 
-size = {"a token": np.sqrt((model.backbone.embedding.weight.data ** 2).mean()), "a random vector": 1.0}
+size = {"a token": np.sqrt((model.backbone.embedding.weight.numpy() ** 2).mean()), "a random vector": 1.0}
 print("root mean square of an element of", ", of ".join(f"{name} {value:.3f}" for name, value in size.items()))
 assert size["a token"] < 0.5
 
@@ -255,9 +255,9 @@ print("saved", OUT / "06_soft_prompts.png")
 # %%
 padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)
 mask = np.concatenate([np.zeros((1, 6), int), np.ones_like(ids)], axis=1)
-alone = soft(ids).data[:, -1]
-right_way = soft(padded, attention_mask=mask).data[:, -1]
-wrong_way = soft(padded, attention_mask=mask, position_ids=np.arange(padded.shape[1])[None]).data[:, -1]
+alone = soft(ids).numpy()[:, -1]
+right_way = soft(padded, attention_mask=mask).numpy()[:, -1]
+wrong_way = soft(padded, attention_mask=mask, position_ids=np.arange(padded.shape[1])[None]).numpy()[:, -1]
 print(f"positions from the mask: differs by {np.abs(right_way - alone).max():.1e} from the row alone")
 print(f"padding counted as text: differs by {np.abs(wrong_way - alone).max():.1e}")
 assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()

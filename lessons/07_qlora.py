@@ -31,7 +31,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 
 base, tokenizer = mp.load_base()
-weights = {path: m.weight.data for path, m in base.named_modules() if isinstance(m, mp.nn.Linear) and path != "lm_head"}
+weights = {path: m.weight.numpy() for path, m in base.named_modules() if isinstance(m, mp.nn.Linear) and path != "lm_head"}
 W = np.concatenate([w.reshape(-1) for w in weights.values()])
 print(f"the base has {len(weights)} weight matrices in its layers: {W.size:,} numbers")
 

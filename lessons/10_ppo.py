@@ -230,8 +230,8 @@ def judged(policy, judge, seed=0):
         proxy = judge.rewards(roll.input_ids, roll.attention_mask).numpy().mean()
     return {
         "reward": round(float(proxy), 4), "gold": round(float(gold(roll).mean()), 4),
-        "kl": round(float(((logp - ref) * roll.mask).sum(axis=1).mean()), 4),
-        "distinct_2": round(rlhf.distinct_n(roll.responses()), 4), "ended": round(float(roll.ended.mean()), 4),
+        "kl": round(float(((logp - ref) * mp.backend.to_numpy(roll.mask)).sum(axis=1).mean()), 4),
+        "distinct_2": round(rlhf.distinct_n(roll.responses()), 4), "ended": round(roll.ended.mean().item(), 4),
     }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ layers = sum(p.size for name, p in model.named_parameters() if "_proj" in name)
 embedding = model.model.embed_tokens.weight.size
 norms = N - layers - embedding
 expected = layers * 5 / 8 + embedding * 8.5 / 8 + norms * 4
-block = model.model.layers[7].mlp.up_proj.weight.data.reshape(-1, 32)[1000]
+block = model.model.layers[7].mlp.up_proj.weight.numpy().reshape(-1, 32)[1000]
 steps = np.diff(np.unique(block))
 print(f"{layers:,} x 5 bits + {embedding:,} x 8.5 bits + {norms:,} x 32 bits = {expected / 1e6:.1f} MB; the file has {GGUF.stat().st_size / 1e6:.1f}")
 print(f"the 32 weights of a block take {np.unique(block).size} values, at distances {np.unique(np.round(steps / steps.min(), 3))} x {steps.min():.5f}")
@@ -297,7 +297,7 @@ if not REDUCED:
 # %%
 text = blocks["Jane Austen"][0][0][None, :64]
 with tuned["LoRA"].disable_adapter():
-    assert np.array_equal(tuned["LoRA"](text).data, model(text).data)
+    assert np.array_equal(tuned["LoRA"](text).numpy(), model(text).numpy())
 
 # %% [markdown]
 # ## 8 · Take it home
@@ -320,7 +320,7 @@ tuned["LoRA"].save_pretrained(OUT / "13_adapter")
 saved = sum(path.stat().st_size for path in (OUT / "13_adapter").iterdir())
 again = mp.PeftModel.from_pretrained(model, OUT / "13_adapter")
 print(f"\nthe adapter takes {saved / 1e6:.1f} MB; the model in float32 {4 * N / 1e6:.0f} MB")
-assert np.array_equal(again(text).data, tuned["LoRA"](text).data)
+assert np.array_equal(again(text).numpy(), tuned["LoRA"](text).numpy())
 assert saved < 0.04 * 4 * N
 
 # %% [markdown]

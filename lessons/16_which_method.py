@@ -86,7 +86,8 @@ print("\nnow, on this machine:         peak memory MB (predicted)    s/step    m
 for row in now:
     after = "cannot be" if row["latency_merged"] is None else f"{1e3 * row['latency_merged']:9.2f}"
     print(f"  {TITLES[row['method']]:22s} {row['memory_measured'] / 1e6:15.1f} {row['memory_predicted'] / 1e6:12.1f} {row['seconds_per_step']:11.3f} {1e3 * row['latency']:15.2f} {after:>14s}")
-    assert abs(row["memory_measured"] / row["memory_predicted"] - 1) < 0.1, "the ledger predicts it"
+    if mp.backend.get_backend() is np:  # on a GPU CuPy's pool is measured, which takes more than its arrays use
+        assert abs(row["memory_measured"] / row["memory_predicted"] - 1) < 0.1, "the ledger predicts it"
 for method in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[method].config())
     assert 4 * counts.stored == T[method]["storage"][0], "what is stored is what the formula says"

@@ -163,6 +163,11 @@ def test_double_quantization_stores_4_127_bits_a_weight_instead_of_4_5(nested):
     assert same_for_any_size < 1500
 
 
+def test_what_is_quantized_on_one_device_shares_its_code_books(xp):
+    first, second = (quant.quantize_4bit(xp.ones(64, np.float32), compress_statistics=True)[1] for _ in range(2))
+    assert first.code is second.code and first.state2.code is second.state2.code
+
+
 def test_double_quantization_changes_the_scales_by_less_than_the_map_allows(xp, rng):
     x = rng.standard_normal(64 * 700).astype(np.float32)
     _, plain = quant.quantize_4bit(xp.asarray(x))

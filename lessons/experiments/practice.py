@@ -139,7 +139,7 @@ def predict(model: SequenceClassifier, batch: Batch) -> np.ndarray:
     """The most probable class of each row."""
     ids, mask = batch.arguments["input_ids"], batch.arguments["attention_mask"]
     with no_grad():
-        return model(ids, mask).data.argmax(axis=-1)
+        return model(ids, mask).numpy().argmax(axis=-1)
 
 
 # ------------------------------------------------------------------------------------------------ what the rows say

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ from ..options import fits
 from . import eight_bits, kernels, nf4
 from .checks import QuantError, check_array, check_finite, check_options
 from .codebooks import CODES_4BIT, dynamic_map
+
+
+@cache
+def _on(xp: ModuleType, book: Callable[[], np.ndarray]) -> Array:
+    """A code book on the device of `xp`, one array for all that is quantized there."""
+    return asarray(book(), xp)
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,8 @@ def quantize_4bit(
     if compress_statistics:
         shape = absmax.shape
         absmax, absmax2, offset = nf4.quantize_scales(absmax)
-        state2 = QuantState(absmax2, shape, asarray(dynamic_map(), xp), nf4.NESTED_BLOCKSIZE, None, absmax2.dtype)
-    code = asarray(CODES_4BIT[quant_type](), xp)
+        state2 = QuantState(absmax2, shape, _on(xp, dynamic_map), nf4.NESTED_BLOCKSIZE, None, absmax2.dtype)
+    code = _on(xp, CODES_4BIT[quant_type])
     return packed.reshape(-1, 1), QuantState(absmax, A.shape, code, blocksize, quant_type, A.dtype, offset, state2)
 
 
@@ -188,7 +196,7 @@ def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantSta
 
     parallel_rows(xp, part, *blocks.shape)
     codes = codes.reshape(-1)[: A.size].reshape(A.shape)
-    return codes, QuantState(absmax, A.shape, asarray(dynamic_map(), xp), blocksize, None, A.dtype)
+    return codes, QuantState(absmax, A.shape, _on(xp, dynamic_map), blocksize, None, A.dtype)
 
 
 def dequantize_blockwise(codes: Array, state: QuantState) -> Array:
