@@ -1,4 +1,4 @@
-"""`minipeft memory`: the ledger's numbers at the terminal, what fits where, and clear refusals."""
+"""`minipeft memory`: the ledgers' numbers at the terminal, what fits where, and clear refusals."""
 
 from __future__ import annotations
 
@@ -6,33 +6,42 @@ import pytest
 from cli_helpers import output, refused, reported
 
 import minipeft as mp
-from minipeft.accounting import memory_ledger, ppo_ledger
+from minipeft.accounting import Loop, memory_ledger, ppo_ledger, pytorch_ledger, step_flops
 from minipeft.cli.bars import MARKS, bar, size
+
+OURS = ["--engine", "minipeft"]
+
+
+def ours(capsys, *argv):
+    """The record of --json, of this package's own engine."""
+    return reported(capsys, "memory", *argv, *OURS)
 
 
 def test_the_table_the_bar_and_what_it_fits_on(capsys):
-    status, out, err = output(capsys, "memory", "llama-7b", "--method", "qlora", "--batch", 1, "--seq", 512)
+    status, out, err = output(capsys, "memory", "llama-7b", "--method", "qlora", "--batch", 1, "--seq", 512, *OURS)
     assert (status, err) == (0, "")
     ledger = memory_ledger("llama-7b", mp.LoraConfig(target_modules="all-linear"), 1, 512, quantization="nf4")
     text = [" ".join(line.split()) for line in out.splitlines()]
-    assert text[0] == "llama-7b (llama), qlora: a training step, batch 1 x 512 tokens, float32, adamw"
+    assert text[0] == "llama-7b (llama), qlora, in minipeft: training, batch 1 x 512 tokens, float32, adamw"
     for line, n in ledger.lines.items():
         assert any(row.startswith(f"{line} {n:,} {size(n)} ") for row in text), line
     assert f"sum {ledger.total:,} {size(ledger.total)}" in text
-    assert out.rstrip().endswith("fits on: 16 GB, 24 GB, 48 GB, 80 GB; not on 8 GB")
+    assert "fits on: 12, 16, 24, 32, 40, 48, 80, 96, 141, 192 GB; not on 8 GB" in text
     bars = [line for line in out.splitlines() if line.startswith(MARKS[0] * 5)]
     assert len(bars) == 1 and len(bars[0]) == 72
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= 90
 
 
 def test_the_figures_of_qlora(capsys):
     """Dettmers et al. 2023: more than 780 GB in 16 bits, and one GPU of 48 GB."""
-    record = reported(capsys, "memory", "llama-65b", "--precision", "bfloat16")
+    record = ours(capsys, "llama-65b", "--precision", "bfloat16")
     assert record["total"] == 12 * 65_285_660_672 and record["fits_gb"] == []
-    _, out, _ = output(capsys, "memory", "llama-65b", "--precision", "bfloat16")
-    assert "fits on: none of 8, 16, 24, 48, 80 GB (the sum is 9.8 times 80 GB)" in out
+    _, out, _ = output(capsys, "memory", "llama-65b", "--precision", "bfloat16", *OURS)
+    assert "fits on: none of 8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192 GB (the sum is 4.1 times 192 GB)" in out
     options = "--method qlora -r 64 --seq 512 --precision bfloat16 --checkpointing"
-    assert reported(capsys, "memory", "llama-65b", *options.split())["fits_gb"] == [48, 80]
+    assert ours(capsys, "llama-65b", *options.split())["fits_gb"] == [48, 80, 96, 141, 192]
+    options = "--method qlora -r 64 --seq 512 --optimizer paged_adamw"
+    assert reported(capsys, "memory", "llama-65b", *options.split())["fits_gb"] == [48, 80, 96, 141, 192]
 
 
 def test_the_options_reach_the_ledger(capsys):
@@ -49,7 +58,7 @@ def test_the_options_reach_the_ledger(capsys):
         (["--generate", 70], {"mode": "generate", "max_new_tokens": 70}),
     ):
         expected = memory_ledger("gpt2", config, 2, 64, **options)
-        record = reported(capsys, "memory", *lora, *argv)
+        record = ours(capsys, *lora, *argv)
         assert record["lines"] == dict(expected.lines), argv
         assert record["total"] == expected.total
         assert record["activations_per_layer"] == list(expected.activations_per_layer)
@@ -59,10 +68,81 @@ def test_the_options_reach_the_ledger(capsys):
 
 
 def test_without_a_length_the_states_of_any_family(capsys):
-    record = reported(capsys, "memory", "bert-base", "--precision", "mixed")
+    record = ours(capsys, "bert-base", "--precision", "mixed")
     assert record["total"] == 16 * 109_482_240
-    _, out, _ = output(capsys, "memory", "bert-base", "--precision", "mixed")
+    _, out, _ = output(capsys, "memory", "bert-base", "--precision", "mixed", *OURS)
     assert "model states in mixed; give --seq for what the batch needs" in out
+
+
+def test_a_pytorch_loop_is_what_is_shown_with_its_assumptions(capsys):
+    argv = ["memory", "llama3-70b", "--method", "qlora", "--seq", 4096, "--batch", 4]
+    status, out, err = output(capsys, *argv)
+    assert (status, err) == (0, "")
+    config = mp.LoraConfig(target_modules="all-linear")
+    ledger = pytorch_ledger("llama3-70b", config, 4, 4096, Loop(quantization="nf4"))
+    text = [" ".join(line.split()) for line in out.splitlines()]
+    assert text[0] == "llama3-70b (llama), qlora, in PyTorch: training on a GPU, batch 4 x 4096 tokens"
+    assert text[2].startswith("at the peak: the loss")
+    for line, n in ledger.lines.items():
+        assert n and any(row.startswith(f"{line} {n:,} {size(n)} ") for row in text), line
+    assert not any(row.startswith("gradients 0") for row in text)
+    record = reported(capsys, *argv)
+    assert record["engine"] == "pytorch" and record["lines"] == dict(ledger.lines) and record["peak"] == "the loss"
+    assert record["fits_gb"] == [96, 141, 192]
+    every = [flag for assumed in record["assumptions"] for flag in assumed["options"]]
+    assert len(every) == len({*every}) >= 17
+    for assumed in record["assumptions"]:
+        assert assumed["what"] in " ".join(text)
+    for flag in every:  # each is an option, and changes the answer or what it says
+        assert flag in output(capsys, "memory", "--help")[1]
+
+
+@pytest.mark.parametrize(("argv", "changed"), [
+    ("--precision float32", {"precision": "float32"}),
+    ("--adapter-dtype bfloat16", {"adapters": "bfloat16"}),
+    ("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}),
+    ("--no-checkpointing", {"checkpointing": False}),
+    ("--attention eager", {"attention": "eager"}),
+    ("--logits fused", {"logits": "fused"}),
+    ("--accumulation 4", {"accumulation": 4}),
+    ("--quantization nf4", {"quantization": "nf4"}),
+    ("--quantization nf4 --plain-scales --upcast", {"quantization": "nf4", "double_quantization": False, "upcast": True}),
+    ("--gpus 4 --sharding zero3 --offload", {"gpus": 4, "sharding": "zero3", "offload": True}),
+    ("--headroom 0", {"headroom": 0.0}),
+])  # fmt: skip
+def test_each_assumption_has_an_option_that_reaches_the_ledger(capsys, argv, changed):
+    lora = mp.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    options = "--method lora -r 4 --target q_proj --dropout 0.1 --batch 2 --seq 512".split()
+    record = reported(capsys, "memory", "llama-7b", *options, *argv.split())
+    expected = pytorch_ledger("llama-7b", lora, 2, 512, Loop(dropout=0.1, **changed))
+    assert record["lines"] == dict(expected.lines)
+
+
+def test_what_fits(capsys):
+    """The longest sequence and the largest batch: one more does not fit."""
+    options = ["llama3-8b", "--method", "lora", "-r", 8, "--target", "q_proj"]
+    lora = mp.LoraConfig(r=8, target_modules=["q_proj"])
+    longest = reported(capsys, "memory", *options, "--fit", 24)
+    assert longest["batch"] == 1 and longest["total"] <= 24e9 < pytorch_ledger("llama3-8b", lora, 1, longest["seq"] + 1).total
+    largest = reported(capsys, "memory", *options, "--fit", 24, "--seq", 512)
+    assert largest["seq"] == 512 and largest["total"] <= 24e9 < pytorch_ledger("llama3-8b", lora, largest["batch"] + 1, 512).total
+    _, out, _ = output(capsys, "memory", *options, "--fit", 24)
+    assert f"in 24 GB, the longest sequence at batch 1 is {longest['seq']:,} tokens" in out
+    _, out, _ = output(capsys, "memory", "gpt2", "--fit", 24)
+    assert "is 1,024 tokens, all positions that the model has" in out
+
+
+def test_time_and_money(capsys):
+    options = "llama-7b --batch 2 --seq 512 --card h100 --utilization 0.5 --tokens 1e9 --price 3 --gpus 4".split()
+    record = reported(capsys, "memory", *options)
+    flops = step_flops("llama-7b", None, 2, 512)
+    assert record["flops"] == flops.total and record["seconds"] == flops.total / (989e12 * 0.5)
+    assert record["tokens_per_second"] == pytest.approx(4 * 1024 / record["seconds"])
+    assert record["hours"] == pytest.approx(1e9 / record["tokens_per_second"] / 3600)
+    assert record["cost"] == pytest.approx(record["hours"] * 4 * 3)
+    _, out, _ = output(capsys, "memory", *options)
+    assert f"GPU hours at 3: {record['cost']:,.2f}" in out
+    assert "cost" not in reported(capsys, "memory", "llama-7b", "--seq", 512)  # no price is built in
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -79,8 +159,23 @@ def test_without_a_length_the_states_of_any_family(capsys):
     ("gpt2 --seq 64 --generate 4 --optimizer sgd", "--optimizer does nothing with --generate, which trains nothing"),
     ("gpt2 --batch 4", "--batch does nothing without --seq, the length of the sequences"),
     ("gpt2 --checkpointing", "--checkpointing does nothing without --seq, the length of the sequences"),
-    ("bert-base --seq 64", "activations are known of the families this package builds"),
+    ("bert-base --seq 64 --engine minipeft", "activations are known of the families this package builds"),
     ("gpt2 --batch 0", "of at least 1, not '0'"),
+    ("gpt2 --seq 64 --gpus 2 --engine minipeft", "--gpus does nothing with --engine minipeft"),
+    ("gpt2 --seq 64 --fit 8 --engine minipeft", "--fit does nothing with --engine minipeft"),
+    ("gpt2 --seq 64 --ppo 8 --engine pytorch", "--ppo is of this package's own engine"),
+    ("gpt2 --seq 64 --precision float16-base", "precision must be one of bfloat16, mixed"),
+    ("gpt2 --seq 64 --precision autocast --engine minipeft", "precision must be one of float32, mixed"),
+    ("gpt2 --seq 64 --optimizer adafactor --engine minipeft", "optimizer must be one of adamw"),
+    ("gpt2 --seq 64 --sharding zero3", "sharding='zero3' needs several GPUs"),
+    ("gpt2 --seq 64 --upcast", "--upcast does nothing without weights in four bits"),
+    ("gpt2 --seq 64 --cache-bits 8", "--cache-bits does nothing without --generate"),
+    ("gpt2 --seq 64 --price 2", "--price is of an hour: give --tokens too"),
+    ("gpt2 --card h100", "--card does nothing without --seq"),
+    ("gpt2 --seq 64 --inference --tokens 9", "--tokens does nothing with --inference"),
+    ("gpt2 --seq 64 --batch 2 --fit 8", "--fit looks for the batch or for the length"),
+    ("llama-7b --fit 8", "not even one fits in 8 GB: 71.2 GB are needed at least (optimizer step)"),
+    ("gpt2 --seq 1000 --generate 50", "gpt2 has 1024 positions"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     assert message in refused(capsys, "memory", *argv.split())

@@ -135,15 +135,15 @@ def test_another_error_and_a_post_init_of_its_own():
 
 LIMITS = {
     "a number above 0": """
-        MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
+        LoopOptions: fit tokens price; MethodOptions: reduction_factor; GridOptions: lr; Settings: learning_rate; BottleneckConfig: reduction_factor; OFTConfig: eps; OnlineConfig: learning_rate temperature cliprange
         max_kl stop_kl; TransformerConfig: rope_theta; PPOConfig: kl_target cliprange_value; DPOConfig: beta desirable_weight undesirable_weight; RopeScaling: low_freq_factor
         high_freq_factor; TrainingArguments: learning_rate
         num_train_epochs
     """,
-    "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density",
+    "a number above 0 and at most 1": "GenerationConfig: top_p; Combination: density; LoopOptions: utilization",
     "a number above 0 and below 1": "AdaLoraConfig: beta1 beta2",
     "a number of at least 0": """
-        GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
+        LoopOptions: headroom; GenerationConfig: temperature; TransformerConfig: rms_norm_eps layer_norm_epsilon initializer_range; PairOptions: rater_temperature; Settings: weight_decay replay l2_start; AdaLoraConfig:
         orth_reg_weight; OnlineConfig: max_grad_norm; PPOConfig: kl_coef vf_coef; GroupConfig: kl_coef; RewardConfig:
         center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
@@ -155,14 +155,18 @@ LIMITS = {
         module_dropout; OFTConfig: module_dropout; TrainingArguments: adam_beta1 adam_beta2
     """,
     "an integer of at least 0": """
+        BOFTConfig: boft_block_size boft_block_num;
         GenerationConfig: top_k seed; Settings: seed; TransformerConfig: intermediate_size num_key_value_heads head_dim;
         AdaLoraConfig: tinit tfinal; Combination: seed; Targets: layers_to_transform; VeraConfig: projection_prng_key;
         OFTConfig: r oft_block_size; WithTokenRows: trainable_token_indices; TrainableTokensConfig: token_indices;
         OnlineConfig: stop_token_ids seed; TrainingArguments: packing warmup_steps seed
     """,
     "an integer of at least 1": """
+        AdaptionPromptConfig: adapter_len adapter_layers; BOFTConfig: boft_n_butterfly_factor; C3AConfig: block_size block_size_pattern;
+        DeloraConfig: r rank_pattern; FourierFTConfig: n_frequency n_frequency_pattern; HRAConfig: r; MissConfig: r mini_r;
+        RandLoraConfig: r; ShiraConfig: r; VBLoRAConfig: r num_vectors vector_length;
         FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads num_labels; MethodOptions: r num_virtual_tokens
-        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; ComparisonOptions: seeds;
+        encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; LoopOptions: accumulation gpus; ComparisonOptions: seeds;
         GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
         Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
@@ -174,11 +178,13 @@ LIMITS = {
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_steps
         save_total_limit early_stopping_patience
     """,
-    "an integer of at least 2": "GroupConfig: num_generations; EvaluationOptions: max_length; OnlineOptions: best_of",
+    "an integer of at least 2": "RoadConfig: group_size; GroupConfig: num_generations; EvaluationOptions: max_length; OnlineOptions: best_of",
     "an integer of at least 4 and at most 100": "OFTConfig: num_cayley_neumann_terms",
     "an integer of at least -1": "LoKrConfig: decompose_factor",
     "one of .*": """
-        Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: precision optimizer quantization;
+        MissConfig: init_weights; RoadConfig: variant;
+        Options: quantity; FinetuneOptions: overflow; Common: backend; StepOptions: engine precision optimizer quantization;
+        LoopOptions: adapters attention logits sharding cache_bits card;
         ComparisonOptions: methods; TaskOptions: task; OnlineOptions: algorithm missing_eos; Settings: method; TransformerConfig: model_type; BottleneckConfig:
         placement non_linearity; Combination: combination_type majority_sign_method; IA3Config: init_ia3_weights;
         LoraConfig: init_lora_weights; LycorisConfig: use_effective_conv2d; LoKrConfig: init_weights; PromptEncoderConfig: encoder_reparameterization_type; PrefixTuningConfig:
@@ -186,7 +192,7 @@ LIMITS = {
         OnlineConfig: lr_scheduler_type; DPOConfig: loss_type; TrainingArguments: optim lr_scheduler_type
     """,
 }
-REQUIRED = {"total_step": 10, "num_virtual_tokens": 4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+REQUIRED = {"adapter_len": 1, "adapter_layers": 1, "total_step": 10, "num_virtual_tokens": 4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192, "output": "o"}  # fmt: skip
 
 
@@ -226,7 +232,7 @@ def test_every_option_refuses_the_value_just_outside_its_limits(limit, name, opt
     needed = {k: v for k, v in REQUIRED.items() if k in cls.__dataclass_fields__}
     for field, value in itertools.product(options, just_outside(limit)):
         several = field in ("stop_token_ids", "methods", "lr") or (name, field) == ("GridOptions", "r")
-        given = {"q": value} if field == "rank_pattern" else [value] if several else value
+        given = {"q": value} if field.endswith("_pattern") else [value] if several else value
         with pytest.raises(ValueError, match=rf"^{field} must be .*{limit}(, or None)?, got {re.escape(repr(given))}"):
             cls(**needed | {field: given})
 

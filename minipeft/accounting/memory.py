@@ -26,16 +26,27 @@ from ..nn.module import Module
 from ..nn.transformer import TransformerConfig
 from .architectures import Architecture, architecture
 from .parameters import constant_parameters, elements, trained_parameters
-from .precision import OPTIMIZERS, PRECISIONS, Precision, state_bytes, step_bytes
+from .precision import (
+    OPTIMIZERS,
+    PRECISIONS,
+    QUANT_TYPES,
+    Precision,
+    check_positive,
+    named,
+    state_bytes,
+    step_bytes,
+)  # fmt: skip
 
 MODES = ("train", "evaluate", "generate")
-QUANT_TYPES = ("nf4", "fp4", "int4")
 
 WEIGHT_LINES = ("frozen weights", "trained weights", "adapters")
 STATE_LINES = (*WEIGHT_LINES, "master copies", "gradients", "optimizer states", "running averages")
 LINES = (
     *WEIGHT_LINES, "reference", "value model", "reward model", *STATE_LINES[3:],
     "activations", "logits", "KV cache", "working memory",
+    # of a PyTorch loop
+    "gradient buckets", "last pass", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
+    "weights in 16 bits", "optimizer's temporary", "cuBLAS workspaces", "CUDA context", "headroom",
 )  # fmt: skip
 
 
@@ -58,7 +69,8 @@ class MemoryLedger:
     def __post_init__(self) -> None:
         for name in ("lines", "held"):
             lines = getattr(self, name)
-            object.__setattr__(self, name, {line: lines[line] for line in sorted(lines, key=LINES.index)})
+            order = {line: i for i, line in enumerate(LINES)}
+            object.__setattr__(self, name, {line: lines[line] for line in sorted(lines, key=order.__getitem__)})
 
     @property
     def total(self) -> int:
@@ -193,25 +205,6 @@ def measure_peak(fn: Callable[[], Any], xp: ModuleType = np) -> int:
     finally:
         if ours:
             tracemalloc.stop()
-
-
-# ---------------------------------------------------------------------------------------------------------- arguments
-
-
-def named(what: str, value: Any, known: Any) -> Any:
-    """What a name stands for; a `Precision` is one already. Raises ValueError that lists the names."""
-    if isinstance(value, str) and value in known:
-        return known[value] if isinstance(known, Mapping) else value
-    if isinstance(value, Precision) and what == "precision":
-        return value
-    raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
-
-
-def check_positive(**values: Any) -> None:
-    """Raises ValueError for a number that is neither None nor a positive integer."""
-    for name, value in values.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
 # ------------------------------------------------------------------------------------------------------- model states

@@ -27,14 +27,12 @@ from . import walk
 from .memory import (
     MemoryLedger,
     at_step,
-    check_positive,
     kv_cache_bytes,
-    named,
     optimizer_lines,
     states_and_model,
     states_of,
 )
-from .precision import OPTIMIZERS, PRECISIONS, Precision
+from .precision import OPTIMIZERS, PRECISIONS, Precision, check_positive, named
 from .shapes import Meter
 
 

@@ -6,8 +6,9 @@ Adam; Dettmers et al. 2023 (QLoRA, arXiv:2305.14314, section 1): 12 bytes, "more
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ PRECISIONS = {
 }
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}  # of each trained parameter, `Precision.states` bytes each
 OPTIMIZERS = (*MOMENTS, "adamw_8bit")
+QUANT_TYPES = ("nf4", "fp4", "int4")
 
 
 def state_bytes(optimizer: str, sizes: Iterable[int], p: Precision) -> int:
@@ -46,3 +48,22 @@ def state_bytes(optimizer: str, sizes: Iterable[int], p: Precision) -> int:
 def step_bytes(optimizer: str, p: Precision) -> int:
     """Bytes for each element of the piece that an optimizer works on; 8-bit AdamW adds in float64."""
     return 26 if optimizer == "adamw_8bit" else 3 * p.states
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def named(what: str, value: Any, known: Any) -> Any:
+    """What a name stands for; a `Precision` is one already. Raises ValueError that lists the names."""
+    if isinstance(value, str) and value in known:
+        return known[value] if isinstance(known, Mapping) else value
+    if isinstance(value, Precision) and what == "precision":
+        return value
+    raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
+
+
+def check_positive(**values: Any) -> None:
+    """Raises ValueError for a number that is neither None nor a positive integer."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")

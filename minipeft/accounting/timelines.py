@@ -26,8 +26,8 @@ from ..nn.module import Module
 from ..train.metrics import panels, save_png
 from . import recorder, timeline_shown, walk
 from .architectures import Architecture, architecture
-from .memory import LINES, check_positive, named, optimizer_lines, optimizer_work, states_and_model
-from .precision import OPTIMIZERS, PRECISIONS, Precision
+from .memory import LINES, optimizer_lines, optimizer_work, states_and_model
+from .precision import OPTIMIZERS, PRECISIONS, Precision, check_positive, named
 from .recorder import Event
 from .shapes import Shape
 

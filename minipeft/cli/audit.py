@@ -50,6 +50,7 @@ examples:
   minipeft audit --verdict differs
   minipeft audit --source QLoRA
   minipeft audit mine.csv --unexpected
+  minipeft audit --footprints
   minipeft audit --json
 """
 
@@ -75,11 +76,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE.csv", help="figures of your own (default: the shipped ones)")
     parser.add_argument("--verdict", choices=("reproduces", "differs", "not-covered"), help="show only these rows")
     parser.add_argument("--unexpected", action="store_true", help="show only rows that are not as their status says (!)")
+    parser.add_argument("--footprints", action="store_true", help="measured memory of runs, and what is predicted for them")
     parser.add_argument("--source", metavar="TEXT", help="audit only rows whose source contains this")
     parser.options(Common, "json")
 
 
 def run(args: Arguments) -> int:
+    if args.footprints:
+        from . import footprints
+
+        return footprints.run(args)
     rows = mp.accounting.read_published(args.file)
     if args.source is not None:
         sources = [row.get("source") or "" for row in rows]

@@ -1,0 +1,282 @@
+"""What a standard PyTorch training loop holds, line by line: transformers and PEFT on GPUs.
+
+    b  sequences of s tokens each, t = b s      h  width of the hidden states      L  blocks      V  words
+
+    always      weights · adapters · optimizer states · what CUDA itself takes
+    + at each moment of a step
+    loss        inputs of the L blocks, c t h each (or all that the blocks keep) · logits: 12 t V bytes
+    last block  inputs of the blocks · one block, computed again · its gradients of activations · a weight in 16 bits
+    first block one block · all gradients
+    step        all gradients · the optimizer's temporary
+
+The peak is the largest of these. No constant here is fitted: each term is what the code named beside it allocates, and
+two are measured, with their source (`CONTEXT`, `WORKSPACE`). What a block keeps stands in `activations`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from .activations import Block, block_terms, blocks_of, first_trained
+from .architectures import Architecture, Shape, architecture
+from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
+from .memory import MemoryLedger, states_from_shapes
+from .parameters import elements, trained_parameters
+from .precision import Precision, check_positive, named
+
+
+@dataclass(frozen=True)
+class LoopLedger(MemoryLedger):
+    """A ledger of a GPU; `moments` holds the lines at each moment of a step, and `peak` names the largest."""
+
+    moments: Mapping[str, Mapping[str, int]] | None = None
+    peak: str = ""
+
+
+def pytorch_ledger(
+    model: Any,
+    config: Any = None,
+    batch: int = 1,
+    seq_len: int | None = None,
+    loop: Loop | None = None,
+    *,
+    mode: str = "train",
+    max_new_tokens: int | None = None,
+) -> LoopLedger:
+    """The bytes that one GPU of a standard PyTorch loop holds in the steady state, at the largest moment.
+
+    Args:
+        model, config: as in `memory_ledger`, by name or shapes; any family of which there is a table.
+        batch, seq_len: sequences on one GPU and their length; without a length, the states alone.
+        loop: the settings.
+        mode, max_new_tokens: as in `memory_ledger`.
+
+    Raises ValueError for what `memory_ledger` refuses, but for families that this package does not build.
+    """
+    loop = loop or Loop()
+    named("mode", mode, ("train", "evaluate", "generate"))
+    check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
+    arch = model if isinstance(model, Architecture) else architecture(model)
+    if seq_len is not None and seq_len + (max_new_tokens or 1) - 1 > positions_of(arch):
+        raise ValueError(f"{arch.name} has {positions_of(arch)} positions: give a seq_len of at most as many")
+    if loop.quantization and config is None and mode == "train":
+        raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
+    config = "frozen" if config is None and mode != "train" else config
+    trained = trained_parameters(arch, config)
+    states = _states(arch, config, trained, loop, mode == "train")
+    if seq_len is None:
+        return _ledger(states, {"model states": states.gradients}, {}, loop)
+    blocks = blocks_of(arch, trained)
+    if not blocks:
+        raise ValueError(f"activations need the shapes of blocks; {arch.name} has none: leave seq_len out")
+    if mode != "train" or not trained:
+        moments = _use(arch, blocks, batch, seq_len, max_new_tokens, loop, "generate" if mode == "generate" else "evaluate")
+        return _ledger(states, moments, {}, loop)
+    return _ledger(states, *_train(arch, config, trained, blocks, states, batch, seq_len, loop), loop)
+
+
+# ------------------------------------------------------------------------------------------- what is there all the time
+
+
+class _States(NamedTuple):
+    """What does not depend on the batch: bytes by line.
+
+    p          bytes of a number, by what it is for; stream: of a number of the hidden states
+    always     weights, states, CUDA's own
+    gradients  all of them; step: what the optimizer makes beside them
+    whole      of the weights before they are shared out
+    """
+
+    p: Precision
+    stream: int
+    always: dict[str, int]
+    gradients: dict[str, int]
+    step: dict[str, int]
+    whole: int
+
+
+def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Loop, training: bool) -> _States:
+    p, is_method = LOOP_PRECISIONS[s.precision], hasattr(config, "parameter_shapes")
+    if is_method:  # what is trained is the method's own
+        wide = 4 if s.adapters == "float32" else 2
+        p = replace(p, trained=wide, gradients=wide, states=wide, master=0)
+    frozen = 4 if s.upcast else p.frozen
+    kept = replace(p, frozen=frozen)
+    weights, sizes, averaged = states_from_shapes(arch, config, kept, s.quantization, s.double_quantization)
+    n = sum(sizes) * training
+    states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
+    if s.accumulation > 1 and s.sharding == "zero3":
+        gradient = 1  # FSDP's no_sync "accumulates the full model gradients (instead of gradient shards)"
+    hosted = s.offload and s.sharding == "zero3"
+    paged = s.offload or s.optimizer.startswith("paged")
+    gradients = {"gradients": 0 if hosted else n * p.gradients // gradient}
+    always = {line: 0 if hosted else size // weight for line, size in weights.items()} | {
+        "master copies": 0 if paged else n * p.master // states,
+        "optimizer states": 0 if paged or not n else optimizer_bytes(s.optimizer, trained, p) // states,
+        "running averages": averaged * p.states * training,
+        "gradient buckets": n * p.gradients * (s.gpus > 1 and s.sharding == "ddp"),  # gradient_as_bucket_view=False
+        "cuBLAS workspaces": 2 * WORKSPACE, "CUDA context": CONTEXT,
+    }  # fmt: skip
+    temporary = 0 if s.offload else LOOP_OPTIMIZERS[s.optimizer][1] * n * p.states // states
+    # an embedding in float32 makes a stream in float32
+    stream = p.trained if config is None else frozen
+    return _States(p, stream, always, gradients, {"optimizer's temporary": temporary}, sum(weights.values()))
+
+
+def optimizer_bytes(optimizer: str, trained: Mapping[str, Shape], p: Precision) -> int:
+    """Bytes of an optimizer's states of trained parameters of these shapes."""
+    sizes = [math.prod(shape) for shape in trained.values()]
+    if optimizer == "adafactor":  # a row and a column of float32 for each matrix, all of a vector
+        return sum(4 * (sum(shape) if len(shape) > 1 else shape[0]) for shape in trained.values())
+    if "8bit" in optimizer:  # bitsandbytes: two bytes, a float32 scale of 256 numbers; float32 under 4,096 numbers
+        return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
+    return LOOP_OPTIMIZERS[optimizer][0] * p.states * sum(sizes)
+
+
+# ------------------------------------------------------------------------------------------- what the batch adds
+
+
+def _train(
+    arch: Architecture, config: Any, trained: Mapping[str, Shape], blocks: list[Block], states: _States, batch: int,
+    seq_len: int, s: Loop,
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:  # fmt: skip
+    """(the lines of each moment, what is kept in full)."""
+    p, stream, t, h, V = states.p, states.stream, batch * seq_len, blocks[0].h, _words(arch)
+    float32_adapters = hasattr(config, "parameter_shapes") and s.adapters == "float32"
+    autocast = s.precision == "autocast" or s.upcast or (float32_adapters and p.frozen == 2)
+    c, four_bits = 2 if autocast else stream, s.quantization is not None
+
+    # Activations: of each block from the first that gradients reach, all that it keeps, or its input alone.
+    options = {"weights": stream, "autocast": autocast, "adapters": p.trained, "attention": s.attention}
+    options |= {"dropout": s.dropout, "packed_inputs": four_bits and s.packed_inputs}
+    reached, _ = first_trained(arch, blocks, trained)
+    kept = [round(t * sum(term.bytes for term in block_terms(block, seq_len, **options))) for block in blocks]
+    kept[:reached] = [0] * min(reached, len(blocks))
+    activations = {"activations": stream * t * h * (len(blocks) - reached) if s.checkpointing else sum(kept)}
+
+    # The loss: logits; the last norm's input in float32, and its output twice where norm and head are trained.
+    a_word, stays = LOGITS[s.logits]
+    chunk = {"fused": 1024, "chunked": 128}.get(s.logits, 0)
+    loss = {"logits": V * (a_word * t + 12 * min(t, chunk)), "last norm and head": t * h * (4 + 2 * stream * (config is None))}
+    after = {"logits": V * stays * t}
+
+    # One block in the backward pass: gradients of activations, its weights in 16 bits. bitsandbytes' MatMul4Bit.backward
+    # widens the whole weight (F.dequantize_4bit(B, ...)), and its scales in float32 before.
+    block = blocks[top := max(range(len(blocks)), key=kept.__getitem__)]
+    widened = four_bits * (2 * block.largest + block.largest // 64 * 4 * s.double_quantization)
+    narrowed = block.parameters if s.checkpointing else sum(b.parameters for b in blocks)
+    weights = {
+        "weights in 16 bits": 2 * narrowed * (autocast and stream == 4 and not four_bits),
+        "gathered weights": _gathered(arch, blocks, states.whole, s),
+    }  # fmt: skip
+    work = {"dequantized weight": widened, "working memory": t * _backward_bytes(block, c, seq_len, s.attention)}
+    inside = weights | work | after
+    before = states.gradients if s.accumulation > 1 else {}
+    outside = sum(map(math.prod, trained.values())) - sum(b.trained for b in blocks)
+    first = {"gradients": min((outside + block.trained) * p.gradients, states.gradients["gradients"])}
+
+    def one(i: int) -> dict[str, int]:
+        return {"recomputed block": kept[i]} if s.checkpointing else {}
+
+    moments = {
+        "the loss": activations | loss | weights | before,
+        "backward, last block": activations | inside | one(top) | (before or first),
+        "backward, first block": inside | states.gradients | one(last := min(reached, len(blocks) - 1))
+        | {"activations": stream * t * h if s.checkpointing else kept[last]},
+        "optimizer step": after | states.gradients | states.step,
+    }  # fmt: skip
+    if s.holds_outputs:
+        arrays = [{layer.array: layer.n_in for layer in block.layers} for block in blocks]
+        packed = sum(sum(widths.values()) for widths in arrays) if options["packed_inputs"] else 0
+        moments["the end of the forward pass"] = activations | after | before | {"last pass": t * (V * stays + c * packed)}
+    return moments, {"kept": kept, "held": activations | {"logits": loss["logits"]}}
+
+
+def _ledger(
+    states: _States, moments: Mapping[str, Mapping[str, float]], found: Mapping[str, Any], loop: Loop
+) -> LoopLedger:
+    """The largest moment, with a margin on all but CUDA's own."""
+    full = {}
+    for name, lines in moments.items():
+        lines = {line: round(size) for line, size in {**states.always, **lines}.items() if round(size)}
+        margin = sum(size for line, size in lines.items() if line != "CUDA context") * loop.headroom / 100
+        full[name] = lines | ({"headroom": round(margin)} if margin else {})
+    peak = max(full, key=lambda name: sum(full[name].values()))
+    held = states.always | states.gradients | found.get("held", {})
+    return LoopLedger(full[peak], held, tuple(found.get("kept", ())), None, full, peak)
+
+
+def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
+    """Bytes a token of the gradients that one block's backward pass has at once, beyond what it keeps.
+
+    At the MLP, everything that the block keeps is still there, but for the input of a trained last layer: gradients of
+    the product, of its factors, of the stream and the block's output. At eager attention, the MLP's arrays are gone,
+    and softmax's gradient and that of its input are there in float32.
+    """
+    last = sum(layer.n_in * layer.share for layer in block.layers if layer.kind == "mlp" and layer.trained)
+    mlp = c * ((3 if block.gated else 2) * block.inner + 2 * block.h - last)
+    if attention != "eager":
+        return mlp
+    return max(mlp, (8 - c) * block.a * s - c * 3 * block.inner)
+
+
+def _gathered(arch: Architecture, blocks: list[Block], whole: int, loop: Loop) -> int:
+    """FSDP has a block whole while it runs and the next on its way, and what is in no block from the start."""
+    if loop.sharding != "zero3":
+        return 0
+    outside = (elements(arch.shapes) - sum(b.parameters for b in blocks)) * LOOP_PRECISIONS[loop.precision].frozen
+    return 2 * (whole - outside) // len(blocks) + outside
+
+
+def _words(arch: Architecture) -> int:
+    """V, of a language model's head; of another, 0."""
+    owner = arch.tied.get("lm_head.weight", "lm_head.weight")
+    return arch[owner][0] if owner in arch else 0
+
+
+def positions_of(arch: Architecture) -> int:
+    """The positions that a model has a table of; without one, far more than fit anywhere."""
+    tables = [shape[0] for name, shape in arch.items() if arch.kinds[name] == "embedding" and re.search("wpe|position", name)]
+    return min(tables, default=2**24)
+
+
+def _use(
+    arch: Architecture, blocks: list[Block], batch: int, seq_len: int, new: int | None, loop: Loop, mode: str
+) -> dict[str, dict[str, float]]:
+    """A forward pass, or generation with a cache, in which the prompt's pass needs most working memory."""
+    t, c, block = batch * seq_len, LOOP_PRECISIONS[loop.precision].frozen, max(blocks, key=lambda b: b.inner)
+    work = c * (block.h * 2 + max(3 * block.inner, block.queries + 2 * block.keys))
+    if loop.attention == "eager":
+        work = max(work, (4 + c) * block.a * seq_len)
+    lines = {
+        "working memory": t * work,
+        "dequantized weight": 2 * block.largest if loop.quantization else 0,
+        "logits": _words(arch) * (t * c if mode == "evaluate" else batch * (c + 4)),  # the last position alone, widened
+    }
+    if mode == "evaluate":
+        return {"forward pass": lines}
+    bits = loop.cache_bits + (0 if loop.cache_bits == 16 else 2 * 16 / 64)
+    number = c if loop.cache_bits == 16 else bits / 8
+    positions = seq_len + (new or 1) - 1
+    cache = 2 * sum(b.keys * b.attentions for b in blocks) * batch * number
+    growing = cache / len(blocks) * positions  # torch.cat: a layer's old and new keys and values at once
+    last = lines | {"KV cache": cache * positions, "working memory": growing}
+    return {"the prompt": lines | {"KV cache": cache * seq_len}, "the last token": last}
+
+
+def largest(fits: Any, least: int = 1, most: int = 2**24) -> int:
+    """The largest number for which `fits(number)`, of which larger ones fit never; 0 where not even `least` does."""
+    if not fits(least):
+        return 0
+    low, high = least, least * 2
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

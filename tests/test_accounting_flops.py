@@ -1,0 +1,54 @@
+"""The FLOPs of a step by formula, equal to those of the products that the engine's own graph computes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from minipeft import LoraConfig
+from minipeft.accounting import architecture, step_flops
+from minipeft.accounting.flops import Flops, counted_flops
+
+CASES = {
+    "full": (None, 3), "all-linear": (LoraConfig(target_modules="all-linear"), 2), "head": ("head", 2),
+    "some": (LoraConfig(r=3, target_modules=["q_proj", "down_proj", "c_fc"]), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt2"])
+def test_the_formula_counts_the_products_of_the_engines_own_graph(name, method, checkpointing):
+    config, passes = CASES[method]
+    batch, length = 2, 64  # one block of queries: the engine computes every score
+    if method == "some":
+        config = config.replace(target_modules=["c_fc"] if name == "gpt2" else ["q_proj", "down_proj"])
+    ours = step_flops(name, config, batch, length, checkpointing, causal=False)
+    arch = architecture(name)
+    unlabeled = passes * 2 * batch * math.prod(arch[arch.tied["lm_head.weight"]])  # the engine skips the last positions
+    assert ours.total - unlabeled == counted_flops(name, config, batch, length, checkpointing)
+
+
+def test_six_operations_a_parameter_and_token():
+    """Kaplan et al. 2020 (arXiv:2001.08361): 6 N; a frozen model costs 4 N, and checkpointing 2 N more."""
+    arch = architecture("llama-7b")
+    n = arch.size - 32000 * 4096  # the embedding multiplies nothing
+    full, lora = (step_flops(arch, config, 1, 1) for config in (None, LoraConfig(target_modules=["q_proj"])))
+    assert full.forward + full.backward == pytest.approx(6 * n, rel=0.001)
+    assert lora.forward + lora.backward == pytest.approx(4 * n, rel=0.01)
+    assert full.recomputed == pytest.approx(2 * n, rel=0.03)
+
+
+def test_causal_attention_is_half_of_the_scores():
+    half, whole = (step_flops("llama-7b", None, 1, 4096, False, causal) for causal in (True, False))
+    assert whole.forward - half.forward == 32 * 2 * 4096**2 * 4096
+
+
+def test_seconds_are_those_of_a_card_at_a_share_of_its_peak():
+    assert Flops(312 * 10**12, 0).seconds("a100", 0.5) == 2
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="FLOPs need the shapes of blocks"):
+        step_flops(10**9)
