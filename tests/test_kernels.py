@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 
@@ -120,6 +121,22 @@ def test_a_kernel_equals_its_definition_in_value_and_gradients(case, dtype):
     for a, b in both(case, dtype=dtype):
         assert a.dtype == b.dtype == dtype
         close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("dtype, stored", [("f4", "f8"), ("f8", "f4"), ("f4", "f2"), ("f2", "f4")])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_norm_has_its_inputs_dtype_whatever_that_of_its_weight(name, dtype, stored, xp):
+    arrays = [C.normal(3, 8).astype(dtype), *(C.positive(8).astype(stored) for _ in range(2 if name[0] == "l" else 1))]
+    found = []
+    for context in (contextlib.nullcontext(), by_definition()):
+        inputs = [Tensor(xp.asarray(a), requires_grad=True) for a in arrays]
+        with context:
+            y = REGISTRY[name](*inputs)
+        y.sum().backward()
+        assert y.dtype == dtype and [i.grad.dtype for i in inputs] == [a.dtype for a in arrays]
+        found.append([y.data, *(i.grad for i in inputs)])
+    for a, b in zip(*found, strict=True):
+        close(a, b, 2e-2 if "f2" in (dtype, stored) else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -527,10 +527,10 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
     With x̂ the normalized input and h = g * weight:  dx = (h - mean(h) - x̂ mean(h x̂)) / sqrt(var + eps),
-    dweight = Σ g x̂, dbias = Σ g (the engine sums). Departure from PyTorch: no `normalized_shape`.
+    dweight = Σ g x̂, dbias = Σ g (the engine sums). y has the dtype of x. Departure from PyTorch: no `normalized_shape`.
     """
     check.norm("layer_norm", x, weight=weight, bias=bias)
-    w, b = _widen(weight, x), _widen(bias, x)
+    w, b = (p.astype(x.dtype, copy=False) for p in (weight, bias))
     centered = x - _mean(x)
     rstd = 1 / xp_of(x).sqrt(_mean(centered**2) + eps)  # [..., 1]
     normed = centered * rstd  # x̂ [..., d]
@@ -547,10 +547,10 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
     With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps), dweight = Σ g x̂.
-    Departures from PyTorch: no `normalized_shape`; the default of `eps` (there: the dtype's machine epsilon).
+    y has the dtype of x, as in PyTorch. Departures from it: no `normalized_shape`; the default of `eps` (there: the dtype's machine epsilon).
     """
     check.norm("rms_norm", x, weight=weight)
-    w = _widen(weight, x)
+    w = weight.astype(x.dtype, copy=False)
     rstd = 1 / xp_of(x).sqrt(_mean(x * x) + eps)  # [..., 1]
     normed = x * rstd  # x̂ [..., d]
 
