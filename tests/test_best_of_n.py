@@ -63,6 +63,16 @@ def test_the_best_of_each_prompts_answers():
         rlhf.best_of_n(base(), liked, PROMPTS, 2, batch_size=0)
 
 
+def test_a_bad_score_is_counted_in_its_own_batch_and_its_prompt_is_named():
+    last = lambda roll: np.zeros(3) if len(roll.mask) == 3 else np.array([0, np.nan])  # noqa: E731
+    with pytest.raises(ValueError, match=r"for 1 of 2 responses, first of prompts\[3\]"):
+        rlhf.best_of_n(base(), last, PROMPTS, 2, length=2, batch_size=3)
+
+
+def test_scores_of_one_prompt_need_no_axis_of_prompts():
+    assert rlhf.expected_best(np.array([1.0, 3.0, 2.0])) == pytest.approx([2, 8 / 3, 3])
+
+
 def test_a_reward_model_chooses_too():
     judge = rlhf.RewardModel(base(), seed=2)
     found = rlhf.best_of_n(base(), judge, PROMPTS[:2], 3, length=4)

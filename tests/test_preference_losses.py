@@ -14,7 +14,7 @@ import minipeft as mp
 from minipeft import rlhf
 from minipeft.backend import to_numpy
 from minipeft.rlhf.dpo import collate_pairs, completion_logprobs, dpo_objective
-from minipeft.rlhf.kto import mismatch
+from minipeft.rlhf.kto import kto_objective, mismatch
 from minipeft.rlhf.preference_losses import log_odds
 from minipeft.text.examples import Example, PreferencePair, UnpairedExample
 
@@ -75,6 +75,18 @@ def test_without_options_a_loss_takes_its_papers():
     assert rlhf.simpo_loss(w, l).item() == rlhf.simpo_loss(w, l, 2.0, 1.0).item()
     liked = np.array([True, False])
     assert rlhf.kto_loss(w, refs[0], liked, 0.3).item() == rlhf.kto_loss(w, refs[0], liked, 0.3, 0.1, 1.0, 1.0).item()
+
+
+def test_without_options_an_objective_takes_its_losss():
+    batch, ref = collate_pairs(pairs(2, 0)).arguments, np.full(2, -3.0)
+    value = lambda objective, *given, **options: objective(base(), *given, **options)[0].item()  # noqa: E731
+    refs = dict(ref_chosen=ref, ref_rejected=ref - 1)
+    assert value(dpo_objective, **batch, **refs) == value(dpo_objective, **batch, **refs, loss_type="sigmoid", beta=0.1)
+    simpo = batch | dict(loss_type="simpo")
+    assert value(dpo_objective, **simpo) == value(dpo_objective, **simpo, beta=0.1, gamma=1.0)
+    ids = np.array([[3, 4, 5], [6, 7, 8]])
+    kto = ids, ids, None, ids, ids, None, np.array([True, False]), ref, ref
+    assert value(kto_objective, *kto) == value(kto_objective, *kto, 0.1, 1.0, 1.0)
 
 
 def test_orpo_is_cross_entropy_and_the_log_odds_ratio(xp):
@@ -235,6 +247,8 @@ def test_a_mismatched_answer_is_to_another_prompt_where_answers_of_prompts_are_i
     found = mismatch(texts, limit=5)
     assert [e.input_ids.tolist() for e in found] == [[1, 21], [1, 21], [2, 11], [2, 11], [1, 21]]
     assert [e.input_ids.tolist() for e in mismatch(texts[:2], limit=5)] == [[1, 11], [1, 10]], "of one prompt"
+    again = [texts[0], texts[2], texts[4]]  # the last one has the first one's prompt
+    assert [e.input_ids.tolist() for e in mismatch(again, limit=5)] == [[1, 20], [2, 10], [1, 20]]
 
 
 def test_a_policy_with_virtual_tokens_is_refused_at_once():

@@ -110,6 +110,13 @@ def test_an_option_takes_its_least_value_and_names_itself_below(config, least):
             config(**{name: value - 1})
 
 
+@pytest.mark.parametrize("name", ["gamma", "lam"])
+def test_a_discount_is_at_most_one(name):
+    assert getattr(rlhf.PPOConfig(**{name: 1}), name) == 1
+    with pytest.raises(ValueError, match=f"{name} must be .* got 1.5"):
+        rlhf.PPOConfig(**{name: 1.5})
+
+
 def test_a_limit_of_kl_may_be_small_but_not_zero():
     assert rlhf.PPOConfig(max_kl=0.5).max_kl == 0.5 and rlhf.ppo.KLController(0.1, 1.0).horizon == 10000
     with pytest.raises(ValueError, match="max_kl"):
@@ -247,6 +254,7 @@ def test_bradley_terry_with_margin_and_centering_is_the_published_one(xp):
     slope, pull = -1 / (1 + np.exp(difference)) / 2, 0.01 * np.array([1.3, 0.7])
     close(chosen.grad, slope + pull, 1e-12)
     close(rejected.grad, -slope + pull, 1e-12)
+    assert rlhf.reward_loss(chosen, rejected).item() == rlhf.reward_loss(chosen, rejected, None, 0.0, None).item()
     with pytest.raises(ValueError, match=r"rejected must have the shape of chosen, \(2,\), not \(3,\)"):
         rlhf.reward_loss(chosen, mp.Tensor(xp.asarray(np.zeros(3))))
 
@@ -320,6 +328,12 @@ def test_token_logprobs_and_entropy(xp, rng):
     got = rlhf.token_logprobs(mp.Tensor(xp.asarray(logits)), xp.asarray(targets))
     close(got.data, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], 1e-12)
     close(rlhf.entropy(xp.asarray(logits)), -(np.exp(log_p) * log_p).sum(-1), 1e-12)
+
+
+def test_the_tokens_of_a_completion_are_counted_from_the_first_that_a_prompt_predicts():
+    labels = np.array([[-100, 5, 6, 7], [-100, -100, 6, -100], [4, 5, -100, -100]])
+    lengths = rlhf.logprobs.completion_lengths(labels)
+    assert lengths.tolist() == [3, 1, 1] and lengths.dtype == np.float32, "nothing predicts a text's first token"
 
 
 def test_entropy_of_large_logits_does_not_overflow(xp):

@@ -386,7 +386,7 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     reward, kl, shares = drawn[0].axes
     assert [ax.get_title() for ax in (reward, kl, shares)] == ["Reward", "KL from the reference", "Shares"]
     assert [t.get_text() for t in reward.get_legend().get_texts()] == ["reward, optimized", "gold, watched"]
-    assert shares.get_ylim() == (-0.02, 1.02) and len(shares.get_legend().get_texts()) == 2
+    assert shares.get_ylim() == (-0.02, 1.02) and len(shares.get_legend().get_texts()) == 2 and not kl.get_legend()
     assert [line.get_ydata().tolist() for line in kl.lines[:2]] == [[r["objective/kl"] for r in run.history]] * 2
     best = rlhf.BestOfN([], np.zeros((1, 2)), np.array([0.0, 1.0]), np.array([0.0, 0.5]))
     rlhf.plot_run(run.history, tmp_path / "run.png", best)
@@ -395,10 +395,21 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     loss, calibration = drawn[2].axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 0.7], [2, 0.6]] and loss.get_title().startswith("Loss")
     assert loss.lines[2].get_ydata() == pytest.approx([math.log(2)] * 2), "a coin"
+    assert calibration.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]], "predicted is observed"
     assert calibration.lines[1].get_xydata().tolist() == [[0.2, 0.3], [0.8, 0.7]]
+    assert calibration.collections[0].get_sizes().tolist() == [64, 100], "points grow with the number of pairs"
     assert calibration.get_xlim() == calibration.get_ylim() == (0, 1)
     with pytest.raises(ValueError, match="watch 'gold' must give one score a response"):
         trainer(watch={"gold": lambda r: np.ones(3)}).step()
+
+
+def test_a_curve_is_drawn_with_its_mean_over_a_tenth_of_the_run(monkeypatch):
+    drawn, y = [], np.arange(25.0) ** 2
+    monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
+    rlhf.plot_calibration(np.ones(1), np.ones(1), np.ones(1), list(enumerate(y)), "x.png")
+    mean, each, _ = drawn[0].axes[0].lines
+    assert each.get_ydata().tolist() == y.tolist()
+    assert mean.get_ydata().tolist() == [0, *((y[1:] + y[:-1]) / 2)]
 
 
 def test_the_largest_ratio_is_the_largest_ratio(monkeypatch):
@@ -630,6 +641,9 @@ def test_what_a_rollout_and_an_update_cannot_work_with():
     for prompts in ([], [[3], []]):
         with pytest.raises(ValueError, match="each of at least one token"):
             rlhf.rollout(base(), prompts, 3)
+    for temperature in (0, -0.5):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            rlhf.rollout(base(), PROMPTS, 3, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DPO

@@ -148,7 +148,19 @@ def test_without_options_answers_are_of_24_tokens_and_of_seed_0(base):
     assert [len(own) for own in answers] == [2, 2] and answers == rlhf.sample_answers(base, prompts, 2, 24, 1.0, (), 0, 64)
 
 
+def test_scores_that_differ_by_rounding_alone_or_not_at_all_calibrate_nothing_but_small_ones_do(base):
+    model = rlhf.RewardModel(base, seed=2)
+    for scores in ([1000, 1000.001], [0.0, 0.0]):
+        model.score_texts = lambda texts, scores=scores: np.array(scores)
+        with pytest.raises(ValueError, match="the 2 reference texts .* nothing to scale by"):
+            model.calibrate([text(5), text(6)])
+    model.score_texts = lambda texts: np.array([1e-4, 3e-4])
+    model.calibrate([text(5), text(6)])
+    assert (model.mean, model.std) == (pytest.approx(2e-4), pytest.approx(1e-4))
+
+
 def test_a_calibration_curve_has_no_empty_bins():
+    assert rlhf.calibration_curve(np.array([4.0]), np.array([0.0]))[2].tolist() == [1, 1], "one pair, from both sides"
     predicted, observed, count = rlhf.calibration_curve(np.array([4.0, 4.0]), np.array([0.0, 0.0]), bins=10)
     assert count.tolist() == [2, 2] and observed.tolist() == [0, 1] and predicted == pytest.approx([0.018, 0.982], abs=1e-3)
 
@@ -211,6 +223,7 @@ def test_openings_are_words_of_sentences():
     assert len(openings) > 500 and len(set(openings)) == len(openings)
     assert all(len(o.split()) == 4 and o[0].isupper() for o in openings)
     assert not set(openings) & set(rlhf.sentence_openings("test", words=6))
+    assert not any(o.endswith((".", "!", "?")) for o in rlhf.sentence_openings("validation", words=8)), "never a whole one"
 
 
 # ------------------------------------------------------------------------------------------------------ human raters
@@ -255,6 +268,15 @@ def test_human_ratings_are_read_from_the_nested_archive_in_memory(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and not (tmp_path.parent.parent / "evil.txt").exists()
     (tmp_path / "inner.tar.gz").write_bytes(archive(tables()))
     assert rlhf.human_ratings(tmp_path / "inner.tar.gz") == found
+    with tarfile.open(path, "w:gz") as tar:  # with a folder, in which a file would be, and its tables
+        folder = tarfile.TarInfo("notes.txt")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, content in tables().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert rlhf.human_ratings(path) == found
 
 
 def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
@@ -269,6 +291,14 @@ def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
     assert not documents[0] & documents[1]
     assert rlhf.human_preferences(path, "train", pairs=400, seed=1) == train
     assert rlhf.human_preferences(path, "train", pairs=400, seed=2) != train
+
+
+def test_two_ratings_are_enough_for_a_preference_and_one_is_not(tmp_path):
+    files = tables(texts=300, ratings="[1, 2]")
+    pairs = rlhf.human_preferences(source_archive(tmp_path, files), pairs=20)
+    assert len(pairs) == 20 and all(pair.chosen != pair.rejected for pair in pairs)
+    with pytest.raises(ValueError, match="has no two texts whose ratings differ"):
+        rlhf.human_preferences(source_archive(tmp_path, tables(texts=300, ratings="[1]")), pairs=20)
 
 
 @pytest.mark.parametrize(
