@@ -152,7 +152,7 @@ def test_scores_that_differ_by_rounding_alone_or_not_at_all_calibrate_nothing_bu
     model = rlhf.RewardModel(base, seed=2)
     for scores in ([1000, 1000.001], [0.0, 0.0]):
         model.score_texts = lambda texts, scores=scores: np.array(scores)
-        with pytest.raises(ValueError, match="the 2 reference texts .* nothing to scale by"):
+        with pytest.raises(ValueError, match=r"the 2 reference texts .* nothing to scale by"):
             model.calibrate([text(5), text(6)])
     model.score_texts = lambda texts: np.array([1e-4, 3e-4])
     model.calibrate([text(5), text(6)])

@@ -547,7 +547,8 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
     With x̂ the normalized input and h = g * weight:  dx = (h - x̂ mean(h x̂)) / sqrt(mean(x²) + eps), dweight = Σ g x̂.
-    y has the dtype of x, as in PyTorch. Departures from it: no `normalized_shape`; the default of `eps` (there: the dtype's machine epsilon).
+    y has the dtype of x, as in PyTorch. Departures from it: no `normalized_shape`; the default of `eps` (there: the
+    dtype's machine epsilon).
     """
     check.norm("rms_norm", x, weight=weight)
     w = weight.astype(x.dtype, copy=False)
