@@ -23,12 +23,12 @@ function here, such as that CuPy does; the mutants of these lines are counted ap
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
 import hashlib
 import importlib
-import importlib.machinery
 import json
 import os
 import random
@@ -43,6 +43,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -59,7 +60,6 @@ GROUPS = {  # name: (modules, tests; all but ops on NumPy alone)
     ),
     "rlhf": (["rlhf/*.py"], "rlhf preference_losses rlhf_reward best_of_n rlhf_online"),
 }
-HEAD, ROW = "group mutants killed listed survived not_run rate seconds".split(), "{:8}{:>9}{:>8}{:>8}{:>10}{:>9}{:>8}{:>9}"
 LISTED = ROOT / "tests" / "mutants.json"
 OPERATORS = """ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Div|Mod_Div|Pow_Mul
     |BitAnd_BitOr|BitOr_BitAnd|LShift_RShift|RShift_LShift)
@@ -67,9 +67,8 @@ OPERATORS = """ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_D
     |ReplaceUnaryOperator_Delete_(USub|Invert|Not)
     |Replace(TrueWithFalse|FalseWithTrue|AndWithOr|OrWithAnd|BreakWithContinue|ContinueWithBreak)
     |NumberReplacer|AddNot|ZeroIterationForLoop"""
-SECONDS = 3.0  # that a test may take to be used
 BUDGET = 12.0  # seconds of tests that a mutant gets, the quickest
-MEGABYTES = 3000  # of address space that a mutant may take, beside what the process has
+BYTES = 8 << 30  # of address space that a process may take
 
 Tests = dict[str, tuple[float, set[tuple[str, int]]]]  # the seconds of each, and the lines of modules that it runs
 
@@ -139,9 +138,8 @@ def skipped(node: Any) -> bool:
             return True
         if parent.type == "expr_stmt" and parent.children[0].get_code().strip() == "__all__":
             return True
-    if getattr(node, "value", "") in ("*", "**", "/") and types[0] in ("parameters", "lambdef", "dictorsetmaker", "atom"):
-        return True
-    return "fstring" in types and "raise_stmt" in types
+    marks = "parameters", "lambdef", "dictorsetmaker", "atom"  # of arguments, and of what is unpacked
+    return (getattr(node, "value", "") in ("*", "**", "/") and types[0] in marks) or {"fstring", "raise_stmt"} <= {*types}
 
 
 def place(node: Any) -> tuple[str, tuple[int, ...], bool]:
@@ -215,16 +213,13 @@ def forked(action: Callable[[int], Any], seconds: float, log: str = os.devnull) 
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with its parent it ends, too
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with its parent it ends, too
         os.close(read)
         os.environ["PYTEST_DEBUG_TEMPROOT"] = temporary
         sink = os.open(log, os.O_RDWR | os.O_CREAT)
         for fd in (1, 2):
             os.dup2(sink, fd)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + (MEGABYTES << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
         for timer, name, of in (("ITIMER_PROF", "SIGPROF", 1), ("ITIMER_REAL", "SIGALRM", 10)):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
             signal.setitimer(getattr(signal, timer), of * seconds)
@@ -237,10 +232,8 @@ def forked(action: Callable[[int], Any], seconds: float, log: str = os.devnull) 
             os._exit(status)
     os.close(write)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what it has started
-    except ProcessLookupError:
-        pass
     with os.fdopen(read) as pipe:
         written = pipe.read()
     shutil.rmtree(temporary, ignore_errors=True)
@@ -266,11 +259,11 @@ class StopAtFailure:
 
 
 def run_items(items: list[Any]) -> Iterator[tuple[str, float]]:
-    """The name of each test, which has run, and its seconds."""
+    """The name of each test, which has run, and the processor's seconds."""
     for item, following in zip(items, [*items[1:], None]):
-        began = time.perf_counter()
+        began = time.process_time()
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        yield item.nodeid, time.perf_counter() - began
+        yield item.nodeid, time.process_time() - began
 
 
 def memories() -> list[Callable[[], None]]:
@@ -298,13 +291,10 @@ class Session:
         paths, lines, of_test = {str(ROOT / "minipeft" / module): module for module in self.modules}, set(), {}
 
         def trace(frame: Any, event: str, _: Any) -> Any:
-            name = paths.get(frame.f_code.co_filename)
-
-            def local(frame: Any, event: str, _: Any) -> Any:
+            if name := paths.get(frame.f_code.co_filename):
                 lines.add((name, frame.f_lineno))
-                return local
-
-            return name and local(frame, event, _)
+                return trace
+            return None
 
         threading.settrace(trace)
         sys.settrace(trace)
@@ -316,25 +306,22 @@ class Session:
             lines.clear()
         sys.settrace(None)
         threading.settrace(None)
-        quick = [item for item in items if item.nodeid not in self.failed and of_test[item.nodeid][0] < SECONDS]
-        again = dict(run_items(sorted(quick, key=lambda item: of_test[item.nodeid][0])))
+        passed = [item for item in items if item.nodeid not in self.failed]
+        again = dict(run_items(sorted(passed, key=lambda item: of_test[item.nodeid][0])))
         found = {name: (seconds, of_test[name][1]) for name, seconds in again.items() if name not in self.failed}
         self.measured.write_text(json.dumps(found))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: Any) -> bool:
         for module in self.modules:  # not all are imported by all tests
-            importlib.import_module(f"minipeft.{module[:-3].replace('/', '.')}".removesuffix(".__init__"))
+            importlib.import_module(name_of(module))
         forked(lambda _: self.measure(session.items), 3600)
         tests, by_name = read_tests(self.measured), {item.nodeid: item for item in session.items}
         functions = [o for o in gc.get_objects() if isinstance(o, FunctionType)]
-        functions = [fn for fn in functions if fn.__code__.co_filename.startswith(str(ROOT / "minipeft"))]
         clear = memories()
         gc.freeze()  # copies of the process share these objects' memory
-        killers: Counter[tuple[str, str, str]] = Counter()  # which tests have found something in a function: first
         for mutant in self.mutants:
             names, limit = chosen(mutant, tests)
-            names.sort(key=lambda name: -killers[mutant.module, mutant.function, name])
             began, (*texts, code) = time.perf_counter(), compiled(mutant)
             if mutant.on_import or not names or code is None:
                 continue
@@ -350,7 +337,6 @@ class Session:
                     pass
 
             outcome, test = forked(live, limit)
-            killers[mutant.module, mutant.function, test] += outcome == "killed"
             if test != "import":
                 self.save(mutant, outcome, test, began, *texts)
         return True
@@ -378,11 +364,10 @@ def chosen(mutant: Mutant, tests: Tests) -> tuple[list[str], float]:
     return names, 20 + 5 * spent
 
 
-def imported(group: str, module: str, code: CodeType, names: list[str], pipe: int) -> int:
-    """Run tests in a process that imports a module of this code; not 0 where they fail."""
-    original, name = importlib.machinery.SourceFileLoader.get_code, "minipeft." + module[:-3].replace("/", ".")
-    name = name.removesuffix(".__init__")
-    importlib.machinery.SourceFileLoader.get_code = lambda self, full: code if full == name else original(self, full)
+def imported(group: str, module: str, code: CodeType | None, names: list[str], pipe: int) -> int:
+    """Run tests in a process that imports a module of this code, None for its own; not 0 where they fail."""
+    original, changed = SourceFileLoader.get_code, code and name_of(module)
+    SourceFileLoader.get_code = lambda self, name: code if name == changed else original(self, name)
     files = list(dict.fromkeys(test.partition("::")[0] for test in names))
     return pytest.main([*options(group), *files], plugins=[StopAtFailure(pipe, names)])
 
@@ -391,6 +376,11 @@ def modules_of(group: str) -> list[str]:
     """The paths of its modules in the package."""
     package = ROOT / "minipeft"
     return [str(path.relative_to(package)) for pattern in GROUPS[group][0] for path in sorted(package.glob(pattern))]
+
+
+def name_of(module: str) -> str:
+    """What Python calls the module at a path in the package."""
+    return f"minipeft.{module[:-3].replace('/', '.')}".removesuffix(".__init__")
 
 
 def options(group: str) -> list[str]:
@@ -407,7 +397,7 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def by_import(module: str, code: CodeType, names: list[str], limit: float) -> tuple[str, str]:
+    def by_import(module: str, code: CodeType | None, names: list[str], limit: float) -> tuple[str, str]:
         return forked(lambda pipe: imported(group, module, code, names, pipe), limit)
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -423,9 +413,7 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
         began, (names, limit), (*texts, code) = time.perf_counter(), chosen(mutant, tests), compiled(mutant)
         outcome, test = "no Python" if code is None else "not run", ""
         if names and code:
-            path = ROOT / "minipeft" / mutant.module
-            same = compile(path.read_text(), str(path), "exec", dont_inherit=True)
-            if not checked and by_import(mutant.module, same, names, limit)[0] != "survived":
+            if not checked and by_import(mutant.module, None, names, limit)[0] != "survived":
                 raise SystemExit(f"{group}: the tests of {mutant.module} fail where it is imported as it is")
             checked = True
             outcome, test = by_import(mutant.module, code, names, limit)
@@ -439,7 +427,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(GROUPS)
-    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "all"], metavar="GROUP", help=f"any of {names}; all")
+    parser.add_argument("groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"any of {names}")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="JSON lines, read and appended to")
     parser.add_argument("--sample", type=int, metavar="N", help="of each group only N mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
@@ -465,7 +453,7 @@ def main() -> int:
         return "survived" if entry not in entries else "not run" if not entry[2] else "listed"
 
     table, alive, stale = [], [], []
-    for group in GROUPS if "all" in args.groups else dict.fromkeys(args.groups):
+    for group in args.groups:
         mutants = [mutant for module in modules_of(group) for mutant in mutants_of(module)]
         if args.sample is not None and args.sample < len(mutants):
             mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=lambda m: key(m))
@@ -480,12 +468,13 @@ def main() -> int:
             stale += [entry for entry in sorted(entries - used) if entry[0] in modules_of(group)]
         ran, seconds = len(found) - count["not run"], sum(r["seconds"] for r in found)
         counts = [count[name] for name in ("killed", "listed", "survived", "not run")]
-        table.append(ROW.format(group, ran, *counts, f"{count['killed'] / max(1, ran):.1%}", f"{seconds:.0f}"))
+        table.append([group, ran, *counts, f"{count['killed'] / max(1, ran):.1%}", f"{seconds:.0f}"])
     for module, function, line in stale:
         print(f"{LISTED.name} names what is killed or gone: {module} {function}: {line}")
     for r in alive:
         print(f"{r['module']}:{r['number']} {r['function']}: {r['was']}  ->  {r['line']}")
-    print(ROW.format(*HEAD), *table, sep="\n")
+    for line in ("group mutants killed listed survived not_run rate seconds".split(), *table):
+        print("".join(f"{cell:>9}" for cell in line))
     return int(bool(alive))
 
 

@@ -65,8 +65,11 @@ def test_the_best_of_each_prompts_answers():
 
 def test_a_bad_score_is_counted_in_its_own_batch_and_its_prompt_is_named():
     last = lambda roll: np.zeros(3) if len(roll.mask) == 3 else np.array([0, np.nan])  # noqa: E731
-    with pytest.raises(ValueError, match=r"for 1 of 2 responses, first of prompts\[3\]"):
-        rlhf.best_of_n(base(), last, PROMPTS, 2, length=2, batch_size=3)
+    ends = lambda roll: np.array([np.nan, 0, np.inf])  # noqa: E731
+    for scores, message in ((last, r"for 1 of 2 responses, first of prompts\[3\]"), (ends, r"for 2 of 3 .* prompts\[0\]")):
+        with pytest.raises(ValueError, match=message):
+            rlhf.best_of_n(base(), scores, PROMPTS, 2, length=2, batch_size=3)
+    assert rlhf.best_of_n(base(), liked, PROMPTS[:1], 2, length=2, batch_size=1).scores.shape == (1, 2)
 
 
 def test_scores_of_one_prompt_need_no_axis_of_prompts():

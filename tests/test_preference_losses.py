@@ -77,6 +77,13 @@ def test_without_options_a_loss_takes_its_papers():
     assert rlhf.kto_loss(w, refs[0], liked, 0.3).item() == rlhf.kto_loss(w, refs[0], liked, 0.3, 0.1, 1.0, 1.0).item()
 
 
+def test_a_batch_of_kto_counts_the_tokens_of_both_answers():
+    referenced = rlhf.kto.with_reference(base(), rlhf.kto.unpaired(pairs(2, 0)), 2)
+    batch = rlhf.kto.collate_answers(referenced)
+    counted = [len(e.input_ids) for answer in referenced for e in (answer.example, answer.mismatched)]
+    assert (batch.weight, batch.tokens) == (4, sum(counted))
+
+
 def test_without_options_an_objective_takes_its_losss():
     batch, ref = collate_pairs(pairs(2, 0)).arguments, np.full(2, -3.0)
     value = lambda objective, *given, **options: objective(base(), *given, **options)[0].item()  # noqa: E731

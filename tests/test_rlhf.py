@@ -73,6 +73,7 @@ def test_whitening_rewards_rescales_and_keeps_the_mean(xp):
     white = to_numpy(rlhf.whiten(xp.asarray(REWARDS + JUNK), xp.asarray(MASK), keep_mean=True))
     assert white[real].mean() == pytest.approx(REWARDS[real].mean())
     assert white[real].std(ddof=1) == pytest.approx(1, abs=1e-6) and not white[~real].any()
+    assert rlhf.whiten(np.array([[1.0, 3.0, 9.0]]), np.array([[1, 1, 0]]))[0] == pytest.approx([-(0.5**0.5), 0.5**0.5, 0])
     with pytest.raises(ValueError, match="at least two real tokens, the mask marks 1"):
         rlhf.whiten(REWARDS, np.eye(4)[:2] * np.eye(2)[:, :1])
 
@@ -108,6 +109,30 @@ def test_an_option_takes_its_least_value_and_names_itself_below(config, least):
         assert getattr(config(**{name: value}), name) == value
         with pytest.raises(ValueError, match=name):
             config(**{name: value - 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (rlhf.PPOConfig, {"learning_rate": 0, "temperature": 0, "cliprange": 0, "stop_kl": 0, "batch_size": 0}),
+        (rlhf.PPOConfig, {"kl_target": 0, "cliprange_value": 0, "stop_token_ids": (-1,), "save_steps": 0}),
+        (rlhf.DPOConfig, {"desirable_weight": 0, "undesirable_weight": 0, "gamma": -0.5}),
+        (rlhf.RewardConfig, {"center": -0.5}),
+    ],
+)
+def test_an_option_that_must_be_above_zero_is_not_zero(config, options):
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            config(**{name: value})
+
+
+def test_options_take_what_is_just_allowed(tmp_path):
+    c = rlhf.PPOConfig(batch_size=1, mini_batch_size=1, stop_token_ids=(0,), save_steps=1, output_dir=tmp_path)
+    assert (c.batch_size, c.stop_token_ids, c.save_steps) == (1, (0,), 1)
+    assert rlhf.DPOConfig(loss_type="simpo", gamma=0).gamma == 0
+    assert rlhf.PPOConfig(batch_size=18, mini_batch_size=6, kl_horizon=4, kl_target=1.0).kl_horizon == 4
+    with pytest.raises(ValueError, match=r"kl_horizon must be above batch_size / 5, 4, .* got 4"):
+        rlhf.PPOConfig(batch_size=20, mini_batch_size=5, kl_horizon=4, kl_target=1.0)
 
 
 @pytest.mark.parametrize("name", ["gamma", "lam"])
@@ -215,6 +240,21 @@ def test_statistics_of_the_ratio_are_their_formulas():
     assert found["val/ratio_max"] == np.exp(0.1) and found["val/ratio_deviation"] == pytest.approx(1 - np.exp(-0.3))
 
 
+def test_the_largest_ratio_is_none_at_padding():
+    change, mask = np.array([[-0.3, -0.1, 0.0]]), np.array([[1, 1, 0]])
+    assert rlhf.statistics.of_ratio(change, np.exp(change), mask, np.ones((1, 3)))["val/ratio_max"] == np.exp(-0.1)
+
+
+def test_clipped_shares_are_counted_on_the_side_that_costs():
+    ones = np.ones((1, 4))
+    ratio, advantages = np.array([[0.7, 0.9, 1.1, 1.3]]), np.array([[-1, -1, 1, 1]])
+    assert rlhf.clip_fraction(ratio, advantages, ones) == 0.5
+    assert rlhf.clip_fraction(ratio, -advantages, ones) == 0
+    values, old = mp.Tensor(np.array([[-1.0, 2.0, 3.1, -2.0]])), np.array([[-2.0, 3.0, 3.0, -2.5]])
+    returns = np.array([[-0.9, -2.0, 9.0, -4.0]])  # clipped: -1.8 is farther, 2.8 is, 3.1 is not, -2.3 is nearer
+    assert rlhf.statistics.value_clip_fraction(values, old, returns, ones) == 0.5
+
+
 def test_grpo_has_no_gradient_from_what_stands_at_padding():
     logprobs = parameter(np, LOGPROBS - JUNK)
     rlhf.grpo_loss(logprobs, LOGPROBS, REFERENCE, SCORES, MASK).backward()
@@ -230,6 +270,13 @@ def test_kl_controllers():
         adaptive.update(kl, n=100)
         beta *= factor
         assert adaptive.beta == pytest.approx(beta)
+    edge = rlhf.KLController(0.1, 1.0, horizon=1)
+    edge.update(kl=9.0, n=0)
+    assert edge.beta == 0.1
+    rlhf.KLController(0.1, 1.0, horizon=10).update(0, 49)
+    for n in (-1, 50):
+        with pytest.raises(ValueError, match=f"n must be below 5 · horizon, 50, got {n}"):
+            rlhf.KLController(0.1, 1, horizon=10).update(0, n)
     with pytest.raises(ValueError, match="n must be below 5 · horizon, 50, got 64"):
         rlhf.KLController(0.1, 1, horizon=10).update(0, 64)
     with pytest.raises(ValueError, match="horizon must be above 0, got 0"):
@@ -285,6 +332,7 @@ def test_advantages_of_groups(xp):
     """RLOO's baseline is the mean of the others; GRPO standardizes, and a group without a difference teaches nothing."""
     rewards = np.array([1.0, 2, 6, 5, 5, 5])
     close(rlhf.rloo_advantages(xp.asarray(rewards), 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    close(rlhf.rloo_advantages(xp.asarray(rewards), 2), [-1, 1, 1, -1, 0, 0])
     first = (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4)
     close(rlhf.grpo_advantages(xp.asarray(rewards), 3), [*first, 0, 0, 0])
 
@@ -343,10 +391,14 @@ def test_entropy_of_large_logits_does_not_overflow(xp):
 def test_a_function_of_texts_is_a_reward_and_must_give_finite_numbers():
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):
-            return "x" * len(ids)
+            return "x" * len(ids) if skip_special_tokens else "<s>"
 
     roll = rlhf.Rollout(np.ones((2, 5), int), np.ones((2, 5), int), np.array([[1, 1, 1], [1, 0, 0]]), np.ones(2, bool))
     length = rlhf.text_reward(lambda prompts, completions: [len(p) + 10 * len(c) for p, c in zip(prompts, completions)], Tokenizer())
     assert length(roll).tolist() == [32, 12]
+    assert list(rlhf.gold_reward(Tokenizer(), lambda texts: [len(t) for t in texts])(roll)) == [3, 1]
+    for given, said in (([1.0], "list, 1 of them"), (3.0, "float, 3.0")):
+        with pytest.raises(ValueError, match=f"a list of 2 numbers, one for each completion; it returned {said}"):
+            rlhf.text_reward(lambda prompts, completions, given=given: given, Tokenizer())(roll)
     with pytest.raises(ValueError, match="gave nan to the completion 'x'"):
         rlhf.text_reward(lambda prompts, completions: [1, float("nan")], Tokenizer())(roll)

@@ -116,6 +116,9 @@ def test_sequence_logprobs_are_sums_over_the_completion(rng):
     each = np.take_along_axis(log_p[:, :-1], ids[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(got, (each * (labels[:, 1:] != -100)).sum(1), atol=1e-5)
     assert -got.sum() / (labels[:, 1:] != -100).sum() == pytest.approx(policy.loss(ids, labels).item(), rel=1e-5)
+    labels[0], labels[1, 1:] = -100, ids[1, 1:]  # one answer is empty, another begins at once
+    want = (each * (labels[:, 1:] != -100)).sum(1)
+    np.testing.assert_allclose(rlhf.sequence_logprobs(policy, ids, labels, mask).numpy(), want, atol=1e-5)
 
 
 def test_distinct_n():
@@ -153,6 +156,58 @@ def test_the_cost_of_kl_is_reported_as_what_it_takes_off_the_reward(method):
     for r in run.train()[1:]:
         assert r["objective/kl"] > 0.01
         assert r["objective/non_score_reward"] == pytest.approx(0 if method == "grpo" else -0.3 * r["objective/kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_a_minibatch_is_the_methods_also_where_policy_and_reference_differ(method, rng):
+    run = trainer(method, kl_coef=0.3)
+    mask = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    old, ref, values, returns = (rng.normal(-2, 0.3, (4, 3)) * mask for _ in range(4))
+    new, v = mp.Tensor(old + rng.normal(0, 0.3, (4, 3)) + 1e3 * (mask == 0)), mp.Tensor(values + 0.3)
+    advantages = np.array([2.0, -1.0, 0.5, -0.5]) if method != "ppo" else rng.normal(size=(4, 3)) * mask
+    batch = dict(old_logprobs=old, ref_logprobs=ref, old_values=values, returns=returns, mask=mask, advantages=advantages)
+    loss, found = run.loss(batch, rlhf.Outputs(new, np.ones((4, 3)), v))
+    change = np.where(mask, new.data - old, 0)
+    if method == "ppo":
+        want = rlhf.policy_loss(new, old, advantages, mask) + 0.1 * rlhf.value_loss(v, values, returns, mask)
+        ratio, counted = np.exp(change), mask
+    elif method == "rloo":
+        want = rlhf.rloo_loss(new, old, advantages, mask)
+        ratio, counted = np.exp(change.sum(1)), np.ones(4)
+    else:
+        want = rlhf.grpo_loss(new, old, ref, advantages, mask, beta=0.3)
+        gap = (ref - new.data)[mask != 0]
+        assert found["loss/kl"] == pytest.approx((np.exp(gap) - 1 - gap).mean())
+        ratio, counted, advantages = np.exp(change), mask, advantages[:, None]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-9)
+    assert found["policy/clipfrac"] == pytest.approx(rlhf.clip_fraction(ratio, advantages, counted))
+
+
+def test_rloo_takes_the_kl_off_the_score_before_answers_are_compared(monkeypatch):
+    run = trainer("rloo", kl_coef=0.5, learning_rate=1e-2)
+    run.step()
+    scored, trained, score, epochs = [], [], run.score, run.epochs
+    monkeypatch.setattr(run, "score", lambda *a: scored.append(score(*a)) or scored[0])
+    monkeypatch.setattr(run, "epochs", lambda batch: trained.append(batch) or epochs(batch))
+    run.step()
+    kl = trained[0]["kl"].sum(axis=1)
+    assert abs(kl).max() > 0.1
+    np.testing.assert_allclose(trained[0]["advantages"], rlhf.rloo_advantages(scored[0][0] - 0.5 * kl, 4), rtol=1e-5)
+
+
+def test_whitened_rewards_keep_their_mean(monkeypatch):
+    given, gae = [], rlhf.ppo.gae
+    monkeypatch.setattr(rlhf.ppo, "gae", lambda rewards, *a: given.append((rewards, a[-1])) or gae(rewards, *a))
+    trainer(seed=3).step()
+    trainer(seed=3, whiten_rewards=True).step()
+    plain, white = (rewards[mask != 0] for rewards, mask in given)
+    assert white.mean() == pytest.approx(plain.mean(), rel=1e-4) and abs(plain.mean()) > 0.01
+    assert white.std(ddof=1) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_another_temperature_the_reference_is_still_the_policy_as_it_was(method):
+    assert trainer(method, temperature=0.6).step()["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_each_update_learns_at_the_rate_of_the_schedule():
@@ -390,6 +445,7 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     assert [line.get_ydata().tolist() for line in kl.lines[:2]] == [[r["objective/kl"] for r in run.history]] * 2
     best = rlhf.BestOfN([], np.zeros((1, 2)), np.array([0.0, 1.0]), np.array([0.0, 0.5]))
     rlhf.plot_run(run.history, tmp_path / "run.png", best)
+    assert drawn[1].axes[3].get_title() == "Reward over KL"
     assert drawn[1].axes[3].lines[1].get_xydata().tolist() == [[0, 0], [0.5, 1]]
     rlhf.plot_calibration(np.array([0.2, 0.8]), np.array([0.3, 0.7]), np.array([3, 5]), [(1, 0.7), (2, 0.6)], tmp_path / "x.png")
     loss, calibration = drawn[2].axes
@@ -401,6 +457,24 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     assert calibration.get_xlim() == calibration.get_ylim() == (0, 1)
     with pytest.raises(ValueError, match="watch 'gold' must give one score a response"):
         trainer(watch={"gold": lambda r: np.ones(3)}).step()
+
+
+def test_a_run_on_preferences_is_drawn_with_its_held_out_points(monkeypatch):
+    names = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "rewards/accuracies": 0.5}
+    steps = [{"step": i, **{n: v + i for n, v in names.items()}} for i in (1, 2)]
+    held_out = [{"step": 2, **{f"eval_{n}": v for n, v in names.items()}}]
+    drawn = []
+    monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
+    rlhf.plot_preferences(steps + held_out, "x.png")
+    loss, logps, accuracy = drawn[0].axes
+    assert [len(ax.lines) for ax in drawn[0].axes] == [3, 6, 3], "the mean, each, held out"
+    assert loss.lines[1].get_xydata().tolist() == [[1, 1.7], [2, 2.7]]
+    for ax, value in ((loss, 0.7), (logps, -3.0), (accuracy, 0.5)):
+        mean, _, points = ax.lines[:3]
+        assert points.get_xydata().tolist() == [[2, value]] and points.get_color() == mean.get_color()
+    assert [ax.get_legend() is not None for ax in drawn[0].axes] == [False, True, False]
+    assert logps.lines[5].get_color() == logps.lines[3].get_color() != logps.lines[0].get_color()
+    assert accuracy.get_ylim() == (-0.02, 1.02)
 
 
 def test_a_curve_is_drawn_with_its_mean_over_a_tenth_of_the_run(monkeypatch):
@@ -560,10 +634,10 @@ def test_equal_scores_prefer_nothing_and_the_run_goes_on(method, reward):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_scores_end_a_run_after_many_updates_which_is_kept(method, tmp_path):
-    mixed = lambda r: liked(r) if len(asked) == 2 else constant(r)  # noqa: E731
+    mixed = lambda r: liked(r) if len(asked) == 2 else np.full(16, float(len(asked)))  # noqa: E731
     asked = []
     options = dict(steps=9, max_equal_updates=3, output_dir=tmp_path, reward=lambda r: asked.append(0) or mixed(r))
-    with pytest.raises(rlhf.RLHFError, match=r"update 5: no response has scored .* for 3 updates .* 2\).*checkpoint-5 keeps"):
+    with pytest.raises(rlhf.RLHFError, match=r"update 5: no response has scored .* for 3 updates .* 5\).*checkpoint-5 keeps"):
         trainer(method, **options).train()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["objective/scores_equal"] for line in lines] == [1, 0, 1, 1, 1]
@@ -622,6 +696,10 @@ def test_the_first_minibatch_shows_a_policy_that_is_not_the_one_that_sampled(mon
 def test_arguments_that_make_no_sense(message, fields):
     with pytest.raises(ValueError, match=message):
         trainer(**fields)
+
+
+def test_a_prompt_may_fill_the_positions_with_its_answer():
+    assert trainer(prompts=[[4] * 26], steps=1).train()[0]["text/length"] <= 6
 
 
 def test_what_belongs_to_another_trainer_or_is_text_is_named():

@@ -109,7 +109,7 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
     ids = texts[0][None]
     assert plain(ids).item() == pytest.approx(raw[0]), "the directory is a sequence classifier's, uncalibrated"
 
-    for content, message in (('{"mean": 0, "std": 0}', r"std 0\.0 are not a calibration"), ('{"mean": 0}', "numbers 'mean' and 'std'")):
+    for content, message in (('{"mean": 0, "std": 0}', r"std 0\.0 are not a calibration"), ('{"mean": 0, "std": "inf"}', "std inf are not"), ('{"mean": 0}', "numbers 'mean' and 'std'")):
         (tmp_path / "rm" / "reward_calibration.json").write_text(content)
         with pytest.raises(FileError, match=message):
             rlhf.RewardModel.from_pretrained(tmp_path / "rm")
@@ -118,6 +118,10 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
     mp.save_pretrained(base, tmp_path / "lm")
     with pytest.raises(ValueError, match="holds no reward model"):
         rlhf.RewardModel.from_pretrained(tmp_path / "lm")
+
+
+def test_without_a_seed_a_head_is_that_of_seed_0(base):
+    assert np.array_equal(rlhf.RewardModel(base).score.weight.data, rlhf.RewardModel(base, seed=0).score.weight.data)
 
 
 def test_the_head_is_the_seeds_normal_numbers_over_the_root_of_one_more_than_the_width(base):
@@ -161,6 +165,9 @@ def test_scores_that_differ_by_rounding_alone_or_not_at_all_calibrate_nothing_bu
 
 def test_a_calibration_curve_has_no_empty_bins():
     assert rlhf.calibration_curve(np.array([4.0]), np.array([0.0]))[2].tolist() == [1, 1], "one pair, from both sides"
+    moved = rlhf.calibration_curve(np.array([5.0, 2.5]), np.array([1.0, 2.0]))
+    for default, ten in zip(moved, rlhf.calibration_curve(np.array([4.0, 0.5]), np.zeros(2), 10), strict=True):
+        np.testing.assert_allclose(default, ten)
     predicted, observed, count = rlhf.calibration_curve(np.array([4.0, 4.0]), np.array([0.0, 0.0]), bins=10)
     assert count.tolist() == [2, 2] and observed.tolist() == [0, 1] and predicted == pytest.approx([0.018, 0.982], abs=1e-3)
 
@@ -189,6 +196,17 @@ def test_a_rater_orders_any_two_answers_with_bradley_terrys_probability(scores, 
     place, p = order.argsort(axis=1), 1 / (1 + np.exp((min(scores[:2]) - max(scores[:2])) / 0.2))
     better, worse = place[:, np.argmax(scores[:2])], place[:, np.argmin(scores[:2])]
     assert (better < worse).mean() == pytest.approx(p * (1 - flip) + (1 - p) * flip, abs=0.01)
+
+
+def test_a_rater_puts_first_by_the_softmax_of_the_scores():
+    """Plackett and Luce's distribution: of three answers the order of the first is not that of the last turned round."""
+    scores = np.array([0.0, 0.1, 0.2])
+    order = rlhf.rank(np.tile(scores, (40000, 1)), np.random.default_rng(0))
+    p = np.exp(scores / 0.1) / np.exp(scores / 0.1).sum()
+    np.testing.assert_allclose(np.bincount(order[:, 0]) / 40000, p, atol=0.01)
+    for wrong in (dict(temperature=-0.5), dict(flip=-0.5)):
+        with pytest.raises(ValueError, match="temperature must not be negative and flip must lie in"):
+            rlhf.rank(scores[None], np.random.default_rng(0), **wrong)
 
 
 def test_without_noise_the_better_one_wins_and_equals_are_a_coin():
@@ -223,6 +241,7 @@ def test_openings_are_words_of_sentences():
     assert len(openings) > 500 and len(set(openings)) == len(openings)
     assert all(len(o.split()) == 4 and o[0].isupper() for o in openings)
     assert not set(openings) & set(rlhf.sentence_openings("test", words=6))
+    assert rlhf.sentence_openings("test") == rlhf.sentence_openings("test", words=5)
     assert not any(o.endswith((".", "!", "?")) for o in rlhf.sentence_openings("validation", words=8)), "never a whole one"
 
 
@@ -291,6 +310,12 @@ def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
     assert not documents[0] & documents[1]
     assert rlhf.human_preferences(path, "train", pairs=400, seed=1) == train
     assert rlhf.human_preferences(path, "train", pairs=400, seed=2) != train
+    assert rlhf.human_preferences(path, pairs=40) == rlhf.human_preferences(path, "train", pairs=40, seed=0)
+
+
+def test_a_text_may_have_tabs(tmp_path):
+    files = {name: content.replace(b"number 4.", b"number\t4\t.") for name, content in tables().items()}
+    assert rlhf.human_ratings(source_archive(tmp_path, files))[4].text == "The text movieReviewSnippets number\t4\t."
 
 
 def test_two_ratings_are_enough_for_a_preference_and_one_is_not(tmp_path):
