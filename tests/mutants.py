@@ -138,8 +138,9 @@ def skipped(node: Any) -> bool:
             return True
         if parent.type == "expr_stmt" and parent.children[0].get_code().strip() == "__all__":
             return True
-    marks = "parameters", "lambdef", "dictorsetmaker", "atom"  # of arguments, and of what is unpacked
-    return (getattr(node, "value", "") in ("*", "**", "/") and types[0] in marks) or {"fstring", "raise_stmt"} <= {*types}
+    if getattr(node, "value", "") in ("*", "**", "/") and types[0] in "parameters lambdef dictorsetmaker atom".split():
+        return True
+    return "fstring" in types and "raise_stmt" in types
 
 
 def place(node: Any) -> tuple[str, tuple[int, ...], bool]:
@@ -350,26 +351,29 @@ def read_tests(measured: Path) -> Tests:
 def chosen(mutant: Mutant, tests: Tests) -> tuple[list[str], float]:
     """The tests that a mutant gets, the quickest, and the seconds that they may take.
 
-    They run its statement. Of what runs on import: first those that run a line near it, then those that run its module.
+    They run its statement. Of what runs on import: first those that run a line near it, then those that run its module,
+    then all.
     """
     here, names, spent = {(mutant.module, line) for line in mutant.lines}, [], 0.0
-    found = [(not here & ran, s, name) for name, (s, ran) in tests.items()
-             if here & ran or (mutant.on_import and mutant.module in {module for module, _ in ran})]  # fmt: skip
-    if mutant.on_import and not found:  # such as a module of constants
-        found = [(False, seconds, name) for name, (seconds, _) in tests.items()]
-    for _, seconds, name in sorted(found):
+    found = [(not here & ran, mutant.module not in {module for module, _ in ran}, seconds, name)
+             for name, (seconds, ran) in tests.items() if mutant.on_import or here & ran]  # fmt: skip
+    for *_, seconds, name in sorted(found):
         if spent + seconds < BUDGET:
             names.append(name)
             spent += seconds
     return names, 20 + 5 * spent
 
 
-def imported(group: str, module: str, code: CodeType | None, names: list[str], pipe: int) -> int:
-    """Run tests in a process that imports a module of this code, None for its own; not 0 where they fail."""
+def by_import(group: str, module: str, code: CodeType | None, names: list[str], seconds: float) -> tuple[str, str]:
+    """What becomes of tests in a process that imports a module of this code, None for its own: see `forked`."""
     original, changed = SourceFileLoader.get_code, code and name_of(module)
-    SourceFileLoader.get_code = lambda self, name: code if name == changed else original(self, name)
     files = list(dict.fromkeys(test.partition("::")[0] for test in names))
-    return pytest.main([*options(group), *files], plugins=[StopAtFailure(pipe, names)])
+
+    def run(pipe: int) -> int:
+        SourceFileLoader.get_code = lambda self, name: code if name == changed else original(self, name)
+        return pytest.main([*options(group), *files], plugins=[StopAtFailure(pipe, names)])
+
+    return forked(run, seconds)
 
 
 def modules_of(group: str) -> list[str]:
@@ -397,9 +401,6 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def by_import(module: str, code: CodeType | None, names: list[str], limit: float) -> tuple[str, str]:
-        return forked(lambda pipe: imported(group, module, code, names, pipe), limit)
-
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         measured, log, before = Path(folder, "tests.json"), Path(folder, "log"), len(rows(results))
         files = [f"tests/test_{name}.py" for name in GROUPS[group][1].split()]
@@ -413,10 +414,10 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
         began, (names, limit), (*texts, code) = time.perf_counter(), chosen(mutant, tests), compiled(mutant)
         outcome, test = "no Python" if code is None else "not run", ""
         if names and code:
-            if not checked and by_import(mutant.module, None, names, limit)[0] != "survived":
+            if not checked and by_import(group, mutant.module, None, names, limit)[0] != "survived":
                 raise SystemExit(f"{group}: the tests of {mutant.module} fail where it is imported as it is")
             checked = True
-            outcome, test = by_import(mutant.module, code, names, limit)
+            outcome, test = by_import(group, mutant.module, code, names, limit)
         save(mutant, outcome, test, began, *texts)
 
 
@@ -426,8 +427,7 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join(GROUPS)
-    parser.add_argument("groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"any of {names}")
+    parser.add_argument("groups", nargs="+", choices=GROUPS, help="see GROUPS in this file")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="JSON lines, read and appended to")
     parser.add_argument("--sample", type=int, metavar="N", help="of each group only N mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
@@ -456,7 +456,7 @@ def main() -> int:
     for group in args.groups:
         mutants = [mutant for module in modules_of(group) for mutant in mutants_of(module)]
         if args.sample is not None and args.sample < len(mutants):
-            mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=lambda m: key(m))
+            mutants = sorted(random.Random(args.seed).sample(mutants, args.sample), key=key)
         todo = [m for m in mutants if key(m) not in known or (args.again and state(known[key(m)]) == "survived")]
         if todo:
             run_group(group, todo, args.results)

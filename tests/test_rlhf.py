@@ -250,8 +250,8 @@ def test_clipped_shares_are_counted_on_the_side_that_costs():
     ratio, advantages = np.array([[0.7, 0.9, 1.1, 1.3]]), np.array([[-1, -1, 1, 1]])
     assert rlhf.clip_fraction(ratio, advantages, ones) == 0.5
     assert rlhf.clip_fraction(ratio, -advantages, ones) == 0
-    values, old = mp.Tensor(np.array([[-1.0, 2.0, 3.1, -2.0]])), np.array([[-2.0, 3.0, 3.0, -2.5]])
-    returns = np.array([[-0.9, -2.0, 9.0, -4.0]])  # clipped: -1.8 is farther, 2.8 is, 3.1 is not, -2.3 is nearer
+    values, old = mp.Tensor(np.array([[-1.0, 2.0, 3.1, -1.0]])), np.array([[-2.0, 3.0, 3.0, -2.0]])
+    returns = np.array([[-0.9, -2.0, 9.0, -1.45]])  # clipped: -1.8 is farther, 2.8 is, 3.1 is not, -1.8 is nearer
     assert rlhf.statistics.value_clip_fraction(values, old, returns, ones) == 0.5
 
 

@@ -163,7 +163,8 @@ def test_the_loss_of_a_minibatch_is_the_methods_also_where_policy_and_reference_
     run = trainer(method, kl_coef=0.3)
     mask = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
     old, ref, values, returns = (rng.normal(-2, 0.3, (4, 3)) * mask for _ in range(4))
-    new, v = mp.Tensor(old + rng.normal(0, 0.3, (4, 3)) + 1e3 * (mask == 0)), mp.Tensor(values + 0.3)
+    new = mp.Tensor(old + rng.normal(0, 0.3, (4, 3)) - 1e3 * (mask == 0), requires_grad=True)  # what stands at padding
+    v = mp.Tensor(values + 0.3)
     advantages = np.array([2.0, -1.0, 0.5, -0.5]) if method != "ppo" else rng.normal(size=(4, 3)) * mask
     batch = dict(old_logprobs=old, ref_logprobs=ref, old_values=values, returns=returns, mask=mask, advantages=advantages)
     loss, found = run.loss(batch, rlhf.Outputs(new, np.ones((4, 3)), v))
@@ -180,6 +181,8 @@ def test_the_loss_of_a_minibatch_is_the_methods_also_where_policy_and_reference_
         assert found["loss/kl"] == pytest.approx((np.exp(gap) - 1 - gap).mean())
         ratio, counted, advantages = np.exp(change), mask, advantages[:, None]
     assert loss.item() == pytest.approx(want.item(), rel=1e-9)
+    loss.backward()
+    assert np.isfinite(new.grad).all() and not new.grad[mask == 0].any()
     assert found["policy/clipfrac"] == pytest.approx(rlhf.clip_fraction(ratio, advantages, counted))
 
 
@@ -478,12 +481,14 @@ def test_a_run_on_preferences_is_drawn_with_its_held_out_points(monkeypatch):
 
 
 def test_a_curve_is_drawn_with_its_mean_over_a_tenth_of_the_run(monkeypatch):
-    drawn, y = [], np.arange(25.0) ** 2
+    drawn = []
     monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
-    rlhf.plot_calibration(np.ones(1), np.ones(1), np.ones(1), list(enumerate(y)), "x.png")
-    mean, each, _ = drawn[0].axes[0].lines
-    assert each.get_ydata().tolist() == y.tolist()
-    assert mean.get_ydata().tolist() == [0, *((y[1:] + y[:-1]) / 2)]
+    for n in (20, 29):
+        y = np.arange(float(n)) ** 2
+        rlhf.plot_calibration(np.ones(1), np.ones(1), np.ones(1), list(enumerate(y)), "x.png")
+        mean, each, _ = drawn[-1].axes[0].lines
+        assert each.get_ydata().tolist() == y.tolist()
+        assert mean.get_ydata().tolist() == [0, *((y[1:] + y[:-1]) / 2)]
 
 
 def test_the_largest_ratio_is_the_largest_ratio(monkeypatch):

@@ -165,8 +165,9 @@ def test_scores_that_differ_by_rounding_alone_or_not_at_all_calibrate_nothing_bu
 
 def test_a_calibration_curve_has_no_empty_bins():
     assert rlhf.calibration_curve(np.array([4.0]), np.array([0.0]))[2].tolist() == [1, 1], "one pair, from both sides"
-    moved = rlhf.calibration_curve(np.array([5.0, 2.5]), np.array([1.0, 2.0]))
-    for default, ten in zip(moved, rlhf.calibration_curve(np.array([4.0, 0.5]), np.zeros(2), 10), strict=True):
+    chosen = np.linspace(-3, 4, 50)
+    moved, curve = rlhf.calibration_curve(chosen + 2, np.full(50, 2.0)), rlhf.calibration_curve(chosen, np.zeros(50), 10)
+    for default, ten in zip(moved, curve, strict=True):  # only the difference counts
         np.testing.assert_allclose(default, ten)
     predicted, observed, count = rlhf.calibration_curve(np.array([4.0, 4.0]), np.array([0.0, 0.0]), bins=10)
     assert count.tolist() == [2, 2] and observed.tolist() == [0, 1] and predicted == pytest.approx([0.018, 0.982], abs=1e-3)
