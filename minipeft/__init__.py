@@ -20,6 +20,8 @@ Words that mean one thing everywhere:
     score               one number for a whole response, from a reward model or function
     reward              what is maximized: the score less the price of KL, token by token
     advantage           by how much a response, or a token of it, did better than expected
+    master weights      the trained weights in float32, of which rounded ones are made where they are used
+    overflow, flush     a number that rounding makes infinite; one that it makes zero
     ledger              the memory of a step in bytes, line by line (`MemoryLedger`)
     block               consecutive numbers that are quantized together
     scale, absmax       the largest absolute value of a block, by which its numbers are divided
@@ -41,10 +43,13 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .autograd import ops as functional
     from .train import optim as optim
     from .autograd.tensor import Tensor as Tensor, no_grad as no_grad, AutogradError as AutogradError
+    from .autograd.autocast import autocast as autocast
     from .autograd.gradcheck import gradcheck as gradcheck, GradcheckError as GradcheckError
     from .nn.transformer import Transformer as Transformer, TransformerConfig as TransformerConfig, KVCache as KVCache
     from .nn.heads import SequenceClassifier as SequenceClassifier, ValueModel as ValueModel, head_only as head_only
+    from .nn.precision_report import PrecisionReport as PrecisionReport
     from .nn.why import why_unmoved as why_unmoved
+    from .train.grad_scaler import GradScaler as GradScaler
     from .train.trainer import Trainer as Trainer, TrainingArguments as TrainingArguments
     from .hub.pretrained import from_pretrained as from_pretrained, save_pretrained as save_pretrained
     from .hub.base import load_base as load_base

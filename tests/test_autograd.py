@@ -20,6 +20,7 @@ from minipeft import functional as F
 from minipeft.autograd.cases import op_cases
 from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
 from minipeft.backend import Rng, to_numpy
+from minipeft.quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
 
 
 def leaf(*shape, seed=0, dtype=np.float64):

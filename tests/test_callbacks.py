@@ -1,11 +1,14 @@
 """The callbacks that are ready to be used, on a Trainer and on an online trainer."""
 
+import shutil
+
 import numpy as np
 import pytest
 from models import build, config
 
 import minipeft as mp
-from minipeft.train import EMA, Callback, EarlyStopping, Log
+from minipeft.autograd.autocast import rounded
+from minipeft.train import EMA, Callback, EarlyStopping, Log, WeightsIn
 from minipeft.train.checkpoint import CheckpointError
 
 EXAMPLES = [(np.arange(i, i + 6), np.arange(i, i + 6)) for i in range(1, 13)]
@@ -32,6 +35,11 @@ def by_hand(averages, m, decay=0.5):
     for name, p in m.named_parameters():
         if p.requires_grad:
             averages[name] = decay * averages.get(name, p.data) + (1 - decay) * p.data
+
+
+class Holder(mp.nn.Module):
+    def __init__(self, w):
+        self.w = w
 
 
 class Reference(Callback):
@@ -128,3 +136,37 @@ def test_a_log_sees_every_record_and_a_callback_reaches_record_model_and_gradien
     assert all(norm == pytest.approx(1e-3, rel=1e-2) for _, norm in norms), "clipped"
     run = online(build("llama"))
     assert run.train(callbacks=[Log(updates.append)]) == updates and len(updates) == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_without_a_master_copy_lose_small_steps(dtype):
+    place = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]  # half of the last place of 1
+    for step, moved in ((0.9 * place, False), (1.1 * place, True)):
+        w = mp.nn.Parameter(np.ones(4, np.float32))
+        held = WeightsIn(one := Holder(w), dtype)
+        w.data += np.float32(step)
+        held.after_step(one, 1, {})
+        assert (w.data > 1).all() == moved, "float32 would have moved in both"
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16"):
+        WeightsIn(one, "int8")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapters_held_in_either_dtype_are_that_after_every_step_and_after_a_resume(dtype, tmp_path):
+    def run(directory, resume=None, steps=6):
+        adapted = mp.get_peft_model(model(), mp.LoraConfig(r=2))
+        frozen = {n: p.data.copy() for n, p in adapted.named_parameters() if not p.requires_grad}
+        t = trainer(adapted, output_dir=directory, save_steps=3, max_steps=steps, bf16=dtype == "bfloat16")
+        t.train(resume_from_checkpoint=resume, callbacks=[WeightsIn(adapted, dtype)])
+        for name, p in adapted.named_parameters():
+            assert np.array_equal(p.data, frozen[name] if name in frozen else rounded(p.data, dtype)), name
+        return {n: p.data for n, p in t.trainable.items()}
+
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    again = run(tmp_path / "b", resume=True)
+    assert all(np.array_equal(again[name], w) for name, w in whole.items()) and any(w.any() for w in whole.values())
+    other = mp.get_peft_model(model(), mp.LoraConfig(r=2))
+    with pytest.raises(CheckpointError, match="callbacks"):
+        trainer(other, output_dir=tmp_path / "b", save_steps=3, max_steps=6, bf16=dtype == "bfloat16").train(True)

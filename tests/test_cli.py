@@ -97,6 +97,7 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "d.jsonl", "--output", "o", "--method", "heads"], "did you mean head?"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "nan"], "--lr: must be a number above 0"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--resume", "--overwrite"], "give one of them"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--bf16", "--fp16"], "bf16 and fp16 are two"),
         (["finetune", "--data", "{data}", "--output", "o", "extra"], "unknown argument 'extra'"),
         (["finetune", "--data", "missing.jsonl", "--output", "o"], "missing.jsonl"),
         (["finetune", "--data", "{data}", "--output", "{data}"], "is a file"),
@@ -236,9 +237,16 @@ def test_the_same_command_writes_the_same_weights_and_another_seed_others(model,
     assert not same_bytes("model.safetensors", tmp_path / "a", tmp_path / "c")
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_finetune_in_mixed_precision(precision, model, data, tmp_path):
+    assert finetune(model, data, tmp_path / "exact") == finetune(model, data, tmp_path / "mixed", precision) == 0
+    assert not same_bytes("model.safetensors", tmp_path / "exact", tmp_path / "mixed")
+    assert ('"loss_scale": 65536.0' in (tmp_path / "mixed" / "metrics.jsonl").read_text()) == (precision == "--fp16")
+
+
 RESUMED = {  # command -> its data, its options, what is saved
     "finetune": ("{pairs}", "--lr 0.01", "model.safetensors"),
-    "sft": ("{pairs}", "--lr 0.03 --packing", "model.safetensors"),
+    "sft": ("{pairs}", "--lr 0.03 --packing --fp16", "model.safetensors"),
     "reward": ("{preferences}", "--lr 0.02", "model.safetensors"),
     "dpo": ("{preferences}", "--lr 0.01 --method lora", "adapter_model.safetensors"),
     **dict.fromkeys(("ppo", "rloo", "grpo"), ("{prompts}", "--lr 0.001 --mini-batch-size 2 --response-length 6", "model.safetensors")),

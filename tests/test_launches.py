@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import minipeft as mp
+from minipeft.autograd.autocast import DTYPES, autocast, rounded
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import Rng
 from minipeft.nn.transformer import KVCache
@@ -107,3 +108,17 @@ def test_a_generated_token_of_thirty_layers(padded, counting):
     for model in models:
         token(model)
     assert of_many_layers(counting, 30, token, lambda n: models[n - 1]) <= 430
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rounding_is_one_launch_and_a_step_in_mixed_precision_waits_for_nothing(counting, dtype):
+    x = importlib.import_module("cupy").ones((8, 9), "float32").T
+    assert counting(lambda: rounded(x, dtype)) == (1, 0)
+    model = on_device(LLAMA(num_hidden_layers=1, **SHAPE))
+
+    def rounding():
+        with autocast(dtype):
+            step(model)
+
+    (exact, _), (launches, waits) = counting(lambda: step(model)), counting(rounding)
+    assert waits == 0 and launches < 3.2 * exact

@@ -20,7 +20,7 @@ import minipeft
 from minipeft import functional as F
 from minipeft.autograd import cases as C
 from minipeft.autograd.gradcheck import GradcheckError, check_parameters, gradcheck
-from minipeft.autograd.tensor import REGISTRY, Tensor, evaluated_by
+from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_by
 from minipeft.backend import BackendError, Rng, to_numpy, xp_of
 
 OPS = [name for name, fn in REGISTRY.items() if fn.__module__ == "minipeft.autograd.ops"]
@@ -586,12 +586,79 @@ def test_ties_share_the_gradient():
     a, b = Tensor(np.array([1.0, 2.0]), requires_grad=True), Tensor(np.array([1.0, 1.0]), requires_grad=True)
     F.maximum(a, b).backward(np.array([1.0, 1.0]))
     assert a.grad.tolist() == [0.5, 1.0] and b.grad.tolist() == [0.5, 0.0]
+    a.grad = b.grad = None
+    F.minimum(a, b).backward(np.array([1.0, 1.0]))
+    assert a.grad.tolist() == [0.5, 0.0] and b.grad.tolist() == [0.5, 1.0]
     x = Tensor(np.array([[3.0, 3.0, 1.0]]), requires_grad=True)
     x.max(axis=1).backward(np.array([1.0]))
     assert x.grad.tolist() == [[0.5, 0.5, 0.0]]
     c = Tensor(np.array([-1.0, 0.0, 1.0]), requires_grad=True)
     F.clip(c, -1.0, 0.5).backward(np.ones(3))
     assert c.grad.tolist() == [1.0, 1.0, 0.0]
+    c.grad = None
+    F.abs(c).backward(np.ones(3))
+    assert c.grad.tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_stack_gives_numpys_values_along_every_axis_of_one_tensor_too():
+    a, b = C.normal(2, 3), C.normal(2, 3, seed=1)
+    for axis in range(-3, 3):
+        for arrays in ([a], [a, b]):
+            np.testing.assert_array_equal(F.stack(list(map(Tensor, arrays)), axis).data, np.stack(arrays, axis))
+    np.testing.assert_array_equal(F.stack([Tensor(a), Tensor(b)]).data, np.stack([a, b]))
+
+
+def test_softmax_and_logsumexp_run_along_the_last_axis_unless_told():
+    x = Tensor(C.normal(2, 3, 4))
+    for op in (F.softmax, F.log_softmax, F.logsumexp):
+        np.testing.assert_array_equal(op(x).data, op(x, axis=2).data)
+
+
+def test_linear_scales_the_product_alone_by_any_alpha(xp):
+    x, w, b = (C.normal(*shape).astype(np.float32) for shape in ((3, 4), (5, 4), (5,)))
+    for alpha in (0, 0.5, 1, 2):
+        y = F.linear(*(Tensor(xp.asarray(a)) for a in (x, w, b)), alpha=alpha)
+        close(to_numpy(y.data), alpha * (x @ w.T) + b, 1e-6)
+
+
+def test_a_float64_weight_is_not_narrowed_to_the_input(xp):
+    x, w = C.normal(3, 4).astype(np.float32), C.normal(4, 4)
+    y = F.linear(Tensor(xp.asarray(x)), Tensor(xp.asarray(w)))
+    np.testing.assert_allclose(to_numpy(y.data), x @ w.T, rtol=1e-12)
+
+
+def test_what_has_no_probability_adds_nothing_however_improbable_the_model_finds_it(xp):
+    logits = xp.asarray(np.array([[0.0, -np.inf, 0.0]]))
+    loss = F.cross_entropy(Tensor(logits), xp.asarray(np.array([0])))
+    assert loss.item() == pytest.approx(math.log(2))
+    target = Tensor(xp.asarray(np.array([[0.5, 0.0, 0.5]])), requires_grad=True)
+    for log_q in ([-1.0, -2.0, -0.5], [-1.0, -np.inf, -0.5]):
+        target.grad = None
+        loss = F.kl_div(Tensor(xp.asarray(np.array([log_q]))), target)
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log(0.5) + 0.75)
+        assert to_numpy(target.grad)[0, 1] == 0
+
+
+def test_with_a_cache_keys_and_values_have_no_gradient_and_say_so(xp):
+    angle = xp.asarray(np.zeros((1, 2, 2)))
+    cache = (xp.asarray(np.ones((1, 1, 5, 4))), xp.asarray(np.ones((1, 1, 5, 4))), 3)
+    for i in (1, 2):
+        qkv = [Tensor(xp.asarray(C.normal(1, 2, 4)), requires_grad=i == j) for j in range(3)]
+        with pytest.raises(AutogradError, match=r"rotary_attention: the input of shape .* has no derivative"):
+            F.rotary_attention(*qkv, angle, angle, cache=cache)
+
+
+def test_transpose_takes_the_axes_one_by_one_as_a_tuple_or_not_at_all():
+    a = C.normal(2, 3, 4)
+    for axes in ((2, 0, 1), ((2, 0, 1),), ([2, 0, 1],), ()):
+        np.testing.assert_array_equal(Tensor(a).transpose(*axes).data, a.transpose(*axes))
+
+
+def test_dropout_of_nothing_gives_its_input_and_draws_nothing():
+    x, generator = Tensor(C.normal(3, 4)), np.random.default_rng(0)
+    assert np.shares_memory(F.dropout(x, 0.0, generator).data, x.data)
+    assert generator.random() == np.random.default_rng(0).random()
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse

@@ -51,6 +51,32 @@ def test_kto_weighs_gains_and_losses_from_the_kl(xp):
     assert start.item() == pytest.approx(0.5), "at the reference nothing is gained or lost"
 
 
+def test_kto_counts_the_answers_that_are_on_their_own_side_of_z():
+    policy, ids = base(), np.array([[3, 4, 5, 6], [4, 5, 6, 7], [5, 6, 7, 8], [6, 7, 8, 9]])
+    labels = np.where(np.arange(4) < 2, -100, ids)
+    lp = rlhf.sequence_logprobs(policy, ids, labels).numpy()
+    desirable = np.array([True, True, False, False])
+
+    def accuracies(gain, z):
+        given = (ids, labels, None, ids, labels, None, desirable, lp - np.float32(gain), lp - np.float32(z))
+        return rlhf.kto.kto_objective(policy, *given)[1]["rewards/accuracies"].tolist()
+
+    assert accuracies([0.5, 0.1, 0.1, 0.5], 0.3) == [1, 0, 1, 0]
+    assert accuracies([0, 0, 0, 0], 0) == [0.5] * 4, "undecided"
+    assert accuracies([0.1, -0.1, -0.1, 0.1], -0.3) == [1, 0, 1, 0], "z is never below 0"
+
+
+def test_without_options_a_loss_takes_its_papers():
+    w, l, u, v = (mp.Tensor(a) for a in (CHOSEN, REJECTED, *REFERENCES))
+    refs = [r.data for r in (u, v)]
+    for loss in (rlhf.dpo_loss, rlhf.ipo_loss):
+        assert loss(w, l, *refs).item() == loss(w, l, *refs, 0.1).item()
+    assert rlhf.orpo_loss(w, l).item() == rlhf.orpo_loss(w, l, 0.1).item()
+    assert rlhf.simpo_loss(w, l).item() == rlhf.simpo_loss(w, l, 2.0, 1.0).item()
+    liked = np.array([True, False])
+    assert rlhf.kto_loss(w, refs[0], liked, 0.3).item() == rlhf.kto_loss(w, refs[0], liked, 0.3, 0.1, 1.0, 1.0).item()
+
+
 def test_orpo_is_cross_entropy_and_the_log_odds_ratio(xp):
     chosen, rejected = parameter(xp, CHOSEN), parameter(xp, REJECTED)
     loss = rlhf.orpo_loss(chosen, rejected, beta=0.3)
@@ -163,6 +189,15 @@ def test_a_loss_and_a_reference_that_do_not_go_together_are_refused():
         dpo_objective(base(), **batch)
     with pytest.raises(ValueError, match=r"^with ref_chosen .* must be 'sigmoid' or 'ipo', got 'simpo'$"):
         dpo_objective(base(), **batch, ref_chosen=np.zeros(2), ref_rejected=np.zeros(2), loss_type="simpo")
+
+
+def test_at_the_reference_no_answer_is_preferred():
+    batch, logps = collate_pairs(pairs(3, 0)).arguments, completion_logprobs(base(), pairs(3, 0)).astype(np.float32)
+    _, found = dpo_objective(base(), **batch, ref_chosen=np.zeros(3), ref_rejected=np.zeros(3))
+    at = {"ref_chosen": found["logps/chosen"], "ref_rejected": found["logps/rejected"]}
+    np.testing.assert_allclose(np.stack(list(at.values()), axis=1), logps, rtol=1e-4)
+    _, found = dpo_objective(base(), **batch, **at)
+    assert found["rewards/accuracies"].tolist() == [0.5] * 3 and not found["rewards/margins"].any()
 
 
 def test_kto_takes_answers_one_by_one():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_the_dynamic_map_covers_six_decades_with_255_distinct_signs_and_sizes():
     assert np.array_equal(np.sort(-values[values < 0]), positive)
     per_decade = [int(((positive > 10.0**-k / 10) & (positive < 10.0**-k)).sum()) for k in range(7)]
     assert per_decade == [64, 32, 16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(("signed", "bits", "checksum"), [(True, 6, 0x1B137AEB), (False, 7, 0xE871278F)])
+def test_the_dynamic_map_is_its_definition_and_bitsandbytes_table_to_the_last_bit(signed, bits, checksum):
+    """The checksum is that of the table that tests/oracles compares with bitsandbytes'."""
+    fractions = [0.1 + 0.9 * (np.arange(n) + 0.5) / n for n in 2 ** np.arange(bits, bits - 7, -1)]
+    positive = np.concatenate([f * 10.0**-k for k, f in enumerate(fractions)])
+    values = dynamic_map(signed)
+    np.testing.assert_allclose(values, np.sort([0, 1, *positive, *(-positive if signed else ())]), rtol=1e-6)
+    assert zlib.crc32(values.tobytes()) == checksum
 
 
 # ------------------------------------------------------------------------------------------------------------ four bits
@@ -293,10 +304,12 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
         ({"quant_state.bitsandbytes__nf4": np.frombuffer(b"{not json", np.uint8)}, "no JSON object"),
         ({**entries, "dtype": "int8"}, "dtype must be float32, float16 or bfloat16, not 'int8'"),
         ({**entries, "shape": [-10, -64]}, r"of positive integers, not \[-10, -64\]"),
+        ({**entries, "shape": [0, 64]}, r"of positive integers, not \[0, 64\]"),
         ({**entries, "nested_blocksize": 0}, "nested_blocksize must be one of 32, .*, not 0"),
         *(({**entries, "nested_blocksize": n}, "nested_blocksize must be one of") for n in (256000768, 2**32, False)),
         ({**entries, "shape": 640}, "of positive integers, not 640"), ({**entries, "nested_offset": "x"}, "nested_offset must be a n"),
         ({**entries, "absmax": 5}, "absmax and the quant_map of a quantization state are arrays"),
+        ({**entries, "nested_quant_map": 5}, "absmax and the quant_map of a quantization state are arrays"),
         ({"quant_state.bitsandbytes__nf4": np.frombuffer(b'{"quant_type": "fp4"}', np.uint8)}, "the state of another type: 'fp4'"),
         ({**entries, "quant_type": []}, "quant_type must be one of"),
         ({**entries, "absmax": entries["absmax"][:2]}, r"absmax must be \[10\] uint8 for the shape \(640,\) in blocks of 64, not \[2\]"),
@@ -304,6 +317,53 @@ def test_an_incomplete_or_damaged_state_is_named(rng):
     ):
         with pytest.raises(quant.QuantError, match=message):
             quant.QuantState.from_dict(damaged)
+
+
+def test_a_state_of_a_single_row_is_read(rng):
+    packed, state = quant.quantize_4bit(rng.standard_normal((1, 64)).astype(np.float32))
+    again = quant.QuantState.from_dict(state.as_dict())
+    with pytest.raises(AttributeError):
+        again.blocksize = 32  # it describes bytes that do not change with it
+    assert again.shape == (1, 64) and np.array_equal(quant.dequantize_4bit(packed, again), quant.dequantize_4bit(packed, state))
+
+
+def test_the_code_books_are_shared_and_so_cannot_be_written():
+    for book in (*CODES_4BIT.values(), dynamic_map):
+        with pytest.raises(ValueError, match="read-only"):
+            book()[0] = 0
+
+
+def test_8_bit_blockwise_keeps_the_largest_magnitude_to_the_last_bit(xp, rng):
+    x = rng.standard_normal((40, 256)).astype(np.float32)
+    state = quant.quantize_blockwise(xp.asarray(x), 256)[1]
+    assert np.array_equal(to_numpy(state.absmax), np.abs(x).max(axis=1))
+    for n in (4097, 8192):  # blocks of 4096
+        assert quant.quantize_blockwise(xp.asarray(x.reshape(-1)[:n]))[1].absmax.shape == (2,)
+    assert np.array_equal(to_numpy(quant.quantize_blockwise(xp.asarray(x), 1)[1].absmax), np.abs(x).reshape(-1))
+
+
+def test_8_bit_blocks_too_small_for_a_reciprocal_have_two_codes():
+    for largest in (2.0**-128, 2.0**-140):
+        codes, state = quant.quantize_blockwise(np.array([largest, largest / 2, 0, -largest], np.float32), 4)
+        assert state.absmax[0] == np.float32(largest) and codes.tolist() == [255, 255, 0, 0]
+    x = np.array([1.5, 0.6, 0, -0.3], np.float32)
+    small, large = (quant.quantize_blockwise(x * np.float32(scale), 4)[0].tolist() for scale in (2.0**-128, 1))
+    assert small == large  # 1.5 times the least that has one
+
+
+def test_int8_rows_of_any_shape_and_size_use_all_codes(xp, rng):
+    x = rng.standard_normal((2, 3, 5)).astype(np.float32) * np.float32([[[0.01]], [[100]]])
+    codes, absmax = quant.int8_vectorwise_quant(xp.asarray(x))
+    largest = np.abs(x).max(axis=2)
+    assert np.array_equal(to_numpy(absmax), largest.reshape(-1))
+    np.testing.assert_allclose(to_numpy(codes), x * 127 / largest[..., None], atol=0.501)
+    np.testing.assert_allclose(to_numpy(quant.int8_vectorwise_dequant(codes, absmax)), x, atol=largest.max() / 250)
+    for wrong in ((codes.astype(xp.int16), absmax), (codes, absmax[:5])):
+        with pytest.raises(quant.QuantError, match="do not fit scales"):
+            quant.int8_vectorwise_dequant(*wrong)
+    x[1, 2, 3] = np.nan
+    with pytest.raises(quant.QuantError, match="among its elements 25 to 29"):
+        quant.int8_vectorwise_quant(xp.asarray(x))
 
 
 def test_what_describes_a_state_cannot_stand_in_for_its_arrays(rng):

@@ -227,3 +227,58 @@ def test_the_ledger_predicts_the_memory_of_a_forward_pass(threads):
         model.loss(ids, ids)
         peak = measure_peak(lambda: model.loss(ids, ids))
     assert abs(ledger.total - held - peak) < 0.1 * peak
+
+
+# ------------------------------------------------------------------------------------------------------- small promises
+
+
+def test_a_layer_says_what_it_is_double_quantizes_unless_told_and_trains_its_bias_at_most():
+    layer = quant.Linear4bit.from_linear(nn.Linear(64, 8, seed=1))
+    assert layer.quant_state.nested and ", bias [8]" in repr(layer)
+    assert "bias" not in repr(quant.Linear4bit.from_linear(nn.Linear(64, 8, bias=False, seed=1)))
+    assert layer.requires_grad_().bias.requires_grad and not layer.weight.requires_grad
+    read = quant.Linear4bit.from_state_dict({name: p.data for name, p in layer.all_named_parameters()})
+    assert not read.bias.requires_grad
+
+
+def test_what_does_not_match_a_quantized_weight_is_refused():
+    packed, state = quant.quantize_4bit(np.ones((4, 8), np.float32))
+    with pytest.raises(ValueError, match=r"input \(\) does not match the quantized weight \(4, 8\)"):
+        quant.linear.linear_4bit(Tensor(np.float32(1)), Tensor(packed), state)
+    packed, state = quant.quantize_4bit(np.ones((2, 4, 8), np.float32))
+    with pytest.raises(ValueError, match=r"does not match the quantized weight \(2, 4, 8\)"):
+        quant.linear.linear_4bit(Tensor(np.ones((3, 4), np.float32)), Tensor(packed), state)
+
+
+def test_a_dequantized_model_is_frozen_and_shares_what_was_not_quantized():
+    model = quant.quantize_model(nn.Sequential(nn.Linear(64, 8, seed=1), nn.Linear(8, 4, seed=2)), skip=["1"])
+    dense = quant.dequantize_model(model)
+    assert not any(p.requires_grad for p in dense.parameters())
+    assert np.shares_memory(dict(dense.named_parameters())["1.weight"].data, dict(model.named_parameters())["1.weight"].data)
+
+
+def test_pieces_cover_a_part_wherever_it_starts():
+    for start, stop, most in ((0, 10, 3), (10, 20, 4), (7, 8, 5), (5, 5, 2)):
+        pieces = list(quant.kernels._pieces(slice(start, stop), most))
+        assert [i for s in pieces for i in range(s.start, s.stop)] == list(range(start, stop))
+        assert len(pieces) == -(-(stop - start) // most) and all(s.stop - s.start <= most for s in pieces)
+
+
+def test_the_papers_definition_has_blocks_of_64_unless_told(rng):
+    x = rng.standard_normal(300).astype(np.float32)
+    codes, c = quant.nf4.quantize(x)
+    assert c.shape == (5,) and np.array_equal(codes, quant.nf4.quantize(x, 64, "nf4")[0])
+    q = quant.codebooks.nf4_code()
+    assert np.array_equal(quant.nf4.dequantize(codes, c, q), quant.nf4.dequantize(codes, c, q, 64))
+    assert quant.nf4.storage_bytes(4000) == 2000 + 4 * 63 + 4 * 16 + 256  # codes, scales, book, description
+    assert quant.nf4.book_bytes() == 64
+
+
+def test_blocks_have_one_of_bitsandbytes_sizes(rng):
+    x = rng.standard_normal(5000).astype(np.float32)
+    for size in (2**i for i in range(4, 14)):
+        if 32 <= size <= 4096:
+            assert quant.quantize_4bit(x, size)[1].absmax.shape == (-(-5000 // size),)
+        for wrong in {size, size - 1, size + 1} - {2**i for i in range(5, 13)}:
+            with pytest.raises(quant.QuantError, match="blocksize must be one of 32, 64, 128"):
+                quant.quantize_4bit(x, wrong)

@@ -85,6 +85,49 @@ def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
         rlhf.shaped_rewards(np.zeros((1, 3)), np.zeros((1, 3)), np.ones(1), np.zeros((1, 3)), 0.5)
 
 
+def test_padding_costs_no_kl_whatever_stands_there(xp):
+    logprobs, ref, mask = (xp.asarray(np.array([a])) for a in ([-1.0, -2.0, np.nan], [-1.5, -1.0, -9.0], [1, 1, 0]))
+    assert to_numpy(rlhf.advantages.token_kl(logprobs, ref, mask)).tolist() == [[0.5, -1.0, 0.0]]
+    rewards = rlhf.advantages.rewards_of(logprobs, xp.asarray(np.array([2.0])), mask, 0.5)
+    assert to_numpy(rewards).tolist() == [[0.5, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (rlhf.PPOConfig, {"steps": 1, "mini_batch_size": 1, "num_epochs": 1, "response_length": 1, "seed": 0}),
+        (rlhf.PPOConfig, {"max_equal_updates": 1, "save_total_limit": 1, "max_grad_norm": 0, "kl_horizon": 1}),
+        (rlhf.PPOConfig, {"kl_coef": 0, "gamma": 0, "lam": 0, "vf_coef": 0}),
+        (rlhf.GroupConfig, {"num_generations": 2, "kl_coef": 0}),
+        (rlhf.DPOConfig, {"reference_batch_size": 1}),
+        (rlhf.RewardConfig, {"center": 0}),
+    ],
+)
+def test_an_option_takes_its_least_value_and_names_itself_below(config, least):
+    for name, value in least.items():
+        assert getattr(config(**{name: value}), name) == value
+        with pytest.raises(ValueError, match=name):
+            config(**{name: value - 1})
+
+
+def test_a_limit_of_kl_may_be_small_but_not_zero():
+    assert rlhf.PPOConfig(max_kl=0.5).max_kl == 0.5 and rlhf.ppo.KLController(0.1, 1.0).horizon == 10000
+    with pytest.raises(ValueError, match="max_kl"):
+        rlhf.PPOConfig(max_kl=0)
+
+
+def test_the_defaults_are_the_ones_that_the_configurations_give_sources_for():
+    c = rlhf.PPOConfig()
+    assert (c.gamma, c.lam, c.vf_coef, c.cliprange, c.cliprange_value) == (1, 0.95, 0.1, 0.2, 0.2)  # OpenAI's
+    assert (c.batch_size, c.mini_batch_size, c.num_epochs, c.response_length, c.steps) == (64, 16, 4, 24, 40)
+    assert (c.kl_coef, c.kl_horizon, c.max_kl, c.max_equal_updates, c.temperature) == (0.05, 10000, 100, 20, 1)
+    assert (c.max_grad_norm, c.save_total_limit, c.whiten_rewards, c.progress, c.seed) == (1, 2, False, True, 0)
+    group, dpo = rlhf.GroupConfig(), rlhf.DPOConfig()
+    assert (group.num_generations, group.kl_coef, rlhf.RewardConfig().center) == (4, 0.05, 0)
+    assert (dpo.beta, dpo.gamma, dpo.desirable_weight, dpo.undesirable_weight, dpo.reference_batch_size) == (0.1, 1, 1, 1, 32)
+    assert rlhf.DPOConfig(loss_type="simpo").beta == 2
+
+
 def test_a_missing_end_replaces_the_score_or_lowers_it():
     scores, ended = np.array([0.5, 2.0]), np.array([True, False])
     for options, second in ((dict(score=-1.0), -1.0), (dict(penalty=0.75), 1.25), ({}, 2.0)):
@@ -135,6 +178,40 @@ def test_clipping_stops_the_gradient_only_where_it_would_help_too_much():
     advantages = np.array([[1.0, -1.0, 1.0, -1.0]])
     rlhf.policy_loss(logprobs, old, advantages, mask, 0.2).backward()
     assert (logprobs.grad != 0).tolist() == [[False, True, True, False]]
+
+
+def test_without_options_clipping_is_at_a_fifth():
+    ratio, ones = np.array([[0.5, 0.9, 1.3]]), np.ones((1, 3))
+    assert rlhf.ppo.clipped(mp.Tensor(ratio), -ones).data.tolist() == [[0.8, 0.9, 1.3]]
+    logprobs, values = mp.Tensor(np.log(ratio)), mp.Tensor(ratio)
+    for loss in (rlhf.policy_loss, rlhf.value_loss):
+        x = logprobs if loss is rlhf.policy_loss else values
+        assert loss(x, 0 * ones, ones, ones).item() == loss(x, 0 * ones, ones, ones, 0.2).item() != loss(x, 0 * ones, ones, ones, 1.2).item()
+    assert rlhf.rloo_loss(logprobs, 0 * ones, ones[0, :1], ones).item() == rlhf.rloo_loss(logprobs, 0 * ones, ones[0, :1], ones, 0.2).item()
+    grpo = (logprobs, 0 * ones, 0.1 * ones, -ones[0, :1], ones)
+    assert rlhf.grpo_loss(*grpo).item() == rlhf.grpo_loss(*grpo, 0.2, 0.04).item()
+
+
+def test_statistics_of_groups_of_two_and_of_clipped_values():
+    scores = np.array([1.0, 1.0, 2.0, 3.0])
+    assert rlhf.statistics.of_scores(scores, scores, 2)["objective/scores_equal"] == 0.5
+    assert rlhf.statistics.of_scores(scores, scores, 1)["objective/scores_equal"] == 0, "one is compared with none"
+    values, old, returns = mp.Tensor(np.array([[0.5, -0.5, -0.1, 0.5, 0.1]])), np.zeros((1, 5)), np.array([[1, -1, -0.1, 0, 1]])
+    assert rlhf.statistics.value_clip_fraction(values, old, returns, np.ones((1, 5))) == pytest.approx(2 / 5)
+
+
+def test_statistics_of_the_ratio_are_their_formulas():
+    change, mask, entropy = np.array([[0.1, -0.3, 0.0]]), np.array([[1, 1, 0]]), np.array([[1.0, 2.0, 9.0]])
+    found = rlhf.statistics.of_ratio(change, np.exp(change), mask, entropy)
+    assert found["policy/approxkl"] == pytest.approx((0.1**2 + 0.3**2) / 2 / 2) and found["policy/entropy"] == 1.5
+    assert found["val/ratio"] == pytest.approx(np.exp([0.1, -0.3]).mean())
+    assert found["val/ratio_max"] == np.exp(0.1) and found["val/ratio_deviation"] == pytest.approx(1 - np.exp(-0.3))
+
+
+def test_grpo_has_no_gradient_from_what_stands_at_padding():
+    logprobs = parameter(np, LOGPROBS - JUNK)
+    rlhf.grpo_loss(logprobs, LOGPROBS, REFERENCE, SCORES, MASK).backward()
+    assert np.isfinite(logprobs.grad).all() and not logprobs.grad[MASK == 0].any()
 
 
 def test_kl_controllers():
@@ -243,3 +320,19 @@ def test_token_logprobs_and_entropy(xp, rng):
     got = rlhf.token_logprobs(mp.Tensor(xp.asarray(logits)), xp.asarray(targets))
     close(got.data, np.take_along_axis(log_p, targets[..., None], -1)[..., 0], 1e-12)
     close(rlhf.entropy(xp.asarray(logits)), -(np.exp(log_p) * log_p).sum(-1), 1e-12)
+
+
+def test_entropy_of_large_logits_does_not_overflow(xp):
+    close(rlhf.logprobs.entropy(xp.asarray(np.array([[1e4, 1e4, -1e4]]))), [np.log(2)])
+
+
+def test_a_function_of_texts_is_a_reward_and_must_give_finite_numbers():
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return "x" * len(ids)
+
+    roll = rlhf.Rollout(np.ones((2, 5), int), np.ones((2, 5), int), np.array([[1, 1, 1], [1, 0, 0]]), np.ones(2, bool))
+    length = rlhf.text_reward(lambda prompts, completions: [len(p) + 10 * len(c) for p, c in zip(prompts, completions)], Tokenizer())
+    assert length(roll).tolist() == [32, 12]
+    with pytest.raises(ValueError, match="gave nan to the completion 'x'"):
+        rlhf.text_reward(lambda prompts, completions: [1, float("nan")], Tokenizer())(roll)

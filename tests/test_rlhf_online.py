@@ -147,6 +147,45 @@ def test_it_learns_what_is_rewarded_and_reports_everything(method):
         assert r["watch/length"] == pytest.approx(r["text/length"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cost_of_kl_is_reported_as_what_it_takes_off_the_reward(method):
+    run = trainer(method, steps=3, learning_rate=1e-2, kl_coef=0.3)
+    for r in run.train()[1:]:
+        assert r["objective/kl"] > 0.01
+        assert r["objective/non_score_reward"] == pytest.approx(0 if method == "grpo" else -0.3 * r["objective/kl"], rel=1e-4)
+
+
+def test_each_update_learns_at_the_rate_of_the_schedule():
+    run = trainer(steps=4, learning_rate=1e-3)
+    for share in (1, 0.75, 0.5, 0.25):
+        assert run.step()["learning_rate"] == pytest.approx(1e-3 * share)
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([1e-3 * share])
+
+
+def test_what_an_update_starts_from_is_zero_at_padding():
+    run = trainer(steps=1)
+    roll = run.rollout()
+    assert not roll.mask.all()
+    batch = run.examine(roll)
+    for name in ("old_logprobs", "ref_logprobs", "kl", "old_values"):
+        assert batch[name].shape == roll.mask.shape and not batch[name][roll.mask == 0].any()
+
+
+def test_a_checkpoint_with_a_price_of_kl_below_zero_is_refused():
+    for beta in (-0.5, "0.1", None):
+        with pytest.raises(ValueError, match="beta is"):
+            trainer().load_state({"beta": beta})
+    trainer().load_state({"beta": 0.0})
+
+
+def test_padding_on_the_left_does_not_move_a_completions_probability():
+    policy, mask = base(), np.array([[0, 0, 1, 1, 1, 1]])
+    ids = np.array([[9, 9, 3, 4, 5, 6]])
+    labels = np.where(np.arange(6) < 4, -100, ids)
+    padded, alone = rlhf.sequence_logprobs(policy, ids, labels, mask), rlhf.sequence_logprobs(policy, ids[:, 2:], labels[:, 2:])
+    assert padded.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
 def test_statistics_of_the_first_update_are_those_of_its_rollout():
     run = trainer(steps=1)
     roll = rlhf.rollout(base(), run.prompts_of(0), 6, 1.0, [EOS], mp.backend.Rng(0, 0))
@@ -328,7 +367,7 @@ def test_a_value_models_callbacks_get_the_value_model_also_in_an_own_loop():
     assert all(r.models == [model] * 4 and r.steps == [1, 2, 3, 4] for model, r in recorders.items())
 
 
-def test_what_is_watched_never_stops_a_run_and_is_asked_before_training(tmp_path):
+def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tmp_path, monkeypatch):
     policy, asked = base(), []
 
     def length(roll):
@@ -341,7 +380,23 @@ def test_what_is_watched_never_stops_a_run_and_is_asked_before_training(tmp_path
     assert same(asked[0], untrained) and not same(asked[1], untrained)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == run.history, "None is null"
+    drawn = []
+    monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
     rlhf.plot_run(run.history, tmp_path / "run.png")
+    reward, kl, shares = drawn[0].axes
+    assert [ax.get_title() for ax in (reward, kl, shares)] == ["Reward", "KL from the reference", "Shares"]
+    assert [t.get_text() for t in reward.get_legend().get_texts()] == ["reward, optimized", "gold, watched"]
+    assert shares.get_ylim() == (-0.02, 1.02) and len(shares.get_legend().get_texts()) == 2
+    assert [line.get_ydata().tolist() for line in kl.lines[:2]] == [[r["objective/kl"] for r in run.history]] * 2
+    best = rlhf.BestOfN([], np.zeros((1, 2)), np.array([0.0, 1.0]), np.array([0.0, 0.5]))
+    rlhf.plot_run(run.history, tmp_path / "run.png", best)
+    assert drawn[1].axes[3].lines[1].get_xydata().tolist() == [[0, 0], [0.5, 1]]
+    rlhf.plot_calibration(np.array([0.2, 0.8]), np.array([0.3, 0.7]), np.array([3, 5]), [(1, 0.7), (2, 0.6)], tmp_path / "x.png")
+    loss, calibration = drawn[2].axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 0.7], [2, 0.6]] and loss.get_title().startswith("Loss")
+    assert loss.lines[2].get_ydata() == pytest.approx([math.log(2)] * 2), "a coin"
+    assert calibration.lines[1].get_xydata().tolist() == [[0.2, 0.3], [0.8, 0.7]]
+    assert calibration.get_xlim() == calibration.get_ylim() == (0, 1)
     with pytest.raises(ValueError, match="watch 'gold' must give one score a response"):
         trainer(watch={"gold": lambda r: np.ones(3)}).step()
 

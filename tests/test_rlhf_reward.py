@@ -120,6 +120,39 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
         rlhf.RewardModel.from_pretrained(tmp_path / "lm")
 
 
+def test_the_head_is_the_seeds_normal_numbers_over_the_root_of_one_more_than_the_width(base):
+    drawn = np.random.default_rng(3).standard_normal((1, 16), np.float32)
+    np.testing.assert_allclose(rlhf.RewardModel(base, seed=3).score.weight.data, drawn / np.sqrt(17), rtol=1e-6)
+
+
+def test_a_reward_model_without_a_calibration_gives_raw_scores_and_infinite_ones_calibrate_nothing(base, tmp_path):
+    model = rlhf.RewardModel(base, seed=2)
+    model.save_pretrained(tmp_path / "rm")
+    (tmp_path / "rm" / "reward_calibration.json").unlink()
+    loaded, _ = rlhf.RewardModel.from_pretrained(tmp_path / "rm")
+    assert (loaded.mean, loaded.std) == (0, 1)
+    texts = [text(5, 6), text(7, 8, 9)]
+    model.score_texts = lambda texts: np.array([1e308, -1e308])
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="nothing to scale by"):
+        model.calibrate(texts)
+
+
+def test_without_options_answers_are_of_24_tokens_and_of_seed_0(base):
+    prompts = [[5], [6, 7]]
+    assert rlhf.rollout(base, prompts, 5).responses() == rlhf.rollout(base, prompts, 5, 1.0, (), 0).responses()
+    best = rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 2)
+    assert [len(r) for r in best.responses] == [24, 24]
+    assert best.responses == rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 2, 24, 1.0, (), 0, 64).responses
+    assert rlhf.best_of_n(base, lambda roll: roll.mask.sum(axis=1), prompts, 1, 5).scores.tolist() == [[5], [5]]
+    answers = rlhf.sample_answers(base, prompts)
+    assert [len(own) for own in answers] == [2, 2] and answers == rlhf.sample_answers(base, prompts, 2, 24, 1.0, (), 0, 64)
+
+
+def test_a_calibration_curve_has_no_empty_bins():
+    predicted, observed, count = rlhf.calibration_curve(np.array([4.0, 4.0]), np.array([0.0, 0.0]), bins=10)
+    assert count.tolist() == [2, 2] and observed.tolist() == [0, 1] and predicted == pytest.approx([0.018, 0.982], abs=1e-3)
+
+
 def test_accuracy_and_calibration_curve():
     assert rlhf.reward_accuracy(np.array([1.0, 0, 2]), np.array([0.0, 1, 2])) == pytest.approx(0.5)
     rng = np.random.default_rng(0)
@@ -243,6 +276,7 @@ def test_human_preferences_follow_the_raters_and_keep_documents_apart(tmp_path):
     [
         ({"a/readme.txt": b"hello"}, "holds no movieReviewSnippets_GroundTruth.txt; give the source archive"),
         (tables(line="only two\tcolumns\r\n"), "line 31: does not have 3 columns"),
+        (tables(line="99_1\t0\t  \r\n"), "line 31: does not have 3 columns"),
         (tables(ratings="[1, __import__]"), r"text 1 \(0_0\): the ratings are not a list of whole numbers"),
         (tables(line="99_1\t0\tunrated text\r\n"), r"\(99_1\) has no ratings"),
     ],

@@ -1,1 +1,1 @@
-"""The experiments behind lessons 14 to 16: what is run, and what the rows say. Lesson code, beside its results."""
+"""The experiments behind lessons 14 to 17: what is run, and what the rows say. Lesson code, beside its results."""

@@ -10,11 +10,10 @@ the same order as its prediction, so both can be drawn on one axis.
 
 from __future__ import annotations
 
-import functools
 import gc
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from ..autograd.tensor import evaluated_by
 from ..backend import Array, Rng
 from ..nn.layers import Linear
 from ..nn.module import Module
+from ..nn.watch import called_through
 from ..train import callbacks, optim
 from . import walk
 from .precision import Precision
@@ -85,31 +85,19 @@ class _Tape:
         return pullback(g)
 
 
-@contextmanager
-def _located(model: Module, tape: _Tape) -> Iterator[None]:
-    """Inside, the tape knows which module is being called: each has a class of its own, as in `nn.watch`. A plain head
-    keeps its class, at which the loss looks: the loss uses its weight and does not call it."""
-    before = {id(module): (module, type(module), path) for path, module in reversed(list(model.named_modules()))}
-    try:
-        for module, cls, path in before.values():
-            if not (cls is Linear and path.rpartition(".")[2] == "lm_head"):
-                module.__class__ = _telling(cls, path, tape)
-        yield
-    finally:
-        for module, cls, _ in before.values():
-            module.__class__ = cls
+def _located(model: Module, tape: _Tape) -> AbstractContextManager[None]:
+    """Inside, the tape knows which module is being called. A plain head keeps its class, at which the loss looks: the loss
+    uses its weight and does not call it."""
 
-
-def _telling(cls: type, path: str, tape: _Tape) -> type:
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
+    def around(path: str, call: Callable[[], Any]) -> Any:
         before, tape.path = tape.path, path
         try:
-            return cls.forward(self, *args, **options)
+            return call()
         finally:
             tape.path = before
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    heads = [path for path, m in model.named_modules() if type(m) is Linear and path.rpartition(".")[2] == "lm_head"]
+    return called_through([(path, m) for path, m in model.named_modules() if path not in heads], around)
 
 
 # ---------------------------------------------------------------------------------------------------------- on shapes

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, Rng
+from . import autocast, ops
 from . import checks as check
-from . import ops
 from .ops import _rows, _t, _widen
 from .tensor import Term, kernel, together
 
@@ -312,6 +312,19 @@ gelu_gradient = elementwise(
 @device(ops.gelu)
 def _gelu(x):
     return gelu(x), lambda g: gelu_gradient(g, x)
+
+
+_to_float16 = elementwise("float32 x", "float32 y", "y = float(float16(x))", "to_float16", FLOAT16)
+_to_bfloat16 = elementwise(  # in integers: arithmetic would take subnormal numbers for zeros
+    "uint32 x", "uint32 y", "y = (x & 0x7fffffffu) > 0x7f800000u ? x : (x + 0x7fffu + (x >> 16 & 1u)) & 0xffff0000u",
+    "to_bfloat16",
+)  # fmt: skip
+
+
+@kernel(autocast.rounded, "cupy")
+def _rounded(x, dtype):
+    xp = _cupy()
+    return _to_float16(x) if dtype == "float16" else _to_bfloat16(x.view(xp.uint32)).view(xp.float32)
 
 
 # ------------------------------------------------------------------------------------------------------ normalization

@@ -18,8 +18,8 @@ import numpy as np
 
 from .. import backend
 from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_thread, parallel_rows, split_rows
+from . import autocast, ops
 from . import checks as check
-from . import ops
 from .ops import _rows, _widen
 from .tensor import kernel, together
 
@@ -131,6 +131,44 @@ def _gelu(x):
         out *= g
 
     return elementwise(into, x), lambda g: elementwise(dx_into, g, x)
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+@kernel(autocast.rounded, "numpy")
+def _rounded(x, dtype):
+    return elementwise(_into_bfloat16 if dtype == "bfloat16" else _into_float16, x)
+
+
+def _into_bfloat16(out: Array, x: Array) -> None:
+    bits, kept = x.view(np.uint32), out.view(np.uint32)
+    np.right_shift(bits, 16, out=kept)
+    kept &= 1
+    kept += 0x7FFF
+    kept += bits
+    kept &= 0xFFFF0000
+    np.copyto(out, x, where=np.isnan(x))
+
+
+def _into_float16(out: Array, x: Array) -> None:
+    """|x| + c - c, where c is 2^13 times x's power of two: float32's last place near c is float16's near x.
+
+    Its powers of two begin with 2^-14; from 2^16 on all is infinite. A third of the time of NumPy's casts.
+    """
+    bits, kept = x.view(np.uint32), out.view(np.uint32)
+    sign, c = bits & 0x80000000, bits & 0x7F800000
+    np.clip(c, (127 - 14) << 23, (127 + 16) << 23, out=c)
+    c += 13 << 23
+    c = c.view(np.float32)
+    np.bitwise_xor(bits, sign, out=kept)
+    with np.errstate(invalid="ignore"):  # NaNs
+        out += c
+        out -= c
+        large = out > 65504
+    if large.any():
+        np.copyto(out, np.inf, where=large)
+    kept |= sign
 
 
 # -------------------------------------------------------------------------------------------------- matrix products

@@ -51,9 +51,9 @@ REGISTRY: dict[str, Callable] = {}  # every op by name; the tests walk it
 
 
 class _Mode(threading.local):
-    """What holds on this thread: whether ops record a graph, and who evaluates them (None: they themselves)."""
+    """What holds on this thread: whether ops record a graph, who evaluates them (None: they themselves), who looks on."""
 
-    enabled, evaluate = True, None
+    enabled, evaluate, observe = True, None, None
 
 
 _mode = _Mode()
@@ -90,7 +90,7 @@ def evaluated_by(evaluate: Callable | None) -> AbstractContextManager[None]:
     """Inside, on this thread, an op's value and pullbacks come from `evaluate(name, form, *arrays, **options)`.
 
     `form` is what would have computed. The graph, and the walk back through it, are those of the real ops: so a model's
-    memory is predicted from shapes.
+    memory is predicted from shapes, and its numbers are rounded (`autocast`).
     """
     return _set_mode("evaluate", evaluate)
 
@@ -589,13 +589,13 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     with no_grad():
         value = fn(*inputs).data
     needed = [leaf for leaf in dict.fromkeys([*inputs, *parameters]) if leaf.requires_grad]
-    result = Tensor(value)
+    result, evaluate = Tensor(value), _mode.evaluate  # in backward as now
     if not (needed and is_grad_enabled()):
         return result
 
     def compute(g: Array) -> list[Array]:
         again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
-        with _set_mode("enabled", True), _as_leaves(needed):
+        with _set_mode("enabled", True), evaluated_by(evaluate), _as_leaves(needed):
             out = fn(*[again[id(x)] for x in inputs])
         found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
         return [xp_of(g).zeros_like(leaf.data) if d is None else d for leaf, d in zip(needed, found)]

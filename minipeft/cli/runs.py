@@ -32,7 +32,7 @@ def add_training(parser: Parser, *names: str, defaults: Mapping[str, Any], **hel
     """The options of every run of a Trainer, and the TrainingArguments of these `names`."""
     parser.options(
         TrainingArguments, "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate",
-        "warmup_ratio", *names, "save_steps", "seed", group="training", defaults=defaults,
+        "warmup_ratio", *names, "bf16", "fp16", "save_steps", "seed", group="training", defaults=defaults,
         save_steps="steps between checkpoints; None: 1/5", seed="seed of everything random", **helps,
     )  # fmt: skip
 

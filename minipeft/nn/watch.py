@@ -5,8 +5,8 @@
         loss.backward()
     seen["model.layers.0.mlp"].data, seen["model.layers.0.mlp"].grad       [B, T, d] each
 
-A module is watched by giving it, until the `with` ends, a class of its own whose `forward` also notes the result. So
-the call of a module that is not watched costs what it always does.
+A module is watched by giving it, until the `with` ends, a class of its own whose `forward` goes through a function. So the
+call of a module that is not watched costs what it always does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,16 +38,31 @@ def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
 
     Raises KeyError, with the nearest paths, where nothing matches, and TypeError for a pattern that is no text.
     """
-    paths = _matching(model, pattern)
-    seen: dict[str, Any] = {}
-    books = [seen]
+    paths, seen = _matching(model, pattern), {}
+
+    def note(path: str, call: Callable[[], Any]) -> Any:
+        seen[path] = result = call()
+        if isinstance(result, Tensor):
+            result.retain_grad()
+        return result
+
+    with called_through(paths, note):
+        yield seen
+
+
+@contextmanager
+def called_through(
+    paths: list[tuple[str, Module]], around: Callable[[str, Callable[[], Any]], Any]
+) -> Iterator[None]:
+    """Inside, a call of one of these modules is `around(its path, the call)`, on all threads."""
+    live = [around]
     before = [(module, type(module)) for _, module in paths]
     try:
         for path, module in paths:
-            module.__class__ = _noting(type(module), id(module), path, books)
-        yield seen
+            module.__class__ = _through(type(module), id(module), path, live)
+        yield
     finally:
-        books.clear()  # a class lives on for a while, and must hold nothing then
+        live.clear()  # a class lives on for a while, and must hold nothing then
         for module, cls in before:
             module.__class__ = cls
 
@@ -75,17 +90,13 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2].strip("*")
 
 
-def _noting(cls: type, watched: int, path: str, books: list[dict[str, Any]]) -> type:
-    """A class whose `forward` also notes the result, of the module with this id and not of a copy that has its class."""
+def _through(cls: type, watched: int, path: str, live: list[Callable]) -> type:
+    """A class whose `forward` goes through live[0], of the module with this id and not of a copy that has its class."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        result = cls.forward(self, *args, **options)
-        for seen in books if id(self) == watched else ():
-            seen[path] = result
-            if isinstance(result, Tensor):
-                result.retain_grad()
-        return result
+        call = functools.partial(cls.forward, self, *args, **options)
+        return live[0](path, call) if live and id(self) == watched else call()
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 

@@ -17,7 +17,8 @@ class TrainingArguments:
     eight bytes a parameter, of "adamw_8bit" two (`AdamW8bit`). With `save_steps` there is a checkpoint at the end too.
     Early stopping ends, in any case, with the weights of the best evaluation. `packing` lets the examples of a batch
     share rows instead of padding each to the longest (`collate_packed`): the same loss, sooner. With `output_dir`,
-    metrics go to metrics.jsonl there and the loss curve to loss.png.
+    metrics go to metrics.jsonl there and the loss curve to loss.png. `bf16` and `fp16` round in training and evaluation
+    alike; the weights stay float32, and a step that overflows float16 changes none of them.
 
     Raises ValueError, naming the argument, for a value that makes no sense.
     """
@@ -43,6 +44,8 @@ class TrainingArguments:
         None, "LoRA+: B learns at N times the rate (16 in the paper, which lowers it), factors of embeddings at 1e-6",
         least=1, metavar="N",
     )  # fmt: skip
+    bf16: bool = option(False, "mixed precision in bfloat16 (see `mp.autocast`)")
+    fp16: bool = option(False, "mixed precision in float16, the loss scaled (see `mp.GradScaler`)")
     max_grad_norm: float | None = option(1.0, "clip the gradient to this 2-norm; 0 does not", least=0)
     lr_scheduler_type: str = option("linear", "learning-rate schedule", choices=SCHEDULES, flag="--schedule")
     warmup_ratio: float = option(0.0, "share of steps that warm up", least=0, most=1, flag="--warmup", metavar="SHARE")
@@ -62,5 +65,7 @@ class TrainingArguments:
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if sgd else ("momentum",):
             if getattr(self, name) != getattr(defaults, name):
                 raise ValueError(f"{name} is not an option of optim={self.optim!r}; got {getattr(self, name)}")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are two precisions: set one of them")
         if self.save_steps is not None and self.output_dir is None:
             raise ValueError("save_steps needs an output_dir to save to")

@@ -3,7 +3,7 @@
     backward ─► before_step ─► clip ─► optimizer.step ─► after_step ─► zero_grad          on_record: a line of the history
 
 `Trainer.train(callbacks=[...])` and the online trainers' `train(callbacks=[...])` take them. A model may bring its own:
-`model.training_callbacks()`, as a PeftModel does for AdaLoRA. `EarlyStopping`, `EMA` and `Log` are written with this.
+`model.training_callbacks()`, as a PeftModel does for AdaLoRA. `EarlyStopping`, `EMA`, `Log` and `WeightsIn` are such.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..autograd.autocast import rounded
 from ..backend import Array
 
 
@@ -147,6 +148,32 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, arrays: dict[str, Array]) -> None:
         self.lowest, self.without_gain = float(arrays["lowest"].item()), int(arrays["without_gain"].item())
+
+
+class WeightsIn(Callback):
+    """Holds the trained weights in "bfloat16" or "float16", without a master copy: rounded now, and after each step.
+
+        w ← round(w - step)        a step of less than half of w's last place is lost
+
+    Everything else stays float32, the optimizer's moments among it. Such a run shows what master weights are for, and
+    gives adapters in either dtype. Arrays stay float32, so it saves no memory here. ValueError for another dtype.
+    """
+
+    def __init__(self, model: Any, dtype: str = "bfloat16"):
+        self.dtype = dtype
+        self._round(model)
+
+    def _round(self, model: Any) -> None:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data[...] = rounded(p.data, self.dtype)
+                p._version += 1
+
+    def after_step(self, model: Any, step: int, record: dict[str, Any]) -> None:
+        self._round(model)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.dtype,)
 
 
 class EMA(Callback):

@@ -18,7 +18,9 @@ class TrainingDiverged(RuntimeError):
         self.step, self.loss, self.parameter = step, loss, parameter
 
 
-def diverged(step: int, loss: float, parameters: Mapping[str, Parameter], optimizer: Optimizer) -> TrainingDiverged:
+def diverged(
+    step: int, loss: float, parameters: Mapping[str, Parameter], optimizer: Optimizer, precision: str | None = None
+) -> TrainingDiverged:
     """The error for a loss or a gradient of step number `step` that is not finite: it names where that began."""
     name = _non_finite_parameter(parameters)
     if name is not None:
@@ -32,7 +34,7 @@ def diverged(step: int, loss: float, parameters: Mapping[str, Parameter], optimi
         sizes = {n: float(size) for n, size in zip(largest, read(*largest.values()))}
         name = max(sizes, key=sizes.__getitem__)
         where = f"every trained parameter is finite, the largest value is {sizes[name]:.3g} in {name}"
-    return TrainingDiverged(step, loss, name, f"the loss is {loss:g}; {where}; {_advice(step, optimizer)}")
+    return TrainingDiverged(step, loss, name, f"the loss is {loss:g}; {where}; {_advice(step, optimizer, precision)}")
 
 
 def check_parameters(step: int, parameters: Mapping[str, Parameter], optimizer: Optimizer) -> None:
@@ -43,7 +45,9 @@ def check_parameters(step: int, parameters: Mapping[str, Parameter], optimizer: 
         raise TrainingDiverged(step, math.nan, name, message)
 
 
-def _advice(step: int, optimizer: Optimizer) -> str:
+def _advice(step: int, optimizer: Optimizer, precision: str | None = None) -> str:
+    if precision == "float16":
+        return "float16 has nothing above 65504: PrecisionReport names the first op to exceed it, and bf16 has float32's range"
     if step == 1:
         return "this is the first step, so look at the weights that were loaded and at the data"
     rate = optimizer.param_groups[0]["lr"]

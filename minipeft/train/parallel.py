@@ -19,10 +19,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..autograd.autocast import autocast
 from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
 from ..threads import get_num_threads, set_num_threads
@@ -33,20 +35,28 @@ _here = threading.local()  # .held: (key, model, loss) that this thread of a wor
 
 
 class Part(NamedTuple):
-    """A batch of a step, w_b / Σ w of its mean loss in the step's, and its random stream."""
+    """A batch of a step, w_b / Σ w of its mean loss in the step's, its random stream; mixed precision, loss scaling."""
 
     batch: Batch
     share: float
     rng: Rng
+    precision: str | None = None
+    scale: float = 1.0
 
 
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
 
 
+def in_precision(precision: str | None) -> AbstractContextManager[None]:
+    """`autocast` in "bfloat16" or "float16"; with None, all stays as it is."""
+    return autocast(precision) if precision else nullcontext()
+
+
 def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
-    """Add the gradients of share · L_b to the model's. L_b is not looked at, which would be to wait for the device."""
-    L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
-    L_b.backward(part.share)
+    """Add the gradients of scale · share · L_b to the model's. L_b is not looked at: that would be to wait for a device."""
+    with in_precision(part.precision):
+        L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
+    L_b.backward(part.share * part.scale)
     return L_b.data, statistics
 
 

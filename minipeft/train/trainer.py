@@ -34,10 +34,11 @@ from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
 from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .grad_scaler import GradScaler
 from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
-from .parallel import Part, Workers, add_gradients
+from .parallel import Part, Workers, add_gradients, in_precision
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -48,6 +49,7 @@ __all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult",
 def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None, workers: Workers | None = None,
+    precision: str | None = None, scaler: GradScaler | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
@@ -56,31 +58,45 @@ def training_step(
     Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches. Returns
     the record of the step, with the means of the statistics that the loss gives; a callback's wish to stop is in
     `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
+
+    With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
+    finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
+    scale, finite = scaler.get_scale() if scaler else 1.0, True
     for batch in batches:
         if batch.weight:
-            parts.append(Part(batch, batch.weight / total, Rng(seed, first_row=first_row).at(step - 1)))
+            rng = Rng(seed, first_row=first_row).at(step - 1)
+            parts.append(Part(batch, batch.weight / total, rng, precision, scale))
         first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
+        if scaler:
+            finite = scaler.unscale_(optimizer)
         callbacks.before_step(step)
         gradients = gradients_of(parameters.items())
         losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
         for part, L_b in zip(parts, losses):
             L += part.share * L_b
             if not math.isfinite(L):
-                raise diverged(step, L, parameters, optimizer)
+                raise diverged(step, L, parameters, optimizer, precision)
+        record = {
+            "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens": sum(batch.tokens for batch in batches), **means(seen),
+        }  # fmt: skip
         try:
-            norm = clip(gradients, squares, max_grad_norm or math.inf)
+            if finite:
+                record["grad_norm"] = clip(gradients, squares, max_grad_norm or math.inf)
         except NonFiniteGradient:
             raise diverged(step, L, parameters, optimizer) from None
-        optimizer.step()
-    record = {
-        "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-        "tokens": sum(batch.tokens for batch in batches), **means(seen),
-    }  # fmt: skip
-    callbacks.after_step(step, record)
+        if scaler:
+            record["loss_scale"] = scale
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    if finite:
+        callbacks.after_step(step, record)
     optimizer.zero_grad()
     return record
 
@@ -194,6 +210,8 @@ class Trainer:
             self.args = with_learning_rate(self.args, model)
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
+        self.precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        self.scaler = GradScaler() if self.args.fp16 else None
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
@@ -289,7 +307,7 @@ class Trainer:
             group["lr"] = rate * factor
         record = training_step(
             self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
-            max_grad_norm=a.max_grad_norm, workers=self._workers,
+            max_grad_norm=a.max_grad_norm, workers=self._workers, precision=self.precision, scaler=self.scaler,
         )  # fmt: skip
         if self._workers:
             record["bytes_moved"], self._workers.moved = self._workers.moved, 0
@@ -308,7 +326,8 @@ class Trainer:
         """`evaluate` as {"loss": ...}, with the means of the statistics that the loss gives beside itself."""
         examples = self.eval_examples if examples is None else examples
         size = self.args.per_device_eval_batch_size
-        return measure(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
+        with in_precision(self.precision):
+            return measure(self.model, [] if examples is None else examples, size, collate=self.collate, loss=self.loss)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         measured, best = self.measure(), self._best
@@ -325,16 +344,19 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- what a run resumes
 
     def state(self) -> dict[str, Any]:
-        """What is remembered: the best evaluation. Raises TrainingDiverged where a parameter is not finite."""
+        """What is remembered: the best evaluation, the loss scale. Raises TrainingDiverged where a parameter is not finite."""
         check_parameters(self._done, self.trainable, self.optimizer)  # a checkpoint holds nothing that is not finite
-        return dict(vars(self._best))
+        return vars(self._best) | ({"scaler": self.scaler.state_dict()} if self.scaler else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave. Raises ValueError, or another error of Python's, for anything else."""
+        scaler = state.pop("scaler") if self.scaler else None
         best = _Best(**state)
         if best.best:
             check_shapes(best.best, {name: p.shape for name, p in self.trainable.items()})
             self._callbacks.load_state_dict(best.best_callbacks)  # only to see that they can be
+        if self.scaler:
+            self.scaler.load_state_dict(scaler)
         self._best = best
 
     def identity(self) -> dict[str, Any]:
