@@ -155,7 +155,7 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 # ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) counts 12, and gets
 # "more than 780 GB" for 65B. Why the copy, called *master*? A number of 16 bits has 8 (bfloat16) or 11 (float16) binary
 # digits, so an update much smaller than the weight is rounded away, at every step. The copy's 24 digits collect such
-# updates, and the weights that the model computes with are rounded from it.
+# updates, and the weights that the model computes with are rounded from it (Lesson 17 trains without and with one).
 #
 # A frozen parameter costs its storage alone: 2 bytes, or in NF4 a little more than half a byte, for a block of 64
 # weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$ bits.
@@ -413,17 +413,17 @@ assert in_loop["QLoRA, paged"] < 48e9 < in_loop["QLoRA"]
 # block, computed again, keeps its softmax. Nothing fits on 80 GB.
 #
 # LLaMA-65B takes other sums than in section 3: in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too (8 bytes
-# in all); its default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA
-# takes 0.4 GB; and 5 % (*headroom*) are added for an allocator's gaps. So the famous "65B on 48 GB" holds for states
-# that are *paged*, as the paper has them (they move to the host when memory is short), and adapters in 16 bits, and not
-# for the defaults.
+# in all); its default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA,
+# which runs the GPU, takes 0.4 GB; and 5 % (*headroom*) are added for gaps, as an allocator hands memory out in pieces.
+# So the famous "65B on 48 GB" holds for states that are *paged*, as the paper has them (they move to the host when
+# memory is short), and adapters in 16 bits, and not for the defaults.
 #
 # ## 6 · Held against what others measured
 #
 # The package ships memory that others published for runs of PyTorch on GPUs. Some rows were *looked at* while the
 # ledger was written; of those *held out*, only the settings were. `at first` counts what was predicted before their
-# values were seen (two corrections came later). In the reasons for misses, FSDP is PyTorch's way of sharing weights out
-# over GPUs.
+# values were seen (two corrections came later). Runs that use what the package has no rule for are not predicted. In
+# the reasons for misses, FSDP is PyTorch's way of sharing weights out over GPUs.
 
 # %%
 runs = footprints()
@@ -449,7 +449,7 @@ assert sum(r.ratio < 1 for r in misses) > len(misses) / 2 and all(row["median"] 
 #
 # ## 7 · Time
 #
-# Most of a step's time goes into products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
+# Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
 #
 # **Guess first**: LoRA on all linear layers trains 1/40 of the small model's parameters. How much faster is its step?
