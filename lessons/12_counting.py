@@ -555,6 +555,7 @@ for i, pair in enumerate(bars.values()):
             left += n
         step.text(left, i + shift, f" {left:.0f}", va="center", fontsize=9)
 step.set_yticks(range(len(bars)), list(bars))
+step.set_ylim(3.3, -0.6)
 step.set_title(f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters")
 step.set_xlabel("MB (pale: predicted, full: measured)")
 step.legend(fontsize=9, loc="lower right")
@@ -591,8 +592,7 @@ published.set(xlabel="GiB measured", ylabel="predicted / measured")
 published.legend(fontsize=9, ncols=2, loc="upper right")
 for axis in axes.flat:
     axis.spines[["top", "right"]].set_visible(False)
-for axis in (step, sixty_five):
-    axis.invert_yaxis()
+sixty_five.invert_yaxis()
 figure.savefig(OUT / "12_counting.png", dpi=120)
 
 # %% [markdown]
