@@ -397,7 +397,7 @@ figure.suptitle(f"SmolLM2-135M-Instruct: chrF {results['before']['chrF']:.0f} be
 figure.tight_layout()
 figure.savefig(OUT / "13_real_llm.png", dpi=110)
 print(f"\n{time.time() - begin:.0f} s")
-if sys.platform == "linux":
+if sys.platform == "linux" and mp.backend.get_backend() is np:
     import resource
 
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -139,7 +139,8 @@ def test_a_name_on_the_hub_is_answered_with_the_models_own(capsys):
 
 
 @pytest.mark.parametrize("command", ["count", "memory"])
-def test_help_has_examples_that_run(capsys, command):
+def test_help_has_examples_that_run(capsys, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     examples = [line.split()[1:] for line in lines if line.startswith(f"  minipeft {command} ")]

@@ -24,7 +24,7 @@ examples:
   minipeft memory gpt2 --engine minipeft --method lora --batch 8 --seq 1024 --optimizer sgd
   minipeft memory smollm2-135m --method lora --ppo 24 --batch 64 --mini-batch 16 --seq 32
   minipeft memory path/to/model --inference --batch 1 --seq 512 --json
-  minipeft memory llama-7b --method lora --seq 512 --timeline step.html        op by op, with what-ifs
+  minipeft memory gpt2 --method lora --seq 512 --timeline step.html
   minipeft memory path/to/model --method lora --seq 128 --timeline step.json --measure
 """
 

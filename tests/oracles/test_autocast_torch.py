@@ -5,8 +5,7 @@ from __future__ import annotations
 import models
 import numpy as np
 import pytest
-import torch
-from twins import twin_of
+from twins import torch, twin_of
 
 import minipeft as mp
 from minipeft import functional as F

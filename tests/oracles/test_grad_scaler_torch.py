@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 import minipeft as mp
+
+torch = pytest.importorskip("torch", reason="needs the extra 'oracles'")
 
 
 @pytest.mark.parametrize("interval", [1, 3])
