@@ -41,7 +41,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -70,7 +70,7 @@ OPERATORS = """ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_D
 BUDGET = 12.0  # seconds of tests that a mutant gets, the quickest
 BYTES = 8 << 30  # of address space that a process may take
 
-Tests = dict[str, tuple[float, set[tuple[str, int]]]]  # the seconds of each, and the lines of modules that it runs
+Tests = dict[str, tuple[float, dict[str, list[int]]]]  # the seconds of each, and the lines of each module that it runs
 
 
 # ------------------------------------------------------------------------------------------------------------ mutants
@@ -274,13 +274,11 @@ def memories() -> list[Callable[[], None]]:
 
 
 class Session:
-    """A plugin in the place of pytest's loop: the tests as they are, then mutants in copies of the process.
-
-    `save` gets what became of each mutant that need not be imported. The tests' seconds and lines are left in a file.
-    """
+    """A plugin in the place of pytest's loop: the tests as they are, then mutants in copies of the process."""
 
     def __init__(self, modules: list[str], mutants: list[Mutant], save: Callable[..., None], measured: Path):
-        self.modules, self.mutants, self.save, self.measured = modules, mutants, save, measured
+        self.modules, self.mutants = modules, mutants
+        self.save, self.measured = save, measured  # gets what became of a mutant that is not imported; `Tests`, a file
         self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -289,11 +287,12 @@ class Session:
 
     def measure(self, items: list[Any]) -> None:
         """{test: (seconds, lines)} into the file; a test that fails after the quicker ones is left out."""
-        paths, lines, of_test = {str(ROOT / "minipeft" / module): module for module in self.modules}, set(), {}
+        paths = {str(ROOT / "minipeft" / module): module for module in self.modules}
+        lines, of_test = defaultdict(set), {}
 
         def trace(frame: Any, event: str, _: Any) -> Any:
             if name := paths.get(frame.f_code.co_filename):
-                lines.add((name, frame.f_lineno))
+                lines[name].add(frame.f_lineno)
                 return trace
             return None
 
@@ -303,7 +302,7 @@ class Session:
         for name, seconds in run_items(items):
             for forget in clear:  # what the next test needs it computes itself
                 forget()
-            of_test[name] = seconds, sorted(lines)
+            of_test[name] = seconds, {module: sorted(found) for module, found in lines.items()}
             lines.clear()
         sys.settrace(None)
         threading.settrace(None)
@@ -317,7 +316,7 @@ class Session:
         for module in self.modules:  # not all are imported by all tests
             importlib.import_module(name_of(module))
         forked(lambda _: self.measure(session.items), 3600)
-        tests, by_name = read_tests(self.measured), {item.nodeid: item for item in session.items}
+        tests, by_name = json.loads(self.measured.read_text()), {item.nodeid: item for item in session.items}
         functions = [o for o in gc.get_objects() if isinstance(o, FunctionType)]
         clear = memories()
         gc.freeze()  # copies of the process share these objects' memory
@@ -343,22 +342,17 @@ class Session:
         return True
 
 
-def read_tests(measured: Path) -> Tests:
-    """What `Session.measure` wrote."""
-    return {name: (s, {tuple(line) for line in lines}) for name, (s, lines) in json.loads(measured.read_text()).items()}
-
-
 def chosen(mutant: Mutant, tests: Tests) -> tuple[list[str], float]:
     """The tests that a mutant gets, the quickest, and the seconds that they may take.
 
     They run its statement. Of what runs on import: first those that run a line near it, then those that run its module,
     then all.
     """
-    here, names, spent = {(mutant.module, line) for line in mutant.lines}, [], 0.0
-    found = [(not here & ran, mutant.module not in {module for module, _ in ran}, seconds, name)
-             for name, (seconds, ran) in tests.items() if mutant.on_import or here & ran]  # fmt: skip
-    for *_, seconds, name in sorted(found):
-        if spent + seconds < BUDGET:
+    names, spent = [], 0.0
+    found = [(set(mutant.lines).isdisjoint(ran.get(mutant.module, ())), mutant.module not in ran, seconds, name)
+             for name, (seconds, ran) in tests.items()]  # fmt: skip
+    for elsewhere, _, seconds, name in sorted(found):
+        if spent + seconds < BUDGET and (mutant.on_import or not elsewhere):
             names.append(name)
             spent += seconds
     return names, 20 + 5 * spent
@@ -407,7 +401,7 @@ def run_group(group: str, todo: list[Mutant], results: Path) -> None:
         plugin = Session(modules_of(group), todo, save, measured)
         if forked(lambda _: pytest.main(["-s", *options(group), *files], [plugin]), 86400, str(log))[0] != "survived":
             raise SystemExit(log.read_text()[-3000:])
-        tests, saved, checked = read_tests(measured), {key(r) for r in rows(results)[before:]}, False
+        tests, saved, checked = json.loads(measured.read_text()), {key(r) for r in rows(results)[before:]}, False
     for mutant in todo:
         if key(mutant) in saved:
             continue

@@ -134,7 +134,7 @@ def test_a_norm_has_its_inputs_dtype_whatever_that_of_its_weight(name, dtype, st
             y = REGISTRY[name](*inputs)
         y.sum().backward()
         assert y.dtype == dtype and [i.grad.dtype for i in inputs] == [a.dtype for a in arrays]
-        found.append([y.data, *(i.grad for i in inputs)])
+        found.append([to_numpy(a) for a in (y.data, *(i.grad for i in inputs))])
     for a, b in zip(*found, strict=True):
         close(a, b, 2e-2 if "f2" in (dtype, stored) else 1e-5)
 
