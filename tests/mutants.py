@@ -267,10 +267,10 @@ def run_items(items: list[Any]) -> Iterator[tuple[str, float]]:
         yield item.nodeid, time.process_time() - began
 
 
-def memories() -> list[Callable[[], None]]:
-    """Functions that make those of the package forget what they remember."""
+def memories() -> Callable[[], Any]:
+    """What makes the package's functions forget what they remember."""
     wrappers = [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper)]
-    return [wrapper.cache_clear for wrapper in wrappers if "minipeft" in str(wrapper.__module__)]
+    return lambda: [wrapper.cache_clear() for wrapper in wrappers if "minipeft" in str(wrapper.__module__)]
 
 
 class Session:
@@ -298,10 +298,10 @@ class Session:
 
         threading.settrace(trace)
         sys.settrace(trace)
-        clear = memories()
+        forget = memories()
+        forget()
         for name, seconds in run_items(items):
-            for forget in clear:  # what the next test needs it computes itself
-                forget()
+            forget()  # what the next test needs it computes itself
             of_test[name] = seconds, {module: sorted(found) for module, found in lines.items()}
             lines.clear()
         sys.settrace(None)
@@ -318,7 +318,7 @@ class Session:
         forked(lambda _: self.measure(session.items), 3600)
         tests, by_name = json.loads(self.measured.read_text()), {item.nodeid: item for item in session.items}
         functions = [o for o in gc.get_objects() if isinstance(o, FunctionType)]
-        clear = memories()
+        forget = memories()
         gc.freeze()  # copies of the process share these objects' memory
         for mutant in self.mutants:
             names, limit = chosen(mutant, tests)
@@ -330,8 +330,7 @@ class Session:
                 if not replaced(functions, mutant, code):
                     os.write(pipe, b"import")
                     return
-                for forget in clear:
-                    forget()
+                forget()
                 session.config.pluginmanager.register(StopAtFailure(pipe, names))
                 for _ in run_items([by_name[name] for name in names]):
                     pass
