@@ -160,7 +160,7 @@ assert weight == 1
 # known before training:
 
 # %%
-weights = np.concatenate([p.data.ravel() for p in base.parameters()])
+weights = np.concatenate([p.numpy().ravel() for p in base.parameters()])
 
 
 def stuck(rate, dtype, weights=weights):
@@ -183,9 +183,9 @@ assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
 # %%
 case = replace(CASES["full, low rate", "bf16, no master"], **({"steps": 2, "held_out": 8} if REDUCED else {}))
 trainer, callbacks = trainer_of(case)
-before = {name: p.data.copy() for name, p in trainer.trainable.items()}
+before = {name: p.numpy().copy() for name, p in trainer.trainable.items()}
 result = trainer.train(callbacks=callbacks)
-same = sum(int((before[name] == p.data).sum()) for name, p in trainer.trainable.items()) / weights.size
+same = sum(int((before[name] == p.numpy()).sum()) for name, p in trainer.trainable.items()) / weights.size
 ended = result.losses("eval_loss")[-1][1]
 print(f"\nnow, rate 3e-5, no master copy: loss {ended:.3f} after {case.steps} steps; {same:.0%} of the weights are where they were")
 assert same > 0.5
@@ -219,7 +219,7 @@ whole = probe.collate(probe.train_examples)
 batch = whole.arguments
 with probe.model.watch("*layers*") as seen:
     probe.model.loss(**batch).backward()
-G = np.concatenate([np.abs(t.grad).ravel() for t in seen.values() if isinstance(t, mp.Tensor)])
+G = np.concatenate([np.abs(mp.backend.to_numpy(t.grad)).ravel() for t in seen.values() if isinstance(t, mp.Tensor)])
 G = G[G > 0]
 SCALES = {"2^-10": 2.0**-10, "1": 1.0, "2^16": 2.0**16}
 flushed = {name: float((S * G < 2.0**-25).mean()) for name, S in SCALES.items()}
@@ -335,7 +335,7 @@ except ValueError as error:
 # dequantized to it, and the products are made in it. A question: what does bfloat16 add to the error of four bits?
 
 # %%
-matrix = base.model.layers[0].mlp.up_proj.weight.data
+matrix = base.model.layers[0].mlp.up_proj.weight.numpy()
 back = mp.quant.dequantize_4bit(*mp.quant.quantize_4bit(matrix))
 norm = np.linalg.norm(matrix)
 four, then = np.linalg.norm(back - matrix) / norm, {d: np.linalg.norm(rounded(back, d) - matrix) / norm for d in ("bfloat16", "float16")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_every_command_takes_every_option(command, capsys):
         "prefix_projection": False, "encoder_hidden_size": 8, "placement": "pfeiffer", "bottleneck_size": 4,
         "reduction_factor": 2, "set": ["use_rslora=true"],
     }  # fmt: skip
-    assert args.adapter_config == "path" and "-r N, --rank N" in helped(command, capsys)
+    assert args.adapter_config == "path" and re.search("-r( N)?, --rank N", helped(command, capsys))  # Python 3.13: -r, --rank N
 
 
 def helped(command, capsys):
