@@ -381,7 +381,7 @@ def name_of(module: str) -> str:
 
 
 def options(group: str) -> list[str]:
-    """What pytest is told."""
+    """The arguments of pytest."""
     return ["-q", "-p", "no:cacheprovider", "--tb=no", *(["--device", "numpy"] if group != "ops" else [])]
 
 

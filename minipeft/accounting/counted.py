@@ -182,7 +182,7 @@ class FourierFTConfig(Counted):
 
 
 def _among(shape: Shape, name: str, n_out: int, n_in: int) -> Shape:
-    """The shape. Raises PeftError where a layer has not so many weights."""
+    """The shape. Raises PeftError where a layer has fewer weights."""
     if shape[0] > n_out * n_in:
         raise PeftError(f"{name}: {shape[0]:,} numbers are more than the layer's own, {n_out} x {n_in}")
     return shape

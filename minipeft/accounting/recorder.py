@@ -65,7 +65,7 @@ class Change(NamedTuple):
 
 
 class _Tape:
-    """Where a step is: the path of the module that is being called, the phase; `begin` is told of every op."""
+    """Where a step is: the path of the module being called, and the phase. `begin` is called when an op begins."""
 
     path, phase = "", "forward"
 

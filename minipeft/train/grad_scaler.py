@@ -30,8 +30,9 @@ class GradScaler:
 
     Args:
         init_scale: S at first.
-        growth_factor, growth_interval: S is multiplied by this after so many steps in a row without an overflow.
-        backoff_factor: S is multiplied by this after a step with one.
+        growth_factor, growth_interval: after `growth_interval` steps in a row without an overflow, S is multiplied by
+            `growth_factor`.
+        backoff_factor: after a step with an overflow, S is multiplied by this.
         enabled: False makes `scale` give what it gets, and `step` the optimizer's.
 
     Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2, and PyTorch 2.13. Departures: no `device`;
