@@ -201,7 +201,7 @@ def _sum_runs() -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ blocks
 
-BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
+BLOCK = 1 << 16  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 23  # multiplications of a matrix product; see `matmul`
 SHORT_SIDE, FEW_ROWS, LARGE_FACTOR = 512, 64, 1 << 22

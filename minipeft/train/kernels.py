@@ -21,28 +21,35 @@ DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the lau
 Piece = tuple[int, int, int]  # (index of the array, start, stop): elements of a flattened array
 
 
-def in_pieces(fn: Callable[..., None], *arrays: Array, block: int = 1) -> None:
-    """Call `fn` on flat pieces of equally shaped arrays, which it may write: on threads, or one by one on a device.
+Job = tuple[Callable[..., None], Sequence[Array]]  # what is called on pieces of which arrays
 
-    All must be contiguous in memory but the first, which is copied back if it is not. Pieces hold whole blocks of
+
+def in_pieces(jobs: Sequence[Job], block: int = 1) -> None:
+    """Call each job's function on flat pieces of its equally shaped arrays, which it may write: on threads, or in turn.
+
+    All must be contiguous in memory but a job's first, which is copied back if it is not. Pieces hold whole blocks of
     `block` elements (the last may end earlier); an array may also hold one number for each block.
     """
-    xp, flat = xp_of(*arrays), [array.reshape(-1) for array in arrays]
-    limit = ELEMENTS if xp is np else DEVICE_ELEMENTS
-    n = flat[0].size
-    sizes = [block if array.size == n else 1 for array in flat]  # elements of a block
+    if not jobs:
+        return
+    xp = xp_of(*[arrays[0] for _, arrays in jobs])
+    step = (ELEMENTS if xp is np else DEVICE_ELEMENTS) // block
+    flat = [[array.reshape(-1) for array in arrays] for _, arrays in jobs]
+    calls: list[Job] = []
+    for (fn, _), arrays in zip(jobs, flat):
+        n = arrays[0].size
+        sizes = [block if array.size == n else 1 for array in arrays]  # elements of a block
+        for i in range(0, -(-n // block), step):
+            calls.append((fn, [array[i * size : (i + step) * size] for array, size in zip(arrays, sizes)]))
 
     def run(part: slice) -> None:
-        for i in range(part.start, part.stop, limit // block):
-            stop = min(i + limit // block, part.stop)
-            fn(*[array[i * size : stop * size] for array, size in zip(flat, sizes)])
+        for fn, pieces in calls[part]:
+            fn(*pieces)
 
-    if n <= limit // 2:  # too few elements to wake a thread for
-        fn(*flat)
-    else:
-        _on_threads(run, -(-n // block), 4 * n, xp)  # `fn` passes over a piece several times
-    if not arrays[0].flags.c_contiguous:  # flat[0] is a copy then
-        arrays[0][...] = flat[0].reshape(arrays[0].shape)
+    _on_threads(run, len(calls), sum(arrays[0].size for arrays in flat), xp)
+    for (_, (first, *_)), (piece, *_) in zip(jobs, flat):
+        if not first.flags.c_contiguous:  # `piece` is a copy then
+            first[...] = piece.reshape(first.shape)
 
 
 def _on_threads(run: Callable[[slice], None], n: int, work: int, xp: ModuleType) -> None:
@@ -79,8 +86,7 @@ def scale(arrays: Sequence[Array], factor: float) -> None:
         if device.fits(found):
             device.scale(found, factor)
         else:
-            for array in found:
-                in_pieces(times, array)
+            in_pieces([(times, [array]) for array in found])
 
 
 def sum_of_squares(arrays: Sequence[Array]) -> Array:

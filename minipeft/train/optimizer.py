@@ -138,6 +138,7 @@ class Optimizer:
                 raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
         for options, params in groups:
             at_once: dict[tuple, list[list[Array]]] = {}  # those that one launch takes: of one step and dtype
+            jobs = []
             for p in params:
                 slots, zeros = self.slots(options, p), xp_of(p.data).zeros
                 if set(self.state.get(p, ())) != {"step", *slots}:
@@ -149,7 +150,8 @@ class Optimizer:
                 if self.flat is not None and device.fits(arrays):
                     at_once.setdefault((state["step"], p.dtype), []).append(arrays)
                 else:
-                    in_pieces(partial(self.update, options, state["step"]), *arrays, block=self.block)
+                    jobs.append((partial(self.update, options, state["step"]), arrays))
+            in_pieces(jobs, self.block)
             for (step, _), found in at_once.items():
                 self.flat(*zip(*found), **self.numbers(options, step))
 
