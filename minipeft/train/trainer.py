@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Rng, is_array
+from ..backend import Rng, get_num_threads, is_array, xp_of
 from ..executors import opened
 from ..nn.module import Module, Parameter
+from ..nn.watch import is_watched
 from ..options import configuration, option
 from .arguments import TrainingArguments
-from .batches import Batch, check_examples, collate_packed, epoch_order
+from .batches import Batch, check_examples, collate_packed, epoch_order, in_rows
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
@@ -38,7 +39,7 @@ from .grad_scaler import GradScaler
 from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
-from .parallel import Part, Workers, add_gradients, in_precision
+from .parallel import GRADIENTS, WORK, Part, Workers, add_gradients, in_precision
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -49,28 +50,33 @@ __all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult",
 def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None, workers: Workers | None = None,
-    precision: str | None = None, scaler: GradScaler | None = None,
+    precision: str | None = None, scaler: GradScaler | None = None, cut: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
-    Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches. Returns
-    the record of the step, with the means of the statistics that the loss gives; a callback's wish to stop is in
-    `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
+    Dropout draws from (seed, step - 1, place of the row in the step). Each batch is computed in `cut` parts of its rows, on
+    as many threads; with `workers` they compute the parts. Returns the record of the step, with the means of the statistics
+    that the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
+    gradient that is not finite.
 
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
     scale, finite = scaler.get_scale() if scaler else 1.0, True
-    for batch in batches:
-        if batch.weight:
+    for own in [own for batch in batches for own in (in_rows(batch, cut) if cut > 1 else [batch])]:
+        if own.weight:
             rng = Rng(seed, first_row=first_row).at(step - 1)
-            parts.append(Part(batch, batch.weight / total, rng, precision, scale))
-        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
+            parts.append(Part(own, own.weight / total, rng, precision, scale))
+        first_row += max((v.shape[0] for v in own.arguments.values() if is_array(v)), default=0)  # the rows of this one
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
+        if workers:
+            results = workers.losses(parts)
+        else:
+            trained = [*parameters.values()]
+            results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
         if scaler:
             finite = scaler.unscale_(optimizer)
         callbacks.before_step(step)
@@ -210,6 +216,7 @@ class Trainer:
             self.args = with_learning_rate(self.args, model)
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
+        self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
         self.precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
         self.scaler = GradScaler() if self.args.fp16 else None
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -270,7 +277,10 @@ class Trainer:
         run = Run(self, a, self.total_steps, self._callbacks, show)
         with nullcontext() if executor is None else opened(executor) as pool, run.start(resume_from_checkpoint):
             if pool is not None:
-                self._workers = Workers(pool, self.model, self.loss, self.trainable, a.gradient_accumulation_steps)
+                self._workers = Workers(
+                    pool, self.model, self.loss, self.trainable, a.gradient_accumulation_steps,
+                    a.per_device_train_batch_size if self._has_rows else 1,
+                )  # fmt: skip
             try:
                 for step in run:
                     run.record(self._step(step))
@@ -291,6 +301,16 @@ class Trainer:
         seconds, best = time.perf_counter() - began, self._best
         return TrainingResult(run.step, run.stopped, best.best_eval_loss, best.best_step, seconds, run.history)
 
+    def _cut(self, batches: Sequence[Batch]) -> int:
+        """The number of parts that the rows of a batch are computed in: one, or as many as there are threads or workers."""
+        if self._workers:
+            return self._workers.cut
+        n = min(get_num_threads(), self.args.per_device_train_batch_size)
+        work = batches[0].tokens * sum(p.size for p in self.model.parameters())
+        gradients = sum(p.data.nbytes for p in self.trainable.values())
+        alone = not self._has_rows or self.precision or is_watched() or xp_of(*[p.data for p in self.trainable.values()]) is not np
+        return 1 if alone or work < n * WORK or n * gradients > GRADIENTS else n
+
     def _step(self, step: int) -> dict[str, Any]:
         """Step number `step` (from 1), and the record of it."""
         a, (epoch, place) = self.args, divmod(step - 1, self.steps_per_epoch)
@@ -308,6 +328,7 @@ class Trainer:
         record = training_step(
             self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
             max_grad_norm=a.max_grad_norm, workers=self._workers, precision=self.precision, scaler=self.scaler,
+            cut=self._cut(batches),
         )  # fmt: skip
         if self._workers:
             record["bytes_moved"], self._workers.moved = self._workers.moved, 0
