@@ -363,6 +363,7 @@ def _rope(x, cos, sin):
 
 
 QUERY_BLOCK = 64  # queries that are answered together; keys that causality hides from all of them are never touched
+FEW_QUERIES = 16  # of a key
 TILE = 1 << 18  # scores computed together, at most: several heads and batch rows in one call of each NumPy function
 
 
@@ -419,7 +420,9 @@ class _Attention:
 
     def _forward(self, b: slice, mask: Array | None) -> None:
         (_, H, T, _), S = self.q.shape, self.k.shape[2]
-        k_t, v = np.ascontiguousarray(self.k[b].swapaxes(-1, -2)), np.ascontiguousarray(self.v[b])
+        k_t, v = self.k[b].swapaxes(-1, -2), self.v[b]  # [b, kv, D, S], [b, kv, S, Dv]
+        if H * T >= FEW_QUERIES * self.kv:  # products with copies save more than these cost
+            k_t, v = np.ascontiguousarray(k_t), np.ascontiguousarray(v)
         for i in self.starts:
             j, n = self._ends(i)
             e = np.matmul(self._queries(self.q, b, i) * self.scale, k_t[..., :n])
@@ -515,6 +518,9 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """Queries, keys and their gradients keep the order of the projections in memory, so that heads merge without a copy."""
     check.rotary(q, k, v, cos, sin)
     D = 2 * cos.shape[-1]
+    if q.shape[1] == 1 and cache is not None and not is_grad_enabled():
+        if attn_mask is None or (attn_mask.ndim == 4 and attn_mask.shape[1] == 1):
+            return _next_token(q, k, v, cos, sin, attn_mask, cache), None
 
     def heads(a):  # [B, T, H D] -> [B, H, T, D]
         return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
@@ -534,6 +540,18 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
         return [merged(d) for d in (rotate(dq), rotate(dk), dv)]
 
     return merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
+
+
+def _next_token(q: Array, k: Array, v: Array, cos: Array, sin: Array, mask: Array | None, cache: Any) -> Array:
+    """`rotary_attention` [B, 1, H D] of one new position, which sees all keys, in few calls: they are what costs here."""
+    B, D = q.shape[0], 2 * cos.shape[-1]
+    H, kv = q.shape[2] // D, k.shape[2] // D
+    x = np.concatenate([q, k], -1).reshape(B, H + kv, D)
+    swapped = np.concatenate([x[..., D // 2 :], x[..., : D // 2]], -1)
+    x = x * np.concatenate([cos, cos], -1) + swapped * np.concatenate([-sin, sin], -1)
+    K, V = ops._remembered(cache, x[:, H:, None], v.reshape(B, kv, 1, D))
+    scores = np.matmul((x[:, :H] / math.sqrt(D)).reshape(B, kv, H // kv, D), K.swapaxes(-1, -2))
+    return np.matmul(ops._masked_softmax(scores, mask, False), V).reshape(B, 1, H * D)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
