@@ -517,10 +517,12 @@ class _Tiles:
         for i in range(0, T, max(1, block)):
             t = min(i + block, T) - i
             n = max(0, S - T + i + t) if causal else S  # keys that the last query of the block may see
-            self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
+            if is_grad_enabled():
+                self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
         at_work = op.meter.itemsize * min(B, rows * threads)  # bytes of a number for each batch row at work
         tile, keys = at_work * H * block, at_work * k.shape[1] * S * (D + v.shape[3])  # of its queries; keys and values
-        self.forward_work = tile * 2 * D + keys  # scaled queries and outputs; keys and values in another order
+        made = 0 if is_grad_enabled() else S + 1  # weights that nobody keeps
+        self.forward_work = tile * (2 * D + made) + keys  # scaled queries and outputs; keys and values in another order
         self.backward_work = tile * (S + 3 * D) + keys  # gradients of scores, outputs and queries, and scaled queries
 
     def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:

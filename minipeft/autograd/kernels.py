@@ -392,6 +392,7 @@ class _Attention:
         tile = TILE // max(1, H * min(T, QUERY_BLOCK) * S)
         self.rows = max(1, min(tile, -(-B // get_num_threads())))
         self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}  # (first row, first query) -> E, 1/l
+        self.keep = is_grad_enabled()  # here: another thread has a mode of its own
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         self._rows(lambda b: self._forward(b, mask))
@@ -449,7 +450,8 @@ class _Attention:
             o = np.matmul(e, v[:, :, :n])
             o *= inverse
             self.out[b, :, i:j] = o.reshape(rows, H, j - i, -1)
-            self.saved[b.start, i] = e, inverse
+            if self.keep:
+                self.saved[b.start, i] = e, inverse
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
         """From the gradient g of `out`, write the three gradients into the given arrays (dk and dv hold zeros)."""
