@@ -49,17 +49,20 @@ def adamw(w: Any, g: Any, m: Any, v: Any, t: Any) -> tuple:
 
 
 class Ops:
-    """The parts, from the functions of a library like NumPy."""
+    """The parts, from the functions of a library like NumPy. Numbers are float32: MyGrad makes Python's float64 arrays."""
 
     def __init__(self, np: Any, mask: Any = None):
-        self.np, self.mask = np, mask
+        from numpy import float32
+
+        self.np, self.mask, self.number = np, mask, float32
 
     def layer_norm(self, x: Any, weight: Any, bias: Any) -> Any:
         x = x - self.np.mean(x, axis=-1, keepdims=True)
-        return x / self.np.sqrt(self.np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * weight + bias
+        return x / self.np.sqrt(self.np.mean(x * x, axis=-1, keepdims=True) + self.number(1e-5)) * weight + bias
 
     def gelu(self, x: Any) -> Any:
-        return 0.5 * x * (1 + self.np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+        half, one, root, cubic = map(self.number, (0.5, 1, math.sqrt(2 / math.pi), 0.044715))
+        return half * x * (one + self.np.tanh(root * (x + cubic * x * x * x)))
 
     def softmax(self, scores: Any) -> Any:
         e = self.np.exp(scores - constant(scores).max(axis=-1, keepdims=True))
@@ -67,7 +70,7 @@ class Ops:
 
     def attention(self, q: Any, k: Any, v: Any) -> Any:
         q, k, v = (self.np.swapaxes(a, 1, 2) for a in (q, k, v))
-        scores = self.np.matmul(q, self.np.swapaxes(k, 2, 3)) / math.sqrt(q.shape[-1]) + self.mask
+        scores = self.np.matmul(q, self.np.swapaxes(k, 2, 3)) / self.number(math.sqrt(q.shape[-1])) + self.mask
         return self.np.swapaxes(self.np.matmul(self.softmax(scores), v), 1, 2)
 
 
@@ -183,7 +186,7 @@ def in_jax(weights: dict, ids: Any, targets: Any, layers: int, heads: int) -> tu
 
 
 def in_tinygrad(weights: dict, ids: Any, targets: Any, layers: int, heads: int) -> tuple:
-    from tinygrad import Tensor, TinyJit
+    from tinygrad import Context, Tensor, TinyJit
     from tinygrad.nn.optim import AdamW
 
     class Parts:
@@ -199,8 +202,6 @@ def in_tinygrad(weights: dict, ids: Any, targets: Any, layers: int, heads: int) 
             return q.scaled_dot_product_attention(k, v, is_causal=True).transpose(1, 2)
 
     p = {name: Tensor(w) for name, w in weights.items()}
-    for w in p.values():
-        w.requires_grad_(True) if hasattr(w, "requires_grad_") else None
     optimizer = AdamW([*p.values()], lr=LR, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=DECAY)
     ids, t = Tensor(ids.astype("int32")), Tensor(targets.reshape(-1).astype("int32"))
 
@@ -212,7 +213,7 @@ def in_tinygrad(weights: dict, ids: Any, targets: Any, layers: int, heads: int) 
         return loss.realize(*optimizer.schedule_step())
 
     def step() -> float:
-        with Tensor.train():
+        with Context(TRAINING=1):  # its optimizers ask for it
             return one().item()
 
     return step, turns.products(lambda n, m: Tensor.rand(n, m).realize(), Tensor.realize)

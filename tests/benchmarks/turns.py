@@ -5,7 +5,7 @@ spinning threads or memory get in the other's way, and a machine whose speed dri
 the machine's cores. A ratio is ours / theirs: of the best turns, and the median over pairs of turns. Peak memory is the
 largest resident set of the process (VmHWM) since it was ready, so the library's own code is in it.
 
-    products' share = FLOPs of the step (`minipeft.accounting.step_flops`) / product rate / seconds of our best step
+    products' share = FLOPs of the step (`minipeft.accounting.step_flops`) / product rate / seconds of our best turn
 
 The product rate is that of NumPy's products at the shapes of the model's own layers, in the worker that is timed: what
 remains of the step would remain if everything else were free. `--json FILE` keeps the rows, a line each, in the place of
@@ -197,7 +197,7 @@ class Pair:
         best = min if unit == "ms" else max
         memory = [worker.ask("memory")[1] for worker in self.workers]
         return {
-            "run": "speed", "settings": [*SAME], "work": work, "peer": peer, "threads": self.threads, "unit": unit,
+            "run": "speed", "settings": [*SAME], "work": work, "peer": peer, "threads": self.threads, "unit": unit, "amount": amount,
             "ours": best(a), "ours_median": statistics.median(a), "theirs": best(b), "theirs_median": statistics.median(b),
             "ratio": best(a) / best(b), "ratio_median": ratio(a, b), "pairs": len(a),
             "our_peak_mb": memory[0][1], "their_peak_mb": memory[1][1],
@@ -213,7 +213,10 @@ class Pair:
         found = [worker.ask("products", weights, kinds)[1] for worker in self.workers]
         rates = [flops / seconds for flops, seconds in found]
         flops = found[0][0] if flops is None else flops
-        return row | {"our_gflops": rates[0] / 1e9, "their_gflops": rates[1] / 1e9, "products_ms": 1e3 * flops / rates[0]}
+        spent = row["ours"] if row["unit"] == "ms" else 1e3 * row["amount"] / row["ours"]
+        return row | {
+            "our_gflops": rates[0] / 1e9, "their_gflops": rates[1] / 1e9, "products_share": 1e3 * flops / rates[0] / spent,
+        }  # fmt: skip
 
 
 def weights(config: Any, tokens: int, head: bool = True) -> list[list[int]]:
@@ -243,12 +246,9 @@ def report(row: dict, path: str | None = None) -> None:
 def _sentences(row: dict) -> list[str]:
     figures = f"minipeft {row['ours']:.4g} {row['unit']}, {row['peer']} {row['theirs']:.4g}"
     found = [f"{figures}; ratio of the best {row['ratio']:.2f}, median {row['ratio_median']:.2f}"]
-    if "products_ms" in row:
+    if "products_share" in row:
         rates = f"NumPy {row['our_gflops']:.0f} GFLOP/s, {row['peer']} {row['their_gflops']:.0f}"
-        spent = f"{row['products_ms']:.4g} ms"
-        if row["unit"] == "ms":
-            spent += f" of a step, {row['products_ms'] / row['ours']:.0%} of ours"
-        found.append(f"products: {rates}; {spent}")
+        found.append(f"products: {rates}; they need {row['products_share']:.0%} of our time")
     mine, growth = row["our_peak_mb"] / row["their_peak_mb"], row["our_growth_mb"] / max(row["their_growth_mb"], 0.1)
     return [*found, f"resident memory at the peak {row['our_peak_mb']:.0f} MB, ratio {mine:.2f}, of its growth {growth:.2f}"]
 
@@ -270,7 +270,7 @@ def table(rows: list[dict]) -> str:
     """The rows in Markdown, those of one work below each other."""
     lines = ["| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: [r["work"] for r in rows].index(row["work"])):
-        share = f"{row['products_ms'] / row['ours']:.0%}" if row["unit"] == "ms" and "products_ms" in row else ""
+        share = f"{row['products_share']:.0%}" if "products_share" in row else ""
         figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}")
         lines.append(f"| {' | '.join((row['work'], row['peer'], str(row['threads']), *figures, share))} |")
     return "\n".join(lines)
