@@ -37,15 +37,19 @@ def data(size: str):
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
+def config_of(dialect: str, size: str):
+    from minipeft import TransformerConfig
+
+    vocab, width, layers, heads, _, tokens = SIZES[size]
+    shape = dict(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+    return getattr(TransformerConfig, dialect)(**shape, max_position_embeddings=tokens)
+
+
 def ours(dialect: str, size: str) -> tuple:
     """(step, weights before it)."""
     import minipeft as mp
 
-    vocab, width, layers, heads, _, tokens = SIZES[size]
-    config = getattr(mp.TransformerConfig, dialect)(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=tokens
-    )
-    model = mp.Transformer(config, seed=0)
+    model = mp.Transformer(config_of(dialect, size), seed=0)
     optimizer = mp.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     ids, targets = data(size)
     return stepper(lambda: mp.functional.cross_entropy(model(ids), targets), optimizer), model.state_dict()
@@ -112,12 +116,9 @@ def in_torch(dialect: str, size: str) -> tuple:
 
 
 def compare(dialect: str, size: str, peer: str, threads: int, repeat: int, path: str) -> None:
-    from minipeft import TransformerConfig
     from minipeft.accounting import step_flops
 
-    vocab, width, layers, heads, batch, tokens = SIZES[size]
-    shape = dict(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
-    config = getattr(TransformerConfig, dialect)(**shape, max_position_embeddings=tokens)
+    config, (vocab, width, layers, _, batch, tokens) = config_of(dialect, size), SIZES[size]
     with turns.Pair(threads, "--dialect", dialect, size, libraries=("ours", peer)) as pair:
         times, losses = pair.alternate(repeat, "steps", STEPS)
         for i, (mine, theirs) in enumerate(zip(*losses)):
