@@ -40,7 +40,7 @@ AXES = {  # axis: (its values, what else is other than BASE)
     "depth": ((1, 2, 4, 8, 16, 32), {}),
     "batch": ((1, 2, 4, 8, 16, 32, 64), {}),
     "vocabulary": ((512, 1024, 2048, 4096, 8192, 16384, 32768), {}),
-    "rank": ((8, 16, 32, 64, 128, 256, 512), {"method": "lora"}),
+    "rank": ((8, 16, 32, 64, 128, 256, 512), {"method": "lora", "width": 512}),  # no matrix has a larger one
 }
 COSTS = {"time": ("seconds", "flops"), "memory": ("peak", "ledger")}  # cost: (measured, theory)
 SECONDS, STEPS = 1.5, 3  # steps are repeated for as long, and as often at least

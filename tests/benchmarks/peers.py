@@ -11,6 +11,7 @@ compute with NumPy, op by op, and are updated in place. Each function takes the 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -186,6 +187,7 @@ def in_jax(weights: dict, ids: Any, targets: Any, layers: int, heads: int) -> tu
 
 
 def in_tinygrad(weights: dict, ids: Any, targets: Any, layers: int, heads: int) -> tuple:
+    os.environ.setdefault("DEV", "CPU")
     from tinygrad import Context, Tensor, TinyJit
     from tinygrad.nn.optim import AdamW
 

@@ -5,7 +5,7 @@
 
 torch   a hand-written PyTorch model (scaled_dot_product_attention, fused AdamW), eager: nothing of a framework's
         overhead beyond PyTorch itself
-jax, tinygrad, autograd, mygrad   see `peers`: GPT-2 alone
+jax, tinygrad, autograd, mygrad   see `peers`: GPT-2 alone, in three pairs of turns but for JAX
 
 Each library has a process of its own and takes turns of five steps (see `turns`). A library that is not installed is left
 out. The losses of the two must agree over the first steps.
@@ -156,4 +156,5 @@ if __name__ == "__main__":
         elif peer == "torch" or options.dialect == "gpt2":
             for size in options.what:
                 for threads in options.threads:
-                    compare(options.dialect, size, peer, threads, options.repeat, options.json)
+                    repeat = options.repeat if peer in ("torch", "jax") else min(options.repeat, 3)
+                    compare(options.dialect, size, peer, threads, repeat, options.json)

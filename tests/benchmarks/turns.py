@@ -74,6 +74,7 @@ def products(make: Callable, wait: Callable = lambda y: y) -> Callable:
     """(weights, kinds) -> (FLOPs, seconds) of a model's products alone, each the best of five; see `weights`.
 
     make(n, m) is an array of the library. kinds: 1, x Wᵀ alone; 2, the input's gradient g W too; 3, and the weight's, gᵀ x.
+    The weight then lies in cache where it fits: for products of few rows, bound by reading it, the rate is an upper bound.
     """
 
     def measure(weights: list, kinds: int) -> tuple[float, float]:
@@ -234,7 +235,8 @@ def weights(config: Any, tokens: int, head: bool = True) -> list[list[int]]:
 
 def report(row: dict, path: str | None = None) -> None:
     """Print a row, and put it into the file of rows."""
-    print(f"{row['work']}; {row['threads']} threads, {row['pairs']} pairs:", *_sentences(row), sep="\n    ", flush=True)
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    print(f"{row['work']}; {threads}, {row['pairs']} pairs:", *_sentences(row), sep="\n    ", flush=True)
     if path:
         from minipeft.experiments.rows import read_rows
         from minipeft.files import write_text
@@ -268,7 +270,8 @@ def in_turns(repeat: int, **calls: Callable) -> dict[str, list[float]]:
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, those of one work below each other."""
-    lines = ["| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
+    on = sorted({f"{row['processor']}; {row['cores']} cores" for row in rows})
+    lines = [*on, "", "| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: [r["work"] for r in rows].index(row["work"])):
         share = f"{row['products_share']:.0%}" if "products_share" in row else ""
         figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}")
