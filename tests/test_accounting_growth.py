@@ -2,7 +2,8 @@
 
 Theory, and the ledger at sizes that nobody could measure here: with x, 2 x and 4 x of something, bytes a + b x + c x² have
 the second difference p(4x) - 3 p(2x) + 2 p(x) = 6 c x². Attention keeps an unnormalized weight of 4 bytes for each pair of
-tokens that see each other, half of all: c = 4/2 · heads · sequences · layers that are kept at once. Nothing else grows with
+tokens that see each other, half of all: c = 4/2 · heads · sequences · layers that are kept at once, none where there is
+no backward pass. Nothing else grows with
 the square of the tokens, nor anything with that of the depth, the batch, the vocabulary or the rank. The ledger, and
 what tracemalloc measures: the same growth, at sizes that take a moment.
 """
@@ -70,7 +71,7 @@ def curvature(mode: str, axis: str, x: int, **others) -> float:
 @pytest.mark.parametrize("dialect", ["gpt2", "llama"])
 @modes
 def test_only_attentions_weights_grow_with_the_square_of_the_tokens(mode, dialect):
-    layers = BASE["depth"] if mode == "train" else 1  # the others are made again, or not needed again
+    layers = {"train": BASE["depth"], "checkpointed": 1, "evaluate": 0}[mode]  # the others are made again, or not needed
     assert curvature(mode, "tokens", 8192, dialect=dialect) == 4 / 2 * HEADS * BASE["batch"] * layers
 
 

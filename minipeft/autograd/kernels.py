@@ -420,38 +420,41 @@ class _Attention:
         return part.reshape(part.shape[0], self.kv, -1, part.shape[3])
 
     def _forward(self, b: slice, mask: Array | None) -> None:
-        (_, H, T, _), S = self.q.shape, self.k.shape[2]
         k_t, v = self.k[b].swapaxes(-1, -2), self.v[b]  # [b, kv, D, S], [b, kv, S, Dv]
-        if H * T >= FEW_QUERIES * self.kv:  # products with copies save more than these cost
+        if self.q.shape[1] * self.q.shape[2] >= FEW_QUERIES * self.kv:  # products with copies save more than these cost
             k_t, v = np.ascontiguousarray(k_t), np.ascontiguousarray(v)
         for i in self.starts:
-            j, n = self._ends(i)
-            e = np.matmul(self._queries(self.q, b, i) * self.scale, k_t[..., :n])
-            rows = e.shape[0]
-            scores = e.reshape(rows, H, j - i, n)  # the same memory, one head after the other
-            shift = n and ((mask is not None and mask.dtype != bool) or _needs_shift(e))
-            if self.causal and n:
-                first = max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
-                hidden = np.arange(first, n)[None, :] > np.arange(S - T + i, S - T + j)[:, None]
-                np.copyto(scores[..., first:], -np.inf, where=hidden)
-            if mask is not None:
-                m = mask[(b if mask.shape[0] > 1 else slice(None))]
-                m = m[:, :, (slice(i, j) if m.shape[2] > 1 else slice(None)), : n if m.shape[3] > 1 else None]
-                if m.dtype == bool:
-                    scores[...] = np.where(m, scores, -np.inf)
-                else:
-                    scores += m
-            if shift:
-                top = e.max(axis=-1, keepdims=True)
-                e -= np.where(np.isfinite(top), top, 0)  # a fully masked row: exp(-inf - 0) = 0
-            np.exp(e, out=e)
-            total = np.matmul(e, np.ones((n, 1), e.dtype))  # row sums, three times as fast as sum(axis=-1)
-            inverse = np.where(total > 0, 1 / np.where(total > 0, total, 1), 0).astype(e.dtype, copy=False)
-            o = np.matmul(e, v[:, :, :n])
-            o *= inverse
-            self.out[b, :, i:j] = o.reshape(rows, H, j - i, -1)
-            if self.keep:
-                self.saved[b.start, i] = e, inverse
+            self._answer(b, i, k_t, v, mask)
+
+    def _answer(self, b: slice, i: int, k_t: Array, v: Array, mask: Array | None) -> None:
+        """The outputs of a tile's queries."""
+        (_, H, T, _), S, (j, n) = self.q.shape, self.k.shape[2], self._ends(i)
+        e = np.matmul(self._queries(self.q, b, i) * self.scale, k_t[..., :n])
+        rows = e.shape[0]
+        scores = e.reshape(rows, H, j - i, n)  # the same memory, one head after the other
+        shift = n and ((mask is not None and mask.dtype != bool) or _needs_shift(e))
+        if self.causal and n:
+            first = max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
+            hidden = np.arange(first, n)[None, :] > np.arange(S - T + i, S - T + j)[:, None]
+            np.copyto(scores[..., first:], -np.inf, where=hidden)
+        if mask is not None:
+            m = mask[(b if mask.shape[0] > 1 else slice(None))]
+            m = m[:, :, (slice(i, j) if m.shape[2] > 1 else slice(None)), : n if m.shape[3] > 1 else None]
+            if m.dtype == bool:
+                np.copyto(scores, -np.inf, where=~m)
+            else:
+                scores += m
+        if shift:
+            top = e.max(axis=-1, keepdims=True)
+            e -= np.where(np.isfinite(top), top, 0)  # a fully masked row: exp(-inf - 0) = 0
+        np.exp(e, out=e)
+        total = np.matmul(e, np.ones((n, 1), e.dtype))  # row sums, three times as fast as sum(axis=-1)
+        inverse = np.where(total > 0, 1 / np.where(total > 0, total, 1), 0).astype(e.dtype, copy=False)
+        o = np.matmul(e, v[:, :, :n])
+        o *= inverse
+        self.out[b, :, i:j] = o.reshape(rows, H, j - i, -1)
+        if self.keep:
+            self.saved[b.start, i] = e, inverse
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
         """From the gradient g of `out`, write the three gradients into the given arrays (dk and dv hold zeros)."""
