@@ -3,9 +3,8 @@
 Theory, and the ledger at sizes that nobody could measure here: with x, 2 x and 4 x of something, bytes a + b x + c x² have
 the second difference p(4x) - 3 p(2x) + 2 p(x) = 6 c x². Attention keeps an unnormalized weight of 4 bytes for each pair of
 tokens that see each other, half of all: c = 4/2 · heads · sequences · layers that are kept at once, none where there is
-no backward pass. Nothing else grows with
-the square of the tokens, nor anything with that of the depth, the batch, the vocabulary or the rank. The ledger, and
-what tracemalloc measures: the same growth, at sizes that take a moment.
+no backward pass. Nothing else grows with the square of the tokens, nor anything with that of the depth, the batch, the
+vocabulary or the rank. The ledger, and what tracemalloc measures: the same growth, at sizes that take a moment.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_threads_that_share_the_rows_of_a_batch_train_the_weights_of_one(kind, a
 
     examples = counting(24, rng, shortest=5, longest=12)
     alone, result = run(1)
-    monkeypatch.setattr("minipeft.train.trainer.WORK", 0)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
     calls = []
     monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
     (together, spread), (again, _) = run(3), run(3)
@@ -91,12 +91,12 @@ def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_wor
     examples, calls = counting(24, rng), []
     monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
     trained(tiny_model(), examples)
-    monkeypatch.setattr("minipeft.train.trainer.WORK", 0)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
     model = tiny_model()
     with model.watch("*.mlp"):
         trained(model, examples)
     trained(tiny_model(), examples, bf16=True)
-    monkeypatch.setattr("minipeft.train.trainer.GRADIENTS", 1000)
+    monkeypatch.setattr("minipeft.train.parallel.GRADIENTS", 1000)
     trained(tiny_model(), examples)
     assert not calls
 

@@ -29,6 +29,7 @@ from ..autograd.autocast import autocast
 from ..autograd.tensor import gradients
 from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
+from ..nn.watch import is_watched
 from ..threads import get_num_threads, one_blas_thread, run_tasks, set_num_threads
 from .batches import Batch
 from .evaluation import Loss, Statistics, on_device, with_statistics
@@ -56,6 +57,18 @@ Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the ba
 def in_precision(precision: str | None) -> AbstractContextManager[None]:
     """`autocast` in "bfloat16" or "float16"; with None, all stays as it is."""
     return autocast(precision) if precision else nullcontext()
+
+
+def parts_on_threads(model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None) -> int:
+    """In how many parts of its rows `add_gradients` should get a batch: one, or one for each thread.
+
+    One, too, where somebody looks on (`Module.watch`, `PrecisionReport`), who should see whole batches, one after the other.
+    """
+    n = min(get_num_threads(), batch.arguments["labels"].shape[0])
+    little = batch.tokens * sum(p.size for p in model.parameters()) < n * WORK
+    much = n * sum(p.data.nbytes for p in trainable) > GRADIENTS
+    alone = little or much or precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np
+    return 1 if alone else n
 
 
 def add_gradients(model: Module, loss: Loss, parts: Sequence[Part], trainable: Sequence[Parameter]) -> list[Result]:

@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Rng, get_num_threads, is_array, xp_of
+from ..backend import Rng, is_array
 from ..executors import opened
 from ..nn.module import Module, Parameter
-from ..nn.watch import is_watched
 from ..options import configuration, option
 from .arguments import TrainingArguments
 from .batches import Batch, check_examples, collate_packed, epoch_order, in_rows
@@ -39,7 +38,7 @@ from .grad_scaler import GradScaler
 from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
-from .parallel import GRADIENTS, WORK, Part, Workers, add_gradients, in_precision
+from .parallel import Part, Workers, add_gradients, in_precision, parts_on_threads
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -50,14 +49,15 @@ __all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult",
 def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None, workers: Workers | None = None,
-    precision: str | None = None, scaler: GradScaler | None = None, cut: int = 1,
+    precision: str | None = None, scaler: GradScaler | None = None, by_rows: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
-    Dropout draws from (seed, step - 1, place of the row in the step). Each batch is computed in `cut` parts of its rows, on
-    as many threads; with `workers` they compute the parts. Returns the record of the step, with the means of the statistics
+    Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches, else this
+    process does; where they are to be computed `by_rows` (they are `collate`'s, and the loss is the model's own) in parts of
+    their rows, of which each thread or worker has one, where that pays. Returns the record of the step, with the means of the statistics
     that the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
     gradient that is not finite.
 
@@ -65,7 +65,8 @@ def training_step(
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    scale, finite = scaler.get_scale() if scaler else 1.0, True
+    scale, finite, trained = scaler.get_scale() if scaler else 1.0, True, [*parameters.values()]
+    cut = workers.cut if workers else parts_on_threads(model, batches[0], trained, precision) if by_rows else 1
     for own in [own for batch in batches for own in (in_rows(batch, cut) if cut > 1 else [batch])]:
         if own.weight:
             rng = Rng(seed, first_row=first_row).at(step - 1)
@@ -75,7 +76,6 @@ def training_step(
         if workers:
             results = workers.losses(parts)
         else:
-            trained = [*parameters.values()]
             results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
         if scaler:
             finite = scaler.unscale_(optimizer)
@@ -301,16 +301,6 @@ class Trainer:
         seconds, best = time.perf_counter() - began, self._best
         return TrainingResult(run.step, run.stopped, best.best_eval_loss, best.best_step, seconds, run.history)
 
-    def _cut(self, batches: Sequence[Batch]) -> int:
-        """The number of parts that the rows of a batch are computed in: one, or as many as there are threads or workers."""
-        if self._workers:
-            return self._workers.cut
-        n = min(get_num_threads(), self.args.per_device_train_batch_size)
-        work = batches[0].tokens * sum(p.size for p in self.model.parameters())
-        gradients = sum(p.data.nbytes for p in self.trainable.values())
-        alone = not self._has_rows or self.precision or is_watched() or xp_of(*[p.data for p in self.trainable.values()]) is not np
-        return 1 if alone or work < n * WORK or n * gradients > GRADIENTS else n
-
     def _step(self, step: int) -> dict[str, Any]:
         """Step number `step` (from 1), and the record of it."""
         a, (epoch, place) = self.args, divmod(step - 1, self.steps_per_epoch)
@@ -328,7 +318,7 @@ class Trainer:
         record = training_step(
             self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
             max_grad_norm=a.max_grad_norm, workers=self._workers, precision=self.precision, scaler=self.scaler,
-            cut=self._cut(batches),
+            by_rows=self._has_rows,
         )  # fmt: skip
         if self._workers:
             record["bytes_moved"], self._workers.moved = self._workers.moved, 0

@@ -16,7 +16,7 @@ import os
 import tempfile
 
 import turns
-from turns import Pair, stepper
+from turns import Pair, stepper, trainers_step
 
 WHAT = ("step", "generate")
 BATCH, LENGTH, PROMPT = 4, 128, 32
@@ -35,7 +35,7 @@ def ours(path: str) -> dict:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH))
     tuned = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     optimizer = mp.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
-    step = stepper(lambda: tuned.loss(ids[:BATCH], ids[:BATCH]), optimizer)
+    step = trainers_step(tuned, optimizer, ids[:BATCH])
 
     def generate(batch: int, new: int) -> list:
         return model.generate(ids[:batch, :PROMPT], max_new_tokens=new, eos_token_id=()).tolist()

@@ -18,7 +18,7 @@ import os
 
 import peers
 import turns
-from turns import stepper
+from turns import stepper, trainers_step
 
 STEPS = 5  # in a turn
 LIBRARIES = ("torch", *peers.STEPS)
@@ -29,11 +29,15 @@ SIZES = {  # vocabulary, width, layers, heads, batch, tokens
 }
 
 
-def data(size: str):
+def tokens_of(size: str):
     import numpy as np
 
     vocab, _, _, _, batch, tokens = SIZES[size]
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
+    return np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
+
+
+def data(size: str):
+    ids = tokens_of(size)
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
@@ -42,7 +46,7 @@ def config_of(dialect: str, size: str):
 
     vocab, width, layers, heads, _, tokens = SIZES[size]
     shape = dict(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
-    return getattr(TransformerConfig, dialect)(**shape, max_position_embeddings=tokens)
+    return getattr(TransformerConfig, dialect)(**shape, max_position_embeddings=tokens + 1)
 
 
 def ours(dialect: str, size: str) -> tuple:
@@ -51,8 +55,7 @@ def ours(dialect: str, size: str) -> tuple:
 
     model = mp.Transformer(config_of(dialect, size), seed=0)
     optimizer = mp.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    ids, targets = data(size)
-    return stepper(lambda: mp.functional.cross_entropy(model(ids), targets), optimizer), model.state_dict()
+    return trainers_step(model, optimizer, tokens_of(size)), model.state_dict()
 
 
 def in_torch(dialect: str, size: str) -> tuple:

@@ -70,6 +70,18 @@ def stepper(loss: Callable, optimizer) -> Callable[[], float]:
     return step
 
 
+def trainers_step(model, optimizer, ids) -> Callable[[], float]:
+    """A training step of ours on ids [B, T + 1], as the Trainer takes it; the last token is a target alone."""
+    from minipeft.train.batches import collate
+    from minipeft.train.callbacks import Callbacks
+    from minipeft.train.evaluation import model_loss
+    from minipeft.train.trainer import training_step
+
+    batch, trained = collate([(row, row) for row in ids]), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    options = dict(step=1, seed=0, max_grad_norm=None, by_rows=True)
+    return lambda: training_step(model, [batch], model_loss, trained, optimizer, Callbacks(model), **options)["loss"]
+
+
 def products(make: Callable, wait: Callable = lambda y: y) -> Callable:
     """(weights, kinds) -> (FLOPs, seconds) of a model's products alone, each the best of five; see `weights`.
 
