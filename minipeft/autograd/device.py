@@ -157,18 +157,21 @@ extern "C" __global__ void normalize_gradient(const T* x, const W* w, const T* g
     EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;
 }
 
-// A row of attention: scores a [S] of one query become exp(a) / sum(exp(a)) over the keys that it sees, and 0 elsewhere.
-// Rows are [B, H, T]; `strides` of the mask are those of b, h, t and s, 0 where it is broadcast.
-#define MASK const W *mask, long long mb, long long mh, long long mt, long long ms
+// A row of attention: a [S], of one query and each key, becomes exp(scale a) / sum(exp(scale a)) over the keys that it sees,
+// and 0 elsewhere. Rows are [B, H, T]; the mask has strides of b, h, t and s, 0 where it is broadcast.
+#define ROW double scale, const W *mask, long long mb, long long mh, long long mt, long long ms, bool causal, long long H, \
+            long long queries, long long S
+#define THE_ROW scale, mask, mb, mh, mt, ms, causal, H, queries, S
 __device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
 __device__ T masked(T a, float m) { return a + T(m); }
 __device__ T masked(T a, double m) { return a + T(m); }
-__device__ void softmax_row(T* a, MASK, bool causal, long long H, long long queries, long long S) {
+__device__ void softmax_row(T* a, ROW) {
     long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
     long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
     if (mask) mask += b * mb + h * mh + t * mt;
     T top = -INFINITE, total = 0;
     EACH(j, seen) {
+        a[j] *= T(scale);
         if (mask) a[j] = masked(a[j], mask[j * ms]);
         top = max(top, a[j]);
     }
@@ -178,42 +181,42 @@ __device__ void softmax_row(T* a, MASK, bool causal, long long H, long long quer
     total = sum(total);
     EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
 }
-extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
-    softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
-}
+extern "C" __global__ void softmax(T* a, ROW) { softmax_row(a + blockIdx.x * S, THE_ROW); }
 
-// p = softmax(a), in the place of a;  da = p (dp - sum(p dp)), in the place of dp
-extern "C" __global__ void softmax_gradient(T* a, T* dp, MASK, bool causal, long long H, long long queries, long long S) {
+// p = softmax(scale a) and its gradient dp:  da = scale p (dp - sum(p dp)) takes the place of a, and p that of dp
+extern "C" __global__ void softmax_gradient(T* a, T* dp, ROW) {
     a += blockIdx.x * S, dp += blockIdx.x * S;
-    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
+    softmax_row(a, THE_ROW);
     T delta = 0;
     EACH(j, S) delta += a[j] * dp[j];
     delta = sum(delta);
-    EACH(j, S) dp[j] = a[j] * (dp[j] - delta);
+    EACH(j, S) {
+        T p = a[j];
+        a[j] = T(scale) * p * (dp[j] - delta), dp[j] = p;
+    }
 }
 
 // The attention of one query of a head: y = softmax(scale q kᵀ) v, a row of [B, H, D]; k and v [B, kv, S, D] have these
 // distances between rows and heads. Scores stay in the block's memory.
 extern "C" __global__ void answer(const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v,
-                                  long long head_v, double scale, long long D, long long Dv, long long kv, T* y,
-                                  MASK, bool causal, long long H, long long queries, long long S) {
+                                  long long head_v, long long D, long long kv, T* y, ROW) {
     extern __shared__ T a[];
-    long long head = blockIdx.x / H * kv + blockIdx.x % H / (H / kv), groups = blockDim.x / Dv, c = threadIdx.x % Dv;
+    long long head = blockIdx.x / H * kv + blockIdx.x % H / (H / kv), groups = blockDim.x / D, c = threadIdx.x % D;
     q += blockIdx.x * D, k += head * head_k, v += head * head_v;
     EACH(j, S) {
         T s = 0;
         for (long long i = 0; i < D; i++) s += q[i] * k[j * row_k + i];
-        a[j] = T(scale) * s;
+        a[j] = s;
     }
-    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
+    softmax_row(a, THE_ROW);
     __syncthreads();
-    T s = 0, *part = a + S;  // each group of Dv threads adds up some of the values
-    for (long long j = threadIdx.x / Dv; j < S && threadIdx.x / Dv < groups; j += groups) s += a[j] * v[j * row_v + c];
+    T s = 0, *part = a + S;  // each group of D threads adds up some of the values
+    for (long long j = threadIdx.x / D; j < S && threadIdx.x / D < groups; j += groups) s += a[j] * v[j * row_v + c];
     part[threadIdx.x] = s;
     __syncthreads();
-    if (threadIdx.x >= Dv) return;
-    for (long long g = 1; g < groups; g++) s += part[g * Dv + c];
-    y[blockIdx.x * Dv + c] = s;
+    if (threadIdx.x >= D) return;
+    for (long long g = 1; g < groups; g++) s += part[g * D + c];
+    y[blockIdx.x * D + c] = s;
 }
 
 // Projections q, k and v [B, T, h D] <-> heads [B, h, room, D] from a first position on, of which q and k are rotated
@@ -549,53 +552,45 @@ def _rope(x, cos, sin):
 ANSWER, SHARED = 256, 47 << 10  # threads that answer one query, and the bytes that their scores fit into
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
-    """(softmax(scale q kᵀ) v, gradients(g, dq=, dk=, dv=)); the weights, [T, S] a head, are not kept but made again.
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None, kv: Any = None) -> tuple:
+    """(softmax(scale q kᵀ) v, gradients(g, dq=, dkv=)); the weights, [T, S] a head, are not kept but made again.
 
-    The H/kv query heads of a key head stand one below the other, [B, kv, H/kv * T, D]: so their gradients of k and v
-    come as one product, summed up. The answer to one query is one kernel.
+    The H/n query heads of a key head stand one below the other, [B, n, H/n * T, D]: so their gradients of k and v come
+    summed up. Two products of one shape are one, of pairs [2, ...]: `kv` is the pair of k and v, where there is one
+    already, and `dkv` that of their gradients. The answer to one query is one kernel.
     """
     check.attention(q, k, v, mask)
-    (B, H, T, D), (kv, S), Dv = q.shape, k.shape[1:3], v.shape[3]
-    (k, turned_k, *rows_k), (v, turned_v, *rows_v) = _as_cublas_reads(k), _as_cublas_reads(v)
-    scale, kind, hidden = 1 / math.sqrt(D) if scale is None else scale, "?", (0,) * 5
+    xp, (B, H, T, D), (n, S) = _cupy(), q.shape, k.shape[1:3]
+    kind, strides = "?", (0,) * 5
     if mask is not None:
-        strides = _cupy().broadcast_to(mask, (B, H, T, S)).strides
-        kind, hidden = mask.dtype, (mask, *[n // mask.itemsize for n in strides])
-    hidden = *hidden, causal, H, T, S
+        kind, strides = mask.dtype, (mask, *[step // mask.itemsize for step in xp.broadcast_to(mask, (B, H, T, S)).strides])
+    row = 1 / math.sqrt(D) if scale is None else float(scale), *strides, causal, H, T, S
+    q = _contiguous(q).reshape(B, n, H // n * T, D)
 
-    def stacked(x):
-        return _contiguous(x).reshape(B, kv, H // kv * T, x.shape[3])
+    def gradients(g, dq=None, dkv=None):
+        pair = k, v
+        qg = xp.empty((2, *q.shape), q.dtype)
+        qg[0], qg[1].reshape(B, H, T, D)[...] = q, g
+        ap = product(qg, _t(xp.stack(pair) if kv is None else kv))
+        by_rows("softmax_gradient", B * H * T, S, q, kind, *ap, *row)
+        dq = product(ap[0], k, out=None if dq is None else dq.reshape(q.shape))
+        return dq.reshape(B, H, T, D), *product(_t(ap), qg, out=dkv)
 
-    def weights():
-        return product(q, _t(k), scale)
-
-    def gradients(g, dq=None, dk=None, dv=None):
-        g, p = stacked(g), weights()
-        da = product(g, _t(v))
-        if S:
-            by_rows("softmax_gradient", B * H * T, S, q, kind, p, da, *hidden)
-        dv = product(_t(p), g, out=dv)
-        del p
-        dq = product(da, k, scale, None if dq is None else stacked(dq))
-        return dq.reshape(B, H, T, D), product(_t(da), q, scale, dk), dv
-
-    q = stacked(q)
     shared = (S + ANSWER) * q.itemsize
-    if T == 1 and S and Dv <= ANSWER and shared <= SHARED and not (turned_k or turned_v):
-        y = _cupy().empty((B, H, 1, Dv), q.dtype)
-        kernel = _row_kernel("answer", q.dtype.char, np.dtype(kind).char)
-        options = (q, k, *rows_k, v, *rows_v, scale, D, Dv, kv, y, *hidden)
-        kernel((B * H,), (ANSWER,), options, shared_mem=shared)
+    (k, turned_k, *rows_k), (v, turned_v, *rows_v) = _as_cublas_reads(k), _as_cublas_reads(v)
+    if T == 1 and S and D <= ANSWER and shared <= SHARED and not (turned_k or turned_v):
+        y, kernel = xp.empty((B, H, 1, D), q.dtype), _row_kernel("answer", q.dtype.char, np.dtype(kind).char)
+        kernel((B * H,), (ANSWER,), (q, k, *rows_k, v, *rows_v, D, n, y, *row), shared_mem=shared)
         return y, gradients
-    p = weights()
-    if S:
-        by_rows("softmax", B * H * T, S, q, kind, p, *hidden)
-    return product(p, v).reshape(B, H, T, Dv), gradients
+    p = product(q, _t(k))
+    by_rows("softmax", B * H * T, S, q, kind, p, *row)
+    return product(p, v).reshape(B, H, T, D), gradients
 
 
 @device(ops.scaled_dot_product_attention, 3)
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
+    if k.shape != v.shape:
+        return ops.scaled_dot_product_attention.definition(q, k, v, attn_mask, is_causal, scale)
     y, gradients = _attend(q, k, v, attn_mask, is_causal, scale)
     return y, *together(3, gradients)
 
@@ -604,11 +599,11 @@ def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
 def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     (B, T, d3), D = qkv.shape, qkv.shape[2] // 3 // num_heads
     heads = qkv.reshape(B, T, 3, num_heads, D).transpose(2, 0, 3, 1, 4).copy()  # [3, B, H, T, D]
-    y, gradients = _attend(*heads, attn_mask, is_causal, None)
+    y, gradients = _attend(*heads, attn_mask, is_causal, None, heads[1:])
 
     def dqkv(g):
         d = _cupy().empty_like(heads)
-        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), *d)
+        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), d[0], d[1:])
         return d.transpose(1, 3, 0, 2, 4).reshape(B, T, d3)
 
     return y.swapaxes(1, 2).reshape(B, T, d3 // 3), dqkv
@@ -619,27 +614,28 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """One kernel rotates, and puts the heads where they are read: keys and values into the cache, where there is one."""
     check.rotary(q, k, v, cos, sin)
     (B, T, _), half, each = q.shape, cos.shape[-1], cos.shape[0] > 1
-    D, H, kv, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), _contiguous(cos), _contiguous(sin)
+    D, H, n, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), _contiguous(cos), _contiguous(sin)
 
     def rotate(ins, outs, back, room, first):
-        size = B * T * (H + 2 * kv) * half
+        size = B * T * (H + 2 * n) * half
         if size:
             kernel = _row_kernel("rotate_heads", outs[0].dtype.char, "?")
-            sizes = size, T, H, kv, half, room, first
+            sizes = size, T, H, n, half, room, first
             kernel((-(-size // 256),), (256,), (*map(_contiguous, ins), *outs, cos, sin, each, back, *sizes))
         return outs
 
     def empty(*shape):
         return _cupy().empty(shape, cos.dtype)
 
-    *caches, n = (empty(B, kv, T, D), empty(B, kv, T, D), 0) if cache is None else cache
-    Q, K, V = rotate((q, k, v), (empty(B, H, T, D), *caches), False, caches[0].shape[2], n)
-    y, gradients = _attend(Q, K[:, :, : n + T], V[:, :, : n + T], attn_mask, True, None)
+    kv = empty(2, B, n, T, D) if cache is None else None
+    *caches, past = (*kv, 0) if cache is None else cache
+    Q, K, V = rotate((q, k, v), (empty(B, H, T, D), *caches), False, caches[0].shape[2], past)
+    y, gradients = _attend(Q, K[:, :, : past + T], V[:, :, : past + T], attn_mask, True, None, kv)
 
     def compute(g):
         dQ, dK, dV = gradients(g.reshape(B, T, H, D).swapaxes(1, 2))
-        outs = empty(B, T, H * D), empty(B, T, kv * D), empty(B, T, kv * D)
-        return rotate((dQ, dK[:, :, n:], dV[:, :, n:]), outs, True, T, 0)
+        outs = empty(B, T, H * D), empty(B, T, n * D), empty(B, T, n * D)
+        return rotate((dQ, dK[:, :, past:], dV[:, :, past:]), outs, True, T, 0)
 
     pullbacks = together(3, compute)
     return y.swapaxes(1, 2).reshape(B, T, H * D), *(pullbacks if cache is None else pullbacks[:1])
