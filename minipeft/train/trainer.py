@@ -33,11 +33,10 @@ from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .evaluation import Collate, Loss, arrays_of, in_order, means, measure, model_loss
 from .grad_scaler import GradScaler
-from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
-from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
+from .optim import SGD, AdamW, AdamW8bit, Optimizer, clipped, gradients_of, loraplus_groups
 from .parallel import Part, Workers, add_gradients, in_precision
 from .rates import with_learning_rate
 from .run import Run
@@ -63,7 +62,7 @@ def training_step(
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    scale, finite = scaler.get_scale() if scaler else 1.0, True
+    scale = scaler.get_scale() if scaler else 1.0
     for batch in batches:
         if batch.weight:
             rng = Rng(seed, first_row=first_row).at(step - 1)
@@ -72,10 +71,15 @@ def training_step(
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
         if scaler:
-            finite = scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer, look=False)
         callbacks.before_step(step)
-        gradients = gradients_of(parameters.items())
-        losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
+        finite = clipped(gradients_of(parameters.items()), max_grad_norm or math.inf, *arrays_of(results))
+        if scaler:
+            scaler.step(optimizer, finite)
+        else:
+            optimizer.step(finite)
+        squares, *numbers = finite.numbers  # the step's one wait
+        losses, seen = in_order(results, numbers)
         for part, L_b in zip(parts, losses):
             L += part.share * L_b
             if not math.isfinite(L):
@@ -84,17 +88,13 @@ def training_step(
             "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens": sum(batch.tokens for batch in batches), **means(seen),
         }  # fmt: skip
-        try:
-            if finite:
-                record["grad_norm"] = clip(gradients, squares, max_grad_norm or math.inf)
-        except NonFiniteGradient:
-            raise diverged(step, L, parameters, optimizer) from None
+        if finite:
+            record["grad_norm"] = math.sqrt(squares)
+        elif not scaler:
+            raise diverged(step, L, parameters, optimizer)
         if scaler:
             record["loss_scale"] = scale
-            scaler.step(optimizer)
             scaler.update()
-        else:
-            optimizer.step()
     if finite:
         callbacks.after_step(step, record)
     optimizer.zero_grad()
