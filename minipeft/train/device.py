@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.device import _cupy, _made
+from ..autograd.cuda import cupy, made
 from ..backend import Array, xp_of
 from .finite import Finite
 
@@ -33,7 +33,7 @@ _FIND = """
 def _raw(name: str, dtype: Any, arguments: str, body: str) -> Callable:
     number = {"f": "float", "d": "double"}[dtype.char]
     code = f'typedef {number} T;\n#define CHUNK {CHUNK}\n#define THREADS {THREADS}\nextern "C" __global__ void {name}({arguments}) {{{body}}}'
-    return _made("RawKernel", code, name)
+    return made("RawKernel", code, name)
 
 
 def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
@@ -42,7 +42,7 @@ def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
     blocks = -(-sizes // CHUNK)
     addresses = [[a.data.ptr for a in column] for column in columns]
     table = np.array([np.cumsum(blocks) - blocks, sizes, *addresses], np.int64)
-    return _cupy().asarray(table), int(blocks.sum())
+    return cupy().asarray(table), int(blocks.sum())
 
 
 def fits(arrays: Sequence[Array]) -> bool:
@@ -116,7 +116,7 @@ def clip(g: Sequence[Array], finite: Finite, max_norm: float) -> None:
 def sum_of_squares(arrays: Sequence[Array]) -> Array:
     """Σ x² over all elements, float64 [], added up in float64 in a fixed order: arrays as `for_each` takes them."""
     table, blocks = _table([arrays])
-    partial = _cupy().empty(blocks, np.float64)
+    partial = cupy().empty(blocks, np.float64)
     if blocks:
         body = """
             const T* x = (const T*)table[2 * arrays + a] + first;
