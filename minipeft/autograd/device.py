@@ -268,13 +268,14 @@ def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transpose
 
 # Rows are [B, H, T]: row a [S], of one query and each key, becomes exp(scale a) / sum(exp(scale a)) over the keys that the
 # query sees, and 0 elsewhere. The mask has strides of b, h, t and s, 0 where it is broadcast.
-ROW = """double scale, const W *mask, long long mb, long long mh, long long mt, long long ms, bool causal, long long H,
-    long long queries, long long S"""
-SOFTMAX = f"""
-__device__ T masked(T a, bool m) {{ return m ? a : -INFINITE; }}
-__device__ T masked(T a, float m) {{ return a + T(m); }}
-__device__ T masked(T a, double m) {{ return a + T(m); }}
-__device__ void softmax_row(T* a, {ROW}) {{""" + """
+SOFTMAX = r"""
+#define ROW double scale, const W *mask, long long mb, long long mh, long long mt, long long ms, bool causal, long long H, \
+    long long queries, long long S
+#define SOFTMAX(a) softmax_row(a, scale, mask, mb, mh, mt, ms, causal, H, queries, S)
+__device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
+__device__ T masked(T a, float m) { return a + T(m); }
+__device__ T masked(T a, double m) { return a + T(m); }
+__device__ void softmax_row(T* a, ROW) {
     long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
     long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
     if (mask) mask += b * mb + h * mh + t * mt;
@@ -290,13 +291,12 @@ __device__ void softmax_row(T* a, {ROW}) {{""" + """
     total = sum(total);
     EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
 }
-#define SOFTMAX(a) softmax_row(a, scale, mask, mb, mh, mt, ms, causal, H, queries, S)
-"""  # fmt: skip
-softmax = rows("softmax", f"T* a, {ROW}", "SOFTMAX(a + blockIdx.x * S);", SOFTMAX)
+"""
+softmax = rows("softmax", "T* a, ROW", "SOFTMAX(a + blockIdx.x * S);", SOFTMAX)
 
 # p = softmax(scale a) and its gradient dp:  da = scale p (dp - sum(p dp)) takes the place of a, and p that of dp
 softmax_gradient = rows(
-    "softmax_gradient", f"T* a, T* dp, {ROW}", """
+    "softmax_gradient", "T* a, T* dp, ROW", """
     a += blockIdx.x * S, dp += blockIdx.x * S;
     SOFTMAX(a);
     T delta = 0;
@@ -311,8 +311,8 @@ softmax_gradient = rows(
 # The attention of one query of a head: y = softmax(scale q kᵀ) v, a row of [B, H, D]; k and v [B, n, S, D] have these
 # distances between rows and heads. Scores stay in the block's memory.
 answer = rows(
-    "answer", f"""const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v, long long head_v,
-    long long D, long long n, T* y, {ROW}""", """
+    "answer", """const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v, long long head_v,
+    long long D, long long n, T* y, ROW""", """
     extern __shared__ T a[];
     long long head = blockIdx.x / H * n + blockIdx.x % H / (H / n), groups = blockDim.x / D, c = threadIdx.x % D;
     q += blockIdx.x * D, k += head * head_k, v += head * head_v;

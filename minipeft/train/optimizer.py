@@ -140,7 +140,7 @@ class Optimizer:
                 raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
         if finite is not None and finite.looked is None and not finite:
             return
-        after: dict[Parameter, dict[str, Any]] = {}
+        before = dict(self.state)
         for options, params in groups:
             at_once: dict[tuple, list[list[Array]]] = {}  # those that one launch takes: of one step and dtype
             for p in params:
@@ -148,7 +148,7 @@ class Optimizer:
                 state = self.state.get(p, {})
                 if set(state) != {"step", *slots}:
                     state = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
-                after[p] = state = {**state, "step": state["step"] + 1}
+                self.state[p] = state = {**state, "step": state["step"] + 1}
                 p._version += 1
                 arrays = [p.data, p.grad, *(state[slot] for slot in slots)]
                 if self.flat is not None and device.fits(arrays):
@@ -157,8 +157,8 @@ class Optimizer:
                     in_pieces(partial(self.update, options, state["step"]), *arrays, block=self.block)
             for (step, _), found in at_once.items():
                 self.flat(*zip(*found), finite=finite, **self.numbers(options, step))
-        if finite is None or finite:
-            self.state |= after
+        if finite is not None and not finite:
+            self.state = before
 
     def zero_grad(self) -> None:
         """Forget the gradients (`.grad` becomes None)."""
