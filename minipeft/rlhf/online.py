@@ -21,12 +21,11 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, asarray, read, to_numpy, xp_of
+from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import adapter_options, fingerprint, frozen_fingerprint
-from ..train.kernels import sum_of_squares
-from ..train.optim import Adam, NonFiniteGradient, clip, gradients_of
+from ..train.optim import Adam, NonFiniteGradient, clipped, gradients_of, read_norm
 from ..train.rates import with_learning_rate
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
@@ -250,15 +249,15 @@ class OnlineTrainer(ABC):
             loss.backward()
             self._callbacks.before_step(number)
             gradients = gradients_of(self.trainable.items())
-            squares = sum_of_squares([g for _, g in gradients])
-            L, total, *numbers = map(float, read(loss.data, squares, *given.values()))  # the minibatch's one wait
+            finite = clipped(gradients, c.max_grad_norm or math.inf, [loss.data], given.values())
+            _, L, *numbers = map(float, finite.numbers)  # the minibatch's one wait
             stats = dict(zip(given, numbers))
             if not seen:
                 check_first_minibatch(stats)
             if not math.isfinite(L):
                 raise self._error(f"the loss is {L:g}; {self._advice()}")
             try:
-                norm = clip(gradients, total, c.max_grad_norm or math.inf)
+                norm = read_norm(gradients, finite)
             except NonFiniteGradient as error:
                 raise self._error(f"{error}; {self._advice()}") from error
             del gradients  # what holds them besides the parameters would hold them through the next backward pass

@@ -6,6 +6,7 @@ the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..backend import Array, split_rows, xp_of
 from . import device
+from .finite import Finite
 
 ELEMENTS = 1 << 16  # of a piece, 256 KiB: smaller ones wait for the interpreter lock, larger ones leave the cache
 DEVICE_ELEMENTS = 1 << 22  # of a piece on a device, where what costs is the launch of a kernel
@@ -89,10 +91,22 @@ def scale(arrays: Sequence[Array], factor: float) -> None:
             in_pieces([(times, [array]) for array in found])
 
 
-def sum_of_squares(arrays: Sequence[Array]) -> Array:
-    """Σ x² over all elements of all arrays, float64 [], not finite where one of them is not, or where float32 overflows.
+def clip(arrays: Sequence[Array], finite: Finite, max_norm: float) -> None:
+    """x *= max_norm / (norm + 1e-6), of all arrays, where their norm exceeds `max_norm`; norm² is the first number of `finite`.
 
-    The squares of a block of `pack` are summed in its dtype, and the blocks in float64.
+    Nothing where that is not finite, and no wait for a device.
+    """
+    for found in _by_dtype(arrays):
+        if device.fits(found):
+            device.clip(found, finite, max_norm)
+        elif finite and (reach := math.sqrt(finite.numbers[0]) + 1e-6) > max_norm:
+            scale(found, max_norm / reach)
+
+
+def sum_of_squares(arrays: Sequence[Array]) -> Array:
+    """Σ x² over all elements of all arrays, float64 [], finite where all of them are, and their squares in float64.
+
+    The squares of a block of `pack` are summed in its dtype, where that does not overflow, and the blocks in float64.
     """
     xp = xp_of(*arrays)
     if xp.__name__ == "cupy":
@@ -107,7 +121,9 @@ def sum_of_squares(arrays: Sequence[Array]) -> Array:
             for k in range(part.start, part.stop):
                 pieces = [flat[i][start:stop] for i, start, stop in blocks[k]]
                 x = pieces[0] if len(pieces) == 1 else xp.concatenate(pieces)
-                partial[k] = (x * x).sum()
+                partial[k] = (x * x if xp is np else xp.square(x, dtype=xp.float64)).sum()
+                if xp is np and not math.isfinite(partial[k]):
+                    partial[k] = np.square(x, dtype=np.float64).sum()
 
     _on_threads(run, len(blocks), sum(array.size for array in flat), xp)
     return partial.sum()

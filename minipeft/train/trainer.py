@@ -33,11 +33,10 @@ from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .evaluation import Collate, Loss, arrays_of, in_order, means, measure, model_loss
 from .grad_scaler import GradScaler
-from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
-from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
+from .optim import SGD, AdamW, AdamW8bit, Optimizer, clipped, gradients_of, loraplus_groups
 from .parallel import Part, Workers, add_gradients, in_precision, parts_on_threads
 from .rates import with_learning_rate
 from .run import Run
@@ -56,16 +55,16 @@ def training_step(
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
     Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches, else this
-    process does; where they are to be computed `by_rows` (they are `collate`'s, and the loss is the model's own) in parts of
-    their rows, of which each thread or worker has one, where that pays. Returns the record of the step, with the means of the statistics
-    that the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
-    gradient that is not finite.
+    process does; `by_rows` (they are `collate`'s, and the loss is the model's own) they are cut into parts of their rows,
+    one for each thread or worker, where that pays. Returns the record of the step, with the means of the statistics that
+    the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient
+    that is not finite.
 
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    scale, finite, trained = scaler.get_scale() if scaler else 1.0, True, [*parameters.values()]
+    scale, trained = scaler.get_scale() if scaler else 1.0, [*parameters.values()]
     cut = workers.cut if workers else parts_on_threads(model, batches[0], trained, precision) if by_rows else 1
     for own in [own for batch in batches for own in (in_rows(batch, cut) if cut > 1 else [batch])]:
         if own.weight:
@@ -78,10 +77,15 @@ def training_step(
         else:
             results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
         if scaler:
-            finite = scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer, look=False)
         callbacks.before_step(step)
-        gradients = gradients_of(parameters.items())
-        losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
+        finite = clipped(gradients_of(parameters.items()), max_grad_norm or math.inf, *arrays_of(results))
+        if scaler:
+            scaler.step(optimizer, finite)
+        else:
+            optimizer.step(finite)
+        squares, *numbers = finite.numbers  # the step's one wait
+        losses, seen = in_order(results, numbers)
         for part, L_b in zip(parts, losses):
             L += part.share * L_b
             if not math.isfinite(L):
@@ -90,17 +94,13 @@ def training_step(
             "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens": sum(batch.tokens for batch in batches), **means(seen),
         }  # fmt: skip
-        try:
-            if finite:
-                record["grad_norm"] = clip(gradients, squares, max_grad_norm or math.inf)
-        except NonFiniteGradient:
-            raise diverged(step, L, parameters, optimizer) from None
+        if finite:
+            record["grad_norm"] = math.sqrt(squares)
+        elif not scaler:
+            raise diverged(step, L, parameters, optimizer)
         if scaler:
             record["loss_scale"] = scale
-            scaler.step(optimizer)
             scaler.update()
-        else:
-            optimizer.step()
     if finite:
         callbacks.after_step(step, record)
     optimizer.zero_grad()
