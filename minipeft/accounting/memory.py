@@ -45,8 +45,9 @@ LINES = (
     *WEIGHT_LINES, "reference", "value model", "reward model", *STATE_LINES[3:],
     "activations", "logits", "KV cache", "working memory",
     # of a PyTorch loop
-    "gradient buckets", "last pass", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
-    "weights in 16 bits", "optimizer's temporary", "cuBLAS workspaces", "CUDA context", "headroom",
+    "gradient buckets", "gradients of blocks' inputs", "gradient of what is in no block", "last pass", "last norm and head",
+    "recomputed block", "dequantized weight", "gathered weights", "weights in 16 bits", "optimizer's temporary",
+    "cuBLAS workspaces", "CUDA context", "headroom",
 )  # fmt: skip
 
 
