@@ -62,7 +62,8 @@ class Loop:
         accumulation: backward passes for one step; from the second on, gradients are there from the start.
         dropout: of adapters' inputs.
         quantization, double_quantization: as in `memory_ledger`; upcast: what is not in four bits in float32
-            (prepare_model_for_kbit_training).
+            (prepare_model_for_kbit_training); pack_experts: experts in one array too, as layers that they were before
+            transformers 5, or by bitsandbytes.nn.parametrize.
         packed_inputs: layers in four bits keep their inputs, as bitsandbytes before 0.43.2 had it (its pull request 1270).
         holds_outputs: the loop's variable keeps the outputs of the last pass until the next forward pass is done: its
             logits, and through them its graph, to which packed_inputs belong (they are attributes, which backward leaves).
@@ -86,6 +87,7 @@ class Loop:
     quantization: str | None = None
     double_quantization: bool = True
     upcast: bool = False
+    pack_experts: bool = False
     packed_inputs: bool = False
     holds_outputs: bool = False
     gpus: int = 1
@@ -104,8 +106,8 @@ class Loop:
         check_positive(gpus=self.gpus, accumulation=self.accumulation)
         if self.quantization is not None:
             named("quantization", self.quantization, QUANT_TYPES)
-        elif self.upcast:
-            raise ValueError("upcast is of what is not in four bits: give quantization, too")
+        elif self.upcast or self.pack_experts:
+            raise ValueError("upcast and pack_experts are of weights in four bits: give quantization, too")
         if self.cache_bits not in (4, 8, 16):
             raise ValueError(f"cache_bits must be 4, 8 or 16, not {self.cache_bits!r}")
         if self.gpus == 1 and self.sharding != "ddp":

@@ -255,9 +255,10 @@ def states_and_model(
 
 
 def states_from_shapes(
-    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
-) -> States:
-    """The states of a model under a method, from its table of shapes."""
+    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool,
+    pack_experts: bool = False,
+) -> States:  # fmt: skip
+    """The states of a model under a method, from its table of shapes: linear layers, or experts too, in four bits."""
     shapes = trained_parameters(arch, config)
     trained, is_method = elements(shapes), hasattr(config, "parameter_shapes")
     frozen = {name: shape for name, shape in arch.items() if name not in shapes}
@@ -267,6 +268,7 @@ def states_from_shapes(
         from ..quant.surgery import HEADS
 
         inside = [n for n in frozen if arch.kinds[n] in ("linear", "conv1d") and not set(HEADS) & set(n.split("."))]
+        inside += [n for n in arch.experts if n in frozen] if pack_experts else []
         sizes, books = [math.prod(frozen.pop(n)) for n in inside], book_bytes(double_quantization)
         packed = sum(storage_bytes(n, compress_statistics=double_quantization) - books for n in sizes)
         packed += books * bool(sizes)  # which all layers share

@@ -106,7 +106,8 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
         p = replace(p, trained=wide, gradients=wide, states=wide, master=0)
     frozen = 4 if s.upcast else p.frozen
     kept = replace(p, frozen=frozen)
-    weights, sizes, averaged = states_from_shapes(arch, config, kept, s.quantization, s.double_quantization)
+    four_bits = (s.quantization, s.double_quantization, s.pack_experts)
+    weights, sizes, averaged = states_from_shapes(arch, config, kept, *four_bits)
     n = sum(sizes) * training
     states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
     if s.accumulation > 1 and s.sharding == "zero3":
@@ -169,7 +170,8 @@ def _train(
     # One block in the backward pass: gradients of activations, its weights in 16 bits. bitsandbytes' MatMul4Bit.backward
     # widens the whole weight (F.dequantize_4bit(B, ...)), and its scales in float32 before.
     block = blocks[top := max(range(len(blocks)), key=kept.__getitem__)]
-    widened = four_bits * (2 * block.largest + block.largest // 64 * 4 * s.double_quantization)
+    widest = _widest(block, s)
+    widened = four_bits * (2 * widest + widest // 64 * 4 * s.double_quantization)
     narrowed = block.parameters if s.checkpointing else sum(b.parameters for b in blocks)
     weights = {
         "weights in 16 bits": 2 * narrowed * (autocast and stream == 4 and not four_bits),
@@ -218,6 +220,11 @@ def _ledger(
     peak = max(full, key=lambda name: sum(full[name].values()))
     held = states.always | states.gradients | found.get("held", {})
     return LoopLedger(full[peak], held, tuple(found.get("kept", ())), None, full, peak)
+
+
+def _widest(block: Block, loop: Loop) -> int:
+    """Numbers of the largest matrix in four bits; experts are widened one by one."""
+    return max((layer.size for layer in block.layers if loop.pack_experts or layer.share == 1.0), default=0)
 
 
 def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
@@ -271,7 +278,7 @@ def _use(
         work = max(work, (4 + c) * block.a * seq_len)
     lines = {
         "working memory": t * work,
-        "dequantized weight": 2 * block.largest if loop.quantization else 0,
+        "dequantized weight": 2 * _widest(block, loop) if loop.quantization else 0,
         "logits": _words(arch) * (t * c if mode == "evaluate" else batch * (c + 4)),  # the last position alone, widened
     }
     if mode == "evaluate":
