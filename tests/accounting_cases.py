@@ -8,7 +8,7 @@ import minipeft as mp
 from minipeft.backend import get_num_threads, set_num_threads
 from minipeft.quant import quantize_model
 
-SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
+SHAPE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
 CONFIGS = {
     "llama": mp.TransformerConfig.llama(num_key_value_heads=2, **SHAPE),
     "gpt2": mp.TransformerConfig.gpt2(**SHAPE),

@@ -6,6 +6,7 @@ Such a test makes its arrays with `xp.asarray(numpy_array)`, computes, and reads
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import socket
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish(session):
+    """What was collected stays to the end: who looks for garbage need not look at eleven thousand tests each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc):
     if "xp" in metafunc.fixturenames:
         names = metafunc.config.getoption("device") or ["numpy", "strict"]
@@ -106,6 +113,17 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_connect)
         patch.setattr(socket, "getaddrinfo", local_resolve)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """`os.fsync` checks its descriptor and returns: that files outlive a power cut is nothing that a test could see.
+
+    When it is called, test_files.py sees; processes that tests start wait as usual.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
         yield
 
 

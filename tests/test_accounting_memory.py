@@ -58,8 +58,9 @@ def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
     return sum(a.nbytes for s in optimizer.state.values() for a in s.values() if is_array(a))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_training_is_within_10_percent(dialect, method, checkpointing):
+def test_the_peak_of_training_is_within_10_percent(dialect, method):
+    """A method keeps inputs of blocks only in one dialect, all in the other, and the next method the other way round."""
+    checkpointing = ([*METHODS].index(method) + (dialect == "gpt2")) % 2 == 1
     measured = measure_peak(lambda: train(built(dialect, method), checkpointing))
     by_name = predicted(dialect, method, checkpointing=checkpointing)
     assert by_name.total == pytest.approx(measured, rel=0.10)
@@ -94,7 +95,7 @@ def test_each_line_is_within_2_percent_of_the_arrays_that_are_allocated(dialect,
     held["weights"] = sum(held[line] for line in WEIGHT_LINES)
     held["kept"] = held["activations"] + held["logits"]
     assert sum(ledger.activations_by_op.values()) == held["kept"]
-    assert method != "head" or ledger.activations_per_layer == (0,) * 3, "a frozen backbone keeps nothing"
+    assert method != "head" or ledger.activations_per_layer == (0, 0), "a frozen backbone keeps nothing"
     assert {line: held[line] for line in found} == {
         line: pytest.approx(n, rel=0.02, abs=64) for line, n in found.items()
     }
@@ -104,14 +105,14 @@ def test_states_from_shapes_are_those_of_the_built_model(dialect, method):
     assert predicted(dialect, method, seq_len=None) == memory_ledger(built(dialect, method))
 
 
-@pytest.mark.parametrize("options", [{"mode": "evaluate"}, {"mode": "generate", "seq_len": 24, "max_new_tokens": 12}])
+@pytest.mark.parametrize("options", [{"mode": "evaluate"}, {"mode": "generate", "seq_len": 24, "max_new_tokens": 3}])
 def test_the_peak_of_evaluation_and_of_generation_is_within_10_percent(dialect, method, options):
     template = built(dialect, method)
 
     def use():
         model = template.copy()
         if options["mode"] == "generate":
-            model.generate(IDS[:, :24], max_new_tokens=12)
+            model.generate(IDS[:, :24], max_new_tokens=3)
         else:
             with no_grad():
                 model.loss(IDS, IDS)
@@ -141,12 +142,12 @@ def test_activations_of_a_llama_block_by_the_formula():
     weights = sum(64 * 64 * (i + 1) for i in range(T // 64))  # causal: the keys that each block of queries sees
     token = (d + d + 1) + (q + 2 * kv + q) + (d + d + 1) + (ff + ff + ff)  # norms with x̂'s rstd, attention, swiglu
     expected = 4 * (B * T * token + B * c.num_attention_heads * (weights + T))
-    assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected,) * 3
+    assert memory_ledger(c, batch=B, seq_len=T).activations_per_layer == (expected, expected)
 
 
 def test_a_checkpointed_block_keeps_its_input(dialect):
     c = CONFIGS[dialect]
-    assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 3
+    assert memory_ledger(c, None, B, T, checkpointing=True).activations_per_layer == (4 * B * T * c.hidden_size,) * 2
 
 
 @pytest.mark.parametrize(("name", "make"), [
@@ -191,7 +192,7 @@ def test_a_float16_base_costs_half():
     assert half.held["frozen weights"] * 2 == whole.held["frozen weights"]
     assert half.held["trained weights"] == whole.held["trained weights"]
     whole, half = (memory_ledger(c, "frozen", B, T, precision=p, quantization="nf4") for p in ("float32", "float16-base"))
-    rest = 512 * 128 + 7 * 128  # what is not in four bits: the tied table and the norms
+    rest = 512 * 128 + 5 * 128  # what is not in four bits: the tied table and the norms
     assert whole.held["frozen weights"] - half.held["frozen weights"] == 2 * rest
 
 
