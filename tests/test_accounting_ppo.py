@@ -11,7 +11,7 @@ from minipeft import LoraConfig, Transformer, ValueModel
 from minipeft.accounting import measure_peak, ppo_ledger
 from minipeft.rlhf import PPOConfig, PPOTrainer, RewardModel
 
-PROMPT, RESPONSE, BATCH, MINI = 12, 16, 12, 6
+PROMPT, RESPONSE, BATCH, MINI = 20, 8, 12, 6
 one_thread = accounting_cases.one_thread
 
 

@@ -140,7 +140,7 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
         open_until.append(span["ts"] + span["dur"])
     assert [span["name"] for span in spans if span["cat"] == "phase"] == ["forward", "backward", "optimizer"]
     blocks = [span["name"] for span in spans if span["cat"] == "block"]
-    assert blocks == ["layers.0", "layers.1", "layers.2", "layers.2", "layers.1", "layers.0"]
+    assert blocks == ["layers.0", "layers.1", "layers.1", "layers.0"]
     assert sum(span["cat"] == "op" for span in spans) == len(found.events)
     for name, expected in (("", found.total), (", sum", found.total), (", measured", found.measured)):
         counted = [event for event in events if event["ph"] == "C" and event["name"] == f"live bytes{name}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from test_peft import base, train
@@ -65,6 +67,9 @@ def many(dialect="llama", xp=np, dtype=np.float64, quantized=False, **fields):
     return adapted
 
 
+asked = cache(many)  # for tests that train nothing of it
+
+
 def alone(adapted, name):
     adapted.set_adapter([] if name == "__base__" else name)
     return adapted
@@ -82,7 +87,7 @@ def batch(rows, xp=np):
 @mixtures
 def test_logits(dialect, rows, xp):
     for dtype, tolerance in ((np.float32, 2e-5), (np.float64, 1e-10)):
-        adapted, (ids, mask) = many(dialect, xp, dtype), batch(rows, xp)
+        adapted, (ids, mask) = asked(dialect, xp, dtype), batch(rows, xp)
         for given in (None, mask, mask[:, ::-1].copy()):
             mixed = to_numpy(adapted(ids, attention_mask=given, adapter_names=rows).data)
             real = np.ones(ids.shape, bool) if given is None else to_numpy(given) > 0
@@ -94,7 +99,7 @@ def test_logits(dialect, rows, xp):
 
 def test_the_logits_at_the_end_alone():
     for rows in MIXTURES.values():
-        adapted, (ids, mask) = many(), batch(rows)
+        adapted, (ids, mask) = asked(), batch(rows)
         mixed = adapted.last_logits(ids, attention_mask=mask, adapter_names=rows).data
         expected = adapted(ids, attention_mask=mask, adapter_names=rows).data[:, -1]
         np.testing.assert_allclose(mixed, expected, rtol=1e-12)
@@ -103,7 +108,7 @@ def test_the_logits_at_the_end_alone():
 @dialects
 @mixtures
 def test_packed_texts_and_positions(dialect, rows):
-    adapted, (ids, _) = many(dialect), batch(rows)
+    adapted, (ids, _) = asked(dialect), batch(rows)
     text = np.array([0, 0, 0, 1, 1, 1])
     mask = np.broadcast_to(text[:, None] == text[None, :], (len(rows), 1, T, T))
     positions = np.array([[0, 1, 2, 0, 1, 2]])
@@ -194,7 +199,7 @@ def test_a_layer_in_four_bits_is_decoded_once_for_the_whole_batch(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20}], ids=["greedy", "sampled"])
 def test_generation(dialect, rows, options, xp):
     """With and without a cache, of prompts of different lengths, some of which end early."""
-    adapted, (ids, mask) = many(dialect, xp), batch(rows)
+    adapted, (ids, mask) = asked(dialect, xp), batch(rows)
     options = {"max_new_tokens": 7, "eos_token_id": [1, 2, 3, 4, 5, 6], "pad_token_id": 0, **options}
     mixed = adapted.generate(ids, mask, adapter_names=rows, seed=4, **options)
     np.testing.assert_array_equal(
