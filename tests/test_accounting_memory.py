@@ -61,6 +61,7 @@ def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:
 def test_the_peak_of_training_is_within_10_percent(dialect, method):
     """A method keeps inputs of blocks only in one dialect, all in the other, and the next method the other way round."""
     checkpointing = ([*METHODS].index(method) + (dialect == "gpt2")) % 2 == 1
+    built(dialect, method)  # what is imported once, such as regex for a pattern, is imported
     measured = measure_peak(lambda: train(built(dialect, method), checkpointing))
     by_name = predicted(dialect, method, checkpointing=checkpointing)
     assert by_name.total == pytest.approx(measured, rel=0.10)

@@ -75,8 +75,8 @@ def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
     _clip(slope)
     np.exp(slope, out=slope)
     slope += 1
+    np.true_divide(x, slope, out=y)  # to the bit as where no slope is wanted
     np.true_divide(1, slope, out=slope)  # s
-    np.multiply(x, slope, out=y)
     rest = np.subtract(1, slope)
     rest *= y
     slope += rest
@@ -138,9 +138,9 @@ def _gelu(x):
 
     def into(out, x):
         tanh_into(out, x)
-        out += 1
-        out *= x
         out *= 0.5
+        out += 0.5
+        out *= x
 
     def both_into(y, slope, x):  # slope = 0.5 (1 + t) + 0.5 x (1 - t^2) C (1 + 3 * 0.044715 x^2)
         tanh_into(y, x)

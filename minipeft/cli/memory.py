@@ -37,7 +37,6 @@ from typing import Any
 
 from .. import accounting
 from ..accounting.cards import CARDS
-from ..accounting.counted import COUNTED
 from ..accounting.loop import (
     ATTENTION,
     CONTEXT,
@@ -130,6 +129,8 @@ def run(args: Arguments) -> None:
     _check(args, mode, engine, quantization)
     if args.pack_experts and not arch.experts:
         raise ValueError(f"--pack-experts is of experts in one array, and {arch.name} has none: leave it out")
+    from ..accounting.counted import COUNTED
+
     if (args.seq or args.fit) and (kind := getattr(config, "peft_type", None)) in COUNTED:
         what = "weights, gradients and states are known here, and not what it keeps of a sequence"
         raise ValueError(f"of {kind}, {what}: leave --seq and --fit out")
