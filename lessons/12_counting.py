@@ -5,30 +5,31 @@
 # and a method's options. This lesson recomputes famous ones, audits the literature and finds three slips, derives what
 # a training step keeps in memory, and holds the predictions against measurements: its own, and others'.
 #
-# You need the lessons on LoRA and QLoRA. Run it with `python lessons/12_counting.py`, or open it as a notebook. What it
-# does is also at the terminal: `minipeft count`, `minipeft memory` and `minipeft audit`. It takes a quarter of a minute
-# on two cores. *This engine* is the package's own, of lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.
-#
-# Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes
-# (`lessons/out`).
+# You need the lessons on LoRA and QLoRA. Run it with `python lessons/12_counting.py` (a quarter of a minute on two
+# cores), or open it as a notebook. The same is at the terminal: `minipeft count`, `memory` and `audit`. *This engine*
+# is the package's own, of lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$. Environment: `MINIPEFT_REDUCED=1`
+# measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
 # %%
 import os
+import sys
 import textwrap
-import time
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import counting
+
 import minipeft as mp
-from minipeft.accounting import Loop, architecture, count_parameters, measure_peak, memory_ledger, step_flops
+from minipeft.accounting import Loop, architecture, count_parameters, memory_ledger, step_flops
 from minipeft.accounting.activations import block_terms, blocks_of, megatron_terms
 from minipeft.accounting.flops import counted_flops
 from minipeft.accounting.footprints import WITHIN, footprints, predict, summary
+from minipeft.accounting.loop import CONTEXT
 from minipeft.accounting.parameters import trained_parameters
 from minipeft.accounting.published import audit, tally
 from minipeft.accounting.pytorch_loop import pytorch_ledger
@@ -41,7 +42,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 
 def built(model, *configs):
-    """Trained parameters of a model that is built: its modules, its adapters, all but the memory for the numbers."""
+    """Trained parameters of a model that is built: all but the memory for the numbers."""
     return sum(mp.PeftModel(model, config, seed=None).get_nb_trainable_parameters()[0] for config in configs)
 
 
@@ -53,15 +54,14 @@ def built(model, *configs):
 #
 # $$d k \quad\text{against}\quad r\,(d + k), \qquad \frac{dk}{r(d+k)} = \frac{d}{2r} \text{ for } d = k .$$
 #
-# The textbook's example is $d = k = 4096$, $r = 8$: "16.7 million against 65 thousand, 256 times fewer". An adapter of
-# width $m$ after a sublayer of width $d$ has $2dm$ weights, and $m + d$ biases that summaries like to forget: "131K an
-# adapter, 1.6M in 12 layers" for $1024 \to 64$. A prompt of $P$ virtual tokens has $Pd$ numbers: "102K" for
-# $100 \times 1024$.
+# The textbook's example is $d = k = 4096$, $r = 8$: "256 times fewer". An *adapter* is two layers, from width $d$ to a
+# small $m$ and back, put behind a part of the model: $2dm$ weights, and $m + d$ biases that summaries like to forget
+# ("1.6M in 12 layers" for $1024 \to 64$). A *prompt* is $P$ trained vectors in front of the input, $Pd$ numbers.
 
 # %%
 layer = mp.nn.Sequential(mp.nn.Linear(4096, 4096, bias=False, seed=None))
 adapter = built(layer, mp.LoraConfig(r=8, target_modules=["0"]))
-print(f"one matrix: {4096 * 4096:,} numbers; LoRA r=8: {adapter:,}; {4096 * 4096 / adapter:.0f} times fewer")
+print(f"one matrix: {4096 * 4096:,} numbers; LoRA r=8: {adapter:,}")
 assert adapter == 8 * (4096 + 4096) == 65_536 and 4096 * 4096 / adapter == 4096 / (2 * 8) == 256
 
 narrow = mp.TransformerConfig.llama(hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, vocab_size=1000)
@@ -74,33 +74,31 @@ assert prompt == 100 * 1024 == 102_400
 
 # %% [markdown]
 # GPT-3 has $L = 96$ layers of width $d = 12288$, whose query, key, value and output matrices are all $d \times d$. With
-# $n$ of them adapted in each layer, LoRA trains $2\,nLd\,r$ numbers. That is the whole of Table 15's LoRA rows (Hu et
-# al. 2021). GPT-2's code fuses query, key and value into one `c_attn`; `enable_lora` says which of the three are
-# adapted.
+# $n$ of them adapted in each layer, LoRA trains $2\,nLd\,r$ numbers: the LoRA rows of Table 15 (Hu et al. 2021).
+# GPT-2's code, which is used here, makes query, key and value in one `c_attn`; `enable_lora` says which of the three
+# are adapted.
+#
+# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4). This package builds no T5; its
+# numbers are counted from a table of shapes.
 
 # %%
 gpt3 = mp.Transformer(architecture("gpt3").config, seed=None)
 
 
 def on_gpt3(n, r):
-    """LoRA on the query and value matrices (n = 2) or on all four of attention (n = 4)."""
+    """LoRA on query and value (n = 2) or on all four matrices (n = 4)."""
     fused = mp.LoraConfig(r=r, target_modules=["c_attn"], enable_lora=[True, n == 4, True])
     return [fused, mp.LoraConfig(r=r, target_modules=["attn.c_proj"])][: n // 2]
 
 
-print("\nGPT-3, matrices   r   2 n L d r        built        paper")
+print("\nGPT-3, matrices   r     2 n L d r     paper")
 table = (2, 1, 4.7), (2, 2, 9.4), (4, 1, 9.4), (2, 4, 18.8), (2, 8, 37.7), (4, 4, 37.7), (2, 64, 301.9), (4, 64, 603.9)
 for n, r, published in table:
-    formula, modules = 2 * n * 96 * 12288 * r, built(gpt3, *on_gpt3(n, r))
-    print(f"  {'q, v' if n == 2 else 'q, k, v, o':12s} {r:4d} {formula:12,} {modules:13,} {published:10.1f}M")
-    assert formula == modules == sum(count_parameters("gpt3", c).trainable for c in on_gpt3(n, r))
+    formula = 2 * n * 96 * 12288 * r
+    print(f"  {'q, v' if n == 2 else 'q, k, v, o':12s} {r:4d} {formula:13,} {published:8.1f}M")
+    assert formula == built(gpt3, *on_gpt3(n, r)) == sum(count_parameters("gpt3", c).trainable for c in on_gpt3(n, r))
     assert 0 <= formula / 1e6 - published < 0.1, "the paper cuts digits off, and does not round"
 
-# %% [markdown]
-# Prompt tuning's share of a model falls as the model grows: the table that made it famous (Lester et al. 2021, Table
-# 4). This package builds no T5; its numbers are counted from a table of its modules' shapes.
-
-# %%
 print()
 for size, width in {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}.items():
     counts = [count_parameters(f"t5v1.1-{size}", mp.PromptTuningConfig(num_virtual_tokens=P)) for P in (1, 20, 150)]
@@ -112,18 +110,16 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 # %% [markdown]
 # ## 2 · The audit, and three slips
 #
-# The package ships published figures with what is known of their options, and computes again those it has a rule for.
-# Some prove little: an option that nobody printed, such as a length, was solved for from the figure itself. Nor are
-# they a sample of the field: see where the rows come from. Three of those that do not follow come with a second
-# witness, which tells what happened.
+# The package ships published figures, with what is known of their options, and computes them again. Some prove little:
+# an option that nobody printed, such as a length, was solved for from the figure itself. Nor are they a sample of the
+# field: see where they come from. Three that do not follow have a second witness, which tells what happened.
 
 # %%
 findings = audit()
 found, count = {f.row["id"]: f for f in findings}, tally(findings)
 sources = Counter(f.row["source"].split(" (")[0].split("@")[0] for f in findings)
 solved = sum(f.solved and f.verdict == "reproduces" for f in findings)
-print(f"\n{count['rows']} figures: {count['reproduces']} follow ({solved} with an option solved for)", end=", ")
-print(f"{count['differs']} do not, {count['not covered']} are not covered")
+print(f"\n{count}, of those that follow {solved} with an option solved for;")
 print("from", ", ".join(f"{source} {n}" for source, n in sources.most_common(6)), f"and {len(sources) - 6} others")
 assert count["reproduces"] + count["differs"] + count["not covered"] == count["rows"] == sum(sources.values())
 
@@ -153,27 +149,19 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 # \text{ bytes,} \qquad + \underbrace{4}_{\text{float32 copy of the weight}} = 16 .$$
 #
 # ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) counts 12, and gets
-# "more than 780 GB" for 65B. Why the copy, called *master*? A number of 16 bits has 8 (bfloat16) or 11 (float16) binary
-# digits, so an update much smaller than the weight is rounded away, at every step. The copy's 24 digits collect such
-# updates, and the weights that the model computes with are rounded from it (Lesson 17 trains without and with one).
+# "more than 780 GB" for 65B. Why the copy, called *master*? In 16 bits an update much smaller than the weight is
+# rounded away, at every step; the copy collects such updates (Lesson 17 trains without and with one).
 #
 # A frozen parameter costs its storage alone: 2 bytes, or in NF4 a little more than half a byte, for a block of 64
 # weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$ bits.
 
 # %%
-narrow_weight, wide_weight = np.float16(1), np.float32(1)
-for _ in range(1000):
-    narrow_weight, wide_weight = narrow_weight + np.float16(1e-4), wide_weight + np.float32(1e-4)
-print(f"\n1 + 1000 updates of 0.0001: in 16 bits {narrow_weight}, in 32 bits {wide_weight:.4f}")
-assert narrow_weight == 1 and abs(wide_weight - 1.1) < 1e-3
-
 llama = architecture("llama-65b")
 lora = mp.LoraConfig(r=64, target_modules="all-linear")
 linear = sum(int(np.prod(s)) for name, s in llama.items() if llama.kinds[name] == "linear" and name != "lm_head.weight")
 stored = memory_ledger(llama, "frozen", precision="bfloat16", quantization="nf4").held["frozen weights"]
 bits = 8 * (stored - 2 * (llama.size - linear)) / linear
-print(f"LLaMA-65B: {linear / llama.size:.1%} of {llama.size:,} parameters are packed, at {bits:.3f} bits,", end=" ")
-print(f"{16 / bits:.2f} times smaller")
+print(f"\nLLaMA-65B: {linear / llama.size:.1%} of {llama.size:,} parameters are packed, at {bits:.3f} bits")
 assert abs(bits - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-3
 states = {
     "full, 16 bytes": memory_ledger(llama, None, precision="mixed").model_states,
@@ -192,9 +180,9 @@ assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # Z
 # Backward, the pass that computes gradients, needs values that forward computed: the *activations*. For $y = xW^\top$,
 # the gradient of $W$ needs $x$; for a softmax or a norm, the gradient of the input needs the result. How many bytes
 # does a block (attention, then an MLP) keep for each token? Let $h$ be the width, $a$ the heads, $s$ the tokens of a
-# sequence. A GPT in 16 bits, with dropout (which keeps a mask of a byte a value) and an MLP of width $4h$ with GELU
-# between its two layers (Korthikanti et al. 2022, eq. 1), beside such a block in this engine, in numbers of 4 bytes
-# each:
+# sequence. Left a GPT in 16 bits, with dropout (which zeroes values at random, and keeps a mask of a byte a value) and
+# an MLP of width $4h$ with a curve, GELU, between its two layers (Korthikanti et al. 2022, eq. 1); right the same block
+# in this engine, without dropout, in numbers of 4 bytes:
 #
 # | kept | GPT, 2022: bytes | this engine: numbers |
 # |---|---|---|
@@ -207,9 +195,8 @@ assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # Z
 # | masks of two dropouts | $2h$ | none |
 # | **sum** | $34h + 5as$ | $16h + 2 + a(s' + 1)$ |
 #
-# Times $b$ sequences of $s$ tokens, the left is the paper's $34\,sbh + 5\,as^2b$. The engine has no dropout here. It
-# takes 64 queries together and leaves out keys that are in the future of all of them: $s' = (s + 64) / 2$ weights, on
-# average, for $s$ a multiple of 64, about half of them.
+# Times $b$ sequences of $s$ tokens, the left is the paper's $34\,sbh + 5\,as^2b$. The engine takes 64 queries together
+# and leaves out keys in the future of all of them: on average $s' = (s + 64) / 2$ weights ($s$ a multiple of 64).
 
 # %%
 BATCH, LENGTH = 2, 128
@@ -231,19 +218,19 @@ def in_pytorch(model, method=None, **how):
     return sum(term.bytes for term in block_terms(block, LENGTH, **{"autocast": False, "adapters": 2, **how}))
 
 
-assert sum(term.bytes for term in megatron_terms(s, h, a)) == 34 * h + 5 * a * s
+assert sum(term.bytes for term in megatron_terms(s, h, a)) == 34 * h + 5 * a * s and round(34 / 5 * 128) == 870
 assert walked(gpt) == 16 * h + 2 + a * (seen + 1)
 # transformers writes GPT-2's GELU in Python, which keeps 3 arrays more; two norms keep mean and 1 / sigma in float32
 assert in_pytorch(gpt, attention="eager") == 34 * h + 5 * a * s + 3 * 8 * h + 16
-print(f"\na GPT block, h={h}, a={a}, s={s}: {34 * h + 5 * a * s:,} bytes a token in 2022;", end=" ")
-print(f"{4 * walked(gpt):,.0f} here, in float32; {in_pytorch(gpt, attention='eager'):,.0f} in transformers today")
+print(f"\na GPT block, bytes a token: {34 * h + 5 * a * s:,} in 2022; {4 * walked(gpt):,.0f} here;", end=" ")
+print(f"{in_pytorch(gpt, attention='eager'):,.0f} in transformers today")
 
 # %% [markdown]
 # From $34h = 5as$, that is $s = 6.8\,h/a$, on, the softmax is most of it: for heads of 128 from 870 tokens on. *Flash
-# attention* (Dao et al. 2022) does not keep it: it stores one number for each head and token, the logarithm of the
-# softmax's denominator, and computes the rest again in backward. *Eager* attention is what keeps it. A block of Llama
-# today has $k$ numbers of keys and of values (fewer than $h$, as heads share them) and an MLP of three matrices between
-# $h$ and $f$ numbers, $\text{down}(\text{silu}(\text{gate}(x)) \cdot \text{up}(x))$:
+# attention* (Dao et al. 2022) stores one number for each head and token, the logarithm of the softmax's denominator,
+# and computes the rest again in backward. *Eager* attention is what keeps it. A block of Llama today has $k$ numbers of
+# keys and of values (fewer than $h$, as heads share them) and an MLP of three matrices between $h$ and $f$ numbers,
+# $\text{down}(\text{silu}(\text{gate}(x)) \cdot \text{up}(x))$, where silu is a curve like GELU:
 #
 # | kept | PyTorch, 16 bits, flash: bytes | this engine: numbers |
 # |---|---|---|
@@ -256,8 +243,8 @@ print(f"{4 * walked(gpt):,.0f} here, in float32; {in_pytorch(gpt, attention='eag
 # | **sum** | $20h + 4k + 4a + 8f + 8$ | $6h + 2k + a(s' + 1) + 3f + 2$ |
 #
 # **LoRA.** A frozen layer's weight has no gradient, so its input need not be kept, unless another gradient needs it.
-# **Guess first**: LoRA of rank 8 on query and value trains one number in 220 of this model. How much less does a block
-# keep: a 220th, a tenth, a half?
+# **Guess first**: LoRA of rank 8 on query and value trains one number in 222 of this model. How much less does a block
+# keep: a 222nd, a tenth, a half?
 
 # %%
 qv = mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
@@ -278,25 +265,22 @@ print("\na Llama block, KB a token    this engine: formula, walked      PyTorch:
 for title, (ours, counted, theirs, listed) in rows.items():
     print(f"  {title:28s} {4 * ours / 1e3:16.2f} {4 * counted / 1e3:7.2f} {theirs / 1e3:20.2f} {listed / 1e3:6.2f}")
     assert (ours, theirs) == (counted, listed), title
-as_peft = in_pytorch(mine, qv, autocast=True, adapters=4)
-print(f"  PyTorch: full with eager attention {in_pytorch(mine, attention='eager') / 1e3:.2f} KB;", end=" ")
-print(f"LoRA with adapters in float32, as PEFT makes them, {as_peft / 1e3:.2f} KB")
 kept = [rows["LoRA q, v"][i] / rows["full"][i] for i in (0, 2)]
 share = count_parameters(mine, qv).share
 print(f"LoRA trains 1 number in {1 / share:.0f}, and keeps {kept[0]:.0%} here, {kept[1]:.0%} in PyTorch")
-assert rows["LoRA q, v"][2] < as_peft < rows["full"][2] and rows["LoRA q, v"][0] > 0.7 * rows["full"][0]
+assert REDUCED or (round(1 / share), *(round(100 * x) for x in kept)) == (222, 78, 74)
 
 # %% [markdown]
-# Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs of query and
-# value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep has nothing to do
-# with weights: it stays. So LoRA is no remedy for activations. *Checkpointing* is: each block keeps its input alone,
-# $h$ numbers, and backward computes the block once more, one at a time.
+# A quarter less. Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs
+# of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep has
+# nothing to do with weights. So LoRA is no remedy for activations. *Checkpointing* is: each block keeps its input
+# alone, $h$ numbers, and backward computes the block once more, one at a time.
 #
 # ## 5 · Two ledgers
 #
 # A *ledger* sums it all, at the moment of a step at which the sum is largest. `memory_ledger` is of **this engine**: it
-# runs the model's own code on arrays without content and notes which are alive when. A ledger that nobody checks is a
-# guess, so here is a model small enough for this machine; Python's `tracemalloc` counts the bytes of its real arrays.
+# runs the model's own code on arrays without content and notes which are alive when. Here it is checked on a model that
+# is small enough for this machine; Python's `tracemalloc` counts the bytes of real arrays. They agree within 2 %.
 
 # %%
 text = np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH))
@@ -317,45 +301,10 @@ COUNTED = {
 }  # fmt: skip
 
 
-def arrays():
-    """Bytes of the NumPy arrays that are alive, of those made since tracemalloc was started."""
-    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
-    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
-
-
-def measured_lines(make):
-    """The lines of a step, measured one after the other; then the most that two steps had at once."""
-    tracemalloc.start()
-    model = make()
-    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    at = [arrays()]
-    loss = model.loss(text, text)
-    at.append(arrays())
-    loss.backward()
-    del loss
-    at.append(arrays())
-    optimizer.step()
-    at.append(arrays())
-    tracemalloc.stop()
-    model = make()
-    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-    def steps():
-        for _ in range(2):
-            model.loss(text, text).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return {
-        "weights": at[0], "kept for backward": at[1] - at[0], "gradients": at[2] - at[0],
-        "optimizer states": at[3] - at[2], "peak": at[0] + measure_peak(steps),
-    }  # fmt: skip
-
-
 threads = mp.backend.get_num_threads()
 mp.backend.set_num_threads(1)  # how many work at the same moment is the scheduler's affair; one measures the same again
 bars = {}
-print(f"\n{count_parameters(mine).total:,} parameters, {BATCH} x {LENGTH} tokens; MB predicted / measured")
+print(f"\n{count_parameters(mine).total:,} parameters; MB predicted / measured")
 for name, (method, how, make) in COUNTED.items():
     make().loss(text, text)  # whatever is made once is made
     ledger = memory_ledger(mine, method, BATCH, LENGTH, **how)
@@ -365,18 +314,17 @@ for name, (method, how, make) in COUNTED.items():
         "kept for backward": held["activations"] + held["logits"],
         "gradients": held["gradients"], "optimizer states": held["optimizer states"], "peak": ledger.total,
     }  # fmt: skip
-    bars[name] = predicted, measured_lines(make)
+    bars[name] = predicted, counting.measured_lines(make, text)
     pairs = {line: (n / 1e6, bars[name][1][line] / 1e6) for line, n in predicted.items()}
     print(f"  {name:6s}" + "".join(f"  {line} {ours:.1f} / {real:.1f}" for line, (ours, real) in pairs.items()))
-    for line, (ours, real) in pairs.items():
-        assert abs(ours - real) < 0.1 * real, line
+    assert all(abs(ours - real) < (0.1 if REDUCED else 0.02) * real for ours, real in pairs.values()), pairs
+mp.backend.set_num_threads(threads)
 assert bars["QLoRA"][1]["peak"] < bars["LoRA"][1]["peak"] < bars["full"][1]["peak"]
 
 # %% [markdown]
 # `pytorch_ledger` is of a **standard PyTorch loop**, of the libraries transformers and PEFT on a GPU: the terms of
 # section 4, and what their code allocates beside them. *Logits* are the head's output, a number for each word of the
-# vocabulary and each token. Their loss in float32 takes three such arrays at once (the logarithms of the softmax, their
-# gradient, and that of the logits): 12 bytes a token and word.
+# vocabulary and each token. Their loss takes three such arrays in float32 at once: 12 bytes a token and word.
 #
 # **Guess first**: Llama-3-70B in NF4, LoRA of rank 64 on all linear layers, 4 sequences of 4,096 tokens, checkpointing
 # and flash attention. The weights in four bits take 40 GB. What is the largest of the rest: the optimizer's states, the
@@ -407,6 +355,7 @@ in_loop = {
 }  # fmt: skip
 print("\nLLaMA-65B, 1 x 512 tokens, GB:", ", ".join(f"{title} {n / 1e9:.0f}" for title, n in in_loop.items()))
 assert in_loop["QLoRA, paged"] < 48e9 < in_loop["QLoRA"]
+assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom, round(CONTEXT / 1e8)) == (5, 4)
 
 # %% [markdown]
 # "Never whole" is a loss that makes the logits a piece at a time. Eager attention moves the peak to backward, where one
@@ -421,9 +370,9 @@ assert in_loop["QLoRA, paged"] < 48e9 < in_loop["QLoRA"]
 # ## 6 · Held against what others measured
 #
 # The package ships memory that others published for runs of PyTorch on GPUs. Some rows were *looked at* while the
-# ledger was written; of those *held out*, only the settings were. `at first` counts what was predicted before their
-# values were seen (two corrections came later). Runs that use what the package has no rule for are not predicted. In
-# the reasons for misses, FSDP is PyTorch's way of sharing weights out over GPUs.
+# ledger was written; of those *held out*, only the settings were. "At first" counts what was predicted of these before
+# their values were seen; the corrections that came later explain misses by what the code of a run allocates. In the
+# reasons, FSDP is PyTorch's way of sharing weights out over GPUs.
 
 # %%
 runs = footprints()
@@ -437,22 +386,23 @@ good = 1 - len(misses) / len(covered)
 print(f"{good:.0%} of {len(covered)} within 15 %; held out, at first: {totals['held out']['at first']}. The misses:")
 for r in misses:
     print(f"  {r.ratio:.2f} {r.row['id']:16s} {textwrap.shorten(r.row['reason'], 96, placeholder=' ...')}")
-allocated = totals["of allocated memory"]
-assert good < 0.8 and allocated["within 15 %"] < 0.8 * allocated["predicted"] and all(r.row["reason"] for r in misses)
-assert sum(r.ratio < 1 for r in misses) > len(misses) / 2 and all(row["median"] < 1 for row in totals.values())
+allocated, unknown = totals["of allocated memory"], [r for r in misses if r.row["reason"].startswith("not known")]
+assert good > 0.8 and (allocated["within 15 %"], allocated["predicted"]) == (50, 56), "50 of 56 are 89 %"
+assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1
 
 # %% [markdown]
-# Not four of five, even of memory that was *allocated*, which is what a ledger counts. It says too little more often
-# than too much. An allocator that *reserves* memory for arrays has gaps, and what the driver reports as *used* is more
-# still. Of some misses the cause is known from code, of some it is a guess, of some there is none: `minipeft audit
-# --footprints` prints all in full. Leave a margin.
+# More than four of five; of memory that was *allocated*, which is what a ledger counts, nine of ten. Each miss says too
+# little: an allocator *reserves* memory in pieces with gaps, and what the driver reports as *used* is more still. One
+# miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all in full. Leave a
+# margin.
 #
 # ## 7 · Time
 #
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
 #
-# **Guess first**: LoRA on all linear layers trains 1/40 of the small model's parameters. How much faster is its step?
+# **Guess first**: LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
+# step?
 
 # %%
 for method, each in ((None, 6), (linear_all, 4)):
@@ -470,27 +420,11 @@ for (name, again), n in flops.items():
     print(f"LLaMA-7B, 2,048 tokens, {name}{', checkpointed' * again}: {n / 1e9:.1f} GFLOPs a token, {n / N:.2f} N")
 ratios = [flops["LoRA", again] / flops["full", again] for again in (False, True)]
 print(f"LoRA / full: {ratios[0]:.2f}, checkpointed {ratios[1]:.2f}; by the rule 4/6 = 0.67, 6/8 = 0.75")
-assert all(abs(ratio - rule) < 0.05 for ratio, rule in zip(ratios, (4 / 6, 6 / 8)))
-
-
-def seconds(make, repeats=2 if REDUCED else 4):
-    """The shortest of a few forward and backward passes."""
-    model, best = make(), float("inf")
-    for _ in range(repeats + 1):  # the first makes what is made once
-        start = time.perf_counter()
-        model.loss(text, text).backward()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-took = {name: seconds(make) for name, (_, _, make) in COUNTED.items()}
-products = [step_flops(mine, method, BATCH, LENGTH, False).total for method in (linear_all, None)]
-against = ", ".join(f"{name} / full {took[name] / took['full']:.2f}" for name in ("LoRA", "QLoRA"))
-print(f"on this machine, now: {against} of the time; both have {products[0] / products[1]:.2f} of the products")
-mp.backend.set_num_threads(threads)
+assert all(0 < ratio - rule < 0.05 for ratio, rule in zip(ratios, (4 / 6, 6 / 8)))
+assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 
 # %% [markdown]
-# Not 40 times. Backward has two products for each of forward's, for the gradient of the input and for that of the
+# Not 44 times. Backward has two products for each of forward's, for the gradient of the input and for that of the
 # weight; a frozen weight saves the latter alone, as gradients flow on through it. A token and $N$ parameters take:
 #
 # | | forward | gradients of inputs | of weights | sum | with checkpointing, forward once more |
@@ -499,14 +433,14 @@ mp.backend.set_num_threads(threads)
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
 # The counts are above the rule, because adapters have products of their own and attention, which has no weights, costs
-# both the same. QLoRA has LoRA's products, and widens its weights from four bits besides, in forward and in backward. A
-# clock depends on the machine and on what else it does: times are printed, and nothing is concluded from them.
+# both the same. QLoRA has LoRA's products, and widens its weights from four bits besides.
 #
 # ## 8 · Break it
 #
 # **Count what is there.** The head of GPT-2 is its embedding. Counted as a matrix of its own it adds 39 million
-# parameters that nobody stores. And a packed weight is half a byte: an array of bytes has half as many elements as the
-# matrix.
+# parameters that nobody stores. And an array of packed weights has half as many elements as the matrix.
+#
+# **Forget a term.** Predict the published runs again, without the logits, and without all that the batch needs.
 
 # %%
 gpt2 = architecture("gpt2")
@@ -514,17 +448,12 @@ twice = gpt2.size + int(np.prod(gpt2[gpt2.tied["lm_head.weight"]]))
 print(f"\nGPT-2 has {gpt2.size:,} parameters; with the head counted again {twice:,}")
 assert (gpt2.size, twice) == (124_439_808, 163_037_184)
 small = mp.load_base()[0]
-quantized = mp.quant.quantize_model(small)
+quantized, total = mp.quant.quantize_model(small), count_parameters(small.config).total
 naive = sum(p.size for p in quantized.parameters())
-print(f"the shipped base has {count_parameters(small.config).total:,}; as arrays in four bits, {naive:,} elements")
-assert naive < 0.75 * count_parameters(small.config).total
-assert built(quantized, linear_all) == built(small, linear_all)
+print(f"the shipped base has {total:,}; as arrays in four bits, {naive:,} elements")
+up, packed = (m.model.layers[0].mlp.up_proj.weight for m in (small, quantized))
+assert packed.size == up.size / 2 and naive < total and built(quantized, linear_all) == built(small, linear_all)
 
-# %% [markdown]
-# **Forget a term.** Predict the published runs again, without the logits, and without all that the batch needs. How
-# many are still within 15 %?
-
-# %%
 some = covered[:: 4 if REDUCED else 1]
 within = Counter(nothing=sum(r.close for r in some))
 for r in some:
@@ -538,93 +467,38 @@ assert within["the batch"] < within["the logits"] < within["nothing"]
 # %% [markdown]
 # ## The picture
 #
-# Top: a step of the small model; the bytes of LLaMA-65B, whose bars are 1 to 24. Bottom: Llama-3-70B under QLoRA, line
-# by line; every published run, by what was measured. All axes are linear.
+# A step of the small model; LLaMA-65B; Llama-3-70B under QLoRA, line by line; every published run, by what was
+# measured.
 
 # %%
-figure, axes = plt.subplots(2, 2, figsize=(14, 9.4), layout="constrained")
-step, sixty_five, seventy, published = axes.flat
-for i, pair in enumerate(bars.values()):
-    for shift, lines, alpha in ((-0.2, pair[0], 0.5), (0.2, pair[1], 1.0)):
-        parts = {line: lines[line] / 1e6 for line in ("weights", "optimizer states")}
-        parts["activations, gradients, working memory"] = lines["peak"] / 1e6 - sum(parts.values())
-        left = 0.0
-        for color, (part, n) in zip(("C0", "C2", "C1"), parts.items()):
-            label = part if i == 0 and alpha == 1 else None
-            step.barh(i + shift, n, 0.38, left=left, color=color, alpha=alpha, label=label)
-            left += n
-        step.text(left, i + shift, f" {left:.0f}", va="center", fontsize=9)
-step.set_yticks(range(len(bars)), list(bars))
-step.set_ylim(3.3, -0.6)
-step.set_title(f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters")
-step.set_xlabel("MB (pale: predicted, full: measured)")
-step.legend(fontsize=9, loc="lower right")
-for i, n in enumerate(states.values()):
-    sixty_five.barh(i, n / 1e9, color=["0.6", "0.6", "C0", "C3"][i])
-    sixty_five.text(max(n / 1e9, 48) + 10, i, f"{n / 1e9:.0f} GB", va="center", fontsize=9)
-sixty_five.axvline(48, color="black", linestyle="--", linewidth=1)
-sixty_five.text(58, 3.48, "dashed: a GPU of 48 GB", fontsize=9)
-sixty_five.set_yticks(range(len(states)), list(states))
-sixty_five.set(title="LLaMA-65B: weights, gradients, optimizer states", xlabel="GB", xlim=(0, 1200))
-shown = "frozen weights", "adapters", "optimizer states", "activations", "logits", "recomputed block", "working memory"
-for i, ledger in enumerate(big.values()):
-    left = 0.0
-    rest = ledger.total - sum(ledger.lines.get(line, 0) for line in shown)
-    for color, line in zip(("C0", "C9", "C2", "C1", "C3", "C4", "C5", "0.7"), (*shown, "the rest")):
-        n = (rest if line == "the rest" else ledger.lines.get(line, 0)) / 1e9
-        seventy.barh(i, n, left=left, color=color, label=line if i == 0 else None)
-        left += n
-    seventy.text(left + 1, i, f"{left:.0f} GB", va="center", fontsize=9)
-seventy.axvline(80, color="black", linestyle="--", linewidth=1)
-seventy.set_yticks(range(len(big)), [title.replace(", ", ",\n") for title in big])
-seventy.set(title="PyTorch: Llama-3-70B, QLoRA, 4 x 4,096 tokens (dashed: 80 GB)", xlabel="GB")
-seventy.set(xlim=(0, 152), ylim=(4.2, -0.6))
-seventy.legend(fontsize=9, ncols=3, loc="lower center")
-published.axhspan(1 - WITHIN, 1 + WITHIN, color="0.92")
-published.axhline(1, color="0.6", linewidth=1)
-for split, color in (("looked at", "C0"), ("held out", "C1")):
-    for quantity, mark in {"allocated": "o", "states": "s", "reserved": "^", "used": "D"}.items():
-        here = [r for r in covered if (r.row["quantity"], r.row["split"]) == (quantity, split)]
-        x, y = [r.measured / 2**30 for r in here], [r.ratio for r in here]
-        published.plot(x, y, mark, color=color, markersize=5, alpha=0.8, label=f"{quantity}, {split}" if here else None)
-published.set(title=f"{len(covered)} published runs: {good:.0%} within 15 % (grey)", ylim=(0.5, 1.5), xlim=(0, None))
-published.set(xlabel="GiB measured", ylabel="predicted / measured")
-published.legend(fontsize=9, ncols=2, loc="upper right")
-for axis in axes.flat:
-    axis.spines[["top", "right"]].set_visible(False)
-sixty_five.invert_yaxis()
-figure.savefig(OUT / "12_counting.png", dpi=120)
+counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 
 # %% [markdown]
 # ## Exercises
 #
-# Each has a checker, defined below; the answers are in the last cell.
+# Each has a checker; the answers are in the last cell.
 #
 # 1. **Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$" on GPT-3. Which rank is meant?
 #    `check_rank(your_rank)`
 # 2. **Your GPU.** You have 24 GB and want QLoRA (the configuration `linear_all`) of `"llama3-8b"` on sequences of 2,048
-#    tokens, in a standard PyTorch loop. How many sequences fit in a batch? `check_batch(your_number)` asks the ledger
-#    whether they fit, and one more does not. Then once more with `logits="fused"`: which line had decided?
-# 3. **All linear layers.** Section 4 has LoRA on query and value. Write `kept(h, k, a, f, r)`: the bytes a token that a
-#    Llama block keeps in PyTorch, in 16 bits, with flash attention and LoRA of rank r on all seven linear layers
-#    (query, key, value, output, gate, up, down). Which arrays come back? `check_kept(kept)`
+#    tokens, in a PyTorch loop. How many fit in a batch? `check_batch(n)`; then with `logits="fused"`: what had decided?
+# 3. **All linear layers.** Write `kept(h, k, a, f, r)`: the bytes a token that a Llama block keeps in PyTorch, in 16
+#    bits, with flash attention and LoRA of rank r on all seven linear layers. Which arrays come back, against query and
+#    value alone? `check_kept(kept)`
 
 
 # %%
 def check_rank(r):
-    """Whether LoRA of this rank on all four matrices trains 37.7M numbers of GPT-3, digits cut off."""
     return 37.7 <= built(gpt3, *on_gpt3(4, r)) / 1e6 < 37.8
 
 
-def check_batch(n, logits="float32"):
-    """Whether n sequences of 2,048 tokens fit on 24 GB, and n + 1 do not."""
+def check_batch(n, logits="float32"):  # n sequences fit, and n + 1 do not
     loop = Loop(quantization="nf4", logits=logits)
     fits = [pytorch_ledger("llama3-8b", linear_all, b, 2048, loop).total <= 24e9 for b in (n, n + 1)]
     return fits == [True, False]
 
 
-def check_kept(kept):
-    """Whether a formula agrees with the package's table for two models and two ranks."""
+def check_kept(kept):  # two models, two ranks
     cases = {"llama-7b": (4096, 4096, 32, 11008), "llama3-70b": (8192, 1024, 64, 28672)}
     return all(
         in_pytorch(name, mp.LoraConfig(r=r, target_modules="all-linear")) == kept(*case, r)
@@ -635,7 +509,7 @@ def check_kept(kept):
 # %% [markdown]
 # ## Answers
 #
-# The first: 4; $2 \cdot 4 \cdot 96 \cdot 12288 \cdot 4$ is 37.7M, as Table 15 of the same paper has it. The second: 4
+# The first: 4; $2 \cdot 4 \cdot 96 \cdot 12288 \cdot 4$ is 37.7M, as in Table 15 of the same paper. The second: 4
 # sequences, and 13 without; the logits had decided, 12 bytes for each of 128,256 words and each token. The third: the
 # inputs of gate and up ($2h$) and of down ($2f$) come back; that of the output layer, attention's own output, was never
 # gone. Seven layers add $2r$ each.

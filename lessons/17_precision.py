@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Lesson 17 · Precision: sixteen bits, and what they lose
 #
-# Large models are trained in sixteen bits, because half the bytes move in half the time, and tensor cores multiply
-# them many times faster. Two formats spend the sixteen bits in different ways, and each has its own accident: in one
-# the gradients vanish, in the other the steps. The remedies have names that everybody has seen: *master weights*,
-# *loss scaling*, "unscale FP16 gradients", *compute dtype*. This lesson makes every accident happen, and counts it.
+# Large models are trained in sixteen bits, because half the bytes move in half the time, and a GPU's *tensor cores*,
+# its units for products of matrices, multiply them many times faster. Two formats spend the sixteen bits in different
+# ways, and each has its own accident: in one the gradients vanish, in the other the steps. The remedies have names that
+# everybody has seen: *master weights*, *loss scaling*, "unscale FP16 gradients", *compute dtype*. This lesson makes
+# every accident happen, and counts it.
 #
 # You need Lessons 3, 4, 7 and 12. Run it with `python lessons/17_precision.py` (less than a minute on two cores), or
 # open it as a notebook. It makes one run now, and reads the others, with three seeds each, from
@@ -51,7 +52,8 @@ rows, SEEDS = complete(read_rows(RESULTS), precision.RUNS)
 base, tokenizer = mp.load_base()
 task_before, _ = shipped.before()
 LOSS = {case: over_seeds(rows, s) for case, s in CASES.items()}  # (what is trained, how) -> task loss, by seed
-print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base's task loss is {task_before:.3f}")
+print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; before training, the loss is {task_before:.3f} nats a token")
+assert (len(rows), len(SEEDS)) == (54, 3)
 
 
 def beside(what, how, than="float32"):
@@ -68,7 +70,8 @@ def beside(what, how, than="float32"):
 #
 # The exponent's bits buy *range*, the fraction's bits buy *resolution*: next to $x$ the numbers are $2^{e - p}$ apart.
 # float32 has 8 and 23. Of sixteen bits, **bfloat16** keeps all 8 of the exponent and only 7 of the fraction.
-# **float16** keeps 5 and 10: eight times finer, but over a far shorter way.
+# **float16** keeps 5 and 10: eight times finer, but over a far shorter way. Below its lowest exponent the numbers of a
+# format stay equally far apart, down to zero: they are called *subnormal*.
 #
 # bfloat16 is the first half of a float32, so to round to it is to add half of the last place that stays, and cut. Here
 # it is by hand.
@@ -84,7 +87,7 @@ def to_bfloat16(x):
 def places(x, dtype):
     """How far from x, on the outside, the next number of a format is: 2^(e - p)."""
     lowest, p = {"bfloat16": (-126, 7), "float16": (-14, 10)}[dtype]
-    e = np.maximum(np.frexp(np.abs(x))[1] - 1, lowest)  # below its lowest exponent a format's numbers stay equally far apart
+    e = np.maximum(np.frexp(np.abs(x))[1] - 1, lowest)  # not lower: subnormal
     return np.ldexp(1.0, e - p)
 
 
@@ -97,7 +100,9 @@ for dtype in ("bfloat16", "float16"):
     worst = float(np.abs(rounded(sample, dtype) / sample - 1).max())
     print(f"{dtype:10s}", *(f"{v:10.6g}" for v in values), f"   {worst:.5f}")
     assert np.all(np.abs(rounded(sample, dtype) - sample) <= places(sample, dtype) / 2)
-assert rounded(np.float32([1 + 1 / 500]), "bfloat16") == 1 and np.isinf(rounded(np.float32([70000]), "float16"))
+    assert worst < 0.004
+assert rounded(np.float32([1 + 1 / 500]), "bfloat16") == 1
+assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] and np.finfo(np.float16).max == 65504
 
 # %% [markdown]
 # bfloat16 cannot say 1.002, float16 can say neither 70,000 nor 0.00000001. Keep these two failures in mind: all the
@@ -121,19 +126,20 @@ assert np.array_equal(y.data, once) or np.abs(y.data - once).max() <= places(onc
 assert not np.array_equal(wide.data, rounded(wide.data, "bfloat16"))
 
 # %% [markdown]
-# Does training notice? Lesson 3's task, 40 steps, all weights trained at the usual rate; the differences are seed by
-# seed, with 95 % intervals, as in Lesson 14.
+# Does training notice? Lesson 3's task, 40 steps, all weights trained at the usual learning rate. *Task loss* is the
+# loss on held-out examples of the task, in nats (natural logarithms) a token; differences are seed by seed, with 95 %
+# intervals, as in Lesson 14.
 
 # %%
 print(f"\nall weights, rate 1e-3: float32 ends at {spread(LOSS['full', 'float32'])}; in mixed precision, minus that:")
 for how in ("bf16", "fp16"):
     print(f"  {how}: {spread(beside('full', how), 4)}")
-    assert sum(map(abs, interval(beside("full", how)))) < 0.001, "of 1.09 nats that are learned"
+    assert sum(map(abs, interval(beside("full", how)))) < 0.00015, "of 1.09 nats that are learned"
 assert abs(float((task_before - LOSS["full", "float32"]).mean()) - 1.09) < 0.01
 
 # %% [markdown]
-# Hardly: the differences are a ten-thousandth of a nat, of 1.09 that are learned. But these two runs had help, and you
-# have not seen it yet.
+# Hardly: the differences are a ten-thousandth of a nat at most, of 1.09 that are learned. But these two runs had help,
+# and you have not seen it yet.
 #
 # ## 3 · Why a float32 master copy
 #
@@ -198,7 +204,7 @@ for what, rate in (("full", 1e-3), ("full, low rate", 3e-5)):
     assert below(with_one, without), "without it less is learned"
 learned = [task_before - LOSS["full, low rate", how] for how in ("bf16", "bf16, no master")]
 print(f"at the low rate the run without one learns {spread(100 * learned[1] / learned[0], 1)} % of what the other learns")
-assert below(4 * learned[1], learned[0])
+assert abs(float((learned[1] / learned[0]).mean()) - 1 / 8) < 0.002
 assert spread(LOSS["full", "bf16, no master"] - LOSS["full", "bf16"]) == "0.022 ± 0.004"
 
 # %% [markdown]
@@ -210,7 +216,7 @@ assert spread(LOSS["full", "bf16, no master"] - LOSS["full", "bf16"]) == "0.022 
 # ## 4 · Why float16 needs a scale, and bfloat16 does not
 #
 # Now the gradients. Below are those of one step of this model, of everything that its modules give. float16's smallest
-# number is $2^{-24}$; what is smaller than half of that becomes zero.
+# number is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*.
 #
 # A question: how much of them is lost in float16, and what does it cost?
 
@@ -229,15 +235,15 @@ print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activa
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
-assert flushed["1"] < 0.05 and finest == 0
-assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.01
+assert round(flushed["1"], 2) == 0.01 and abs(flushed["2^-10"] - 2 / 3) < 0.01 and finest == 0
+assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.finfo(np.float16).smallest_subnormal == 2.0**-24
 
 # %% [markdown]
-# Here one gradient in a hundred, and training does not feel it. So is the scale a myth? No: this step is small. The
-# loss is a *mean* over the tokens of a step, so every gradient of an activation carries a factor of one over their
-# number: some hundreds here, and in a large run a million, cut into many batches whose gradients are added. Let this
-# be one batch of 1024: then its loss is divided by that number, $S = 2^{-10}$, and two gradients in three are gone. In
-# training:
+# Here one gradient in a hundred, and training does not feel it (less than a thousandth of a nat). So is the scale a
+# myth? No: this step is small. The loss is a *mean* over the tokens of a step, so every gradient of an activation
+# carries a factor of one over their number: some hundreds here, and in a large run a million, cut into many batches
+# whose gradients are added. Let this be one batch of 1024: then its loss is divided by that number, $S = 2^{-10}$, and
+# two gradients in three are gone. In training:
 
 # %%
 print("\nthe loss of each batch is that of a step 1024 times as large:")
@@ -262,9 +268,9 @@ assert report.first_flush.op == "cross_entropy" and report.first_overflow is Non
 # $$S \cdot L, \qquad \frac{\partial (S L)}{\partial w} = S\, \frac{\partial L}{\partial w},$$
 #
 # and divide the weights' gradients by $S$ at the end, in float32, which can hold them. How large may $S$ be? As large
-# as it can before something exceeds 65,504. Nobody knows that number beforehand, so `mp.GradScaler` finds it: it
-# starts high, leaves out a step that overflows and halves $S$; after 2,000 good steps it doubles $S$. Watch it begin
-# too high:
+# as it can before something exceeds 65,504. Nobody knows that number beforehand, so `mp.GradScaler` finds it: it starts
+# high, at $2^{16}$, leaves out a step that overflows and halves $S$; after 2,000 good steps it doubles $S$. Watch it
+# begin too high:
 
 # %%
 trainer, _ = trainer_of(replace(FULL, compute="float16", steps=4 if REDUCED else 8, held_out=8))
@@ -276,11 +282,14 @@ for record in records:
     print(f"{record['step']:4d}    2^{math.log2(record['loss_scale']):.0f}    {norm}")
 assert "grad_norm" not in records[0] and records[1]["loss_scale"] == records[0]["loss_scale"] / 2
 assert trainer.scaler.get_scale() < 2.0**22
+usual = mp.GradScaler().state_dict()
+assert (usual["scale"], usual["backoff_factor"], usual["growth_factor"], usual["growth_interval"]) == (2.0**16, 0.5, 2, 2000)
 
 # %% [markdown]
 # ## 5 · "Unscale FP16 gradients"
 #
-# Two mistakes are made here often. The first: to clip before unscaling. Every gradient is then $S$ times too long, is
+# Two mistakes are made here often. The first is about *clipping*: a gradient that is longer than `max_grad_norm` is
+# shortened to it, so that no single step is too large. Before unscaling, every gradient is $S$ times too long; it is
 # cut to `max_grad_norm`, and divided by $S$ after that. How long is what is left?
 
 # %%
@@ -304,8 +313,8 @@ print(f"\nunscale, then clip: {right:.3f};  clip, then unscale: {wrong:.2e} = 2^
 assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 
 # %% [markdown]
-# With SGD nothing is learned any more. Adam divides by the gradient's own size, and hides the mistake until that comes
-# near its `eps`.
+# 65,536 times too short, and so is a step of SGD. Adam divides by the gradient's own size, and hides the mistake until
+# that comes near `eps`, the small number that it adds there.
 #
 # The second gives PyTorch's best known message on the subject, *"Attempting to unscale FP16 gradients"*. The weights
 # themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to
@@ -315,7 +324,7 @@ assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 scaled = rounded(2.0**16 * 2.0**-10 * G, "float16")  # as they arrive, of the step 1024 times as large
 lost = float((rounded(scaled / 2.0**16, "float16") == 0).mean())
 print(f"\nflushed on arrival: {(scaled == 0).mean():.1%};  by unscaling in float16: {lost:.1%};  in float32: {(scaled / 2.0**16 == 0).mean():.1%}")
-assert lost > 0.5 > 0.05 > (scaled == 0).mean()
+assert abs(lost - flushed["2^-10"]) < 0.001 and (scaled == 0).mean() < 0.002
 half = mp.nn.Parameter(np.ones(2, np.float32))
 optimizer = mp.optim.SGD([half], lr=1.0)
 half.data, half.grad = half.data.astype(np.float16), np.ones(2, np.float16)
@@ -342,7 +351,8 @@ back = mp.quant.dequantize_4bit(*mp.quant.quantize_4bit(matrix))
 norm = np.linalg.norm(matrix)
 four, then = np.linalg.norm(back - matrix) / norm, {d: np.linalg.norm(rounded(back, d) - matrix) / norm for d in ("bfloat16", "float16")}
 print(f"\nrelative error of a matrix in four bits: {four:.5f}; rounded to bfloat16 after that {then['bfloat16']:.5f}, to float16 {then['float16']:.5f}")
-assert max(then.values()) < 1.002 * four
+alone = np.linalg.norm(rounded(back, "bfloat16") - back) / norm
+assert round(four, 2) == 0.09 and max(then.values()) < 1.0002 * four and abs(np.hypot(four, alone) - then["bfloat16"]) < 1e-4
 print("\nminus its own float32:  bf16                fp16                bf16, adapter held in bf16")
 for what in ("LoRA", "QLoRA"):
     cells = [spread(beside(what, how), 4) for how in ("bf16", "fp16", "bf16, no master") if (what, how) in LOSS]
@@ -351,6 +361,7 @@ for what in ("LoRA", "QLoRA"):
     for how in ("bf16", "fp16"):
         assert sum(map(abs, interval(beside(what, how)))) < 0.002
 assert below(LOSS["QLoRA", "float32"], LOSS["QLoRA", "bf16"]) and below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"])
+assert spread(beside("QLoRA", "bf16"), 4) == "0.0006 ± 0.0005" and spread(beside("LoRA", "bf16, no master"), 4) == "0.0016 ± 0.0005"
 
 # %% [markdown]
 # Next to nothing. The relative error of a rounding, at most 0.4 %, disappears beside the 9 % of four bits: errors that
@@ -367,7 +378,7 @@ assert below(LOSS["QLoRA", "float32"], LOSS["QLoRA", "bf16"]) and below(LOSS["Lo
 # %%
 print("\nLLaMA-7B, one sequence of 512, GB:")
 print(f"{'':26s}{'weights':>9s}{'master':>8s}{'gradients':>11s}{'moments':>9s}{'states':>8s}{'a parameter':>13s}{'activations':>13s}")
-parameters, states = sum(math.prod(s) for s in mp.accounting.architecture("llama-7b").values()), {}
+parameters, states, kept = mp.accounting.architecture("llama-7b").size, {}, {}
 qlora = mp.LoraConfig(r=8, target_modules="all-linear")
 for name, config, options in (
     ("float32", None, {"precision": "float32"}),
@@ -376,19 +387,23 @@ for name, config, options in (
     ("QLoRA, computed in 16 bits", qlora, {"precision": "mixed", "quantization": "nf4"}),
 ):
     ledger = memory_ledger("llama-7b", config, batch=1, seq_len=512, **options)
-    held, states[name] = ledger.held, ledger.model_states
+    held, states[name], kept[name] = ledger.held, ledger.model_states, ledger.held["activations"]
     stored = sum(held.get(line, 0) for line in ("frozen weights", "trained weights", "adapters"))
     cells = (stored, held.get("master copies", 0), held["gradients"], held["optimizer states"], states[name])
     print(f"{name:26s}" + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8))) + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}")
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
-assert states["QLoRA, computed in 16 bits"] < parameters
+assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
 
 # %% [markdown]
 # None. Sixteen bytes a parameter before, $4 + 4 + 8$, and after, $2 + 2 + 8 + 4$: the master copy takes what the
 # weights and gradients gave. Mixed precision buys speed, and half of the activations. The run without a master copy
 # has 12, and Section 3 says what that costs. QLoRA, which trains almost nothing, has almost no master copy to pay for.
+# (*Activations*: what the forward pass keeps for the backward pass.)
 #
 # ## The picture
+#
+# A step's gradients, and where float16 ends; the weights that a step cannot move; what each run learned (orange: an
+# accident; grey: float32); the bytes of a trained parameter.
 
 # %%
 figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")

@@ -113,14 +113,32 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+class Unread:
+    """Small arrays, of any shapes, that are read together, as float64: one wait for their device, when somebody asks.
+
+    `joined`    the arrays that are on a device, one behind the other, there; None where there is none
+    `numbers`   all arrays in host memory: an explicit copy, made once
+    """
+
+    def __init__(self, *arrays: Array):
+        self._arrays = arrays
+        found = [a.reshape(-1) for a in arrays if _on_device(a)]
+        self.joined = xp_of(*found).concatenate(found, dtype=np.float64) if found else None
+
+    @functools.cached_property
+    def numbers(self) -> list[np.ndarray]:
+        sizes = [a.size for a in self._arrays if _on_device(a)]
+        parts = iter(np.split(self.joined.get(), np.cumsum(sizes)[:-1]) if sizes else ())
+        return [next(parts).reshape(a.shape) if _on_device(a) else np.asarray(a, np.float64) for a in self._arrays]
+
+
+def _on_device(array: Any) -> bool:
+    return _library(type(array)) not in (np, None)
+
+
 def read(*arrays: Array) -> list[np.ndarray]:
-    """Small arrays, of any shapes, in host memory as float64: explicit copies, and one wait for the device for them all."""
-    found = [a for a in arrays if _library(type(a)) not in (np, None)]
-    if found:
-        joined = xp_of(*found).concatenate([a.reshape(-1) for a in found], dtype=np.float64).get()
-        parts = iter(np.split(joined, np.cumsum([a.size for a in found])[:-1]))
-        arrays = [next(parts).reshape(a.shape) if _library(type(a)) not in (np, None) else a for a in arrays]
-    return [np.asarray(a, np.float64) for a in arrays]
+    """The `numbers` of `Unread`, at once."""
+    return Unread(*arrays).numbers
 
 
 def synchronize(xp: ModuleType) -> None:
@@ -201,7 +219,7 @@ def _sum_runs() -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ blocks
 
-BLOCK = 1 << 17  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
+BLOCK = 1 << 16  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 23  # multiplications of a matrix product; see `matmul`
 SHORT_SIDE, FEW_ROWS, LARGE_FACTOR = 512, 64, 1 << 22

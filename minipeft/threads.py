@@ -26,7 +26,7 @@ _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
 _pool: ThreadPoolExecutor | None = None
 _blas: list | None = None  # threadpoolctl's controllers of the BLAS that NumPy calls
-_inside = threading.local()  # .pool: this thread is one of the pool's
+_inside = threading.local()  # .pool: this thread has one of several tasks
 _regions = 0  # how many callers are inside `one_blas_thread`
 _blas_threads: list[int] = []  # what BLAS used before the first of them
 
@@ -107,8 +107,8 @@ if hasattr(os, "register_at_fork"):
 def run_tasks(tasks: list[Callable[[], None]]) -> None:
     """Run each task in a thread, and return when all have ended; the first exception, in task order, is raised.
 
-    `numpy.errstate` of the caller holds in every task. A task's own tasks run in its thread: if they waited for a free
-    thread, threads that wait for each other could use up the pool.
+    `numpy.errstate` of the caller holds in every task. A task's own tasks run in its thread: every other one has its task,
+    and if they waited for a free thread, threads that wait for each other could use up the pool.
     """
     global _pool
     if len(tasks) == 1 or getattr(_inside, "pool", False):
@@ -119,9 +119,11 @@ def run_tasks(tasks: list[Callable[[], None]]) -> None:
     with _lock:
         pool = _pool = _pool or ThreadPoolExecutor(workers, "minipeft", setattr, (_inside, "pool", True))
     futures = [pool.submit(copy_context().run, task) for task in tasks[1:]]
+    _inside.pool = True
     try:
         tasks[0]()
     finally:
+        _inside.pool = False
         for future in futures:
             future.exception()  # wait, also when the first task failed: the others write into shared arrays
     for future in futures:

@@ -114,6 +114,49 @@ def test_gpus_share_what_the_kind_of_sharding_says():
     assert not off.held["optimizer states"] and not off.held["trained weights"] and off.total < found.total
 
 
+def test_fsdps_mixed_precision_gathers_16_bits_of_shards_in_float32():
+    """accelerate makes shards float32 then: 16 bytes a parameter, shared, and a stream of hidden states in 16 bits."""
+    fsdp = {"gpus": 4, "sharding": "zero3", "logits": "in-place"}
+    wide, narrow = (ledger(None, 4, 4096, precision=p, **fsdp) for p in ("autocast", "bfloat16"))
+    assert sum(wide.held[line] for line in ("trained weights", "gradients", "optimizer states")) == 16 * N // 4
+    for line in ("gathered weights", "activations", "logits"):
+        assert wide.moments["the loss"][line] == narrow.moments["the loss"][line], line
+    alone = ledger(None, 4, 4096, precision="autocast")
+    assert alone.held["activations"] == 2 * wide.held["activations"]
+
+
+def test_what_hooks_of_fsdp_keep_until_the_end_of_the_pass():
+    """Of frozen blocks in reentrant checkpoints (`test_pytorch_loop_torch` watches torch do it)."""
+    fsdp = {"gpus": 2, "sharding": "zero3", "reentrant": True}
+    found = ledger(LORA, 2, 4096, **fsdp).moments["backward, first block"]
+    stream = 2 * 2 * 4096 * 4096
+    assert (found["activations"], found["gradients of blocks' inputs"]) == (32 * stream, 31 * stream)
+    for other in ({"reentrant": False}, {"checkpointing": False}, {"gpus": 1, "sharding": "ddp"}):
+        assert (
+            "gradients of blocks' inputs" not in ledger(LORA, 2, 4096, **fsdp | other).moments["backward, first block"]
+        )
+    assert "gradients of blocks' inputs" not in ledger(None, 2, 4096, **fsdp).moments["backward, first block"]
+
+
+def test_four_bit_layers_hand_on_the_float32_of_a_layer_norm():
+    """Linear4bit returns its input's dtype: under autocast float32 behind a layer norm, 16 bits behind an RMS norm."""
+    config = LoraConfig(r=8, target_modules=["c_attn"])
+    four, plain = (ledger(config, 2, 512, "gpt2", quantization=q).held["activations"] for q in ("nf4", None))
+    assert four == 2 * plain == 12 * 4 * 2 * 512 * 768
+    llama = (ledger(LORA, 2, 512, quantization=q).held["activations"] for q in ("nf4", None))
+    assert len(set(llama)) == 1
+
+
+def test_gelu_in_one_op_keeps_its_input_alone():
+    config = LoraConfig(r=8, target_modules=["q_proj"])
+    python, one = (
+        ledger(config, 1, 512, {"name": "phi-2", "hidden_act": act}, checkpointing=False).held["activations"]
+        for act in ("gelu_new", "gelu_pytorch_tanh")
+    )
+    assert python - one == 32 * 512 * 3 * 2 * 4 * 2560
+    assert python == ledger(config, 1, 512, "phi-2", checkpointing=False).held["activations"]
+
+
 def test_gradients_of_several_passes_are_there_from_the_start():
     assert "gradients" not in ledger(None).moments["the loss"]
     assert ledger(None, accumulation=2).moments["the loss"]["gradients"] == 2 * N
@@ -133,6 +176,17 @@ def test_what_is_not_in_four_bits_is_widened_when_asked():
     assert wide - plain == 2 * (2 * 32000 * 4096 + 65 * 4096)
 
 
+def test_experts_are_packed_when_asked():
+    """Mixtral's 45.1 billion weights of experts stay in 16 bits with transformers, whose layers alone are packed."""
+    config = LoraConfig(r=8, target_modules=["q_proj"])
+    plain, packed = (
+        ledger(config, seq=None, model="mixtral-8x7b", quantization="nf4", pack_experts=p).held["frozen weights"]
+        for p in (False, True)
+    )
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert plain - packed == pytest.approx(experts * (2 - 4.127 / 8), rel=1e-3)
+
+
 def test_every_family_of_which_there_is_a_table():
     for name in ("gpt2", "bert-base", "roberta-base", "deberta-v3-base", "t5-base", "bloom-560m", "opt-350m", "qwen2.5-3b"):
         found = ledger(None, 1, 128, name)
@@ -145,7 +199,7 @@ def test_every_family_of_which_there_is_a_table():
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"precision": "fp8"}, "precision must be one of bfloat16"), ({"attention": "ring"}, "attention must be one of eager"),
     ({"logits": "none"}, "logits must be one of float32"), ({"gpus": 0}, "gpus must be a positive integer"),
-    ({"sharding": "zero2"}, "sharding='zero2' needs several GPUs"), ({"upcast": True}, "give quantization, too"), ({"cache_bits": 3}, "cache_bits must be 4, 8 or 16"),
+    ({"sharding": "zero2"}, "sharding='zero2' needs several GPUs"), ({"upcast": True}, "give quantization, too"), ({"pack_experts": True}, "give quantization, too"), ({"cache_bits": 3}, "cache_bits must be 4, 8 or 16"),
 ])  # fmt: skip
 def test_nonsense_is_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from cli_helpers import output, refused, reported
 
 import minipeft as mp
-from minipeft.accounting import count_parameters
+from minipeft.accounting import architecture, count_parameters
+from minipeft.accounting.counted import COUNTED, counted_config
 from minipeft.cli import main
 from minipeft.peft.methods import METHODS
 
@@ -97,6 +99,44 @@ def test_a_configuration_file_and_a_model_directory(capsys, tmp_path):
         assert record["method"] == "LORA"  # as the file says
     _, out, _ = output(capsys, "count", path, "--adapter-config", tmp_path / "adapter")
     assert "(llama), LORA\n" in out
+
+
+FILES = {  # options beside the class's own, where LLaMA's widths or the class ask for them
+    "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 30},
+    "BOFT": {"boft_block_size": 8, "target_modules": ["q_proj"]},
+    "OFT": {"peft_version": "0.21.2", "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", [*COUNTED, "LOHA", "VERA", "OFT"])
+def test_a_files_method_may_be_one_that_is_counted_and_not_trained(capsys, tmp_path, kind):
+    written = {"peft_type": kind, "inference_mode": True, **FILES.get(kind, {"target_modules": ["q_proj", "v_proj"]})}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    arch = architecture("llama-7b")
+    expected = count_parameters(arch, counted_config({**written, "inference_mode": False}, arch))
+    record = reported(capsys, "count", "llama-7b", "--adapter-config", tmp_path)
+    assert (record["trainable"], record["stored"], record["method"]) == (expected.trainable, expected.stored, kind)
+    assert sum(math.prod(shape) for shape in record["parameters"].values()) == record["trainable"] > 0
+    states = reported(capsys, "memory", "llama-7b", "--adapter-config", tmp_path)["lines"]
+    assert states["gradients"] == 4 * expected.trainable
+    if kind in COUNTED:
+        sentence = f"of {kind}, weights, gradients and states are known here, and not what it keeps of a sequence"
+        for more in (["--seq", 128], ["--fit", 24], ["--seq", 128, "--engine", "minipeft"]):
+            assert sentence in refused(capsys, "memory", "llama-7b", "--adapter-config", tmp_path, *more)
+
+
+@pytest.mark.parametrize(("written", "message"), [
+    ({"peft_type": "FOURIERFT", "n_frequencies": 3}, "options that FourierFTConfig does not have: n_frequencies=3"),
+    ({"peft_type": "ADAPTION_PROMPT", "adapter_len": 10}, "lacks adapter_layers, which AdaptionPromptConfig needs"),
+    ({"peft_type": "HRA", "r": "8"}, "r must be an integer of at least 1, got '8'"),
+    ({"peft_type": "C3A", "block_size": 100}, "block_size must divide its inputs and outputs, and 100 does not divide 2304"),
+    ({"peft_type": "SHRIA"}, "the method 'SHRIA' is not one of LORA"),
+    ({"r": 8}, "not an adapter's configuration (no peft_type)"),
+])
+@pytest.mark.parametrize("command", ["count", "memory"])
+def test_a_wrong_file_is_one_line(capsys, tmp_path, command, written, message):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": ["c_attn"]} | written))
+    assert message in refused(capsys, command, "gpt2", "--adapter-config", tmp_path)
 
 
 @pytest.mark.parametrize(("argv", "message"), [

@@ -7,6 +7,7 @@ from cli_helpers import output, refused, reported
 
 import minipeft as mp
 from minipeft.accounting import Loop, memory_ledger, ppo_ledger, pytorch_ledger, step_flops
+from minipeft.accounting.loop import LOGITS
 from minipeft.cli.bars import MARKS, bar, size
 
 OURS = ["--engine", "minipeft"]
@@ -103,11 +104,12 @@ def test_a_pytorch_loop_is_what_is_shown_with_its_assumptions(capsys):
     ("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}),
     ("--no-checkpointing", {"checkpointing": False}),
     ("--attention eager", {"attention": "eager"}),
-    ("--logits fused", {"logits": "fused"}),
+    *((f"--logits {kind}", {"logits": kind}) for kind in LOGITS),
     ("--accumulation 4", {"accumulation": 4}),
     ("--quantization nf4", {"quantization": "nf4"}),
     ("--quantization nf4 --plain-scales --upcast", {"quantization": "nf4", "double_quantization": False, "upcast": True}),
     ("--gpus 4 --sharding zero3 --offload", {"gpus": 4, "sharding": "zero3", "offload": True}),
+    ("--gpus 4 --sharding zero3 --reentrant", {"gpus": 4, "sharding": "zero3", "reentrant": True}),
     ("--headroom 0", {"headroom": 0.0}),
 ])  # fmt: skip
 def test_each_assumption_has_an_option_that_reaches_the_ledger(capsys, argv, changed):
@@ -116,6 +118,35 @@ def test_each_assumption_has_an_option_that_reaches_the_ledger(capsys, argv, cha
     record = reported(capsys, "memory", "llama-7b", *options, *argv.split())
     expected = pytorch_ledger("llama-7b", lora, 2, 512, Loop(dropout=0.1, **changed))
     assert record["lines"] == dict(expected.lines)
+
+
+def test_what_becomes_of_experts_in_four_bits_is_said(capsys):
+    options = "mixtral-8x7b --method qlora --target q_proj --seq 128".split()
+    said = {}
+    for more in ([], ["--pack-experts"], ["--upcast"]):
+        record = reported(capsys, "memory", *options, *more)
+        (said[" ".join(more)],) = [a["what"] for a in record["assumptions"] if a["options"] == ["--pack-experts"]]
+        upcast, packed = "--upcast" in more, "--pack-experts" in more
+        loop = Loop(quantization="nf4", upcast=upcast, pack_experts=packed)
+        config = mp.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+        assert record["lines"] == dict(pytorch_ledger("mixtral-8x7b", config, 1, 128, loop).lines)
+    assert said == {
+        "": "experts, which are one array, in 16 bits, as transformers packs linear layers alone",
+        "--pack-experts": "experts, which are one array, in nf4, too, as bitsandbytes.nn.parametrize packs them",
+        "--upcast": "experts, which are one array, in 32 bits, as transformers packs linear layers alone",
+    }  # fmt: skip
+    assert not [
+        a for a in reported(capsys, "memory", "gpt2", "--method", "qlora")["assumptions"] if "experts" in a["what"]
+    ]
+
+
+def test_what_a_method_keeps_and_is_not_counted_is_said(capsys):
+    def said(method):
+        record = reported(capsys, "memory", "gpt2", "--method", method, "--seq", 64)
+        return [a["what"] for a in record["assumptions"] if "--engine" in a["options"]]
+
+    assert said("loha") == ["of what loha itself keeps of a sequence, no more than LoRA's terms"]
+    assert said("dora") and not any(map(said, ("lora", "qlora", "bitfit", "ln", "full")))
 
 
 def test_what_fits(capsys):
@@ -169,6 +200,9 @@ def test_time_and_money(capsys):
     ("gpt2 --seq 64 --optimizer adafactor --engine minipeft", "optimizer must be one of adamw"),
     ("gpt2 --seq 64 --sharding zero3", "sharding='zero3' needs several GPUs"),
     ("gpt2 --seq 64 --upcast", "--upcast does nothing without weights in four bits"),
+    ("gpt2 --seq 64 --pack-experts", "--pack-experts does nothing without weights in four bits"),
+    ("gpt2 --seq 64 --method qlora --pack-experts", "--pack-experts is of experts in one array, and gpt2 has none"),
+    ("gpt2 --seq 64 --gpus 2 --reentrant", "--reentrant does nothing without --sharding zero3 and checkpoints"),
     ("gpt2 --seq 64 --cache-bits 8", "--cache-bits does nothing without --generate"),
     ("gpt2 --seq 64 --price 2", "--price is of an hour: give --tokens too"),
     ("gpt2 --card h100", "--card does nothing without --seq"),

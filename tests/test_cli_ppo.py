@@ -98,6 +98,7 @@ def test_what_goes_wrong_is_one_sentence(model, judge, prompts, tmp_path, capsys
     assert "--kl-target does nothing with --algorithm grpo" in error("--algorithm", "grpo", "--kl-target", 3)
     assert "--generations does nothing with --algorithm ppo" in error("--generations", 2)
     assert "the model has room for 2" in error("--prompts", prompts, "--response-length", 62)
+    assert "unknown option '--fp16'" in error("--fp16")
     assert "leaves no room for a prompt" in error("--response-length", 64)
     assert "holds no reward model" in error("--reward", model)
     assert "no such directory" in error("--reward", tmp_path / "nothing")
@@ -153,9 +154,10 @@ def test_own_rewards_also_of_yes_and_no(algorithm, rewards, model, prompts, tmp_
     assert 0 <= record["last"]["objective/raw_scores"] <= 1
 
 
-def test_an_own_reward_is_what_is_trained(rewards, model, prompts, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_own_reward_is_what_is_trained(bf16, rewards, model, prompts, tmp_path):  # noqa: F811
     tokenizer = mp.from_pretrained(model)[1]
-    options = ("--model", model, "--prompts", prompts, "--steps", 1)
+    options = ("--model", model, "--prompts", prompts, "--steps", 1, *("--bf16",) * bf16)
     assert ppo(tmp_path / "out", *options, "--reward-function", "own_rewards:short") == 0
     first = written(tmp_path / "out")["first"]["objective/scores"]
     policy, encoded = (
@@ -163,7 +165,7 @@ def test_an_own_reward_is_what_is_trained(rewards, model, prompts, tmp_path):  #
         [tokenizer.encode(json.loads(line)["prompt"]) for line in prompts.read_text().splitlines()],
     )
     config = mp.rlhf.PPOConfig(
-        batch_size=8, mini_batch_size=4, response_length=6, stop_token_ids=(tokenizer.eos_token_id,)
+        batch_size=8, mini_batch_size=4, response_length=6, stop_token_ids=(tokenizer.eos_token_id,), bf16=bf16
     )
     length = mp.rlhf.text_reward(lambda prompts, completions: [-len(c) for c in completions], tokenizer)
     assert mp.rlhf.PPOTrainer(policy, length, encoded, config).step()["objective/scores"] == pytest.approx(first)

@@ -14,7 +14,7 @@ import minipeft as mp
 from minipeft import quant, rlhf
 from minipeft.nn.generation import generate_stream
 from minipeft.peft import LoraConfig, get_peft_model
-from minipeft.train import SGD, Adam, AdamW, Trainer, TrainingArguments, clip_grad_norm
+from minipeft.train import SGD, Adam, AdamW, Trainer, TrainingArguments, TrainingDiverged, clip_grad_norm
 from minipeft.train.callbacks import Callback
 
 hostcuda = pytest.importorskip("hostcuda", reason="counts launches and waits: needs CuPy on hostcuda")
@@ -63,12 +63,46 @@ def test_a_training_step_waits_once(accumulate, optim):
     assert step("full", accumulate, optim=optim).waits == 1
 
 
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])
+def test_the_wait_comes_after_the_update_has_been_launched(precision, monkeypatch):
+    waits, launch = [], AdamW.flat
+
+    def update(*arrays, **numbers):
+        launch(*arrays, **numbers)
+        waits.append(hostcuda.summary().waits)
+
+    monkeypatch.setattr(AdamW, "flat", staticmethod(update))
+    assert step("lora", **precision).waits == 1 and len(waits) == 3 and waits[-1] == 0
+
+
+def test_a_step_that_is_not_finite_is_refused_on_the_device():
+    """NaN in the loss, or in a gradient alone: no weight has changed when that is known, and no state is kept."""
+    for callbacks, reason in (([], "the loss is nan"), ([Spoil()], "in the gradient of")):
+        model = built("full")
+        if not callbacks:
+            model.model.norm.weight.data[3] = np.nan
+        before = {name: p.data.get() for name, p in model.named_parameters()}
+        trainer = Trainer(model, EXAMPLES, args=TrainingArguments(max_steps=1, learning_rate=1e-3, progress=False))
+        with pytest.raises(TrainingDiverged, match=reason):
+            trainer.train(callbacks=callbacks)
+        for name, p in model.named_parameters():
+            np.testing.assert_array_equal(p.data.get(), before[name])
+        assert not trainer.optimizer.state
+
+
+class Spoil(Callback):
+    """An infinite number in one gradient."""
+
+    def before_step(self, model, step):
+        model.parameters()[0].grad[1, 2] = np.inf
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_training_step_clips_and_updates_in_five_launches(method):
     n = step(method)
     assert n.waits == 1
-    assert {name: n.kernels[name] for name in ("adam", "sum_of_squares", "scale")} == {
-        "adam": 2 if method == "full" else 1, "sum_of_squares": 1, "scale": 1,
+    assert {name: n.kernels[name] for name in ("adam", "sum_of_squares", "clip")} == {
+        "adam": 2 if method == "full" else 1, "sum_of_squares": 1, "clip": 1,
     }  # matrices and vectors decay differently  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from test_ops import by_definition, close, run
 
 from minipeft import functional as F
 from minipeft.autograd import cases as C
-from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_by, kernel, op
+from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_by, kernel, no_grad, op
 from minipeft.backend import to_numpy
 
 KERNELS = [name for name, fn in REGISTRY.items() if fn.__module__ == F.__name__ and "numpy" in fn.forms]
@@ -162,6 +162,34 @@ def test_definitions_compute_on_every_device(case, xp):
     with by_definition():
         found = run(case, xp=xp)
     for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "swiglu", "cross_entropy", "linear_cross_entropy"])
+def test_where_no_graph_is_recorded_the_value_is_the_same(name):
+    for case in [c for c in CASES if c.op == name]:
+        with no_grad():
+            alone = case.fn(*map(Tensor, case.inputs), *case.constants).data
+        close(alone, run(case)[0], 1e-12)
+
+
+@pytest.mark.parametrize("heads, kv", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_new_token_attends_to_the_cache_as_the_definition_says(heads, kv, rows, masked):
+    n, D = 5, 8
+    q, k, v = (C.normal(rows, 1, h * D, seed=i) for i, h in enumerate((heads, kv, kv)))
+    turn = C.normal(rows, 1, D // 2)
+    mask = (C.normal(rows, 1, 1, n + 1) > 0) if masked else None  # a row of it may see nothing
+    if masked:
+        mask[0] = False
+    found = []
+    for context in (contextlib.nullcontext(), by_definition()):
+        cache = C.normal(rows, kv, 9, D, seed=3), C.normal(rows, kv, 9, D, seed=4), n
+        with context, no_grad():
+            y = F.rotary_attention(*map(Tensor, (q, k, v)), np.cos(turn), np.sin(turn), attn_mask=mask, cache=cache)
+        found.append((y.data, *cache[:2]))
+    for a, b in zip(*found, strict=True):
         close(a, b, 1e-12)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import minipeft as mp
-from minipeft.backend import to_numpy
+from minipeft.backend import BackendError, to_numpy
 from minipeft.nn import Linear, Module, ModuleList, Parameter, Sequential
 from minipeft.nn.module import unallocated
 
@@ -173,6 +173,15 @@ def test_requires_grad_zero_grad_and_moves(xp):
     assert model.requires_grad_(False) is model and not any(p.requires_grad for p in model.parameters())
     assert model.to("numpy") is model and all(type(p.data) is np.ndarray for p in model.parameters())
     assert model.rest[0].weight is model.first.weight
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [
+    ("bfloat16", "bfloat16"), ("fp16", "float16"), (np.float16, "float16"), (np.dtype("float16"), "float16"),
+])  # fmt: skip
+def test_a_model_is_not_moved_to_sixteen_bits_but_computes_in_them(asked, dtype):
+    model = Tied()
+    with pytest.raises(BackendError, match=rf"stay float32.*inside mp\.autocast\('{dtype}'\)"):
+        model.to(asked)
 
 
 def test_an_unallocated_weight_has_a_shape_no_memory_and_cannot_be_written():

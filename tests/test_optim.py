@@ -12,6 +12,7 @@ from minipeft.backend import to_numpy
 from minipeft.nn import Parameter
 from minipeft.quant.codebooks import dynamic_map
 from minipeft.train import SGD, Adam, Adam8bit, AdamW, AdamW8bit, NonFiniteGradient, clip_grad_norm
+from minipeft.train.finite import Finite
 from minipeft.train.kernels import pack
 
 SHAPES = [(400, 330), (5,), (), (0, 3), (7, 2), (1,)]  # several pieces; a shared block; empty and size-one axes
@@ -152,6 +153,33 @@ def test_on_every_device_the_update_is_numpys(xp, rng, kind, options):
     for p, twin in zip(here, there):
         np.testing.assert_allclose(to_numpy(twin.data), p.data, rtol=2e-5, atol=2e-6)
     assert [s["step"] for s in optimizers[1].state.values()] == [s["step"] for s in optimizers[0].state.values()]
+
+
+@pytest.mark.parametrize(
+    "kind, options", [(AdamW, {}), (SGD, {}), (SGD, {"momentum": 0.9}), (AdamW8bit, {"min_8bit_size": 64})]
+)
+def test_a_step_whose_numbers_are_not_finite_changes_nothing(xp, rng, kind, options):
+    """Neither in the first step nor in a later one; what follows is as if it had not been."""
+    params, twins = parameters(xp, rng), parameters(xp, np.random.default_rng(0))
+    for p, twin in zip(params, twins):
+        twin.data = p.data.copy()
+    optimizers = [kind(found, **options) for found in (params, twins)]
+    for last in (3.0, np.nan, 4.0, np.inf, -np.inf, 5.0):
+        give_gradients(xp, rng, params)
+        before = values(params)
+        finite = Finite([xp.asarray(n) for n in (1.0, last)], [xp.asarray([np.nan, 7])])
+        optimizers[0].step(finite)
+        assert bool(finite) == np.isfinite(last) and finite.numbers[2][1] == 7
+        if finite:
+            for p, twin in zip(params, twins):
+                twin.grad = p.grad
+            optimizers[1].step()
+            assert any((a != b).any() for a, b in zip(values(params), before))
+        for a, b in zip(values(params), values(twins)):
+            np.testing.assert_array_equal(a, b)
+    states = [{name: to_numpy(xp.asarray(v)) for s in o.state.values() for name, v in s.items()} for o in optimizers]
+    for name, state in states[1].items():
+        np.testing.assert_array_equal(states[0][name], state)
 
 
 def test_a_parameter_whose_memory_is_transposed_is_updated_in_place(xp, rng):

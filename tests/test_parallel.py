@@ -14,6 +14,7 @@ from test_train import counting, tiny_model, weights
 import minipeft as mp
 from minipeft.executors import LocalProcesses
 from minipeft.train import Callback, Trainer, TrainingArguments
+from minipeft.train.batches import Batch, in_rows
 
 OPTIONS = {"max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
@@ -54,6 +55,65 @@ def test_processes_train_the_weights_that_one_process_trains_and_move_what_is_tr
     assert "bytes_moved" not in result.history[0] and moved["lora"][3] < 0.4 * moved["full"][3]
 
 
+def test_a_batch_is_cut_into_rows_for_workers_of_whom_there_are_more_than_batches(rng):
+    examples = counting(24, rng, shortest=5, longest=12)
+    alone, result = trained(adapted(0.1), examples, gradient_accumulation_steps=1)
+    together, spread = trained(adapted(0.1), examples, 2, gradient_accumulation_steps=1)
+    same(together, alone)
+    np.testing.assert_allclose(result.losses(), spread.losses(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("kind", ["full", "lora", "packed", "checkpointed"])
+def test_threads_that_share_the_rows_of_a_batch_train_the_weights_of_one(kind, accumulated, rng, monkeypatch, threads):
+    def run(n):
+        threads(n)
+        model = tiny_model(0.1 if kind != "packed" else 0.0) if kind != "lora" else adapted(0.1)
+        model.gradient_checkpointing = kind == "checkpointed"
+        options = {"gradient_accumulation_steps": accumulated, "packing": kind == "packed"}
+        return trained(model, examples, optim="sgd", **options)  # Adam's first steps are g / |g|, also of a rounding error
+
+    examples = counting(24, rng, shortest=5, longest=12)
+    alone, result = run(1)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
+    calls = []
+    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    (together, spread), (again, _) = run(3), run(3)
+    assert calls == [3] * 2 * 3 * accumulated
+    same(together, alone)
+    np.testing.assert_allclose(result.losses(), spread.losses(), rtol=1e-6)
+    for name, array in together.items():
+        np.testing.assert_array_equal(again[name], array, "the same number of threads gives the same bytes")
+
+
+def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_work(rng, monkeypatch, threads):
+    threads(2)
+    examples, calls = counting(24, rng), []
+    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    trained(tiny_model(), examples)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
+    model = tiny_model()
+    with model.watch("*.mlp"):
+        trained(model, examples)
+    trained(tiny_model(), examples, bf16=True)
+    monkeypatch.setattr("minipeft.train.parallel.GRADIENTS", 1000)
+    trained(tiny_model(), examples)
+    assert not calls
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 0, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0)])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_parts_hold_each_row_once_and_labels_that_count(counts, n):
+    labels = np.full((4, 6), -100)
+    for row, count in zip(labels, counts):
+        row[1 : 1 + count] = 7
+    batch = Batch({"input_ids": np.arange(24).reshape(4, 6), "labels": labels, "attention_mask": None}, sum(counts), 24)
+    parts = in_rows(batch, n)
+    np.testing.assert_array_equal(np.concatenate([part.arguments["input_ids"] for part in parts]), batch.arguments["input_ids"])
+    assert sum(part.weight for part in parts) == batch.weight and len(parts) in (1, n)
+    assert len(parts) == 1 or all(part.weight for part in parts)
+
+
 def test_threads_each_have_a_model_of_their_own(rng):
     examples = counting(24, rng)
     with ThreadPoolExecutor(3) as executor:
@@ -85,10 +145,12 @@ def test_a_batch_whose_worker_is_lost_is_computed_again(rng):
 
 def test_what_workers_cannot_do_is_named(rng):
     examples = counting(24, rng)
-    for executor, message in ((4, "a step has 3 batches for 4 workers: set gradient_accumulation_steps"), (0, "at least 1")):
+    for executor, message in ((13, "a step has 12 parts for 13 workers: use fewer workers"), (0, "at least 1")):
         with pytest.raises(ValueError, match=message):
             trained(tiny_model(), examples, executor)
     trainer = Trainer(tiny_model(), examples, args=TrainingArguments(**OPTIONS), loss=lambda model, **batch: model.loss(**batch))
+    with pytest.raises(ValueError, match="a step has 3 parts for 4 workers: set gradient_accumulation_steps to 4"):
+        trainer.train(executor=4)
     with processes() as executor, pytest.raises(ValueError, match="the loss must be a function of a module to reach"):
         trainer.train(executor=executor)
     assert trainer.train(executor=2).steps == 3, "cloudpickle sends a lambda"

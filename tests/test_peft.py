@@ -1008,15 +1008,16 @@ def test_a_pattern_that_would_match_without_end_is_refused_soon(options):
     assert time.process_time() - began < 5
 
 
-def test_patterns_that_peft_takes_match_as_there():
+def test_patterns_that_peft_takes_match_as_there_and_alternatives_need_no_parentheses():
     base = mp.Transformer(config_of("llama"), seed=0)
     paths = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
     for pattern in (
         r".*\.(q_proj|v_proj)", r"(?!.*(k_proj|o_proj)).*self_attn\..*", r"model\.layers\.(?:0|1)\..*\b[qv]_proj", r"(?i).*\.[QV]_PROJ",
     ):  # fmt: skip
         assert list(mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules=pattern)).layers) == paths
-    config = mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=1, layers_pattern="(layers|h)")
-    assert list(mp.get_peft_model(base, config).layers) == paths[2:], "a group in the pattern is not the number"
+    for pattern in ("(layers|h)", "layers|h", "|layers"):
+        config = mp.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=1, layers_pattern=pattern)
+        assert list(mp.get_peft_model(base, config).layers) == paths[2:], "a group in the pattern is not the number"
 
 
 @pytest.mark.parametrize(

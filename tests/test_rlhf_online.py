@@ -186,6 +186,25 @@ def test_the_loss_of_a_minibatch_is_the_methods_also_where_policy_and_reference_
     assert found["policy/clipfrac"] == pytest.approx(rlhf.clip_fraction(ratio, advantages, counted))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_is_autocast_around_each_update(method):
+    """Sampling, the log-probabilities of policy and reference, the loss and its gradients: the same bytes."""
+    trainers = {name: trainer(method, learning_rate=0.01, bf16=name == "bf16") for name in ("bf16", "by hand", "float32")}
+    for name, one in trainers.items():
+        with mp.autocast("bfloat16", enabled=name == "by hand"):
+            one.step(), one.step()
+    after = {name: weights(one.policy) for name, one in trainers.items()}
+    assert trainers["bf16"].history == trainers["by hand"].history != trainers["float32"].history
+    assert same(after["bf16"], after["by hand"]) and not same(after["bf16"], after["float32"])
+    assert all(array.dtype == np.float32 for array in after["bf16"].values())
+
+
+def test_a_run_is_resumed_in_its_own_precision(tmp_path):
+    trainer(output_dir=tmp_path, save_steps=1, steps=2, bf16=True).train()
+    with pytest.raises(CheckpointError, match="bf16"):
+        trainer(output_dir=tmp_path, save_steps=1, steps=2).train(resume_from_checkpoint=True)
+
+
 def test_rloo_takes_the_kl_off_the_score_before_answers_are_compared(monkeypatch):
     run = trainer("rloo", kl_coef=0.5, learning_rate=1e-2)
     run.step()

@@ -23,7 +23,8 @@ from .architectures import Architecture, Shape
 from .parameters import elements
 
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "o")  # what families call the layer that reads attention's output
-PYTHON_GELU = ("gpt2", "bloom", "phi", "gptj", "gpt_neo")  # tanh GELU written in Python: keeps x, x / 2, tanh and 1 + tanh, not x alone
+# families whose activation is gelu_new or its like: tanh GELU in Python, which keeps x, x / 2, tanh and 1 + tanh, not x alone
+PYTHON_GELU = ("gpt2", "bloom", "phi", "gptj", "gpt_neo")
 TOP_K = {"mixtral": 2, "phimoe": 2, "qwen2_moe": 4, "qwen3_moe": 8}  # experts a token goes to, by default
 NARROW_SOFTMAX = ("gpt2", "bert", "roberta", "xlm-roberta", "deberta-v2")  # families whose eager softmax is not widened
 DROPOUT = ("gpt2", "gpt_bigcode", "bert", "roberta", "xlm-roberta", "deberta-v2", "t5", "mt5", "opt")  # families with dropout of 0.1 by default
@@ -78,9 +79,9 @@ class Block:
     inner: float
     gated: bool
     model_type: str
+    python_gelu: bool
     parameters: int  # numbers in the block
     trained: int  # numbers that are trained in it, a method's included
-    largest: int  # numbers of its largest matrix
 
 
 def blocks_of(arch: Architecture, trained: Mapping[str, Shape]) -> list[Block]:
@@ -104,9 +105,9 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
             n = shape[0] * (per_head if shape[0] == width else 1)
             norms.append(Norm(n, name[:-6] + "bias" not in shapes, name in trained))
     beside = sum(norm.width == h for norm in norms) == 1  # the MLP reads what attention reads
-    layers, outs, inner, entering, made, first = [], 0, 0.0, 0.0, 0, ""
+    layers, outs, inner, entering, made, first, stacked = [], 0, 0.0, 0.0, 0, "", set(arch.experts)
     for name, shape in shapes.items():
-        experts = ".experts." in name and len(shape) == 3  # in one array
+        experts = name in stacked
         if arch.kinds[name] not in ("linear", "conv1d") and not experts:
             continue
         *_, n_out, n_in = shape[::-1] if arch.kinds[name] == "conv1d" else shape
@@ -131,8 +132,8 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
     keys = keys if 0 < keys <= queries else d["num_key_value_heads"] * width
     return Block(
         h, heads, queries, keys, tuple(layers), tuple(norms), max(1, outs), inner, entering > 1.5 * inner,
-        arch.model_type, elements(shapes), elements(extra) + elements({n: s for n, s in shapes.items() if n in trained}),
-        max((layer.size for layer in layers if layer.share == 1.0), default=0),
+        arch.model_type, arch.model_type in PYTHON_GELU if arch.activation is None else arch.activation == "gelu_new",
+        elements(shapes), elements(extra) + elements({n: s for n, s in shapes.items() if n in trained}),
     )  # fmt: skip
 
 
@@ -237,7 +238,7 @@ def block_terms(
 
     # 5. The MLP: a gate keeps act's input, act's value and the other factor; an activation alone its input.
     if block.inner:
-        arrays = 3 if block.gated else 4 if block.model_type in PYTHON_GELU else 1
+        arrays = 3 if block.gated else 4 if block.python_gelu else 1
         yield term("gate, its activation, up" if block.gated else "input of the activation", c * arrays, block.inner)
 
     # 6. Dropout of the model's own, where its family has it: a byte for each value.

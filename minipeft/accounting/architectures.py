@@ -41,6 +41,7 @@ class Architecture(Mapping[str, Shape]):
     tied: Mapping[str, str] = field(default_factory=dict, repr=False)  # a second name of a parameter -> its first
     config: TransformerConfig | None = field(default=None, repr=False)  # for the families that this package builds
     dimensions: Mapping[str, int] = field(default_factory=dict)  # by the names of TransformerConfig, for all families
+    activation: str | None = None  # Hugging Face's name of the MLP's; None: its family's own
 
     def __getitem__(self, name: str) -> Shape:
         return self.shapes[name]
@@ -55,6 +56,11 @@ class Architecture(Mapping[str, Shape]):
     def size(self) -> int:
         """The number of parameters, tied ones counted once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of arrays [experts, out, in]."""
+        return [name for name, shape in self.shapes.items() if ".experts." in name and len(shape) == 3]
 
 
 def architecture(
@@ -99,7 +105,7 @@ def _changed(name: str, config: Mapping[str, Any], changes: Mapping[str, Any]) -
     """A published model's configuration with some fields changed. Raises ValueError for one that its family lacks."""
     fields = FAMILIES[config["model_type"]][1]
     for key in changes:
-        if key not in config and _field(key, fields) is None:
+        if key not in config and key not in ACTIVATION and _field(key, fields) is None:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ValueError(f"{name}: its shapes do not depend on {key!r}; nearest: {near[0]}")
     return {**config, **{_field(key, fields) or key: value for key, value in changes.items()}}
@@ -138,7 +144,7 @@ def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
         table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
         table += linear("classifier", d, num_labels)
     name = f"{arch.name} with {num_labels} {'classes' if task == 'SEQ_CLS' else 'outputs a token'}"
-    return Architecture(name, arch.model_type, *_columns(table), dimensions=arch.dimensions)
+    return Architecture(name, arch.model_type, *_columns(table), dimensions=arch.dimensions, activation=arch.activation)
 
 
 # ------------------------------------------------------------------------------------------------ from a configuration
@@ -154,6 +160,7 @@ SAME = (
     ("num_experts", "num_local_experts"),
     ("qkv_bias", "use_qkv_bias"),
 )
+ACTIVATION = ("hidden_act", "activation_function")  # on which no shape depends, but what a block keeps
 # options under which a model would have parameters that no rule here has
 REFUSED = ("add_cross_attention", "qk_layernorm")
 
@@ -172,8 +179,9 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
     c = {"model_type": model_type, **_fields(name, config, defaults)}
     table = list(rule(c))
     tied = {entry: owner for entry, kind, owner in table if kind == "tied"}
+    activation = next((config[key] for key in ACTIVATION if config.get(key)), None)
     return Architecture(
-        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(c), _dimensions(c)
+        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(c), _dimensions(c), activation
     )  # fmt: skip
 
 

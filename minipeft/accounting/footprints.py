@@ -11,9 +11,11 @@ footprints.csv holds each run's source, its settings in words and, as JSON in `o
 
 Predictions are of arrays, and of the context for "used": nothing is added for what an allocator reserves in vain. No
 term or constant of the ledger was fitted to a row. `split` says which rows were looked at while the ledger was written;
-of those held out, only the settings were, and `first_GiB` is what was predicted before their values were seen. Two
-corrections came of explaining misses, each from the code of that time: an embedding in float32 makes a stream in float32
-(its row is now among those looked at), and `Loop.holds_outputs`. `reason` says why a row is missed, or not covered.
+of those held out, only the settings were, and `first_GiB` is what was predicted before their values were seen. All
+corrections since came of explaining misses, each from the code of that time or from a step of torch that was watched:
+an embedding in float32 makes a stream in float32 (its row is now among those looked at), `Loop.holds_outputs`,
+`Loop.reentrant`, FSDP's root and its MixedPrecision, logits copied or never widened (LOGITS), and GELU in one op.
+`reason` says why a row is missed, or not covered.
 """
 
 from __future__ import annotations

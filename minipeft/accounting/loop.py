@@ -27,10 +27,14 @@ LOOP_OPTIMIZERS = {
 LOGITS = {
     # transformers' ForCausalLMLoss: logits.float(); log_softmax, its gradient and that of its input: 4 bytes each
     "float32": (12, 0),
+    # the same in transformers 4.46 to 4.48: those in 16 bits, in float32, their shifted copy and log_softmax
+    "shifted": (14, 0),
     # the same in a loop whose variable keeps the outputs, whose logits were float32 too before transformers 4.46
     "held": (16, 4),
-    # in 16 bits throughout, and the loop's variable keeps the logits themselves
-    "bfloat16": (8, 2),
+    # in 16 bits throughout, as a model's own loss without autocast: logits, their shifted copy, log_softmax
+    "bfloat16": (6, 0),
+    # the same, and the loop's variable keeps the logits themselves
+    "held-bfloat16": (8, 2),
     # a kernel that writes the gradient over the logits: those in float32 and their shifted copy (Unsloth, Liger)
     "in-place": (8, 0),
     # logits made and scored a few tokens at a time, in 16 bits; logits and log-probabilities stay (lit-gpt)
@@ -50,18 +54,22 @@ class Loop:
         precision: of the weights, their gradients and states; a key of LOOP_PRECISIONS.
         adapters: of a method's parameters; PEFT makes float32 of 16 bits (autocast_adapter_dtype), and autocast computes.
         optimizer: a key of LOOP_OPTIMIZERS. A paged one's states lie in unified memory, which gives way.
-        checkpointing: blocks keep their inputs only.
+        checkpointing: blocks keep their inputs only; reentrant: as torch.utils.checkpoint first did it, transformers'
+            default before 5. FSDP's hooks on a block that trains nothing itself then keep its input and the gradient
+            of that until the pass ends (torch.autograd.graph.register_multi_grad_hook, in a cycle with the input).
         attention: "flash", "sdpa" (keys and values repeated to all heads) or "eager" (softmax kept, s squared).
         logits: how the loss is computed; a key of LOGITS.
         accumulation: backward passes for one step; from the second on, gradients are there from the start.
         dropout: of adapters' inputs.
         quantization, double_quantization: as in `memory_ledger`; upcast: what is not in four bits in float32
-            (prepare_model_for_kbit_training).
+            (prepare_model_for_kbit_training); pack_experts: experts in one array too, as layers that they were before
+            transformers 5, or by bitsandbytes.nn.parametrize.
         packed_inputs: layers in four bits keep their inputs, as bitsandbytes before 0.43.2 had it (its pull request 1270).
         holds_outputs: the loop's variable keeps the outputs of the last pass until the next forward pass is done: its
             logits, and through them its graph, to which packed_inputs belong (they are attributes, which backward leaves).
         gpus, sharding: "ddp" keeps everything on each; "zero1" shards states, "zero2" gradients too, "zero3" (FSDP's
-            FULL_SHARD) weights too, of which two blocks are whole at a time, and what is in no block.
+            FULL_SHARD) weights too, of which two blocks are whole at a time, and what is in no block; with
+            precision="autocast" they are gathered in 16 bits (its MixedPrecision, to which accelerate adds float32 shards).
         offload: states on the host, and sharded weights and gradients too.
         cache_bits: of a number in the cache of keys and values; 8 and 4 have a scale and a zero for 64 numbers.
         headroom: percent added for an allocator's fragments; a margin, not a measurement.
@@ -71,6 +79,7 @@ class Loop:
     adapters: str = "float32"
     optimizer: str = "adamw"
     checkpointing: bool = True
+    reentrant: bool = False
     attention: str = "flash"
     logits: str = "float32"
     accumulation: int = 1
@@ -78,6 +87,7 @@ class Loop:
     quantization: str | None = None
     double_quantization: bool = True
     upcast: bool = False
+    pack_experts: bool = False
     packed_inputs: bool = False
     holds_outputs: bool = False
     gpus: int = 1
@@ -96,8 +106,8 @@ class Loop:
         check_positive(gpus=self.gpus, accumulation=self.accumulation)
         if self.quantization is not None:
             named("quantization", self.quantization, QUANT_TYPES)
-        elif self.upcast:
-            raise ValueError("upcast is of what is not in four bits: give quantization, too")
+        elif self.upcast or self.pack_experts:
+            raise ValueError("upcast and pack_experts are of weights in four bits: give quantization, too")
         if self.cache_bits not in (4, 8, 16):
             raise ValueError(f"cache_bits must be 4, 8 or 16, not {self.cache_bits!r}")
         if self.gpus == 1 and self.sharding != "ddp":

@@ -45,8 +45,9 @@ LINES = (
     *WEIGHT_LINES, "reference", "value model", "reward model", *STATE_LINES[3:],
     "activations", "logits", "KV cache", "working memory",
     # of a PyTorch loop
-    "gradient buckets", "last pass", "last norm and head", "recomputed block", "dequantized weight", "gathered weights",
-    "weights in 16 bits", "optimizer's temporary", "cuBLAS workspaces", "CUDA context", "headroom",
+    "gradient buckets", "gradients of blocks' inputs", "gradient of what is in no block", "last pass", "last norm and head",
+    "recomputed block", "dequantized weight", "gathered weights", "weights in 16 bits", "optimizer's temporary",
+    "cuBLAS workspaces", "CUDA context", "headroom",
 )  # fmt: skip
 
 
@@ -254,9 +255,10 @@ def states_and_model(
 
 
 def states_from_shapes(
-    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool
-) -> States:
-    """The states of a model under a method, from its table of shapes."""
+    arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool,
+    pack_experts: bool = False,
+) -> States:  # fmt: skip
+    """The states of a model under a method, from its table of shapes: linear layers, or experts too, in four bits."""
     shapes = trained_parameters(arch, config)
     trained, is_method = elements(shapes), hasattr(config, "parameter_shapes")
     frozen = {name: shape for name, shape in arch.items() if name not in shapes}
@@ -266,6 +268,7 @@ def states_from_shapes(
         from ..quant.surgery import HEADS
 
         inside = [n for n in frozen if arch.kinds[n] in ("linear", "conv1d") and not set(HEADS) & set(n.split("."))]
+        inside += [n for n in arch.experts if n in frozen] if pack_experts else []
         sizes, books = [math.prod(frozen.pop(n)) for n in inside], book_bytes(double_quantization)
         packed = sum(storage_bytes(n, compress_statistics=double_quantization) - books for n in sizes)
         packed += books * bool(sizes)  # which all layers share

@@ -106,7 +106,8 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
         p = replace(p, trained=wide, gradients=wide, states=wide, master=0)
     frozen = 4 if s.upcast else p.frozen
     kept = replace(p, frozen=frozen)
-    weights, sizes, averaged = states_from_shapes(arch, config, kept, s.quantization, s.double_quantization)
+    four_bits = (s.quantization, s.double_quantization, s.pack_experts)
+    weights, sizes, averaged = states_from_shapes(arch, config, kept, *four_bits)
     n = sum(sizes) * training
     states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
     if s.accumulation > 1 and s.sharding == "zero3":
@@ -122,8 +123,8 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
         "cuBLAS workspaces": 2 * WORKSPACE, "CUDA context": CONTEXT,
     }  # fmt: skip
     temporary = 0 if s.offload else LOOP_OPTIMIZERS[s.optimizer][1] * n * p.states // states
-    # an embedding in float32 makes a stream in float32
-    stream = p.trained if config is None else frozen
+    # an embedding in float32 makes a stream in float32, but where FSDP's MixedPrecision gathers it in 16 bits
+    stream = 2 if _gathered_in_16_bits(s) else p.trained if config is None else frozen
     return _States(p, stream, always, gradients, {"optimizer's temporary": temporary}, sum(weights.values()))
 
 
@@ -149,6 +150,8 @@ def _train(
     float32_adapters = hasattr(config, "parameter_shapes") and s.adapters == "float32"
     autocast = s.precision == "autocast" or s.upcast or (float32_adapters and p.frozen == 2)
     c, four_bits = 2 if autocast else stream, s.quantization is not None
+    if four_bits and autocast and not blocks[0].norms[0].rms:
+        stream = 4  # autocast makes a layer norm's values float32, and bitsandbytes' Linear4bit returns its input's dtype
 
     # Activations: of each block from the first that gradients reach, all that it keeps, or its input alone.
     options = {"weights": stream, "autocast": autocast, "adapters": p.trained, "attention": s.attention}
@@ -167,11 +170,12 @@ def _train(
     # One block in the backward pass: gradients of activations, its weights in 16 bits. bitsandbytes' MatMul4Bit.backward
     # widens the whole weight (F.dequantize_4bit(B, ...)), and its scales in float32 before.
     block = blocks[top := max(range(len(blocks)), key=kept.__getitem__)]
-    widened = four_bits * (2 * block.largest + block.largest // 64 * 4 * s.double_quantization)
+    widest = _widest(block, s)
+    widened = four_bits * (2 * widest + widest // 64 * 4 * s.double_quantization)
     narrowed = block.parameters if s.checkpointing else sum(b.parameters for b in blocks)
     weights = {
         "weights in 16 bits": 2 * narrowed * (autocast and stream == 4 and not four_bits),
-        "gathered weights": _gathered(arch, blocks, states.whole, s),
+        "gathered weights": sum(_gathered(arch, blocks, states.whole, s)),
     }  # fmt: skip
     work = {"dequantized weight": widened, "working memory": t * _backward_bytes(block, c, seq_len, s.attention)}
     inside = weights | work | after
@@ -179,16 +183,24 @@ def _train(
     outside = sum(map(math.prod, trained.values())) - sum(b.trained for b in blocks)
     first = {"gradients": min((outside + block.trained) * p.gradients, states.gradients["gradients"])}
 
+    last = min(reached, len(blocks) - 1)
+    inputs = {"activations": stream * t * h if s.checkpointing else kept[last]}
+    if s.reentrant and s.checkpointing and s.sharding == "zero3" and not any(layer.trained for layer in block.layers):
+        inputs = activations | {"gradients of blocks' inputs": stream * t * h * (len(blocks) - 1 - last)}
+
     def one(i: int) -> dict[str, int]:
         return {"recomputed block": kept[i]} if s.checkpointing else {}
 
     moments = {
         "the loss": activations | loss | weights | before,
         "backward, last block": activations | inside | one(top) | (before or first),
-        "backward, first block": inside | states.gradients | one(last := min(reached, len(blocks) - 1))
-        | {"activations": stream * t * h if s.checkpointing else kept[last]},
+        "backward, first block": inside | states.gradients | one(last) | inputs,
         "optimizer step": after | states.gradients | states.step,
     }  # fmt: skip
+    if s.sharding == "zero3" and config is None:  # FSDP's root unit: its parameters' gradients, and all of them in one
+        root = {"gathered weights": _gathered(arch, blocks, states.whole, s)[1]}
+        root["gradient of what is in no block"] = 2 * outside * (2 if _gathered_in_16_bits(s) else p.gradients)
+        moments["the end of the backward pass"] = after | states.gradients | root
     if s.holds_outputs:
         arrays = [{layer.array: layer.n_in for layer in block.layers} for block in blocks]
         packed = sum(sum(widths.values()) for widths in arrays) if options["packed_inputs"] else 0
@@ -210,6 +222,11 @@ def _ledger(
     return LoopLedger(full[peak], held, tuple(found.get("kept", ())), None, full, peak)
 
 
+def _widest(block: Block, loop: Loop) -> int:
+    """Numbers of the largest matrix in four bits; experts are widened one by one."""
+    return max((layer.size for layer in block.layers if loop.pack_experts or layer.share == 1.0), default=0)
+
+
 def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
     """Bytes a token of the gradients that one block's backward pass has at once, beyond what it keeps.
 
@@ -224,12 +241,19 @@ def _backward_bytes(block: Block, c: int, s: int, attention: str) -> float:
     return max(mlp, (8 - c) * block.a * s - c * 3 * block.inner)
 
 
-def _gathered(arch: Architecture, blocks: list[Block], whole: int, loop: Loop) -> int:
-    """FSDP has a block whole while it runs and the next on its way, and what is in no block from the start."""
+def _gathered_in_16_bits(loop: Loop) -> bool:
+    """FSDP's MixedPrecision: shards in float32, of which 16 bits are gathered to compute."""
+    return loop.precision == "autocast" and loop.sharding == "zero3"
+
+
+def _gathered(arch: Architecture, blocks: list[Block], whole: int, loop: Loop) -> tuple[int, int]:
+    """FSDP has a block whole while it runs and the next on its way, and what is in no block (its root) from the start."""
     if loop.sharding != "zero3":
-        return 0
-    outside = (elements(arch.shapes) - sum(b.parameters for b in blocks)) * LOOP_PRECISIONS[loop.precision].frozen
-    return 2 * (whole - outside) // len(blocks) + outside
+        return 0, 0
+    size = LOOP_PRECISIONS[loop.precision].frozen
+    outside = (elements(arch.shapes) - sum(b.parameters for b in blocks)) * size
+    narrower = size // 2 if _gathered_in_16_bits(loop) else 1
+    return 2 * (whole - outside) // len(blocks) // narrower, outside // narrower
 
 
 def _words(arch: Architecture) -> int:
@@ -254,7 +278,7 @@ def _use(
         work = max(work, (4 + c) * block.a * seq_len)
     lines = {
         "working memory": t * work,
-        "dequantized weight": 2 * block.largest if loop.quantization else 0,
+        "dequantized weight": 2 * _widest(block, loop) if loop.quantization else 0,
         "logits": _words(arch) * (t * c if mode == "evaluate" else batch * (c + 4)),  # the last position alone, widened
     }
     if mode == "evaluate":

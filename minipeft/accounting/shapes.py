@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd.kernels import QUERY_BLOCK, TILE
-from ..autograd.tensor import REGISTRY, Tensor, Term, evaluated_by, pull_back, together
+from ..autograd.tensor import REGISTRY, Tensor, Term, evaluated_by, is_grad_enabled, pull_back, together
 from ..backend import BLOCK, SPLIT, Array, get_num_threads
 
 Shape = tuple[int, ...]
@@ -198,6 +198,10 @@ class _Op:
         """An array of this op."""
         return ShapeArray.new(self.meter, shape, dtype, self.name)
 
+    def slope(self, shape: Shape) -> ShapeArray | None:
+        """What a pullback multiplies the gradient into, and returns; none is made where no graph is recorded."""
+        return self.new(shape) if is_grad_enabled() else None
+
     def view(self, source: Array, shape: Shape) -> Array:
         """`source` in another shape, without memory of its own; of a plain array, a plain array."""
         if not isinstance(source, ShapeArray):
@@ -230,8 +234,8 @@ RULES: dict[str, Callable[..., tuple]] = {}
 def rule(name: str) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
     """Register what an op of this name keeps: `fn(op, *arrays, **options) -> (value, *pullbacks)`, the op's arguments.
 
-        @rule("silu")
-        def silu(op, x):                                # y = x sigmoid(x), of which backward needs x alone
+        @rule("log")
+        def log(op, x):                                 # y = log x, of which backward needs x alone
             return op.new(x.shape), op.pull(x.shape, x)
 
     `op.new(shape, dtype)` is an array that the op makes, `op.view(array, shape)` one without memory of its own,
@@ -301,27 +305,24 @@ RULES.update({name: _elementwise(keeps.split()) for name, keeps in _ELEMENTWISE.
 
 @rule("silu")
 def _silu(op, x):
-    y = op.new(x.shape)
+    y, slope = op.new(x.shape), op.slope(x.shape)
     op.works_in(op.blocks(x.size, 1))
-    return y, op.pull(x.shape, x, work=op.blocks(x.size, 2))
+    return y, lambda g: slope
 
 
 @rule("swiglu")
 def _swiglu(op, gate, up):
-    y = op.new(gate.shape)
+    y, dgate, dup = op.new(gate.shape), op.slope(gate.shape), op.slope(up.shape)
     op.works_in(op.blocks(gate.size, 1))
-
-    def gradients(g: Array) -> list[Array]:
-        made = [op.new(gate.shape), op.new(up.shape)]
-        op.works_in(op.blocks(gate.size, 1))
-        return made
-
-    return y, *together(2, gradients)
+    return y, lambda g: dgate, lambda g: dup
 
 
 @rule("gelu")
 def _gelu(op, x):
-    return op.new(x.shape), op.pull(x.shape, x, work=op.blocks(x.size, 2))
+    y, slope = op.new(x.shape), op.slope(x.shape)
+    if slope is not None:
+        op.works_in(op.blocks(x.size, 1))
+    return y, lambda g: slope
 
 
 @rule("dropout")
@@ -516,10 +517,13 @@ class _Tiles:
         for i in range(0, T, max(1, block)):
             t = min(i + block, T) - i
             n = max(0, S - T + i + t) if causal else S  # keys that the last query of the block may see
-            self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
-        tile = op.meter.itemsize * min(B, rows * threads) * H * block  # queries at work
-        self.forward_work = tile * 2 * D  # scaled queries and outputs
-        self.backward_work = tile * (S + 3 * D)  # gradients of scores, outputs and queries, and scaled queries
+            if is_grad_enabled():
+                self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
+        at_work = op.meter.itemsize * min(B, rows * threads)  # bytes of a number for each batch row at work
+        tile, keys = at_work * H * block, at_work * k.shape[1] * S * (D + v.shape[3])  # of its queries; keys and values
+        made = 0 if is_grad_enabled() else S + 1  # weights that nobody keeps
+        self.forward_work = tile * (2 * D + made) + keys  # scaled queries and outputs; keys and values in another order
+        self.backward_work = tile * (S + 3 * D) + keys  # gradients of scores, outputs and queries, and scaled queries
 
     def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:
         """Empty gradients; the weights are freed while they are filled."""
@@ -593,9 +597,10 @@ def _nll_loss(op, log_probs, targets, ignore_index=-100):
 
 @rule("cross_entropy")
 def _cross_entropy(op, logits, targets, ignore_index=-100, label_smoothing=0.0):
-    rows = [op.new((targets.size,), np.int64), *[op.new((targets.size,)) for _ in range(3)]]  # targets, counts, divisor
-    op.works_in(op.blocks(logits.size, 1))
-    return op.new(()), op.pull(logits.shape, logits, *rows), None, None, None
+    rows = [op.new((targets.size,), np.int64), *[op.new((targets.size,)) for _ in range(2)]]  # targets, counts, divisor
+    e = op.slope(logits.shape)
+    op.works_in(op.blocks(logits.size, 1) if e is None else 0)
+    return op.new(()), lambda g, kept=rows: e, None, None, None
 
 
 @rule("linear_cross_entropy")
@@ -608,8 +613,7 @@ def _linear_cross_entropy(op, hidden, weight, targets, ignore_index=-100, label_
     logits = op.new((n, classes))
     logits.buffer.move("logits")
     which = op.new((n,), np.int64)
-    rows = [op.new((n,), np.int64), *[op.new((n,)) for _ in range(3)]]  # targets, counts, divisor
-    op.works_in(op.blocks(logits.size, 1))
+    rows = [op.new((n,), np.int64), *[op.new((n,)) for _ in range(2)]]  # targets, counts, divisor
     copied = 0 if everything else op.meter.itemsize * n * width  # the product, before it is spread over the rows
     dhidden = op.pull(hidden.shape, hidden, h, weight, logits, which, *rows, work=copied + widened)
     return op.new(()), dhidden, op.pull(weight.shape, h, logits, *rows), None, None, None

@@ -3,20 +3,17 @@
 A GPU's time goes into launches and passes through memory. So an elementwise expression is one kernel; a row of a norm, of
 attention's weights or of logits is the work of one block of threads; a product reads transposed factors where they lie;
 and a gradient that such a kernel makes is added to the others by the kernel itself (`Sum`). Nothing here depends on the
-order in which threads run, and nothing waits for the device.
+order in which threads run, and nothing waits for the device. `cuda` says how kernels and products are asked for.
 
 A form equals its definition, to rounding, where the arrays have one dtype, float32 or float64; weights may be stored in
 float16. Elsewhere the definition computes. Departure: ids and targets are not read beforehand, which would be to wait;
-one that is out of range gives NaN. CuPy is imported, and a kernel compiled, when it is first called.
+one that is out of range gives NaN.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ import numpy as np
 from ..backend import Array, Rng
 from . import autocast, ops
 from . import checks as check
+from .cuda import FLOAT16, as_cublas_reads, contiguous, cupy, elementwise, made, product, rows
 from .ops import _rows, _t, _widen
 from .tensor import Term, kernel, together
 
@@ -58,7 +56,7 @@ class Sum(Term):
 
     def alone(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """The gradient, C-contiguous."""
-        out = _cupy().empty(shape, self.dtype)
+        out = cupy().empty(shape, self.dtype)
         self.write(out, None)
         return out.astype(dtype, copy=False)
 
@@ -68,251 +66,36 @@ class Sum(Term):
             return total + self.alone(total.shape, total.dtype)
         if not total.flags.c_contiguous:
             total, owned = total.copy(), True
-        out = total if owned else _cupy().empty_like(total)
+        out = total if owned else cupy().empty_like(total)
         self.write(out, total)
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------- building
-
-
-@functools.cache
-def _cupy() -> Any:
-    return importlib.import_module("cupy")
-
-
-@functools.cache
-def _made(kind: str, *definition: Any) -> Callable:
-    return getattr(_cupy(), kind)(*definition)
-
-
-def elementwise(inputs: str, outputs: str, operation: str, name: str, preamble: str = "") -> Callable:
-    """A CuPy ElementwiseKernel: `operation` for each element of inputs that broadcast."""
-    return lambda *arrays: _made("ElementwiseKernel", inputs, outputs, operation, name, True, preamble)(*arrays)
-
-
-def by_rows(name: str, rows: int, width: int, like: Array, other: Any, *arguments: Any) -> None:
-    """Run a kernel of ROWS with one block of threads for each row; T is the dtype of `like`, W the dtype `other`."""
-    if rows:
-        threads = min(1024, -(-max(1, width) // 128) * 32)
-        _row_kernel(name, like.dtype.char, np.dtype(other).char)((rows,), (threads,), arguments)
-
-
-@functools.cache
-def _row_kernel(name: str, T: str, W: str) -> Callable:
-    return _row_module(T, W).get_function(name)
-
-
-@functools.cache
-def _row_module(T: str, W: str) -> Any:
-    types = {"e": "float16", "f": "float", "d": "double", "?": "bool"}
-    code = f"{FLOAT16}typedef {types[T]} T;\ntypedef {types[W]} W;\n{ROWS}"
-    return _cupy().RawModule(code=code, options=("-std=c++17",))
-
-
-FLOAT16 = """#include <cupy/carray.cuh>
-#if __has_include(<cupy/float16.cuh>)  // CuPy 14
-#include <cupy/float16.cuh>
-#endif
-"""
-ROWS = r"""
-#define INFINITE T(__int_as_float(0x7f800000))
-#define NOT_A_NUMBER T(__int_as_float(0x7fffffff))
-#define EACH(j, n) for (long long j = threadIdx.x; j < n; j += blockDim.x)  // a row's elements, among the threads of a block
-
-template <class F> __device__ T reduce(T v, T nothing, F f) {  // f over the block, in a fixed order; each thread gets it
-    __shared__ T warps[32];
-    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : nothing;
-    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
-    __syncthreads();
-    return v;
-}
-__device__ T sum(T v) { return reduce(v, 0, [](T a, T b) { return a + b; }); }
-
-// y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b
-extern "C" __global__ void normalize(const T* x, const W* w, const W* b, double eps, long long d, T* y, T* mean, T* rstd) {
-    x += blockIdx.x * d, y += blockIdx.x * d;
-    T m = 0, v = 0;
-    if (b) {
-        EACH(j, d) m += x[j];
-        m = sum(m) / d;
-    }
-    EACH(j, d) v += (x[j] - m) * (x[j] - m);
-    T r = 1 / sqrt(sum(v) / d + T(eps));
-    EACH(j, d) y[j] = (x[j] - m) * r * T(w[j]) + (b ? T(b[j]) : T(0));
-    if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
-}
-
-// out = total + (h - mean(h) - n mean(h n)) r,  h = g w, n = (x - m) r;  without mean(h) where x was not centered
-extern "C" __global__ void normalize_gradient(const T* x, const W* w, const T* g, const T* mean, const T* rstd, bool centered,
-                                         long long d, const T* total, T* out) {
-    x += blockIdx.x * d, g += blockIdx.x * d, out += blockIdx.x * d;
-    if (total) total += blockIdx.x * d;
-    T m = mean[blockIdx.x], r = rstd[blockIdx.x], h = 0, hn = 0;
-    EACH(j, d) h += g[j] * T(w[j]), hn += g[j] * T(w[j]) * (x[j] - m) * r;
-    h = centered ? sum(h) / d : T(0), hn = sum(hn) / d;
-    EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;
-}
-
-// A row of attention: scores a [S] of one query become exp(a) / sum(exp(a)) over the keys that it sees, and 0 elsewhere.
-// Rows are [B, H, T]; `strides` of the mask are those of b, h, t and s, 0 where it is broadcast.
-#define MASK const W *mask, long long mb, long long mh, long long mt, long long ms
-__device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
-__device__ T masked(T a, float m) { return a + T(m); }
-__device__ T masked(T a, double m) { return a + T(m); }
-__device__ void softmax_row(T* a, MASK, bool causal, long long H, long long queries, long long S) {
-    long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
-    long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
-    if (mask) mask += b * mb + h * mh + t * mt;
-    T top = -INFINITE, total = 0;
-    EACH(j, seen) {
-        if (mask) a[j] = masked(a[j], mask[j * ms]);
-        top = max(top, a[j]);
-    }
-    top = reduce(top, -INFINITE, [](T a, T b) { return max(a, b); });
-    if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
-    EACH(j, seen) total += a[j] = exp(a[j] - top);
-    total = sum(total);
-    EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
-}
-extern "C" __global__ void softmax(T* a, MASK, bool causal, long long H, long long queries, long long S) {
-    softmax_row(a + blockIdx.x * S, mask, mb, mh, mt, ms, causal, H, queries, S);
-}
-
-// p = softmax(a), in the place of a;  da = p (dp - sum(p dp)), in the place of dp
-extern "C" __global__ void softmax_gradient(T* a, T* dp, MASK, bool causal, long long H, long long queries, long long S) {
-    a += blockIdx.x * S, dp += blockIdx.x * S;
-    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
-    T delta = 0;
-    EACH(j, S) delta += a[j] * dp[j];
-    delta = sum(delta);
-    EACH(j, S) dp[j] = a[j] * (dp[j] - delta);
-}
-
-// The attention of one query of a head: y = softmax(scale q kᵀ) v, a row of [B, H, D]; k and v [B, kv, S, D] have these
-// distances between rows and heads. Scores stay in the block's memory.
-extern "C" __global__ void answer(const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v,
-                                  long long head_v, double scale, long long D, long long Dv, long long kv, T* y,
-                                  MASK, bool causal, long long H, long long queries, long long S) {
-    extern __shared__ T a[];
-    long long head = blockIdx.x / H * kv + blockIdx.x % H / (H / kv), groups = blockDim.x / Dv, c = threadIdx.x % Dv;
-    q += blockIdx.x * D, k += head * head_k, v += head * head_v;
-    EACH(j, S) {
-        T s = 0;
-        for (long long i = 0; i < D; i++) s += q[i] * k[j * row_k + i];
-        a[j] = T(scale) * s;
-    }
-    softmax_row(a, mask, mb, mh, mt, ms, causal, H, queries, S);
-    __syncthreads();
-    T s = 0, *part = a + S;  // each group of Dv threads adds up some of the values
-    for (long long j = threadIdx.x / Dv; j < S && threadIdx.x / Dv < groups; j += groups) s += a[j] * v[j * row_v + c];
-    part[threadIdx.x] = s;
-    __syncthreads();
-    if (threadIdx.x >= Dv) return;
-    for (long long g = 1; g < groups; g++) s += part[g * Dv + c];
-    y[blockIdx.x * Dv + c] = s;
-}
-
-// Projections q, k and v [B, T, h D] <-> heads [B, h, room, D] from a first position on, of which q and k are rotated
-extern "C" __global__ void rotate_heads(const T* q, const T* k, const T* v, T* out_q, T* out_k, T* out_v, const T* cosine,
-                                        const T* sine, bool each, bool back, long long size, long long queries, long long H,
-                                        long long kv, long long half, long long room, long long first) {
-    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    long long c = i % half, h = i / half % (H + 2 * kv), t = i / half / (H + 2 * kv) % queries, b = i / half / (H + 2 * kv) / queries;
-    long long angle = ((each ? b : 0) * queries + t) * half + c, n = h < H ? H : kv;
-    T turn = h < H + kv ? cosine[angle] : T(1), side = h < H + kv ? sine[angle] : T(0);
-    const T* in = h < H ? q : h < H + kv ? k : v;
-    T* out = h < H ? out_q : h < H + kv ? out_k : out_v;
-    if (h < H) room = queries, first = 0;
-    h -= h < H ? 0 : h < H + kv ? H : H + kv;
-    long long beside = ((b * queries + t) * n + h) * 2 * half + c, below = ((b * n + h) * room + first + t) * 2 * half + c;
-    in += back ? below : beside, out += back ? beside : below;
-    T x = in[0], y = in[half];
-    if (back) side = -side;
-    out[0] = x * turn - y * side, out[half] = y * turn + x * side;
-}
-
-// -log softmax(x)_t of a row of logits, smoothed; 0 where t does not count, NaN where it is out of range
-extern "C" __global__ void nll(const T* x, const long long* targets, long long ignored, double smoothing, long long d,
-                               T* top, T* total, T* loss, T* counts) {
-    x += blockIdx.x * d;
-    T most = x[0], e = 0, mean = 0;
-    EACH(j, d) most = max(most, x[j]);
-    most = reduce(most, most, [](T a, T b) { return max(a, b); });
-    EACH(j, d) e += exp(x[j] - most), mean += x[j];
-    e = sum(e), mean = smoothing ? sum(mean) / d : T(0);
-    if (threadIdx.x == 0) {
-        long long t = targets[blockIdx.x];
-        T picked = t < 0 || t >= d ? NOT_A_NUMBER : x[t] + T(smoothing) * (mean - x[t]);
-        top[blockIdx.x] = most, total[blockIdx.x] = e;
-        loss[blockIdx.x] = t == ignored ? T(0) : log(e) + (most - picked), counts[blockIdx.x] = t != ignored;
-    }
-}
-
-// dx = (softmax(x) - q) g / n of the rows that count, q = (1 - smoothing) onehot(t) + smoothing / d; `out` may be x
-extern "C" __global__ void nll_gradient(const T* x, const long long* targets, long long ignored, double smoothing,
-                                        long long d, const T* top, const T* total, const T* g, const T* n, T* out) {
-    x += blockIdx.x * d, out += blockIdx.x * d;
-    long long t = targets[blockIdx.x];
-    T w = t == ignored ? T(0) : t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
-    T scale = w / total[blockIdx.x], q = w * T(smoothing) / d, hit = w * T(1 - smoothing);
-    EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));
-}
-
-// out[id] += g[i] for all i with that id, in order; the block of the first of them adds them all
-extern "C" __global__ void add_rows(const long long* ids, long long n, const T* g, long long d, long long rows, T* out) {
-    long long i = blockIdx.x, id = ids[i];
-    T before = 0;
-    EACH(j, i) before += ids[j] == id;
-    if (sum(before) > 0 || id < 0 || id >= rows) return;
-    for (long long first = i; first < n; first += 32) {  // each warp looks at 32 ids at a time
-        unsigned lane = threadIdx.x % 32, hits = first + lane < n && ids[first + lane] == id ? 1u << lane : 0;
-        for (int k = 16; k; k /= 2) hits |= __shfl_xor_sync(~0u, hits, k);
-        for (; hits; hits &= hits - 1) EACH(c, d) out[id * d + c] += g[(first + __ffs(hits) - 1) * d + c];
-    }
-}
-"""
-
 # -------------------------------------------------------------------------------------------------------- elementwise
 
-silu = elementwise("T x", "T y", "y = x / (1 + exp(-x))", "silu")
-silu_gradient = elementwise(
-    "T g, T x", "T dx", "T s = 1 / (1 + exp(-x)); dx = g * (s + x * s * (1 - s))", "silu_gradient"
-)
+
+def _pointwise(of: Callable, inputs: str, y: str, gradients: str, preamble: str = "") -> None:
+    """Register CUDA for y and, given g = dL/dy, for the gradient d<x> of each input <x>; inputs broadcast."""
+    names = inputs.split()
+    typed, several = ", ".join(f"T {x}" for x in names), ", ".join(f"T d{x}" for x in names)
+    value = elementwise(typed, "T y", f"{preamble} y = {y}", of.__name__)
+    derived = elementwise(f"T g, {typed}", several, f"{preamble} {gradients}", f"{of.__name__}_gradient")
+
+    @device(of, len(names))
+    def _form(*xs):
+        pullbacks = together(len(xs), lambda g: derived(g, *xs)) if len(xs) > 1 else [lambda g: derived(g, *xs)]
+        return value(*xs), *pullbacks
 
 
-@device(ops.silu)
-def _silu(x):
-    return silu(x), lambda g: silu_gradient(g, x)
-
-
-swiglu = elementwise("T gate, T up", "T y", "y = gate / (1 + exp(-gate)) * up", "swiglu")
-swiglu_gradients = elementwise(
-    "T g, T gate, T up", "T dgate, T dup",
-    "T s = 1 / (1 + exp(-gate)), y = gate * s; dgate = g * up * (s + y * (1 - s)); dup = g * y", "swiglu_gradients",
+_pointwise(ops.silu, "x", "x / (1 + exp(-x))", "T s = 1 / (1 + exp(-x)); dx = g * (s + x * s * (1 - s))")
+_pointwise(
+    ops.swiglu, "gate up", "gate / (1 + exp(-gate)) * up",
+    "T s = 1 / (1 + exp(-gate)), y = gate * s; dgate = g * up * (s + y * (1 - s)); dup = g * y",
 )  # fmt: skip
-
-
-@device(ops.swiglu, 2)
-def _swiglu(gate, up):
-    return swiglu(gate, up), *together(2, lambda g: swiglu_gradients(g, gate, up))
-
-
-TANH = f"T c = {math.sqrt(2 / math.pi)}, k = 0.044715, t = tanh(c * (x + k * x * x * x)); "
-gelu = elementwise("T x", "T y", TANH + "y = x * (1 + t) / 2", "gelu")
-gelu_gradient = elementwise(
-    "T g, T x", "T dx", TANH + "dx = g * (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2", "gelu_gradient"
-)
-
-
-@device(ops.gelu)
-def _gelu(x):
-    return gelu(x), lambda g: gelu_gradient(g, x)
-
+_pointwise(
+    ops.gelu, "x", "x * (1 + t) / 2", "dx = g * (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2",
+    preamble=f"T c = {math.sqrt(2 / math.pi)}, k = 0.044715, t = tanh(c * (x + k * x * x * x));",
+)  # fmt: skip
 
 _to_float16 = elementwise("float32 x", "float32 y", "y = float(float16(x))", "to_float16", FLOAT16)
 _to_bfloat16 = elementwise(  # in integers: arithmetic would take subnormal numbers for zeros
@@ -323,19 +106,62 @@ _to_bfloat16 = elementwise(  # in integers: arithmetic would take subnormal numb
 
 @kernel(autocast.rounded, "cupy")
 def _rounded(x, dtype):
-    xp = _cupy()
+    xp = cupy()
     return _to_float16(x) if dtype == "float16" else _to_bfloat16(x.view(xp.uint32)).view(xp.float32)
+
+
+@device(ops.dropout)
+def _dropout(x, p, rng):
+    """No mask is kept: its numbers are drawn again for the gradient."""
+    check.probability(p)
+    if rng is None or p == 0 or not isinstance(rng, Rng):
+        return ops.dropout.definition(x, p, rng)
+    return rng.dropped(x, p), lambda g: rng.dropped(g, p)
+
+
+_rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y = b * c + a * s", "rope")
+
+
+@device(ops.rope, 3)
+def _rope(x, cos, sin):
+    half = slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None)
+
+    def rotate(x, first, second):  # to exchange the halves is to rotate the other way
+        y = cupy().empty(x.shape, x.dtype)
+        _rotated(x[..., first], x[..., second], cos[:, None], sin[:, None], y[..., first], y[..., second])
+        return y
+
+    return rotate(x, *half), lambda g: rotate(g, *half[::-1])
 
 
 # ------------------------------------------------------------------------------------------------------ normalization
 
+# y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b
+normalize = rows(
+    "normalize", "const T* x, const W* w, const W* b, double eps, long long d, T* y, T* mean, T* rstd", """
+    x += blockIdx.x * d, y += blockIdx.x * d;
+    T m = 0, v = 0;
+    if (b) {
+        EACH(j, d) m += x[j];
+        m = sum(m) / d;
+    }
+    EACH(j, d) v += (x[j] - m) * (x[j] - m);
+    T r = 1 / sqrt(sum(v) / d + T(eps));
+    EACH(j, d) y[j] = (x[j] - m) * r * T(w[j]) + (b ? T(b[j]) : T(0));
+    if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;""",
+)  # fmt: skip
 
-@functools.cache
-def _weight_gradient() -> Callable:
-    """Σ_rows g n, n = (x - mean) rstd: [N, d] each, mean and rstd [N, 1] -> [d]."""
-    return _cupy().ReductionKernel(
-        "T g, T x, T mean, T rstd", "T dw", "g * (x - mean) * rstd", "a + b", "dw = a", "0", "norm_weight_gradient"
-    )
+# out = total + (h - mean(h) - n mean(h n)) r,  h = g w, n = (x - m) r;  without mean(h) where x was not centered
+normalize_gradient = rows(
+    "normalize_gradient", """const T* x, const W* w, const T* g, const T* mean, const T* rstd, bool centered, long long d,
+    const T* total, T* out""", """
+    x += blockIdx.x * d, g += blockIdx.x * d, out += blockIdx.x * d;
+    if (total) total += blockIdx.x * d;
+    T m = mean[blockIdx.x], r = rstd[blockIdx.x], h = 0, hn = 0;
+    EACH(j, d) h += g[j] * T(w[j]), hn += g[j] * T(w[j]) * (x[j] - m) * r;
+    h = centered ? sum(h) / d : T(0), hn = sum(hn) / d;
+    EACH(j, d) out[j] = (total ? total[j] : T(0)) + (g[j] * T(w[j]) - h - (x[j] - m) * r * hn) * r;""",
+)  # fmt: skip
 
 
 @device(ops.layer_norm)
@@ -353,93 +179,30 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
     check.norm(name, x, weight=weight, **({"bias": bias} if bias is not None else {}))
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.astype(weight.dtype)
-    xp, shape, x = _cupy(), x.shape, _contiguous(_rows(x))
-    weight, (n, d), kind = _contiguous(weight), x.shape, weight.dtype
+    xp, shape, x = cupy(), x.shape, contiguous(_rows(x))
+    weight, (n, d), kind, centered = contiguous(weight), x.shape, weight.dtype, bias is not None
     y, mean, rstd = xp.empty(shape, x.dtype), xp.empty((n, 1), x.dtype), xp.empty((n, 1), x.dtype)
-    by_rows("normalize", n, d, x, kind, x, weight, 0 if bias is None else _contiguous(bias), float(eps), d, y, mean, rstd)
-    centered = bias is not None
+    normalize(x, kind, n, d, x, weight, contiguous(bias) if centered else 0, float(eps), d, y, mean, rstd)
 
     def dx(g):
-        g = _contiguous(g)
-        options = x, weight, g, mean, rstd, centered, d
+        g = contiguous(g)
 
         def write(out, total):
-            by_rows("normalize_gradient", n, d, x, kind, *options, 0 if total is None else total, out)
+            normalize_gradient(x, kind, n, d, x, weight, g, mean, rstd, centered, d, 0 if total is None else total, out)
 
         return Sum(x.dtype, write)
 
-    return y, dx, lambda g: _weight_gradient()(_rows(g), x, mean, rstd, axis=0), lambda g: _rows(g).sum(axis=0)
+    def dweight(g):
+        definition = "T g, T x, T mean, T rstd", "T dw", "g * (x - mean) * rstd", "a + b", "dw = a", "0", "norm_weight_gradient"
+        return made("ReductionKernel", *definition)(_rows(g), x, mean, rstd, axis=0)
+
+    return y, dx, dweight, lambda g: _rows(g).sum(axis=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- products
 
 
-def product(a: Array, b: Array, alpha: float = 1.0, out: Array | None = None, beta: float = 0.0) -> Array:
-    """out = alpha a @ b + beta out, [..., n, k] @ [..., k, m] -> [..., n, m], of equal leading axes and one dtype.
-
-    Transposed factors, and those that are parts of larger arrays, are read where they lie: to cuBLAS that is a flag.
-    """
-    (n, k), m, dtype = a.shape[-2:], b.shape[-1], a.dtype.char
-    out = _cupy().empty((*a.shape[:-1], m), dtype) if out is None else out
-    if not (out.size and k):
-        if not beta:
-            out.fill(0)
-        return out
-    blas, handle, kind, compute = _blas(dtype)
-    a, transposed_a, row_a, step_a = _as_cublas_reads(a)
-    b, transposed_b, row_b, step_b = _as_cublas_reads(b)
-    # [n, m], row by row, is to cuBLAS [m, n], column by column: outᵀ = bᵀ aᵀ
-    first = handle(), transposed_b, transposed_a, m, n, k, _scalar(alpha, dtype)[1], b.data.ptr, kind, row_b
-    then, last = (a.data.ptr, kind, row_a), (_scalar(beta, dtype)[1], out.data.ptr, kind, m)
-    count = out.size // (n * m)
-    if count == 1:
-        blas.gemmEx(*first, *then, *last, compute, blas.CUBLAS_GEMM_DEFAULT)
-    else:
-        last = (*last, n * m, count, compute, blas.CUBLAS_GEMM_DEFAULT)
-        blas.gemmStridedBatchedEx(*first, step_b, *then, step_a, *last)
-    return out
-
-
-def _as_cublas_reads(x: Array) -> tuple[Array, int, int, int]:
-    """(x or a copy, 1 where its matrices are transposed, elements from row to row, and from matrix to matrix)."""
-    shape, strides, size = x.shape, x.strides, x.itemsize
-    (rows, columns), (down, right), step = shape[-2:], strides[-2:], _step(shape, strides) if len(shape) > 2 else 0
-    if step is not None:
-        if (right == size or columns == 1) and (down >= columns * size or rows == 1):
-            return x, 0, down // size if rows > 1 else columns, step // size
-        if (down == size or rows == 1) and (right >= rows * size or columns == 1):
-            return x, 1, right // size if columns > 1 else rows, step // size
-    return x.copy(), 0, columns, rows * columns
-
-
-def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The bytes from one matrix [..., r, c] to the next; None where they lie at different distances."""
-    step = span = None
-    for n, stride in zip(shape[-3::-1], strides[-3::-1]):
-        if n != 1:
-            if span not in (None, stride):
-                return None
-            step, span = stride if step is None else step, stride * n
-    return step or 0
-
-
-@functools.cache
-def _blas(dtype: str) -> tuple[Any, Callable, int, int]:
-    """cuBLAS, its handle, its numbers of the dtype and of how to compute: as CuPy does, in TF32 with CUPY_TF32=1."""
-    blas, handle = _cupy().cuda.cublas, _cupy().cuda.device.get_cublas_handle
-    if dtype == "d":
-        return blas, handle, 1, blas.CUBLAS_COMPUTE_64F
-    tf32 = int(os.environ.get("CUPY_TF32", "0")) > 0
-    return blas, handle, 0, blas.CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else blas.CUBLAS_COMPUTE_32F
-
-
-@functools.lru_cache(256)
-def _scalar(value: float, dtype: str) -> tuple[Array, int]:
-    array = np.array(value, dtype)
-    return array, array.ctypes.data
-
-
-def _sum(a: Array, b: Array, alpha: float = 1.0) -> Sum:
+def products_sum(a: Array, b: Array, alpha: float = 1.0) -> Sum:
     """alpha a [n, k] @ b [k, m] as a gradient [..., m] that cuBLAS adds to the others."""
 
     def write(out: Array, total: Array | None) -> None:
@@ -458,7 +221,7 @@ def _matmul(a, b):
     if b.ndim > 2:
         return product(a, b), lambda g: product(g, _t(b)), lambda g: product(_t(a), g)
     y = product(_rows(a), b).reshape(*a.shape[:-1], b.shape[1])
-    return y, lambda g: _sum(_rows(g), b.T), lambda g: _sum(_rows(a).T, _rows(g))
+    return y, lambda g: products_sum(_rows(g), b.T), lambda g: products_sum(_rows(a).T, _rows(g))
 
 
 @device(ops.linear)
@@ -487,7 +250,7 @@ def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transpose
     w, b = wide(x), None if bias is None else _widen(bias, x)
     if any(a is not None and a.dtype != x.dtype for a in (w, b)):
         return None
-    x, y = _rows(x), _cupy().empty((*x.shape[:-1], w.shape[1]), x.dtype)
+    x, y = _rows(x), cupy().empty((*x.shape[:-1], w.shape[1]), x.dtype)
     added, vector = b is not None and b.ndim > 1, b is not None and b.ndim == 1
     if added:
         y[...] = b
@@ -496,106 +259,121 @@ def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transpose
         y += b
 
     def dw(g):
-        return _sum(_rows(g).T, x, alpha) if transposed else _sum(x.T, _rows(g), alpha)
+        return products_sum(_rows(g).T, x, alpha) if transposed else products_sum(x.T, _rows(g), alpha)
 
-    return y, lambda g: _sum(_rows(g), wide(g).T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
+    return y, lambda g: products_sum(_rows(g), wide(g).T, alpha), dw, lambda g: _rows(g).sum(axis=0) if vector else g
 
 
-# ------------------------------------------------------------------------------------------- embeddings and attention
+# ---------------------------------------------------------------------------------------------------------- attention
 
-_embedding_rows = elementwise(
-    "raw W weight, I id, int64 rows, int64 d", "T y",
-    "y = id < 0 || id >= rows ? T(nan(\"\")) : T(weight[id * d + i % d])", "embedding",
+# Rows are [B, H, T]: row a [S], of one query and each key, becomes exp(scale a) / sum(exp(scale a)) over the keys that the
+# query sees, and 0 elsewhere. The mask has strides of b, h, t and s, 0 where it is broadcast.
+SOFTMAX = r"""
+#define ROW double scale, const W *mask, long long mb, long long mh, long long mt, long long ms, bool causal, long long H, \
+    long long queries, long long S
+#define SOFTMAX(a) softmax_row(a, scale, mask, mb, mh, mt, ms, causal, H, queries, S)
+__device__ T masked(T a, bool m) { return m ? a : -INFINITE; }
+__device__ T masked(T a, float m) { return a + T(m); }
+__device__ T masked(T a, double m) { return a + T(m); }
+__device__ void softmax_row(T* a, ROW) {
+    long long t = blockIdx.x % queries, h = blockIdx.x / queries % H, b = blockIdx.x / queries / H;
+    long long seen = causal ? max(0LL, min(S, t + S - queries + 1)) : S;
+    if (mask) mask += b * mb + h * mh + t * mt;
+    T top = -INFINITE, total = 0;
+    EACH(j, seen) {
+        a[j] *= T(scale);
+        if (mask) a[j] = masked(a[j], mask[j * ms]);
+        top = max(top, a[j]);
+    }
+    top = largest(top);
+    if (top == -INFINITE) top = 0;  // a query that sees nothing: exp(-inf - 0) = 0
+    EACH(j, seen) total += a[j] = exp(a[j] - top);
+    total = sum(total);
+    EACH(j, S) a[j] = j < seen && total != 0 ? a[j] / total : T(0);
+}
+"""
+softmax = rows("softmax", "T* a, ROW", "SOFTMAX(a + blockIdx.x * S);", SOFTMAX)
+
+# p = softmax(scale a) and its gradient dp:  da = scale p (dp - sum(p dp)) takes the place of a, and p that of dp
+softmax_gradient = rows(
+    "softmax_gradient", "T* a, T* dp, ROW", """
+    a += blockIdx.x * S, dp += blockIdx.x * S;
+    SOFTMAX(a);
+    T delta = 0;
+    EACH(j, S) delta += a[j] * dp[j];
+    delta = sum(delta);
+    EACH(j, S) {
+        T p = a[j];
+        a[j] = T(scale) * p * (dp[j] - delta), dp[j] = p;
+    }""", SOFTMAX,
 )  # fmt: skip
 
-
-@kernel(ops.embedding, "cupy")
-def _embedding(ids, weight):
-    check.ids(ids, weight.shape[0], values=False)
-    xp, (rows, d) = _cupy(), weight.shape
-    dtype = np.float32 if weight.dtype.itemsize == 2 else weight.dtype
-    y = _embedding_rows(weight, ids[..., None], rows, d, xp.empty((*ids.shape, d), dtype))
-
-    def dw(g):
-        flat, g = ids.reshape(-1).astype(np.int64, copy=False), _contiguous(g)
-
-        def write(out, total):
-            if total is None:
-                out.fill(0)
-            elif total is not out:
-                out[...] = total
-            by_rows("add_rows", flat.size, d, g, g.dtype, flat, flat.size, g, d, rows, out)
-
-        return Sum(g.dtype, write)
-
-    return y, None, dw
-
-
-_rotated = elementwise("T a, T b, T c, T s", "T x, T y", "x = a * c - b * s; y = b * c + a * s", "rope")
-
-
-@device(ops.rope, 3)
-def _rope(x, cos, sin):
-    half = slice(None, x.shape[-1] // 2), slice(x.shape[-1] // 2, None)
-
-    def rotate(x, first, second):  # to exchange the halves is to rotate the other way
-        y = _cupy().empty(x.shape, x.dtype)
-        _rotated(x[..., first], x[..., second], cos[:, None], sin[:, None], y[..., first], y[..., second])
-        return y
-
-    return rotate(x, *half), lambda g: rotate(g, *half[::-1])
-
-
+# The attention of one query of a head: y = softmax(scale q kᵀ) v, a row of [B, H, D]; k and v [B, n, S, D] have these
+# distances between rows and heads. Scores stay in the block's memory.
+answer = rows(
+    "answer", """const T* q, const T* k, long long row_k, long long head_k, const T* v, long long row_v, long long head_v,
+    long long D, long long n, T* y, ROW""", """
+    extern __shared__ T a[];
+    long long head = blockIdx.x / H * n + blockIdx.x % H / (H / n), groups = blockDim.x / D, c = threadIdx.x % D;
+    q += blockIdx.x * D, k += head * head_k, v += head * head_v;
+    EACH(j, S) {
+        T s = 0;
+        for (long long i = 0; i < D; i++) s += q[i] * k[j * row_k + i];
+        a[j] = s;
+    }
+    SOFTMAX(a);
+    __syncthreads();
+    T s = 0, *part = a + S;  // each group of D threads adds up some of the values
+    for (long long j = threadIdx.x / D; j < S && threadIdx.x / D < groups; j += groups) s += a[j] * v[j * row_v + c];
+    part[threadIdx.x] = s;
+    __syncthreads();
+    if (threadIdx.x >= D) return;
+    for (long long g = 1; g < groups; g++) s += part[g * D + c];
+    y[blockIdx.x * D + c] = s;""", SOFTMAX,
+)  # fmt: skip
 ANSWER, SHARED = 256, 47 << 10  # threads that answer one query, and the bytes that their scores fit into
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None) -> tuple:
-    """(softmax(scale q kᵀ) v, gradients(g, dq=, dk=, dv=)); the weights, [T, S] a head, are not kept but made again.
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float | None, kv: Any = None) -> tuple:
+    """(softmax(scale q kᵀ) v, gradients(g, dq=, dkv=)); the weights, [T, S] a head, are not kept but made again.
 
-    The H/kv query heads of a key head stand one below the other, [B, kv, H/kv * T, D]: so their gradients of k and v
-    come as one product, summed up. The answer to one query is one kernel.
+    The H/n query heads of a key head stand one below the other, [B, n, H/n * T, D]: so their gradients of k and v come
+    summed up. Two products of one shape are one, of pairs [2, ...]: `kv` is the pair of k and v, where there is one
+    already, and `dkv` that of their gradients. The answer to one query is one kernel.
     """
     check.attention(q, k, v, mask)
-    (B, H, T, D), (kv, S), Dv = q.shape, k.shape[1:3], v.shape[3]
-    (k, turned_k, *rows_k), (v, turned_v, *rows_v) = _as_cublas_reads(k), _as_cublas_reads(v)
-    scale, kind, hidden = 1 / math.sqrt(D) if scale is None else scale, "?", (0,) * 5
+    xp, (B, H, T, D), (n, S) = cupy(), q.shape, k.shape[1:3]
+    kind, strides = "?", (0,) * 5
     if mask is not None:
-        strides = _cupy().broadcast_to(mask, (B, H, T, S)).strides
-        kind, hidden = mask.dtype, (mask, *[n // mask.itemsize for n in strides])
-    hidden = *hidden, causal, H, T, S
+        kind, strides = mask.dtype, (mask, *[step // mask.itemsize for step in xp.broadcast_to(mask, (B, H, T, S)).strides])
+    row = 1 / math.sqrt(D) if scale is None else float(scale), *strides, causal, H, T, S
+    q = contiguous(q).reshape(B, n, H // n * T, D)
 
-    def stacked(x):
-        return _contiguous(x).reshape(B, kv, H // kv * T, x.shape[3])
+    def gradients(g, dq=None, dkv=None):
+        pair, qg = xp.stack((k, v)) if kv is None else kv, xp.empty((2, *q.shape), q.dtype)
+        qg[0], qg[1].reshape(B, H, T, D)[...] = q, g
+        ap = product(qg, _t(pair))
+        softmax_gradient(q, kind, B * H * T, S, *ap, *row)
+        dq = product(ap[0], k, out=None if dq is None else dq.reshape(q.shape))
+        return dq.reshape(B, H, T, D), *product(_t(ap), qg, out=dkv)
 
-    def weights():
-        return product(q, _t(k), scale)
-
-    def gradients(g, dq=None, dk=None, dv=None):
-        g, p = stacked(g), weights()
-        da = product(g, _t(v))
-        if S:
-            by_rows("softmax_gradient", B * H * T, S, q, kind, p, da, *hidden)
-        dv = product(_t(p), g, out=dv)
-        del p
-        dq = product(da, k, scale, None if dq is None else stacked(dq))
-        return dq.reshape(B, H, T, D), product(_t(da), q, scale, dk), dv
-
-    q = stacked(q)
     shared = (S + ANSWER) * q.itemsize
-    if T == 1 and S and Dv <= ANSWER and shared <= SHARED and not (turned_k or turned_v):
-        y = _cupy().empty((B, H, 1, Dv), q.dtype)
-        kernel = _row_kernel("answer", q.dtype.char, np.dtype(kind).char)
-        options = (q, k, *rows_k, v, *rows_v, scale, D, Dv, kv, y, *hidden)
-        kernel((B * H,), (ANSWER,), options, shared_mem=shared)
-        return y, gradients
-    p = weights()
-    if S:
-        by_rows("softmax", B * H * T, S, q, kind, p, *hidden)
-    return product(p, v).reshape(B, H, T, Dv), gradients
+    if T == 1 and S and D <= ANSWER and shared <= SHARED:
+        (k_rows, turned_k, *apart_k), (v_rows, turned_v, *apart_v) = map(as_cublas_reads, (k, v))
+        if not (turned_k or turned_v):
+            y = xp.empty((B, H, 1, D), q.dtype)
+            given = q, k_rows, *apart_k, v_rows, *apart_v, D, n, y, *row
+            answer(q, kind, B * H, 0, *given, threads=ANSWER, shared=shared)
+            return y, gradients
+    p = product(q, _t(k))
+    softmax(q, kind, B * H * T, S, p, *row)
+    return product(p, v).reshape(B, H, T, D), gradients
 
 
 @device(ops.scaled_dot_product_attention, 3)
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
+    if k.shape != v.shape:
+        return ops.scaled_dot_product_attention.definition(q, k, v, attn_mask, is_causal, scale)
     y, gradients = _attend(q, k, v, attn_mask, is_causal, scale)
     return y, *together(3, gradients)
 
@@ -604,14 +382,36 @@ def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
 def _packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     (B, T, d3), D = qkv.shape, qkv.shape[2] // 3 // num_heads
     heads = qkv.reshape(B, T, 3, num_heads, D).transpose(2, 0, 3, 1, 4).copy()  # [3, B, H, T, D]
-    y, gradients = _attend(*heads, attn_mask, is_causal, None)
+    y, gradients = _attend(*heads, attn_mask, is_causal, None, heads[1:])
 
     def dqkv(g):
-        d = _cupy().empty_like(heads)
-        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), *d)
+        d = cupy().empty_like(heads)
+        gradients(g.reshape(B, T, num_heads, D).swapaxes(1, 2), d[0], d[1:])
         return d.transpose(1, 3, 0, 2, 4).reshape(B, T, d3)
 
     return y.swapaxes(1, 2).reshape(B, T, d3 // 3), dqkv
+
+
+# Projections q, k and v [B, T, h D] <-> heads [B, h, room, D] from a first position on, of which q and k are rotated
+rotate_heads = rows(
+    "rotate_heads", """const T* q, const T* k, const T* v, T* out_q, T* out_k, T* out_v, const T* cosine, const T* sine,
+    bool each, bool back, long long size, long long queries, long long H, long long n, long long half, long long room,
+    long long first""", """
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x, heads = H + 2 * n;
+    if (i >= size) return;
+    long long c = i % half, h = i / half % heads, t = i / half / heads % queries, b = i / half / heads / queries;
+    long long angle = ((each ? b : 0) * queries + t) * half + c, all = h < H ? H : n;
+    T turn = h < H + n ? cosine[angle] : T(1), side = h < H + n ? sine[angle] : T(0);
+    const T* in = h < H ? q : h < H + n ? k : v;
+    T* out = h < H ? out_q : h < H + n ? out_k : out_v;
+    if (h < H) room = queries, first = 0;
+    h -= h < H ? 0 : h < H + n ? H : H + n;
+    long long beside = ((b * queries + t) * all + h) * 2 * half + c, below = ((b * all + h) * room + first + t) * 2 * half + c;
+    in += back ? below : beside, out += back ? beside : below;
+    T x = in[0], y = in[half];
+    if (back) side = -side;
+    out[0] = x * turn - y * side, out[half] = y * turn + x * side;""",
+)  # fmt: skip
 
 
 @device(ops.rotary_attention, 5)
@@ -619,57 +419,111 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """One kernel rotates, and puts the heads where they are read: keys and values into the cache, where there is one."""
     check.rotary(q, k, v, cos, sin)
     (B, T, _), half, each = q.shape, cos.shape[-1], cos.shape[0] > 1
-    D, H, kv, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), _contiguous(cos), _contiguous(sin)
+    D, H, n, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), contiguous(cos), contiguous(sin)
 
     def rotate(ins, outs, back, room, first):
-        size = B * T * (H + 2 * kv) * half
-        if size:
-            kernel = _row_kernel("rotate_heads", outs[0].dtype.char, "?")
-            sizes = size, T, H, kv, half, room, first
-            kernel((-(-size // 256),), (256,), (*map(_contiguous, ins), *outs, cos, sin, each, back, *sizes))
+        size = B * T * (H + 2 * n) * half
+        given = *map(contiguous, ins), *outs, cos, sin, each, back, size, T, H, n, half, room, first
+        rotate_heads(cos, "?", -(-size // 256), 0, *given, threads=256)
         return outs
 
     def empty(*shape):
-        return _cupy().empty(shape, cos.dtype)
+        return cupy().empty(shape, cos.dtype)
 
-    *caches, n = (empty(B, kv, T, D), empty(B, kv, T, D), 0) if cache is None else cache
-    Q, K, V = rotate((q, k, v), (empty(B, H, T, D), *caches), False, caches[0].shape[2], n)
-    y, gradients = _attend(Q, K[:, :, : n + T], V[:, :, : n + T], attn_mask, True, None)
+    kv = empty(2, B, n, T, D) if cache is None else None
+    *caches, past = (*kv, 0) if cache is None else cache
+    Q, K, V = rotate((q, k, v), (empty(B, H, T, D), *caches), False, caches[0].shape[2], past)
+    y, gradients = _attend(Q, K[:, :, : past + T], V[:, :, : past + T], attn_mask, True, None, kv)
 
     def compute(g):
         dQ, dK, dV = gradients(g.reshape(B, T, H, D).swapaxes(1, 2))
-        outs = empty(B, T, H * D), empty(B, T, kv * D), empty(B, T, kv * D)
-        return rotate((dQ, dK[:, :, n:], dV[:, :, n:]), outs, True, T, 0)
+        outs = empty(B, T, H * D), empty(B, T, n * D), empty(B, T, n * D)
+        return rotate((dQ, dK[:, :, past:], dV[:, :, past:]), outs, True, T, 0)
 
     pullbacks = together(3, compute)
     return y.swapaxes(1, 2).reshape(B, T, H * D), *(pullbacks if cache is None else pullbacks[:1])
 
 
-# ------------------------------------------------------------------------------------------------- dropout and losses
+# ---------------------------------------------------------------------------------------------- embeddings and losses
+
+_embedding_rows = elementwise(
+    "raw W weight, I id, int64 rows, int64 d", "T y",
+    "y = id < 0 || id >= rows ? T(nan(\"\")) : T(weight[id * d + i % d])", "embedding",
+)  # fmt: skip
+
+# out[id] += g[i] for all i with that id, in order; the block of the first of them adds them all
+add_rows = rows(
+    "add_rows", "const long long* ids, long long n, const T* g, long long d, long long rows, T* out", """
+    long long i = blockIdx.x, id = ids[i];
+    T before = 0;
+    EACH(j, i) before += ids[j] == id;
+    if (sum(before) > 0 || id < 0 || id >= rows) return;
+    for (long long first = i; first < n; first += 32) {  // each warp looks at 32 ids at a time
+        unsigned lane = threadIdx.x % 32, hits = first + lane < n && ids[first + lane] == id ? 1u << lane : 0;
+        for (int k = 16; k; k /= 2) hits |= __shfl_xor_sync(~0u, hits, k);
+        for (; hits; hits &= hits - 1) EACH(c, d) out[id * d + c] += g[(first + __ffs(hits) - 1) * d + c];
+    }""",
+)  # fmt: skip
 
 
-@device(ops.dropout)
-def _dropout(x, p, rng):
-    """No mask is kept: its numbers are drawn again for the gradient."""
-    check.probability(p)
-    if rng is None or p == 0 or not isinstance(rng, Rng):
-        return ops.dropout.definition(x, p, rng)
-    return rng.dropped(x, p), lambda g: rng.dropped(g, p)
+@kernel(ops.embedding, "cupy")
+def _embedding(ids, weight):
+    check.ids(ids, weight.shape[0], values=False)
+    xp, (n, d) = cupy(), weight.shape
+    dtype = np.float32 if weight.dtype.itemsize == 2 else weight.dtype
+    y = _embedding_rows(weight, ids[..., None], n, d, xp.empty((*ids.shape, d), dtype))
+
+    def dw(g):
+        flat, g = ids.reshape(-1).astype(np.int64, copy=False), contiguous(g)
+
+        def write(out, total):
+            if total is not out:
+                out[...] = 0 if total is None else total
+            add_rows(g, g.dtype, flat.size, d, flat, flat.size, g, d, n, out)
+
+        return Sum(g.dtype, write)
+
+    return y, None, dw
+
+
+# -log softmax(x)_t of a row of logits, smoothed; 0 where t does not count, NaN where it is out of range
+nll = rows(
+    "nll", """const T* x, const long long* targets, long long ignored, double smoothing, long long d, T* top, T* total, T* loss,
+    T* counts""", """
+    x += blockIdx.x * d;
+    T most = x[0], e = 0, mean = 0;
+    EACH(j, d) most = max(most, x[j]);
+    most = largest(most);
+    EACH(j, d) e += exp(x[j] - most), mean += x[j];
+    e = sum(e), mean = smoothing ? sum(mean) / d : T(0);
+    if (threadIdx.x == 0) {
+        long long t = targets[blockIdx.x];
+        T picked = t < 0 || t >= d ? NOT_A_NUMBER : x[t] + T(smoothing) * (mean - x[t]);
+        top[blockIdx.x] = most, total[blockIdx.x] = e;
+        loss[blockIdx.x] = t == ignored ? T(0) : log(e) + (most - picked), counts[blockIdx.x] = t != ignored;
+    }""",
+)  # fmt: skip
+
+# dx = (softmax(x) - q) g / n of the rows that count, q = (1 - smoothing) onehot(t) + smoothing / d; `out` may be x
+nll_gradient = rows(
+    "nll_gradient", """const T* x, const long long* targets, long long ignored, double smoothing, long long d, const T* top,
+    const T* total, const T* g, const T* n, T* out""", """
+    x += blockIdx.x * d, out += blockIdx.x * d;
+    long long t = targets[blockIdx.x];
+    T w = t == ignored ? T(0) : t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
+    T scale = w / total[blockIdx.x], q = w * T(smoothing) / d, hit = w * T(1 - smoothing);
+    EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));""",
+)  # fmt: skip
 
 
 def _nll(x: Array, targets: Array, ignored: int, smoothing: float) -> tuple[Array, Callable[[Array, Array], None]]:
     """(`cross_entropy` of logits [N, d], gradient(g, out)), where `out` may be the logits' memory."""
-    xp, (n, d), t = _cupy(), x.shape, _contiguous(targets.reshape(-1).astype(np.int64, copy=False))
-    top, total = xp.empty(n, x.dtype), xp.empty(n, x.dtype)
-    losses, counts = terms = xp.empty((2, n), x.dtype)
-    options = t, ignored, float(smoothing), d, top, total
-    by_rows("nll", n, d, x, x.dtype, x, *options, losses, counts)
-    loss, count = terms.sum(axis=1)
-
-    def gradient(g, out):
-        by_rows("nll_gradient", n, d, x, x.dtype, x, *options, g, count, out)
-
-    return loss / count, gradient
+    xp, (n, d), t = cupy(), x.shape, contiguous(targets.reshape(-1).astype(np.int64, copy=False))
+    top, total, losses, counts = terms = xp.empty((4, n), x.dtype)
+    options = x, t, ignored, float(smoothing), d, top, total
+    nll(x, x.dtype, n, d, *options, losses, counts)
+    loss, count = terms[2:].sum(axis=1)
+    return loss / count, lambda g, out: nll_gradient(x, x.dtype, n, d, *options, g, count, out)
 
 
 @device(ops.cross_entropy)
@@ -677,11 +531,11 @@ def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     """The pullback is computed from the logits again: no second array of their size is kept."""
     check.smoothing(label_smoothing)
     check.targets("cross_entropy", targets, logits.shape[:-1], logits.shape[-1], ignore_index, values=False)
-    loss, gradient = _nll(_contiguous(_rows(logits)), targets, ignore_index, label_smoothing)
+    loss, gradient = _nll(contiguous(_rows(logits)), targets, ignore_index, label_smoothing)
     shape, dtype = logits.shape, logits.dtype
 
     def dlogits(g):
-        d = _cupy().empty(shape, dtype)
+        d = cupy().empty(shape, dtype)
         gradient(g, d)
         return d
 
@@ -699,16 +553,12 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoo
         return ops.linear_cross_entropy.definition(hidden, weight, targets, ignore_index, label_smoothing)
     logits = product(h, _widen(weight, h).T)
     loss, gradient = _nll(logits, targets, ignore_index, label_smoothing)
-    made: list[Array] = []
+    made_already: list[Array] = []
 
     def dlogits(g):
-        if not made:
+        if not made_already:
             gradient(g, logits)
-            made.append(logits)
+            made_already.append(logits)
         return logits
 
-    return loss, lambda g: _sum(dlogits(g), _widen(weight, g)), lambda g: _sum(dlogits(g).T, h)
-
-
-def _contiguous(a: Array) -> Array:
-    return a if a.flags.c_contiguous else a.copy()
+    return loss, lambda g: products_sum(dlogits(g), _widen(weight, g)), lambda g: products_sum(dlogits(g).T, h)

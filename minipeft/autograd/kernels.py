@@ -21,7 +21,7 @@ from ..backend import SPLIT, Array, elementwise, get_num_threads, one_blas_threa
 from . import autocast, ops
 from . import checks as check
 from .ops import _rows, _widen
-from .tensor import kernel, together
+from .tensor import is_grad_enabled, kernel, together
 
 # ------------------------------------------------------------------------------------------------------ elementwise
 
@@ -48,10 +48,22 @@ def _exp_limit(dtype: Any) -> float:
     return {2: 11.0, 4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
 
 
+def _needs_shift(x: Array) -> bool:
+    """Whether some e^x, or a sum of them, may leave the dtype's range; else e^x is as precise as e^(x - max x)."""
+    limit = 0.6 * _exp_limit(x.dtype)
+    return x.dtype.itemsize == 2 or not (-limit < x.min() and x.max() < limit)
+
+
+def _clip(x: Array) -> None:
+    """Into the range in which e^x is finite and 1 / (1 + e^x) is not rounded to 0; twice as fast as one-sided `minimum`."""
+    limit = _exp_limit(x.dtype)
+    np.clip(x, -limit, limit, out=x)
+
+
 def _silu_into(out: Array, x: Array) -> None:
     """out = x / (1 + e^-x)."""
     e = np.negative(x)
-    np.minimum(e, _exp_limit(x.dtype), out=e)
+    _clip(e)
     np.exp(e, out=e)
     e += 1
     np.true_divide(x, e, out=out)
@@ -60,7 +72,7 @@ def _silu_into(out: Array, x: Array) -> None:
 def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
     """y = x s, slope = dy/dx = s + y (1 - s), with s = 1 / (1 + e^-x)."""
     np.negative(x, out=slope)
-    np.minimum(slope, _exp_limit(x.dtype), out=slope)
+    _clip(slope)
     np.exp(slope, out=slope)
     slope += 1
     np.true_divide(1, slope, out=slope)  # s
@@ -70,30 +82,44 @@ def _silu_and_slope_into(y: Array, slope: Array, x: Array) -> None:
     slope += rest
 
 
+def _times(slope: Array) -> Callable[[Array], Array]:
+    """The pullback g -> g * slope, written into `slope`, which its node owns."""
+
+    def dx(g):
+        if slope.size < SPLIT:
+            return np.multiply(slope, g, out=slope)
+        rows = slope.reshape(slope.shape[0], -1), g.reshape(slope.shape[0], -1)
+        split_rows(lambda s: np.multiply(rows[0][s], rows[1][s], out=rows[0][s]), *rows[0].shape[:1], slope.size)
+        return slope
+
+    return dx
+
+
 @kernel(ops.silu, "numpy")
 def _silu(x):
-    def dx_into(out, g, x):
-        _silu_and_slope_into(np.empty_like(x), out, x)
-        out *= g
-
-    return elementwise(_silu_into, x), lambda g: elementwise(dx_into, g, x)
+    if not is_grad_enabled():
+        return elementwise(_silu_into, x), None
+    y, slope = elementwise(_silu_and_slope_into, x, outputs=2)
+    return y, _times(slope)
 
 
 @kernel(ops.swiglu, "numpy")
 def _swiglu(gate, up):
-    """Keeps its two inputs, where `silu` and `mul` would keep three arrays. One exponential serves both gradients."""
+    """What backward multiplies by is made while its parts are in the cache; the two arrays take the place of the inputs."""
 
     def into(out, gate, up):
         _silu_into(out, gate)
         out *= up
 
-    def both_into(dgate, dup, g, gate, up):
+    def all_into(y, dgate, dup, gate, up):
         _silu_and_slope_into(dup, dgate, gate)
-        dup *= g
-        dgate *= g
+        np.multiply(dup, up, out=y)
         dgate *= up
 
-    return elementwise(into, gate, up), *together(2, lambda g: elementwise(both_into, g, gate, up, outputs=2))
+    if not is_grad_enabled():
+        return elementwise(into, gate, up), None, None
+    y, dgate, dup = elementwise(all_into, gate, up, outputs=3)
+    return y, _times(dgate), _times(dup)
 
 
 _C = math.sqrt(2 / math.pi)
@@ -101,6 +127,7 @@ _C = math.sqrt(2 / math.pi)
 
 @kernel(ops.gelu, "numpy")
 def _gelu(x):
+    """Keeps dy/dx in place of x."""
 
     def tanh_into(t, x):  # t = tanh(C x (1 + 0.044715 x^2))
         np.multiply(x, x, out=t)
@@ -115,22 +142,24 @@ def _gelu(x):
         out *= x
         out *= 0.5
 
-    def dx_into(out, g, x):  # 0.5 (1 + t) + 0.5 x (1 - t^2) C (1 + 3 * 0.044715 x^2)
-        t = np.empty_like(x)
-        tanh_into(t, x)
-        np.multiply(x, x, out=out)
-        out *= 1.5 * _C * 0.044715
-        out += 0.5 * _C
-        out *= x
-        slope = np.multiply(t, t)
-        np.subtract(1, slope, out=slope)
-        out *= slope
-        t *= 0.5
-        t += 0.5
-        out += t
-        out *= g
+    def both_into(y, slope, x):  # slope = 0.5 (1 + t) + 0.5 x (1 - t^2) C (1 + 3 * 0.044715 x^2)
+        tanh_into(y, x)
+        np.multiply(x, x, out=slope)
+        slope *= 1.5 * _C * 0.044715
+        slope += 0.5 * _C
+        slope *= x
+        rest = np.multiply(y, y)
+        np.subtract(1, rest, out=rest)
+        slope *= rest
+        y *= 0.5
+        y += 0.5
+        slope += y
+        y *= x
 
-    return elementwise(into, x), lambda g: elementwise(dx_into, g, x)
+    if not is_grad_enabled():
+        return elementwise(into, x), None
+    y, slope = elementwise(both_into, x, outputs=2)
+    return y, _times(slope)
 
 
 # -------------------------------------------------------------------------------------------------------- precision
@@ -302,8 +331,8 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
 
 
 def _row_means(a: Array, b: Array | None = None) -> Array:
-    """Mean over the last axis of a [N, d], or of a * b: [N, 1]. einsum takes a third of the time of `mean`."""
-    total = np.einsum("nd->n", a) if b is None else np.einsum("nd,nd->n", a, b)
+    """Mean over the last axis of a [N, d], or of a * b: [N, 1], in a third of the time of `mean`."""
+    total = np.einsum("nd->n", a) if b is None else np.vecdot(a, b)
     return total[:, None] / a.shape[1]
 
 
@@ -334,7 +363,8 @@ def _rope(x, cos, sin):
 
 
 QUERY_BLOCK = 64  # queries that are answered together; keys that causality hides from all of them are never touched
-TILE = 1 << 19  # scores computed together, at most: several heads and batch rows in one call of each NumPy function
+FEW_QUERIES = 16  # of a key
+TILE = 1 << 18  # scores computed together, at most: several heads and batch rows in one call of each NumPy function
 
 
 class _Attention:
@@ -342,7 +372,10 @@ class _Attention:
 
     A tile keeps its unnormalized weights E = exp(S - max S) and the reciprocal row sums 1/l. With dO' = dO / l:
         O = (E V) / l        dV = Eᵀ dO'       dS = E * (dO' Vᵀ - rowsum(dO' * O))       dQ = dS K       dK = dSᵀ Q
-    which needs no normalized copy of the weights.
+    which needs no normalized copy of the weights. Rowsums are subtracted within the product: [dO', -rowsum] [V, 1]ᵀ.
+
+    In a tile where no exp(S) leaves the dtype's range, E = exp(S): shifted or not, its relative error is that of S, and to
+    subtract each row's maximum costs more than exp.
 
     Arrays: q and dq [B, H, T, D]; k and dk [B, kv, S, D]; v and dv [B, kv, S, Dv]; out and its gradient [B, H, T, Dv].
     In a tile of b rows and t queries, which together see n keys, the H/kv query heads of a key head stand one below the
@@ -359,18 +392,18 @@ class _Attention:
         tile = TILE // max(1, H * min(T, QUERY_BLOCK) * S)
         self.rows = max(1, min(tile, -(-B // get_num_threads())))
         self.saved: dict[tuple[int, int], tuple[Array, Array]] = {}  # (first row, first query) -> E, 1/l
+        self.keep = is_grad_enabled()  # here: another thread has a mode of its own
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        self._tiles(lambda b, i: self._forward(b, i, mask))
+        self._rows(lambda b: self._forward(b, mask))
 
-    def _tiles(self, work: Callable[[slice, int], None]) -> None:
-        """work(batch rows, first query) for every tile; the tiles of one batch row run in order, in one thread."""
+    def _rows(self, work: Callable[[slice], None]) -> None:
+        """work(batch rows) for the batch rows of each tile: all blocks of queries of theirs, in order, in one thread."""
         B, rows = self.q.shape[0], self.rows
 
         def run(s):
             for b in range(s.start, s.stop):
-                for i in self.starts:
-                    work(slice(b * rows, min((b + 1) * rows, B)), i)
+                work(slice(b * rows, min((b + 1) * rows, B)))
 
         with one_blas_thread():
             split_rows(run, -(-B // rows), self.q.size * self.k.shape[2] // 8)  # a score is worth 5 to 10 elements
@@ -386,53 +419,68 @@ class _Attention:
         part = array[b, :, i : i + self.block]
         return part.reshape(part.shape[0], self.kv, -1, part.shape[3])
 
-    def _forward(self, b: slice, i: int, mask: Array | None) -> None:
+    def _forward(self, b: slice, mask: Array | None) -> None:
+        k_t, v = self.k[b].swapaxes(-1, -2), self.v[b]  # [b, kv, D, S], [b, kv, S, Dv]
+        if self.q.shape[1] * self.q.shape[2] >= FEW_QUERIES * self.kv:  # products with copies save more than these cost
+            k_t, v = np.ascontiguousarray(k_t), np.ascontiguousarray(v)
+        for i in self.starts:
+            self._answer(b, i, k_t, v, mask)
+
+    def _answer(self, b: slice, i: int, k_t: Array, v: Array, mask: Array | None) -> None:
+        """The outputs of a tile's queries."""
         (_, H, T, _), S, (j, n) = self.q.shape, self.k.shape[2], self._ends(i)
-        e = np.matmul(self._queries(self.q, b, i) * self.scale, self.k[b, :, :n].swapaxes(-1, -2))
+        e = np.matmul(self._queries(self.q, b, i) * self.scale, k_t[..., :n])
         rows = e.shape[0]
         scores = e.reshape(rows, H, j - i, n)  # the same memory, one head after the other
+        shift = n and ((mask is not None and mask.dtype != bool) or _needs_shift(e))
         if self.causal and n:
             first = max(0, S - T + i + 1)  # keys from here on are hidden from some query of the block
             hidden = np.arange(first, n)[None, :] > np.arange(S - T + i, S - T + j)[:, None]
-            scores[..., first:] += np.where(hidden, -np.inf, 0).astype(e.dtype)
+            np.copyto(scores[..., first:], -np.inf, where=hidden)
         if mask is not None:
             m = mask[(b if mask.shape[0] > 1 else slice(None))]
             m = m[:, :, (slice(i, j) if m.shape[2] > 1 else slice(None)), : n if m.shape[3] > 1 else None]
             if m.dtype == bool:
-                scores[...] = np.where(m, scores, -np.inf)
+                np.copyto(scores, -np.inf, where=~m)
             else:
                 scores += m
-        if n:
+        if shift:
             top = e.max(axis=-1, keepdims=True)
             e -= np.where(np.isfinite(top), top, 0)  # a fully masked row: exp(-inf - 0) = 0
-            np.exp(e, out=e)
+        np.exp(e, out=e)
         total = np.matmul(e, np.ones((n, 1), e.dtype))  # row sums, three times as fast as sum(axis=-1)
         inverse = np.where(total > 0, 1 / np.where(total > 0, total, 1), 0).astype(e.dtype, copy=False)
-        o = np.matmul(e, self.v[b, :, :n])
+        o = np.matmul(e, v[:, :, :n])
         o *= inverse
         self.out[b, :, i:j] = o.reshape(rows, H, j - i, -1)
-        self.saved[b.start, i] = e, inverse
+        if self.keep:
+            self.saved[b.start, i] = e, inverse
 
     def backward(self, g: Array, dq: Array, dk: Array, dv: Array) -> None:
         """From the gradient g of `out`, write the three gradients into the given arrays (dk and dv hold zeros)."""
         _, H, _, D = self.q.shape
 
-        def work(b, i):
-            j, n = self._ends(i)
-            e, inverse = self.saved.pop((b.start, i))
-            qs = self._queries(self.q, b, i) * self.scale
-            do = self._queries(g, b, i) * inverse
-            delta = np.einsum("bhtd,bhtd->bht", do, self._queries(self.out, b, i))[..., None]
-            self._add_product(dv[b, :, :n], e, do, i)
-            ds = np.matmul(do, self.v[b, :, :n].swapaxes(-1, -2))
-            ds -= delta
-            ds *= e
-            dqs = np.matmul(ds, self.k[b, :, :n])
-            dqs *= self.scale
-            dq[b, :, i:j] = dqs.reshape(-1, H, j - i, D)
-            self._add_product(dk[b, :, :n], ds, qs, i)
+        def work(b):
+            k, v = np.ascontiguousarray(self.k[b]), self.v[b]
+            v1_t = np.ones((*v.shape[:2], v.shape[3] + 1, v.shape[2]), g.dtype)  # [V, 1]ᵀ
+            v1_t[:, :, :-1] = v.swapaxes(-1, -2)
+            for i in self.starts:
+                j, n = self._ends(i)
+                e, inverse = self.saved.pop((b.start, i))
+                qs = self._queries(self.q, b, i) * self.scale
+                out = self._queries(self.out, b, i)
+                do1 = np.empty((*out.shape[:3], v1_t.shape[2]), g.dtype)  # [dO', -rowsum(dO' * O)]
+                do = np.multiply(self._queries(g, b, i), inverse, out=do1[..., :-1])
+                np.negative(np.vecdot(do, out), out=do1[..., -1])
+                self._add_product(dv[b, :, :n], e, do, i)
+                ds = np.matmul(do1, v1_t[..., :n])
+                ds *= e
+                dqs = np.matmul(ds, k[:, :, :n])
+                dqs *= self.scale
+                dq[b, :, i:j] = dqs.reshape(-1, H, j - i, D)
+                self._add_product(dk[b, :, :n], ds, qs, i)
 
-        self._tiles(work)
+        self._rows(work)
 
     def _add_product(self, total: Array, a: Array, b: Array, i: int) -> None:
         """total += aᵀ b, over the tiles of one batch row: the first of them writes."""
@@ -475,6 +523,9 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """Queries, keys and their gradients keep the order of the projections in memory, so that heads merge without a copy."""
     check.rotary(q, k, v, cos, sin)
     D = 2 * cos.shape[-1]
+    if q.shape[1] == 1 and cache is not None and not is_grad_enabled():
+        if attn_mask is None or (attn_mask.ndim == 4 and attn_mask.shape[1] == 1):
+            return _next_token(q, k, v, cos, sin, attn_mask, cache), None
 
     def heads(a):  # [B, T, H D] -> [B, H, T, D]
         return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
@@ -496,45 +547,56 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     return merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
 
 
+def _next_token(q: Array, k: Array, v: Array, cos: Array, sin: Array, mask: Array | None, cache: Any) -> Array:
+    """`rotary_attention` [B, 1, H D] of one new position, which sees all keys, in few calls: they are what costs here."""
+    B, D = q.shape[0], 2 * cos.shape[-1]
+    H, kv = q.shape[2] // D, k.shape[2] // D
+    x = np.concatenate([q, k], -1).reshape(B, H + kv, D)
+    swapped = np.concatenate([x[..., D // 2 :], x[..., : D // 2]], -1)
+    x = x * np.concatenate([cos, cos], -1) + swapped * np.concatenate([-sin, sin], -1)
+    K, V = ops._remembered(cache, x[:, H:, None], v.reshape(B, kv, 1, D))
+    scores = np.matmul((x[:, :H] / math.sqrt(D)).reshape(B, kv, H // kv, D), K.swapaxes(-1, -2))
+    return np.matmul(ops._masked_softmax(scores, mask, False), V).reshape(B, 1, H * D)
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def _nll(logits: Array, targets: Array, counts: Array, smoothing: float) -> tuple[Array, tuple[Array, Array]]:
-    """(Σ over counted rows of logsumexp(logits) - Σ_v q_v logits_v, what softmax divides by), in row blocks.
+def _nll(logits: Array, targets: Array, counts: Array, smoothing: float, e: Array | None) -> tuple[Array, Array]:
+    """(Σ over counted rows of logsumexp(logits) - Σ_v q_v logits_v, Σ_v e_v [N, 1]), in row blocks.
 
-    logits are [N, V], targets and counts (0 or 1) [N]; q = (1 - smoothing) onehot(target) + smoothing / V.
-    The divisor is (max x, Σ exp(x - max x)), both [N, 1]. Their combination max + log Σ would be rounded to the precision
-    of the largest logit, and that absolute error in an exponent is a relative one in every probability.
+    logits are [N, V], targets and counts (0 or 1) [N]; q = (1 - smoothing) onehot(target) + smoothing / V. `e` [N, V]
+    takes exp(logits - max logits), and may be `logits` itself; None: nobody wants it.
     """
     rows, classes = logits.shape
     top, total, picked = (np.empty((rows, 1), logits.dtype) for _ in range(3))
 
     def block(s):
         x = logits[s]
-        top[s] = x.max(axis=1, keepdims=True)
-        e = np.subtract(x, top[s])
-        np.exp(e, out=e)
-        total[s] = np.einsum("nv->n", e)[:, None]
         picked[s, 0] = x[np.arange(x.shape[0]), targets[s]]
         if smoothing:
             picked[s] += smoothing * (_row_means(x) - picked[s])
+        top[s] = x.max(axis=1, keepdims=True)
+        exp = np.subtract(x, top[s], out=None if e is None else e[s])
+        np.exp(exp, out=exp)
+        total[s] = np.einsum("nv->n", exp)[:, None]
 
     parallel_rows(np, block, rows, classes)
-    return ((np.log(total) + (top - picked))[:, 0] * counts).sum(), (top, total)
+    return ((np.log(total) + (top - picked))[:, 0] * counts).sum(), total
 
 
-def _nll_gradient(
-    logits: Array, targets: Array, counts: Array, smoothing: float, divisor: tuple[Array, Array], g: Array, out: Array
-) -> None:
-    """out [N, V] = (softmax(logits) - q) * counts * g, in row blocks, q as in `_nll`; `out` may be `logits` itself."""
-    rows, classes = logits.shape
-    weight = (counts * g).reshape(-1, 1).astype(logits.dtype)  # [N, 1]
-    top, scale = divisor[0], weight / divisor[1]
+def _nll_gradient(e: Array, targets: Array, counts: Array, smoothing: float, total: Array, g: Array) -> None:
+    """e ← (e / total - q) * counts * g = (softmax(logits) - q) * counts * g, in row blocks, q as in `_nll`.
+
+    Not exp(logits - (max logits + log total)): that sum would be rounded to the precision of the largest logit, and that absolute
+    error in an exponent is a relative one in every probability.
+    """
+    rows, classes = e.shape
+    weight = (counts * g).reshape(-1, 1).astype(e.dtype)  # [N, 1]
+    scale = weight / total
 
     def block(s):
-        o = out[s]
-        np.subtract(logits[s], top[s], out=o)
-        np.exp(o, out=o)
+        o = e[s]
         o *= scale[s]
         if smoothing:
             o -= weight[s] * (smoothing / classes)
@@ -545,7 +607,7 @@ def _nll_gradient(
 
 @kernel(ops.cross_entropy, "numpy")
 def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
-    """The pullback is computed from the logits again: no second array of their size is kept."""
+    """Keeps exponentials in place of the logits; in backward their memory becomes the gradient."""
     check.smoothing(label_smoothing)
     shape, classes = logits.shape, logits.shape[-1]
     check.targets("cross_entropy", targets, logits.shape[:-1], classes, ignore_index)
@@ -553,20 +615,20 @@ def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     counts = (t != ignore_index).astype(logits.dtype)
     t = np.where(t == ignore_index, 0, t)
     n = counts.sum()
-    total, divisor = _nll(flat, t, counts, label_smoothing)
+    e = np.empty_like(flat) if is_grad_enabled() else None
+    total, divisor = _nll(flat, t, counts, label_smoothing, e)
     loss = total / n if n else total * np.nan
 
     def dlogits(g):
-        d = np.empty(shape, flat.dtype)
-        _nll_gradient(flat, t, counts, label_smoothing, divisor, g / n, d.reshape(-1, classes))
-        return d
+        _nll_gradient(e, t, counts, label_smoothing, divisor, g / n)
+        return e.reshape(shape)
 
     return loss, dlogits
 
 
 @kernel(ops.linear_cross_entropy, "numpy")
 def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0):
-    """Logits are computed only for the rows that count, and held once: in backward their memory becomes their gradient.
+    """Logits are computed only for the rows that count, and held once: their memory becomes exponentials, then the gradient.
 
     A 49k-word head so costs one array of [rows that count, V] instead of two of [all rows, V].
     """
@@ -581,16 +643,15 @@ def _linear_cross_entropy(hidden, weight, targets, ignore_index=-100, label_smoo
     n = rows.size
     logits = backend.matmul(h, _widen(weight, h).T)  # [n, V]
     counts = np.ones(n, h.dtype)
-    total, divisor = _nll(logits, t, counts, label_smoothing)
+    total, divisor = _nll(logits, t, counts, label_smoothing, logits)
     loss = total / n if n else total * np.nan
-    memo = {"logits": logits}
+    memo = {"e": logits}
     del logits
 
     def dlogits(g):
-        if "logits" in memo:
-            logits = memo.pop("logits")
-            _nll_gradient(logits, t, counts, label_smoothing, divisor, g / n if n else g, out=logits)
-            memo["dlogits"] = logits
+        if "e" in memo:
+            memo["dlogits"] = memo.pop("e")
+            _nll_gradient(memo["dlogits"], t, counts, label_smoothing, divisor, g / n if n else g)
         return memo["dlogits"]
 
     def dhidden(g):

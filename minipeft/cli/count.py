@@ -3,6 +3,9 @@
 trained: updated by the optimizer; stored: what a task's own file holds; total: in the adapted model. A tied head counts
 once, a packed weight counts its elements, a method's frozen constants are not in the total (as PEFT counts).
 
+--adapter-config also takes methods of PEFT that are counted here and not trained: ADAPTION_PROMPT, BOFT, C3A, DELORA,
+FOURIERFT, HRA, MISS, RANDLORA, ROAD, SHIRA, VBLORA.
+
 The name of a method means what it means to `minipeft finetune`: lora adapts all linear layers. The layers that are
 usual in PEFT, such as q_proj and v_proj, are those of --set target_modules=null.
 
@@ -30,7 +33,7 @@ from typing import Any
 from .. import accounting
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
-from .method_options import add_shapes, architecture_of, method_of
+from .method_options import add_shapes, architecture_of, counted_of
 
 SHOWN = 24  # rows of the table, the rest is one row
 
@@ -41,8 +44,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> None:
     arch = architecture_of(args)
-    name, method = method_of(args)
-    config = method.config()
+    name, config, _ = counted_of(args, arch)
     count, trained = accounting.count_parameters(arch, config), accounting.parameters.trained_parameters(arch, config)
     if args.json:
         parameters = {path: list(shape) for path, shape in trained.items()} if config is not None else None

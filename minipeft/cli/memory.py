@@ -37,6 +37,7 @@ from typing import Any
 
 from .. import accounting
 from ..accounting.cards import CARDS
+from ..accounting.counted import COUNTED
 from ..accounting.loop import (
     ATTENTION,
     CONTEXT,
@@ -52,7 +53,7 @@ from ..options import configuration, option
 from . import timeline
 from .arguments import Arguments, Parser
 from .bars import bar, console, grid, print_json, size
-from .method_options import add_shapes, architecture_of, method_of
+from .method_options import add_shapes, architecture_of, counted_of
 
 DEVICES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB
 MINIPEFT = ("adamw", "float32", False)  # its optimizer, precision and checkpointing where none is given
@@ -90,8 +91,10 @@ class LoopOptions:
     logits: str = option("float32", "how the loss computes them", choices=tuple(LOGITS))
     accumulation: int = option(1, "backward passes for one step", least=1)
     upcast: bool = option(False, "what is not in four bits in float32 (prepare_model_for_kbit_training)")
+    pack_experts: bool = option(False, "experts that are one array in four bits, too")
     gpus: int = option(1, "GPUs", least=1)
     sharding: str = option("ddp", "what they share; zero3 is FSDP", choices=SHARDING)
+    reentrant: bool = option(False, "with zero3: checkpoints as in transformers before 5")
     offload: bool = option(False, "states on the host, and what zero3 shards")
     cache_bits: int = option(16, "with --generate: of a key's or value's number", choices=(4, 8, 16))
     headroom: float = option(5.0, "percent for an allocator's fragments", least=0)
@@ -102,7 +105,11 @@ class LoopOptions:
     price: float | None = option(None, "of a GPU hour, in your money, with --tokens", above=0)
 
 
-OF_LOOP = ("adapters", "attention", "logits", "accumulation", "upcast", "gpus", "sharding", "offload", "headroom")
+OF_LOOP = (
+    "adapters", "attention", "logits", "accumulation", "upcast", "pack_experts", "gpus", "sharding", "reentrant", "offload",
+    "headroom",
+)  # fmt: skip
+BY_TERMS = ("LORA", "BITFIT", "LN_TUNING")  # methods of which `accounting.activations` has all that a block keeps
 OF_TIME = ("card", "utilization", "tokens", "price")
 
 
@@ -117,11 +124,15 @@ def run(args: Arguments) -> None:
     args.only_one("inference", "generate", "ppo")
     mode = next((mode for mode in ("inference", "generate", "ppo") if mode in args.given), "training")
     engine = args.engine or ("minipeft" if mode == "ppo" or args.timeline else "pytorch")
-    arch, (name, method) = architecture_of(args), method_of(args)
-    quantization = args.quantization or ("nf4" if method.quantized else None)
+    name, config, quantized = counted_of(args, arch := architecture_of(args))
+    quantization = args.quantization or ("nf4" if quantized else None)
     timeline.check(args, mode)
     _check(args, mode, engine, quantization)
-    config = method.config()
+    if args.pack_experts and not arch.experts:
+        raise ValueError(f"--pack-experts is of experts in one array, and {arch.name} has none: leave it out")
+    if (args.seq or args.fit) and (kind := getattr(config, "peft_type", None)) in COUNTED:
+        what = "weights, gradients and states are known here, and not what it keeps of a sequence"
+        raise ValueError(f"of {kind}, {what}: leave --seq and --fit out")
     if engine == "pytorch":
         return _pytorch(args, mode, arch, name, config, quantization)
     ledger = _ledger(args, mode, arch, config, quantization)
@@ -156,13 +167,17 @@ def _check(args: Arguments, mode: str, engine: str, quantization: str | None) ->
         raise ValueError(f"{flag} is of this package's own engine: add --engine minipeft, or leave --engine out")
     if mode in ("inference", "generate"):
         args.refuse(("optimizer", "checkpointing"), f"with --{mode}, which trains nothing")
-        args.refuse(("adapters", "logits", "accumulation", "offload", *OF_TIME), f"with --{mode}, which trains nothing")
+        of_training = ("adapters", "logits", "accumulation", "reentrant", "offload", *OF_TIME)
+        args.refuse(of_training, f"with --{mode}, which trains nothing")
     if mode != "generate":
         args.refuse(("cache_bits",), "without --generate, which has a cache")
     if quantization is None:
-        args.refuse(("plain_scales", "upcast"), "without weights in four bits, --quantization or --method qlora")
+        of_four_bits = ("plain_scales", "upcast", "pack_experts")
+        args.refuse(of_four_bits, "without weights in four bits, --quantization or --method qlora")
     if args.price is not None and args.tokens is None:
         raise ValueError("--price is of an hour: give --tokens too, the size of the data set")
+    if args.sharding != "zero3" or args.checkpointing is False:
+        args.refuse(("reentrant",), "without --sharding zero3 and checkpoints")
     if engine == "minipeft":
         args.refuse((*OF_LOOP, "fit", "cache_bits", *OF_TIME), "with --engine minipeft")
 
@@ -184,7 +199,7 @@ def _pytorch(args: Arguments, mode: str, arch: Any, name: str, config: Any, quan
     answer, batch, seq = _fit(args, arch, ledger_of) if args.fit is not None else ("", args.batch, args.seq)
     ledger = ledger_of(batch, seq)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
-    assumed = list(_assumptions(args, mode, loop, config, seq))
+    assumed = list(_assumptions(args, mode, loop, arch, name, config, seq))
     time = _time(args, arch, config, batch, seq, loop) if mode == "training" and seq else {}
     if args.json:
         return print_json({
@@ -211,7 +226,9 @@ def _pytorch(args: Arguments, mode: str, arch: Any, name: str, config: Any, quan
     out.print("", *_time_text(args, time, loop), _verdict(ledger.total, fits), *([answer] if answer else []), sep="\n")
 
 
-def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int | None) -> Iterator[tuple[str, str]]:
+def _assumptions(
+    args: Arguments, mode: str, loop: Loop, arch: Any, name: str, config: Any, seq: int | None
+) -> Iterator[tuple[str, str]]:
     """(what a ledger takes for granted, the options that change it)."""
     training, is_method = mode == "training", hasattr(config, "parameter_shapes")
     narrow = LOOP_PRECISIONS[loop.precision].frozen == 2
@@ -227,6 +244,10 @@ def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int |
         scales = "scales quantized too" if loop.double_quantization else "scales in float32"
         rest = ", the rest in float32" if loop.upcast else f", the rest in {numbers}"
         yield f"linear layers in {loop.quantization}, {scales}{rest}", "--quantization --plain-scales --upcast"
+        if arch.experts:
+            packed = f"in {loop.quantization}, too, as bitsandbytes.nn.parametrize packs them"
+            alone = f"in {'32 bits' if loop.upcast else numbers}, as transformers packs linear layers alone"
+            yield f"experts, which are one array, {packed if loop.pack_experts else alone}", "--pack-experts"
     if is_method:
         targets = getattr(config, "target_modules", None)
         targets = " ".join(targets) if isinstance(targets, (list, tuple)) else targets or "its usual modules"
@@ -234,6 +255,8 @@ def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int |
         yield f"{rank}{targets}", "-r --target"
         if training:
             yield f"adapters, their gradients and states in {loop.adapters}", "--adapter-dtype"
+        if seq and (config.peft_type not in BY_TERMS or getattr(config, "use_dora", False)):
+            yield f"of what {name} itself keeps of a sequence, no more than LoRA's terms", "--engine minipeft"
     if training:
         yield f"{loop.optimizer}{', all parameters at once (foreach)' * LOOP_OPTIMIZERS[loop.optimizer][1]}", "--optimizer"
     if training and seq:
@@ -244,7 +267,9 @@ def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int |
     if training and seq:
         yield {
             "float32": "logits in float32, with their gradient", "held": "logits in float32, with their gradient, held by the loop",
-            "bfloat16": "logits in 16 bits, with their gradient", "in-place": "logits in float32, the gradient in their place",
+            "shifted": "logits in 16 bits, in float32, copied shifted and as log-probabilities",
+            "bfloat16": "logits in 16 bits, with their gradient", "held-bfloat16": "logits in 16 bits, with their gradient, held by the loop",
+            "in-place": "logits in float32, the gradient in their place",
             "chunked": "logits in 16 bits, a few tokens at a time", "fused": "logits never all there",
         }[loop.logits], "--logits"  # fmt: skip
     if training:
@@ -253,6 +278,9 @@ def _assumptions(args: Arguments, mode: str, loop: Loop, config: Any, seq: int |
     shares = {"ddp": "each with everything", "zero1": "sharing states", "zero2": "sharing states and gradients"}
     gpus = "one GPU" if loop.gpus == 1 else f"{loop.gpus} GPUs, {shares.get(loop.sharding, 'sharing all (FSDP)')}"
     yield f"{gpus}, {'states' if loop.offload else 'nothing'} on the host", "--gpus --sharding --offload"
+    if training and seq and is_method and loop.sharding == "zero3" and loop.checkpointing:
+        kept = "kept until the end of the pass" if loop.reentrant else "freed block by block"
+        yield f"frozen blocks' inputs and their gradients {kept}", "--reentrant"
     if mode == "generate":
         yield f"a cache of {loop.cache_bits} bits a number", "--cache-bits"
     measured = f"CUDA's context {size(CONTEXT)} and cuBLAS {size(2 * WORKSPACE)}, as measured by others"

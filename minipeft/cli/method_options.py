@@ -111,11 +111,33 @@ def method_named(name: str | None, adapter_config: str | None, options: Mapping[
     if adapter_config is None:
         name = name or "full"
         return name, methods_of([name], options)[name]
+    _alone(name, options)
+    method = dataclasses.replace(_of_file(adapter_config), quantized=name == "qlora")
+    return name or method.label, method
+
+
+def counted_of(args: Arguments, arch: accounting.Architecture) -> tuple[str, Any, bool]:
+    """(what a report calls it, what `minipeft.accounting` takes for it on `arch`, whether weights are in four bits).
+
+    As `method_of`; a file's method may be one that is counted and not trained here, too.
+    """
+    if args.adapter_config is None:
+        name, method = method_of(args)
+        return name, method.config(), method.quantized
+    _alone(args.method, given_options(args))
+    from ..accounting.counted import COUNTED, counted_config
+    from ..peft.huggingface import PEFT_TYPES, read_options
+
+    options = read_options(args.adapter_config, (*PEFT_TYPES, *COUNTED))
+    config = counted_config({**options, "inference_mode": False}, arch)  # as it is trained
+    return args.method or config.peft_type, config, args.method == "qlora"
+
+
+def _alone(name: str | None, options: Mapping[str, Any]) -> None:
+    """ValueError for what is given beside --adapter-config, but for qlora, which is not a file's to say."""
     extra = next((FLAGS[name] for name in options), None if name in (None, "qlora") else "--method")
     if extra:
         raise ValueError(f"--adapter-config says everything about the method; leave {extra} out")
-    method = dataclasses.replace(_of_file(adapter_config), quantized=name == "qlora")
-    return name or method.label, method
 
 
 def methods_of(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, Method]:

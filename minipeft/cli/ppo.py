@@ -61,7 +61,7 @@ def add_arguments(parser: Parser) -> None:
     parser.options(OnlineOptions)
     parser.options(
         PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
-        "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "save_steps", "seed",
+        "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "bf16", "save_steps", "seed",
         group="training", save_steps="updates between checkpoints; None: 1/5",
     )  # fmt: skip
     parser.options(GroupConfig, "num_generations", group="training")

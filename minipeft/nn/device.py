@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..autograd.device import _cupy, _made
+from ..autograd.cuda import cupy, made
 from ..backend import Array
 
 _PICK = r"""
@@ -108,7 +108,7 @@ def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | No
     As `nn.generation` has it on the host: `token_probabilities`, up to rounding, then the token at which their sum passes
     the uniform number. temperature 0 takes the most probable token, and no numbers. One launch.
     """
-    xp, (B, V) = _cupy(), logits.shape
+    xp, (B, V) = cupy(), logits.shape
     logits = xp.ascontiguousarray(logits, dtype=None if logits.dtype == np.float64 else np.float32)
     types = {"float32": ("float", "unsigned"), "float64": ("double", "unsigned long long")}[logits.dtype.name]
     code = "typedef {} T;\ntypedef {} Key;\n".format(*types) + _PICK
@@ -116,5 +116,5 @@ def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | No
     uniform = logits if uniform is None else uniform  # not read
     arguments = logits, uniform, mass, token, np.int64(V), np.float64(temperature), np.int64(top_k or V), np.float64(top_p or 1)
     threads = min(1024, max(32, 1 << (V // 48).bit_length()))
-    _made("RawKernel", code, "pick", ("-std=c++17",))((B,), (threads,), arguments)
+    made("RawKernel", code, "pick", ("-std=c++17",))((B,), (threads,), arguments)
     return token

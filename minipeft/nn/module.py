@@ -16,7 +16,9 @@ from typing import Any, Self
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import Array, asarray, get_backend, xp_of
+from ..backend import Array, BackendError, asarray, get_backend, xp_of
+
+NARROW = {"bfloat16": ("bfloat16", "torch.bfloat16", "bf16"), "float16": ("float16", "torch.float16", "fp16", "half")}
 
 
 class Parameter(Tensor):
@@ -153,8 +155,12 @@ class Module:
     def to(self, xp: ModuleType | str) -> Self:
         """Move every parameter, in place, to an array library's device ("numpy", "cupy" or a module); returns self.
 
-        Raises as `get_backend`.
+        Raises as `get_backend`, and for a 16-bit type, in which a model computes inside `mp.autocast` alone.
         """
+        name = xp if isinstance(xp, str) else getattr(xp, "__name__", str(xp))
+        if dtype := next((dtype for dtype, names in NARROW.items() if name in names), None):
+            why = "weights stay float32, as NumPy has no bfloat16"
+            raise BackendError(f"to() takes no dtype: {why}; compute in {dtype} inside mp.autocast({dtype!r})")
         library = get_backend(xp) if isinstance(xp, str) else xp
         for parameter in self.parameters():
             parameter.data = asarray(parameter.data, library)

@@ -23,6 +23,13 @@ from ..autograd.tensor import Tensor
 from ..backend import xp_of
 from .module import Module
 
+_watched: list[list] = []  # the modules of every `with` that is open
+
+
+def is_watched() -> bool:
+    """Whether calls of some module are looked at, on any thread."""
+    return bool(_watched)
+
 
 @contextmanager
 def watch(model: Module, pattern: str = "*") -> Iterator[dict[str, Any]]:
@@ -57,11 +64,13 @@ def called_through(
     """Inside, a call of one of these modules is `around(its path, the call)`, on all threads."""
     live = [around]
     before = [(module, type(module)) for _, module in paths]
+    _watched.append(before)
     try:
         for path, module in paths:
             module.__class__ = _through(type(module), id(module), path, live)
         yield
     finally:
+        _watched.remove(before)
         live.clear()  # a class lives on for a while, and must hold nothing then
         for module, cls in before:
             module.__class__ = cls

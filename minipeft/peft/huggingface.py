@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
     """The configuration of an adapter_config.json.
 
     Raises PeftError naming each option that this package does not know and that is set to something: it would change
-    the result.
+    the result; and each that the method needs and the file lacks.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     neutral = NEUTRAL | NEUTRAL_OF.get(cls.peft_type, set())
@@ -100,6 +101,9 @@ def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
         listed = ", ".join(f"{k}={v!r}" for k, v in sorted(refused.items()))
         raise PeftError(f"the adapter uses options that {cls.__name__} does not have: {listed}")
     given = {k: v for k, v in options.items() if k in known}
+    needed = [f.name for f in dataclasses.fields(cls) if dataclasses.MISSING is f.default is f.default_factory]
+    if lacking := [name for name in needed if name not in given]:
+        raise PeftError(f"the adapter's configuration lacks {', '.join(lacking)}, which {cls.__name__} needs")
     if "fan_in_fan_out" in given:
         given["fan_in_fan_out"] = None  # PEFT's files say it of models as a whole, in which each layer knows its own
     if "folded" in known and given.get("inference_mode"):
@@ -186,18 +190,27 @@ def save_adapter(model: Any, adapter_name: str, directory: str | os.PathLike) ->
         write_safetensors(fresh / WEIGHTS, arrays, {"format": "pt", **metadata_of(model.base_model)})
 
 
-def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
-    """The configuration of an adapter_config.json, or of its directory, with these options in place of its own.
+def read_options(path: str | os.PathLike, known: Iterable[str] = PEFT_TYPES) -> dict[str, Any]:
+    """The content of an adapter_config.json, or of its directory's, for one of the `known` methods.
 
-    Raises FileError for what is no such file, PeftError for a method or an option that is unknown here.
+    Raises FileError for what is no such file, PeftError for a method that is not known.
     """
     path = config_path(path) if Path(path).is_dir() else path
     options = read_json(path)
     if "peft_type" not in options:
         raise FileError(f"{path}: not an adapter's configuration (no peft_type)")
-    if not isinstance(options["peft_type"], str) or options["peft_type"] not in PEFT_TYPES:
-        known = f"{', '.join(PEFT_TYPES)}; import the module that registers one of your own (--plugin MODULE)"
-        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {known}")
+    if not isinstance(options["peft_type"], str) or options["peft_type"] not in known:
+        listed = f"{', '.join(known)}; import the module that registers one of your own (--plugin MODULE)"
+        raise PeftError(f"{path}: the method {options['peft_type']!r} is not one of {listed}")
+    return options
+
+
+def read_config(path: str | os.PathLike, **fixed: Any) -> PeftConfig:
+    """The configuration of an adapter_config.json, or of its directory's, with these options in place of its own.
+
+    Raises as `read_options`, and PeftError for an option that is unknown here.
+    """
+    options = read_options(path)
     return config_class(options["peft_type"]).from_dict({**options, **fixed})
 
 

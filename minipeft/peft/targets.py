@@ -144,7 +144,7 @@ class Targets:
         if self.layers_to_transform is None or name in self.target_modules:
             return True
         patterns = as_list(self.layers_pattern) or [r"[^.]*"]
-        found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+        found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name))), None)
         return found is not None and int(found.groups()[-1]) in as_list(self.layers_to_transform)
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:

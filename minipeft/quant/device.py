@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..autograd.device import _cupy, _made
+from ..autograd.cuda import cupy, made
 from ..backend import Array
 
 _SUBNORMAL = """
@@ -29,7 +29,7 @@ __device__ float product(float a, float b) {
 
 
 def _few_bits(name: str, inputs: str, outputs: str, body: str) -> Callable:
-    return _made("ElementwiseKernel", inputs, outputs, body, name, True, _SUBNORMAL)
+    return made("ElementwiseKernel", inputs, outputs, body, name, True, _SUBNORMAL)
 
 
 def quantize_4bit(
@@ -40,7 +40,7 @@ def quantize_4bit(
     midpoints float32 [15] and order uint8 [16] are `thresholds`; `zero` stands beside a last odd code; `smallest` is the
     least absmax that a block is divided by.
     """
-    xp, size = _cupy(), x.size
+    xp, size = cupy(), x.size
     absmax, packed = xp.empty(-(-size // blocksize), xp.float32), xp.empty((size + 1) // 2, xp.uint8)
     kernel = _few_bits(
         "quantize_4bit",

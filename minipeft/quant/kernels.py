@@ -94,11 +94,21 @@ def on_device(packed: Array, state: QuantState, dtype: Any) -> Array:
 
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = code[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S columns side by side."""
-    xp, (rows, runs), width = xp_of(codes), scales.shape, out.shape[1] // max(1, scales.shape[1])
+    xp, rows, width = xp_of(codes), out.shape[0], out.shape[1] // max(1, scales.shape[1])
     for s in _pieces(slice(0, rows), max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)):
-        values, into = pairs.take(codes[s], axis=0), out[s].reshape(-1, runs, width)
-        xp.multiply(values.reshape(into.shape), scales[s, :, None], out=into, casting="same_kind")
-        del values  # before the next are made
+        values, into = _numbers(codes[s], pairs), out[s]
+        factors = scales[s].repeat(width).reshape(into.shape)  # faster than to broadcast over short runs
+        xp.multiply(values.reshape(into.shape), factors, out=into, casting="same_kind")
+        del values, factors  # before the next are made
+
+
+def _numbers(codes: Array, pairs: Array) -> Array:
+    """The numbers of bytes: codes [..., k], pairs [256, 2] float32 -> k pairs."""
+    if xp_of(codes) is not np:
+        return pairs.take(codes, axis=0)
+    found = np.empty(codes.shape, np.float64)  # a pair is moved as one number of 64 bits
+    pairs.view(np.float64)[:, 0].take(codes, out=found, mode="clip")  # no byte is out of range, and "raise" takes 4 times as long
+    return found.view(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -167,7 +177,7 @@ class Tiles:
         n = full * size
         unpack(out[:n].reshape(full, size), codes[: n // 2].reshape(full, size // 2), absmax[:full, None], self.pairs)
         if n < out.size:  # part of a block; an odd number of codes ends with one that stands for nothing
-            out[n:] = self.pairs.take(codes[n // 2 :], axis=0).reshape(-1)[: out.size - n] * absmax[full:]
+            out[n:] = _numbers(codes[n // 2 :], self.pairs).reshape(-1)[: out.size - n] * absmax[full:]
 
     def rows(self, part: slice | None = None) -> Iterator[tuple[slice, Array]]:
         """(rows, values [rows, in]) through a part of the rows, or all."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..autograd.device import _sum, product
+from ..autograd.cuda import product
+from ..autograd.device import products_sum
 from ..autograd.tensor import Tensor, kernel, op
 from ..backend import Array, Rng, xp_of
 from ..nn.layers import Conv1D, Linear
@@ -49,7 +50,7 @@ def _linear_4bit(x, packed, state, bias=None):
         y += bias
 
     def dx(g):
-        return _sum(g.reshape(-1, g.shape[-1]), on_device(packed, state, g.dtype))
+        return products_sum(g.reshape(-1, g.shape[-1]), on_device(packed, state, g.dtype))
 
     return y.reshape(*x.shape[:-1], y.shape[1]), dx, None, None, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0)
 

@@ -40,6 +40,7 @@ class OnlineConfig:
     # end its answers, as the shipped base, would have -1 for nearly all of them, and nothing to learn from.
     missing_eos_score: float | None = option(None, "score of a response that no stop token ended, such as -1")
     missing_eos_penalty: float | None = option(None, "or: what such a response loses of its score")
+    bf16: bool = option(False, "policy and reference in bfloat16 (see `mp.autocast`), sampling too")
     cliprange: float = option(0.2, "ε: how far from 1 a ratio counts", above=0)
     max_kl: float = option(100.0, "stop with an error above this KL from the reference, in nats a response", above=0)
     stop_kl: float | None = option(None, "end after the first update that samples above this KL", above=0)

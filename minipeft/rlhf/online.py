@@ -21,12 +21,12 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, Rng, asarray, read, to_numpy, xp_of
+from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..train.callbacks import Callback, Callbacks
 from ..train.checkpoint import adapter_options, fingerprint, frozen_fingerprint
-from ..train.kernels import sum_of_squares
-from ..train.optim import Adam, NonFiniteGradient, clip, gradients_of
+from ..train.optim import Adam, NonFiniteGradient, clipped, gradients_of, read_norm
+from ..train.parallel import in_precision
 from ..train.rates import with_learning_rate
 from ..train.run import Run
 from ..train.schedule import SCHEDULES
@@ -131,6 +131,7 @@ class OnlineTrainer(ABC):
             self.trainable |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
         # eps as in OpenAI's lm-human-preferences (utils/core.py, `minimize`); PyTorch's default is 1e-8
         self.optimizer = Adam(self.trainable.items(), lr=config.learning_rate, eps=1e-5)
+        self.precision = "bfloat16" if config.bf16 else None
         self._modules = (policy, *beside.values())
         self._callbacks = Callbacks(*self._modules)
         self.updates, self.history = 0, []
@@ -171,7 +172,8 @@ class OnlineTrainer(ABC):
         """The policy's answers to the prompts of this update, `group` to each: batch_size responses."""
         c, prompts = self.config, self.prompts_of(self.updates, group)
         stream = Rng(c.seed, self.updates)
-        return rollout(self.policy, prompts, c.response_length, c.temperature, self.stop_token_ids, stream)
+        with in_precision(self.precision):
+            return rollout(self.policy, prompts, c.response_length, c.temperature, self.stop_token_ids, stream)
 
     def prompts_of(self, update: int, group: int = 1) -> list[list[int]]:
         """An update's prompts, each `group` times in a row; all are taken once, then all again in another order."""
@@ -192,7 +194,7 @@ class OnlineTrainer(ABC):
         padding; input_ids, attention_mask and mask are the rollout's. Computed mini_batch_size rows at a time.
         """
         xp, c, parts = self._xp, self.config, []
-        with no_grad():
+        with no_grad(), in_precision(self.precision):
             for i in range(0, c.batch_size, c.mini_batch_size):
                 rows = slice(i, i + c.mini_batch_size)
                 given = roll.input_ids[rows], roll.attention_mask[rows], roll.length
@@ -245,20 +247,21 @@ class OnlineTrainer(ABC):
         seen: list[dict[str, float]] = []  # the statistics of the minibatches
         first = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + 1
         for number, part in enumerate(self.minibatches(batch), start=first):
-            new = self.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
-            loss, given = self.loss(part, new)
+            with in_precision(self.precision):
+                new = self.outputs(part["input_ids"], part["attention_mask"], part["mask"].shape[1])
+                loss, given = self.loss(part, new)
             loss.backward()
             self._callbacks.before_step(number)
             gradients = gradients_of(self.trainable.items())
-            squares = sum_of_squares([g for _, g in gradients])
-            L, total, *numbers = map(float, read(loss.data, squares, *given.values()))  # the minibatch's one wait
+            finite = clipped(gradients, c.max_grad_norm or math.inf, [loss.data], given.values())
+            _, L, *numbers = map(float, finite.numbers)  # the minibatch's one wait
             stats = dict(zip(given, numbers))
             if not seen:
                 check_first_minibatch(stats)
             if not math.isfinite(L):
                 raise self._error(f"the loss is {L:g}; {self._advice()}")
             try:
-                norm = clip(gradients, total, c.max_grad_norm or math.inf)
+                norm = read_norm(gradients, finite)
             except NonFiniteGradient as error:
                 raise self._error(f"{error}; {self._advice()}") from error
             del gradients  # what holds them besides the parameters would hold them through the next backward pass

@@ -66,6 +66,17 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
     return Batch(arguments, counted(labels), sum(lengths))
 
 
+def in_rows(batch: Batch, n: int) -> list[Batch]:
+    """The batch of `collate` or `collate_packed` as n batches of its rows, in order; itself where in one of them no label counts."""
+    rows = batch.arguments["labels"].shape[0]
+    parts = []
+    for i in range(n):
+        where = slice(rows * i // n, rows * (i + 1) // n)
+        arguments = {name: array if array is None else array[where] for name, array in batch.arguments.items()}
+        parts.append(Batch(arguments, counted(arguments["labels"]), batch.tokens * (where.stop - where.start) // rows))
+    return parts if all(part.weight for part in parts) else [batch]
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Which examples share a row of `capacity` tokens: for each row, the indices of its examples.
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd.device import _cupy, _made
+from ..autograd.cuda import cupy, made
 from ..backend import Array, xp_of
+from .finite import Finite
 
 CHUNK = 1 << 14  # elements that a block of threads works on
 THREADS = 256
@@ -32,7 +33,7 @@ _FIND = """
 def _raw(name: str, dtype: Any, arguments: str, body: str) -> Callable:
     number = {"f": "float", "d": "double"}[dtype.char]
     code = f'typedef {number} T;\n#define CHUNK {CHUNK}\n#define THREADS {THREADS}\nextern "C" __global__ void {name}({arguments}) {{{body}}}'
-    return _made("RawKernel", code, name)
+    return made("RawKernel", code, name)
 
 
 def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
@@ -41,7 +42,7 @@ def _table(columns: Sequence[Sequence[Array]]) -> tuple[Array, int]:
     blocks = -(-sizes // CHUNK)
     addresses = [[a.data.ptr for a in column] for column in columns]
     table = np.array([np.cumsum(blocks) - blocks, sizes, *addresses], np.int64)
-    return _cupy().asarray(table), int(blocks.sum())
+    return cupy().asarray(table), int(blocks.sum())
 
 
 def fits(arrays: Sequence[Array]) -> bool:
@@ -51,10 +52,13 @@ def fits(arrays: Sequence[Array]) -> bool:
     return floats and xp_of(*arrays).__name__ == "cupy"
 
 
-def for_each(name: str, body: str, columns: dict[str, Sequence[Array]], numbers: dict[str, float]) -> None:
+def for_each(
+    name: str, body: str, columns: dict[str, Sequence[Array]], numbers: dict[str, float], finite: Finite | None = None
+) -> None:
     """Runs `body`, CUDA for one element, through lists of arrays: all contiguous and of one dtype, float32 or float64.
 
     Each column's elements go by its name in `body`, as a reference to a T, and `numbers` as T's. One launch, one upload.
+    Nothing happens where one of the numbers `looked` at of `finite` is not finite.
     """
     lists = list(columns.values())
     table, blocks = _table(lists)
@@ -63,14 +67,18 @@ def for_each(name: str, body: str, columns: dict[str, Sequence[Array]], numbers:
     dtype = lists[0][0].dtype
     pointers = "".join(f"T* {c}_ = (T*)table[{i} * arrays + a] + first;\n" for i, c in enumerate(columns, start=2))
     named = " ".join(f"T& {c} = {c}_[i];" for c in columns)
-    whole = f"{_FIND}{pointers}for (int i = threadIdx.x; i < n; i += blockDim.x) {{ {named} {body} }}\n"
-    arguments = ", ".join(["const long long* table", "const int arrays", *(f"const T {n}" for n in numbers)])
-    kernel = _raw(name, dtype, arguments, whole)
-    kernel((blocks,), (THREADS,), (table, np.int32(len(lists[0])), *map(dtype.type, numbers.values())))
+    look = "for (int k = 0; k < n_looked; ++k) if (!isfinite(looked[k])) return;\n"
+    whole = f"{look}{_FIND}{pointers}for (int i = threadIdx.x; i < n; i += blockDim.x) {{ {named} {body} }}\n"
+    first = "const long long* table", "const int arrays", "const double* looked", "const int n_looked"
+    kernel = _raw(name, dtype, ", ".join([*first, *(f"const T {n}" for n in numbers)]), whole)
+    looked = table if finite is None else finite.looked
+    n_looked = 0 if finite is None else looked.size
+    given = table, np.int32(len(lists[0])), looked, np.int32(n_looked), *map(dtype.type, numbers.values())
+    kernel((blocks,), (THREADS,), given)
 
 
-def adam(p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], **numbers: float) -> None:
-    """`optim.Adam.update` of all these parameters; the numbers are its `numbers`."""
+def adam(p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], finite: Any, **numbers: float) -> None:
+    """`optim.Adam.update` of all these parameters; the numbers are its `numbers`, and `finite` that of its step."""
     body = """
         p *= keep;
         const T d = g + decay * p;
@@ -78,20 +86,20 @@ def adam(p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence
         v = beta2 * v + rest2 * (d * d);
         p -= rate * (m / (sqrt(v) + eps));
     """
-    for_each("adam", body, {"p": p, "g": g, "m": m, "v": v}, numbers)
+    for_each("adam", body, {"p": p, "g": g, "m": m, "v": v}, numbers, finite)
 
 
-def sgd(p: Sequence[Array], g: Sequence[Array], b: Sequence[Array] | None = None, **numbers: float) -> None:
-    """`optim.SGD.update` of all these parameters; the numbers are its `numbers`."""
+def sgd(p: Sequence[Array], g: Sequence[Array], b: Sequence[Array] | None = None, *, finite: Any, **numbers: float) -> None:
+    """`optim.SGD.update` of all these parameters; the numbers are its `numbers`, and `finite` that of its step."""
     if b is None:
-        for_each("descend", "p -= lr * (g + decay * p);", {"p": p, "g": g}, numbers)
+        for_each("descend", "p -= lr * (g + decay * p);", {"p": p, "g": g}, numbers, finite)
         return
     body = """
         const T d = g + decay * p;
         b = kept * b + rest * d;
         p -= lr * (ahead != 0 ? d + ahead * b : b);
     """
-    for_each("sgd", body, {"p": p, "g": g, "b": b}, numbers)
+    for_each("sgd", body, {"p": p, "g": g, "b": b}, numbers, finite)
 
 
 def scale(g: Sequence[Array], factor: float) -> None:
@@ -99,10 +107,16 @@ def scale(g: Sequence[Array], factor: float) -> None:
     for_each("scale", "g *= factor;", {"g": g}, {"factor": factor})
 
 
+def clip(g: Sequence[Array], finite: Finite, max_norm: float) -> None:
+    """g *= max_norm / (norm + 1e-6) where that is below 1, of all these arrays; norm² is the first number of `finite`."""
+    body = "const double reach = sqrt(looked[0]) + 1e-6; if (reach > limit) g *= T(limit / reach);"
+    for_each("clip", body, {"g": g}, {"limit": max_norm}, finite)
+
+
 def sum_of_squares(arrays: Sequence[Array]) -> Array:
     """Σ x² over all elements, float64 [], added up in float64 in a fixed order: arrays as `for_each` takes them."""
     table, blocks = _table([arrays])
-    partial = _cupy().empty(blocks, np.float64)
+    partial = cupy().empty(blocks, np.float64)
     if blocks:
         body = """
             const T* x = (const T*)table[2 * arrays + a] + first;

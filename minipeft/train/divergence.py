@@ -27,8 +27,10 @@ def diverged(
         where = f"the parameter {name} became NaN or infinite in the update before"
     elif math.isfinite(loss):  # backward meets the last layers first, so theirs went wrong first
         gradients = ((n, non_finite(p.grad)) for n, p in reversed(parameters.items()) if p.grad is not None)
-        name, bad = next((n, bad) for n, bad in gradients if bad)
-        where = f"in the gradient of {name} {bad} of {parameters[name].size} elements are NaN or infinite"
+        name, bad = next(((n, bad) for n, bad in gradients if bad), ("", 0))
+        where = "the squares of the gradients have no finite sum"
+        if bad:
+            where = f"in the gradient of {name} {bad} of {parameters[name].size} elements are NaN or infinite"
     else:
         largest = {n: abs(p.data).max() for n, p in parameters.items() if p.size}
         sizes = {n: float(size) for n, size in zip(largest, read(*largest.values()))}

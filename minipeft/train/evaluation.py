@@ -48,17 +48,18 @@ def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor,
     return loss, {name: n if is_array(n) else np.asarray(n) for name, n in given.items()}
 
 
-def read_results(
-    results: Sequence[tuple[Array, Statistics]], *more: Array
-) -> tuple[list[float], list[Statistics], list[float]]:
-    """(losses and statistics that batches gave, more numbers) in host memory, float64: one wait for the device."""
-    arrays = [array for L, statistics in results for array in (L, *statistics.values())]
-    found = iter(read(*arrays, *more))
-    losses, seen = [], []
-    for _, statistics in results:
-        losses.append(next(found).item())
-        seen.append({name: next(found) for name in statistics})
-    return losses, seen, [number.item() for number in found]
+Results = Sequence[tuple[Array, Statistics]]  # what batches gave
+
+
+def arrays_of(results: Results) -> tuple[list[Array], list[Array]]:
+    """(losses, all statistics) of batches."""
+    return [L for L, _ in results], [array for _, statistics in results for array in statistics.values()]
+
+
+def in_order(results: Results, numbers: Sequence[np.ndarray]) -> tuple[list[float], list[Statistics]]:
+    """(the loss, the statistics) of each batch, from the `arrays_of` results as they were read."""
+    losses, rest = [L.item() for L in numbers[: len(results)]], iter(numbers[len(results) :])
+    return losses, [{name: next(rest) for name in statistics} for _, statistics in results]
 
 
 def means(parts: Sequence[Statistics]) -> dict[str, float]:
@@ -108,7 +109,8 @@ def measure(
                 results.append((value.data, statistics))
     if not weights:
         raise ValueError(f"no label counts in any of the {len(examples)} evaluation examples")
-    losses, seen, _ = read_results(results)
+    losses, more = arrays_of(results)
+    losses, seen = in_order(results, read(*losses, *more))
     return {"loss": sum(value * weight for value, weight in zip(losses, weights)) / sum(weights), **means(seen)}
 
 

@@ -9,16 +9,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import read
+from .finite import Finite
 from .kernels import scale, sum_of_squares
-from .optim import non_finite
 from .optimizer import Optimizer
 
 T = TypeVar("T", list[Tensor], tuple[Tensor, ...])
@@ -82,10 +80,10 @@ class GradScaler:
             return type(outputs)(map(self.scale, outputs))
         return outputs * self._scale if self._enabled else outputs
 
-    def unscale_(self, optimizer: Optimizer) -> bool:
+    def unscale_(self, optimizer: Optimizer, look: bool = True) -> bool:
         """Divide the gradients of the optimizer's parameters by S, in place; returns whether all are finite.
 
-        `step` does it where it has not been called. Raises RuntimeError the second time since the last `update`;
+        `step` does it where it has not been called. look=False leaves it to `step` to say what is finite. Raises RuntimeError the second time since the last `update`;
         ValueError, "Attempting to unscale FP16 gradients", for gradients stored in float16: divided there, they would be
         flushed after all. Keep the trained weights in float32, and let `autocast` round them.
         """
@@ -103,26 +101,26 @@ class GradScaler:
                 "Attempting to unscale FP16 gradients: the trained weights are stored in float16, and so are their gradients; "
                 "keep the weights in float32 (a master copy), and let autocast round them where they are used"
             )
-        finite = _all_finite(gradients)
+        finite = Finite([sum_of_squares(gradients)] if look else ())
         scale(gradients, float(np.float32(1 / self._scale)))
         self._found[optimizer] = [finite, False]
-        return finite
+        return bool(finite)
 
-    def step(self, optimizer: Optimizer) -> None:
-        """`optimizer.step()`, with unscaled gradients; nothing where one of them is not finite.
+    def step(self, optimizer: Optimizer, finite: Finite | None = None) -> None:
+        """`optimizer.step()`, with unscaled gradients; nothing where one of them (or of the numbers of `finite`) is not finite.
 
         Raises RuntimeError where it has been called since the last `update`; and as `unscale_` and the step do.
         """
         if not self._enabled:
-            optimizer.step()
+            optimizer.step(finite)
             return
         if optimizer not in self._found:
             self.unscale_(optimizer)
         found = self._found[optimizer]
         if found[1]:
             raise RuntimeError("step() has already been called since the last update()")
-        if found[0]:
-            optimizer.step()
+        found[0] = found[0] if finite is None else finite
+        optimizer.step(found[0])
         found[1] = True
 
     def update(self) -> None:
@@ -152,8 +150,3 @@ class GradScaler:
         if state.keys() != set(_OPTIONS) or not all(isinstance(value, (int, float)) for value in state.values()):
             raise ValueError(f"GradScaler: the state has {', '.join(_OPTIONS)}, numbers; got {state!r}")
         self._take(*(state[name] for name in _OPTIONS))
-
-
-def _all_finite(gradients: Sequence[Any]) -> bool:
-    (squares,) = read(sum_of_squares(gradients))
-    return math.isfinite(squares) or not any(map(non_finite, gradients))  # or the squares were too large

@@ -12,15 +12,15 @@ Eight-bit Adam has a file of its own (adam8bit.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from ..backend import Array, read, xp_of
+from ..backend import Array, xp_of
 from ..nn.module import Parameter
 from . import device
 from .adam8bit import Adam8bit, AdamW8bit
-from .kernels import ELEMENTS, scale, sum_of_squares
+from .finite import Finite
+from .kernels import ELEMENTS, clip, sum_of_squares
 from .loraplus import loraplus_groups
 from .optimizer import Named, Optimizer, Params, Slots, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
@@ -172,20 +172,26 @@ def clip_grad_norm(parameters: Named, max_norm: float) -> float:
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative, got {max_norm}")
-    gradients = gradients_of(parameters)
-    return clip(gradients, *read(sum_of_squares([g for _, g in gradients])), max_norm)
+    named = gradients_of(parameters)
+    return read_norm(named, clipped(named, max_norm))
 
 
-def clip(named: Gradients, squares: float, max_norm: float) -> float:
-    """`clip_grad_norm` of gradients whose `sum_of_squares` has been read."""
-    norm = math.sqrt(squares)
+def clipped(named: Gradients, max_norm: float, losses: Sequence[Array] = (), more: Iterable[Array] = ()) -> Finite:
+    """Clip, where the gradients and the losses are finite; (Σ g², losses, more), which are not read yet."""
+    gradients = [g for _, g in named]
+    finite = Finite([sum_of_squares(gradients), *losses], more)
+    if max_norm < math.inf:
+        clip(gradients, finite, float(max_norm))
+    return finite
+
+
+def read_norm(named: Gradients, finite: Finite) -> float:
+    """The norm that `clipped` has measured. Raises NonFiniteGradient."""
+    norm = math.sqrt(finite.numbers[0])
     if not math.isfinite(norm):
         for i, (name, g) in enumerate(named):
             if bad := non_finite(g):
                 name = name or f"parameter {i}"
                 message = f"the gradient of {name} has {bad} of {g.size} elements that are NaN or infinite"
                 raise NonFiniteGradient(name, message)
-        norm = math.sqrt(sum(float(sum_of_squares([g.astype(np.float64)]).item()) for _, g in named))  # float32 overflowed
-    if norm + 1e-6 > max_norm:
-        scale([g for _, g in named], float(max_norm) / (norm + 1e-6))
     return norm

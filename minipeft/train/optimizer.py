@@ -11,6 +11,7 @@ import numpy as np
 from ..backend import Array, asarray, xp_of
 from ..nn.module import Parameter
 from . import device
+from .finite import Finite
 from .kernels import in_pieces
 
 Named = Iterable[Parameter] | Iterable[tuple[str, Parameter]]
@@ -126,32 +127,40 @@ class Optimizer:
         """What `update` reads of a group's options in this step, where there is a `flat`."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Update every parameter that requires a gradient and has one.
+    def step(self, finite: Finite | None = None) -> None:
+        """Update every parameter that requires a gradient and has one; none where the numbers of `finite` are not.
 
-        Raises ValueError where their shapes differ; then nothing has changed.
+        On a device they are asked for when the updates have been launched, which look at them themselves.
+        Raises ValueError where the shapes of a parameter and its gradient differ; then nothing has changed.
         """
         groups = [(_options(g), [p for p in g["params"] if p.requires_grad and p.grad is not None]) for g in self.param_groups]
         for p in (p for _, params in groups for p in params):
             self._check_parameter(p)
             if p.grad.shape != p.shape:
                 raise ValueError(f"{self._labels[p]} has the shape {p.shape}, its gradient {p.grad.shape}")
+        if finite is not None and finite.looked is None and not finite:
+            return
+        before = dict(self.state)
         for options, params in groups:
             at_once: dict[tuple, list[list[Array]]] = {}  # those that one launch takes: of one step and dtype
+            jobs = []
             for p in params:
                 slots, zeros = self.slots(options, p), xp_of(p.data).zeros
-                if set(self.state.get(p, ())) != {"step", *slots}:
-                    self.state[p] = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
-                state = self.state[p]
-                state["step"] += 1
+                state = self.state.get(p, {})
+                if set(state) != {"step", *slots}:
+                    state = {"step": 0, **{slot: zeros(shape, dtype) for slot, (shape, dtype) in slots.items()}}
+                self.state[p] = state = {**state, "step": state["step"] + 1}
                 p._version += 1
                 arrays = [p.data, p.grad, *(state[slot] for slot in slots)]
                 if self.flat is not None and device.fits(arrays):
                     at_once.setdefault((state["step"], p.dtype), []).append(arrays)
-                else:
-                    in_pieces(partial(self.update, options, state["step"]), *arrays, block=self.block)
+                elif finite is None or finite:
+                    jobs.append((partial(self.update, options, state["step"]), arrays))
+            in_pieces(jobs, self.block)
             for (step, _), found in at_once.items():
-                self.flat(*zip(*found), **self.numbers(options, step))
+                self.flat(*zip(*found), finite=finite, **self.numbers(options, step))
+        if finite is not None and not finite:
+            self.state = before
 
     def zero_grad(self) -> None:
         """Forget the gradients (`.grad` becomes None)."""

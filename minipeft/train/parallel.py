@@ -1,4 +1,4 @@
-"""Data-parallel training: the workers of an executor compute the gradients of a step's batches.
+"""Data-parallel training: threads, or the workers of an executor, compute the gradients of a step's batches.
 
     here ── trainable arrays, batch b ──► a worker: L_b and its gradients ──► here: added in the order of the batches
 
@@ -20,14 +20,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..autograd.autocast import autocast
+from ..autograd.tensor import gradients
 from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
-from ..threads import get_num_threads, set_num_threads
+from ..nn.watch import is_watched
+from ..threads import get_num_threads, one_blas_thread, run_tasks, set_num_threads
 from .batches import Batch
 from .evaluation import Loss, Statistics, on_device, with_statistics
 
@@ -44,6 +47,10 @@ class Part(NamedTuple):
     scale: float = 1.0
 
 
+# Rows of a batch are spread over threads where each has this many multiplications, tokens times parameters, or more:
+# with fewer, threads spend their time on waiting for Python's lock. And where their gradients take no more bytes than this.
+WORK, GRADIENTS = 1 << 27, 1 << 26
+
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
 
 
@@ -52,29 +59,68 @@ def in_precision(precision: str | None) -> AbstractContextManager[None]:
     return autocast(precision) if precision else nullcontext()
 
 
-def add_gradients(model: Module, loss: Loss, part: Part) -> Result:
-    """Add the gradients of scale · share · L_b to the model's. L_b is not looked at: that would be to wait for a device."""
-    with in_precision(part.precision):
-        L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
-    L_b.backward(part.share * part.scale)
-    return L_b.data, statistics
+def parts_on_threads(model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None) -> int:
+    """In how many parts of its rows `add_gradients` should get a batch: one, or one for each thread.
+
+    One, too, where somebody looks on (`Module.watch`, `PrecisionReport`), who should see whole batches, one after the other.
+    """
+    n = min(get_num_threads(), batch.arguments["labels"].shape[0])
+    little = batch.tokens * sum(p.size for p in model.parameters()) < n * WORK
+    much = n * sum(p.data.nbytes for p in trainable) > GRADIENTS
+    alone = little or much or precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np
+    return 1 if alone else n
+
+
+def add_gradients(model: Module, loss: Loss, parts: Sequence[Part], trainable: Sequence[Parameter]) -> list[Result]:
+    """Add the gradients of scale · share · L_b to the trainable parameters', part by part; L_b is not looked at.
+
+    Several parts are computed each on a thread of its own, with all of its products: threads so meet once, not in every
+    op, for which each has gradients of its own until they are added.
+    """
+    found: list[tuple[Result, list[Array | None]]] = [None] * len(parts)
+
+    def run(i: int) -> None:
+        part = parts[i]
+        with in_precision(part.precision):
+            L_b, statistics = with_statistics(loss(model, **on_device(part.batch, model, loss), rng=part.rng))
+        factor = xp_of(L_b.data).asarray(part.share * part.scale, L_b.dtype)
+        if len(parts) == 1:
+            L_b.backward(factor)
+        found[i] = (L_b.data, statistics), [] if len(parts) == 1 else gradients(L_b, factor, trainable)
+
+    with one_blas_thread() if len(parts) > 1 else nullcontext():
+        run_tasks([partial(run, i) for i in range(len(parts))])
+    return _added_up(found, trainable)
+
+
+def _added_up(found: Sequence[tuple[Result, list[Array | None]]], trainable: Sequence[Parameter]) -> list[Result]:
+    """The results; the gradients of each are added to those of the trainable parameters, one after the other."""
+    for _, own in found:
+        for p, gradient in zip(trainable, own):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad + gradient
+    return [result for result, _ in found]
 
 
 class Workers:
     """Computes the losses and gradients of a step's parts on an executor that is open (see `minipeft.executors`).
 
     model, loss: as the Trainer has them; each worker has a copy. `moved` counts the bytes of arrays that went to workers
-    and came back. Raises ValueError for a model on a device, and for more workers than a step has `batches`.
+    and came back. A step has `batches`, each of which can be computed in up to `rows` parts: `cut` is in how many it should
+    be, for every worker to have one. Raises ValueError for a model on a device, and for more workers than a step has parts.
     """
 
-    def __init__(self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter], batches: int):
+    def __init__(
+        self, executor: Any, model: Module, loss: Loss, trainable: dict[str, Parameter], batches: int, rows: int = 1
+    ):  # fmt: skip
         if xp_of(*[p.data for p in model.parameters()]) is not np:
             raise ValueError("training on workers is for a model on the CPU; this one is on a device")
         self.executor, self.model, self.loss, self.trainable = executor, model, loss, list(trainable.values())
         workers = getattr(executor, "_max_workers", 0)  # of pools on this machine, which share its threads
-        if workers > batches:
-            hint = f"set gradient_accumulation_steps to {workers} or more"
-            raise ValueError(f"a step has {batches} batches for {workers} workers: {hint}")
+        if workers > batches * rows:
+            hint = f"set gradient_accumulation_steps to {workers} or more" if rows == 1 else "use fewer workers, or larger batches"
+            raise ValueError(f"a step has {batches * rows} parts for {workers} workers: {hint}")
+        self.cut = max(1, -(-workers // batches))
         self.threads = max(1, get_num_threads() // workers) if workers else None
         self.key = (os.getpid(), id(self), time.time_ns())  # of this run, among all that a worker has seen
         self.moved = 0
@@ -94,11 +140,7 @@ class Workers:
             if not _of_pickling(error):
                 raise
             raise ValueError(f"the loss must be a function of a module to reach other processes: {error}") from error
-        for _, gradients in found:
-            for p, gradient in zip(self.trainable, gradients):
-                if gradient is not None:
-                    p.grad = gradient if p.grad is None else p.grad + gradient
-        return [result for result, _ in found]
+        return _added_up(found, self.trainable)
 
     def _computed(self, parts: Sequence[Part]) -> list[tuple[Result, list[Array | None]]]:
         arrays = [p.data for p in self.trainable]
@@ -106,7 +148,7 @@ class Workers:
         found = [future.result() for future in futures]  # None: the worker lacks the model
         again = {i: self._submit(parts[i], arrays, (self.model, self.loss)) for i, r in enumerate(found) if r is None}
         found = [again[i].result() if i in again else result for i, result in enumerate(found)]
-        self.moved += sum(g.nbytes for _, gradients in found for g in gradients if g is not None)
+        self.moved += sum(g.nbytes for _, own in found for g in own if g is not None)
         return found
 
     def _submit(self, part: Part, arrays: list[Array], sent: tuple[Module, Loss] | None = None) -> Any:
@@ -138,5 +180,5 @@ def _on_worker(
     for p, array in zip(trainable, arrays):
         p.data, p.grad = array.copy(), None
     with np.errstate(all="ignore"):
-        result = add_gradients(model, loss, part)
+        (result,) = add_gradients(model, loss, [part], trainable)
     return result, [p.grad for p in trainable]

@@ -28,17 +28,16 @@ from ..executors import opened
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .arguments import TrainingArguments
-from .batches import Batch, check_examples, collate_packed, epoch_order
+from .batches import Batch, check_examples, collate_packed, epoch_order, in_rows
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
 from .divergence import TrainingDiverged, check_parameters, diverged
-from .evaluation import Collate, Loss, means, measure, model_loss, read_results
+from .evaluation import Collate, Loss, arrays_of, in_order, means, measure, model_loss
 from .grad_scaler import GradScaler
-from .kernels import sum_of_squares
 from .metrics import picture, plot_loss
-from .optim import SGD, AdamW, AdamW8bit, NonFiniteGradient, Optimizer, clip, gradients_of, loraplus_groups
-from .parallel import Part, Workers, add_gradients, in_precision
+from .optim import SGD, AdamW, AdamW8bit, Optimizer, clipped, gradients_of, loraplus_groups
+from .parallel import Part, Workers, add_gradients, in_precision, parts_on_threads
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -49,33 +48,44 @@ __all__ = ["Trainer", "TrainingArguments", "TrainingDiverged", "TrainingResult",
 def training_step(
     model: Module, batches: Sequence[Batch], loss: Loss, parameters: dict[str, Parameter], optimizer: Optimizer,
     callbacks: Callbacks, *, step: int, seed: int, max_grad_norm: float | None, workers: Workers | None = None,
-    precision: str | None = None, scaler: GradScaler | None = None,
+    precision: str | None = None, scaler: GradScaler | None = None, by_rows: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Step number `step` (from 1): one update that lowers the mean loss over all labels that count in the batches.
 
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
-    Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches. Returns
-    the record of the step, with the means of the statistics that the loss gives; a callback's wish to stop is in
-    `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient that is not finite.
+    Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches, else this
+    process does; `by_rows` (they are `collate`'s, and the loss is the model's own) they are cut into parts of their rows,
+    one for each thread or worker, where that pays. Returns the record of the step, with the means of the statistics that
+    the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient
+    that is not finite.
 
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
     total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
-    scale, finite = scaler.get_scale() if scaler else 1.0, True
-    for batch in batches:
-        if batch.weight:
+    scale, trained = scaler.get_scale() if scaler else 1.0, [*parameters.values()]
+    cut = workers.cut if workers else parts_on_threads(model, batches[0], trained, precision) if by_rows else 1
+    for own in [own for batch in batches for own in (in_rows(batch, cut) if cut > 1 else [batch])]:
+        if own.weight:
             rng = Rng(seed, first_row=first_row).at(step - 1)
-            parts.append(Part(batch, batch.weight / total, rng, precision, scale))
-        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # this batch's rows
+            parts.append(Part(own, own.weight / total, rng, precision, scale))
+        first_row += max((v.shape[0] for v in own.arguments.values() if is_array(v)), default=0)  # the rows of this one
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        results = workers.losses(parts) if workers else [add_gradients(model, loss, part) for part in parts]
+        if workers:
+            results = workers.losses(parts)
+        else:
+            results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
         if scaler:
-            finite = scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer, look=False)
         callbacks.before_step(step)
-        gradients = gradients_of(parameters.items())
-        losses, seen, (squares,) = read_results(results, sum_of_squares([g for _, g in gradients]))  # the step's one wait
+        finite = clipped(gradients_of(parameters.items()), max_grad_norm or math.inf, *arrays_of(results))
+        if scaler:
+            scaler.step(optimizer, finite)
+        else:
+            optimizer.step(finite)
+        squares, *numbers = finite.numbers  # the step's one wait
+        losses, seen = in_order(results, numbers)
         for part, L_b in zip(parts, losses):
             L += part.share * L_b
             if not math.isfinite(L):
@@ -84,17 +94,13 @@ def training_step(
             "step": step, "loss": L, "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens": sum(batch.tokens for batch in batches), **means(seen),
         }  # fmt: skip
-        try:
-            if finite:
-                record["grad_norm"] = clip(gradients, squares, max_grad_norm or math.inf)
-        except NonFiniteGradient:
-            raise diverged(step, L, parameters, optimizer) from None
+        if finite:
+            record["grad_norm"] = math.sqrt(squares)
+        elif not scaler:
+            raise diverged(step, L, parameters, optimizer)
         if scaler:
             record["loss_scale"] = scale
-            scaler.step(optimizer)
             scaler.update()
-        else:
-            optimizer.step()
     if finite:
         callbacks.after_step(step, record)
     optimizer.zero_grad()
@@ -210,6 +216,7 @@ class Trainer:
             self.args = with_learning_rate(self.args, model)
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
+        self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
         self.precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
         self.scaler = GradScaler() if self.args.fp16 else None
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -270,7 +277,10 @@ class Trainer:
         run = Run(self, a, self.total_steps, self._callbacks, show)
         with nullcontext() if executor is None else opened(executor) as pool, run.start(resume_from_checkpoint):
             if pool is not None:
-                self._workers = Workers(pool, self.model, self.loss, self.trainable, a.gradient_accumulation_steps)
+                self._workers = Workers(
+                    pool, self.model, self.loss, self.trainable, a.gradient_accumulation_steps,
+                    a.per_device_train_batch_size if self._has_rows else 1,
+                )  # fmt: skip
             try:
                 for step in run:
                     run.record(self._step(step))
@@ -308,6 +318,7 @@ class Trainer:
         record = training_step(
             self.model, batches, self.loss, self.trainable, self.optimizer, self._callbacks, step=step, seed=a.seed,
             max_grad_norm=a.max_grad_norm, workers=self._workers, precision=self.precision, scaler=self.scaler,
+            by_rows=self._has_rows,
         )  # fmt: skip
         if self._workers:
             record["bytes_moved"], self._workers.moved = self._workers.moved, 0

@@ -1,65 +1,67 @@
 """Four bits: the speed of quantizing and dequantizing, of a QLoRA step, and its peak memory, against the peers.
 
-    python tests/benchmarks/quantization.py [codes] [step] [peers] [memory] [--threads 2] [--width 512] [--repeat 9]
+    python tests/benchmarks/quantization.py [codes] [lora] [step] [memory] [--width 512] [--repeat 9] [--threads 1,2] [--json FILE]
 
-codes    GB/s of float32 read (or written), as a share of a plain copy, and against bitsandbytes where it is installed
-step     a QLoRA step over the same LoRA step in float32: one transformer, 512 tokens a step
-peers    a QLoRA step against bitsandbytes + PEFT + transformers, the same shape and adapter
+codes    GB/s of float32 read (or written): against bitsandbytes, and dequantizing in tiles, as a product does
+lora     a QLoRA step against the same LoRA step in float32, both ours: one transformer, 512 tokens a step
+step     a QLoRA step against bitsandbytes + PEFT + transformers, the same shape and adapter
 memory   peak of a QLoRA step of a 135M-parameter model, measured, against the ledger
 
-What is compared is timed in turns: in one process, or, for the peers, each library in its own (see `turns`). A figure is
-the median of its turns, a ratio the median over pairs of turns.
+What is compared is timed in turns, each in a process of its own (see `turns`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import statistics
+from collections.abc import Callable
+from functools import partial
 
 import turns
-from turns import in_turns, ratio, stepper
+from turns import Pair, stepper
 
-WHAT = ("codes", "step", "peers", "memory")
+WHAT = ("codes", "lora", "step", "memory")
+CODES = ("quantize", "dequantize", "dequantize in tiles")  # bitsandbytes' counterpart of the last is the whole array
+TIMES, STEPS = 20, 5  # calls, steps in a turn
+NUMBERS = (2048, 4096)
 
 
-def codes(repeat: int) -> None:
+def again(call: Callable) -> None:
+    for _ in range(TIMES):
+        call()
+
+
+def our_codes() -> dict:
     import numpy as np
 
     from minipeft import quant
-    from minipeft.backend import parallel_rows, split_rows
+    from minipeft.backend import split_rows
 
-    x = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
-    out = np.empty_like(x)
+    x = np.random.default_rng(0).standard_normal(NUMBERS).astype(np.float32)
     packed, state = quant.quantize_4bit(x)
-
-    def copy():
-        parallel_rows(np, lambda s: np.copyto(out[s], x[s]), x.shape[0], x.shape[1])
 
     def tiles():
         weight = quant.kernels.Tiles(packed, state)
         split_rows(lambda part: [None for _ in weight.rows(part)], x.shape[0], x.size)
 
-    calls = {
-        "copy": copy,
-        "quantize": lambda: quant.quantize_4bit(x),
-        "quantize nested": lambda: quant.quantize_4bit(x, compress_statistics=True),
-        "dequantize": lambda: quant.dequantize_4bit(packed, state),
-        "tiles": tiles,
-    }
-    if importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes.functional as theirs
-        import torch
+    calls = (lambda: quant.quantize_4bit(x), lambda: quant.dequantize_4bit(packed, state), tiles)
+    return {name: partial(again, call) for name, call in zip(CODES, calls)}
 
-        t = torch.from_numpy(x)
-        packed2, state2 = theirs.quantize_4bit(t, quant_type="nf4")
-        calls["bitsandbytes quantize"] = lambda: theirs.quantize_4bit(t, quant_type="nf4")
-        calls["bitsandbytes dequantize"] = lambda: theirs.dequantize_4bit(packed2, state2)
-    times = in_turns(repeat, **calls)
-    for name, found in times.items():
-        line = f"{name:24s} {x.nbytes / statistics.median(found) / 1e9:6.2f} GB/s   {ratio(times['copy'], found):5.2f} of a copy"
-        peer = f"bitsandbytes {name.split()[0]}"
-        print(line + (f"   {ratio(times[peer], found):5.2f} times bitsandbytes' speed" if peer in times else ""))
+
+def their_codes() -> dict:
+    import bitsandbytes.functional as bnb
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    x = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.quantize_4bit(x, quant_type="nf4")
+    calls = (lambda: bnb.quantize_4bit(x, quant_type="nf4"), *[lambda: bnb.dequantize_4bit(packed, state)] * 2)
+    return {name: partial(again, call) for name, call in zip(CODES, calls)}
+
+
+def codes(pair: Pair, repeat: int, path: str) -> None:
+    amount = TIMES * 4 * NUMBERS[0] * NUMBERS[1] / 1e9
+    for name in CODES:
+        turns.report(pair.row(f"NF4, {name}", "bitsandbytes", pair.alternate(repeat, name)[0], "GB/s", amount), path)
 
 
 def our_models(width: int, layers: int = 4):
@@ -78,22 +80,11 @@ def our_step(base, ids, r: int = 8, targets=("q_proj", "v_proj")):
     return stepper(lambda: model.loss(ids, ids), optimizer)
 
 
-def step(width: int, repeat: int) -> None:
+def ours(width: int, quantized: bool = True) -> dict:
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(0, 1024, (4, 128))
-    dense, quantized = our_models(width)
-    times = in_turns(repeat, lora=our_step(dense, ids), qlora=our_step(quantized, ids))
-    middle = {name: 1e3 * statistics.median(found) for name, found in times.items()}
-    print(f"width {width}, 512 tokens: LoRA {middle['lora']:.0f} ms, QLoRA {middle['qlora']:.0f} ms, ratio {ratio(times['qlora'], times['lora']):.2f}")
-
-
-def ours(width: int) -> dict:
-    import numpy as np
-
-    _, quantized = our_models(width)
-    step = our_step(quantized, np.random.default_rng(0).integers(0, 1024, (4, 128)))
-    return {"steps": lambda n: [step() for _ in range(n)]}
+    step = our_step(our_models(width)[quantized], np.random.default_rng(0).integers(0, 1024, (4, 128)))
+    return {"steps": lambda n: [step() for _ in range(n)], "products": turns.numpy_products()}
 
 
 def theirs(width: int) -> dict:
@@ -119,19 +110,17 @@ def theirs(width: int) -> dict:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, (4, 128)))
     step = stepper(lambda: model(input_ids=tokens, labels=tokens).loss, optimizer)
-    return {"steps": lambda n: [step() for _ in range(n)]}
+    return {"steps": lambda n: [step() for _ in range(n)], "products": turns.torch_products()}
 
 
-def peers(width: int, repeat: int) -> None:
-    workers = turns.both("--width", str(width))
-    a, b = ([t / 5 for t in times] for times in turns.alternate(workers, repeat, "steps", 5)[0])  # as in training, without pauses
-    print(
-        f"width {width}, 512 tokens: minipeft {1e3 * statistics.median(a):.0f} ms, bitsandbytes + PEFT "
-        f"{1e3 * statistics.median(b):.0f} ms, ratio {ratio(a, b):.2f} ({repeat} pairs of 5 steps); "
-        f"{turns.memory(workers)}"
-    )
-    for worker in workers:
-        worker.close()
+def step(pair: Pair, work: str, peer: str, width: int, repeat: int) -> dict:
+    import minipeft as mp
+    from minipeft.accounting import step_flops
+
+    config = our_models(width)[0].config
+    flops = step_flops(config, mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]), 4, 128, checkpointing=False).total
+    row = pair.row(f"{work}, d {width}, 4 layers, 4 x 128", peer, pair.alternate(repeat, "steps", STEPS)[0], amount=STEPS)
+    return pair.beside_products(row, turns.weights(config, 4 * 128), 2, flops)
 
 
 def memory() -> None:
@@ -164,14 +153,22 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    options = turns.options(__doc__, WHAT, width=512, repeat=9)
+    options = turns.options(__doc__, WHAT, ("ours", "theirs", "dense"), width=512, repeat=9)
     if options.serve:
-        raise SystemExit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.width)))
-    for what in options.what:
-        print(f"== {what}")
-        {
-            "codes": lambda: codes(options.repeat),
-            "step": lambda: step(options.width, options.repeat),
-            "peers": lambda: peers(options.width, options.repeat),
-            "memory": memory,
-        }[what]()
+        library, width = options.serve, options.width
+        if options.what == ["codes"]:
+            raise SystemExit(turns.serve(our_codes() if library == "ours" else their_codes()))
+        raise SystemExit(turns.serve(theirs(width) if library == "theirs" else ours(width, library == "ours")))
+    width, repeat, path = ("--width", str(options.width)), options.repeat, options.json
+    for threads in options.threads:
+        if "codes" in options.what:
+            with Pair(threads, "codes") as pair:
+                codes(pair, repeat, path)
+        if "step" in options.what:
+            with Pair(threads, *width) as pair:
+                turns.report(step(pair, "QLoRA step", "bitsandbytes + peft", options.width, repeat), path)
+        if "lora" in options.what:
+            with Pair(threads, *width, libraries=("ours", "dense")) as pair:
+                turns.report(step(pair, "QLoRA step", "minipeft's LoRA", options.width, repeat), path)
+    if "memory" in options.what:
+        memory()

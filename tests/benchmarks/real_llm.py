@@ -1,6 +1,6 @@
 """A LoRA step and generation of a 135M-parameter Llama against `transformers` + `peft` on the CPU, in one run.
 
-    python tests/benchmarks/real_llm.py [step] [generate] [--model DIR] [--repeat 7] [--tokens 48] [--threads 2]
+    python tests/benchmarks/real_llm.py [step] [generate] [--model DIR] [--repeat 7] [--tokens 48] [--threads 1,2] [--json FILE]
 
 step       LoRA (r 8 on q_proj and v_proj), batch 4 x 128, AdamW, float32: seconds a step, and peak resident memory
 generate   greedy, with the cache, batches of 1 and 8: tokens a second, a prompt of 32 tokens included
@@ -13,11 +13,10 @@ training; whether they agree on the tokens is said.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 
 import turns
-from turns import Worker, alternate, ratio, stepper
+from turns import Pair, stepper, trainers_step
 
 WHAT = ("step", "generate")
 BATCH, LENGTH, PROMPT = 4, 128, 32
@@ -36,12 +35,12 @@ def ours(path: str) -> dict:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (8, LENGTH))
     tuned = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     optimizer = mp.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
-    step = stepper(lambda: tuned.loss(ids[:BATCH], ids[:BATCH]), optimizer)
+    step = trainers_step(tuned, optimizer, ids[:BATCH])
 
     def generate(batch: int, new: int) -> list:
         return model.generate(ids[:batch, :PROMPT], max_new_tokens=new, eos_token_id=()).tolist()
 
-    return {"step": step, "generate": generate}
+    return {"step": step, "generate": generate, "products": turns.numpy_products()}
 
 
 def theirs(path: str) -> dict:
@@ -69,41 +68,52 @@ def theirs(path: str) -> dict:
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         return model.eval().generate(prompts, attention_mask=torch.ones_like(prompts), **options).tolist()
 
-    return {"step": step, "generate": generate}
+    return {"step": step, "generate": generate, "products": turns.torch_products()}
 
 
-def step(workers: list[Worker], repeat: int) -> None:
-    (a, b), losses = alternate(workers, repeat, "step")
+def step(pair: Pair, config, repeat: int) -> dict:
+    import minipeft as mp
+    from minipeft.accounting import step_flops
+
+    times, losses = pair.alternate(repeat, "step")
     if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
         raise SystemExit(f"the losses before training differ: {losses}")
-    print(
-        f"LoRA step, {BATCH} x {LENGTH} tokens: minipeft {statistics.median(a):.2f} s (best {min(a):.2f}), transformers + peft "
-        f"{statistics.median(b):.2f} s (best {min(b):.2f}), ratio {ratio(a, b):.2f} ({repeat} pairs); first loss {losses[0]:.4f}"
-    )
-    print(turns.memory(workers))
+    lora = mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    flops = step_flops(config, lora, BATCH, LENGTH, checkpointing=False).total
+    row = pair.row(f"LoRA step, {name(config)}, {BATCH} x {LENGTH}", "transformers + peft", times)
+    return pair.beside_products(row, turns.weights(config, BATCH * LENGTH), 2, flops)
 
 
-def generate(workers: list[Worker], repeat: int, new: int) -> None:
-    for batch in (1, 8):
-        (a, b), tokens = alternate(workers, repeat, "generate", batch, new)
-        same = sum(x == y for x, y in zip(*tokens))
-        print(
-            f"generate, batch {batch}, {new} tokens: minipeft {batch * new / statistics.median(a):.1f} tokens/s, transformers "
-            f"{batch * new / statistics.median(b):.1f}, ratio {ratio(b, a):.2f} ({repeat} pairs); {same} of {batch} rows are the same"
-        )
+def generate(pair: Pair, config, repeat: int, batch: int, new: int) -> dict:
+    times, tokens = pair.alternate(repeat, "generate", batch, new)
+    same = sum(x == y for x, y in zip(*tokens))
+    print(f"{same} of {batch} rows of tokens are the same")
+    row = pair.row(f"decode, {name(config)}, batch {batch}", "transformers", times, "tokens/s", batch * new)
+    each = [[*shape, times * (new - 1)] for *shape, times in turns.weights(config, batch)]
+    return pair.beside_products(row, turns.weights(config, batch * PROMPT, head=False) + each, 1)
+
+
+def name(config) -> str:
+    """135M Llama"""
+    from minipeft.accounting import count_parameters
+
+    return f"{count_parameters(config).total / 1e6:.0f}M {config.model_type.capitalize()}"
 
 
 if __name__ == "__main__":
     options = turns.options(__doc__, WHAT, model=None, repeat=7, tokens=48)
     if options.serve:
         raise SystemExit(turns.serve({"ours": ours, "theirs": theirs}[options.serve](options.model)))
+    import minipeft as mp
+
     with tempfile.TemporaryDirectory() as made:
         if not options.model:
-            import minipeft as mp
-
             mp.save_pretrained(mp.Transformer(mp.TransformerConfig.llama(**SHAPE), seed=0), made)
-        for what in options.what:
-            workers = turns.both("--model", options.model or made)
-            step(workers, options.repeat) if what == "step" else generate(workers, options.repeat, options.tokens)
-            for worker in workers:
-                worker.close()
+        config = mp.from_pretrained(options.model or made)[0].config
+        for threads in options.threads:
+            if "step" in options.what:
+                with Pair(threads, "--model", options.model or made) as pair:
+                    turns.report(step(pair, config, options.repeat), options.json)
+            for batch in (1, 8) if "generate" in options.what else ():
+                with Pair(threads, "--model", options.model or made) as pair:
+                    turns.report(generate(pair, config, options.repeat, batch, options.tokens), options.json)

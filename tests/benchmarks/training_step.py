@@ -1,21 +1,27 @@
-"""A training step of minipeft against PyTorch eager: same weights, same data, in turns.
+"""A training step of minipeft against other libraries: same weights, same data, in turns.
 
-    python tests/benchmarks/training_step.py [small] [middle] [large] [--repeat 9] [--threads 2] [--dialect gpt2|llama]
+    python tests/benchmarks/training_step.py [small] [middle] [large] [--peers torch,jax] [--dialect gpt2|llama]
+        [--repeat 9] [--threads 1,2] [--json FILE]
 
-The peer is a hand-written PyTorch model (scaled_dot_product_attention, fused AdamW): nothing of a framework's overhead
-beyond eager PyTorch itself. Each library has a process of its own and takes turns of five steps (see `turns`); the figure
-is the median of the ratios of a pair of turns. The losses of the two must agree over the first steps.
+torch   a hand-written PyTorch model (scaled_dot_product_attention, fused AdamW), eager: nothing of a framework's
+        overhead beyond PyTorch itself
+jax, tinygrad, autograd, mygrad   see `peers`: GPT-2 alone, in three pairs of turns but for JAX
+
+Each library has a process of its own and takes turns of five steps (see `turns`). A library that is not installed is left
+out. The losses of the two must agree over the first steps.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import statistics
 
+import peers
 import turns
-from turns import stepper
+from turns import stepper, trainers_step
 
 STEPS = 5  # in a turn
+LIBRARIES = ("torch", *peers.STEPS)
 SIZES = {  # vocabulary, width, layers, heads, batch, tokens
     "small": (512, 64, 2, 4, 8, 64),
     "middle": (512, 128, 4, 4, 16, 128),
@@ -23,29 +29,36 @@ SIZES = {  # vocabulary, width, layers, heads, batch, tokens
 }
 
 
-def data(size: str):
+def tokens_of(size: str):
     import numpy as np
 
     vocab, _, _, _, batch, tokens = SIZES[size]
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
+    return np.random.default_rng(0).integers(0, vocab, (batch, tokens + 1))
+
+
+def data(size: str):
+    ids = tokens_of(size)
     return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
+def config_of(dialect: str, size: str):
+    from minipeft import TransformerConfig
+
+    vocab, width, layers, heads, _, tokens = SIZES[size]
+    shape = dict(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+    return getattr(TransformerConfig, dialect)(**shape, max_position_embeddings=tokens + 1)
 
 
 def ours(dialect: str, size: str) -> tuple:
     """(step, weights before it)."""
     import minipeft as mp
 
-    vocab, width, layers, heads, _, tokens = SIZES[size]
-    config = getattr(mp.TransformerConfig, dialect)(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=tokens
-    )
-    model = mp.Transformer(config, seed=0)
+    model = mp.Transformer(config_of(dialect, size), seed=0)
     optimizer = mp.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    ids, targets = data(size)
-    return stepper(lambda: mp.functional.cross_entropy(model(ids), targets), optimizer), model.state_dict()
+    return trainers_step(model, optimizer, tokens_of(size)), model.state_dict()
 
 
-def theirs(dialect: str, size: str) -> tuple:
+def in_torch(dialect: str, size: str) -> tuple:
     import torch
     import torch.nn.functional as F
 
@@ -105,27 +118,46 @@ def theirs(dialect: str, size: str) -> tuple:
     return stepper(lambda: F.cross_entropy(forward(ids).flatten(0, 1), targets.flatten()), optimizer), weights
 
 
-def compare(dialect: str, size: str, repeat: int) -> None:
-    workers = turns.both("--dialect", dialect, size)
-    (a, b), (losses, expected) = turns.alternate(workers, repeat, "steps", STEPS)
-    for i, (mine, peer) in enumerate(zip(losses, expected)):
-        if abs(mine - peer) > 1e-4 * abs(peer):
-            raise SystemExit(f"{size}: losses differ at step {i}: minipeft {mine}, torch {peer}")
-    mine, peer = (statistics.median(t) / STEPS * 1e3 for t in (a, b))
-    print(
-        f"{size:7} {'x'.join(map(str, SIZES[size])):20} minipeft {mine:7.1f} ms a step, torch {peer:7.1f} ms, "
-        f"ratio {turns.ratio(a, b):5.2f} ({repeat} pairs of {STEPS} steps); {turns.memory(workers)}",
-        flush=True,
-    )
-    for worker in workers:
-        worker.close()
+def compare(dialect: str, size: str, peer: str, threads: int, repeat: int, path: str) -> None:
+    from minipeft.accounting import step_flops
+
+    config, (vocab, width, layers, _, batch, tokens) = config_of(dialect, size), SIZES[size]
+    with turns.Pair(threads, "--dialect", dialect, size, libraries=("ours", peer)) as pair:
+        times, losses = pair.alternate(repeat, "steps", STEPS)
+        for i, (mine, theirs) in enumerate(zip(*losses)):
+            if abs(mine - theirs) > 1e-4 * abs(theirs):
+                raise SystemExit(f"{size}: losses differ at step {i}: minipeft {mine}, {peer} {theirs}")
+        name = {"gpt2": "GPT-2", "llama": "Llama"}[dialect]
+        work = f"{name} step, V {vocab}, d {width}, {layers} layers, {batch} x {tokens}"
+        flops = step_flops(config, None, batch, tokens, checkpointing=False).total
+        row = pair.row(work, peer, times, amount=STEPS)
+        turns.report(pair.beside_products(row, turns.weights(config, batch * tokens), 3, flops), path)
+
+
+def numbers(dialect: str, size: str) -> tuple:
+    """What `peers` needs: the weights, the data, and the numbers of heads and of layers."""
+    _, _, layers, heads, _, _ = SIZES[size]
+    return ours(dialect, size)[1], *data(size), layers, heads
 
 
 if __name__ == "__main__":
-    options = turns.options(__doc__, tuple(SIZES), dialect="gpt2", repeat=9)
+    options = turns.options(__doc__, tuple(SIZES), ("ours", *LIBRARIES), dialect="gpt2", repeat=9, peers=",".join(LIBRARIES))
     if options.serve:
-        step, _ = {"ours": ours, "theirs": theirs}[options.serve](options.dialect, *options.what)
-        raise SystemExit(turns.serve({"steps": lambda n: [step() for _ in range(n)]}))
-    print(f"{options.dialect}, {options.threads} threads")
-    for size in options.what:
-        compare(options.dialect, size, options.repeat)
+        size = options.what[0]
+        if options.serve in peers.STEPS:
+            step, products = peers.STEPS[options.serve](*numbers(options.dialect, size))
+        elif options.serve == "torch":
+            step, products = in_torch(options.dialect, size)[0], turns.torch_products()
+        else:
+            step, products = ours(options.dialect, size)[0], turns.numpy_products()
+        raise SystemExit(turns.serve({"steps": lambda n: [step() for _ in range(n)], "products": products}))
+    for peer in options.peers.split(","):
+        if peer not in LIBRARIES:
+            raise SystemExit(f"unknown peer {peer!r}; there are {', '.join(LIBRARIES)}")
+        if not importlib.util.find_spec(peer):
+            print(f"{peer} is not installed and is left out")
+        elif peer == "torch" or options.dialect == "gpt2":
+            for size in options.what:
+                for threads in options.threads:
+                    repeat = options.repeat if peer in ("torch", "jax") else min(options.repeat, 3)
+                    compare(options.dialect, size, peer, threads, repeat, options.json)

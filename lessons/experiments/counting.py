@@ -1,0 +1,105 @@
+"""What Lesson 12 measures and draws: the arrays of a step, line by line, and its picture."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minipeft as mp
+from minipeft.accounting import count_parameters, measure_peak
+from minipeft.accounting.footprints import WITHIN
+
+
+def measured_lines(make, text):
+    """Bytes of the arrays of a training step on `text`, by line; then the most that two steps had at once.
+
+    make: gives the model, of arrays in host memory; what it makes once, for all models, must have been made before.
+    """
+    at, domain = [], tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+
+    def look():
+        at.append(sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces))
+
+    def step(look=lambda: None):
+        loss = model.loss(text, text)
+        look()
+        loss.backward()
+        del loss
+        look()
+        optimizer.step()
+        look()
+        optimizer.zero_grad()
+
+    tracemalloc.start()
+    model = make()
+    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    look()
+    step(look)
+    tracemalloc.stop()
+    model = make()
+    optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return {
+        "weights": at[0], "kept for backward": at[1] - at[0], "gradients": at[2] - at[0],
+        "optimizer states": at[3] - at[2], "peak": at[0] + measure_peak(lambda: [step(), step()]),
+    }  # fmt: skip
+
+
+def stacked(axis, y, parts, height=0.8, alpha=1.0, labels=True):
+    """A bar of parts {label: (color, length)}, with their sum behind it."""
+    left = 0.0
+    for part, (color, n) in parts.items():
+        axis.barh(y, n, height, left, color=color, alpha=alpha, label=part if labels else None)
+        left += n
+    axis.text(left, y, f"  {left:.0f}", va="center", fontsize=9)
+
+
+def picture(path, mine, bars, states, big, covered):
+    """Draw what a step of `mine` takes (`bars`), two models' bytes, and others' runs beside their predictions."""
+    figure, axes = plt.subplots(2, 2, figsize=(14, 9.4), layout="constrained")
+    step, sixty_five, seventy, published = axes.flat
+    for i, pair in enumerate(bars.values()):
+        for shift, lines, alpha in ((-0.2, pair[0], 0.5), (0.2, pair[1], 1.0)):
+            mb = {line: n / 1e6 for line, n in lines.items()}
+            parts = {line: (color, mb[line]) for line, color in (("weights", "C0"), ("optimizer states", "C2"))}
+            parts["activations, gradients, working memory"] = "C1", mb["peak"] - sum(n for _, n in parts.values())
+            stacked(step, i + shift, parts, 0.38, alpha, i == 0 and alpha == 1)
+    step.set(title=f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters", ylim=(3.3, -0.6))
+    step.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel="MB (pale: predicted, full: measured)")
+    step.legend(fontsize=9, loc="lower right")
+    for i, n in enumerate(states.values()):
+        stacked(sixty_five, i, {"": (["0.6", "0.6", "C0", "C3"][i], n / 1e9)}, labels=False)
+    sixty_five.axvline(48, color="black", linestyle="--", linewidth=1)
+    sixty_five.set(title="LLaMA-65B: weights, gradients, states (dashed: 48 GB)", xlabel="GB", xlim=(0, 1200))
+    sixty_five.set(yticks=range(len(states)), yticklabels=list(states), ylim=(3.6, -0.6))
+    colors = {
+        "frozen weights": "C0", "adapters": "C9", "optimizer states": "C2", "activations": "C1", "logits": "C3",
+        "recomputed block": "C4", "working memory": "C5", "the rest": "0.7",
+    }  # fmt: skip
+    for i, ledger in enumerate(big.values()):
+        gb = Counter({line: 0.0 for line in colors})
+        for line, n in ledger.lines.items():
+            gb[line if line in colors else "the rest"] += n / 1e9
+        stacked(seventy, i, {line: (colors[line], n) for line, n in gb.items()}, labels=i == 0)
+    seventy.axvline(80, color="black", linestyle="--", linewidth=1)
+    seventy.set(yticks=range(len(big)), yticklabels=[title.replace(", ", ",\n") for title in big])
+    seventy.set(title="PyTorch: Llama-3-70B, QLoRA, 4 x 4,096 tokens (dashed: 80 GB)", xlabel="GB")
+    seventy.set(xlim=(0, 152), ylim=(4.2, -0.6))
+    seventy.legend(fontsize=9, ncols=3, loc="lower center")
+    published.axhspan(1 - WITHIN, 1 + WITHIN, color="0.92")
+    published.axhline(1, color="0.6", linewidth=1)
+    for split, color in (("looked at", "C0"), ("held out", "C1")):
+        for quantity, mark in {"allocated": "o", "states": "s", "reserved": "^", "used": "D"}.items():
+            here = [r for r in covered if (r.row["quantity"], r.row["split"]) == (quantity, split)]
+            x, y = [r.measured / 2**30 for r in here], [r.ratio for r in here]
+            label = f"{quantity}, {split}" if here else None
+            published.plot(x, y, mark, color=color, markersize=5, alpha=0.8, label=label)
+    close = sum(r.close for r in covered) / len(covered)
+    published.set(title=f"{len(covered)} published runs: {close:.0%} within 15 % (grey)", xlim=(0, None))
+    published.set(xlabel="GiB measured", ylabel="predicted / measured", ylim=(0.5, 1.5))
+    published.legend(fontsize=9, ncols=2, loc="upper right")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
