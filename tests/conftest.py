@@ -20,6 +20,8 @@ from minipeft import backend
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n auto`: a process a core, so a thread each
+    os.environ.setdefault("MINIPEFT_THREADS", "1")
 settings.register_profile("a slow machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("a slow machine")
 

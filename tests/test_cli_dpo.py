@@ -59,7 +59,7 @@ def test_a_plain_template_is_saved_too_where_the_base_has_another(model, data, t
 @pytest.mark.parametrize("loss", ["ipo", "kto", "orpo", "simpo"])
 def test_the_losses_beside_it(loss, model, data, tmp_path, capsys):  # noqa: F811
     output = tmp_path / loss
-    assert dpo(output, "--data", data, "--model", model, "--lr", 5e-3, "--epochs", 4, "--loss", loss) == 0
+    assert dpo(output, "--data", data, "--model", model, "--lr", 5e-3, "--epochs", 2, "--loss", loss) == 0
     record, out = written(output), capsys.readouterr().out
     assert record["options"]["loss"] == loss and record["options"]["beta"] == (2.0 if loss == "simpo" else 0.1)
     assert record["after"]["loss"] < record["before"]["loss"]

@@ -112,7 +112,7 @@ def test_an_adapter_of_a_reward_model_must_merge_into_it(model, tmp_path, capsys
 
 def test_compare_changes_an_option_in_the_methods_that_have_it(model, tmp_path, capsys):
     mp.get_peft_model(mp.from_pretrained(model)[0], mp.LoraConfig(r=1)).save_pretrained(tmp_path / "adapter")
-    argv = ("compare", "--reduced", "--model", model, "--output", tmp_path / "out", "--methods", "full", "vera", "lora")
+    argv = ("compare", "--reduced", "--steps", 2, "--model", model, "--output", tmp_path / "out", "--methods", "full", "vera", "lora")
     assert run(*argv, "-r", 4, "--alpha", 2, "--adapter-config", tmp_path / "adapter") == 0
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     rows = {row["method"]: row for row in content["methods"]}

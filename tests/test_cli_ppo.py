@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from cli_helpers import jsonl, refused, run, tiny, written
-from test_cli_reward import PAIRS, data, model  # noqa: F401 fixtures
+from test_cli_reward import PAIRS, model  # noqa: F401 a fixture
 
 import minipeft as mp
 
@@ -21,9 +21,10 @@ def ppo(output, *more) -> int:
     return run("ppo", "--output", output, *QUICK, *more)
 
 
-@pytest.fixture
-def judge(model, data, tmp_path):  # noqa: F811
-    output = tmp_path / "judge"
+@pytest.fixture(scope="module")
+def judge(model, tmp_path_factory):  # noqa: F811
+    directory = tmp_path_factory.mktemp("reward")
+    data, output = jsonl(directory / "pairs.jsonl", PAIRS), directory / "judge"
     assert run("reward", "--data", data, "--model", model, "--output", output, "--lr", 0.02) == 0
     return output
 
@@ -73,8 +74,8 @@ def test_defaults_need_no_file(tmp_path, capsys):
     assert "reward" in capsys.readouterr().out
 
 
-def test_an_adapter_is_made_or_trained_further(model, judge, tmp_path, capsys):  # noqa: F811
-    options = ("--model", model, "--reward", judge)
+def test_an_adapter_is_made_or_trained_further(model, judge, prompts, tmp_path, capsys):  # noqa: F811
+    options = ("--model", model, "--reward", judge, "--prompts", prompts)
     assert ppo(tmp_path / "first", *options, "--method", "lora") == 0
     assert f"minipeft generate --adapter {tmp_path / 'first'}" in capsys.readouterr().out
     assert ppo(tmp_path / "second", *options, "--adapter", tmp_path / "first") == 0

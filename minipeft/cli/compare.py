@@ -47,6 +47,7 @@ REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
 # (steps, held-out examples of the task, blocks of general text), usual and reduced
 SIZES = {False: (48, 96, 24), True: (12, 24, 4)}
+TOKENS = {"tokens": 16, "passes": 3}  # of which the time is taken, of every method, before and after merging
 VARYING = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
 
 
@@ -85,7 +86,7 @@ def run(args: Arguments) -> None:
     outputs.hold(args, output)
 
     reduced = args.reduced or os.environ.get(REDUCED) == "1"
-    steps, held_out, blocks = SIZES[reduced]
+    steps, tested, blocks = SIZES[reduced]
     settings = from_arguments(Settings, args, steps=args.steps or steps, evaluations=4)
     base, tokenizer = load_model(args)
     left_out = {key: why for key, method in wanted.items() if (why := method.why_not(base))}
@@ -97,10 +98,11 @@ def run(args: Arguments) -> None:
     general = mp.experiments.shipped.general_blocks(tokenizer, max_length, blocks)
     seeds = range(settings.seed, settings.seed + (args.seeds or (3 if report and not reduced else 1)))
     n = settings.steps * settings.batch_size
-    found = [task.examples(seed, tokenizer, max_length, n, held_out, "test") for seed in seeds]
+    found = [task.examples(seed, tokenizer, max_length, n, tested, "test") for seed in seeds]
     data, pad = found[0], tokenizer.pad_token_id or 0
     TaskData = mp.experiments.run.TaskData
-    tasks = {seed: TaskData(of.train, data.held_out, general, [], pad) for seed, of in zip(seeds, found)}
+    held_out = sorted(data.held_out, key=lambda example: len(example.input_ids))  # a batch pads to its longest
+    tasks = {seed: TaskData(of.train, held_out, general, [], pad) for seed, of in zip(seeds, found)}
     name = args.data or f"the task {args.task}"
     runs.note(
         f"{name}: {len(data.train):,} examples to learn from, {len(data.held_out):,} held out; "
@@ -184,8 +186,8 @@ def measured(method: Method | None, base: Any, model: Any, task: Any, batch_size
     """What a step of the method on the base takes of memory, and a token of the trained model of time."""
     costs = mp.experiments.costs
     predicted, peak = costs.memory(method, base, task.train, batch_size, task.pad_token_id)
-    plain, seconds = costs.merged(model), costs.latency(model)
-    merged = seconds if plain is model else None if plain is None else costs.latency(plain)
+    plain, seconds = costs.merged(model), costs.latency(model, **TOKENS)
+    merged = seconds if plain is model else None if plain is None else costs.latency(plain, **TOKENS)
     return {"memory_predicted": predicted, "memory_measured": peak, "latency": seconds, "latency_merged": merged}
 
 
