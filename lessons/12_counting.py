@@ -191,7 +191,7 @@ assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # Z
 # | queries, keys, values | $6h$ | $3h$ |
 # | softmax: $s$ weights for each head; then dropout's mask and result | $2as + as + 2as$ | $a s'$, and $a$ of $1/$sum |
 # | input of the output layer | $2h$ | $h$ |
-# | GELU's input; its output, which the last layer reads | $8h + 8h$ | $4h + 4h$ |
+# | GELU's input (here: its slope there); its output, which the last layer reads | $8h + 8h$ | $4h + 4h$ |
 # | masks of two dropouts | $2h$ | none |
 # | **sum** | $34h + 5as$ | $16h + 2 + a(s' + 1)$ |
 #
@@ -239,7 +239,7 @@ print(f"{in_pytorch(gpt, attention='eager'):,.0f} in transformers today")
 # | inputs of query, key, value; of gate and up | $4h$ | $2h$ |
 # | queries, keys, values; attention's output | $2(h + 2k) + 2h$ | $2h + 2k$ |
 # | softmax | $4a$ | $a(s' + 1)$ |
-# | gate, up (in PyTorch silu(gate) too); the product that down reads | $6f + 2f$ | $2f + f$ |
+# | gate, up (in PyTorch silu(gate) too; here: slopes); the product that down reads | $6f + 2f$ | $2f + f$ |
 # | **sum** | $20h + 4k + 4a + 8f + 8$ | $6h + 2k + a(s' + 1) + 3f + 2$ |
 #
 # **LoRA.** A frozen layer's weight has no gradient, so its input need not be kept, unless another gradient needs it.
