@@ -221,8 +221,8 @@ def _sum_runs() -> Any:
 
 BLOCK = 1 << 16  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
-SMALL_PRODUCT, LARGE_PRODUCT = 1 << 22, 1 << 23  # multiplications of a matrix product; see `matmul`
-SHORT_SIDE, FEW_ROWS, LARGE_FACTOR = 512, 64, 1 << 22
+LARGE_PRODUCT = 1 << 25  # multiplications of a matrix product; with fewer, a thread that is woken comes too late
+FEW_ROWS, LARGE_FACTOR = 64, 1 << 22  # see `matmul`
 
 
 def parallel_rows(xp: ModuleType, block: Callable[[slice], None], rows: int, row_size: int) -> None:
@@ -285,8 +285,6 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
             else:
                 np.matmul(a, factor, out=part)
         return out
-    if SMALL_PRODUCT <= n * m * k < 4 * LARGE_PRODUCT and max(n, k) <= SHORT_SIDE:
-        return np.matmul(a, b, out=out)
     with one_blas_thread():
         if n * m * k < LARGE_PRODUCT:
             np.matmul(a, b, out=out)

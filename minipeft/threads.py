@@ -20,7 +20,7 @@ class BackendError(RuntimeError):
     """The array library or device that was asked for cannot be used, or arrays of two libraries were mixed."""
 
 
-SPLIT = 1 << 17  # with fewer elements, waking a thread costs more than it saves
+SPLIT = 1 << 18  # with fewer elements, waking a thread costs more than it saves
 
 _lock = threading.Lock()
 _threads = 0  # 0: not decided yet
