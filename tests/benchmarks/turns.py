@@ -257,12 +257,19 @@ def report(row: dict, path: str | None = None) -> None:
         write_text(path, "".join(f"{json.dumps(each)}\n" for each in [*kept, row]))
 
 
+def share(row: dict) -> str:
+    """The products' share in words; a share of more than all says that the machine was slower when products were timed."""
+    if "products_share" not in row:
+        return ""
+    return f"{row['products_share']:.0%}" if row["products_share"] <= 1 else "not known"
+
+
 def _sentences(row: dict) -> list[str]:
     figures = f"minipeft {row['ours']:.4g} {row['unit']}, {row['peer']} {row['theirs']:.4g}"
     found = [f"{figures}; ratio of the best {row['ratio']:.2f}, median {row['ratio_median']:.2f}"]
     if "products_share" in row:
         rates = f"NumPy {row['our_gflops']:.0f} GFLOP/s, {row['peer']} {row['their_gflops']:.0f}"
-        found.append(f"products: {rates}; they need {row['products_share']:.0%} of our time")
+        found.append(f"products: {rates}; share of our time {share(row)}")
     mine, growth = row["our_peak_mb"] / row["their_peak_mb"], row["our_growth_mb"] / max(row["their_growth_mb"], 0.1)
     return [*found, f"resident memory at the peak {row['our_peak_mb']:.0f} MB, ratio {mine:.2f}, of its growth {growth:.2f}"]
 
@@ -285,9 +292,8 @@ def table(rows: list[dict]) -> str:
     on = sorted({f"{row['processor']}; {row['cores']} cores" for row in rows})
     lines = [*on, "", "| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: [r["work"] for r in rows].index(row["work"])):
-        share = f"{row['products_share']:.0%}" if "products_share" in row else ""
-        figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}")
-        lines.append(f"| {' | '.join((row['work'], row['peer'], str(row['threads']), *figures, share))} |")
+        figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}", share(row))
+        lines.append(f"| {' | '.join((row['work'], row['peer'], str(row['threads']), *figures))} |")
     return "\n".join(lines)
 
 
