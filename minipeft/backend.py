@@ -219,7 +219,7 @@ def _sum_runs() -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ blocks
 
-BLOCK = 1 << 16  # elements a block works on at a time: half a MiB of float32, so that a few blocks fit a core's L2 cache.
+BLOCK = 1 << 16  # elements a block works on at a time: 256 KiB of float32, so that a few blocks fit a core's L2 cache.
 #                  Smaller ones would fit better, but each NumPy call hands the interpreter lock back and forth.
 LARGE_PRODUCT = 1 << 25  # multiplications of a matrix product; with fewer, a thread that is woken comes too late
 FEW_ROWS, LARGE_FACTOR = 64, 1 << 22  # see `matmul`

@@ -83,7 +83,8 @@ class GradScaler:
     def unscale_(self, optimizer: Optimizer, look: bool = True) -> bool:
         """Divide the gradients of the optimizer's parameters by S, in place; returns whether all are finite.
 
-        `step` does it where it has not been called. look=False leaves it to `step` to say what is finite. Raises RuntimeError the second time since the last `update`;
+        `step` does it where it has not been called. look=False leaves it to `step` to say what is finite. Raises
+        RuntimeError the second time since the last `update`;
         ValueError, "Attempting to unscale FP16 gradients", for gradients stored in float16: divided there, they would be
         flushed after all. Keep the trained weights in float32, and let `autocast` round them.
         """
