@@ -23,7 +23,7 @@ from ..text.tokenizer import Tokenizer
 from ..train.metrics import plot_loss
 from ..train.trainer import Trainer, TrainingArguments, TrainingResult
 from .base import BASE
-from .pretrained import save_pretrained
+from .pretrained import from_pretrained, save_pretrained
 
 CONTEXT = 512
 
@@ -36,19 +36,19 @@ def blocks(split: str, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarra
     return [(row, row) for row in stream[: len(stream) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)]
 
 
-def build(out: Path, work: Path, steps: int) -> None:
-    """Train (or continue training) and write the base into `out`."""
+def build(out: Path, work: Path, steps: int, start: Path | None = None) -> None:
+    """Train (or continue training) and write the base into `out`; with `start`, from that model's weights."""
     tokenizer = Tokenizer.load(BASE)
     config = TransformerConfig.llama(
         vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = Transformer(config, seed=0)
+    model = Transformer(config, seed=0) if start is None else from_pretrained(start)[0]
     training, validation = blocks("train", tokenizer), blocks("validation", tokenizer)[:64]
     args = TrainingArguments(
-        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0,
-        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
+        output_dir=work, max_steps=steps, per_device_train_batch_size=8, seed=0 if start is None else 1,
+        learning_rate=3e-3 if start is None else 2e-3, lr_scheduler_type="cosine", warmup_steps=min(100, steps), weight_decay=0.1, adam_beta2=0.95,
         eval_steps=200, save_steps=200,
     )  # fmt: skip
     trainer = Trainer(model, training, validation, args, pad_token_id=tokenizer.pad_token_id)
@@ -56,10 +56,12 @@ def build(out: Path, work: Path, steps: int) -> None:
     held_out = {split: trainer.evaluate(blocks(split, tokenizer)) for split in ("validation", "test")}
     out.mkdir(parents=True, exist_ok=True)
     save_pretrained(model, out, tokenizer, dtype="float16")
-    write_record(out, args, result, held_out, len(training))
+    write_record(out, args, result, held_out, len(training), start)
 
 
-def write_record(out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, count: int) -> None:
+def write_record(
+    out: Path, args: TrainingArguments, result: TrainingResult, held_out: dict, count: int, start: Path | None
+) -> None:
     """`training.json` and `loss.png` beside the weights."""
     settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output_dir", "progress")}
     curve = [[step, round(loss, 4)] for step, loss in result.losses() if step % 20 == 0 or step == 1]
@@ -83,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory for the model (made if missing)")
     parser.add_argument("--work", type=Path, help="directory for checkpoints and metrics (default: OUT_DIR/work)")
     parser.add_argument("--steps", type=int, default=3600, help="training steps of 4,096 tokens (default: %(default)s, an hour)")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a model of this shape to go on from, at two thirds of the rate")
     args = parser.parse_args(argv)
-    build(args.out, args.work or args.out / "work", args.steps)
+    build(args.out, args.work or args.out / "work", args.steps, args.start)
 
 
 if __name__ == "__main__":
