@@ -1,0 +1,1 @@
+"""The textbook on trial: every claim of fine-tuning with its evidence."""

@@ -1,0 +1,130 @@
+"""The two tasks of the protocol, and the kinds of training examples that are put on trial.
+
+    rewrite   a verse of the King James Bible -> the same verse in Basic English
+    source    a sentence -> which of three books it is from, as many from each
+
+Of either, training examples are drawn from the split "train" by a seed, and of what kind they are has a name:
+
+    drawn                as they come
+    random:S             a share S of them has the answer of another one
+    systematic:S         ... the same wrong answer always: the verse as it is; the book that follows in the alphabet
+    off-topic:S          ... is a record of the dictionary instead
+    easy, hard, mixed    the half of three times as many whose loss on the base is lower, the other half, both
+    skewed:S             "source" with a share S from one book, the rest from the others
+    oversampled:S        the same examples, those of the others repeated until each book has as many
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..experiments.shipped import base, spaced
+from ..text.corpora import general_corpora
+from ..text.datasets import Completion
+from ..text.examples import Example, chunk_text, encode_documents, encode_examples
+from ..text.instructions import TASKS as INSTRUCTIONS
+from ..text.tasks import task as records_of
+from ..train.evaluation import example_losses
+
+TASKS = ("rewrite", "source")
+CHARACTERS = 260  # of a record of "rewrite"
+LENGTH = 512  # tokens of an example at most
+
+
+class Question(NamedTuple):
+    """A record of a task; of a checked task, with the answers to choose from."""
+
+    prompt: str
+    completion: str
+    choices: tuple[str, ...] = ()
+
+
+@cache
+def questions(task: str, split: str) -> list[Question]:
+    """All records of a task in a split, in the order of the corpora. Raises ValueError for another task."""
+    if task == "rewrite":
+        found = [Question(*record) for record in records_of("rewrite", split)]
+        return [q for q in found if len(q.prompt + q.completion) <= CHARACTERS]
+    if task != "source":
+        raise ValueError(f"the tasks are {' and '.join(TASKS)}, got {task!r}")
+    pairs = list(INSTRUCTIONS["source"].pairs(split))
+    books = tuple(sorted({f" {book}" for _, book in pairs}))
+    return [Question(f"Sentence: {sentence}\nBook:", f" {book}", books) for sentence, book in pairs]
+
+
+def encode(asked: Iterable[Question]) -> list[Example]:
+    """As examples whose labels are the completions."""
+    return encode_examples([Completion(q.prompt, q.completion) for q in asked], base()[1], LENGTH).examples
+
+
+def asked(task: str, split: str, n: int, shots: int = 0) -> list[Question]:
+    """`n` records of a split, evenly spaced; each with the same `shots` training records and their answers before it."""
+    shown = "".join(f"{q.prompt}{q.completion}\n\n" for q in spaced(questions(task, "train"), shots)) if shots else ""
+    return [q._replace(prompt=shown + q.prompt) for q in spaced(questions(task, split), n)]
+
+
+def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
+    """`n` examples to learn from, which the seed draws. Raises ValueError for another kind."""
+    rng, pool = np.random.default_rng(seed), questions(task, "train")
+    order, (kind, _, share) = rng.permutation(len(pool)), kind.partition(":")
+    chosen = [pool[i] for i in order[:n]]
+    if kind in ("easy", "hard", "mixed"):
+        return _by_difficulty(encode(pool[i] for i in order[: 3 * n]), n, kind)
+    if kind in ("skewed", "oversampled"):
+        chosen = _skewed([pool[i] for i in order], n, float(share), kind == "oversampled")
+    elif kind in ("random", "systematic", "off-topic"):
+        wrong = rng.permutation(n)[: round(float(share) * n)]
+        chosen = _wrong(task, chosen, wrong, kind)
+    elif kind != "drawn":
+        raise ValueError(f"there are no {kind!r} examples; see minipeft.claims.data")
+    return encode(chosen)
+
+
+def _wrong(task: str, chosen: list[Question], wrong: Sequence[int], kind: str) -> list[Question]:
+    """The records with those of the numbers `wrong` spoiled."""
+    spoiled, answers = dict(zip(wrong, np.roll(wrong, 1))), [q.completion for q in chosen]
+    words = spaced(records_of("define", "train"), len(wrong))
+    for k, (i, other) in enumerate(spoiled.items()):
+        q = chosen[i]
+        if kind == "off-topic":
+            chosen[i] = Question(*words[k])
+        elif kind == "random":
+            chosen[i] = q._replace(completion=answers[other])
+        elif q.choices:
+            chosen[i] = q._replace(completion=q.choices[(q.choices.index(q.completion) + 1) % len(q.choices)])
+        else:
+            chosen[i] = q._replace(completion=q.prompt.removeprefix("King James:").removesuffix("\nPlain English:"))
+    return chosen
+
+
+def _by_difficulty(pool: list[Example], n: int, kind: str) -> list[Example]:
+    """Of a pool, the n examples that are easiest for the base, the n hardest, or every second of both."""
+    model, tokenizer = base()
+    nll, tokens = example_losses(model, pool, 32, tokenizer.pad_token_id)
+    order = np.argsort(nll / tokens, kind="stable")
+    easy, hard = order[:n], order[-n:]
+    chosen = {"easy": easy, "hard": hard, "mixed": np.concatenate([easy[::2], hard[::2]])[:n]}[kind]
+    return [pool[i] for i in chosen]
+
+
+def _skewed(pool: list[Question], n: int, share: float, level: bool) -> list[Question]:
+    """n records, round(share n) of them of the first book, the rest of the others in equal parts; `level` repeats those
+    of the others until there are as many of each as of the first."""
+    books = pool[0].choices
+    counts = [round(share * n), *[round((1 - share) * n / (len(books) - 1))] * (len(books) - 1)]
+    of = [[q for q in pool if q.completion == book][:count] for book, count in zip(books, counts)]
+    if level:
+        of = [(own * -(-counts[0] // len(own)))[: counts[0]] for own in of]
+    return [q for own in of for q in own]
+
+
+@cache
+def general(n: int, length: int) -> dict[str, list[Example]]:
+    """`n` held-out blocks of each of the base's own corpora."""
+    tokenizer = base()[1]
+    streams = {name: encode_documents(texts, tokenizer) for name, texts in general_corpora("validation").items()}
+    return {name: [Example(b, b) for b in spaced(chunk_text(ids, length), n)] for name, ids in streams.items()}

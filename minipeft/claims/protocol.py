@@ -1,0 +1,324 @@
+"""The one protocol by which methods are compared: equal tuning on validation, then a report on test under other seeds.
+
+    a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
+    tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to the best
+                neighbor until none is better by LEAST (`climb`), so that every method is tuned with the same effort, and
+                the best rate lies inside what was tried. Judged by the loss on validation, under the seed TUNING.
+    report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
+                test split, item by item. Nothing was chosen by them.
+    difference  of two methods: over seeds and items together (`statistics.crossed`)
+
+Two tasks: "rewrite", verses of the King James Bible into Basic English, judged by the loss in nats per token; and
+"source", which of three books a sentence is from, judged by the share of sentences whose right book has the highest
+log-probability (a guess is right in a third). Everything is shipped, so that each row can be computed again anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..evaluation import evaluate
+from ..evaluation.cloze import general_cloze
+from ..evaluation.intervals import Estimate
+from ..experiments.rows import Row, described, failed, finder, read_rows
+from ..experiments.run import Settings, TaskData, fine_tune
+from ..experiments.shipped import REPLAY, base, general_blocks, rounded
+from ..experiments.sweep import sweep
+from ..hub.base import BASE
+from ..nn.transformer import Transformer
+from ..peft.methods import METHODS, Method
+from ..text.datasets import MultipleChoice
+from ..text.examples import Example
+from ..train.evaluation import example_losses
+from . import data
+from .statistics import crossed
+
+TUNING, SEEDS = 0, (1, 2, 3, 4, 5)
+VALIDATION, ITEMS = 256, 512  # items of the split that is named
+LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
+AXES = ("rate", "epochs", "batch_size")
+PASSES = {50: 32, 500: 8, 5000: 2}  # epochs at most, for each number of examples: what two cores can pay for
+BATCHES = 4, 64  # examples of a batch, least and most
+BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a row is the result of. `rate` None: nothing is trained, "base", or "few-shot" with the examples in the prompt.
+
+    data         which examples, see `data.drawn`
+    the rest     as in `experiments.Settings`
+    """
+
+    task: str
+    method: str
+    examples: int
+    rate: float | None = None
+    epochs: float = 0
+    batch_size: int = 0
+    seed: int = 0
+    split: str = "validation"
+    data: str = "drawn"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    replay: float = 0.0
+    l2_start: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.epochs * self.examples / self.batch_size))
+
+
+class Search(NamedTuple):
+    """Where the tuning of something begins, and what is tuned. Two searches that differ in one thing are a comparison."""
+
+    start: Trial
+    axes: tuple[str, ...] = AXES
+
+
+def search(task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, **fixed: Any) -> Search:
+    """From the method's usual rate, half of the epochs that are allowed, and batches of 8."""
+    rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
+    begin = {"rate": rate, "epochs": PASSES[examples] / 2, "batch_size": 8, "seed": TUNING}
+    return Search(Trial(task, method, examples, **begin | fixed), axes)
+
+
+def untrained(task: str, shots: int = 0) -> Trial:
+    """The base as it is, or with some examples in its prompt."""
+    return Trial(task, "few-shot" if shots else "base", shots, split="test")
+
+
+# ----------------------------------------------------------------------------------------------------------- the methods
+
+
+def lora_on(*modules: str, r: int = 8, **options: Any) -> Method:
+    """LoRA of one rank on some of the layers, scaled by α / r = 2 as METHODS has it."""
+    return METHODS["lora"].with_options(r=r, lora_alpha=2 * r, target_modules=list(modules) or "all-linear", **options)
+
+
+Q, K, V, O, GATE, UP, DOWN = (f"{name}_proj" for name in "q k v o gate up down".split())
+_bottleneck, _prompt, _prefix = METHODS["bottleneck"], METHODS["prompt"], METHODS["prefix"]
+TABLE: dict[str, Method] = {
+    **METHODS,
+    "rslora": lora_on(use_rslora=True),
+    "olora": lora_on(init_lora_weights="olora"),
+    "pfeiffer": _bottleneck.with_options(placement="pfeiffer", bottleneck_size=32),
+    "parallel": _bottleneck.with_options(placement="parallel", bottleneck_size=32),
+    "prompt-random": _prompt.with_options(prompt_tuning_init="RANDOM"),
+    "prefix-direct": _prefix.with_options(prefix_projection=False),
+    **{f"lora-r{r}": lora_on(r=r) for r in (1, 2, 4, 16, 32, 64)},
+    "lora-q": lora_on(Q), "lora-v": lora_on(V), "lora-qv": lora_on(Q, V), "lora-qkvo": lora_on(Q, K, V, O),
+    "lora-mlp": lora_on(GATE, UP, DOWN),
+    "lora-qv-r43": lora_on(Q, V, r=43),  # as many parameters as rank 8 on all layers; `test_claims_protocol` counts
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- a trial
+
+
+def run(trial: Trial) -> Row:
+    """The row of a trial, flat and rounded; what diverged has None in the place of losses.
+
+    loss, accuracy     on VALIDATION records: nats per token; the share of right choices (checked tasks)
+    train_loss         mean over the last quarter of the steps
+    trainable, storage parameters, bytes on the disk
+    general            loss on the held-out text of each corpus
+
+    and of the split "test", item by item:
+
+    nll, right         [ITEMS] nats of an answer in sum over its tokens; whether the right choice is the likeliest
+    cloze              [640] whether the general items (`evaluation.cloze`) are answered right
+    tokens             [ITEMS] the number of an answer's tokens, in the base's row alone: it is the same for all
+    """
+    model, tokenizer = base()
+    row: Row = {}
+    if trial.rate is not None:
+        examples = data.drawn(trial.task, trial.examples, trial.seed, trial.data)
+        replay = general_blocks(tokenizer, REPLAY, 600, "train") if trial.replay else []
+        task = TaskData(examples, examples[:1], general_blocks(tokenizer, LENGTH, 1), replay, tokenizer.pad_token_id)
+        method = METHODS["full"] if trial.method == "scratch" else TABLE[trial.method]
+        if trial.method == "scratch":
+            model = Transformer(model.config, seed=trial.seed)
+        settings = Settings(
+            learning_rate=trial.rate, steps=trial.steps, batch_size=trial.batch_size, warmup=trial.warmup,
+            weight_decay=trial.weight_decay, dropout=trial.dropout, replay=trial.replay, l2_start=trial.l2_start,
+            seed=trial.seed,
+        )  # fmt: skip
+        measured, model = fine_tune(model, task, settings, method, progress=False)
+        row = {name: measured[name] for name in ("train_loss", "trainable", "storage")}
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            row |= _scores(model, trial) if row.get("train_loss", 0) is not None else {"loss": None}
+    except FloatingPointError:  # it diverged in the last step
+        row["loss"] = None
+    return rounded(row)
+
+
+def _scores(model: Any, trial: Trial) -> Row:
+    row, shots = _on(model, trial, "validation", VALIDATION), trial.rate is None and trial.examples
+    row["loss"] = float(np.sum(row.pop("nll")) / np.sum(row.pop("tokens")))
+    if "right" in row:
+        row["accuracy"] = float(np.mean(row.pop("right")))
+    if not shots:
+        row["general"] = {name: _loss(model, blocks) for name, blocks in data.general(BLOCKS, LENGTH).items()}
+    if trial.split == "test":
+        row |= _on(model, trial, "test", ITEMS)
+        if trial.method != "base":
+            del row["tokens"]
+        if not shots:
+            row["cloze"] = _right(model, general_cloze())
+    return row
+
+
+def _on(model: Any, trial: Trial, split: str, n: int) -> Row:
+    """nll, tokens and right, item by item."""
+    asked = data.asked(trial.task, split, n, trial.examples if trial.rate is None else 0)
+    nll, tokens = example_losses(model, data.encode(asked), 32, base()[1].pad_token_id)
+    row: Row = {"nll": nll.round(3).tolist(), "tokens": tokens.tolist()}
+    if asked[0].choices:
+        items = [MultipleChoice(q.prompt, list(q.choices), q.choices.index(q.completion)) for q in asked]
+        row["right"] = _right(model, items)
+    return row
+
+
+def _right(model: Any, items: Sequence[MultipleChoice]) -> list[int]:
+    found = evaluate(model, base()[1], items, batch_size=64).details
+    return [int(np.argmax(one["logprobs"]) == one["answer"]) for one in found]
+
+
+def _loss(model: Any, examples: list[Example]) -> float:
+    nll, tokens = example_losses(model, examples, 16, base()[1].pad_token_id)
+    return float(nll.sum() / tokens.sum())
+
+
+# ------------------------------------------------------------------------------------------------------------ the tuning
+
+
+def climb(
+    score: Callable[[Any], float | None], start: Hashable, neighbors: Callable[[Any], list[Any]], least: float = 0.0
+) -> tuple[Any, list[Any]]:
+    """(where the search stands, the points it has to know next): from `start` to the best neighbor, while one has a score
+    that is lower by `least`. Where the list is empty, the search has ended. `score` gives None for what is not known."""
+    at = start
+    while True:
+        unknown = [point for point in (at, *neighbors(at)) if score(point) is None]
+        if unknown:
+            return at, unknown
+        best = min(neighbors(at), key=score)
+        if not score(best) < score(at) - least:
+            return at, []
+        at = best
+
+
+def neighbors(trial: Trial, axes: tuple[str, ...] = AXES) -> list[Trial]:
+    """The trials a factor of 2 away on one axis, as far as they are allowed; another batch size has the same epochs."""
+    allowed = {
+        "rate": lambda rate: True,
+        "epochs": lambda epochs: 0.5 <= epochs <= PASSES[trial.examples],
+        "batch_size": lambda size: BATCHES[0] <= size <= min(BATCHES[1], trial.examples),
+    }
+    values = [(axis, type(getattr(trial, axis))(getattr(trial, axis) * f)) for axis in axes for f in (0.5, 2)]
+    return [replace(trial, **{axis: value}) for axis, value in values if allowed[axis](value)]
+
+
+def tuned(rows: Sequence[Row], of: Search) -> tuple[Trial, list[Trial]]:
+    """(the best trial so far, the trials still to be run to find the best)."""
+    find = finder(rows)
+
+    def score(trial: Trial) -> float | None:
+        row = find(described(trial))
+        return None if row is None else math.inf if row["loss"] is None else row["loss"]
+
+    return climb(score, of.start, lambda trial: neighbors(trial, of.axes), LEAST)
+
+
+def wanted(rows: Sequence[Row], searches: Iterable[Search]) -> list[Trial]:
+    """The trials that are needed next: of the tuning, and where it has ended, of the report."""
+    find, trials = finder(rows), []
+    for of in searches:
+        best, unknown = tuned(rows, of)
+        trials += unknown or [replace(best, seed=seed, split="test") for seed in SEEDS]
+        trials.append(untrained(of.start.task))
+    return [trial for trial in dict.fromkeys(trials) if find(described(trial)) is None]
+
+
+@cache
+def version() -> str:
+    """Of the rows: another base makes other rows."""
+    return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:8]
+
+
+def compute(searches: Sequence[Search], store: str | os.PathLike, executor: Any = None) -> list[Row]:
+    """All rows of the searches: those in the store, and those that are missing, computed and added, round by round.
+
+    Raises RuntimeError where a trial fails: its row in the store has the traceback.
+    """
+    while True:
+        rows = [row for row in read_rows(store) if row.get("version") == version()]
+        if not (trials := wanted(rows, searches)):
+            return rows
+        if any(map(failed, sweep(run, trials, executor, store, version()))):
+            raise RuntimeError(f"a trial failed; its row in {os.fspath(store)} has the traceback")
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+
+
+class Report(NamedTuple):
+    """A tuned method on the test items: values [seeds, items], with the weights [items] of their mean."""
+
+    trial: Trial
+    values: np.ndarray
+    weights: np.ndarray | None
+
+    @property
+    def mean(self) -> Estimate:
+        return crossed(self.values, self.weights)
+
+
+def report(rows: Sequence[Row], of: Search | Trial, key: str = "nll") -> Report | None:
+    """What is tuned, or a trial without training, on every test item under every seed; None where rows are missing.
+
+    key   nll: nats per token; right, cloze: shares
+    """
+    find = finder(rows)
+    before = find(described(untrained((of.start if isinstance(of, Search) else of).task)))
+    best, unknown = tuned(rows, of) if isinstance(of, Search) else (of, [])
+    trials = [replace(best, seed=seed, split="test") for seed in SEEDS] if isinstance(of, Search) else [of]
+    found = [find(described(trial)) for trial in trials]
+    if before is None or unknown or None in found or any(row["loss"] is None for row in found):
+        return None
+    weights = np.array(before["tokens"], float) if key == "nll" else None
+    return Report(best, np.array([row[key] for row in found], float), weights)
+
+
+def difference(a: Report, b: Report) -> Estimate:
+    """a - b on the same items, seed by seed; a report without seeds is the same under all: crossed intervals."""
+    return crossed(a.values - b.values, a.weights)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute the rows of a league: `python -m minipeft.claims.protocol STORE --task rewrite --examples 500`."""
+    parser = argparse.ArgumentParser(prog="python -m minipeft.claims.protocol", description=main.__doc__)
+    parser.add_argument("store", type=Path, help="the JSONL file of rows; what is in it is not computed again")
+    parser.add_argument("--task", choices=data.TASKS, default="rewrite")
+    parser.add_argument("--examples", type=int, choices=PASSES, default=500)
+    parser.add_argument("--methods", nargs="+", choices=[*TABLE, "scratch"], default=[*TABLE, "scratch"], metavar="METHOD")
+    parser.add_argument("--executor", type=int, help="processes (default: one for each thread)")
+    args = parser.parse_args(argv)
+    compute([search(args.task, method, args.examples) for method in args.methods], args.store, args.executor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The protocol of the claims: intervals that cover, tuning that ends inside, examples of the kind that is named."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from minipeft.claims import data, protocol
+from minipeft.claims.protocol import TABLE, Trial, climb, neighbors, report, search, tuned, untrained, wanted
+from minipeft.claims.statistics import bootstrap, crossed
+from minipeft.evaluation.intervals import mean
+from minipeft.experiments.rows import described
+from minipeft.hub.base import load_base
+
+
+def drawn_at_random(S: int, n: int, a: float, b: float, e: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return a * rng.normal(size=(S, 1)) + b * rng.normal(size=n) + e * rng.normal(size=(S, n))
+
+
+@pytest.mark.parametrize("a, b, e", [(0.05, 0.1, 0.1), (0.003, 0.3, 0.1), (0.01, 0.1, 0.1), (0, 0, 0.1)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(a, b, e):
+    found = [crossed(drawn_at_random(5, 512, a, b, e, seed)) for seed in range(400)]
+    covered = np.mean([one.low <= 0 <= one.high for one in found])
+    assert 0.91 <= covered <= 0.99  # 0.95 within 3.7 of its standard errors, or a little more: the interval is approximate
+
+
+def test_without_luck_of_items_it_is_students_interval_over_the_seeds():
+    seeds = np.array([1.0, 1.2, 0.9, 1.4, 1.1])
+    assert crossed(np.repeat(seeds[:, None], 50, axis=1)) == pytest.approx(mean(seeds))
+
+
+def test_the_bootstrap_agrees_where_the_items_decide():
+    y = drawn_at_random(40, 300, 0.0, 0.3, 0.3, 0)
+    weights = np.random.default_rng(1).integers(5, 50, 300).astype(float)
+    a, b = crossed(y * weights, weights), bootstrap(y * weights, weights)
+    assert a.value == pytest.approx(b.value)
+    assert a.value == pytest.approx((y * weights).sum() / (40 * weights.sum()))
+    assert a.high - a.low == pytest.approx(b.high - b.low, rel=0.1)
+
+
+def test_one_seed_has_no_interval_and_nothing_infinite_has_a_mean():
+    assert crossed(np.ones((1, 4))) == (1.0, None, None)
+    with pytest.raises(ValueError, match="finite"):
+        crossed(np.array([[1.0, np.nan], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match="seeds, items"):
+        crossed(np.ones(4))
+
+
+def test_climbing_ends_where_no_neighbor_is_better_by_enough():
+    scores = {x: (x - 7) ** 2 for x in range(20)} | {8: -0.001}
+    assert climb(scores.get, 0, lambda x: [x - 1, x + 1] if x else [1], least=0.01) == (7, [])
+    assert climb({0: 1.0}.get, 0, lambda x: [x - 1, x + 1]) == (0, [-1, 1])
+
+
+def test_a_neighbor_is_a_factor_of_two_away_and_allowed():
+    at = Trial("rewrite", "lora", 500, 1e-3, 8, 4, 0)
+    assert {(t.rate, t.epochs, t.batch_size) for t in neighbors(at)} == {(5e-4, 8, 4), (2e-3, 8, 4), (1e-3, 4, 4), (1e-3, 8, 8)}
+    assert {t.epochs for t in neighbors(at, ("rate",))} == {8}
+
+
+def simulated(trial: Trial) -> dict:
+    """A row as `protocol.run` gives, of a loss with its best at the rate 4e-3 and four epochs."""
+    luck = np.random.default_rng(trial.seed).normal(size=4) / 100
+    if trial.rate is None:
+        return {"loss": 4.0, "nll": [8.0, 8.0, 8.0, 8.0], "tokens": [2, 2, 2, 2]}
+    loss = 2 + 0.1 * abs(np.log2(trial.rate / 4e-3)) + 0.1 * abs(np.log2(trial.epochs / 4)) + 0.1 * (trial.batch_size != 16)
+    return {"loss": None if trial.rate > 0.1 else loss, "nll": (2 * (loss + luck)).tolist()}
+
+
+def test_a_search_is_tuned_on_validation_and_reported_on_test_under_other_seeds():
+    rows, of = [], search("rewrite", "lora", 500)
+    for _ in itertools.count():
+        trials = wanted(rows, [of])
+        if not trials:
+            break
+        assert report(rows, of) is None
+        rows += [described(t) | simulated(t) for t in trials]
+    best, rest = tuned(rows, of)
+    assert not rest
+    assert (best.epochs, best.batch_size, best.seed) == (4, 16, protocol.TUNING)
+    assert abs(np.log2(best.rate / 4e-3)) <= 0.5
+    tested = [row for row in rows if row["split"] == "test" and row["rate"] is not None]
+    assert {row["seed"] for row in tested} == set(protocol.SEEDS)
+    assert protocol.TUNING not in protocol.SEEDS
+    made = report(rows, of)
+    assert made.values.shape == (5, 4)
+    gain = protocol.difference(made, report(rows, untrained("rewrite")))
+    assert gain.low < gain.value < gain.high < 0
+
+
+def test_what_diverged_is_worse_than_all_else():
+    of = search("rewrite", "lora", 500, rate=0.09, axes=("rate",))
+    rows: list = []
+    while trials := wanted(rows, [of]):
+        rows += [described(t) | simulated(t) for t in trials]
+    assert tuned(rows, of)[0].rate < 0.01
+
+
+# ------------------------------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_the_splits_are_large_enough_and_share_no_question(task):
+    asked = {split: {q.prompt for q in data.questions(task, split)} for split in ("train", "validation", "test")}
+    assert len(asked["validation"]) >= protocol.VALIDATION
+    assert len(asked["test"]) >= protocol.ITEMS >= 500
+    assert len(asked["train"]) > 5000 + max(protocol.SEEDS)
+    assert not asked["train"] & asked["test"]
+    assert not asked["validation"] & asked["test"]
+
+
+def test_a_seed_draws_its_own_examples_and_always_the_same():
+    one, again, other = (data.drawn("source", 8, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(one, again))
+    assert not all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("kind", ["random:0.5", "systematic:0.5", "off-topic:0.5"])
+@pytest.mark.parametrize("task", data.TASKS)
+def test_half_of_the_examples_are_spoiled(task, kind):
+    clean, noisy = (data.drawn(task, 40, 3, kind) for kind in ("drawn", kind))
+    changed = sum(not np.array_equal(a.input_ids, b.input_ids) for a, b in zip(clean, noisy))
+    assert changed == 20 if kind != "random:0.5" or task == "rewrite" else 5 <= changed <= 20  # the same book by chance
+
+
+def test_skewed_examples_and_their_repetition():
+    tokenizer = load_base()[1]
+
+    def counts(kind: str) -> list[int]:
+        texts = [tokenizer.decode(example.input_ids) for example in data.drawn("source", 60, 0, kind)]
+        return [sum(book in text.partition("Book:")[2] for text in texts) for book in data.questions("source", "train")[0].choices]
+
+    assert counts("skewed:0.8") == [48, 6, 6]
+    assert counts("oversampled:0.8") == [48, 48, 48]
+
+
+def test_easy_examples_have_the_lower_loss():
+    model, tokenizer = load_base()
+    losses = {}
+    for kind in ("easy", "hard", "mixed"):
+        nll, tokens = protocol.example_losses(model, data.drawn("source", 8, 0, kind), 8, tokenizer.pad_token_id)
+        losses[kind] = (nll / tokens).mean()
+    assert losses["easy"] < losses["mixed"] < losses["hard"]
+
+
+def test_an_unknown_kind_or_task_says_so():
+    with pytest.raises(ValueError, match="no 'best' examples"):
+        data.drawn("source", 4, 0, "best")
+    with pytest.raises(ValueError, match="rewrite and source, got 'define'"):
+        data.questions("define", "train")
+
+
+# --------------------------------------------------------------------------------------------------------------- trials
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Eight items of each kind, so that a trial takes a second."""
+    monkeypatch.setattr(protocol, "VALIDATION", 8)
+    monkeypatch.setattr(protocol, "ITEMS", 8)
+    monkeypatch.setattr(protocol, "BLOCKS", 1)
+    cloze = protocol.general_cloze
+    monkeypatch.setattr(protocol, "general_cloze", lambda: cloze()[:4])
+
+
+def test_a_trial_trains_and_measures_item_by_item(few):
+    base = protocol.run(untrained("source"))
+    trial = Trial("source", "lora", 8, 1e-2, 2, 4, 1, "test")
+    row = protocol.run(trial)
+    assert row == protocol.run(trial)
+    assert len(row["nll"]) == len(row["right"]) == len(base["tokens"]) == 8
+    assert row["loss"] < base["loss"]
+    assert row["general"].keys() == {"king-james", "basic-english", "austen", "wordnet"}
+    assert len(row["cloze"]) == 4
+    assert "tokens" not in row
+    assert protocol.run(Trial("source", "lora", 8, 1e6, 2, 4, 1))["loss"] is None
+    shots = protocol.run(untrained("source", 2))
+    assert len(shots["nll"]) == 8
+    assert shots["nll"] != base["nll"]
+
+
+def test_from_scratch_begins_without_the_base(few):
+    row = protocol.run(Trial("source", "scratch", 8, 1e-3, 0.5, 4, 1))
+    assert row["loss"] > 6  # about the logarithm of the vocabulary
+    assert row["trainable"] == sum(p.size for p in load_base()[0].parameters())
+
+
+def test_equal_parameters_are_equal_and_every_method_fits_the_base():
+    base, sizes = load_base()[0], {}
+    for name, method in TABLE.items():
+        if method.why_not(base) is None:
+            model = method.prepare(base, 10)
+            sizes[name] = sum(p.size for p in model.parameters() if p.requires_grad)
+    assert sizes.keys() == TABLE.keys() - {"bitfit"}, "the base has no biases"
+    assert sizes["lora-qv-r43"] == pytest.approx(sizes["lora"], rel=0.05)
