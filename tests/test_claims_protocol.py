@@ -13,6 +13,7 @@ from minipeft.claims.statistics import bootstrap, crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments.rows import described
 from minipeft.hub.base import load_base
+from minipeft.text.datasets import MultipleChoice
 
 
 def drawn_at_random(S: int, n: int, a: float, b: float, e: float, seed: int) -> np.ndarray:
@@ -161,9 +162,10 @@ def few(monkeypatch):
     """Eight items of each kind, so that a trial takes a second."""
     monkeypatch.setattr(protocol, "VALIDATION", 8)
     monkeypatch.setattr(protocol, "ITEMS", 8)
-    monkeypatch.setattr(protocol, "BLOCKS", 1)
-    cloze = protocol.general_cloze
-    monkeypatch.setattr(protocol, "general_cloze", lambda: cloze()[:4])
+    block = data.Example(np.arange(20), np.arange(20))
+    monkeypatch.setattr(data, "general", lambda n, length: {"austen": [block]})
+    items = [MultipleChoice("In the beginning God made the", [" heaven", " banana"], 0)] * 4
+    monkeypatch.setattr(protocol, "general_cloze", lambda: items)
 
 
 def test_a_trial_trains_and_measures_item_by_item(few):
@@ -173,10 +175,11 @@ def test_a_trial_trains_and_measures_item_by_item(few):
     assert row == protocol.run(trial)
     assert len(row["nll"]) == len(row["right"]) == len(base["tokens"]) == 8
     assert row["loss"] < base["loss"]
-    assert row["general"].keys() == {"king-james", "basic-english", "austen", "wordnet"}
+    assert row["general"].keys() == {"austen"}
     assert len(row["cloze"]) == 4
     assert "tokens" not in row
-    assert protocol.run(Trial("source", "lora", 8, 1e6, 2, 4, 1))["loss"] is None
+    diverged = protocol.run(Trial("source", "full", 8, 1e6, 2, 4, 1))["loss"]
+    assert diverged is None or diverged > base["loss"]
     shots = protocol.run(untrained("source", 2))
     assert len(shots["nll"]) == 8
     assert shots["nll"] != base["nll"]
@@ -196,3 +199,10 @@ def test_equal_parameters_are_equal_and_every_method_fits_the_base():
             sizes[name] = sum(p.size for p in model.parameters() if p.requires_grad)
     assert sizes.keys() == TABLE.keys() - {"bitfit"}, "the base has no biases"
     assert sizes["lora-qv-r43"] == pytest.approx(sizes["lora"], rel=0.05)
+
+
+def test_general_text_is_held_out_text_of_each_corpus():
+    found = data.general(4, 32)
+    assert found.keys() == {"king-james", "basic-english", "austen", "wordnet"}
+    assert all(len(example.input_ids) == 32 for blocks in found.values() for example in blocks)
+    assert [len(blocks) for blocks in found.values()] == [4] * 4

@@ -127,6 +127,7 @@ TABLE: dict[str, Method] = {
 # --------------------------------------------------------------------------------------------------------------- a trial
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of what diverges
 def run(trial: Trial) -> Row:
     """The row of a trial, flat and rounded; what diverged has None in the place of losses.
 
@@ -158,8 +159,7 @@ def run(trial: Trial) -> Row:
         measured, model = fine_tune(model, task, settings, method, progress=False)
         row = {name: measured[name] for name in ("train_loss", "trainable", "storage")}
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            row |= _scores(model, trial) if row.get("train_loss", 0) is not None else {"loss": None}
+        row |= _scores(model, trial) if row.get("train_loss", 0) is not None else {"loss": None}
     except FloatingPointError:  # it diverged in the last step
         row["loss"] = None
     return rounded(row)
