@@ -124,7 +124,7 @@ def _skewed(pool: list[Question], n: int, share: float, level: bool) -> list[Que
 
 @cache
 def general(n: int, length: int) -> dict[str, list[Example]]:
-    """`n` held-out blocks of each of the base's own corpora."""
+    """`n` whole held-out blocks of each of the base's own corpora."""
     tokenizer = base()[1]
     streams = {name: encode_documents(texts, tokenizer) for name, texts in general_corpora("validation").items()}
-    return {name: [Example(b, b) for b in spaced(chunk_text(ids, length), n)] for name, ids in streams.items()}
+    return {name: [Example(b, b) for b in spaced(chunk_text(ids, length)[:-1], n)] for name, ids in streams.items()}

@@ -147,7 +147,7 @@ def run(trial: Trial) -> Row:
     if trial.rate is not None:
         examples = data.drawn(trial.task, trial.examples, trial.seed, trial.data)
         replay = general_blocks(tokenizer, REPLAY, 600, "train") if trial.replay else []
-        task = TaskData(examples, examples[:1], general_blocks(tokenizer, LENGTH, 1), replay, tokenizer.pad_token_id)
+        task = TaskData(examples, examples[:1], examples[:1], replay, tokenizer.pad_token_id)
         method = METHODS["full"] if trial.method == "scratch" else TABLE[trial.method]
         if trial.method == "scratch":
             model = Transformer(model.config, seed=trial.seed)
