@@ -36,6 +36,7 @@ from ..experiments.shipped import REPLAY, base, general_blocks, rounded
 from ..experiments.sweep import sweep
 from ..hub.base import BASE
 from ..nn.transformer import Transformer
+from ..peft.loftq import get_loftq_model
 from ..peft.methods import METHODS, Method
 from ..text.datasets import MultipleChoice
 from ..text.examples import Example
@@ -108,11 +109,22 @@ def lora_on(*modules: str, r: int = 8, **options: Any) -> Method:
 
 
 Q, K, V, O, GATE, UP, DOWN = (f"{name}_proj" for name in "q k v o gate up down".split())
+
+
+@dataclass(frozen=True)
+class LoftQ(Method):
+    """QLoRA whose 4-bit weights and first A and B are computed together (`peft.loftq`)."""
+
+    def prepare(self, base: Any, steps: int, seed: int = 0) -> Any:
+        return get_loftq_model(base, self.config(steps), seed=seed)
+
+
 _bottleneck, _prompt, _prefix = METHODS["bottleneck"], METHODS["prompt"], METHODS["prefix"]
 TABLE: dict[str, Method] = {
     **METHODS,
     "rslora": lora_on(use_rslora=True),
     "olora": lora_on(init_lora_weights="olora"),
+    "loftq": LoftQ(METHODS["qlora"].label, "LORA", METHODS["qlora"].options, quantized=True),
     "pfeiffer": _bottleneck.with_options(placement="pfeiffer", bottleneck_size=32),
     "parallel": _bottleneck.with_options(placement="parallel", bottleneck_size=32),
     "prompt-random": _prompt.with_options(prompt_tuning_init="RANDOM"),
@@ -120,7 +132,9 @@ TABLE: dict[str, Method] = {
     **{f"lora-r{r}": lora_on(r=r) for r in (1, 2, 4, 16, 32, 64)},
     "lora-q": lora_on(Q), "lora-v": lora_on(V), "lora-qv": lora_on(Q, V), "lora-qkvo": lora_on(Q, K, V, O),
     "lora-mlp": lora_on(GATE, UP, DOWN),
-    "lora-qv-r43": lora_on(Q, V, r=43),  # as many parameters as rank 8 on all layers; `test_claims_protocol` counts
+    # as many parameters as rank 8 on all layers, and as rank 1: `test_claims_protocol` counts
+    "lora-qv-r43": lora_on(Q, V, r=43), "bottleneck-m37": _bottleneck.with_options(bottleneck_size=37),
+    "bottleneck-m4": _bottleneck.with_options(bottleneck_size=4),
 }  # fmt: skip
 
 
