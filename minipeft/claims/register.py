@@ -198,7 +198,7 @@ def claim(
     def register(function: Callable[..., Verdict]) -> Callable[..., Verdict]:
         if id in RULES and RULES[id].function.__qualname__ != function.__qualname__:
             raise ValueError(f"{id} has a rule already: {RULES[id].function.__qualname__}")
-        if not (function.__doc__ or "").startswith("Holds if "):
+        if not (function.__doc__ or "").startswith("Holds if"):
             raise ValueError(f"the rule of {id} must state itself: a docstring that begins with 'Holds if'")
         if function.__module__.startswith(__package__) and function.__module__ != _module(statements()[id].section):
             raise ValueError(f"the rule of {id} belongs into {_module(statements()[id].section)}")

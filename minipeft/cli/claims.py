@@ -63,7 +63,7 @@ def run(args: Arguments) -> int:
 
 def check(args: Arguments) -> None:
     """ValueError for an unknown ID, and for options that do not go together."""
-    for id in (*args.ids, *filter(None, [args.again])):
+    for id in (*(args.ids or ()), *filter(None, [args.again])):
         if id not in statements():
             near = nearest(id, statements()) or "; `minipeft claims` lists all"
             raise ValueError(f"there is no statement {id!r}{near}")
@@ -75,7 +75,7 @@ def check(args: Arguments) -> None:
         args.refuse(("store", "executor"), "without --run")
     if args.picture:
         args.refuse(("json",), "with --picture")
-        if len(args.ids) != 1:
+        if len(args.ids or ()) != 1:
             raise ValueError("--picture draws one statement: give its ID")
         if not args.picture.endswith(".png"):
             raise ValueError(f"--picture writes a PNG file: {args.picture} must end in .png")
