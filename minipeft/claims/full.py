@@ -1,0 +1,244 @@
+"""Full fine-tuning: the procedure, the loop, and what it costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import math
+import statistics
+import sys
+import tempfile
+import tokenize
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import minipeft as mp
+
+from ..accounting.parameters import count_parameters
+from .inputs import BASE, SIZES, arrays, base, batch, bytes_on_disk, examples, moved, steps
+from .register import Experiment, Number, Verdict, claim, graded, listed, measured, those
+
+LOOP = """\
+for input_ids, labels in batches:
+    logits = model(input_ids)
+    loss = task_loss(logits, labels)
+    loss.backward()
+    optimizer.step()
+"""  # as textbooks print it
+ZEROED = LOOP + "    optimizer.zero_grad()\n"
+PRINTED, USUAL = 5e-5, 1e-3  # rates: of the textbooks, and the library's for a model of this size
+PRICE, CARD, UTILIZATION, TOKENS = 2.0, "h100", 0.4, 512  # dollars an hour of a card, at a share of its peak; an example's
+
+
+@cache
+def _tuned() -> tuple[float, float, float]:
+    """Two steps on every parameter: (share of the numbers that moved, the same with a head, loss after saving - before)."""
+    from ..nn.heads import SequenceClassifier
+    from ..train import collate, evaluate
+
+    model, tokenizer = base()
+    tuned, start = model.copy().requires_grad_(True), arrays(model)
+    steps(tuned)
+    classifier = SequenceClassifier(model, 2)
+    classifier.requires_grad_(True)
+    head, given = arrays(classifier), collate(examples()).arguments
+    labels = batch(8, 1)[:, 0] % 2
+    steps(classifier, loss=lambda m: m.loss(given["input_ids"], labels, given["attention_mask"]))
+    with tempfile.TemporaryDirectory() as directory:
+        mp.save_pretrained(tuned, directory, tokenizer)
+        again = mp.from_pretrained(directory)[0]
+    losses = [evaluate(m, list(examples()), 8, tokenizer.pad_token_id) for m in (tuned, again)]
+    shares = [
+        sum(share * before[name].size for name, share in moved(before, arrays(m)).items()) / sum(x.size for x in before.values())
+        for before, m in ((start, tuned), (head, classifier))
+    ]  # fmt: skip
+    return shares[0], shares[1], losses[1] - losses[0]
+
+
+@claim("full-1", lesson="03_full_finetuning.py", section="Step 1 · Load: a base, and a task")
+def procedure() -> Verdict:
+    """Holds if, with and without a classifier's head, two steps move more than 99 % of all numbers, and the model that is
+    loaded from the saved directory has the same loss; does not hold here if numbers stay or the loss differs."""
+    language, head, difference = _tuned()
+    right = {"every parameter trains": language > 0.99, "also with a head": head > 0.99, "the checkpoint is whole": difference == 0}
+    return Verdict(
+        graded(right),
+        f"The loss reaches every number: of the language model two steps move {language:.1%}, with a classifier's head {head:.1%}, as the "
+        f"embeddings of words that the batch lacks have no gradient; the saved model's loss differs by {difference:.2g}.",
+        Number("share of the numbers that two steps move", 100 * language, "%"),
+        [Number("with a classifier's head", 100 * head, "%"), Number("loss after loading - before saving", difference, "nats")],
+        base=BASE, task="8 sentences",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def loop(zeroed: bool, rate: float, seed: int, steps: int = 60, batch_size: int = 8) -> dict[str, Any]:
+    """The row of a run of the printed loop on verses, with AdamW: the held-out loss before and after, in nats a token."""
+    from ..experiments import shipped
+    from ..train import collate, evaluate
+
+    task = shipped.rewriting(steps * batch_size, seed, held_out=32, blocks=1)
+    model = shipped.base()[0].copy().requires_grad_(True)
+    pairs = (collate(task.train[i : i + batch_size], task.pad_token_id).arguments for i in range(0, len(task.train), batch_size))
+
+    def task_loss(logits: Any, labels: Any) -> Any:
+        return mp.functional.cross_entropy(logits[:, :-1], labels[:, 1:])
+
+    names = {
+        "batches": [(given["input_ids"], given["labels"]) for given in islice(pairs, steps)], "model": model,
+        "task_loss": task_loss, "optimizer": mp.optim.AdamW(model.parameters(), lr=rate),
+    }  # fmt: skip
+    before = evaluate(model, task.held_out, 16, task.pad_token_id)
+    exec(ZEROED if zeroed else LOOP, names)  # the text itself, which `simple` counts, too
+    return {"before": round(before, 5), "after": round(evaluate(model, task.held_out, 16, task.pad_token_id), 5)}
+
+
+LOOPS = Experiment("loop", loop, lambda: mp.grid(zeroed=[True, False], rate=[PRINTED, USUAL], seed=range(5)))
+
+
+@claim("full-2", lesson="03_full_finetuning.py", section="Step 3 · Train: and which learning rate?", experiment=LOOPS)
+def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
+    """Holds if, at each rate, the loop as printed ends at a held-out loss that is not clearly above that of the same loop
+    with gradients zeroed (over five seeds, 95 %); holds if so at one rate alone; does not hold here if at none."""
+    evidence, cases = [], {}
+    for rate in sorted({row["rate"] for row in rows}):
+        after = {z: {r["seed"]: r["after"] for r in rows if r["zeroed"] == z and r["rate"] == rate} for z in (True, False)}
+        differences = [after[False][seed] - after[True][seed] for seed in after[True]]
+        number = measured(f"rate {rate:g}: held-out loss without zeroing - with", differences, "nats")
+        fine = math.isfinite(number.value) and number.low <= 0
+        cases[f"at rate {rate:g}"] = fine
+        evidence += [number] + [
+            measured(f"rate {rate:g}: loss after, {'zeroed' if z else 'as printed'}", [*after[z].values()], "nats a token")
+            for z in (True, False)
+        ]
+    worst = max((n for n in evidence if n.unit == "nats"), key=lambda n: n.value if math.isfinite(n.value) else math.inf)
+    verdict = graded(cases)
+    told = [f"{n.value:+.3f} nats {n.name.partition(':')[0].replace('rate', 'at rate')}" for n in evidence if n.unit == "nats"]
+    start = statistics.mean(row["before"] for row in rows)
+    because = (
+        f"Without zeroing, every gradient so far is added up: the held-out loss ends {listed(told)} from that of the loop with "
+        f"zeroing (it began at {start:.2f}); the printed loop is no worse {those(cases)}."
+    )
+    return Verdict(verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW")
+
+
+@claim("full-6", lesson="16_which_method.py", section="1 · Eight ways, and what each needs")
+def simple() -> Verdict:
+    """Holds if the training loop, with its line that zeroes gradients, has fewer lines than the file of each other method;
+    holds if fewer than most; does not hold here otherwise. Lines of code: without comments, docstrings and blanks."""
+    own = lines_of_code(ZEROED)
+    others = method_lines()
+    longer = [n for n in others.values() if n > own]
+    verdict = graded({"all": len(longer) == len(others), "most": 2 * len(longer) > len(others)})
+    shortest, longest = min(others, key=others.get), max(others, key=others.get)
+    return Verdict(
+        verdict,
+        f"The loop has {own} lines, and full fine-tuning adds none; a method's file adds {others[shortest]} ({shortest}) to "
+        f"{others[longest]} ({longest}), not counting the surgery that they share.",
+        Number("lines of a method's file, the median, over the loop's", statistics.median(others.values()) / own, "times"),
+        [Number("the loop", own, "lines"), *(Number(f"peft/{name}.py", n, "lines") for name, n in sorted(others.items()))],
+    )  # fmt: skip
+
+
+def method_lines() -> dict[str, int]:
+    """The lines of each shipped method's own file, by the file's name."""
+    from ..peft.huggingface import config_class
+    from ..peft.methods import METHODS
+
+    own = {config_class(m.kind) for m in METHODS.values() if m.kind not in (None, "head", "frozen")}
+    modules = {cls.__module__ for cls in own if cls.__module__.startswith("minipeft.")}  # those of a plugin are not ours
+    return {name.rpartition(".")[2]: lines_of_code(inspect.getsource(sys.modules[name])) for name in modules}
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold code: no comments, docstrings or blanks."""
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in silent]
+    found = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(source)):
+        texts = [n for n in getattr(node, "body", []) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)] \
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else []  # fmt: skip
+        for text in texts:
+            found -= {*range(text.lineno, text.end_lineno + 1)}
+    return len(found)
+
+
+# ----------------------------------------------------------------------------------------------------------- its costs
+
+
+@claim("full-8", lesson="03_full_finetuning.py", section="Step 4 · Save: a whole model per task")
+def storage() -> Verdict:
+    """Holds if the saved file has all bytes of all parameters, and fine-tuning moves more than half of the numbers, so that a
+    file of what has changed is no smaller; does not hold here otherwise."""
+    model, _ = base()
+    file = bytes_on_disk(lambda path: mp.save_pretrained(model, path))
+    held, share = sum(p.data.nbytes for p in model.parameters()), _tuned()[0]
+    sizes = {size: 2 * count_parameters(name).stored for size, name in SIZES.items()}
+    return Verdict(
+        graded({"a whole copy": file >= held and share > 0.5}),
+        f"Two steps move {share:.0%} of the numbers, and the file has {file / held:.2f} times the bytes of the parameters; in 16 bits a "
+        f"task takes {listed([f'{n / 1e9:.1f} GB at {size}' for size, n in sizes.items()])}.",
+        Number("a task's file at 7B, 16 bits", sizes["7B"] / 1e9, "GB"),
+        [
+            Number("the base's file, float32", file, "bytes"), Number("its parameters", held, "bytes"),
+            *(Number(f"{size} ({SIZES[size]}), 16 bits", n, "bytes") for size, n in sizes.items()),
+        ],
+        base=BASE,
+    )  # fmt: skip
+
+
+@claim("full-9", lesson="12_counting.py", section="3 · Bytes of a parameter")
+def memory() -> Verdict:
+    """Holds if, at 7B and 70B in 16 bits, gradients and the optimizer's states take more bytes than the weights, for every
+    optimizer; holds if for some; does not hold here if for none."""
+    from ..accounting.memory import memory_ledger
+    from ..accounting.precision import OPTIMIZERS
+
+    extra, evidence, cases = {}, [], {}
+    for optimizer in OPTIMIZERS:
+        for size, name in SIZES.items():
+            held = memory_ledger(name, None, optimizer=optimizer, precision="bfloat16").held
+            extra[optimizer, size] = (held["gradients"] + held["optimizer states"]) / held["trained weights"]
+            evidence.append(Number(f"{size}, {optimizer}: gradients and states over weights", extra[optimizer, size], "times"))
+        cases[optimizer] = all(extra[optimizer, size] > 1 for size in SIZES)
+    bytes_7B = memory_ledger(SIZES["7B"], None, optimizer="adamw", precision="bfloat16").model_states
+    few = f", and with {those(cases, False)} {extra[those(cases, False), '7B']:.0f} times" if sum(not c for c in cases.values()) == 1 else ""
+    return Verdict(
+        graded(cases),
+        f"Gradients and states take {extra['adamw', '7B']:.0f} times the bytes of the weights with AdamW{few}: more than the weights with "
+        f"{those(cases)}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
+        Number("gradients and AdamW's states over weights, 7B", extra["adamw", "7B"], "times"), evidence,
+    )  # fmt: skip
+
+
+@claim("full-11", lesson="12_counting.py", section="7 · Time")
+def expensive() -> Verdict:
+    """Holds if, at 7B and 70B, 1,000 examples of 512 tokens cost more than 1 dollar of GPU time (2 dollars an H100-hour, at 40 % of
+    its peak) and the states do not fit one card of 80 GB; holds if only one of the two is so; does not hold here otherwise."""
+    from ..accounting.cards import CARDS
+    from ..accounting.flops import step_flops
+    from ..accounting.memory import memory_ledger
+
+    cases, evidence, money, cards = {}, [], {}, {}
+    for size, name in SIZES.items():
+        flops = step_flops(name, None, 1, TOKENS)
+        seconds = 1000 * flops.seconds(CARD, UTILIZATION)
+        money[size] = seconds / 3600 * PRICE
+        states = memory_ledger(name, None, precision="mixed").model_states
+        cards[size] = math.ceil(states / (CARDS[CARD][0] * 1e9))
+        cases |= {f"computation at {size}": money[size] > 1, f"memory at {size}": cards[size] > 1}
+        evidence += [
+            Number(f"{size}: 1,000 examples", 1000 * flops.total, "FLOPs"), Number(f"{size}: the same", seconds, "seconds"),
+            Number(f"{size}: the same", money[size], "dollars"), Number(f"{size}: weights, gradients, states", states, "bytes"),
+            Number(f"{size}: cards of {CARDS[CARD][0]} GB for these", cards[size], "cards"),
+        ]  # fmt: skip
+    told = [f"{size} {money[size]:.2f} dollars of computation, and {cards[size]} cards for its states" for size in SIZES]
+    return Verdict(
+        graded(cases), f"1,000 examples cost at {', at '.join(told)}: expensive is {those(cases)}.",
+        Number("1,000 examples at 7B", money["7B"], "dollars"), evidence,
+        task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak, blocks computed again",
+    )  # fmt: skip

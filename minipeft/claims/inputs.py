@@ -1,0 +1,82 @@
+"""What the rules that compute in place work on: the shipped base, a few sentences, and published models as shapes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..hub.base import load_base
+from ..text.examples import Example, encode_examples
+
+SIZES = {"7B": "llama-7b", "70B": "llama2-70b"}  # the models that stand for these sizes
+BASE = "the shipped base, 1.4M parameters"
+RECORDS = [
+    {"prompt": "The king said to the man:", "completion": " Go down to the river, and take the boat."},
+    {"prompt": "In the morning the woman", "completion": " went out of the house with her daughter."},
+    {"prompt": "It was a truth that he", "completion": " had never been willing to hear."},
+    {"prompt": "The meaning of the word stone is", "completion": " a hard piece of rock."},
+    {"prompt": "And when they came to the city,", "completion": " the gates were shut."},
+    {"prompt": "She had no reason to", "completion": " think him a better friend than the other."},
+    {"prompt": "A small animal with long ears is", "completion": " a rabbit."},
+    {"prompt": "For seven days the rain", "completion": " came down on the fields and on the hills."},
+]
+
+base = cache(load_base)
+
+
+@cache
+def examples() -> tuple[Example, ...]:
+    """RECORDS, as the base's token ids and labels."""
+    return tuple(encode_examples(RECORDS, base()[1], max_length=64).examples)
+
+
+def batch(rows: int = 8, length: int = 16) -> np.ndarray:
+    """Token ids [rows, length] of running text: the sentences, one after the other and again."""
+    ids = np.concatenate([example.input_ids for example in examples()])
+    return np.resize(ids, rows * length).reshape(rows, length)
+
+
+def arrays(model: Any) -> dict[str, np.ndarray]:
+    """A copy of every parameter on the host, by name."""
+    from ..backend import to_numpy
+
+    return {name: to_numpy(p.data).copy() for name, p in model.named_parameters()}
+
+
+def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
+    """The share of each parameter's numbers that differ, bit for bit, of the names that both have."""
+    return {name: float(np.mean(before[name] != after[name])) for name in before if name in after}
+
+
+def steps(model: Any, n: int = 2, lr: float = 1e-3, loss: Callable[[Any], Any] | None = None) -> list[float]:
+    """n steps of Adam on the sentences, in place; the losses before each of them and after the last."""
+    from ..autograd.tensor import no_grad
+    from ..backend import asarray, xp_of
+    from ..train import collate, optim
+
+    xp = xp_of(model.parameters()[0].data)
+    given = collate(examples()).arguments
+    given = {name: asarray(value, xp) if value is not None else None for name, value in given.items()}
+    loss = loss or (lambda model: model.loss(**given))
+    optimizer, seen = optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr), []
+    for _ in range(n):
+        value = loss(model)
+        value.backward()
+        seen.append(value.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    with no_grad():
+        return [*seen, loss(model).item()]
+
+
+def bytes_on_disk(save: Callable[[Path], Any]) -> int:
+    """The bytes of the files that save(directory) writes, into a directory that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as directory:
+        save(Path(directory))
+        return sum(os.path.getsize(path) for path in Path(directory).rglob("*.safetensors"))

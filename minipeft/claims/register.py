@@ -1,0 +1,267 @@
+"""The register: statements, the rules that judge them, and the rows of the experiments that some rules read.
+
+    statements.csv    id, section, statement, kind
+    <section>.py      the section's rules, one a statement; a rule's docstring says when the statement holds
+    rows/NAME.jsonl   what the experiment NAME measured (`experiments.rows`)
+
+A rule computes its verdict: in place, from what the library counts and runs within a second or two, or from rows:
+
+    @claim("lora-6", lesson="12_counting.py", section="1 · Parameters")
+    def example() -> Verdict:
+        \"\"\"Holds if ..., does not hold here if ...\"\"\"
+
+    SPEED = Experiment("decoding", run, runs)
+
+    @claim("lora-10", lesson="04_lora.py", section="8 · Merge: the detour disappears", experiment=SPEED)
+    def merged(rows) -> Verdict:
+        \"\"\"Holds if ..., does not hold here if ...\"\"\"
+
+A statement without a rule, or whose rows are not all there, is not tried yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
+    "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
+)  # fmt: skip
+ROWS = Path(__file__).with_name("rows")
+UNCOMPARED = ("processor", "date", "qualname")  # of a row: what is no measurement
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is taught. kind: count, equation, procedure, code, mechanism, measurement, comparison, advice, ..."""
+
+    id: str
+    section: str
+    statement: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number and its 95 % confidence interval; without one it is exact, or a single measurement."""
+
+    name: str
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule found.
+
+    verdict    one of VERDICTS
+    because    one sentence, from the numbers, that names the reason or the condition
+    effect     the number that decided
+    evidence   the numbers beside it
+    seeds      runs that differ in their seed alone, or repeats of a measurement; items: size of the test set
+    base, task what was trained or measured, and on what
+    """
+
+    verdict: str
+    because: str
+    effect: Number | None = None
+    evidence: tuple[Number, ...] = ()
+    seeds: int | None = None
+    items: int | None = None
+    base: str = ""
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, not {self.verdict!r}")
+        object.__setattr__(self, "evidence", tuple(self.evidence))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs whose rows ship with the package.
+
+    name       of the file in rows/
+    run        computes a row from settings, as `experiments.sweep` takes it
+    runs       the settings of all runs, or a function that gives them
+    timed      whether the rows are times: they differ from machine to machine, so only verdicts can agree
+    tolerance  relative, of a number that is computed again on another machine
+    """
+
+    name: str
+    run: Callable[..., Mapping[str, Any]]
+    runs: Sequence[Any] | Callable[[], Sequence[Any]]
+    timed: bool = False
+    tolerance: float = 0.02
+
+    @property
+    def settings(self) -> list[Any]:
+        """The settings of all runs."""
+        return list(self.runs() if callable(self.runs) else self.runs)
+
+    def path(self, store: str | os.PathLike = ROWS) -> Path:
+        """The file of its rows."""
+        return Path(store) / f"{self.name}.jsonl"
+
+    def rows(self, store: str | os.PathLike = ROWS) -> list[dict[str, Any]]:
+        """The rows that are there, in the order of the runs. Raises FileError for a file that holds no rows."""
+        from ..experiments.rows import described, finder, read_rows
+
+        find = finder(read_rows(self.path(store)))
+        found = (find(described(one, self.run)) for one in self.settings)
+        return [row for row in found if row is not None]
+
+    def compute(self, store: str | os.PathLike, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
+        """All rows: those in `store`, and the others, computed and added there. Raises as `experiments.sweep`."""
+        from ..experiments.sweep import sweep
+
+        shown = {} if show is None else {"show": show}
+        return sweep(self.run, self.settings, executor, self.path(store), **shown)
+
+    def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What differs by more than the tolerance between rows of the same runs; of times, nothing is compared."""
+        if self.timed:
+            return []
+        found = []
+        for i, (row, other) in enumerate(zip(rows, others, strict=True)):
+            for name in sorted({*row, *other} - {*UNCOMPARED}):
+                if not _close(row.get(name), other.get(name), self.tolerance):
+                    found.append(f"run {i}, {name}: {other.get(name)}, and {row.get(name)} in the package")
+        return found
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, float) or isinstance(b, float):
+        both = isinstance(a, (int, float)) and isinstance(b, (int, float))
+        return both and (math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-4) or (a != a and b != b))
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_close(x, y, tolerance) for x, y in zip(a, b))
+    return a == b
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a statement is judged: `function()`, or `function(rows)` where there is an experiment."""
+
+    id: str
+    lesson: str
+    section: str
+    function: Callable[..., Verdict]
+    experiment: Experiment | None = None
+
+    @property
+    def words(self) -> str:
+        """The rule, as its docstring states it."""
+        return " ".join((self.function.__doc__ or "").split())
+
+    def judge(self, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
+        """The verdict, from `rows` (default: the shipped ones) where the rule reads rows."""
+        if self.experiment is None:
+            return self.function()
+        rows = self.experiment.rows() if rows is None else rows
+        if len(rows) < (wanted := len(self.experiment.settings)):
+            return Verdict(UNTRIED, f"{self.experiment.path().name} has {len(rows)} of {wanted} runs.")
+        return self.function(rows)
+
+
+RULES: dict[str, Rule] = {}  # of the sections that are imported
+
+
+def claim(
+    id: str, *, lesson: str, section: str, experiment: Experiment | None = None
+) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
+    """Make a function the rule of a statement. Its docstring states the rule in words: "Holds if ...".
+
+    Args:
+        lesson, section: the file in lessons/ and the heading in it that teach the statement.
+        experiment: whose rows the function takes; without one it takes nothing.
+
+    Raises ValueError for a statement that is unknown or of another module's section, for a second rule, and for a rule
+    that is not stated.
+    """
+    if id not in statements():
+        raise ValueError(f"there is no statement {id!r}")
+
+    def register(function: Callable[..., Verdict]) -> Callable[..., Verdict]:
+        if id in RULES and RULES[id].function.__qualname__ != function.__qualname__:
+            raise ValueError(f"{id} has a rule already: {RULES[id].function.__qualname__}")
+        if not (function.__doc__ or "").startswith("Holds if"):
+            raise ValueError(f"the rule of {id} must state itself: a docstring that begins with 'Holds if'")
+        if function.__module__.startswith(__package__) and function.__module__ != _module(statements()[id].section):
+            raise ValueError(f"the rule of {id} belongs into {_module(statements()[id].section)}")
+        RULES[id] = Rule(id, lesson, section, function, experiment)
+        return function
+
+    return register
+
+
+@cache
+def statements() -> dict[str, Statement]:
+    """id -> statement, in the textbook's order."""
+    text = files(__package__).joinpath("statements.csv").read_text("utf-8")
+    return {row["id"]: Statement(**row) for row in csv.DictReader(io.StringIO(text))}
+
+
+def rule_of(id: str) -> Rule | None:
+    """The rule of a statement, whose section's module is imported; None where there is none. KeyError as `judge`."""
+    module = _module(statements()[id].section)
+    if module not in sys.modules and importlib.util.find_spec(module) is not None:
+        importlib.import_module(module)
+    return RULES.get(id)
+
+
+def judge(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
+    """The verdict on a statement, from `rows` in place of the shipped ones where its rule reads rows.
+
+    What an extra of the package is needed for and not installed cannot be tested. Raises KeyError for an unknown id.
+    """
+    rule = rule_of(id)
+    if rule is None:
+        return Verdict(UNTRIED, "No rule judges it.")
+    try:
+        return rule.judge(rows)
+    except ImportError as error:
+        return Verdict(UNTESTABLE, f"{error}.")
+
+
+def _module(section: str) -> str:
+    return f"{__package__}.{section.replace(' ', '_')}"
+
+
+# ------------------------------------------------------------------------------------------------- what rules share
+
+
+def graded(cases: Mapping[str, bool]) -> str:
+    """The verdict where a statement is tried in several cases: it holds in all, in some (then it holds if), or in none."""
+    return HOLDS if all(cases.values()) else IF if any(cases.values()) else NOT
+
+
+def those(cases: Mapping[str, bool], value: bool = True) -> str:
+    """The cases that came out so: "7B and 70B"."""
+    return listed([name for name, found in cases.items() if found == value])
+
+
+def listed(names: Sequence[str]) -> str:
+    """"a", "a and b", "a, b and c"; "none" of no names."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
+
+
+def measured(name: str, values: Sequence[float], unit: str = "") -> Number:
+    """The mean of independent values, seeds or repeats, with its interval (Student's t)."""
+    from ..experiments.seeds import interval
+
+    mean, half = interval(values)
+    return Number(name, mean, unit, *(None, None) if math.isnan(half) else (mean - half, mean + half))

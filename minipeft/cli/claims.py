@@ -1,0 +1,244 @@
+"""What textbooks teach about fine-tuning, on trial: 86 statements, each with the verdict of a rule.
+
+A rule says when its statement holds, and computes the verdict: from counts, equations and code that it runs, or from the
+rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
+tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence.
+
+--run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
+where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared.
+
+examples:
+  minipeft claims                                  the table of all
+  minipeft claims lora-6 lora-9                    two of them in full
+  minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
+  minipeft claims --run soft-7 --store my-rows     its rows, computed again
+  minipeft claims --json
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..claims.register import ROWS, VERDICTS, Number, Rule, Statement, Verdict, judge, rule_of, statements
+from .arguments import Arguments, Common, Parser, nearest
+from .bars import console, grid, print_json
+
+COLUMNS = 140  # of the table where standard output is no terminal
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
+    parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again")
+    store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
+    parser.add_argument("--store", metavar="DIR", help=store)
+    parser.add_argument("--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)")
+    parser.options(Common, "json")
+
+
+def run(args: Arguments) -> int:
+    check(args)
+    if args.again:
+        return compute_again(args)
+    found = [(statements()[id], rule_of(id), judge(id)) for id in dict.fromkeys(args.ids or statements())]
+    if args.picture:
+        return picture(*found[0], args.picture)
+    if args.json:
+        print_json([as_json(*one) for one in found])
+    elif args.ids:
+        for i, one in enumerate(found):
+            print("\n" * (i > 0), end="")
+            show(*one)
+    else:
+        table([(statement, verdict) for statement, _, verdict in found])
+    return 0
+
+
+def check(args: Arguments) -> None:
+    """ValueError for an unknown ID, and for options that do not go together."""
+    for id in (*(args.ids or ()), *filter(None, [args.again])):
+        if id not in statements():
+            near = nearest(id, statements()) or "; `minipeft claims` lists all"
+            raise ValueError(f"there is no statement {id!r}{near}")
+    if args.again:
+        args.refuse(("picture", "json"), "with --run")
+        if args.ids:
+            raise ValueError(f"--run has its own statement: leave {' '.join(args.ids)} out")
+    else:
+        args.refuse(("store", "executor"), "without --run")
+    if args.picture:
+        args.refuse(("json",), "with --picture")
+        if len(args.ids or ()) != 1:
+            raise ValueError("--picture draws one statement: give its ID")
+        if not args.picture.endswith(".png"):
+            raise ValueError(f"--picture writes a PNG file: {args.picture} must end in .png")
+
+
+# ------------------------------------------------------------------------------------------------------------ showing
+
+
+def table(found: list[tuple[Statement, Verdict]]) -> None:
+    """All in one line each, and how many of each verdict."""
+    headings = ("id", "verdict", "effect", "95 % interval", "seeds", "items")
+    rows = [
+        (s.id, v.verdict, figure(v.effect), interval(v.effect), text(v.seeds), text(v.items)) for s, v in found
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(headings, *rows)]
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
+    room = max(20, columns - sum(widths) - 2 * len(widths) - 1)
+    shown = grid("id", *headings[1:])
+    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True
+    shown.columns[1].justify = "left"
+    shown.add_column("statement", no_wrap=True)
+    for row, (statement, _) in zip(rows, found):
+        shown.add_row(*row, textwrap.shorten(statement.statement, room, placeholder=" ..."))
+    out = console(width=max(columns, sum(widths) + 2 * len(widths) + room))
+    out.print(shown)
+    counts = Counter(verdict.verdict for _, verdict in found)
+    out.print(f"\n{len(found)} statements: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]))
+
+
+def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
+    """One in full."""
+    out = console()
+    out.print(f"{statement.id} ({statement.section}, {statement.kind})", style="bold")
+    lines = {"statement": statement.statement, "rule": rule.words if rule else "none"}
+    lines |= {"verdict": verdict.verdict, "because": verdict.because}
+    if verdict.effect:
+        between = interval(verdict.effect)
+        lines["effect"] = f"{verdict.effect.name}: {figure(verdict.effect)}" + f", 95 % interval {between}" * bool(between)
+    for name in ("base", "task", "seeds", "items"):
+        lines[name] = text(getattr(verdict, name))
+    if rule:
+        lines["lesson"] = f"{rule.lesson}, {rule.section}"
+        if rule.experiment:
+            lines["rows"] = f"{rule.experiment.path().name}, {len(rule.experiment.rows())} rows"
+    for name, line in lines.items():
+        if line:
+            out.print(textwrap.fill(line, 100, initial_indent=f"{name:10}", subsequent_indent=10 * " ", break_on_hyphens=False))
+    if verdict.evidence:
+        numbers = grid("evidence", "", "95 % interval")
+        for number in verdict.evidence:
+            numbers.add_row(number.name, figure(number), interval(number))
+        out.print("", numbers, sep="\n")
+
+
+def as_json(statement: Statement, rule: Rule | None, verdict: Verdict) -> dict[str, Any]:
+    """One as an object of JSON."""
+    effect, experiment = verdict.effect, rule and rule.experiment
+    return vars(statement) | {
+        "verdict": verdict.verdict, "because": verdict.because, "rule": rule.words if rule else None,
+        "effect": finite(effect.value) if effect else None, "effect_name": effect.name if effect else None,
+        "unit": effect.unit if effect else None, "interval": bounds(effect) if effect else None, "seeds": verdict.seeds,
+        "test_size": verdict.items, "base": verdict.base, "task": verdict.task,
+        "lesson": rule.lesson if rule else None, "lesson_section": rule.section if rule else None,
+        "rows": experiment.path().name if experiment else None,
+        "number_of_rows": len(experiment.rows()) if experiment else None,
+        "evidence": [
+            {"name": n.name, "value": finite(n.value), "unit": n.unit, "interval": bounds(n)} for n in verdict.evidence
+        ],
+    }  # fmt: skip
+
+
+def figure(number: Number | None) -> str:
+    """A number with its unit: "256 times", "1.35e+10 bytes" as "13,500,000,000 bytes"."""
+    return "" if number is None else f"{plain(number.value)} {number.unit}".strip()
+
+
+def interval(number: Number | None) -> str:
+    """Its interval: "[0.97, 1.02]"; "" of an exact one."""
+    return "" if number is None or number.low is None else f"[{plain(number.low)}, {plain(number.high)}]"
+
+
+def plain(value: float) -> str:
+    """Three digits, or all before the point."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no number that is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def bounds(number: Number) -> list[float | None] | None:
+    return None if number.low is None else [finite(number.low), finite(number.high)]
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str) -> int:
+    """A forest plot: each number that has an interval, of the effect's unit, as a point and a line."""
+    effect = verdict.effect
+    numbers = [n for n in verdict.evidence if n.low is not None and effect and n.unit == effect.unit]
+    if effect and effect.low is not None and effect not in numbers:
+        numbers.insert(0, effect)
+    if not numbers:
+        print(f"{statement.id}: nothing to draw, for no number of its evidence has an interval")
+        return 0
+    from ..train.metrics import panels, save_png
+
+    figure_, (axes,) = panels(1, 7, 1.4 + 0.32 * len(numbers))
+    for y, n in enumerate(numbers):
+        axes.plot([n.low, n.high], [y, y], color="tab:blue", linewidth=1.5)
+        axes.plot(n.value, y, "s", color="tab:blue", markersize=5)
+    neutral = {"times": 1}.get(numbers[0].unit, 0)
+    axes.axvline(neutral, color="grey", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(numbers)), [textwrap.shorten(n.name, 60, placeholder=" ...") for n in numbers], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{numbers[0].unit}, with 95 % intervals")
+    axes.set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
+    save_png(figure_, path)
+    print(f"{path}: {len(numbers)} numbers with their intervals")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- computing again
+
+
+def compute_again(args: Arguments) -> int:
+    """The rows of a statement's experiment in --store, held against the shipped ones; 1 where they disagree."""
+    from ..experiments.sweep import executor_of
+
+    rule = rule_of(args.again)
+    if rule is None or rule.experiment is None:
+        what = "no rule judges it" if rule is None else "its rule computes its numbers each time that it is asked"
+        raise ValueError(f"{args.again} has no rows to compute again: {what}")
+    store = Path(args.store) if args.store else user_directory()
+    if store.resolve() == ROWS.resolve():
+        raise ValueError(f"--store {store} holds the shipped rows; choose another")
+    shipped = rule.experiment.rows()
+    rows = rule.experiment.compute(store, executor_of(args.executor))
+    verdict = rule.judge(rows)
+    print(f"{args.again}: {verdict.verdict}. {verdict.because}\nrows: {rule.experiment.path(store)}")
+    if len(shipped) < len(rows):
+        print(f"the package has {len(shipped)} of these {len(rows)} rows: there is nothing to compare with")
+        return 0
+    before, differing = rule.judge(shipped), rule.experiment.differences(shipped, rows)
+    for line in differing[:10]:
+        print(line)
+    if differing:
+        print(f"{len(differing)} numbers differ by more than {rule.experiment.tolerance:.0%} from the shipped rows")
+    elif not rule.experiment.timed:
+        print(f"all {len(rows)} rows agree with the shipped ones within {rule.experiment.tolerance:.0%}")
+    same = verdict.verdict == before.verdict
+    print(f"the verdict is {'the same' if same else f'another: with the shipped rows it {before.verdict}'}")
+    return 0 if same and not differing else 1
+
+
+def user_directory() -> Path:
+    """Where a user's data are kept (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "minipeft" / "claims"
