@@ -11,7 +11,7 @@ from minipeft.claims import data, protocol
 from minipeft.claims.protocol import TABLE, Trial, climb, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.statistics import bootstrap, crossed
 from minipeft.evaluation.intervals import mean
-from minipeft.experiments.rows import described
+from minipeft.experiments.rows import described, finder
 from minipeft.hub.base import load_base
 from minipeft.text.datasets import MultipleChoice
 
@@ -74,30 +74,30 @@ def simulated(trial: Trial) -> dict:
 def test_a_search_is_tuned_on_validation_and_reported_on_test_under_other_seeds():
     rows, of = [], search("rewrite", "lora", 500)
     for _ in itertools.count():
-        trials = wanted(rows, [of])
+        trials = wanted(finder(rows), [of])
         if not trials:
             break
-        assert report(rows, of) is None
+        assert report(finder(rows), of) is None
         rows += [described(t) | simulated(t) for t in trials]
-    best, rest = tuned(rows, of)
+    best, rest = tuned(finder(rows), of)
     assert not rest
     assert (best.epochs, best.batch_size, best.seed) == (4, 16, protocol.TUNING)
     assert abs(np.log2(best.rate / 4e-3)) <= 0.5
     tested = [row for row in rows if row["split"] == "test" and row["rate"] is not None]
     assert {row["seed"] for row in tested} == set(protocol.SEEDS)
     assert protocol.TUNING not in protocol.SEEDS
-    made = report(rows, of)
+    made = report(finder(rows), of)
     assert made.values.shape == (5, 4)
-    gain = protocol.difference(made, report(rows, untrained("rewrite")))
+    gain = protocol.difference(made, report(finder(rows), untrained("rewrite")))
     assert gain.low < gain.value < gain.high < 0
 
 
 def test_what_diverged_is_worse_than_all_else():
     of = search("rewrite", "lora", 500, rate=0.09, axes=("rate",))
     rows: list = []
-    while trials := wanted(rows, [of]):
+    while trials := wanted(finder(rows), [of]):
         rows += [described(t) | simulated(t) for t in trials]
-    assert tuned(rows, of)[0].rate < 0.01
+    assert tuned(finder(rows), of)[0].rate < 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------- examples

@@ -81,11 +81,26 @@ class Trial:
         return max(1, round(self.epochs * self.examples / self.batch_size))
 
 
+Find = Callable[[Row], Row | None]  # from what identifies a row to the row: `finder` of all rows
+
+
 class Search(NamedTuple):
     """Where the tuning of something begins, and what is tuned. Two searches that differ in one thing are a comparison."""
 
     start: Trial
     axes: tuple[str, ...] = AXES
+
+
+class Gentle(NamedTuple):
+    """Of the trials that a search saw, those that learn as much as the worse of two tuned methods, and of these the one
+    that keeps the lowest loss on general text: methods are compared in what they forget at equal quality of the task."""
+
+    of: Search
+    beside: Search
+
+    @property
+    def start(self) -> Trial:
+        return self.of.start
 
 
 def search(task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, **fixed: Any) -> Search:
@@ -246,22 +261,38 @@ def neighbors(trial: Trial, axes: tuple[str, ...] = AXES) -> list[Trial]:
     return [replace(trial, **{axis: value}) for axis, value in values if allowed[axis](value)]
 
 
-def tuned(rows: Sequence[Row], of: Search) -> tuple[Trial, list[Trial]]:
-    """(the best trial so far, the trials still to be run to find the best)."""
-    find = finder(rows)
+def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tuple[Trial, list[Trial]]:
+    """(the best trial so far, the trials still to be run to find the best). `seen` receives the losses of all."""
+    seen = {} if seen is None else seen
 
     def score(trial: Trial) -> float | None:
         row = find(described(trial))
-        return None if row is None else math.inf if row["loss"] is None else row["loss"]
+        if row is None:
+            return None
+        seen[trial] = math.inf if row["loss"] is None else row["loss"]
+        return seen[trial]
 
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes), LEAST)
 
 
-def wanted(rows: Sequence[Row], searches: Iterable[Search]) -> list[Trial]:
+def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
+    """(the trial that is reported, the trials still to be run to choose it)."""
+    if isinstance(of, Search):
+        return tuned(find, of)
+    seen: dict[Trial, float] = {}
+    (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
+    if unknown or more:
+        return mine, unknown + more
+    enough = max(find(described(trial))["loss"] for trial in (mine, other)) + LEAST
+    equal = [trial for trial, loss in seen.items() if loss <= enough]
+    return min(equal, key=lambda trial: sum(find(described(trial))["general"].values())), []
+
+
+def wanted(find: Find, searches: Iterable[Search | Gentle]) -> list[Trial]:
     """The trials that are needed next: of the tuning, and where it has ended, of the report."""
-    find, trials = finder(rows), []
+    trials = []
     for of in searches:
-        best, unknown = tuned(rows, of)
+        best, unknown = chosen(find, of)
         trials += unknown or [replace(best, seed=seed, split="test") for seed in SEEDS]
         trials.append(untrained(of.start.task))
     return [trial for trial in dict.fromkeys(trials) if find(described(trial)) is None]
@@ -273,16 +304,17 @@ def version() -> str:
     return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
-def compute(searches: Sequence[Search], store: str | os.PathLike, executor: Any = None) -> list[Row]:
+def compute(searches: Sequence[Search | Gentle], store: str | os.PathLike, executor: Any = None, **options: Any) -> list[Row]:
     """All rows of the searches: those in the store, and those that are missing, computed and added, round by round.
+    `executor` and the options are those of `experiments.sweep`.
 
     Raises RuntimeError where a trial fails: its row in the store has the traceback.
     """
     while True:
         rows = [row for row in read_rows(store) if row.get("version") == version()]
-        if not (trials := wanted(rows, searches)):
+        if not (trials := wanted(finder(rows), searches)):
             return rows
-        if any(map(failed, sweep(run, trials, executor, store, version()))):
+        if any(map(failed, sweep(run, trials, executor, store, version(), **options))):
             raise RuntimeError(f"a trial failed; its row in {os.fspath(store)} has the traceback")
 
 
@@ -301,15 +333,15 @@ class Report(NamedTuple):
         return crossed(self.values, self.weights)
 
 
-def report(rows: Sequence[Row], of: Search | Trial, key: str = "nll") -> Report | None:
-    """What is tuned, or a trial without training, on every test item under every seed; None where rows are missing.
+def report(find: Find, of: Search | Gentle | Trial, key: str = "nll") -> Report | None:
+    """What is chosen, or a trial without training, on every test item under every seed; None where rows are missing.
 
     key   nll: nats per token; right, cloze: shares
     """
-    find = finder(rows)
-    before = find(described(untrained((of.start if isinstance(of, Search) else of).task)))
-    best, unknown = tuned(rows, of) if isinstance(of, Search) else (of, [])
-    trials = [replace(best, seed=seed, split="test") for seed in SEEDS] if isinstance(of, Search) else [of]
+    fixed = isinstance(of, Trial)
+    best, unknown = (of, []) if fixed else chosen(find, of)
+    before = find(described(untrained(best.task)))
+    trials = [of] if fixed else [replace(best, seed=seed, split="test") for seed in SEEDS]
     found = [find(described(trial)) for trial in trials]
     if before is None or unknown or None in found or any(row["loss"] is None for row in found):
         return None

@@ -124,6 +124,13 @@ class Experiment:
         found = (find(described(one, self.run)) for one in self.settings)
         return [row for row in found if row is not None]
 
+    def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The settings of the runs that are not among the rows."""
+        from ..experiments.rows import described, finder
+
+        find = finder(rows)
+        return [one for one in self.settings if find(described(one, self.run)) is None]
+
     def compute(self, store: str | os.PathLike, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
         """All rows: those in `store`, and the others, computed and added there. Raises as `experiments.sweep`."""
         from ..experiments.sweep import sweep
@@ -172,8 +179,8 @@ class Rule:
         if self.experiment is None:
             return self.function()
         rows = self.experiment.rows() if rows is None else rows
-        if len(rows) < (wanted := len(self.experiment.settings)):
-            return Verdict(UNTRIED, f"{self.experiment.path().name} has {len(rows)} of {wanted} runs.")
+        if missing := len(self.experiment.missing(rows)):
+            return Verdict(UNTRIED, f"{self.experiment.path().name} has {len(rows)} runs, and lacks {missing}.")
         return self.function(rows)
 
 
@@ -200,8 +207,8 @@ def claim(
             raise ValueError(f"{id} has a rule already: {RULES[id].function.__qualname__}")
         if not (function.__doc__ or "").startswith("Holds if"):
             raise ValueError(f"the rule of {id} must state itself: a docstring that begins with 'Holds if'")
-        if function.__module__.startswith(__package__) and function.__module__ != _module(statements()[id].section):
-            raise ValueError(f"the rule of {id} belongs into {_module(statements()[id].section)}")
+        if function.__module__.startswith(__package__) and function.__module__ not in _modules(statements()[id].section):
+            raise ValueError(f"the rule of {id} belongs into {' or '.join(_modules(statements()[id].section))}")
         RULES[id] = Rule(id, lesson, section, function, experiment)
         return function
 
@@ -217,9 +224,9 @@ def statements() -> dict[str, Statement]:
 
 def rule_of(id: str) -> Rule | None:
     """The rule of a statement, whose section's module is imported; None where there is none. KeyError as `judge`."""
-    module = _module(statements()[id].section)
-    if module not in sys.modules and importlib.util.find_spec(module) is not None:
-        importlib.import_module(module)
+    for module in _modules(statements()[id].section):
+        if module not in sys.modules and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
     return RULES.get(id)
 
 
@@ -237,8 +244,9 @@ def judge(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
         return Verdict(UNTESTABLE, f"{error}.")
 
 
-def _module(section: str) -> str:
-    return f"{__package__}.{section.replace(' ', '_')}"
+def _modules(section: str) -> tuple[str, str]:
+    """Where the rules of a section are: in its own module, and, of those that compare tuned methods, in `league`."""
+    return f"{__package__}.{section.replace(' ', '_')}", f"{__package__}.league"
 
 
 # ------------------------------------------------------------------------------------------------- what rules share

@@ -1,0 +1,210 @@
+"""The league: every method tuned by one protocol on the same tasks, and the statements that it decides.
+
+The rows of all of these stand in one file. Each rule names the part of them that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..experiments.rows import described, finder
+from ..experiments.seeds import interval
+from .comparison import CASES, Case, Pair, Searches, against, both, in_cases, judged, not_clearly_worse
+from .protocol import PASSES, SEEDS, TABLE, Gentle, search, tuned
+from .register import Number, Verdict, claim, graded, measured
+
+Rows = Sequence[Mapping[str, Any]]
+
+MAIN = ("full", "lora", "qlora", "bottleneck", "prefix", "prompt")
+OTHERS = tuple(name for name in TABLE if name not in ("full", "head", "bitfit") and not name.startswith(("lora-", "bottleneck-")))
+FEW, MIDDLE, MANY = ([case for case in CASES if case.examples == n] for n in PASSES)
+RANKS = {1: "lora-r1", 2: "lora-r2", 4: "lora-r4", 8: "lora", 16: "lora-r16", 32: "lora-r32", 64: "lora-r64"}
+PEFT_AND_FULL = (("lora", "full"), ("bottleneck", "full"))
+TARGETS = ("lora-q", "lora-v", "lora-qkvo", "lora-mlp", "lora")
+
+
+def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
+    """The experiment in which methods are tuned and reported in cases."""
+    return Searches.of("league", [search(case.task, method, case.examples) for case in cases for method in methods])
+
+
+def everyone() -> Searches:
+    """All that the rules here need, for one command to compute."""
+    parts = [league(("full", *OTHERS), MIDDLE), league(MAIN), league(("scratch", "full")), league((*RANKS.values(), *TARGETS), MIDDLE)]
+    parts.append(league(("lora-qv", "lora-qv-r43", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
+    return Searches.of("league", dict.fromkeys(one for part in [*parts, gentle()] for one in part.searches))
+
+
+# ------------------------------------------------------------------------------------------------------------- overview
+
+
+@claim("start-1", lesson="03_full_finetuning.py", section="Step 1 · Load: a base, and a task", experiment=league(("full", "scratch")))
+def pretrained(rows: Rows) -> Verdict:
+    """Holds if the base tuned on 50 examples clearly beats the same shape trained from random weights on 5,000, on both tasks; holds
+    if so on one; does not hold here otherwise. Both have their own rate, epochs and batch size, and every weight is trained."""
+    pairs = [Pair(f"{a.task}, {a.examples} and {b.examples} examples", "full", a, "scratch", b) for a, b in zip(FEW, MANY)]
+    return judged(finder(rows), pairs, lambda d: d.clearly_better)
+
+
+# ----------------------------------------------------------------------------------------------------- full fine-tuning
+
+
+@claim("full-5", lesson="16_which_method.py", section="", experiment=league(("full", *OTHERS), MIDDLE))
+def best_quality(rows: Rows) -> Verdict:
+    """Holds if full fine-tuning clearly beats its rival, the other method that is best on validation, on both tasks; holds if it
+    does on one of them; does not hold here otherwise."""
+    find = finder(rows)
+    return judged(find, against(find, "full", OTHERS, MIDDLE), lambda d: d.clearly_better)
+
+
+@claim("full-10", lesson="15_forgetting.py", section="", experiment=league(("full",)))
+def forgetting(rows: Rows) -> Verdict:
+    """Holds if full fine-tuning, tuned for its task, clearly answers fewer of the 640 general items right than the base, in every
+    case; holds if in some; does not hold here if in none."""
+    return judged(finder(rows), in_cases("full", CASES, "base"), lambda d: d.clearly_worse, "cloze")
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@claim("lora-2", lesson="04_lora.py", section="", experiment=league(RANKS.values(), MIDDLE))
+def ranks(rows: Rows) -> Verdict:
+    """Holds if rank 8 loses to no rank by more than a trifle (its interval stays above -0.02), and rank 1 clearly loses to it, on both
+    tasks; holds if some of these four are so; does not hold here otherwise. Every rank has its own rate, epochs and batch size."""
+    find = finder(rows)
+    found = judged(find, against(find, "lora", [m for m in RANKS.values() if m != "lora"], MIDDLE), not_clearly_worse)
+    return both(found, judged(find, in_cases("lora", MIDDLE, "lora-r1"), lambda d: d.clearly_better))
+
+
+@claim("lora-7", lesson="04_lora.py", section="", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
+def query_and_value(rows: Rows) -> Verdict:
+    """Holds if q and v are not worse (interval above -0.02) than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and,
+    with rank 43, than all layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
+    find = finder(rows)
+    equal_rank = judged(find, against(find, "lora-qv", TARGETS, MIDDLE), not_clearly_worse)
+    return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_clearly_worse))
+
+
+@claim("lora-8", lesson="04_lora.py", section="", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
+def all_linear(rows: Rows) -> Verdict:
+    """Holds if LoRA on all linear layers clearly beats q and v, at rank 8 and with as many parameters, on both tasks; holds if in some
+    of these four cases; does not hold here if in none."""
+    pairs = in_cases("lora", MIDDLE, "lora-qv") + in_cases("lora", MIDDLE, "lora-qv-r43")
+    return judged(finder(rows), pairs, lambda d: d.clearly_better)
+
+
+@claim("lora-12", lesson="16_which_method.py", section="", experiment=league(("full", "lora")))
+def lora_against_full(rows: Rows) -> Verdict:
+    """Holds if LoRA loses less than a trifle to full fine-tuning (the interval of the difference stays above -0.02) in every case of
+    task and number of examples; holds if in some; does not hold here if in none."""
+    return judged(finder(rows), in_cases("lora", CASES, "full"), not_clearly_worse)
+
+
+# ------------------------------------------------------------------------------------------- adapters and soft prompts
+
+
+@claim("adapter-6", lesson="16_which_method.py", section="", experiment=league(("full", "bottleneck")))
+def adapters_against_full(rows: Rows) -> Verdict:
+    """Holds if adapters lose less than a trifle to full fine-tuning (the interval stays above -0.02) in every case; holds if in some;
+    does not hold here if in none."""
+    return judged(finder(rows), in_cases("bottleneck", CASES, "full"), not_clearly_worse)
+
+
+@claim("adapter-8", lesson="05_adapters.py", section="", experiment=league(("lora", "lora-r1", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
+def adapters_against_lora(rows: Rows) -> Verdict:
+    """Holds if LoRA clearly beats adapters of as many parameters (ranks 8 and 1) on both tasks; holds if in some of these four
+    cases; does not hold here if in none."""
+    pairs = in_cases("lora", MIDDLE, "bottleneck-m37") + in_cases("lora-r1", MIDDLE, "bottleneck-m4")
+    return judged(finder(rows), pairs, lambda d: d.clearly_better)
+
+
+@claim("soft-8", lesson="06_soft_prompts.py", section="", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
+def soft_prompts(rows: Rows) -> Verdict:
+    """Holds if a prompt and a prefix clearly lose to the better (on validation) of LoRA and adapters in every case; holds if in some;
+    does not hold here if in none."""
+    find = finder(rows)
+    pairs = [pair for method in ("prompt", "prefix") for pair in against(find, method, ("lora", "bottleneck"), CASES)]
+    return judged(find, pairs, lambda d: d.clearly_worse)
+
+
+@claim("soft-9", lesson="06_soft_prompts.py", section="", experiment=league(("prompt", "prompt-random"), MIDDLE))
+def start_of_a_prompt(rows: Rows) -> Verdict:
+    """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with
+    its own rate, epochs and batch size; holds if on one; does not hold here otherwise."""
+    return judged(
+        finder(rows), in_cases("prompt", MIDDLE, "prompt-random"), lambda d: (d.clearly_better or d.clearly_worse) and not d.equal
+    )
+
+
+@claim("qlora-5", lesson="07_qlora.py", section="", experiment=league(("lora", "qlora")))
+def four_bits(rows: Rows) -> Verdict:
+    """Holds if QLoRA loses less than a trifle to LoRA (the interval stays above -0.02) in every case; holds if in some; does not hold
+    here if in none."""
+    return judged(finder(rows), in_cases("qlora", CASES, "lora"), not_clearly_worse)
+
+
+# ------------------------------------------------------------------------------------------------ practice, forgetting
+
+
+@claim("best-4", lesson="14_best_practices.py", section="", experiment=league(MAIN))
+def rates(rows: Rows) -> Verdict:
+    """Holds if the best rate of full fine-tuning lies between 1e-5 and 5e-5 in every case, and the ratio of the best rates, of each
+    other method to full, is above 1 (its interval over methods and cases); holds if one of the two is so; does not hold here
+    otherwise."""
+    find = finder(rows)
+    best = {(case, m): tuned(find, search(case.task, m, case.examples))[0].rate for case in CASES for m in MAIN}
+    ratios = [np.log2(best[case, m] / best[case, "full"]) for case in CASES for m in MAIN if m != "full"]
+    middle, half = interval(ratios)
+    full = [best[case, "full"] for case in CASES]
+    low, high = (float(2 ** (middle + sign * half)) for sign in (-1, 1))
+    outcome = {"the range": all(1e-5 <= rate <= 5e-5 for rate in full), "the order": low > 1}
+    return Verdict(
+        graded(outcome), f"The best rates of full fine-tuning are {min(full):.0e} to {max(full):.0e}, those of the other methods "
+        f"{2**middle:.1f} times as high (geometric mean; {low:.1f} to {high:.1f}).",
+        Number("best rate of the other methods, over full's", float(2**middle), "times", low, high),
+        [Number(f"{m}, {case.name}", rate, "rate") for (case, m), rate in best.items()], base="the shipped base", task="rewrite and source",
+    )  # fmt: skip
+
+
+@claim("best-8", lesson="14_best_practices.py", section="", experiment=league(MAIN))
+def selection(rows: Rows) -> Verdict:
+    """Holds if the loss on validation by which a trial was chosen is clearly below the loss of the same trial on the same records
+    under seeds that chose nothing: selection flatters. Does not hold here if the interval over methods and cases contains 0."""
+    find, flattery = finder(rows), []
+    for case in CASES:
+        for method in MAIN:
+            trial, _ = tuned(find, search(case.task, method, case.examples))
+            again = [find(described(trial) | {"seed": seed, "split": "test"})["loss"] for seed in SEEDS]
+            flattery.append(float(np.mean(again)) - find(described(trial))["loss"])
+    found = measured("loss under other seeds, less the loss that was selected by", flattery, "nats per token")
+    return Verdict(
+        graded({"": found.low > 0}), f"A selected loss is {found.value:+.3f} nats per token better than what other seeds give "
+        f"(95 % {found.low:+.3f} to {found.high:+.3f} over {len(flattery)} searches).",
+        found, seeds=len(SEEDS), items=256, base="the shipped base", task="rewrite and source",
+    )  # fmt: skip
+
+
+@claim("forget-1", lesson="15_forgetting.py", section="", experiment=league(MAIN, MIDDLE))
+def abilities(rows: Rows) -> Verdict:
+    """Holds if every method, tuned for its task, clearly answers fewer of the 640 general items right than the base; holds if some
+    do; does not hold here if none does."""
+    pairs = [pair for method in MAIN for pair in in_cases(method, MIDDLE, "base")]
+    return judged(finder(rows), pairs, lambda d: d.clearly_worse, "cloze")
+
+
+def gentle() -> Searches:
+    """LoRA and full fine-tuning at equal quality of the task."""
+    ways = [(search(case.task, a, case.examples), search(case.task, b, case.examples)) for case in MIDDLE for a, b in PEFT_AND_FULL]
+    return Searches.of("league", [Gentle(*pair) for a, b in ways for pair in ((a, b), (b, a))])
+
+
+@claim("forget-5", lesson="15_forgetting.py", section="", experiment=gentle())
+def less_by_peft(rows: Rows) -> Verdict:
+    """Holds if LoRA and adapters clearly answer more of the 640 general items right than full fine-tuning, on both tasks, each at its
+    gentlest setting that learns the task as well as the other does; holds if in some of these four cases; does not hold here if in
+    none."""
+    pairs = [pair for a, b in PEFT_AND_FULL for pair in in_cases(a, MIDDLE, b)]
+    return judged(finder(rows), pairs, lambda d: d.clearly_better, "cloze", gentle=True)

@@ -1,0 +1,111 @@
+"""The rules that compare tuned methods, on made-up rows: each comes out as the numbers are, and the other way with others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minipeft.claims import league, protocol
+from minipeft.claims.protocol import TABLE, Trial, wanted
+from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTRIED
+from minipeft.experiments.rows import described, finder
+
+ITEMS, CLOZE = 64, 64
+COMPARED = sorted(id for id, rule in RULES.items() if rule.function.__module__ == league.__name__)
+
+
+def row(trial: Trial, skill: dict[str, float], memory: dict[str, float]) -> dict:
+    """What a method that gains `skill` nats on a task and keeps `memory` of the general items would be measured as."""
+    rng = np.random.default_rng([trial.seed, len(trial.method)])
+    gained = skill.get(trial.method, 0.5) + (0.1 * np.log2(trial.examples / 500) if trial.examples else 0)
+    if trial.rate is None:
+        gained, kept = 0.0, 1.0
+    else:
+        off = abs(np.log2(trial.rate / (1e-3 if trial.method in ("full", "scratch") else 8e-3)))
+        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.PASSES[trial.examples] / 2)
+        kept = memory.get(trial.method, 0.8)
+    luck = rng.normal(size=ITEMS) / 200
+    made = {"loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
+    made["right"] = (np.arange(ITEMS) < ITEMS * (0.4 + gained / 2)).astype(int).tolist()
+    made["cloze"] = (np.arange(CLOZE) < CLOZE * kept).astype(int).tolist()
+    return made | ({"tokens": [10] * ITEMS} if trial.rate is None else {})
+
+
+def filled(experiment, skill: dict[str, float], memory: dict[str, float]) -> list[dict]:
+    """All rows that an experiment asks for."""
+    rows: list[dict] = []
+    while trials := experiment.missing(rows):
+        rows += [described(trial) | row(trial, skill, memory) for trial in trials]
+    return rows
+
+
+HIGH, LOW = 0.9, 0.1
+# what is better than all else, or keeps less, where a statement holds, and where it does not
+CASES = {
+    "start-1": ({"full": HIGH, "scratch": LOW - 0.3}, {"full": LOW, "scratch": HIGH}),
+    "full-5": ({"full": HIGH}, {"lora": HIGH}),
+    "lora-2": ({"lora": HIGH, "lora-r1": LOW}, {"lora": LOW, "lora-r1": HIGH}),
+    "lora-7": ({"lora-qv": HIGH, "lora-qv-r43": HIGH}, {"lora-qv": LOW, "lora-qv-r43": LOW}),
+    "lora-8": ({"lora": HIGH}, {"lora": LOW}),
+    "lora-12": ({"lora": 0.53, "full": 0.5}, {"lora": LOW}),
+    "adapter-6": ({"bottleneck": 0.53, "full": 0.5}, {"bottleneck": LOW}),
+    "adapter-8": ({"lora": HIGH, "lora-r1": HIGH}, {"lora": LOW, "lora-r1": LOW}),
+    "soft-8": ({"prompt": LOW, "prefix": LOW}, {"prompt": HIGH, "prefix": HIGH}),
+    "soft-9": ({"prompt": HIGH}, {}),
+    "qlora-5": ({"qlora": 0.5, "lora": 0.5}, {"qlora": LOW}),
+}
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_a_comparison_follows_its_rows(id):
+    rule = RULES[id]
+    verdicts = [rule.judge(filled(rule.experiment, skill, {})) for skill in CASES[id]]
+    assert [verdict.verdict for verdict in verdicts] == [HOLDS, NOT]
+    assert all(verdict.effect.low <= verdict.effect.value <= verdict.effect.high for verdict in verdicts)
+    assert all(verdict.seeds == 5 and verdict.items == ITEMS and verdict.because.endswith(".") for verdict in verdicts)
+
+
+@pytest.mark.parametrize("id, holds, not_", [
+    ("full-10", {"full": 0.4}, {"full": 1.0}),
+    ("forget-1", {}, dict.fromkeys(TABLE, 1.0)),
+    ("forget-5", {"full": 0.2}, {"lora": 0.2, "bottleneck": 0.2, "full": 0.9}),
+])  # fmt: skip
+def test_what_is_forgotten_follows_its_rows(id, holds, not_):
+    rule = RULES[id]
+    assert [rule.judge(filled(rule.experiment, {}, memory)).verdict for memory in (holds, not_)] == [HOLDS, NOT]
+
+
+def test_some_cases_make_it_holds_if():
+    rule = RULES["forget-5"]
+    verdict = rule.judge(filled(rule.experiment, {}, {"lora": 0.9, "full": 0.5, "bottleneck": 0.2}))
+    assert verdict.verdict == IF
+    assert "lora beside full, rewrite, 500 examples: better" in verdict.because
+    assert "bottleneck beside full, rewrite, 500 examples: worse" in verdict.because
+
+
+def test_rates_and_selection():
+    rows = filled(RULES["best-4"].experiment, {}, {})
+    rates = RULES["best-4"].judge(rows)
+    assert rates.verdict == IF, "the order is as taught, the range is not"
+    assert rates.effect.low > 1
+    assert rates.effect.value == pytest.approx(8, rel=0.5)
+    assert RULES["best-8"].judge(rows).verdict == NOT
+    worse = [r | {"loss": r["loss"] + 0.1 * (r["split"] == "test")} for r in rows]
+    assert RULES["best-8"].judge(worse).verdict == HOLDS
+
+
+def test_rows_that_are_missing_leave_a_statement_untried_and_divergence_is_told():
+    rule = RULES["lora-12"]
+    rows = filled(rule.experiment, {}, {})
+    assert rule.judge(rows[:-1]).verdict == UNTRIED
+    seed = next(i for i, r in enumerate(rows) if r["split"] == "test" and r["method"] == "lora")
+    rows[seed] = rows[seed] | {"loss": None}
+    verdict = rule.judge(rows)
+    assert verdict.verdict == "cannot be tested here"
+    assert "lora diverged" in verdict.because
+
+
+def test_one_command_computes_what_every_rule_needs():
+    everything = filled(league.everyone(), {}, {})
+    assert all(not RULES[id].experiment.missing(everything) for id in COMPARED)
+    assert len(wanted(finder([]), league.everyone().searches)) > 100
