@@ -22,7 +22,7 @@ def row(trial: Trial, skill: dict[str, float], memory: dict[str, float]) -> dict
         gained, kept = 0.0, 1.0
     else:
         off = abs(np.log2(trial.rate / (1e-3 if trial.method in ("full", "scratch") else 8e-3)))
-        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.PASSES[trial.examples] / 2)
+        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples) / 2)
         kept = memory.get(trial.method, 0.8)
     luck = rng.normal(size=ITEMS) / 200
     made = {"loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}

@@ -38,6 +38,12 @@ class Searches(Experiment):
     def of(cls, name: str, searches: Iterable[Search | Gentle]) -> Searches:
         return cls(name, protocol.run, (), searches=tuple(searches))
 
+    @classmethod
+    def pairs(cls, name: str, pairs: Iterable[Pair]) -> Searches:
+        """What these pairs need."""
+        ways = dict.fromkeys(way for pair in pairs for way in (pair.one, pair.other))
+        return cls.of(name, [way for way in ways if not isinstance(way, Trial)])
+
     def rows(self, store: Any = ROWS) -> list[dict[str, Any]]:
         """The rows that are there, of today's base and of what is compared."""
         compared = {(of.start.task, of.start.method, of.start.examples) for of in self.searches}
@@ -65,7 +71,8 @@ class Case(NamedTuple):
         return f"{self.task}, {self.examples} examples"
 
 
-CASES = tuple(Case(task, n) for task in KEYS for n in protocol.PASSES)
+SIZES = 50, 500, 5000
+CASES = tuple(Case(task, n) for task in KEYS for n in SIZES)
 
 
 class Difference(NamedTuple):
@@ -106,16 +113,12 @@ def compare(a: Report, b: Report, key: str) -> Difference:
     return Difference(found, NEAR[key])
 
 
-def reports(find: Find, case: Case, methods: Iterable[str], key: str = "", gentle: bool = False) -> dict[str, Report]:
-    """The reports of those methods whose rows are all there; "base" is the base as it is. Of two `gentle` ones, each is the
-    trial that forgets least of those that learn as much as the other."""
-    key, methods = key or KEYS[case.task], list(methods)
-    ways = {m: untrained(case.task) if m == "base" else search(case.task, m, case.examples) for m in methods}
-    if gentle:
-        a, b = methods
-        ways = {a: Gentle(ways[a], ways[b]), b: Gentle(ways[b], ways[a])}
-    found = {method: protocol.report(find, way, key) for method, way in ways.items()}
-    return {method: one for method, one in found.items() if one is not None}
+Way = Search | Gentle | Trial  # how a thing is done: what is tuned and reported, or a trial without training
+
+
+def way(method: str, case: Case, **fixed: Any) -> Way:
+    """A method in a case, with what is not the protocol's default; "base" is the base as it is."""
+    return untrained(case.task) if method == "base" else search(case.task, method, case.examples, **fixed)
 
 
 def best(find: Find, case: Case, methods: Iterable[str]) -> str:
@@ -138,50 +141,54 @@ def not_clearly_worse(found: Difference) -> bool:
 
 
 class Pair(NamedTuple):
-    """a beside b, each tuned in its case."""
+    """a beside b. Their names stand in tables: a method's, or that of what is done otherwise."""
 
-    name: str
+    where: str
     a: str
-    case: Case
+    one: Way
     b: str
-    other: Case | None = None  # b's, where it is not a's: it has the same task
+    other: Way
 
-    def compare(self, find: Find, key: str, gentle: bool = False) -> tuple[Difference, int] | str:
-        """(the difference, the number of items), or the method that diverged."""
-        if self.other is None:
-            kept = reports(find, self.case, (self.a, self.b), key, gentle)
-        else:
-            kept = reports(find, self.case, (self.a,), key) | reports(find, self.other, (self.b,), key)
-        missing = {self.a, self.b} - kept.keys()
-        return min(missing) if missing else (compare(kept[self.a], kept[self.b], key), kept[self.a].values.shape[1])
+    @property
+    def name(self) -> str:
+        return f"{self.a} over {self.b}, {self.where}"
+
+    @property
+    def task(self) -> str:
+        return (self.one if isinstance(self.one, Trial) else self.one.start).task
 
 
-def in_cases(a: str, cases: Iterable[Case], b: str, words: str = "") -> list[Pair]:
-    """A pair in several cases."""
-    return [Pair(f"{case.name}{words}", a, case, b) for case in cases]
+def in_cases(a: str, cases: Iterable[Case], b: str, **fixed: Any) -> list[Pair]:
+    """Two methods in several cases."""
+    return [Pair(case.name, a, way(a, case, **fixed), b, way(b, case, **fixed)) for case in cases]
+
+
+def at_equal_quality(a: str, cases: Iterable[Case], b: str) -> list[Pair]:
+    """The same, each as it forgets least among what learns as much as the other."""
+    tuned = [(case.name, way(a, case), way(b, case)) for case in cases]
+    return [Pair(name, a, Gentle(one, two), b, Gentle(two, one)) for name, one, two in tuned]
 
 
 def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) -> list[Pair]:
     """A method beside its rival in each case: the one of the others that is best on validation."""
     rivals = [(case, best(find, case, others)) for case in cases]
-    return [Pair(f"{case.name}, {rival}", a, case, rival) for case, rival in rivals]
+    return [Pair(case.name, a, way(a, case), rival, way(rival, case)) for case, rival in rivals]
 
 
-def judged(
-    find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "", gentle: bool = False
-) -> Verdict:
+def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "") -> Verdict:
     """The verdict on a statement that says something of each of these pairs; `holds` tells whether it is so of one."""
     outcome, words, numbers, items = {}, [], [], 0
     for pair in pairs:
-        of = key or KEYS[pair.case.task]
-        found = pair.compare(find, of, gentle)
-        if isinstance(found, str):
-            return Verdict(UNTESTABLE, f"{found} diverged under one of the seeds, tuned as it is ({pair.name}).")
-        difference, items = found
-        outcome[pair.name, pair.a, pair.b] = holds(difference)
-        words.append(f"{pair.a} beside {pair.b}, {pair.name}: {difference.word} ({difference.interval})")
-        numbers.append(number(f"{pair.a} over {pair.b}, {pair.name}", difference, of))
-    tasks = listed(sorted({pair.case.task for pair in pairs}))
+        of = key or KEYS[pair.task]
+        one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
+        if one is None or other is None:
+            name = pair.b if one else pair.a
+            return Verdict(UNTESTABLE, f"{name} diverged under one of the seeds, tuned as it is ({pair.where}).")
+        found, items = compare(one, other, of), one.values.shape[1]
+        outcome[pair.name] = holds(found)
+        words.append(f"{pair.a} beside {pair.b}, {pair.where}: {found.word} ({found.interval})")
+        numbers.append(number(pair.name, found, of))
+    tasks = listed(sorted({pair.task for pair in pairs}))
     return Verdict(
         graded(outcome), f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip

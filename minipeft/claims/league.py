@@ -12,17 +12,29 @@ import numpy as np
 
 from ..experiments.rows import described, finder
 from ..experiments.seeds import interval
-from .comparison import CASES, Case, Pair, Searches, against, both, in_cases, judged, not_clearly_worse
-from .protocol import PASSES, SEEDS, TABLE, Gentle, search, tuned
+from .comparison import (
+    CASES,
+    SIZES,
+    Case,
+    Pair,
+    Searches,
+    against,
+    at_equal_quality,
+    both,
+    in_cases,
+    judged,
+    not_clearly_worse,
+    way,
+)  # fmt: skip
+from .protocol import SEEDS, TABLE, search, tuned
 from .register import Number, Verdict, claim, graded, measured
 
 Rows = Sequence[Mapping[str, Any]]
 
 MAIN = ("full", "lora", "qlora", "bottleneck", "prefix", "prompt")
 OTHERS = tuple(name for name in TABLE if name not in ("full", "head", "bitfit") and not name.startswith(("lora-", "bottleneck-")))
-FEW, MIDDLE, MANY = ([case for case in CASES if case.examples == n] for n in PASSES)
+FEW, MIDDLE, MANY = ([case for case in CASES if case.examples == n] for n in SIZES)
 RANKS = {1: "lora-r1", 2: "lora-r2", 4: "lora-r4", 8: "lora", 16: "lora-r16", 32: "lora-r32", 64: "lora-r64"}
-PEFT_AND_FULL = (("lora", "full"), ("bottleneck", "full"))
 TARGETS = ("lora-q", "lora-v", "lora-qkvo", "lora-mlp", "lora")
 
 
@@ -34,8 +46,9 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
 def everyone() -> Searches:
     """All that the rules here need, for one command to compute."""
     parts = [league(("full", *OTHERS), MIDDLE), league(MAIN), league(("scratch", "full")), league((*RANKS.values(), *TARGETS), MIDDLE)]
+    parts.append(Searches.pairs("league", EQUAL))
     parts.append(league(("lora-qv", "lora-qv-r43", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
-    return Searches.of("league", dict.fromkeys(one for part in [*parts, gentle()] for one in part.searches))
+    return Searches.of("league", dict.fromkeys(one for part in parts for one in part.searches))
 
 
 # ------------------------------------------------------------------------------------------------------------- overview
@@ -45,7 +58,10 @@ def everyone() -> Searches:
 def pretrained(rows: Rows) -> Verdict:
     """Holds if the base tuned on 50 examples clearly beats the same shape trained from random weights on 5,000, on both tasks; holds
     if so on one; does not hold here otherwise. Both have their own rate, epochs and batch size, and every weight is trained."""
-    pairs = [Pair(f"{a.task}, {a.examples} and {b.examples} examples", "full", a, "scratch", b) for a, b in zip(FEW, MANY)]
+    pairs = [
+        Pair(f"{few.task}, {few.examples} and {many.examples} examples", "full", way("full", few), "scratch", way("scratch", many))
+        for few, many in zip(FEW, MANY)
+    ]
     return judged(finder(rows), pairs, lambda d: d.clearly_better)
 
 
@@ -195,16 +211,12 @@ def abilities(rows: Rows) -> Verdict:
     return judged(finder(rows), pairs, lambda d: d.clearly_worse, "cloze")
 
 
-def gentle() -> Searches:
-    """LoRA and full fine-tuning at equal quality of the task."""
-    ways = [(search(case.task, a, case.examples), search(case.task, b, case.examples)) for case in MIDDLE for a, b in PEFT_AND_FULL]
-    return Searches.of("league", [Gentle(*pair) for a, b in ways for pair in ((a, b), (b, a))])
+EQUAL = [pair for method in ("lora", "bottleneck") for pair in at_equal_quality(method, MIDDLE, "full")]
 
 
-@claim("forget-5", lesson="15_forgetting.py", section="", experiment=gentle())
+@claim("forget-5", lesson="15_forgetting.py", section="", experiment=Searches.pairs("league", EQUAL))
 def less_by_peft(rows: Rows) -> Verdict:
     """Holds if LoRA and adapters clearly answer more of the 640 general items right than full fine-tuning, on both tasks, each at its
     gentlest setting that learns the task as well as the other does; holds if in some of these four cases; does not hold here if in
     none."""
-    pairs = [pair for a, b in PEFT_AND_FULL for pair in in_cases(a, MIDDLE, b)]
-    return judged(finder(rows), pairs, lambda d: d.clearly_better, "cloze", gentle=True)
+    return judged(finder(rows), EQUAL, lambda d: d.clearly_better, "cloze")

@@ -48,7 +48,7 @@ TUNING, SEEDS = 0, (1, 2, 3, 4, 5)
 VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 AXES = ("rate", "epochs", "batch_size")
-PASSES = {50: 32, 500: 8, 5000: 2}  # epochs at most, for each number of examples: what two cores can pay for
+PASSES = {100: 32, 1000: 8, 10000: 2}  # epochs at most, up to so many examples: what two cores can pay for
 BATCHES = 4, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 
@@ -91,6 +91,11 @@ class Search(NamedTuple):
     axes: tuple[str, ...] = AXES
 
 
+def most_epochs(examples: int) -> int:
+    """PASSES, for any number of examples."""
+    return next(epochs for most, epochs in PASSES.items() if examples <= most)
+
+
 class Gentle(NamedTuple):
     """Of the trials that a search saw, those that learn as much as the worse of two tuned methods, and of these the one
     that keeps the lowest loss on general text: methods are compared in what they forget at equal quality of the task."""
@@ -106,7 +111,7 @@ class Gentle(NamedTuple):
 def search(task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, **fixed: Any) -> Search:
     """From the method's usual rate, half of the epochs that are allowed, and batches of 8."""
     rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
-    begin = {"rate": rate, "epochs": PASSES[examples] / 2, "batch_size": 8, "seed": TUNING}
+    begin = {"rate": rate, "epochs": most_epochs(examples) / 2, "batch_size": 8, "seed": TUNING}
     return Search(Trial(task, method, examples, **begin | fixed), axes)
 
 
@@ -254,7 +259,7 @@ def neighbors(trial: Trial, axes: tuple[str, ...] = AXES) -> list[Trial]:
     """The trials a factor of 2 away on one axis, as far as they are allowed; another batch size has the same epochs."""
     allowed = {
         "rate": lambda rate: True,
-        "epochs": lambda epochs: 0.5 <= epochs <= PASSES[trial.examples],
+        "epochs": lambda epochs: 0.5 <= epochs <= most_epochs(trial.examples),
         "batch_size": lambda size: BATCHES[0] <= size <= min(BATCHES[1], trial.examples),
     }
     values = [(axis, type(getattr(trial, axis))(getattr(trial, axis) * f)) for axis in axes for f in (0.5, 2)]
@@ -359,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minipeft.claims.protocol", description=main.__doc__)
     parser.add_argument("store", type=Path, help="the JSONL file of rows; what is in it is not computed again")
     parser.add_argument("--task", choices=data.TASKS, default="rewrite")
-    parser.add_argument("--examples", type=int, choices=PASSES, default=500)
+    parser.add_argument("--examples", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=[*TABLE, "scratch"], default=[*TABLE, "scratch"], metavar="METHOD")
     parser.add_argument("--executor", type=int, help="processes (default: one for each thread)")
     args = parser.parse_args(argv)

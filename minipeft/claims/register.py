@@ -244,9 +244,9 @@ def judge(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
         return Verdict(UNTESTABLE, f"{error}.")
 
 
-def _modules(section: str) -> tuple[str, str]:
-    """Where the rules of a section are: in its own module, and, of those that compare tuned methods, in `league`."""
-    return f"{__package__}.{section.replace(' ', '_')}", f"{__package__}.league"
+def _modules(section: str) -> tuple[str, ...]:
+    """Where the rules of a section are: in its own module, and where tuned methods are compared in `league` or `forgetting`."""
+    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting"))
 
 
 # ------------------------------------------------------------------------------------------------- what rules share

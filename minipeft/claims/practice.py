@@ -1,0 +1,114 @@
+"""Advice: which data, how many epochs, which batches, which warm-up. Each side of a comparison is tuned for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..experiments.rows import finder
+from .comparison import CASES, SIZES, Case, Pair, Searches, both, judged, not_clearly_worse, way
+from .protocol import search, tuned
+from .register import Number, Verdict, claim, graded, those
+
+Rows = Sequence[Mapping[str, Any]]
+
+METHODS = "full", "lora"
+MIDDLE = [case for case in CASES if case.examples == SIZES[1]]
+SOURCE = MIDDLE[1]
+N = SIZES[1]
+
+
+def differing(name: str, one: Mapping[str, Any], b: str, other: Mapping[str, Any], cases: Sequence[Case] = MIDDLE) -> list[Pair]:
+    """Full fine-tuning and LoRA done in two ways, on both tasks. `examples` among what differs is another number."""
+
+    def done(method: str, case: Case, fixed: Mapping[str, Any]) -> Any:
+        n = fixed.get("examples", case.examples)
+        return way(method, Case(case.task, n), **{key: value for key, value in fixed.items() if key != "examples"})
+
+    pairs = [(method, case) for method in METHODS for case in cases]
+    return [Pair(f"{method}, {case.name}", name, done(method, case, one), b, done(method, case, other)) for method, case in pairs]
+
+
+NOISE = [
+    pair
+    for kind in ("random", "systematic", "off-topic") for share in (0.25, 0.5)
+    for pair in differing(
+        f"{round((1 - share) * N)} clean", {"examples": round((1 - share) * N)},
+        f"{N} with {share:.0%} {kind}", {"data": f"{kind}:{share}"},
+    )
+]  # fmt: skip
+
+
+@claim("best-1", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", NOISE))
+def clean_data(rows: Rows) -> Verdict:
+    """Holds if training on the clean part alone clearly beats training on all 500 examples, of which a quarter or a half are spoiled
+    (answers of other questions, always the same wrong answer, records of another task), in every case; holds if in some; does
+    not hold here if in none."""
+    return judged(finder(rows), NOISE, lambda d: d.clearly_better)
+
+
+SKEWED = differing("balanced", {}, "80 % of one class", {"data": "skewed:0.8"}, [SOURCE])
+REPEATED = differing("80 % of one class, the others repeated", {"data": "oversampled:0.8"}, "80 % of one class", {"data": "skewed:0.8"}, [SOURCE])
+
+
+@claim("best-2", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", SKEWED + REPEATED))
+def balance(rows: Rows) -> Verdict:
+    """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, and repeating the rare ones clearly beats not
+    repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
+    return both(judged(finder(rows), SKEWED, lambda d: d.clearly_better), judged(finder(rows), REPEATED, lambda d: d.clearly_better))
+
+
+HARD = differing("easy and hard examples", {"data": "mixed"}, "easy ones", {"data": "easy"})
+
+
+@claim("best-3", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", HARD))
+def hard_examples(rows: Rows) -> Verdict:
+    """Holds if 500 examples of which half are hard for the base clearly beat 500 easy ones, of one pool of 1,500, in every case; holds
+    if in some; does not hold here if in none. The test has both kinds."""
+    return judged(finder(rows), HARD, lambda d: d.clearly_better)
+
+
+RATE = {"axes": ("rate",)}
+LARGE = [
+    pair for small in (4, 16)
+    for pair in differing("batches of 64", {"batch_size": 64, "axes": ("rate", "epochs")},
+                          f"of {small}", {"batch_size": small, "axes": ("rate", "epochs")})
+]  # fmt: skip
+EQUAL_STEPS = differing("batches of 64, 63 steps", {"batch_size": 64, "epochs": 8, **RATE}, "of 8, 63 steps", {"batch_size": 8, "epochs": 1, **RATE})
+
+
+@claim("best-5", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", LARGE + EQUAL_STEPS))
+def large_batches(rows: Rows) -> Verdict:
+    """Holds if batches of 64 are not worse (interval above -0.02) than batches of 4 and of 16, each with its own rate and epochs, and
+    not worse than batches of 8 for as many steps, in every case; holds if in some; does not hold here if in none."""
+    find = finder(rows)
+    return both(judged(find, LARGE, not_clearly_worse), judged(find, EQUAL_STEPS, not_clearly_worse))
+
+
+TUNED = [(case, method, search(case.task, method, case.examples)) for case in CASES for method in METHODS]
+
+
+@claim("best-6", lesson="14_best_practices.py", section="", experiment=Searches.of("league", [of for *_, of in TUNED]))
+def epochs(rows: Rows) -> Verdict:
+    """Holds if the best number of epochs, each with a schedule of its own length, lies between 2 and 5 in every case of task, number of
+    examples, and full fine-tuning or LoRA; holds if in some; does not hold here if in none. More than 32, 8 and 2 epochs of 50, 500 and 5,000
+    examples are not tried."""
+    find = finder(rows)
+    best = {f"{method}, {case.name}": tuned(find, of)[0].epochs for case, method, of in TUNED}
+    inside = {name: 2 <= number <= 5 for name, number in best.items()}
+    told = ", ".join(f"{number:g} ({name})" for name, number in best.items())
+    numbers = [Number(f"best number of epochs, {name}", number, "epochs") for name, number in best.items()]
+    return Verdict(
+        graded(inside), f"The best numbers of epochs are {told}; between 2 and 5: {those(inside)}.", numbers[0], numbers[1:],
+        items=256, base="the shipped base", task="rewrite and source",
+    )  # fmt: skip
+
+
+WARM = [pair for share in (0.05, 0.1) for pair in differing(f"{share:.0%} warm-up", {"warmup": share}, "none", {"warmup": 0.0})]
+
+
+@claim("best-7", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", WARM))
+def warm_up(rows: Rows) -> Verdict:
+    """Holds if a warm-up of 5 % and one of 10 % of the steps clearly beat none, each with its own rate, epochs and batch size, in every
+    case; holds if in some; does not hold here if in none. (AdamW, runs of a hundred to a thousand steps.)"""
+    return judged(finder(rows), WARM, lambda d: d.clearly_better)
