@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from minipeft.claims import league, protocol
+from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.protocol import TABLE, Trial, wanted
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTRIED
 from minipeft.experiments.rows import described, finder
@@ -14,16 +16,23 @@ ITEMS, CLOZE = 64, 64
 COMPARED = sorted(id for id, rule in RULES.items() if rule.function.__module__ == league.__name__)
 
 
-def row(trial: Trial, skill: dict[str, float], memory: dict[str, float]) -> dict:
-    """What a method that gains `skill` nats on a task and keeps `memory` of the general items would be measured as."""
+Of = dict[str, float] | Callable[[Trial], float]  # of methods by name, or of any trial
+
+
+def value(given: Of, trial: Trial, usual: float) -> float:
+    return given(trial) if callable(given) else given.get(trial.method, usual)
+
+
+def row(trial: Trial, skill: Of, memory: Of) -> dict:
+    """What a trial that gains `skill` nats on a task and keeps `memory` of the general items would be measured as."""
     rng = np.random.default_rng([trial.seed, len(trial.method)])
-    gained = skill.get(trial.method, 0.5) + (0.1 * np.log2(trial.examples / 500) if trial.examples else 0)
+    gained = value(skill, trial, 0.5) + (0.1 * np.log2(trial.examples / 500) if trial.examples else 0)
     if trial.rate is None:
         gained, kept = 0.0, 1.0
     else:
         off = abs(np.log2(trial.rate / (1e-3 if trial.method in ("full", "scratch") else 8e-3)))
         gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples) / 2)
-        kept = memory.get(trial.method, 0.8)
+        kept = value(memory, trial, 0.8)
     luck = rng.normal(size=ITEMS) / 200
     made = {"loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
     made["right"] = (np.arange(ITEMS) < ITEMS * (0.4 + gained / 2)).astype(int).tolist()
@@ -31,7 +40,7 @@ def row(trial: Trial, skill: dict[str, float], memory: dict[str, float]) -> dict
     return made | ({"tokens": [10] * ITEMS} if trial.rate is None else {})
 
 
-def filled(experiment, skill: dict[str, float], memory: dict[str, float]) -> list[dict]:
+def filled(experiment, skill: Of, memory: Of) -> list[dict]:
     """All rows that an experiment asks for."""
     rows: list[dict] = []
     while trials := experiment.missing(rows):
@@ -73,6 +82,43 @@ def test_a_comparison_follows_its_rows(id):
 def test_what_is_forgotten_follows_its_rows(id, holds, not_):
     rule = RULES[id]
     assert [rule.judge(filled(rule.experiment, {}, memory)).verdict for memory in (holds, not_)] == [HOLDS, NOT]
+
+
+def better(is_so: Callable[[Trial], bool]) -> Callable[[Trial], float]:
+    return lambda trial: HIGH if is_so(trial) else LOW
+
+
+PRACTICE = {
+    "best-1": (better(lambda t: t.data == "drawn"), better(lambda t: t.data != "drawn")),
+    "best-2": (lambda t: {"drawn": 0.9, "oversampled:0.8": 0.5}.get(t.data, 0.1), better(lambda t: t.data == "skewed:0.8")),
+    "best-3": (better(lambda t: t.data == "mixed"), better(lambda t: t.data == "easy")),
+    "best-5": (better(lambda t: t.batch_size == 64), better(lambda t: t.batch_size < 64)),
+    "best-6": (lambda t: 0.9 - abs(np.log2((t.epochs or 1) / 2)) / 4, lambda t: 0.9 - abs(np.log2((t.epochs or 1) / 0.5)) / 4),
+    "best-7": (better(lambda t: t.warmup > 0), better(lambda t: t.warmup == 0)),
+}
+
+
+@pytest.mark.parametrize("id", PRACTICE)
+def test_advice_follows_its_rows(id):
+    rule = RULES[id]
+    assert rule.function.__module__ == practice.__name__
+    assert [rule.judge(filled(rule.experiment, skill, {})).verdict for skill in PRACTICE[id]] == [HOLDS, NOT]
+
+
+KEPT = {
+    "full-4": lambda t: t.rate < 1e-3,
+    "forget-2": lambda t: t.rate < (1e-3 if t.method == "full" else 3e-3),
+    "forget-3": lambda t: t.replay > 0,
+    "forget-4": lambda t: t.weight_decay + t.dropout + t.l2_start > 0,
+}
+
+
+@pytest.mark.parametrize("id", KEPT)
+def test_a_remedy_follows_its_rows(id):
+    rule, is_so = RULES[id], KEPT[id]
+    assert rule.function.__module__ == forgetting.__name__
+    kept = [better(is_so), better(lambda t: not is_so(t))]
+    assert [rule.judge(filled(rule.experiment, {}, memory)).verdict for memory in kept] == [HOLDS, NOT]
 
 
 def test_some_cases_make_it_holds_if():
