@@ -18,8 +18,8 @@ from ..accounting.published import read_published, recompute
 from ..backend import asarray, to_numpy, xp_of
 from .decoding import DECODING, random_model, repeats, slowdown, where
 from .inputs import SIZES
-from .register import Experiment, Number, Verdict, claim, graded, listed, measured, those
-from .timing import in_turns, machine
+from .register import UNTESTABLE, Experiment, Number, Verdict, claim, graded, listed, measured, those
+from .timing import in_turns, machine, steady
 
 LAYER = """\
 class LoRALayer(nn.Module):
@@ -209,16 +209,16 @@ def fewer() -> Verdict:
 
 @claim("lora-10", lesson="04_lora.py", section="8 · Merge: the detour disappears", experiment=DECODING)
 def merged(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, at each width and batch size, the interval of the merged model's decoding time over the base's is within 5 % of 1;
-    holds if at some; does not hold here if at none."""
+    """Holds if, at each width and batch size, the merged model's decoding takes the base's time to 5 %, and is not clearly slower (95 %,
+    over repeats); holds if at some; does not hold here if at none. Cannot be tested here where an interval is wider than 10 %."""
     found, unmerged = slowdown(rows, "merged"), slowdown(rows, "unmerged")
-    cases = {case: n.low is not None and 0.95 <= n.low and n.high <= 1.05 for case, n in found.items()}
+    cases = {case: abs(n.value - 1) <= 0.05 and n.low <= 1 for case, n in found.items()}
     worst = max(found.values(), key=lambda n: abs(n.value - 1))
     slow = [n.value for n in unmerged.values()]
     return Verdict(
-        graded(cases),
+        graded(cases) if steady(found.values()) else UNTESTABLE,
         f"The merged model takes {min(n.value for n in found.values()):.2f} to {max(n.value for n in found.values()):.2f} times the base's "
-        f"time, within 5 % at {those(cases)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
+        f"time, and no more at {those(cases) if not all(cases.values()) else 'all widths and batch sizes'}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
         worst, [*found.values(), *unmerged.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def mixed_batch(phase: str, seed: int, rows: int = 8, length: int = 32, tokens: 
     return seconds | size | {"difference": difference} | machine()
 
 
-MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(8)), timed=True)
+MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(6)), timed=True)
 
 
 @claim("lora-11", lesson="04_lora.py", section="9 · One base, many tasks", experiment=MIXED)
