@@ -14,7 +14,7 @@ from ..nn.transformer import KVCache
 from .register import Experiment, Number, measured
 from .timing import in_turns, machine
 
-REPEATS, CASES = 6, ((128, 1), (128, 8), (128, 32), (512, 1), (512, 8))  # (width, batch size)
+REPEATS, CASES = 8, ((128, 1), (128, 8), (128, 32), (512, 1))  # (width, batch size)
 PROMPT, TOKENS = 16, 8
 
 
