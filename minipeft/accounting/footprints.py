@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -63,11 +63,13 @@ class Footprint:
         return self.ratio is not None and abs(self.ratio - 1) <= WITHIN
 
 
-def footprints() -> list[Footprint]:
-    """Every published run, predicted."""
+def footprints(ids: Collection[str] | None = None) -> list[Footprint]:
+    """Every published run, predicted; or those of these ids."""
     text = files(__package__).joinpath("footprints.csv").read_text("utf-8")
     found = []
     for row in csv.DictReader(io.StringIO(text)):
+        if ids is not None and row["id"] not in ids:
+            continue
         options = parse_json(row["options"]) if row["options"] else None
         row["quantity"] = options["measured"] if options else ""
         found.append(Footprint(row, float(row["published_GiB"]) * 2**30, predict(options) if options else None))

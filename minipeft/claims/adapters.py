@@ -12,7 +12,7 @@ import minipeft as mp
 
 from ..backend import to_numpy
 from ..peft.methods import METHODS
-from .decoding import DECODING, decode, repeats, slowdown, where
+from .decoding import DECODING, TOKENS, decode, repeats, slowdown, where
 from .inputs import BASE, arrays, base, batch, moved, steps
 from .register import Experiment, Number, Verdict, claim, graded, measured, those
 from .timing import in_turns, machine
@@ -129,7 +129,7 @@ def swap(seed: int) -> dict[str, Any]:
             "load_model": lambda: mp.from_pretrained(f"{directory}/model"),
         })  # fmt: skip
     seconds["set"] /= 10
-    seconds["token"] = seconds.pop("tokens") / 16
+    seconds["token"] = seconds.pop("tokens") / TOKENS
     held = {"adapter_bytes": sum(p.data.nbytes for _, p in alone[0].named_parameters() if p.requires_grad)}
     held["model_bytes"] = sum(p.data.nbytes for p in model.parameters())
     return seconds | held | {"difference": difference} | machine()
@@ -140,7 +140,7 @@ def _saved(model: Any, directory: str) -> str:
     return directory
 
 
-SWAP = Experiment("adapter_swap", swap, lambda: mp.grid(seed=range(8)), timed=True)
+SWAP = Experiment("adapter_swap", swap, lambda: mp.grid(seed=range(6)), timed=True)
 
 
 @claim("adapter-5", lesson="04_lora.py", section="9 · One base, many tasks", experiment=SWAP)

@@ -14,8 +14,8 @@ from ..nn.transformer import KVCache
 from .register import Experiment, Number, measured
 from .timing import in_turns, machine
 
-REPEATS, BATCHES, WIDTHS = 8, (1, 8, 32), (128, 512)
-PROMPT, TOKENS = 16, 16
+REPEATS, CASES = 8, ((128, 1), (128, 8), (128, 32), (512, 1))  # (width, batch size)
+PROMPT, TOKENS = 16, 8
 
 
 def random_model(width: int, layers: int = 6, seed: int = 0) -> Any:
@@ -46,7 +46,7 @@ def times(width: int, batch: int, seed: int) -> dict[str, Any]:
 
 
 DECODING = Experiment(
-    "decoding", times, lambda: mp.grid(width=list(WIDTHS), batch=list(BATCHES), seed=range(REPEATS)), timed=True
+    "decoding", times, lambda: [run for width, batch in CASES for run in mp.grid(width=width, batch=batch, seed=range(REPEATS))], timed=True
 )
 
 

@@ -64,7 +64,8 @@ def steps(model: Any, n: int = 2, lr: float = 1e-3, loss: Callable[[Any], Any] |
     given = collate(examples()).arguments
     given = {name: asarray(value, xp) if value is not None else None for name, value in given.items()}
     loss = loss or (lambda model: model.loss(**given))
-    optimizer, seen = optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr), []
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, seen = optim.Adam(trained, lr=lr) if n else None, []
     for _ in range(n):
         value = loss(model)
         value.backward()

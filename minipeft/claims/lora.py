@@ -18,8 +18,8 @@ from ..accounting.published import read_published, recompute
 from ..backend import asarray, to_numpy, xp_of
 from .decoding import DECODING, random_model, repeats, slowdown, where
 from .inputs import SIZES
-from .register import Experiment, Number, Verdict, claim, graded, listed, measured, those
-from .timing import in_turns, machine
+from .register import UNTESTABLE, Experiment, Number, Verdict, claim, graded, listed, measured, those
+from .timing import in_turns, machine, steady
 
 LAYER = """\
 class LoRALayer(nn.Module):
@@ -209,17 +209,18 @@ def fewer() -> Verdict:
 
 @claim("lora-10", lesson="04_lora.py", section="8 · Merge: the detour disappears", experiment=DECODING)
 def merged(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, at each width and batch size, the interval of the merged model's decoding time over the base's is within 5 % of 1;
-    holds if at some; does not hold here if at none."""
+    """Holds if the merged model's decoding takes less than 1.1 times the base's (the 95 % interval over all repeats), and is clearly slower
+    at no width and batch size; holds if at some; does not hold here otherwise. Cannot be tested here if the interval is wider than
+    10 % to each side."""
     found, unmerged = slowdown(rows, "merged"), slowdown(rows, "unmerged")
-    cases = {case: n.low is not None and 0.95 <= n.low and n.high <= 1.05 for case, n in found.items()}
-    worst = max(found.values(), key=lambda n: abs(n.value - 1))
+    overall = measured("merged, all widths and batch sizes: time over the base's", [row["merged"] / row["base"] for row in rows], "times")
+    cases = {case: overall.high < 1.1 and n.low <= 1 for case, n in found.items()}
     slow = [n.value for n in unmerged.values()]
     return Verdict(
-        graded(cases),
-        f"The merged model takes {min(n.value for n in found.values()):.2f} to {max(n.value for n in found.values()):.2f} times the base's "
-        f"time, within 5 % at {those(cases)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
-        worst, [*found.values(), *unmerged.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
+        graded(cases) if steady([overall]) else UNTESTABLE,
+        f"The merged model takes {overall.value:.2f} times the base's time, from {overall.low:.2f} to {overall.high:.2f}, and is clearly slower at "
+        f"{those(cases, False)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
+        overall, [overall, *found.values(), *unmerged.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
     )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def mixed_batch(phase: str, seed: int, rows: int = 8, length: int = 32, tokens: 
     return seconds | size | {"difference": difference} | machine()
 
 
-MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(8)), timed=True)
+MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(6)), timed=True)
 
 
 @claim("lora-11", lesson="04_lora.py", section="9 · One base, many tasks", experiment=MIXED)

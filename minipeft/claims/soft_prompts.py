@@ -193,7 +193,8 @@ def context(taken: int) -> dict[str, Any]:
     from ..experiments.shipped import general_blocks
 
     model, tokenizer = base()
-    blocks = np.stack([example.input_ids for example in general_blocks(tokenizer, CONTEXT, BLOCKS)])
+    whole = [e.input_ids for e in general_blocks(tokenizer, CONTEXT, BLOCKS + 1) if len(e.input_ids) == CONTEXT]
+    blocks = np.stack(whole[:BLOCKS])  # the last of a text may be shorter
     ids = asarray(blocks[:, taken:], xp_of(model.parameters()[0].data))
     losses = []
     with no_grad():

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .register import Number
 
-def in_turns(alternatives: Mapping[str, Callable[[], Any]], passes: int = 5) -> dict[str, float]:
-    """Seconds of each alternative: the least over `passes` rounds of all of them, after one that is not counted."""
+
+def in_turns(alternatives: Mapping[str, Callable[[], Any]], seconds: float = 2.0, least: int = 5) -> dict[str, float]:
+    """Seconds of each alternative: the least over rounds of all of them, after one that is not counted; for at least `least`
+    rounds, and at least so many seconds."""
     for call in alternatives.values():
         call()
-    best = dict.fromkeys(alternatives, float("inf"))
-    for _ in range(passes):
+    best, rounds, began = dict.fromkeys(alternatives, float("inf")), 0, time.perf_counter()
+    while rounds < least or time.perf_counter() - began < seconds:
+        rounds += 1
         for name, call in alternatives.items():
             start = time.perf_counter()
             call()
@@ -38,3 +42,8 @@ def processor() -> str:
         found = {name.strip(): value.strip() for name, value in lines}
     parts = [found.get("model name", platform.machine())]
     return ", ".join(parts + [f"{name} {found[name]}" for name in ("cpu family", "model") if name in found])
+
+
+def steady(numbers: Iterable[Number]) -> bool:
+    """Whether the intervals are narrow enough to say something: within 10 % of the mean."""
+    return all(n.low is not None and n.high - n.low < 0.2 * n.value for n in numbers)

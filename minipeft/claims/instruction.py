@@ -1,0 +1,56 @@
+"""Instruction tuning: the format, and what of the published schemes is here."""
+
+from __future__ import annotations
+
+from ..text.datasets import Instruction
+from ..text.examples import encode_turns
+from ..text.instructions import HELD_OUT, TASKS, TRAINED
+from ..text.templates import ALPACA_WITH_INPUT, alpaca
+from ..train.batches import IGNORE
+from .inputs import base
+from .register import NOT, UNTESTABLE, Number, Verdict, claim, graded
+
+WITH = Instruction("Give the meaning of this word.", "stone", "a hard piece of rock")
+WITHOUT = Instruction("Give the meaning of stone.", "", "a hard piece of rock")
+
+
+@claim("inst-2", lesson="08_instruction_tuning.py", section="2 · The template, and what of it is learned")
+def form() -> Verdict:
+    """Holds if a record with an input is encoded as instruction, input and output in this order, one without leaves the input's heading
+    out, and the tokens that are learned are those of the output and the end; holds if one of these is so; does not hold here otherwise."""
+    tokenizer, cases, evidence = base()[1], {}, []
+    for name, record in (("with an input", WITH), ("without", WITHOUT)):
+        (turn,) = alpaca(record)
+        text = "".join((*turn.prompt, *turn.completion))
+        parts = [part for part in (record.instruction, record.input, record.output) if part]
+        places = [text.find(part) for part in parts]
+        example = encode_turns([turn], tokenizer)
+        learned = [i for i in example.labels.tolist() if i != IGNORE]
+        output = tokenizer.decode(learned, skip_special_tokens=True)
+        ordered = -1 not in places and places == sorted(places) and ("### Input:" in text) == bool(record.input)
+        cases[name] = ordered and output == record.output and learned[-1] == tokenizer.eos_token_id
+        evidence += [Number(f"{name}: tokens", len(example.labels)), Number(f"{name}: tokens that are learned", len(learned))]
+    return Verdict(
+        graded(cases),
+        f"Instruction, input and output stand in this order; of {evidence[0].value} tokens with an input {evidence[1].value} are learned, of "
+        f"{evidence[2].value} without {evidence[3].value}: the output and the token that ends it.",
+        Number("tokens that are learned, with an input", 100 * evidence[1].value / evidence[0].value, "%"), evidence, items=2, task="two records in Alpaca's template",
+    )  # fmt: skip
+
+
+@claim("inst-3", lesson="08_instruction_tuning.py", section="1 · The data: tasks, and ways to ask")
+def schemes() -> Verdict:
+    """Holds if never: what three papers did is on record, and no run tries it. It cannot be tested here as long as the package's own data
+    follow the scheme that the statement gives to FLAN, several tasks in several phrasings each, some of them held out, and its
+    template is Alpaca's, with the headings of its three parts; does not hold here otherwise."""
+    phrasings = [len(TASKS[name].phrasings) for name in TRAINED]
+    headings = all(f"### {part}:" in ALPACA_WITH_INPUT for part in ("Instruction", "Input", "Response"))
+    follows = len(TRAINED) > 1 and min(phrasings, default=0) > 1 and bool(HELD_OUT) and headings
+    return Verdict(
+        UNTESTABLE if follows else NOT,
+        f"What three papers did is on record (Wei et al. 2022, arXiv:2109.01652; Taori et al. 2023; Ouyang et al. 2022, arXiv:2203.02155); of "
+        f"FLAN the package has {len(TRAINED)} tasks in at least {min(phrasings)} phrasings each and {len(HELD_OUT)} held out, of Alpaca the "
+        f"template, of InstructGPT the chain of rlhf-2; whether a teacher's data help is not tried yet.",
+        Number("tasks to train on", len(TRAINED)),
+        [Number("tasks held out", len(HELD_OUT)), *(Number(f"phrasings of {name}", n) for name, n in zip(TRAINED, phrasings))],
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""`minipeft claims`: the table, one statement in full, its picture, JSON, and rows that are computed again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_helpers import output, refused
+
+from minipeft import claims
+from minipeft.claims.register import ROWS, VERDICTS
+
+
+def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys):
+    status, out, err = output(capsys, "claims")
+    assert (status, err) == (0, "")
+    heading, *lines = out.splitlines()
+    assert heading.split()[:3] == ["id", "verdict", "effect"] and max(map(len, lines)) <= 140
+    body = {line.split()[0]: line for line in lines if line and line.split()[0] in claims.statements()}
+    assert [*body] == [*claims.statements()]
+    assert "holds" in body["lora-6"] and "256 times" in body["lora-6"] and "d = k = 4096" in body["lora-6"]
+    assert "not tried yet" in body["best-2"]
+    total, counts = lines[-1].split(" statements: ")
+    counted = {name: int(n) for n, name in (part.split(" ", 1) for part in counts.split(", "))}
+    assert sum(counted.values()) == int(total) == 86
+    assert counted == {name: n for name in VERDICTS if (n := sum(f" {name}  " in line for line in body.values()))}
+
+
+def test_one_statement_in_full(capsys):
+    status, out, err = output(capsys, "claims", "lora-6", "best-2")
+    assert (status, err) == (0, "")
+    text = " ".join(out.split())
+    assert "lora-6 (lora, count) statement d = k = 4096" in text and "rule Holds if the built layers" in text
+    assert "effect numbers of the matrix over LoRA's: 256 times" in text and "lesson 12_counting.py, 1 · Parameters" in text
+    assert "d k 16,777,216" in text and "best-2 (practice, comparison)" in text and "verdict not tried yet" in text
+    text = " ".join(output(capsys, "claims", "soft-7")[1].split())
+    assert "rows lost_context.jsonl, 5 rows" in text and "95 % interval [" in text
+
+
+def test_json_is_a_list_of_objects(capsys):
+    status, out, err = output(capsys, "claims", "lora-6", "soft-7", "best-2", "qlora-6", "--json")
+    assert (status, err) == (0, "")
+    count, rows, untried, traps = json.loads(out, parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert {"id", "verdict", "effect", "interval", "seeds", "test_size", "evidence"} <= count.keys()
+    assert (count["verdict"], count["effect"], count["unit"], count["interval"]) == ("holds", 256, "times", None)
+    assert {"name": "d k", "value": 16777216, "unit": "", "interval": None} in count["evidence"]
+    assert (rows["rows"], rows["number_of_rows"], rows["test_size"]) == ("lost_context.jsonl", 5, 64)
+    assert rows["interval"][0] < rows["effect"] < rows["interval"][1]
+    assert (untried["verdict"], untried["effect"], untried["rule"]) == ("not tried yet", None, None)
+    assert any(n["value"] is None for n in traps["evidence"]), "not a number"
+
+
+def test_the_picture_of_what_has_intervals(capsys, tmp_path):
+    path = tmp_path / "soft.png"
+    status, out, _ = output(capsys, "claims", "soft-7", "--picture", path)
+    assert (status, out) == (0, f"{path}: 4 numbers with their intervals\n")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    status, out, _ = output(capsys, "claims", "lora-6", "--picture", tmp_path / "none.png")
+    assert (status, out) == (0, "lora-6: nothing to draw, for no number of its evidence has an interval\n")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_rows_are_computed_again_and_compared(capsys, tmp_path):
+    status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)
+    assert status == 0 and "all 5 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
+    assert "5 of 5 runs" in err and (tmp_path / "lost_context.jsonl").exists()
+    rows = [json.loads(line) for line in (tmp_path / "lost_context.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["losses"] = [1.0] * len(row["losses"])
+    (tmp_path / "lost_context.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)  # goes on from what is there
+    assert status == 1 and "soft-7: does not hold here." in out and "the verdict is another" in out
+    assert "5 numbers differ by more than 2% from the shipped rows" in out and "5 of 5 rows are in the store" in err
+
+
+def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
+    from minipeft.cli.claims import user_directory
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert user_directory() == tmp_path / "minipeft" / "claims"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_directory() == tmp_path / ".local" / "share" / "minipeft" / "claims"
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["lora6"], "there is no statement 'lora6'; did you mean lora-6"),
+    (["lora-6", "xyz"], "there is no statement 'xyz'; `minipeft claims` lists all"),
+    (["--run", "lora-6"], "lora-6 has no rows to compute again: its rule computes its numbers each time that it is asked"),
+    (["--run", "best-2"], "best-2 has no rows to compute again: no rule judges it"),
+    (["--run", "soft-7", "--store", ROWS], "holds the shipped rows; choose another"),
+    (["lora-6", "--run", "soft-7"], "--run has its own statement: leave lora-6 out"),
+    (["--run", "soft-7", "--json"], "--json does nothing with --run"),
+    (["lora-6", "--store", "x"], "--store does nothing without --run"),
+    (["--picture", "a.png"], "--picture draws one statement: give its ID"),
+    (["lora-6", "--picture", "a.pdf"], "--picture writes a PNG file: a.pdf must end in .png"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
+    assert message in refused(capsys, "claims", *argv)
