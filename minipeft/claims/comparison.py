@@ -13,6 +13,8 @@ one comparison and not thirty.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from . import protocol
 from .protocol import SEEDS, Find, Gentle, Report, Search, Trial, search, tuned, untrained
 from .register import IF, ROWS, UNTESTABLE, Experiment, Number, Verdict, graded, listed
 
+SPREADS = 4  # standard deviations
 NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02}  # nats per token; shares
 UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages"}
 KEYS = {"rewrite": "nll", "source": "right"}  # what a task is judged by
@@ -55,9 +58,36 @@ class Searches(Experiment):
         """The trials that are needed next."""
         return protocol.wanted(finder(rows), self.searches)
 
+    def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of the same trial, computed now."""
+        return protocol.run(Trial(**{name: row[name] for name in Trial.__dataclass_fields__}))
+
+    def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What differs between the rows of trials that both have. Another processor adds in another order, and training
+        magnifies the rest: a loss may differ by SPREADS standard deviations of a loss over the seeds."""
+        find, near, found = finder(others), SPREADS * spread(self.rows()), []
+        for row in rows:
+            trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
+            other = find(described(trial))
+            a, b = row["loss"], other and other["loss"]
+            if other and (a is None or b is None or abs(a - b) > near) and a != b:
+                found.append(f"{trial}, loss: {b}, and {a} in the package; {near:.4f} may be luck")
+        return found
+
     def compute(self, store: Any, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
         """All rows: those in `store`, and the others, computed and added there. Raises as `protocol.compute`."""
         return protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The standard deviation of a loss over the seeds of a trial, pooled over all that are reported; 0 where none is."""
+    groups: dict[Trial, list[float]] = {}
+    for row in rows:
+        if row["split"] == "test" and row["rate"] is not None and row["loss"] is not None:
+            trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__} | {"seed": 0})
+            groups.setdefault(trial, []).append(row["loss"])
+    variances = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
+    return math.sqrt(statistics.mean(variances)) if variances else 0.0
 
 
 class Case(NamedTuple):

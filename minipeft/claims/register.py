@@ -27,6 +27,7 @@ import importlib.util
 import io
 import math
 import os
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,14 @@ class Experiment:
         shown = {} if show is None else {"show": show}
         return sweep(self.run, self.settings, executor, self.path(store), **shown)
 
+    def again(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row of the same settings, computed now."""
+        from ..experiments.rows import described, finder
+
+        find = finder([dict(row)])
+        settings = next(one for one in self.settings if find(described(one, self.run)))
+        return {**row, **(self.run(**settings) if isinstance(settings, Mapping) else self.run(settings))}
+
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs by more than the tolerance between rows of the same runs; of times, nothing is compared."""
         if self.timed:
@@ -242,6 +251,17 @@ def judge(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
         return rule.judge(rows)
     except ImportError as error:
         return Verdict(UNTESTABLE, f"{error}.")
+
+
+def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
+    """(the number of shipped rows that were computed again, what differs from them): `n` at random, none of times."""
+    for id in statements():
+        rule_of(id)
+    experiments = [RULES[id].experiment for id in sorted(RULES)]
+    rows = [(one, row) for one in experiments if one and not one.timed for row in one.rows()]
+    pool = {(one.name, repr(row)): (one, row) for one, row in rows}  # some experiments share rows
+    drawn = random.Random(seed).sample(list(pool.values()), min(n, len(pool)))
+    return len(drawn), [line for experiment, row in drawn for line in experiment.differences([row], [experiment.again(row)])]
 
 
 def _modules(section: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ examples:
   minipeft claims lora-6 lora-9                    two of them in full
   minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
+  minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
   minipeft claims --json
 """
 
@@ -26,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..claims.register import ROWS, VERDICTS, Number, Rule, Statement, Verdict, judge, rule_of, statements
+from ..claims.register import ROWS, VERDICTS, Number, Rule, Statement, Verdict, judge, recomputed, rule_of, statements
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import console, grid, print_json
 
@@ -37,6 +38,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again")
+    parser.add_argument("--recompute", type=int, metavar="N", help="compute N of the shipped rows again, drawn at random")
+    parser.add_argument("--seed", type=int, metavar="S", help="of --recompute (default: 0)")
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
     parser.add_argument("--store", metavar="DIR", help=store)
     parser.add_argument("--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)")
@@ -45,6 +48,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     check(args)
+    if args.recompute:
+        return recompute(args)
     if args.again:
         return compute_again(args)
     found = [(statements()[id], rule_of(id), judge(id)) for id in dict.fromkeys(args.ids or statements())]
@@ -67,6 +72,14 @@ def check(args: Arguments) -> None:
         if id not in statements():
             near = nearest(id, statements()) or "; `minipeft claims` lists all"
             raise ValueError(f"there is no statement {id!r}{near}")
+    if args.recompute is None:
+        args.refuse(("seed",), "without --recompute")
+    elif args.recompute < 1:
+        raise ValueError(f"--recompute must be at least 1, got {args.recompute}")
+    elif args.ids:
+        raise ValueError(f"--recompute draws from all statements: leave {' '.join(args.ids)} out")
+    else:
+        args.refuse(("picture", "json", "again"), "with --recompute")
     if args.again:
         args.refuse(("picture", "json"), "with --run")
         if args.ids:
@@ -237,6 +250,13 @@ def compute_again(args: Arguments) -> int:
     same = verdict.verdict == before.verdict
     print(f"the verdict is {'the same' if same else f'another: with the shipped rows it {before.verdict}'}")
     return 0 if same and not differing else 1
+
+
+def recompute(args: Arguments) -> int:
+    """Some of the shipped rows, computed again; 1 where one differs."""
+    number, differing = recomputed(args.recompute, args.seed or 0)
+    print("\n".join([*differing, f"{number} rows were computed again, {len(differing) or 'none'} of their numbers differ"]))
+    return 1 if differing else 0
 
 
 def user_directory() -> Path:
