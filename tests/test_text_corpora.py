@@ -16,7 +16,7 @@ import pytest
 from minipeft.files import FileError
 from minipeft.text import build_corpora, corpora
 from minipeft.text.splits import SPLITS, side
-from minipeft.text.tasks import TASKS, task
+from minipeft.text.tasks import CHOICES, TASKS, task
 
 
 def words(text):
@@ -159,7 +159,10 @@ def test_task_splits_share_no_prompt_and_no_answer(name):
     records = {split: task(name, split) for split in SPLITS}
     assert all(len(records[split]) > 500 for split in SPLITS)
     assert_apart({split: {record.prompt for record in records[split]} for split in SPLITS})
-    assert_apart({split: {record.completion for record in records[split]} for split in SPLITS})
+    if name in CHOICES:
+        assert {record.completion for split in SPLITS for record in records[split]} == {*CHOICES[name]}
+    else:
+        assert_apart({split: {record.completion for record in records[split]} for split in SPLITS})
     assert all(record.prompt.endswith(":") and record.completion.startswith(" ") for record in records["test"])
 
 
@@ -172,7 +175,7 @@ def test_task_answers_are_what_they_claim():
         assert word.casefold() in record.completion.casefold()
     meanings = {record.prompt: record.completion for record in task("define", "train")}
     assert meanings["Word: dog (verb)\nMeaning:"] == " go after with the intent to catch"
-    with pytest.raises(ValueError, match="rewrite, define, use, got 'translate'"):
+    with pytest.raises(ValueError, match="rewrite, define, use, source, got 'translate'"):
         task("translate", "train")
 
 

@@ -26,7 +26,7 @@ from ..experiments.shipped import base, spaced
 from ..text.corpora import general_corpora
 from ..text.datasets import Completion
 from ..text.examples import Example, chunk_text, encode_documents, encode_examples
-from ..text.instructions import TASKS as INSTRUCTIONS
+from ..text.tasks import CHOICES
 from ..text.tasks import task as records_of
 from ..train.evaluation import example_losses
 
@@ -46,14 +46,10 @@ class Question(NamedTuple):
 @cache
 def questions(task: str, split: str) -> list[Question]:
     """All records of a task in a split, in the order of the corpora. Raises ValueError for another task."""
-    if task == "rewrite":
-        found = [Question(*record) for record in records_of("rewrite", split)]
-        return [q for q in found if len(q.prompt + q.completion) <= CHARACTERS]
-    if task != "source":
+    if task not in TASKS:
         raise ValueError(f"the tasks are {' and '.join(TASKS)}, got {task!r}")
-    pairs = list(INSTRUCTIONS["source"].pairs(split))
-    books = tuple(sorted({f" {book}" for _, book in pairs}))
-    return [Question(f"Sentence: {sentence}\nBook:", f" {book}", books) for sentence, book in pairs]
+    found = [Question(*record, CHOICES.get(task, ())) for record in records_of(task, split)]
+    return [q for q in found if q.choices or len(q.prompt + q.completion) <= CHARACTERS]
 
 
 def encode(asked: Iterable[Question]) -> list[Example]:

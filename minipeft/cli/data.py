@@ -24,7 +24,7 @@ class Data(NamedTuple):
 class TaskOptions:
     """What is learned: a shipped task, or the user's file."""
 
-    task: str = option("rewrite", "the shipped task", choices=("rewrite", "define", "use"))
+    task: str = option("rewrite", "the shipped task", choices=("rewrite", "define", "use", "source"))
     data: str | None = option(None, "or your .jsonl or .txt file; a tenth, 96 at most, is held out", metavar="FILE")
 
     def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str) -> Data:

@@ -36,10 +36,10 @@ from functools import cache
 
 import numpy as np
 
-from .corpora import austen, bible, wordnet
+from .corpora import wordnet
 from .datasets import Instruction
 from .splits import SPLITS, check_split
-from .tasks import Entry, definitions, examples, stands_in, verses
+from .tasks import Entry, definitions, examples, sources, stands_in, verses
 
 Pair = tuple[str, str]  # input, output
 
@@ -69,19 +69,6 @@ def _continue(split: str) -> Iterator[Pair]:
         begun, colon, rest = verse.king_james.partition(": ")
         if len(begun) >= 20 and len(rest) >= 20:
             yield begun + colon.rstrip(), rest
-
-
-def _source(split: str) -> Iterator[Pair]:
-    """The same number of sentences from each book, all about as long as a verse."""
-    lines = (line for chapter in austen(split) for line in chapter.text.split("\n"))
-    # a sentence ends after a word of four small letters or more, so not after "Mr." or "Mrs."
-    sentences = dict.fromkeys(part for line in lines for part in re.split(r"(?<=[a-z]{4}[.!?]) (?=[A-Z])", line))
-    short = [sentence for sentence in sentences if 60 <= len(sentence) <= 160 and '"' not in sentence]
-    either = [v for v in bible(split) if 60 <= min(len(v.king_james), len(v.basic_english)) <= 160]
-    for sentence, one, other in zip(short, either[::2], either[1::2]):
-        yield sentence, "Jane Austen"
-        yield one.king_james, "the King James Bible"
-        yield other.basic_english, "the Basic English Bible"
 
 
 def _synonym(split: str) -> Iterator[Pair]:
@@ -155,7 +142,7 @@ TASKS: dict[str, InstructionTask] = {
         ("Give the rest of the verse.", "What are the words after these? {input}"),
     ),
     "source": InstructionTask(
-        _source,
+        lambda split: iter(sources(split)),
         ("From which book is this sentence?", "Name the source of this text.",
          "Who or what is quoted here?", "In which of the books does this stand? {input}"),
         ("Where was this written?", "Say from where this is taken: {input}"),

@@ -3,6 +3,7 @@
     rewrite   a verse of the King James Bible -> the same verse in Basic English
     define    a word and its part of speech -> its first meaning in WordNet
     use       a word and its part of speech -> an example phrase of WordNet's that contains it
+    source    a sentence -> which of three books it is from (as many from each: `BOOKS`)
 
 The splits are those of the corpora: no verse, headword or gloss of one is in another. Records are in the order of the
 corpora. A completion begins with a space, since the prompt ends with a colon. (`instructions` has more tasks, in
@@ -14,9 +15,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from .corpora import Verse, bible, wordnet
+from .corpora import Verse, austen, bible, wordnet
 from .datasets import Completion
 
+BOOKS = ("Jane Austen", "the Basic English Bible", "the King James Bible")
 MAX_CHARACTERS = 240  # of a verse in either translation, about 80 tokens of the shipped tokenizer
 
 
@@ -57,6 +59,20 @@ def examples(split: str) -> list[Entry]:
     ]
 
 
+@cache
+def sources(split: str) -> list[tuple[str, str]]:
+    """Pairs (sentence, its book), the same number from each of BOOKS, all about as long as a verse."""
+    lines = (line for chapter in austen(split) for line in chapter.text.split("\n"))
+    # a sentence ends after a word of four small letters or more, so not after "Mr." or "Mrs."
+    sentences = dict.fromkeys(part for line in lines for part in re.split(r"(?<=[a-z]{4}[.!?]) (?=[A-Z])", line))
+    short = [sentence for sentence in sentences if 60 <= len(sentence) <= 160 and '"' not in sentence]
+    either = [v for v in bible(split) if 60 <= min(len(v.king_james), len(v.basic_english)) <= 160]
+    found = []
+    for sentence, one, other in zip(short, either[::2], either[1::2]):
+        found += [(sentence, BOOKS[0]), (one.king_james, BOOKS[2]), (other.basic_english, BOOKS[1])]
+    return found
+
+
 def stands_in(word: str, text: str) -> bool:
     """Whether `word` is one of the words of `text`, in small or capital letters."""
     word, text = word.lower(), text.lower()
@@ -78,7 +94,13 @@ def use(split: str) -> list[Completion]:
     return [Completion(f"Word: {e.word} ({e.part_of_speech})\nExample:", f" {e.text}") for e in examples(split)]
 
 
-TASKS: dict[str, Callable[[str], list[Completion]]] = {"rewrite": rewrite, "define": define, "use": use}
+def source(split: str) -> list[Completion]:
+    """The sentences of `sources`, and whose they are."""
+    return [Completion(f"Sentence: {sentence}\nBook:", f" {book}") for sentence, book in sources(split)]
+
+
+TASKS: dict[str, Callable[[str], list[Completion]]] = {"rewrite": rewrite, "define": define, "use": use, "source": source}
+CHOICES = {"source": tuple(f" {book}" for book in BOOKS)}  # of a task that is a choice: its completions
 
 
 def task(name: str, split: str) -> list[Completion]:
