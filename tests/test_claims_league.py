@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.claims import forgetting, league, practice, protocol
+from minipeft.claims.comparison import spread
 from minipeft.claims.protocol import TABLE, Trial, wanted
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTRIED
 from minipeft.experiments.rows import described, finder
@@ -16,6 +17,7 @@ ITEMS, CLOZE = 64, 64
 COMPARED = sorted(id for id, rule in RULES.items() if rule.function.__module__ == league.__name__)
 
 
+STORED = {"full": 9000, "lora": 2000, "qlora": 2000, "bottleneck": 1900, "prefix": 1500, "prompt": 100}
 Of = dict[str, float] | Callable[[Trial], float]  # of methods by name, or of any trial
 
 
@@ -34,7 +36,7 @@ def row(trial: Trial, skill: Of, memory: Of) -> dict:
         gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples) / 2)
         kept = value(memory, trial, 0.8)
     luck = rng.normal(size=ITEMS) / 200
-    made = {"loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
+    made: dict = {"storage": STORED.get(trial.method, 1000), "train_loss": 2.0, "loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
     made["right"] = (np.arange(ITEMS) < ITEMS * (0.4 + gained / 2)).astype(int).tolist()
     made["cloze"] = (np.arange(CLOZE) < CLOZE * kept).astype(int).tolist()
     return made | ({"tokens": [10] * ITEMS} if trial.rate is None else {})
@@ -61,6 +63,10 @@ CASES = {
     "adapter-8": ({"lora": HIGH, "lora-r1": HIGH}, {"lora": LOW, "lora-r1": LOW}),
     "soft-8": ({"prompt": LOW, "prefix": LOW}, {"prompt": HIGH, "prefix": HIGH}),
     "soft-9": ({"prompt": HIGH}, {}),
+    "which-1": ({"full": HIGH}, {"full": LOW}),
+    "which-2": ({"lora": HIGH}, {"lora": LOW}),
+    "which-4": ({"prompt": HIGH}, {"prompt": -2.0}),
+    "lora-13": (lambda t: {"lora": 0.5}.get(t.method, 0.1), lambda t: 0.5),
     "qlora-5": ({"qlora": 0.5, "lora": 0.5}, {"qlora": LOW}),
 }
 
@@ -121,6 +127,14 @@ def test_a_remedy_follows_its_rows(id):
     assert [rule.judge(filled(rule.experiment, {}, memory)).verdict for memory in kept] == [HOLDS, NOT]
 
 
+def test_overfitting_is_compared_at_equal_training_loss():
+    rule = RULES["peft-4"]
+    higher, equal = (filled(rule.experiment, {"full": skill}, {}) for skill in (0.2, 0.7))
+    assert [rule.judge(rows).verdict for rows in (higher, equal)] == [HOLDS, NOT]
+    apart = [row | {"train_loss": 1.0 if row["method"] == "full" else 2.0} for row in higher]
+    assert rule.judge(apart).verdict == NOT, "there is nothing to compare"
+
+
 def test_some_cases_make_it_holds_if():
     rule = RULES["forget-5"]
     verdict = rule.judge(filled(rule.experiment, {}, {"lora": 0.9, "full": 0.5, "bottleneck": 0.2}))
@@ -155,3 +169,22 @@ def test_one_command_computes_what_every_rule_needs():
     everything = filled(league.everyone(), {}, {})
     assert all(not RULES[id].experiment.missing(everything) for id in COMPARED)
     assert len(wanted(finder([]), league.everyone().searches)) > 100
+
+
+def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
+    experiment = RULES["qlora-5"].experiment
+    rows = filled(experiment, {}, {})
+    lucky = [r | {"loss": r["loss"] + (r["seed"] - 3) / 100} if r["rate"] and r["split"] == "test" else r for r in rows]
+    monkeypatch.setattr(type(experiment), "rows", lambda self: lucky)
+    assert spread(lucky) == pytest.approx(np.std([0, 1, 2, 3, 4], ddof=1) / 100)
+    one = [lucky[0]]
+    assert experiment.differences(one, [lucky[0] | {"loss": lucky[0]["loss"] + 0.05}]) == []
+    (line,) = experiment.differences(one, [lucky[0] | {"loss": lucky[0]["loss"] + 0.07}])
+    assert "in the package; 0.0632 may be luck" in line
+    assert experiment.differences(one, [lucky[1]]) == [], "another trial"
+
+
+def test_a_row_is_computed_again_from_its_settings(monkeypatch):
+    trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
+    monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
+    assert RULES["qlora-5"].experiment.again(described(trial) | {"loss": 3.0, "version": "x"})["loss"] == 1.0

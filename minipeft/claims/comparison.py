@@ -151,10 +151,10 @@ def way(method: str, case: Case, **fixed: Any) -> Way:
     return untrained(case.task) if method == "base" else search(case.task, method, case.examples, **fixed)
 
 
-def best(find: Find, case: Case, methods: Iterable[str]) -> str:
-    """The method with the lowest loss on validation, each at its tuned trial."""
+def best(find: Find, case: Case, methods: Iterable[str], worst: bool = False) -> str:
+    """The method with the lowest loss on validation, or the highest, each at its tuned trial."""
     trials = {method: tuned(find, search(case.task, method, case.examples))[0] for method in methods}
-    return min(trials, key=lambda method: find(described(trials[method]))["loss"])
+    return (max if worst else min)(trials, key=lambda method: find(described(trials[method]))["loss"])
 
 
 def number(name: str, found: Difference, key: str) -> Number:
@@ -206,7 +206,7 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 
 
 def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "") -> Verdict:
-    """The verdict on a statement that says something of each of these pairs; `holds` tells whether it is so of one."""
+    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so."""
     outcome, words, numbers, items = {}, [], [], 0
     for pair in pairs:
         of = key or KEYS[pair.task]

@@ -38,14 +38,14 @@ def _rates(methods: Sequence[str]) -> list[Pair]:
 FULL_RATES, RATES = _rates(["full"]), _rates(["full", "lora"])
 
 
-@claim("full-4", lesson="15_forgetting.py", section="", experiment=Searches.pairs("forgetting", FULL_RATES))
+@claim("full-4", lesson="15_forgetting.py", section="3 · Methods and rates", experiment=Searches.pairs("forgetting", FULL_RATES))
 def overwritten(rows: Rows) -> Verdict:
     """Holds if full fine-tuning at a sixteenth of the rate clearly keeps more general items, at equal quality of the task, on both tasks;
     holds if on one; does not hold here otherwise."""
     return judged(finder(rows), FULL_RATES, lambda d: d.clearly_better, "cloze")
 
 
-@claim("forget-2", lesson="15_forgetting.py", section="", experiment=Searches.pairs("forgetting", RATES))
+@claim("forget-2", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", RATES))
 def lower_rate(rows: Rows) -> Verdict:
     """Holds if a sixteenth of the rate clearly keeps more general items, at equal quality of the task, for full fine-tuning and LoRA
     on both tasks; holds if in some of these cases; does not hold here if in none."""
@@ -55,7 +55,7 @@ def lower_rate(rows: Rows) -> Verdict:
 REPLAY = [pair for share in (0.25, 1.0) for pair in remedies(f"{share:g} general blocks an example", {"replay": share}, "none", {})]
 
 
-@claim("forget-3", lesson="15_forgetting.py", section="", experiment=Searches.pairs("forgetting", REPLAY))
+@claim("forget-3", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", REPLAY))
 def general_data(rows: Rows) -> Verdict:
     """Holds if mixing in general text, 0.25 or 1 block of 64 tokens an example, clearly keeps more general items, at equal quality of the
     task, in every case; holds if in some; does not hold here if in none. (The blocks cost computation of their own.)"""
@@ -67,7 +67,7 @@ DROPOUT = [pair for p in (0.05, 0.2) for pair in remedies(f"dropout {p:g}", {"dr
 TO_START = [pair for alpha in (0.01, 0.1, 1.0) for pair in remedies(f"L2 to the start {alpha:g}", {"l2_start": alpha}, "none", {}, ["full"])]
 
 
-@claim("forget-4", lesson="15_forgetting.py", section="", experiment=Searches.pairs("forgetting", DECAY + DROPOUT + TO_START))
+@claim("forget-4", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", DECAY + DROPOUT + TO_START))
 def regularization(rows: Rows) -> Verdict:
     """Holds if weight decay (0.1, 1, 10), dropout (0.05, 0.2) and L2 to the start (0.01, 0.1, 1; full fine-tuning) clearly keep more
     general items, at equal quality of the task, in every case; holds if in some; does not hold here if in none."""

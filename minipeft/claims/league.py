@@ -20,6 +20,7 @@ from .comparison import (
     Searches,
     against,
     at_equal_quality,
+    best,
     both,
     in_cases,
     judged,
@@ -35,6 +36,7 @@ MAIN = ("full", "lora", "qlora", "bottleneck", "prefix", "prompt")
 OTHERS = tuple(name for name in TABLE if name not in ("full", "head", "bitfit") and not name.startswith(("lora-", "bottleneck-")))
 FEW, MIDDLE, MANY = ([case for case in CASES if case.examples == n] for n in SIZES)
 RANKS = {1: "lora-r1", 2: "lora-r2", 4: "lora-r4", 8: "lora", 16: "lora-r16", 32: "lora-r32", 64: "lora-r64"}
+ALPHAS = ("lora-alpha4", "lora-alpha64")
 TARGETS = ("lora-q", "lora-v", "lora-qkvo", "lora-mlp", "lora")
 
 
@@ -46,7 +48,7 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
 def everyone() -> Searches:
     """All that the rules here need, for one command to compute."""
     parts = [league(("full", *OTHERS), MIDDLE), league(MAIN), league(("scratch", "full")), league((*RANKS.values(), *TARGETS), MIDDLE)]
-    parts.append(Searches.pairs("league", EQUAL))
+    parts += [Searches.pairs("league", EQUAL), league((*ALPHAS, *MAIN), MIDDLE), league(("lora", "full"), FEW + MIDDLE)]
     parts.append(league(("lora-qv", "lora-qv-r43", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
     return Searches.of("league", dict.fromkeys(one for part in parts for one in part.searches))
 
@@ -68,7 +70,7 @@ def pretrained(rows: Rows) -> Verdict:
 # ----------------------------------------------------------------------------------------------------- full fine-tuning
 
 
-@claim("full-5", lesson="16_which_method.py", section="", experiment=league(("full", *OTHERS), MIDDLE))
+@claim("full-5", lesson="16_which_method.py", section="3 · The table", experiment=league(("full", *OTHERS), MIDDLE))
 def best_quality(rows: Rows) -> Verdict:
     """Holds if full fine-tuning clearly beats its rival, the other method that is best on validation, on both tasks; holds if it
     does on one of them; does not hold here otherwise."""
@@ -76,7 +78,7 @@ def best_quality(rows: Rows) -> Verdict:
     return judged(find, against(find, "full", OTHERS, MIDDLE), lambda d: d.clearly_better)
 
 
-@claim("full-10", lesson="15_forgetting.py", section="", experiment=league(("full",)))
+@claim("full-10", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(("full",)))
 def forgetting(rows: Rows) -> Verdict:
     """Holds if full fine-tuning, tuned for its task, clearly answers fewer of the 640 general items right than the base, in every
     case; holds if in some; does not hold here if in none."""
@@ -86,7 +88,7 @@ def forgetting(rows: Rows) -> Verdict:
 # ----------------------------------------------------------------------------------------------------------------- LoRA
 
 
-@claim("lora-2", lesson="04_lora.py", section="", experiment=league(RANKS.values(), MIDDLE))
+@claim("lora-2", lesson="04_lora.py", section="6 · Which rank?", experiment=league(RANKS.values(), MIDDLE))
 def ranks(rows: Rows) -> Verdict:
     """Holds if rank 8 loses to no rank by more than a trifle (its interval stays above -0.02), and rank 1 clearly loses to it, on both
     tasks; holds if some of these four are so; does not hold here otherwise. Every rank has its own rate, epochs and batch size."""
@@ -95,7 +97,7 @@ def ranks(rows: Rows) -> Verdict:
     return both(found, judged(find, in_cases("lora", MIDDLE, "lora-r1"), lambda d: d.clearly_better))
 
 
-@claim("lora-7", lesson="04_lora.py", section="", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
+@claim("lora-7", lesson="04_lora.py", section="7 · Which layers?", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
 def query_and_value(rows: Rows) -> Verdict:
     """Holds if q and v are not worse (interval above -0.02) than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and,
     with rank 43, than all layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
@@ -104,7 +106,7 @@ def query_and_value(rows: Rows) -> Verdict:
     return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_clearly_worse))
 
 
-@claim("lora-8", lesson="04_lora.py", section="", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
+@claim("lora-8", lesson="04_lora.py", section="7 · Which layers?", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
 def all_linear(rows: Rows) -> Verdict:
     """Holds if LoRA on all linear layers clearly beats q and v, at rank 8 and with as many parameters, on both tasks; holds if in some
     of these four cases; does not hold here if in none."""
@@ -112,24 +114,45 @@ def all_linear(rows: Rows) -> Verdict:
     return judged(finder(rows), pairs, lambda d: d.clearly_better)
 
 
-@claim("lora-12", lesson="16_which_method.py", section="", experiment=league(("full", "lora")))
+@claim("lora-12", lesson="16_which_method.py", section="3 · The table", experiment=league(("full", "lora")))
 def lora_against_full(rows: Rows) -> Verdict:
     """Holds if LoRA loses less than a trifle to full fine-tuning (the interval of the difference stays above -0.02) in every case of
     task and number of examples; holds if in some; does not hold here if in none."""
     return judged(finder(rows), in_cases("lora", CASES, "full"), not_clearly_worse)
 
 
+AXES = {"rank": [*RANKS.values()], "layers": [*TARGETS, "lora-qv"], "alpha": ["lora", *ALPHAS]}
+
+
+@claim("lora-13", lesson="04_lora.py", section="6 · Which rank?", experiment=league({m for axis in AXES.values() for m in axis}, MIDDLE))
+def hyperparameters(rows: Rows) -> Verdict:
+    """Holds if each of rank (1 to 64), layers, and alpha (4 to 64 at rank 8) matters: its worst value, chosen on validation, clearly loses to its
+    best by more than 0.02 at least, on both tasks, rate, epochs and batch size tuned for each; holds if some do; does not hold here if
+    none does."""
+    find, pairs = finder(rows), []
+    for axis, methods in AXES.items():
+        for case in MIDDLE:
+            high, low = best(find, case, methods), best(find, case, methods, worst=True)
+            pairs.append(Pair(f"{axis}, {case.name}", high, way(high, case), low, way(low, case)))
+    return judged(find, pairs, lambda d: d.better.low > 0 and not d.equal)
+
+
 # ------------------------------------------------------------------------------------------- adapters and soft prompts
 
 
-@claim("adapter-6", lesson="16_which_method.py", section="", experiment=league(("full", "bottleneck")))
+@claim("adapter-6", lesson="16_which_method.py", section="3 · The table", experiment=league(("full", "bottleneck")))
 def adapters_against_full(rows: Rows) -> Verdict:
     """Holds if adapters lose less than a trifle to full fine-tuning (the interval stays above -0.02) in every case; holds if in some;
     does not hold here if in none."""
     return judged(finder(rows), in_cases("bottleneck", CASES, "full"), not_clearly_worse)
 
 
-@claim("adapter-8", lesson="05_adapters.py", section="", experiment=league(("lora", "lora-r1", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
+@claim(
+    "adapter-8",
+    lesson="05_adapters.py",
+    section="4 · Learning a task",
+    experiment=league(("lora", "lora-r1", "bottleneck-m37", "bottleneck-m4"), MIDDLE),
+)
 def adapters_against_lora(rows: Rows) -> Verdict:
     """Holds if LoRA clearly beats adapters of as many parameters (ranks 8 and 1) on both tasks; holds if in some of these four
     cases; does not hold here if in none."""
@@ -137,7 +160,7 @@ def adapters_against_lora(rows: Rows) -> Verdict:
     return judged(finder(rows), pairs, lambda d: d.clearly_better)
 
 
-@claim("soft-8", lesson="06_soft_prompts.py", section="", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
+@claim("soft-8", lesson="06_soft_prompts.py", section="3 · The table", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
 def soft_prompts(rows: Rows) -> Verdict:
     """Holds if a prompt and a prefix clearly lose to the better (on validation) of LoRA and adapters in every case; holds if in some;
     does not hold here if in none."""
@@ -146,7 +169,7 @@ def soft_prompts(rows: Rows) -> Verdict:
     return judged(find, pairs, lambda d: d.clearly_worse)
 
 
-@claim("soft-9", lesson="06_soft_prompts.py", section="", experiment=league(("prompt", "prompt-random"), MIDDLE))
+@claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start matters", experiment=league(("prompt", "prompt-random"), MIDDLE))
 def start_of_a_prompt(rows: Rows) -> Verdict:
     """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with
     its own rate, epochs and batch size; holds if on one; does not hold here otherwise."""
@@ -155,7 +178,7 @@ def start_of_a_prompt(rows: Rows) -> Verdict:
     )
 
 
-@claim("qlora-5", lesson="07_qlora.py", section="", experiment=league(("lora", "qlora")))
+@claim("qlora-5", lesson="07_qlora.py", section="6 · Train", experiment=league(("lora", "qlora")))
 def four_bits(rows: Rows) -> Verdict:
     """Holds if QLoRA loses less than a trifle to LoRA (the interval stays above -0.02) in every case; holds if in some; does not hold
     here if in none."""
@@ -165,7 +188,7 @@ def four_bits(rows: Rows) -> Verdict:
 # ------------------------------------------------------------------------------------------------ practice, forgetting
 
 
-@claim("best-4", lesson="14_best_practices.py", section="", experiment=league(MAIN))
+@claim("best-4", lesson="14_best_practices.py", section="2 · The learning rate", experiment=league(MAIN))
 def rates(rows: Rows) -> Verdict:
     """Holds if the best rate of full fine-tuning lies between 1e-5 and 5e-5 in every case, and the ratio of the best rates, of each
     other method to full, is above 1 (its interval over methods and cases); holds if one of the two is so; does not hold here
@@ -185,7 +208,7 @@ def rates(rows: Rows) -> Verdict:
     )  # fmt: skip
 
 
-@claim("best-8", lesson="14_best_practices.py", section="", experiment=league(MAIN))
+@claim("best-8", lesson="14_best_practices.py", section="1 · What is a run, and when is a difference one?", experiment=league(MAIN))
 def selection(rows: Rows) -> Verdict:
     """Holds if the loss on validation by which a trial was chosen is clearly below the loss of the same trial on the same records
     under seeds that chose nothing: selection flatters. Does not hold here if the interval over methods and cases contains 0."""
@@ -203,7 +226,7 @@ def selection(rows: Rows) -> Verdict:
     )  # fmt: skip
 
 
-@claim("forget-1", lesson="15_forgetting.py", section="", experiment=league(MAIN, MIDDLE))
+@claim("forget-1", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(MAIN, MIDDLE))
 def abilities(rows: Rows) -> Verdict:
     """Holds if every method, tuned for its task, clearly answers fewer of the 640 general items right than the base; holds if some
     do; does not hold here if none does."""
@@ -214,9 +237,63 @@ def abilities(rows: Rows) -> Verdict:
 EQUAL = [pair for method in ("lora", "bottleneck") for pair in at_equal_quality(method, MIDDLE, "full")]
 
 
-@claim("forget-5", lesson="15_forgetting.py", section="", experiment=Searches.pairs("league", EQUAL))
+@claim("forget-5", lesson="15_forgetting.py", section="3 · Methods and rates", experiment=Searches.pairs("league", EQUAL))
 def less_by_peft(rows: Rows) -> Verdict:
     """Holds if LoRA and adapters clearly answer more of the 640 general items right than full fine-tuning, on both tasks, each at its
     gentlest setting that learns the task as well as the other does; holds if in some of these four cases; does not hold here if in
     none."""
     return judged(finder(rows), EQUAL, lambda d: d.clearly_better, "cloze")
+
+
+@claim("peft-4", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=league(("lora", "full"), FEW + MIDDLE))
+def overfitting(rows: Rows) -> Verdict:
+    """Holds if, where LoRA and full fine-tuning have the same training loss (within 0.05), LoRA's loss on validation is clearly lower, over
+    all such settings that the searches saw on 50 and on 500 examples; does not hold here if the interval contains 0 or lies below."""
+    find, gaps = finder(rows), []
+    for case in FEW + MIDDLE:
+        seen: dict[str, dict[Any, float]] = {"lora": {}, "full": {}}
+        for method, losses in seen.items():
+            tuned(find, search(case.task, method, case.examples), losses)
+        trained = {m: [(find(described(t))["train_loss"], loss) for t, loss in losses.items()] for m, losses in seen.items()}
+        for fit, loss in trained["full"]:
+            near = [(abs(other - fit), value) for other, value in trained["lora"] if other is not None and fit is not None]
+            if near and min(near)[0] < 0.05:
+                gaps.append(loss - min(near)[1])
+    found = measured("validation loss of full fine-tuning, less LoRA's, at equal training loss", gaps, "nats per token")
+    return Verdict(
+        graded({"": found.low is not None and found.low > 0}),
+        f"At equal training loss LoRA's loss on validation is {found.value:+.3f} nats per token lower ({len(gaps)} pairs of settings).",
+        found, items=256, base="the shipped base", task="rewrite and source",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- which method?
+
+
+@claim("which-1", lesson="16_which_method.py", section="4 · Let the table decide", experiment=league(MAIN))
+def full_for_quality(rows: Rows) -> Verdict:
+    """Holds if in no case full fine-tuning clearly loses to its rival, the best other method on validation, by any amount; holds if
+    that is so in some; does not hold here if in none. Memory and storage are said to be no object."""
+    find = finder(rows)
+    return judged(find, against(find, "full", MAIN[1:], CASES), lambda d: not d.clearly_worse)
+
+
+@claim("which-2", lesson="16_which_method.py", section="4 · Let the table decide", experiment=league(MAIN))
+def lora_for_balance(rows: Rows) -> Verdict:
+    """Holds if in every case LoRA clearly beats each method that stores less, and is not inferior (interval above -0.02) to each that
+    stores more; holds if in some; does not hold here if in none."""
+    find = finder(rows)
+    size = {m: find(described(tuned(find, search("source", m, SIZES[1]))[0]))["storage"] for m in MAIN}
+    less, more = ([m for m in MAIN if m != "lora" and (size[m] < size["lora"]) is smaller] for smaller in (True, False))
+    smaller = judged(find, [pair for m in less for pair in in_cases("lora", CASES, m)], lambda d: d.clearly_better)
+    return both(smaller, judged(find, [pair for m in more for pair in in_cases("lora", CASES, m)], not_clearly_worse))
+
+
+@claim("which-4", lesson="16_which_method.py", section="4 · Let the table decide", experiment=league(MAIN))
+def prompts_for_least(rows: Rows) -> Verdict:
+    """Holds if a prompt, which stores the least of all, clearly beats the base as it is in every case; holds if in some; does not hold here
+    if in none, or if another method stores less."""
+    find = finder(rows)
+    size = {m: find(described(tuned(find, search("source", m, SIZES[1]))[0]))["storage"] for m in MAIN}
+    least = min(size, key=size.__getitem__) == "prompt"
+    return judged(find, in_cases("prompt", CASES, "base"), lambda d: least and d.clearly_better)

@@ -39,7 +39,7 @@ NOISE = [
 ]  # fmt: skip
 
 
-@claim("best-1", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", NOISE))
+@claim("best-1", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("practice", NOISE))
 def clean_data(rows: Rows) -> Verdict:
     """Holds if training on the clean part alone clearly beats training on all 500 examples, of which a quarter or a half are spoiled
     (answers of other questions, always the same wrong answer, records of another task), in every case; holds if in some; does
@@ -51,7 +51,7 @@ SKEWED = differing("balanced", {}, "80 % of one class", {"data": "skewed:0.8"}, 
 REPEATED = differing("80 % of one class, the others repeated", {"data": "oversampled:0.8"}, "80 % of one class", {"data": "skewed:0.8"}, [SOURCE])
 
 
-@claim("best-2", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", SKEWED + REPEATED))
+@claim("best-2", lesson="14_best_practices.py", section="7 · A class that is rare", experiment=Searches.pairs("practice", SKEWED + REPEATED))
 def balance(rows: Rows) -> Verdict:
     """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, and repeating the rare ones clearly beats not
     repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
@@ -61,7 +61,7 @@ def balance(rows: Rows) -> Verdict:
 HARD = differing("easy and hard examples", {"data": "mixed"}, "easy ones", {"data": "easy"})
 
 
-@claim("best-3", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", HARD))
+@claim("best-3", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("practice", HARD))
 def hard_examples(rows: Rows) -> Verdict:
     """Holds if 500 examples of which half are hard for the base clearly beat 500 easy ones, of one pool of 1,500, in every case; holds
     if in some; does not hold here if in none. The test has both kinds."""
@@ -77,7 +77,7 @@ LARGE = [
 EQUAL_STEPS = differing("batches of 64, 63 steps", {"batch_size": 64, "epochs": 8, **RATE}, "of 8, 63 steps", {"batch_size": 8, "epochs": 1, **RATE})
 
 
-@claim("best-5", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", LARGE + EQUAL_STEPS))
+@claim("best-5", lesson="14_best_practices.py", section="3 · The batch, whole or in parts", experiment=Searches.pairs("practice", LARGE + EQUAL_STEPS))
 def large_batches(rows: Rows) -> Verdict:
     """Holds if batches of 64 are not worse (interval above -0.02) than batches of 4 and of 16, each with its own rate and epochs, and
     not worse than batches of 8 for as many steps, in every case; holds if in some; does not hold here if in none."""
@@ -88,7 +88,7 @@ def large_batches(rows: Rows) -> Verdict:
 TUNED = [(case, method, search(case.task, method, case.examples)) for case in CASES for method in METHODS]
 
 
-@claim("best-6", lesson="14_best_practices.py", section="", experiment=Searches.of("league", [of for *_, of in TUNED]))
+@claim("best-6", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=Searches.of("league", [of for *_, of in TUNED]))
 def epochs(rows: Rows) -> Verdict:
     """Holds if the best number of epochs, each with a schedule of its own length, lies between 2 and 5 in every case of task, number of
     examples, and full fine-tuning or LoRA; holds if in some; does not hold here if in none. More than 32, 8 and 2 epochs of 50, 500 and 5,000
@@ -107,7 +107,7 @@ def epochs(rows: Rows) -> Verdict:
 WARM = [pair for share in (0.05, 0.1) for pair in differing(f"{share:.0%} warm-up", {"warmup": share}, "none", {"warmup": 0.0})]
 
 
-@claim("best-7", lesson="14_best_practices.py", section="", experiment=Searches.pairs("practice", WARM))
+@claim("best-7", lesson="14_best_practices.py", section="5 · Warm-up", experiment=Searches.pairs("practice", WARM))
 def warm_up(rows: Rows) -> Verdict:
     """Holds if a warm-up of 5 % and one of 10 % of the steps clearly beat none, each with its own rate, epochs and batch size, in every
     case; holds if in some; does not hold here if in none. (AdamW, runs of a hundred to a thousand steps.)"""

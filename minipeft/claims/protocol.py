@@ -150,6 +150,7 @@ TABLE: dict[str, Method] = {
     "prompt-random": _prompt.with_options(prompt_tuning_init="RANDOM"),
     "prefix-direct": _prefix.with_options(prefix_projection=False),
     **{f"lora-r{r}": lora_on(r=r) for r in (1, 2, 4, 16, 32, 64)},
+    **{f"lora-alpha{alpha}": lora_on().with_options(lora_alpha=alpha) for alpha in (4, 64)},
     "lora-q": lora_on(Q), "lora-v": lora_on(V), "lora-qv": lora_on(Q, V), "lora-qkvo": lora_on(Q, K, V, O),
     "lora-mlp": lora_on(GATE, UP, DOWN),
     # as many parameters as rank 8 on all layers, and as rank 1: `test_claims_protocol` counts
