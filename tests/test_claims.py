@@ -150,7 +150,7 @@ OTHERWISE = {  # id -> (what the rule calls, what that gives in its place, the v
     "adapter-2": ("adapters.moved", lambda before, after: ALL(before, 1.0), NOT),
     "soft-1": ("soft_prompts._difference", lambda a, b: 1.0, NOT),
     "soft-2": ("soft_prompts._difference", lambda a, b: 1.0, NOT),
-    "soft-4": ("soft_prompts.count_parameters", lambda *a: SimpleNamespace(trainable=1), NOT),
+    "soft-4": ("soft_prompts.elements", lambda shapes: 1, NOT),
     "soft-5": ("soft_prompts._difference", lambda a, b: 1.0, NOT),
     "soft-6": ("soft_prompts._difference", lambda a, b: 1.0, IF),
     "qlora-1": ("qlora.moved", lambda before, after: ALL(before, 1.0), NOT),
@@ -163,6 +163,7 @@ OTHERWISE = {  # id -> (what the rule calls, what that gives in its place, the v
     "rlhf-3": ("rlhf.reward_loss", lambda a, b: mp.Tensor(np.zeros(())), IF),
     "rlhf-4": ("rlhf.shaped_rewards", lambda *a: np.zeros((16, 2)), IF),
     "rlhf-6": ("rlhf.EPOCHS", 0, NOT),
+    "which-4": ("which.count_parameters", lambda *a: SimpleNamespace(stored=1), NOT),
     "which-5": ("which.CARD_SIZES", [1], NOT),
 }  # fmt: skip
 

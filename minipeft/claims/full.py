@@ -121,7 +121,7 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
     start = statistics.mean(row["before"] for row in rows)
     because = (
         f"Without zeroing, every gradient so far is added up: the held-out loss ends {listed(told)} from that of the loop with "
-        f"zeroing (it began at {start:.2f}); the printed loop is no worse {those(cases)}."
+        f"zeroing (it began at {start:.2f}); the printed loop is no worse at {sum(cases.values())} of {len(cases)} rates."
     )
     return Verdict(verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW")
 
@@ -209,8 +209,8 @@ def memory() -> Verdict:
     few = f", and with {those(cases, False)} {extra[those(cases, False), '7B']:.0f} times" if sum(not c for c in cases.values()) == 1 else ""
     return Verdict(
         graded(cases),
-        f"Gradients and states take {extra['adamw', '7B']:.0f} times the bytes of the weights with AdamW{few}: more than the weights with "
-        f"{those(cases)}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
+        f"The optimizer is one of {those(cases)}: gradients and states take {extra['adamw', '7B']:.0f} times the bytes of the weights with "
+        f"AdamW{few}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
         Number("gradients and AdamW's states over weights, 7B", extra["adamw", "7B"], "times"), evidence,
     )  # fmt: skip
 
@@ -236,9 +236,9 @@ def expensive() -> Verdict:
             Number(f"{size}: the same", money[size], "dollars"), Number(f"{size}: weights, gradients, states", states, "bytes"),
             Number(f"{size}: cards of {CARDS[CARD][0]} GB for these", cards[size], "cards"),
         ]  # fmt: skip
-    told = [f"{size} {money[size]:.2f} dollars of computation, and {cards[size]} cards for its states" for size in SIZES]
+    told = [f"{size} {money[size]:.2f} dollars of computation and {cards[size]} cards of {CARDS[CARD][0]} GB" for size in SIZES]
     return Verdict(
-        graded(cases), f"1,000 examples cost at {', at '.join(told)}: expensive is {those(cases)}.",
+        graded(cases), f"Expensive means {those(cases)}: 1,000 examples take at {', at '.join(told)}.",
         Number("1,000 examples at 7B", money["7B"], "dollars"), evidence,
         task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak, blocks computed again",
     )  # fmt: skip

@@ -27,7 +27,12 @@ RECORDS = [
     {"prompt": "For seven days the rain", "completion": " came down on the fields and on the hills."},
 ]
 
-base = cache(load_base)
+
+@cache
+def base() -> tuple[Any, Any]:
+    """(model, tokenizer) of the shipped base; in host memory, whatever the backend is."""
+    model, tokenizer = load_base()
+    return model.to("numpy"), tokenizer
 
 
 @cache

@@ -127,8 +127,8 @@ def published() -> list[dict[str, str]]:
 
 @claim("lora-5", lesson="12_counting.py", section="1 · Parameters")
 def count() -> Verdict:
-    """Holds if r (d + k), summed over the adapted layers, is what the built model trains, for ranks 1 to 64 on 7B's layers, and four of
-    five published counts follow from it; holds if only one of the two is so; does not hold here otherwise."""
+    """Holds if r (d + k), summed over the adapted layers, is what the built model trains, for ranks 1 to 64 on 7B's layers, and most
+    published counts follow from it; holds if only one of the two is so; does not hold here otherwise."""
     arch = architecture(SIZES["7B"])
     model, layers = mp.Transformer(arch.config, seed=None), [n for n in arch if arch.kinds[n] == "linear" and n != "lm_head.weight"]
     evidence, equal = [], True
@@ -141,11 +141,11 @@ def count() -> Verdict:
     reduction = whole / evidence[2].value
     right = [abs(recompute(row) - float(row["published_value"])) <= float(row["tolerance"]) for row in published()]
     evidence += [Number("published counts looked at", len(right)), Number("of them, as counted", sum(right))]
-    cases = {"the built model": equal, "what was published": 5 * sum(right) >= 4 * len(right) > 0}
+    cases = {"the built model": equal, "what was published": 2 * sum(right) > len(right)}
     return Verdict(
         graded(cases),
         f"The sum of r (d + k) is {'what' if equal else 'not what'} a 7B model with LoRA on its {len(layers)} linear layers trains at r = 1, "
-        f"8 and 64 (at 8 {reduction:.0f} times fewer), and {sum(right)} of {len(right)} published counts follow (the others are slips or lack options: `minipeft audit`).",
+        f"8 and 64 (at 8 {reduction:.0f} times fewer), and {sum(right)} of {len(right)} published counts follow (`minipeft audit` says why the others do not).",
         Number("7B's linear layers, dk over r (d + k) at r = 8", reduction, "times"), evidence, items=len(right),
     )  # fmt: skip
 
@@ -255,7 +255,7 @@ def mixed_batch(phase: str, seed: int, rows: int = 8, length: int = 32, tokens: 
     return seconds | size | {"difference": difference} | machine()
 
 
-MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(6)), timed=True)
+MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training", "generation"], seed=range(10)), timed=True)
 
 
 @claim("lora-11", lesson="04_lora.py", section="9 · One base, many tasks", experiment=MIXED)
@@ -274,7 +274,7 @@ def shared(rows: list[dict[str, Any]]) -> Verdict:
     worst = max(row["difference"] for row in rows)
     return Verdict(
         graded(cases),
-        f"A batch of 8 rows with 4 adapters takes {listed([f'{n.value:.2f} ({n.name.partition(chr(58))[0]})' for n in evidence[::2]])} times "
+        f"It is so, and saves time, in {those(cases)}: a batch of 8 rows with 4 adapters takes {listed([f'{n.value:.2f} ({n.name.partition(chr(58))[0]})' for n in evidence[::2]])} times "
         f"the time of the four in turn, and {listed([f'{n.value:.2f}' for n in single.values()])} times a batch of one adapter; base and "
         f"adapters take {memory:.2f} times the bytes of four models; rows differ from those alone by at most {worst:.0e}.",
         max(evidence[::2], key=lambda n: n.value), [*evidence, Number("bytes of base and 4 adapters over 4 models", memory, "times")],

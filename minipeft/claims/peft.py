@@ -30,10 +30,10 @@ def storage() -> Verdict:
         sizes[size] = 2 * count_parameters(name).stored, 2 * count_parameters(name, config).stored
     ratios = {(size, n): n * whole / (whole + n * small) for size, (whole, small) in sizes.items() for n in (1, 10, 100)}
     cases = {f"{n} task{'s' * (n > 1)}": all(ratios[size, n] > 1 for size in sizes) for n in (1, 10, 100)}
-    least = max(math.floor(whole / (whole - small)) + 1 for whole, small in sizes.values())
+    least = max(math.floor(whole / (whole - small)) + 1 if whole > small else math.inf for whole, small in sizes.values())
     return Verdict(
         graded(cases),
-        f"There are {least} tasks or more: the base itself is stored, too, so that one task takes {1 / ratios['the base', 1]:.2f} times "
+        f"There are {least:g} tasks or more: the base itself is stored, too, so that one task takes {1 / ratios['the base', 1]:.2f} times "
         f"a tuned model's bytes, and 100 tasks take {ratios['the base', 100]:.0f} times less (at 7B {ratios['7B', 100]:.0f} times).",
         Number("100 models over one base and 100 files of LoRA r=8, on disk", ratios["the base", 100], "times"),
         [

@@ -8,7 +8,8 @@ import numpy as np
 
 import minipeft as mp
 
-from ..accounting.parameters import count_parameters
+from .. import accounting
+from ..accounting.parameters import elements, trained_parameters
 from ..autograd import ops as F
 from ..autograd.tensor import no_grad
 from ..backend import asarray, to_numpy, xp_of
@@ -99,7 +100,7 @@ def count() -> Verdict:
 def fewest() -> Verdict:
     """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method with its usual options, on the base, at 7B
     and at 70B; holds if in some of these cases; does not hold here if in none."""
-    models: dict[str, Any] = {"the base": base()[0].config, **SIZES}
+    models = {size: accounting.architecture(model) for size, model in {"the base": base()[0].config, **SIZES}.items()}
     cases, evidence, least = {}, [], {}
     for size, model in models.items():
         others = {}
@@ -107,13 +108,13 @@ def fewest() -> Verdict:
             if name in ("prompt", "prefix", "p-tuning"):
                 continue
             try:
-                others[method.title] = count_parameters(model, method.config()).trainable
+                others[method.title] = elements(trained_parameters(model, method.config()))
             except ValueError:  # BitFit, of a model without biases
                 continue
         least[size] = min(others, key=others.get)
         evidence.append(Number(f"{size}: fewest of another method, {least[size]}", others[least[size]]))
         for n in (20, 100):
-            mine = count_parameters(model, mp.PromptTuningConfig(num_virtual_tokens=n)).trainable
+            mine = elements(trained_parameters(model, mp.PromptTuningConfig(num_virtual_tokens=n)))
             cases[f"P = {n} on {size}"] = mine < others[least[size]]
             evidence.append(Number(f"{size}: prompt P={n}", mine))
     ratio = evidence[4].value / evidence[3].value

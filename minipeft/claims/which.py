@@ -5,12 +5,39 @@ from __future__ import annotations
 import minipeft as mp
 
 from ..accounting.cards import CARDS
+from ..accounting.flops import step_flops
 from ..accounting.loop import Loop
+from ..accounting.parameters import count_parameters
 from ..accounting.pytorch_loop import pytorch_ledger
 from .inputs import SIZES
 from .register import Number, Verdict, claim, graded, those
 
 CARD_SIZES = sorted({CARDS[name][0] for name in ("t4", "a10", "l40s", "a100")})
+
+
+@claim("which-4", lesson="16_which_method.py", section="3 · The table")
+def limited() -> Verdict:
+    """Holds if, at 7B, a prompt of 20 vectors needs less than LoRA r = 8 on queries and values of each resource: bytes a task on disk,
+    memory of a step (by at least 10 %), FLOPs of a step (by at least 10 %); holds if of some; does not hold here if of none."""
+    name, prompt = SIZES["7B"], mp.PromptTuningConfig(num_virtual_tokens=20)
+    lora = mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    needs = {
+        title: {
+            "bytes a task": 4 * count_parameters(name, config).stored, "memory": pytorch_ledger(name, config, 1, length).total,
+            "computation": step_flops(name, config, 1, length).total,
+        }
+        for title, config, length in (("prompt", prompt, 512 + 20), ("LoRA", lora, 512))
+    }  # fmt: skip
+    ratios = {what: needs["prompt"][what] / n for what, n in needs["LoRA"].items()}
+    cases = {"bytes a task": ratios["bytes a task"] < 1, "memory": ratios["memory"] < 0.9, "computation": ratios["computation"] < 0.9}
+    return Verdict(
+        graded(cases),
+        f"What is limited is {those(cases)}: a prompt takes {ratios['bytes a task']:.3f} of LoRA's bytes a task, but {ratios['memory']:.2f} of its "
+        f"memory and {ratios['computation']:.2f} of its computation, as the whole model runs forward and backward for either.",
+        Number("bytes a task: prompt over LoRA", ratios["bytes a task"], "times"),
+        [Number(f"{title}: {what}", n, "FLOPs" if what == "computation" else "bytes") for title, found in needs.items() for what, n in found.items()],
+        base="LLaMA-7B, as shapes", task="512 tokens and 20 virtual ones, a PyTorch loop's usual settings; quality is not judged",
+    )  # fmt: skip
 
 
 @claim("which-5", lesson="16_which_method.py", section="3 · The table")
