@@ -26,7 +26,7 @@ non-decreasing curve; the gradient is clipped by its norm before it is projected
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,18 +151,21 @@ def update_spectrum(before: Any, after: Any, seed: int = 0) -> dict[str, dict[st
     return found
 
 
-def truncated(before: Any, after: Any, r: int) -> Any:
-    """The model before, with the best approximation of rank r of each matrix's update; vectors as they are after."""
-    old, new = before.state_dict(), {}
-    for path, w in after.state_dict().items():
-        if w.ndim == 2:
+def truncated(before: Any, after: Any, ranks: Sequence[int]) -> Iterator[Any]:
+    """For each rank the model before, with the best approximation of that rank of each matrix's update; vectors as they are
+    after."""
+    old, new = before.state_dict(), after.state_dict()
+    factors = {
+        path: np.linalg.svd(to_numpy(w) - to_numpy(old[path]), full_matrices=False) for path, w in new.items() if w.ndim == 2
+    }
+    for r in ranks:
+        model = before.copy()
+        state = dict(new)
+        for path, (U, s, V) in factors.items():
             start = to_numpy(old[path])
-            U, s, V = np.linalg.svd(to_numpy(w) - start, full_matrices=False)
-            w = asarray((start + (U[:, :r] * s[:r]) @ V[:r]).astype(start.dtype), xp_of(w))
-        new[path] = w
-    model = before.copy()
-    model.load_state_dict(new)
-    return model
+            state[path] = asarray((start + (U[:, :r] * s[:r]) @ V[:r]).astype(start.dtype), xp_of(new[path]))
+        model.load_state_dict(state)
+        yield model
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -206,7 +209,7 @@ def run(settings: Subspace) -> Row:
         row["accuracy"].append(None if model is None else accuracy(model, s.task, "test", s.items))
         if not s.d and model is not None:
             row["spectra"].append(update_spectrum(start, model, seed))
-            row["applied"].append([accuracy(truncated(start, model, r), s.task, "test", s.items) for r in RANKS])
+            row["applied"].append([accuracy(part, s.task, "test", s.items) for part in truncated(start, model, RANKS)])
     return rounded(row)
 
 

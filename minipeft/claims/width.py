@@ -113,7 +113,7 @@ def run(settings: Width) -> Row:
             return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
 
         best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
-        row, start = {"pretraining": vertex(tried), "pretraining_rates": curve(tried)}, models[best]
+        row, start = {"pretraining": vertex(tried, best), "pretraining_rates": curve(tried)}, models[best]
         models.clear()
 
     def encode(records: list[data.Question]) -> list[Example]:
@@ -130,8 +130,8 @@ def run(settings: Width) -> Row:
             return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
 
         usual = at_width(METHODS[name].learning_rate, start)
-        tried = best_rate(tune, 2.0 ** round(math.log2(usual)), LEAST)[1]
-        row |= {name: vertex(tried), f"{name}_rates": curve(tried)}
+        best, tried = best_rate(tune, 2.0 ** round(math.log2(usual)), LEAST)
+        row |= {name: vertex(tried, best), f"{name}_rates": curve(tried)}
     return {key: value if isinstance(value, float) else rounded_losses(value) for key, value in row.items()}
 
 
@@ -143,19 +143,18 @@ def rounded_losses(points: list[list[float | None]]) -> list[list[float | None]]
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-def vertex(tried: Mapping[float, float]) -> float:
-    """The best rate between those tried: where the parabola through the best and its two neighbors (x 2), in log2 rate, is
-    lowest, within them. The best itself where a neighbor diverged (its loss is infinite).
+def vertex(tried: Mapping[float, float], best: float) -> float:
+    """The best rate between those tried: where the parabola through `best` and its two neighbors (x 2), in log2 rate, is
+    lowest, within them. `best` itself where a neighbor diverged (its loss is infinite), or the three are on no such parabola.
 
-    Raises ValueError where the best has no two neighbors."""
-    best = min(tried, key=lambda rate: tried[rate])
+    Raises ValueError where `best` has no two neighbors."""
     if best / 2 not in tried or best * 2 not in tried:
         raise ValueError(f"the best rate {best:g} lies at the edge of what was tried")
     a, b, c = tried[best / 2], tried[best], tried[best * 2]
     curvature = a - 2 * b + c
     if not math.isfinite(curvature) or curvature <= 0:
         return best
-    return float(best * 2 ** ((a - c) / (2 * curvature)))  # the exponent is within ±1/2, as b is the lowest
+    return float(best * 2 ** min(1.0, max(-1.0, (a - c) / (2 * curvature))))
 
 
 class Law:
