@@ -1,0 +1,112 @@
+"""What the experiments on mechanisms share: a tuned rate, a training run, the scores of a task, and what a rule finds.
+
+One row of these experiments is a whole cell: its rate is tuned on validation under the seed TUNING of the protocol, on
+its lattice (rate x 2, to the best neighbor, until none is better), then the cell is measured under the seeds that its
+settings name, of which no choice has been made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..evaluation import evaluate
+from ..evaluation.intervals import Estimate, mean
+from ..experiments.shipped import base
+from ..text.datasets import MultipleChoice
+from ..text.examples import Example
+from ..train import Trainer, TrainingArguments, TrainingDiverged
+from ..train.evaluation import example_losses
+from ..train.trainer import TrainingResult
+from . import data
+from .protocol import climb
+
+HOLDS, IF, NOT = "holds", "holds if", "does not hold here"
+
+
+class Finding(NamedTuple):
+    """What a rule finds: its verdict, one sentence that says why, the number that decided, and those beside it."""
+
+    verdict: str
+    because: str
+    effect: Estimate
+    evidence: dict[str, Estimate]
+
+
+def graded(cases: Mapping[str, bool]) -> str:
+    """Of a statement that is tried in several cases: it holds in all, in some (then it holds if), or in none."""
+    return HOLDS if all(cases.values()) else IF if any(cases.values()) else NOT
+
+
+def those(cases: Mapping[str, bool], value: bool = True) -> str:
+    """The cases that came out so, "a, b"; "none" where none did."""
+    return ", ".join(name for name, found in cases.items() if found == value) or "none"
+
+
+def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:
+    """The geometric mean of base^logs, with its interval (Student's t on the logarithms)."""
+    return Estimate(*(None if x is None else base**x for x in mean(logs)))
+
+
+def best_rate(loss: Callable[[float], float | None], rate: float, least: float = 0.0) -> tuple[float, dict[float, float]]:
+    """(the best rate, {rate tried: its loss}): from `rate` by factors of 2 to the best neighbor, while it is better by more
+    than `least`; so the best lies inside what was tried. None, of a run that diverged, counts as infinite."""
+    known: dict[float, float] = {}
+    while True:
+        at, unknown = climb(known.get, rate, lambda r: [r / 2, r * 2], least)
+        if not unknown:
+            return at, dict(sorted(known.items()))
+        for r in unknown:
+            value = loss(r)
+            known[r] = math.inf if value is None or not math.isfinite(value) else value
+
+
+def curve(tried: Mapping[float, float]) -> list[list[float | None]]:
+    """The tried rates as a row has them, [[rate, loss], ...]; None where training diverged."""
+    return [[rate, loss if math.isfinite(loss) else None] for rate, loss in tried.items()]
+
+
+@np.errstate(over="ignore", invalid="ignore")  # of what diverges
+def train(
+    model: Any, examples: Sequence[Example], rate: float, steps: int, batch_size: int, seed: int, *, pad_token_id: int,
+    held_out: Sequence[Example] | None = None, every: int | None = None, schedule: str = "cosine", optimizer: Any = None,
+) -> TrainingResult | None:  # fmt: skip
+    """Train a model in place by AdamW, 5 % of the steps warming up; None where it diverged.
+
+    every      steps between measurements of the loss on `held_out`
+    optimizer  in the place of AdamW at this rate
+    """
+    arguments = TrainingArguments(
+        learning_rate=rate, max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=32,
+        lr_scheduler_type=schedule, warmup_ratio=0.05, eval_steps=every, seed=seed, progress=False,
+    )  # fmt: skip
+    trainer = Trainer(model, examples, held_out, arguments, pad_token_id, optimizer=optimizer)
+    try:
+        return trainer.train()
+    except TrainingDiverged:
+        return None
+
+
+def steps_of(examples: int, epochs: float, batch_size: int) -> int:
+    """Optimizer steps of so many epochs."""
+    return max(1, round(examples * epochs / batch_size))
+
+
+def loss_on(model: Any, examples: Sequence[Example], pad_token_id: int) -> float | None:
+    """Nats per label token; None where it is not finite."""
+    try:
+        nll, tokens = example_losses(model, examples, 32, pad_token_id)
+    except FloatingPointError:
+        return None
+    return float(nll.sum() / tokens.sum())
+
+
+def accuracy(model: Any, task: str, split: str, n: int) -> float:
+    """The share of n records of a checked task whose right choice has the highest log-probability."""
+    asked = data.asked(task, split, n)
+    items = [MultipleChoice(q.prompt, list(q.choices), q.choices.index(q.completion)) for q in asked]
+    found = evaluate(model, base()[1], items, batch_size=64).details
+    return float(np.mean([np.argmax(one["logprobs"]) == one["answer"] for one in found]))

@@ -1,0 +1,151 @@
+"""How many bits can a method make a model remember? Random answers, which nothing but memory can give.
+
+    memorized = Σ_examples (T log2 V + log2 p(answer | prompt))          bits; an answer has T tokens, each one of V
+
+The answers are drawn uniformly from all V tokens: a model that knows nothing gives each of them 1/V and has memorized 0
+bits, one that knows all has T log2 V of every example; the base, which expects English, is below 0. Prompts are the first
+tokens of different sentences of the task "source".
+
+Sources: Zhang et al. 2017, Understanding Deep Learning Requires Rethinking Generalization (arXiv:1611.03530), for random
+labels; Morris et al. 2025, How Much Do Language Models Memorize? (arXiv:2505.24832), for the bits of uniformly random
+tokens, and for the capacity as the greatest number of bits over sizes of the data.
+
+Departures: what counts are the bits after a fixed number of epochs, at the rate that is best for them, so a method that is
+slow has fewer; a model is fine-tuned, not trained from the start; only answers count, prompts are given. There is
+nothing held out, and nothing is to be: the rate is tuned on the bits under one seed, and reported under others, which
+have other prompts and other answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.intervals import Estimate, mean
+from ..experiments.rows import Row
+from ..experiments.shipped import base, rounded
+from ..text.examples import IGNORE, Example
+from ..train.evaluation import example_losses
+from . import data
+from .mechanisms import Finding, best_rate, curve, graded, steps_of, those, train
+from .protocol import SEEDS, TABLE, TUNING
+
+METHODS = (
+    "head", "bitfit", "ia3", "prompt", "prefix", "bottleneck", "lora-r1", "lora-r4", "lora", "lora-r16", "lora-r64", "full",
+)  # fmt: skip
+SIZES = (64, 256, 1024)  # examples
+LEAST = 0.01  # of all bits: a rate that is better by less is not better
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A cell: a method and a number of random examples."""
+
+    method: str
+    examples: int
+    epochs: int = 50
+    batch_size: int = 32
+    prompt: int = 8  # tokens
+    answer: int = 4
+    seeds: tuple[int, ...] = SEEDS
+
+
+def runs() -> list[Memory]:
+    """All cells of the methods that fit the base (BitFit needs biases, which it does not have)."""
+    fit = [method for method in METHODS if TABLE[method].why_not(base()[0]) is None]
+    return [Memory(method, n) for n in SIZES for method in fit]
+
+
+def random_answers(n: int, seed: int, prompt: int = 8, answer: int = 4) -> list[Example]:
+    """n examples whose prompts are all different, each the first tokens of a sentence; only the answers are learned.
+
+    Raises ValueError where there are not so many prompts."""
+    tokenizer, rng = base()[1], np.random.default_rng(seed)
+    sentences = [q.prompt.removeprefix("Sentence: ").removesuffix("\nBook:") for q in data.questions("source", "train")]
+    prompts: dict[tuple[int, ...], None] = {}
+    for i in rng.permutation(len(sentences)):
+        ids = tuple(tokenizer.encode(sentences[i])[:prompt])
+        if len(ids) == prompt:
+            prompts[ids] = None
+        if len(prompts) == n:
+            break
+    if len(prompts) < n:
+        raise ValueError(f"there are {len(prompts)} different prompts of {prompt} tokens, not {n}")
+    answers = rng.integers(0, tokenizer.vocab_size, (n, answer))
+    return [
+        Example(np.append(ids, drawn), np.append(np.full(prompt, IGNORE), drawn)) for ids, drawn in zip(prompts, answers)
+    ]
+
+
+def memorized(nll: Sequence[float], tokens: Sequence[int], choices: int) -> float:
+    """Bits, from the nats of each answer [n] and the numbers of its tokens [n], each one of `choices`."""
+    return float(np.sum(tokens) * math.log2(choices) - np.sum(nll) / math.log(2))
+
+
+def run(settings: Memory) -> Row:
+    """The row of a cell: the parameters that are trained, the bits there are, those of the untrained base and those
+    memorized by seed (None where training diverged), the rate, and [[rate, minus the memorized share], ...]."""
+    s, (model, tokenizer) = settings, base()
+    method, steps = TABLE[s.method], steps_of(s.examples, s.epochs, s.batch_size)
+    bits = s.examples * s.answer * math.log2(tokenizer.vocab_size)
+
+    def of(trained: Any, examples: list[Example]) -> float | None:
+        try:
+            return memorized(*example_losses(trained, examples, 64, tokenizer.pad_token_id), tokenizer.vocab_size)
+        except FloatingPointError:
+            return None
+
+    def fitted(rate: float, seed: int) -> tuple[float | None, Any]:
+        examples, trained = random_answers(s.examples, seed, s.prompt, s.answer), method.prepare(model, steps, seed)
+        done = train(trained, examples, rate, steps, s.batch_size, seed, pad_token_id=tokenizer.pad_token_id)
+        return (None if done is None else of(trained, examples)), trained
+
+    def loss(rate: float) -> float | None:
+        found = fitted(rate, TUNING)[0]
+        return None if found is None else -found / bits
+
+    rate, tried = best_rate(loss, method.learning_rate, LEAST)
+    last = method.prepare(model, steps)
+    return rounded({
+        "trainable": sum(p.size for p in last.parameters() if p.requires_grad), "bits": bits, "rate": rate, "rates": curve(tried),
+        "before": [of(model, random_answers(s.examples, seed, s.prompt, s.answer)) for seed in s.seeds],
+        "memorized": [fitted(rate, seed)[0] for seed in s.seeds],
+    })  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def capacity(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[Mapping[str, Any], np.ndarray]:
+    """(the row, its bits by seed) of the size of the data at which a method memorizes most."""
+    mine = [(row, np.array(row["memorized"], float)) for row in rows if row["method"] == method and None not in row["memorized"]]
+    if not mine:
+        raise ValueError(f"no run of {method} ended with a finite loss")
+    return max(mine, key=lambda pair: pair[1].mean())
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
+    """Holds if full fine-tuning memorizes clearly more bits than every method that trains fewer parameters, of the data at which
+    each memorizes most; holds if clearly more than some; does not hold here if than none."""
+    full, best = capacity(rows, "full")
+    evidence = {"full: share of all bits": mean(best / full["bits"]), "full: bits a trainable parameter": mean(best / full["trainable"])}
+    cases: dict[str, bool] = {}
+    margins: dict[str, Estimate] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        row, bits = capacity(rows, method)
+        if row["trainable"] >= full["trainable"]:
+            continue
+        margins[method] = margin = mean(best - bits)
+        cases[method] = margin.low is not None and margin.low > 0
+        evidence[f"{method}: bits a trainable parameter"] = mean(bits / row["trainable"])
+        evidence[f"{method}: bits"] = mean(bits)
+    nearest = min(margins, key=lambda method: margins[method].value)
+    because = (
+        f"Full fine-tuning fits {best.mean():,.0f} of {full['bits']:,.0f} bits, clearly more than {those(cases)}, and not than "
+        f"{those(cases, False)}; the nearest is {nearest}."
+    )
+    return Finding(graded(cases), because, Estimate(*margins[nearest]), evidence)

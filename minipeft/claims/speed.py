@@ -1,0 +1,216 @@
+"""Is training with fewer parameters faster: by the step, and to the same loss on held-out text?
+
+    seconds to a loss = steps to it × seconds a step,     FLOPs to it = steps to it × FLOPs a step
+
+Steps to a loss are read from the held-out curve of a run, measured every few steps, on straight lines between them. The
+losses are fixed by full fine-tuning's own curve: where it has half, and nine tenths, of what it gains in the whole run.
+Each method has the rate that is best for the mean of its curve (what is fast is low early), and a constant rate after
+warming up: a schedule that ends would make the steps depend on where it ends. FLOPs are `accounting.step_flops` of a batch of
+the mean padded length, without checkpointing; seconds are a median of steps, the methods in turn, in a run of its own, on
+a machine that does nothing else. So the curves are the same everywhere, and the seconds are a machine's.
+
+Sources: Hu et al. 2021, LoRA (arXiv:2106.09685), section 4.2: 25 % faster on GPT-3 175B; Biderman et al. 2024, LoRA
+Learns Less and Forgets Less (arXiv:2405.09673), for learning per example. Departures: a CPU, small models, and float32
+throughout; no time for reading data or for saving.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..accounting import architecture, step_flops
+from ..evaluation.intervals import Estimate
+from ..experiments.rows import Row
+from ..experiments.shipped import base, rounded
+from ..hub.pretrained import from_pretrained
+from ..hub.smollm2 import HOW_TO_GET, find_smollm2
+from ..peft.methods import at_width
+from ..text.datasets import Completion
+from ..text.examples import Example, encode_examples
+from ..train import Trainer, TrainingArguments
+from . import data
+from .mechanisms import Finding, best_rate, curve, geometric, graded, loss_on, those, train
+from .protocol import LEAST, SEEDS, TABLE, TUNING
+
+METHODS = ("full", "head", "ia3", "prompt", "prefix", "bottleneck", "lora", "lora-qv")
+SHARES = (0.5, 0.9)  # of full fine-tuning's gain
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A cell: how a method's loss falls, step by step, on "base" or "smollm2"."""
+
+    method: str
+    model: str = "base"
+    task: str = "rewrite"
+    steps: int = 240
+    every: int = 12
+    batch_size: int = 8
+    validation: int = 96
+    seeds: tuple[int, ...] = SEEDS
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A repeat: seconds a step of all methods, in turn; `rounds` times, `steps` steps each."""
+
+    repeat: int
+    model: str = "base"
+    methods: tuple[str, ...] = METHODS
+    task: str = "rewrite"
+    steps: int = 8
+    rounds: int = 3
+    batch_size: int = 8
+
+
+def runs() -> list[Curve | Pace]:
+    """All cells on the base: the curves, and the seconds."""
+    return [*(Curve(method) for method in METHODS), *map(Pace, SEEDS)]
+
+
+_LARGE = ("full", "ia3", "prompt", "lora")
+LARGE = [  # on the 135M model: hours
+    *(Curve(method, "smollm2", steps=32, every=4, validation=24) for method in _LARGE),
+    *(Pace(repeat, "smollm2", _LARGE, steps=3, rounds=2) for repeat in SEEDS),
+]
+
+
+def _model(name: str) -> tuple[Any, Any]:
+    if name == "base":
+        return base()
+    if (path := find_smollm2()) is None:
+        raise FileNotFoundError(HOW_TO_GET)
+    return from_pretrained(path)
+
+
+def _encoded(questions: Sequence[data.Question], tokenizer: Any) -> list[Example]:
+    return encode_examples([Completion(q.prompt, q.completion) for q in questions], tokenizer, data.LENGTH).examples
+
+
+def _drawn(s: Curve | Pace, tokenizer: Any, seed: int, steps: int) -> list[Example]:
+    pool = data.questions(s.task, "train")
+    order = np.random.default_rng(seed).permutation(len(pool))[: steps * s.batch_size]
+    return _encoded([pool[i] for i in order], tokenizer)
+
+
+def run(settings: Curve | Pace) -> Row:
+    """The row of a cell: of a curve or of seconds."""
+    return falls(settings) if isinstance(settings, Curve) else paces(settings)
+
+
+def falls(s: Curve) -> Row:
+    """trainable, flops (of a step), rate, rates ([[rate, mean of the curve], ...]), before (the held-out loss of the model as
+    it is), and curves [seeds][steps / every]: the held-out losses; None for a seed whose training diverged."""
+    model, tokenizer = _model(s.model)
+    method, held_out = TABLE[s.method], _encoded(data.asked(s.task, "validation", s.validation), tokenizer)
+
+    def losses(rate: float, seed: int) -> list[float] | None:
+        trained, examples = method.prepare(model, s.steps, seed), _drawn(s, tokenizer, seed, s.steps)
+        found = train(
+            trained, examples, rate, s.steps, s.batch_size, seed,
+            pad_token_id=tokenizer.pad_token_id, held_out=held_out, every=s.every, schedule="constant",
+        )  # fmt: skip
+        return None if found is None else [loss for _, loss in found.losses("eval_loss")]
+
+    def score(rate: float) -> float | None:
+        found = losses(rate, TUNING)
+        return None if found is None else statistics.mean(found)
+
+    usual = at_width(method.learning_rate, model)
+    rate, tried = best_rate(score, 2.0 ** round(math.log2(usual)), LEAST)
+    examples = _drawn(s, tokenizer, TUNING, s.steps)
+    lengths = [max(len(e.input_ids) for e in examples[i : i + s.batch_size]) for i in range(0, len(examples), s.batch_size)]
+    prepared, arch = method.prepare(model, s.steps), architecture(model.config)
+    flops = step_flops(arch, method.config(s.steps), s.batch_size, round(statistics.mean(lengths)), checkpointing=False)
+    return {
+        "trainable": sum(p.size for p in prepared.parameters() if p.requires_grad), "flops": flops.total, "rate": rate,
+        "rates": [[r, rounded(loss)] for r, loss in curve(tried)], "before": rounded(loss_on(model, held_out, tokenizer.pad_token_id)),
+        "curves": rounded([losses(rate, seed) for seed in s.seeds]),
+    }  # fmt: skip
+
+
+def paces(s: Pace) -> Row:
+    """seconds: the least over the rounds of the median of a round's steps, by method; the first step of a round is left out."""
+    model, tokenizer = _model(s.model)
+    examples, medians = _drawn(s, tokenizer, 0, s.steps + 1), {name: [] for name in s.methods}
+    for _ in range(s.rounds):
+        for name, found in medians.items():
+            arguments = TrainingArguments(
+                max_steps=s.steps + 1, per_device_train_batch_size=s.batch_size, learning_rate=1e-5, progress=False
+            )
+            trainer = Trainer(TABLE[name].prepare(model, s.steps), examples, None, arguments, tokenizer.pad_token_id)
+            found.append(statistics.median([seconds for _, seconds in trainer.train().losses("seconds")][1:]))
+    return {"seconds": {name: min(found) for name, found in medians.items()}}
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def steps_to(losses: Sequence[float] | None, target: float, every: int, before: float) -> float:
+    """Steps until a curve, measured every so many steps from `before` on, is first at `target`; infinite where it never is."""
+    if before <= target:
+        return 0.0
+    last = before
+    for i, loss in enumerate(losses or ()):
+        if loss <= target:
+            return every * (i + (last - target) / (last - loss))
+        last = loss
+    return math.inf
+
+
+def targets(full: Mapping[str, Any]) -> dict[float, float]:
+    """{share of the gain: the held-out loss at which full fine-tuning has it}: of its best loss, in the mean over seeds."""
+    best = statistics.mean(min(one) for one in full["curves"] if one)
+    return {share: full["before"] - share * (full["before"] - best) for share in SHARES}
+
+
+def ratio(mine: Sequence[float], full: Sequence[float]) -> Estimate | None:
+    """The geometric mean of mine / full, pair by pair, with its interval; None where one is infinite."""
+    logs = np.log2(np.asarray(mine, float)) - np.log2(np.asarray(full, float))
+    return geometric(logs) if np.isfinite(logs).all() else None
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], model: str = "base") -> Finding:
+    """Holds if every method that trains fewer parameters than all is clearly faster than full fine-tuning in seconds a step and
+    in seconds to both losses; holds if clearly faster in some of these; does not hold here if in none. A method that never
+    reaches a loss is not faster to it."""
+    mine = [row for row in rows if row["model"] == model]
+    curves = {row["method"]: row for row in mine if "curves" in row}
+    seconds = {name: [row["seconds"][name] for row in mine if "seconds" in row] for name in curves}
+    full, cases, evidence = curves["full"], {}, {}
+    pace = {name: ratio(seconds[name], seconds["full"]) for name in curves}
+    for name, row in curves.items():
+        if row["trainable"] >= full["trainable"]:
+            continue
+        faster = [evidence.setdefault(f"{name}: seconds a step", pace[name])]
+        evidence[f"{name}: FLOPs a step"] = Estimate(row["flops"] / full["flops"])
+        for share, target in targets(full).items():
+            steps = ratio(*([steps_to(one, target, r["every"], r["before"]) for one in r["curves"]] for r in (row, full)))
+            if steps is None:
+                faster.append(None)
+                continue
+            evidence[f"{name}: steps to {share:.0%} of the gain"] = steps
+            evidence[f"{name}: FLOPs to {share:.0%} of the gain"] = Estimate(*(x and x * row["flops"] / full["flops"] for x in steps))
+            evidence[f"{name}: seconds to {share:.0%} of the gain"] = both = product(steps, pace[name])
+            faster.append(both)
+        for what, found in zip(("a step", *(f"to {share:.0%} of the gain" for share in SHARES)), faster):
+            cases[f"{name} {what}"] = found is not None and found.high is not None and found.high < 1
+    if not cases:
+        raise ValueError("there is no row of a method that trains fewer parameters than full fine-tuning")
+    slowest = max((x for name, x in evidence.items() if name.endswith("seconds a step")), key=lambda x: x.value)
+    return Finding(graded(cases), f"Faster than full fine-tuning: {those(cases)}; not: {those(cases, False)}.", slowest, evidence)
+
+
+def product(a: Estimate, b: Estimate) -> Estimate:
+    """The product of two independent positive estimates, with its interval: the half widths of their logarithms add in squares."""
+    value = a.value * b.value
+    if None in (*a, *b):
+        return Estimate(value)
+    half = math.hypot(*(math.log(x.high / x.low) / 2 for x in (a, b)))
+    return Estimate(value, value * math.exp(-half), value * math.exp(half))

@@ -1,0 +1,234 @@
+"""Does the best learning rate fall with the width of a model, and does that reach the textbook's range at 7B?
+
+    rate ~ width^-a         log2 rate = b - a log2 width: least squares for every seed, its interval over seeds
+    at width n              2^(b - a log2 n), for every seed, its interval over seeds
+
+Models of the Llama dialect, all 4 layers deep and with heads of 16 channels, are pretrained for the same tokens on the
+shipped corpora, each by its best rate, then fine-tuned on the task "source" from there, all weights or LoRA. A best rate
+is found on a lattice (x 2), inside what was tried, and then between its points: the vertex of the parabola of the loss
+through the best rate and its two neighbors, in log2 rate. Every seed has a model, examples and best rates of its own.
+
+Sources: Yang et al. 2022, Tensor Programs V (arXiv:2203.03466): in the usual parametrization, Adam's best rate for
+matrices falls as 1 / width, a = 1; that for embeddings and norms does not. Rates 1e-5 to 5e-5: Devlin et al. 2019, BERT
+(arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5), and the textbooks after it.
+
+Departures: pretraining is short (307,200 tokens), so that the start is far from what a 7B model has seen; one depth; all
+weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. It can be
+compared at 576 with SmolLM2-135M (`LARGE`, 30 layers), which others have pretrained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.intervals import Estimate, mean
+from ..experiments.rows import Row
+from ..experiments.shipped import base, rounded
+from ..hub.pretrained import from_pretrained
+from ..hub.smollm2 import HOW_TO_GET, find_smollm2
+from ..nn.transformer import Transformer, TransformerConfig
+from ..peft.methods import METHODS, at_width
+from ..text.corpora import general_text
+from ..text.datasets import Completion
+from ..text.examples import Example, chunk_text, encode_documents, encode_examples
+from . import data
+from .mechanisms import Finding, best_rate, curve, geometric, graded, loss_on, steps_of, those, train
+from .protocol import LEAST, SEEDS
+
+WIDTHS, TUNED = (32, 64, 128, 256), ("full", "lora")
+SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
+MUCH = 1 / 2  # a rate below this share of another is much smaller
+
+
+@dataclass(frozen=True)
+class Width:
+    """A seed of a width: pretrained here ("" for `model`), or "smollm2", which is not."""
+
+    width: int
+    seed: int
+    model: str = ""
+    pretraining: int = 300  # steps of `blocks` blocks of `length` tokens
+    blocks: int = 8
+    length: int = 128
+    examples: int = 500
+    epochs: float = 1
+    batch_size: int = 8
+    validation: int = 256
+
+
+def runs() -> list[Width]:
+    """All cells of the widths that are pretrained here."""
+    return [Width(width, seed) for width in WIDTHS for seed in SEEDS]
+
+
+LARGE = [Width(SMALL, seed, "smollm2", 0, validation=64) for seed in SEEDS]  # hours each
+
+
+def shape(width: int, tokenizer: Any, layers: int = 4) -> TransformerConfig:
+    """Of the models that are pretrained here."""
+    return TransformerConfig.llama(
+        vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 16, num_key_value_heads=width // 32, max_position_embeddings=data.LENGTH,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+@cache
+def text(split: str, n: int, length: int) -> list[Example]:
+    """n blocks of general text of a split: documents in an order that is always the same, as many as it takes."""
+    tokenizer, documents = base()[1], general_text(split)
+    order, blocks = np.random.default_rng(0).permutation(len(documents)), []
+    for start in range(0, len(documents), 200):
+        ids = encode_documents([documents[i] for i in order[start : start + 200]], tokenizer)
+        blocks += [Example(block, block) for block in chunk_text(ids, length) if len(block) == length]
+        if len(blocks) >= n:
+            break
+    return blocks[:n]
+
+
+def run(settings: Width) -> Row:
+    """The row of a cell. Of "pretraining" and of each of TUNED: the best rate, between the lattice's, and the
+    [[rate, loss on validation], ...] of those tried: {"pretraining": 3e-3, "pretraining_rates": ..., "full": ..., ...}."""
+    s, row = settings, {}
+    if s.model:
+        path = find_smollm2()
+        if path is None:
+            raise FileNotFoundError(HOW_TO_GET)
+        start, tokenizer = from_pretrained(path)
+    else:
+        tokenizer, models = base()[1], {}
+        read = text("train", s.pretraining * s.blocks, s.length)
+        held_out = text("validation", 64, s.length)
+
+        def pretrain(rate: float) -> float | None:
+            model = Transformer(shape(s.width, tokenizer), seed=s.seed)
+            done = train(model, read, rate, s.pretraining, s.blocks, s.seed, pad_token_id=tokenizer.pad_token_id)
+            models[rate] = model
+            return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
+
+        best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
+        row, start = {"pretraining": vertex(tried, best), "pretraining_rates": curve(tried)}, models[best]
+        models.clear()
+
+    def encode(records: list[data.Question]) -> list[Example]:
+        return encode_examples([Completion(q.prompt, q.completion) for q in records], tokenizer, data.LENGTH).examples
+
+    pool, steps = data.questions("source", "train"), steps_of(s.examples, s.epochs, s.batch_size)
+    drawn = encode([pool[i] for i in np.random.default_rng(s.seed).permutation(len(pool))[: s.examples]])
+    validation = encode(data.asked("source", "validation", s.validation))
+    for name in TUNED:
+
+        def tune(rate: float, method: Any = METHODS[name]) -> float | None:
+            model = method.prepare(start, steps, s.seed)
+            done = train(model, drawn, rate, steps, s.batch_size, s.seed, pad_token_id=tokenizer.pad_token_id)
+            return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
+
+        usual = at_width(METHODS[name].learning_rate, start)
+        best, tried = best_rate(tune, 2.0 ** round(math.log2(usual)), LEAST)
+        row |= {name: vertex(tried, best), f"{name}_rates": curve(tried)}
+    return {key: value if isinstance(value, float) else rounded_losses(value) for key, value in row.items()}
+
+
+def rounded_losses(points: list[list[float | None]]) -> list[list[float | None]]:
+    """[[rate, loss], ...] with the losses rounded; rates may be small."""
+    return [[rate, rounded(loss)] for rate, loss in points]
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def vertex(tried: Mapping[float, float], best: float) -> float:
+    """The best rate between those tried: where the parabola through `best` and its two neighbors (x 2), in log2 rate, is
+    lowest, within them. `best` itself where a neighbor diverged (its loss is infinite), or the three are on no such parabola.
+
+    Raises ValueError where `best` has no two neighbors."""
+    if best / 2 not in tried or best * 2 not in tried:
+        raise ValueError(f"the best rate {best:g} lies at the edge of what was tried")
+    a, b, c = tried[best / 2], tried[best], tried[best * 2]
+    curvature = a - 2 * b + c
+    if not math.isfinite(curvature) or curvature <= 0:
+        return best
+    return float(best * 2 ** min(1.0, max(-1.0, (a - c) / (2 * curvature))))
+
+
+class Law:
+    """rate = 2^b width^-a, for every seed: from rates [seeds, widths]."""
+
+    def __init__(self, widths: Sequence[int], rates: np.ndarray):
+        x, y = np.log2(np.asarray(widths, float)), np.log2(np.asarray(rates, float))
+        if y.ndim != 2 or y.shape[1] != len(x) or len(x) < 2:
+            raise ValueError(f"a law takes rates [seeds, widths] at two widths or more, got {y.shape} and {len(x)}")
+        self.slopes = ((y - y.mean(axis=1, keepdims=True)) @ (x - x.mean())) / ((x - x.mean()) ** 2).sum()
+        self.offsets = y.mean(axis=1) - self.slopes * x.mean()
+
+    @property
+    def exponent(self) -> Estimate:
+        """a, with its interval over the seeds."""
+        return mean(-self.slopes)
+
+    def at(self, width: int) -> Estimate:
+        """The rate at a width, with its interval over the seeds: of the fit, not of what is left of it."""
+        return geometric(self.offsets + self.slopes * math.log2(width))
+
+
+def table(rows: Sequence[Mapping[str, Any]], of: str) -> tuple[list[int], np.ndarray]:
+    """(widths, best rates [seeds, widths]) of "pretraining" or one of TUNED, of the models pretrained here."""
+    mine = [row for row in rows if not row["model"]]
+    widths, seeds = (sorted({row[key] for row in mine}) for key in ("width", "seed"))
+    found = {(row["seed"], row["width"]): row[of] for row in mine}
+    return widths, np.array([[found[seed, width] for width in widths] for seed in seeds])
+
+
+def compared(rows: Sequence[Mapping[str, Any]], of: str = "full") -> tuple[Estimate, Estimate] | None:
+    """(what the law predicts for SmolLM2-135M, what is best there) of TUNED; None without its rows."""
+    there = [math.log2(row[of]) for row in rows if row["model"]]
+    return (Law(*table(rows, of)).at(SMALL), geometric(there)) if there else None
+
+
+def _overlap(a: Estimate, low: float, high: float) -> bool:
+    return a.low is not None and a.low <= high and a.high >= low
+
+
+def small_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
+    """Of full-3. Holds if at every width the best rate of full fine-tuning is clearly below half of pretraining's, and the rate
+    predicted at the width of a 7B model (its interval) meets 1e-5 to 5e-5; holds if one of the two is so, or the first at some
+    widths; does not hold here if nothing is."""
+    (widths, tuning), (_, before) = table(rows, "full"), table(rows, "pretraining")
+    laws = {"fine-tuning": Law(widths, tuning), "pretraining": Law(widths, before)}
+    evidence = {f"a of {name}": law.exponent for name, law in laws.items()}
+    cases = {}
+    for i, width in enumerate(widths):
+        evidence[f"fine-tuning over pretraining, width {width}"] = ratio = geometric(np.log2(tuning[:, i] / before[:, i]))
+        cases[f"a rate much smaller than pretraining's at width {width}"] = ratio.high is not None and ratio.high < MUCH
+    there = laws["fine-tuning"].at(SEVEN_B)
+    cases[f"1e-5 to 5e-5 at width {SEVEN_B}"] = _overlap(there, *RANGE)
+    evidence |= {f"at width {SEVEN_B}": there, f"at width {SMALL}": laws["fine-tuning"].at(SMALL)}
+    because = (
+        f"It is so for {those(cases)}, and not for {those(cases, False)}: the best rate falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
+        f"to {there.value:.1e} at width {SEVEN_B}"
+    )
+    if (pair := compared(rows)) is not None:
+        evidence["SmolLM2-135M, measured"] = pair[1]
+        because += f"; at width {SMALL} it predicts {pair[0].value:.1e}, and the 135M model's best is {pair[1].value:.1e}"
+    return Finding(graded(cases), because + ".", there, evidence)
+
+
+def peft_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
+    """Of best-4. Holds if at every width LoRA's best rate is clearly above full fine-tuning's, and full's predicted at the width
+    of a 7B model meets 1e-5 to 5e-5; holds if some of it is so; does not hold here if nothing is."""
+    (widths, full), (_, lora) = table(rows, "full"), table(rows, "lora")
+    evidence, cases = {}, {}
+    for i, width in enumerate(widths):
+        evidence[f"LoRA's rate over full's, width {width}"] = ratio = geometric(np.log2(lora[:, i] / full[:, i]))
+        cases[f"a higher rate for LoRA at width {width}"] = ratio.low is not None and ratio.low > 1
+    evidence[f"full at width {SEVEN_B}"] = there = Law(widths, full).at(SEVEN_B)
+    cases[f"1e-5 to 5e-5 for full at width {SEVEN_B}"] = _overlap(there, *RANGE)
+    ratio = geometric(np.log2(lora / full).mean(axis=1))
+    because = f"It is so for {those(cases)}, and not for {those(cases, False)}: LoRA's best rate is {ratio.value:.1f} times full's."
+    return Finding(graded(cases), because, ratio, evidence)
