@@ -65,7 +65,6 @@ CASES = {
     "soft-9": ({"prompt": HIGH}, {}),
     "which-1": ({"full": HIGH}, {"full": LOW}),
     "which-2": ({"lora": HIGH}, {"lora": LOW}),
-    "which-4": ({"prompt": HIGH}, {"prompt": -2.0}),
     "lora-13": (lambda t: {"lora": 0.5}.get(t.method, 0.1), lambda t: 0.5),
     "qlora-5": ({"qlora": 0.5, "lora": 0.5}, {"qlora": LOW}),
 }

@@ -287,13 +287,3 @@ def lora_for_balance(rows: Rows) -> Verdict:
     less, more = ([m for m in MAIN if m != "lora" and (size[m] < size["lora"]) is smaller] for smaller in (True, False))
     smaller = judged(find, [pair for m in less for pair in in_cases("lora", CASES, m)], lambda d: d.clearly_better)
     return both(smaller, judged(find, [pair for m in more for pair in in_cases("lora", CASES, m)], not_clearly_worse))
-
-
-@claim("which-4", lesson="16_which_method.py", section="4 · Let the table decide", experiment=league(MAIN))
-def prompts_for_least(rows: Rows) -> Verdict:
-    """Holds if a prompt, which stores the least of all, clearly beats the base as it is in every case; holds if in some; does not hold here
-    if in none, or if another method stores less."""
-    find = finder(rows)
-    size = {m: find(described(tuned(find, search("source", m, SIZES[1]))[0]))["storage"] for m in MAIN}
-    least = min(size, key=size.__getitem__) == "prompt"
-    return judged(find, in_cases("prompt", CASES, "base"), lambda d: least and d.clearly_better)
