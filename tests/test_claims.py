@@ -30,8 +30,10 @@ from minipeft.text.templates import Turn
 
 LESSONS = Path(__file__).parent.parent / "lessons"
 IDS = [id for id in claims.statements() if claims.rule_of(id)]
-WITH_ROWS = [id for id in IDS if claims.rule_of(id).experiment]
-IN_PLACE = [id for id in IDS if id not in WITH_ROWS]
+IN_PLACE = [id for id in IDS if claims.rule_of(id).experiment is None]
+EXPERIMENTS = {id: claims.rule_of(id).experiment for id in IDS if id not in IN_PLACE}
+WITH_ROWS = [id for id, experiment in EXPERIMENTS.items() if not experiment.missing(experiment.rows())]
+TRIED = [id for id in IDS if id in IN_PLACE or id in WITH_ROWS]
 
 
 # ------------------------------------------------------------------------------------------------------- the register
@@ -55,7 +57,7 @@ def test_a_rule_states_itself_and_names_a_lesson_s_section(id):
     assert re.search(rf"^# ## {re.escape(rule.section)}$", text, re.M), rule.section
 
 
-@pytest.mark.parametrize("id", IDS)
+@pytest.mark.parametrize("id", TRIED)
 def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
     verdict = claims.judge(id)
     assert verdict.verdict in register.VERDICTS and verdict.verdict != UNTRIED
@@ -71,7 +73,7 @@ def test_what_needs_no_comparison_of_trained_quality_is_tried():
 
 
 def test_a_statement_without_a_rule_is_not_tried():
-    assert claims.rule_of("best-2") is None and claims.judge("best-2").verdict == UNTRIED
+    assert claims.rule_of("rlhf-7") is None and claims.judge("rlhf-7").verdict == UNTRIED
     with pytest.raises(KeyError):
         claims.judge("lora-99")
 
@@ -79,8 +81,8 @@ def test_a_statement_without_a_rule_is_not_tried():
 @pytest.mark.parametrize(("id", "doc", "message"), [
     ("lora-99", "Holds if so.", "there is no statement 'lora-99'"),
     ("lora-6", "Holds if so.", "lora-6 has a rule already: example"),
-    ("best-2", None, "the rule of best-2 must state itself"),
-    ("best-2", "It holds.", "the rule of best-2 must state itself"),
+    ("rlhf-7", None, "the rule of rlhf-7 must state itself"),
+    ("rlhf-7", "It holds.", "the rule of rlhf-7 must state itself"),
 ])  # fmt: skip
 def test_what_is_no_rule_is_refused(id, doc, message):
     claims.rule_of("lora-6")
@@ -98,9 +100,9 @@ def test_a_rule_stands_in_its_section_s_module(monkeypatch):
         """Holds if so."""
 
     rule.__module__ = "minipeft.claims.lora"
-    with pytest.raises(ValueError, match=r"the rule of best-2 belongs into minipeft\.claims\.practice"):
-        claims.claim("best-2", lesson="14_best_practices.py", section="1")(rule)
-    assert "best-2" not in register.RULES
+    with pytest.raises(ValueError, match=r"the rule of rlhf-7 belongs into minipeft\.claims\.rlhf"):
+        claims.claim("rlhf-7", lesson="11_reward_hacking.py", section="1")(rule)
+    assert "rlhf-7" not in register.RULES
 
 
 def test_a_verdict_is_one_of_five():

@@ -160,7 +160,7 @@ def adapters_against_lora(rows: Rows) -> Verdict:
     return judged(finder(rows), pairs, lambda d: d.clearly_better)
 
 
-@claim("soft-8", lesson="06_soft_prompts.py", section="3 · The table", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
+@claim("soft-8", lesson="16_which_method.py", section="3 · The table", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
 def soft_prompts(rows: Rows) -> Verdict:
     """Holds if a prompt and a prefix clearly lose to the better (on validation) of LoRA and adapters in every case; holds if in some;
     does not hold here if in none."""
