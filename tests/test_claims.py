@@ -210,7 +210,15 @@ def test_an_adapter_that_computes_something_else_fails_its_equation(monkeypatch)
 def test_the_traps_are_counted(monkeypatch):
     before = claims.judge("qlora-6")
     assert before.verdict == IF
-    monkeypatch.setattr("minipeft.claims.qlora.nf4.quantize_scales", lambda c: (np.zeros(c.size, np.uint8), np.ones(c.size, np.float32), 9.0))
+    from minipeft.quant import nf4
+
+    whole = nf4.quantize_scales
+
+    def worse(c):
+        codes, c2, mean = whole(c)
+        return codes, c2, mean + 0.01
+
+    monkeypatch.setattr(nf4, "quantize_scales", worse)
     assert claims.judge("qlora-6").effect.value == before.effect.value - 1, "the library's own scales are as wrong"
 
 
