@@ -97,7 +97,7 @@ def loop(zeroed: bool, rate: float, seed: int, steps: int = 60, batch_size: int 
     return {"before": round(before, 5), "after": round(evaluate(model, task.held_out, 16, task.pad_token_id), 5)}
 
 
-LOOPS = Experiment("loop", loop, lambda: mp.grid(zeroed=[True, False], rate=[PRINTED, USUAL], seed=range(5)))
+LOOPS = Experiment("loop", loop, lambda: mp.grid(zeroed=[True, False], rate=[PRINTED, USUAL], seed=range(5)), tolerance=0.05)
 
 
 @claim("full-2", lesson="03_full_finetuning.py", section="Step 3 · Train: and which learning rate?", experiment=LOOPS)

@@ -152,7 +152,7 @@ def architecture() -> Verdict:
     )  # fmt: skip
 
 
-@claim("soft-6", lesson="06_soft_prompts.py", section="5 · The lost context")
+@claim("soft-6", lesson="04_lora.py", section="9 · One base, many tasks")
 def mixed() -> Verdict:
     """Holds if, in a batch whose rows use two prompts, a prefix, LoRA, adapters and nothing, each row has the logits (to 1e-4) and the
     generated tokens that it has alone; holds if one of the two is so; does not hold here otherwise."""
