@@ -43,8 +43,19 @@ def test_the_statements_are_the_textbook_s_and_each_has_one_id():
     assert found["lora-6"].statement == "d = k = 4096, r = 8: 16.7M against 65K, 256 times" and found["lora-6"].kind == "count"
     sections = dict.fromkeys(s.section for s in found.values())
     assert [*sections] == [
-        "overview", "full", "peft", "lora", "adapters", "soft prompts", "qlora", "instruction", "rlhf", "practice", "forgetting", "which",
-    ]  # fmt: skip
+        "overview",
+        "full",
+        "peft",
+        "lora",
+        "adapters",
+        "soft prompts",
+        "qlora",
+        "instruction",
+        "rlhf",
+        "practice",
+        "forgetting",
+        "which",
+    ]
 
 
 @pytest.mark.parametrize("id", IDS)
@@ -245,35 +256,46 @@ def changed(rows, **numbers):
 
 ROWS = {  # id -> [(changes, the verdict then)]
     "full-2": [
-        ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT), ({"after": lambda r: 1.0 + r["seed"]}, HOLDS),
+        ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT),
+        ({"after": lambda r: 1.0 + r["seed"]}, HOLDS),
         ({"after": lambda r: r["seed"] + (not r["zeroed"] and r["rate"] > 1e-4)}, IF),
         ({"after": lambda r: float("nan") if not r["zeroed"] else 1.0}, NOT),
     ],
     "lora-10": [
-        ({"merged": lambda r: r["base"]}, HOLDS), ({"merged": lambda r: 1.2 * r["base"]}, NOT),
-        ({"merged": lambda r: (1 + 0.05 * (r["width"] > 128)) * r["base"]}, IF), ({"merged": lambda r: (1 + r["seed"]) * r["base"]}, UNTESTABLE),
+        ({"merged": lambda r: r["base"]}, HOLDS),
+        ({"merged": lambda r: 1.2 * r["base"]}, NOT),
+        ({"merged": lambda r: (1 + 0.05 * (r["width"] > 128)) * r["base"]}, IF),
+        ({"merged": lambda r: (1 + r["seed"]) * r["base"]}, UNTESTABLE),
     ],
     "adapter-7": [
-        ({"adapters": lambda r: 1.1 * r["base"]}, HOLDS), ({"adapters": lambda r: r["base"]}, NOT),
+        ({"adapters": lambda r: 1.1 * r["base"]}, HOLDS),
+        ({"adapters": lambda r: r["base"]}, NOT),
         ({"adapters": lambda r: (1 + 0.2 * (r["width"] > 128)) * r["base"]}, IF),
     ],
     "lora-11": [
-        ({"mixed": lambda r: 0.5 * r["one_by_one"]}, HOLDS), ({"mixed": lambda r: 1.5 * r["one_by_one"]}, NOT), ({"difference": lambda r: 1.0}, NOT),
+        ({"mixed": lambda r: 0.5 * r["one_by_one"]}, HOLDS),
+        ({"mixed": lambda r: 1.5 * r["one_by_one"]}, NOT),
+        ({"difference": lambda r: 1.0}, NOT),
         ({"mixed": lambda r: (0.5 + (r["phase"] == "training")) * r["one_by_one"]}, IF),
     ],
     "adapter-5": [
-        ({"set": lambda r: 0.01 * r["token"]}, HOLDS), ({"set": lambda r: 0.5 * r["token"]}, IF), ({"set": lambda r: 2 * r["token"]}, NOT),
+        ({"set": lambda r: 0.01 * r["token"]}, HOLDS),
+        ({"set": lambda r: 0.5 * r["token"]}, IF),
+        ({"set": lambda r: 2 * r["token"]}, NOT),
         ({"difference": lambda r: 1.0}, NOT),
     ],
     "soft-7": [
-        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(64)]}, HOLDS), ({"losses": lambda r: [1.0] * 64}, NOT),
+        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(64)]}, HOLDS),
+        ({"losses": lambda r: [1.0] * 64}, NOT),
         ({"losses": lambda r: [i + 0.1 * (r["taken"] > 100) for i in range(64)]}, IF),
     ],
     "qlora-4": [
-        ({"qlora": lambda r: 1.1 * r["lora"]}, HOLDS), ({"qlora": lambda r: 2 * r["lora"]}, NOT), ({"qlora": lambda r: 0.9 * r["lora"]}, NOT),
+        ({"qlora": lambda r: 1.1 * r["lora"]}, HOLDS),
+        ({"qlora": lambda r: 2 * r["lora"]}, NOT),
+        ({"qlora": lambda r: 0.9 * r["lora"]}, NOT),
         ({"qlora": lambda r: (1.1 + (r["width"] > 256)) * r["lora"]}, IF),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("id", "changes", "expected"), [(id, *case) for id, cases in ROWS.items() for case in cases])

@@ -39,7 +39,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again")
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
     parser.add_argument("--store", metavar="DIR", help=store)
-    parser.add_argument("--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)")
+    parser.add_argument(
+        "--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)"
+    )
     parser.options(Common, "json")
 
 
