@@ -45,8 +45,19 @@ def test_the_statements_are_the_textbook_s_and_each_has_one_id():
     assert found["lora-6"].statement == "d = k = 4096, r = 8: 16.7M against 65K, 256 times" and found["lora-6"].kind == "count"
     sections = dict.fromkeys(s.section for s in found.values())
     assert [*sections] == [
-        "overview", "full", "peft", "lora", "adapters", "soft prompts", "qlora", "instruction", "rlhf", "practice", "forgetting", "which",
-    ]  # fmt: skip
+        "overview",
+        "full",
+        "peft",
+        "lora",
+        "adapters",
+        "soft prompts",
+        "qlora",
+        "instruction",
+        "rlhf",
+        "practice",
+        "forgetting",
+        "which",
+    ]
 
 
 @pytest.mark.parametrize("id", IDS)
@@ -212,7 +223,15 @@ def test_an_adapter_that_computes_something_else_fails_its_equation(monkeypatch)
 def test_the_traps_are_counted(monkeypatch):
     before = claims.judge("qlora-6")
     assert before.verdict == IF
-    monkeypatch.setattr("minipeft.claims.qlora.nf4.quantize_scales", lambda c: (np.zeros(c.size, np.uint8), np.ones(c.size, np.float32), 9.0))
+    from minipeft.quant import nf4
+
+    whole = nf4.quantize_scales
+
+    def worse(c):
+        codes, c2, mean = whole(c)
+        return codes, c2, mean + 0.01
+
+    monkeypatch.setattr(nf4, "quantize_scales", worse)
     assert claims.judge("qlora-6").effect.value == before.effect.value - 1, "the library's own scales are as wrong"
 
 
@@ -239,35 +258,46 @@ def changed(rows, **numbers):
 
 ROWS = {  # id -> [(changes, the verdict then)]
     "full-2": [
-        ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT), ({"after": lambda r: 1.0 + r["seed"]}, HOLDS),
+        ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT),
+        ({"after": lambda r: 1.0 + r["seed"]}, HOLDS),
         ({"after": lambda r: r["seed"] + (not r["zeroed"] and r["rate"] > 1e-4)}, IF),
         ({"after": lambda r: float("nan") if not r["zeroed"] else 1.0}, NOT),
     ],
     "lora-10": [
-        ({"merged": lambda r: r["base"]}, HOLDS), ({"merged": lambda r: 1.2 * r["base"]}, NOT),
-        ({"merged": lambda r: (1 + 0.05 * (r["width"] > 128)) * r["base"]}, IF), ({"merged": lambda r: (1 + r["seed"]) * r["base"]}, UNTESTABLE),
+        ({"merged": lambda r: r["base"]}, HOLDS),
+        ({"merged": lambda r: 1.2 * r["base"]}, NOT),
+        ({"merged": lambda r: (1 + 0.05 * (r["width"] > 128)) * r["base"]}, IF),
+        ({"merged": lambda r: (1 + r["seed"]) * r["base"]}, UNTESTABLE),
     ],
     "adapter-7": [
-        ({"adapters": lambda r: 1.1 * r["base"]}, HOLDS), ({"adapters": lambda r: r["base"]}, NOT),
+        ({"adapters": lambda r: 1.1 * r["base"]}, HOLDS),
+        ({"adapters": lambda r: r["base"]}, NOT),
         ({"adapters": lambda r: (1 + 0.2 * (r["width"] > 128)) * r["base"]}, IF),
     ],
     "lora-11": [
-        ({"mixed": lambda r: 0.5 * r["one_by_one"]}, HOLDS), ({"mixed": lambda r: 1.5 * r["one_by_one"]}, NOT), ({"difference": lambda r: 1.0}, NOT),
+        ({"mixed": lambda r: 0.5 * r["one_by_one"]}, HOLDS),
+        ({"mixed": lambda r: 1.5 * r["one_by_one"]}, NOT),
+        ({"difference": lambda r: 1.0}, NOT),
         ({"mixed": lambda r: (0.5 + (r["phase"] == "training")) * r["one_by_one"]}, IF),
     ],
     "adapter-5": [
-        ({"set": lambda r: 0.01 * r["token"]}, HOLDS), ({"set": lambda r: 0.5 * r["token"]}, IF), ({"set": lambda r: 2 * r["token"]}, NOT),
+        ({"set": lambda r: 0.01 * r["token"]}, HOLDS),
+        ({"set": lambda r: 0.5 * r["token"]}, IF),
+        ({"set": lambda r: 2 * r["token"]}, NOT),
         ({"difference": lambda r: 1.0}, NOT),
     ],
     "soft-7": [
-        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(64)]}, HOLDS), ({"losses": lambda r: [1.0] * 64}, NOT),
+        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(64)]}, HOLDS),
+        ({"losses": lambda r: [1.0] * 64}, NOT),
         ({"losses": lambda r: [i + 0.1 * (r["taken"] > 100) for i in range(64)]}, IF),
     ],
     "qlora-4": [
-        ({"qlora": lambda r: 1.1 * r["lora"]}, HOLDS), ({"qlora": lambda r: 2 * r["lora"]}, NOT), ({"qlora": lambda r: 0.9 * r["lora"]}, NOT),
+        ({"qlora": lambda r: 1.1 * r["lora"]}, HOLDS),
+        ({"qlora": lambda r: 2 * r["lora"]}, NOT),
+        ({"qlora": lambda r: 0.9 * r["lora"]}, NOT),
         ({"qlora": lambda r: (1.1 + (r["width"] > 256)) * r["lora"]}, IF),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("id", "changes", "expected"), [(id, *case) for id, cases in ROWS.items() for case in cases])
@@ -324,12 +354,6 @@ def once(monkeypatch):
 
     for module in (adapters, decoding, lora, qlora):
         monkeypatch.setattr(module, "in_turns", in_turns, raising=False)
-
-
-def test_a_row_of_the_lost_context_is_the_shipped_one():
-    experiment = claims.rule_of("soft-7").experiment
-    shipped = {row["taken"]: row for row in experiment.rows()}
-    np.testing.assert_allclose(experiment.run(200)["losses"], shipped[200]["losses"], rtol=1e-3)
 
 
 def test_the_printed_loop_adds_gradients_up():

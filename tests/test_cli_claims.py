@@ -11,7 +11,11 @@ from minipeft import claims
 from minipeft.claims.register import ROWS, VERDICTS
 
 
-def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys):
+def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys, monkeypatch):
+    from minipeft.cli import claims as command
+
+    some = {id: claims.judge(id) for id in ("lora-6", "lora-1", "lora-4", "soft-7", "inst-3")}  # one of each verdict
+    monkeypatch.setattr(command, "judge", lambda id: some.get(id) or claims.judge("best-2"))
     status, out, err = output(capsys, "claims")
     assert (status, err) == (0, "")
     heading, *lines = out.splitlines()
@@ -23,6 +27,7 @@ def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys)
     total, counts = lines[-1].split(" statements: ")
     counted = {name: int(n) for n, name in (part.split(" ", 1) for part in counts.split(", "))}
     assert sum(counted.values()) == int(total) == 86
+    assert [*counted] == [*VERDICTS]
     assert counted == {name: n for name in VERDICTS if (n := sum(f" {name}  " in line for line in body.values()))}
 
 

@@ -25,27 +25,34 @@ BY_HAND = {
 
 @claim("adapter-1", lesson="05_adapters.py", section="1 · Down, bend, up")
 def equation() -> Verdict:
-    """Holds if h + W_up f(W_down h + b_down) + b_up, by hand, is what the library's adapter computes for ReLU, GELU and SiLU, and adapters
-    stand between the blocks; holds if they stand inside the blocks; does not hold here if the sides differ by more than 1e-5."""
+    """Holds if h + W_up f(W_down h + b_down) + b_up, by hand, is what the library's adapter computes for ReLU, GELU and SiLU,
+    and adapters stand between the blocks; holds if they stand inside the blocks; does not hold here if the sides differ by
+    more than 1e-5."""
     d, m, errors = 64, 16, {}
     rng = np.random.default_rng(0)
     layer = mp.nn.Sequential(mp.nn.Linear(d, d)).to("numpy")
     x = rng.standard_normal((4, d)).astype(np.float32)
     h = x @ layer[0].weight.data.T + layer[0].bias.data
     for name, f in BY_HAND.items():
-        model = mp.get_peft_model(layer, mp.BottleneckConfig(target_modules=["0"], bottleneck_size=m, non_linearity=name, scaling=1.0))
+        model = mp.get_peft_model(
+            layer, mp.BottleneckConfig(target_modules=["0"], bottleneck_size=m, non_linearity=name, scaling=1.0)
+        )
         a = model.layers["0"].adapters["default"]
         a.up_weight.data = rng.standard_normal((d, m)).astype(np.float32)
         y = h + f(h @ a.down_weight.data.T + a.down_bias.data) @ a.up_weight.data.T + a.up_bias.data
         errors[name] = float(np.abs(y - model(mp.Tensor(x)).data).max() / np.abs(y).max())
-    places = {p: list(mp.get_peft_model(base()[0], mp.BottleneckConfig(placement=p)).layers) for p in ("houlsby", "pfeiffer", "parallel")}
+    places = {
+        p: list(mp.get_peft_model(base()[0], mp.BottleneckConfig(placement=p)).layers)
+        for p in ("houlsby", "pfeiffer", "parallel")
+    }
     blocks = base()[0].config.num_hidden_layers
     inside = all(path.count(".") > 2 for paths in places.values() for path in paths)  # model.layers.0 is a block
     right = max(errors.values()) < 1e-5
     return Verdict(
         graded({"the equation": right, "between the blocks": right and not inside}),
-        f"Between means inside: the two sides agree to {max(errors.values()):.0e} for {', '.join(errors)}, and an adapter stands behind a "
-        f"sublayer of its block, {len(places['houlsby']) // blocks} a block (Houlsby) or {len(places['pfeiffer']) // blocks} (Pfeiffer).",
+        f"Between means inside: the two sides agree to {max(errors.values()):.0e} for {', '.join(errors)}, and an adapter "
+        f"stands behind a sublayer of its block, {len(places['houlsby']) // blocks} a block (Houlsby) or "
+        f"{len(places['pfeiffer']) // blocks} (Pfeiffer).",
         Number("largest difference of the two sides, over the largest value", max(errors.values()), "times"),
         [
             *(Number(f"the same, {name}", error, "times") for name, error in errors.items()),
@@ -57,8 +64,8 @@ def equation() -> Verdict:
 
 @claim("adapter-2", lesson="05_adapters.py", section="4 · Learning a task")
 def only_adapters() -> Verdict:
-    """Holds if two steps leave every number of the base as it was, bit for bit, and move every array of the adapters; does not hold
-    here otherwise."""
+    """Holds if two steps leave every number of the base as it was, bit for bit, and move every array of the adapters; does not
+    hold here otherwise."""
     model = mp.get_peft_model(base()[0], METHODS["bottleneck"].config())
     before = arrays(model)
     steps(model)
@@ -70,8 +77,9 @@ def only_adapters() -> Verdict:
     numbers, total = model.get_nb_trainable_parameters()
     return Verdict(
         graded({"": right}),
-        f"Two steps move {sum(s > 0 for s in own)} of the adapters' {len(own)} arrays and {sum(s > 0 for s in frozen)} of the base's "
-        f"{len(frozen)}; the adapters are {numbers:,} of {total:,} numbers. Houlsby et al. train the layer norms, too, which this leaves.",
+        f"Two steps move {sum(s > 0 for s in own)} of the adapters' {len(own)} arrays and {sum(s > 0 for s in frozen)} of "
+        f"the base's {len(frozen)}; the adapters are {numbers:,} of {total:,} numbers. Houlsby et al. train the layer norms, "
+        "too, which this leaves.",
         Number("arrays of the base that moved", sum(s > 0 for s in frozen)),
         [Number("trained numbers", numbers), Number("of all", total)], base=BASE, task="8 sentences",
     )  # fmt: skip
@@ -79,21 +87,23 @@ def only_adapters() -> Verdict:
 
 @claim("adapter-3", lesson="05_adapters.py", section="2 · The count")
 def count() -> Verdict:
-    """Holds if the built adapters of 12 layers, d = 1024 and m = 64, have 1.6M numbers to the digits printed, with their biases and
-    for each placement; holds if for some; does not hold here if for none."""
+    """Holds if the built adapters of 12 layers, d = 1024 and m = 64, have 1.6M numbers to the digits printed, with their
+    biases and for each placement; holds if for some; does not hold here if for none."""
     d, m, layers = 1024, 64, 12
     config = mp.TransformerConfig.llama(hidden_size=d, num_hidden_layers=layers, num_attention_heads=16, vocab_size=1000)
     model = mp.Transformer(config, seed=None)
     built = {
-        placement: mp.PeftModel(model, mp.BottleneckConfig(placement=placement, bottleneck_size=m), seed=None).get_nb_trainable_parameters()[0]
+        placement: mp.PeftModel(
+            model, mp.BottleneckConfig(placement=placement, bottleneck_size=m), seed=None
+        ).get_nb_trainable_parameters()[0]
         for placement in ("pfeiffer", "parallel", "houlsby")
     }
     weights, biases = layers * 2 * d * m, layers * (m + d)
     cases = {placement: round(n / 1e5) == 16 == round(weights / 1e5) for placement, n in built.items()}
     return Verdict(
         graded(cases),
-        f"The placement is {those(cases)}: 2 d m is {2 * d * m:,} a layer and {weights:,} in {layers}, with biases {built['pfeiffer']:,}; "
-        f"{those(cases, False)}, with two adapters a layer, has {max(built.values()):,}.",
+        f"The placement is {those(cases)}: 2 d m is {2 * d * m:,} a layer and {weights:,} in {layers}, with biases "
+        f"{built['pfeiffer']:,}; {those(cases, False)}, with two adapters a layer, has {max(built.values()):,}.",
         Number("12 layers with their biases, an adapter each", built["pfeiffer"]),
         [
             Number("2 d m", 2 * d * m), Number("12 layers, without biases", weights), Number("biases", biases),
@@ -106,7 +116,8 @@ def count() -> Verdict:
 
 
 def swap(seed: int) -> dict[str, Any]:
-    """The row of a repeat: seconds to change from one trained adapter to another in memory and from the disk, and of a token."""
+    """The row of a repeat: seconds to change from one trained adapter to another in memory and from the disk, and of a
+    token."""
     model, tokenizer = base()
     config = METHODS["bottleneck"].config()
     alone = []
@@ -145,34 +156,44 @@ SWAP = Experiment("adapter_swap", swap, lambda: mp.grid(seed=range(6)), timed=Tr
 
 @claim("adapter-5", lesson="04_lora.py", section="9 · One base, many tasks", experiment=SWAP)
 def swapped(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, after a swap, the model computes what the model with that adapter alone does (to 1e-5), and the swap takes less than a
-    tenth of a generated token; holds if less than the token; does not hold here otherwise."""
+    """Holds if, after a swap, the model computes what the model with that adapter alone does (to 1e-5), and the swap takes
+    less than a tenth of a generated token; holds if less than the token; does not hold here otherwise."""
     tokens = measured("a swap in memory over a generated token", [row["set"] / row["token"] for row in rows], "times")
-    disk = measured("loading an adapter over loading a model", [row["load_adapter"] / row["load_model"] for row in rows], "times")
+    disk = measured(
+        "loading an adapter over loading a model", [row["load_adapter"] / row["load_model"] for row in rows], "times"
+    )
     same = max(row["difference"] for row in rows) < 1e-5
     cases = {"less than a tenth": same and tokens.high < 0.1, "less than one": same and tokens.high < 1}
     first = rows[0]
     return Verdict(
         graded(cases),
-        f"A swap takes {1e6 * statistics.mean(row['set'] for row in rows):.0f} microseconds, {tokens.value:.2f} of a generated token, and the "
-        f"outputs are those of the adapter alone (to {max(row['difference'] for row in rows):.0e}); from the disk it takes "
-        f"{1e3 * statistics.mean(row['load_adapter'] for row in rows):.0f} ms, and the file is {first['adapter_bytes'] / first['model_bytes']:.1%} "
-        f"of the model's.",
-        tokens, [tokens, disk, Number("an adapter", first["adapter_bytes"], "bytes"), Number("the model", first["model_bytes"], "bytes")],
-        seeds=repeats(rows), base=BASE, task=where(rows),
-    )  # fmt: skip
+        f"A swap takes {1e6 * statistics.mean(row['set'] for row in rows):.0f} microseconds, {tokens.value:.2f} of a "
+        f"generated token, and the outputs are those of the adapter alone (to {max(row['difference'] for row in rows):.0e}); "
+        f"from the disk it takes {1e3 * statistics.mean(row['load_adapter'] for row in rows):.0f} ms, and the file is "
+        f"{first['adapter_bytes'] / first['model_bytes']:.1%} of the model's.",
+        tokens,
+        [
+            tokens,
+            disk,
+            Number("an adapter", first["adapter_bytes"], "bytes"),
+            Number("the model", first["model_bytes"], "bytes"),
+        ],
+        seeds=repeats(rows),
+        base=BASE,
+        task=where(rows),
+    )
 
 
 @claim("adapter-7", lesson="05_adapters.py", section="5 · The price: latency", experiment=DECODING)
 def latency(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, at each width and batch size, decoding with adapters (Houlsby, m = 16) takes clearly longer than the base's, over
-    repeats; holds if at some; does not hold here if at none."""
+    """Holds if, at each width and batch size, decoding with adapters (Houlsby, m = 16) takes clearly longer than the base's,
+    over repeats; holds if at some; does not hold here if at none."""
     found = slowdown(rows, "adapters")
     cases = {case: n.low is not None and n.low > 1 for case, n in found.items()}
     most, least = (choose(found, key=lambda case: found[case].value) for choose in (max, min))
     return Verdict(
         graded(cases),
-        f"Decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; clearly longer at "
-        f"{those(cases) if not all(cases.values()) else 'all of them'}.",
+        f"Decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; "
+        f"clearly longer at {those(cases) if not all(cases.values()) else 'all of them'}.",
         found[most], [*found.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
     )  # fmt: skip

@@ -46,7 +46,10 @@ def times(width: int, batch: int, seed: int) -> dict[str, Any]:
 
 
 DECODING = Experiment(
-    "decoding", times, lambda: [run for width, batch in CASES for run in mp.grid(width=width, batch=batch, seed=range(REPEATS))], timed=True
+    "decoding",
+    times,
+    lambda: [run for width, batch in CASES for run in mp.grid(width=width, batch=batch, seed=range(REPEATS))],
+    timed=True,
 )
 
 
@@ -67,4 +70,6 @@ def repeats(rows: list[dict[str, Any]]) -> int:
 
 def where(rows: list[dict[str, Any]]) -> str:
     """The processor and the day of the rows."""
-    return "; ".join(sorted({f"{row['processor']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, {row['date']}" for row in rows}))
+    return "; ".join(
+        sorted({f"{row['processor']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, {row['date']}" for row in rows})
+    )

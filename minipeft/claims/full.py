@@ -51,9 +51,10 @@ def _tuned() -> tuple[float, float, float]:
         again = mp.from_pretrained(directory)[0]
     losses = [evaluate(m, list(examples()), 8, tokenizer.pad_token_id) for m in (tuned, again)]
     shares = [
-        sum(share * before[name].size for name, share in moved(before, arrays(m)).items()) / sum(x.size for x in before.values())
+        sum(share * before[name].size for name, share in moved(before, arrays(m)).items())
+        / sum(x.size for x in before.values())
         for before, m in ((start, tuned), (head, classifier))
-    ]  # fmt: skip
+    ]
     return shares[0], shares[1], losses[1] - losses[0]
 
 
@@ -62,11 +63,16 @@ def procedure() -> Verdict:
     """Holds if, with and without a classifier's head, two steps move more than 99 % of all numbers, and the model that is
     loaded from the saved directory has the same loss; does not hold here if numbers stay or the loss differs."""
     language, head, difference = _tuned()
-    right = {"every parameter trains": language > 0.99, "also with a head": head > 0.99, "the checkpoint is whole": difference == 0}
+    right = {
+        "every parameter trains": language > 0.99,
+        "also with a head": head > 0.99,
+        "the checkpoint is whole": difference == 0,
+    }
     return Verdict(
         graded(right),
-        f"The loss reaches every number: of the language model two steps move {language:.1%}, with a classifier's head {head:.1%}, as the "
-        f"embeddings of words that the batch lacks have no gradient; the saved model's loss differs by {difference:.2g}.",
+        f"The loss reaches every number: of the language model two steps move {language:.1%}, with a classifier's head "
+        f"{head:.1%}, as the embeddings of words that the batch lacks have no gradient; the saved model's loss differs by "
+        f"{difference:.2g}.",
         Number("share of the numbers that two steps move", 100 * language, "%"),
         [Number("with a classifier's head", 100 * head, "%"), Number("loss after loading - before saving", difference, "nats")],
         base=BASE, task="8 sentences",
@@ -83,7 +89,9 @@ def loop(zeroed: bool, rate: float, seed: int, steps: int = 60, batch_size: int 
 
     task = shipped.rewriting(steps * batch_size, seed, held_out=32, blocks=1)
     model = shipped.base()[0].copy().requires_grad_(True)
-    pairs = (collate(task.train[i : i + batch_size], task.pad_token_id).arguments for i in range(0, len(task.train), batch_size))
+    pairs = (
+        collate(task.train[i : i + batch_size], task.pad_token_id).arguments for i in range(0, len(task.train), batch_size)
+    )
 
     def task_loss(logits: Any, labels: Any) -> Any:
         return mp.functional.cross_entropy(logits[:, :-1], labels[:, 1:])
@@ -97,7 +105,7 @@ def loop(zeroed: bool, rate: float, seed: int, steps: int = 60, batch_size: int 
     return {"before": round(before, 5), "after": round(evaluate(model, task.held_out, 16, task.pad_token_id), 5)}
 
 
-LOOPS = Experiment("loop", loop, lambda: mp.grid(zeroed=[True, False], rate=[PRINTED, USUAL], seed=range(5)))
+LOOPS = Experiment("loop", loop, lambda: mp.grid(zeroed=[True, False], rate=[PRINTED, USUAL], seed=range(5)), tolerance=0.05)
 
 
 @claim("full-2", lesson="03_full_finetuning.py", section="Step 3 · Train: and which learning rate?", experiment=LOOPS)
@@ -123,7 +131,9 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
         f"Without zeroing, every gradient so far is added up: the held-out loss ends {listed(told)} from that of the loop with "
         f"zeroing (it began at {start:.2f}); the printed loop is no worse at {sum(cases.values())} of {len(cases)} rates."
     )
-    return Verdict(verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW")
+    return Verdict(
+        verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW"
+    )
 
 
 @claim("full-6", lesson="16_which_method.py", section="1 · Eight ways, and what each needs")
@@ -180,8 +190,8 @@ def storage() -> Verdict:
     sizes = {size: 2 * count_parameters(name).stored for size, name in SIZES.items()}
     return Verdict(
         graded({"a whole copy": file >= held and share > 0.5}),
-        f"Two steps move {share:.0%} of the numbers, and the file has {file / held:.2f} times the bytes of the parameters; in 16 bits a "
-        f"task takes {listed([f'{n / 1e9:.1f} GB at {size}' for size, n in sizes.items()])}.",
+        f"Two steps move {share:.0%} of the numbers, and the file has {file / held:.2f} times the bytes of the parameters; "
+        f"in 16 bits a task takes {listed([f'{n / 1e9:.1f} GB at {size}' for size, n in sizes.items()])}.",
         Number("a task's file at 7B, 16 bits", sizes["7B"] / 1e9, "GB"),
         [
             Number("the base's file, float32", file, "bytes"), Number("its parameters", held, "bytes"),
@@ -206,19 +216,24 @@ def memory() -> Verdict:
             evidence.append(Number(f"{size}, {optimizer}: gradients and states over weights", extra[optimizer, size], "times"))
         cases[optimizer] = all(extra[optimizer, size] > 1 for size in SIZES)
     bytes_7B = memory_ledger(SIZES["7B"], None, optimizer="adamw", precision="bfloat16").model_states
-    few = f", and with {those(cases, False)} {extra[those(cases, False), '7B']:.0f} times" if sum(not c for c in cases.values()) == 1 else ""
+    few = (
+        f", and with {those(cases, False)} {extra[those(cases, False), '7B']:.0f} times"
+        if sum(not c for c in cases.values()) == 1
+        else ""
+    )
     return Verdict(
         graded(cases),
-        f"The optimizer is one of {those(cases)}: gradients and states take {extra['adamw', '7B']:.0f} times the bytes of the weights with "
-        f"AdamW{few}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
+        f"The optimizer is one of {those(cases)}: gradients and states take {extra['adamw', '7B']:.0f} times the bytes of "
+        f"the weights with AdamW{few}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
         Number("gradients and AdamW's states over weights, 7B", extra["adamw", "7B"], "times"), evidence,
     )  # fmt: skip
 
 
 @claim("full-11", lesson="12_counting.py", section="7 · Time")
 def expensive() -> Verdict:
-    """Holds if, at 7B and 70B, 1,000 examples of 512 tokens cost more than 1 dollar of GPU time (2 dollars an H100-hour, at 40 % of
-    its peak) and the states do not fit one card of 80 GB; holds if only one of the two is so; does not hold here otherwise."""
+    """Holds if, at 7B and 70B, 1,000 examples of 512 tokens cost more than 1 dollar of GPU time (2 dollars an H100-hour, at 40
+    % of its peak) and the states do not fit one card of 80 GB; holds if only one of the two is so; does not hold here
+    otherwise."""
     from ..accounting.cards import CARDS
     from ..accounting.flops import step_flops
     from ..accounting.memory import memory_ledger
@@ -238,7 +253,9 @@ def expensive() -> Verdict:
         ]  # fmt: skip
     told = [f"{size} {money[size]:.2f} dollars of computation and {cards[size]} cards of {CARDS[CARD][0]} GB" for size in SIZES]
     return Verdict(
-        graded(cases), f"Expensive means {those(cases)}: 1,000 examples take at {', at '.join(told)}.",
-        Number("1,000 examples at 7B", money["7B"], "dollars"), evidence,
-        task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak, blocks computed again",
-    )  # fmt: skip
+        graded(cases),
+        f"Expensive means {those(cases)}: 1,000 examples take at {', at '.join(told)}.",
+        Number("1,000 examples at 7B", money["7B"], "dollars"),
+        evidence,
+        task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak",
+    )

@@ -16,8 +16,9 @@ WITHOUT = Instruction("Give the meaning of stone.", "", "a hard piece of rock")
 
 @claim("inst-2", lesson="08_instruction_tuning.py", section="2 · The template, and what of it is learned")
 def form() -> Verdict:
-    """Holds if a record with an input is encoded as instruction, input and output in this order, one without leaves the input's heading
-    out, and the tokens that are learned are those of the output and the end; holds if one of these is so; does not hold here otherwise."""
+    """Holds if a record with an input is encoded as instruction, input and output in this order, one without leaves the
+    input's heading out, and the tokens that are learned are those of the output and the end; holds if one of these is so; does
+    not hold here otherwise."""
     tokenizer, cases, evidence = base()[1], {}, []
     for name, record in (("with an input", WITH), ("without", WITHOUT)):
         (turn,) = alpaca(record)
@@ -32,25 +33,29 @@ def form() -> Verdict:
         evidence += [Number(f"{name}: tokens", len(example.labels)), Number(f"{name}: tokens that are learned", len(learned))]
     return Verdict(
         graded(cases),
-        f"Instruction, input and output stand in this order; of {evidence[0].value} tokens with an input {evidence[1].value} are learned, of "
-        f"{evidence[2].value} without {evidence[3].value}: the output and the token that ends it.",
-        Number("tokens that are learned, with an input", 100 * evidence[1].value / evidence[0].value, "%"), evidence, items=2, task="two records in Alpaca's template",
-    )  # fmt: skip
+        f"Instruction, input and output stand in this order; of {evidence[0].value} tokens with an input {evidence[1].value} "
+        f"are learned, of {evidence[2].value} without {evidence[3].value}: the output and the token that ends it.",
+        Number("tokens that are learned, with an input", 100 * evidence[1].value / evidence[0].value, "%"),
+        evidence,
+        items=2,
+        task="two records in Alpaca's template",
+    )
 
 
 @claim("inst-3", lesson="08_instruction_tuning.py", section="1 · The data: tasks, and ways to ask")
 def schemes() -> Verdict:
-    """Holds if never: what three papers did is on record, and no run tries it. It cannot be tested here as long as the package's own data
-    follow the scheme that the statement gives to FLAN, several tasks in several phrasings each, some of them held out, and its
-    template is Alpaca's, with the headings of its three parts; does not hold here otherwise."""
+    """Holds if never: what three papers did is on record, and no run tries it. It cannot be tested here as long as the
+    package's own data follow the scheme that the statement gives to FLAN, several tasks in several phrasings each, some of
+    them held out, and its template is Alpaca's, with the headings of its three parts; does not hold here otherwise."""
     phrasings = [len(TASKS[name].phrasings) for name in TRAINED]
     headings = all(f"### {part}:" in ALPACA_WITH_INPUT for part in ("Instruction", "Input", "Response"))
     follows = len(TRAINED) > 1 and min(phrasings, default=0) > 1 and bool(HELD_OUT) and headings
     return Verdict(
         UNTESTABLE if follows else NOT,
-        f"What three papers did is on record (Wei et al. 2022, arXiv:2109.01652; Taori et al. 2023; Ouyang et al. 2022, arXiv:2203.02155); of "
-        f"FLAN the package has {len(TRAINED)} tasks in at least {min(phrasings)} phrasings each and {len(HELD_OUT)} held out, of Alpaca the "
-        f"template, of InstructGPT the chain of rlhf-2; whether a teacher's data help is not tried yet.",
+        "What three papers did is on record (Wei et al. 2022, arXiv:2109.01652; Taori et al. 2023; Ouyang et al. 2022, "
+        f"arXiv:2203.02155); of FLAN the package has {len(TRAINED)} tasks in at least {min(phrasings)} phrasings each and "
+        f"{len(HELD_OUT)} held out, of Alpaca the template, of InstructGPT the chain of rlhf-2; whether a teacher's data "
+        "help is not tried yet.",
         Number("tasks to train on", len(TRAINED)),
         [Number("tasks held out", len(HELD_OUT)), *(Number(f"phrasings of {name}", n) for name, n in zip(TRAINED, phrasings))],
     )  # fmt: skip

@@ -36,8 +36,8 @@ class LoRALayer(nn.Module):
 
 @claim("lora-1", lesson="04_lora.py", section="1 · One equation")
 def equation() -> Verdict:
-    """Holds if the library's merged weight is W + BA and its forward pass gives W'x, to float32's rounding, for each alpha; holds if
-    so only with alpha = r, where its scaling alpha / r is 1; does not hold here otherwise."""
+    """Holds if the library's merged weight is W + BA and its forward pass gives W'x, to float32's rounding, for each alpha;
+    holds if so only with alpha = r, where its scaling alpha / r is 1; does not hold here otherwise."""
     d, k, r = 96, 64, 8
     rng, errors, ranks = np.random.default_rng(0), {}, set()
     layer = mp.nn.Sequential(mp.nn.Linear(k, d, bias=False)).to("numpy")
@@ -56,17 +56,22 @@ def equation() -> Verdict:
         f"So for {those(cases)}: the library adds (alpha / r) BA, and for {those(cases, False)} the two sides differ by "
         f"{max(errors.values()):.0%} of BA; the change has rank {max(ranks)} of {min(d, k)}.",
         Number("largest difference of the two sides, alpha = r, over the largest of BA", errors[r], "times"),
-        [Number(f"the same, alpha = {alpha / r:g} r", e, "times") for alpha, e in errors.items()] + [Number("rank of W' - W", max(ranks))],
+        [Number(f"the same, alpha = {alpha / r:g} r", e, "times") for alpha, e in errors.items()]
+        + [Number("rank of W' - W", max(ranks))],
         task=f"a layer {d} x {k}, r = {r}",
-    )  # fmt: skip
+    )
 
 
 @claim("lora-4", lesson="04_lora.py", section="2 · The start is the base, exactly")
 def printed_layer() -> Verdict:
-    """Holds if the printed layer runs as it stands, trains A and B alone, and has gradients within a factor of two of the library's
-    layer; holds if some of the three are so; does not hold here if none is. (Given an alpha, where it lacks one.)"""
+    """Holds if the printed layer runs as it stands, trains A and B alone, and has gradients within a factor of two of the
+    library's layer; holds if some of the three are so; does not hold here if none is. (Given an alpha, where it lacks one.)"""
     d, k, r, alpha = 256, 256, 8, 16
-    start = {"nn": mp.nn, "randn": lambda *shape: np.random.standard_normal(shape).astype(np.float32), "zeros": lambda *s: np.zeros(s, np.float32)}
+    start = {
+        "nn": mp.nn,
+        "randn": lambda *shape: np.random.standard_normal(shape).astype(np.float32),
+        "zeros": lambda *s: np.zeros(s, np.float32),
+    }
     names: dict[str, Any] = dict(start)
     exec(LAYER, names)
     try:
@@ -95,14 +100,16 @@ def printed_layer() -> Verdict:
         deviations.append((float(layer.A.data.std()), float(adapter.lora_A.data.std())))
     ratio = measured("gradient of B, printed over the library's, the first step", ratios, "times")
     cases = {
-        "it runs": not missing, "A and B alone train": trained == r * (d + k), "its gradients are the library's": 0.5 < ratio.value < 2,
-    }  # fmt: skip
+        "it runs": not missing,
+        "A and B alone train": trained == r * (d + k),
+        "its gradients are the library's": 0.5 < ratio.value < 2,
+    }
     of_A = [statistics.mean(column) for column in zip(*deviations)]
     return Verdict(
         graded(cases),
-        f"As printed it {'stops: ' + missing if missing else 'runs'}; given an alpha, it trains {trained:,} numbers in place of "
-        f"{r * (d + k):,}, as building it does not freeze W, and A of deviation {of_A[0]:.2f} (the library's: {of_A[1]:.3f}) makes the "
-        f"gradient of B {ratio.value:.0f} times as large.",
+        f"As printed it {'stops: ' + missing if missing else 'runs'}; given an alpha, it trains {trained:,} numbers in place "
+        f"of {r * (d + k):,}, as building it does not freeze W, and A of deviation {of_A[0]:.2f} (the library's: "
+        f"{of_A[1]:.3f}) makes the gradient of B {ratio.value:.0f} times as large.",
         ratio,
         [
             Number("numbers that the printed layer trains", trained), Number("of A and B", r * (d + k)),
@@ -127,10 +134,13 @@ def published() -> list[dict[str, str]]:
 
 @claim("lora-5", lesson="12_counting.py", section="1 · Parameters")
 def count() -> Verdict:
-    """Holds if r (d + k), summed over the adapted layers, is what the built model trains, for ranks 1 to 64 on 7B's layers, and most
-    published counts follow from it; holds if only one of the two is so; does not hold here otherwise."""
+    """Holds if r (d + k), summed over the adapted layers, is what the built model trains, for ranks 1 to 64 on 7B's layers,
+    and most published counts follow from it; holds if only one of the two is so; does not hold here otherwise."""
     arch = architecture(SIZES["7B"])
-    model, layers = mp.Transformer(arch.config, seed=None), [n for n in arch if arch.kinds[n] == "linear" and n != "lm_head.weight"]
+    model, layers = (
+        mp.Transformer(arch.config, seed=None),
+        [n for n in arch if arch.kinds[n] == "linear" and n != "lm_head.weight"],
+    )
     evidence, equal = [], True
     for r in (1, 8, 64):
         formula = sum(r * sum(arch[name]) for name in layers)
@@ -144,16 +154,17 @@ def count() -> Verdict:
     cases = {"the built model": equal, "what was published": 2 * sum(right) > len(right)}
     return Verdict(
         graded(cases),
-        f"The sum of r (d + k) is {'what' if equal else 'not what'} a 7B model with LoRA on its {len(layers)} linear layers trains at r = 1, "
-        f"8 and 64 (at 8 {reduction:.0f} times fewer), and {sum(right)} of {len(right)} published counts follow (`minipeft audit` says why the others do not).",
+        f"The sum of r (d + k) is {'what' if equal else 'not what'} a 7B model with LoRA on its {len(layers)} linear layers "
+        f"trains at r = 1, 8 and 64 (at 8 {reduction:.0f} times fewer), and {sum(right)} of {len(right)} published counts "
+        "follow (`minipeft audit` says why the others do not).",
         Number("7B's linear layers, dk over r (d + k) at r = 8", reduction, "times"), evidence, items=len(right),
     )  # fmt: skip
 
 
 @claim("lora-6", lesson="12_counting.py", section="1 · Parameters")
 def example() -> Verdict:
-    """Holds if the built layers have these counts, cut off or rounded to the printed digits, and their ratio is 256; does not hold
-    here otherwise."""
+    """Holds if the built layers have these counts, cut off or rounded to the printed digits, and their ratio is 256; does not
+    hold here otherwise."""
     layer = mp.nn.Sequential(mp.nn.Linear(4096, 4096, bias=False, seed=None))
     full = sum(p.size for p in layer.parameters())
     lora = mp.PeftModel(layer, mp.LoraConfig(r=8, target_modules=["0"]), seed=None).get_nb_trainable_parameters()[0]
@@ -162,16 +173,16 @@ def example() -> Verdict:
     cut = [name for name, (x, n) in printed.items() if n != round(x)]
     return Verdict(
         graded({"": right}),
-        f"The matrix has {full:,} numbers, LoRA's two {lora:,}: {full / lora:g} times; {listed(cut)} {'are' if len(cut) > 1 else 'is'} cut off, "
-        f"not rounded.",
+        f"The matrix has {full:,} numbers, LoRA's two {lora:,}: {full / lora:g} times; {listed(cut)} "
+        f"{'are' if len(cut) > 1 else 'is'} cut off, not rounded.",
         Number("numbers of the matrix over LoRA's", full / lora, "times"), [Number("d k", full), Number("r (d + k)", lora)],
     )  # fmt: skip
 
 
 @claim("lora-9", lesson="12_counting.py", section="1 · Parameters")
 def fewer() -> Verdict:
-    """Holds if, in every published count that follows from its options, the model has 10 to 10,000 times as many parameters as LoRA
-    trains; holds if in more than half; does not hold here otherwise."""
+    """Holds if, in every published count that follows from its options, the model has 10 to 10,000 times as many parameters as
+    LoRA trains; holds if in more than half; does not hold here otherwise."""
     ratios: dict[str, float] = {}
     for row in published():
         if not row["status"].startswith("reproduces"):
@@ -189,19 +200,27 @@ def fewer() -> Verdict:
     more = f"; outside are {len(outside)}, as {outside[0]}, and {outside[-1]}" if outside else ""
     return Verdict(
         graded(cases),
-        f"Model and rank are as in most publications: of {len(ratios)} counts {len(inside)} are between{more}; nearest to 10 is "
-        f"{nearest[10]}, to 10,000 {nearest[10_000]}.",
-        Number("parameters of the model over LoRA's, the median", statistics.median(ratios.values()) if ratios else math.nan, "times"),
+        f"Model and rank are as in most publications: of {len(ratios)} counts {len(inside)} are between{more}; nearest to 10 "
+        f"is {nearest[10]}, to 10,000 {nearest[10_000]}.",
+        Number(
+            "parameters of the model over LoRA's, the median",
+            statistics.median(ratios.values()) if ratios else math.nan,
+            "times",
+        ),
         [Number(name, ratios[name], "times") for name in dict.fromkeys((order[0], nearest[10], nearest[10_000], order[-1]))]
         + [
-            Number(f"{size}, r = {r}, {targets}", count_parameters(name).total / count_parameters(name, config).trainable, "times")
-            for size, name in SIZES.items() for r in (1, 8, 64)
+            Number(
+                f"{size}, r = {r}, {targets}", count_parameters(name).total / count_parameters(name, config).trainable, "times"
+            )
+            for size, name in SIZES.items()
+            for r in (1, 8, 64)
             for targets, config in (
-                ("q and v", mp.LoraConfig(r=r, target_modules=["q_proj", "v_proj"])), ("all linear layers", mp.LoraConfig(r=r, target_modules="all-linear"))
+                ("q and v", mp.LoraConfig(r=r, target_modules=["q_proj", "v_proj"])),
+                ("all linear layers", mp.LoraConfig(r=r, target_modules="all-linear")),
             )
         ],
         items=len(ratios),
-    )  # fmt: skip
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- serving
@@ -209,23 +228,30 @@ def fewer() -> Verdict:
 
 @claim("lora-10", lesson="04_lora.py", section="8 · Merge: the detour disappears", experiment=DECODING)
 def merged(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if the merged model's decoding takes less than 1.1 times the base's (the 95 % interval over all repeats), and is clearly slower
-    at no width and batch size; holds if at some; does not hold here otherwise. Cannot be tested here if the interval is wider than
-    10 % to each side."""
+    """Holds if the merged model's decoding takes less than 1.1 times the base's (the 95 % interval over all repeats), and is
+    clearly slower at no width and batch size; holds if at some; does not hold here otherwise. Cannot be tested here if the
+    interval is wider than 10 % to each side."""
     found, unmerged = slowdown(rows, "merged"), slowdown(rows, "unmerged")
-    overall = measured("merged, all widths and batch sizes: time over the base's", [row["merged"] / row["base"] for row in rows], "times")
+    overall = measured(
+        "merged, all widths and batch sizes: time over the base's", [row["merged"] / row["base"] for row in rows], "times"
+    )
     cases = {case: overall.high < 1.1 and n.low <= 1 for case, n in found.items()}
     slow = [n.value for n in unmerged.values()]
     return Verdict(
         graded(cases) if steady([overall]) else UNTESTABLE,
-        f"The merged model takes {overall.value:.2f} times the base's time, from {overall.low:.2f} to {overall.high:.2f}, and is clearly slower at "
-        f"{those(cases, False)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
-        overall, [overall, *found.values(), *unmerged.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
-    )  # fmt: skip
+        f"The merged model takes {overall.value:.2f} times the base's time, from {overall.low:.2f} to {overall.high:.2f}, "
+        f"and is clearly slower at {those(cases, False)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
+        overall,
+        [overall, *found.values(), *unmerged.values()],
+        seeds=repeats(rows),
+        base="random models of 6 layers",
+        task=where(rows),
+    )
 
 
 def mixed_batch(phase: str, seed: int, rows: int = 8, length: int = 32, tokens: int = 16) -> dict[str, Any]:
-    """The row of a repeat: seconds of 8 rows with 4 adapters at once, of the 4 adapters one after the other, of one adapter alone."""
+    """The row of a repeat: seconds of 8 rows with 4 adapters at once, of the 4 adapters one after the other, of one adapter
+    alone."""
     config = mp.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     model = mp.get_peft_model(random_model(128), config, "a0", seed=seed)
     names = [f"a{i}" for i in range(4)]
@@ -246,10 +272,13 @@ def mixed_batch(phase: str, seed: int, rows: int = 8, length: int = 32, tokens: 
     together = model(ids, adapter_names=of_rows).data
     difference = max(float(abs(together[i] - alone[i][0]).max()) for i in alone) / float(abs(together).max())
     model.set_requires_grad(names, True)
-    seconds = in_turns({
-        "mixed": lambda: call(ids, of_rows), "one_by_one": lambda: [call(ids[part], [name] * len(part)) for name, part in parts.items()],
-        "single": lambda: call(ids, ["a0"] * rows),
-    })  # fmt: skip
+    seconds = in_turns(
+        {
+            "mixed": lambda: call(ids, of_rows),
+            "one_by_one": lambda: [call(ids[part], [name] * len(part)) for name, part in parts.items()],
+            "single": lambda: call(ids, ["a0"] * rows),
+        }
+    )
     size = {"base_bytes": sum(to_numpy(p.data).nbytes for p in model.base_model.parameters() if not p.requires_grad)}
     size["adapter_bytes"] = sum(4 * p.size for _, p in model.named_parameters() if p.requires_grad) // 4
     return seconds | size | {"difference": difference} | machine()
@@ -260,13 +289,17 @@ MIXED = Experiment("mixed_batch", mixed_batch, lambda: mp.grid(phase=["training"
 
 @claim("lora-11", lesson="04_lora.py", section="9 · One base, many tasks", experiment=MIXED)
 def shared(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, in training and in generation, each row of a batch with four adapters is what it is alone (to 1e-4), and the batch
-    takes less time than the four adapters one after the other; holds if in one of them; does not hold here otherwise."""
+    """Holds if, in training and in generation, each row of a batch with four adapters is what it is alone (to 1e-4), and the
+    batch takes less time than the four adapters one after the other; holds if in one of them; does not hold here otherwise."""
     evidence, cases, single = [], {}, {}
     for phase in sorted({row["phase"] for row in rows}):
         mine = [row for row in rows if row["phase"] == phase]
-        number = measured(f"{phase}: a mixed batch over one adapter after the other", [r["mixed"] / r["one_by_one"] for r in mine], "times")
-        single[phase] = measured(f"{phase}: a mixed batch over one with a single adapter", [r["mixed"] / r["single"] for r in mine], "times")
+        number = measured(
+            f"{phase}: a mixed batch over one adapter after the other", [r["mixed"] / r["one_by_one"] for r in mine], "times"
+        )
+        single[phase] = measured(
+            f"{phase}: a mixed batch over one with a single adapter", [r["mixed"] / r["single"] for r in mine], "times"
+        )
         cases[phase] = max(r["difference"] for r in mine) < 1e-4 and number.high < 1
         evidence += [number, single[phase]]
     first = rows[0]
@@ -274,9 +307,13 @@ def shared(rows: list[dict[str, Any]]) -> Verdict:
     worst = max(row["difference"] for row in rows)
     return Verdict(
         graded(cases),
-        f"It is so, and saves time, in {those(cases)}: a batch of 8 rows with 4 adapters takes {listed([f'{n.value:.2f} ({n.name.partition(chr(58))[0]})' for n in evidence[::2]])} times "
-        f"the time of the four in turn, and {listed([f'{n.value:.2f}' for n in single.values()])} times a batch of one adapter; base and "
-        f"adapters take {memory:.2f} times the bytes of four models; rows differ from those alone by at most {worst:.0e}.",
-        max(evidence[::2], key=lambda n: n.value), [*evidence, Number("bytes of base and 4 adapters over 4 models", memory, "times")],
-        seeds=repeats(rows), base="a random model of the base's shape", task=where(rows),
-    )  # fmt: skip
+        f"It is so, and saves time, in {those(cases)}: a batch of 8 rows with 4 adapters takes "
+        f"{listed([f'{n.value:.2f} ({n.name.partition(chr(58))[0]})' for n in evidence[::2]])} times the time of the four in "
+        f"turn, and {listed([f'{n.value:.2f}' for n in single.values()])} times a batch of one adapter; base and adapters "
+        f"take {memory:.2f} times the bytes of four models; rows differ from those alone by at most {worst:.0e}.",
+        max(evidence[::2], key=lambda n: n.value),
+        [*evidence, Number("bytes of base and 4 adapters over 4 models", memory, "times")],
+        seeds=repeats(rows),
+        base="a random model of the base's shape",
+        task=where(rows),
+    )

@@ -29,8 +29,8 @@ NEAR = 0.1  # of "4 times": within 10 %
 
 @claim("qlora-1", lesson="07_qlora.py", section="6 · Train")
 def procedure() -> Verdict:
-    """Holds if, with adapters in float32 and in bfloat16, five steps lower the loss, move every array of the adapters and leave every
-    byte of the four-bit base; holds if in one of the two; does not hold here otherwise."""
+    """Holds if, with adapters in float32 and in bfloat16, five steps lower the loss, move every array of the adapters and
+    leave every byte of the four-bit base; holds if in one of the two; does not hold here otherwise."""
     from ..train.callbacks import WeightsIn
 
     small, cases, evidence = quantize_model(base()[0]), {}, []
@@ -53,16 +53,17 @@ def procedure() -> Verdict:
         ]
     return Verdict(
         graded(cases),
-        f"It trains with adapters in {those(cases)}: the loss falls by {evidence[0].value:.2f} (float32) and {evidence[2].value:.2f} nats "
-        f"(bfloat16) in 4 steps, all on a base with {layers} layers in four bits, which keeps its bytes.",
+        f"It trains with adapters in {those(cases)}: the loss falls by {evidence[0].value:.2f} (float32) and "
+        f"{evidence[2].value:.2f} nats (bfloat16) in 4 steps, all on a base with {layers} layers in four bits, which keeps "
+        "its bytes.",
         evidence[0], evidence, base=BASE, task="8 sentences",
     )  # fmt: skip
 
 
 @claim("qlora-2", lesson="12_counting.py", section="3 · Bytes of a parameter")
 def smaller() -> Verdict:
-    """Holds if the whole model, with what is not quantized, is within 10 % of 4 times smaller than in 16 bits, on the base, at 7B and at
-    70B; holds if at some; does not hold here if at none. (NF4, blocks of 64, double quantization.)"""
+    """Holds if the whole model, with what is not quantized, is within 10 % of 4 times smaller than in 16 bits, on the base, at
+    7B and at 70B; holds if at some; does not hold here if at none. (NF4, blocks of 64, double quantization.)"""
     sizes, evidence, kept = {"the base": base()[0].config, **SIZES}, [], {}
     ratios = {}
     for size, model in sizes.items():
@@ -72,18 +73,21 @@ def smaller() -> Verdict:
         ratios[size], kept[size] = 2 * total / four, (total - linear) / total
         bits = 8 * (four - 2 * (total - linear)) / linear
         evidence += [
-            Number(f"{size}: 16 bits over 4 bits, the whole model", ratios[size], "times"), Number(f"{size}: not quantized", 100 * kept[size], "%"),
+            Number(f"{size}: 16 bits over 4 bits, the whole model", ratios[size], "times"),
+            Number(f"{size}: not quantized", 100 * kept[size], "%"),
             Number(f"{size}: bits a quantized weight", bits, "bits"),
-        ]  # fmt: skip
+        ]
     packed = 16 / evidence[-1].value
     cases = {size: abs(ratio / 4 - 1) <= NEAR for size, ratio in ratios.items()}
     return Verdict(
         graded(cases),
-        f"So for {those(cases)}: a quantized weight takes {evidence[-1].value:.3f} bits with its scales, {packed:.2f} times less, and embeddings, "
-        f"norms and head stay in 16, {listed([f'{100 * share:.1f} % ({size})' for size, share in kept.items()])} of the numbers, so the "
-        f"model is {listed([f'{ratio:.2f} ({size})' for size, ratio in ratios.items()])} times smaller.",
-        Number("7B: 16 bits over 4 bits, the whole model", ratios["7B"], "times"), [*evidence, Number("a quantized weight, 16 bits over these", packed, "times")],
-    )  # fmt: skip
+        f"So for {those(cases)}: a quantized weight takes {evidence[-1].value:.3f} bits with its scales, {packed:.2f} times "
+        "less, and embeddings, norms and head stay in 16, "
+        f"{listed([f'{100 * share:.1f} % ({size})' for size, share in kept.items()])} of the numbers, so the model is "
+        f"{listed([f'{ratio:.2f} ({size})' for size, ratio in ratios.items()])} times smaller.",
+        Number("7B: 16 bits over 4 bits, the whole model", ratios["7B"], "times"),
+        [*evidence, Number("a quantized weight, 16 bits over these", packed, "times")],
+    )
 
 
 def _quantized(model: Any) -> int:
@@ -97,9 +101,10 @@ MEASURED_70B = ("fms-a100-L94", "fms-a100-L95")  # a 70B model with QLoRA on one
 
 @claim("qlora-3", lesson="07_qlora.py", section="5 · 65 billion parameters on one GPU")
 def one_gpu() -> Verdict:
-    """Holds if 65B and 70B with LoRA r = 64 on all linear layers, one sequence of 512 tokens, fit one card of 48 GB and of 80 GB by the
-    ledger of a PyTorch loop, with its usual settings and with those of the paper (states paged, adapters in 16 bits); holds if in some
-    of these cases; does not hold here if in none, or if measured 70B runs on one card are missed by more than 15 %."""
+    """Holds if 65B and 70B with LoRA r = 64 on all linear layers, one sequence of 512 tokens, fit one card of 48 GB and of 80
+    GB by the ledger of a PyTorch loop, with its usual settings and with those of the paper (states paged, adapters in 16
+    bits); holds if in some of these cases; does not hold here if in none, or if measured 70B runs on one card are missed by
+    more than 15 %."""
     lora = mp.LoraConfig(r=64, target_modules="all-linear")
     loops = {
         "usual settings": Loop(quantization="nf4"),
@@ -113,7 +118,9 @@ def one_gpu() -> Verdict:
     runs = footprints(MEASURED_70B)
     close = bool(runs) and all(run.close for run in runs)
     cases = {f"{case} on {gb} GB": close and n <= gb * 1e9 for case, n in needed.items() for gb in (48, CARDS["a100"][0])}
-    evidence = [Number(case, n / 1e9, "GB") for case, n in needed.items()] + [Number("65B with LoRA in 16 bits", plain / 1e9, "GB")]
+    evidence = [Number(case, n / 1e9, "GB") for case, n in needed.items()] + [
+        Number("65B with LoRA in 16 bits", plain / 1e9, "GB")
+    ]
     for run in runs:
         evidence += [
             Number(f"{run.row['id']}, {run.row['model']}: measured", run.measured / 1e9, "GB"),
@@ -122,12 +129,17 @@ def one_gpu() -> Verdict:
     biggest = max((run.measured for run in runs), default=0)
     return Verdict(
         graded(cases),
-        f"65B takes {needed['65B with usual settings'] / 1e9:.0f} GB with a PyTorch loop's usual settings and {needed['65B with the paper' + chr(39) + 's settings'] / 1e9:.0f} "
-        f"GB with the paper's (without four bits {plain / 1e9:.0f}), so 48 GB are enough for {those({c: v for c, v in cases.items() if '48' in c})}, "
-        f"and 80 GB for {sum(v for c, v in cases.items() if '48' not in c)} of {len(needed)} cases; measured runs of 70B on one card took up "
-        f"to {biggest / 1e9:.0f} GB.",
-        evidence[0], evidence, items=len(runs), base="LLaMA-65B and Llama-2-70B, as shapes", task="1 x 512 tokens, blocks computed again, flash attention",
-    )  # fmt: skip
+        f"65B takes {needed['65B with usual settings'] / 1e9:.0f} GB with a PyTorch loop's usual settings and "
+        f"{needed['65B with the paper' + chr(39) + 's settings'] / 1e9:.0f} GB with the paper's (without four bits "
+        f"{plain / 1e9:.0f}), so 48 GB are enough for {those({c: v for c, v in cases.items() if '48' in c})}, and 80 GB for "
+        f"{sum(v for c, v in cases.items() if '48' not in c)} of {len(needed)} cases; measured runs of 70B on one card took "
+        f"up to {biggest / 1e9:.0f} GB.",
+        evidence[0],
+        evidence,
+        items=len(runs),
+        base="LLaMA-65B and Llama-2-70B, as shapes",
+        task="1 x 512 tokens, blocks computed again, flash attention",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- speed
@@ -154,8 +166,8 @@ LITTLE = 1.25
 
 @claim("qlora-4", lesson="07_qlora.py", section="6 · Train", experiment=STEPS)
 def slower(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if, at each width, a QLoRA step takes clearly longer than LoRA's (95 %, over repeats), and on average at most 1.25 times as
-    long; holds if at some widths; does not hold here if at none."""
+    """Holds if, at each width, a QLoRA step takes clearly longer than LoRA's (95 %, over repeats), and on average at most 1.25
+    times as long; holds if at some widths; does not hold here if at none."""
     found = {}
     for width in sorted({row["width"] for row in rows}):
         ratios = [row["qlora"] / row["lora"] for row in rows if row["width"] == width]
@@ -164,9 +176,14 @@ def slower(rows: list[dict[str, Any]]) -> Verdict:
     told = [f"{n.value:.2f} ({case})" for case, n in found.items()]
     most = max(found.values(), key=lambda n: n.value)
     return Verdict(
-        graded(cases), f"A step takes {listed(told)} times as long: clearly more, and at most {LITTLE:g} times, at {those(cases)}.",
-        most, [*found.values()], seeds=repeats(rows), base="random models of 4 layers", task=f"4 x 64 tokens, float32 beside the 4 bits; {where(rows)}",
-    )  # fmt: skip
+        graded(cases),
+        f"A step takes {listed(told)} times as long: clearly more, and at most {LITTLE:g} times, at {those(cases)}.",
+        most,
+        [*found.values()],
+        seeds=repeats(rows),
+        base="random models of 4 layers",
+        task=f"4 x 64 tokens, float32 beside the 4 bits; {where(rows)}",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- traps
@@ -174,9 +191,10 @@ def slower(rows: list[dict[str, Any]]) -> Verdict:
 
 @claim("qlora-6", lesson="07_qlora.py", section="8 · Break it: one outlier")
 def traps() -> Verdict:
-    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, and scales quantized without taking off their mean, if
-    the error at least doubles; the merged weight put back into four bits, if more than a tenth of what training gained is lost; zero
-    blocks divided by their absmax, if the result is not a number; holds if some do; does not hold here if none does."""
+    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, and scales quantized without taking off their
+    mean, if the error at least doubles; the merged weight put back into four bits, if more than a tenth of what training
+    gained is lost; zero blocks divided by their absmax, if the result is not a number; holds if some do; does not hold here if
+    none does."""
     model = base()[0]
     W = np.concatenate([to_numpy(layer.weight.data).reshape(-1) for layer in quantizable_layers(model).values()])
     errors: dict[str, tuple[float, float]] = {}
@@ -214,10 +232,14 @@ def traps() -> Verdict:
     return Verdict(
         graded(cases),
         f"These go wrong: {those(cases)}; the error is {ratio['large blocks']:.2f} times as large with blocks of 4096 and "
-        f"{ratio['no mean taken off the scales']:.1f} times (of the scales) without their mean, a merge back into four bits loses "
-        f"{errors['merging into four bits'][1] / gained:.1%} of the {gained:.2f} nats that training gained, and a block of zeros gives "
-        f"{errors['zero blocks'][1]} when divided by its largest.",
+        f"{ratio['no mean taken off the scales']:.1f} times (of the scales) without their mean, a merge back into four bits "
+        f"loses {errors['merging into four bits'][1] / gained:.1%} of the {gained:.2f} nats that training gained, and a "
+        f"block of zeros gives {errors['zero blocks'][1]} when divided by its largest.",
         Number("shortcuts that go wrong, of 4", sum(cases.values())),
-        [n for trap, (own, broken) in errors.items() for n in (Number(f"{trap}: error of the library", own), Number(f"{trap}: of the shortcut", broken))],
+        [
+            n
+            for trap, (own, broken) in errors.items()
+            for n in (Number(f"{trap}: error of the library", own), Number(f"{trap}: of the shortcut", broken))
+        ],
         base=BASE,
-    )  # fmt: skip
+    )

@@ -283,7 +283,7 @@ def those(cases: Mapping[str, bool], value: bool = True) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"; "none" of no names."""
+    """ "a", "a and b", "a, b and c"; "none" of no names."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
 
 

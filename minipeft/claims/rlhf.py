@@ -29,9 +29,9 @@ from .register import Number, Verdict, claim, graded, listed, measured, those
 
 @claim("rlhf-1", lesson="10_ppo.py", section="4 · The loss: no more than twenty percent at a time")
 def preference() -> Verdict:
-    """Holds if, of pairs of texts, one step on PPO's loss moves log p(a) - log p(b) up where a is preferred and down where b is, clearly
-    over pairs, while a step on the likelihood of both is the same for either preference; holds if one direction alone is so;
-    does not hold here otherwise."""
+    """Holds if, of pairs of texts, one step on PPO's loss moves log p(a) - log p(b) up where a is preferred and down where b
+    is, clearly over pairs, while a step on the likelihood of both is the same for either preference; holds if one direction
+    alone is so; does not hold here otherwise."""
     found = list(examples())
     ups, downs, same = [], [], []
     for one, other in zip(found[::2], found[1::2]):
@@ -65,16 +65,18 @@ def preference() -> Verdict:
     cases = {"a is preferred": up.low > 0, "b is preferred": down.high < 0}
     return Verdict(
         graded(cases),
-        f"One step moves log p(a) - log p(b) by {up.value:+.2f} nats where a is preferred and by {down.value:+.2f} where b is, on the same texts; "
-        f"the likelihood of both, to which a preference is nothing, moves it by {neither.value:+.2f}; as stated where {those(cases)}.",
+        f"One step moves log p(a) - log p(b) by {up.value:+.2f} nats where a is preferred and by {down.value:+.2f} where b "
+        f"is, on the same texts; the likelihood of both, to which a preference is nothing, moves it by {neither.value:+.2f}; "
+        f"as stated where {those(cases)}.",
         up, [up, down, neither], items=len(ups), base=BASE, task="pairs of sentences, one step at rate 1e-4",
     )  # fmt: skip
 
 
 @claim("rlhf-2", lesson="10_ppo.py", section="5 · Run it")
 def chain() -> Verdict:
-    """Holds if three stages run in a chain: SFT lowers the loss; the reward model, which starts from the SFT model, ranks its pairs better
-    after training; PPO starts from the SFT model, which is its reference, and moves from it; does not hold here if a link is missing."""
+    """Holds if three stages run in a chain: SFT lowers the loss; the reward model, which starts from the SFT model, ranks its
+    pairs better after training; PPO starts from the SFT model, which is its reference, and moves from it; does not hold here
+    if a link is missing."""
     tuned = base()[0].copy().requires_grad_(True)
     losses = steps(tuned, 3)
     judge = RewardModel(tuned).requires_grad_(True)
@@ -84,14 +86,18 @@ def chain() -> Verdict:
     given = collate_rankings(pairs).arguments
     ranked = steps(judge, 3, loss=lambda m: m.loss(**given))
     prompts = [ids[:4].tolist() for ids in found]
-    config = PPOConfig(steps=1, batch_size=8, mini_batch_size=8, num_epochs=1, response_length=8, missing_eos_score=None, progress=False)
+    config = PPOConfig(
+        steps=1, batch_size=8, mini_batch_size=8, num_epochs=1, response_length=8, missing_eos_score=None, progress=False
+    )
     trainer = PPOTrainer(tuned.copy(), judge.requires_grad_(False), prompts, config)
     sft = arrays(tuned)
     links = {
-        "SFT learns": losses[-1] < losses[0], "the reward model starts from it": shared == 0, "the reward model learns": ranked[-1] < ranked[0],
+        "SFT learns": losses[-1] < losses[0],
+        "the reward model starts from it": shared == 0,
+        "the reward model learns": ranked[-1] < ranked[0],
         "PPO starts from it": max(moved(sft, arrays(trainer.policy)).values()) == 0,
         "the reference is it": max(moved(sft, arrays(trainer.reference)).values()) == 0,
-    }  # fmt: skip
+    }
     record = trainer.step()
     share_moved = moved(sft, arrays(trainer.policy))
     links["PPO moves the policy, not the reference"] = (
@@ -101,16 +107,19 @@ def chain() -> Verdict:
     missing = f"; missing: {those(links, False)}" if not whole else ""
     return Verdict(
         graded({"": whole}),
-        f"{sum(links.values())} of {len(links)} links are there{missing}: SFT's loss falls by {losses[0] - losses[-1]:.2f} nats, the reward "
-        f"model's by {ranked[0] - ranked[-1]:.2f}, and an update of PPO, of {config.batch_size} answers scored {record['objective/scores']:.2f} on "
-        f"average, moves the policy away from its reference, the SFT model.",
+        f"{sum(links.values())} of {len(links)} links are there{missing}: SFT's loss falls by {losses[0] - losses[-1]:.2f} "
+        f"nats, the reward model's by {ranked[0] - ranked[-1]:.2f}, and an update of PPO, of {config.batch_size} answers "
+        f"scored {record['objective/scores']:.2f} on average, moves the policy away from its reference, the SFT model.",
         Number("links of the chain that are there", sum(links.values()), f"of {len(links)}"),
         [
-            Number("fall of SFT's loss in 3 steps", losses[0] - losses[-1], "nats"), Number("fall of the reward model's in 3 steps", ranked[0] - ranked[-1], "nats"),
-            Number("mean score of the answers", record["objective/scores"]), Number("loss of PPO's policy", record["loss/policy"]),
+            Number("fall of SFT's loss in 3 steps", losses[0] - losses[-1], "nats"),
+            Number("fall of the reward model's in 3 steps", ranked[0] - ranked[-1], "nats"),
+            Number("mean score of the answers", record["objective/scores"]),
+            Number("loss of PPO's policy", record["loss/policy"]),
         ],
-        base=BASE, task="8 sentences, 3 steps a stage, one update",
-    )  # fmt: skip
+        base=BASE,
+        task="8 sentences, 3 steps a stage, one update",
+    )
 
 
 def _backbone(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,9 +128,9 @@ def _backbone(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @claim("rlhf-3", lesson="09_reward_model.py", section="1 · How people choose")
 def bradley_terry() -> Verdict:
-    """Holds if the reward model's loss is -log sigmoid(r1 - r2), to 1e-6, and a rater with Gumbel noise prefers the first text as often as
-    sigmoid(r1 - r2) says, in each of five differences (within a 99 % interval of the draws); holds if one is so; does not hold here
-    otherwise."""
+    """Holds if the reward model's loss is -log sigmoid(r1 - r2), to 1e-6, and a rater with Gumbel noise prefers the first text
+    as often as sigmoid(r1 - r2) says, in each of five differences (within a 99 % interval of the draws); holds if one is so;
+    does not hold here otherwise."""
     differences, draws = (-2.0, -0.5, 0.0, 1.0, 3.0), 20_000
     loss = [float(reward_loss(np.array([d]), np.array([0.0])).item()) for d in differences]
     probability = [1 / (1 + math.exp(-d)) for d in differences]
@@ -131,21 +140,27 @@ def bradley_terry() -> Verdict:
         first = rank(np.tile([[d, 0.0]], (draws, 1)), np.random.default_rng(0), temperature=1.0)[:, 0] == 0
         seen = share(first)
         inside.append(abs(seen.value - p) < 2.576 * math.sqrt(p * (1 - p) / draws))
-        evidence += [Number(f"r1 - r2 = {d:g}: the first is preferred", seen.value, "", seen.low, seen.high), Number(f"r1 - r2 = {d:g}: sigmoid", p)]
+        evidence += [
+            Number(f"r1 - r2 = {d:g}: the first is preferred", seen.value, "", seen.low, seen.high),
+            Number(f"r1 - r2 = {d:g}: sigmoid", p),
+        ]
     cases = {"the loss": error < 1e-6, "the rater": all(inside)}
     return Verdict(
         graded(cases),
-        f"The loss is -log sigmoid(r1 - r2) to {error:.0e}, and of {draws:,} choices of a rater with Gumbel noise the share is the sigmoid's for "
-        f"{sum(inside)} of {len(inside)} differences; whether people choose so is another question.",
-        Number("largest difference of the loss from -log sigmoid", error, "nats"), evidence, items=draws, task="a rater's draws, rlhf.rank",
-    )  # fmt: skip
+        f"The loss is -log sigmoid(r1 - r2) to {error:.0e}, and of {draws:,} choices of a rater with Gumbel noise the share "
+        f"is the sigmoid's for {sum(inside)} of {len(inside)} differences; whether people choose so is another question.",
+        Number("largest difference of the loss from -log sigmoid", error, "nats"),
+        evidence,
+        items=draws,
+        task="a rater's draws, rlhf.rank",
+    )
 
 
 @claim("rlhf-4", lesson="10_ppo.py", section="2 · Rewards: a price for leaving, and the score at the end")
 def objective() -> Verdict:
-    """Holds if, over all answers of two tokens, the expected sum of the library's rewards is E[r] - beta KL(pi || ref), for each beta, its
-    maximum is at pi ~ ref exp(r / beta), and the reference of PPO is the model that it starts from; holds if some of these are so;
-    does not hold here otherwise."""
+    """Holds if, over all answers of two tokens, the expected sum of the library's rewards is E[r] - beta KL(pi || ref), for
+    each beta, its maximum is at pi ~ ref exp(r / beta), and the reference of PPO is the model that it starts from; holds if
+    some of these are so; does not hold here otherwise."""
     rng, V = np.random.default_rng(0), 4
     r = rng.standard_normal(V * V)
     ref, pi = (_tokens(rng, V) for _ in range(2))
@@ -170,10 +185,14 @@ def objective() -> Verdict:
     cases = {"the objective": max(gaps) < 1e-6, "its maximum": best, "the reference": own}
     return Verdict(
         graded(cases),
-        f"Over all {V * V} answers of two tokens the expected rewards are E[r] - beta KL to {max(gaps):.0e} for three betas, no policy near ref "
-        f"exp(r / beta) is better, and PPO's reference is the model that it starts from: so for {those(cases)}.",
-        Number("largest difference of the two sides", max(gaps)), items=V * V, base=BASE, task="beta 0.05, 0.2 and 1",
-    )  # fmt: skip
+        f"Over all {V * V} answers of two tokens the expected rewards are E[r] - beta KL to {max(gaps):.0e} for three betas, "
+        "no policy near ref exp(r / beta) is better, and PPO's reference is the model that it starts from: so for "
+        f"{those(cases)}.",
+        Number("largest difference of the two sides", max(gaps)),
+        items=V * V,
+        base=BASE,
+        task="beta 0.05, 0.2 and 1",
+    )
 
 
 def _tokens(rng: np.random.Generator, V: int) -> np.ndarray:
@@ -189,8 +208,8 @@ PROMPT, RESPONSE, EPOCHS = 256, 256, 4
 
 @claim("rlhf-6", lesson="12_counting.py", section="5 · Two ledgers")
 def expensive() -> Verdict:
-    """Holds if, at 7B, full and with LoRA, PPO needs more than twice the memory of SFT and more than twice its FLOPs for the same texts,
-    beside labels that SFT does not need; holds if in some of these; does not hold here if in none."""
+    """Holds if, at 7B, full and with LoRA, PPO needs more than twice the memory of SFT and more than twice its FLOPs for the
+    same texts, beside labels that SFT does not need; holds if in some of these; does not hold here if in none."""
     cases, evidence, ratios = {}, [], {}
     name, rows, length = SIZES["7B"], 8, PROMPT + RESPONSE
     for title, config in (("full", None), ("LoRA", mp.LoraConfig(r=8, target_modules="all-linear"))):
@@ -202,9 +221,11 @@ def expensive() -> Verdict:
         update = 4 * step.forward + EPOCHS * step.total
         ratios[f"memory, {title}"], ratios[f"FLOPs, {title}"] = ppo.total / sft.total, update / step.total
         evidence += [
-            Number(f"{title}: SFT's step", sft.total, "bytes"), Number(f"{title}: PPO's update", ppo.total, "bytes"),
-            Number(f"{title}: SFT's step", step.total, "FLOPs"), Number(f"{title}: PPO's update of the same texts", update, "FLOPs"),
-        ]  # fmt: skip
+            Number(f"{title}: SFT's step", sft.total, "bytes"),
+            Number(f"{title}: PPO's update", ppo.total, "bytes"),
+            Number(f"{title}: SFT's step", step.total, "FLOPs"),
+            Number(f"{title}: PPO's update of the same texts", update, "FLOPs"),
+        ]
     cases = {case: ratio > 2 for case, ratio in ratios.items()}
     told = [f"{ratio:.1f} times ({case})" for case, ratio in ratios.items()]
     return Verdict(
@@ -212,6 +233,11 @@ def expensive() -> Verdict:
         f"What is counted is {those(cases)}: PPO takes {listed(told)} what SFT does at 7B, in three stages for one, after "
         f"{LABELS:,} ranked prompts in InstructGPT.",
         Number("7B, LoRA: PPO's FLOPs over SFT's, for the same texts", ratios["FLOPs, LoRA"], "times"),
-        [*evidence, Number("ranked prompts of InstructGPT's reward model (table 6)", LABELS), Number("models in memory: policy, reference, reward, value head", 4)],
-        base="LLaMA-7B, as shapes", task=f"{rows} x ({PROMPT} + {RESPONSE}) tokens, bfloat16, blocks computed again, {EPOCHS} epochs",
-    )  # fmt: skip
+        [
+            *evidence,
+            Number("ranked prompts of InstructGPT's reward model (table 6)", LABELS),
+            Number("models in memory: policy, reference, reward, value head", 4),
+        ],
+        base="LLaMA-7B, as shapes",
+        task=f"{rows} x ({PROMPT} + {RESPONSE}) tokens, bfloat16, blocks computed again, {EPOCHS} epochs",
+    )

@@ -60,25 +60,28 @@ def _prefix_sides() -> tuple[float, int]:
 
 @claim("soft-1", lesson="06_soft_prompts.py", section="1 · Vectors in front of the input")
 def prompt() -> Verdict:
-    """Holds if the model with a soft prompt computes the base's logits on [p_1, ..., p_P, E(x)], to 1e-4; does not hold here otherwise."""
+    """Holds if the model with a soft prompt computes the base's logits on [p_1, ..., p_P, E(x)], to 1e-4; does not hold here
+    otherwise."""
     difference = _prompt_sides()
     return Verdict(
         graded({"": difference < 1e-4}),
         f"The logits on both sides differ by at most {difference:.0e} of the largest, with P = {P}.",
-        Number("largest difference of the two sides, over the largest logit", difference, "times"), base=BASE, task="4 x 16 tokens",
-    )  # fmt: skip
+        Number("largest difference of the two sides, over the largest logit", difference, "times"),
+        base=BASE,
+        task="4 x 16 tokens",
+    )
 
 
 @claim("soft-2", lesson="06_soft_prompts.py", section="2 · Keys and values in front of every layer's own")
 def prefix() -> Verdict:
-    """Holds if a prefix of the keys and values that the base computes of ten tokens, in each layer, gives the logits that the base has
-    behind these tokens, to 1e-4; does not hold here otherwise."""
+    """Holds if a prefix of the keys and values that the base computes of ten tokens, in each layer, gives the logits that the
+    base has behind these tokens, to 1e-4; does not hold here otherwise."""
     difference, own = _prefix_sides()
     layers = base()[0].config.num_hidden_layers
     return Verdict(
         graded({"": difference < 1e-4 and own == layers}),
-        f"The logits on both sides differ by at most {difference:.0e} of the largest; {own} of {layers} layers have keys and values of their "
-        f"own, and {P} tokens' are what the {P} tokens themselves would be.",
+        f"The logits on both sides differ by at most {difference:.0e} of the largest; {own} of {layers} layers have keys and "
+        f"values of their own, and {P} tokens' are what the {P} tokens themselves would be.",
         Number("largest difference of the two sides, over the largest logit", difference, "times"),
         [Number("layers with a prefix", own), Number("layers", layers)], base=BASE, task="4 x 16 tokens",
     )  # fmt: skip
@@ -91,15 +94,17 @@ def count() -> Verdict:
     model = mp.PeftModel(mp.Transformer(config, seed=None), mp.PromptTuningConfig(num_virtual_tokens=100), seed=None)
     built = model.get_nb_trainable_parameters()[0]
     return Verdict(
-        graded({"": built == 100 * 1024 and round(built / 1e3) == 102}), f"The built prompt trains {built:,} numbers, P d is {100 * 1024:,}.",
-        Number("numbers of the built prompt", built), [Number("P d", 100 * 1024)],
-    )  # fmt: skip
+        graded({"": built == 100 * 1024 and round(built / 1e3) == 102}),
+        f"The built prompt trains {built:,} numbers, P d is {100 * 1024:,}.",
+        Number("numbers of the built prompt", built),
+        [Number("P d", 100 * 1024)],
+    )
 
 
 @claim("soft-4", lesson="06_soft_prompts.py", section="3 · The count")
 def fewest() -> Verdict:
-    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method with its usual options, on the base, at 7B
-    and at 70B; holds if in some of these cases; does not hold here if in none."""
+    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method with its usual options, on the
+    base, at 7B and at 70B; holds if in some of these cases; does not hold here if in none."""
     models = {size: accounting.architecture(model) for size, model in {"the base": base()[0].config, **SIZES}.items()}
     cases, evidence, least = {}, [], {}
     for size, model in models.items():
@@ -120,16 +125,16 @@ def fewest() -> Verdict:
     ratio = evidence[4].value / evidence[3].value
     return Verdict(
         graded(cases),
-        f"It is so for {those(cases)}, and not for {those(cases, False)}, where {least['the base']} trains fewer: a prompt has P vectors, "
-        f"{least['the base']} two of them a layer.",
+        f"It is so for {those(cases)}, and not for {those(cases, False)}, where {least['the base']} trains fewer: a prompt "
+        f"has P vectors, {least['the base']} two of them a layer.",
         Number(f"7B: prompt P=20 over {least['7B']}", ratio, "times"), evidence,
     )  # fmt: skip
 
 
 @claim("soft-5", lesson="06_soft_prompts.py", section="1 · Vectors in front of the input")
 def architecture() -> Verdict:
-    """Holds if a soft prompt equals input embeddings and a prefix a cache, to 1e-4, and the modules of the base are the same with either;
-    holds if one of these is so; does not hold here otherwise."""
+    """Holds if a soft prompt equals input embeddings and a prefix a cache, to 1e-4, and the modules of the base are the same
+    with either; holds if one of these is so; does not hold here otherwise."""
     model = base()[0]
 
     def modules(m: Any) -> list[tuple[str, str]]:
@@ -144,24 +149,32 @@ def architecture() -> Verdict:
     cases = {"a soft prompt": sides[0] < 1e-4 and same[0], "a prefix": sides[1] < 1e-4 and same[1]}
     return Verdict(
         graded(cases),
-        f"The base alone computes the same from embeddings in front of the input (to {sides[0]:.0e}) and from a cache (to {sides[1]:.0e}); "
-        f"{sum(same)} of the two leave its {len(modules(model))} modules as they are, where LoRA puts others in the way.",
+        f"The base alone computes the same from embeddings in front of the input (to {sides[0]:.0e}) and from a cache (to "
+        f"{sides[1]:.0e}); {sum(same)} of the two leave its {len(modules(model))} modules as they are, where LoRA puts "
+        "others in the way.",
         Number("largest difference of the two sides, over the largest logit", max(sides), "times"),
-        [Number("a soft prompt", sides[0], "times"), Number("a prefix", sides[1], "times"), Number("modules that LoRA changes", changed)],
-        base=BASE, task="4 x 16 tokens",
-    )  # fmt: skip
+        [
+            Number("a soft prompt", sides[0], "times"),
+            Number("a prefix", sides[1], "times"),
+            Number("modules that LoRA changes", changed),
+        ],
+        base=BASE,
+        task="4 x 16 tokens",
+    )
 
 
-@claim("soft-6", lesson="06_soft_prompts.py", section="5 · The lost context")
+@claim("soft-6", lesson="04_lora.py", section="9 · One base, many tasks")
 def mixed() -> Verdict:
-    """Holds if, in a batch whose rows use two prompts, a prefix, LoRA, adapters and nothing, each row has the logits (to 1e-4) and the
-    generated tokens that it has alone; holds if one of the two is so; does not hold here otherwise."""
+    """Holds if, in a batch whose rows use two prompts, a prefix, LoRA, adapters and nothing, each row has the logits (to 1e-4)
+    and the generated tokens that it has alone; holds if one of the two is so; does not hold here otherwise."""
     model, ids = base()[0], _ids(6, 12)
     configs = {
-        "prompt": mp.PromptTuningConfig(num_virtual_tokens=5), "prompt_2": mp.PromptTuningConfig(num_virtual_tokens=9),
+        "prompt": mp.PromptTuningConfig(num_virtual_tokens=5),
+        "prompt_2": mp.PromptTuningConfig(num_virtual_tokens=9),
         "prefix": mp.PrefixTuningConfig(num_virtual_tokens=7),
-        "lora": mp.LoraConfig(target_modules="all-linear", init_lora_weights=False), "adapters": mp.BottleneckConfig(bottleneck_size=8),
-    }  # fmt: skip
+        "lora": mp.LoraConfig(target_modules="all-linear", init_lora_weights=False),
+        "adapters": mp.BottleneckConfig(bottleneck_size=8),
+    }
     tuned = mp.get_peft_model(model, configs["prompt"], "prompt")
     for i, name in enumerate([*configs][1:], 1):
         tuned.add_adapter(name, configs[name], seed=i)
@@ -175,11 +188,14 @@ def mixed() -> Verdict:
     equal = [bool((generated[i, : len(row)] == row).all()) for i, row in enumerate(by_row)]
     return Verdict(
         graded({"forward": max(differences) < 1e-4, "generation": all(equal)}),
-        f"In a batch of {len(rows)} rows, each with a method of its own, logits differ by at most {max(differences):.0e} of the largest from "
-        f"those of the row alone, and {sum(equal)} of {len(rows)} generated texts are the same.",
+        f"In a batch of {len(rows)} rows, each with a method of its own, logits differ by at most {max(differences):.0e} of "
+        f"the largest from those of the row alone, and {sum(equal)} of {len(rows)} generated texts are the same.",
         Number("largest difference of a row in the batch from the row alone", max(differences), "times"),
-        [Number(f"the same, {name}", d, "times") for name, d in zip(rows, differences)], items=len(rows), base=BASE, task="6 x 12 tokens",
-    )  # fmt: skip
+        [Number(f"the same, {name}", d, "times") for name, d in zip(rows, differences)],
+        items=len(rows),
+        base=BASE,
+        task="6 x 12 tokens",
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the context it takes
@@ -201,7 +217,9 @@ def context(taken: int) -> dict[str, Any]:
     with no_grad():
         for part in (ids[i : i + 16] for i in range(0, len(ids), 16)):
             scores = F.log_softmax(model(part)[:, -SCORED - 1 : -1]).data
-            losses += to_numpy(-np.take_along_axis(to_numpy(scores), to_numpy(part)[:, -SCORED:, None], 2)[..., 0].mean(1)).tolist()
+            losses += to_numpy(
+                -np.take_along_axis(to_numpy(scores), to_numpy(part)[:, -SCORED:, None], 2)[..., 0].mean(1)
+            ).tolist()
     return {"losses": [round(loss, 5) for loss in losses]}
 
 
@@ -210,8 +228,9 @@ LOST = Experiment("lost_context", context, lambda: mp.grid(taken=list(LENGTHS)))
 
 @claim("soft-7", lesson="06_soft_prompts.py", section="5 · The lost context", experiment=LOST)
 def context_lost(rows: list[dict[str, Any]]) -> Verdict:
-    """Holds if a prompt of P vectors refuses more than the context less P, and each number of lost positions clearly raises the loss on
-    the last 32 tokens of a context of 256 (95 %, over blocks of text); holds if only some do; does not hold here if none does."""
+    """Holds if a prompt of P vectors refuses more than the context less P, and each number of lost positions clearly raises
+    the loss on the last 32 tokens of a context of 256 (95 %, over blocks of text); holds if only some do; does not hold here
+    if none does."""
     model = base()[0]
     limit = model.config.max_position_embeddings
     tuned = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=P))
@@ -227,14 +246,19 @@ def context_lost(rows: list[dict[str, Any]]) -> Verdict:
     takes = fits(limit - P) and not fits(limit - P + 1)
     losses = {row["taken"]: np.array(row["losses"]) for row in rows}
     found = {taken: mean(own - losses[0]) for taken, own in losses.items() if taken}
-    evidence = [Number(f"{taken} of {CONTEXT} positions lost: rise of the loss", e.value, "nats a token", e.low, e.high) for taken, e in found.items()]
+    evidence = [
+        Number(f"{taken} of {CONTEXT} positions lost: rise of the loss", e.value, "nats a token", e.low, e.high)
+        for taken, e in found.items()
+    ]
     cases = {f"{taken}": takes and e.low > 0 for taken, e in found.items()}
     return Verdict(
         graded(cases),
-        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions; the loss at the end of {CONTEXT} tokens rises "
-        f"clearly where {those(cases)} are lost, by {found[max(found)].value:.3f} nats for {max(found)} and by "
-        f"{found[min(found)].value:.3f} for {min(found)}.",
-        evidence[-1], evidence, items=len(losses[0]), base=BASE, task="general text, without what the prompt itself would teach",
-    )  # fmt: skip
-
-
+        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions; the loss at the end of "
+        f"{CONTEXT} tokens rises clearly where {those(cases)} are lost, by {found[max(found)].value:.3f} nats for "
+        f"{max(found)} and by {found[min(found)].value:.3f} for {min(found)}.",
+        evidence[-1],
+        evidence,
+        items=len(losses[0]),
+        base=BASE,
+        task="general text, without what the prompt itself would teach",
+    )

@@ -17,8 +17,9 @@ CARD_SIZES = sorted({CARDS[name][0] for name in ("t4", "a10", "l40s", "a100")})
 
 @claim("which-4", lesson="16_which_method.py", section="3 · The table")
 def limited() -> Verdict:
-    """Holds if, at 7B, a prompt of 20 vectors needs less than LoRA r = 8 on queries and values of each resource: bytes a task on disk,
-    memory of a step (by at least 10 %), FLOPs of a step (by at least 10 %); holds if of some; does not hold here if of none."""
+    """Holds if, at 7B, a prompt of 20 vectors needs less than LoRA r = 8 on queries and values of each resource: bytes a task
+    on disk, memory of a step (by at least 10 %), FLOPs of a step (by at least 10 %); holds if of some; does not hold here if
+    of none."""
     name, prompt = SIZES["7B"], mp.PromptTuningConfig(num_virtual_tokens=20)
     lora = mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     needs = {
@@ -29,36 +30,49 @@ def limited() -> Verdict:
         for title, config, length in (("prompt", prompt, 512 + 20), ("LoRA", lora, 512))
     }  # fmt: skip
     ratios = {what: needs["prompt"][what] / n for what, n in needs["LoRA"].items()}
-    cases = {"bytes a task": ratios["bytes a task"] < 1, "memory": ratios["memory"] < 0.9, "computation": ratios["computation"] < 0.9}
+    cases = {
+        "bytes a task": ratios["bytes a task"] < 1,
+        "memory": ratios["memory"] < 0.9,
+        "computation": ratios["computation"] < 0.9,
+    }
     return Verdict(
         graded(cases),
-        f"What is limited is {those(cases)}: a prompt takes {ratios['bytes a task']:.3f} of LoRA's bytes a task, but {ratios['memory']:.2f} of its "
-        f"memory and {ratios['computation']:.2f} of its computation, as the whole model runs forward and backward for either.",
+        f"What is limited is {those(cases)}: a prompt takes {ratios['bytes a task']:.3f} of LoRA's bytes a task, but "
+        f"{ratios['memory']:.2f} of its memory and {ratios['computation']:.2f} of its computation, as the whole model runs "
+        "forward and backward for either.",
         Number("bytes a task: prompt over LoRA", ratios["bytes a task"], "times"),
-        [Number(f"{title}: {what}", n, "FLOPs" if what == "computation" else "bytes") for title, found in needs.items() for what, n in found.items()],
-        base="LLaMA-7B, as shapes", task="512 tokens and 20 virtual ones, a PyTorch loop's usual settings; quality is not judged",
-    )  # fmt: skip
+        [
+            Number(f"{title}: {what}", n, "FLOPs" if what == "computation" else "bytes")
+            for title, found in needs.items()
+            for what, n in found.items()
+        ],
+        base="LLaMA-7B, as shapes",
+        task="512 tokens and 20 virtual ones, a PyTorch loop's usual settings; quality is not judged",
+    )
 
 
 @claim("which-5", lesson="16_which_method.py", section="3 · The table")
 def one_gpu() -> Verdict:
-    """Holds if, at 7B and at 70B, there is a card of 16, 24, 48 or 80 GB on which QLoRA fits by the ledger, and neither LoRA in 16 bits nor
-    full fine-tuning does; holds if at one of the sizes; does not hold here if at none."""
+    """Holds if, at 7B and at 70B, there is a card of 16, 24, 48 or 80 GB on which QLoRA fits by the ledger, and neither LoRA
+    in 16 bits nor full fine-tuning does; holds if at one of the sizes; does not hold here if at none."""
     lora = mp.LoraConfig(r=64, target_modules="all-linear")
     methods = {"full": (None, Loop()), "LoRA": (lora, Loop()), "QLoRA": (lora, Loop(quantization="nf4"))}
     needed = {
         (size, method): pytorch_ledger(name, config, 1, 512, loop).total
-        for size, name in SIZES.items() for method, (config, loop) in methods.items()
-    }  # fmt: skip
+        for size, name in SIZES.items()
+        for method, (config, loop) in methods.items()
+    }
     alone = {
-        size: [gb for gb in CARD_SIZES if needed[size, "QLoRA"] <= gb * 1e9 < min(needed[size, "full"], needed[size, "LoRA"])] for size in SIZES
+        size: [gb for gb in CARD_SIZES if needed[size, "QLoRA"] <= gb * 1e9 < min(needed[size, "full"], needed[size, "LoRA"])]
+        for size in SIZES
     }
     cases = {size: bool(cards) for size, cards in alone.items()}
     told = [f"at {size} {' or '.join(map(str, cards))} GB" for size, cards in alone.items() if cards]
     sizes = "; ".join(f"{size}: " + ", ".join(f"{m} {needed[size, m] / 1e9:.0f}" for m in methods) for size in SIZES)
     return Verdict(
-        graded(cases), f"On one card only QLoRA fits {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed: {sizes}.",
+        graded(cases),
+        f"On one card only QLoRA fits {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed: {sizes}.",
         Number("70B: LoRA in 16 bits over QLoRA, memory", needed["70B", "LoRA"] / needed["70B", "QLoRA"], "times"),
         [Number(f"{size}, {method}", n / 1e9, "GB") for (size, method), n in needed.items()],
         task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings; quality is not judged",
-    )  # fmt: skip
+    )

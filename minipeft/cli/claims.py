@@ -42,7 +42,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="of --recompute (default: 0)")
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
     parser.add_argument("--store", metavar="DIR", help=store)
-    parser.add_argument("--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)")
+    parser.add_argument(
+        "--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)"
+    )
     parser.options(Common, "json")
 
 
