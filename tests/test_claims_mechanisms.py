@@ -179,7 +179,12 @@ def test_the_rule_of_the_intrinsic_dimension_takes_no_gain_for_an_answer():
     found = intrinsic_dimension.verdict(rows)
     assert found.verdict == HOLDS
     assert "d90 from random" not in found.evidence
-    assert "not reached under every seed" in found.because
+    assert "nothing is gained under some seed" in found.because
+    rows = subspace_rows({"base": 100, "random": 1e5}, 0.5, 10)
+    for row in rows:
+        row["accuracy"] = [0.4] * 5
+    with pytest.raises(ValueError, match="gains nothing"):
+        intrinsic_dimension.verdict(rows)
 
 
 def test_a_cell_of_a_subspace_and_one_of_all_weights():
