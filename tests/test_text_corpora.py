@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import random
 import re
 import struct
 import tarfile
@@ -16,7 +17,7 @@ import pytest
 from minipeft.files import FileError
 from minipeft.text import build_corpora, corpora
 from minipeft.text.splits import SPLITS, side
-from minipeft.text.tasks import CHOICES, TASKS, task
+from minipeft.text.tasks import CHOICES, TASKS, stands_in, task
 
 
 def words(text):
@@ -274,3 +275,13 @@ def test_a_damaged_corpus_is_an_error_of_the_file(tmp_path, monkeypatch, data):
     monkeypatch.setattr(corpora, "files", lambda _: tmp_path)
     with pytest.raises(FileError, match=r"bible.tsv.xz: does not hold the corpus, compressed text"):
         corpora.bible.__wrapped__("train")
+
+
+def test_a_word_stands_in_a_text_where_a_pattern_finds_it():
+    generator, found = random.Random(0), 0
+    for _ in range(20_000):
+        word, text = ("".join(generator.choice("abé._- AB") for _ in range(generator.randrange(n))) for n in (4, 10))
+        pattern = rf"\b{re.escape(word.lower())}\b"
+        found += stands_in(word, text)
+        assert stands_in(word, text) == (re.search(pattern, text.lower()) is not None), (word, text)
+    assert 2_000 < found < 18_000

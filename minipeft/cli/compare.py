@@ -4,10 +4,14 @@ Every method starts from the same base, sees the same examples in the same order
 text. The table says what each costs, learns and forgets:
     trainable, share    parameters that are trained, and their share of all
     memory              peak of a training step, weights included: what the ledger predicts, and what is measured
-    s/step              median seconds of a step
+    s/step              median seconds of a step (on how many threads: see below)
     task loss           on held-out examples of the task, nats per token; lower is better
     general loss        on held-out text of the base's own domain, and how much it rose: what was forgotten
     storage             bytes to keep per task
+
+A small model on the CPU is fine-tuned by as many methods at a time as there are threads, each in a process of its own with
+one thread: s/step is the time on one core, and the losses do not depend on the number of cores. A larger one, and any on a
+device, is fine-tuned by one method after the other, with all threads.
 
 compare.png and compare.json are written to --output; those of an earlier comparison there are replaced. --report writes
 the table and its plots as one HTML page, DIR/index.html, that needs nothing else: no network, no other file. Both also
@@ -23,14 +27,17 @@ examples:
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import minipeft as mp
 
+from ..executors import LocalProcesses
 from ..experiments.run import Settings
 from ..options import configuration, from_arguments, option
 from ..peft.methods import METHODS, Method
@@ -48,7 +55,8 @@ OUTPUT = "minipeft-compare"
 # (steps, held-out examples of the task, blocks of general text), usual and reduced
 SIZES = {False: (48, 96, 24), True: (12, 24, 4)}
 TOKENS = {"tokens": 16, "passes": 3}  # of which the time is taken, of every method, before and after merging
-VARYING = ("task_loss", "general_loss", "forgotten", "seconds_per_step")  # what differs from seed to seed
+SMALL = 20_000_000  # parameters of a model whose products are too small for several threads, and of which copies are cheap
+VARYING = ("task_loss", "general_loss", "seconds_per_step")  # what differs from seed to seed
 
 
 @configuration(kw_only=True)
@@ -110,19 +118,24 @@ def run(args: Arguments) -> None:
     )
     runs.note(data.note)
 
-    rows = [frozen(base, tasks[settings.seed], settings.batch_size)]
-    tuned, best = base, rows[0]  # the model that does the task best, and its row
-    for key, method in methods.items():
-        runs.note(method.title, style="bold")
-        row, model = train(key, method, settings, base, tasks, rows[0]["general_loss"])
+    processes = at_a_time(base, 1 + len(methods))
+    if processes:
+        runs.note(f"{processes} methods at a time, each on one thread")
+    rows: list[dict[str, Any]] = []
+    tuned, best = base, {}  # the model that does the task best, and its row
+    for row, model in computed({"frozen": None, **methods}, settings, base, tasks, processes):
         rows.append(row)
-        if len(rows) == 2 or row["task_loss"] < best["task_loss"]:
+        start = rows[0]["general_loss"]
+        for of in (row, *row["seeds"]):
+            of["forgotten"] = of["general_loss"] - start
+        if len(rows) == 2 or (best and row["task_loss"] < best["task_loss"]):
             tuned, best = model, row
 
     record = {
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
         "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
         "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
+        "methods_at_a_time": processes or 1, "threads_of_each": 1 if processes else mp.backend.get_num_threads(),
         "method_options": options, "adapter_config": args.adapter_config,
     }  # fmt: skip
     from .plots import plot_comparison
@@ -145,33 +158,71 @@ def run(args: Arguments) -> None:
     out.print(f"saved: {', '.join(map(str, saved))}")
 
 
-def frozen(base: Any, task: Any, batch_size: int) -> dict[str, Any]:
-    """The row of the base as it is."""
-    task_loss, general_loss = mp.experiments.run.evaluate(base, task, batch_size)
-    return {
+def at_a_time(base: Any, rows: int) -> int:
+    """In how many processes, of one thread each, the rows are computed; 0: in this one, with all threads."""
+    parameters, threads = base.parameters(), mp.backend.get_num_threads()
+    small = sum(p.size for p in parameters) <= SMALL and mp.backend.xp_of(parameters[0].data) is mp.backend.np
+    return min(threads, rows) if small and threads > 1 else 0
+
+
+def computed(
+    methods: dict[str, Method | None], settings: Settings, base: Any, tasks: dict[int, Any], processes: int
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(row, trained model) of each method, in order; None is the base as it is. Raises as `train`."""
+    common = settings, base, tasks
+    if not processes:
+        for key, method in methods.items():
+            if method:
+                runs.note(method.title, style="bold")
+            yield train(key, method, *common) if method else frozen(*common)
+        return
+    with LocalProcesses(processes) as pool:
+        homes = [type(method.config()).__module__ if method else __name__ for method in methods.values()]
+        futures = [pool.submit(on_one_thread, home, *of, *common) for home, of in zip(homes, methods.items())]
+        while futures:
+            row, model = futures.pop(0).result()
+            runs.note(f"{row['title']}: task loss {row['task_loss']:.3f}")
+            yield row, model
+
+
+def on_one_thread(
+    home: str, key: str, method: Method | None, settings: Settings, base: Any, tasks: dict[int, Any]
+) -> tuple[dict[str, Any], Any]:
+    """`computed` for one method, in a process of its own; `home` is the module that registers the method."""
+    importlib.import_module(home)
+    mp.backend.set_num_threads(1)
+    return train(key, method, settings, base, tasks, progress=False) if method else frozen(settings, base, tasks)
+
+
+def frozen(settings: Settings, base: Any, tasks: dict[int, Any]) -> tuple[dict[str, Any], None]:
+    """The row of the base as it is, and no trained model."""
+    task = tasks[settings.seed]
+    task_loss, general_loss = mp.experiments.run.evaluate(base, task, settings.batch_size)
+    row = {
         "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "storage": 0,
-        "parameters": mp.experiments.costs.count(base)[1], **measured(None, base, base, task, batch_size),
-        "task_loss": task_loss, "general_loss": general_loss, "forgotten": 0.0, "seconds_per_step": None,
-        "curve": [], "held_out_curve": [],
+        "parameters": mp.experiments.costs.count(base)[1], **measured(None, base, base, task, settings.batch_size),
+        "task_loss": task_loss, "general_loss": general_loss, "seconds_per_step": None,
+        "curve": [], "held_out_curve": [], "seeds": [],
     }  # fmt: skip
+    return row, None
 
 
 def train(
-    key: str, method: Method, settings: Any, base: Any, tasks: dict[int, Any], start: float
+    key: str, method: Method, settings: Settings, base: Any, tasks: dict[int, Any], progress: bool = True
 ) -> tuple[dict[str, Any], Any]:
     """The row of one method, called `key`, and the model of the first seed; `tasks` are by seed.
 
-    What the seeds measured stands under "seeds", its means in the row itself; the curves are the first seed's. `start`
-    is the base's loss on general text. Raises ValueError where training diverges.
+    What the seeds measured stands under "seeds", its means in the row itself; the curves are the first seed's.
+    Raises ValueError where training diverges.
     """
     found: list[dict[str, Any]] = []
     models: list[Any] = []
     for seed, task in tasks.items():
-        run, trained = mp.experiments.fine_tune(base, task, replace(settings, seed=seed), method)
+        run, trained = mp.experiments.fine_tune(base, task, replace(settings, seed=seed), method, progress)
         if run["task_loss"] is None:
             raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         models = models or [trained]
-        found.append(run | {"seed": seed, "forgotten": run["general_loss"] - start})
+        found.append(run | {"seed": seed})
     row = {
         "method": key, "title": method.title, "learning_rate": run["rate"],
         **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},

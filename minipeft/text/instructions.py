@@ -81,7 +81,7 @@ def _synonym(split: str) -> Iterator[Pair]:
 def _fill(split: str) -> Iterator[Pair]:
     for entry in examples(split):
         if _is_word(entry.word):
-            yield re.sub(rf"\b{entry.word}\b", "___", entry.text, flags=re.IGNORECASE), entry.word
+            yield "".join("___" if part.lower() == entry.word else part for part in re.split(r"(\w+)", entry.text)), entry.word
 
 
 def _word(entry: Entry) -> str:

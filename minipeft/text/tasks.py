@@ -76,7 +76,18 @@ def sources(split: str) -> list[tuple[str, str]]:
 def stands_in(word: str, text: str) -> bool:
     """Whether `word` is one of the words of `text`, in small or capital letters."""
     word, text = word.lower(), text.lower()
-    return word in text and re.search(rf"\b{re.escape(word)}\b", text) is not None
+    at = text.find(word)
+    while at >= 0:  # what re.search(rf"\b{re.escape(word)}\b", text) does, for which each word would be compiled
+        if _edge(text, at) and _edge(text, at + len(word)):
+            return True
+        at = text.find(word, at + 1)
+    return False
+
+
+def _edge(text: str, i: int) -> bool:
+    """Whether a word begins or ends before the character i, as \\b says."""
+    before, after = text[i - 1 : i] if i else "", text[i : i + 1]
+    return (before.isalnum() or before == "_") != (after.isalnum() or after == "_")
 
 
 def rewrite(split: str) -> list[Completion]:
