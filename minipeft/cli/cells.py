@@ -24,13 +24,15 @@ def cells(row: dict[str, Any], rows: Rows) -> dict[str, Cell]:
 
     def best(key: str, text: str) -> Cell:
         if row is base:
-            return Cell("-" if key != "task_loss" else text)
+            return Cell(text if key in ("task_loss", "score") else "-")
         spread = plus_minus(row, key) if key in ("task_loss", "forgotten") else ""
-        return Cell(text, spread, row[key] == min(other[key] for other in trained))
+        choose = max if key == "score" else min
+        return Cell(text, spread, row[key] == choose(other[key] for other in trained))
 
     merged, seconds = row["latency_merged"], row["seconds_per_step"]
     return {
         "task_loss": best("task_loss", f"{row['task_loss']:.3f}"),
+        "score": Cell("-") if row["score"] is None else best("score", f"{row['score']:.1f}"),
         "forgotten": best("forgotten", f"{row['forgotten']:+.3f}"),
         "general_loss": Cell(f"{row['general_loss']:.3f}"),
         "trainable": Cell(f"{row['trainable']:,}"),

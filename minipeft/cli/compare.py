@@ -2,11 +2,12 @@
 
 Every method starts from the same base, sees the same examples in the same order, and is tested on the same held-out
 text. The table says what each costs, learns and forgets:
-    trainable, share    parameters that are trained, and their share of all
+    trainable           parameters that are trained
     memory              peak of a training step, weights included: what the ledger predicts, and what is measured
     s/step              median seconds of a step (on how many threads: see below)
     task loss           on held-out examples of the task, nats per token; lower is better
     general loss        on held-out text of the base's own domain, and how much it rose: what was forgotten
+    answers             to the held-out questions: of a choice (source) the share that is right, %; of other tasks chrF, 0 to 100
     storage             bytes to keep per task
 
 A small model on the CPU is fine-tuned by as many methods at a time as there are threads, each in a process of its own with
@@ -30,10 +31,11 @@ from __future__ import annotations
 import importlib
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import minipeft as mp
 
@@ -45,7 +47,7 @@ from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .bars import console, grid
 from .cells import cells
-from .data import TaskOptions, longest
+from .data import Data, TaskOptions, longest
 from .method_options import add_method_options, given_options, method_named, methods_of
 from .models import load_model
 from .report import sampled, show_samples
@@ -56,7 +58,8 @@ OUTPUT = "minipeft-compare"
 SIZES = {False: (48, 96, 24), True: (12, 24, 4)}
 TOKENS = {"tokens": 16, "passes": 3}  # of which the time is taken, of every method, before and after merging
 SMALL = 20_000_000  # parameters of a model whose products are too small for several threads, and of which copies are cheap
-VARYING = ("task_loss", "general_loss", "seconds_per_step")  # what differs from seed to seed
+ANSWERED = {False: 24, True: 4}  # questions that a model answers in full; of a choice, which is short, all that are held out
+VARYING = ("task_loss", "general_loss", "score", "seconds_per_step")  # what differs from seed to seed
 
 
 @configuration(kw_only=True)
@@ -70,8 +73,49 @@ class ComparisonOptions:
     reduced: bool = option(False, f"{SIZES[True][0]} steps, less held-out text; also by {REDUCED}=1 in the environment")
 
 
+class Questions(NamedTuple):
+    """Held-out questions that every model answers, greedily; `exact` says how the answers are judged.
+
+    exact   the share of answers that are the expected ones, in %; else their similarity, chrF, 0 to 100
+    """
+
+    records: list[Any]
+    tokenizer: Any
+    tokens: int
+    exact: bool
+
+    @classmethod
+    def of(cls, task: TaskOptions, data: Data, tokenizer: Any, n: int) -> Questions | None:
+        """Those of a task or a file; None of running text, and of what takes chrF where sacreBLEU is not installed."""
+        records, exact = data.held_out_records, not task.data and task.task in mp.text.tasks.CHOICES
+        if isinstance(records[0], mp.text.datasets.Document) or not (exact or find_spec("sacrebleu")):
+            return None
+        labels = [int((example.labels >= 0).sum()) for example in data.held_out]
+        return cls(records if exact else records[:n], tokenizer, min(max(labels), 64), exact)
+
+    @property
+    def name(self) -> str:
+        return "right\n%" if self.exact else "\nchrF"
+
+    def score(self, answers: Sequence[str]) -> float:
+        """Of answers in the order of the records."""
+        expected = [mp.text.templates.question_and_answer(record)[1].strip() for record in self.records]
+        if self.exact:
+            return 100 * statistics.mean(answer.strip() == right for answer, right in zip(answers, expected))
+        return mp.train.metrics.chrf([answer.strip() for answer in answers], expected)
+
+    def asked_of(self, model: Any) -> float:
+        """The score of a model."""
+        return self.score(mp.ask(model, self.tokenizer, self.records, None, batch_size=32, max_new_tokens=self.tokens))
+
+    def copied(self) -> float:
+        """The score of giving back the question, without the words around it, as "King James:"."""
+        asked = [mp.text.templates.question_and_answer(record)[0] for record in self.records]
+        return self.score([text.partition(": ")[2].rpartition("\n")[0] or text for text in asked])
+
+
 def add_arguments(parser: Parser) -> None:
-    parser.options(TaskOptions)
+    parser.options(TaskOptions, defaults={"task": "source"})
     parser.options(Common, "model")
     parser.options(ComparisonOptions, methods=f"any of {', '.join(METHODS)}; None: all that the model can take")
     add_method_options(parser)
@@ -118,12 +162,17 @@ def run(args: Arguments) -> None:
     )
     runs.note(data.note)
 
+    questions = Questions.of(task, data, tokenizer, ANSWERED[reduced])
+    if questions and not questions.exact:
+        runs.note(
+            f"{len(questions.records)} answers are compared with the expected ones; to copy the question has chrF {questions.copied():.1f}"
+        )
     processes = at_a_time(base, 1 + len(methods))
     if processes:
         runs.note(f"{processes} methods at a time, each on one thread")
     rows: list[dict[str, Any]] = []
     tuned, best = base, {}  # the model that does the task best, and its row
-    for row, model in computed({"frozen": None, **methods}, settings, base, tasks, processes):
+    for row, model in computed({"frozen": None, **methods}, settings, base, tasks, questions, processes):
         rows.append(row)
         start = rows[0]["general_loss"]
         for of in (row, *row["seeds"]):
@@ -135,6 +184,7 @@ def run(args: Arguments) -> None:
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
         "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
         "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
+        "score": questions and ("right, %" if questions.exact else "chrF"), "answers": len(questions.records) if questions else 0,
         "methods_at_a_time": processes or 1, "threads_of_each": 1 if processes else mp.backend.get_num_threads(),
         "method_options": options, "adapter_config": args.adapter_config,
     }  # fmt: skip
@@ -142,7 +192,7 @@ def run(args: Arguments) -> None:
 
     mp.files.write_json(output / "compare.json", {"settings": record, "methods": rows})
     out = console()
-    show_table(out, rows)
+    show_table(out, rows, questions and questions.name)
     plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
@@ -166,10 +216,15 @@ def at_a_time(base: Any, rows: int) -> int:
 
 
 def computed(
-    methods: dict[str, Method | None], settings: Settings, base: Any, tasks: dict[int, Any], processes: int
+    methods: dict[str, Method | None],
+    settings: Settings,
+    base: Any,
+    tasks: dict[int, Any],
+    questions: Questions | None,
+    processes: int,
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """(row, trained model) of each method, in order; None is the base as it is. Raises as `train`."""
-    common = settings, base, tasks
+    common = settings, base, tasks, questions
     if not processes:
         for key, method in methods.items():
             if method:
@@ -186,15 +241,22 @@ def computed(
 
 
 def on_one_thread(
-    home: str, key: str, method: Method | None, settings: Settings, base: Any, tasks: dict[int, Any]
+    home: str,
+    key: str,
+    method: Method | None,
+    settings: Settings,
+    base: Any,
+    tasks: dict[int, Any],
+    questions: Questions | None,
 ) -> tuple[dict[str, Any], Any]:
     """`computed` for one method, in a process of its own; `home` is the module that registers the method."""
     importlib.import_module(home)
     mp.backend.set_num_threads(1)
-    return train(key, method, settings, base, tasks, progress=False) if method else frozen(settings, base, tasks)
+    common = settings, base, tasks, questions
+    return train(key, method, *common, progress=False) if method else frozen(*common)
 
 
-def frozen(settings: Settings, base: Any, tasks: dict[int, Any]) -> tuple[dict[str, Any], None]:
+def frozen(settings: Settings, base: Any, tasks: dict[int, Any], questions: Questions | None) -> tuple[dict[str, Any], None]:
     """The row of the base as it is, and no trained model."""
     task = tasks[settings.seed]
     task_loss, general_loss = mp.experiments.run.evaluate(base, task, settings.batch_size)
@@ -202,13 +264,20 @@ def frozen(settings: Settings, base: Any, tasks: dict[int, Any]) -> tuple[dict[s
         "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "storage": 0,
         "parameters": mp.experiments.costs.count(base)[1], **measured(None, base, base, task, settings.batch_size),
         "task_loss": task_loss, "general_loss": general_loss, "seconds_per_step": None,
+        "score": questions and questions.asked_of(base),
         "curve": [], "held_out_curve": [], "seeds": [],
     }  # fmt: skip
     return row, None
 
 
 def train(
-    key: str, method: Method, settings: Settings, base: Any, tasks: dict[int, Any], progress: bool = True
+    key: str,
+    method: Method,
+    settings: Settings,
+    base: Any,
+    tasks: dict[int, Any],
+    questions: Questions | None = None,
+    progress: bool = True,
 ) -> tuple[dict[str, Any], Any]:
     """The row of one method, called `key`, and the model of the first seed; `tasks` are by seed.
 
@@ -222,12 +291,12 @@ def train(
         if run["task_loss"] is None:
             raise ValueError(f"{method.title} diverged at learning rate {run['rate']:g}; give a lower one with --lr")
         models = models or [trained]
-        found.append(run | {"seed": seed})
+        found.append(run | {"seed": seed, "score": questions and questions.asked_of(trained)})
     row = {
         "method": key, "title": method.title, "learning_rate": run["rate"],
         **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},
         **measured(method, base, models[0], tasks[settings.seed], settings.batch_size),
-        **{name: statistics.mean(run[name] for run in found) for name in VARYING},
+        **{name: None if found[0][name] is None else statistics.mean(run[name] for run in found) for name in VARYING},
         "seeds": [{name: run[name] for name in ("seed", *VARYING)} for run in found],
     }  # fmt: skip
     return row, models[0]
@@ -243,18 +312,19 @@ def measured(method: Method | None, base: Any, model: Any, task: Any, batch_size
 
 
 COLUMNS = {
-    "trainable": "\ntrainable", "share": "share\n%", "predicted": "memory\npredicted", "measured": "\nmeasured",
+    "trainable": "\ntrainable", "predicted": "memory\npredicted", "measured": "\nmeasured",
     "step": "\ns/step", "task_loss": "task\nloss", "general_loss": "general\nloss", "forgotten": "\nchange",
     "storage": "\nstorage",
 }  # fmt: skip
 
 
-def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
+def show_table(out: Any, rows: list[dict[str, Any]], score: str | None) -> None:
     """One line a method; the best of a column is bold. Fits into 80 columns."""
     from rich.text import Text
 
-    table = grid("\nmethod", *COLUMNS.values(), gap=1)
+    columns = {"score": score} | COLUMNS if score else COLUMNS
+    table = grid("\nmethod", *columns.values(), gap=1)
     for row in rows:
-        found = [cells(row, rows)[key] for key in COLUMNS]
+        found = [cells(row, rows)[key] for key in columns]
         table.add_row(row["title"], *(Text(cell.text, "bold" if cell.best else "") for cell in found))
     out.print("", table, "", sep="\n")
