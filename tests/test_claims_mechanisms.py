@@ -58,6 +58,7 @@ def test_a_best_rate_lies_inside_what_was_tried_and_a_divergence_is_worse_than_a
     assert best == 0.004
     assert tried.keys() == {0.002, 0.004, 0.008, 0.016}
     assert curve(tried)[-1] == [0.016, None]
+    assert curve({1e-6: 0.1234567}) == [[1e-6, 0.12346]], "a rate may be small"
 
 
 def test_a_geometric_mean_has_an_interval_around_it():

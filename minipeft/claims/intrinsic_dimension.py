@@ -210,7 +210,7 @@ def run(settings: Subspace) -> Row:
         if not s.d and model is not None:
             row["spectra"].append(update_spectrum(start, model, seed))
             row["applied"].append([accuracy(part, s.task, "test", s.items) for part in truncated(start, model, RANKS)])
-    return rounded(row)
+    return {key: value if key in ("rate", "rates") else rounded(value) for key, value in row.items()}  # a rate may be small
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

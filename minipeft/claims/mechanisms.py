@@ -65,8 +65,8 @@ def best_rate(loss: Callable[[float], float | None], rate: float, least: float =
 
 
 def curve(tried: Mapping[float, float]) -> list[list[float | None]]:
-    """The tried rates as a row has them, [[rate, loss], ...]; None where training diverged."""
-    return [[rate, loss if math.isfinite(loss) else None] for rate, loss in tried.items()]
+    """The tried rates as a row has them, [[rate, loss to five decimals], ...]; None where training diverged."""
+    return [[rate, round(loss, 5) if math.isfinite(loss) else None] for rate, loss in tried.items()]
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of what diverges

@@ -110,11 +110,11 @@ def run(settings: Memory) -> Row:
 
     rate, tried = best_rate(loss, method.learning_rate, LEAST)
     last = method.prepare(model, steps)
-    return rounded({
+    return {
         "trainable": sum(p.size for p in last.parameters() if p.requires_grad), "bits": bits, "rate": rate, "rates": curve(tried),
-        "before": [of(model, random_answers(s.examples, seed, s.prompt, s.answer)) for seed in s.seeds],
-        "memorized": [fitted(rate, seed)[0] for seed in s.seeds],
-    })  # fmt: skip
+        "before": rounded([of(model, random_answers(s.examples, seed, s.prompt, s.answer)) for seed in s.seeds]),
+        "memorized": rounded([fitted(rate, seed)[0] for seed in s.seeds]),
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

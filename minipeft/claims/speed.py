@@ -130,7 +130,7 @@ def falls(s: Curve) -> Row:
     flops = step_flops(arch, method.config(s.steps), s.batch_size, round(statistics.mean(lengths)), checkpointing=False)
     return {
         "trainable": sum(p.size for p in prepared.parameters() if p.requires_grad), "flops": flops.total, "rate": rate,
-        "rates": [[r, rounded(loss)] for r, loss in curve(tried)], "before": rounded(loss_on(model, held_out, tokenizer.pad_token_id)),
+        "rates": curve(tried), "before": rounded(loss_on(model, held_out, tokenizer.pad_token_id)),
         "curves": rounded([losses(rate, seed) for seed in s.seeds]),
     }  # fmt: skip
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..evaluation.intervals import Estimate, mean
 from ..experiments.rows import Row
-from ..experiments.shipped import base, rounded
+from ..experiments.shipped import base
 from ..hub.pretrained import from_pretrained
 from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from ..nn.transformer import Transformer, TransformerConfig
@@ -132,12 +132,7 @@ def run(settings: Width) -> Row:
         usual = at_width(METHODS[name].learning_rate, start)
         best, tried = best_rate(tune, 2.0 ** round(math.log2(usual)), LEAST)
         row |= {name: vertex(tried, best), f"{name}_rates": curve(tried)}
-    return {key: value if isinstance(value, float) else rounded_losses(value) for key, value in row.items()}
-
-
-def rounded_losses(points: list[list[float | None]]) -> list[list[float | None]]:
-    """[[rate, loss], ...] with the losses rounded; rates may be small."""
-    return [[rate, rounded(loss)] for rate, loss in points]
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
