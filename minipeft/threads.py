@@ -74,7 +74,7 @@ def _blas_controllers() -> list:
     return _blas
 
 
-class one_blas_thread:  # noqa: N801 (called like a function; a generator would take a third of a small product's time)
+class one_blas_thread:
     """Inside, each BLAS product runs in its calling thread, for work that is itself spread over threads; then as before."""
 
     def __enter__(self) -> None:
