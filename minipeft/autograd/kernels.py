@@ -564,7 +564,7 @@ def _nll(logits: Array, targets: Array, counts: Array, smoothing: float, e: Arra
     """(Σ over counted rows of logsumexp(logits) - Σ_v q_v logits_v, Σ_v e_v [N, 1]), in row blocks.
 
     logits are [N, V], targets and counts (0 or 1) [N]; q = (1 - smoothing) onehot(target) + smoothing / V. `e` [N, V]
-    takes exp(logits - max logits), without the maximum where no exp leaves the dtype's range, and may be `logits` itself; None: nobody wants it.
+    takes exp(logits - max logits), and may be `logits` itself; None: nobody wants it.
     """
     (rows, classes), ones = logits.shape, np.ones((logits.shape[1], 1), logits.dtype)
     top, total, picked = (np.empty((rows, 1), logits.dtype) for _ in range(3))
@@ -574,14 +574,10 @@ def _nll(logits: Array, targets: Array, counts: Array, smoothing: float, e: Arra
         picked[s, 0] = x[np.arange(x.shape[0]), targets[s]]
         if smoothing:
             picked[s] += smoothing * (np.einsum("nv->n", x)[:, None] / classes - picked[s])
-        into = np.empty_like(x) if e is None else e[s]
-        if x.size and _needs_shift(x):
-            top[s] = x.max(axis=1, keepdims=True)
-            x = np.subtract(x, top[s], out=into)
-        else:
-            top[s] = 0
-        np.exp(x, out=into)
-        total[s] = into @ ones
+        top[s] = x.max(axis=1, keepdims=True)
+        exp = np.subtract(x, top[s], out=None if e is None else e[s])
+        np.exp(exp, out=exp)
+        total[s] = exp @ ones
 
     parallel_rows(np, block, rows, classes)
     return ((np.log(total) + (top - picked))[:, 0] * counts).sum(), total
