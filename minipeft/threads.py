@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import copy_context
 from itertools import pairwise
+from typing import Any
 
 
 class BackendError(RuntimeError):
@@ -74,24 +74,30 @@ def _blas_controllers() -> list:
     return _blas
 
 
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
+class one_blas_thread:
     """Inside, each BLAS product runs in its calling thread, for work that is itself spread over threads; then as before."""
-    global _regions, _blas_threads
-    with _lock:
-        _regions += 1
-        if _regions == 1:
-            _blas_threads = [blas.num_threads for blas in _blas_controllers()]
-            for blas in _blas_controllers():
-                blas.set_num_threads(1)
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _regions, _blas_threads
+        with _lock:
+            _regions += 1
+            if _regions == 1:
+                _blas_threads = [blas.num_threads for blas in _blas_controllers()]
+                _set_blas_threads([1] * len(_blas_threads))
+
+    def __exit__(self, *error: Any) -> None:
+        global _regions
         with _lock:
             _regions -= 1
             if _regions == 0:
-                for blas, threads in zip(_blas_controllers(), _blas_threads):
-                    blas.set_num_threads(threads)
+                _set_blas_threads(_blas_threads)
+
+
+def _set_blas_threads(threads: list[int]) -> None:
+    """So many for each BLAS, which has one thread or `_blas_threads`."""
+    for blas, n, before in zip(_blas_controllers(), threads, _blas_threads):
+        if before != 1:
+            blas.set_num_threads(n)
 
 
 def _after_fork() -> None:

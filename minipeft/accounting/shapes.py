@@ -520,10 +520,10 @@ class _Tiles:
             if is_grad_enabled():
                 self.weights += [op.new((B, H, t, n)), op.new((B, H, t, 1))]
         at_work = op.meter.itemsize * min(B, rows * threads)  # bytes of a number for each batch row at work
-        tile, keys = at_work * H * block, at_work * k.shape[1] * S * (D + v.shape[3])  # of its queries; keys and values
+        tile, values = at_work * H * block, at_work * k.shape[1] * S * (v.shape[3] + 1)  # of its queries; values beside a 1
         made = 0 if is_grad_enabled() else S + 1  # weights that nobody keeps
-        self.forward_work = tile * (2 * D + made) + keys  # scaled queries and outputs; keys and values in another order
-        self.backward_work = tile * (S + 3 * D) + keys  # gradients of scores, outputs and queries, and scaled queries
+        self.forward_work = tile * (2 * D + made)  # scaled queries and outputs
+        self.backward_work = tile * (S + 3 * D) + values  # gradients of scores, outputs and queries, and queries
 
     def gradients(self, op: _Op, shapes: list[Shape]) -> list[ShapeArray]:
         """Empty gradients; the weights are freed while they are filled."""

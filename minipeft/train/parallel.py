@@ -98,7 +98,7 @@ def _added_up(found: Sequence[tuple[Result, list[Array | None]]], trainable: Seq
     for _, own in found:
         for p, gradient in zip(trainable, own):
             if gradient is not None:
-                p.grad = gradient if p.grad is None else p.grad + gradient
+                p.grad = gradient if p.grad is None else np.add(gradient, p.grad, out=gradient)
     return [result for result, _ in found]
 
 

@@ -3,8 +3,11 @@
     python tests/benchmarks/profile_step.py [small|middle|large|135m] [--dialect gpt2|llama] [--method full|lora|qlora]
         [--threads N] [--steps 10]
 
-phases    forward, backward, optimizer; "engine" is what is in none of their ops: modules, the graph, sums of gradients
-ops       milliseconds a step of each op's value and of the pullback of each of its inputs, in the threads that call ops; apart
+The step is the Trainer's (`training_step`): where it cuts a batch into rows, each thread has its own forward and backward.
+
+phases    forward, backward, optimizer (with the norm of the gradients), summed over the threads; "engine" is what is in none
+          of their ops: modules, the graph, sums of gradients. "step" is the rest of the step
+ops       milliseconds a step of each op's value and of the pullback of each of its inputs, summed over the threads; apart
           from these, their matrix products, and their waiting for threads that help them. Pullbacks that share their work
           (attention's) do it in the first
 threads   product: of its own; busy: on a core, of it in the kernel (memory that is mapped and zeroed); wanted: runnable, on
@@ -29,8 +32,10 @@ from typing import Any
 
 import real_llm
 import training_step
+import turns
 
 PRODUCT, WAIT, TASK = "product", "wait", "task"  # what is no op
+PHASES = ("step", "forward", "backward", "optimizer")
 CLOCK = os.sysconf("SC_CLK_TCK")
 
 
@@ -59,8 +64,8 @@ class Profile:
                 around, others = stack[-1]
                 stack[-1] = around, others + took
                 self.mine.spent[label, around] += took - inside
-                if label == TASK:
-                    self.mine.spent["in tasks", ""] += took
+                if label == TASK or label in PHASES:
+                    self.mine.spent[f"in {label}", ""] += took
 
         return call
 
@@ -73,15 +78,20 @@ class Profile:
 
         return self.timed(name, evaluate)
 
-    def instrument(self) -> None:
-        """Every op, NumPy's matrix product, and the tasks that threads are given and wait for."""
+    def instrument(self, model: Any) -> None:
+        """Every op and phase, NumPy's matrix product, and the tasks that threads are given and wait for."""
         import numpy as np
 
-        from minipeft.autograd.tensor import REGISTRY
+        from minipeft.autograd.tensor import REGISTRY, Tensor
+        from minipeft.train import parallel, trainer
+        from minipeft.train.optimizer import Optimizer
 
         for name, op in REGISTRY.items():
             for library, form in op.forms.items():
                 op.forms[library] = self.op(name, form)
+        model.loss = self.timed("forward", model.loss)
+        Tensor.backward, parallel.gradients = self.timed("backward", Tensor.backward), self.timed("backward", parallel.gradients)
+        Optimizer.step, trainer.clipped = self.timed("optimizer", Optimizer.step), self.timed("optimizer", trainer.clipped)
         np.matmul = self.timed(PRODUCT, np.matmul)
         submit = ThreadPoolExecutor.submit
         ThreadPoolExecutor.submit = lambda pool, fn, *args, **options: submit(pool, self.timed(TASK, fn), *args, **options)
@@ -98,25 +108,24 @@ def scheduled() -> dict[int, tuple[float, float, float]]:
     return found
 
 
-def model_and_loss(size: str, dialect: str, method: str) -> tuple[Any, Callable]:
-    """What `training_step` and `real_llm` time; LoRA has rank 8 on queries and values."""
+def model_and_ids(size: str, dialect: str, method: str) -> tuple[Any, Any]:
+    """What `training_step` and `real_llm` time: (model, ids [B, T + 1]); LoRA has rank 8 on queries and values."""
     import numpy as np
 
     import minipeft as mp
 
     if size == "135m":
         config = mp.TransformerConfig.llama(**real_llm.SHAPE)
-        ids = targets = np.random.default_rng(0).integers(0, config.vocab_size, (real_llm.BATCH, real_llm.LENGTH))
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (real_llm.BATCH, real_llm.LENGTH))
     else:
-        config, (ids, targets) = training_step.config_of(dialect, size), training_step.data(size)
+        config, ids = training_step.config_of(dialect, size), training_step.tokens_of(size)
     model = mp.Transformer(config, seed=0)
     if method == "full":
-        return model, lambda: mp.functional.cross_entropy(model(ids), targets)
+        return model, ids
     if method == "qlora":
         model = mp.quant.quantize_model(model)
     targeted = ["c_attn"] if config.model_type == "gpt2" else ["q_proj", "v_proj"]
-    tuned = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=targeted))
-    return tuned, lambda: tuned.loss(ids, ids)
+    return mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules=targeted)), ids
 
 
 def main() -> None:
@@ -132,26 +141,15 @@ def main() -> None:
     import minipeft as mp
 
     profile = Profile()
-    model, loss = model_and_loss(asked.size, asked.dialect, asked.method)
-    profile.instrument()  # every op that the model has brought
+    model, ids = model_and_ids(asked.size, asked.dialect, asked.method)
+    profile.instrument(model)  # every op that the model has brought
     optimizer = mp.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    phases = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-
-    def phase(name: str, fn: Callable) -> Any:
-        start = time.perf_counter()
-        value = profile.timed(name, fn)()
-        phases[name] += time.perf_counter() - start
-        return value
+    one = profile.timed("step", turns.trainers_step(model, optimizer, ids))
 
     def step() -> float:
-        start = time.perf_counter()
-        value = phase("forward", loss)
-        phase("backward", value.backward)
-        phase("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
-        return time.perf_counter() - start
+        return turns.seconds(one)
 
     plain = [step() for _ in range(3 + asked.steps)][3:]
-    phases.update(dict.fromkeys(phases, 0.0))
     before, faults, profile.on = scheduled(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt, True
     start = time.perf_counter()
     measured = [step() for _ in range(asked.steps)]
@@ -161,18 +159,19 @@ def main() -> None:
     def ms(seconds: float) -> str:
         return f"{1e3 * seconds / asked.steps:9.2f}"
 
-    spent = profile.threads[threading.get_native_id()]
     print(f"{asked.size}, {asked.dialect if asked.size != '135m' else 'llama'}, {asked.method}, {asked.threads} threads")
     print(f"a step: best {1e3 * min(plain):.2f} ms as it is, {1e3 * min(measured):.2f} ms measured (mean {ms(wall).strip()})")
     print(f"{faults // asked.steps} pages of memory mapped a step")
     print(f"\n{'phase':34}       ms   engine")
-    for name, took in phases.items():
-        print(f"{name:34}{ms(took)}{ms(spent[name, ''])}")
+    for name in PHASES:
+        took = sum(each.get((f"in {name}", ""), 0.0) for each in profile.threads.values())
+        engine = sum(t for each in profile.threads.values() for (label, _), t in each.items() if label == name)
+        print(f"{name:34}{ms(took)}{ms(engine)}")
     ops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for each in profile.threads.values():
         for (label, around), t in each.items():
             op, _, which = (around if label in (PRODUCT, WAIT) else label).partition(" ")
-            if op not in (*phases, TASK, "", "in"):
+            if op not in (*PHASES, TASK, "", "in"):
                 ops[op][{PRODUCT: PRODUCT, WAIT: WAIT}.get(label, which or "value")] += t
     print(f"\n{'op':34}    total  product   helped    value  pullbacks")
     for op, parts in sorted(ops.items(), key=lambda item: -sum(item[1].values())):
@@ -185,7 +184,7 @@ def main() -> None:
         busy, kernel, wanted = (b - a for a, b in zip(before.get(task, (0.0, 0.0, 0.0)), now))
         each = profile.threads.get(task, {})
         product = sum(t for (label, _), t in each.items() if label == PRODUCT)
-        inside = wall if task == threading.main_thread().native_id else each.get(("in tasks", ""), 0.0)
+        inside = wall if task == threading.main_thread().native_id else each.get((f"in {TASK}", ""), 0.0)
         inside -= sum(t for (label, _), t in each.items() if label == WAIT)
         if task not in names:
             inside = busy
