@@ -25,6 +25,7 @@ FLAGS = (
 SETTINGS = {
     "data": "my <own> & only.jsonl", "model": "the shipped base", "steps": 8, "batch_size": 4, "seed": 0, "seeds": 3,
     "reduced": False, "held_out_examples": 7, "max_length": 64, "left_out": {"bitfit": "this model has no biases"},
+    "score": "chrF",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def row(method, title, task_loss, forgotten, storage, **more):
         "method": method, "title": title, "learning_rate": 1e-3, "trainable": storage // 4, "parameters": 1_000_000,
         "memory_predicted": 40_000_000 + storage, "memory_measured": 41_000_000 + storage, "seconds_per_step": 0.1,
         "storage": storage, "latency": 0.002, "latency_merged": 0.001, "task_loss": task_loss, "general_loss": 3 + forgotten,
-        "forgotten": forgotten, "curve": [[i, 4 - i / 10] for i in range(1, 9)], "held_out_curve": [[4, 3.2], [8, task_loss]],
+        "score": 10 * (5 - task_loss), "forgotten": forgotten, "curve": [[i, 4 - i / 10] for i in range(1, 9)], "held_out_curve": [[4, 3.2], [8, task_loss]],
         "seeds": seeds, **more,
     }  # fmt: skip
 
@@ -106,10 +107,10 @@ def test_the_numbers_are_those_of_the_rows(path):
     text = path.read_text(encoding="utf-8")
     cells = Outline(text).cells
     at = cells.index("LoRA r=8")
-    assert cells[at + 1 : at + 12] == [
-        "2.510 ± 0.010", "+0.200 ± 0.000", "3.200", "100,000", "10.00", "400 kB", "41.4 MB", "40.4 MB", "0.100", "2.00", "1.00",
+    assert cells[at + 1 : at + 13] == [
+        "2.510 ± 0.010", "24.9", "+0.200 ± 0.000", "3.200", "100,000", "10.00", "400 kB", "41.4 MB", "40.4 MB", "0.100", "2.00", "1.00",
     ]  # fmt: skip
-    assert cells[cells.index("prompt <P=20>") + 11] == "no"  # it cannot be merged
+    assert cells[cells.index("prompt <P=20>") + 12] == "no"  # it cannot be merged
     assert "&lt;own&gt; &amp; only" in text and "<own>" not in text and "<b>Word" not in text
 
 

@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[st
     ),
 }
 HEADINGS = {
-    "task_loss": "Task loss", "score": "Answers", "forgotten": "Forgotten", "general_loss": "General loss",
+    "task_loss": "Task loss", "score": "Answers: {score}", "forgotten": "Forgotten", "general_loss": "General loss",
     "trainable": "Trained parameters", "share": "Share, %", "storage": "Storage", "measured": "Memory",
     "predicted": "predicted", "step": "Step, s", "token": "Token, ms", "merged": "merged",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence
     page = rendered(
         "report.html.jinja",
         title=f"Fine-tuning methods compared on {settings['data']}", settings=settings, conclusions=conclusions(rows),
-        headings={**HEADINGS, "score": f"Answers ({settings['score']})"} if settings["score"] else {k: v for k, v in HEADINGS.items() if k != "score"},
+        headings={key: title.format(**settings) for key, title in HEADINGS.items() if key != "score" or settings["score"]},
         table=[(row["title"], cells(row, rows)) for row in rows], figures=figures, shown=shown,
     )  # fmt: skip
     write_text(path, page)
