@@ -138,6 +138,7 @@ template = chat(tokenizer)
 test_records = verses("validation", TESTED)
 train_examples = encode_examples(verses("train", BATCH * STEPS), tokenizer, 160, template).examples
 test_examples = encode_examples(test_records, tokenizer, 160, template).examples
+test_examples.sort(key=lambda example: len(example.input_ids))  # a batch is padded to its longest
 example = train_examples[0]
 print(tokenizer.decode(example.input_ids))
 print("learned:", repr(tokenizer.decode(example.labels[example.labels >= 0])))
@@ -182,14 +183,18 @@ def loss(model, examples):
 
 
 def measure(model):
-    """Held-out loss, answers and their chrF, and the losses on other texts."""
+    """Held-out loss, answers and their chrF, and the losses on other texts.
+
+    An answer reads all weights once a token: those in four bits are made floats once, and not for each token.
+    """
+    writer = mp.quant.dequantize_model(model)
     prompts = [tokenizer.encode_pieces(template(record)[0].prompt) for record in test_records[:SHOWN]]
-    texts = answers(model, prompts)
+    texts = answers(writer, prompts)
     return {
         "held-out loss": loss(model, test_examples),
         "chrF": chrf(texts, [record.output for record in test_records[:SHOWN]]),
         "texts": texts,
-        "chats": answers(model, [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions], 40),
+        "chats": answers(writer, [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions], 40),
         **{name: loss(model, of) for name, of in blocks.items()},
     }
 
@@ -223,7 +228,8 @@ def fine_tune(base):
     """A LoRA on all linear layers: (model, losses, seconds)."""
     adapted = mp.get_peft_model(base, config)
     arguments = mp.TrainingArguments(
-        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=5, progress=False
+        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=5, progress=False,
+        packing=2 * 160,  # examples share rows (Lesson 8): nothing is computed for padding
     )
     result = mp.Trainer(adapted, train_examples, args=arguments, pad_token_id=tokenizer.pad_token_id).train()
     return adapted, [loss for _, loss in result.losses()], result.seconds
