@@ -220,12 +220,14 @@ def test_adapters_in_either_dtype(frozen, rng):
     for p in base.parameters() if frozen == "float16" else ():
         p.data = p.data.astype(np.float16)
     model = mp.get_peft_model(base, mp.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    ids, gradients = models.tokens(rng, 2, 8), {}
+    batches, gradients = [models.tokens(rng, 2, 8) for _ in range(4)], {}
     for dtype in (None, *DTYPES):
-        model.zero_grad()
-        with autocast(dtype or "bfloat16", enabled=dtype is not None):
-            model.loss(ids, ids).backward()
-        found = [p.grad for p in model.parameters() if p.requires_grad]
+        found = []
+        for ids in batches:
+            model.zero_grad()
+            with autocast(dtype or "bfloat16", enabled=dtype is not None):
+                model.loss(ids, ids).backward()
+            found += [p.grad for p in model.parameters() if p.requires_grad]
         assert all(g.dtype == np.float32 for g in found)
         gradients[dtype] = np.concatenate([g.ravel() for g in found])
     bfloat16, float16 = (np.linalg.norm(gradients[d] - gradients[None]) / np.linalg.norm(gradients[None]) for d in DTYPES)

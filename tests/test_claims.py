@@ -316,7 +316,7 @@ def test_every_rule_that_reads_rows_has_them_all_and_was_given_others():
 def test_rows_that_are_not_all_there_are_no_verdict():
     rule = claims.rule_of("soft-7")
     verdict = claims.judge("soft-7", rule.experiment.rows()[:-1])
-    assert (verdict.verdict, verdict.because) == (UNTRIED, "lost_context.jsonl has 4 of 5 runs.")
+    assert (verdict.verdict, verdict.because) == (UNTRIED, "lost_context.jsonl has 4 runs, and lacks 1.")
 
 
 def test_an_experiment_keeps_its_rows_and_compares_them(tmp_path):

@@ -90,7 +90,7 @@ def test_watching_twice_counts_a_gradient_once(rng):
     with model.watch("*.mlp") as alone:
         loss_of(model, ids).backward()
     assert again["model.layers.0.mlp"] is once["model.layers.0.mlp"]
-    np.testing.assert_array_equal(once["model.layers.0.mlp"].grad, alone["model.layers.0.mlp"].grad)
+    np.testing.assert_allclose(once["model.layers.0.mlp"].grad, alone["model.layers.0.mlp"].grad, rtol=1e-12)
     assert "model.layers.0.self_attn.q_proj" in again and "model.layers" not in again
 
 

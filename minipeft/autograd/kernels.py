@@ -290,7 +290,6 @@ def _rms_norm(x, weight, eps=1e-6):
 def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) -> tuple:
     """Both norms: layer norm subtracts means (of x, and of h in dx) and adds a bias, RMS norm does neither."""
     shape, d, centered = x.shape, x.shape[-1], bias is not None
-    mean = np.full(d, 1 / d if d else 0, x.dtype)  # a @ mean: the means of a's rows
     check.norm(name, x, weight=weight, **({"bias": bias} if centered else {}))
     weight, bias = _widen(weight, x), _widen(bias, x) if centered else None
     x2 = x.reshape(-1, d)
@@ -299,7 +298,7 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
     def forward(s):
         xs, n, r = x2[s], normed[s], rstd[s]
         if centered:
-            xs = np.subtract(xs, (xs @ mean)[:, None], out=n)
+            xs = np.subtract(xs, _row_means(xs), out=n)
         r[:, 0] = 1 / np.sqrt(np.vecdot(xs, xs) / d + eps)
         np.multiply(xs, r, out=n)
         np.multiply(n, weight, out=y[s])
@@ -316,7 +315,7 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
             h, n, o = g2[s] * weight, normed[s], out2[s]
             np.multiply(n, (np.vecdot(h, n) / d)[:, None], out=o)
             if centered:
-                h -= (h @ mean)[:, None]
+                h -= _row_means(h)
             np.subtract(h, o, out=o)
             o *= rstd[s]
 
@@ -327,6 +326,12 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
         return np.einsum("nd,nd->d", g.reshape(-1, d), normed)
 
     return y.reshape(shape), dx, dweight, lambda g: _column_sums(g.reshape(-1, d))
+
+
+def _row_means(a: Array) -> Array:
+    """The mean of each row of a [N, d]: [N, 1], as a product, in a third of the time of `mean`."""
+    d = a.shape[1]
+    return (a @ np.full(d, 1 / d if d else 0, a.dtype))[:, None]
 
 
 def _column_sums(a: Array) -> Array:
