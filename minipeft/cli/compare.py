@@ -95,7 +95,7 @@ class Questions(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "right\n%" if self.exact else "\nchrF"
+        return "right, %" if self.exact else "chrF"
 
     def score(self, answers: Sequence[str]) -> float:
         """Of answers in the order of the records."""
@@ -184,7 +184,7 @@ def run(args: Arguments) -> None:
         "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
         "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
         "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
-        "score": questions and ("right, %" if questions.exact else "chrF"), "answers": len(questions.records) if questions else 0,
+        "answers": len(questions.records) if questions else 0,
         "methods_at_a_time": processes or 1, "threads_of_each": 1 if processes else mp.backend.get_num_threads(),
         "method_options": options, "adapter_config": args.adapter_config,
     }  # fmt: skip
@@ -192,7 +192,7 @@ def run(args: Arguments) -> None:
 
     mp.files.write_json(output / "compare.json", {"settings": record, "methods": rows})
     out = console()
-    show_table(out, rows, questions and questions.name)
+    show_table(out, rows)
     plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
@@ -264,7 +264,7 @@ def frozen(settings: Settings, base: Any, tasks: dict[int, Any], questions: Ques
         "method": "frozen", "title": "frozen", "learning_rate": None, "trainable": 0, "storage": 0,
         "parameters": mp.experiments.costs.count(base)[1], **measured(None, base, base, task, settings.batch_size),
         "task_loss": task_loss, "general_loss": general_loss, "seconds_per_step": None,
-        "score": questions and questions.asked_of(base),
+        "scored": questions and questions.name, "score": questions and questions.asked_of(base),
         "curve": [], "held_out_curve": [], "seeds": [],
     }  # fmt: skip
     return row, None
@@ -293,7 +293,7 @@ def train(
         models = models or [trained]
         found.append(run | {"seed": seed, "score": questions and questions.asked_of(trained)})
     row = {
-        "method": key, "title": method.title, "learning_rate": run["rate"],
+        "method": key, "title": method.title, "learning_rate": run["rate"], "scored": questions and questions.name,
         **{name: found[0][name] for name in ("trainable", "parameters", "storage", "curve", "held_out_curve")},
         **measured(method, base, models[0], tasks[settings.seed], settings.batch_size),
         **{name: None if found[0][name] is None else statistics.mean(run[name] for run in found) for name in VARYING},
@@ -318,11 +318,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def show_table(out: Any, rows: list[dict[str, Any]], score: str | None) -> None:
+def show_table(out: Any, rows: list[dict[str, Any]]) -> None:
     """One line a method; the best of a column is bold. Fits into 80 columns."""
     from rich.text import Text
 
-    columns = {"score": score} | COLUMNS if score else COLUMNS
+    scored = {"right, %": "right\n%", "chrF": "\nchrF"}.get(rows[0]["scored"])
+    columns = {"score": scored} | COLUMNS if scored else COLUMNS
     table = grid("\nmethod", *columns.values(), gap=1)
     for row in rows:
         found = [cells(row, rows)[key] for key in columns]

@@ -24,9 +24,9 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[st
         lambda row: f"{row['title']} ends at {row['task_loss']:.2f}",
     ),
     "trade": (
-        "To the left is better at the task, down is less forgotten. Small marks are single seeds.",
-        lambda base: "Points of task loss and rise of the loss on general text",
-        lambda row: f"{row['title']} {row['task_loss']:.2f} and {row['forgotten']:+.2f}",
+        "To the right (with a loss, to the left) is better at the task, down is less forgotten. Small marks are single seeds.",
+        lambda base: f"Points of {base['scored'] or 'task loss'} and rise of the loss on general text",
+        lambda row: f"{row['title']} {row['score' if row['scored'] else 'task_loss']:.2f} and {row['forgotten']:+.2f}",
     ),
     "memory": (
         "Peak memory of a training step, weights and optimizer included; pale bars are predicted.",
@@ -35,7 +35,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[st
     ),
 }
 HEADINGS = {
-    "task_loss": "Task loss", "score": "Answers: {score}", "forgotten": "Forgotten", "general_loss": "General loss",
+    "task_loss": "Task loss", "score": "Answers: {scored}", "forgotten": "Forgotten", "general_loss": "General loss",
     "trainable": "Trained parameters", "share": "Share, %", "storage": "Storage", "measured": "Memory",
     "predicted": "predicted", "step": "Step, s", "token": "Token, ms", "merged": "merged",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def write_page(path: Path, settings: dict[str, Any], rows: Rows, shown: Sequence
     page = rendered(
         "report.html.jinja",
         title=f"Fine-tuning methods compared on {settings['data']}", settings=settings, conclusions=conclusions(rows),
-        headings={key: title.format(**settings) for key, title in HEADINGS.items() if key != "score" or settings["score"]},
+        headings={key: title.format(**base) for key, title in HEADINGS.items() if key != "score" or base["scored"]},
         table=[(row["title"], cells(row, rows)) for row in rows], figures=figures, shown=shown,
     )  # fmt: skip
     write_text(path, page)

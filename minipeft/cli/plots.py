@@ -59,20 +59,25 @@ def plot_learning(axes: Any, rows: Rows) -> None:
         axes.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
         axes.plot(*zip((0, start), *row["held_out_curve"]), marker + "-", color=color, markersize=5)
     axes.axhline(start, color="grey", linestyle="--", linewidth=1)
+    if start > 10 * min(row["task_loss"] for row in rows):
+        axes.set_yscale("log")
     axes.set(title="Learning the task (thin: training, marked: held out)", xlabel="step", ylabel="loss on the task")
 
 
 def plot_trade(axes: Any, rows: Rows) -> None:
-    """What was learned against what was forgotten; where there are several seeds, small points are single ones."""
+    """What was learned (by the answers, where they are judged, else by the loss) against what was forgotten; where there are several seeds, small points are single ones."""
     axes.axhline(0, color="grey", linestyle="--", linewidth=1)
+    scored = rows[0]["scored"]
+    learned = "score" if scored else "task_loss"
     for row, color, marker in styled(rows):
         seeds = row.get("seeds", [])
         if len(seeds) > 1:
-            points = [(run["task_loss"], run["forgotten"]) for run in seeds]
+            points = [(run[learned], run["forgotten"]) for run in seeds]
             axes.scatter(*zip(*points), s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        axes.scatter(row["task_loss"], row["forgotten"], s=70, color=color, marker=marker, zorder=3)
+        axes.scatter(row[learned], row["forgotten"], s=70, color=color, marker=marker, zorder=3)
     axes.margins(0.12)
-    axes.set(title="Learned and forgotten", xlabel="held-out loss on the task", ylabel="rise of the general loss")
+    learned = f"held-out answers: {scored}" if scored else "held-out loss on the task"
+    axes.set(title="Learned and forgotten", xlabel=learned, ylabel="rise of the general loss")
 
 
 def plot_memory(axes: Any, rows: Rows) -> None:
