@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.backend import to_numpy
-from minipeft.claims import intrinsic_dimension, memorization, speed, width
+from minipeft.claims import intrinsic_dimension, mechanism_rules, memorization, speed, width
 from minipeft.claims.intrinsic_dimension import (
     GRID,
     RANKS,
@@ -402,3 +402,15 @@ def test_every_experiment_names_its_runs_once_and_has_five_seeds():
         assert len({str(described(one)) for one in runs}) == len(runs)
     assert len({one.seed for one in width.runs()}) == len({one.repeat for one in speed.runs() if isinstance(one, Pace)}) == 5
     assert all(len(one.seeds) == 5 for one in [*intrinsic_dimension.runs(), *memorization.runs()])
+
+
+def test_the_register_takes_what_is_found():
+    rules = {
+        mechanism_rules.low_dimension: subspace_rows({"base": 100, "random": 1e5}, 0.5, 10),
+        mechanism_rules.capacity: memory_rows({"full": 9000, "lora": 4000, "head": 500}),
+        mechanism_rules.faster: speed_rows({"full": 0.3, "lora": 0.2, "ia3": 0.2}, {"full": 30, "lora": 30, "ia3": 36}),
+    }
+    for rule, rows in rules.items():
+        verdict = rule(rows)
+        assert verdict.verdict in (HOLDS, IF) and verdict.because.endswith(".") and not verdict.because.endswith("..")
+        assert verdict.effect.low <= verdict.effect.value <= verdict.effect.high and verdict.evidence and verdict.seeds == 5

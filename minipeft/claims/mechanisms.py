@@ -23,8 +23,12 @@ from ..train.evaluation import example_losses
 from ..train.trainer import TrainingResult
 from . import data
 from .protocol import climb
-
-HOLDS, IF, NOT = "holds", "holds if", "does not hold here"
+from .register import HOLDS as HOLDS
+from .register import IF as IF
+from .register import NOT as NOT
+from .register import Number, Verdict
+from .register import graded as graded
+from .register import those as those
 
 
 class Finding(NamedTuple):
@@ -36,14 +40,11 @@ class Finding(NamedTuple):
     evidence: dict[str, Estimate]
 
 
-def graded(cases: Mapping[str, bool]) -> str:
-    """Of a statement that is tried in several cases: it holds in all, in some (then it holds if), or in none."""
-    return HOLDS if all(cases.values()) else IF if any(cases.values()) else NOT
-
-
-def those(cases: Mapping[str, bool], value: bool = True) -> str:
-    """The cases that came out so, "a, b"; "none" where none did."""
-    return ", ".join(name for name, found in cases.items() if found == value) or "none"
+def judged(found: Finding, name: str, unit: str, seeds: int, items: int, task: str) -> Verdict:
+    """A finding as the register has it; `name` and `unit` are those of the number that decided."""
+    numbers = [Number(key, e.value, "", e.low, e.high) for key, e in found.evidence.items()]
+    effect = Number(name, found.effect.value, unit, found.effect.low, found.effect.high)
+    return Verdict(found.verdict, f"{found.because.rstrip('.')}.", effect, numbers, seeds, items, "the shipped base", task)
 
 
 def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:

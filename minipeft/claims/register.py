@@ -265,8 +265,8 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
 
 
 def _modules(section: str) -> tuple[str, ...]:
-    """Where the rules of a section are: in its own module, and where tuned methods are compared in `league` or `forgetting`."""
-    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting"))
+    """Where the rules of a section are: in its own module, and of those that train, in three others."""
+    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules"))
 
 
 # ------------------------------------------------------------------------------------------------- what rules share
