@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def write_record(
     settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output_dir", "progress")}
     curve = [[step, round(loss, 4)] for step, loss in result.losses() if step % 20 == 0 or step == 1]
     record = {
-        "command": f"python -m minipeft.hub.build_base OUT_DIR --steps {args.max_steps}",
+        "command": f"python -m minipeft.hub.build_base OUT_DIR --steps {args.max_steps}" + " --start DIR" * (start is not None),
         "tokens_seen": args.max_steps * args.per_device_train_batch_size * CONTEXT,
         "training_blocks": count,
         "tokens_per_block": CONTEXT,
@@ -75,6 +76,8 @@ def write_record(
         "training_loss": curve,
         "validation_loss_of_64_blocks": [[step, round(loss, 4)] for step, loss in result.losses("eval_loss")],
     }
+    if start is not None and (start / "training.json").exists():
+        record["start"] = json.loads((start / "training.json").read_text("utf-8"))  # how the model in DIR was trained
     write_json(out / "training.json", record)
     plot_loss(result.history, out / "loss.png")
 
