@@ -32,7 +32,7 @@ def broken(folder):
         while True:
             time.sleep(0.0001)
     if isinstance(value, list):
-        bytearray((fuzz.MEGABYTES + 100) << 20)
+        bytearray(4 * fuzz.MEGABYTES << 20)  # much more: what earlier tests have left may be freed meanwhile
     return value + 1
 
 
