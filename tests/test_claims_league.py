@@ -10,7 +10,7 @@ import pytest
 from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.comparison import spread
 from minipeft.claims.protocol import TABLE, Trial, wanted
-from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTRIED
+from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described, finder
 
 ITEMS, CLOZE = 64, 64
@@ -33,7 +33,7 @@ def row(trial: Trial, skill: Of, memory: Of) -> dict:
         gained, kept = 0.0, 1.0
     else:
         off = abs(np.log2(trial.rate / (1e-3 if trial.method in ("full", "scratch") else 8e-3)))
-        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples) / 2)
+        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples, trial.method) / 2)
         kept = value(memory, trial, 0.8)
     luck = rng.normal(size=ITEMS) / 200
     made: dict = {"storage": STORED.get(trial.method, 1000), "train_loss": 2.0, "loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
@@ -47,6 +47,13 @@ def filled(experiment, skill: Of, memory: Of) -> list[dict]:
     rows: list[dict] = []
     while trials := experiment.missing(rows):
         rows += [described(trial) | row(trial, skill, memory) for trial in trials]
+    return rows
+
+
+def filled_on(experiment, rows: list[dict]) -> list[dict]:
+    """The rows with those that are asked for now, which have diverged."""
+    while trials := experiment.missing(rows):
+        rows = rows + [described(trial) | {"loss": None, "general": {}} for trial in trials]
     return rows
 
 
@@ -131,7 +138,7 @@ def test_overfitting_is_compared_at_equal_training_loss():
     higher, equal = (filled(rule.experiment, {"full": skill}, {}) for skill in (0.2, 0.7))
     assert [rule.judge(rows).verdict for rows in (higher, equal)] == [HOLDS, NOT]
     apart = [row | {"train_loss": 1.0 if row["method"] == "full" else 2.0} for row in higher]
-    assert rule.judge(apart).verdict == NOT, "there is nothing to compare"
+    assert rule.judge(apart).verdict == UNTESTABLE, "there is nothing to compare"
 
 
 def test_some_cases_make_it_holds_if():
@@ -151,6 +158,24 @@ def test_rates_and_selection():
     assert RULES["best-8"].judge(rows).verdict == NOT
     worse = [r | {"loss": r["loss"] + 0.1 * (r["split"] == "test")} for r in rows]
     assert RULES["best-8"].judge(worse).verdict == HOLDS
+
+
+def test_what_no_interval_can_tell_is_not_judged():
+    rule, rng = RULES["lora-8"], np.random.default_rng(0)
+    rows = filled(rule.experiment, {}, {})
+    noisy = [
+        r | {"nll": (np.array(r["nll"]) + 30 * rng.normal()).tolist(), "right": rng.integers(0, 2, ITEMS).tolist()}
+        for r in rows
+    ]  # fmt: skip
+    verdict = rule.judge([r | {"right": [int(x) for x in r["right"]]} for r in noisy])
+    assert verdict.verdict == UNTESTABLE and "not told apart" in verdict.because
+
+
+def test_a_way_that_diverges_at_every_setting_forgets_nothing_and_stops_nothing():
+    rule = RULES["full-4"]
+    rows = [r | {"loss": None} if r["rate"] and r["rate"] > 2e-3 else r for r in filled(rule.experiment, {}, {})]
+    rows = filled_on(rule.experiment, rows)
+    assert rule.judge(rows).verdict == UNTESTABLE
 
 
 def test_rows_that_are_missing_leave_a_statement_untried_and_divergence_is_told():

@@ -25,6 +25,7 @@ from . import protocol
 from .protocol import SEEDS, Find, Gentle, Report, Search, Trial, search, tuned, untrained
 from .register import IF, ROWS, UNTESTABLE, Experiment, Number, Verdict, graded, listed
 
+UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
 NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02}  # nats per token; shares
 UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages"}
@@ -131,9 +132,7 @@ class Difference(NamedTuple):
     def word(self) -> str:
         clear = "better" if self.clearly_better else "worse" if self.clearly_worse else ""
         return (
-            f"{clear}, by less than {self.near:g}"
-            if clear and self.equal
-            else clear or ("equal" if self.equal else "not told apart")
+            f"{clear}, by less than {self.near:g}" if clear and self.equal else clear or ("equal" if self.equal else UNDECIDED)
         )
 
 
@@ -154,7 +153,8 @@ def way(method: str, case: Case, **fixed: Any) -> Way:
 def best(find: Find, case: Case, methods: Iterable[str], worst: bool = False) -> str:
     """The method with the lowest loss on validation, or the highest, each at its tuned trial."""
     trials = {method: tuned(find, search(case.task, method, case.examples))[0] for method in methods}
-    return (max if worst else min)(trials, key=lambda method: find(described(trials[method]))["loss"])
+    losses = {method: find(described(trial))["loss"] for method, trial in trials.items()}
+    return (max if worst else min)(losses, key=lambda method: math.inf if losses[method] is None else losses[method])
 
 
 def number(name: str, found: Difference, key: str) -> Number:
@@ -206,8 +206,10 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 
 
 def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "") -> Verdict:
-    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so."""
-    outcome, words, numbers, items = {}, [], [], 0
+    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so.
+    Where nothing is found to be so, and an interval is too wide to tell, it cannot be tested here.
+    """
+    outcome, words, numbers, items, undecided = {}, [], [], 0, False
     for pair in pairs:
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
@@ -216,11 +218,13 @@ def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool
             return Verdict(UNTESTABLE, f"{name} diverged under one of the seeds, tuned as it is ({pair.where}).")
         found, items = compare(one, other, of), one.values.shape[1]
         outcome[pair.name] = holds(found)
+        undecided |= not outcome[pair.name] and found.word == UNDECIDED
         words.append(f"{pair.a} beside {pair.b}, {pair.where}: {found.word} ({found.interval})")
         numbers.append(number(pair.name, found, of))
     tasks = listed(sorted({pair.task for pair in pairs}))
+    verdict = UNTESTABLE if undecided and not any(outcome.values()) else graded(outcome)
     return Verdict(
-        graded(outcome), f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 

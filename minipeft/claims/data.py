@@ -9,7 +9,7 @@ Of either, training examples are drawn from the split "train" by a seed, and of 
     random:S             a share S of them has the answer of another one
     systematic:S         ... the same wrong answer always: the verse as it is; the book that follows in the alphabet
     off-topic:S          ... is a record of the dictionary instead
-    easy, hard, mixed    the half of three times as many whose loss on the base is lower, the other half, both
+    easy, hard, mixed    of three times as many, the third whose loss on the base is lowest; highest; half of each
     skewed:S             "source" with a share S from one book, the rest from the others
     oversampled:S        the same examples, those of the others repeated until each book has as many
 """
@@ -73,7 +73,7 @@ def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
     if kind in ("skewed", "oversampled"):
         chosen = _skewed([pool[i] for i in order], n, float(share), kind == "oversampled")
     elif kind in ("random", "systematic", "off-topic"):
-        wrong = rng.permutation(n)[: round(float(share) * n)]
+        wrong = range(n - round(float(share) * n), n)  # the last, so that a smaller number of clean ones is the clean part
         chosen = _wrong(task, chosen, wrong, kind)
     elif kind != "drawn":
         raise ValueError(f"there are no {kind!r} examples; see minipeft.claims.data")
@@ -82,14 +82,15 @@ def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
 
 def _wrong(task: str, chosen: list[Question], wrong: Sequence[int], kind: str) -> list[Question]:
     """The records with those of the numbers `wrong` spoiled."""
-    spoiled, answers = dict(zip(wrong, np.roll(wrong, 1))), [q.completion for q in chosen]
+    answers = [q.completion for q in chosen]
     words = spaced(records_of("define", "train"), len(wrong))
-    for k, (i, other) in enumerate(spoiled.items()):
+    for k, i in enumerate(wrong):
         q = chosen[i]
         if kind == "off-topic":
             chosen[i] = Question(*words[k])
         elif kind == "random":
-            chosen[i] = q._replace(completion=answers[other])
+            others = (answers[j] for j in (*wrong[k + 1 :], *wrong[:k]) if answers[j] != q.completion)
+            chosen[i] = q._replace(completion=next(others, q.completion))
         elif q.choices:
             chosen[i] = q._replace(completion=q.choices[(q.choices.index(q.completion) + 1) % len(q.choices)])
         else:

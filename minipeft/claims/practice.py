@@ -74,7 +74,7 @@ LARGE = [
     for pair in differing("batches of 64", {"batch_size": 64, "axes": ("rate", "epochs")},
                           f"of {small}", {"batch_size": small, "axes": ("rate", "epochs")})
 ]  # fmt: skip
-EQUAL_STEPS = differing("batches of 64, 63 steps", {"batch_size": 64, "epochs": 8, **RATE}, "of 8, 63 steps", {"batch_size": 8, "epochs": 1, **RATE})
+EQUAL_STEPS = differing("batches of 64, 62 steps", {"batch_size": 64, "epochs": 8, **RATE}, "of 8, 62 steps", {"batch_size": 8, "epochs": 1, **RATE})
 
 
 @claim("best-5", lesson="14_best_practices.py", section="3 · The batch, whole or in parts", experiment=Searches.pairs("practice", LARGE + EQUAL_STEPS))

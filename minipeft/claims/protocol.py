@@ -47,6 +47,7 @@ from .statistics import crossed
 TUNING, SEEDS = 0, (1, 2, 3, 4, 5)
 VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
+ROOM = 0.02  # nats per token: what counts as equal quality of the task
 AXES = ("rate", "epochs", "batch_size")
 PASSES = {100: 32, 1000: 8, 10000: 2}  # epochs at most, up to so many examples: what two cores can pay for
 BATCHES = 4, 64  # examples of a batch, least and most
@@ -91,14 +92,15 @@ class Search(NamedTuple):
     axes: tuple[str, ...] = AXES
 
 
-def most_epochs(examples: int) -> int:
-    """PASSES, for any number of examples."""
-    return next(epochs for most, epochs in PASSES.items() if examples <= most)
+def most_epochs(examples: int, method: str) -> int:
+    """PASSES, for any number of examples; from random weights four times as many, as nothing is known yet."""
+    return (4 if method == "scratch" else 1) * next(epochs for most, epochs in PASSES.items() if examples <= most)
 
 
 class Gentle(NamedTuple):
-    """Of the trials that a search saw, those that learn as much as the worse of two tuned methods, and of these the one
-    that keeps the lowest loss on general text: methods are compared in what they forget at equal quality of the task."""
+    """Of the trials that a search saw, those that learn as much as the worse of two tuned methods, by less than ROOM less,
+    and of these the one that keeps the lowest loss on general text: methods are compared in what they forget at equal quality
+    of the task. Nothing more is searched for."""
 
     of: Search
     beside: Search
@@ -111,7 +113,7 @@ class Gentle(NamedTuple):
 def search(task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, **fixed: Any) -> Search:
     """From the method's usual rate, half of the epochs that are allowed, and batches of 8."""
     rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
-    begin = {"rate": rate, "epochs": most_epochs(examples) / 2, "batch_size": 8, "seed": TUNING}
+    begin = {"rate": rate, "epochs": most_epochs(examples, method) / 2, "batch_size": 8, "seed": TUNING}
     return Search(Trial(task, method, examples, **begin | fixed), axes)
 
 
@@ -260,7 +262,7 @@ def neighbors(trial: Trial, axes: tuple[str, ...] = AXES) -> list[Trial]:
     """The trials a factor of 2 away on one axis, as far as they are allowed; another batch size has the same epochs."""
     allowed = {
         "rate": lambda rate: True,
-        "epochs": lambda epochs: 0.5 <= epochs <= most_epochs(trial.examples),
+        "epochs": lambda epochs: 0.5 <= epochs <= most_epochs(trial.examples, trial.method),
         "batch_size": lambda size: BATCHES[0] <= size <= min(BATCHES[1], trial.examples),
     }
     values = [(axis, type(getattr(trial, axis))(getattr(trial, axis) * f)) for axis in axes for f in (0.5, 2)]
@@ -289,9 +291,11 @@ def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
     (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
     if unknown or more:
         return mine, unknown + more
-    enough = max(find(described(trial))["loss"] for trial in (mine, other)) + LEAST
+    losses = [find(described(trial))["loss"] for trial in (mine, other)]
+    enough = max(math.inf if loss is None else loss for loss in losses) + ROOM
     equal = [trial for trial, loss in seen.items() if loss <= enough]
-    return min(equal, key=lambda trial: sum(find(described(trial))["general"].values())), []
+    kept = [trial for trial in equal if find(described(trial))["loss"] is not None] or [mine]
+    return min(kept, key=lambda trial: sum(find(described(trial)).get("general", {}).values())), []
 
 
 def wanted(find: Find, searches: Iterable[Search | Gentle]) -> list[Trial]:
