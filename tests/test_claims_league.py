@@ -9,9 +9,9 @@ import pytest
 
 from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.comparison import spread
-from minipeft.claims.protocol import TABLE, Trial, wanted
+from minipeft.claims.protocol import TABLE, Trial
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
-from minipeft.experiments.rows import described, finder
+from minipeft.experiments.rows import described
 
 ITEMS, CLOZE = 64, 64
 COMPARED = sorted(id for id, rule in RULES.items() if rule.function.__module__ == league.__name__)
@@ -187,12 +187,6 @@ def test_rows_that_are_missing_leave_a_statement_untried_and_divergence_is_told(
     verdict = rule.judge(rows)
     assert verdict.verdict == "cannot be tested here"
     assert "lora diverged" in verdict.because
-
-
-def test_one_command_computes_what_every_rule_needs():
-    everything = filled(league.everyone(), {}, {})
-    assert all(not RULES[id].experiment.missing(everything) for id in COMPARED)
-    assert len(wanted(finder([]), league.everyone().searches)) > 100
 
 
 def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):

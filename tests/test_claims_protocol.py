@@ -9,8 +9,8 @@ import pytest
 
 from minipeft.claims import data, protocol
 from minipeft.claims.protocol import TABLE, Trial, climb, neighbors, report, search, tuned, untrained, wanted
-from minipeft.claims.statistics import bootstrap, crossed
-from minipeft.evaluation.intervals import mean
+from minipeft.claims.statistics import crossed
+from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import described, finder
 from minipeft.hub.base import load_base
 from minipeft.text.datasets import MultipleChoice
@@ -19,6 +19,16 @@ from minipeft.text.datasets import MultipleChoice
 def drawn_at_random(S: int, n: int, a: float, b: float, e: float, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return a * rng.normal(size=(S, 1)) + b * rng.normal(size=n) + e * rng.normal(size=(S, n))
+
+
+def bootstrap(y: np.ndarray, weights: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> Estimate:
+    """The same mean; its interval from `draws` samples of the seeds and, independently, of the items: percentiles."""
+    w = np.ones(y.shape[1]) if weights is None else weights
+    mean, (S, n), rng = y.sum() / (len(y) * w.sum()), y.shape, np.random.default_rng(seed)
+    seeds = rng.multinomial(S, np.full(S, 1 / S), draws) / S  # [draws, seeds]: how often each is drawn
+    items = rng.multinomial(n, np.full(n, 1 / n), draws)  # [draws, items]
+    means = ((seeds @ y) * items).sum(axis=1) / (items @ w)
+    return Estimate(mean, *(float(q) for q in np.quantile(means, (0.025, 0.975))))
 
 
 @pytest.mark.parametrize("a, b, e", [(0.05, 0.1, 0.1), (0.003, 0.3, 0.1), (0.01, 0.1, 0.1), (0, 0, 0.1)])

@@ -96,9 +96,23 @@ def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
     (["--run", "soft-7", "--store", ROWS], "holds the shipped rows; choose another"),
     (["lora-6", "--run", "soft-7"], "--run has its own statement: leave lora-6 out"),
     (["--run", "soft-7", "--json"], "--json does nothing with --run"),
+    (["--recompute", "0"], "--recompute must be at least 1, got 0"),
+    (["--recompute", "2", "lora-6"], "--recompute draws from all statements: leave lora-6 out"),
+    (["--recompute", "2", "--run", "soft-7"], "--run does nothing with --recompute"),
+    (["--seed", "2"], "--seed does nothing without --recompute"),
     (["lora-6", "--store", "x"], "--store does nothing without --run"),
     (["--picture", "a.png"], "--picture draws one statement: give its ID"),
     (["lora-6", "--picture", "a.pdf"], "--picture writes a PNG file: a.pdf must end in .png"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     assert message in refused(capsys, "claims", *argv)
+
+
+@pytest.mark.parametrize(("differing", "status"), [([], 0), (["run 0, loss: 2, and 1 in the package"], 1)])
+def test_rows_drawn_at_random_are_computed_again(differing, status, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("minipeft.cli.claims.recomputed", lambda n, seed: (asked.append((n, seed)), (n, differing))[1])
+    found, out, _ = output(capsys, "claims", "--recompute", 3, "--seed", 7)
+    assert (found, asked) == (status, [(3, 7)])
+    assert f"3 rows were computed again, {len(differing) or 'none'} of their numbers differ" in out
+    assert all(line in out for line in differing)

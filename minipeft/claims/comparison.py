@@ -59,6 +59,10 @@ class Searches(Experiment):
         """The trials that are needed next."""
         return protocol.wanted(finder(rows), self.searches)
 
+    @property
+    def allowed(self) -> str:
+        return f"{SPREADS} standard deviations over the seeds"
+
     def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row of the same trial, computed now."""
         return protocol.run(Trial(**{name: row[name] for name in Trial.__dataclass_fields__}))

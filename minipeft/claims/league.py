@@ -45,14 +45,6 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
     return Searches.of("league", [search(case.task, method, case.examples) for case in cases for method in methods])
 
 
-def everyone() -> Searches:
-    """All that the rules here need, for one command to compute."""
-    parts = [league(("full", *OTHERS), MIDDLE), league(MAIN), league(("scratch", "full")), league((*RANKS.values(), *TARGETS), MIDDLE)]
-    parts += [Searches.pairs("league", EQUAL), league((*ALPHAS, *MAIN), MIDDLE), league(("lora", "full"), FEW + MIDDLE)]
-    parts.append(league(("lora-qv", "lora-qv-r43", "bottleneck-m37", "bottleneck-m4"), MIDDLE))
-    return Searches.of("league", dict.fromkeys(one for part in parts for one in part.searches))
-
-
 # ------------------------------------------------------------------------------------------------------------- overview
 
 

@@ -29,7 +29,7 @@ def low_dimension(rows: Rows) -> Verdict:
 def capacity(rows: Rows) -> Verdict:
     """Holds if full fine-tuning memorizes clearly more bits of random answers than every method that trains fewer parameters; holds if
     clearly more than some; does not hold here if than none."""
-    return judged(memorization.verdict(rows), "bits more than the nearest method", "bits", 5, 0, "random answers")
+    return judged(memorization.verdict(rows), "bits more than the nearest method", "bits", 5, None, "random answers")
 
 
 @claim("full-3", lesson="14_best_practices.py", section="2 · The learning rate", experiment=WIDTHS)

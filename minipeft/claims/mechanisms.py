@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     evidence: dict[str, Estimate]
 
 
-def judged(found: Finding, name: str, unit: str, seeds: int, items: int, task: str) -> Verdict:
+def judged(found: Finding, name: str, unit: str, seeds: int, items: int | None, task: str) -> Verdict:
     """A finding as the register has it; `name` and `unit` are those of the number that decided."""
     numbers = [Number(key, e.value, "", e.low, e.high) for key, e in found.evidence.items()]
     effect = Number(name, found.effect.value, unit, found.effect.low, found.effect.high)
@@ -92,7 +92,7 @@ def train(
 
 
 def steps_of(examples: int, epochs: float, batch_size: int) -> int:
-    """Optimizer steps of so many epochs."""
+    """Optimizer steps of a number of epochs."""
     return max(1, round(examples * epochs / batch_size))
 
 

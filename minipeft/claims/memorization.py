@@ -63,7 +63,7 @@ def runs() -> list[Memory]:
 def random_answers(n: int, seed: int, prompt: int = 8, answer: int = 4) -> list[Example]:
     """n examples whose prompts are all different, each the first tokens of a sentence; only the answers are learned.
 
-    Raises ValueError where there are not so many prompts."""
+    Raises ValueError where there are fewer than n prompts."""
     tokenizer, rng = base()[1], np.random.default_rng(seed)
     sentences = [q.prompt.removeprefix("Sentence: ").removesuffix("\nBook:") for q in data.questions("source", "train")]
     prompts: dict[tuple[int, ...], None] = {}

@@ -49,7 +49,7 @@ VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
 AXES = ("rate", "epochs", "batch_size")
-PASSES = {100: 32, 1000: 8, 10000: 2}  # epochs at most, up to so many examples: what two cores can pay for
+PASSES = {100: 32, 1000: 8, 10000: 2}  # examples at most: epochs at most. What two cores can pay for
 BATCHES = 4, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 

@@ -113,6 +113,11 @@ class Experiment:
         """The settings of all runs."""
         return list(self.runs() if callable(self.runs) else self.runs)
 
+    @property
+    def allowed(self) -> str:
+        """By how much a number may differ that is computed again."""
+        return f"{self.tolerance:.0%}"
+
     def path(self, store: str | os.PathLike = ROWS) -> Path:
         """The file of its rows."""
         return Path(store) / f"{self.name}.jsonl"

@@ -153,7 +153,7 @@ def paces(s: Pace) -> Row:
 
 
 def steps_to(losses: Sequence[float] | None, target: float, every: int, before: float) -> float:
-    """Steps until a curve, measured every so many steps from `before` on, is first at `target`; infinite where it never is."""
+    """Steps until a curve, measured after each `every` steps from `before` on, is first at `target`; infinite where it never is."""
     if before <= target:
         return 0.0
     last = before

@@ -15,8 +15,8 @@ Where the items weigh differently, as texts of w_i tokens do, μ is the ratio Σ
 with each item: μ + (y_si - μ w_i) / w̄ (Cochran 1977, Sampling Techniques, chapter 6).
 
 Source: Searle, Casella and McCulloch 1992, Variance Components, chapter 4. The usual alternative draws seeds and items
-again with replacement (`bootstrap`, Owen 2007, The Pigeonhole Bootstrap, arXiv:0712.1111). It is the second way to the
-same number, but with five seeds its percentiles are too near to each other: it knows nothing of Student's t.
+again with replacement (Owen 2007, The Pigeonhole Bootstrap, arXiv:0712.1111). The tests
+compare the two; but with five seeds its percentiles are too near to each other: it knows nothing of Student's t.
 """
 
 from __future__ import annotations
@@ -51,16 +51,6 @@ def crossed(y: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
         total, degrees = max((a, S - 1), (b, n - 1))
     error = student_t(0.95, max(1, math.floor(degrees))) * math.sqrt(total / (S * n))
     return Estimate(mean, mean - error, mean + error)
-
-
-def bootstrap(y: np.ndarray, weights: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> Estimate:
-    """The same mean; its interval from `draws` samples of the seeds and, independently, of the items: percentiles."""
-    y, w, mean = _influence(y, weights)
-    (S, n), rng = y.shape, np.random.default_rng(seed)
-    seeds = rng.multinomial(S, np.full(S, 1 / S), draws) / S  # [draws, seeds]: how often each is drawn
-    items = rng.multinomial(n, np.full(n, 1 / n), draws)  # [draws, items]
-    means = ((seeds @ y) * items).sum(axis=1) / (items @ w)
-    return Estimate(mean, *(float(q) for q in np.quantile(means, (0.025, 0.975))))
 
 
 def _influence(y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:

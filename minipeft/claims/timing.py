@@ -13,7 +13,7 @@ from .register import Number
 
 def in_turns(alternatives: Mapping[str, Callable[[], Any]], seconds: float = 2.0, least: int = 5) -> dict[str, float]:
     """Seconds of each alternative: the least over rounds of all of them, after one that is not counted; for at least `least`
-    rounds, and at least so many seconds."""
+    rounds, and for at least `seconds`."""
     for call in alternatives.values():
         call()
     best, rounds, began = dict.fromkeys(alternatives, float("inf")), 0, time.perf_counter()

@@ -163,7 +163,7 @@ def as_json(statement: Statement, rule: Rule | None, verdict: Verdict) -> dict[s
 
 
 def figure(number: Number | None) -> str:
-    """A number with its unit: "256 times", "1.35e+10 bytes" as "13,500,000,000 bytes"."""
+    """A number with its unit: "256 times"; "" for none."""
     return "" if number is None else f"{plain(number.value)} {number.unit}".strip()
 
 
@@ -246,9 +246,9 @@ def compute_again(args: Arguments) -> int:
     for line in differing[:10]:
         print(line)
     if differing:
-        print(f"{len(differing)} numbers differ by more than {rule.experiment.tolerance:.0%} from the shipped rows")
+        print(f"{len(differing)} numbers differ by more than {rule.experiment.allowed} from the shipped rows")
     elif not rule.experiment.timed:
-        print(f"all {len(rows)} rows agree with the shipped ones within {rule.experiment.tolerance:.0%}")
+        print(f"all {len(rows)} rows agree with the shipped ones within {rule.experiment.allowed}")
     same = verdict.verdict == before.verdict
     print(f"the verdict is {'the same' if same else f'another: with the shipped rows it {before.verdict}'}")
     return 0 if same and not differing else 1
