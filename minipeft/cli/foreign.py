@@ -17,11 +17,14 @@ def imported(module: str, given: str) -> ModuleType:
     if os.getcwd() not in sys.path:  # and it stays: a function may import more when it is called
         sys.path.insert(0, os.getcwd())
         importlib.invalidate_caches()
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ beside the user's file
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever a foreign module can raise
         hint = f" (a module's name has no .py: {module.removesuffix('.py')})" * module.endswith(".py")
         raise ValueError(f"{given}: cannot import {module} ({type(error).__name__}: {error}){hint}") from error
+    finally:
+        sys.dont_write_bytecode = bytecode
 
 
 def load_function(text: str, flag: str) -> Callable[..., Any]:
