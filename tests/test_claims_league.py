@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from minipeft.claims import forgetting, league, practice, protocol
-from minipeft.claims.comparison import spread
-from minipeft.claims.protocol import TABLE, Trial
+from minipeft.claims.comparison import Pair, judged, spread
+from minipeft.claims.protocol import TABLE, Trial, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described
 
@@ -147,6 +147,17 @@ def test_some_cases_make_it_holds_if():
     assert verdict.verdict == IF
     assert "lora beside full, rewrite, 500 examples: better" in verdict.because
     assert "bottleneck beside full, rewrite, 500 examples: worse" in verdict.because
+
+
+@pytest.mark.parametrize("better, verdict", [(1, UNTESTABLE), (3, UNTESTABLE), (5, IF)])
+def test_what_is_said_of_some_of_many_is_clear_among_that_many(better, verdict, monkeypatch):
+    """Five seeds -2 to 2 around a mean: Student's interval reaches 1.96 to either side, and among ten comparisons 3.96."""
+    base = untrained("source")
+    values = {"a": better + np.arange(-2.0, 3)[:, None] * np.ones(4), "b": np.zeros((5, 4))}
+    names = iter(["a", "b", *["b", "b"] * 9])
+    monkeypatch.setattr(protocol, "report", lambda *_: protocol.Report(base, values[next(names)], None))
+    pairs = [Pair(f"case {i}", "a", base, "b", base) for i in range(10)]
+    assert judged(lambda _: None, pairs, lambda d: d.clearly_better).verdict == verdict
 
 
 def test_rates_and_selection():

@@ -153,8 +153,11 @@ def test_easy_examples_have_the_lower_loss():
     model, tokenizer = load_base()
     losses = {}
     for kind in ("easy", "hard", "mixed"):
-        nll, tokens = protocol.example_losses(model, data.drawn("source", 8, 0, kind), 8, tokenizer.pad_token_id)
+        drawn = data.drawn("source", 12, 0, kind)
+        nll, tokens = protocol.example_losses(model, drawn, 8, tokenizer.pad_token_id)
         losses[kind] = (nll / tokens).mean()
+        answers = [tokenizer.decode(one.labels[one.labels >= 0]) for one in drawn]
+        assert len(set(answers)) == 3, "each answer has its easy and its hard ones"
     assert losses["easy"] < losses["mixed"] < losses["hard"]
 
 

@@ -6,6 +6,9 @@
     clear         the interval excludes 0
     equal         the interval lies within ±NEAR: a difference that nobody would notice
     neither       no clear difference; the interval says how large it may be
+    holds if      of k comparisons each is wrong once in twenty times; that the statement is so in some of them is said
+                  only of those that are clear at the level 1 - 0.05 / k (Bonferroni). That it is so in all takes no more
+                  than 95 % of each: all must be clear.
 
 The rival of a method is chosen on validation among several, and compared on test: so that "better than all others" is
 one comparison and not thirty.
@@ -23,7 +26,7 @@ from ..evaluation.intervals import Estimate
 from ..experiments.rows import described, finder, read_rows
 from . import protocol
 from .protocol import SEEDS, Find, Gentle, Report, Search, Trial, search, tuned, untrained
-from .register import IF, ROWS, UNTESTABLE, Experiment, Number, Verdict, graded, listed
+from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, listed
 
 UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
@@ -140,9 +143,9 @@ class Difference(NamedTuple):
         )
 
 
-def compare(a: Report, b: Report, key: str) -> Difference:
+def compare(a: Report, b: Report, key: str, level: float = 0.95) -> Difference:
     """How much better a is: a lower loss, a higher share."""
-    found = protocol.difference(b, a) if key == "nll" else protocol.difference(a, b)
+    found = protocol.difference(b, a, level) if key == "nll" else protocol.difference(a, b, level)
     return Difference(found, NEAR[key])
 
 
@@ -213,7 +216,7 @@ def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool
     """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so.
     Where nothing is found to be so, and an interval is too wide to tell, it cannot be tested here.
     """
-    outcome, words, numbers, items, undecided = {}, [], [], 0, False
+    so, surely, words, numbers, items, undecided = [], [], [], [], 0, False
     for pair in pairs:
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
@@ -221,12 +224,13 @@ def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool
             name = pair.b if one else pair.a
             return Verdict(UNTESTABLE, f"{name} diverged under one of the seeds, tuned as it is ({pair.where}).")
         found, items = compare(one, other, of), one.values.shape[1]
-        outcome[pair.name] = holds(found)
-        undecided |= not outcome[pair.name] and found.word == UNDECIDED
+        so.append(holds(found))
+        surely.append(holds(compare(one, other, of, 1 - 0.05 / len(pairs))))
+        undecided |= so[-1] != surely[-1] or (not so[-1] and found.word == UNDECIDED)
         words.append(f"{pair.a} beside {pair.b}, {pair.where}: {found.word} ({found.interval})")
         numbers.append(number(pair.name, found, of))
     tasks = listed(sorted({pair.task for pair in pairs}))
-    verdict = UNTESTABLE if undecided and not any(outcome.values()) else graded(outcome)
+    verdict = HOLDS if all(so) else IF if any(surely) else UNTESTABLE if undecided else NOT
     return Verdict(
         verdict, f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip

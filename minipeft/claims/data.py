@@ -9,7 +9,8 @@ Of either, training examples are drawn from the split "train" by a seed, and of 
     random:S             a share S of them has the answer of another one
     systematic:S         ... the same wrong answer always: the verse as it is; the book that follows in the alphabet
     off-topic:S          ... is a record of the dictionary instead
-    easy, hard, mixed    of three times as many, the third whose loss on the base is lowest; highest; half of each
+    easy, hard, mixed    of three times as many, the third whose loss on the base is lowest; highest; half of each. Of a
+                         task with choices, a third of each right answer's: the base likes some answers better
     skewed:S             "source" with a share S from one book, the rest from the others
     oversampled:S        the same examples, those of the others repeated until each book has as many
 """
@@ -69,7 +70,7 @@ def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
     order, (kind, _, share) = rng.permutation(len(pool)), kind.partition(":")
     chosen = [pool[i] for i in order[:n]]
     if kind in ("easy", "hard", "mixed"):
-        return _by_difficulty(encode(pool[i] for i in order[: 3 * n]), n, kind)
+        return encode(_by_difficulty([pool[i] for i in order[: 3 * n]], n, kind))
     if kind in ("skewed", "oversampled"):
         chosen = _skewed([pool[i] for i in order], n, float(share), kind == "oversampled")
     elif kind in ("random", "systematic", "off-topic"):
@@ -98,14 +99,19 @@ def _wrong(task: str, chosen: list[Question], wrong: Sequence[int], kind: str) -
     return chosen
 
 
-def _by_difficulty(pool: list[Example], n: int, kind: str) -> list[Example]:
-    """Of a pool, the n examples that are easiest for the base, the n hardest, or every second of both."""
+def _by_difficulty(pool: list[Question], n: int, kind: str) -> list[Question]:
+    """Of a pool, the n records that are easiest for the base, the n hardest, or every second of both; of each answer's
+    own records where there are choices."""
     model, tokenizer = base()
-    nll, tokens = example_losses(model, pool, 32, tokenizer.pad_token_id)
-    order = np.argsort(nll / tokens, kind="stable")
-    easy, hard = order[:n], order[-n:]
-    chosen = {"easy": easy, "hard": hard, "mixed": np.concatenate([easy[::2], hard[::2]])[:n]}[kind]
-    return [pool[i] for i in chosen]
+    nll, tokens = example_losses(model, encode(pool), 32, tokenizer.pad_token_id)
+    order, chosen = np.argsort(nll / tokens, kind="stable"), []
+    answers = sorted({q.completion for q in pool}) if pool[0].choices else [None]
+    for answer in answers:
+        own = [pool[i] for i in order if answer in (None, pool[i].completion)]
+        k = round(n / len(pool) * len(own))
+        easy, hard = own[:k], own[-k:]
+        chosen += {"easy": easy, "hard": hard, "mixed": (easy[::2] + hard[::2])[:k]}[kind]
+    return chosen
 
 
 def _skewed(pool: list[Question], n: int, share: float, level: bool) -> list[Question]:

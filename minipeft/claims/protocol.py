@@ -3,7 +3,8 @@
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
     tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to the best
                 neighbor until none is better by LEAST (`climb`), so that every method is tuned with the same effort, and
-                the best rate lies inside what was tried. Judged by the loss on validation, under the seed TUNING.
+                the best rate lies inside what was tried. Judged by the loss on validation under one seed, TUNING, the same
+                for all neighbors; the loss also where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
                 test split, item by item. Nothing was chosen by them.
     difference  of two methods: over seeds and items together (`statistics.crossed`)
@@ -359,9 +360,9 @@ def report(find: Find, of: Search | Gentle | Trial, key: str = "nll") -> Report 
     return Report(best, np.array([row[key] for row in found], float), weights)
 
 
-def difference(a: Report, b: Report) -> Estimate:
+def difference(a: Report, b: Report, level: float = 0.95) -> Estimate:
     """a - b on the same items, seed by seed; a report without seeds is the same under all: crossed intervals."""
-    return crossed(a.values - b.values, a.weights)
+    return crossed(a.values - b.values, a.weights, level)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

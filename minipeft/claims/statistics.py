@@ -5,7 +5,7 @@ losses (or of two scores) on item i under seed s. Seeds and items are both sampl
 
     x[s, i] = μ + α_s + β_i + ε_si              α: luck of the seed, β: of the item, ε: of both together
     SE² = (MS_α + MS_β - MS_ε) / (S n)          never below MS_α / (S n) or MS_β / (S n)
-    μ ± t SE                                    t: Student's 97.5 % quantile, Satterthwaite's degrees of freedom
+    μ ± t SE                                    t: Student's quantile (97.5 %), Satterthwaite's degrees of freedom
 
 with the mean squares of the two-way analysis of variance
 
@@ -28,8 +28,8 @@ import numpy as np
 from ..evaluation.intervals import Estimate, student_t
 
 
-def crossed(y: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
-    """The mean of y [seeds, items], with its 95 % confidence interval over both.
+def crossed(y: np.ndarray, weights: np.ndarray | None = None, level: float = 0.95) -> Estimate:
+    """The mean of y [seeds, items], with its confidence interval of that level over both.
 
     y        what a seed has on an item, in sum over the units of the item (nats of a text), or a difference of two such
     weights  [items], the units of each item (its tokens); by default 1
@@ -49,7 +49,7 @@ def crossed(y: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     degrees = total**2 / (a**2 / (S - 1) + b**2 / (n - 1) + e**2 / ((S - 1) * (n - 1))) if total > 0 else 0.0
     if total < max(a, b):  # one of the components of variance is estimated below 0: it is taken for 0
         total, degrees = max((a, S - 1), (b, n - 1))
-    error = student_t(0.95, max(1, math.floor(degrees))) * math.sqrt(total / (S * n))
+    error = student_t(level, max(1, math.floor(degrees))) * math.sqrt(total / (S * n))
     return Estimate(mean, mean - error, mean + error)
 
 
