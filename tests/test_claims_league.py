@@ -9,7 +9,7 @@ import pytest
 
 from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.comparison import Pair, judged, spread
-from minipeft.claims.protocol import TABLE, Trial, untrained
+from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described
 
@@ -33,7 +33,7 @@ def row(trial: Trial, skill: Of, memory: Of) -> dict:
         gained, kept = 0.0, 1.0
     else:
         off = abs(np.log2(trial.rate / (1e-3 if trial.method in ("full", "scratch") else 8e-3)))
-        gained -= 0.02 * off + 0.02 * (trial.epochs != protocol.most_epochs(trial.examples, trial.method) / 2)
+        gained -= 0.02 * off + 0.02 * (trial.epochs != search(trial.task, trial.method, trial.examples).start.epochs)
         kept = value(memory, trial, 0.8)
     luck = rng.normal(size=ITEMS) / 200
     made: dict = {"storage": STORED.get(trial.method, 1000), "train_loss": 2.0, "loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}

@@ -62,14 +62,29 @@ def test_one_seed_has_no_interval_and_nothing_infinite_has_a_mean():
 
 def test_climbing_ends_where_no_neighbor_is_better_by_enough():
     scores = {x: (x - 7) ** 2 for x in range(20)} | {8: -0.001}
-    assert climb(scores.get, 0, lambda x: [x - 1, x + 1] if x else [1], least=0.01) == (7, [])
-    assert climb({0: 1.0}.get, 0, lambda x: [x - 1, x + 1]) == (0, [-1, 1])
+    assert climb(scores.get, 0, lambda x: [[x - 1, x + 1] if x else [1]], least=0.01) == (7, [])
+    assert climb({0: 1.0}.get, 0, lambda x: [[x - 1, x + 1]]) == (0, [-1, 1])
+    assert climb({}.get, 0, lambda x: [[x - 1, x + 1]]) == (0, [0])
+
+
+def test_climbing_goes_on_one_axis_after_the_other_and_comes_back():
+    asked = {}
+
+    def score(point):
+        asked[point] = (point[0] - 3) ** 2 + (point[1] - point[0]) ** 2
+        return asked[point]
+
+    plane = lambda p: [[(p[0] - 1, p[1]), (p[0] + 1, p[1])], [(p[0], p[1] - 1), (p[0], p[1] + 1)]]  # noqa: E731
+    at, unknown = climb(score, (0, 0), plane)
+    assert not unknown and all(asked[at] <= score(p) for points in plane(at) for p in points)
+    assert at in ((2, 2), (3, 3)) and len(asked) < 25
 
 
 def test_a_neighbor_is_a_factor_of_two_away_and_allowed():
     at = Trial("rewrite", "lora", 500, 1e-3, 8, 4, 0)
-    assert {(t.rate, t.epochs, t.batch_size) for t in neighbors(at)} == {(5e-4, 8, 4), (2e-3, 8, 4), (1e-3, 4, 4), (1e-3, 8, 8)}
-    assert {t.epochs for t in neighbors(at, ("rate",))} == {8}
+    found = [[(t.rate, t.epochs, t.batch_size) for t in axis] for axis in neighbors(at, protocol.AXES, 8)]
+    assert found == [[(5e-4, 8, 4), (2e-3, 8, 4)], [(1e-3, 4, 4)], [(1e-3, 8, 8)]]
+    assert [[t.epochs for t in axis] for axis in neighbors(at, ("rate",), 8)] == [[8, 8]]
 
 
 def simulated(trial: Trial) -> dict:

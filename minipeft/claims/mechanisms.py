@@ -57,7 +57,7 @@ def best_rate(loss: Callable[[float], float | None], rate: float, least: float =
     than `least`; so the best lies inside what was tried. None, of a run that diverged, counts as infinite."""
     known: dict[float, float] = {}
     while True:
-        at, unknown = climb(known.get, rate, lambda r: [r / 2, r * 2], least)
+        at, unknown = climb(known.get, rate, lambda r: [[r / 2, r * 2]], least)
         if not unknown:
             return at, dict(sorted(known.items()))
         for r in unknown:

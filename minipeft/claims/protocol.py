@@ -1,9 +1,10 @@
 """The one protocol by which methods are compared: equal tuning on validation, then a report on test under other seeds.
 
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
-    tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to the best
-                neighbor until none is better by LEAST (`climb`), so that every method is tuned with the same effort, and
-                the best rate lies inside what was tried. Judged by the loss on validation under one seed, TUNING, the same
+    tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to a better
+                neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned with
+                the same effort, and the best rate and batch lie inside what was tried. Epochs have an upper end, the
+                same for all: what may be computed. Judged by the loss on validation under one seed, TUNING, the same
                 for all neighbors; the loss also where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
                 test split, item by item. Nothing was chosen by them.
@@ -50,7 +51,7 @@ VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
 AXES = ("rate", "epochs", "batch_size")
-PASSES = {100: 32, 1000: 8, 10000: 2}  # examples at most: epochs at most. What two cores can pay for
+PASSES = {100: 32, 1000: 4, 10000: 1}  # examples at most: epochs at most. What two cores can pay for
 BATCHES = 4, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 
@@ -87,15 +88,17 @@ Find = Callable[[Row], Row | None]  # from what identifies a row to the row: `fi
 
 
 class Search(NamedTuple):
-    """Where the tuning of something begins, and what is tuned. Two searches that differ in one thing are a comparison."""
+    """Where the tuning of something begins, what is tuned, and the epochs at most. Two searches that differ in one thing
+    are a comparison."""
 
     start: Trial
-    axes: tuple[str, ...] = AXES
+    axes: tuple[str, ...]
+    most: float
 
 
-def most_epochs(examples: int, method: str) -> int:
-    """PASSES, for any number of examples; from random weights four times as many, as nothing is known yet."""
-    return (4 if method == "scratch" else 1) * next(epochs for most, epochs in PASSES.items() if examples <= most)
+def most_epochs(examples: int) -> int:
+    """PASSES, for any number of examples."""
+    return next(epochs for most, epochs in PASSES.items() if examples <= most)
 
 
 class Gentle(NamedTuple):
@@ -111,11 +114,15 @@ class Gentle(NamedTuple):
         return self.of.start
 
 
-def search(task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, **fixed: Any) -> Search:
-    """From the method's usual rate, half of the epochs that are allowed, and batches of 8."""
+def search(
+    task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, longer: float = 1, **fixed: Any
+) -> Search:
+    """From the method's usual rate, half of the epochs that are allowed, and batches of 8. What is allowed is `longer`
+    times PASSES; from random weights four times as much again, as nothing is known yet."""
     rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
-    begin = {"rate": rate, "epochs": most_epochs(examples, method) / 2, "batch_size": 8, "seed": TUNING}
-    return Search(Trial(task, method, examples, **begin | fixed), axes)
+    most = most_epochs(examples) * longer * (4 if method == "scratch" else 1)
+    begin = {"rate": rate, "epochs": most / 2, "batch_size": 8, "seed": TUNING}
+    return Search(Trial(task, method, examples, **begin | fixed), axes, most)
 
 
 def untrained(task: str, shots: int = 0) -> Trial:
@@ -244,30 +251,38 @@ def _loss(model: Any, examples: list[Example]) -> float:
 
 
 def climb(
-    score: Callable[[Any], float | None], start: Hashable, neighbors: Callable[[Any], list[Any]], least: float = 0.0
+    score: Callable[[Any], float | None], start: Hashable, neighbors: Callable[[Any], list[list[Any]]], least: float = 0.0
 ) -> tuple[Any, list[Any]]:
-    """(where the search stands, the points it has to know next): from `start` to the best neighbor, while one has a score
-    that is lower by `least`. Where the list is empty, the search has ended. `score` gives None for what is not known."""
+    """(where the search stands, the points it has to know next): from `start` to the best neighbor on the first axis that
+    has one whose score is lower by `least`, until no axis has. Where the list is empty, the search has ended.
+
+    neighbors    of a point, axis by axis
+    score        None for what is not known
+    """
     at = start
+    if score(at) is None:
+        return at, [at]
     while True:
-        unknown = [point for point in (at, *neighbors(at)) if score(point) is None]
-        if unknown:
-            return at, unknown
-        best = min(neighbors(at), key=score)
-        if not score(best) < score(at) - least:
+        for points in neighbors(at):
+            if unknown := [point for point in points if score(point) is None]:
+                return at, unknown
+            best = min(points, key=score, default=at)
+            if score(best) < score(at) - least:
+                at = best
+                break
+        else:
             return at, []
-        at = best
 
 
-def neighbors(trial: Trial, axes: tuple[str, ...] = AXES) -> list[Trial]:
-    """The trials a factor of 2 away on one axis, as far as they are allowed; another batch size has the same epochs."""
+def neighbors(trial: Trial, axes: tuple[str, ...], most: float) -> list[list[Trial]]:
+    """Axis by axis, the trials a factor of 2 away, as far as they are allowed; another batch size has the same epochs."""
     allowed = {
         "rate": lambda rate: True,
-        "epochs": lambda epochs: 0.5 <= epochs <= most_epochs(trial.examples, trial.method),
+        "epochs": lambda epochs: 0.5 <= epochs <= most,
         "batch_size": lambda size: BATCHES[0] <= size <= min(BATCHES[1], trial.examples),
     }
-    values = [(axis, type(getattr(trial, axis))(getattr(trial, axis) * f)) for axis in axes for f in (0.5, 2)]
-    return [replace(trial, **{axis: value}) for axis, value in values if allowed[axis](value)]
+    values = {axis: [type(getattr(trial, axis))(getattr(trial, axis) * f) for f in (0.5, 2)] for axis in axes}
+    return [[replace(trial, **{axis: value}) for value in values[axis] if allowed[axis](value)] for axis in axes]
 
 
 def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tuple[Trial, list[Trial]]:
@@ -281,7 +296,7 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
         seen[trial] = math.inf if row["loss"] is None else row["loss"]
         return seen[trial]
 
-    return climb(score, of.start, lambda trial: neighbors(trial, of.axes), LEAST)
+    return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
 def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
