@@ -104,6 +104,11 @@ print("asked to rewrite a verse, it goes on as it likes:", repr(rewrite(base, te
 assert before[0] < math.log(base.config.vocab_size), "better than guessing among the vocabulary"
 
 # %% [markdown]
+# > `full-1` the procedure: load weights; optionally a task head; train every parameter; save a checkpoint: **holds
+# > if**. The loss reaches every number: of the language model two steps move 100.0%, with a classifier's head 82.7%, as
+# > the embeddings of words that the batch lacks have no gradient; the saved model's loss differs by 0.
+
+# %% [markdown]
 # ## Step 2 · Head: does the task need another output?
 #
 # A language model's head turns hidden states into a logit per token. Our task's answers are text, so the head stays.
@@ -198,6 +203,12 @@ if not REDUCED:
     assert forgotten[-1] > 3 * forgotten[at], "a rate that is too large forgets far more"
 
 # %% [markdown]
+# > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. Without
+# > zeroing, every gradient so far is added up: the held-out loss ends +0.099 nats at rate 5e-05 and +2.619 nats at rate
+# > 0.001 from that of the loop with zeroing (it began at 3.67); the printed loop is no worse at 0 of 2 rates. (5 seeds,
+# > 32 test items)
+
+# %% [markdown]
 # Twenty steps on a tiny model teach it the *manner* (plain words, the right length, when to stop) and far from all of
 # the content. `minipeft finetune` runs the same code for as long as you like.
 #
@@ -237,6 +248,10 @@ for tasks in (1, 10, 100):
     large = "".join(f"{2 * n * tasks / 1e9:10,.1f} GB " for n in counts)
     print(f"{tasks:5d} {sizes[2] * tasks / 1e6:14,.1f} MB     {large}")
 assert abs(2 * 174_604_259_328 / 350e9 - 1) < 0.01
+
+# %% [markdown]
+# > `full-8` a whole copy of the model per task must be stored: **holds**. Two steps move 100% of the numbers, and the
+# > file has 1.00 times the bytes of the parameters; in 16 bits a task takes 13.5 GB at 7B and 138.0 GB at 70B.
 
 # %% [markdown]
 # A GPT-3 per task is 349 GB; "350 GB" is the checkpoint size that the LoRA paper sets out from (Hu et al. 2021,

@@ -72,6 +72,12 @@ asked_in_training = {way for task in TASKS.values() for way in task.phrasings}
 assert not asked_in_training & {way for task in TASKS.values() for way in task.held_out_phrasings}
 
 # %% [markdown]
+# > `inst-3` FLAN: many tasks in many phrasings; Alpaca: data written by a teacher model; InstructGPT: SFT, then RLHF:
+# > **cannot be tested here**. What three papers did is on record (Wei et al. 2022, arXiv:2109.01652; Taori et al. 2023;
+# > Ouyang et al. 2022, arXiv:2203.02155); of FLAN the package has 7 tasks in at least 4 phrasings each and 3 held out,
+# > of Alpaca the template, of InstructGPT the chain of rlhf-2; whether a teacher's data help is not tried yet.
+
+# %% [markdown]
 # ## 2 · The template, and what of it is learned
 #
 # The model reads one sequence of tokens. A template says where the instruction ends and the answer begins; the one
@@ -154,6 +160,11 @@ some = instructions(TRAINED, "train", cap=40)
 lengths = {name: [len(e.input_ids) for e in encode(some, t)] for name, t in (("Alpaca", alpaca), ("ours", TEMPLATE))}
 print("tokens a record:", ", ".join(f"{name} {np.mean(n):.0f}" for name, n in lengths.items()))
 assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
+
+# %% [markdown]
+# > `inst-2` instruction, optional input, output as the format: **holds**. Instruction, input and output stand in this
+# > order; of 104 tokens with an input 7 are learned, of 74 without 7: the output and the token that ends it. (2 test
+# > items)
 
 # %% [markdown]
 # ## 3 · Packing

@@ -71,6 +71,11 @@ print(f"with a margin of 0.5 on the first pair, and centering: {full.item():.7f}
 assert abs(full.item() - 0.7371471) < 5e-8
 
 # %% [markdown]
+# > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
+# > 20,000 choices of a rater with Gumbel noise the share is the sigmoid's for 5 of 5 differences; whether people choose
+# > so is another question. (20000 test items)
+
+# %% [markdown]
 # ## 2 · A rater
 #
 # We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the

@@ -12,10 +12,12 @@ import pytest
 import minipeft as mp
 from minipeft import claims
 from minipeft.claims import register, timing
+from minipeft.claims.quotes import quotation, quoted
 from minipeft.claims.register import (
     HOLDS,
     IF,
     NOT,
+    RULES,
     UNTESTABLE,
     UNTRIED,
     Experiment,
@@ -76,6 +78,19 @@ def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
     assert verdict.effect.name and np.isfinite(verdict.effect.value)
     for number in (verdict.effect, *verdict.evidence):
         assert number.low is None or number.low <= number.value <= number.high
+    lesson, said = (LESSONS / RULES[id].lesson).read_text(encoding="utf-8"), quotation(claims.statements()[id], verdict)
+    if id in IN_PLACE:  # another processor may round in another way
+        lesson, said = (re.sub(r"[\d.,]+", "0", " ".join(text.split())) for text in (lesson, said))
+    assert said in lesson, "its lesson says so: python -m minipeft.claims.quotes lessons/*.py"
+
+
+def test_a_quotation_stands_at_the_end_of_its_section_and_an_old_one_goes():
+    text = "# %% [markdown]\n# ## 8 · Merge: the detour disappears\n\n# %%\nx = 1\n\n# %% [markdown]\n# > `lora-1` outdated\n\n"
+    text += "# %% [markdown]\n# ## Exercises\n"
+    new = quoted(text, "04_lora.py")
+    assert quoted(new, "04_lora.py") == new and "outdated" not in new
+    assert re.search(r"x = 1\n\n# %% \[markdown\]\n# > `lora-10` no extra latency after merging: \*\*holds\*\*", new)
+    assert new.endswith("\n\n# %% [markdown]\n# ## Exercises\n") and "`lora-1`" not in new
 
 
 def test_what_needs_no_comparison_of_trained_quality_is_tried():

@@ -1,0 +1,58 @@
+"""The register's verdicts as lessons quote them, in the section that teaches the statement:
+
+    # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, ...
+
+`python -m minipeft.claims.quotes lessons/*.py` brings the quotations of lessons up to date; a test fails where one is not.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import write_text
+from .register import UNTRIED, Statement, Verdict, judge, rule_of, statements
+
+WIDTH = 120
+CELL = "# %% [markdown]\n"
+
+
+def quotation(statement: Statement, verdict: Verdict) -> str:
+    """A verdict as lines of a percent script; "" of what is not tried yet."""
+    if verdict.verdict == UNTRIED:
+        return ""
+    sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, "test items")) if n and n > 1]
+    said = f"`{statement.id}` {statement.statement}: **{verdict.verdict}**. {verdict.because}"
+    said += f" ({', '.join(sizes)})" * bool(sizes)
+    return textwrap.fill(said, WIDTH, initial_indent="# > ", subsequent_indent="# > ", break_on_hyphens=False) + "\n"
+
+
+def quoted(text: str, lesson: str) -> str:
+    """The text of a lesson with today's quotations, a cell at the end of each section that teaches a statement."""
+    rules = [rule for id in statements() if (rule := rule_of(id)) and rule.lesson == lesson]
+    cells = [cell for cell in re.split(r"(?m)^(?=# %%)", text.rstrip("\n") + "\n\n") if not cell.startswith(CELL + "# > `")]
+    section, done = None, []
+    for cell in [*cells, "# ## "]:  # the last closes the last section
+        if heading := re.search(r"^# ## (.*)$", cell, re.M):
+            said = [quotation(statements()[rule.id], judge(rule.id)) for rule in rules if rule.section == section]
+            if any(said):
+                done.append(CELL + "#\n".join(filter(None, said)) + "\n")
+            section = heading[1]
+        done.append(cell)
+    return "".join(done[:-1]).rstrip("\n") + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Bring the quotations of lessons up to date."""
+    for path in map(Path, sys.argv[1:] if argv is None else argv):
+        before = path.read_text("utf-8")
+        if (after := quoted(before, path.name)) != before:
+            write_text(path, after)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
