@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from minipeft.claims import forgetting, league, practice, protocol
-from minipeft.claims.comparison import Pair, judged, spread
+from minipeft.claims.comparison import Case, Pair, judged, spread
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
+from minipeft.claims.standings import standings, table
 from minipeft.experiments.rows import described
 
 ITEMS, CLOZE = 64, 64
@@ -36,7 +37,7 @@ def row(trial: Trial, skill: Of, memory: Of) -> dict:
         gained -= 0.02 * off + 0.02 * (trial.epochs != search(trial.task, trial.method, trial.examples).start.epochs)
         kept = value(memory, trial, 0.8)
     luck = rng.normal(size=ITEMS) / 200
-    made: dict = {"storage": STORED.get(trial.method, 1000), "train_loss": 2.0, "loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
+    made: dict = {"trainable": 10, "storage": STORED.get(trial.method, 1000), "train_loss": 2.0, "loss": 3 - gained, "general": {"austen": 3 + (1 - kept)}, "nll": (10 * (3 - gained + luck)).tolist()}
     made["right"] = (np.arange(ITEMS) < ITEMS * (0.4 + gained / 2)).astype(int).tolist()
     made["cloze"] = (np.arange(CLOZE) < CLOZE * kept).astype(int).tolist()
     return made | ({"tokens": [10] * ITEMS} if trial.rate is None else {})
@@ -217,3 +218,18 @@ def test_a_row_is_computed_again_from_its_settings(monkeypatch):
     trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
     monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
     assert RULES["qlora-5"].experiment.again(described(trial) | {"loss": 3.0, "version": "x"})["loss"] == 1.0
+
+
+def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():
+    case, methods = Case("source", 500), ("full", "lora", "prompt")
+    rows = filled(league.league(methods, [case]), {"lora": 0.9, "full": 0.6, "prompt": 0.1}, {"full": 0.5})
+    first, second, third = standings(case, methods, rows)
+    assert (first.method, second.method, third.method) == ("lora", "full", "prompt")
+    assert first.trial.rate == pytest.approx(8e-3, rel=0.5) and second.storage == STORED["full"]
+    assert first.flops < second.flops, "the gradients of the frozen weights are not computed"
+    assert second.cloze.value == pytest.approx(-0.5) and second.forgets.value == pytest.approx(0.5)
+    assert first.right.low <= first.right.value <= first.right.high and first.loss.value < third.loss.value
+    text = table(case, methods, rows).splitlines()
+    assert text[0].split()[:3] == ["method", "trained", "bytes"] and len({len(line) for line in text}) == 1
+    assert [line.split()[0] for line in text[1:]] == ["lora", "full", "prompt"]
+    assert standings(case, ("full", "vera"), rows)[0].method == "full", "a method without rows is left out"

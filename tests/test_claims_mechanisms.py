@@ -249,7 +249,7 @@ def test_a_cell_of_random_answers(short):
 
 
 def test_all_methods_that_fit_the_base_are_run():
-    assert {one.method for one in memorization.runs()} == {*memorization.METHODS} - {"bitfit"}
+    assert {one.method for one in memorization.runs()} == {*memorization.METHODS}
 
 
 def memory_rows(bits: dict[str, float]) -> list[dict]:

@@ -223,10 +223,8 @@ def test_from_scratch_begins_without_the_base(few):
 def test_equal_parameters_are_equal_and_every_method_fits_the_base():
     base, sizes = load_base()[0], {}
     for name, method in TABLE.items():
-        if method.why_not(base) is None:
-            model = method.prepare(base, 10)
-            sizes[name] = sum(p.size for p in model.parameters() if p.requires_grad)
-    assert sizes.keys() == TABLE.keys() - {"bitfit"}, "the base has no biases"
+        model = method.prepare(base, 10)
+        sizes[name] = sum(p.size for p in model.parameters() if p.requires_grad)
     assert sizes["lora-qv-r43"] == pytest.approx(sizes["lora"], rel=0.02)
     assert sizes["bottleneck-m37"] == pytest.approx(sizes["lora"], rel=0.02)
     assert sizes["bottleneck-m4"] == pytest.approx(sizes["lora-r1"], rel=0.06)

@@ -88,6 +88,18 @@ def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
     assert user_directory() == tmp_path / ".local" / "share" / "minipeft" / "claims"
 
 
+def test_the_league_table(capsys, monkeypatch):
+    from minipeft.claims import standings
+
+    monkeypatch.setattr(standings, "table", lambda case: f"method  loss\n{case.task}  {case.examples}")
+    assert output(capsys, "claims", "--league", "source", "--examples", 50) == (0, "method  loss\nsource  50\n", "")
+    monkeypatch.setattr(standings, "table", lambda case: "method")
+    assert output(capsys, "claims", "--league", "rewrite")[0] == 1, "no method has all of its rows"
+    assert "--league maths: the tasks are rewrite and source" in refused(capsys, "claims", "--league", "maths")
+    assert "--league shows methods" in refused(capsys, "claims", "lora-6", "--league", "source")
+    assert "--examples must be one of 50, 500, 5000" in refused(capsys, "claims", "--league", "source", "--examples", 7)
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["lora6"], "there is no statement 'lora6'; did you mean lora-6"),
     (["lora-6", "xyz"], "there is no statement 'xyz'; `minipeft claims` lists all"),

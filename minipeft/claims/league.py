@@ -33,7 +33,7 @@ from .register import UNTESTABLE, Number, Verdict, claim, graded, measured
 Rows = Sequence[Mapping[str, Any]]
 
 MAIN = ("full", "lora", "qlora", "bottleneck", "prefix", "prompt")
-OTHERS = tuple(name for name in TABLE if name not in ("full", "head", "bitfit") and not name.startswith(("lora-", "bottleneck-")))
+OTHERS = tuple(name for name in TABLE if name not in ("full", "head") and not name.startswith(("lora-", "bottleneck-")))
 FEW, MIDDLE, MANY = ([case for case in CASES if case.examples == n] for n in SIZES)
 RANKS = {1: "lora-r1", 2: "lora-r2", 4: "lora-r4", 8: "lora", 16: "lora-r16", 32: "lora-r32", 64: "lora-r64"}
 ALPHAS = ("lora-alpha4", "lora-alpha64")

@@ -151,7 +151,7 @@ class LoftQ(Method):
 
 _bottleneck, _prompt, _prefix = METHODS["bottleneck"], METHODS["prompt"], METHODS["prefix"]
 TABLE: dict[str, Method] = {
-    **METHODS,
+    **{name: method for name, method in METHODS.items() if name != "bitfit"},  # the base has no bias to train
     "rslora": lora_on(use_rslora=True),
     "olora": lora_on(init_lora_weights="olora"),
     "loftq": LoftQ(METHODS["qlora"].label, "LORA", METHODS["qlora"].options, quantized=True),

@@ -13,6 +13,7 @@ examples:
   minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
+  minipeft claims --league source --examples 500   the table of all methods, tuned on 500 examples of a task
   minipeft claims --json
 """
 
@@ -27,7 +28,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..claims.register import ROWS, VERDICTS, Number, Rule, Statement, Verdict, judge, recomputed, rule_of, statements
+from ..claims.register import (
+    ROWS,
+    VERDICTS,
+    Number,
+    Rule,
+    Statement,
+    Verdict,
+    judge,
+    recomputed,
+    rule_of,
+    statements,
+)
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import console, grid, print_json
 
@@ -38,6 +50,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again")
+    parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
+    parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
     parser.add_argument("--recompute", type=int, metavar="N", help="compute N of the shipped rows again, drawn at random")
     parser.add_argument("--seed", type=int, metavar="S", help="of --recompute (default: 0)")
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
@@ -50,6 +64,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     check(args)
+    if args.league:
+        return league(args)
     if args.recompute:
         return recompute(args)
     if args.again:
@@ -74,6 +90,14 @@ def check(args: Arguments) -> None:
         if id not in statements():
             near = nearest(id, statements()) or "; `minipeft claims` lists all"
             raise ValueError(f"there is no statement {id!r}{near}")
+    if args.league:
+        args.refuse(("picture", "json", "again", "recompute"), "with --league")
+        if args.league not in ("rewrite", "source"):
+            raise ValueError(f"--league {args.league}: the tasks are rewrite and source")
+        if args.ids:
+            raise ValueError(f"--league shows methods, not statements: leave {' '.join(args.ids)} out")
+    else:
+        args.refuse(("examples",), "without --league")
     if args.recompute is None:
         args.refuse(("seed",), "without --recompute")
     elif args.recompute < 1:
@@ -252,6 +276,19 @@ def compute_again(args: Arguments) -> int:
     same = verdict.verdict == before.verdict
     print(f"the verdict is {'the same' if same else f'another: with the shipped rows it {before.verdict}'}")
     return 0 if same and not differing else 1
+
+
+def league(args: Arguments) -> int:
+    """The league table of a task; 1 where no method has all of its rows."""
+    from ..claims.comparison import SIZES, Case
+    from ..claims.standings import table
+
+    examples = 500 if args.examples is None else args.examples
+    if examples not in SIZES:
+        raise ValueError(f"--examples must be one of {', '.join(map(str, SIZES))}, what the methods were tried on; got {examples}")
+    shown = table(Case(args.league, examples))
+    print(shown)
+    return 0 if "\n" in shown else 1
 
 
 def recompute(args: Arguments) -> int:

@@ -1,0 +1,103 @@
+"""The league table of a task: each method as the protocol tuned and reported it, beside what that took.
+
+    rate, epochs, batch    what the tuning chose, on validation
+    FLOPs                  of one such run (`accounting.step_flops`, at the examples' mean length)
+    loss, right            on test, over seeds and items: nats per token; the share of right choices
+    forgets, cloze         against the base: what the loss on held-out general text rose by (mean of the corpora, over the
+                           seeds); the share of the general items answered right, less the base's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..accounting.flops import step_flops
+from ..evaluation.intervals import Estimate, mean
+from ..experiments.rows import described, finder
+from ..hub.base import BASE
+from . import data, protocol
+from .comparison import KEYS, Case, Searches, compare
+from .protocol import TABLE, untrained
+
+
+class Standing(NamedTuple):
+    """One line of the table; `right` is None of a task without choices."""
+
+    method: str
+    trainable: int
+    storage: int
+    trial: protocol.Trial
+    flops: float
+    loss: Estimate
+    right: Estimate | None
+    forgets: Estimate
+    cloze: Estimate
+
+
+def standings(case: Case, methods: Iterable[str] | None = None, rows: Any = None) -> list[Standing]:
+    """The methods (default: all) whose rows are there, the best first; a method that lacks rows is left out.
+
+    The best is the one with the highest share of right choices, of a task without choices with the lowest loss.
+    """
+    searches = {method: protocol.search(case.task, method, case.examples) for method in methods or (*TABLE, "scratch")}
+    find = finder(Searches.of("league", searches.values()).rows() if rows is None else rows)
+    found = [line for method, search in searches.items() if (line := _standing(find, case, method, search))]
+    return sorted(found, key=lambda line: line.loss.value if line.right is None else -line.right.value)
+
+
+def _standing(find: protocol.Find, case: Case, method: str, search: protocol.Search) -> Standing | None:
+    loss, before = protocol.report(find, search), untrained(case.task)
+    if loss is None or (base := find(described(before))) is None:
+        return None
+    rows = [find(described(replace(loss.trial, seed=seed, split="test"))) for seed in protocol.SEEDS]
+    risen = [float(np.mean([row["general"][name] - base["general"][name] for name in base["general"]])) for row in rows]
+    cloze, kept = protocol.report(find, search, "cloze"), protocol.report(find, before, "cloze")
+    right = protocol.report(find, search, "right").mean if KEYS[case.task] == "right" else None
+    config = None if method == "scratch" else TABLE[method].config(loss.trial.steps)
+    return Standing(
+        method, rows[0]["trainable"], rows[0]["storage"], loss.trial, flops(config, loss.trial), loss.mean, right,
+        mean(risen), compare(cloze, kept, "cloze").better,
+    )  # fmt: skip
+
+
+def flops(config: Any, trial: protocol.Trial) -> float:
+    """Of the training steps of a trial."""
+    step = step_flops(str(BASE), config, 1, tokens(trial.task), checkpointing=False)
+    return step.total * trial.steps * trial.batch_size
+
+
+@cache
+def tokens(task: str) -> int:
+    """The mean length of an example."""
+    return round(float(np.mean([len(example.input_ids) for example in data.drawn(task, 200, 0)])))
+
+
+def table(case: Case, methods: Iterable[str] | None = None, rows: Any = None) -> str:
+    """The standings as text."""
+    lines = standings(case, methods, rows)
+    with_right = any(line.right for line in lines)
+    head = ["method", "trained", "bytes", "rate", "epochs", "batch", "TFLOPs", "loss", *["right, %"] * with_right, "forgets", "cloze, %"]
+    cells = [head]
+    for one in lines:
+        t = one.trial
+        cells.append([
+            one.method, f"{one.trainable:,}", f"{one.storage:,}", f"{t.rate:.1e}", f"{t.epochs:g}", f"{t.batch_size}",
+            f"{one.flops / 1e12:.2f}", shown(one.loss, 3), *[shown(one.right, 1, 100)] * with_right, shown(one.forgets, 3),
+            shown(one.cloze, 1, 100),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in cells
+    )
+
+
+def shown(estimate: Estimate, digits: int, times: float = 1) -> str:
+    """ "2.314 ± 0.020": the mean and half the width of its interval."""
+    value, half = times * estimate.value, times * (estimate.high - estimate.low) / 2
+    return f"{value:.{digits}f} ± {half:.{digits}f}"
