@@ -39,8 +39,8 @@ rng = np.random.default_rng(0)
 # Blue is frozen and orange is trained: a small network stands behind attention and behind the MLP of each block.
 
 # %%
-houlsby = mp.BottleneckConfig(placement="houlsby", bottleneck_size=16)
-diagrams.block(mp.load_base()[0].config, houlsby).savefig(OUT / "05_adapters_block.png")
+sixteen = mp.BottleneckConfig(placement="houlsby", bottleneck_size=16)  # 16 numbers in the middle
+diagrams.block(mp.load_base()[0].config, sixteen).savefig(OUT / "05_adapters_block.png")
 
 # %% [markdown]
 # ## 1 · Down, bend, up

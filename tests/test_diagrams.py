@@ -84,8 +84,8 @@ def sees(model, ids, **given):
 def test_masks_are_the_model_s():
     """Who sees whom in one block: as drawn. A packed row takes its mask from the batch, a prefix comes as a cache."""
     masks = diagrams.masks(tokens=6, prefix=2, padding=2)
-    one = mp.TransformerConfig.llama(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
-    model, ids = mp.Transformer(one, seed=0), np.arange(6)[None]
+    one = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
+    model, ids = mp.Transformer(mp.TransformerConfig.llama(**one), seed=0), np.arange(6)[None]
     assert np.array_equal(sees(model, ids), masks["causal"])
 
     real = slice(2, None)
@@ -123,8 +123,9 @@ def test_the_graph_s_gradients_are_differences():
 
 def test_a_block_names_shapes_and_counts():
     plain = said(diagrams.block(LLAMA))
-    for shape in ("[256, 64]", "[64, 64]", "[32, 64]", "[96, 64]", "[64, 96]", "[T, 256]", "4 heads of 16; k, v: 2 heads", "2 such blocks"):
-        assert shape in plain
+    shapes = "[256, 64]", "[64, 64]", "[32, 64]", "[96, 64]", "[64, 96]", "[T, 256]"
+    for words in (*shapes, "4 heads of 16; k, v: 2 heads", "2 such blocks"):
+        assert words in plain
     total = count_parameters(LLAMA).total
     lora = said(diagrams.block(LLAMA, LORA))
     assert lora.count("+ BA, r 3") == 2 and f"{count_parameters(LLAMA, LORA).trainable:,} trained, {total:,} frozen" in lora

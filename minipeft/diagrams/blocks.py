@@ -61,7 +61,7 @@ class _Block:
         sizes = {name: math.prod(shape) for name, shape in self.trained.items()}
         drawn = config.num_hidden_layers * sum(n for name, n in sizes.items() if name.startswith(self.first))
         if self.name in ("LORA", "BOTTLENECK") and drawn != sum(sizes.values()):
-            raise ValueError("block draws what a method trains in every block alike, and this one trains more or less elsewhere")
+            raise ValueError("block draws what a method trains in every block alike, and this one trains others, too")
         self.kind = "plain" if method is None else "frozen"
         self.y = 5.0
 
@@ -83,10 +83,10 @@ class _Block:
         words(self.axes, 38.4, self.y - 1.3, f"{self.config.num_hidden_layers} such blocks", ha="right", color=GREY)
         line(self.axes, [(STREAM, above), (STREAM, self.y + 1.6)])
         self.y += 1.6
-        for name, shape, kind in (("norm", f"[{d}]", self.kind), ("head", f"[{V}, {d}]", self.kind), ("logits", f"[T, {V}]", "plain")):
-            self._on_stream(name, shape, kind)
-            if name != "logits":
-                line(self.axes, [(STREAM, self.y - 1.2), (STREAM, self.y)])
+        for name, shape in (("norm", f"[{d}]"), ("head", f"[{V}, {d}]")):
+            self._on_stream(name, shape, self.kind)
+            line(self.axes, [(STREAM, self.y - 1.2), (STREAM, self.y)])
+        self._on_stream("logits", f"[T, {V}]", "plain")
         if self.config.tie_word_embeddings:
             words(self.axes, STREAM + 6.2, self.y - 8.1, "the embedding's own numbers", ha="left", color=GREY)
         self._legend()
@@ -102,7 +102,8 @@ class _Block:
         if self.name == "PROMPT_TUNING":
             (P,) = {shape[0] for shape in self.trained.values()}
             box(self.axes, 15, self.y - 5, 23, 3.8, f"{P} virtual tokens\n[{P}, {d}]", "trained")
-            line(self.axes, [(15, self.y - 3.1), (13, self.y - 3.1), (13, self.y + 0.6), (STREAM, self.y + 0.6)], color=ORANGE, lw=1.4)
+            way = [(15, self.y - 3.1), (13, self.y - 3.1), (13, self.y + 0.6), (STREAM, self.y + 0.6)]
+            line(self.axes, way, color=ORANGE, lw=1.4)
             shape = f"[{P} + T, {d}]"
         if positions := self.arch.get("transformer.wpe.weight"):
             shape += f" + positions {list(positions)}"
@@ -118,9 +119,10 @@ class _Block:
         height = 4.4 + 2.6 * any(self._strip(place + name) for name in into)
         for i, name in enumerate(into):
             x = LEFT + i * (width + 0.7)
-            line(self.axes, [(x + width / 2, self.y - GAP), (x + width / 2, self.y)])
+            middle_of_it, below = x + width / 2, self.y + (height if self._strip(place + name) else 4.4)
+            line(self.axes, [(middle_of_it, self.y - GAP), (middle_of_it, self.y)])
             self._linear(place + name, x, width, tall=True)
-            line(self.axes, [(x + width / 2, self.y + (height if self._strip(place + name) else 4.4)), (x + width / 2, self.y + height + GAP)])
+            line(self.axes, [(middle_of_it, below), (middle_of_it, self.y + height + GAP)])
         self.y += height + GAP
         if middle == "attention":
             H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim

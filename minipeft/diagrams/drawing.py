@@ -33,7 +33,8 @@ def cut(axes: Any, height: float, title: str) -> Any:
 
 def words(axes: Any, x: float, y: float, text: str, **style: Any) -> None:
     """A text centered at (x, y), or as `style` says."""
-    axes.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": SMALL, "color": INK, "linespacing": 1.25} | style)
+    usual = {"ha": "center", "va": "center_baseline", "fontsize": SMALL, "color": INK, "linespacing": 1.25}
+    axes.text(x, y, text, **usual | style)
 
 
 def box(axes: Any, x: float, y: float, width: float, height: float, text: str = "", kind: str = "plain", **style: Any) -> None:
