@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.autograd.tensor import op
 
 F = mp.functional
@@ -30,6 +31,13 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# A loss as a graph: each number is computed from those above it, and each orange number says how much the loss changes
+# with it.
+
+# %%
+diagrams.scalar_graph().savefig(OUT / "01_autograd_graph.png")
 
 # %% [markdown]
 # ## 1 · One chain rule, and the pullback

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting.memory import kv_cache_bytes
 from minipeft.nn.generation import generate_stream
 
@@ -28,6 +29,12 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# The shipped model, from token ids to logits, with the shape of each weight ($T$ is the number of tokens).
+
+# %%
+diagrams.block(mp.load_base()[0].config).savefig(OUT / "02_transformer_block.png")
 
 # %% [markdown]
 # ## 1 · What is in it: the parameters, counted twice
@@ -106,6 +113,12 @@ for name, c, formula, published in (
 #
 # ## 2 · Attention by hand
 #
+# In attention a token looks at others, and a filled square says that the token of its row sees the token of its column.
+
+# %%
+diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
+
+# %% [markdown]
 # At each position $t$ a head has a query $q_t$ (what am I looking for?), and at each position $s$ a key $k_s$ (what is
 # here?) and a value $v_s$ (what do I hand over?). Position $t$ receives a weighted average of the values it may see:
 #

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting import count_parameters, measure_peak, memory_ledger
 from minipeft.backend import one_blas_thread, to_numpy
 from minipeft.files import read_json, write_json
@@ -32,6 +33,13 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# Blue is frozen and orange is trained: beside each matrix $W$ of a block stand two thin ones, $B$ and $A$.
+
+# %%
+diagrams.block(mp.load_base()[0].config, mp.LoraConfig(r=8, target_modules="all-linear")).savefig(OUT / "04_lora_block.png")
+diagrams.low_rank(4096, 4096, r=8).savefig(OUT / "04_lora_strips.png")
 
 # %% [markdown]
 # ## 1 · One equation

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting import count_parameters
 from minipeft.text.examples import encode_examples
 from minipeft.text.tasks import task
@@ -33,6 +34,13 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 rng = np.random.default_rng(0)
+
+# %% [markdown]
+# Blue is frozen and orange is trained: a small network stands behind attention and behind the MLP of each block.
+
+# %%
+sixteen = mp.BottleneckConfig(placement="houlsby", bottleneck_size=16)  # 16 numbers in the middle
+diagrams.block(mp.load_base()[0].config, sixteen).savefig(OUT / "05_adapters_block.png")
 
 # %% [markdown]
 # ## 1 · Down, bend, up

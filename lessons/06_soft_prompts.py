@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting import count_parameters, memory_ledger
 from minipeft.text.examples import encode_examples
 from minipeft.text.tasks import task
@@ -33,6 +34,13 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 model, tokenizer = mp.load_base()
 ids = np.array([tokenizer.encode("And it came to pass in those days")])
+
+# %% [markdown]
+# Blue is frozen and orange is trained: vectors in front of the input, or keys and values in front of each block's own.
+
+# %%
+for name, method in (("prompt", mp.PromptTuningConfig), ("prefix", mp.PrefixTuningConfig)):
+    diagrams.block(model.config, method(num_virtual_tokens=20)).savefig(OUT / f"06_soft_prompts_{name}.png")
 
 # %% [markdown]
 # ## 1 · Vectors in front of the input

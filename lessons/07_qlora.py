@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting import architecture, count_parameters
 from minipeft.peft.loftq import get_loftq_model, merge_and_requantize
 from minipeft.quant.codebooks import fp4_code, int4_code, nf4_code
@@ -34,6 +35,12 @@ base, tokenizer = mp.load_base()
 weights = {path: m.weight.numpy() for path, m in base.named_modules() if isinstance(m, mp.nn.Linear) and path != "lm_head"}
 W = np.concatenate([w.reshape(-1) for w in weights.values()])
 print(f"the base has {len(weights)} weight matrices in its layers: {W.size:,} numbers")
+
+# %% [markdown]
+# Violet is what four bits will hold: all weight matrices of the blocks, and neither the embedding nor the norms.
+
+# %%
+diagrams.block(base.config, "4bit").savefig(OUT / "07_qlora_block.png")
 
 # %% [markdown]
 # ## 1 · A block, its largest, and sixteen points

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
-from minipeft import rlhf
+from minipeft import diagrams, rlhf
 from minipeft.autograd.tensor import no_grad
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.sweep import sweep
@@ -54,6 +54,13 @@ def openings(split):
 def show(ids):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
+
+# %% [markdown]
+# Of four models in three stages, each stage holds those that are drawn filled (bytes of the shipped base, without
+# activations).
+
+# %%
+diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
 
 # %% [markdown]
 # ## 1 · The rollout

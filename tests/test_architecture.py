@@ -25,7 +25,7 @@ def test_import_loads_numpy_and_little_else():
 def test_every_public_name_exists():
     import minipeft
 
-    for package in (minipeft, *(getattr(minipeft, n) for n in "accounting evaluation hub nn peft rlhf text train".split())):
+    for package in (minipeft, *(getattr(minipeft, n) for n in "accounting diagrams evaluation hub nn peft rlhf text train".split())):
         assert package.__all__
         for name in package.__all__:
             assert getattr(package, name) is not None and name in dir(package)

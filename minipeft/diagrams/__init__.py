@@ -1,0 +1,21 @@
+"""Drawings of what the lessons explain: each a figure of a phone's width, whose numbers come from configurations.
+
+    block            one transformer block, from token ids to logits, with shapes; a method drawn in
+    low_rank         W, B and A as a square and two strips
+    scalar_graph     a loss of three numbers: values on the way down, gradients on the way up
+    attention_mask   who attends to whom
+    rlhf_stages      the three stages of RLHF, and which of the four models each has in memory
+"""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy
+
+if TYPE_CHECKING:  # the public names; each is imported when it is first used
+    from .attention import attention_mask as attention_mask, masks as masks
+    from .blocks import block as block
+    from .strips import low_rank as low_rank
+    from .stages import rlhf_stages as rlhf_stages
+    from .graphs import scalar_graph as scalar_graph
+else:
+    __getattr__, __dir__, __all__ = lazy(__name__)
