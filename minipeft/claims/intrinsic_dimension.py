@@ -19,7 +19,7 @@ Zettlemoyer and Gupta 2020, Intrinsic Dimensionality Explains the Effectiveness 
 (Weinberger et al. 2009, Feature Hashing for Large Scale Multitask Learning).
 
 Departures: P is sparse where theirs is dense or Fastfood; d90 is of the gain over the start, theirs of the accuracy
-itself; no scale of each layer is learned (their SAID); d grows by factors of four, and d90 is read between them on a
+itself; no scale of each layer is learned (their SAID); d grows by factors of eight, and d90 is read between them on a
 non-decreasing curve; the gradient is clipped by its norm before it is projected, equally for every d.
 """
 
@@ -46,7 +46,7 @@ from .mechanisms import Finding, accuracy, best_rate, curve, geometric, graded, 
 from .protocol import LEAST, SEEDS, TUNING
 
 SHARE = 0.9  # of a gain, of a squared norm
-GRID = tuple(2**k for k in range(4, 21, 2))
+GRID = tuple(2**k for k in range(4, 20, 3))
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # of the part of the update that is applied; 0: the norms' weights alone
 LOW, RANK, NOISE = 1 / 100, 16, 1 / 2  # what is called low: d90 / D; a rank that learns the task; rank over the noise's
 
@@ -63,7 +63,7 @@ class Subspace:
     d: int = 0
     task: str = "source"
     examples: int = 500
-    epochs: int = 8
+    epochs: int = 4
     batch_size: int = 8
     validation: int = 256
     items: int = 512

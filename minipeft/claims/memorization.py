@@ -34,10 +34,8 @@ from . import data
 from .mechanisms import Finding, best_rate, curve, graded, steps_of, those, train
 from .protocol import SEEDS, TABLE, TUNING
 
-METHODS = (
-    "head", "ia3", "prompt", "prefix", "bottleneck", "lora-r1", "lora-r4", "lora", "lora-r16", "lora-r64", "full",
-)  # fmt: skip
-SIZES = (64, 256, 1024)  # examples
+METHODS = ("ia3", "prompt", "bottleneck", "lora-r1", "lora", "lora-r64", "full")
+SIZES = (64, 192, 576)  # examples
 LEAST = 0.01  # of all bits: a rate that is better by less is not better
 
 
@@ -47,7 +45,7 @@ class Memory:
 
     method: str
     examples: int
-    epochs: int = 50
+    epochs: int = 32
     batch_size: int = 32
     prompt: int = 8  # tokens
     answer: int = 4

@@ -12,7 +12,7 @@ Sources: Yang et al. 2022, Tensor Programs V (arXiv:2203.03466): in the usual pa
 matrices falls as 1 / width, a = 1; that for embeddings and norms does not. Rates 1e-5 to 5e-5: Devlin et al. 2019, BERT
 (arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5), and the textbooks after it.
 
-Departures: pretraining is short (307,200 tokens), so that the start is far from what a 7B model has seen; one depth; all
+Departures: pretraining is short (153,600 tokens), so that the start is far from what a 7B model has seen; one depth; all
 weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. It can be
 compared at 576 with SmolLM2-135M (`LARGE`, 30 layers), which others have pretrained.
 """
@@ -53,7 +53,7 @@ class Width:
     width: int
     seed: int
     model: str = ""
-    pretraining: int = 300  # steps of `blocks` blocks of `length` tokens
+    pretraining: int = 150  # steps of `blocks` blocks of `length` tokens
     blocks: int = 8
     length: int = 128
     examples: int = 500
