@@ -113,7 +113,9 @@ def numbers(answer: Any) -> np.ndarray:
     try:
         if isinstance(answer, list | tuple):
             return np.array([_number(word) if isinstance(word, str) else float(word) for word in answer], float)
-        return np.ravel(np.asarray(answer, float))
+        if answer is not None:  # which NumPy takes for nan
+            return np.ravel(np.asarray(answer, float))
+        raise TypeError
     except (TypeError, ValueError):
         what = " ".join(map(str, answer)) if isinstance(answer, list | tuple) else type(answer).__name__
         raise ValueError(f"a number is asked for, and {what!r} is none") from None
@@ -132,17 +134,19 @@ def difference(got: Any, wanted: Any, name: str = "it") -> str:
         pairs = enumerate(zip(got, wanted), 1)
         return next((text for i, (g, w) in pairs if (text := difference(g, w, f"result {i}"))), "")
     try:
-        got, wanted = np.asarray(got), np.asarray(wanted)
-        if got.shape != wanted.shape:
-            return f"{name} has the shape {got.shape}, where {wanted.shape} is right"
-        far = ~np.isclose(got.astype(float), wanted.astype(float), 1e-5, 1e-8, equal_nan=True)
-    except (TypeError, ValueError):
+        array, wanted = np.asarray(got), np.asarray(wanted)
+    except (TypeError, ValueError):  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf":
         return f"{name} gives {_kind(got)}, where numbers are asked for"
+    if array.shape != wanted.shape:
+        return f"{name} has the shape {array.shape}, where {wanted.shape} is right"
+    far = ~np.isclose(array.astype(float), wanted.astype(float), 1e-5, 1e-8)
     if not far.any():
         return ""
     place = np.unravel_index(np.argmax(far), far.shape)
     at = f" at [{', '.join(map(str, place))}]" if place else ""
-    return f"{name} gives {_shown(got[place])}{at}, where {_shown(wanted[place])} is right"
+    return f"{name} gives {_shown(array[place])}{at}, where {_shown(wanted[place])} is right"
 
 
 def _kind(value: Any) -> str:
