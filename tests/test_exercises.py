@@ -464,8 +464,11 @@ def test_the_command_checks_numbers_words_and_functions(capsys, tmp_path):
         (("11.2", wrong), (1, "11.2: not yet; case 1 of 4, one answer without repetition: it gives 3, where 1 is right\n")),
     ):  # fmt: skip
         assert output(capsys, "exercise", *argv) == (*answer, "")
-    assert "broken.py stops with ModuleNotFoundError" in refused(capsys, "exercise", "11.2", broken)
-    assert "right.py defines no function gae" in refused(capsys, "exercise", "10.2", right)
+    assert "broken.py stops (ModuleNotFoundError" in refused(capsys, "exercise", "11.2", broken)
+    assert "right.py has no function 'gae'" in refused(capsys, "exercise", "10.2", right)
+    (text := tmp_path / "answer.txt").write_text("7")
+    assert "answer.txt: must be a Python file" in refused(capsys, "exercise", "10.2", text)
+    assert {path.name for path in tmp_path.iterdir()} == {"right.py", "wrong.py", "broken.py", "answer.txt"}, "no bytecode"
     assert "missing.py: No such file" in refused(capsys, "exercise", "10.2", tmp_path / "missing.py")
     assert "04.1: a number is asked for, and 'many' is none" in refused(capsys, "exercise", "04.1", "many")
     assert "no exercise '04.9'; nearest: 04." in refused(capsys, "exercise", "04.9", "1")

@@ -14,10 +14,10 @@ examples:
 from __future__ import annotations
 
 import re
-import runpy
 from typing import Any
 
 from .arguments import Arguments, Parser
+from .foreign import function_in_file
 from .lessons import find_lessons
 
 
@@ -40,7 +40,7 @@ def run(args: Arguments) -> int:
         return 0
     answer: Any = " ".join(args.answer)
     if isinstance(exercise, Code):
-        answer = function_of(answer, exercise.name)
+        answer = function_in_file(answer, exercise.name)
     return 0 if check(args.exercise, answer) else 1
 
 
@@ -53,16 +53,3 @@ def question(name: str) -> str:
     text = re.sub(r"^# ?", "", lesson, flags=re.MULTILINE)
     found = re.search(rf"^\*\*{re.escape(name)} .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     return found[0] if found else ""
-
-
-def function_of(path: str, name: str) -> Any:
-    """The function of this name that a Python file defines."""
-    try:
-        found = runpy.run_path(path, run_name="exercise")
-    except OSError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a learner's file may raise
-        raise ValueError(f"{path} stops with {type(error).__name__}: {error}") from None
-    if not callable(found.get(name)):
-        raise ValueError(f"{path} defines no function {name}")
-    return found[name]
