@@ -416,8 +416,8 @@ def test_a_function_is_told_the_case_that_it_fails(answer, complaint):
     ("04.1", "many", "04.1: a number is asked for, and 'many' is none"),
     ("04.1", len, "04.1: a number is asked for"),
     ("04.1", None, "04.1: a number is asked for"),
-    ("04.1", [1, 2], "04.1: 1 number asked for, and here are 2"),
-    ("10.1", 0.5, "10.1: 3 numbers asked for, and here are 1"),
+    ("04.1", [1, 2], "04.1: one number is asked for, not 2"),
+    ("10.1", 0.5, "10.1: 3 numbers are asked for, not 1"),
     ("04.2", 3, r"04.2: a function lora\(x, W, A, B, alpha\) is asked for, and not int"),
     ("17.4", "int8", "17.4: one of bfloat16, float16, both, neither is asked for, and not 'int8'"),
 ])  # fmt: skip

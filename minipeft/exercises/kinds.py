@@ -29,8 +29,8 @@ class Number:
     def complaint(self, answer: Any) -> str:
         given, right = numbers(answer), np.ravel(np.asarray(self.right(), float))
         if given.size != right.size:
-            plural = "s" * (right.size > 1)
-            raise ValueError(f"{right.size} number{plural} asked for, and here are {given.size}")
+            wanted = "one number is" if right.size == 1 else f"{right.size} numbers are"
+            raise ValueError(f"{wanted} asked for, not {given.size}")
         if self._near(given, right):
             return ""
         for hint, wrong in self.slips(right if right.size > 1 else right.item()).items():
