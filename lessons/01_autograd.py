@@ -503,13 +503,121 @@ assert verdicts["layer_norm_with_constant_statistics"][1:] == (False, False)
 #
 # Now break it yourself: put a sign error, a missing factor or a swapped argument into one of the pullbacks of section 2
 # and see what the difference to the library says.
+
+# %% [markdown]
+# ## Quiz
 #
+# **1.** Why does the engine add up the gradients that reach a value, and not take the last one?
+#
+# <details><summary>Answer</summary>
+#
+# The chain rule's sum over $j$ runs over all uses of the value. In the regression of section 2 the error is used twice
+# by `mul`, so two sensitivities reach it, and its gradient is their sum.
+#
+# </details>
+#
+# **2.** A model of a million weights. How many forward passes does nudging the weights one by one take, and how many
+# does the walk back cost?
+#
+# <details><summary>Answer</summary>
+#
+# One for each weight, and one more, against a small multiple of one: of multiplications alone it is three, as a matrix
+# product forward becomes two backward.
+#
+# </details>
+#
+# **3.** A stack of linear layers is frozen, and something below it is trained. What does the graph hold after the
+# forward pass, and what changes with a GELU after each layer?
+#
+# <details><summary>Answer</summary>
+#
+# Nothing: the pullback towards $x$ needs $w$, which is there anyway, and the one towards $w$, which needs $x$, has been
+# dropped. With a GELU after each layer the inputs of the GELUs are held, since the pullback of a nonlinearity needs its
+# input whether or not anything around it is trained.
+#
+# </details>
+#
+# **4.** In float64 a smaller $h$ than about $10^{-5}$ makes the central difference worse. Why?
+#
+# <details><summary>Answer</summary>
+#
+# The Taylor term shrinks like $h^2$, but rounding grows like $\epsilon / h$. They balance near $h = \epsilon^{1/3}$,
+# which is $6 \cdot 10^{-6}$ in float64.
+#
+# </details>
+#
+# **5.** Why does a check with a cotangent of ones pass a softmax whose backward pass returns zeros?
+#
+# <details><summary>Answer</summary>
+#
+# It asks for the derivative of the sum of the outputs. That sum is always one, so its derivative is zero, and zeros are
+# right. A random cotangent asks about each output.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **A gate.** Write `swish`, $y = x\,\sigma(x)$, as an `@op` with your own pullback, and let `mp.gradcheck` judge it.
-#    (The library's is `F.silu`.) Which arrays does your pullback remember, and could it remember fewer?
-# 2. **A running sum.** What is the pullback of `np.cumsum`? Derive it from $\bar x_i = \sum_{j \ge i} g_j$, write it
-#    without a loop, and check it.
-# 3. **Trading time for memory.** `F.checkpoint(fn, x, parameters=...)` keeps only `x` and computes `fn` again in the
-#    backward pass. Wrap each layer-and-GELU of section 4 in it and measure the bytes held. What do you expect, and what
-#    did it cost?
+# Check an answer with `from minipeft.exercises import check` and `check("01.3", value)`, or at the terminal with
+# `minipeft exercise 01.3 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 01.1 FILE.py`.
+#
+# **01.1 A gate.** Write `swish(x)`, $y = x\,\sigma(x)$, on plain arrays in the library's form: it returns the value and
+# one pullback. (Make it an `@op` and let `mp.gradcheck` judge it, too; the checker takes either.) Which arrays does
+# your pullback remember, and could it remember fewer?
+#
+# **01.2 A running sum.** What is the pullback of `np.cumsum`? Derive it from $\bar x_i = \sum_{j \ge i} g_j$ and write
+# `cumsum_pullback(g)` for a vector, without a loop.
+#
+# **01.3 Time for memory.** `F.checkpoint(fn, x, parameters=...)` keeps only `x` and computes `fn` again in the backward
+# pass. Wrap each layer-and-GELU of section 4 in it, with trained weights. How many MiB are held after the forward pass,
+# counted as there? Predict, then measure.
+#
+# **01.4 One side.** A one-sided difference, $(f(x + hv) - f(x)) / h$, is wrong by a Taylor term that shrinks like $h$,
+# and by rounding as before. Its best step is near $\epsilon^p$: what is $p$?
+#
+# <details><summary>Solution of 01.1</summary>
+#
+# With $s = \sigma(x)$ the derivative is $s + x s (1 - s)$. It remembers one array, the derivative itself.
+#
+# ```python
+# def swish(x):
+#     s = 1 / (1 + np.exp(-x))
+#     slope = s + x * s * (1 - s)
+#     return x * s, lambda g: g * slope
+#
+# check("01.1", swish)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 01.2</summary>
+#
+# A running sum from the other end.
+#
+# ```python
+# check("01.2", lambda g: np.cumsum(g[::-1])[::-1])
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 01.3</summary>
+#
+# The inputs of seven layers; that of the first is there anyway. Without checkpointing the eight inputs of the GELUs
+# come on top: 7.5 MiB. It costs one more forward pass.
+#
+# ```python
+# check("01.3", 7 * 256 * 512 * 4 / 2**20)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 01.4</summary>
+#
+# $h + \epsilon / h$ is least where its two terms are equal.
+#
+# ```python
+# check("01.4", 0.5)
+# ```
+#
+# </details>

@@ -521,12 +521,108 @@ fig.savefig(OUT / "02_transformer.png", dpi=130)
 print("picture:", OUT / "02_transformer.png")
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Which of the two, attention or the MLP, moves information between positions?
+#
+# <details><summary>Answer</summary>
+#
+# Attention. The MLP works on each position alone.
+#
+# </details>
+#
+# **2.** Why does the rotary score of two tokens not change if both move 5000 positions on?
+#
+# <details><summary>Answer</summary>
+#
+# The query is turned by $m\theta$ and the key by $n\theta$; in the product only the difference $m - n$ is left. That is
+# also why a Llama forgives wrong position ids under left padding, and GPT-2 does not.
+#
+# </details>
+#
+# **3.** Of the 31 predictions in a sequence of section 5, why can nobody do better than 1.677 nats on average?
+#
+# <details><summary>Answer</summary>
+#
+# 15 of them are of letters that are pure chance, $\ln 32$ each; the other 16 can be known.
+# $\frac{15}{31} \ln 32 = 1.677$.
+#
+# </details>
+#
+# **4.** A training loss falls below that floor. What do you suspect, and what would show it?
+#
+# <details><summary>Answer</summary>
+#
+# A leak: the model sees the answer, here because the causal mask is missing. Let it write: then nothing stands on the
+# right to be read, and it copies badly.
+#
+# </details>
+#
+# **5.** Why do the kept keys and values stay valid when a new token is appended, and what is the price of keeping them?
+#
+# <details><summary>Answer</summary>
+#
+# Under the causal mask earlier positions never learn of later ones, so their keys and values do not change. The price
+# is memory: $2 \cdot L \cdot K \cdot D$ numbers a position.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Where the parameters are.** For GPT-2 small, what share sits in the token table, in attention, in the MLPs? And
-#    in GPT-3? Which share could a method that changes only attention hope to reach?
-# 2. **Two layers.** Our task has a fixed distance, so one layer is enough. Let the period vary from row to row, from 8
-#    to 16. Now a head must find "the letter after the last time I saw this letter": an *induction head*, which takes
-#    two layers working together (Olsson et al. 2022). How many more steps does it take, and what do the patterns show?
-# 3. **The logit lens.** `llama_by_hand` returns what each branch wrote. Add the pieces up one after the other, and read
-#    the final norm and the token table after each. From which branch on does the trained model know the next letter?
+# Check an answer with `from minipeft.exercises import check` and `check("02.1", value)`, or at the terminal with
+# `minipeft exercise 02.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 02.3 FILE.py`.
+#
+# **02.1 Where the parameters are.** For GPT-2 small, which share of all parameters sits in attention (biases included)?
+# A method that changes only attention cannot reach more. Then look: what of the MLPs, and of GPT-3?
+#
+# **02.2 The cache of a larger model.** Llama 3 8B has 32 layers of width 4096, and 32 query heads of 128 channels that
+# share 8 key heads. How many GiB does its cache take for one sequence of 8192 positions in 16 bits?
+#
+# **02.3 The mask.** Write `attention_weights(scores)`: from the scores $q_t \cdot k_s / \sqrt D$ of one head, `[T, T]`,
+# the weights $a_{ts}$, causal, each row with the sum 1. (Scores may be large.)
+#
+# Further, without a checker:
+#
+# - **Two layers.** Our task has a fixed distance, so one layer is enough. Let the period vary from row to row, from 8
+#   to 16. Now a head must find "the letter after the last time I saw this letter": an *induction head*, which takes two
+#   layers working together (Olsson et al. 2022). How many more steps does it take, and what do the patterns show?
+# - **The logit lens.** `llama_by_hand` returns what each branch wrote. Add the pieces up one after the other, and read
+#   the final norm and the token table after each. From which branch on does the trained model know the next letter?
+#
+# <details><summary>Solution of 02.1</summary>
+#
+# By the formula of section 1, with $L = 12$, $d = 768$: not a quarter. The MLPs have 45.5 %; in GPT-3 the tables are
+# lost, and attention has a third.
+#
+# ```python
+# check("02.1", 12 * (4 * 768**2 + 4 * 768) / 124_439_808)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 02.2</summary>
+#
+# Two, for a key and a value; 32 layers; 8 heads of 128; two bytes.
+#
+# ```python
+# check("02.2", 2 * 32 * 8 * 128 * 8192 * 2 / 2**30)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 02.3</summary>
+#
+# The mask comes before the softmax; taking the largest score off first keeps `exp` finite.
+#
+# ```python
+# def attention_weights(scores):
+#     seen = np.where(np.tril(np.ones(scores.shape, bool)), scores, -np.inf)
+#     weights = np.exp(seen - seen.max(axis=1, keepdims=True))
+#     return weights / weights.sum(axis=1, keepdims=True)
+#
+# check("02.3", attention_weights)
+# ```
+#
+# </details>

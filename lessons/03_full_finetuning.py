@@ -399,12 +399,123 @@ if not REDUCED:
 
 # %% [markdown]
 # Two things noticed: the held-out loss, computed *another* way, and a look at what the model writes. Do both.
+
+# %% [markdown]
+# ## Quiz
 #
+# **1.** Why are the labels of the prompt $-100$, and why is the end-of-sequence token learned?
+#
+# <details><summary>Answer</summary>
+#
+# Whoever asks will type the prompt, so the model need not learn to; the loss ignores $-100$. It must learn to *stop*,
+# and the end-of-sequence token is how it says so.
+#
+# </details>
+#
+# **2.** A classifier's head is put on. How many weights are new, and where is it read?
+#
+# <details><summary>Answer</summary>
+#
+# $C \cdot d$ for $C$ classes, read at the last real token. The rest comes pretrained.
+#
+# </details>
+#
+# **3.** The learning rate is raised beyond its best value. Which of the two losses complains first?
+#
+# <details><summary>Answer</summary>
+#
+# That of general text: it gets worse well before the task itself does. Nothing in the loss asks the model to keep what
+# it knows.
+#
+# </details>
+#
+# **4.** Training takes $16N$ bytes before the first token is read. What are they?
+#
+# <details><summary>Answer</summary>
+#
+# For each parameter in float32: the weight (4), its gradient (4) and Adam's two moments (8).
+#
+# </details>
+#
+# **5.** The labels were shifted twice. The training loss falls. What noticed that something is wrong?
+#
+# <details><summary>Answer</summary>
+#
+# The held-out loss, computed another way, which rose above that of no training at all; and a look at what the model
+# writes.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Learn the prompts too.** Set `labels = input_ids` and train again. Is the held-out loss of the completions better
-#    or worse after the same number of steps, and what happens to the forgetting? (The prompts are half of the tokens.)
-# 2. **Only the head.** `minipeft.nn.heads.head_only(base)` freezes all but the output layer. Repeat the U-curve with
-#    it. Where is its best rate, how much of the gain does it keep, and how much does it forget?
-# 3. **Pay for remembering.** Mix one block of general *training* text into every batch of the task ("replay"). How much
-#    of the forgetting does it undo, and what does the task pay for it?
+# Check an answer with `from minipeft.exercises import check` and `check("03.1", value)`, or at the terminal with
+# `minipeft exercise 03.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 03.2 FILE.py`.
+#
+# **03.1 A run that can go on.** To go on with a run later, what must be on the disk? Count the bytes in float32 for
+# SmolLM2-135M (134,515,008 parameters, all trained with Adam), in GB of $10^9$ bytes. The few counters that a schedule
+# needs do not matter.
+#
+# **03.2 Parts of a batch.** Write `accumulate(gradients, counts)`: the gradient of the whole batch from those of its
+# parts, `gradients [parts, n]`, each of a mean over `counts [parts]` labels.
+#
+# **03.3 What is learned.** Write `labels_of(ids, prompt_length)`: the labels of an example whose first tokens are the
+# prompt, for a model that does the shift by one itself, as ours. `ids` stays as it is.
+#
+# **03.4 Who knows nothing.** What is the loss, in nats a token, of a model that gives all 2048 tokens of the vocabulary
+# the same probability? (The base began at less than half of it.)
+#
+# Further, without a checker:
+#
+# - **Learn the prompts too.** Set `labels = input_ids` and train again. Is the held-out loss of the completions better
+#   or worse after the same number of steps, and what happens to the forgetting?
+# - **Only the head.** `minipeft.nn.heads.head_only(base)` freezes all but the output layer. Repeat the U-curve with it.
+#   Where is its best rate, how much of the gain does it keep, and how much does it forget?
+# - **Pay for remembering.** Mix one block of general *training* text into every batch of the task ("replay"). How much
+#   of the forgetting does it undo, and what does the task pay for it?
+#
+# <details><summary>Solution of 03.1</summary>
+#
+# The weights and Adam's two moments, 12 bytes a parameter. Gradients are made anew in every step.
+#
+# ```python
+# check("03.1", 12 * 134_515_008 / 1e9)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 03.2</summary>
+#
+# Weighted by the labels, $\sum_i \frac{n_i}{n} g_i$.
+#
+# ```python
+# check("03.2", lambda gradients, counts: counts @ gradients / counts.sum())
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 03.3</summary>
+#
+# A copy, in which the prompt is $-100$. `model.loss` shifts.
+#
+# ```python
+# def labels_of(ids, prompt_length):
+#     labels = ids.copy()
+#     labels[:prompt_length] = -100
+#     return labels
+#
+# check("03.3", labels_of)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 03.4</summary>
+#
+# $-\ln \frac{1}{2048}$.
+#
+# ```python
+# check("03.4", np.log(2048))
+# ```
+#
+# </details>

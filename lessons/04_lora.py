@@ -781,12 +781,126 @@ fig.savefig(OUT / "04_lora.png", dpi=130)
 print("picture:", OUT / "04_lora.png")
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** $B$ starts at zero and $A$ at random. Which of the two has a gradient in the first step, and why are not both
+# zero at the start?
+#
+# <details><summary>Answer</summary>
+#
+# Only $B$: its gradient contains $A$, and that of $A$ contains $B$, which is zero. With both at zero both gradients are
+# zero for ever, nothing crashes, and it never learns.
+#
+# </details>
+#
+# **2.** "LoRA needs no activations of the frozen weights." Where is that true?
+#
+# <details><summary>Answer</summary>
+#
+# Of layers without an adapter. Beside an adapter the input $x$ is kept after all, as the gradient of $A$ needs it; what
+# is saved there is the gradient and the two moments of $W$.
+#
+# </details>
+#
+# **3.** Is the update of a full fine-tune a matrix of low rank?
+#
+# <details><summary>Answer</summary>
+#
+# No: about half of the MLP's energy lies outside of its 8 strongest directions. But those 8 carry nearly all of the
+# task's gain. Of low rank is the part that does something.
+#
+# </details>
+#
+# **4.** What does the factor $1/r$ in $\alpha / r$ do?
+#
+# <details><summary>Answer</summary>
+#
+# It cancels the number of columns that add to the first step, so that with $\alpha$ fixed the first step is equally
+# large at every rank and one learning rate serves all.
+#
+# </details>
+#
+# **5.** An adapter was trained with $\alpha = 16$, and its configuration now says 8. Does loading fail? What is the
+# model?
+#
+# <details><summary>Answer</summary>
+#
+# Everything loads, as every shape fits. The model is the base plus half of what was learned.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Is $A$ needed?** Freeze $A$ at its random values and train $B$ alone (LoRA-FA, Zhang et al. 2023): section 3 says
-#    what that saves, namely $x$. Use $r = 16$ to have as many trained parameters. How much of the gain is left?
-# 2. **The same directions?** For one matrix, compare the 8 strongest left singular vectors of the full fine-tune's
-#    $\Delta W$ with the columns of LoRA's $B$: how much of each column lies in their span, and how much of a random one
-#    would ($8/d$)? Then compare two LoRAs of different seeds with each other (the paper's section 7.2).
-# 3. **A thrifty optimizer.** Full fine-tuning with `optim="sgd"` and `learning_rate=1.0` learns this task too. Is its
-#    update of lower rank than Adam's? Look at attention and at the MLPs, and after 5 steps as well as after 20.
+# Check an answer with `from minipeft.exercises import check` and `check("04.1", value)`, or at the terminal with
+# `minipeft exercise 04.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 04.2 FILE.py`.
+#
+# **04.1 Count it.** LoRA with $r = 16$ on the query and value matrices of LLaMA-7B: 32 layers, both matrices 4096 by
+# 4096. How many parameters are trained?
+#
+# **04.2 The layer.** Write `lora(x, W, A, B, alpha)`: the output of a linear layer with its detour, for `x [n, k]`,
+# without ever forming the matrix $BA$.
+#
+# **04.3 Two gradients.** Write `lora_gradients(G, A, B, alpha)`: from the gradient of the whole weight, `G [d, k]`,
+# those of $A$ and $B$, in this order.
+#
+# **04.4 The same first step.** With $r = 8$ and $\alpha = 16$ a learning rate was found. Now $r = 64$ is to be tried.
+# Which $\alpha$ makes the first step as large as it was (section 6)?
+#
+# Further, without a checker:
+#
+# - **Is $A$ needed?** Freeze $A$ at its random values and train $B$ alone (LoRA-FA, Zhang et al. 2023): section 3 says
+#   what that saves, namely $x$. Use $r = 16$ to have as many trained parameters. How much of the gain is left?
+# - **The same directions?** For one matrix, compare the 8 strongest left singular vectors of the full fine-tune's
+#   $\Delta W$ with the columns of LoRA's $B$: how much of each column lies in their span, and how much of a random one
+#   would ($8/d$)? Then compare two LoRAs of different seeds with each other (the paper's section 7.2).
+# - **A thrifty optimizer.** Full fine-tuning with `optim="sgd"` and `learning_rate=1.0` learns this task too. Is its
+#   update of lower rank than Adam's? Look at attention and at the MLPs, and after 5 steps as well as after 20.
+#
+# <details><summary>Solution of 04.1</summary>
+#
+# $r (d + k)$ for each of two matrices in 32 layers.
+#
+# ```python
+# check("04.1", 32 * 2 * 16 * (4096 + 4096))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 04.2</summary>
+#
+# `A` has $r$ rows.
+#
+# ```python
+# def lora(x, W, A, B, alpha):
+#     return x @ W.T + alpha / len(A) * (x @ A.T) @ B.T
+#
+# check("04.2", lora)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 04.3</summary>
+#
+# The two equations of section 2.
+#
+# ```python
+# def lora_gradients(G, A, B, alpha):
+#     scale = alpha / len(A)
+#     return scale * B.T @ G, scale * G @ A.T
+#
+# check("04.3", lora_gradients)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 04.4</summary>
+#
+# The same: the sum has eight times as many columns, and $1/r$ makes up for it.
+#
+# ```python
+# check("04.4", 16)
+# ```
+#
+# </details>

@@ -294,10 +294,110 @@ assert broken[0.0] == healthy and abs(broken[0.01] - healthy) < 0.05
 assert broken[1.0] > healthy + 0.5
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Why does an adapter start with $W_{up}$ and $b_{up}$ at zero?
+#
+# <details><summary>Answer</summary>
+#
+# Then it adds exactly nothing, and training starts from the base's own loss. Large random numbers would destroy the
+# base before the first step, and training would begin with the repair.
+#
+# </details>
+#
+# **2.** Which of its matrices has no gradient in the first step?
+#
+# <details><summary>Answer</summary>
+#
+# $W_{down}$: its gradient passes through $W_{up}$, which is zero. Once $W_{up}$ has moved, $W_{down}$ learns too.
+#
+# </details>
+#
+# **3.** Why can LoRA be merged, and an adapter not?
+#
+# <details><summary>Answer</summary>
+#
+# LoRA's detour is linear and can be added into the matrix. No single matrix does what $W_{up} f(W_{down} h)$ does, as
+# $f$ is not linear.
+#
+# </details>
+#
+# **4.** An adapter has few multiplications. Why does it cost time when one token is generated at a time?
+#
+# <details><summary>Answer</summary>
+#
+# Each of its products is an operation of its own that must wait for the one before, and then waiting is what time is
+# spent on.
+#
+# </details>
+#
+# **5.** Houlsby, Pfeiffer, parallel: where does each put its adapters?
+#
+# <details><summary>Answer</summary>
+#
+# Houlsby after attention and after the MLP; Pfeiffer after the MLP alone, for half the parameters; parallel beside the
+# MLP, reading its input.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. The multiplications of an adapter are $2m$ for each of $d$ outputs. For which $m$ does a Houlsby pair cost as many
-#    as LoRA of rank 8 on all seven matrices of a layer? Check by counting parameters.
-# 2. Replace the ReLU by the identity (`F.relu` in `minipeft/peft/bottleneck.py`). Now the adapter *is* mergeable: into
-#    which matrix, and what becomes of the residual $h$?
-# 3. Put adapters on the upper three layers only (`layers_to_transform=[3, 4, 5]`). How much of the gain remains?
+# Check an answer with `from minipeft.exercises import check` and `check("05.1", value)`, or at the terminal with
+# `minipeft exercise 05.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 05.2 FILE.py`.
+#
+# **05.1 Which costs the same?** For which $m$ does a Houlsby pair, its biases left out, have as many weights in each
+# layer of the shipped base as LoRA of rank 8 on all seven matrices there? (Widths: 128 in the residual stream; keys and
+# values have 64 numbers; the MLP 384.)
+#
+# **05.2 Down, bend, up.** Write `adapter(h, down, b_down, up, b_up)` with a ReLU, for `h [n, d]`, `down [m, d]` and
+# `up [d, m]`.
+#
+# **05.3 Without the bend.** Let $f$ be the identity. Now an adapter behind the linear layer $h = W x + b$ *is*
+# mergeable. Write `merge(W, b, down, b_down, up, b_up)`, which returns the weight and the bias of one linear layer that
+# does the same. What becomes of the residual $h$?
+#
+# Further, without a checker:
+#
+# - **Only above.** Put adapters on the upper three layers only (`layers_to_transform=[3, 4, 5]`). How much of the gain
+#   remains?
+#
+# <details><summary>Solution of 05.1</summary>
+#
+# LoRA has $r$ times the sum of both widths of each matrix; the pair has $4dm$. The base's own count says the same:
+# `count_parameters(model.config, config)`.
+#
+# ```python
+# lora = 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384))
+# check("05.1", lora / (4 * 128))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 05.2</summary>
+#
+# The bend is between the products, and the residual goes around all.
+#
+# ```python
+# def adapter(h, down, b_down, up, b_up):
+#     return h + np.maximum(h @ down.T + b_down, 0) @ up.T + b_up
+#
+# check("05.2", adapter)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 05.3</summary>
+#
+# The residual is the identity matrix: $(I + W_{up} W_{down})$ stands before all of $Wx + b$.
+#
+# ```python
+# def merge(W, b, down, b_down, up, b_up):
+#     around = np.eye(len(W)) + up @ down
+#     return around @ W, around @ b + up @ b_down + b_up
+#
+# check("05.3", merge)
+# ```
+#
+# </details>

@@ -296,10 +296,104 @@ print(f"padding counted as text: differs by {np.abs(wrong_way - alone).max():.1e
 assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** In which sense is a soft prompt more than a prompt of words?
+#
+# <details><summary>Answer</summary>
+#
+# It contains it: if the vectors are the embeddings of real tokens, the model computes what it computes behind that
+# text. Training may leave the finite set of texts.
+#
+# </details>
+#
+# **2.** What is a trained prefix, seen from the model's code?
+#
+# <details><summary>Answer</summary>
+#
+# A cache of keys and values at positions where no token ever stood. The base, given the prefix as a plain cache,
+# continues as the adapted model does.
+#
+# </details>
+#
+# **3.** Before training all starts are about equally bad. Why then does a random start end worse, by the lesson's
+# reasoning?
+#
+# <details><summary>Answer</summary>
+#
+# A standard normal vector is far longer than a token's embedding, and AdamW moves every element by about the learning
+# rate a step, whatever its size: in as many steps a long vector turns less.
+#
+# </details>
+#
+# **4.** A prefix is trained through an MLP. What is trained, and what is stored?
+#
+# <details><summary>Answer</summary>
+#
+# More is trained than is stored: the smaller matrix and the MLP; afterwards the MLP is thrown away and the keys and
+# values are kept, as many numbers as without it.
+#
+# </details>
+#
+# **5.** One virtual token trains 128 numbers. Why does training it not take little memory?
+#
+# <details><summary>Answer</summary>
+#
+# The gradient must travel back through every layer to reach the input, so activations of the whole model are kept.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Take the trained vectors of "text" and find the vocabulary's nearest embedding of each, by cosine. Are they still
-#    words? Replace them by those words: how much of the gain is lost?
-# 2. Train prompts of 1, 5, 20 and 100 tokens. Where does the gain end, and what does each token of it cost in context?
-# 3. A prefix of zeros (`init_weights="zero"`) is not nothing: attention still spends weight on it. Show that it changes
-#    the logits, and derive by how much a layer's output shrinks if all scores were equal.
+# Check an answer with `from minipeft.exercises import check` and `check("06.1", value)`, or at the terminal with
+# `minipeft exercise 06.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 06.2 FILE.py`.
+#
+# **06.1 A prefix of a larger model.** Llama 3 8B has 32 layers of width 4096, and 32 query heads of 128 channels that
+# share 8 key heads. How many numbers does a prefix of 20 virtual tokens train?
+#
+# **06.2 Positions.** Write `position_ids(mask, p)` for a batch that is padded on the left, `mask [B, T]`, behind `p`
+# virtual tokens, which have the positions 0 to p - 1: the positions of the real tokens, as if each row were alone.
+# (Padding may have any.)
+#
+# **06.3 A prefix of zeros.** A prefix of zeros (`init_weights="zero"`) is not nothing: attention still spends weight on
+# it. Let all scores be equal, 20 virtual tokens with values of zero stand in front, and a token see 60 real ones. By
+# which factor is the output of attention multiplied? (Then show that such a prefix changes the logits.)
+#
+# Further, without a checker:
+#
+# - **Still words?** Take the trained vectors of "text" and find the vocabulary's nearest embedding of each, by cosine.
+#   Are they still words? Replace them by those words: how much of the gain is lost?
+# - **How many?** Train prompts of 1, 5, 20 and 100 tokens. Where does the gain end, and what does each token of it cost
+#   in context?
+#
+# <details><summary>Solution of 06.1</summary>
+#
+# $2 L p$ times the numbers of the key heads.
+#
+# ```python
+# check("06.1", 2 * 32 * 20 * 8 * 128)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 06.2</summary>
+#
+# The number of real tokens so far, from 0 on, behind the virtual ones.
+#
+# ```python
+# check("06.2", lambda mask, p: p + mask.cumsum(axis=1) - 1)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 06.3</summary>
+#
+# The weights are 1/80 each, and 60 of them meet a value.
+#
+# ```python
+# check("06.3", 60 / (20 + 60))
+# ```
+#
+# </details>

@@ -320,11 +320,115 @@ figure.savefig(OUT / "07_qlora.png", dpi=120)
 # > when divided by its largest.
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Why does a weight in blocks of 64 take 4.5 bits, and not 4?
+#
+# <details><summary>Answer</summary>
+#
+# The block's largest magnitude has to be stored, 32 bits that 64 weights share: half a bit each.
+#
+# </details>
+#
+# **2.** Why are NF4's points not evenly spaced?
+#
+# <details><summary>Answer</summary>
+#
+# Most weights are small. The points stand at quantiles of the normal distribution, so they are dense where the weights
+# are; a point that is seldom used is wasted. Of the three code books its codes carry the most information here, and its
+# error is the least.
+#
+# </details>
+#
+# **3.** What does double quantization quantize, and what does it save?
+#
+# <details><summary>Answer</summary>
+#
+# The scales, 256 at a time to eight bits each, after taking off their mean: 0.373 bits a weight, almost free in error.
+#
+# </details>
+#
+# **4.** Does any gradient reach the codes while a LoRA is trained on them?
+#
+# <details><summary>Answer</summary>
+#
+# No. The backward pass computes $\bar x = \bar y \hat W$ from dequantized weights; the quantized base is only read.
+#
+# </details>
+#
+# **5.** One weight of a block becomes fifty times too large. Which weights suffer, and why?
+#
+# <details><summary>Answer</summary>
+#
+# Those of the same block: the others share what little is left around zero. So smaller blocks contain the damage.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Three bits.** Build the eight points of an NF3 the same way, quantize `W` by hand, and compare: how many bits does
-#    a halving of the error cost?
-# 2. **The best sixteen.** Start from NF4's points and run a few rounds of k-means on `scaled`. How much smaller does the
-#    error get, and is the new code book still a good one for another model's weights?
-# 3. **Another base.** `get_loftq_model(base, config, iterations=5)` begins nearer to the base. Does it end better, after
-#    `STEPS` steps, than with one turn? Measure the distance at the start as well.
+# Check an answer with `from minipeft.exercises import check` and `check("07.1", value)`, or at the terminal with
+# `minipeft exercise 07.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 07.2 FILE.py`.
+#
+# **07.1 Bits of small blocks.** How many bits does a weight take in blocks of 32 with double quantization: scales in
+# eight bits, 256 of them sharing 32 bits? To four digits behind the point.
+#
+# **07.2 There and back.** Write `round_trip(w, points, blocksize)`: the weights after a trip through their codes, in
+# the shape of `w`, for any code book `points` and consecutive blocks. A block may be all zeros.
+#
+# **07.3 Three bits.** Write `normal_float(bits)`: the $2^{bits}$ points of a NormalFloat, built as NF4 is in section 2,
+# with the same $p$: half of the points above zero, and one fewer below. Then quantize `W` by hand with its eight
+# points: how much larger is the error for one bit less?
+#
+# Further, without a checker:
+#
+# - **The best sixteen.** Start from NF4's points and run a few rounds of k-means on `scaled`. How much smaller does the
+#   error get, and is the new code book still a good one for another model's weights?
+# - **Another base.** `get_loftq_model(base, config, iterations=5)` begins nearer to the base. Does it end better, after
+#   `STEPS` steps, than with one turn? Measure the distance at the start as well.
+#
+# <details><summary>Solution of 07.1</summary>
+#
+# The codes, the scales, and the scales of the scales.
+#
+# ```python
+# check("07.1", 4 + 8 / 32 + 32 / (32 * 256))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 07.2</summary>
+#
+# A block of zeros is divided by 1, and stays.
+#
+# ```python
+# def round_trip(w, points, blocksize):
+#     blocks = w.reshape(-1, blocksize)
+#     m = abs(blocks).max(axis=1, keepdims=True)
+#     scaled = blocks / np.where(m == 0, 1, m)
+#     codes = abs(scaled[:, :, None] - points).argmin(axis=2)
+#     return (m * points[codes]).reshape(w.shape)
+#
+# check("07.2", round_trip)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 07.3</summary>
+#
+# With $n = 2^{bits - 1}$ steps above, $n - 1$ below, and zero.
+#
+# ```python
+# from statistics import NormalDist
+#
+# def normal_float(bits):
+#     n, quantile = 2 ** (bits - 1), NormalDist().inv_cdf
+#     up = [quantile(0.5 + 0.4677083 * i / n) for i in range(1, n + 1)]
+#     down = [-quantile(0.5 + 0.4677083 * i / (n - 1)) for i in range(n)]
+#     return np.sort([*down, *up]) / max(up)
+#
+# check("07.3", normal_float)
+# ```
+#
+# </details>

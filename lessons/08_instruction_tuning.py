@@ -582,15 +582,120 @@ if not REDUCED:
 # %% [markdown]
 # The first words are the same. But whoever reads the answer by a program gets rubbish behind them, and whoever pays by
 # the token pays until the limit.
+
+# %% [markdown]
+# ## Quiz
 #
+# **1.** Three things can be new to a tuned model. Which cost this one almost nothing, and which carried over only in
+# form?
+#
+# <details><summary>Answer</summary>
+#
+# New phrasings cost almost nothing: asked in words that it never saw, it does nearly as well as on new inputs. On new
+# tasks the loss fell by much, and yet not one answer was right: after "Answer:" comes something short, and then the
+# end.
+#
+# </details>
+#
+# **2.** Why should a prompt not end with a space?
+#
+# <details><summary>Answer</summary>
+#
+# Tokens can reach across the boundary. The lone space at the end of the prompt never stood there in training, where it
+# was the first letter of a word, so the model is asked from a place that it has never been.
+#
+# </details>
+#
+# **3.** Several records share a row. What two precautions keep each as if it were alone, and which of them does this
+# model not need?
+#
+# <details><summary>Answer</summary>
+#
+# Positions that begin anew with each record, and a mask by which a token sees only its own. A Llama's rotary positions
+# enter only as differences, so wrong ones do nothing here; the mask always matters.
+#
+# </details>
+#
+# **4.** A model of seven tasks and one of a single task are compared at the same number of records. What does each
+# gain?
+#
+# <details><summary>Answer</summary>
+#
+# Each task that is trained has a higher loss the more tasks share the budget; the mean loss on the tasks that nobody
+# trained falls.
+#
+# </details>
+#
+# **5.** The end-of-sequence token was masked in training. What becomes of the answers?
+#
+# <details><summary>Answer</summary>
+#
+# They are learned as before, but not that they end: the first words are the same, and whoever reads them by a program
+# gets rubbish behind.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. Turn the loss into a mean of means: average the loss of each *record* instead of each token (a `loss` and a
-#    `collate` of your own for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
-# 2. Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten are right.
-#    What did the other six tasks take from it, records or room? Keep its 206 records and leave the others out; then
-#    give it 1,440 among 8,640 of the others.
-# 3. Tune with ChatML: `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`.
-#    After full fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the
-#    base has never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
-#    `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
+# Check an answer with `from minipeft.exercises import check` and `check("08.2", value)`, or at the terminal with
+# `minipeft exercise 08.2 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 08.1 FILE.py`.
+#
+# **08.1 A packed row.** Write `packed_mask(lengths)`: the boolean mask `[T, T]` of a row in which records of these
+# lengths follow each other, without padding; True where a token (row) sees another (column).
+#
+# **08.2 Which mean?** A batch has three answers of 2, 3 and 11 tokens, whose mean losses are 3.0, 2.0 and 1.0 nats.
+# What is the loss of the batch, as section 2 defines it?
+#
+# **08.3 Where the answer begins.** Write `answer_begins(prompt, whole)`: given the tokens of the prompt and those of
+# prompt and answer together, two lists, the index in `whole` at which the answer begins.
+#
+# Further, without a checker:
+#
+# - **A mean of means.** Average the loss of each *record* instead of each token (a `loss` and a `collate` of your own
+#   for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
+# - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten
+#   are right. What did the other six tasks take from it, records or room? Keep its 206 records and leave the others
+#   out; then give it 1,440 among 8,640 of the others.
+# - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`. After full
+#   fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the base has
+#   never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
+#   `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
+#
+# <details><summary>Solution of 08.1</summary>
+#
+# The same record, and not later.
+#
+# ```python
+# def packed_mask(lengths):
+#     record = np.repeat(np.arange(len(lengths)), lengths)
+#     return np.tril(record[:, None] == record)
+#
+# check("08.1", packed_mask)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 08.2</summary>
+#
+# The sum over all answer tokens, by their number. The mean of the means would be 2.
+#
+# ```python
+# check("08.2", (2 * 3.0 + 3 * 2.0 + 11 * 1.0) / (2 + 3 + 11))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 08.3</summary>
+#
+# The first place where the two differ; the prompt's length, where they do not.
+#
+# ```python
+# def answer_begins(prompt, whole):
+#     return next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
+#
+# check("08.3", answer_begins)
+# ```
+#
+# </details>

@@ -348,10 +348,121 @@ figure.tight_layout()
 figure.savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Why is the zero of a learned reward anywhere, and what pins it down?
+#
+# <details><summary>Answer</summary>
+#
+# In Bradley and Terry's model the better one wins with a probability that depends on the difference of the rewards
+# alone. Centering adds $c\,(r_w + r_l)^2$, which pins the zero down.
+#
+# </details>
+#
+# **2.** Why are all pairs of a ranking put into one batch element?
+#
+# <details><summary>Answer</summary>
+#
+# The $K$ texts are computed once and compared in every pair. It is cheaper, and comparisons that share a text do not
+# come back as if they were new, which overfits.
+#
+# </details>
+#
+# **3.** Why does "the last token that is no padding" read the reward at the wrong place?
+#
+# <details><summary>Answer</summary>
+#
+# Many tokenizers pad with the end-of-text token; then the real one at the end is taken for padding and skipped.
+#
+# </details>
+#
+# **4.** A judge from a hundred rankings says 0.75. What is that worth here, and how is it with a judge from two
+# thousand clean ones?
+#
+# <details><summary>Answer</summary>
+#
+# With few rankings a coin would do as well where it says 0.75: it does not know that it does not know. With two
+# thousand clean ones it is even a little too modest.
+#
+# </details>
+#
+# **5.** What kind of text did section 7 find, and why could it be scored so?
+#
+# <details><summary>Answer</summary>
+#
+# The same token ten times. The judge was taught on texts that the base writes and has seen no others; nobody ever
+# compared such a text.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Pairs or rankings?** Train on as many *pairs* as `Run(300)` sees, each from a prompt of its own (K = 2). What did the
-#    pairs that share a text cost in accuracy, and what did they save in labels and in time?
-# 2. **A second pass.** Set `num_train_epochs=2`. Follow the training loss and the held-out accuracy: where do they part?
-# 3. **Real people.** If you have vaderSentiment's source archive, `rlhf.human_preferences("vaderSentiment-3.3.2.tar.gz")`
-#    gives pairs of texts that people rated, with the noise of people. How far does the same model get on them?
+# Check an answer with `from minipeft.exercises import check` and `check("09.1", value)`, or at the terminal with
+# `minipeft exercise 09.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 09.2 FILE.py`.
+#
+# **09.1 Each text once.** InstructGPT ranked up to 9 answers to a prompt. How many times fewer texts are computed when
+# each ranking of 9 is one batch element, against all of its pairs one by one?
+#
+# **09.2 The loss of pairs.** Write `reward_loss(chosen, rejected)`: the mean loss of pairs, from two vectors of
+# rewards. It should not overflow where rewards are far apart.
+#
+# **09.3 A careless rater.** The rater of section 2, with $T = 0.1$, holds the scale upside down with probability 0.25.
+# In which share of its choices does it prefer 0.3 to 0.2?
+#
+# **09.4 How honest?** Write `calibration_error(predicted, observed, count)`, the expected calibration error of section
+# 6, from three vectors.
+#
+# Further, without a checker:
+#
+# - **Pairs or rankings?** Train on as many *pairs* as `Run(300)` sees, each from a prompt of its own (K = 2). What did
+#   the pairs that share a text cost in accuracy, and what did they save in labels and in time?
+# - **A second pass.** Set `num_train_epochs=2`. Follow the training loss and the held-out accuracy: where do they part?
+# - **Real people.** If you have vaderSentiment's source archive,
+#   `rlhf.human_preferences("vaderSentiment-3.3.2.tar.gz")` gives pairs of texts that people rated, with the noise of
+#   people. How far does the same model get on them?
+#
+# <details><summary>Solution of 09.1</summary>
+#
+# 36 pairs take 72 texts, in place of 9: $K - 1$ times as many.
+#
+# ```python
+# check("09.1", 9 * 8 / 2 * 2 / 9)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 09.2</summary>
+#
+# $-\log \sigma(z) = \log(1 + e^{-z})$, which `logaddexp` computes without overflow.
+#
+# ```python
+# check("09.2", lambda chosen, rejected: np.logaddexp(0, rejected - chosen).mean())
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 09.3</summary>
+#
+# Upside down, it prefers 0.3 as often as it would otherwise prefer 0.2.
+#
+# ```python
+# upright = 1 / (1 + np.exp(-(0.3 - 0.2) / 0.1))
+# check("09.3", 0.75 * upright + 0.25 * (1 - upright))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 09.4</summary>
+#
+# The mean distance, weighed by the pairs.
+#
+# ```python
+# def calibration_error(predicted, observed, count):
+#     return (count * abs(predicted - observed)).sum() / count.sum()
+#
+# check("09.4", calibration_error)
+# ```
+#
+# </details>

@@ -454,11 +454,121 @@ figure.tight_layout()
 figure.savefig(OUT / "10_ppo.png", dpi=120)
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Why are prompts of different lengths padded on the left for a rollout?
+#
+# <details><summary>Answer</summary>
+#
+# So that all go on at the same column. The log-probabilities are the same as those of the row alone.
+#
+# </details>
+#
+# **2.** Why are the answers drawn without top-k or top-p?
+#
+# <details><summary>Answer</summary>
+#
+# Cutting the tail would draw from another distribution than the one whose log-probabilities are compared later.
+#
+# </details>
+#
+# **3.** Every token has a reward, but the judge scores an answer once. What is the reward of a token that is not the
+# last?
+#
+# <details><summary>Answer</summary>
+#
+# The price of KL alone, $-\beta\,(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t))$. The score is added at the last.
+#
+# </details>
+#
+# **4.** A token's ratio is 1.28 and its advantage is positive. What is the gradient of its policy loss, and why?
+#
+# <details><summary>Answer</summary>
+#
+# Zero: beyond $1 + \varepsilon = 1.2$ the clipped term is the larger loss, and it does not depend on the ratio. That
+# takes away the incentive to move further on the strength of old data.
+#
+# </details>
+#
+# **5.** The advantages are whitened before the returns are taken. What does a perfect value head learn from that?
+#
+# <details><summary>Answer</summary>
+#
+# That it is wrong by one: whitening blows its tiny advantages up to variance one, and $R = A_{\text{white}} + V$
+# carries that into the target. Its loss becomes $\frac12$.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and
-#    ten times the learning rate. Which arrays do policy and reference share? How does reward per KL compare?
-# 2. **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it
-#    move?
-# 3. **One pass.** With `num_epochs=1` and `mini_batch_size=32` every ratio is 1 and clipping never acts. What is left
-#    of PPO, and is it worse?
+# Check an answer with `from minipeft.exercises import check` and `check("10.1", value)`, or at the terminal with
+# `minipeft exercise 10.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 10.2 FILE.py`.
+#
+# **10.1 Three tokens.** An answer of three tokens has the rewards 0, 0, 1 and the guesses $V$ = 0.5, 0.5, 0.5. With
+# $\gamma = 1$ and $\lambda = 0.5$, what are the three advantages? By hand: three numbers, for `check` a list.
+#
+# **10.2 Advantages.** Write `gae(rewards, values, gamma, lam)` for one answer: the advantages of its tokens, all real.
+#
+# **10.3 The clip.** Write `clipped_loss(ratio, A, eps)`: the policy loss of each token, before the mean. Which side is
+# clipped where $A < 0$?
+#
+# **10.4 One success in four.** Four answers to a prompt have the scores 0, 0, 0 and 1. What is RLOO's advantage of the
+# first?
+#
+# Further, without a checker:
+#
+# - **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and ten
+#   times the learning rate. Which arrays do policy and reference share? How does reward per KL compare?
+# - **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it
+#   move?
+# - **One pass.** With `num_epochs=1` and `mini_batch_size=32` every ratio is 1 and clipping never acts. What is left of
+#   PPO, and is it worse?
+#
+# <details><summary>Solution of 10.1</summary>
+#
+# From the last: $\delta = (0, 0, 0.5)$, as after the end $V$ is 0; then half of what follows.
+#
+# ```python
+# check("10.1", [0.125, 0.25, 0.5])
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 10.2</summary>
+#
+# A walk from the end, where nothing is still to come.
+#
+# ```python
+# def gae(rewards, values, gamma, lam):
+#     A, following = np.zeros(len(rewards)), (0.0, 0.0)  # V and A of the next token
+#     for t in reversed(range(len(rewards))):
+#         A[t] = rewards[t] + gamma * following[0] - values[t] + gamma * lam * following[1]
+#         following = values[t], A[t]
+#     return A
+#
+# check("10.2", gae)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 10.3</summary>
+#
+# The larger of two losses: for $A < 0$ the ratio is clipped below, at $1 - \varepsilon$.
+#
+# ```python
+# check("10.3", lambda ratio, A, eps: np.maximum(-A * ratio, -A * np.clip(ratio, 1 - eps, 1 + eps)))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 10.4</summary>
+#
+# The mean of the *other* three is a third.
+#
+# ```python
+# check("10.4", 0 - (0 + 0 + 1) / 3)
+# ```
+#
+# </details>

@@ -435,11 +435,107 @@ figure.tight_layout()
 figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** What is the gold in this lesson, and what may it do in training?
+#
+# <details><summary>Answer</summary>
+#
+# VADER, whose rules the rater follows. It only watches: PPO optimizes the reward model that learned from the rater.
+#
+# </details>
+#
+# **2.** Every proxy rose in the free runs. Did the gold always rise with it?
+#
+# <details><summary>Answer</summary>
+#
+# No: with some judges it climbed to the end, with one it rose and fell again, and others brought none. The six came
+# almost in the order of their agreement with the gold.
+#
+# </details>
+#
+# **3.** With the two best judges the gold reached 0.98. Why is that no success?
+#
+# <details><summary>Answer</summary>
+#
+# The text had become "great great great great". VADER counts happy words, and the proxy had learned to count them: the
+# gold was only another measure. What turned over is what we meant.
+#
+# </details>
+#
+# **4.** Which two numbers warn without any gold, and why is one of them not enough?
+#
+# <details><summary>Answer</summary>
+#
+# The share of distinct bigrams, which falls, and the reference loss, which rises. In the run whose bigrams moved least
+# the reference loss spoke clearly.
+#
+# </details>
+#
+# **5.** What does a price on the KL repair, and what does it not?
+#
+# <details><summary>Answer</summary>
+#
+# It makes going far cost what it may bring: the higher the price, the less proxy and KL, and the more distinct bigrams,
+# in every seed. It does not make the judge any wiser, and the high price gave up more than half of the gold.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
-#    better?
-# 2. **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are
-#    different. Where does *it* turn?
-# 3. **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
-#    target matter for what is found there?
+# Check an answer with `from minipeft.exercises import check` and `check("11.1", value)`, or at the terminal with
+# `minipeft exercise 11.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 11.2 FILE.py`.
+#
+# **11.1 Where the gold turns.** A fit has $a = 1.5$ and $b = 0.5$ (section 3). At which KL, in nats, does the gold
+# turn?
+#
+# **11.2 A witness.** Write `distinct_2(responses)`: for a batch of answers, lists of tokens, the share of its bigrams
+# that are different. Bigrams do not reach from one answer into the next; without any bigram it is 0.
+#
+# **11.3 What a long way costs.** A policy is 66 nats from the reference. How many units of reward must the proxy have
+# gained there for the objective at $\beta = 0.2$ to be no lower than at the start?
+#
+# Further, without a checker:
+#
+# - **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
+#   better?
+# - **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are
+#   different. Where does *it* turn?
+# - **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
+#   target matter for what is found there?
+#
+# <details><summary>Solution of 11.1</summary>
+#
+# At $d = e^{a/b - 1} = e^2$, and the KL is $d^2$.
+#
+# ```python
+# check("11.1", np.exp(1.5 / 0.5 - 1) ** 2)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 11.2</summary>
+#
+# All bigrams of the batch together.
+#
+# ```python
+# def distinct_2(responses):
+#     bigrams = [pair for r in responses for pair in zip(r, r[1:])]
+#     return len(set(bigrams)) / max(1, len(bigrams))
+#
+# check("11.2", distinct_2)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 11.3</summary>
+#
+# The price times the way; at the start the KL is 0.
+#
+# ```python
+# check("11.3", 0.2 * 66)
+# ```
+#
+# </details>

@@ -505,48 +505,119 @@ assert within["the batch"] < within["the logits"] < within["nothing"]
 counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 
 # %% [markdown]
-# ## Exercises
+# ## Quiz
 #
-# Each has a checker; the answers are in the last cell.
+# **1.** Why does a matrix of $4096 \times 4096$ with LoRA of rank 8 train 256 times fewer numbers?
 #
-# 1. **Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$" on GPT-3. Which rank is meant?
-#    `check_rank(your_rank)`
-# 2. **Your GPU.** You have 24 GB and want QLoRA (the configuration `linear_all`) of `"llama3-8b"` on sequences of 2,048
-#    tokens, in a PyTorch loop. How many fit in a batch? `check_batch(n)`; then with `logits="fused"`: what had decided?
-# 3. **All linear layers.** Write `kept(h, k, a, f, r)`: the bytes a token that a Llama block keeps in PyTorch, in 16
-#    bits, with flash attention and LoRA of rank r on all seven linear layers. Which arrays come back, against query and
-#    value alone? `check_kept(kept)`
-
-
-# %%
-def check_rank(r):
-    return 37.7 <= built(gpt3, *on_gpt3(4, r)) / 1e6 < 37.8
-
-
-def check_batch(n, logits="float32"):  # n sequences fit, and n + 1 do not
-    loop = Loop(quantization="nf4", logits=logits)
-    fits = [pytorch_ledger("llama3-8b", linear_all, b, 2048, loop).total <= 24e9 for b in (n, n + 1)]
-    return fits == [True, False]
-
-
-def check_kept(kept):  # two models, two ranks
-    cases = {"llama-7b": (4096, 4096, 32, 11008), "llama3-70b": (8192, 1024, 64, 28672)}
-    return all(
-        in_pytorch(name, mp.LoraConfig(r=r, target_modules="all-linear")) == kept(*case, r)
-        for name, case in cases.items() for r in (8, 64)
-    )  # fmt: skip
-
+# <details><summary>Answer</summary>
+#
+# $dk / (r (d + k))$ is $d / 2r$ for $d = k$: $4096 / 16 = 256$.
+#
+# </details>
+#
+# **2.** Papers count 12 or 16 bytes for a parameter that is trained in 16 bits. What are the four that differ, and what
+# are they for?
+#
+# <details><summary>Answer</summary>
+#
+# A float32 copy of the weight, the master. In 16 bits an update much smaller than the weight is rounded away at every
+# step; the copy collects such updates.
+#
+# </details>
+#
+# **3.** LoRA on query and value trains one number in 222. Why is what a block keeps for backward only a quarter less?
+#
+# <details><summary>Answer</summary>
+#
+# Gone are mainly the MLP's inputs. What softmax, norms and gates keep has nothing to do with weights, and the inputs of
+# query and value stay, for $A$. The remedy for activations is checkpointing.
+#
+# </details>
+#
+# **4.** Under QLoRA of Llama-3-70B, what is the largest item after the weights, with 4 sequences of 4,096 tokens,
+# checkpointing and flash attention?
+#
+# <details><summary>Answer</summary>
+#
+# The logits: their loss takes three arrays in float32 at once, 12 bytes a token and word.
+#
+# </details>
+#
+# **5.** LoRA trains 1 in 44 of the parameters. Why is a step not 44 times faster?
+#
+# <details><summary>Answer</summary>
+#
+# Forward and the gradients of the inputs still pass through all frozen weights; only the products for the gradients of
+# the weights are saved: about $4N$ for $6N$ operations a token.
+#
+# </details>
 
 # %% [markdown]
-# ## Answers
+# ## Exercises
 #
-# The first: 4; $2 \cdot 4 \cdot 96 \cdot 12288 \cdot 4$ is 37.7M, as in Table 15 of the same paper. The second: 4
-# sequences, and 13 without; the logits had decided, 12 bytes for each of 128,256 words and each token. The third: the
-# inputs of gate and up ($2h$) and of down ($2f$) come back; that of the output layer, attention's own output, was never
-# gone. Seven layers add $2r$ each.
-
-# %%
-assert check_rank(4) and not check_rank(2)
-assert check_batch(4) and check_batch(13, "fused")
-assert check_kept(lambda h, k, a, f, r: 16 * h + 4 * k + 4 * a + 8 * f + 8 + 2 * 7 * r)
-assert not check_kept(lambda h, k, a, f, r: 14 * h + 4 * k + 4 * a + 6 * f + 8 + 2 * 2 * r), "of query and value alone"
+# Check an answer with `from minipeft.exercises import check` and `check("12.1", value)`, or at the terminal with
+# `minipeft exercise 12.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 12.4 FILE.py`.
+#
+# **12.1 Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$" on GPT-3. Which rank is
+# meant?
+#
+# **12.2 Your GPU.** You have 24 GB ($10^9$ bytes) and want QLoRA of `"llama3-8b"` on sequences of 2,048 tokens, in a
+# PyTorch loop: `pytorch_ledger("llama3-8b", linear_all, n, 2048, Loop(quantization="nf4"))`, with `linear_all` as in
+# section 4. How many sequences fit in a batch?
+#
+# **12.3 What had decided.** And how many with `Loop(quantization="nf4", logits="fused")`?
+#
+# **12.4 All linear layers.** Write `kept(h, k, a, f, r)`: the bytes a token that a Llama block keeps in PyTorch, in 16
+# bits, with flash attention and LoRA of rank r on all seven linear layers. Which arrays come back, against query and
+# value alone?
+#
+# <details><summary>Solution of 12.1</summary>
+#
+# $2 \cdot 4 \cdot 96 \cdot 12288 \cdot r$ is 37.7M for $r = 4$, as in Table 15 of the same paper.
+#
+# ```python
+# check("12.1", round(37.7e6 / (2 * 4 * 96 * 12288)))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 12.2</summary>
+#
+# Count on until the next does not fit.
+#
+# ```python
+# from minipeft.accounting import Loop, pytorch_ledger
+#
+# def most(logits):
+#     method, loop = mp.LoraConfig(r=8, target_modules="all-linear"), Loop(quantization="nf4", logits=logits)
+#     n = 1
+#     while pytorch_ledger("llama3-8b", method, n + 1, 2048, loop).total <= 24e9:
+#         n += 1
+#     return n
+#
+# check("12.2", most("float32"))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 12.3</summary>
+#
+# Three times as many: the logits had decided, 12 bytes for each of 128,256 words and each token.
+#
+# ```python
+# check("12.3", most("fused"))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 12.4</summary>
+#
+# The inputs of gate and up ($2h$) and of down ($2f$) come back; that of the output layer, attention's own output, was
+# never gone. Seven layers add $2r$ each.
+#
+# ```python
+# check("12.4", lambda h, k, a, f, r: 16 * h + 4 * k + 4 * a + 8 * f + 8 + 2 * 7 * r)
+# ```
+#
+# </details>

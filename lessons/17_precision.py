@@ -471,55 +471,123 @@ exact = hot.loss(**batch).item()
 assert not math.isfinite(ends["float16"]) and abs(ends["bfloat16"] / exact - 1) < 0.05
 
 # %% [markdown]
-# ## Exercises
+# ## Quiz
 #
-# 1. **Stochastic rounding.** Round up or down at random, up with the probability of how far along $x$ lies between its
-#    two neighbors. Then a step of 0.001 moves a weight of 1 one time in four, by four times as much, and *on average*
-#    by 0.001: a master copy in the mean. Write `stochastic(x, generator)` for bfloat16; `check_stochastic` below
-#    judges it. (Hint: the sixteen bits that are cut off are that probability. Add a random number of sixteen bits, and
-#    cut.) Then put it into `WeightsIn`, and run the low rate.
-# 2. **How low can a scale be?** In Section 4, $S = 1$ was enough and $2^{-10}$ was not. Find the largest $S$ that
-#    costs 0.1 nats, over three seeds, and the share of gradients that it flushes.
-# 3. **Who needs float32?** Take `softmax` and `rms_norm` out of the list, with `mp.autocast("bfloat16",
-#    device_type="cpu")`. Does the loss of the base move by more than its own rounding did?
-
-# %%
-def check_stochastic(stochastic):
-    """What is wrong with a stochastic rounding to bfloat16, or "right"."""
-    x = np.random.default_rng(1).standard_normal(20_000).astype(np.float32)
-    once = stochastic(x, np.random.default_rng(2))
-    if not np.array_equal(once, rounded(once, "bfloat16")):
-        return "it gives numbers that bfloat16 does not have"
-    if np.any(np.abs(once - x) >= places(x, "bfloat16")):
-        return "it goes further than to the next number"
-    if not np.array_equal(stochastic(once, np.random.default_rng(3)), once):
-        return "it moves numbers that bfloat16 has"
-    many = np.mean([stochastic(np.full(4000, 1.001, np.float32), np.random.default_rng(i)) for i in range(10)])
-    if abs(many - 1.001) > 5 * 2.0**-8 / math.sqrt(40_000):  # five standard errors
-        return f"1.001 becomes {many:.5f} on average"
-    return "right"
-
-
-print("\nrounding to nearest is judged:", check_stochastic(lambda x, generator: to_bfloat16(x)))
-assert check_stochastic(lambda x, generator: to_bfloat16(x)) != "right"
-assert check_stochastic(lambda x, generator: x) != "right"
+# **1.** What does bfloat16 give up, and what float16?
+#
+# <details><summary>Answer</summary>
+#
+# bfloat16 keeps the range of float32, all 8 bits of the exponent, and has only 7 bits of the fraction: it cannot say
+# 1.002. float16 has 10, but a far shorter range: it can say neither 70,000 nor 0.00000001.
+#
+# </details>
+#
+# **2.** A weight of 1 is in bfloat16, and a thousand steps take 0.001 from it each. Where does it end, and what would
+# have saved the steps?
+#
+# <details><summary>Answer</summary>
+#
+# At 1: each step is smaller than half of the last place and lost as a whole. A master copy in float32 adds them up
+# first.
+#
+# </details>
+#
+# **3.** Why does the danger that float16 flushes gradients grow with the batch?
+#
+# <details><summary>Answer</summary>
+#
+# The loss is a mean over the tokens of a step, so every gradient of an activation carries a factor of one over their
+# number.
+#
+# </details>
+#
+# **4.** What must be done first, clipping the gradient or unscaling it, and what happens otherwise?
+#
+# <details><summary>Answer</summary>
+#
+# Unscaling. Otherwise every gradient is $S$ times too long when it is cut to `max_grad_norm`, and divided by $S$ after
+# that: the step is $S$ times too short. Adam hides the mistake.
+#
+# </details>
+#
+# **5.** How many bytes of weights, gradients and moments does mixed precision save for a trained parameter?
+#
+# <details><summary>Answer</summary>
+#
+# None: $4 + 4 + 8$ before, $2 + 2 + 8 + 4$ after, as the master copy takes what weights and gradients gave. It buys
+# speed, and half of the activations.
+#
+# </details>
 
 # %% [markdown]
-# ## Answers
+# ## Exercises
 #
-# To the first: add sixteen random bits, and cut. It is right by the checker's judgement, and the weight of Section 3
-# comes down.
-
-# %%
-def stochastic(x, generator):
-    """A neighbor in bfloat16 of each x, drawn so that the mean is x."""
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    return ((bits + generator.integers(0, 1 << 16, bits.shape, np.uint32)) & 0xFFFF0000).view(np.float32)
-
-
-assert check_stochastic(stochastic) == "right"
-generator, many = np.random.default_rng(0), np.ones(500, np.float32)
-for _ in range(500):
-    many = stochastic(many - np.float32(0.001), generator)
-print(f"500 weights of 1, after 500 stochastic steps of 0.001: {many.mean():.3f} ± {many.std():.3f} (master copy: 0.500)")
-assert abs(many.mean() - 0.5) < 0.01
+# Check an answer with `from minipeft.exercises import check` and `check("17.2", value)`, or at the terminal with
+# `minipeft exercise 17.2 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 17.1 FILE.py`.
+#
+# **17.1 Stochastic rounding.** Round up or down at random, up with the probability of how far along $x$ lies between
+# its two neighbors. Then a step of 0.001 moves a weight of 1 one time in four, by four times as much, and *on average*
+# by 0.001: a master copy in the mean. Write `stochastic(x, generator)` for float32 numbers and bfloat16. (Hint: the
+# sixteen bits that are cut off are that probability. Add a random number of sixteen bits, and cut.) Then put it into
+# `WeightsIn`, and run the low rate.
+#
+# **17.2 The largest step that is lost.** A weight is 0.02, in bfloat16. Up to which size is a step lost as a whole?
+#
+# **17.3 How high can a scale be?** The largest gradient of a step is 0.013. Which is the largest scale $2^k$ with which
+# it does not overflow float16? Give $k$.
+#
+# **17.4 Who moves?** A weight is 3, and a step takes 0.005 from it. In which format does it move: bfloat16, float16,
+# both or neither?
+#
+# Further, without a checker:
+#
+# - **How low can a scale be?** In section 4, $S = 1$ was enough and $2^{-10}$ was not. Find the largest $S$ that costs
+#   0.1 nats, over three seeds, and the share of gradients that it flushes.
+# - **Who needs float32?** Take `softmax` and `rms_norm` out of the list, with
+#   `mp.autocast("bfloat16", device_type="cpu")`. Does the loss of the base move by more than its own rounding did?
+#
+# <details><summary>Solution of 17.1</summary>
+#
+# Add sixteen random bits, and cut. With it the weight of section 3 comes down as under a master copy, in the mean.
+#
+# ```python
+# def stochastic(x, generator):
+#     bits = np.asarray(x, np.float32).view(np.uint32)
+#     return ((bits + generator.integers(0, 1 << 16, bits.shape, np.uint32)) & 0xFFFF0000).view(np.float32)
+#
+# check("17.1", stochastic)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 17.2</summary>
+#
+# 0.02 lies between $2^{-6}$ and $2^{-5}$, so the numbers are $2^{-6 - 7}$ apart, and half of that is rounded away.
+#
+# ```python
+# check("17.2", 2.0 ** (-6 - 7) / 2)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 17.3</summary>
+#
+# $0.013 \cdot 2^{22}$ is 54,526; twice as much is more than 65,504.
+#
+# ```python
+# check("17.3", np.floor(np.log2(65504 / 0.013)))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 17.4</summary>
+#
+# Next to 3 the numbers are $2^{1 - 10}$ apart in float16, about 0.002, and $2^{1 - 7}$ in bfloat16, about 0.016: 0.005
+# is more than half of the first, and less than half of the second.
+#
+# ```python
+# check("17.4", "float16")
+# ```
+#
+# </details>

@@ -1,7 +1,7 @@
 """Fine-tuning large language models, from scratch in NumPy: to read, to run, to trust.
 
-Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons, audit), or a run of a sweep; 2 an error,
-in one line on standard error; 130 interrupted.
+Exit status: 0 done; 1 something that was checked failed (gradcheck, lessons, exercise, audit), or a run of a sweep; 2 an
+error, in one line on standard error; 130 interrupted.
 
 examples:
   minipeft compare                                   every method on the shipped base, side by side
@@ -36,7 +36,7 @@ from .streams import STDOUT, open_closed_streams, printable, safe_output
 
 COMMANDS = (
     "compare", "finetune", "sweep", "evaluate", "generate", "merge", "sft", "reward", "ppo", "dpo",
-    "count", "memory", "audit", "claims", "gradcheck", "lessons",
+    "count", "memory", "audit", "claims", "gradcheck", "lessons", "exercise",
 )  # fmt: skip
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""

@@ -1,11 +1,13 @@
-"""Modules of the user's own, imported from the working directory or from what is installed: functions, and plugins."""
+"""Modules of the user's own, from the working directory, from what is installed, or a file: functions, and plugins."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,14 +19,39 @@ def imported(module: str, given: str) -> ModuleType:
     if os.getcwd() not in sys.path:  # and it stays: a function may import more when it is called
         sys.path.insert(0, os.getcwd())
         importlib.invalidate_caches()
-    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ beside the user's file
     try:
-        return importlib.import_module(module)
+        with no_bytecode():
+            return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever a foreign module can raise
         hint = f" (a module's name has no .py: {module.removesuffix('.py')})" * module.endswith(".py")
         raise ValueError(f"{given}: cannot import {module} ({type(error).__name__}: {error}){hint}") from error
+
+
+@contextmanager
+def no_bytecode() -> Iterator[None]:
+    """No __pycache__ beside the user's file."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
     finally:
-        sys.dont_write_bytecode = bytecode
+        sys.dont_write_bytecode = before
+
+
+def function_in_file(path: str, name: str) -> Callable[..., Any]:
+    """The function of this name that a Python file defines. ValueError where it cannot be run, or defines none."""
+    with open(path, "rb"):  # a missing file has its usual sentence
+        spec = importlib.util.spec_from_file_location("answer", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: must be a Python file, FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        with no_bytecode():
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a foreign file can raise
+        raise ValueError(f"{path} stops ({type(error).__name__}: {error})") from error
+    if not callable(function := getattr(module, name, None)):
+        raise ValueError(f"{path} has no function {name!r}{nearest(name, vars(module))}")
+    return function
 
 
 def load_function(text: str, flag: str) -> Callable[..., Any]:

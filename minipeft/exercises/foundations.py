@@ -1,0 +1,159 @@
+"""The exercises of lessons 1 to 3: derivatives, the transformer, full fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+import minipeft as mp
+
+from ..accounting import architecture
+from ..accounting.memory import kv_cache_bytes
+from .kinds import Code, Number
+
+F = mp.functional
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Normally distributed numbers, the same at every call."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ lesson 1
+
+
+def value_and_pullback(function: Any, x: np.ndarray, g: np.ndarray) -> tuple[Any, Any]:
+    """Of a definition `x -> (value, pullback)`, or of the op that is made from it."""
+    value, pullback = getattr(function, "definition", function)(x)
+    return value, pullback(g)
+
+
+swish = Code(
+    "A gate",
+    "swish(x)",
+    F.silu.definition,  # type: ignore[attr-defined]
+    lambda: {
+        "six numbers": (normal(6), normal(6, seed=1)),
+        "a matrix": (normal(3, 4), normal(3, 4, seed=1)),
+        "numbers far from zero": (np.array([-30.0, -5, 0, 5, 30]), np.array([1.0, 2, 3, 4, 5])),
+    },
+    value_and_pullback,
+)
+running_sum = Code(
+    "A running sum",
+    "cumsum_pullback(g)",
+    lambda g: g[::-1].cumsum()[::-1],
+    lambda: {"a cotangent of ones": (np.ones(4),), "a random cotangent": (normal(6),), "one number": (np.array([2.0]),)},
+)
+ROW = 256 * 512 * 4 / 2**20  # MiB of one activation in section 4
+checkpointed = Number(
+    "Time for memory",
+    lambda: 7 * ROW,
+    lambda right: {
+        "the first layer's input is there anyway, and was not counted in section 4": 8 * ROW,
+        "that is what is held without checkpointing": 15 * ROW,
+    },
+    within=0.02,  # as section 4 measures
+)
+one_sided = Number(
+    "One side",
+    lambda: 1 / 2,
+    lambda right: {
+        "that is of the central difference, whose Taylor term shrinks like the square of h": 1 / 3,
+        "that is the power of the central difference's error": 2 / 3,
+        "that is far too small a step: rounding alone would be as large as the derivative": 1,
+    },
+)
+
+# ------------------------------------------------------------------------------------------------------------ lesson 2
+
+
+def share_of(part: str) -> float:
+    """Of GPT-2's parameters, those with this part of a name."""
+    gpt2 = architecture("gpt2")
+    return sum(math.prod(shape) for name, shape in gpt2.items() if part in name) / gpt2.size
+
+
+attention_share = Number(
+    "Where the parameters are",
+    lambda: share_of(".attn."),
+    lambda right: {
+        "that is the share of the MLPs": share_of(".mlp."),
+        "that is the share of the token table": share_of("wte"),
+        "that is without the output matrix": share_of("attn.c_attn"),
+        "that is without the query, key and value matrices": share_of("attn.c_proj"),
+        "a share of the whole is asked for, between 0 and 1": 100 * right,
+    },
+)
+cache_size = Number(
+    "The cache of a larger model",
+    lambda: kv_cache_bytes(architecture("llama3-8b").config, 1, 8192, 2) / 2**30,
+    lambda right: {
+        "a position leaves a key and a value": right / 2,
+        "eight heads have keys, and each serves four that ask": 4 * right,
+        "a number in 16 bits has two bytes": 2 * right,
+        "that is in GB; a GiB has 2^30 bytes": right * 2**30 / 1e9,
+        "that is for one layer": right / 32,
+    },
+)
+causal = Code(
+    "The mask",
+    "attention_weights(scores)",
+    lambda scores: F.softmax(mp.Tensor(np.where(np.tril(np.ones(scores.shape, bool)), scores, -np.inf))).data,
+    lambda: {
+        "three positions with equal scores": (np.zeros((3, 3)),),
+        "six positions": (normal(6, 6),),
+        "scores about 1000": (1000 + normal(4, 4),),
+    },
+)
+
+# ------------------------------------------------------------------------------------------------------------ lesson 3
+
+SMOLLM2 = 134_515_008  # parameters
+checkpoint_file = Number(
+    "A run that can go on",
+    lambda: 12 * SMOLLM2 / 1e9,
+    lambda right: {
+        "gradients are made anew in every step, and need not be saved": 16 * SMOLLM2 / 1e9,
+        "Adam's two moments belong to it": 4 * SMOLLM2 / 1e9,
+        "Adam has two moments": 8 * SMOLLM2 / 1e9,
+    },
+)
+accumulate = Code(
+    "Parts of a batch",
+    "accumulate(gradients, counts)",
+    lambda gradients, counts: np.average(gradients, axis=0, weights=counts),
+    lambda: {
+        "two parts of one size": (normal(2, 3), np.array([5, 5])),
+        "four parts of different sizes": (normal(4, 3), np.array([2, 9, 4, 30])),
+        "a part without a label": (normal(3, 5), np.array([0, 4, 2])),
+    },
+)
+labels = Code(
+    "What is learned",
+    "labels_of(ids, prompt_length)",
+    lambda ids, prompt_length: np.where(np.arange(len(ids)) < prompt_length, -100, ids),
+    lambda: {
+        "a prompt of three tokens": (np.array([5, 9, 7, 3, 8, 1]), 3),
+        "no prompt": (np.array([4, 6, 1]), 0),
+        "nothing but a prompt": (np.array([4, 6]), 2),
+    },
+)
+guessing = Number(
+    "Who knows nothing",
+    lambda: math.log(mp.load_base()[0].config.vocab_size),
+    lambda right: {
+        "that is in bits; nats take the natural logarithm": right / math.log(2),
+        "that is with the logarithm to base 10": right / math.log(10),
+        "a loss is minus the logarithm of a probability": -right,
+        "that is a probability, and not yet a loss": math.exp(-right),
+    },
+)
+
+EXERCISES = {
+    1: [swish, running_sum, checkpointed, one_sided],
+    2: [attention_share, cache_size, causal],
+    3: [checkpoint_file, accumulate, labels, guessing],
+}
