@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from . import (
         backend as backend, files as files, directory as directory, autograd as autograd, nn as nn, quant as quant, peft as peft,
         train as train, text as text, hub as hub, evaluation as evaluation, rlhf as rlhf,
-        accounting as accounting, experiments as experiments, claims as claims,
+        accounting as accounting, diagrams as diagrams, experiments as experiments, claims as claims,
     )  # fmt: skip
     from .autograd import ops as functional
     from .train import optim as optim
