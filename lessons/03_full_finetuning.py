@@ -204,8 +204,8 @@ if not REDUCED:
 
 # %% [markdown]
 # > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. Without
-# > zeroing, every gradient so far is added up: the held-out loss ends +0.099 nats at rate 5e-05 and +2.619 nats at rate
-# > 0.001 from that of the loop with zeroing (it began at 3.67); the printed loop is no worse at 0 of 2 rates. (5 seeds,
+# > zeroing, every gradient so far is added up: the held-out loss ends +0.110 nats at rate 5e-05 and +2.960 nats at rate
+# > 0.001 from that of the loop with zeroing (it began at 3.49); the printed loop is no worse at 0 of 2 rates. (5 seeds,
 # > 32 test items)
 
 # %% [markdown]
