@@ -65,7 +65,8 @@ def score(model: Any, task: str, n: int) -> list[float]:
     if KEYS[task] == "nll":
         return example_losses(model, data.encode(asked), 32, tokenizer.pad_token_id)[0].round(2).tolist()
     items = [MultipleChoice(q.prompt, list(q.choices), q.choices.index(q.completion)) for q in asked]
-    return [int(np.argmax(one["logprobs"]) == one["answer"]) for one in evaluate(model, tokenizer, items, batch_size=64).details]
+    found = evaluate(model, tokenizer, items, batch_size=64).details
+    return [int(np.argmax(one["logprobs"]) == one["answer"]) for one in found]
 
 
 def logits(model: Any) -> np.ndarray:
@@ -97,8 +98,8 @@ def measure(s: Components, rates: Mapping[str, float], seed: int) -> dict[str, A
 
 
 def run(s: Components) -> Row:
-    """The row of a cell: scores {use: {task: [seeds, items]}}, tokens [items] of rewrite's answers, swapped and removed [seeds]:
-    the greatest differences of logits. A seed that diverged has None."""
+    """The row of a cell: scores {use: {task: [seeds, items]}}, tokens [items] of rewrite's answers; the greatest differences of
+    logits, swapped and removed [seeds]; by task the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
     pad, rates, tried = base()[1].pad_token_id, {}, {}
     for task in TASKS:
         held_out = data.encode(data.asked(task, "validation", s.validation))
@@ -112,7 +113,8 @@ def run(s: Components) -> Row:
     found = [measure(s, rates, seed) for seed in s.seeds]
     tokens = [int((example.labels >= 0).sum()) for example in data.encode(data.asked("rewrite", "test", s.tested))]
     scores = {"base": {task: [score(base()[0], task, s.tested)] for task in TASKS}} | {
-        use: {task: [None if one is None else one[use][task] for one in found] for task in TASKS} for use in ("alone", "together")
+        use: {task: [None if one is None else one[use][task] for one in found] for task in TASKS}
+        for use in ("alone", "together")
     }
     exact = {key: [None if one is None else one[key] for one in found] for key in ("swapped", "removed")}
     return {"rate": rates, "rates": tried, "tokens": tokens, "scores": scores} | exact
@@ -136,7 +138,8 @@ def besides(row: Mapping[str, Any], a: str, b: str) -> list[Beside]:
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Of bottleneck adapters, whether they are components in three senses: swapped and removed, bit for bit, and together not
-    worse than alone, on both tasks, which each must have learned. LoRA's figures stand beside them, and what each has learned alone."""
+    worse than alone, on both tasks, which each must have learned. LoRA's figures stand
+    beside them, and what each has learned alone."""
     cases, told_of, learned = {}, {}, []
     for row in rows:
         if None in row["swapped"]:
@@ -151,7 +154,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     verdict = HOLDS if all(exact) and own["together"] == HOLDS else NOT if not any(exact) and own["together"] == NOT else IF
     words = {method: listed([name for name, found in of.items() if found in (True, HOLDS)]) for method, of in cases.items()}
     return replace(
-        told_of["bottleneck"], verdict=verdict, evidence=[*told_of["bottleneck"].evidence, other.effect, *other.evidence, *learned],
+        told_of["bottleneck"], verdict=verdict,
+        evidence=[*told_of["bottleneck"].evidence, other.effect, *other.evidence, *learned],
         because=f"Adapters are components in these senses: {words['bottleneck']}; LoRA's in these: {words['lora']}. "
         f"{told_of['bottleneck'].because} {other.because}",
     )  # fmt: skip

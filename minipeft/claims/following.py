@@ -42,7 +42,9 @@ from .protocol import SEEDS, TUNING, Report, version
 from .register import UNTESTABLE, Number, Verdict
 
 UNTUNED = "base", "few-shot"
-KINDS = {"inputs": (TRAINED, "phrasings"), "phrasings": (TRAINED, "held_out_phrasings"), "tasks": (HELD_OUT, "held_out_phrasings")}
+KINDS = {  # what is new: of which tasks, in which words
+    "inputs": (TRAINED, "phrasings"), "phrasings": (TRAINED, "held_out_phrasings"), "tasks": (HELD_OUT, "held_out_phrasings"),
+}  # fmt: skip
 SHOTS, SHORT = 3, 100  # answered questions in a prompt; characters of such a pair at most
 TOKENS = 14  # of an answer at most
 LEAST = 0.01  # nats per token: a rate that is better by less is not better
@@ -83,7 +85,8 @@ def drawn(tasks: Sequence[str], split: str, n: int, seed: int, words: str = "phr
     """n questions of each task, whose pairs the seed draws, and then their phrasings: the same pairs in any words."""
     found = []
     for name in tasks:
-        rng, of, known = np.random.default_rng([seed, zlib.crc32(name.encode())]), pairs(name, split), getattr(TASKS[name], words)
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        of, known = pairs(name, split), getattr(TASKS[name], words)
         found += [Question(name, of[i], known[rng.integers(len(known))]) for i in rng.permutation(len(of))[:n]]
     return found
 

@@ -83,12 +83,17 @@ def schemes() -> Verdict:
     )  # fmt: skip
 
 
-@claim("inst-4", lesson="08_instruction_tuning.py", section="4 · Train: one task, three, seven", experiment=knowledge.EXPERIMENT)
+@claim(
+    "inst-4",
+    lesson="08_instruction_tuning.py",
+    section="4 · Train: one task, three, seven",
+    experiment=knowledge.EXPERIMENT,
+)
 def aligned(rows: Rows) -> Verdict:
-    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that it
-    was not; tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in its own
-    text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
-    if some are so; does not hold here if none is. A model that is taught new facts by tuning refutes the last, and one that when
-    asked knows more than the base ever showed the third."""
+    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that
+    it was not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more
+    than the base in its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than
+    being told others. Holds if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the
+    last, and one that knows more when asked than the base ever showed refutes the third."""
     found = knowledge.verdict(rows)
     return judged(found, "asked for facts in no text of the base's: known by being told them", "of the facts", 5, 256, "facts")

@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Knowledge:
     base: str = field(default_factory=version)
 
 
-def tested(kind: str, where: str, n: int) -> list[Pair]:
+def facts_of(kind: str, where: str, n: int) -> list[Pair]:
     """The facts that all models are asked for."""
     return [q.pair for q in drawn([kind], SPLITS[where], n, 0)]
 
@@ -78,7 +79,8 @@ def keys(facts: Sequence[Pair], seed: int = 0) -> list[list[str]]:
     tested: that a model has met a word does not give it away."""
     rng, found = np.random.default_rng(seed), []
     for input, output in facts:
-        others = [(given.rpartition(" (")[2] != input.rpartition(" (")[2], rng.random(), given) for given, other in facts if other != output]
+        sort = input.rpartition(" (")[2]
+        others = [(given.rpartition(" (")[2] != sort, rng.random(), given) for given, other in facts if other != output]
         found.append([input, *(given for *_, given in sorted(others)[: CHOICES - 1])])
     return found
 
@@ -96,16 +98,15 @@ def known(model: Any, kind: str, facts: Sequence[Pair], way: str) -> list[int]:
 
 def measure(model: Any, n: int) -> dict[str, list[int]]:
     """{"kind, where, way": [facts]}."""
-    return {
-        f"{kind}, {where}, {way}": known(model, kind, tested(kind, where, n), way) for kind in KINDS for where in SPLITS for way in WAYS
-    }
+    cells = product(KINDS, SPLITS, WAYS)
+    return {", ".join((kind, where, way)): known(model, kind, facts_of(kind, where, n), way) for kind, where, way in cells}
 
 
 def lessons(s: Knowledge, seed: int) -> list[Question]:
     """What the arm is tuned on: facts in all their phrasings, and as many records of each other task."""
     found = drawn([task for task in TRAINED if task not in KINDS], "train", s.facts, seed)
     for kind in KINDS:
-        these = [fact for where in SPLITS for fact in tested(kind, where, s.facts)]
+        these = [fact for where in SPLITS for fact in facts_of(kind, where, s.facts)]
         if s.arm == "others":
             rest = [fact for fact in pairs(kind, "train") if fact not in {*these}]
             these = [rest[i] for i in np.random.default_rng(seed).permutation(len(rest))[: len(these)]]
@@ -122,10 +123,12 @@ def tune(s: Knowledge, rate: float, seed: int) -> Any:
 
 
 def run(s: Knowledge) -> Row:
-    """The row of a cell: of the base what it has `read`, {"kind, where": [facts]}; what is known, {"kind, where, way": [seeds, facts]}; of an arm that is tuned the rate, and [[rate, loss
-    on validation records of all tasks], ...]. A seed that diverged has None."""
+    """The row of a cell: what is known, {"kind, where, way": [seeds, facts]}; of the base also more facts asked for in its own
+    text, read {"kind, where": [facts]}; of an arm that is tuned the rate, and [[rate, loss on validation records of all tasks],
+    ...]. A seed that diverged has None."""
     if s.arm == "base":
-        read = {f"{kind}, {where}": known(base()[0], kind, tested(kind, where, READ), "text") for kind in KINDS for where in SPLITS}
+        cells = product(KINDS, SPLITS)
+        read = {f"{kind}, {where}": known(base()[0], kind, facts_of(kind, where, READ), "text") for kind, where in cells}
         return {"read": read, "known": {key: [one] for key, one in measure(base()[0], s.facts).items()}}
     held_out, pad = encode(drawn(TRAINED, "validation", s.validation, 0)), base()[1].pad_token_id
 
@@ -136,8 +139,9 @@ def run(s: Knowledge) -> Row:
     rate, tried = best_rate(loss, METHODS["full"].learning_rate, LEAST)
     models = (tune(s, rate, seed) for seed in s.seeds)
     found = [None if model is None else measure(model, s.facts) for model in models]
-    names = [f"{kind}, {where}, {way}" for kind in KINDS for where in SPLITS for way in WAYS]
-    return {"rate": rate, "rates": curve(tried), "known": {key: [None if one is None else one[key] for one in found] for key in names}}
+    names = map(", ".join, product(KINDS, SPLITS, WAYS))
+    facts = {name: [None if one is None else one[name] for one in found] for name in names}
+    return {"rate": rate, "rates": curve(tried), "known": facts}
 
 
 EXPERIMENT = ByItem("knowledge", run, lambda: [Knowledge(arm) for arm in ("base", "others", "these")], tolerance=0.1)
@@ -176,11 +180,13 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
         return crossed(values[0] - values[1], level=level)
 
     def parts(level: float) -> dict[str, tuple[Estimate, bool | None]]:
-        had = {f"the base knows its own text ({kind})": apart(read[f"{kind}, present"], read[f"{kind}, absent"], level) for kind in KINDS}
+        read_of = {kind: (read[f"{kind}, present"], read[f"{kind}, absent"]) for kind in KINDS}
+        had = {f"the base knows its own text ({kind})": apart(*values, level) for kind, values in read_of.items()}
         aligned = less("others", "base", "present", level=level)
         beyond = less("others", "base", "present", of_other="text", level=level)
         taught = less("these", "others", "absent", level=level)
-        return {name: (e, _more(e)) for name, e in (*had.items(), ("tuned on other facts, it gives more when asked", aligned))} | {
+        more = had | {"tuned on other facts, it gives more when asked": aligned}
+        return {name: (e, _more(e)) for name, e in more.items()} | {
             "no more than it gave in its own text": (beyond, _within(beyond)),
             "told new facts, it has learned none": (taught, _within(taught)),
         }
@@ -199,7 +205,10 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
     }
     for arm, values in of.items():
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
-    because = f"So: {so}. Not so: {not_so}. Not told apart: {undecided}. Told facts that are in no text of the base's, it knows {taught.value:+.0%} of them"
+    because = (
+        f"So: {so}. Not so: {not_so}. Not told apart: {undecided}. Told facts that are in no text of the base's, it knows "
+        f"{taught.value:+.1%} more of them"
+    )
     return Finding(verdict, because, taught, evidence)
 
 

@@ -36,15 +36,16 @@ class ByItem(Experiment):
     by the tolerance, as another processor adds in another order and an answer may change."""
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        return super().differences(*([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others)))
+        means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
+        return super().differences(*means)
 
 
 def _mean(value: Any) -> Any:
-    """The mean over the numbers of a nested value that has any; None where one is missing."""
+    """Lists and dictionaries of numbers as their mean; what has texts, or None where a run diverged, as it is."""
     if not isinstance(value, (list, dict)):
         return value
-    flat = [_mean(one) for one in (value.values() if isinstance(value, dict) else value)]
-    return float(np.mean(flat)) if flat and all(isinstance(one, (int, float)) for one in flat) else None if None in flat else flat
+    means = [_mean(one) for one in (value.values() if isinstance(value, dict) else value)]
+    return float(np.mean(means)) if means and all(isinstance(one, (int, float)) for one in means) else means
 
 
 class Finding(NamedTuple):

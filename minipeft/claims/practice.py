@@ -133,7 +133,8 @@ class Forgotten(NamedTuple):
 
     def less(self, other: Forgotten, level: float = 0.95) -> tuple[Estimate, Estimate]:
         """How much more it has lost than the other, of text and of items."""
-        return crossed(np.tile((self.text - other.text)[:, None], 2), level=level), crossed(self.items - other.items, level=level)
+        text = np.tile((self.text - other.text)[:, None], 2)  # without luck of items: Student's interval over the seeds
+        return crossed(text, level=level), crossed(self.items - other.items, level=level)
 
 
 def forgotten(find: Find, method: str, case: Case) -> Forgotten | None:
@@ -158,10 +159,11 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 @claim("best-9", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(MAIN))
 def general_tasks(rows: Rows) -> Verdict:
-    """Holds if some tuned method clearly answers fewer of the 640 general items right than the base, and the loss on general text,
-    which costs less to measure, would mislead: of two methods in a case the items clearly tell one that forgets more, and the loss
-    clearly the other; or items are clearly lost, and the loss on text has not moved (its interval lies within 0.02). Holds if
-    items are lost and the loss tells the same; does not hold here if none are lost. Clear: among as many comparisons."""
+    """Holds if some tuned method clearly answers fewer of the 640 general items right than the base, and the loss on general
+    text, which costs less to measure, would mislead: of two methods in a case the items clearly show that one forgets more, and
+    the loss that the other does; or items are clearly lost, and the loss has not moved (its interval lies within 0.02). Holds
+    if items are lost and the loss misleads nowhere: then it does as well. Does not hold here if no items are clearly lost, among
+    as many comparisons."""
     find, correlations, lost, misled, told, agree = finder(rows), [], [], [], 0, 0
     level = 1 - 0.05 / (len(CASES) * (len(MAIN) + len(MAIN) * (len(MAIN) - 1) // 2))
     for case in CASES:
@@ -183,8 +185,8 @@ def general_tasks(rows: Rows) -> Verdict:
     order = measured("rank correlation, over the methods of a case, of what is lost of text and of items", correlations)
     return Verdict(
         NOT if not lost else HOLDS if misled else IF,
-        f"Items are clearly lost by {len(lost)} of {len(CASES) * len(MAIN)} tuned methods; of {told} pairs that the items clearly tell apart, "
-        f"the loss on text clearly tells {agree} the same way; it misleads in: {listed(misled)}.",
-        order, [Number("pairs that the items tell apart", told), Number("of these, the loss the same way", agree), Number("misled", len(misled))],
+        f"Items are clearly lost by {len(lost)} of {len(CASES) * len(MAIN)} tuned methods; of {told} pairs of methods that the items "
+        f"clearly tell apart, the loss on text clearly tells {agree} the same way; it misleads in: {listed(misled)}.",
+        order, [Number("pairs apart by items", told), Number("of these by loss as well", agree), Number("misled", len(misled))],
         len(SEEDS), 640, "the shipped base", "rewrite and source",
     )  # fmt: skip

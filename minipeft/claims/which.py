@@ -99,8 +99,8 @@ def for_components(rows: Rows) -> Verdict:
     experiment=following.experiment("base", "few-shot", "bare", "tuned"),
 )
 def for_instructions(rows: Rows) -> Verdict:
-    """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on instructions clearly gives more right
-    answers than each other way to be answered: the base, the base with three answered questions in its prompt, and the base tuned
-    on the same inputs and answers without instructions. Holds if in some of these nine comparisons; does not hold here if in
-    none."""
+    """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on instructions clearly gives more
+    right answers than each other way to be answered: the base, the base with three answered questions in its prompt, and the
+    base tuned on the same inputs and answers without instructions. Holds if in some of these nine comparisons; does not hold
+    here if in none."""
     return following.verdict(rows, ("base", "few-shot", "bare"))
