@@ -217,3 +217,27 @@ def test_a_row_is_computed_again_from_its_settings(monkeypatch):
     trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
     monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
     assert RULES["qlora-5"].experiment.again(described(trial) | {"loss": 3.0, "version": "x"})["loss"] == 1.0
+
+
+def general(rows: list[dict], text: Callable[[dict], float]) -> list[dict]:
+    """The rows with another loss on general text."""
+    return [r | {"general": {"austen": text(r)}} if r["loss"] is not None else r for r in rows]
+
+
+def test_general_items_tell_more_than_general_text_where_it_misleads():
+    rule = RULES["best-9"]
+    memory = {"full": 0.4, "lora": 0.8, "prefix": 0.9}
+    rows = filled(rule.experiment, {}, memory)
+    same = rule.judge(rows)
+    assert same.verdict == IF
+    assert same.effect.value == pytest.approx(1)
+    assert "misleads in: none." in same.because
+    kept = {row["method"]: row["general"]["austen"] for row in rows}
+    other_way = general(rows, lambda r: kept["full"] if r["method"] == "prefix" else kept["prefix"] if r["method"] == "full" else kept[r["method"]])
+    misled = rule.judge(other_way)
+    assert misled.verdict == HOLDS
+    assert "full beside prefix, rewrite, 50 examples" in misled.because
+    unmoved = rule.judge(general(rows, lambda r: kept["base"]))
+    assert unmoved.verdict == HOLDS
+    assert "full, rewrite, 50 examples: items alone" in unmoved.because
+    assert rule.judge(filled(rule.experiment, {}, dict.fromkeys(TABLE, 1.0))).verdict == NOT
