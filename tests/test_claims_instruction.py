@@ -61,8 +61,19 @@ def test_a_prompt_has_the_instruction_the_input_and_shots_of_the_same_task():
     assert {*shown} <= {input for input, _ in pairs("synonym", "train")}
 
 
+def test_the_same_input_and_answer_stand_under_the_instructions_of_tasks_with_such_inputs():
+    for kind, (tasks, words) in KINDS.items():
+        for own in following.alternatives(kind, 2):
+            assert len({q.pair for q in own}) == 1 and len({q.phrasing for q in own}) == len(own) > 1
+            owners = [[task for task in tasks if q.phrasing in getattr(TASKS[task], words)] for q in own]
+            assert owners[0] == [own[0].task] and all(owner != [own[0].task] for owner in owners[1:])
+            assert len({"{input}" in q.phrasing for q in own}) == 1, "in the same form"
+
+
 def test_enough_questions_of_each_kind_of_new():
-    assert all(len(asked("base", kind, Following("base").tested)) == 344 for kind in KINDS)
+    n = Following("base").tested
+    assert all(len(asked("base", kind, n)) == 344 for kind in KINDS)
+    assert sum(len(following.alternatives(kind, n // 2)) for kind in KINDS) > 500
 
 
 def test_absent_facts_are_in_no_text_of_the_base_and_present_ones_are():
@@ -95,12 +106,13 @@ def test_both_arms_are_tuned_on_as_many_records_of_each_task():
 
 
 def test_a_cell_of_following(short):
-    small = {"tested": 1, "steps": 2, "batch_size": 7, "validation": 1, "seeds": (1, 2)}
+    small = {"tested": 2, "steps": 2, "batch_size": 7, "validation": 1, "seeds": (1, 2)}
     base, tuned = (following.run(Following(arm, **small)) for arm in ("base", "shuffled"))
     assert {kind: np.array(values).shape for kind, values in tuned["nll"].items()} == {
-        "inputs": (2, 4), "phrasings": (2, 4), "tasks": (2, 4),
+        "inputs": (2, 8), "phrasings": (2, 8), "tasks": (2, 8),
     }  # fmt: skip
     assert len(base["answers"]["tasks"]) == 1 and "rate" not in base
+    assert [len(base["followed"][kind][0]) for kind in KINDS] == [5, 5, 3]
     assert tuned["rate"] in dict(tuned["rates"])
     assert sum(tuned["nll"]["inputs"][0]) < sum(base["nll"]["inputs"][0]), "it has learned something"
     assert described(Following("base"))["base"] == version()
@@ -127,7 +139,7 @@ def following_rows(id: str, right: dict[str, dict[str, float]]) -> list[dict]:
         nll = {kind: [[3.0 - r for r in own] for own in of] for kind, of in answers.items()}
         tasks = {kind: ["source", "use"] * (ITEMS // 2) for kind in KINDS}
         made = {"tasks": tasks, "tokens": {kind: [2] * ITEMS for kind in KINDS}, "answers": answers, "nll": nll}
-        rows.append(described(one) | made)
+        rows.append(described(one) | made | ({"followed": answers} if one.arm in following.INSTRUCTED else {}))
     return rows
 
 
@@ -149,10 +161,12 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     assert rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), HIGH))).verdict == NOT
     trained = rule.judge(following_rows(id, followed | {"tuned": HIGH | {"tasks": 0.1}}))
     assert trained.verdict == IF
-    assert "tuned beside base, new tasks: equal" in trained.because
+    assert "right answers, tuned beside base, new tasks: equal" in trained.because
     form = rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), HIGH) | {"base": LOW}))
     assert form.verdict == IF, "the form of the input tells the task: better than the base, and no better than the control"
-    assert {n.name for n in found.evidence} >= {"tuned, new tasks", "base, new inputs, source", "loss, tuned over base, new inputs"}
+    names = {n.name for n in found.evidence}
+    assert names >= {"tuned, new tasks", "base, new inputs, source", "loss, tuned over base, new inputs"}
+    assert ("instructions followed, tuned over shuffled, new tasks" in names) is (id == "inst-1")
 
 
 def test_what_diverged_or_lacks_an_arm_is_no_verdict():
@@ -172,7 +186,8 @@ def knowledge_rows(read: float, base_text: float, base_asked: float, others: flo
         seeds = 1 if one.arm == "base" else 5
         cells = [(kind, where, way) for kind in knowledge.KINDS for where in knowledge.SPLITS for way in knowledge.WAYS]
         known = {", ".join(c): shares(base_text if c[2] == "text" else share, seeds) for c in cells}
-        own = {f"{kind}, {where}": shares(0.5 + read * (where == "present"), 1)[0] for kind in knowledge.KINDS for where in knowledge.SPLITS}
+        cells = [(kind, where) for kind in knowledge.KINDS for where in knowledge.SPLITS]
+        own = {", ".join(c): shares(0.5 + read * (c[1] == "present"), 1)[0] for c in cells}
         rows.append(described(one) | {"known": known} | ({"read": own} if one.arm == "base" else {}))
     return rows
 

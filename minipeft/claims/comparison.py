@@ -30,8 +30,10 @@ from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verd
 
 UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
-NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02}  # nats per token; shares
-UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages", "answers": "of the questions"}
+NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02, "followed": 0.02}  # nats per token; shares
+UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages", "answers": "of the questions",
+    "followed": "of the questions",
+}  # fmt: skip
 KEYS = {"rewrite": "nll", "source": "right"}  # what a task is judged by
 
 

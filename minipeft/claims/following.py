@@ -10,9 +10,13 @@ model there is one that has seen the same inputs and answers under instructions 
     bare       tuned, and asked, without instructions: pairs of an input and an answer
     tuned      on the seven tasks of `text.instructions`, in four phrasings each
 
-Every question has an answer that a program can check, and is asked of all. Three things are new in turn: the input; the
-words of the instruction as well; the task as well. An answer is what a model writes up to the first line break, so that a
-model that does not stop can be right too.
+Three things are new in turn: the input; the words of the instruction as well; the task as well. What is measured:
+
+    answers    of questions whose answer a program can check: whether what the model writes, up to the first line break, is
+               right (so a model that does not stop can be right too)
+    followed   of questions whose input does not tell the task: whether the right answer is likelier than it would be under the
+               instructions of the other tasks that have such inputs; a guess is so in a half or a third
+    nll        nats of the right answers
 
 Source of the tasks' scheme: Wei et al. 2022 (FLAN, arXiv:2109.01652); of the question: Min et al. 2022, Rethinking the Role of
 Demonstrations (arXiv:2202.12837), and Kung and Peng 2023, Do Models Really Learn to Follow Instructions? (arXiv:2305.11383),
@@ -45,6 +49,8 @@ UNTUNED = "base", "few-shot"
 KINDS = {  # what is new: of which tasks, in which words
     "inputs": (TRAINED, "phrasings"), "phrasings": (TRAINED, "held_out_phrasings"), "tasks": (HELD_OUT, "held_out_phrasings"),
 }  # fmt: skip
+ALIKE = ("define", "use", "synonym"), ("rewrite", "continue"), HELD_OUT  # tasks whose inputs do not tell which is asked
+INSTRUCTED = "base", "shuffled", "tuned"  # who is asked by an instruction alone
 SHOTS, SHORT = 3, 100  # answered questions in a prompt; characters of such a pair at most
 TOKENS = 14  # of an answer at most
 LEAST = 0.01  # nats per token: a rate that is better by less is not better
@@ -56,7 +62,7 @@ class Following:
     checked, twice as many)."""
 
     arm: str
-    tested: int = 86  # of the test split, a task has at least as many
+    tested: int = 86  # of the test split, a task has at least as many; half of them of those that are `followed`
     steps: int = 60
     batch_size: int = 24
     validation: int = 32  # records of a task
@@ -128,9 +134,30 @@ def answers(model: Any, questions: Sequence[Question], arm: str) -> list[str]:
     return [text.strip().partition("\n")[0] for text in written]
 
 
+def alternatives(kind: str, n: int) -> list[list[Question]]:
+    """n questions of each task whose inputs do not tell it, each followed by the same pair under the others' instructions."""
+    tasks, words = KINDS[kind]
+    known = {task: getattr(TASKS[task], words) for task in tasks}
+    found = []
+    for group in (group for group in ALIKE if group[0] in tasks):
+        for q in drawn(group, "test", n, 0, words):
+            i = known[q.task].index(q.phrasing)
+            found.append([q, *(q._replace(phrasing=known[task][i]) for task in group if task != q.task)])
+    return found
+
+
+def followed(model: Any, kind: str, n: int) -> list[int]:
+    """[items], whether the right answer is likeliest under its own instruction."""
+    asked = alternatives(kind, n)
+    nll = example_losses(model, encode([q for own in asked for q in own]), 64, base()[1].pad_token_id)[0]
+    return [int(own[0] < own[1:].min()) for own in np.split(nll, np.cumsum([len(own) for own in asked])[:-1])]
+
+
 def measure(model: Any, arm: str, n: int) -> dict[str, Any]:
-    """{"answers": {kind: [items] right or not}, "nll": {kind: [items] nats of the right answers}}."""
+    """{"answers", "nll", and of who is instructed "followed": {kind: [items]}}."""
     row: dict[str, Any] = {"answers": {}, "nll": {}}
+    if arm in INSTRUCTED:
+        row["followed"] = {kind: followed(model, kind, n // 2) for kind in KINDS}
     for kind in KINDS:
         questions = asked(arm, kind, n)
         written = answers(model, questions, arm)
@@ -150,8 +177,8 @@ def tune(s: Following, rate: float, seed: int) -> Any:
 
 
 def run(s: Following) -> Row:
-    """The row of a cell: answers and nll [seeds, items] by what is new, tokens [items]; of an arm that is tuned the rate, and
-    [[rate, loss on validation], ...]. A seed that diverged has None."""
+    """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items]; of an arm that is
+    tuned the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
     tokens = {kind: answer_tokens(asked(s.arm, kind, s.tested)) for kind in KINDS}
     row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.tested)] for kind in KINDS}, "tokens": tokens}
     if s.arm in UNTUNED:
@@ -167,14 +194,16 @@ def run(s: Following) -> Row:
         row["rates"] = curve(tried)
         models = (tune(s, row["rate"], seed) for seed in s.seeds)
         found = [None if model is None else measure(model, s.arm, s.tested) for model in models]
-    return row | {
-        key: {kind: [None if one is None else one[key][kind] for one in found] for kind in KINDS} for key in ("answers", "nll")
-    }
+    keys = ("answers", "nll", *["followed"] * (s.arm in INSTRUCTED))
+    return row | {key: {kind: [None if one is None else one[key][kind] for one in found] for kind in KINDS} for key in keys}
 
 
 def answer_tokens(questions: Sequence[Question]) -> list[int]:
     """[items], the tokens of each right answer and its end."""
     return [int((example.labels >= 0).sum()) for example in encode(questions)]
+
+
+NAMES = {"answers": "right answers", "followed": "instructions followed", "nll": "loss"}
 
 
 def experiment(*arms: str) -> ByItem:
@@ -188,7 +217,7 @@ def experiment(*arms: str) -> ByItem:
 def reports(rows: Sequence[Mapping[str, Any]], kind: str, key: str) -> dict[str, Report]:
     """Of each arm its values [seeds, items] of what is new. Raises ValueError where it diverged under a seed."""
     found = {}
-    for row in rows:
+    for row in (row for row in rows if key in row):
         if None in row[key][kind]:
             raise ValueError(f"{row['arm']} diverged under one of the seeds, tuned as it is")
         weights = np.array(row["tokens"][kind], float) if key == "nll" else None
@@ -196,21 +225,26 @@ def reports(rows: Sequence[Mapping[str, Any]], kind: str, key: str) -> dict[str,
     return found
 
 
-def verdict(rows: Sequence[Mapping[str, Any]], others: Sequence[str]) -> Verdict:
-    """Whether the tuned model clearly answers more questions right than the others, for each new thing. Beside it stand the
-    shares of all arms, task by task, and how much lower the tuned model's loss is."""
-    found, losses, shares = [], [], []
+def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Verdict:
+    """Whether the tuned model is clearly better than others, for each new thing; `compared` are (what is measured, the other).
+    Beside it stand the other differences, and the shares of all arms, task by task."""
+    found, rest, shares = [], [], []
     for kind in KINDS:
         try:
-            right, nll = reports(rows, kind, "answers"), reports(rows, kind, "nll")
+            of = {key: reports(rows, kind, key) for key in ("answers", "followed", "nll")}
         except ValueError as error:
             return Verdict(UNTESTABLE, f"{error}.".capitalize())
-        found += [Beside(f"new {kind}", "tuned", right["tuned"], other, right[other], "answers") for other in others]
-        losses += [Beside(f"new {kind}", "loss, tuned", nll["tuned"], other, nll[other], "nll") for other in others]
+        for key, arms in of.items():
+            tuned = arms["tuned"]
+            for other in [arm for arm in arms if arm != "tuned"]:
+                beside = Beside(f"new {kind}", f"{NAMES[key]}, tuned", tuned, other, arms[other], key)
+                (found if (key, other) in compared else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
-        for arm, one in right.items():
+        for arm, one in of["followed"].items():
+            shares.append(Number(f"{arm}, new {kind}: followed", one.mean.value, "followed", one.mean.low, one.mean.high))
+        for arm, one in of["answers"].items():
             shares.append(Number(f"{arm}, new {kind}", one.mean.value, "right", one.mean.low, one.mean.high))
             for task in dict.fromkeys(tasks.tolist()):
                 shares.append(Number(f"{arm}, new {kind}, {task}", float(one.values[:, tasks == task].mean()), "right"))
-    decided, beside = (told(each, lambda d: d.clearly_better, "tasks with instructions") for each in (found, losses))
-    return replace(decided, evidence=[*decided.evidence, beside.effect, *beside.evidence, *shares])
+    decided, others = (told(each, lambda d: d.clearly_better, "tasks with instructions") for each in (found, rest))
+    return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *shares])

@@ -103,4 +103,4 @@ def for_instructions(rows: Rows) -> Verdict:
     right answers than each other way to be answered: the base, the base with three answered questions in its prompt, and the
     base tuned on the same inputs and answers without instructions. Holds if in some of these nine comparisons; does not hold
     here if in none."""
-    return following.verdict(rows, ("base", "few-shot", "bare"))
+    return following.verdict(rows, *(("answers", other) for other in ("base", "few-shot", "bare")))
