@@ -233,3 +233,27 @@ def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():
     assert text[0].split()[:3] == ["method", "trained", "bytes"] and len({len(line) for line in text}) == 1
     assert [line.split()[0] for line in text[1:]] == ["lora", "full", "prompt"]
     assert standings(case, ("full", "vera"), rows)[0].method == "full", "a method without rows is left out"
+
+
+def general(rows: list[dict], text: Callable[[dict], float]) -> list[dict]:
+    """The rows with another loss on general text."""
+    return [r | {"general": {"austen": text(r)}} if r["loss"] is not None else r for r in rows]
+
+
+def test_general_items_tell_more_than_general_text_where_it_misleads():
+    rule = RULES["best-9"]
+    memory = {"full": 0.4, "lora": 0.8, "prefix": 0.9}
+    rows = filled(rule.experiment, {}, memory)
+    same = rule.judge(rows)
+    assert same.verdict == IF
+    assert same.effect.value == pytest.approx(1)
+    assert "misleads in: none." in same.because
+    kept = {row["method"]: row["general"]["austen"] for row in rows}
+    other_way = general(rows, lambda r: kept["full"] if r["method"] == "prefix" else kept["prefix"] if r["method"] == "full" else kept[r["method"]])
+    misled = rule.judge(other_way)
+    assert misled.verdict == HOLDS
+    assert "full beside prefix, rewrite, 50 examples" in misled.because
+    unmoved = rule.judge(general(rows, lambda r: kept["base"]))
+    assert unmoved.verdict == HOLDS
+    assert "full, rewrite, 50 examples: items alone" in unmoved.because
+    assert rule.judge(filled(rule.experiment, {}, dict.fromkeys(TABLE, 1.0))).verdict == NOT

@@ -30,8 +30,10 @@ from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verd
 
 UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
-NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02}  # nats per token; shares
-UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages"}
+NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02, "followed": 0.02}  # nats per token; shares
+UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages", "answers": "of the questions",
+    "followed": "of the questions",
+}  # fmt: skip
 KEYS = {"rewrite": "nll", "source": "right"}  # what a task is judged by
 
 
@@ -187,10 +189,6 @@ class Pair(NamedTuple):
     other: Way
 
     @property
-    def name(self) -> str:
-        return f"{self.a} over {self.b}, {self.where}"
-
-    @property
     def task(self) -> str:
         return (self.one if isinstance(self.one, Trial) else self.one.start).task
 
@@ -212,25 +210,45 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
     return [Pair(case.name, a, way(a, case), rival, way(rival, case)) for case, rival in rivals]
 
 
+class Beside(NamedTuple):
+    """Two reports on the same items under the same seeds, where each comes from, and what is measured."""
+
+    where: str
+    a: str
+    one: Report
+    b: str
+    other: Report
+    key: str
+
+    def difference(self, level: float = 0.95) -> Difference:
+        return compare(self.one, self.other, self.key, level)
+
+
 def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "") -> Verdict:
-    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so.
-    Where nothing is found to be so, and an interval is too wide to tell, it cannot be tested here.
-    """
-    so, surely, words, numbers, items, undecided = [], [], [], [], 0, False
+    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so."""
+    found = []
     for pair in pairs:
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
         if one is None or other is None:
             name = pair.b if one else pair.a
             return Verdict(UNTESTABLE, f"{name} diverged under one of the seeds, tuned as it is ({pair.where}).")
-        found, items = compare(one, other, of), one.values.shape[1]
-        so.append(holds(found))
-        surely.append(holds(compare(one, other, of, 1 - 0.05 / len(pairs))))
-        undecided |= so[-1] != surely[-1] or (not so[-1] and found.word == UNDECIDED)
-        words.append(f"{pair.a} beside {pair.b}, {pair.where}: {found.word} ({found.interval})")
-        numbers.append(number(pair.name, found, of))
-    tasks = listed(sorted({pair.task for pair in pairs}))
+        found.append(Beside(pair.where, pair.a, one, pair.b, other, of))
+    return told(found, holds, listed(sorted({pair.task for pair in pairs})))
+
+
+def told(found: Sequence[Beside], holds: Callable[[Difference], bool], tasks: str) -> Verdict:
+    """The same of reports. Where nothing is found to be so, and an interval is too wide to tell, it cannot be tested here."""
+    so, surely, words, numbers, undecided = [], [], [], [], False
+    for each in found:
+        one = each.difference()
+        so.append(holds(one))
+        surely.append(holds(each.difference(1 - 0.05 / len(found))))
+        undecided |= so[-1] != surely[-1] or (not so[-1] and one.word == UNDECIDED)
+        words.append(f"{each.a} beside {each.b}, {each.where}: {one.word} ({one.interval})")
+        numbers.append(number(f"{each.a} over {each.b}, {each.where}", one, each.key))
     verdict = HOLDS if all(so) else IF if any(surely) else UNTESTABLE if undecided else NOT
+    items = found[-1].one.values.shape[1]
     return Verdict(
         verdict, f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip

@@ -1,17 +1,40 @@
-"""Instruction tuning: the format, and what of the published schemes is here."""
+"""Instruction tuning: the format, whether the instruction is followed, and what of the published schemes is here."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..text.datasets import Instruction
 from ..text.examples import encode_turns
 from ..text.instructions import HELD_OUT, TASKS, TRAINED
 from ..text.templates import ALPACA_WITH_INPUT, alpaca
 from ..train.batches import IGNORE
+from . import following, knowledge
 from .inputs import base
+from .mechanisms import judged
 from .register import NOT, UNTESTABLE, Number, Verdict, claim, graded
 
 WITH = Instruction("Give the meaning of this word.", "stone", "a hard piece of rock")
 WITHOUT = Instruction("Give the meaning of stone.", "", "a hard piece of rock")
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@claim(
+    "inst-1",
+    lesson="08_instruction_tuning.py",
+    section="4 · Train: one task, three, seven",
+    experiment=following.experiment("base", "shuffled", "tuned"),
+)
+def follows(rows: Rows) -> Verdict:
+    """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on seven tasks clearly gives more right
+    answers than the base; and, where inputs do not tell the task, clearly more often finds the right answer likeliest under its
+    own instruction than the base tuned on the same records with their instructions shuffled: then it is the words of the
+    instruction that count, and not the form of the input. Holds if in some of these six comparisons; does not hold here if in
+    none."""
+    return following.verdict(rows, ("answers", "base"), ("followed", "shuffled"))
 
 
 @claim("inst-2", lesson="08_instruction_tuning.py", section="2 · The template, and what of it is learned")
@@ -59,3 +82,19 @@ def schemes() -> Verdict:
         Number("tasks to train on", len(TRAINED)),
         [Number("tasks held out", len(HELD_OUT)), *(Number(f"phrasings of {name}", n) for name, n in zip(TRAINED, phrasings))],
     )  # fmt: skip
+
+
+@claim(
+    "inst-4",
+    lesson="08_instruction_tuning.py",
+    section="4 · Train: one task, three, seven",
+    experiment=knowledge.EXPERIMENT,
+)
+def aligned(rows: Rows) -> Verdict:
+    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that
+    it was not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more
+    than the base in its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than
+    being told others. Holds if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the
+    last, and one that knows more when asked than the base ever showed refutes the third."""
+    found = knowledge.verdict(rows)
+    return judged(found, "asked for facts in no text of the base's: known by being told them", "of the facts", 5, 256, "facts")

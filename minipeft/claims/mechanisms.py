@@ -26,9 +26,26 @@ from .protocol import climb
 from .register import HOLDS as HOLDS
 from .register import IF as IF
 from .register import NOT as NOT
-from .register import Number, Verdict
+from .register import Experiment, Number, Verdict
 from .register import graded as graded
 from .register import those as those
+
+
+class ByItem(Experiment):
+    """An experiment whose rows have values item by item, in lists and dictionaries: computed again, their means may differ
+    by the tolerance, as another processor adds in another order and an answer may change."""
+
+    def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
+        means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
+        return super().differences(*means)
+
+
+def _mean(value: Any) -> Any:
+    """Lists and dictionaries of numbers as their mean; what has texts, or None where a run diverged, as it is."""
+    if not isinstance(value, (list, dict)):
+        return value
+    means = [_mean(one) for one in (value.values() if isinstance(value, dict) else value)]
+    return float(np.mean(means)) if means and all(isinstance(one, (int, float)) for one in means) else means
 
 
 class Finding(NamedTuple):
@@ -74,15 +91,17 @@ def curve(tried: Mapping[float, float]) -> list[list[float | None]]:
 def train(
     model: Any, examples: Sequence[Example], rate: float, steps: int, batch_size: int, seed: int, *, pad_token_id: int,
     held_out: Sequence[Example] | None = None, every: int | None = None, schedule: str = "cosine", optimizer: Any = None,
+    packing: bool = False,
 ) -> TrainingResult | None:  # fmt: skip
     """Train a model in place by AdamW, 5 % of the steps warming up; None where it diverged.
 
     every      steps between measurements of the loss on `held_out`
     optimizer  in the place of AdamW at this rate
+    packing    whether examples share rows
     """
     arguments = TrainingArguments(
         learning_rate=rate, max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=32,
-        lr_scheduler_type=schedule, warmup_ratio=0.05, eval_steps=every, seed=seed, progress=False,
+        lr_scheduler_type=schedule, warmup_ratio=0.05, eval_steps=every, seed=seed, packing=packing, progress=False,
     )  # fmt: skip
     trainer = Trainer(model, examples, held_out, arguments, pad_token_id, optimizer=optimizer)
     try:

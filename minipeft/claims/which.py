@@ -1,6 +1,9 @@
-"""Which method, when: what counting alone decides."""
+"""Which method, when: what counting decides, and what is decided by experiments of its own."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import minipeft as mp
 
@@ -9,9 +12,11 @@ from ..accounting.flops import step_flops
 from ..accounting.loop import Loop
 from ..accounting.parameters import count_parameters
 from ..accounting.pytorch_loop import pytorch_ledger
+from . import components, following
 from .inputs import SIZES
 from .register import Number, Verdict, claim, graded, those
 
+Rows = Sequence[Mapping[str, Any]]
 CARD_SIZES = sorted({CARDS[name][0] for name in ("t4", "a10", "l40s", "a100")})
 
 
@@ -76,3 +81,26 @@ def one_gpu() -> Verdict:
         [Number(f"{size}, {method}", n / 1e9, "GB") for (size, method), n in needed.items()],
         task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings; quality is not judged",
     )
+
+
+@claim("which-3", lesson="16_which_method.py", section="1 · Eight ways, and what each needs", experiment=components.EXPERIMENT)
+def for_components(rows: Rows) -> Verdict:
+    """Holds if adapters of two tasks, trained apart on one base, are components in three senses: swapped, each computes what it
+    did alone, bit for bit; removed, they leave the base, bit for bit; together in use, each task is not worse (interval above
+    -0.02) than with its adapter alone. Holds if in some of these; does not hold here if in none. LoRA stands beside them; how
+    long a swap takes is adapter-5's."""
+    return components.verdict(rows)
+
+
+@claim(
+    "which-6",
+    lesson="16_which_method.py",
+    section="5 · And the other two jobs",
+    experiment=following.experiment("base", "few-shot", "bare", "tuned"),
+)
+def for_instructions(rows: Rows) -> Verdict:
+    """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on instructions clearly gives more
+    right answers than each other way to be answered: the base, the base with three answered questions in its prompt, and the
+    base tuned on the same inputs and answers without instructions. Holds if in some of these nine comparisons; does not hold
+    here if in none."""
+    return following.verdict(rows, *(("answers", other) for other in ("base", "few-shot", "bare")))
