@@ -3,13 +3,14 @@
 #
 # Training a language model means: compute one number, the loss $L$, and then ask of *every* weight how $L$ would change
 # if that weight changed a little. This lesson derives the algorithm that answers for all weights at once: first on five
-# numbers, then for a product of matrices, element by element. It builds the algorithm in 25 lines, reads how the library
-# writes its derivatives down, measures what a frozen weight saves, and learns to tell a right derivative from a wrong one.
+# numbers, then for a product of matrices, element by element. It builds the algorithm in 25 lines, reads how the
+# library writes its derivatives down, measures what a frozen weight saves, and learns to tell a right derivative from a
+# wrong one.
 #
 # You need Lesson 0 (loss, gradient, weight, softmax) and, from school, the derivative and the chain rule. Reading takes
 # about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
-# (a quarter of a minute on two cores), or open it as a notebook. Where a line begins with **Predict**, stop and write down
-# your answer; the next cell computes it.
+# (a quarter of a minute on two cores), or open it as a notebook. Where a line begins with **Predict**, stop and write
+# down your answer; the next cell computes it.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer trials; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -67,7 +68,8 @@ assert (dw, dx, dt) == (8, 12, -4) and abs((raised - L) - 0.001 * dw) < 1e-5
 diagrams.scalar_graph(x, w, t).savefig(OUT / "01_autograd_graph.png")
 
 # %% [markdown]
-# The figure shows both directions: each value on the way down, and on the way up, in orange, how fast $L$ changes with it.
+# The figure shows both directions: each value on the way down, and on the way up, in orange, how fast $L$ changes with
+# it.
 #
 # ### A product of matrices, by index
 #
@@ -76,8 +78,8 @@ diagrams.scalar_graph(x, w, t).savefig(OUT / "01_autograd_graph.png")
 # $$C_{ij} = \sum_k A_{ik} B_{kj} .$$
 #
 # Suppose the way back has reached $C$: for each of its elements we know $g_{ij} = \partial L / \partial C_{ij}$. Which
-# elements of $C$ use $A_{ik}$? Those of row $i$, all of them, and $C_{ij}$ changes with it as fast as $B_{kj}$ says. Each
-# use answers, and the answers add; in the same way for $B_{kj}$, which column $j$ uses:
+# elements of $C$ use $A_{ik}$? Those of row $i$, all of them, and $C_{ij}$ changes with it as fast as $B_{kj}$ says.
+# Each use answers, and the answers add; in the same way for $B_{kj}$, which column $j$ uses:
 #
 # $$\frac{\partial L}{\partial A_{ik}} = \sum_j g_{ij} B_{kj}, \qquad
 #   \frac{\partial L}{\partial B_{kj}} = \sum_i A_{ik}\, g_{ij} .$$
@@ -190,13 +192,13 @@ assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 
 # %% [markdown]
 # The library's engine (`minipeft/autograd/tensor.py`) is this one, with what practice demands. It sorts the graph
-# without recursion, so that a deep graph does not exceed Python's limit; it undoes NumPy's broadcasting in one place; it
-# frees each step as soon as its pullbacks have run; and it drops pullbacks that nobody needs (section 4).
+# without recursion, so that a deep graph does not exceed Python's limit; it undoes NumPy's broadcasting in one place;
+# it frees each step as soon as its pullbacks have run; and it drops pullbacks that nobody needs (section 4).
 #
 # What does the gradient cost? The simplest way to one is to **nudge**: change one weight a little, compute $L$ again.
 #
-# **Predict:** a model has 25 layers $y = \tanh(x w)$, of 40 x 40 weights each. How many forward passes does nudging take
-# for all weights? And the walk back, counted in multiplications of its matrix products?
+# **Predict:** a model has 25 layers $y = \tanh(x w)$, of 40 x 40 weights each. How many forward passes does nudging
+# take for all weights? And the walk back, counted in multiplications of its matrix products?
 
 # %%
 start = deep = mp.Tensor(1.0, requires_grad=True)
@@ -261,9 +263,9 @@ assert np.allclose(F.softmax.definition(z + 5)[0], y, atol=1e-15) and np.allclos
 
 # %% [markdown]
 # Zero (up to rounding). Equal $g_i$ ask for the derivative of a multiple of $\sum_i y_i$, and that sum is always 1. Two
-# facts are easily confused here: that $\sum_i y_i$ does not move is $J^\top \mathbf 1 = 0$; that raising all $x$ together
-# moves no $y$ (Lesson 0) is $J \mathbf 1 = 0$. The code checks both. Remember the first; it will fool a careless test in
-# section 6.
+# facts are easily confused here: that $\sum_i y_i$ does not move is $J^\top \mathbf 1 = 0$; that raising all $x$
+# together moves no $y$ (Lesson 0) is $J \mathbf 1 = 0$. The code checks both. Remember the first; it will fool a
+# careless test in section 6.
 #
 # *Layer norm* shifts and scales each row $x$ of $d$ numbers to mean 0 and variance 1, and then multiplies by trained
 # weights $w$ and adds trained biases $b$ (Ba et al. 2016, arXiv:1607.06450): $y = \hat x \cdot w + b$ with
@@ -300,11 +302,11 @@ assert np.allclose(layer_norm_pullback(x, weight, g), dx(g), atol=1e-14)
 #
 # Measure it: a stack of linear layers, the bytes that the graph still holds when the forward pass is over (Python's
 # `tracemalloc`, which NumPy reports to), and beside it what the argument above says. "Something below trained" means
-# that the gradient must walk through all layers, to the stack's input. *GELU* is a smooth curve, like tanh in section 2,
-# applied to each number.
+# that the gradient must walk through all layers, to the stack's input. *GELU* is a smooth curve, like tanh in section
+# 2, applied to each number.
 #
-# **Predict:** an input has 0.5 MiB, and there are 8 layers. How many MiB are held if all weights are trained? If all are
-# frozen, but something below is trained? And if a GELU follows each frozen layer?
+# **Predict:** an input has 0.5 MiB, and there are 8 layers. How many MiB are held if all weights are trained? If all
+# are frozen, but something below is trained? And if a GELU follows each frozen layer?
 
 # %%
 LAYERS, ROWS, WIDTH = 8, 256, 512

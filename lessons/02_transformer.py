@@ -1,13 +1,15 @@
 # %% [markdown]
 # # Lesson 2 · The transformer: what is in it, what it costs, how it writes
 #
-# Everything in this project fine-tunes one kind of model: a decoder-only transformer. This lesson opens it. You will
-# count its parameters twice, recompute it in NumPy to float32 rounding, watch a small one learn something that no table
-# of word pairs can know, see with your own eyes which head learned it, and measure what the key-value cache buys.
+# Everything in this course fine-tunes one kind of model: a decoder-only transformer (Vaswani et al. 2017,
+# arXiv:1706.03762; the decoder alone as in GPT-2, Radford et al. 2019). This lesson opens it. You will build each part
+# in a few lines, recompute the whole in NumPy to float32 rounding, count its parameters twice, watch a small one learn
+# something that no table of letter pairs can know, see which heads learned it, and measure what the cache buys.
 #
-# You need Lesson 1. Run it with `python lessons/02_transformer.py`, or open it as a notebook.
+# You need Lessons 0 and 1. Reading takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
+# it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import math
@@ -29,40 +31,231 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+if REDUCED:
+    print("REDUCED SETTING: 60 training steps for 300 in sections 5 to 7, too few to learn the task. What the text says of")
+    print("trained models holds for the full lesson alone; here it is neither printed nor checked.\n")
 
 # %% [markdown]
-# The shipped model, from token ids to logits, with the shape of each weight ($T$ is the number of tokens).
+# ## 1 · The stream, a norm, an MLP
+#
+# A token id (Lesson 0) picks a row of a table, the **embedding**: a vector of $d$ numbers. So $T$ tokens are an array
+# $x$ of $[T, d]$, the **residual stream**. Each of $L$ **blocks** reads the stream and *adds* to it, twice:
+#
+# $$x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{norm}(x)) .$$
+#
+# Attention (section 2) moves information between positions. A last norm and a product with a $[V, d]$ table make of
+# each position a logit for each of the $V$ possible next tokens.
+#
+# A **norm** keeps the numbers of a position at one size. This one, *RMS norm* (Zhang & Sennrich 2019,
+# arXiv:1910.07467), divides by the root of the mean square, and multiplies by $d$ trained weights $w$:
+#
+# $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
+#
+# The **MLP** widens each position to $m$ numbers, bends them, and comes back to $d$. Of the two wide arrays the first
+# is a *gate* on the second (Shazeer 2020, arXiv:2002.05202), and the bend is $\mathrm{silu}(z) = z / (1 + e^{-z})$:
+#
+# $$\mathrm{MLP}(h) = W_\text{down}\,\big(\mathrm{silu}(W_\text{gate}\, h) \cdot W_\text{up}\, h\big) .$$
+#
+# **Predict:** change the stream at position 2 alone. At which of 5 positions does the MLP's output change?
 
 # %%
-diagrams.block(mp.load_base()[0].config).savefig(OUT / "02_transformer_block.png")
+def norm(x, weight, eps):  # [T, d] -> [T, d]
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def mlp(h, gate, up, down):  # [T, d] -> [T, d]; weights are stored as [outputs, inputs]
+    z = h @ gate.T  # [T, m]
+    return (z / (1 + np.exp(-z)) * (h @ up.T)) @ down.T
+
+
+rng = np.random.default_rng(0)
+base = mp.load_base()[0]
+block = base.model.layers[0]
+x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
+by_hand = norm(x, block.input_layernorm.weight.numpy(), base.config.rms_norm_eps)
+print("norm, by hand against the library's:", np.abs(by_hand - block.input_layernorm(mp.Tensor(x)).numpy()).max())
+weights = [getattr(block.mlp, f"{name}_proj").weight.numpy() for name in ("gate", "up", "down")]
+wide = mlp(by_hand, *weights)
+print("MLP,  by hand against the library's:", np.abs(wide - block.mlp(mp.Tensor(by_hand)).numpy()).max())
+assert np.allclose(by_hand, block.input_layernorm(mp.Tensor(x)).numpy(), atol=1e-5)
+assert np.allclose(wide, block.mlp(mp.Tensor(by_hand)).numpy(), atol=1e-5)
+other = by_hand.copy()
+other[2] += 1
+changed = np.abs(mlp(other, *weights) - wide).max(axis=1) > 1e-4
+print("positions at which the MLP's output changes:", np.flatnonzero(changed))
+assert changed.tolist() == [False, False, True, False, False]
+diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 
 # %% [markdown]
-# ## 1 · What is in it: the parameters, counted twice
+# At position 2 alone: the MLP works on each position for itself. The figure shows the shipped model, from token ids to
+# logits, with the shape of each weight. Its middle is what comes now.
 #
-# A token id picks a row of the embedding table: a vector of $d$ numbers, the *residual stream*. Each of $L$ blocks
-# reads the stream, and adds to it: first attention, which moves information between positions, then an MLP, which works
-# on each position alone. A last norm and one more product with a $[V, d]$ table give a score, a *logit*, for each of
-# the $V$ possible next tokens.
+# ## 2 · Attention by hand
 #
-# The two families that matter differ in details, and `TransformerConfig.gpt2` and `.llama` set them:
+# From its normed stream $h_t$, each position $t$ makes three vectors of $D$ numbers: a **query** (what am I looking
+# for?), a **key** (what is here?) and a **value** (what do I hand over?):
+#
+# $$q_t = W_q h_t, \qquad k_t = W_k h_t, \qquad v_t = W_v h_t .$$
+#
+# Position $t$ receives a weighted average of the values it may see. A value weighs more if its key fits the query:
+#
+# $$o_t = \sum_{s \le t} a_{ts}\, v_s, \qquad
+#   a_{t\cdot} = \mathrm{softmax}\Big(\frac{q_t \cdot k_s}{\sqrt D}\Big)_{s \le t} .$$
+#
+# $s \le t$ is the **causal mask**: a model that is to predict the next token must not look at it. All this is a
+# **head**. A block has $H$ of them side by side, each with its own $W_q$; their outputs are put end to end, $[T, HD]$,
+# and $W_o$ brings them back to $[T, d]$. Keys and values may have fewer heads, $K$: in *grouped-query attention*
+# (Ainslie et al. 2023, arXiv:2305.13245) query head $h$ reads key head $\lfloor h / (H/K) \rfloor$.
+#
+# **Predict:** the numbers of $q$ and $k$ are independent, with mean 0 and variance 1, and $D = 64$. How large is
+# $q \cdot k$, typically?
+
+# %%
+def attention_by_hand(q, k, v):
+    """q [T, H, D], k and v [T, K, D] -> [T, H, D], one query at a time."""
+    (T, H, D), K = q.shape, k.shape[1]
+    out = np.empty_like(q)
+    for t in range(T):
+        for h in range(H):
+            j = h // (H // K)
+            scores = k[: t + 1, j] @ q[t, h] / math.sqrt(D)  # [t + 1]: only what has been
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ v[: t + 1, j] / weights.sum()
+    return out
+
+
+q, k, v = rng.standard_normal((10, 4, 8)), rng.standard_normal((10, 2, 8)), rng.standard_normal((10, 2, 8))
+one_batch = [mp.Tensor(a.swapaxes(0, 1)[None]) for a in (q, k, v)]  # [1, heads, T, D]
+op = F.scaled_dot_product_attention(*one_batch, is_causal=True).data[0].swapaxes(0, 1)
+print("\nattention, our loops against the library's op:", np.abs(attention_by_hand(q, k, v) - op).max())
+assert np.allclose(attention_by_hand(q, k, v), op, atol=1e-14)
+
+scores = (rng.standard_normal((1000, 16, 64)) * rng.standard_normal((1000, 1, 64))).sum(axis=-1)  # 1000 queries, 16 keys
+largest = [F.softmax(mp.Tensor(s)).numpy().max(axis=-1).mean() for s in (scores, scores / math.sqrt(64))]
+print(f"q·k of 64 numbers: standard deviation {scores.std():.2f}; the largest of 16 weights is {largest[0]:.2f} on average,")
+print(f"and with q·k / 8 it is {largest[1]:.2f}")
+assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
+diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
+
+# %% [markdown]
+# $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D$. Undivided, an untrained
+# head would look at hardly more than one position. In the figure a filled square says that the token of its row sees
+# the token of its column.
+#
+# ## 3 · Rotary positions: only distances matter
+#
+# Attention itself does not know order: a key has the same score wherever it stands. GPT-2 adds a trained vector for
+# each position to the embedding. Llama rotates (Su et al. 2021, arXiv:2104.09864): it reads the numbers $i$ and $i +
+# D/2$ of $q$, and those of $k$, as real and imaginary part of one complex number, and turns it by an angle proportional
+# to the position,
+#
+# $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
+#   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
+#   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
+#
+# so that the score depends on the distance $m - n$ and on nothing else. Pair $j$ has its own speed,
+# $\theta_j = 10000^{-2j/D}$: fast hands and slow hands of a clock.
+#
+# **Predict:** with the query at 17 and the key at 10 the score is $s$. Move both 5,000 positions on. What is it now?
+
+# %%
+D = 64
+theta = 10000.0 ** (-np.arange(D // 2) / (D // 2))  # [D/2]
+
+
+def rope(x, position):
+    """The library's rotation of one vector [D] at one position."""
+    angle = position * theta[None, None]  # [1, 1, D/2]
+    return F.rope(mp.Tensor(x[None, None, None]), np.cos(angle), np.sin(angle)).data[0, 0, 0]
+
+
+def rope_by_hand(x, position):
+    z = (x[: D // 2] + 1j * x[D // 2 :]) * np.exp(1j * position * theta)
+    return np.concatenate([z.real, z.imag])
+
+
+q, k = rng.standard_normal((2, D))
+assert np.allclose(rope(q, 17), rope_by_hand(q, 17), atol=1e-14)
+print("rotary scores q·k at distance 7, wherever it is:", end=" ")
+scores = [rope(q, m) @ rope(k, m - 7) for m in (7, 107, 5007)]
+print("  ".join(f"{s:.10f}" for s in scores), f"  at distance 8: {rope(q, 8) @ rope(k, 0):.10f}")
+assert np.allclose(scores, scores[0], atol=1e-9)
+assert abs(rope(q, 8) @ rope(k, 0) - scores[0]) > 1e-3
+assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation keeps the length"
+
+# %% [markdown]
+# ## 4 · The whole model in thirty lines
+#
+# Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, from the parts above. The norm stands on
+# the branch and not on the stream ("pre-norm"). So the final stream is the embedding plus what each branch wrote, and a
+# gradient walks from the last norm to the embedding along the additions, whose pullback changes nothing (Lesson 1).
+
+# %%
+def llama_by_hand(model, ids):
+    """ids [T] -> (logits [T, V], what was written into the residual stream)."""
+    c = model.config
+    p = {name: mp.backend.to_numpy(a) for name, a in model.state_dict().items()}
+    T, D = len(ids), c.head_dim
+    angle = np.arange(T)[:, None] * c.rope_theta ** (-np.arange(D // 2) / (D // 2))  # [T, D/2]
+    turn = np.exp(1j * angle)[:, None]  # [T, 1, D/2]
+
+    def rotate(x):  # [T, heads, D]
+        z = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["model.embed_tokens.weight"][ids]  # [T, d]
+    written = [x]
+    for i in range(c.num_hidden_layers):
+        here = f"model.layers.{i}."
+        w = {name.removeprefix(here): a for name, a in p.items() if name.startswith(here)}
+        h = norm(x, w["input_layernorm.weight"], c.rms_norm_eps)
+        q, k, v = ((h @ w[f"self_attn.{name}_proj.weight"].T).reshape(T, -1, D) for name in "qkv")  # [T, heads, D]
+        attention = attention_by_hand(rotate(q), rotate(k), v).reshape(T, -1) @ w["self_attn.o_proj.weight"].T
+        x = x + attention
+        h = norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps)
+        wide = mlp(h, *(w[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+        x = x + wide
+        written += [attention, wide]
+    assert np.allclose(x, sum(written), atol=1e-5), "the stream is the sum of what was written into it"
+    return norm(x, p["model.norm.weight"], c.rms_norm_eps) @ p["model.embed_tokens.weight"].T, written
+
+
+VOCAB, PERIOD = 32, 16
+config = mp.TransformerConfig.llama(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128,
+)  # fmt: skip
+model = mp.Transformer(config, seed=0)
+ids = rng.integers(0, VOCAB, 2 * PERIOD)
+(by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).numpy()[0]
+print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:", np.abs(by_hand - logits).max())
+assert np.allclose(by_hand, logits, atol=1e-5)
+
+# %% [markdown]
+# ### Its parameters, counted twice
+#
+# Now that we have seen it, count. Two families matter here; `TransformerConfig.llama` and `.gpt2` set their shapes:
 #
 # | | norm | positions | MLP | biases | heads for k, v |
 # |---|---|---|---|---|---|
-# | GPT-2 | layer norm | a learned table, added | $W_2\,\mathrm{gelu}(W_1 x)$ | yes | as many as for q |
-# | Llama | RMS norm | rotations of q and k | $W_3(\mathrm{silu}(W_1 x) \cdot W_2 x)$ | no | fewer (grouped queries) |
+# | GPT-2 | layer norm (Lesson 1) | a trained table, added | $W_2\,\mathrm{gelu}(W_1 h)$, $m = 4d$ | yes | as many as for q |
+# | Llama | RMS norm | rotations of q and k | that of section 1 | no | as many, or fewer |
 #
-# So a GPT-2 has
+# So a GPT-2 of vocabulary $V$, with at most $P$ positions, has
 #
 # $$\underbrace{Vd}_{\text{tokens}} + \underbrace{Pd}_{\text{positions}} + L\,(\underbrace{4d^2 + 4d}_{\text{attention}}
 #   + \underbrace{8d^2 + 5d}_{\text{MLP}} + \underbrace{4d}_{\text{two norms}}) + \underbrace{2d}_{\text{last norm}}$$
 #
-# parameters (its output table *is* the token table: tied), and a Llama with $H$ query heads and $K$ key heads of $D$
-# channels and an MLP of width $m$ has, with $V' = V$ if the output table is tied and $2V$ if not,
+# parameters (its output table *is* the token table: they are **tied**), and a Llama, with $V' = V$ if the output table
+# is tied and $2V$ if not,
 #
 # $$V'd + L\,(2\,d\,HD + 2\,d\,KD + 3\,d\,m + 2d) + d .$$
 #
 # Count the other way by building the model. `seed=None` builds it without allocating a weight, so that a laptop can
 # count GPT-3.
+#
+# **Predict:** its paper calls GPT-2 small "117M" (Radford et al. 2019, Table 2). By the formula, with $V = 50{,}257$,
+# $P = 1024$, $d = 768$, $L = 12$: how many millions are in the tables, and how many in all?
 
 # %%
 def gpt2_formula(c):
@@ -92,7 +285,7 @@ llama2_7b = llama(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=4096, tie_word_embeddings=False,
 )  # fmt: skip
-print("model              by formula         by counting        published")
+print("\nmodel              by formula         by counting        published")
 for name, c, formula, published in (
     ("GPT-2 small", gpt2_small, gpt2_formula, "124,439,808 (its checkpoint)"),
     ("GPT-3", gpt3, gpt2_formula, "175.0B (Brown et al. 2020, table 2.1)"),
@@ -106,141 +299,14 @@ for name, c, formula, published in (
         assert counted == int(published.split()[0].replace(",", ""))
     else:
         assert abs(counted / 175.0e9 - 1) < 0.003
+tables = (50257 + 1024) * 768
+print(f"the two tables of GPT-2 small: {tables:,}")
+assert round(tables / 1e6, 1) == 39.4 and round(gpt2_formula(gpt2_small) / 1e6, 1) == 124.4
 
 # %% [markdown]
-# GPT-3's own shape gives 174.6 billion: the paper's 175.0B is rounded. GPT-2 small is often called "117M", the
-# figure of the first announcement; the checkpoint holds 124 million.
+# 39.4 million are in the two tables, and 124.4 million in all: the checkpoint holds more than its name said. GPT-3's
+# shape gives 174.6 billion, which the paper rounds to 175.0B.
 #
-# ## 2 · Attention by hand
-#
-# In attention a token looks at others, and a filled square says that the token of its row sees the token of its column.
-
-# %%
-diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
-
-# %% [markdown]
-# At each position $t$ a head has a query $q_t$ (what am I looking for?), and at each position $s$ a key $k_s$ (what is
-# here?) and a value $v_s$ (what do I hand over?). Position $t$ receives a weighted average of the values it may see:
-#
-# $$o_t = \sum_{s \le t} a_{ts}\, v_s, \qquad
-#   a_{t\cdot} = \mathrm{softmax}\Big(\frac{q_t \cdot k_s}{\sqrt D}\Big)_{s \le t} .$$
-#
-# $s \le t$ is the *causal mask*: a model that is to predict the next token must not look at it. Grouped-query attention
-# lets several query heads share one key head: head $h$ of $H$ reads key head $\lfloor h / (H/K) \rfloor$.
-
-# %%
-def attention_by_hand(q, k, v):
-    """q [T, H, D], k and v [T, K, D] -> [T, H, D], one query at a time."""
-    (T, H, D), K = q.shape, k.shape[1]
-    out = np.empty_like(q)
-    for t in range(T):
-        for h in range(H):
-            j = h // (H // K)
-            scores = k[: t + 1, j] @ q[t, h] / math.sqrt(D)  # [t + 1]: only what has been
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ v[: t + 1, j] / weights.sum()
-    return out
-
-
-rng = np.random.default_rng(0)
-q, k, v = rng.standard_normal((10, 4, 8)), rng.standard_normal((10, 2, 8)), rng.standard_normal((10, 2, 8))
-one_batch = [mp.Tensor(a.swapaxes(0, 1)[None]) for a in (q, k, v)]  # [1, heads, T, D]
-op = F.scaled_dot_product_attention(*one_batch, is_causal=True).data[0].swapaxes(0, 1)
-print("\nattention, our loops against the library's op:", np.abs(attention_by_hand(q, k, v) - op).max())
-assert np.allclose(attention_by_hand(q, k, v), op, atol=1e-14)
-
-# %% [markdown]
-# ## 3 · Rotary positions: only distances matter
-#
-# Attention itself does not know order. GPT-2 adds a learned vector per position. Llama rotates: it reads each pair of
-# channels of $q$ and $k$ as one complex number and turns it by an angle proportional to the position,
-#
-# $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
-#   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
-#   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
-#
-# so that the score depends on the distance $m - n$ and on nothing else. Each pair has its own speed:
-# $\theta_i = 10000^{-2i/D}$, fast hands and slow hands of a clock.
-
-# %%
-D = 64
-theta = 10000.0 ** (-np.arange(D // 2) / (D // 2))  # [D/2]
-
-
-def rope(x, position):
-    """The library's rotation of one vector [D] at one position."""
-    angle = position * theta[None, None]  # [1, 1, D/2]
-    return F.rope(mp.Tensor(x[None, None, None]), np.cos(angle), np.sin(angle)).data[0, 0, 0]
-
-
-def rope_by_hand(x, position):
-    z = (x[: D // 2] + 1j * x[D // 2 :]) * np.exp(1j * position * theta)
-    return np.concatenate([z.real, z.imag])
-
-
-q, k = rng.standard_normal((2, D))
-assert np.allclose(rope(q, 17), rope_by_hand(q, 17), atol=1e-14)
-print("rotary scores q·k at distance 7, wherever it is:", end=" ")
-scores = [rope(q, m) @ rope(k, m - 7) for m in (7, 107, 5007)]
-print("  ".join(f"{s:.10f}" for s in scores), f"  at distance 8: {rope(q, 8) @ rope(k, 0):.10f}")
-assert np.allclose(scores, scores[0], atol=1e-9)
-assert abs(rope(q, 8) @ rope(k, 0) - scores[0]) > 1e-3
-assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation keeps the length"
-
-# %% [markdown]
-# ## 4 · The whole model in thirty lines, and the residual stream
-#
-# Here is all of Llama, on one sequence, in NumPy. Each block *adds* to the stream `x`, and reads it through a norm:
-# $x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x))$, then $x \leftarrow x + \mathrm{MLP}(\mathrm{norm}(x))$.
-# Because the norm stands on the branch and not on the stream ("pre-norm"), a gradient walks from the last norm down to
-# the embedding without passing through anything; and the final stream is the embedding plus what each branch wrote.
-
-# %%
-def llama_by_hand(model, ids):
-    """ids [T] -> (logits [T, V], what was written into the residual stream)."""
-    c = model.config
-    p = {name: mp.backend.to_numpy(a) for name, a in model.state_dict().items()}
-    T, D = len(ids), c.head_dim
-    angle = np.arange(T)[:, None] * c.rope_theta ** (-np.arange(D // 2) / (D // 2))  # [T, D/2]
-    turn = np.exp(1j * angle)[:, None]  # [T, 1, D/2]
-
-    def norm(x, weight):
-        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + c.rms_norm_eps) * weight
-
-    def rotate(x):  # [T, heads, D]
-        z = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * turn
-        return np.concatenate([z.real, z.imag], axis=-1)
-
-    x = p["model.embed_tokens.weight"][ids]  # [T, d]
-    written = [x]
-    for i in range(c.num_hidden_layers):
-        here = f"model.layers.{i}."
-        w = {name.removeprefix(here): a for name, a in p.items() if name.startswith(here)}
-        h = norm(x, w["input_layernorm.weight"])
-        q, k, v = ((h @ w[f"self_attn.{name}_proj.weight"].T).reshape(T, -1, D) for name in "qkv")  # [T, heads, D]
-        attention = attention_by_hand(rotate(q), rotate(k), v).reshape(T, -1) @ w["self_attn.o_proj.weight"].T
-        x = x + attention
-        h = norm(x, w["post_attention_layernorm.weight"])
-        gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
-        mlp = (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
-        x = x + mlp
-        written += [attention, mlp]
-    assert np.allclose(x, sum(written), atol=1e-5), "the stream is the sum of what was written into it"
-    return norm(x, p["model.norm.weight"]) @ p["model.embed_tokens.weight"].T, written
-
-
-VOCAB, PERIOD = 32, 16
-config = llama(
-    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128,
-)  # fmt: skip
-model = mp.Transformer(config, seed=0)
-ids = rng.integers(0, VOCAB, 2 * PERIOD)
-(by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).numpy()[0]
-print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:", np.abs(by_hand - logits).max())
-assert np.allclose(by_hand, logits, atol=1e-5)
-
-# %% [markdown]
 # ## 5 · Watch one learn
 #
 # A task whose best possible loss we know exactly: 16 random letters of an alphabet of 32, then the same 16 again.
@@ -251,7 +317,8 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 #   letter, every letter is equally likely.
 #
 # The sequence offers 31 predictions, 15 of letters that are pure chance. So the bigram baseline is 3.466 and the floor
-# is $\frac{15}{31} \ln 32 = 1.677$. To come below the baseline, the model has to look back 15 positions.
+# is $\frac{15}{31} \ln 32 = 1.677$. To come below the baseline, the model has to look back 15 positions: there stands
+# the letter that comes next.
 
 # %%
 BASELINE, FLOOR = math.log(VOCAB), 15 / 31 * math.log(VOCAB)
@@ -264,13 +331,13 @@ def sequences(generator, n):
 
 def train(model, steps, seed=0):
     """Loss per step, each on 32 sequences that were never seen before."""
-    optimizer = mp.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = mp.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)  # without its decay: Adam of Lesson 0
     generator, losses = np.random.default_rng(seed), []
     for step in range(steps):
         batch = sequences(generator, 32)
         loss = model.loss(batch, batch)
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30)  # warm up: the first gradients are the wildest
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30)  # warm-up (Lesson 0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -303,10 +370,14 @@ if not REDUCED:
     assert halves[1] < 0.05 and halves[0] > BASELINE - 0.1
 
 # %% [markdown]
-# Which head does it? The library's attention op never builds the table of weights $a_{ts}$, so we open it up: a module
-# that takes the place of each `self_attn`, uses its projections, and keeps the weights in sight. This is *model
-# surgery*, the way every method in this project works: `copy(share=True)` makes a new tree over the same arrays,
-# `replace` puts a module where another was, and the original is untouched.
+# The first half stays at chance, and the second is learned: the mean reaches the floor and does not cross it.
+#
+# Which head does it? The library's attention op does not hand out the weights $a_{ts}$, so we open it up: a module that
+# takes the place of each `self_attn`, uses its matrices, and keeps the weights in sight. (This is how all methods of
+# the course change a model: `copy(share=True)` makes a new model over the same arrays, `replace` puts a module where
+# another was, and the original is untouched.)
+#
+# **Predict:** there are two layers of four heads. How many of the eight learn to look 15 positions back?
 
 # %%
 class OpenAttention(mp.nn.Module):
@@ -321,7 +392,8 @@ class OpenAttention(mp.nn.Module):
         def heads(y):  # [B, T, H * D] -> [B, H, T, D]
             return y.reshape(B, T, -1, a.head_dim).swapaxes(1, 2)
 
-        q, k = F.rope(heads(a.q_proj(x)), *context.rotation), F.rope(heads(a.k_proj(x)), *context.rotation)
+        cos, sin = context.rotation  # of each position's angles (section 3)
+        q, k = F.rope(heads(a.q_proj(x)), cos, sin), F.rope(heads(a.k_proj(x)), cos, sin)
         xp = mp.backend.xp_of(q.data)  # NumPy, or CuPy on a GPU
         group = xp.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # which key head each query head reads
         k, v = k[:, group], heads(a.v_proj(x))[:, group]
@@ -348,18 +420,20 @@ patterns = np.stack([block.self_attn.weights.mean(axis=0) for block in watched.m
 looks_back = np.array(
     [[np.diagonal(head, -(PERIOD - 1)).mean() for head in layer] for layer in patterns]
 )  # weight at distance 15
-layer, head = np.unravel_index(looks_back.argmax(), looks_back.shape)
-print("attention paid to the position 15 back, by layer and head:\n", looks_back.round(2))
-print(f"layer {layer}, head {head} does it: there stands the letter that came next, last time")
+print("\nattention paid to the position 15 back; a row for each layer, a column for each head:\n", looks_back.round(2))
 if not REDUCED:
-    assert looks_back.max() > 0.8
+    print(f"of the heads of layer 0 (the first), {(looks_back[0] > 0.8).sum()} look back; of layer 1, {(looks_back[1] > 0.8).sum()}")
+    assert looks_back[1].min() > 0.8 and looks_back[0].max() < 0.5
 
 # %% [markdown]
+# All four of the last layer, and none of the first: there stands the letter that comes next.
+#
 # ## 6 · Writing, and the cache
 #
 # To write, the model predicts a token, appends it, and predicts again. Done naively, token number $T$ costs a forward
 # pass over all $T$ positions. But the causal mask means that earlier positions never learn of later ones: their keys
-# and values do not change. So keep them (`KVCache`) and compute only the new position; its query reads the kept keys.
+# and values do not change. So keep them, in the **KV cache**, and compute only the new position; its query reads the
+# kept keys.
 #
 # The cache must change nothing but the time. We give the model the 16 letters and let it write the repetition.
 
@@ -368,21 +442,21 @@ prompt = sequences(np.random.default_rng(5), 4)[:, : PERIOD + 1]  # the 16 lette
 written = model.generate(prompt, max_new_tokens=15)
 without = model.generate(prompt, max_new_tokens=15, use_cache=False)
 letters = "abcdefghijklmnopqrstuvwxyzABCDEF"
-print("\nprompt           continuation    (greedy)")
+print("\nprompt           continuation    (each time the likeliest letter)")
 for row in written:
     text = "".join(letters[i] for i in row)
     print(f"{text[: PERIOD + 1]} {text[PERIOD + 1 :]}")
 copied = (written[:, PERIOD:] == written[:, :PERIOD]).mean()
 print(f"letters copied rightly: {copied:.0%}; cached equals uncached, token for token: {(written == without).all()}")
 assert np.array_equal(written, without)
-options = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+options = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 3}  # drawn from the likeliest 90 %
 assert np.array_equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
 if not REDUCED:
     assert copied > 0.95
 
 # %% [markdown]
-# What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers,
-# $2 \cdot L \cdot K \cdot D$ numbers. Grouped-query attention divides this by $H/K$, which is what it was invented for.
+# What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers, $2 \cdot L
+# \cdot K \cdot D$ numbers. Grouped-query attention divides this by $H/K$, which is its purpose (Ainslie et al.).
 
 # %%
 def cache_bytes(c, positions, itemsize):
@@ -397,9 +471,12 @@ for name, c, length in (("SmolLM2-135M", smollm2, 2048), ("Llama 2 7B", llama2_7
     print(f"  {name:12s} at {length} positions, float16: {cache_bytes(c, length, 2) / 2**20:8,.0f} MiB")
 
 # %% [markdown]
-# And what does it buy? A model with random weights is as slow as a trained one, so take a somewhat larger one and look at
-# one token at several lengths, with and without the cache: how many positions pass through a layer for it, and how long
-# it takes. The work is the same on every machine; the clock is this machine's, at this moment.
+# And what does it buy? A model with random weights does the same products as a trained one, so take a somewhat larger
+# one and look at one token at several lengths, with and without the cache: how many positions pass through a layer for
+# it, and how long it takes. The work is the same on every machine; the clock is this machine's, at this moment.
+#
+# **Predict:** 960 positions have been read. How many pass through a layer for the next token, without the cache and
+# with? Is it faster by the same factor?
 
 # %%
 larger = mp.Transformer(
@@ -433,14 +510,15 @@ for n in lengths:
     cached.append(b)
 
 # %% [markdown]
-# The time ratio stays below the ratio of the work: one position at a time is a matrix-*vector* product, which reads the
-# whole weight for a single use, and each step has overheads that do not depend on the length.
+# 961 against 1. The ratio of the times depends on the machine and on what else it does. Where it is below the ratio of
+# the work, each token also costs what does not depend on the length, such as Python's calls.
 #
 # ## 7 · Break it: let the model peek
 #
-# Take the causal mask away and train on the same task. Nothing crashes, and the loss falls beautifully: *below the
-# floor*, which no honest predictor of random letters can cross. That is the signature of a leak: the answer stands in
-# the input, one position to the right. Then ask the model to write, when there is nothing on the right to read.
+# Take the causal mask away and train on the same task. Then ask the model to write, when there is nothing on the right
+# to read.
+#
+# **Predict:** where does the training loss end, above the floor of 1.677 or below? And how well does the model write?
 
 # %%
 peeking = opened(mp.Transformer(config, seed=0), causal=False)
@@ -452,15 +530,20 @@ for _ in range(15):
         row = np.concatenate([row, peeking(row).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1)
 peek_copied = (row[:, PERIOD + 1 :] == row[:, 1:PERIOD]).mean()
 honest_copied = (written[:, PERIOD + 1 :] == written[:, 1:PERIOD]).mean()
-print(f"writing the repetition: {peek_copied:.0%} of letters right; the honest model: {honest_copied:.0%}; chance: 3%")
+print(f"writing the repetition: {peek_copied:.0%} of letters right; the honest model: {honest_copied:.0%}; chance: {1 / VOCAB:.0%}")
 if not REDUCED:
     assert peeked[-1] < 0.5 * FLOOR
     assert peek_copied < 0.5 < honest_copied
 
 # %% [markdown]
-# The second classic is quieter: prompts of different lengths in one batch, padded on the left. Two things must be
-# right: nobody may *see* the padding (the mask), and positions must start at the first real token. Compare the logits
-# of a padded prompt with those of the prompt alone.
+# Nothing crashed, and the loss fell *below the floor*, which no honest predictor of random letters can cross. That is
+# the sign of a leak: the answer stands in the input, one position to the right.
+#
+# A second mistake is quieter. Prompts of different lengths in one batch are filled up on the left, with **padding**.
+# Two things must be right: nobody may *see* the padding (the mask), and positions must start at the first real token.
+# Compare the logits of a padded prompt with those of the prompt alone.
+#
+# **Predict:** the positions are wrong, counted from the padding. Which model notices, GPT-2 or Llama?
 
 # %%
 short = rng.integers(0, VOCAB, (1, 6))
@@ -483,18 +566,20 @@ assert changes["llama"][1] < 1e-3, "rotary positions: only distances matter, and
 assert changes["gpt2"][2] > 0.1 and changes["llama"][2] > 0.1
 
 # %% [markdown]
-# Wrong positions ruin GPT-2 and leave Llama as it was: section 3 in action. A bug that one model forgives is a bug that
-# tests on that model do not find.
+# Wrong positions change GPT-2's logits by far and leave Llama's as they were: section 3 in action. A test on Llama
+# alone would not find this mistake.
 #
 # ## The picture
 #
-# Left: the loss of the honest model meets the floor; the peeking one dives through it. Middle: the attention of the
-# head that learned to copy, averaged over 256 sequences; the bright stripe is "15 back", where the letter stands that
-# came next last time. In the first half there is nothing to find, and the head looks about. Right: the cost of a token.
+# Left: the loss of the honest model meets the floor; the peeking one dives through it. Middle: the attention of all
+# eight heads, averaged over 256 sequences (a row looks, a column is looked at). The bright stripe in the lower row is
+# "15 back". In the first half of a sequence there is nothing to find there. Right: the time of a token.
 
 # %%
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+fig = plt.figure(figsize=(16, 4.6), layout="constrained")
+parts = fig.subfigures(1, 3, width_ratios=[1, 1.75, 1])
+a, heads, c = parts[0].subplots(), parts[1].subplots(2, 4, sharex=True, sharey=True), parts[2].subplots()
 a.plot(losses, color=BLUE, label="with the causal mask")
 a.plot(peeked, color=ORANGE, label="mask forgotten")
 for level, name in ((BASELINE, "bigram table"), (FLOOR, "floor: what can be known")):
@@ -502,14 +587,16 @@ for level, name in ((BASELINE, "bigram table"), (FLOOR, "floor: what can be know
     up = level == BASELINE
     place = {"ha": "right", "va": "bottom" if up else "top", "fontsize": 9, "color": GREY}
     a.text(len(losses), level + (0.05 if up else -0.08), name, **place)
-a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="A loss that is too good is a leak")
+a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="A loss that is too good is a leak" if not REDUCED else "Reduced: too few steps")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
-image = b.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)
-b.set(
-    xlabel="position looked at", ylabel="position that looks", title=f"Layer {layer}, head {head}: 15 back",
-    xticks=range(0, 32, 8), yticks=range(0, 32, 8),
-)  # fmt: skip
-fig.colorbar(image, ax=b, shrink=0.85, label="attention")
+for (layer, head), axis in np.ndenumerate(heads):
+    image = axis.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)
+    axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+    axis.set(xticks=range(0, 32, 16), yticks=range(0, 32, 16))
+parts[1].suptitle("Who looks 15 positions back?")
+parts[1].supxlabel("position looked at", fontsize=10)
+parts[1].supylabel("position that looks", fontsize=10)
+parts[1].colorbar(image, ax=heads, shrink=0.7, label="attention")
 c.loglog(lengths, np.array(uncached) * 1e3, "o-", color=ORANGE, label="everything anew")
 c.loglog(lengths, np.array(cached) * 1e3, "s-", color=BLUE, label="with the KV cache")
 c.set(xlabel="positions so far", ylabel="milliseconds for one token", title="What the cache buys")

@@ -5,10 +5,14 @@
 # and a method's options. This lesson recomputes famous ones, audits the literature and finds three slips, derives what
 # a training step keeps in memory, and holds the predictions against measurements: its own, and others'.
 #
-# You need the lessons on LoRA and QLoRA. Run it with `python lessons/12_counting.py` (a quarter of a minute on two
-# cores), or open it as a notebook. The same is at the terminal: `minipeft count`, `memory` and `audit`. *This engine*
-# is the package's own, of lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$. Environment: `MINIPEFT_REDUCED=1`
-# measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 22 minutes (200 words or 25 lines of code a
+# minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
+# as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it. The same is at
+# the terminal: `minipeft count`, `memory` and `audit`. *This engine* is the package's own, of Lessons 1 and 2. GB are
+# $10^9$ bytes, GiB $2^{30}$.
+#
+# Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes
+# (`lessons/out`).
 
 # %%
 import os
@@ -39,6 +43,9 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+if REDUCED:
+    print("REDUCED SETTING: the small model of sections 4, 5 and 7 is a quarter as wide, and section 8 predicts every fourth")
+    print("run. What the text says of that model (222, a quarter, 2 %, 44) holds for the full lesson alone.\n")
 
 
 def built(model, *configs):
@@ -54,9 +61,9 @@ def built(model, *configs):
 #
 # $$d k \quad\text{against}\quad r\,(d + k), \qquad \frac{dk}{r(d+k)} = \frac{d}{2r} \text{ for } d = k .$$
 #
-# The textbook's example is $d = k = 4096$, $r = 8$: "256 times fewer". An *adapter* is two layers, from width $d$ to a
-# small $m$ and back, put behind a part of the model: $2dm$ weights, and $m + d$ biases that summaries like to forget
-# ("1.6M in 12 layers" for $1024 \to 64$). A *prompt* is $P$ trained vectors in front of the input, $Pd$ numbers.
+# For $d = k = 4096$ and $r = 8$ that is "256 times fewer". An *adapter* is two layers, from width $d$ to a small $m$
+# and back, put behind a part of the model: $2dm$ weights, and $m + d$ biases, which a count of "1.6M in 12 layers" for
+# $1024 \to 64$ leaves out. A *prompt* is $P$ trained vectors in front of the input, $Pd$ numbers.
 
 # %%
 layer = mp.nn.Sequential(mp.nn.Linear(4096, 4096, bias=False, seed=None))
@@ -78,8 +85,10 @@ assert prompt == 100 * 1024 == 102_400
 # GPT-2's code, which is used here, makes query, key and value in one `c_attn`; `enable_lora` says which of the three
 # are adapted.
 #
-# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4). This package builds no T5; its
-# numbers are counted from a table of shapes.
+# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5, another family of models).
+# This package builds no T5; its numbers are counted from a table of shapes.
+#
+# **Predict:** GPT-3 has 175 billion parameters. How many millions does LoRA train with $r = 1$ on query and value?
 
 # %%
 gpt3 = mp.Transformer(architecture("gpt3").config, seed=None)
@@ -125,6 +134,8 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 # The package ships published figures, with what is known of their options, and computes them again. Some prove little:
 # an option that nobody printed, such as a length, was solved for from the figure itself. Nor are they a sample of the
 # field: see where they come from. Three that do not follow have a second witness, which tells what happened.
+#
+# **Predict:** of some 300 figures, how many do not follow from what their source says?
 
 # %%
 findings = audit()
@@ -164,8 +175,12 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 # "more than 780 GB" for 65B. Why the copy, called *master*? In 16 bits an update much smaller than the weight is
 # rounded away, at every step; the copy collects such updates (Lesson 17 trains without and with one).
 #
-# A frozen parameter costs its storage alone: 2 bytes, or in NF4 a little more than half a byte, for a block of 64
-# weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$ bits.
+# A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
+# for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
+# bits.
+#
+# **Predict:** LLaMA has 65 billion parameters. With LoRA of rank 64, in 16 bits or in NF4: which fits on a GPU of 48
+# GB?
 
 # %%
 llama = architecture("llama-65b")
@@ -264,7 +279,7 @@ print(f"{in_pytorch(gpt, attention='eager'):,.0f} in transformers today")
 # | **sum** | $20h + 4k + 4a + 8f + 8$ | $6h + 2k + a(s' + 1) + 3f + 2$ |
 #
 # **LoRA.** A frozen layer's weight has no gradient, so its input need not be kept, unless another gradient needs it.
-# **Guess first**: LoRA of rank 8 on query and value trains one number in 222 of this model. How much less does a block
+# **Predict:** LoRA of rank 8 on query and value trains one number in 222 of this model. How much less does a block
 # keep: a 222nd, a tenth, a half?
 
 # %%
@@ -343,11 +358,12 @@ mp.backend.set_num_threads(threads)
 assert bars["QLoRA"][1]["peak"] < bars["LoRA"][1]["peak"] < bars["full"][1]["peak"]
 
 # %% [markdown]
-# `pytorch_ledger` is of a **standard PyTorch loop**, of the libraries transformers and PEFT on a GPU: the terms of
-# section 4, and what their code allocates beside them. *Logits* are the head's output, a number for each word of the
-# vocabulary and each token. Their loss takes three such arrays in float32 at once: 12 bytes a token and word.
+# `pytorch_ledger` is of a **standard PyTorch loop**, of Hugging Face's libraries transformers and PEFT on a GPU: the
+# terms of section 4, and what their code allocates beside them. *Logits* are the head's output, a number for each entry
+# ("word") of the vocabulary and each token. Their loss takes three such arrays in float32 at once: 12 bytes a token and
+# word.
 #
-# **Guess first**: Llama-3-70B in NF4, LoRA of rank 64 on all linear layers, 4 sequences of 4,096 tokens, checkpointing
+# **Predict:** Llama-3-70B in NF4, LoRA of rank 64 on all linear layers, 4 sequences of 4,096 tokens, checkpointing
 # and flash attention. The weights in four bits take 40 GB. What is the largest of the rest: the optimizer's states, the
 # inputs of the 80 blocks, or something else? And does it fit on 80 GB? With eager attention?
 
@@ -399,6 +415,9 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 # ledger was written; of those *held out*, only the settings were. "At first" counts what was predicted of these before
 # their values were seen; the corrections that came later explain misses by what the code of a run allocates. In the
 # reasons, FSDP is PyTorch's way of sharing weights out over GPUs.
+#
+# **Predict:** of the published runs, which share does the ledger predict within 15 %? Are the misses too high or too
+# low?
 
 # %%
 runs = footprints()
@@ -418,16 +437,16 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 
 # %% [markdown]
 # More than four of five; of memory that was *allocated*, which is what a ledger counts, nine of ten. Each miss says too
-# little. Where memory was not *allocated* but *reserved*, an allocator has pieces with gaps, and what the driver reports
-# as *used* is more still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all in full. Leave a
-# margin.
+# little. Where memory was not *allocated* but *reserved*, an allocator has pieces with gaps, and what the driver
+# reports as *used* is more still. One miss has no known cause, and some reasons are guesses: `minipeft audit
+# --footprints` prints all in full. Leave a margin.
 #
 # ## 7 · Time
 #
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
 #
-# **Guess first**: LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
+# **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
 # step?
 
 # %%
@@ -471,7 +490,10 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # **Count what is there.** The head of GPT-2 is its embedding. Counted as a matrix of its own it adds 39 million
 # parameters that nobody stores. And an array of packed weights has half as many elements as the matrix.
 #
-# **Forget a term.** Predict the published runs again, without the logits, and without all that the batch needs.
+# **Forget a term.** The ledger predicts the published runs again, without the logits, and without all that the batch
+# needs.
+#
+# **Predict:** how many of them are then still within 15 %?
 
 # %%
 gpt2 = architecture("gpt2")
