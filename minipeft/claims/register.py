@@ -270,8 +270,9 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
 
 
 def _modules(section: str) -> tuple[str, ...]:
-    """Where the rules of a section are: in its own module, and of those that train, in three others."""
-    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules"))
+    """Where the rules of a section are: in its own module, and of those that train, in four others."""
+    names = (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules", "chain_rules")
+    return tuple(f"{__package__}.{name}" for name in names)
 
 
 # ------------------------------------------------------------------------------------------------- what rules share

@@ -1,0 +1,380 @@
+"""Learning from human feedback as one chain on one model, and what PPO does along it.
+
+    base ─► SFT ─► reward model ─► PPO            each stage starts from the weights of the stage before it
+              └──────────────────────┘            and the SFT model is PPO's reference
+
+    prompt         the first four words of a verse of the Bible in Basic English: "And the servant came"
+    demonstration  the rest of such a verse, if it is one short sentence
+    comparison     two answers of the SFT model to one prompt, of which a rater prefers one; a judge is a reward model
+                   that learns from a number of comparisons
+    gold           what the rater goes by, and what a person would say: the answer ends its sentence, kindly, in English
+
+        gold = [ended] · known · ½^repeated · min(1, words / 8) · (1 + VADER) / 2            in [0, 1]
+
+known is the share of the answer's pairs of adjacent words that stand in the training verses, each different pair counted
+once; repeated is the number of its words that were said before, in prompt or answer, and are none of the FREE ones. So
+what no verse would say costs, "God is God" costs half, and so does an answer of four words, which says little. VADER
+(Hutto & Gilbert 2014) is the sentiment of prompt and answer, in [-1, 1]; prompts are neutral. The rater adds noise
+(`rlhf.rank`). The gold trains nothing: judges stand between.
+
+A seed draws the demonstrations, the prompts of the comparisons, the answers, the rater's noise, the judge's head, and the
+order of all batches. Reports are on prompts with which no verse begins that a stage or the base has learned from. Temperature is 0.7 in sampling and in every log-probability.
+
+Source of the design: Gao, Schulman and Hilton 2022, Scaling Laws for Reward Model Overoptimization (arXiv:2210.10760):
+judges that learn from a gold reward's labels, PPO and best of n against each of them, and the gold over sqrt(KL).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from .. import rlhf
+from ..autograd.tensor import no_grad
+from ..backend import to_numpy
+from ..evaluation.intervals import mean
+from ..experiments.rows import Row
+from ..experiments.shipped import base, rounded
+from ..peft import LoraConfig, get_peft_model
+from ..rlhf.baseline import best_of_n_kl
+from ..text.corpora import bible
+from ..text.examples import IGNORE, Example
+from ..train import Trainer, TrainingArguments
+from .protocol import version
+
+SEEDS, BREAKING = (1, 2, 3, 4, 5), (1, 2, 3)  # the seeds; those under which something is broken
+SIZES = ("head", "lora", "full")  # what of a reward model is trained
+COMPARISONS = (100, 600, 2000)
+BETAS = (0.0, 0.05, 0.2)
+WORDS, CHARACTERS = 4, 90  # of a prompt; of a demonstration's verse, at most
+DEMONSTRATIONS, HELD_OUT, BEST_OF = 1000, 256, 16
+LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
+ENOUGH = 8  # words of an answer
+UPDATES, CHECKS = 32, (4, 8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
+RATES = {"sft": 1e-3, "head": 1e-2, "lora": 2e-3, "full": 1e-3, "ppo": 2e-4}
+
+# words that may be said again
+FREE = frozenset("""a all am and any are as at be been but by for from had has have he her him his i if in into is it let
+me my no not of on one or our out said say says she so that the their them then there they this to up us was we were who
+will with you your""".split())
+
+# One thing that is done otherwise. Options of PPO, or what `Broken` does
+BROKEN: dict[str, dict[str, Any]] = {
+    "ten times the rate": {"learning_rate": 10 * RATES["ppo"]},
+    "no clipping": {"cliprange": 1e6, "cliprange_value": 1e6},
+    "ten times the reward": {},
+    "no price of a missing end": {"missing_eos_penalty": None},
+    "returns from whitened advantages": {},
+    "sampled at another temperature": {},
+}
+PUSHES = [("sft", "ten times the rate"), *(("ppo", what) for what in BROKEN)]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a row is the result of.
+
+    stage        "base", "sft"; "chosen": the SFT model, trained further on the preferred answers; "best": the best of
+                 BEST_OF answers of the SFT model by the judge; "ppo"
+    judge        what of the reward model was trained, one of SIZES, on this number of comparisons
+    beta         the price of KL
+    broken       of PPO, one of BROKEN; of SFT, "ten times the rate"
+    """
+
+    seed: int
+    stage: str
+    judge: str = SIZES[-1]
+    comparisons: int = COMPARISONS[-1]
+    beta: float = 0.05
+    broken: str = ""
+    base: str = ""  # of which base, see `version`
+
+
+JUDGES = [*((size, COMPARISONS[1]) for size in SIZES), *((SIZES[-1], n) for n in (COMPARISONS[0], COMPARISONS[2]))]
+
+
+def of_seed(seed: int) -> list[Chain]:
+    """All runs of a seed."""
+    made = partial(Chain, seed, base=version())
+    return [
+        *map(made, ("base", "sft", "chosen")),
+        *(made("best", *judge) for judge in JUDGES),
+        *(made("ppo", *judge, beta=0.0) for judge in JUDGES),
+        *(made("ppo", beta=beta) for beta in BETAS[1:]),
+        *(made(stage, broken=what) for stage, what in PUSHES if seed in BREAKING),
+    ]  # fmt: skip
+
+
+def runs() -> list[Chain]:
+    """All runs, seed by seed."""
+    return [run for seed in SEEDS for run in of_seed(seed)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+def pairs_of_words(text: str, before: str = "") -> list[tuple[str, str]]:
+    """Adjacent words and marks of a text, in small letters; the first with the last one of what stands before."""
+    words = re.findall(r"[a-z'-]+|[.,:;?!]", text.lower())
+    return list(zip([*re.findall(r"[a-z'-]+", before.lower())[-1:], *words], words if before else words[1:]))
+
+
+@cache
+def known() -> frozenset[tuple[str, str]]:
+    """Every pair of the training verses."""
+    return frozenset(pair for verse in bible("train") for pair in pairs_of_words(verse.basic_english))
+
+
+def form(prompt: str, answer: str) -> float:
+    """The part of the gold that is neither the end nor kind: known · ½^repeated · min(1, words / 8); 0 without words."""
+    said, own = ([w.removesuffix("'s") for w in re.findall(r"[a-z'-]+", text.lower())] for text in (prompt, answer))
+    if not own:
+        return 0.0
+    found = pairs_of_words(answer, prompt)
+    repeated = sum(word not in FREE and word in (*said, *own[:i]) for i, word in enumerate(own))
+    return len({*found} & known()) / len(found) / 2**repeated * min(1, len(own) / ENOUGH)
+
+
+def gold(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+    """The gold reward of answers: float64 [n] in [0, 1]."""
+    kind = (1 + rlhf.vader([prompt + answer for prompt, answer in zip(prompts, answers)])) / 2
+    return np.asarray(ended, float) * kind * [form(prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+
+def texts_of(roll: rlhf.Rollout) -> tuple[list[str], list[str], np.ndarray]:
+    """(prompts, answers, whether they ended) of a rollout."""
+    decode = partial(base()[1].decode, skip_special_tokens=True)
+    return [*map(decode, roll.prompts())], [*map(decode, roll.responses())], to_numpy(roll.ended)
+
+
+@cache
+def sentences(split: str) -> dict[str, str]:
+    """{neutral prompt: the first verse that begins with it}."""
+    found: dict[str, str] = {}
+    for verse in bible(split):
+        found.setdefault(" ".join(verse.basic_english.split()[:WORDS]), verse.basic_english)
+    openings = [opening for opening in found if len(found[opening].split()) > WORDS]
+    return {opening: found[opening] for opening, score in zip(openings, rlhf.vader(openings)) if score == 0}
+
+
+def encoded(prompts: Sequence[str]) -> list[list[int]]:
+    return [base()[1].encode(prompt) for prompt in prompts]
+
+
+@cache
+def held_out() -> list[list[int]]:
+    """The prompts of all reports, as token ids: with none of them does a training verse begin."""
+    every = [prompt for prompt in sentences("validation") | sentences("test") if prompt not in sentences("train")]
+    return encoded([every[i] for i in np.random.default_rng(0).permutation(len(every))[:HELD_OUT]])
+
+
+def demonstrations(seed: int) -> list[Example]:
+    """Short verses of one sentence, each with an end-of-text token; the answers are learned."""
+    short = [item for item in sentences("train").items() if len(item[1]) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", item[1])]
+    drawn = np.random.default_rng([seed, 0]).permutation(len(short))[:DEMONSTRATIONS]
+    return [example(base()[1].encode(short[i][0]), base()[1].encode(short[i][1][len(short[i][0]) :])) for i in drawn]
+
+
+def example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """Of which the answer is learned, and its end."""
+    ids = np.array([*prompt, *answer, *[base()[1].eos_token_id] * (answer[-1] != base()[1].eos_token_id)])
+    return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
+
+
+# ----------------------------------------------------------------------------------------------------------- the stages
+
+
+def fitted(model: Any, examples: Sequence[Any], rate: float, epochs: float, seed: int, **options: Any) -> Any:
+    """The model, trained in place."""
+    arguments = TrainingArguments(
+        learning_rate=rate, num_train_epochs=epochs, per_device_train_batch_size=16, warmup_ratio=0.1, seed=seed,
+        progress=False,
+    )  # fmt: skip
+    Trainer(model, examples, args=arguments, pad_token_id=base()[1].pad_token_id, **options).train()
+    return model
+
+
+@cache
+def sft(seed: int, faster: float = 1) -> Any:
+    """Stage 1: the base, trained on demonstrations."""
+    return fitted(base()[0].copy(), demonstrations(seed), faster * RATES["sft"], 2, seed)
+
+
+@cache
+def comparisons(seed: int) -> tuple[list[list[int]], list[Any], np.ndarray]:
+    """(prompts, two answers of the SFT model to each, the rater's order [n, 2]); fewer comparisons are the first of them."""
+    every, n = encoded([*sentences("train")]), max(COMPARISONS)
+    prompts = [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))[:n]]
+    stop = base()[1].eos_token_id
+    answers = rlhf.sample_answers(sft(seed), prompts, 2, LENGTH, TEMPERATURE, (stop,), seed, batch_size=256)
+    decode, ends = partial(base()[1].decode, skip_special_tokens=True), [[a[-1] == stop for a in own] for own in answers]
+    scores = [gold([decode(p)] * 2, [*map(decode, own)], ended) for p, own, ended in zip(prompts, answers, ends)]
+    return prompts, answers, rlhf.rank(np.array(scores), np.random.default_rng([seed, 2]), temperature=NOISE)
+
+
+@cache
+def judge(seed: int, size: str, n: int) -> rlhf.RewardModel:
+    """Stage 2: a reward model that starts from the SFT model; of its answers, rewards have mean 0 and variance 1."""
+    ranked = rlhf.rankings(*(part[:n] for part in comparisons(seed)))
+    texts = [text for ranking in ranked for text in ranking.texts][:512]
+    model = rlhf.RewardModel(sft(seed), seed=seed)
+    model.calibrate(texts)
+    trained: Any = model
+    if size == "head":
+        model.backbone.requires_grad_(False)
+    elif size == "lora":
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"])
+        trained = get_peft_model(model, config)
+    fitted(trained, ranked, RATES[size], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
+    model = trained.merge_and_unload() if size == "lora" else model
+    model.calibrate(texts)
+    return model
+
+
+class Broken(rlhf.PPOTrainer):
+    """PPO with one thing done otherwise."""
+
+    broken = ""
+
+    def rollout(self, group: int = 1) -> rlhf.Rollout:
+        """The answers; log-probabilities have the config's temperature, whatever that of sampling is."""
+        right = self.config.temperature
+        if self.broken == "sampled at another temperature":
+            self.config.temperature = 1.0
+        roll = super().rollout(group)
+        self.config.temperature = right
+        return roll
+
+    def epochs(self, batch: dict[str, Any]) -> dict[str, float]:
+        """The passes; R = A + V with A as it is in the loss, whitened, is the bug."""
+        if self.broken == "returns from whitened advantages":
+            batch["returns"] = batch["advantages"] + batch["old_values"]
+        return super().epochs(batch)
+
+
+COLUMNS = {
+    "proxy": "objective/raw_scores", "gold": "watch/gold", "kl": "objective/kl", "approxkl": "policy/approxkl",
+    "clipfrac": "policy/clipfrac", "entropy": "policy/entropy", "value_loss": "loss/value", "ratio_max": "val/ratio_max",
+    "grad_norm": "grad_norm", "distinct_2": "text/distinct_2", "length": "text/length",
+}  # fmt: skip
+
+
+def ppo(settings: Chain, check: Callable[[Any], Row]) -> tuple[Any, Row]:
+    """(the policy, {"history": statistics by update, "checks": {update: what `check` found}, "stopped"}): stage 3.
+
+    "stopped" is the error of a run that could not go on, and None otherwise. Without a price of KL all CHECKS are made,
+    otherwise the last."""
+    s, reward = settings, rlhf.learned_reward(judge(settings.seed, settings.judge, settings.comparisons))
+    options = {"learning_rate": RATES["ppo"], "missing_eos_penalty": 1.0} | BROKEN.get(s.broken, {})
+    config = rlhf.PPOConfig(
+        steps=UPDATES, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH, temperature=TEMPERATURE,
+        kl_coef=s.beta, max_kl=1e9, lr_scheduler_type="constant", seed=s.seed, progress=False, **options,
+    )  # fmt: skip
+    scale, policy = 10.0 if s.broken == "ten times the reward" else 1.0, sft(s.seed).copy()
+    trainer = Broken(
+        policy, lambda roll: scale * reward(roll), encoded([*sentences("train")]), config,
+        watch={"gold": lambda roll: gold(*texts_of(roll))},
+    )  # fmt: skip
+    trainer.broken, checks, stopped = s.broken, {}, None
+    try:
+        while trainer.updates < UPDATES:
+            trainer.step()
+            if trainer.updates in (CHECKS if s.beta == 0 else CHECKS[-1:]):
+                checks[str(trainer.updates)] = check(policy)
+    except (rlhf.RLHFError, FloatingPointError) as error:
+        stopped = str(error)
+    history = {name: [record[key] for record in trainer.history] for name, key in COLUMNS.items()}
+    return policy, {"history": history, "checks": checks, "stopped": stopped}
+
+
+# ----------------------------------------------------------------------------------------------------------- the reports
+
+
+def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
+    """Of a policy's answers to the held-out prompts.
+
+    gold, kl, proxy           [HELD_OUT]: the gold; log π(y) - log π_SFT(y), nats an answer; the judge's reward
+    kind, form, ended         means of the gold's three parts: VADER in [-1, 1], and shares
+    distinct_2, length        distinct pairs of tokens in all answers; tokens of an answer
+    """
+    parts, answers = [], []
+    with no_grad():
+        for i in range(0, HELD_OUT, 128):
+            stream = rlhf.rollouts.Rng(10_000 + seed, first_row=i)
+            roll = rlhf.rollout(policy, held_out()[i : i + 128], LENGTH, TEMPERATURE, (base()[1].eos_token_id,), stream)
+            given = roll.input_ids, roll.attention_mask, LENGTH, TEMPERATURE
+            ratio = rlhf.response_logprobs(policy, *given).data - rlhf.response_logprobs(sft(seed), *given).data
+            prompts, texts, ended = texts_of(roll)
+            kind = rlhf.vader([prompt + text for prompt, text in zip(prompts, texts)])
+            kl, shares = to_numpy((ratio * roll.mask).sum(axis=1)), [*map(form, prompts, texts)]
+            parts.append([gold(prompts, texts, ended), kl, to_numpy(reward.rewards(*given[:2]).data), kind, shares, ended])
+            answers += roll.responses()
+    columns = dict(zip(("gold", "kl", "proxy", "kind", "form", "ended"), np.concatenate(parts, axis=1, dtype=float)))
+    items = {name: columns[name].round(3).tolist() for name in ("gold", "kl", "proxy")}
+    means = {name: float(columns[name].mean()) for name in ("kind", "form", "ended")}
+    return items | means | {"distinct_2": rlhf.distinct_n(answers), "length": float(np.mean([*map(len, answers)]))}
+
+
+@cache
+def drawn(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """(texts, gold [HELD_OUT, BEST_OF]) of BEST_OF answers of the SFT model to each held-out prompt."""
+    stop, decode = base()[1].eos_token_id, partial(base()[1].decode, skip_special_tokens=True)
+    found = rlhf.sample_answers(
+        sft(seed), held_out(), BEST_OF, LENGTH, TEMPERATURE, (stop,), 20_000 + seed, batch_size=256
+    )  # fmt: skip
+    scores = [gold([decode(p)] * BEST_OF, [*map(decode, own)], [a[-1] == stop for a in own]) for p, own in zip(held_out(), found)]
+    return [np.array([*p, *a]) for p, own in zip(held_out(), found) for a in own], np.array(scores)
+
+
+def best(seed: int, size: str, n: int) -> Row:
+    """Best of n, and how good the judge is.
+
+    accuracy     [value, low, high] the share of pairs of answers to a prompt that it orders as the gold does, over prompts
+    best_of      for n = 1, 2, 4, ...: {n: {"kl", at most; "proxy"; "gold", means}}
+    gold, proxy  [HELD_OUT] of the best of all
+    """
+    texts, truth = drawn(seed)
+    scores = judge(seed, size, n).score_texts(texts, 256).reshape(truth.shape)
+    i, j = np.triu_indices(BEST_OF, 1)
+    wins, differ = (scores[:, i] - scores[:, j]) * (truth[:, i] - truth[:, j]) > 0, truth[:, i] != truth[:, j]
+    some, found, of_n = differ.any(axis=1), {}, 1
+    while of_n <= BEST_OF:
+        groups, values = (x.reshape(HELD_OUT, -1, of_n) for x in (scores, truth))
+        values = np.take_along_axis(values, groups.argmax(axis=2)[..., None], axis=2)[..., 0]
+        found[str(of_n)] = {"kl": float(best_of_n_kl(of_n)), "proxy": float(groups.max(axis=2).mean()), "gold": float(values.mean())}
+        of_n *= 2
+    return {
+        "accuracy": list(mean((wins & differ).sum(axis=1)[some], differ.sum(axis=1)[some])), "best_of": found,
+        "gold": values[:, 0].round(3).tolist(), "proxy": scores.max(axis=1).round(3).tolist(),
+    }  # fmt: skip
+
+
+@np.errstate(all="ignore")  # of what breaks
+def run(settings: Chain) -> Row:
+    """The row of a run: what `report` gives of its policy, and beside it what `ppo` gives; or what `best` gives."""
+    s = settings
+    if s.stage == "best":
+        return rounded(best(s.seed, s.judge, s.comparisons))
+    check = partial(report, seed=s.seed, reward=judge(s.seed, s.judge, s.comparisons))
+    if s.stage == "ppo":
+        return rounded(ppo(s, check)[1])
+    return rounded(check(policy_of(s)))
+
+
+def policy_of(settings: Chain) -> Any:
+    """The policy of a stage."""
+    s = settings
+    if s.stage == "base":
+        return base()[0]
+    if s.stage == "sft":
+        return sft(s.seed, 10 if s.broken else 1)
+    if s.stage == "chosen":
+        prompts, answers, order = comparisons(s.seed)
+        preferred = [example(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
+        return fitted(sft(s.seed).copy(), preferred, RATES["sft"], 1, s.seed)
+    return ppo(s, lambda policy: {})[0]
