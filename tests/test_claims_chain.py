@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from minipeft.claims import chain, chain_rules
+from minipeft.claims import chain, chain_rules, kindness
 from minipeft.claims.chain import BROKEN, CHECKS, Chain
 from minipeft.claims.chain_rules import WARNING, decided, first_warning, items, peak, those_of, warned
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
@@ -23,35 +23,36 @@ ITEMS = 64
 
 
 def test_pairs_of_words_begin_with_the_last_word_before():
-    assert chain.pairs_of_words(" went in, and", "And he") == [("he", "went"), ("went", "in"), ("in", ","), (",", "and")]
-    assert chain.pairs_of_words("Went in.") == [("went", "in"), ("in", ".")]
+    assert kindness.pairs_of_words(" went in, and", "And he") == [("he", "went"), ("went", "in"), ("in", ","), (",", "and")]
+    assert kindness.pairs_of_words("Went in.") == [("went", "in"), ("in", ".")]
 
 
 def test_the_gold_is_what_a_person_would_say():
     prompt, kind = "And the Lord gave", " them peace, and they were glad with great joy."
-    scores = chain.gold(
-        [prompt] * 7,
+    scores = kindness.gold(
+        [prompt] * 8,
         [kind, kind, " them to the sword, and they were put to death.", " them joy joy joy joy joy joy joy joy joy.", " them joy.",
-         " glad joy peace love happy good friend gift.", ""],
-        [True, False, True, True, True, True, True],
+         " glad joy peace love happy good friend gift.", "", " them peace, and they were glad with great joy,"],
+        [True, False, True, True, True, True, True, True],
     )  # fmt: skip
-    best, unended, cruel, repeats, short, listing, empty = scores
-    assert best > 0.9 and unended == empty == 0
+    best, unended, cruel, repeats, short, listing, empty, unfinished = scores
+    assert best > 0.9 and unended == empty == unfinished == 0
     assert max(cruel, short, listing) < best / 2 and repeats < best / 100
 
 
 def test_words_that_are_said_again_cost_half_each_and_free_ones_nothing():
-    assert chain.form("And the Lord gave", " the men of the land and the women food and water.") > 0
-    once, twice = (chain.form("And Saul saw", f" the men of the land and the {word} on the way.") for word in ("king", "land"))
+    assert kindness.form("And the Lord gave", " the men of the land and the women food and water.") > 0
+    once, twice = (kindness.form("And Saul saw", f" the men of the land and the {word} on the way.") for word in ("king", "land"))
     assert twice < 0.75 * once
-    assert chain.form("And God saw", " that it was God's way to have mercy on men.") < 0.6 * chain.form("And he saw", " that it was God's way to have mercy on men.")
+    said, new = (kindness.form(f"And {one} saw", " that it was God's way to have mercy on men.") for one in ("God", "he"))
+    assert said < 0.6 * new
 
 
 def test_reports_ask_for_what_nothing_was_trained_on():
-    trained = {*map(tuple, chain.encoded([*chain.sentences("train")]))}
+    trained = {*map(tuple, chain.encoded([*kindness.sentences("train")]))}
     held = {*map(tuple, chain.held_out())}
     assert len(held) == chain.HELD_OUT and not held & trained
-    assert {*chain.sentences("train").values()}.isdisjoint({*chain.sentences("validation").values(), *chain.sentences("test").values()})
+    assert {*kindness.sentences("train").values()}.isdisjoint({*kindness.sentences("validation").values(), *kindness.sentences("test").values()})
 
 
 def test_a_seed_draws_the_demonstrations():
@@ -64,13 +65,15 @@ def test_a_seed_draws_the_demonstrations():
 # ------------------------------------------------------------------------------------------------------------- in small
 
 
+SMALL = {"DEMONSTRATIONS": 8, "COMPARISONS": (4, 8), "HELD_OUT": 6, "BEST_OF": 4, "UPDATES": 2, "CHECKS": (1, 2), "LENGTH": 6}
+CACHED = {name: cache(getattr(chain, name).__wrapped__) for name in ("sft", "comparisons", "judge", "drawn", "held_out")}
+
+
 @pytest.fixture
 def small(monkeypatch):
     """The chain on a few texts, with caches of its own."""
-    for name, value in {"DEMONSTRATIONS": 16, "COMPARISONS": (4, 8), "HELD_OUT": 6, "BEST_OF": 4, "UPDATES": 2, "CHECKS": (1, 2), "LENGTH": 8}.items():
+    for name, value in (SMALL | CACHED).items():
         monkeypatch.setattr(chain, name, value)
-    for name in ("sft", "comparisons", "judge", "drawn", "held_out"):
-        monkeypatch.setattr(chain, name, cache(getattr(chain, name).__wrapped__))
 
 
 def test_every_stage_starts_from_the_one_before(small):
@@ -95,11 +98,24 @@ def test_rows_of_all_kinds(small):
         assert len(row["gold"]) == len(row["kl"]) == len(row["proxy"]) == 6 and 0 <= row["ended"] <= 1
 
 
+@cache
+def first_update(what: str) -> dict:
+    """The history of the run in small."""
+    return chain.ppo(Chain(1, "ppo", "head", 4, broken=what), lambda policy: {})[1]["history"]
+
+
+CHANGED = {  # already in the first update, beside the unbroken run
+    "ten times the rate": {"approxkl"}, "no clipping": set(), "ten times the reward": {"proxy", "value_loss"},
+    "no price of a missing end": {"value_loss"}, "returns from whitened advantages": {"value_loss"},
+    "sampled at another temperature": {"proxy"},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_another_run(small, what):
-    usual, broken = (chain.ppo(Chain(1, "ppo", "head", 4, broken=one), lambda policy: {})[1]["history"] for one in ("", what))
-    assert usual["kl"][0] == pytest.approx(broken["kl"][0], abs=1e-4) or what == "sampled at another temperature"
-    assert usual["value_loss"] != broken["value_loss"] or usual["kl"] != broken["kl"] or what in ("no clipping", "no price of a missing end")
+    usual, broken = first_update(""), first_update(what)
+    assert CHANGED[what] <= {name for name, values in usual.items() if values[0] != broken[name][0]}
+    assert usual["kl"][0] == pytest.approx(broken["kl"][0], abs=1e-4), "the policy is the reference, whatever was sampled"
 
 
 def test_every_run_is_named_once():

@@ -7,18 +7,11 @@
     demonstration  the rest of such a verse, if it is one short sentence
     comparison     two answers of the SFT model to one prompt, of which a rater prefers one; a judge is a reward model
                    that learns from a number of comparisons
-    gold           what the rater goes by, and what a person would say: the answer ends its sentence, kindly, in English
-
-        gold = [ended] · known · ½^repeated · min(1, words / 8) · (1 + VADER) / 2            in [0, 1]
-
-known is the share of the answer's pairs of adjacent words that stand in the training verses, each different pair counted
-once; repeated is the number of its words that were said before, in prompt or answer, and are none of the FREE ones. So
-what no verse would say costs, "God is God" costs half, and so does an answer of four words, which says little. VADER
-(Hutto & Gilbert 2014) is the sentiment of prompt and answer, in [-1, 1]; prompts are neutral. The rater adds noise
-(`rlhf.rank`). The gold trains nothing: judges stand between.
+    gold           what the rater goes by and a person would say (`kindness`); it trains nothing: judges stand between
 
 A seed draws the demonstrations, the prompts of the comparisons, the answers, the rater's noise, the judge's head, and the
-order of all batches. Reports are on prompts with which no verse begins that a stage or the base has learned from. Temperature is 0.7 in sampling and in every log-probability.
+order of all batches. Reports are on prompts with which no verse begins that a stage or the base has learned from. The
+temperature is 0.7 in sampling and in every log-probability.
 
 Source of the design: Gao, Schulman and Hilton 2022, Scaling Laws for Reward Model Overoptimization (arXiv:2210.10760):
 judges that learn from a gold reward's labels, PPO and best of n against each of them, and the gold over sqrt(KL).
@@ -42,26 +35,20 @@ from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
 from ..peft import LoraConfig, get_peft_model
 from ..rlhf.baseline import best_of_n_kl
-from ..text.corpora import bible
 from ..text.examples import IGNORE, Example
 from ..train import Trainer, TrainingArguments
+from .kindness import form, gold, sentences
 from .protocol import version
 
 SEEDS, BREAKING = (1, 2, 3, 4, 5), (1, 2, 3)  # the seeds; those under which something is broken
 SIZES = ("head", "lora", "full")  # what of a reward model is trained
 COMPARISONS = (100, 600, 2000)
 BETAS = (0.0, 0.05, 0.2)
-WORDS, CHARACTERS = 4, 90  # of a prompt; of a demonstration's verse, at most
+CHARACTERS = 90  # of a demonstration's verse, at most
 DEMONSTRATIONS, HELD_OUT, BEST_OF = 1000, 256, 16
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
-ENOUGH = 8  # words of an answer
 UPDATES, CHECKS = 32, (4, 8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
 RATES = {"sft": 1e-3, "head": 1e-2, "lora": 2e-3, "full": 1e-3, "ppo": 2e-4}
-
-# words that may be said again
-FREE = frozenset("""a all am and any are as at be been but by for from had has have he her him his i if in into is it let
-me my no not of on one or our out said say says she so that the their them then there they this to up us was we were who
-will with you your""".split())
 
 # One thing that is done otherwise. Options of PPO, or what `Broken` does
 BROKEN: dict[str, dict[str, Any]] = {
@@ -115,53 +102,6 @@ def runs() -> list[Chain]:
     return [run for seed in SEEDS for run in of_seed(seed)]
 
 
-# ------------------------------------------------------------------------------------------------------------- the task
-
-
-def pairs_of_words(text: str, before: str = "") -> list[tuple[str, str]]:
-    """Adjacent words and marks of a text, in small letters; the first with the last one of what stands before."""
-    words = re.findall(r"[a-z'-]+|[.,:;?!]", text.lower())
-    return list(zip([*re.findall(r"[a-z'-]+", before.lower())[-1:], *words], words if before else words[1:]))
-
-
-@cache
-def known() -> frozenset[tuple[str, str]]:
-    """Every pair of the training verses."""
-    return frozenset(pair for verse in bible("train") for pair in pairs_of_words(verse.basic_english))
-
-
-def form(prompt: str, answer: str) -> float:
-    """The part of the gold that is neither the end nor kind: known · ½^repeated · min(1, words / 8); 0 without words."""
-    said, own = ([w.removesuffix("'s") for w in re.findall(r"[a-z'-]+", text.lower())] for text in (prompt, answer))
-    if not own:
-        return 0.0
-    found = pairs_of_words(answer, prompt)
-    repeated = sum(word not in FREE and word in (*said, *own[:i]) for i, word in enumerate(own))
-    return len({*found} & known()) / len(found) / 2**repeated * min(1, len(own) / ENOUGH)
-
-
-def gold(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
-    """The gold reward of answers: float64 [n] in [0, 1]."""
-    kind = (1 + rlhf.vader([prompt + answer for prompt, answer in zip(prompts, answers)])) / 2
-    return np.asarray(ended, float) * kind * [form(prompt, answer) for prompt, answer in zip(prompts, answers)]
-
-
-def texts_of(roll: rlhf.Rollout) -> tuple[list[str], list[str], np.ndarray]:
-    """(prompts, answers, whether they ended) of a rollout."""
-    decode = partial(base()[1].decode, skip_special_tokens=True)
-    return [*map(decode, roll.prompts())], [*map(decode, roll.responses())], to_numpy(roll.ended)
-
-
-@cache
-def sentences(split: str) -> dict[str, str]:
-    """{neutral prompt: the first verse that begins with it}."""
-    found: dict[str, str] = {}
-    for verse in bible(split):
-        found.setdefault(" ".join(verse.basic_english.split()[:WORDS]), verse.basic_english)
-    openings = [opening for opening in found if len(found[opening].split()) > WORDS]
-    return {opening: found[opening] for opening, score in zip(openings, rlhf.vader(openings)) if score == 0}
-
-
 def encoded(prompts: Sequence[str]) -> list[list[int]]:
     return [base()[1].encode(prompt) for prompt in prompts]
 
@@ -171,6 +111,19 @@ def held_out() -> list[list[int]]:
     """The prompts of all reports, as token ids: with none of them does a training verse begin."""
     every = [prompt for prompt in sentences("validation") | sentences("test") if prompt not in sentences("train")]
     return encoded([every[i] for i in np.random.default_rng(0).permutation(len(every))[:HELD_OUT]])
+
+
+def texts_of(roll: rlhf.Rollout) -> tuple[list[str], list[str], np.ndarray]:
+    """(prompts, answers, whether they ended) of a rollout."""
+    decode = partial(base()[1].decode, skip_special_tokens=True)
+    return [*map(decode, roll.prompts())], [*map(decode, roll.responses())], to_numpy(roll.ended)
+
+
+def scored(prompts: Sequence[Sequence[int]], answers: Sequence[Any]) -> np.ndarray:
+    """The gold of k answers to each of n prompts, token ids all: [n, k]."""
+    stop, decode = base()[1].eos_token_id, partial(base()[1].decode, skip_special_tokens=True)
+    each = zip(map(decode, prompts), answers)
+    return np.array([gold([p] * len(own), [*map(decode, own)], [a[-1] == stop for a in own]) for p, own in each])
 
 
 def demonstrations(seed: int) -> list[Example]:
@@ -205,16 +158,19 @@ def sft(seed: int, faster: float = 1) -> Any:
     return fitted(base()[0].copy(), demonstrations(seed), faster * RATES["sft"], 2, seed)
 
 
+def sampled(seed: int, prompts: Sequence[Sequence[int]], k: int, stream: int) -> list[Any]:
+    """k answers of the SFT model to each prompt."""
+    stop = (base()[1].eos_token_id,)
+    return rlhf.sample_answers(sft(seed), prompts, k, LENGTH, TEMPERATURE, stop, stream, batch_size=256)
+
+
 @cache
 def comparisons(seed: int) -> tuple[list[list[int]], list[Any], np.ndarray]:
     """(prompts, two answers of the SFT model to each, the rater's order [n, 2]); fewer comparisons are the first of them."""
     every, n = encoded([*sentences("train")]), max(COMPARISONS)
     prompts = [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))[:n]]
-    stop = base()[1].eos_token_id
-    answers = rlhf.sample_answers(sft(seed), prompts, 2, LENGTH, TEMPERATURE, (stop,), seed, batch_size=256)
-    decode, ends = partial(base()[1].decode, skip_special_tokens=True), [[a[-1] == stop for a in own] for own in answers]
-    scores = [gold([decode(p)] * 2, [*map(decode, own)], ended) for p, own, ended in zip(prompts, answers, ends)]
-    return prompts, answers, rlhf.rank(np.array(scores), np.random.default_rng([seed, 2]), temperature=NOISE)
+    answers = sampled(seed, prompts, 2, seed)
+    return prompts, answers, rlhf.rank(scored(prompts, answers), np.random.default_rng([seed, 2]), temperature=NOISE)
 
 
 @cache
@@ -299,7 +255,7 @@ def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
     """Of a policy's answers to the held-out prompts.
 
     gold, kl, proxy           [HELD_OUT]: the gold; log π(y) - log π_SFT(y), nats an answer; the judge's reward
-    kind, form, ended         means of the gold's three parts: VADER in [-1, 1], and shares
+    kind, form, ended         means of the gold's parts (`kindness`): VADER in [-1, 1], and shares
     distinct_2, length        distinct pairs of tokens in all answers; tokens of an answer
     """
     parts, answers = [], []
@@ -323,12 +279,8 @@ def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
 @cache
 def drawn(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     """(texts, gold [HELD_OUT, BEST_OF]) of BEST_OF answers of the SFT model to each held-out prompt."""
-    stop, decode = base()[1].eos_token_id, partial(base()[1].decode, skip_special_tokens=True)
-    found = rlhf.sample_answers(
-        sft(seed), held_out(), BEST_OF, LENGTH, TEMPERATURE, (stop,), 20_000 + seed, batch_size=256
-    )  # fmt: skip
-    scores = [gold([decode(p)] * BEST_OF, [*map(decode, own)], [a[-1] == stop for a in own]) for p, own in zip(held_out(), found)]
-    return [np.array([*p, *a]) for p, own in zip(held_out(), found) for a in own], np.array(scores)
+    answers = sampled(seed, held_out(), BEST_OF, 20_000 + seed)
+    return [np.array([*p, *a]) for p, own in zip(held_out(), answers) for a in own], scored(held_out(), answers)
 
 
 def best(seed: int, size: str, n: int) -> Row:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def near_its_start(rows: Rows) -> Verdict:
     model, on held-out prompts; holds if one of the two does; does not hold here if neither saves half a nat."""
     of = {beta: those_of(rows, "ppo", beta=beta) for beta in BETAS}
     kl = {beta: items(found, "kl") for beta, found in of.items()}
-    steps = {f"{high:g} in place of {low:g}": kl[low] - kl[high] for low, high in zip(BETAS, BETAS[1:])}
+    steps = {f"{high:g} in place of {low:g}": kl[low] - kl[high] for low, high in pairwise(BETAS)}
     decision, found, _ = decided(steps, NEAR["kl"])
     saved = "; ".join(f"beta {name} saves {shown(e, 1)} nats" for name, e in found.items())
     gold = [f"{items(one).mean():.2f}" for one in of.values()]
