@@ -47,7 +47,7 @@ BETAS = (0.0, 0.05, 0.2)
 CHARACTERS = 90  # of a demonstration's verse, at most
 DEMONSTRATIONS, HELD_OUT, BEST_OF = 1000, 256, 16
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
-UPDATES, CHECKS = 32, (4, 8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
+UPDATES, CHECKS = 32, (8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
 RATES = {"sft": 1e-3, "head": 1e-2, "lora": 2e-3, "full": 1e-3, "ppo": 2e-4}
 
 # One thing that is done otherwise. Options of PPO, or what `Broken` does
@@ -238,7 +238,7 @@ def ppo(settings: Chain, check: Callable[[Any], Row]) -> tuple[Any, Row]:
     )  # fmt: skip
     trainer.broken, checks, stopped = s.broken, {}, None
     try:
-        while trainer.updates < UPDATES:
+        for _ in range(UPDATES):
             trainer.step()
             if trainer.updates in (CHECKS if s.beta == 0 else CHECKS[-1:]):
                 checks[str(trainer.updates)] = check(policy)

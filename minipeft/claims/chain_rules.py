@@ -109,11 +109,14 @@ def verdict(decision: str, because: str, effect: Number, evidence: Sequence[Numb
 
 
 def summary(name: str, rows: Rows, keys: Sequence[str] = ("gold", "kl")) -> list[Number]:
-    """A policy's numbers on the held-out prompts, as evidence."""
-    last = [row["checks"].get(LAST, {}) if "checks" in row else row for row in rows]
-    numbers = [as_number(f"{name}: {key}", crossed(items(rows, key))) for key in keys]
-    means = {key: [one[key] for one in last if key in one] for key in ("kind", "form", "ended", "distinct_2")}
-    return numbers + [Number(f"{name}: {key}", float(np.mean(x))) for key, x in means.items() if x]
+    """A policy's numbers on the held-out prompts, as evidence: of the runs that were not stopped."""
+    whole = [row for row in rows if "checks" not in row or LAST in row["checks"]]
+    if not whole:
+        return []
+    last = [row["checks"][LAST] if "checks" in row else row for row in whole]
+    means = {key: float(np.mean([one[key] for one in last])) for key in ("kind", "form", "ended", "distinct_2") if key in last[0]}
+    numbers = [as_number(f"{name}: {key}", crossed(items(whole, key))) for key in keys]
+    return numbers + [Number(f"{name}: {key}", value) for key, value in means.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -143,9 +146,10 @@ def unstable(rows: Rows) -> Verdict:
     """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs PPO
     clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02."""
     usual = those_of(rows, "ppo")
-    kept = items(those_of(rows, "ppo", BREAKING))
+    kept = those_of(rows, "ppo", BREAKING)
     broken = {what: those_of(rows, "ppo", BREAKING, broken=what) for what in BROKEN}
-    costs = {what: kept - items(found) for what, found in broken.items()}
+    both = {what: items([*kept, *of]) for what, of in broken.items()}
+    costs = {what: x[: len(kept)] - x[len(kept) :] for what, x in both.items()}
     sft, faster = those_of(rows, "sft", BREAKING), those_of(rows, "sft", broken="ten times the rate")
     costs["ten times the rate, beside SFT's"] = costs["ten times the rate"] - (items(sft) - items(faster))
     decision, found, _ = decided(costs, NEAR["gold"])
