@@ -9,7 +9,7 @@ import pytest
 
 from minipeft.claims import chain, chain_rules, kindness
 from minipeft.claims.chain import BROKEN, CHECKS, Chain
-from minipeft.claims.chain_rules import WARNING, decided, first_warning, items, peak, those_of, warned
+from minipeft.claims.chain_rules import WARNING, along, decided, first_warning, items, peak, those_of, warned
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
@@ -207,6 +207,13 @@ def test_a_peak_is_chosen_on_the_training_prompts():
     made = [row(Chain(seed, "ppo", beta=0.0), seen=seen) for seed in (1, 2) for seen in (lambda u: -abs(u - 15),)]
     assert peak(made) == 16
     assert peak([row(Chain(1, "ppo", beta=0.0), seen=lambda u: -u)]) == 0
+
+
+def test_a_run_is_drawn_over_the_root_of_its_kl():
+    made = row(Chain(1, "ppo"), kl=4.0, seen=float)
+    made["history"]["kl"] = [4.0] * 32
+    distance, gold = along(made, "gold", 3)
+    assert distance.tolist() == pytest.approx([2.0] * 30) and gold.tolist() == pytest.approx([*range(1, 31)])
 
 
 def test_alignment_follows_its_rows():

@@ -6,8 +6,9 @@
     a warning      the first update at which a statistic of a run has left its usual range, there and at the next one
 
 Usual is what the unbroken runs (beta = 0.05) have at the same update under all seeds: their mean ± LIMIT standard
-deviations, pooled over the updates; of `value_loss` and what else spans orders of magnitude, of the logarithms. Each
-unbroken run is held against the others in the same way: how often it would have been warned of is the control.
+deviations, pooled over the updates; of `value_loss` and what else spans orders of magnitude, of the logarithms, and of
+sqrt(KL). Each unbroken run is held against the others in the same way: how often it would have been warned of is the
+control.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def decided(differences: Differences, near: float) -> tuple[str, dict[str, Estim
 
 
 def scaled(name: str, values: Sequence[float]) -> np.ndarray:
-    """A column of a history: its logarithms where it is SPANNING."""
+    """A column of a history as its range is judged: the logarithms where it is SPANNING, the root of a KL."""
     x = np.asarray(values, float)
+    if name == "kl":
+        return np.sqrt(np.maximum(x, 0))
     return np.log(np.maximum(x, 1e-12)) if name in SPANNING else x
 
 
@@ -117,6 +120,13 @@ def summary(name: str, rows: Rows, keys: Sequence[str] = ("gold", "kl")) -> list
     means = {key: float(np.mean([one[key] for one in last])) for key in ("kind", "form", "ended", "distinct_2") if key in last[0]}
     numbers = [as_number(f"{name}: {key}", crossed(items(whole, key))) for key in keys]
     return numbers + [Number(f"{name}: {key}", value) for key, value in means.items()]
+
+
+def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """A run of PPO as Gao et al. draw it: (sqrt(KL), a column of its history), each a running mean over `width` updates."""
+    columns = (np.array(row["history"][name], float) for name in ("kl", key))
+    kl, values = (np.convolve(x, np.ones(width) / width, "valid") for x in columns)
+    return np.sqrt(np.maximum(kl, 0)), values
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules

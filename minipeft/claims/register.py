@@ -98,7 +98,8 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times: they differ from machine to machine, so only verdicts can agree
+    timed      whether the rows are times, or of texts that a model samples while it learns: they differ from machine to
+               machine, so only verdicts can agree
     tolerance  relative, of a number that is computed again on another machine
     """
 
