@@ -129,13 +129,14 @@ def scored(prompts: Sequence[Sequence[int]], answers: Sequence[Any]) -> np.ndarr
 def demonstrations(seed: int) -> list[Example]:
     """Short verses of one sentence, each with an end-of-text token; the answers are learned."""
     short = [item for item in sentences("train").items() if len(item[1]) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", item[1])]
-    drawn = np.random.default_rng([seed, 0]).permutation(len(short))[:DEMONSTRATIONS]
-    return [example(base()[1].encode(short[i][0]), base()[1].encode(short[i][1][len(short[i][0]) :])) for i in drawn]
+    drawn = [short[i] for i in np.random.default_rng([seed, 0]).permutation(len(short))[:DEMONSTRATIONS]]
+    answers = encoded([verse.removeprefix(prompt) for prompt, verse in drawn])
+    return [example(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([prompt for prompt, _ in drawn]), answers)]
 
 
 def example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
-    """Of which the answer is learned, and its end."""
-    ids = np.array([*prompt, *answer, *[base()[1].eos_token_id] * (answer[-1] != base()[1].eos_token_id)])
+    """Of which the answer is learned."""
+    ids = np.array([*prompt, *answer])
     return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
 
 
@@ -185,7 +186,7 @@ def judge(seed: int, size: str, n: int) -> rlhf.RewardModel:
         model.backbone.requires_grad_(False)
     elif size == "lora":
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"])
-        trained = get_peft_model(model, config)
+        trained = get_peft_model(model, config, seed=seed)
     fitted(trained, ranked, RATES[size], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
     model = trained.merge_and_unload() if size == "lora" else model
     model.calibrate(texts)
@@ -324,7 +325,7 @@ def policy_of(settings: Chain) -> Any:
     if s.stage == "base":
         return base()[0]
     if s.stage == "sft":
-        return sft(s.seed, 10 if s.broken else 1)
+        return sft(s.seed, 10) if s.broken else sft(s.seed)
     if s.stage == "chosen":
         prompts, answers, order = comparisons(s.seed)
         preferred = [example(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
