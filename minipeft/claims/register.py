@@ -98,7 +98,8 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times: they differ from machine to machine, so only verdicts can agree
+    timed      whether the rows are times, or of texts that a model samples while it learns: they differ from machine to
+               machine, so only verdicts can agree
     tolerance  relative, of a number that is computed again on another machine
     """
 
@@ -270,8 +271,9 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
 
 
 def _modules(section: str) -> tuple[str, ...]:
-    """Where the rules of a section are: in its own module, and of those that train, in three others."""
-    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules"))
+    """Where the rules of a section are: in its own module, and of those that train, in four others."""
+    names = (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules", "chain_rules")
+    return tuple(f"{__package__}.{name}" for name in names)
 
 
 # ------------------------------------------------------------------------------------------------- what rules share
