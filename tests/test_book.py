@@ -196,7 +196,18 @@ def test_a_lesson_that_fails_is_named_and_no_book_is_written(tmp_path, monkeypat
     for command in (("book", "site"), ("lessons", "--notebooks", "site")):
         status, _, err = output(capsys, *command)
         assert (status, err) == (1, "minipeft: 01_wrong.py failed: AssertionError: one is less\n")
-        assert not list(Path("site").rglob("*.*")), "something half-written"
+        assert not Path("site").exists(), "something half-written"
+
+
+@needs_extra
+def test_a_notebook_of_mine_is_not_replaced(book, tmp_path, capsys):
+    target = tmp_path / "01_small.ipynb"
+    edited = json.loads((book / "notebooks" / target.name).read_text(encoding="utf-8"))
+    edited["cells"][0]["source"] = "# Mine"
+    for mine in ("no notebook", json.dumps(edited)):
+        target.write_text(mine, encoding="utf-8")
+        status, _, err = output(capsys, "lessons", "--notebooks", tmp_path)
+        assert (status, err.count("\n"), target.read_text(encoding="utf-8")) == (2, 1, mine) and "not replaced" in err
 
 
 @needs_extra

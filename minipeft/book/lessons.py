@@ -81,7 +81,10 @@ def key_of(path: Path) -> str:
 
 
 def executed(path: Path, folder: Path) -> tuple[Any, bool]:
-    """(the lesson's executed notebook, whether it had to run), kept in `folder`. Raises LessonError."""
+    """(the lesson's executed notebook, whether it had to run), kept in `folder`.
+
+    Raises LessonError; ValueError where the folder's file is another, or has been edited: it is not replaced.
+    """
     import nbformat
 
     from ..files import write_text
@@ -90,14 +93,22 @@ def executed(path: Path, folder: Path) -> tuple[Any, bool]:
     if target.exists():
         try:
             notebook = nbformat.read(target, as_version=4)
-        except (ValueError, OSError):
-            notebook = nbformat.v4.new_notebook()
-        if notebook.metadata.get("minipeft") == {"key": key}:
+            record = notebook.metadata.get("minipeft", {})
+        except (ValueError, AttributeError, OSError):
+            record = {}
+        if not record or record.get("cells") != _cells(notebook):
+            raise ValueError(f"{target} is not as this command wrote it, and is not replaced: move it, or choose another directory")
+        if record["key"] == key:
             return notebook, False
     notebook = execute(path)
-    notebook.metadata["minipeft"] = {"key": key}
+    notebook.metadata["minipeft"] = {"key": key, "cells": _cells(notebook)}
     write_text(target, nbformat.writes(notebook))
     return notebook, True
+
+
+def _cells(notebook: Any) -> str:
+    """A hash of the text of a notebook's cells."""
+    return digest(*(cell.source for cell in notebook.cells))
 
 
 def execute(path: Path) -> Any:

@@ -28,14 +28,14 @@ CONFIGURATION = Path(__file__).parent
 
 
 def write_notebooks(lessons: dict[int, Path], folder: Path, say: Callable[[str], None]) -> dict[Path, Any]:
-    """The executed notebook of each lesson, in a folder. Raises LessonError for the first that fails."""
+    """The executed notebook of each lesson, in a folder. Raises LessonError for the first that fails, and as `executed`."""
     directory.keep_apart(folder, [("the lessons", path.parent) for path in lessons.values()], "the folder")
-    folder.mkdir(parents=True, exist_ok=True)
     notebooks = {}
-    for number, path in lessons.items():
-        say(f"lesson {number}: {title(path)}")
-        notebooks[path], ran = executed(path, folder)
-        say(f"lesson {number}: {'done' if ran else 'nothing has changed'}")
+    with directory.locked(folder):
+        for number, path in lessons.items():
+            say(f"lesson {number}: {title(path)}")
+            notebooks[path], ran = executed(path, folder)
+            say(f"lesson {number}: {'done' if ran else 'nothing has changed'}")
     return notebooks
 
 
