@@ -132,14 +132,13 @@ def broken(site: Path) -> list[str]:
     pages, found = pages_of(site), []
     anchors = {path: {a["id"] for _, a in page.tags if "id" in a} for path, page in pages.items()}
     for path, page in pages.items():
-        for tag, attributes in page.tags:
-            to = attributes.get("href", "") or attributes.get("src", "")
+        for tag, to in {(tag, a.get("href", "") or a.get("src", "")) for tag, a in page.tags}:
             if re.match(r"\w+:|//", to):
                 found += [f"{path.name}: {tag} {to}"] if tag != "a" and not to.startswith("data:") else []
             elif to:
                 file, _, anchor = to.partition("#")
-                target = (path.parent / unquote(file.partition("?")[0])).resolve() if file else path
-                ok = target.is_file() and (not anchor or target not in anchors or unquote(anchor) in anchors[target])
+                target = Path(os.path.normpath(path.parent / unquote(file.partition("?")[0]))) if file else path
+                ok = (target in pages or target.is_file()) and (not anchor or target not in anchors or unquote(anchor) in anchors[target])
                 found += [] if ok else [f"{path.name}: {to}"]
     return found
 

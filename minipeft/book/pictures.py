@@ -22,7 +22,7 @@ def register(shell: Any) -> None:
 
 def describe(figure: Any) -> str:
     """The figure's title, and of each panel title, axes, and what is drawn in it."""
-    panels = [text for axes in figure.axes if (text := _panel(axes))]
+    panels = [text for axes in figure.axes if not hasattr(axes, "_colorbar") and (text := _panel(axes))]
     heading = figure.get_suptitle()
     start = f'Figure "{_words(heading)}"' if heading else "Figure"
     if len(panels) == 1:
@@ -56,7 +56,9 @@ def _lines(axes: Any) -> list[str]:
     for line in axes.lines:
         x, y = line.get_data()
         shown = [(_number(a), _number(b)) for a, b in zip(x, y) if _number(b) != "nan"]
-        if len(shown) > 1 and (label := _label(line)):
+        if len(shown) > 2 and line.get_linestyle() == "None" and (label := _label(line)):
+            named.append(f"{label}: {len(shown)} points, {_span([b for b in y if _number(b) != 'nan'])}")
+        elif len(shown) > 1 and (label := _label(line)):
             named.append(f"{label}: {shown[0][1]} at {shown[0][0]} to {shown[-1][1]} at {shown[-1][0]}")
         elif len(shown) == 1 and (label := _label(line)):
             named.append(f"{label}: {shown[0][1]} at {shown[0][0]}")
