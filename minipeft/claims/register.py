@@ -64,6 +64,23 @@ class Number:
     high: float | None = None
 
 
+def figure(number: Number | None) -> str:
+    """A number with its unit: "256 times"; "" for none."""
+    return "" if number is None else f"{plain(number.value)} {number.unit}".strip()
+
+
+def interval(number: Number | None) -> str:
+    """Its interval: "[0.97, 1.02]"; "" of an exact one."""
+    return "" if number is None or number.low is None else f"[{plain(number.low)}, {plain(number.high)}]"
+
+
+def plain(value: float) -> str:
+    """Three digits, or all before the point."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a rule found.
