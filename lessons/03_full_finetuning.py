@@ -193,12 +193,21 @@ if not REDUCED:
 # every weight was free to move, and moved. Methods that leave most weights alone are judged by both columns.
 
 # %%
+def ended(model):
+    """In how many of the held-out verses the model stops by itself, greedily, within 40 tokens."""
+    ids, mask = tokenizer.pad([tokenizer.encode(record.prompt) for record in test_records], side="left")
+    written = model.generate(ids, mask, max_new_tokens=40)[:, ids.shape[1] :]
+    return (written == tokenizer.eos_token_id).any(axis=1).mean().item()
+
+
 for record in test_records[: 1 if REDUCED else 3]:
     king_james = record.prompt.split("\n")[0].removeprefix("King James: ")
     print(f"\n  King James   {king_james}\n  before       {rewrite(base, record)}")
     print(f"  after        {rewrite(tuned, record)}\n  the Bible    {record.completion.strip()}")
-print()
+stops = ended(base), ended(tuned)
+print(f"\nstops by itself: before {stops[0]:.0%}, after {stops[1]:.0%}\n")
 if not REDUCED:
+    assert stops[0] < 0.1 and stops[1] > 0.6, "it learns to stop, though not always"
     assert forgotten[at] > 0, "the task is paid for in general text"
     assert forgotten[-1] > 3 * forgotten[at], "a rate that is too large forgets far more"
 
@@ -209,7 +218,7 @@ if not REDUCED:
 # > 32 test items)
 
 # %% [markdown]
-# Twenty steps on a tiny model teach it the *manner* (plain words, the right length, when to stop) and far from all of
+# Twenty steps on a tiny model teach it the *manner* (plain words, and in three verses of four when to stop) and little of
 # the content. `minipeft finetune` runs the same code for as long as you like.
 #
 # ## Step 4 · Save: a whole model per task

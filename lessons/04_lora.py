@@ -361,7 +361,7 @@ if not REDUCED:
 
 # %% [markdown]
 # Note the learning rates: $10^{-3}$ for the weights, $10^{-2}$ for the factors. LoRA usually wants some ten times more.
-# In a run as short as this one LoRA may even be ahead; that says who starts faster, not who ends better.
+# A run as short as this one says who starts faster, not who ends better.
 #
 # ## 5 · Is the update of low rank?
 #
@@ -436,16 +436,17 @@ if not REDUCED:
     at = RANKS.index(8)
     assert all(spectra[g][at] > 2.5 * chance[g][at] for g in spectra), "far from random"
     assert spectra["MLP"][at] < 0.75, "and far from rank 8"
-    assert worth[8] > 0.85 and rest < 0.4
+    assert worth[1] > 0.7 and worth[8] > 0.85 and 0.2 < rest < 0.4
+    assert worth[128] - worth[8] < 0.05, "what the others add to the first 8"
 
 # %% [markdown]
 # So the conjecture in its literal form is **not** what we find. The update of a full fine-tune is far from random, but
 # it is no low-rank matrix: about half of the MLP's energy lies outside of its 8 strongest directions. What is of
-# low rank is the part that *does something*. One direction per matrix carries most of the gain, 8 nearly all; the other
-# 120 hold much of the energy and are worth little. Low rank is a property of the task, and of what suffices for it; the
-# full fine-tune had no reason to be thrifty.
+# low rank is the part that *suffices*. One direction per matrix carries most of the gain, 8 nearly all; the others hold
+# much of the energy and add little to that, though alone they bring 30% of the gain. Low rank is a property of the task,
+# and of what suffices for it; the full fine-tune had no reason to be thrifty.
 #
-# Where does the useless part come from? Partly from the optimizer. The gradient is nearly of low rank. Adam divides
+# Where does the superfluous part come from? Partly from the optimizer. The gradient is nearer to low rank. Adam divides
 # each element by its own size: its first step is $-\eta \cdot \mathrm{sign}(G)$, in which the small elements, noise and
 # all, weigh as much as the large ones. Measured on one batch:
 
@@ -460,7 +461,7 @@ for group, part in (("attention", "self_attn"), ("MLP", "mlp")):
         for matrices in (grads, [np.sign(g) for g in grads])
     )
     print(f"  {group:20s} {raw:12.0%} {signed:20.0%}")
-    assert raw > signed + 0.1
+    assert raw > signed + 0.1 and raw > spectra[group][3]
 
 # %% [markdown]
 # ## 6 · Which rank?
@@ -525,13 +526,14 @@ for name, (targets, r) in list(PLACES.items())[:: 4 if REDUCED else 1]:
     by_place[name] = min(loss_of(train(lora(r, 16, targets), rate)) for rate in ([1e-2] if REDUCED else [1e-2, 2e-2]))
     print(f"  {name:11s} {r:4d} {size:12,} {by_place[name]:16.3f} {gain(by_place[name]):15.0%}")
 if not REDUCED:
-    assert by_place["q"] > max(by_place["q, v"], by_place["q, k, v, o"], by_place["all-linear"]) + 0.03
+    assert by_place["q"] > max(loss for name, loss in by_place.items() if name != "q") + 0.03
+    assert min(by_place, key=by_place.get) == "q, k, v, o"
 
 # %% [markdown]
 # That $q$ alone is a poor use of the budget holds here as in the paper: several kinds of matrices with a low rank beat
-# one kind with a high rank. Among the other places the order depends on the base and on the task (this table was not
-# the same for two bases of different age): measure before you believe it. "Everywhere, with a low rank" needs the least
-# luck; "$q$ and $v$" needs the least memory (section 3).
+# one kind with a high rank. Among the other places the order depends on the base and on the task (here all four of
+# attention come first; this table was not the same for bases of different age): measure before you believe it. "$q$ and
+# $v$" needs the least memory (section 3).
 #
 # ## 8 · Merge: the detour disappears
 #
@@ -706,7 +708,8 @@ if not REDUCED:
 # %% [markdown]
 # **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. Say
 # that a script which copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16. Every
-# shape fits, everything loads, and the model is the base plus *half* of what was learned.
+# shape fits, everything loads, and the model is the base plus *half* of what was learned. Not even the held-out loss need
+# tell: here half of the update does as well as the whole. But it is another model than the one that was trained.
 
 # %%
 options = read_json(folder / "rewrite" / "adapter_config.json")
@@ -716,8 +719,11 @@ write_json(folder / "rewrite" / "adapter_config.json", options)
 print(f"\nheld-out loss: alpha as trained {adapted_end:.3f}, alpha halved {loss_of(halved):.3f}, base {start:.3f}")
 ratio = to_numpy(halved.layers[place].adapters["default"].delta_weight()) / D
 assert np.allclose(ratio, 0.5)
+off = np.abs(halved(ids).numpy() - want).max()
+print(f"largest difference of a logit from the model that was trained: {off:.1f}")
+assert off > 0.01 * np.abs(want).max()
 if not REDUCED:
-    assert loss_of(halved) > adapted_end + 0.01
+    assert abs(loss_of(halved) - adapted_end) < 0.05, "the loss hardly changes"
 
 # %% [markdown]
 # And through all of this, on one base: two dozen adapters, trained, merged, switched, broken.

@@ -203,6 +203,9 @@ for name, found in runs.items():
     print(f"{name:14} starts at {np.mean(befores):.3f}, ends at " + ", ".join(f"{a:.3f}" for a in afters))
 end = {name: np.mean([r[1] for r in found]) for name, found in runs.items()}
 assert end["random"] > end["vocabulary"]
+if not REDUCED:
+    begin = {name: np.mean([r[0] for r in found]) for name, found in runs.items()}
+    assert min(begin, key=begin.get) == "random" and begin["random"] < start + 0.05
 assert all(after < before for found in runs.values() for before, after, _ in found)
 
 size = {"a token": np.sqrt((model.backbone.embedding.weight.numpy() ** 2).mean()), "a random vector": 1.0}
@@ -210,10 +213,10 @@ print("root mean square of an element of", ", of ".join(f"{name} {value:.3f}" fo
 assert size["a token"] < 0.5
 
 # %% [markdown]
-# Why is random worse? Not because it disturbs more: before training all starts are about equally bad. Look at the
-# sizes. A standard normal vector is far longer than any token's embedding, and AdamW moves every element by about the learning
-# rate a step, whatever its size: in the same number of steps a long vector turns less. Words start near the place where
-# directions mean something, and at a length where steps count.
+# Why is random worse? Not because it disturbs more: before training its loss is the lowest of all, next to the frozen
+# base's. Look at the sizes. A standard normal vector is far longer than any token's embedding, and AdamW moves every
+# element by about the learning rate a step, whatever its size: in the same number of steps a long vector turns less.
+# Words start near the place where directions mean something, and at a length where steps count.
 #
 # The seeds differ although the data does not: that is the start's doing alone. (A text has no seed.) On a model this
 # small soft prompts gain less than adapters of a similar size; Lester et al.'s main finding (figure 1) is that the gap

@@ -321,8 +321,8 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# It answers: briefly, in the right form, and nearly always stops. Whether what it says is *true* is another question.
-# So count.
+# It answers: briefly, mostly in the right form, and stops nine times in ten. Whether what it says is *true* is another
+# question. So count.
 
 
 # %%
@@ -351,7 +351,7 @@ for name in ("source", "part-of-speech"):
 # (Wei et al. 2022, arXiv:2109.01652), gained on new tasks by size: its models of up to eight billion parameters got
 # *worse* there (figure 7). Ours has less than a thousandth of that.
 #
-# Even on trained tasks, form comes before content: asked for a part of speech, the model names one (but once, when it
+# Even on trained tasks, form comes before content: asked for a part of speech, the model names one (but twice, when it
 # names a book), and the right one less often than by always saying "noun". (Zhou et al. 2023 hold that it is so at
 # every size: tuning teaches the form, and what a model knows it knew before. LIMA, arXiv:2305.11206.)
 
@@ -360,7 +360,7 @@ if not REDUCED:
     assert overall(now, "loss", "phrasings") - overall(now, "loss", "inputs") < 0.1
     assert overall(now, "loss", "tasks") < overall(before, "loss", "tasks") - 1
     assert overall(now, "right", "tasks") < 0.05 and now["stopped"]["tasks"] > 0.9 > 0.1 > before["stopped"]["tasks"]
-    assert overall(now, "right", "inputs") > 0.15
+    assert overall(now, "right", "inputs") > 0.15 and 0.85 < now["stopped"]["inputs"] < 1
     kinds = {output for _, output in pairs("part-of-speech", "test")}
     named = [text for text, _ in answers(tuned, instructions(["part-of-speech"], "test", cap=settings.tested))]
     share = np.mean([text in kinds for text in named])
@@ -410,20 +410,20 @@ if not REDUCED:
 # %% [markdown]
 # **More tasks** raise the loss of each that is trained, since the budget is shared, and the mean loss on the three that
 # nobody trained falls, from one task to three to seven. That is FLAN's figure 6 in small. (It is a loss: section 4 says
-# how much of it is skill.) It is a mean: `archaize`, the mirror of `rewrite`, rises from one task to three, and
+# how much of it is skill.) It is a mean: `archaize`, the mirror of `rewrite`, rises from one task to three, and is
 # cheapest only with seven.
 #
 # **More phrasings** help on average, as the textbook has it, though not by much: asked in words that neither had met,
 # the model that knew four ways to ask is better than the one that knew a single one, and so it is at each of the new
 # tasks. (The second column is no fair comparison here: it asks in all four, of which three are new to the other model.)
-# But `rewrite` is *better* learned from one phrasing, under every seed, and even asked in new words. In FLAN, too, the
-# number of templates mattered far less than that of tasks (appendix B.1).
+# Of the trained tasks, asked in new words, `define` and `synonym` gain under every seed; at the other five the seeds
+# disagree. In FLAN, too, the number of templates mattered far less than that of tasks (appendix B.1).
 #
 # **Learning the prompt too** spends part of the model on predicting questions: it is worse on average over the trained
-# tasks, and at `rewrite`, `source`, `use` and `part-of-speech` under every seed (at the other three the seeds
-# disagree). And it is *better* on average at the new ones, at `archaize` and `fill` under every seed, though not at
-# `name`: there "only the answer counts" is not the whole truth, for prompts are text, too, of the kind that will be
-# asked. (Shi et al. 2024, arXiv:2405.14394, report gains from it where prompts are long and answers short.)
+# tasks, and under every seed at each of them but `continue`, where the seeds disagree. At the new ones it is *better* on
+# average, under two seeds of three, and at `archaize` alone under each of them: there "only the answer counts" may not
+# be the whole truth, for prompts are text, too, of the kind that will be asked, but three seeds do not settle it. (Shi et
+# al. 2024, arXiv:2405.14394, report gains from it where prompts are long and answers short.)
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -448,29 +448,30 @@ for title in ("7 tasks, new phrasings", "3 new tasks"):
     print(f"{title}: with one phrasing the loss is higher by", ", ".join(f"{x:.3f}" for x in more), "(seed by seed)")
     assert (more > 0).all()
 assert all((losses[3] > losses[2]).all() for losses in new_tasks.values()), "four phrasings help at each new task"
-for asked_in in (alone, asked_anew):
-    assert (asked_in["rewrite"][3] < asked_in["rewrite"][2]).all(), "but one is better for rewrite"
+helped = {name: losses[3] > losses[2] for name, losses in asked_anew.items()}  # in which seeds
+assert {name for name, seeds in helped.items() if seeds.all()} == {"define", "synonym"}
+assert all(seeds.any() for seeds in helped.values()), "one phrasing is better under every seed at none of them"
 for title in COLUMNS:
     more = everything[title] - seven[title]
     print(f"{title}: with the prompt learned too, it is higher by", ", ".join(f"{x:+.3f}" for x in more))
-    assert (more < 0).all() if title == "3 new tasks" else (more > 0).all()
-for name in ("rewrite", "source", "use", "part-of-speech"):
-    assert (alone[name][4] > alone[name][2]).all(), f"{name} pays for the prompt under every seed"
-for name in ("archaize", "fill"):
-    assert (new_tasks[name][4] < new_tasks[name][2]).all(), f"{name} gains from the prompt under every seed"
+    assert (more < 0).sum() == 2 and more.mean() < 0 if title == "3 new tasks" else (more > 0).all()
+for name, losses in alone.items():
+    assert (losses[4] > losses[2]).all() == (name != "continue"), f"{name}: does it pay for the prompt under every seed?"
+for name, losses in new_tasks.items():
+    assert (losses[4] < losses[2]).all() == (name == "archaize"), f"{name}: does it gain from the prompt under every seed?"
 for name, (most, share) in CONSTANT.items():
     right = over_seeds(Tuning(), "inputs", (name,), "right")
     print(f"{name}, right on new inputs:", ", ".join(f"{x:.2f}" for x in right), f"(always {most!r}: {share:.2f})")
     assert right.mean() < share, "no better than the same answer to everything"
 only_three = over_seeds(Tuning(tasks=3), "inputs", ("source",), "right")
 print("source, after three tasks:", ", ".join(f"{x:.2f}" for x in only_three))
-assert (only_three - CONSTANT["source"][1] < 0.05).all()
+assert abs(only_three.mean() - CONSTANT["source"][1]) < 0.05
 
 # %% [markdown]
 # The last lines are sobering. Of the 32 records that are tested, 15 are of the Basic English Bible, so who always names
-# it is right in 47 of 100; the model of seven tasks is in 32, that of three in 50, which is one record more. Parts of
-# speech are recognized worse than by always saying "noun". After 1,440 records of seven tasks this model knows what an answer
-# *looks like*, and little else. (It could tell the books apart: exercise 2.)
+# it is right in 47 of 100; the model of seven tasks is in 31, that of three in 50, which is one record more. Parts of
+# speech are recognized worse, on average, than by always saying "noun". After 1,440 records of seven tasks this model knows
+# what an answer *looks like*, and little else. (It could tell the books apart: exercise 2.)
 
 # %% [markdown]
 # ## 6 · The picture
@@ -551,11 +552,12 @@ for name, template in {
     )
 
 if not REDUCED:
-    assert mismatch["the template of the training"] > mismatch["Alpaca"] > mismatch["ChatML"]
+    assert mismatch["the template of the training"] > mismatch["Alpaca"] > 0.1 > mismatch["ChatML"]
+    assert abs(mismatch["the template of the training"] - mismatch["a letter off ('answer:')"]) < 0.1
 
 # %% [markdown]
 # A letter does not matter. Alpaca, of which the model has never seen a word, is understood a good deal less (it too
-# ends in a colon), and ChatML, whose tokens the base has never met, not at all. That is why `minipeft sft` saves the
+# ends in a colon), and ChatML, whose tokens the base has never met, hardly at all. That is why `minipeft sft` saves the
 # template beside the model.
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is

@@ -287,7 +287,7 @@ for r in history:  # the first minibatch of each update was checked while it ran
     assert abs(r["objective/rlhf_reward"] - r["objective/scores"] - r["objective/non_score_reward"]) < 1e-6
 if not REDUCED:
     start, end = (np.mean([r["objective/scores"] for r in part]) for part in (history[:4], history[-4:]))
-    assert end > start + 0.5, "what is optimized rises"
+    assert end > start + 0.25, "what is optimized rises"
 
 # %% [markdown]
 # The same prompts, before and after:
@@ -369,38 +369,40 @@ for method, c in swept.items():
         f"  {c['cpu_seconds'].mean():23.0f}"
     )  # fmt: skip
 before, sampling = swept["base"], ALGORITHMS[:3]
+risen = {m: swept[m]["gold"] > before["gold"] for m in ALGORITHMS}  # in which seeds
 for method in ALGORITHMS:
-    for name in ("reward", "gold"):
-        assert (swept[method][name] > before[name]).all(), f"{method}: the {name} rises in every seed"
+    assert (swept[method]["reward"] > before["reward"]).all(), f"{method}: the reward rises in every seed"
+    assert swept[method]["gold"].mean() > before["gold"].mean(), f"{method}: the gold rises on average"
     assert (swept[method]["distinct_2"] < before["distinct_2"]).all(), f"{method}: fewer distinct bigrams in every seed"
 for method in sampling:
     for name in ("reward", "kl"):
         assert (swept["DPO"][name] < swept[method][name]).all(), f"DPO has less {name} than {method} in every seed"
-assert max(swept["DPO"]["kl"]) < min(min(swept[m]["kl"]) for m in sampling), "DPO goes least far"
+assert risen["DPO"].all() and risen["GRPO"].all(), "the gold of these two rises in every seed"
+assert all(risen[m].tolist() == [False, True, True] for m in ("PPO", "RLOO")), "that of these two falls with seed 0"
+assert max(swept["DPO"]["kl"]) < min(min(swept[m]["kl"]) for m in sampling) / 2, "DPO goes less than half as far"
 leaders = [max(ALGORITHMS, key=lambda m: swept[m]["gold"][seed]) for seed in range(3)]
-fewer_ends = {(m, seed): swept[m]["ended"][seed] < before["ended"][seed] for m in ALGORITHMS for seed in range(3)}
-others = ", ".join(f"{m} with seed {seed}" for (m, seed), fewer in fewer_ends.items() if not fewer)
 print(f"most gold with seed 0, 1 and 2: {', '.join(leaders)}")
-print(f"ends become rarer in {sum(fewer_ends.values())} runs of {len(fewer_ends)}; not in: {others or 'none'}")
+assert leaders == ["DPO", "PPO", "PPO"]
+assert all((swept[m]["ended"] < before["ended"]).all() for m in ALGORITHMS), "ends become rarer in every run"
 golds = [swept[m]["gold"] for m in sampling]
-assert np.ptp([g.mean() for g in golds]) < min(g.std(ddof=1) for g in golds), "their seeds differ by more than they do"
+assert np.ptp(golds, axis=1).min() > np.ptp([g.mean() for g in golds]), "the seeds of each differ by more than their means"
 
 # %% [markdown]
-# In every seed all four raise the judge's reward, *and the gold with it*: on average from 0.10 to 0.20 (DPO) and to
-# 0.27, 0.29 and 0.33 (RLOO, GRPO, PPO). Which method has the most gold depends on the seed, and the means of the three
-# that sample are closer than their seeds: this comparison does not part them. DPO goes less than half as far, at a KL of
-# 3 against 7 to 8, and gets less reward than each of them in every seed.
+# In every seed all four raise the judge's reward. The gold rises with it in ten runs of twelve, on average from 0.06 to
+# 0.25 (DPO and GRPO), 0.26 (RLOO) and 0.39 (PPO); PPO and RLOO with seed 0 earn more reward, and their gold falls a
+# little. Which method has the most gold depends on the seed, and the gold of each of the three that sample differs more
+# from seed to seed than their means do from each other: this comparison does not part them. DPO goes less than half as
+# far, at a KL of 3 against 8 to 12, and gets less reward than each of them in every seed.
 #
-# Two things fell that nobody asked about. Distinct bigrams become fewer in all twelve runs. And of the base's answers
-# 46% end their sentence, of the trained policies' 34% (PPO), 12% (RLOO), 35% (GRPO) and 29% (DPO): fewer in ten of
-# twelve runs, while in the other two, PPO and GRPO with seed 2, 66% and 78% end. Nothing here asks for an end; Lesson 11
-# puts a price on its absence.
+# Two things fell that nobody asked about, in all twelve runs. Distinct bigrams become fewer. And of the base's answers
+# 44% end their sentence, of the trained policies' 12% (PPO), 7% (RLOO), 13% (GRPO) and 26% (DPO). Nothing here asks for
+# an end; Lesson 11 puts a price on its absence.
 #
 # Read it with care: the three that sample were given the same number of answers at the same learning rate, which suits
 # one of them better than another, and DPO saw the rater's pairs instead of the judge. The seconds are those of the
 # training alone. They leave out the 4,000 answers of the base that the rater ordered, of which DPO's pairs are made,
 # and the training of the judge on them, without which the other three cannot begin. It is a page to compare
-# *mechanisms*. That the gold rises here is no law: Lesson 11 goes on until it does not mean much any more.
+# *mechanisms*. That the gold rises with the reward is no law, as seed 0 shows; Lesson 11 goes on from there.
 #
 # ## 7 · Break it: whiten first, then take the returns
 #

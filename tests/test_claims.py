@@ -99,7 +99,7 @@ def test_what_needs_no_comparison_of_trained_quality_is_tried():
 
 
 def test_a_statement_without_a_rule_is_not_tried():
-    assert claims.rule_of("rlhf-7") is None and claims.judge("rlhf-7").verdict == UNTRIED
+    assert claims.rule_of("rlhf-9") is None and claims.judge("rlhf-9").verdict == UNTRIED
     with pytest.raises(KeyError):
         claims.judge("lora-99")
 
@@ -107,8 +107,8 @@ def test_a_statement_without_a_rule_is_not_tried():
 @pytest.mark.parametrize(("id", "doc", "message"), [
     ("lora-99", "Holds if so.", "there is no statement 'lora-99'"),
     ("lora-6", "Holds if so.", "lora-6 has a rule already: example"),
-    ("rlhf-7", None, "the rule of rlhf-7 must state itself"),
-    ("rlhf-7", "It holds.", "the rule of rlhf-7 must state itself"),
+    ("rlhf-9", None, "the rule of rlhf-9 must state itself"),
+    ("rlhf-9", "It holds.", "the rule of rlhf-9 must state itself"),
 ])  # fmt: skip
 def test_what_is_no_rule_is_refused(id, doc, message):
     claims.rule_of("lora-6")
@@ -126,9 +126,9 @@ def test_a_rule_stands_in_its_section_s_module(monkeypatch):
         """Holds if so."""
 
     rule.__module__ = "minipeft.claims.lora"
-    with pytest.raises(ValueError, match=r"the rule of rlhf-7 belongs into minipeft\.claims\.rlhf"):
-        claims.claim("rlhf-7", lesson="11_reward_hacking.py", section="1")(rule)
-    assert "rlhf-7" not in register.RULES
+    with pytest.raises(ValueError, match=r"the rule of rlhf-9 belongs into minipeft\.claims\.rlhf"):
+        claims.claim("rlhf-9", lesson="11_reward_hacking.py", section="1")(rule)
+    assert "rlhf-9" not in register.RULES
 
 
 def test_a_verdict_is_one_of_five():

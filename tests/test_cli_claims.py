@@ -23,7 +23,7 @@ def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys,
     body = {line.split()[0]: line for line in lines if line and line.split()[0] in claims.statements()}
     assert [*body] == [*claims.statements()]
     assert "holds" in body["lora-6"] and "256 times" in body["lora-6"] and "d = k = 4096" in body["lora-6"]
-    assert "not tried yet" in body["rlhf-7"]
+    assert "not tried yet" in body["rlhf-9"]
     total, counts = lines[-1].split(" statements: ")
     counted = {name: int(n) for n, name in (part.split(" ", 1) for part in counts.split(", "))}
     assert sum(counted.values()) == int(total) == 86
@@ -32,18 +32,18 @@ def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys,
 
 
 def test_one_statement_in_full(capsys):
-    status, out, err = output(capsys, "claims", "lora-6", "rlhf-7")
+    status, out, err = output(capsys, "claims", "lora-6", "rlhf-9")
     assert (status, err) == (0, "")
     text = " ".join(out.split())
     assert "lora-6 (lora, count) statement d = k = 4096" in text and "rule Holds if the built layers" in text
     assert "effect numbers of the matrix over LoRA's: 256 times" in text and "lesson 12_counting.py, 1 · Parameters" in text
-    assert "d k 16,777,216" in text and "rlhf-7 (rlhf, comparison)" in text and "verdict not tried yet" in text
+    assert "d k 16,777,216" in text and "rlhf-9 (rlhf, procedure)" in text and "verdict not tried yet" in text
     text = " ".join(output(capsys, "claims", "soft-7")[1].split())
     assert "rows lost_context.jsonl, 5 rows" in text and "95 % interval [" in text
 
 
 def test_json_is_a_list_of_objects(capsys):
-    status, out, err = output(capsys, "claims", "lora-6", "soft-7", "rlhf-7", "qlora-6", "--json")
+    status, out, err = output(capsys, "claims", "lora-6", "soft-7", "rlhf-9", "qlora-6", "--json")
     assert (status, err) == (0, "")
     count, rows, untried, traps = json.loads(out, parse_constant=pytest.fail)  # no NaN, no Infinity
     assert {"id", "verdict", "effect", "interval", "seeds", "test_size", "evidence"} <= count.keys()
@@ -104,7 +104,7 @@ def test_the_league_table(capsys, monkeypatch):
     (["lora6"], "there is no statement 'lora6'; did you mean lora-6"),
     (["lora-6", "xyz"], "there is no statement 'xyz'; `minipeft claims` lists all"),
     (["--run", "lora-6"], "lora-6 has no rows to compute again: its rule computes its numbers each time that it is asked"),
-    (["--run", "rlhf-7"], "rlhf-7 has no rows to compute again: no rule judges it"),
+    (["--run", "rlhf-9"], "rlhf-9 has no rows to compute again: no rule judges it"),
     (["--run", "soft-7", "--store", ROWS], "holds the shipped rows; choose another"),
     (["lora-6", "--run", "soft-7"], "--run has its own statement: leave lora-6 out"),
     (["--run", "soft-7", "--json"], "--json does nothing with --run"),

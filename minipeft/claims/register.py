@@ -64,6 +64,23 @@ class Number:
     high: float | None = None
 
 
+def figure(number: Number | None) -> str:
+    """A number with its unit: "256 times"; "" for none."""
+    return "" if number is None else f"{plain(number.value)} {number.unit}".strip()
+
+
+def interval(number: Number | None) -> str:
+    """Its interval: "[0.97, 1.02]"; "" of an exact one."""
+    return "" if number is None or number.low is None else f"[{plain(number.low)}, {plain(number.high)}]"
+
+
+def plain(value: float) -> str:
+    """Three digits, or all before the point."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a rule found.
@@ -98,7 +115,8 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times: they differ from machine to machine, so only verdicts can agree
+    timed      whether the rows are times, or of texts that a model samples while it learns: they differ from machine to
+               machine, so only verdicts can agree
     tolerance  relative, of a number that is computed again on another machine
     """
 
@@ -270,8 +288,9 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
 
 
 def _modules(section: str) -> tuple[str, ...]:
-    """Where the rules of a section are: in its own module, and of those that train, in three others."""
-    return tuple(f"{__package__}.{name}" for name in (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules"))
+    """Where the rules of a section are: in its own module, and of those that train, in four others."""
+    names = (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules", "chain_rules")
+    return tuple(f"{__package__}.{name}" for name in names)
 
 
 # ------------------------------------------------------------------------------------------------- what rules share

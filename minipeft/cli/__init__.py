@@ -36,7 +36,7 @@ from .streams import STDOUT, open_closed_streams, printable, safe_output
 
 COMMANDS = (
     "compare", "finetune", "sweep", "evaluate", "generate", "merge", "sft", "reward", "ppo", "dpo",
-    "count", "memory", "audit", "claims", "gradcheck", "lessons", "exercise",
+    "count", "memory", "audit", "claims", "gradcheck", "lessons", "exercise", "book",
 )  # fmt: skip
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit status. Errors never leave as exceptions."""

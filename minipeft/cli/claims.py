@@ -35,6 +35,8 @@ from ..claims.register import (
     Rule,
     Statement,
     Verdict,
+    figure,
+    interval,
     judge,
     recomputed,
     rule_of,
@@ -184,23 +186,6 @@ def as_json(statement: Statement, rule: Rule | None, verdict: Verdict) -> dict[s
             {"name": n.name, "value": finite(n.value), "unit": n.unit, "interval": bounds(n)} for n in verdict.evidence
         ],
     }  # fmt: skip
-
-
-def figure(number: Number | None) -> str:
-    """A number with its unit: "256 times"; "" for none."""
-    return "" if number is None else f"{plain(number.value)} {number.unit}".strip()
-
-
-def interval(number: Number | None) -> str:
-    """Its interval: "[0.97, 1.02]"; "" of an exact one."""
-    return "" if number is None or number.low is None else f"[{plain(number.low)}, {plain(number.high)}]"
-
-
-def plain(value: float) -> str:
-    """Three digits, or all before the point."""
-    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def text(value: Any) -> str:

@@ -7,36 +7,39 @@ examples:
   minipeft lessons                  the list
   minipeft lessons 3                run lesson 3
   minipeft lessons all --reduced    run every lesson with fewer steps, as the tests do
+  minipeft lessons --notebooks DIR  every lesson as an executed notebook (extra: pip install 'minipeft[book]')
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from ..book.lessons import REDUCED, LessonError, find_lessons, require_extra, title
 from .arguments import Arguments, Parser
-
-REDUCED = "MINIPEFT_REDUCED"
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
+    notebooks = "write them as executed notebooks, all unless one is named; one is left as it is while nothing changes"
+    parser.add_argument("--notebooks", metavar="DIR", help=notebooks)
     parser.add_argument("--reduced", action="store_true", help=f"fewer steps, and fewer claims (sets {REDUCED}=1)")
 
 
 def run(args: Arguments) -> int:
     lessons, failed = find_lessons(), []
-    if args.lesson is None:
+    if args.lesson is None and args.notebooks is None:
         listed = (f"{number:>3}  {title(path)}  ({path.name})" for number, path in lessons.items())
         print(*listed, "\nRun one with: minipeft lessons NUMBER", sep="\n")
         return 0
-    chosen = {n: path for n, path in lessons.items() if args.lesson in ("all", str(n), f"{n:02}")}
+    chosen = {n: path for n, path in lessons.items() if args.lesson in ("all", None, str(n), f"{n:02}")}
     if not chosen:
         raise ValueError(f"no lesson {args.lesson!r}; there are {', '.join(map(str, lessons))}, and 'all'")
+    if args.notebooks is not None:
+        return write(chosen, args)
     for number, path in chosen.items():
         print(f"── lesson {number}: {title(path)}", flush=True)
         started = time.perf_counter()
@@ -50,17 +53,19 @@ def run(args: Arguments) -> int:
     return 1 if failed else 0
 
 
-def find_lessons() -> dict[int, Path]:
-    """number -> file, of lessons/ in the working directory, else beside the package. FileNotFoundError for none."""
-    places = [Path.cwd() / "lessons", Path(__file__).resolve().parents[2] / "lessons"]
-    for place in places:
-        if found := {int(n[1]): path for path in place.glob("*.py") if (n := re.match(r"(\d+)_", path.name))}:
-            return dict(sorted(found.items()))
-    where = "they come with a checkout of the project, not with the installed package; run this from its top level"
-    raise FileNotFoundError(f"no lessons in {' or '.join(map(str, dict.fromkeys(places)))}: {where}")
+def write(chosen: dict[int, Path], args: Arguments) -> int:
+    """The lessons as notebooks in --notebooks."""
+    require_extra()
+    folder = Path(args.notebooks)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--notebooks {folder} is a file; a directory is to be written")
+    if args.reduced:
+        os.environ[REDUCED] = "1"
+    from ..book.site import write_notebooks
 
-
-def title(path: Path) -> str:
-    """The first Markdown heading of a lesson, or its file name's words."""
-    heading = re.search(r"^#[ \t]+#+[ \t]+(.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return heading[1].strip() if heading else path.stem.replace("_", " ")
+    try:
+        write_notebooks(chosen, folder, lambda line: print(f"── {line}", flush=True))
+    except LessonError as error:
+        print(f"minipeft: {error}", file=sys.stderr)
+        return 1
+    return 0

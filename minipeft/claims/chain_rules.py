@@ -1,0 +1,243 @@
+"""What the chain of RLHF decides: nearness to the start, instability, exploitation, alignment (`chain`).
+
+    a difference   of two policies on the held-out prompts under the same seeds, with its interval over both
+                   (`statistics.crossed`); clear: it excludes 0. Of k differences, that some are so is said only of those
+                   that are clear at the level 1 - 0.05 / k
+    a warning      the first update at which a statistic of a run has left its usual range, there and at the next one
+
+Usual is what the unbroken runs (beta = 0.05) have at the same update under all seeds: their mean ± LIMIT standard
+deviations, pooled over the updates; of `value_loss` and what else spans orders of magnitude, of the logarithms, and of
+sqrt(KL). Each unbroken run is held against the others in the same way: how often it would have been warned of is the
+control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.intervals import Estimate
+from . import chain
+from .chain import BETAS, BREAKING, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
+from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, listed
+from .statistics import crossed
+
+Rows = Sequence[Mapping[str, Any]]
+CHAIN = Experiment("chain", chain.run, chain.runs, timed=True)  # other processors round otherwise, and draw other words
+
+NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0, 1]; nats an answer
+LIMIT = 4.0  # standard deviations
+SPANNING = ("approxkl", "value_loss", "ratio_max", "grad_norm")  # orders of magnitude
+WARNING = ("kl", "clipfrac", "entropy", "distinct_2", "length", *SPANNING)  # the statistics that a run logs without a gold
+LAST = str(CHECKS[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def those_of(rows: Rows, stage: str, seeds: Sequence[int] = (), **settings: Any) -> list[Mapping[str, Any]]:
+    """The rows of a stage, seed by seed: with the settings that are given, and the defaults of `Chain` otherwise."""
+    wanted = {"judge": SIZES[-1], "comparisons": COMPARISONS[-1], "beta": 0.05, "broken": "", "stage": stage} | settings
+    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return sorted((row for row in found if not seeds or row["seed"] in seeds), key=lambda row: row["seed"])
+
+
+def items(rows: Rows, key: str = "gold", check: str = LAST) -> np.ndarray:
+    """A number of every held-out prompt, [seeds, HELD_OUT]. A run that was stopped before has earned no gold: 0."""
+    found = [row["checks"].get(check, {}) if "checks" in row else row for row in rows]
+    size = max(len(one.get(key, ())) for one in found)
+    return np.array([one.get(key, [0.0] * size) for one in found], float)
+
+
+Differences = Mapping[str, np.ndarray]  # name: [seeds, items], above 0 where it is as the statement says
+
+
+def decided(differences: Differences, near: float) -> tuple[str, dict[str, Estimate], dict[str, bool]]:
+    """(the verdict on a statement that says of all differences that they are above 0, their intervals, which are clear).
+
+    Holds if all are clear; if some are, at the level of that many; does not hold here if each is below `near` with its
+    whole interval; cannot be tested here otherwise."""
+    found = {name: crossed(x) for name, x in differences.items()}
+    clear = {name: e.low is not None and e.low > 0 for name, e in found.items()}
+    level = 1 - 0.05 / len(found)
+    surely = any((e := crossed(x, level=level)).low is not None and e.low > 0 for x in differences.values())
+    below = all(e.high is not None and e.high < near for e in found.values())
+    return HOLDS if all(clear.values()) else IF if surely else NOT if below else UNTESTABLE, found, clear
+
+
+def scaled(name: str, values: Sequence[float]) -> np.ndarray:
+    """A column of a history as its range is judged: the logarithms where it is SPANNING, the root of a KL."""
+    x = np.asarray(values, float)
+    if name == "kl":
+        return np.sqrt(np.maximum(x, 0))
+    return np.log(np.maximum(x, 1e-12)) if name in SPANNING else x
+
+
+def warned(name: str, values: Sequence[float], usual: Sequence[Sequence[float]]) -> int | None:
+    """The update, from 1, at which a statistic leaves its usual range for two updates in a row; None if it does not.
+
+    values   of a run that may have been stopped; what is not finite is outside
+    usual    of the unbroken runs, [runs, updates]
+    """
+    normal = np.stack([scaled(name, one) for one in usual])
+    spread = math.sqrt(normal.var(axis=0, ddof=1).mean()) * math.sqrt(1 + 1 / len(normal))
+    away = abs(scaled(name, values) - normal.mean(axis=0)[: len(values)])
+    out = ~(away <= LIMIT * max(spread, 1e-9))
+    both = np.flatnonzero(out & np.append(out[1:], True))  # the last update has no next one
+    return int(both[0]) + 1 if len(both) else None
+
+
+def first_warning(history: Mapping[str, Sequence[float]], usual: Sequence[Mapping[str, Sequence[float]]]) -> tuple[int | None, list[str]]:
+    """(the update of the first warning, the statistics that gave it then)."""
+    at = {name: warned(name, history[name], [one[name] for one in usual]) for name in WARNING}
+    first = min((update for update in at.values() if update is not None), default=None)
+    return first, [name for name, update in at.items() if first is not None and update == first]
+
+
+def as_number(name: str, e: Estimate, unit: str = "") -> Number:
+    return Number(name, e.value, unit, e.low, e.high)
+
+
+def shown(e: Estimate, digits: int = 2) -> str:
+    return f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]" if e.low is not None else f"{e.value:+.{digits}f}"
+
+
+def verdict(decision: str, because: str, effect: Number, evidence: Sequence[Number], rows: Rows) -> Verdict:
+    seeds = len({row["seed"] for row in rows})
+    return Verdict(decision, because, effect, evidence, seeds, HELD_OUT, "the shipped base", "kind endings of verses")
+
+
+def summary(name: str, rows: Rows, keys: Sequence[str] = ("gold", "kl")) -> list[Number]:
+    """A policy's numbers on the held-out prompts, as evidence: of the runs that were not stopped."""
+    whole = [row for row in rows if "checks" not in row or LAST in row["checks"]]
+    if not whole:
+        return []
+    last = [row["checks"][LAST] if "checks" in row else row for row in whole]
+    means = {key: float(np.mean([one[key] for one in last])) for key in ("kind", "form", "ended", "distinct_2") if key in last[0]}
+    numbers = [as_number(f"{name}: {key}", crossed(items(whole, key))) for key in keys]
+    return numbers + [Number(f"{name}: {key}", value) for key, value in means.items()]
+
+
+def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """A run of PPO as Gao et al. draw it: (sqrt(KL), a column of its history), each a running mean over `width` updates."""
+    columns = (np.array(row["history"][name], float) for name in ("kl", key))
+    kl, values = (np.convolve(x, np.ones(width) / width, "valid") for x in columns)
+    return np.sqrt(np.maximum(kl, 0)), values
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+@claim("rlhf-5", lesson="10_ppo.py", section="2 · Rewards: a price for leaving, and the score at the end", experiment=CHAIN)
+def near_its_start(rows: Rows) -> Verdict:
+    """Holds if, after as many updates of PPO, each higher price of KL (0, 0.05, 0.2) clearly leaves the policy at a lower KL from the SFT
+    model, on held-out prompts; holds if one of the two does; does not hold here if neither saves half a nat."""
+    of = {beta: those_of(rows, "ppo", beta=beta) for beta in BETAS}
+    kl = {beta: items(found, "kl") for beta, found in of.items()}
+    steps = {f"{high:g} in place of {low:g}": kl[low] - kl[high] for low, high in pairwise(BETAS)}
+    decision, found, _ = decided(steps, NEAR["kl"])
+    saved = "; ".join(f"beta {name} saves {shown(e, 1)} nats" for name, e in found.items())
+    gold = [f"{items(one).mean():.2f}" for one in of.values()]
+    because = (
+        f"After {LAST} updates the KL from the SFT model is {listed([f'{x.mean():.1f}' for x in kl.values()])} nats an answer at beta "
+        f"{listed([f'{beta:g}' for beta in BETAS])}: {saved}. The gold is {listed(gold)}."
+    )  # fmt: skip
+    effect = as_number(f"nats saved by beta {next(iter(found))}", next(iter(found.values())), "nats an answer")
+    evidence = [number for beta, one in of.items() for number in summary(f"beta {beta:g}", one)]
+    return verdict(decision, because, effect, evidence, of[BETAS[0]])
+
+
+@claim("rlhf-7", lesson="10_ppo.py", section="7 · Break it: whiten first, then take the returns", experiment=CHAIN)
+def unstable(rows: Rows) -> Verdict:
+    """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs PPO
+    clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02."""
+    usual = those_of(rows, "ppo")
+    kept = those_of(rows, "ppo", BREAKING)
+    broken = {what: those_of(rows, "ppo", BREAKING, broken=what) for what in BROKEN}
+    both = {what: items([*kept, *of]) for what, of in broken.items()}
+    costs = {what: x[: len(kept)] - x[len(kept) :] for what, x in both.items()}
+    sft, faster = those_of(rows, "sft", BREAKING), those_of(rows, "sft", broken="ten times the rate")
+    costs["ten times the rate, beside SFT's"] = costs["ten times the rate"] - (items(sft) - items(faster))
+    decision, found, _ = decided(costs, NEAR["gold"])
+    histories, told, evidence = [row["history"] for row in usual], [], []
+    for what, of in broken.items():
+        warnings = [first_warning(row["history"], histories) for row in of]
+        updates = [update for update, _ in warnings if update is not None]
+        names = listed(list(dict.fromkeys(name for _, first in warnings for name in first)))
+        when = f"first out of range: {names}, in update {listed(sorted({str(u) for u in updates}, key=int))}" if updates else "no warning"
+        lost = [row for row in of if row["stopped"]]
+        told.append(f"{what} costs {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
+        evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
+        evidence += summary(what, of)[:2]
+    false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
+    because = (
+        f"{'; '.join(told)}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
+        f"runs {sum(update is not None for update in false)} would have been warned of."
+    )  # fmt: skip
+    because = because[0].upper() + because[1:]
+    worst = max(BROKEN, key=lambda what: found[what].value)
+    evidence += [as_number(f"gold lost: {name}", e, "gold") for name, e in found.items()] + summary("unbroken", usual)
+    return verdict(decision, because, as_number(f"gold lost: {worst}", found[worst], "gold"), evidence, sft)
+
+
+def peak(rows: Rows) -> int:
+    """Where the gold of a run's own samples is highest, in the mean over the runs and over three updates: 0, the start, or one of
+    CHECKS but the last. It is chosen on training prompts, and measured on held-out ones."""
+    gold = np.mean([row["history"]["gold"] for row in rows], axis=0)
+    return max((0, *CHECKS[:-1]), key=lambda update: gold[max(0, update - 1) : update + 2].mean())
+
+
+@claim("rlhf-8", lesson="11_reward_hacking.py", section="3 · The price of going far", experiment=CHAIN)
+def exploited(rows: Rows) -> Verdict:
+    """Holds if, with each of five judges and without a price of KL, the gold on held-out prompts falls clearly from its peak (chosen on
+    the training prompts) to the last update while the judge's reward rises clearly from the first check to the last; holds if with some;
+    does not hold here if it falls by less than 0.02 with each."""
+    falls, rises, told, evidence = {}, {}, [], []
+    for size, n in JUDGES:
+        name, of = f"{size}, {n} comparisons", those_of(rows, "ppo", judge=size, comparisons=n, beta=0.0)
+        many, top = those_of(rows, "best", judge=size, comparisons=n), peak(of)
+        before = items(of, check=str(top)) if top else items(those_of(rows, "sft"))
+        rises[name] = crossed(items(of, "proxy") - items(of, "proxy", str(CHECKS[0])))
+        risen = rises[name].low is not None and rises[name].low > 0
+        falls[name] = before - items(of) if risen else np.minimum(before - items(of), 0)
+        one, most = (np.mean([[row["best_of"][key][what] for what in ("proxy", "gold")] for row in many], axis=0) for key in ("1", "16"))
+        gained = np.array([items(of, "proxy").mean(), items(of).mean()]) - one
+        came = gained[1] / gained[0] / ((most - one)[1] / (most - one)[0])
+        told.append(f"{name}: {before.mean():.2f} at {f'update {top}' if top else 'the start'}, {items(of).mean():.2f} at the end")
+        right = np.array([row["accuracy"][0] for row in many])
+        evidence += [Number(f"{name}: pairs ordered as the gold does", float(right.mean()), "share")]
+        evidence += [as_number(f"{name}: rise of the judge's reward", rises[name])]
+        evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
+    decision, found, clear = decided(falls, NEAR["gold"])
+    because = (
+        f"Without a price of KL the judge's reward rises, and the gold with it to a peak, from which it falls clearly with "
+        f"{listed([name for name, c in clear.items() if c])}. {'; '.join(told)}."
+    )  # fmt: skip
+    most = max(found, key=lambda name: found[name].value)
+    evidence = [as_number(f"fall of the gold: {name}", e, "gold") for name, e in found.items()] + evidence
+    return verdict(decision, because, as_number(f"fall of the gold, {most}", found[most], "gold"), evidence, those_of(rows, "sft"))
+
+
+@claim("which-7", lesson="16_which_method.py", section="5 · And the other two jobs", experiment=CHAIN)
+def aligned(rows: Rows) -> Verdict:
+    """Holds if PPO (beta 0.05, the best judge) has clearly more gold on held-out prompts than the base, the SFT model, the SFT model trained
+    on the preferred answers, and the best of 16 answers by the same judge; holds if than some of these; does not hold here if it is
+    less than 0.02 above each."""
+    policy = those_of(rows, "ppo")
+    others = {
+        "the base": those_of(rows, "base"), "SFT": those_of(rows, "sft"), "SFT on the preferred answers": those_of(rows, "chosen"),
+        "the best of 16": those_of(rows, "best"),
+    }  # fmt: skip
+    decision, found, clear = decided({name: items(policy) - items(of) for name, of in others.items()}, NEAR["gold"])
+    because = (
+        f"PPO has a gold of {items(policy).mean():.2f}: {'; '.join(f'{shown(e)} beside {name}' for name, e in found.items())}. It is clearly "
+        f"above {listed([name for name, c in clear.items() if c])}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT."
+    )  # fmt: skip
+    evidence = summary("PPO", policy)
+    for name, of in others.items():
+        evidence += [as_number(f"PPO over {name}", found[name], "gold"), *summary(name, of, ("gold",))]
+    return verdict(decision, because, as_number("PPO over SFT", found["SFT"], "gold"), evidence, policy)

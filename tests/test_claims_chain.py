@@ -1,0 +1,267 @@
+"""The chain of RLHF: its gold, its stages in small, and its rules on made-up rows, both ways."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from minipeft.claims import chain, chain_rules, kindness
+from minipeft.claims.chain import BROKEN, CHECKS, Chain
+from minipeft.claims.chain_rules import WARNING, along, decided, first_warning, items, peak, those_of, warned
+from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
+from minipeft.experiments.rows import described
+from minipeft.experiments.shipped import base
+
+pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
+
+ITEMS = 64
+
+
+# -------------------------------------------------------------------------------------------------------------- the gold
+
+
+def test_pairs_of_words_begin_with_the_last_word_before():
+    assert kindness.pairs_of_words(" went in, and", "And he") == [("he", "went"), ("went", "in"), ("in", ","), (",", "and")]
+    assert kindness.pairs_of_words("Went in.") == [("went", "in"), ("in", ".")]
+
+
+def test_the_gold_is_what_a_person_would_say():
+    prompt, kind = "And the Lord gave", " them peace, and they were glad with great joy."
+    scores = kindness.gold(
+        [prompt] * 8,
+        [kind, kind, " them to the sword, and they were put to death.", " them joy joy joy joy joy joy joy joy joy.", " them joy.",
+         " glad joy peace love happy good friend gift.", "", " them peace, and they were glad with great joy,"],
+        [True, False, True, True, True, True, True, True],
+    )  # fmt: skip
+    best, unended, cruel, repeats, short, listing, empty, unfinished = scores
+    assert best > 0.9 and unended == empty == unfinished == 0
+    assert max(cruel, short, listing) < best / 2 and repeats < best / 100
+
+
+def test_words_that_are_said_again_cost_half_each_and_free_ones_nothing():
+    assert kindness.form("And the Lord gave", " the men of the land and the women food and water.") > 0
+    once, twice = (kindness.form("And Saul saw", f" the men of the land and the {word} on the way.") for word in ("king", "land"))
+    assert twice < 0.75 * once
+    said, new = (kindness.form(f"And {one} saw", " that it was God's way to have mercy on men.") for one in ("God", "he"))
+    assert said < 0.6 * new
+
+
+def test_reports_ask_for_what_nothing_was_trained_on():
+    trained = {*map(tuple, chain.encoded([*kindness.sentences("train")]))}
+    held = {*map(tuple, chain.held_out())}
+    assert len(held) == chain.HELD_OUT and not held & trained
+    assert {*kindness.sentences("train").values()}.isdisjoint({*kindness.sentences("validation").values(), *kindness.sentences("test").values()})
+
+
+def test_a_seed_draws_the_demonstrations():
+    one, again, other = (chain.demonstrations(seed) for seed in (1, 1, 2))
+    assert [e.input_ids.tolist() for e in one] == [e.input_ids.tolist() for e in again]
+    assert len({tuple(e.input_ids) for e in one} & {tuple(e.input_ids) for e in other}) < len(one)
+    assert all(e.labels[-1] == base()[1].eos_token_id and e.labels[0] == chain.IGNORE for e in one)
+
+
+# ------------------------------------------------------------------------------------------------------------- in small
+
+
+SMALL = {"DEMONSTRATIONS": 8, "COMPARISONS": (4, 8), "HELD_OUT": 6, "BEST_OF": 4, "UPDATES": 2, "CHECKS": (1, 2), "LENGTH": 6}
+CACHED = {name: cache(getattr(chain, name).__wrapped__) for name in ("sft", "comparisons", "judge", "drawn", "held_out")}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The chain on a few texts, with caches of its own."""
+    for name, value in (SMALL | CACHED).items():
+        monkeypatch.setattr(chain, name, value)
+
+
+def test_every_stage_starts_from_the_one_before(small):
+    sft, judge = chain.sft(1), chain.judge(1, "head", 4)
+    for name, p in judge.backbone.named_parameters():
+        assert np.array_equal(p.data, dict(sft.backbone.named_parameters())[name].data), "of the judge, the head alone is trained"
+    policy, row = chain.ppo(Chain(1, "ppo", "head", 4, beta=0.0), lambda policy: {"gold": [1.0]})
+    assert row["stopped"] is None and row["checks"].keys() == {"1", "2"}
+    assert row["history"].keys() == {*chain.COLUMNS} and {len(x) for x in row["history"].values()} == {2}
+    assert abs(row["history"]["kl"][0]) < 1e-4 < abs(row["history"]["kl"][1]), "the SFT model is the start and the reference"
+    assert chain.report(sft, 1, judge)["kl"] == [0.0] * 6
+    assert any(map(abs, chain.report(policy, 1, judge)["kl"]))
+
+
+def test_rows_of_all_kinds(small):
+    found = chain.run(Chain(1, "best", "lora", 8))
+    assert [*found["best_of"]] == ["1", "2", "4"] and len(found["gold"]) == len(found["proxy"]) == 6
+    assert found["best_of"]["4"]["proxy"] == pytest.approx(np.mean(found["proxy"]), abs=1e-3)
+    assert found["best_of"]["1"]["kl"] == 0 < found["best_of"]["4"]["kl"]
+    for stage in ("base", "sft", "chosen"):
+        row = chain.run(Chain(1, stage, "full", 8))
+        assert len(row["gold"]) == len(row["kl"]) == len(row["proxy"]) == 6 and 0 <= row["ended"] <= 1
+
+
+@cache
+def first_update(what: str) -> dict:
+    """The history of the run in small."""
+    return chain.ppo(Chain(1, "ppo", "head", 4, broken=what), lambda policy: {})[1]["history"]
+
+
+CHANGED = {  # already in the first update, beside the unbroken run
+    "ten times the rate": {"approxkl"}, "no clipping": set(), "ten times the reward": {"proxy", "value_loss"},
+    "no price of a missing end": {"value_loss"}, "returns from whitened advantages": {"value_loss"},
+    "sampled at another temperature": {"proxy"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_another_run(small, what):
+    usual, broken = first_update(""), first_update(what)
+    assert CHANGED[what] <= {name for name, values in usual.items() if values[0] != broken[name][0]}
+    assert usual["kl"][0] == pytest.approx(broken["kl"][0], abs=1e-4), "the policy is the reference, whatever was sampled"
+
+
+def test_every_run_is_named_once():
+    assert len({str(described(one)) for one in chain.runs()}) == len(chain.runs())
+    assert all(one.base for one in chain.runs())
+
+
+# --------------------------------------------------------------------------------------------------- made-up rows
+
+
+USUAL = {"kl": 3.0, "clipfrac": 0.1, "entropy": 1.5, "distinct_2": 0.7, "length": 14.0, "approxkl": 0.02, "value_loss": 0.1, "ratio_max": 3.0, "grad_norm": 2.0}
+
+
+def history(rng, seen=lambda u: 0.5, **other) -> dict:
+    made = {name: [value * (1 + 0.02 * rng.normal()) for _ in range(32)] for name, value in USUAL.items()}
+    for name, change in other.items():
+        made[name] = [change(u, x) for u, x in enumerate(made[name], start=1)]
+    return made | {"gold": [seen(u) for u in range(32)], "proxy": [0.0] * 32}
+
+
+def row(run: Chain, gold=0.5, kl=3.0, checks=None, proxy=1.0, seen=lambda u: 0.4 + 0.001 * u, **changes) -> dict:
+    """What a run would be measured as, whose means are these."""
+    rng = np.random.default_rng([run.seed, len(run.stage), run.comparisons, int(100 * run.beta)])
+
+    def of(gold, proxy):
+        noise = rng.normal(size=(3, ITEMS)) / 100
+        return {"gold": (gold + noise[0]).tolist(), "kl": (kl + noise[1]).tolist(), "proxy": (proxy + noise[2]).tolist(), "kind": 0.2, "form": 0.8, "ended": 0.9, "distinct_2": 0.5}
+
+    if run.stage == "best":
+        return described(run) | {"accuracy": [0.7, 0.68, 0.72], "best_of": {"1": {"proxy": 0, "gold": 0.4}, "16": {"proxy": 1, "gold": gold}}, "gold": of(gold, 1)["gold"]}
+    if run.stage != "ppo":
+        return described(run) | of(gold, 0.0)
+    at = dict.fromkeys(map(str, CHECKS), (gold, 0.0)) | {str(CHECKS[-1]): (gold, proxy)} | {k: (v, 0.0) for k, v in (checks or {}).items()}
+    return described(run) | {"checks": {u: of(*means) for u, means in at.items()}, "stopped": None, "history": history(rng, seen, **changes)}
+
+
+def rows(make=lambda run: {}) -> list[dict]:
+    return [row(run, **make(run)) for run in chain.runs()]
+
+
+def verdict(id: str, make) -> str:
+    assert RULES[id].experiment is chain_rules.CHAIN
+    found = RULES[id].judge(rows(make))
+    assert found.because.endswith(".") and found.effect.low <= found.effect.value <= found.effect.high and found.evidence
+    return found.verdict
+
+
+def test_the_price_of_kl_follows_its_rows():
+    priced = [{0.0: 20.0, 0.05: 5.0, 0.2: 2.0}, {0.0: 20.0, 0.05: 5.0, 0.2: 5.0}, {0.0: 5.0, 0.05: 5.0, 0.2: 5.0}]
+    assert [verdict("rlhf-5", lambda run, kl=kl: {"kl": kl[run.beta]}) for kl in priced] == [HOLDS, IF, NOT]
+
+
+def test_instability_follows_its_rows():
+    def costs(lost, sft=0.0):
+        return lambda run: {"gold": 0.6 - (lost(run.broken) if run.stage == "ppo" and run.broken else sft if run.broken else 0)}
+
+    one = {"ten times the rate": 0.4}
+    assert verdict("rlhf-7", costs(lambda what: 0.4)) == HOLDS
+    assert verdict("rlhf-7", costs(lambda what: one.get(what, 0.0))) == IF
+    assert verdict("rlhf-7", costs(lambda what: 0.0)) == NOT
+    assert verdict("rlhf-7", costs(lambda what: 0.4, sft=0.4)) == IF, "where SFT breaks as well, PPO is not the unstable one"
+
+
+def test_a_run_that_was_stopped_has_earned_nothing():
+    stopped = row(Chain(1, "ppo", broken="no clipping")) | {"checks": {}, "stopped": "update 3: the loss is nan"}
+    both = items([row(Chain(2, "ppo")), stopped])
+    assert both.shape == (2, ITEMS) and not both[1].any() and both[0].all()
+    made = [one if not (one["broken"] and one["stage"] == "ppo") else one | {"checks": {}, "stopped": "NaN"} for one in rows()]
+    found = RULES["rlhf-7"].judge(made)
+    assert found.verdict == HOLDS and "3 runs stopped" in found.because
+
+
+def test_exploitation_follows_its_rows():
+    def falls(judges, proxy=1.0, of=0.2):
+        def made(run):
+            fell = run.stage == "ppo" and run.beta == 0 and (run.judge, run.comparisons) in judges
+            peaked = {"checks": {"8": 0.3 + of}, "gold": 0.3, "seen": lambda u: 0.5 - 0.01 * abs(u - 7)} if fell else {"gold": 0.3}
+            return peaked | ({"proxy": proxy} if run.stage == "ppo" else {})
+
+        return made
+
+    assert verdict("rlhf-8", falls(chain.JUDGES)) == HOLDS
+    assert verdict("rlhf-8", falls(chain.JUDGES[:1])) == IF
+    assert verdict("rlhf-8", falls([])) == NOT
+    assert verdict("rlhf-8", falls(chain.JUDGES, proxy=0.0)) == NOT, "where the judge sees no rise, nothing is exploited"
+
+
+def test_a_peak_is_chosen_on_the_training_prompts():
+    made = [row(Chain(seed, "ppo", beta=0.0), seen=seen) for seed in (1, 2) for seen in (lambda u: -abs(u - 15),)]
+    assert peak(made) == 16
+    assert peak([row(Chain(1, "ppo", beta=0.0), seen=lambda u: -u)]) == 0
+
+
+def test_a_run_is_drawn_over_the_root_of_its_kl():
+    made = row(Chain(1, "ppo"), kl=4.0, seen=float)
+    made["history"]["kl"] = [4.0] * 32
+    distance, gold = along(made, "gold", 3)
+    assert distance.tolist() == pytest.approx([2.0] * 30) and gold.tolist() == pytest.approx([*range(1, 31)])
+
+
+def test_alignment_follows_its_rows():
+    def above(*stages):
+        return lambda run: {"gold": 0.6 if run.stage == "ppo" else 0.4 if run.stage in stages else 0.6}
+
+    assert verdict("which-7", above("base", "sft", "chosen", "best")) == HOLDS
+    assert verdict("which-7", above("base", "sft")) == IF
+    assert verdict("which-7", above()) == NOT
+
+
+def test_without_all_rows_nothing_is_judged():
+    assert RULES["which-7"].judge(rows()[:-1]).verdict == UNTRIED
+    assert {*map(str, those_of(rows(), "ppo", (1, 2), broken="no clipping"))} <= {*map(str, rows())}
+
+
+def test_what_is_not_clear_is_not_decided():
+    wide = np.random.default_rng(0).normal(size=(3, 8))
+    assert decided({"one": wide}, 0.02)[0] == UNTESTABLE
+    assert decided({"one": np.abs(wide) + 1, "other": wide}, 0.02)[0] == IF
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_a_warning_is_the_first_of_two_updates_out_of_range():
+    usual = [[1.0 + 0.1 * ((i + u) % 3) for u in range(10)] for i in range(5)]
+    assert warned("kl", [1.1] * 10, usual) is None
+    assert warned("kl", [1.1] * 4 + [9.0] * 6, usual) == 5
+    assert warned("kl", [1.1] * 4 + [9.0] + [1.1] * 5, usual) is None, "once is no warning"
+    assert warned("kl", [1.1] * 4 + [np.nan], usual) == 5, "what is not finite is outside, also where the run ends"
+    assert warned("value_loss", [1.1] * 4 + [1e-6] * 6, usual) == 5
+
+
+def test_the_statistic_that_warns_first_is_named():
+    rng = np.random.default_rng(0)
+    usual = [history(rng) for _ in range(5)]
+    pushed = history(rng, clipfrac=lambda u, x: x + 0.5 * (u >= 3), kl=lambda u, x: x + 30 * (u >= 6))
+    assert first_warning(pushed, usual) == (3, ["clipfrac"])
+    assert first_warning(history(rng), usual) == (None, [])
+    assert {*WARNING} <= {*chain.COLUMNS}
+
+
+def test_a_verdict_says_what_warned_and_how_often_in_vain():
+    def made(run):
+        pushed = run.broken == "ten times the rate" and run.stage == "ppo"
+        return {"gold": 0.2, "grad_norm": lambda u, x: x * (100 if u >= 2 else 1)} if pushed else {"gold": 0.5}
+
+    found = RULES["rlhf-7"].judge(rows(made))
+    assert "first out of range: grad_norm, in update 2)" in found.because
+    assert "Of 5 unbroken runs 0 would have been warned of." in found.because
