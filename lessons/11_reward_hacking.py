@@ -219,7 +219,6 @@ if not REDUCED:
 # different (section 4). It pays for happy words, but not for one happy word said again and again.
 
 # %%
-
 def smooth(values):
     """Means over five updates of [seeds, updates]: [seeds, updates - 4]."""
     return np.lib.stride_tricks.sliding_window_view(values, 5, axis=1).mean(axis=2)
@@ -346,7 +345,8 @@ print(
     f" reference loss rises in {(rises > CLEAR['ref_loss']).sum()} and falls in {(rises < -CLEAR['ref_loss']).sum()}"
 )
 likely = min(free_rows, key=lambda r: np.mean(r["history"]["ref_loss"][-5:]))
-print("where the reference loss is lowest:", *(" ".join(text.split()) for text in likely["samples"]), sep="\n    ")
+print("where the reference loss is lowest at the end:")
+print(*("    " + " ".join(text.split()) for text in likely["samples"]), sep="\n")
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where the reference loss does not rise"
 
@@ -423,8 +423,8 @@ assert max(passed) < len(columns["kl"][0]) / 2
 #   costs more than half a unit of gold with each good judge, with the earlier base, too. With the poor judge there is no
 #   gold to lose. That is why the mean has an interval that includes 0.
 # - The **penalty** made nearly all answers end, 91 to 98%, in place of 2 or 3%. With the two good judges that cost 0.7 of
-#   the gold. Probably an answer that ends early has no room for happy words; its KL is low, too. (With the earlier base it cost 0.46 in
-#   one seed, and nothing in another, whose answers ended anyway.)
+#   the gold: probably an answer that ends early has no room for happy words. (With the earlier base it cost 0.46 in one
+#   seed, and nothing in another, whose answers ended anyway.)
 # - The **early stop** ends about where the high price does (KL 7.8 and 8.2), in less than half of the updates. Which of the
 #   two has more gold there, three seeds do not tell. And one has to know when.
 #
