@@ -310,20 +310,20 @@ for beta, end in last.items():
 # %% [markdown]
 # **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
 # more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others the proxy climbs as well, and the gold
-# moves by no more than its noise. Six runs are few: by chance alone it would come out so one time in fifteen. With an
-# earlier base, which had been trained for less long, its two best judges brought 0.98 each, and of the four others one
-# brought 0.26. And agreement is no promise: it is measured on pairs of the *base's* answers, and says little about answers
-# that the base would never give.
+# moves by no more than its noise. Six runs are few: if agreement meant nothing, the two best judges would still be the two
+# that bring gold one time in fifteen. With an earlier base, trained for a shorter time, two judges were above 60% and
+# brought 0.98 each, and of the four others one brought 0.26. And agreement is no promise: it is measured on pairs of the
+# *base's* answers, and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the textbook?** In no run clearly. The fits put a top into each of the four poor runs, but
-# what follows it is smaller than the noise. With the two good judges the gold stays up, while the text becomes "love love
-# love love", or "a great deal a great deal" (with the earlier base "great great great great"). Nobody would call that
-# an answer; VADER does, since it counts happy words, and the judge has learned from it. So the gold was only another
-# measure, and it was optimized through the proxy.
+# what follows it is smaller than the noise. With the two good judges the gold is highest at the end, while the text has
+# become "love love love love", or "a great deal a great deal" (with the earlier base "great great great great"). Nobody
+# would call that an answer; VADER does, since it counts happy words, and the judge has learned from it. So the gold was
+# only another measure, and it was optimized through the proxy.
 #
-# **What we meant does turn.** The second gold rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$, and falls to 0.23 and
-# 0.33: there is the curve of the textbook (with the earlier base, too, at the same distance, in the two runs with a good
-# judge). We could say so only after having read the answers. Neither proxy nor gold noticed.
+# **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$, and
+# falls to 0.23 and 0.33: there is the curve of the textbook (with the earlier base, too, at the same distance, in the two
+# runs with a good judge). But we chose this gold after we had read the answers. Neither proxy nor gold noticed.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
