@@ -422,7 +422,8 @@ looks_back = np.array(
 )  # weight at distance 15
 print("\nattention paid to the position 15 back; a row for each layer, a column for each head:\n", looks_back.round(2))
 if not REDUCED:
-    print(f"of the heads of layer 0 (the first), {(looks_back[0] > 0.8).sum()} look back; of layer 1, {(looks_back[1] > 0.8).sum()}")
+    many = (looks_back > 0.8).sum(axis=1)
+    print(f"of the heads of layer 0 (the first), {many[0]} look back; of layer 1, {many[1]}")
     assert looks_back[1].min() > 0.8 and looks_back[0].max() < 0.5
 
 # %% [markdown]
@@ -530,7 +531,8 @@ for _ in range(15):
         row = np.concatenate([row, peeking(row).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1)
 peek_copied = (row[:, PERIOD + 1 :] == row[:, 1:PERIOD]).mean()
 honest_copied = (written[:, PERIOD + 1 :] == written[:, 1:PERIOD]).mean()
-print(f"writing the repetition: {peek_copied:.0%} of letters right; the honest model: {honest_copied:.0%}; chance: {1 / VOCAB:.0%}")
+print(f"writing the repetition: {peek_copied:.0%} of letters right;", end=" ")
+print(f"the honest model: {honest_copied:.0%}; chance: {1 / VOCAB:.0%}")
 if not REDUCED:
     assert peeked[-1] < 0.5 * FLOOR
     assert peek_copied < 0.5 < honest_copied
@@ -587,7 +589,8 @@ for level, name in ((BASELINE, "bigram table"), (FLOOR, "floor: what can be know
     up = level == BASELINE
     place = {"ha": "right", "va": "bottom" if up else "top", "fontsize": 9, "color": GREY}
     a.text(len(losses), level + (0.05 if up else -0.08), name, **place)
-a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="A loss that is too good is a leak" if not REDUCED else "Reduced: too few steps")
+a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4))
+a.set_title("Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
 for (layer, head), axis in np.ndenumerate(heads):
     image = axis.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)

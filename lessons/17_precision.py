@@ -1,17 +1,19 @@
 # %% [markdown]
 # # Lesson 17 · Precision: sixteen bits, and what they lose
 #
-# Large models are trained in sixteen bits, because half the bytes move in half the time, and a GPU's *tensor cores*,
-# its units for products of matrices, multiply them many times faster. Two formats spend the sixteen bits in different
-# ways, and each has its own accident: in one the gradients vanish, in the other the steps. The remedies have names that
-# everybody has seen: *master weights*, *loss scaling*, "unscale FP16 gradients", *compute dtype*. This lesson makes
-# every accident happen, and counts it.
+# Large models are trained in sixteen bits: they are half the bytes to move, and a GPU's *tensor cores*, its units for
+# products of matrices, multiply them many times faster (NVIDIA's A100 makes 312 trillion operations a second so, and
+# 19.5 trillion in plain float32: A100 architecture whitepaper, 2020, Table 1). Two formats spend the sixteen bits in
+# different ways, and each has its own accident: in one the gradients vanish, in the other the steps. The remedies have
+# names that everybody has seen: *master weights*, *loss scaling*, "unscale FP16 gradients", *compute dtype*. This
+# lesson makes every accident happen, and counts it.
 #
-# You need Lessons 3, 4, 7 and 12. Run it with `python lessons/17_precision.py` (less than a minute on two cores), or
-# open it as a notebook. It makes one run now, and reads the others, with three seeds each, from
-# `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in a notebook `!python
-# lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there (all of them: about a
-# quarter of an hour), and goes on with the lesson.
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 17 minutes (200 words or 25 lines of code a minute, up to the
+# quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
+# lessons/17_precision.py` (less than a minute on two cores), or open it as a notebook. It makes one run now, and reads
+# the others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full`
+# (in a notebook `!python lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there
+# (all of them: about a quarter of an hour), and goes on with the lesson.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -45,6 +47,9 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "17_precision.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: the run of section 3 makes 2 steps for 40, that of section 4 makes 4 for 8. All comparisons are of")
+    print("the recorded runs, as in the full lesson.")
 
 if "--full" in sys.argv:
     sweep(precision.run, precision.RUNS, executor=1, store=RESULTS)
@@ -75,6 +80,8 @@ def beside(what, how, than="float32"):
 #
 # bfloat16 is the first half of a float32, so to round to it is to add half of the last place that stays, and cut. Here
 # it is by hand.
+#
+# **Predict:** what becomes of 1.002, of 70,000 and of 0.00000001 in each of the two?
 
 # %%
 def to_bfloat16(x):
@@ -127,8 +134,10 @@ assert not np.array_equal(wide.data, rounded(wide.data, "bfloat16"))
 
 # %% [markdown]
 # Does training notice? Lesson 3's task, 40 steps, all weights trained at the usual learning rate. *Task loss* is the
-# loss on held-out examples of the task, in nats (natural logarithms) a token; differences are seed by seed, with 95 %
-# intervals, as in Lesson 14.
+# loss on held-out examples of the task, in nats a token; differences are seed by seed, with 95 % intervals (Lesson 0,
+# section 9).
+#
+# **Predict:** float32 learns more than one nat. How much of it does mixed precision lose?
 
 # %%
 print(f"\nall weights, rate 1e-3: float32 ends at {spread(LOSS['full', 'float32'])}; in mixed precision, minus that:")
@@ -145,8 +154,7 @@ assert total.min() > 1, "a thousandth of that is less than the difference can be
 #
 # ## 3 · Why a float32 master copy
 #
-# A question first. A weight is 1. A thousand steps take 0.001 from it each, in bfloat16. Where does it end? Write your
-# answer down.
+# **Predict:** a weight is 1. A thousand steps take 0.001 from it each, in bfloat16. Where does it end?
 
 # %%
 weight = np.float32(1)
@@ -164,8 +172,8 @@ assert weight == 1
 # float32, of which the rounded weights are made anew for each step, adds the thousand steps up first. (In minipeft the
 # parameters are the master copy; `autocast` rounds them where they are used.)
 #
-# Adam's step is about the learning rate in every weight, so the share of the weights that such a step cannot move is
-# known before training:
+# Adam's step is about the learning rate in every weight (Lesson 0, section 6), so the share of the weights that such a
+# step cannot move is known before training:
 
 # %%
 weights = np.concatenate([p.numpy().ravel() for p in base.parameters()])
@@ -187,6 +195,8 @@ assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
 # an exact power of two, half as much is enough.) Two runs of all weights, then, one at either rate, with a master copy
 # and without. The run without one rounds its weights after every step, `mp.train.WeightsIn(model, "bfloat16")`, and
 # changes nothing else. Here is one of them, now.
+#
+# **Predict:** what does the lack of a master copy cost at the rate 1e-3, and what at 3e-5?
 
 # %%
 case = replace(CASES["full, low rate", "bf16, no master"], **({"steps": 2, "held_out": 8} if REDUCED else {}))
@@ -210,16 +220,15 @@ assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(
 
 # %% [markdown]
 # At the usual rate the loss ends 0.024 ± 0.007 higher without the master copy. At the low rate, where nearly all steps
-# are lost, about an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly.
-# That is what makes this accident expensive. And it is worst just where one is careful: at small rates, late in a
-# schedule.
+# are lost, about an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only
+# slowly. That is what makes this accident expensive. And it is worst just where one is careful: at small rates.
 #
 # ## 4 · Why float16 needs a scale, and bfloat16 does not
 #
 # Now the gradients. Below are those of one step of this model, of everything that its modules give. float16's smallest
 # number is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*.
 #
-# A question: how much of them is lost in float16, and what does it cost?
+# **Predict:** how many of them are lost in float16, and what does it cost?
 
 # %%
 probe, _ = trainer_of(replace(FULL, steps=1, held_out=8))
@@ -242,9 +251,11 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.fin
 # %% [markdown]
 # Here one gradient in a hundred, and training does not feel it (less than a thousandth of a nat). So is the scale a
 # myth? No: this step is small. The loss is a *mean* over the tokens of a step, so every gradient of an activation
-# carries a factor of one over their number: some hundreds here, and in a large run a million, cut into many batches
-# whose gradients are added. Let this be one batch of 1024: then its loss is divided by that number, $S = 2^{-10}$, and
-# six gradients in ten are gone. In training:
+# carries a factor of one over their number: some hundreds here, and 3.2 million in GPT-3's training (Brown et al. 2020,
+# Table 2.1), cut into many batches whose gradients are added. Let this be one batch of 1024: then its loss is divided
+# by that number, $S = 2^{-10}$, and six gradients in ten are gone.
+#
+# **Predict:** what does that cost in float16? And in bfloat16?
 
 # %%
 print("\nthe loss of each batch is that of a step 1024 times as large:")
@@ -258,10 +269,10 @@ print("\n" + str(report))
 assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
 
 # %% [markdown]
-# float16 ends 0.42, 0.17 and 0.43 higher, of 1.14 nats that are learned. So different are the seeds that the interval of
-# their mean just includes 0; yet each alone is more than a hundred times what float16 costs at $S = 1$. bfloat16 ends
-# with the *same* loss as at $S = 1$, in every digit of the rows: a power of two only moves its exponents, and they have
-# room. `mp.PrecisionReport` names the op and the module at which the first gradient vanished (the gradient of the
+# float16 ends 0.42, 0.17 and 0.43 higher, of 1.14 nats that are learned. So different are the seeds that the interval
+# of their mean just includes 0; yet each alone is more than a hundred times what float16 costs at $S = 1$. bfloat16
+# ends with the *same* loss as at $S = 1$, in every digit of the rows: a power of two only moves its exponents, and they
+# have room. `mp.PrecisionReport` names the op and the module at which the first gradient vanished (the gradient of the
 # logits: most words are improbable, so most of its numbers are tiny).
 #
 # The remedy is one line of arithmetic (Micikevicius et al. 2018): gradients are linear in the loss, so train on
@@ -289,9 +300,11 @@ assert (usual["scale"], usual["backoff_factor"], usual["growth_factor"], usual["
 # %% [markdown]
 # ## 5 · "Unscale FP16 gradients"
 #
-# Two mistakes are made here often. The first is about *clipping*: a gradient that is longer than `max_grad_norm` is
-# shortened to it, so that no single step is too large. Before unscaling, every gradient is $S$ times too long; it is
-# cut to `max_grad_norm`, and divided by $S$ after that. How long is what is left?
+# Here are two mistakes. The first is about *clipping*: a gradient that is longer than `max_grad_norm` is shortened to
+# it, so that no single step is too large. *Unscaling* is the division by $S$. Before it, every gradient is $S$ times
+# too long; it is cut to `max_grad_norm`, and divided by $S$ after that.
+#
+# **Predict:** how long is what is left, with `max_grad_norm` 1?
 
 # %%
 def clipped(unscale_first):
@@ -314,12 +327,14 @@ print(f"\nunscale, then clip: {right:.3f};  clip, then unscale: {wrong:.2e} = 2^
 assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 
 # %% [markdown]
-# 65,536 times too short, and so is a step of SGD. Adam divides by the gradient's own size, and hides the mistake until
-# that comes near `eps`, the small number that it adds there.
+# 65,536 times too short, and so is a step of SGD. Adam divides by the gradient's own size (Lesson 0), and hides the
+# mistake until that comes near `eps`, the small number that it adds there.
 #
-# The second gives PyTorch's best known message on the subject, *"Attempting to unscale FP16 gradients"*. The weights
-# themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so their gradients are, and to
-# divide those by $S$ in float16 flushes what the scale had saved. How much?
+# The second gives a message of PyTorch's, *"Attempting to unscale FP16 gradients"*, which PEFT's documentation answers
+# under Troubleshooting. The weights themselves were stored in float16 (`dtype=torch.float16`, and then `fp16=True`), so
+# their gradients are, and are divided by $S$ in float16.
+#
+# **Predict:** the scale had saved nearly all of the gradients. How many survive that division?
 
 # %%
 scaled = rounded(2.0**16 * 2.0**-10 * G, "float16")  # as they arrive, of the step 1024 times as large
@@ -344,7 +359,9 @@ except ValueError as error:
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
 # QLoRA *stores* its base in four bits, and *computes* in another dtype: `bnb_4bit_compute_dtype`. The weights are
-# dequantized to it, and the products are made in it. A question: what does bfloat16 add to the error of four bits?
+# dequantized to it, and the products are made in it.
+#
+# **Predict:** four bits change a matrix by 9 %, and bfloat16 each number by at most 0.4 %. What is the error of both?
 
 # %%
 matrix = base.model.layers[0].mlp.up_proj.weight.numpy()
@@ -364,16 +381,19 @@ for what in ("LoRA", "QLoRA"):
 assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master copy of the adapter helps, a little"
 
 # %% [markdown]
-# Next to nothing. The relative error of a rounding, at most 0.4 %, disappears beside the 9 % of four bits: errors that
-# know nothing of each other add up like the sides of a right triangle. In training no cell of the first two columns
-# reaches 0.002 nats, interval and all; whether QLoRA in bfloat16 differs at all, three seeds do not tell. So the compute dtype is chosen for the machine: bfloat16 where
-# tensor cores have it, float16 on older ones (with a scale); the default, float32, is only slow. It does not change
-# what is stored. An adapter that is itself held in bfloat16 ends 0.0013 ± 0.0010 higher, at its usual, high rate.
+# Next to nothing more than 9 %: errors that know nothing of each other add up like the sides of a right triangle. In
+# training no cell of the first two columns reaches 0.002 nats, interval and all; whether QLoRA in bfloat16 differs at
+# all, three seeds do not tell. So the compute dtype is chosen for the machine: bfloat16 where tensor cores have it
+# (NVIDIA's since the A100), float16 on older ones (with a scale); the default, float32, does not use them in sixteen
+# bits. It does not change what is stored. An adapter that is itself held in bfloat16 ends 0.0013 ± 0.0010 higher, at
+# its usual, high rate.
 #
 # ## 7 · The ledger beside
 #
-# One more question. Mixed precision halves the bytes of a number. LLaMA-7B, all weights trained with Adam: how many of
-# its bytes of weights, gradients and moments does it save?
+# *Activations* are what the forward pass keeps for the backward pass (Lesson 12).
+#
+# **Predict:** mixed precision halves the bytes of a number. LLaMA-7B, all weights trained with Adam: how many of its
+# bytes of weights, gradients and moments does it save?
 
 # %%
 print("\nLLaMA-7B, one sequence of 512, GB:")
@@ -396,9 +416,9 @@ assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] /
 
 # %% [markdown]
 # None. Sixteen bytes a parameter before, $4 + 4 + 8$, and after, $2 + 2 + 8 + 4$: the master copy takes what the
-# weights and gradients gave. Mixed precision buys speed, and half of the activations. The run without a master copy
-# has 12, and Section 3 says what that costs. QLoRA, which trains almost nothing, has almost no master copy to pay for.
-# (*Activations*: what the forward pass keeps for the backward pass.)
+# weights and gradients gave. Mixed precision buys the speed of tensor cores, and half of the activations. The run
+# without a master copy has 12, and section 3 says what that costs. QLoRA, which trains almost nothing, has almost no
+# master copy to pay for.
 #
 # ## The picture
 #
@@ -452,8 +472,11 @@ print("picture:", OUT / "17_precision.png")
 # %% [markdown]
 # ## Break it: too large for any scale
 #
-# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504, which T5, a model trained in
-# bfloat16, is known for. Make one of this model's layers do it, and ask who was first.
+# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504. T5, which was trained in
+# bfloat16 (google-research/text-to-text-transfer-transformer, 539), does so: somebody found 66,246 in one of its layers
+# (huggingface/transformers, 5651). Make one of this model's layers do it, and ask who was first.
+#
+# **Predict:** in which of the two formats is the loss still a number?
 
 # %%
 hot = base.copy()
