@@ -271,7 +271,8 @@ assert np.isclose(loss_of(0 * W, pairs), math.log(27))
 
 # %% [markdown]
 # The **gradient** of the loss has one number for each weight: how fast the loss rises if that weight rises. For softmax
-# and cross-entropy it is as simple as can be. For one prediction,
+# and cross-entropy it is as simple as can be. For one prediction $L = -z_y + \ln \sum_k e^{z_k}$, where $y$ is what
+# came, so
 #
 # $$\frac{\partial L}{\partial z_i} = p_i - [\,i \text{ is what came}\,] ,$$
 #
@@ -672,9 +673,7 @@ assert warm[0] > warm[1] > 0 and warm[0] < spread["constant"], "small, and yet c
 #
 # ## The picture
 #
-# One panel for each idea, from the top left: softmax at three temperatures; the loss of a token, and where 3 lies;
-# three ways down the valley; the schedules and what is left above the floor; train, validation and test; one point a
-# seed.
+# One panel for each of the sections 2, 3, 6, 7, 8 and 9.
 
 # %%
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

@@ -65,12 +65,15 @@ dw, dx = dp * x, dp * w  # from p = w * x
 raised = ((w + 0.001) * x - t) ** 2
 print(f"dL/dw = {dw:g}, times 0.001 is {0.001 * dw:.6f}; the loss really changes by {raised - L:.6f}")
 assert (dw, dx, dt) == (8, 12, -4) and abs((raised - L) - 0.001 * dw) < 1e-5
-diagrams.scalar_graph(x, w, t).savefig(OUT / "01_autograd_graph.png")
 
 # %% [markdown]
 # The figure shows both directions: each value on the way down, and on the way up, in orange, how fast $L$ changes with
 # it.
-#
+
+# %%
+diagrams.scalar_graph(x, w, t).savefig(OUT / "01_autograd_graph.png")
+
+# %% [markdown]
 # ### A product of matrices, by index
 #
 # A model's steps take arrays. Most of its arithmetic is $C = AB$, that is
@@ -272,7 +275,7 @@ assert np.allclose(F.softmax.definition(z + 5)[0], y, atol=1e-15) and np.allclos
 # $\hat x = (x - \mu)/\sigma$ and $\sigma = \sqrt{\mathrm{var}(x) + \epsilon}$, where a small $\epsilon$ keeps $\sigma$
 # from zero. Write $h = g \cdot w$ for what arrives at $\hat x$. A change of $x_j$ moves $\hat x$ in three ways:
 # directly, through $\mu$ (which moves by $1/d$), and through $\sigma$
-# (since $\partial \sigma / \partial x_j = \hat x_j / d$). Collecting,
+# ($\sigma^2$ moves by $2 (x_j - \mu) / d$, so $\partial \sigma / \partial x_j = \hat x_j / d$). Collecting,
 #
 # $$\bar x = \frac{1}{\sigma}\Big(h - \mathrm{mean}(h) - \hat x \,\mathrm{mean}(h\,\hat x)\Big).$$
 #

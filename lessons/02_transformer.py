@@ -84,12 +84,15 @@ other[2] += 1
 changed = np.abs(mlp(other, *weights) - wide).max(axis=1) > 1e-4
 print("positions at which the MLP's output changes:", np.flatnonzero(changed))
 assert changed.tolist() == [False, False, True, False, False]
-diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 
 # %% [markdown]
 # At position 2 alone: the MLP works on each position for itself. The figure shows the shipped model, from token ids to
 # logits, with the shape of each weight. Its middle is what comes now.
-#
+
+# %%
+diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
+
+# %% [markdown]
 # ## 2 · Attention by hand
 #
 # From its normed stream $h_t$, each position $t$ makes three vectors of $D$ numbers: a **query** (what am I looking
@@ -135,16 +138,19 @@ largest = [F.softmax(mp.Tensor(s)).numpy().max(axis=-1).mean() for s in (scores,
 print(f"q·k of 64 numbers: standard deviation {scores.std():.2f}; the largest of 16 weights is {largest[0]:.2f} on average,")
 print(f"and with q·k / 8 it is {largest[1]:.2f}")
 assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
-diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 
 # %% [markdown]
 # $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D$. Undivided, an untrained
 # head would look at hardly more than one position. In the figure a filled square says that the token of its row sees
 # the token of its column.
-#
+
+# %%
+diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
+
+# %% [markdown]
 # ## 3 · Rotary positions: only distances matter
 #
-# Attention itself does not know order: a key has the same score wherever it stands. GPT-2 adds a trained vector for
+# Attention itself does not know order: no position stands in $q_t \cdot k_s$. GPT-2 adds a trained vector for
 # each position to the embedding. Llama rotates (Su et al. 2021, arXiv:2104.09864): it reads the numbers $i$ and $i +
 # D/2$ of $q$, and those of $k$, as real and imaginary part of one complex number, and turns it by an angle proportional
 # to the position,
@@ -238,7 +244,7 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 #
 # | | norm | positions | MLP | biases | heads for k, v |
 # |---|---|---|---|---|---|
-# | GPT-2 | layer norm (Lesson 1) | a trained table, added | $W_2\,\mathrm{gelu}(W_1 h)$, $m = 4d$ | yes | as many as for q |
+# | GPT-2 | layer norm (Lesson 1) | a trained table, added | $W_2\,\mathrm{gelu}(W_1 h)$ (GELU: Lesson 1), $m = 4d$ | yes | as many as for q |
 # | Llama | RMS norm | rotations of q and k | that of section 1 | no | as many, or fewer |
 #
 # So a GPT-2 of vocabulary $V$, with at most $P$ positions, has
@@ -246,8 +252,9 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 # $$\underbrace{Vd}_{\text{tokens}} + \underbrace{Pd}_{\text{positions}} + L\,(\underbrace{4d^2 + 4d}_{\text{attention}}
 #   + \underbrace{8d^2 + 5d}_{\text{MLP}} + \underbrace{4d}_{\text{two norms}}) + \underbrace{2d}_{\text{last norm}}$$
 #
-# parameters (its output table *is* the token table: they are **tied**), and a Llama, with $V' = V$ if the output table
-# is tied and $2V$ if not,
+# parameters: four $d \times d$ matrices and two of $d \times 4d$ in a block, a bias for each output, and two vectors in
+# a layer norm. (Its output table *is* the token table: they are **tied**.) And a Llama has, with $V' = V$ if the output
+# table is tied and $2V$ if not,
 #
 # $$V'd + L\,(2\,d\,HD + 2\,d\,KD + 3\,d\,m + 2d) + d .$$
 #
