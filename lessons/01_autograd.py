@@ -76,7 +76,7 @@ diagrams.scalar_graph(x, w, t).savefig(OUT / "01_autograd_graph.png")
 # %% [markdown]
 # ### A product of matrices, by index
 #
-# A model's steps take arrays. Most of its arithmetic is $C = AB$, that is
+# A model's steps take arrays. Most of its arithmetic (Lesson 12, section 7) is $C = AB$, that is
 #
 # $$C_{ij} = \sum_k A_{ik} B_{kj} .$$
 #
@@ -441,76 +441,28 @@ for fn, inputs in ((f, [rng.standard_normal((4, 16))]), (F.layer_norm, [x, weigh
 # %% [markdown]
 # ## The picture
 #
-# Left: our regression as the library recorded it, drawn from the engine's own nodes, with shapes. Values flow down; in
-# the backward pass the sensitivities $g$ flow up the same lines, each of the shape of what it belongs to. `mul` reports
-# twice to `sub`, because the error is used twice. The data `x` and `t` need no gradient, so no line leads to them.
-# Right: the V of section 5, of the function `f` there.
+# The V of section 5, of the function `f` there: each point is the median of the trials.
 
 # %%
-walk = []
-
-
-def describe(node):
-    """The library's graph, from the loss down: (op, shapes of the inputs that need a gradient)."""
-    walk.append((node.op, [shape for _, _, shape, _ in node.edges]))
-    for parent in {id(p): p for p, *_ in node.edges}.values():
-        if not isinstance(parent, mp.Tensor):
-            describe(parent)
-
-
-x, w, t = rng.standard_normal((8, 5)), mp.Tensor(rng.standard_normal((5, 3)), requires_grad=True), rng.standard_normal((8, 3))
-error = (x @ w).tanh() - t
-describe((error * error).sum()._node)
-assert [name for name, _ in walk] == ["sum", "mul", "sub", "tanh", "matmul"]
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=[1, 1.5], layout="constrained")
-
-rows = [("w", "leaf, requires_grad", w.shape)]
-made = {"matmul": "x @ w", "tanh": "tanh(·)", "sub": "e = · - t", "mul": "e * e", "sum": "L = Σ"}
-shapes = {"matmul": (8, 3), "tanh": (8, 3), "sub": (8, 3), "mul": (8, 3), "sum": ()}
-rows += [(name, made[name], shapes[name]) for name, _ in reversed(walk)]
-for i, (name, meaning, shape) in enumerate(rows):
-    top = -1.25 * i
-    left.text(
-        0, top, f"{name}:  {meaning}" if i else "w", ha="center", va="center", fontsize=11,
-        bbox={"boxstyle": "round,pad=0.45", "fc": "white" if i else "#CDE7F5", "ec": GREY},
-    )  # fmt: skip
-    left.text(1.15, top, f"{shape}" if shape else "scalar", va="center", fontsize=9, color=GREY)
-    if i + 1 < len(rows):
-        uses = len(walk[len(walk) - 1 - i][1])  # how many of the next op's inputs are this one
-        for k in range(uses):
-            shift = 0.16 * (2 * k - uses + 1)
-            left.annotate(
-                "", (-0.25 + shift, top - 0.92), (-0.25 + shift, top - 0.33),
-                arrowprops={"arrowstyle": "->", "color": GREY, "lw": 1.4},
-            )  # fmt: skip
-            left.annotate(
-                "", (0.45 + shift, top - 0.33), (0.45 + shift, top - 0.92),
-                arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 1.8},
-            )  # fmt: skip
-left.text(-0.62, -0.62, "value", ha="right", va="center", color=GREY, fontsize=10)
-left.text(0.72, -0.62, "g, the gradient", ha="left", va="center", color=ORANGE, fontsize=10)
-left.set(xlim=(-1.6, 2.1), ylim=(-1.25 * (len(rows) - 1) - 0.5, 0.5), title="The graph of L = Σ (tanh(x w) - t)²")
-left.axis("off")
-
+BLUE, ORANGE = "#0072B2", "#D55E00"
+fig, axis = plt.subplots(figsize=(8, 5), layout="constrained")
 for dtype, color, marker in ((np.float32, ORANGE, "o"), (np.float64, BLUE, "s")):
-    right.loglog(steps, curves[dtype], marker, color=color, ms=4.5)
+    axis.loglog(steps, curves[dtype], marker, color=color, ms=4.5)
     best = curves[dtype].argmin()
     rounding = curves[dtype][best] * steps[best] / steps
-    right.loglog(steps[: best + 4], np.where(rounding < 3, rounding, np.nan)[: best + 4], "--", color=color, lw=1)
+    axis.loglog(steps[: best + 4], np.where(rounding < 3, rounding, np.nan)[: best + 4], "--", color=color, lw=1)
 anchor = np.argmin(np.abs(steps - 0.03))
 taylor = curves[np.float64][anchor] * (steps / steps[anchor]) ** 2
-right.loglog(steps, np.where(taylor > 1e-12, taylor, np.nan), "-", color="black", lw=1)
-right.text(2e-4, 2e-2, "float32: rounding,\nslope -1", color=ORANGE, fontsize=10)
-right.text(3e-9, 2e-6, "float64: rounding,\nslope -1", color=BLUE, fontsize=10)
-right.text(2e-3, 3e-10, "Taylor remainder,\nslope +2", fontsize=10)
-right.text(1e-11, 3, "x + hv rounds to x: the difference is 0, the error 100%", color=ORANGE, fontsize=9)
-right.set(
+axis.loglog(steps, np.where(taylor > 1e-12, taylor, np.nan), "-", color="black", lw=1)
+axis.text(2e-4, 2e-2, "float32: rounding,\nslope -1", color=ORANGE, fontsize=10)
+axis.text(3e-9, 2e-6, "float64: rounding,\nslope -1", color=BLUE, fontsize=10)
+axis.text(2e-3, 3e-10, "Taylor remainder,\nslope +2", fontsize=10)
+axis.text(1e-11, 3, "x + hv rounds to x: the difference is 0, the error 100%", color=ORANGE, fontsize=9)
+axis.set(
     xlabel="step h", ylabel="relative error of the difference quotient", ylim=(1e-12, 30),
     title="A finite difference has a best step, and float64 a far better one",
 )  # fmt: skip
-right.grid(alpha=0.25)
+axis.grid(alpha=0.25)
 if REDUCED:
     fig.suptitle("reduced setting: medians of few trials")
 fig.savefig(OUT / "01_autograd.png", dpi=130)
