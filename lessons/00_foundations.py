@@ -569,7 +569,7 @@ assert last["decay alone"].max() < last["warm-up alone"].min()
 
 # %% [markdown]
 # Decay does it: each run with decay ends below each run without. What warm-up does here is small, and section 9 looks
-# at it more closely. This model is as simple as a model can be; Lesson 14 measures warm-up for the base.
+# at it more closely. Lesson 14 measures warm-up for the base.
 #
 # ## 8 · Train, validation, test
 #

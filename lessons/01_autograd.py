@@ -2,13 +2,13 @@
 # # Lesson 1 · Autograd: how a number tells a million weights which way to move
 #
 # Training a language model means: compute one number, the loss $L$, and then ask of *every* weight how $L$ would change
-# if that weight changed a little. This lesson derives the algorithm that answers for all weights at once: first on five
+# if that weight changed a little. This lesson derives the algorithm that answers for all weights at once: first on six
 # numbers, then for a product of matrices, element by element. It builds the algorithm in 25 lines, reads how the
 # library writes its derivatives down, measures what a frozen weight saves, and learns to tell a right derivative from a
 # wrong one.
 #
 # You need Lesson 0 (loss, gradient, weight, softmax) and, from school, the derivative and the chain rule. Reading takes
-# about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
+# about 19 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
 # (a quarter of a minute on two cores), or open it as a notebook. Where a line begins with **Predict**, stop and write
 # down your answer; the next cell computes it.
 #
@@ -41,7 +41,7 @@ if REDUCED:
 # %% [markdown]
 # ## 1 · One chain rule, and the pullback
 #
-# ### Five numbers
+# ### Six numbers
 #
 # A weight $w$ times an input $x$ shall be $t$. The error is $e$, the loss its square:
 #
@@ -114,7 +114,8 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 #
 # $$\frac{\partial L}{\partial A} = g B^\top, \qquad \frac{\partial L}{\partial B} = A^\top g .$$
 #
-# You need not remember which: only one order fits the shapes, as a gradient has the shape of what it belongs to.
+# You need not remember which: a gradient has the shape of what it belongs to, and where the sizes differ only one order
+# gives it.
 #
 # Now any step $y = f(x)$. We write $\bar x$ for $\partial L / \partial x$, and $g$ for $\partial L / \partial y$. The
 # derivatives of all $y_j$ by all $x_i$ are a table, the **Jacobian** $J_{ji} = \partial y_j / \partial x_i$: a row for
@@ -163,7 +164,7 @@ def backward(output):
 
 
 # %% [markdown]
-# An operation is a function on plain arrays that returns its value and one pullback per input. Four are enough for a
+# An operation is a function on plain arrays that returns its value and one pullback per input. Five are enough for a
 # small regression, $L = \sum (\tanh(x w) - t)^2$, in which the error $e = \tanh(xw) - t$ is used twice. The library's
 # `mp.Tensor` does the same under PyTorch's names: `requires_grad=True` asks for a gradient, `backward()` walks.
 

@@ -6,7 +6,7 @@
 # in a few lines, recompute the whole in NumPy to float32 rounding, count its parameters twice, watch a small one learn
 # something that no table of letter pairs can know, see which heads learned it, and measure what the cache buys.
 #
-# You need Lessons 0 and 1. Reading takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
+# You need Lessons 0 and 1. Reading takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
 # it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).

@@ -5,7 +5,7 @@
 # and a method's options. This lesson recomputes famous ones, audits the literature and finds three slips, derives what
 # a training step keeps in memory, and holds the predictions against measurements: its own, and others'.
 #
-# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 22 minutes (200 words or 25 lines of code a
+# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 21 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it. The same is at
 # the terminal: `minipeft count`, `memory` and `audit`. *This engine* is the package's own, of Lessons 1 and 2. GB are

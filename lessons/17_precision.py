@@ -8,7 +8,7 @@
 # names that everybody has seen: *master weights*, *loss scaling*, "unscale FP16 gradients", *compute dtype*. This
 # lesson makes every accident happen, and counts it.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 17 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (less than a minute on two cores), or open it as a notebook. It makes one run now, and reads
 # the others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full`
