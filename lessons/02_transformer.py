@@ -151,8 +151,8 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 # ## 3 · Rotary positions: only distances matter
 #
 # Attention itself does not know order: no position stands in $q_t \cdot k_s$. GPT-2 adds a trained vector for
-# each position to the embedding. Llama rotates (Su et al. 2021, arXiv:2104.09864): it reads the numbers $i$ and $i +
-# D/2$ of $q$, and those of $k$, as real and imaginary part of one complex number, and turns it by an angle proportional
+# each position to the embedding. Llama rotates (Su et al. 2021, arXiv:2104.09864): it reads the numbers $i$ and
+# $i + D/2$ of $q$, and those of $k$, as real and imaginary part of one complex number, and turns it by an angle proportional
 # to the position,
 #
 # $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
@@ -312,7 +312,7 @@ assert round(tables / 1e6, 1) == 39.4 and round(gpt2_formula(gpt2_small) / 1e6, 
 
 # %% [markdown]
 # 39.4 million are in the two tables, and 124.4 million in all: the checkpoint holds more than its name said. GPT-3's
-# shape gives 174.6 billion, which the paper rounds to 175.0B.
+# shape gives 174.6 billion, which the paper gives as 175.0B.
 #
 # ## 5 · Watch one learn
 #
@@ -463,8 +463,8 @@ if not REDUCED:
     assert copied > 0.95
 
 # %% [markdown]
-# What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers, $2 \cdot L
-# \cdot K \cdot D$ numbers. Grouped-query attention divides this by $H/K$, which is its purpose (Ainslie et al.).
+# What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers,
+# $2 \cdot L \cdot K \cdot D$ numbers. Grouped-query attention divides this by $H/K$, which is its purpose (Ainslie et al.).
 
 # %%
 def cache_bytes(c, positions, itemsize):

@@ -438,8 +438,8 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 # %% [markdown]
 # More than four of five; of memory that was *allocated*, which is what a ledger counts, nine of ten. Each miss says too
 # little. Where memory was not *allocated* but *reserved*, an allocator has pieces with gaps, and what the driver
-# reports as *used* is more still. One miss has no known cause, and some reasons are guesses: `minipeft audit
-# --footprints` prints all in full. Leave a margin.
+# reports as *used* is more still. One miss has no known cause, and some reasons are guesses:
+# `minipeft audit --footprints` prints all in full. Leave a margin.
 #
 # ## 7 · Time
 #

@@ -9,8 +9,8 @@
 # lesson makes every accident happen, and counts it.
 #
 # You need Lessons 0, 3, 4, 7 and 12. Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the
-# quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
-# lessons/17_precision.py` (less than a minute on two cores), or open it as a notebook. It makes one run now, and reads
+# quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with
+# `python lessons/17_precision.py` (less than a minute on two cores), or open it as a notebook. It makes one run now, and reads
 # the others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full`
 # (in a notebook `!python lessons/17_precision.py --full`) first computes those of the 54 runs that are missing there
 # (all of them: about a quarter of an hour), and goes on with the lesson.
