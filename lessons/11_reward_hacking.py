@@ -459,6 +459,8 @@ if not REDUCED:
     assert share < 1, "the second judge is harder to fool with what was made for the first"
 
 # %% [markdown]
+# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge.
+#
 # Now break it yourself: optimize the *minimum* of the two judges (a reward is any function of a rollout). Is it an
 # honest judge, or only a slower way to the same place?
 
