@@ -16,6 +16,7 @@
 # (`lessons/out`).
 
 # %%
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import numpy as np
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.experiments.rows import read_rows
+from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -55,10 +57,11 @@ def openings(split):
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). Of three judges from a thousand rankings, two are right in 67% and 61% of
-# held-out pairs, and the third in 53%; of three from three hundred, two in 58% and 56%, and the third in 43%, less than
-# a coin. More rankings help on average, but so does luck: two of those from three hundred are better than the third of
-# those from a thousand. None of them shows that it is guessing: all rewards have one scale, and any can be optimized.
+# pairs of a ranking at once (Lesson 9). With each of three seeds a thousand rankings make a better judge than three
+# hundred. How much better, three seeds hardly say: the interval of the difference is printed below. Nor is any one judge
+# known well: it is asked about the pairs of 64 prompts, 384 at most, since those of equal gold are left out, and that alone
+# is an error of 5 points or more. None of them shows that it is guessing: all rewards have one scale, and any can be
+# optimized.
 
 # %%
 def continued(split, n, rng, seed):
@@ -167,17 +170,20 @@ accuracies = {
 }  # of each seed
 for rankings, each in accuracies.items():
     print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), "of held-out pairs")
-weak_accuracy, accuracy = accuracies.values()
-assert np.mean(accuracy) > np.mean(weak_accuracy), "more rankings help"
-assert max(weak_accuracy) > min(accuracy), "but so does luck"
+weak_accuracy, accuracy = map(np.array, accuracies.values())
+error = 1.96 * math.sqrt(0.25 / (64 * math.comb(4, 2)))
+gain, half_width = interval(accuracy - weak_accuracy)
+print(f"each is known to ±{error:.1%} at best; the gain, seed by seed, is {gain:+.1%} ± {half_width:.1%}")
+assert (accuracy > weak_accuracy).all(), "more rankings help"
 
 # %% [markdown]
-# One run, live, with nothing to hold it. Proxy and gold rise together. Read the last two columns, and the samples, too.
-# (Another machine, or another number of threads, rounds otherwise, and after a few updates draws other words. What we
-# claim, we read off three seeds.)
+# One run, live, with nothing to hold it. We took seed 2, whose judge is one of the two best; with a poor judge there is
+# less to see (section 3 has all). Proxy and gold rise together. Read the last two columns, and the samples, too. (Another
+# machine, or another number of threads, rounds otherwise, and after a few updates draws other words. What we claim, we
+# read off three seeds.)
 
 # %%
-free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, updates=24)  # of the 30 of the sweep
+free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, seed=2, updates=24)  # of the 30 of the sweep
 live = optimize(free)
 h = live["history"]
 print("\nupdate   proxy    gold      KL  distinct-2  reference loss")
@@ -204,17 +210,18 @@ if not REDUCED:
 # of KL). With $b > 0$ it rises first, since the proxy knows something, and turns at $d = e^{a/b - 1}$, where what is
 # left to win is what the proxy has wrong. We fit it to the free runs ($\beta = 0$), each for itself. "No turn" is a fit
 # that has no top in the run at all: with $b < 0$, or one at a distance below 0.3, which we leave out of the fit.
+#
+# A fit finds a top in noise, too. So we ask the gold itself, as the mean of five updates: it *turns* where it falls from
+# its best by more than three standard errors, and *climbs* where it ends higher than it began by as much. The error
+# comes from how much single updates scatter about a smooth curve.
+#
+# And we ask a second gold, which is harder to please: the gold of a batch times the share of its bigrams that are
+# different (section 4). It pays for happy words, but not for one happy word said again and again.
 
 # %%
-BINS = np.linspace(0, 9, 19)
-
-
-def against_distance(columns, name):
-    """(d, mean over all seeds and updates near d) of a number."""
-    d, y = np.sqrt(np.maximum(columns["kl"], 0)).ravel(), columns[name].ravel()
-    place = np.digitize(d, BINS)
-    groups = [(d[place == b].mean(), y[place == b].mean()) for b in np.unique(place) if (place == b).sum() >= 2]
-    return np.array(groups).T
+def smooth(values):
+    """Means over five updates of [seeds, updates]: [seeds, updates - 4]."""
+    return np.lib.stride_tricks.sliding_window_view(values, 5, axis=1).mean(axis=2)
 
 
 NEAR = 0.3  # distances below are noise: the policy is still the base
@@ -232,44 +239,65 @@ def gao(kl, gold_scores):
 
 def ends(columns):
     """({name: mean of each seed's first five updates}, ... of its last five)."""
-    return tuple({k: v[:, part].mean(axis=1) for k, v in columns.items()} for part in (slice(5), slice(-5, None)))
+    return tuple({k: smooth(v)[:, at] for k, v in columns.items()} for at in (0, -1))
 
 
-def verdict(start, best, end):
-    """What the gold did in a run, from its means over five updates: the first, the highest and the last."""
-    if best - max(start, end) > 0.05:
+def three_errors(name):
+    """Three standard errors of the difference of two means over five updates, from the scatter of all runs."""
+    bends = np.diff([r["history"][name] for r in rows], 2, axis=1)  # of noise alone: six times its variance
+    return 3 * math.sqrt((bends**2).mean() / 6 * 2 / 5)
+
+
+CLEAR = {name: three_errors(name) for name in ("gold", "distinct_2", "ref_loss")}
+
+
+def verdict(means):
+    """What the gold did in a run, from its means over five updates."""
+    start, best, end = means[0], means.max(), means[-1]
+    if best - max(start, end) > CLEAR["gold"]:
         return "turns"
-    return "climbs" if end - start > 0.05 else "falls" if end - start < -0.05 else "stays"
+    return "climbs" if end - start > CLEAR["gold"] else "falls" if end - start < -CLEAR["gold"] else "stays"
 
 
+GOLDS = ("gold", "gold x distinct-2")
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
-did, gained = {}, {}  # {(rankings, seed): what the gold did}, and by how much it rose
-print("\nnothing holds it        judge   proxy, first, last   gold, first, best, last          KL   the gold   fit turns at")
+did, gained, agreed = {}, {}, {}  # {(rankings, seed): what each gold did}, by how much the first rose, the judge's agreement
+print(f"\nnothing holds it: KL and means over five updates; clear is a difference of {CLEAR['gold']:.2f}")
+print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':36s}" for n in GOLDS))
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
     (a, z), far = ends(c), np.sqrt(c["kl"].max(axis=1))
     for seed in range(3):
-        turn = gao(c["kl"][seed], c["gold"][seed])[3]
-        fit = "no turn" if turn is None else "beyond the run" if turn >= far[seed] else f"sqrt(KL) = {turn:.1f}"
-        best = np.convolve(c["gold"][seed], np.ones(5) / 5, "valid").max()
-        did[rankings, seed] = verdict(a["gold"][seed], best, z["gold"][seed])
-        gained[rankings, seed] = z["gold"][seed] - a["gold"][seed]
+        golds = ""
+        for name, values in zip(GOLDS, (c["gold"], c["gold"] * c["distinct_2"])):
+            means, turn = smooth(values)[seed], gao(c["kl"][seed], values[seed])[3]
+            fit = "no turn" if turn is None else "beyond" if turn >= far[seed] else f"fit {turn:.1f}"
+            did[rankings, seed, name] = verdict(means)
+            golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:6s} ({fit:7s})"
+        gained[rankings, seed], agreed[rankings, seed] = z["gold"][seed] - a["gold"][seed], accuracies[rankings][seed]
         print(
-            f"{rankings:5d} rankings, seed {seed}   {accuracies[rankings][seed]:.1%}"
-            f"   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}"
-            f"      {a['gold'][seed]:+8.2f} {best:+8.2f} {z['gold'][seed]:+8.2f}"
-            f"   {z['kl'][seed]:6.1f}   {did[rankings, seed]:8s}   {fit}"
+            f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f}"
+            f" {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}"
         )
-agreed = [accuracies[rankings][seed] for rankings, seed in gained]
-order = np.corrcoef(*(np.argsort(np.argsort(v)) for v in (agreed, list(gained.values()))))[0, 1]
-print(f"rank correlation of a judge's agreement with the gold it brought, six judges: {order:+.2f}")
+free_rows = [r for r in rows if r["beta"] == 0]
+print("one answer of each at the end:")
+for r in sorted(free_rows, key=lambda r: (r["rankings"], r["seed"])):
+    print(f"{r['rankings']:5d}, seed {r['seed']}: {' '.join(r['samples'][2].split())}")
+GOOD = 0.6  # of held-out pairs
+good = [run for run in gained if agreed[run] > GOOD]
+print(f"gold gained with the {len(good)} judges above {GOOD:.0%}:", *(f"{gained[run]:+.2f}" for run in good))
+print("with the others:", *(f"{gained[run]:+.2f}" for run in gained if run not in good))
+by_chance = math.comb(len(gained), len(good))
+print(f"by chance alone the {len(good)} that gain most would be the best {len(good)} judges one time in {by_chance}")
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
-assert 0 < sum(what == "climbs" for what in did.values()) < len(did), "the gold does not always rise with it"
-for seed in np.argsort(accuracy)[1:]:
-    assert did[1000, seed] == "climbs" and gained[1000, seed] > 0.7, "the two better judges from 1000: it does not turn"
+assert min(gained[run] for run in good) > 0.7, "the gold rises with a good judge"
+assert max(gained[run] for run in gained if run not in good) < 0.3, "and hardly with another"
+assert not any(did[*run, "gold"] == "turns" for run in gained), "no gold turns clearly,"
+assert all(did[*run, "gold x distinct-2"] == "turns" for run in good), "but the second one does, where there was any"
+
 print("\nmean ± deviation of 3 seeds, last five updates")
 print("                     proxy            gold             KL  distinct-2  reference loss")
 for beta, end in last.items():
@@ -280,17 +308,22 @@ for beta, end in last.items():
     )  # fmt: skip
 
 # %% [markdown]
-# **As in the textbook.** Every proxy climbs, whatever its judge knows. With seed 1 of the judges from 1000 rankings
-# (53%) the gold rises to 0.20, turns, and falls to 0.12. Of the judges from 300, two (56% and 43%) bring no gold that
-# could turn, and the third (58%) brings some, 0.26 at the end. The six come almost in the order of their agreement. But
-# that is no promise: it is measured on pairs of the *base's* answers, and says little about answers that the base would
-# never give.
+# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
+# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others the proxy climbs as well, and the gold
+# moves by no more than its noise. Six runs are few: if agreement meant nothing, the two best judges would still be the two
+# that bring gold one time in fifteen. With an earlier base, trained for a shorter time, two judges were above 60% and
+# brought 0.98 each, and of the four others one brought 0.26. And agreement is no promise: it is measured on pairs of the
+# *base's* answers, and says little about answers that the base would never give.
 #
-# **Against the textbook.** With the two better judges from 1000 *the gold does not turn*. It climbs to 0.98 with both,
-# while the text becomes "great great great great", or "good good for good". Nobody would call that an answer; VADER
-# does, since it counts happy words. The proxy had learned to count them, too. So the gold was only another measure, and
-# it was optimized through the proxy that had learned from it. What turned over is what we meant. Neither proxy nor gold
-# noticed; the KL did, which went to 66 and 67 nats, and so do two numbers more.
+# **Does the gold turn, as in the textbook?** In no run clearly. The fits put a top into each of the four poor runs, but
+# what follows it is smaller than the noise. With the two good judges the gold is highest at the end, while the text has
+# become "love love love love", or "a great deal a great deal" (with the earlier base "great great great great"). Nobody
+# would call that an answer; VADER does, since it counts happy words, and the judge has learned from it. So the gold was
+# only another measure, and it was optimized through the proxy.
+#
+# **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$, and
+# falls to 0.23 and 0.33: there is the curve of the textbook (with the earlier base, too, at the same distance, in the two
+# runs with a good judge). But we chose this gold after we had read the answers. Neither proxy nor gold noticed.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -298,8 +331,7 @@ for beta, end in last.items():
 # In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** is the share of bigrams in a batch that
 # are different: it falls where a policy that found a phrase the judge likes says it again and again. The **reference
 # loss** is how unlikely the base finds the policy's tokens, $-\log \pi_{\text{ref}}$ in the mean over tokens: it rises
-# where the language gets strange. In all six free runs the one falls and the other rises. But ask both: in the run
-# whose bigrams move least, which is printed last, the other speaks clearly.
+# where the language gets strange.
 
 # %%
 witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
@@ -307,13 +339,25 @@ for name, text in witnesses:
     for rankings, a, z in ((WEAK, weak_first, weak_last), (Run(0).rankings, first, last[0.0])):
         moves = ", ".join(f"{x:.2f} -> {y:.2f}" for x, y in zip(a[name], z[name]))
         print(f"beta = 0, {rankings:4d} rankings: {text:30s} {moves}  (each seed)")
-for a, z in ((weak_first, weak_last), (first, last[0.0])):
-    assert (z["distinct_2"] < a["distinct_2"]).all() and (z["ref_loss"] > a["ref_loss"]).all(), "in all six"
-moved = [np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses]
-least = int(np.argmax(moved[0]))
-fallen, risen = -moved[0][least], moved[1][least]
-print(f"in the run whose distinct bigrams fall least, by {fallen:.2f}, the reference loss rises by {risen:.2f}")
-assert risen > 0.5, "strange without repeating itself"
+falls, rises = (np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses)
+print(
+    f"clear (three standard errors): distinct bigrams fall in {(falls < -CLEAR['distinct_2']).sum()} of {falls.size}; the"
+    f" reference loss rises in {(rises > CLEAR['ref_loss']).sum()} and falls in {(rises < -CLEAR['ref_loss']).sum()}"
+)
+likely = min(free_rows, key=lambda r: np.mean(r["history"]["ref_loss"][-5:]))
+print("where the reference loss is lowest at the end:")
+print(*("    " + " ".join(text.split()) for text in likely["samples"]), sep="\n")
+assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
+assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where the reference loss does not rise"
+
+# %% [markdown]
+# The distinct bigrams fall clearly in all six runs. The reference loss rises clearly in two, those of the two good
+# judges, and in one it falls: there the policy says again and again what the base finds likely, `"Oh!`, which is as empty
+# as "love love love". So the reference loss alone is no proof of innocence. Nor is the other one: with the earlier base it
+# was the reference loss that rose clearly in all six, and in one the share of distinct bigrams fell by only 0.05. Which of
+# the two speaks depends on the base. Ask both. (The KL grows in either case, but says only how far, not how well. It is
+# what the base's loss has more than the policy's own, over a whole answer, so it grows where a policy becomes sure of a
+# likely phrase, too.)
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -343,31 +387,46 @@ for name, end in repairs.items():
 unpenalized = np.array([weak_last["ended"], *(last[beta]["ended"] for beta in BETAS)])  # [4 settings, seeds]
 few, nearly_all = (unpenalized < 0.1).sum(), (unpenalized > 0.9).sum()
 print(f"of {unpenalized.size} runs without the penalty, {few} end fewer than 10% of their answers, {nearly_all} more than 90%")
-cheap, high = last[0.05], last[0.2]
-for name, sign in (("proxy", -1), ("kl", -1), ("distinct_2", 1)):
-    steps = sign * np.diff([last[beta][name] for beta in BETAS], axis=0)
-    assert (steps > 0).all(), f"the higher the price, the {'more' if sign > 0 else 'less'} {name}, in every seed"
-assert (high["ref_loss"] < last[0.0]["ref_loss"]).all(), "a high price keeps the language, in every seed,"
-assert high["gold"].mean() < 0.5 * last[0.0]["gold"].mean(), "and gives up gold on average"
+free_end, cheap, high = (last[beta] for beta in BETAS)
 penalized, stopped = repairs["beta = 0.05, no end: -1"], repairs["beta = 0, stopped at KL 8"]
-assert (penalized["ended"] > cheap["ended"]).all(), "whoever pays for not ending, ends"
-assert penalized["gold"].mean() < cheap["gold"].mean(), "and it costs gold on average"
-assert (stopped["distinct_2"] > last[0.0]["distinct_2"]).all() and (stopped["gold"] > first["gold"]).all()
+print("difference, each seed                          gold                                  distinct-2")
+for name, end, other in (
+    ("beta = 0.05 against 0", cheap, free_end),
+    ("beta = 0.2 against 0", high, free_end),
+    ("no end: -1 against none, beta = 0.05", penalized, cheap),
+    ("stopped at KL 8 against beta = 0.2", stopped, high),
+):
+    print(f"{name:38s}", end="")
+    for key in ("gold", "distinct_2"):
+        value, half_width = interval(end[key] - other[key])
+        each = " ".join(f"{x:+.2f}" for x in end[key] - other[key])
+        print(f"   {each}: {value:+.2f} ± {half_width:.2f}", end="")
+    print()
+for name in ("proxy", "kl"):
+    assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
+for end in (cheap, high):
+    assert (end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all(), "a price keeps bigrams distinct,"
+assert (high["ref_loss"] < free_end["ref_loss"]).all(), "a high one the language, too,"
+able = accuracy > GOOD
+assert (free_end["gold"] - high["gold"] > 3 * CLEAR["gold"])[able].all(), "and it costs gold where the judge brings any"
+assert (penalized["ended"] > cheap["ended"]).all() and (penalized["ended"] > 0.75).all(), "whoever pays for not ending, ends"
+assert (stopped["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all()
 assert max(passed) < len(columns["kl"][0]) / 2
 
 # %% [markdown]
-# What each bought:
+# What each bought, in three seeds of which one has a poor judge, so that an interval of three is wide:
 #
-# - A small **price of KL** (0.05) cost gold: 0.53 on average, against 0.69 without it. It cost it where the judge knows
-#   something, 0.80 and 0.65 in place of 0.98 in seeds 0 and 2; in seed 1, whose judge knows little, it made no
-#   difference (0.14 and 0.12). It made more of the bigrams distinct in every seed.
-# - A high one (0.2) kept the language (0.91 distinct bigrams against 0.37, and a lower reference loss in every seed),
-#   and gave up more than half of the gold: 0.31. In seed 1, where the gold turns without it, there is a little more of
-#   it, 0.17.
-# - The **penalty** made more answers end in every seed, from 8, 2 and 96% to 98, 81 and 100%. It cost gold where it had
-#   something to change, 0.34 and 0.01 in place of 0.80 and 0.14; in seed 2, whose answers ended anyway, it cost none.
-# - The **early stop** ends about where the high price does (KL 7.5 and 6.2, gold 0.26 and 0.31), in half the updates;
-#   but one has to know when.
+# - A **price of KL**, small or high, lowers proxy and KL and makes more of the bigrams distinct, in every seed.
+# - What a small price (0.05) costs in gold cannot be told: the difference is smaller than the noise in every seed. (With
+#   the earlier base it cost 0.18 and 0.33 with the two good judges.)
+# - A high one (0.2) kept the language (0.90 distinct bigrams against 0.41, and a lower reference loss in every seed). It
+#   costs more than half a unit of gold with each good judge, with the earlier base, too. With the poor judge there is no
+#   gold to lose. That is why the mean has an interval that includes 0.
+# - The **penalty** made nearly all answers end, 91 to 98%, in place of 2 or 3%. With the two good judges that cost 0.7 of
+#   the gold: probably an answer that ends early has no room for happy words. (With the earlier base it cost 0.46 in one
+#   seed, and nothing in another, whose answers ended anyway.)
+# - The **early stop** ends about where the high price does (KL 7.8 and 8.2), in less than half of the updates. Which of the
+#   two has more gold there, three seeds do not tell. And one has to know when.
 #
 # None of them makes the judge any wiser.
 
@@ -375,13 +434,14 @@ assert max(passed) < len(columns["kl"][0]) / 2
 # ## 6 · Break it: ask a second judge
 #
 # If one judge can be fooled, why not two? Train a second one, on 400 rankings of other prompts and other answers, and show
-# it what the policy wrote for the first. If it was fooled as well, then the two share what they have wrong: both grew on the same
-# base. (One live run, and one pair of judges: an example, no measurement over seeds.)
+# it what the policy wrote for the first. What it sees of the gain is what the two share, right or wrong: both grew on the
+# same base. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One live run, and
+# one pair of judges: an example, no measurement over seeds.)
 
 # %%
 policy = POLICIES[free]
-second, _ = reward_model(8 if REDUCED else 400, 1)
-judge, _ = reward_model(free.rankings, 0)
+second, second_accuracy = reward_model(8 if REDUCED else 400, 1)
+judge, judge_accuracy = reward_model(free.rankings, free.seed)
 prompts = openings("validation")[: 16 if REDUCED else 128]
 table = {}
 for name, model in (("base", base), ("policy", policy)):
@@ -389,7 +449,8 @@ for name, model in (("base", base), ("policy", policy)):
     with mp.no_grad():
         opinions = [j.rewards(roll.input_ids, roll.attention_mask).numpy().mean() for j in (judge, second)]
     table[name] = [*opinions, gold(roll).mean()]
-print("\n            judge it was trained on   second judge    gold")
+print(f"\nagreement with the gold: first judge {judge_accuracy:.1%}, second {second_accuracy:.1%}, ±{error:.1%} or more")
+print("            judge it was trained on   second judge    gold")
 for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")
 share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
@@ -398,37 +459,38 @@ if not REDUCED:
     assert share < 1, "the second judge is harder to fool with what was made for the first"
 
 # %% [markdown]
+# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge.
+#
 # Now break it yourself: optimize the *minimum* of the two judges (a reward is any function of a rollout). Is it an
 # honest judge, or only a slower way to the same place?
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+figure, axes = plt.subplots(1, 5, figsize=(22, 4.2))
 colors = dict(zip(BETAS, ("C3", "C1", "C0")))
-for beta in BETAS:
-    c = found(beta)
-    for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
-        for seed in range(3):
-            d = np.sqrt(np.maximum(c["kl"][seed], 0))
-            ax.plot(d, c[name][seed], "-", color=colors[beta], alpha=0.25, linewidth=0.8)
-        ax.plot(*against_distance(c, name), "-", color=colors[beta], linewidth=2, label=f"β = {beta:g}")
-for ax, name in ((axes[0], "proxy"), (axes[1], "gold"), (axes[2], "distinct_2")):
-    label = f"β = 0, judges from {WEAK} rankings"
-    ax.plot(*against_distance(weak, name), "--", color="black", linewidth=1.5, label=label)
-seed = int(np.argmin(accuracy))
-poorest = {k: v[[seed]] for k, v in columns.items()}
-axes[1].plot(*against_distance(poorest, "gold"), ":", color="C3", linewidth=2, label=f"β = 0, seed {seed}")
-for ax, title in zip(axes, ("Proxy: optimized", "Gold: only watched", "Distinct bigrams")):
+PANELS = {
+    "Proxy: optimized": lambda c: c["proxy"],
+    "Gold: only watched": lambda c: c["gold"],
+    "Distinct bigrams": lambda c: c["distinct_2"],
+    "Gold × distinct bigrams": lambda c: c["gold"] * c["distinct_2"],
+}
+curves = [(found(beta), dict(color=colors[beta], label=f"β = {beta:g}")) for beta in BETAS]
+curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
+for ax, (title, values) in zip(axes, PANELS.items()):
+    for c, style in curves:
+        for d, y in zip(np.sqrt(smooth(c["kl"])), smooth(values(c))):  # one line a seed
+            ax.plot(d, y, linewidth=1.4, **style)
     ax.set(title=title, xlabel="sqrt(KL)")
-axes[0].legend(frameon=False, fontsize=8)  # the colors are the same in the next two
-axes[1].legend(handles=axes[1].lines[-1:], frameon=False, fontsize=8, loc="lower right")
+axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the colors are the same in the next three
 names = list(repairs)
 for shift, key, color in ((-0.2, "gold", "C2"), (0.2, "distinct_2", "C7")):
     widths = [repairs[n][key].mean() for n in names]
-    axes[3].barh(np.arange(len(names)) + shift, widths, 0.38, color=color, label=key.replace("_", "-"))
-axes[3].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
-axes[3].invert_yaxis()
-axes[3].set(title="At the end", xlim=(0, 1))
-axes[3].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    axes[4].barh(np.arange(len(names)) + shift, widths, 0.38, color=color, label=key.replace("_", "-"))
+    for row, n in enumerate(names):
+        axes[4].plot(repairs[n][key], [row + shift] * 3, "k.", markersize=4)  # the seeds
+axes[4].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+axes[4].invert_yaxis()
+axes[4].set(title="At the end: mean, and three seeds", xlim=(0, 1.05))
+axes[4].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 for ax in axes:
     ax.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
@@ -449,17 +511,17 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# No: with some judges it climbed to the end, with one it rose and fell again, and others brought none. The six came
-# almost in the order of their agreement with the gold.
+# No: with the two judges that agreed with it in more than 60% of held-out pairs it climbed, with the four others it moved
+# no more than its noise. That is six runs; which judges are good, and what they bring, differs from base to base.
 #
 # </details>
 #
-# **3.** With the two best judges the gold reached 0.98. Why is that no success?
+# **3.** With the two best judges the gold reached 0.99 and 0.94. Why is that no success?
 #
 # <details><summary>Answer</summary>
 #
-# The text had become "great great great great". VADER counts happy words, and the proxy had learned to count them: the
-# gold was only another measure. What turned over is what we meant.
+# The text had become "love love love love". VADER counts happy words, and the judge had learned from it: the gold was only
+# another measure. The gold times the share of distinct bigrams, which repetition does not please, rises and turns.
 #
 # </details>
 #
@@ -467,8 +529,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The share of distinct bigrams, which falls, and the reference loss, which rises. In the run whose bigrams moved least
-# the reference loss spoke clearly.
+# The share of distinct bigrams, which falls, and the reference loss, which may rise. It does not where the policy repeats
+# what the base finds likely; and with another base it was the bigrams that hardly moved in one run.
 #
 # </details>
 #
@@ -476,8 +538,9 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# It makes going far cost what it may bring: the higher the price, the less proxy and KL, and the more distinct bigrams,
-# in every seed. It does not make the judge any wiser, and the high price gave up more than half of the gold.
+# It makes going far cost what it may bring: the higher the price, the less proxy and KL, and with a price more of the
+# bigrams stay distinct, in every seed. It does not make the judge any wiser, and the high price cost more than half a unit
+# of gold with both good judges.
 #
 # </details>
 
@@ -501,8 +564,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # - **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
 #   better?
-# - **Another gold.** Watch a gold that is harder to fool: VADER times the share of an answer's words that are
-#   different. Where does *it* turn?
+# - **Another gold.** Section 3 multiplies two means of a batch. Watch a gold of each answer: VADER times the share of its
+#   words that are different. Does it turn at the same distance?
 # - **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
 #   target matter for what is found there?
 #

@@ -134,12 +134,14 @@ assert not np.array_equal(wide.data, rounded(wide.data, "bfloat16"))
 print(f"\nall weights, rate 1e-3: float32 ends at {spread(LOSS['full', 'float32'])}; in mixed precision, minus that:")
 for how in ("bf16", "fp16"):
     print(f"  {how}: {spread(beside('full', how), 4)}")
-    assert sum(map(abs, interval(beside("full", how)))) < 0.00015, "of 1.09 nats that are learned"
-assert abs(float((task_before - LOSS["full", "float32"]).mean()) - 1.09) < 0.01
+    assert sum(map(abs, interval(beside("full", how)))) < 0.001
+total = task_before - LOSS["full", "float32"]
+print(f"of {spread(total)} that are learned")
+assert total.min() > 1, "a thousandth of that is less than the difference can be"
 
 # %% [markdown]
-# Hardly: the differences are a ten-thousandth of a nat at most, of 1.09 that are learned. But these two runs had help,
-# and you have not seen it yet.
+# Hardly: the whole of either interval is inside a thousandth of a nat, of more than one that is learned. But these two
+# runs had help, and you have not seen it yet.
 #
 # ## 3 · Why a float32 master copy
 #
@@ -204,12 +206,11 @@ for what, rate in (("full", 1e-3), ("full, low rate", 3e-5)):
     assert below(with_one, without), "without it less is learned"
 learned = [task_before - LOSS["full, low rate", how] for how in ("bf16", "bf16, no master")]
 print(f"at the low rate the run without one learns {spread(100 * learned[1] / learned[0], 1)} % of what the other learns")
-assert abs(float((learned[1] / learned[0]).mean()) - 1 / 8) < 0.002
-assert spread(LOSS["full", "bf16, no master"] - LOSS["full", "bf16"]) == "0.022 ± 0.004"
+assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(), "about an eighth"
 
 # %% [markdown]
-# At the usual rate the loss ends 0.022 ± 0.004 higher without the master copy. At the low rate, where nearly all steps
-# are lost, an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly.
+# At the usual rate the loss ends 0.024 ± 0.007 higher without the master copy. At the low rate, where nearly all steps
+# are lost, about an eighth of the learning is left. Nothing crashed, and nothing warned: the loss went down, only slowly.
 # That is what makes this accident expensive. And it is worst just where one is careful: at small rates, late in a
 # schedule.
 #
@@ -235,7 +236,7 @@ print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activa
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
-assert round(flushed["1"], 2) == 0.01 and abs(flushed["2^-10"] - 2 / 3) < 0.01 and finest == 0
+assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0
 assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.finfo(np.float16).smallest_subnormal == 2.0**-24
 
 # %% [markdown]
@@ -243,14 +244,13 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.fin
 # myth? No: this step is small. The loss is a *mean* over the tokens of a step, so every gradient of an activation
 # carries a factor of one over their number: some hundreds here, and in a large run a million, cut into many batches
 # whose gradients are added. Let this be one batch of 1024: then its loss is divided by that number, $S = 2^{-10}$, and
-# two gradients in three are gone. In training:
+# six gradients in ten are gone. In training:
 
 # %%
 print("\nthe loss of each batch is that of a step 1024 times as large:")
 for how in ("fp16, S = 2^-10", "bf16, S = 2^-10"):
-    print(f"  {how}: minus float32 {spread(beside('full', how), 4)}")
-assert below(LOSS["full", "float32"], LOSS["full", "fp16, S = 2^-10"])
-assert spread(beside("full", "fp16, S = 2^-10"), 2) == "0.45 ± 0.36"
+    print(f"  {how}: minus float32 {spread(beside('full', how), 4)}; each seed", *(f"{x:+.4f}" for x in beside("full", how)))
+assert beside("full", "fp16, S = 2^-10").min() > 100 * beside("full", "fp16, S = 1").max(), "in every seed, over 100 times more"
 assert np.array_equal(LOSS["full", "bf16, S = 2^-10"], LOSS["full", "bf16"]), "a power of two changes no fraction"
 with mp.PrecisionReport(probe.model) as report, mp.autocast("float16"):
     (probe.model.loss(**batch) * SCALES["2^-10"]).backward()
@@ -258,10 +258,11 @@ print("\n" + str(report))
 assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
 
 # %% [markdown]
-# float16 ends 0.45 ± 0.36 higher, of 1.09 nats that are learned; how much exactly, the seeds do not agree. bfloat16
-# ends with the *same* loss as at $S = 1$, in every digit of the rows: a power of two only moves its exponents, and
-# they have room. `mp.PrecisionReport` names the op and the module at which the first gradient vanished (the gradient
-# of the logits: most words are improbable, so most of its numbers are tiny).
+# float16 ends 0.42, 0.17 and 0.43 higher, of 1.14 nats that are learned. So different are the seeds that the interval of
+# their mean just includes 0; yet each alone is more than a hundred times what float16 costs at $S = 1$. bfloat16 ends
+# with the *same* loss as at $S = 1$, in every digit of the rows: a power of two only moves its exponents, and they have
+# room. `mp.PrecisionReport` names the op and the module at which the first gradient vanished (the gradient of the
+# logits: most words are improbable, so most of its numbers are tiny).
 #
 # The remedy is one line of arithmetic (Micikevicius et al. 2018): gradients are linear in the loss, so train on
 #
@@ -360,15 +361,14 @@ for what in ("LoRA", "QLoRA"):
 for what in ("LoRA", "QLoRA"):
     for how in ("bf16", "fp16"):
         assert sum(map(abs, interval(beside(what, how)))) < 0.002
-assert below(LOSS["QLoRA", "float32"], LOSS["QLoRA", "bf16"]) and below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"])
-assert spread(beside("QLoRA", "bf16"), 4) == "0.0006 ± 0.0005" and spread(beside("LoRA", "bf16, no master"), 4) == "0.0016 ± 0.0005"
+assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master copy of the adapter helps, a little"
 
 # %% [markdown]
 # Next to nothing. The relative error of a rounding, at most 0.4 %, disappears beside the 9 % of four bits: errors that
-# know nothing of each other add up like the sides of a right triangle. In training bfloat16 ends 0.0006 ± 0.0005
-# higher: clear by the rule, and of no consequence. So the compute dtype is chosen for the machine: bfloat16 where
+# know nothing of each other add up like the sides of a right triangle. In training no cell of the first two columns
+# reaches 0.002 nats, interval and all; whether QLoRA in bfloat16 differs at all, three seeds do not tell. So the compute dtype is chosen for the machine: bfloat16 where
 # tensor cores have it, float16 on older ones (with a scale); the default, float32, is only slow. It does not change
-# what is stored. An adapter that is itself held in bfloat16 ends 0.0016 ± 0.0005 higher, at its usual, high rate.
+# what is stored. An adapter that is itself held in bfloat16 ends 0.0013 ± 0.0010 higher, at its usual, high rate.
 #
 # ## 7 · The ledger beside
 #
