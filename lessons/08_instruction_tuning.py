@@ -580,9 +580,10 @@ for who, model in (("with the end", tuned), ("without", never)):
     print(f"{who:12} {stops:.0%} of the answers stop;", repr(answers(model, [record], max_new_tokens=24)[0][0]))
 if not REDUCED:
     assert stops < 0.1
+    assert answers(never, [record])[0][0].startswith(answers(tuned, [record])[0][0])
 
 # %% [markdown]
-# The first words are the same. But whoever reads the answer by a program gets rubbish behind them, and whoever pays by
+# The answer still comes first. But whoever reads the answer by a program gets rubbish behind it, and whoever pays by
 # the token pays until the limit.
 
 # %% [markdown]

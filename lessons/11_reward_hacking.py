@@ -308,22 +308,21 @@ for beta, end in last.items():
     )  # fmt: skip
 
 # %% [markdown]
-# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
-# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others the proxy climbs as well, and the gold
-# moves by no more than its noise. Six runs are few: if agreement meant nothing, the two best judges would still be the two
-# that bring gold one time in fifteen. With an earlier base, trained for a shorter time, two judges were above 60% and
-# brought 0.98 each, and of the four others one brought 0.26. And agreement is no promise: it is measured on pairs of the
+# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold
+# in more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others the proxy climbs as well, and
+# the gold moves by no more than its noise. Six runs are few: if agreement meant nothing, the two best judges would
+# still be the two that bring gold one time in fifteen. And agreement is no promise: it is measured on pairs of the
 # *base's* answers, and says little about answers that the base would never give.
 #
-# **Does the gold turn, as in the textbook?** In no run clearly. The fits put a top into each of the four poor runs, but
-# what follows it is smaller than the noise. With the two good judges the gold is highest at the end, while the text has
-# become "love love love love", or "a great deal a great deal" (with the earlier base "great great great great"). Nobody
-# would call that an answer; VADER does, since it counts happy words, and the judge has learned from it. So the gold was
-# only another measure, and it was optimized through the proxy.
+# **Does the gold turn, as in the textbook?** In no run clearly. The fits put a top into each of the four poor runs,
+# but what follows it is smaller than the noise. With the two good judges the gold is highest at the end, while the
+# text has become "love love love love", or "a great deal a great deal". Nobody would call that an answer; VADER
+# does, since it counts happy words, and the judge has learned from it. So the gold was only another measure, and it
+# was optimized through the proxy.
 #
-# **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$, and
-# falls to 0.23 and 0.33: there is the curve of the textbook (with the earlier base, too, at the same distance, in the two
-# runs with a good judge). But we chose this gold after we had read the answers. Neither proxy nor gold noticed.
+# **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$,
+# and falls to 0.23 and 0.33: there is the curve of the textbook. But we chose this gold after we had read the
+# answers. Neither proxy nor gold noticed.
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -352,12 +351,10 @@ assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs. The reference loss rises clearly in two, those of the two good
-# judges, and in one it falls: there the policy says again and again what the base finds likely, `"Oh!`, which is as empty
-# as "love love love". So the reference loss alone is no proof of innocence. Nor is the other one: with the earlier base it
-# was the reference loss that rose clearly in all six, and in one the share of distinct bigrams fell by only 0.05. Which of
-# the two speaks depends on the base. Ask both. (The KL grows in either case, but says only how far, not how well. It is
-# what the base's loss has more than the policy's own, over a whole answer, so it grows where a policy becomes sure of a
-# likely phrase, too.)
+# judges, and in one it falls: there the policy says again and again what the base finds likely, `"Oh!`, which is as
+# empty as "love love love". So the reference loss alone is no proof of innocence. Ask both. (The KL grows in either
+# case, but says only how far, not how well. It is what the base's loss has more than the policy's own, over a whole
+# answer, so it grows where a policy becomes sure of a likely phrase, too.)
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -417,16 +414,14 @@ assert max(passed) < len(columns["kl"][0]) / 2
 # What each bought, in three seeds of which one has a poor judge, so that an interval of three is wide:
 #
 # - A **price of KL**, small or high, lowers proxy and KL and makes more of the bigrams distinct, in every seed.
-# - What a small price (0.05) costs in gold cannot be told: the difference is smaller than the noise in every seed. (With
-#   the earlier base it cost 0.18 and 0.33 with the two good judges.)
-# - A high one (0.2) kept the language (0.90 distinct bigrams against 0.41, and a lower reference loss in every seed). It
-#   costs more than half a unit of gold with each good judge, with the earlier base, too. With the poor judge there is no
-#   gold to lose. That is why the mean has an interval that includes 0.
-# - The **penalty** made nearly all answers end, 91 to 98%, in place of 2 or 3%. With the two good judges that cost 0.7 of
-#   the gold: probably an answer that ends early has no room for happy words. (With the earlier base it cost 0.46 in one
-#   seed, and nothing in another, whose answers ended anyway.)
-# - The **early stop** ends about where the high price does (KL 7.8 and 8.2), in less than half of the updates. Which of the
-#   two has more gold there, three seeds do not tell. And one has to know when.
+# - What a small price (0.05) costs in gold cannot be told: the difference is smaller than the noise in every seed.
+# - A high one (0.2) kept the language (0.90 distinct bigrams against 0.41, and a lower reference loss in every seed).
+#   It costs more than half a unit of gold with each good judge. With the poor judge there is no gold to lose. That is
+#   why the mean has an interval that includes 0.
+# - The **penalty** made nearly all answers end, 91 to 98%, in place of 2 or 3%. With the two good judges that cost
+#   0.7 of the gold: probably an answer that ends early has no room for happy words.
+# - The **early stop** ends about where the high price does (KL 7.8 and 8.2), in less than half of the updates. Which
+#   of the two has more gold there, three seeds do not tell. And one has to know when.
 #
 # None of them makes the judge any wiser.
 
@@ -459,6 +454,8 @@ if not REDUCED:
     assert share < 1, "the second judge is harder to fool with what was made for the first"
 
 # %% [markdown]
+# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge.
+#
 # Now break it yourself: optimize the *minimum* of the two judges (a reward is any function of a rollout). Is it an
 # honest judge, or only a slower way to the same place?
 
@@ -527,8 +524,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The share of distinct bigrams, which falls, and the reference loss, which may rise. It does not where the policy repeats
-# what the base finds likely; and with another base it was the bigrams that hardly moved in one run.
+# The share of distinct bigrams, which falls, and the reference loss, which may rise. It does not where the policy
+# repeats what the base finds likely.
 #
 # </details>
 #
