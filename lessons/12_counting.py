@@ -308,9 +308,9 @@ assert REDUCED or (round(1 / share), *(round(100 * x) for x in kept)) == (222, 7
 
 # %% [markdown]
 # A quarter less. Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs
-# of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep has
-# nothing to do with weights. So LoRA is no remedy for activations. *Checkpointing* is: each block keeps its input
-# alone, $h$ numbers, and backward computes the block once more, one at a time.
+# of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep, and
+# attention's own output, has nothing to do with weights. So LoRA is no remedy for activations. *Checkpointing* is: each
+# block keeps its input alone, $h$ numbers, and backward computes the block once more, one at a time.
 #
 # ## 5 · Two ledgers
 #
