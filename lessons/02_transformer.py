@@ -690,7 +690,7 @@ print("picture:", OUT / "02_transformer.png")
 #
 # <details><summary>Solution of 02.1</summary>
 #
-# By the formula of section 1, with $L = 12$, $d = 768$: not a quarter. The MLPs have 45.5 %; in GPT-3 the tables are
+# By the formula of section 4, with $L = 12$, $d = 768$: not a quarter. The MLPs have 45.5 %; in GPT-3 the tables are
 # lost, and attention has a third.
 #
 # ```python
