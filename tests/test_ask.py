@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from cli_helpers import continued, jsonl, output, refused, run, tiny
 
 import minipeft as mp
+from minipeft.evaluation.answers import asked_turns
 from minipeft.text.datasets import (
     Completion,
     Conversation,
@@ -83,9 +85,10 @@ def test_an_answer_ends_before_the_stop_token(base):
     model, tokenizer = base
     end = tokenizer.token_to_id("<|im_end|>")
     forced = model.copy()
-    hidden = forced.backbone(mp.backend.get_backend("numpy").asarray([tokenizer.encode("x")])).data[0, -1]
-    weight = forced.lm_head.weight.data
-    weight[end] = hidden * 1000
+    turns = [*asked_turns(["x"], plain), *asked_turns(["x"], chatml), *asked_turns([CHAT])]
+    starts = [tokenizer.encode_pieces(turn.prompt, add_special_tokens=True) for turn in turns]
+    hidden = np.stack([forced.backbone(np.array([ids])).data[0, -1] for ids in (*starts, [*starts[0], end])])
+    forced.lm_head.weight.data[end] = np.linalg.lstsq(hidden, np.full(len(hidden), 1000.0))[0]
     assert mp.ask(forced, tokenizer, ["x"], "chatml", max_new_tokens=5) == [""]
     assert mp.ask(forced, tokenizer, ["x"], "plain", max_new_tokens=2) == ["<|im_end|>" * 2], "plain text ends with EOS"
     both = mp.ask(forced, tokenizer, [CHAT, "x"], max_new_tokens=2)

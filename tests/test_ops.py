@@ -63,7 +63,7 @@ def close(a, b, tolerance):
 
 def test_every_op_of_the_package_has_a_gradient_check():
     for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "book.conf")):  # which a command runs, and Sphinx
             importlib.import_module(module.name)
     ours = [name for name, fn in REGISTRY.items() if fn.__module__.startswith("minipeft.")]
     assert len(ours) >= 40

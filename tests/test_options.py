@@ -200,7 +200,7 @@ def declared():
     """{configuration class: its own options that have limits or choices}, of the whole package."""
     found = {}
     for module in pkgutil.walk_packages(minipeft.__path__, "minipeft."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "book.conf")):  # which a command runs, and Sphinx
             for cls in vars(importlib.import_module(module.name)).values():
                 if isinstance(cls, type) and cls.__module__ == module.name and dataclasses.is_dataclass(cls):
                     own = [f for f in dataclasses.fields(cls) if f.name in vars(cls).get("__annotations__", {})]
