@@ -145,9 +145,9 @@ names = {p: f"{METHODS[m].title} at {rate:g}" for m, rates in RATES.items() for 
 print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for p in edge if p in names))
 
 # %% [markdown]
-# With full fine-tuning and LoRA, each step to a higher rate forgets clearly more; with prompts the rate hardly matters
-# (-0.009 ± 0.032). Adapters at 3e-3 and prompts are beaten at both by full fine-tuning at 3e-4. The frontier is one of
-# means: at its steep end, from 2.51 to 2.53, who learns more is undecided (intervals follow).
+# With full fine-tuning and LoRA, each step to a higher rate forgets clearly more; with prompts the rate hardly matters.
+# Adapters at 3e-3 and prompts are beaten at both by full fine-tuning at 3e-4. The frontier is one of means: who stands
+# at its steep end depends on the seeds, and on the base.
 #
 # ### Does LoRA forget less?
 #
@@ -164,16 +164,19 @@ print("\nLoRA at   minus full at     task loss         forgotten")
 for lora, full in ((1e-3, 1e-4), (3e-3, 3e-4), (3e-3, 1e-3), (1e-2, 1e-3)):
     loss, cost = difference(Rewriting("lora", lora), Rewriting("full", full))
     print(f"{lora:<10g}{full:<16g}{spread(loss):18s}{spread(cost)}")
-    assert full == 1e-3 or below(zero, cost), "at a lower rate of full's LoRA forgets more"
-assert below(2 * over_seeds(rows, LORA, "forgotten"), over_seeds(rows, FULL, "forgotten")), "at 3e-3: less than half,"
-assert within(difference(LORA, FULL)[0], 0.1), "for nearly the same task loss"
+    if full < 1e-3:
+        assert below(loss, zero) and below(zero, cost), "beside a lower rate of full's LoRA learns more and forgets more"
+assert below(loss, zero) is None and not below(cost, zero), "at 1e-2 it forgets no less than full at 1e-3"
+share = over_seeds(rows, LORA, "forgotten") / over_seeds(rows, FULL, "forgotten")
+print(f"LoRA at 3e-3 forgets {spread(share, 2)} of what full at 1e-3 forgets")
+assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "half, for nearly the same task loss"
 
 # %% [markdown]
 # It is the rate as much as LoRA. Beside full fine-tuning at a low rate LoRA learns a little more *and* forgets a little
 # more: it is just a bit further along, and which is cheaper at the very same loss the rows do not say. At 3e-3 it has
-# learned what full has at 1e-3, within 0.003 ± 0.041, and forgotten less than half. At 1e-2 who learns more is
-# undecided as well (-0.009 ± 0.083), and so is who forgets more (0.103 ± 0.149). "Learns less and forgets less" is not
-# what is measured here; "need not take the last, expensive step" is.
+# learned about what full has at 1e-3, and forgotten about half as much. At 1e-2 who learns more is undecided as well,
+# and it does not forget less. "Learns less and forgets less" is not what is measured here; "need not take the last,
+# expensive step" is.
 #
 # This holds for a model of 1.4 million parameters, after 40 steps. The claim was made for models of 7 billion after
 # billions of tokens, where full fine-tuning can go very far from the base.
@@ -214,12 +217,17 @@ for name, several in REMEDIES.items():
 assert all(below(d, zero) for d in difference(leash, lower)), "on the leash: learns more, and forgets less"
 loss, cost = difference(leash, FULL)
 print(f"on the leash minus no remedy: task loss {spread(loss)}, forgotten {spread(cost)}")
-assert below(cost, zero) and within(loss, 0.05)
+assert below(loss, zero + 0.05) and below(2 * over_seeds(rows, leash, "forgotten"), over_seeds(rows, FULL, "forgotten"))
 for s in (little, much, mixed, decay):
     assert below(zero, difference(s, FULL)[1]) is (s is decay), "replay forgets less than no remedy, weight decay more"
-assert below(difference(mixed, lower)[1], zero)
-for s in (little, dropout, decay):
-    assert below(zero, difference(s, lower)[1]), "forgets more than a lower rate"
+loss, cost = difference(mixed, lower)
+assert within(loss, 0.05) and below(cost, zero), "LoRA with replay: about the same task loss, and forgets less"
+for s, more in ((little, True), (much, False)):
+    loss, cost = difference(s, lower)
+    assert not below(loss, zero) and below(zero, cost) is more, "replay: learns no more than the lower rate"
+for s in (dropout, decay):
+    assert below(zero, difference(s, lower)[0]), "learns less than the lower rate, and forgets twice as much"
+    assert below(2 * over_seeds(rows, lower, "forgotten"), over_seeds(rows, s, "forgotten"))
 for s in dict.fromkeys(replace(s, seed=0) for s in forgetting.RUNS):
     if point(rows, s)[1] < point(rows, leash)[1]:
         assert below(over_seeds(rows, leash), over_seeds(rows, s)), "what forgets less than the leash learns less"
@@ -227,18 +235,16 @@ for s in dict.fromkeys(replace(s, seed=0) for s in forgetting.RUNS):
 # %% [markdown]
 # Measured:
 #
-# - **L2-SP** wins. It learns more than the lower rate, by 0.051 ± 0.003, and forgets less, by 0.044 ± 0.017. Beside no
-#   remedy it forgets 0.14 instead of 0.46, and its task loss is -0.012 ± 0.020 away. It knows where it came from, and
-#   nothing else, and here that is enough.
-# - **LoRA with replay** forgets less than the lower rate, 0.10 instead of 0.18, and its task loss is about the same
-#   (0.010 ± 0.016).
-# - **LoRA** alone learns more and forgets more than it; **replay** of as much old text as of the task does less of
-#   both. These are other points of the same trade.
-# - **Replay** of a quarter as much forgets less than no remedy, but more than the lower rate, by 0.110 ± 0.014, and
-#   learns no more (-0.001 ± 0.037): it knows some of the old text, and pays with steps that take longer.
-# - **Dropout** and **weight decay** forget far more than the lower rate, for task losses that are 0.025 ± 0.003 and
-#   0.046 ± 0.007 higher. Weight decay forgets even more than no remedy: it pulls towards zero, not towards the base.
-#   (Its strength is 10. The usual 0.1 would shrink the weights by 0.2 % in these 40 steps.)
+# - **L2-SP** wins. It learns more than the lower rate, and forgets less. Beside no remedy it forgets less than half, and
+#   its task loss is no higher. It knows where it came from, and nothing else, and here that is enough.
+# - **LoRA with replay** forgets less than the lower rate, and its task loss is about the same.
+# - **LoRA** alone learns more and forgets more than it; **replay** of as much old text as of the task forgets less, and
+#   learns no more. These are other points of the same trade.
+# - **Replay** of a quarter as much forgets less than no remedy, but more than the lower rate, and learns no more: it
+#   knows some of the old text, and pays with steps that take longer.
+# - **Dropout** and **weight decay** learn less than the lower rate, and forget more than twice as much. Weight decay
+#   forgets even more than no remedy: it pulls towards zero, not towards the base. (Its strength is 10. The usual 0.1
+#   would shrink the weights by 0.2 % in these 40 steps.)
 #
 # Each was tried in one strength or two. Another one may do better.
 
@@ -286,7 +292,7 @@ for (name, several), marker, color in zip(REMEDIES.items(), "oDsv^PX*", ("black"
 steps(b, edge_all)
 limit = max(y for x, y in map(lambda s: point(rows, s), (s for several in REMEDIES.values() for s in several)))
 xs = [point(rows, s)[0] for several in REMEDIES.values() for s in several]
-a.set(xlim=(2.4, task_before + 0.1), ylim=(-0.03, 1.6 * limit), title="Methods, each over its learning rates (its best is labelled)", ylabel="forgotten: rise of the loss on general text")
+a.set(xlim=(edge[0][0] - 0.1, task_before + 0.1), ylim=(-0.03, 1.6 * limit), title="Methods, each over its learning rates (its best is labelled)", ylabel="forgotten: rise of the loss on general text")
 b.set(xlim=(min(xs) - 0.05, max(xs) + 0.2), title="Remedies for full fine-tuning")
 for axis in (a, b):
     axis.set_xlabel("held-out loss on the task (left is better)")

@@ -105,7 +105,7 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 # All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone is
 # judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its loss
 # starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs, over
-# three measurements on one machine.
+# three measurements on one machine. (Where the ± of a time is large, other programs were running there.)
 
 # %%
 def learned(method):
@@ -181,31 +181,34 @@ def decide(wish, column, condition=lambda c: True):
 
 full = mean["full"]
 print()
-decide("the best at the task, whatever it costs", "task loss")
-decide("the smallest file a task that learns 90 % of what full does", "MB a task", learns(0.9))
-decide("the least memory that learns 90 %", "peak MB", learns(0.9))
-decide("the least forgotten that learns 90 %", "forgotten", learns(0.9))
+best = decide("the best at the task, whatever it costs", "task loss")
+small = decide("the smallest file a task that learns 90 % of what full does", "MB a task", learns(0.9))
+little = decide("the least memory that learns 90 %", "peak MB", learns(0.9))
+kind = decide("the least forgotten that learns 90 %", "forgotten", learns(0.9))
 decide("the least forgotten that learns 75 %", "forgotten", learns(0.75))
 fast = decide("the fastest step that learns 75 %", "s a step", learns(0.75))
 is_small = lambda c: c["MB a task"].mean() < full["MB a task"] / 10 and learns(0.9)(c)  # noqa: E731
 decide("the fastest answer, merged, that learns 90 % from a file under a tenth of full's", "merged", is_small)
-slow, lora, qlora, usual, best = (CHOICES[f"{TITLES[m]} at {rate:g}"] for m, rate in (("full", 3e-4), ("lora", 3e-3), ("qlora", 3e-3), ("bottleneck", 3e-3), ("bottleneck", 1e-2)))
+lora, qlora, usual, adapters = (CHOICES[f"{TITLES[m]} at {rate:g}"] for m, rate in (("lora", 3e-3), ("qlora", 3e-3), ("bottleneck", 3e-3), ("bottleneck", 1e-2)))
 print("QLoRA minus LoRA: " + ", ".join(f"{spread(qlora[name] - lora[name])} {name}" for name in ("task loss", "forgotten", "peak MB", "merged")))
 disk = {m: 100 * mean[m]["MB a task"] + (m != "full") * 4 * N / 1e6 for m in decision.IMITATING}
 print("disk for 100 tasks, MB: " + ", ".join(f"{TITLES[m]} {total:.0f}" for m, total in disk.items()))
-assert learns(0.9)(slow) and below(slow["forgotten"], lora["forgotten"]), "at a low rate full is kinder than LoRA"
-assert below(usual["share"], best["share"]) and below(usual["forgotten"], best["forgotten"]), "adapters: the rate decides"
-assert below(best["s a step"], TABLE["full"]["s a step"]) and all("adapters" in name for name in fast)
-assert below(qlora["peak MB"], lora["peak MB"]) and below(lora["task loss"], qlora["task loss"])
+assert len(best) > 1 and small[0] == little[0] == f"{TITLES['bottleneck']} at 0.01" and kind == ["full at 0.0003"]
+assert below(usual["share"], adapters["share"]) and below(usual["forgotten"], adapters["forgotten"]), "the rate decides"
+assert below(adapters["s a step"], TABLE["full"]["s a step"]) and any("adapters" in name for name in fast)
+assert below(qlora["peak MB"], lora["peak MB"])
+assert all(below(lora[k], qlora[k]) for k in ("task loss", "forgotten")), "QLoRA learns less than LoRA and forgets more"
+assert below(np.ones(len(SEEDS)), lora["share"]) is None and 12 < full["MB a task"] / mean["lora"]["MB a task"] < 13
 for c in (lora, qlora):
-    assert learns(0.9)(c) and sum(map(abs, interval(c["merged"] - TABLE["full"]["merged"]))) < 0.5, "merged, as fast as full"
+    assert learns(0.9)(c) and not below(TABLE["full"]["merged"], c["merged"]), "merged, not clearly slower than full"
 
 # %% [markdown]
-# Who is best at the task is undecided; so what is scarce decides, and the rate with it. Of what learns 90 %, adapters at
-# 1e-2 have the smallest file and take the least memory: they learn 96 ± 4 % and forget 0.44 (at their usual 3e-3
-# 90 ± 2 % and 0.25). Full fine-tuning at a third of its usual rate, or on Lesson 15's leash, forgets least. LoRA learns
-# 100 ± 4 %, in a twelfth of the file; QLoRA takes 4.1 ± 0.4 MB less, and ends 0.014 ± 0.005 higher. Merged, both answer
-# within 0.3 ms of full's 1.3.
+# Who is best at the task is undecided; so what is scarce decides, and the rate with it. Of what clearly learns 90 %,
+# adapters at 1e-2 have the smallest file and take the least memory; at their usual 3e-3 they learn less and forget less.
+# Full fine-tuning at a third of its usual rate forgets least (Lesson 15's leash is not among the lines). LoRA learns
+# about what full does, in a twelfth of the file; QLoRA takes a little less memory, learns a little less and forgets a
+# little more. Merged, both have the base's shapes again, and neither is clearly slower than full. Adapters' step is
+# faster than full's; whether it is the fastest depends on how quiet the machine was.
 #
 # ## 5 · And the other two jobs
 #
@@ -216,16 +219,16 @@ for c in (lora, qlora):
 asked = [p.removesuffix(" {input}") for p in TASKS["rewrite"].phrasings]
 seen = [sum(any(p in tokenizer.decode(e.input_ids) for p in asked) for e in decision.mixed(640, seed)) for seed in SEEDS]
 print(f"\ninstruction tuning: {', '.join(map(str, seen))} verses in 640 examples; the loss fell by {spread(learned('instructions'))}")
-before, imitation, feedback = T["feedback"]["score_before"], 40 * full["s a step"], 12 * mean["feedback"]["s a step"]
+before, imitation, feedback = T["feedback"]["score_before"], 40 * TABLE["full"]["s a step"], 12 * TABLE["feedback"]["s a step"]
 print(f"RLHF: the score of its answers changed by {spread(T['feedback']['score'] - before)}, from {spread(before)}")
-print(f"      its 12 updates took {feedback:.0f} s, after {imitation:.0f} s of imitation")
-assert max(seen) < 640 / 20 and imitation < feedback
+print(f"      its 12 updates took {feedback.mean():.0f} s, after {imitation.mean():.0f} s of imitation")
+assert 0.01 < np.mean(seen) / 640 < 0.03 and below(imitation, feedback) and below(before, T["feedback"]["score"]) is None
 
 # %% [markdown]
-# One example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much of
-# that the verses did, these rows do not say. PPO took half as long again as all of the imitation before it, and what it
-# did to the score is undecided: 0.029 ± 0.066, on 0.177. (With Lesson 10's it rises under every seed.) So if you have
-# answers, imitate them first. A score is for what you cannot write down, but know when you see it.
+# About one example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much
+# of that the verses did, these rows do not say. PPO took longer than all of the imitation before it, and what it did to
+# the score is undecided. (The reward of Lesson 10's judge rises under every seed.) So if you have answers, imitate them
+# first. A score is for what you cannot write down, but know when you see it.
 #
 # ## The picture: the table, in colors
 #
@@ -265,19 +268,19 @@ print("picture:", OUT / "16_which_method.png")
 # %%
 print("\ndecided by one column alone:")
 for name in ("trained %", "forgotten", "s a step"):
-    best, c = min(CHOICES.items(), key=lambda item: (item[1][name].mean(), item[1]["task loss"].mean()))
+    one, c = min(CHOICES.items(), key=lambda item: (item[1][name].mean(), item[1]["task loss"].mean()))
     memory = c["peak MB"].mean() / full["peak MB"]
-    print(f"  least {name:10s} {best:28s} learns {spread(c['share'], 2)} of what full does, with {memory:.0%} of its memory")
-    assert name == "s a step" or learns(0.75)(c) is False
-    assert name != "trained %" or c["trained %"].mean() < 1 < 100 * memory / 2, "few parameters is not little memory"
+    print(f"  least {name:10s} {one:28s} learns {spread(c['share'], 2)} of what full does, with {memory:.0%} of its memory")
+    assert name == "s a step" or learns(0.9)(c) is False
+    assert name != "trained %" or (c["trained %"].mean() < 1 and memory > 0.8), "few parameters is not little memory"
 assert 16 * N / 1e6 < full["peak MB"] / 3, "weights, gradients and Adam's moments are less than a third of full's memory"
 
 # %% [markdown]
-# The trained share misleads: prompt tuning trains least, learns two thirds, and takes 85 % of the memory. The memory of
-# a small model's step is mostly activations, which every method has to keep; the share of trained parameters says, but
-# for prefixes, what is on the *disk*. (For 65 billion parameters it is the other way round: Lesson 7.) What is
-# forgotten misleads, too: the lowest rate forgets least, and learns little more than half; the base itself forgets
-# nothing. The fastest step does not mislead, but that is luck.
+# The trained share misleads: prompt tuning trains least, learns clearly less than 90 %, and takes more than 80 % of the
+# memory. The memory of a small model's step is mostly activations, which every method has to keep; the share of trained
+# parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters it is the other way round: Lesson
+# 7.) What is forgotten misleads, too: LoRA's lowest rate forgets least, and learns clearly too little; the base itself
+# forgets nothing. Where the fastest step does not mislead, that is luck.
 #
 # ## Exercises
 #
