@@ -128,21 +128,23 @@ for method, of_rate in losses.items():
 print()
 report(("learning rate",))
 full, lora = losses["full"], losses["lora"]
-print(f"LoRA's loss at 1e-2 minus that at 3e-3: {spread(lora[1e-2] - lora[3e-3])}")
-assert below(full[1e-3], full[3e-4]) and below(full[1e-3], full[3e-3]), "full's optimum is inside the grid: a U"
+assert below(full[1e-3], full[1e-4]) and below(full[1e-3], full[3e-3]), "full's optimum is inside the grid: a U"
 assert below(lora[3e-3], lora[1e-3]), "full's best rate is too low for LoRA"
-gap, half_width = interval(lora[3e-3] - full[1e-3])
-assert abs(gap) + half_width < 0.1, "less than a tenth of the 1.09 nats that either learns"
+learned = task_before - full[1e-3].mean()
+print(f"full learns {learned:.2f} nats at 1e-3; LoRA's loss at 1e-2 minus that at 3e-3: {spread(lora[1e-2] - lora[3e-3])}")
+for difference in (lora[3e-3] - full[1e-3], lora[1e-2] - lora[3e-3]):
+    assert sum(map(abs, interval(difference))) < learned / 10, "the whole interval is within a tenth of what is learned"
 for method, rate in (("full", 1e-3), ("lora", 3e-3), ("lora", 1e-2)):
     lowest = practice.RATES[method][0]
     print(f"general text loses {spread(general[method][rate])} with {method} at {rate:g}, {spread(general[method][lowest])} at {lowest:g}")
     assert below(general[method][lowest], general[method][rate])
+assert below(general["lora"][3e-3], general["lora"][1e-2])
 
 # %% [markdown]
-# Full fine-tuning is best at 1e-3, LoRA at 3e-3 or at 1e-2: between those the seeds do not decide (-0.012 ± 0.042). So
-# it wants a higher rate, three or ten times, as far as this grid of half decades can say. Who learns more is undecided
-# as well (-0.009 ± 0.083, of some 1.09 nats). With both the lowest rate is the kindest to general text, and of LoRA's
-# two best the lower forgets 0.22, the higher 0.56 (Lesson 15).
+# LoRA wants a higher rate: full fine-tuning's best is clearly too low for it. How many times higher is not decided, as
+# two rates of a method may be equally good, and the grid's step is half a decade. Nor is it decided who learns more;
+# they differ by less than a tenth of what they learn. With both the lowest rate is the kindest to general text, and of
+# LoRA's 3e-3 and 1e-2, which differ as little on the task, the lower forgets less (Lesson 15).
 #
 # ## 3 · The batch, whole or in parts
 #
@@ -159,26 +161,26 @@ print(f"\nnow, seed 0, 4 x 4: task loss {now[0]['task_loss']:.5f}; as it was wit
 base, _ = mp.load_base()
 ledgers = {size: memory_ledger(base, batch=size, seq_len=64).total for size in (16, 4)}
 print(f"memory of a step, predicted: 16 at once {ledgers[16] / 1e6:.0f} MB, in parts of 4 {ledgers[4] / 1e6:.0f} MB\n")
-for size in (4, 16, 64):
-    cells = {s.learning_rate: spread(over_seeds(rows, s)) for s in practice.batch_size((0,)) if s.batch_size == size and s.accumulation == 1}
+of_size = {size: [s for s in practice.batch_size((0,)) if s.batch_size == size and s.accumulation == 1] for size in (4, 16, 64)}
+for size, runs in of_size.items():
+    cells = {s.learning_rate: spread(over_seeds(rows, s)) for s in runs}
     print(f"  batch {size:2d}, {640 // size:3d} steps: " + ", ".join(f"{cell} at {rate:g}" for rate, cell in cells.items()))
 print()
 report(("batch size", "accumulation"))
 assert ledgers[4] < ledgers[16]
 difference = np.abs(over_seeds(rows, parts) - over_seeds(rows, whole)).max()
 assert difference < 0.005, "the Trainer weighs the parts by their tokens, so this is only rounding"
-unbroken = [s for s in practice.batch_size((0,)) if s.accumulation == 1]
-best_of = {size: practice.best(rows, [s for s in unbroken if s.batch_size == size]) for size in (4, 16, 64)}
-assert best_of[4].learning_rate < best_of[16].learning_rate
+assert max(practice.best_rates(rows, of_size[4])) < min(practice.best_rates(rows, of_size[64]))
+assert below(*(over_seeds(rows, of_size[size][-1]) for size in (16, 4))), "at the highest rate small batches are worse"
 for sizes in ((4, 16), (16, 64)):
-    small, large = (over_seeds(rows, best_of[size]) for size in sizes)
+    small, large = (over_seeds(rows, practice.best(rows, of_size[size])) for size in sizes)
     print(f"batch {sizes[1]} ends {spread(large - small)} above batch {sizes[0]}, each at its best rate")
     assert below(small, large), "small batches teach more"
 
 # %% [markdown]
-# From 4 to 16 the best rate rises (at 4 it is the lowest that was tried); from 16 to 64 this grid shows no rise. And
-# small batches win, each at its best rate (at 3e-3 they are the worst). They make more steps; if that is why, is not
-# measured.
+# From 4 to 64 the best rate rises (at 4 it is the lowest that was tried); where between the two, this grid does not
+# decide. And small batches win, each at its best rate (at 3e-3 a batch of 4 is worse than one of 16). They make more
+# steps; if that is why, is not measured.
 #
 # ## 4 · Epochs, and the gap
 #
@@ -194,15 +196,17 @@ print("                              training", " ".join(f"{loss:5.2f}" for loss
 print("                              held out", " ".join(f"{loss:5.2f}" for loss in now["held_out_curve"]))
 print()
 report(("epochs",))
-full, lora = (over_seeds(rows, s, "held_out_curve").T for s in practice.epochs((0,)))  # [epochs, seeds]
-print(f"after three epochs LoRA's loss is {spread(lora[2] - lora[3])} above that after four")
-assert below(full[1], full[3]) and below(lora[3], lora[1]), "after four epochs full has turned, and LoRA still falls"
+of_full, of_lora = practice.epochs((0,))
+full, lora = (over_seeds(rows, s, "held_out_curve").T for s in (of_full, of_lora))  # [epochs, seeds]
+print(f"LoRA's loss after three epochs minus that after four: {spread(lora[2] - lora[3])}")
+assert max(practice.best_epochs(rows, of_full)) < min(practice.best_epochs(rows, of_lora)), "LoRA turns later"
 assert below(lora[15] - lora[3], full[15] - full[1]) and below(lora[3], lora[15]), "LoRA turns, too, and loses less"
+assert below(full[1], full[2]) and sum(interval(lora[2] - lora[3])) < (lora[15] - lora[3]).mean() / 5
 
 # %% [markdown]
-# Full fine-tuning is best after one or two epochs, as advised. LoRA wants four, five or six, but to stop it after three
-# would cost only 0.019 ± 0.017. After sixteen full fine-tuning has lost nearly twice as much as LoRA, which learns less
-# by heart. (All within one run, whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.)
+# Full fine-tuning turns within the epochs advised. LoRA turns later, but to stop it after three would cost little,
+# beside what sixteen epochs cost. After sixteen full fine-tuning has lost more than LoRA, which learns less by heart.
+# (All within one run, whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.)
 #
 # ## 5 · Warm-up
 #
@@ -215,14 +219,16 @@ hot = [Rewriting(learning_rate=1e-2, warmup=share) for share in (0.0, 0.1)]
 now = measure(*hot)  # too high a rate for `agree`, as above
 print("\nnow, full, rate 1e-2, seed 0: " + ", ".join(f"{row['task_loss']:.3f} with {row['warmup']:.0%}" for row in now) + "\n")
 report(("warm-up",))
-assert below(*(over_seeds(rows, Rewriting(learning_rate=1e-3, warmup=share)) for share in (0.0, 0.1)))
-learned, half_width = interval(task_before - over_seeds(rows, hot[1]))
-print(f"with 10% of warm-up a run at 1e-2 ends {learned:.3f} ± {half_width:.3f} below the base")
-assert learned + half_width < 0.2, "with warm-up, too, next to nothing was learned"
+without, warmed = (over_seeds(rows, replace(s, learning_rate=1e-3)) for s in hot)
+assert sum(map(abs, interval(warmed - without))) < learned / 20, "at the usual rate, within a twentieth of what is learned"
+without, warmed = (over_seeds(rows, s) for s in hot)
+left, half_width = interval(warmed - task_before)
+print(f"with 10% of warm-up a run at 1e-2 ends at the base's loss {left:+.3f} ± {half_width:.3f}")
+assert below(warmed, without) and left - half_width > -learned / 5, "it helps, and yet little was learned, if anything"
 
 # %% [markdown]
-# At the usual rate warm-up did a little harm, 0.016 ± 0.007: nothing went wrong without it. At ten times that rate it
-# helps, by 0.154 ± 0.136, and yet saves nothing: with it, too, the run ends about where the base began.
+# At the usual rate warm-up changes next to nothing: little went wrong without it. At ten times that rate it helps, and
+# yet saves little: with it, too, the run ends about where the base began, or above.
 #
 # ## 6 · Few clean examples, or many with mistakes?
 #
@@ -239,11 +245,11 @@ print("  640 examples: " + ", ".join(f"{spread(losses)} with {noise:.0%} wrong" 
 report(("data",))
 assert below(noisy[0.0], noisy[0.5]), "wrong answers do harm"
 clean = over_seeds(rows, Rewriting(learning_rate=1e-3, examples=160))
-assert below(noisy[0.25], clean) and below(noisy[0.5] - clean, clean - noisy[0.25])
+assert below(noisy[0.25], clean)
+assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(), "closer than with a quarter wrong"
 
 # %% [markdown]
-# So quantity beats quality where a quarter is wrong, by 0.083 ± 0.029. Where half is wrong, quality wins, by 0.014 ±
-# 0.003: clear by the rule, but six times smaller. In this task, about half is where the two are even.
+# So quantity beats quality where a quarter is wrong. Where half is wrong, the two are about even in this task.
 #
 # ## 7 · A class that is rare
 #
@@ -268,12 +274,14 @@ assert usual > nouns.mean() / 2 + verbs.mean() / 2 and below(verbs, nouns)
 assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 
 # %% [markdown]
-# A skewed training set costs the rare class, as advised. What repeating its examples does is undecided: -0.056 ± 0.151
-# leaves room for harm, and for some help.
+# A skewed training set costs the rare class, as advised; how much, the seeds do not agree on. What repeating its
+# examples does is undecided: the interval leaves room for harm, and for some help.
 #
 # ## The verdicts
 #
-# Each is computed from the rows: measure again and they may change.
+# Each is computed from the rows: measure again and they may change. With another base, which had read less, three that
+# are undecided now were clear: at the usual rate warm-up did a little harm, few clean examples beat many of which half
+# are wrong, by a hair, and LoRA wanted more than three epochs.
 
 # %%
 findings = practice.findings(rows)
@@ -308,9 +316,8 @@ def curve_of(axis, xs, values, **style):
 for method, of_rate in losses.items():
     curve_of(a, list(of_rate), list(of_rate.values()), label=method, color=COLORS[method])
 a.axhline(task_before, color="grey", linestyle=":")
-a.set(xscale="log", ylim=(2.4, 4.0), xlabel="learning rate", ylabel="held-out loss", title="Each method has its U")
-for size, color in ((4, "#CC79A7"), (16, "#0072B2"), (64, "#333333")):
-    runs = [s for s in practice.batch_size((0,)) if s.batch_size == size and s.accumulation == 1]
+a.set(xscale="log", ylim=(2.2, 4.0), xlabel="learning rate", ylabel="held-out loss", title="Each method has its U")
+for (size, runs), color in zip(of_size.items(), ("#CC79A7", "#0072B2", "#333333")):
     curve_of(b, [s.learning_rate for s in runs], [over_seeds(rows, s) for s in runs], label=f"batch {size}, {640 // size} steps", color=color)
 b.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title="640 examples, in small steps or large")
 b.set_xticks([3e-4, 1e-3, 3e-3], ["3e-4", "1e-3", "3e-3"])
