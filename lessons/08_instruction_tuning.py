@@ -369,6 +369,14 @@ if not REDUCED:
     assert now["right"]["inputs"]["part-of-speech"] < CONSTANT["part-of-speech"][1]
 
 # %% [markdown]
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Right answers, tuned beside base,
+# > new inputs: better (+0.345 [+0.300, +0.390]); instructions followed, tuned beside shuffled, new inputs: better
+# > (+0.230 [+0.186, +0.273]); right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]);
+# > instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]); right answers, tuned
+# > beside base, new tasks: equal (+0.000 [+0.000, +0.000]); instructions followed, tuned beside shuffled, new tasks:
+# > not told apart (+0.029 [-0.006, +0.065]). (5 seeds, 344 test items)
+
+# %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
 # Now all conditions, with three seeds each, from the file. Two columns compare fairly. *Rewrite* is trained in all of

@@ -271,6 +271,11 @@ def changed(rows, **numbers):
     return [row | {name: value(row) for name, value in numbers.items()} for row in rows]
 
 
+# experiments whose rules are given made-up rows in test_claims_league, _instruction, _adapters, _chain and _mechanisms
+MADE_UP = {
+    "league", "practice", "forgetting", "following", "knowledge", "components", "units", "chain",
+    "intrinsic_dimension", "memorization", "width", "speed",
+}  # fmt: skip
 ROWS = {  # id -> [(changes, the verdict then)]
     "full-2": [
         ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT),
@@ -322,8 +327,8 @@ def test_other_rows_give_another_verdict(id, changes, expected):
 
 
 def test_every_rule_that_reads_rows_has_them_all_and_was_given_others():
-    assert {*ROWS} == {*WITH_ROWS}
-    for id in WITH_ROWS:
+    assert {*ROWS} == {id for id in WITH_ROWS if EXPERIMENTS[id].name not in MADE_UP}
+    for id in ROWS:
         experiment = claims.rule_of(id).experiment
         assert len(experiment.rows()) == len(experiment.settings) and experiment.path().parent == register.ROWS
 

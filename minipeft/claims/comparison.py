@@ -248,9 +248,9 @@ def told(found: Sequence[Beside], holds: Callable[[Difference], bool], tasks: st
         words.append(f"{each.a} beside {each.b}, {each.where}: {one.word} ({one.interval})")
         numbers.append(number(f"{each.a} over {each.b}, {each.where}", one, each.key))
     verdict = HOLDS if all(so) else IF if any(surely) else UNTESTABLE if undecided else NOT
-    items = found[-1].one.values.shape[1]
+    items, because = max(each.one.values.shape[1] for each in found), "; ".join(words)
     return Verdict(
-        verdict, f"{'; '.join(words)}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, f"{because[0].upper()}{because[1:]}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 
