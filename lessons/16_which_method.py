@@ -186,7 +186,7 @@ small = decide("the smallest file a task that learns 90 % of what full does", "M
 little = decide("the least memory that learns 90 %", "peak MB", learns(0.9))
 kind = decide("the least forgotten that learns 90 %", "forgotten", learns(0.9))
 decide("the least forgotten that learns 75 %", "forgotten", learns(0.75))
-fast = decide("the fastest step that learns 75 %", "s a step", learns(0.75))
+decide("the fastest step that learns 75 %", "s a step", learns(0.75))
 is_small = lambda c: c["MB a task"].mean() < full["MB a task"] / 10 and learns(0.9)(c)  # noqa: E731
 decide("the fastest answer, merged, that learns 90 % from a file under a tenth of full's", "merged", is_small)
 lora, qlora, usual, adapters = (CHOICES[f"{TITLES[m]} at {rate:g}"] for m, rate in (("lora", 3e-3), ("qlora", 3e-3), ("bottleneck", 3e-3), ("bottleneck", 1e-2)))
@@ -195,20 +195,19 @@ disk = {m: 100 * mean[m]["MB a task"] + (m != "full") * 4 * N / 1e6 for m in dec
 print("disk for 100 tasks, MB: " + ", ".join(f"{TITLES[m]} {total:.0f}" for m, total in disk.items()))
 assert len(best) > 1 and small[0] == little[0] == f"{TITLES['bottleneck']} at 0.01" and kind == ["full at 0.0003"]
 assert below(usual["share"], adapters["share"]) and below(usual["forgotten"], adapters["forgotten"]), "the rate decides"
-assert below(adapters["s a step"], TABLE["full"]["s a step"]) and any("adapters" in name for name in fast)
 assert below(qlora["peak MB"], lora["peak MB"])
 assert all(below(lora[k], qlora[k]) for k in ("task loss", "forgotten")), "QLoRA learns less than LoRA and forgets more"
 assert below(np.ones(len(SEEDS)), lora["share"]) is None and 12 < full["MB a task"] / mean["lora"]["MB a task"] < 13
 for c in (lora, qlora):
-    assert learns(0.9)(c) and not below(TABLE["full"]["merged"], c["merged"]), "merged, not clearly slower than full"
+    assert learns(0.9)(c), "of either it is clear that it learns 90 %"
 
 # %% [markdown]
 # Who is best at the task is undecided; so what is scarce decides, and the rate with it. Of what clearly learns 90 %,
 # adapters at 1e-2 have the smallest file and take the least memory; at their usual 3e-3 they learn less and forget less.
 # Full fine-tuning at a third of its usual rate forgets least (Lesson 15's leash is not among the lines). LoRA learns
 # about what full does, in a twelfth of the file; QLoRA takes a little less memory, learns a little less and forgets a
-# little more. Merged, both have the base's shapes again, and neither is clearly slower than full. Adapters' step is
-# faster than full's; whether it is the fastest depends on how quiet the machine was.
+# little more. Merged, both have the base's shapes again, and so its products. Which step and which answer are the fastest,
+# the printed intervals tell, of the machine that measured and of what else it did: nothing is asserted of them.
 #
 # ## 5 · And the other two jobs
 #
@@ -222,7 +221,7 @@ print(f"\ninstruction tuning: {', '.join(map(str, seen))} verses in 640 examples
 before, imitation, feedback = T["feedback"]["score_before"], 40 * TABLE["full"]["s a step"], 12 * TABLE["feedback"]["s a step"]
 print(f"RLHF: the score of its answers changed by {spread(T['feedback']['score'] - before)}, from {spread(before)}")
 print(f"      its 12 updates took {feedback.mean():.0f} s, after {imitation.mean():.0f} s of imitation")
-assert 0.01 < np.mean(seen) / 640 < 0.03 and below(imitation, feedback) and below(before, T["feedback"]["score"]) is None
+assert 0.01 < np.mean(seen) / 640 < 0.03 and below(before, T["feedback"]["score"]) is None
 
 # %% [markdown]
 # About one example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much
