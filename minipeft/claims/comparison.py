@@ -66,7 +66,7 @@ class Searches(Experiment):
 
     @property
     def allowed(self) -> str:
-        return f"{SPREADS} standard deviations over the seeds"
+        return f"{SPREADS} standard deviations over the seeds, or {self.tolerance} nats where there are none"
 
     def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row of the same trial, computed now."""
@@ -74,8 +74,9 @@ class Searches(Experiment):
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have. Another processor adds in another order, and training
-        magnifies the rest: a loss may differ by SPREADS standard deviations of a loss over the seeds."""
-        find, near, found = finder(others), SPREADS * spread(self.rows()), []
+        magnifies the rest: a loss may differ by SPREADS standard deviations of a loss over the seeds, or, as long as no
+        row has several seeds, by the tolerance of the experiment in nats."""
+        find, near, found = finder(others), SPREADS * spread(self.rows()) or self.tolerance, []
         for row in rows:
             trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
             other = find(described(trial))
