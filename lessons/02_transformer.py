@@ -69,7 +69,7 @@ def mlp(h, gate, up, down):  # [T, d] -> [T, d]; weights are stored as [outputs,
 
 
 rng = np.random.default_rng(0)
-base = mp.load_base()[0]
+base = mp.load_base("numpy")[0]  # what is done by hand here is NumPy's
 block = base.model.layers[0]
 x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
 by_hand = norm(x, block.input_layernorm.weight.numpy(), base.config.rms_norm_eps)
