@@ -224,6 +224,16 @@ print(f"      its 12 updates took {feedback.mean():.0f} s, after {imitation.mean
 assert 0.01 < np.mean(seen) / 640 < 0.03 and below(before, T["feedback"]["score"]) is None
 
 # %% [markdown]
+# > `which-6` instruction tuning: to follow instructions: **holds if**. Right answers, tuned beside base, new inputs:
+# > better (+0.345 [+0.300, +0.390]); right answers, tuned beside few-shot, new inputs: better (+0.351 [+0.306,
+# > +0.396]); right answers, tuned beside bare, new inputs: better (+0.083 [+0.054, +0.112]); right answers, tuned
+# > beside base, new phrasings: better (+0.309 [+0.258, +0.361]); right answers, tuned beside few-shot, new phrasings:
+# > better (+0.309 [+0.258, +0.361]); right answers, tuned beside bare, new phrasings: better (+0.038 [+0.007, +0.070]);
+# > right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside few-shot,
+# > new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside bare, new tasks: equal (+0.000 [+0.000,
+# > +0.000]). (5 seeds, 344 test items)
+
+# %% [markdown]
 # About one example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much
 # of that the verses did, these rows do not say. PPO took longer than all of the imitation before it, and what it did to
 # the score is undecided. (The reward of Lesson 10's judge rises under every seed.) So if you have answers, imitate them
