@@ -30,6 +30,7 @@ from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verd
 
 UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
+ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
 NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02, "followed": 0.02}  # nats per token; shares
 UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages", "answers": "of the questions",
     "followed": "of the questions",
@@ -66,7 +67,7 @@ class Searches(Experiment):
 
     @property
     def allowed(self) -> str:
-        return f"{SPREADS} standard deviations over the seeds, or {self.tolerance} nats where there are none"
+        return f"{SPREADS} standard deviations over the seeds, or {ALONE} nats where there are none"
 
     def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row of the same trial, computed now."""
@@ -75,8 +76,8 @@ class Searches(Experiment):
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have. Another processor adds in another order, and training
         magnifies the rest: a loss may differ by SPREADS standard deviations of a loss over the seeds, or, as long as no
-        row has several seeds, by the tolerance of the experiment in nats."""
-        find, near, found = finder(others), SPREADS * spread(self.rows()) or self.tolerance, []
+        row has several seeds, by ALONE."""
+        find, near, found = finder(others), SPREADS * spread(self.rows()) or ALONE, []
         for row in rows:
             trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
             other = find(described(trial))

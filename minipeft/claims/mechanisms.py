@@ -35,6 +35,8 @@ class ByItem(Experiment):
     """An experiment whose rows have values item by item, in lists and dictionaries: computed again, their means may differ
     by the tolerance, as another processor adds in another order and an answer may change."""
 
+    drawn = False  # a row is a whole cell, with its tuning
+
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
         return super().differences(*means)

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
     "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
@@ -125,6 +125,7 @@ class Experiment:
     runs: Sequence[Any] | Callable[[], Sequence[Any]]
     timed: bool = False
     tolerance: float = 0.02
+    drawn: ClassVar[bool] = True  # whether `recomputed` may draw its rows: not where one takes many minutes
 
     @property
     def settings(self) -> list[Any]:
@@ -281,7 +282,7 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
     for id in statements():
         rule_of(id)
     experiments = [RULES[id].experiment for id in sorted(RULES)]
-    rows = [(one, row) for one in experiments if one and not one.timed for row in one.rows()]
+    rows = [(one, row) for one in experiments if one and one.drawn and not one.timed for row in one.rows()]
     pool = {(one.name, repr(row)): (one, row) for one, row in rows}  # some experiments share rows
     drawn = random.Random(seed).sample(list(pool.values()), min(n, len(pool)))
     return len(drawn), [line for experiment, row in drawn for line in experiment.differences([row], [experiment.again(row)])]
