@@ -393,7 +393,7 @@ def adam(w, gradient, rates, beta1=0.9, beta2=0.999, eps=1e-8):
 
 # %%
 def by_library(optimizer, w, steps):
-    """The weights after so many steps of a library's optimizer, which works on parameters in place."""
+    """The weights after a number of steps of a library's optimizer, which works on parameters in place."""
     weights = mp.nn.Parameter(w.copy())
     optimizer = optimizer([weights])
     for _ in range(steps):

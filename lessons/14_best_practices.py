@@ -279,9 +279,7 @@ assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 #
 # ## The verdicts
 #
-# Each is computed from the rows: measure again and they may change. With another base, which had read less, three that
-# are undecided now were clear: at the usual rate warm-up did a little harm, few clean examples beat many of which half
-# are wrong, by a hair, and LoRA wanted more than three epochs.
+# Each is computed from the rows: measure again, or on another base, and they may change.
 
 # %%
 findings = practice.findings(rows)

@@ -179,7 +179,7 @@ def test_what_diverged_or_lacks_an_arm_is_no_verdict():
 
 
 def knowledge_rows(read: float, base_text: float, base_asked: float, others: float, these: float) -> list[dict]:
-    """Rows in which the base has read facts with so much more success than others, and knows so many in its two ways."""
+    """Rows with these shares: of facts read over others, known to the base in its own text and when asked, and known after tuning."""
     rows = []
     for one in rule_of("inst-4").experiment.settings:
         share = {"base": base_asked, "others": others, "these": these}[one.arm]

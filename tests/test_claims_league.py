@@ -252,7 +252,7 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
     other_way = general(rows, lambda r: kept["full"] if r["method"] == "prefix" else kept["prefix"] if r["method"] == "full" else kept[r["method"]])
     misled = rule.judge(other_way)
     assert misled.verdict == HOLDS
-    assert "ull beside prefix, rewrite, 50 examples" in misled.because
+    assert "full beside prefix, rewrite, 50 examples" in misled.because.lower()
     unmoved = rule.judge(general(rows, lambda r: kept["base"]))
     assert unmoved.verdict == HOLDS
     assert "full, rewrite, 50 examples: items alone" in unmoved.because

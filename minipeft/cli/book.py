@@ -1,6 +1,6 @@
 """The lessons as a book: a static site to read from disk, with every output, formula and figure.
 
-Executes the lessons, which takes under half an hour on two cores, and writes OUT/index.html: the lessons, the reference of
+Executes the lessons, in full unless --reduced, and writes OUT/index.html: the lessons, the reference of
 the library, the claims, the glossary, search. Nothing is loaded from a network. What is executed once stays in
 OUT/notebooks until the lesson, the library or the rows that it reads change; interrupted, it goes on there.
 

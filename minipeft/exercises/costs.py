@@ -55,7 +55,7 @@ your_gpu = Number(
     "Your GPU",
     lambda: most_sequences("float32"),
     lambda right: {
-        "so many do not fit, by a little": right + 1,
+        "that many sequences do not fit, by a little": right + 1,
         "one more fits": right - 1,
         "that is without the logits": most_sequences("fused"),
     },
@@ -65,7 +65,7 @@ without_logits = Number(
     "What had decided",
     lambda: most_sequences("fused"),
     lambda right: {
-        "so many do not fit, by a little": right + 1,
+        "that many sequences do not fit, by a little": right + 1,
         "one more fits": right - 1,
         "that is with the logits": most_sequences("float32"),
     },
