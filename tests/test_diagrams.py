@@ -39,6 +39,8 @@ FIGURES = {
     "block 7B": lambda: diagrams.block(SEVEN_B, mp.LoraConfig(r=16, target_modules="all-linear")),
     "square": lambda: diagrams.low_rank(4096, 4096, 8), "wide": lambda: diagrams.low_rank(128, 384, 16),
     "tall": lambda: diagrams.low_rank(384, 128, 64), "graph": diagrams.scalar_graph, "masks": diagrams.attention_mask,
+    "ranking": lambda: diagrams.ranking(4), "update": diagrams.ppo_update, "watched": diagrams.watched,
+    "two ways": diagrams.two_ways,
     "stages": lambda: diagrams.rlhf_stages(LLAMA), "stages 7B": lambda: diagrams.rlhf_stages(SEVEN_B),
 }  # fmt: skip
 

@@ -132,7 +132,7 @@ def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray,
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
-@claim("rlhf-5", lesson="10_ppo.py", section="2 · Rewards: a price for leaving, and the score at the end", experiment=CHAIN)
+@claim("rlhf-5", lesson="10_ppo.py", section="4 · Rewards: a price for leaving, and the score at the end", experiment=CHAIN)
 def near_its_start(rows: Rows) -> Verdict:
     """Holds if, after as many updates of PPO, each higher price of KL (0, 0.05, 0.2) clearly leaves the policy at a lower KL from the SFT
     model, on held-out prompts; holds if one of the two does; does not hold here if neither saves half a nat."""
@@ -151,7 +151,7 @@ def near_its_start(rows: Rows) -> Verdict:
     return verdict(decision, because, effect, evidence, of[BETAS[0]])
 
 
-@claim("rlhf-7", lesson="10_ppo.py", section="7 · Break it: whiten first, then take the returns", experiment=CHAIN)
+@claim("rlhf-7", lesson="10_ppo.py", section="10 · Break it: whiten first, then take the returns", experiment=CHAIN)
 def unstable(rows: Rows) -> Verdict:
     """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs PPO
     clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02."""
