@@ -1,0 +1,491 @@
+# %% [markdown]
+# # Lesson 20 · DPO: a policy from comparisons, without a reward model
+#
+# PPO (Lesson 10) needs a reward model, a value head, and answers sampled again and again. *Direct preference optimization*
+# (Rafailov et al. 2023, arXiv:2305.18290) needs one loss. After this lesson you can derive it and say why the term that
+# nobody can compute cancels; compute a step of it by hand; say why the *chosen* answer usually becomes less probable;
+# and tell IPO, KTO, ORPO and SimPO by what they change.
+#
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 15 minutes (200
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
+# minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
+# lessons/20_dpo.py --full`) first computes those of the nine runs behind section 4, with three seeds, that are missing in
+# `lessons/results/20_dpo.jsonl` (all of them: about five minutes), and goes on with the lesson.
+#
+# Environment: `MINIPEFT_REDUCED=1` trains on fewer pairs; `MINIPEFT_LESSONS_OUT` is where the pictures go
+# (`lessons/out`).
+
+# %%
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import preferences
+from experiments.preferences import Learning
+
+import minipeft as mp
+from minipeft import diagrams, rlhf
+from minipeft.claims.statistics import crossed
+from minipeft.experiments.rows import read_rows
+from minipeft.experiments.seeds import interval
+from minipeft.experiments.sweep import sweep
+
+F = mp.functional
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = (
+    Path(__file__).parent if "__file__" in globals()
+    else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
+)  # fmt: skip
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "20_dpo.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: 32 pairs in section 4, too few to learn anything.\n")
+
+# %% [markdown]
+# Both ways begin with comparisons, and both want what Lesson 10 wants: a high reward at a small KL.
+
+# %%
+diagrams.two_ways().savefig(OUT / "20_dpo_ways.png")
+
+# %% [markdown]
+# ## 1 · The best policy, in closed form
+#
+# For one prompt $x$, take the objective of Lesson 10, with the reward $r$ and the price $\beta$:
+#
+# $$\max_\pi \; E_{y \sim \pi}\Big[r(y) - \beta \log \frac{\pi(y)}{\pi_{\text{ref}}(y)}\Big] .$$
+#
+# Divide by $-\beta$, and write $r$ into the logarithm, as $r = \beta \log e^{r/\beta}$. What is to be made small is
+#
+# $$E_{y \sim \pi}\Big[\log \frac{\pi(y)}{\pi_{\text{ref}}(y)\, e^{r(y)/\beta}}\Big]
+#   = \mathrm{KL}(\pi \,\|\, \pi^*) - \log Z, \qquad
+#   \pi^*(y) = \frac{1}{Z}\, \pi_{\text{ref}}(y)\, e^{r(y)/\beta}, \quad Z = \sum_y \pi_{\text{ref}}(y)\, e^{r(y)/\beta},$$
+#
+# where $Z$ only makes the probabilities sum to 1. A KL is smallest, 0, where both are the same. So the best policy is
+# $\pi^*$: the reference, each answer made more probable by $e^{r/\beta}$. By hand, with three answers: $\pi_{\text{ref}} =
+# (0.5, 0.3, 0.2)$, $r = (0, \log 2, \log 4)$ and $\beta = 1$. The products are $0.5, 0.6, 0.8$, so $Z = 1.9$.
+#
+# **Predict:** what does $\beta = \frac12$ change? (Then $e^{r/\beta} = 1, 4, 16$.)
+
+# %%
+reference, r = np.array([0.5, 0.3, 0.2]), np.log([1.0, 2, 4])
+
+
+def optimum(r, beta, reference):
+    """(the best policy, log Z)."""
+    weights = reference * np.exp(r / beta)
+    return weights / weights.sum(), np.log(weights.sum())
+
+
+def objective(p, r, beta, reference):
+    return p @ r - beta * p @ np.log(p / reference)
+
+
+rng = np.random.default_rng(0)
+for beta in (1.0, 0.5):
+    best, log_Z = optimum(r, beta, reference)
+    others = [objective(p, r, beta, reference) for p in rng.dirichlet(np.ones(3), 10_000)]
+    top = objective(best, r, beta, reference)
+    print(f"beta {beta:g}: best policy {best.round(3)}, objective {top:.4f} = beta log Z; of 10,000 others {max(others):.4f}")
+    assert max(others) < top and np.isclose(top, beta * log_Z)
+
+# %% [markdown]
+# A lower price lets the policy go further: with $\beta = \frac12$ the third answer has 65 %.
+#
+# Why not simply sample from $\pi^*$? $Z$ is a sum over all answers to the prompt. Nobody can compute it.
+#
+# ## 2 · Z cancels
+#
+# Solve the formula of $\pi^*$ for the reward:
+#
+# $$r(y) = \beta \log \frac{\pi^*(y)}{\pi_{\text{ref}}(y)} + \beta \log Z(x) .$$
+#
+# So *every* policy is the best one for some reward, which it states itself, up to a number $\beta \log Z(x)$ that depends
+# on the prompt alone. And a comparison needs no more. Bradley and Terry's probability (Lesson 9) depends on a
+# *difference* of two rewards, and both answers have the same prompt, so $Z(x)$ cancels:
+#
+# $$r(y_w) - r(y_l) = \beta \log \frac{\pi(y_w)}{\pi_{\text{ref}}(y_w)} - \beta \log \frac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}.$$
+#
+# Fit *that* to the comparisons, by their likelihood. With $\Delta(y) = \log \pi(y) - \log \pi_{\text{ref}}(y)$ of a whole
+# answer, this is DPO:
+#
+# $$\mathcal L = -\log \sigma\big(\beta\, [\Delta(y_w) - \Delta(y_l)]\big).$$
+#
+# $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**.
+#
+# **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
+
+# %%
+best, log_Z = optimum(r, 1.0, reference)
+implicit = np.log(best / reference)
+print("\nreward", r.round(3), "  implicit reward", implicit.round(3), f"  their difference is log Z = {log_Z:.3f}")
+assert np.allclose(r - implicit, log_Z)
+other = np.log([4.0, 4, 4])  # another prompt, all of whose answers are good
+implicit_other = np.log(optimum(other, 1.0, reference)[0] / reference)
+across = r[1] - other[0], implicit[1] - implicit_other[0]
+print("answer 2 of this prompt against answer 1 of the other: rewards {:+.3f}, implicit {:+.3f}".format(*across))
+assert np.isclose(implicit[2] - implicit[0], r[2] - r[0]) and across[0] < 0 < across[1]
+
+# %% [markdown]
+# Then $Z$ does not cancel, and even the order may be wrong: a policy only says which answer it wants *to this prompt*.
+#
+# The loss of a batch, beside a published definition, and its gradient. The derivative of $-\log \sigma(m)$ is
+# $-\sigma(-m)$, so
+#
+# $$\nabla \mathcal L = -\beta\, \sigma(-m)\, \big[\nabla \log \pi(y_w) - \nabla \log \pi(y_l)\big], \qquad m = \text{margin}:$$
+#
+# the chosen answer up, the rejected one down, and most where the pair is still in the wrong order.
+
+# %%
+sums = [mp.Tensor(np.array(s), requires_grad=True) for s in ([-1.7, -1.6], [-1.5, -1.5])]
+ref_w, ref_l = np.array([-1.9, -1.5]), np.array([-1.4, -1.6])
+loss = rlhf.dpo_loss(*sums, ref_w, ref_l, beta=0.1)
+loss.backward()
+margin = 0.1 * ((sums[0].data - ref_w) - (sums[1].data - ref_l))
+print(f"\nDPO of two pairs {loss.item():.7f} (expected 0.6907284); gradient of the chosen {sums[0].grad.round(6)}")
+assert abs(loss.item() - 0.6907284) < 5e-8 and np.allclose(sums[0].grad, -0.1 / (1 + np.exp(margin)) / 2)
+assert np.allclose(sums[0].grad, -sums[1].grad)
+
+# %% [markdown]
+# ## 3 · The chosen answer falls
+#
+# "The chosen answer up": its *gradient* is. Is its probability? The loss asks for a difference alone, and weights are
+# shared. The plainest model that shares one: a single weight $\theta$, and three answers that carry a feature $f$ =
+# 0 (rejected), 1 (chosen) and 3 (one that nobody compared), with $\pi \propto e^{\theta f}$. The margin is $\beta \theta$,
+# so DPO raises $\theta$ without end. And
+#
+# $$\log \pi(y_w) = \theta - \log\left(1 + e^\theta + e^{3\theta}\right), \qquad
+#   \frac{d \log \pi(y_w)}{d \theta} = 1 - E_\pi[f] .$$
+#
+# **Predict:** at $\theta = 0$ all three are equally probable, so $E[f] = 4/3$. Where does the probability go?
+
+# %%
+f = np.array([0.0, 1, 3])
+theta, path = mp.nn.Parameter(np.zeros(1)), []
+optimizer = mp.optim.SGD([theta], lr=1.0)
+for _ in range(30):
+    logp = F.log_softmax(theta * f)
+    path.append(np.exp(logp.data))
+    loss = rlhf.dpo_loss(logp[1:2], logp[0:1], np.log([1 / 3]), np.log([1 / 3]), beta=1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+path = np.array(path)
+print("\nstep  rejected  chosen  never compared  margin")
+for step in (0, 1, 3, 10, 29):
+    lost, won, third = path[step]
+    print(f"{step:4d}  {lost:8.3f}  {won:6.3f}  {third:14.3f}  {np.log(won / lost):6.2f}")
+assert (np.diff(np.log(path[:, 1] / path[:, 0])) > 0).all(), "the margin rises at every step"
+assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls at every step; the third gets all"
+
+# %% [markdown]
+# To the third. What tells the chosen from the rejected answer, the third has more of. The loss falls all the while: the
+# rejected answer falls faster. (Razin et al. 2024, arXiv:2410.08847, call it *likelihood displacement*.)
+#
+# ## 4 · In a language model
+#
+# The same in the model and with the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers,
+# and the rater picks the best and the worst. DPO sees each pair once, so what a step reports of its pairs, it has not
+# learned from yet. (The code is in `lessons/experiments/preferences.py`.)
+#
+# **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
+
+# %%
+live = Learning("dpo", **(dict(rankings=32) if REDUCED else {}))
+policy, history = preferences.learn(live)
+columns = {name: np.array([h[f"rewards/{name}"] for h in history]) / live.beta for name in ("chosen", "rejected")}
+part = max(1, len(history) // 4)
+print("\nnats an answer, of pairs not seen before    chosen  rejected  difference")
+for i in range(0, len(history), part):
+    w, lost = (columns[name][i : i + part].mean() for name in ("chosen", "rejected"))
+    print(f"steps {i + 1:2d} to {min(i + part, len(history)):2d} {w:33.2f}  {lost:8.2f}  {w - lost:10.2f}")
+assert abs(columns["chosen"][0]) < 0.01 and abs(history[0]["loss"] - np.log(2)) < 1e-3, "it starts as its reference"
+if not REDUCED:
+    late = {name: values[len(values) // 2 :].mean() for name, values in columns.items()}
+    assert late["rejected"] < late["chosen"] < 0, "both fall, the rejected one further"
+
+# %% [markdown]
+# Is that DPO's doing? One part of it is not. These answers were drawn from the reference, and the mean of $\Delta$ over
+# such answers is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10, section 4): *every* policy that has moved makes
+# its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have: the best,
+# the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the same chosen
+# answers, and ORPO (section 5), which adds that to a loss of pairs. Three seeds, 128 prompts, 95 % intervals over both.
+
+# %%
+if "--full" in sys.argv:
+    sweep(preferences.measure, preferences.RUNS, executor=1, store=RESULTS)
+rows = read_rows(RESULTS)
+
+
+def of(loss, name):
+    """Delta of held-out answers, [seeds, prompts]."""
+    return np.array([row[name] for row in sorted(rows, key=lambda row: row["seed"]) if row["loss"] == loss])
+
+
+LOSSES, ANSWERS = ("dpo", "chosen", "orpo"), ("chosen", "middle", "rejected")
+table = {(loss, name): crossed(of(loss, name)) for loss in LOSSES for name in ANSWERS}
+gap = {loss: crossed(of(loss, "chosen") - of(loss, "rejected")) for loss in LOSSES}
+print("\ntrained by        best answer           the middle two        worst                 best - worst")
+for loss, title in zip(LOSSES, ("DPO", "the chosen alone", "ORPO")):
+    cells = [*(table[loss, name] for name in ANSWERS), gap[loss]]
+    print(f"{title:16s}  " + "  ".join(f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]".ljust(20) for e in cells))
+assert table["dpo", "chosen"].high < 0 < gap["dpo"].low, "under DPO the best answer falls, and the margin is above 0"
+
+# %% [markdown]
+# Under DPO the best answer falls by more than two nats: it becomes less than a seventh as probable. The worst falls
+# further, and that is all the loss asks for. Plain fine-tuning on the chosen answers lowers held-out ones, too, as every
+# move must, but by less than a nat, and so does ORPO. (They move less altogether, so this is no ranking of methods.)
+#
+# Does it matter? What DPO lowers here are word salads. Where a chosen answer is a good one, its probability goes to
+# answers that nobody has compared. So look at `logps/chosen` while you train, not at the margin alone.
+#
+# ## 5 · The family
+#
+# $|y|$ is the number of an answer's tokens, $p(y) = \pi(y)^{1/|y|}$ the geometric mean of their probabilities, and
+# $\text{odds}(p) = p / (1 - p)$:
+#
+# | | loss of a pair | what it changes |
+# |---|---|---|
+# | **DPO** | $-\log \sigma(\beta [\Delta_w - \Delta_l])$ | |
+# | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/2\beta)^2$ | the difference has a goal, and is not to pass it |
+# | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ estimates the KL |
+# | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term holds the chosen up |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; long answers have no advantage |
+#
+# All are in `minipeft/rlhf/preference_losses.py`, a few lines each.
+#
+# **Predict:** a pair has $\Delta_w - \Delta_l = 20$ nats, with $\beta = 0.1$. In which direction does DPO push it, and in
+# which IPO?
+
+# %%
+differences = np.linspace(-10, 25, 71)
+
+
+def curve(loss):
+    """(loss, push on the difference) at each of `differences`, for beta = 0.1."""
+    x, zero = mp.Tensor(differences, requires_grad=True), np.zeros(len(differences))
+    values = [loss(x[i : i + 1], zero[:1], zero[:1], zero[:1], beta=0.1) for i in range(len(differences))]
+    sum(values[1:], values[0]).backward()
+    return np.array([v.item() for v in values]), -x.grad
+
+
+curves = {"DPO": curve(rlhf.dpo_loss), "IPO": curve(rlhf.ipo_loss)}
+at = int(np.argmin(abs(differences - 20)))
+print("\npush at a difference of 20 nats: " + ", ".join(f"{name} {push[at]:+.4f}" for name, (_, push) in curves.items()))
+print("                    at its goal, 5:  " + ", ".join(f"{name} {push[30]:+.4f}" for name, (_, push) in curves.items()))
+assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] and abs(curves["IPO"][1][30]) < 1e-12
+
+# %% [markdown]
+# DPO pushes it further, ever more weakly; IPO pulls it back to $1/2\beta = 5$. If a pair is always in one order, DPO's
+# best difference is infinite, whatever $\beta$: its price of KL is in the loss only as long as comparisons contradict
+# each other.
+#
+# ## 6 · Beside PPO
+#
+# The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. So the table is no race:
+# PPO learned from all six pairs of each ranking, through a judge, and then from 512 answers of its own.
+
+# %%
+ppo_rows = read_rows(HERE / "results" / "10_ppo.jsonl")
+KEYS = ("reward", "gold", "kl", "distinct_2", "ended")
+found = {
+    m: {k: np.array([r[k] for r in sorted(ppo_rows, key=lambda r: r["seed"]) if r["method"] == m]) for k in KEYS}
+    for m in ("base", "PPO", "DPO")
+}  # {method: {name: [seeds]}}
+print("\nchange from the base, mean of 3 seeds and 95 % interval (* excludes 0)")
+for method in ("PPO", "DPO"):
+    changes = {k: interval(found[method][k] - found["base"][k]) for k in KEYS}
+    said = (f"{k} {x:+.2f} ± {half:.2f}{'*' if abs(x) > half else ' '}" for k, (x, half) in changes.items())
+    print(f"{method:5s} " + "  ".join(said))
+x, half = interval(found["DPO"]["kl"] - found["PPO"]["kl"])
+g, about = interval(found["DPO"]["gold"] - found["PPO"]["gold"])
+print(f"DPO - PPO: KL {x:+.1f} ± {half:.1f}, gold {g:+.2f} ± {about:.2f}")
+assert x < -half and np.subtract(*interval(found["DPO"]["gold"] - found["base"]["gold"])) > 0
+
+# %% [markdown]
+# DPO's gold rises clearly, at a smaller KL. Whether PPO's is higher or lower, three seeds do not say: it scatters. What
+# parts the two is the mechanism. DPO never looks at an answer of its own, so nothing stops what section 3 shows; and it
+# learns no more than the pairs hold. PPO sees what it does, and can exploit a judge (Lesson 11).
+#
+# ## 7 · Break it: a reference that is not the start
+#
+# The reference is usually the policy at the start. Suppose the pairs were labeled for one model, and another is taken as
+# the reference by mistake, which finds the rejected answer much less probable: $\Delta_w - \Delta_l$ does not start at 0.
+#
+# **Predict:** three answers again, all equally probable at the start; but the reference says (0.005, 0.5, 0.495), with the
+# first one rejected and the second chosen. Does the first step push more or less than with the right one?
+
+# %%
+def first_push(reference):
+    logits = mp.Tensor(np.zeros(3), requires_grad=True)
+    logp, ref = F.log_softmax(logits), np.log(reference)
+    rlhf.dpo_loss(logp[1:2], logp[0:1], ref[1:2], ref[0:1], beta=1.0).backward()
+    return -logits.grad
+
+
+right, mistaken = first_push([1 / 3, 1 / 3, 1 / 3]), first_push([0.005, 0.5, 0.495])
+print("\npush on the three logits: right reference", right.round(3), "  mistaken", mistaken.round(3))
+assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98
+
+# %% [markdown]
+# Nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a hundredfold, and
+# $\sigma(-m)$ is near its largest value, 1. With the error the other way it would be near 0, and nothing would be learned
+# while the loss looks low. In your own runs the first loss tells: it is $\log 2$ where policy and reference are one.
+#
+# Now break it yourself: swap chosen and rejected in half of the pairs of section 4. What do loss, margin and
+# `rewards/accuracies` do? And which of them would you have noticed?
+
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+for i, (name, color) in enumerate((("rejected", "C3"), ("chosen", "C0"), ("never compared", "C7"))):
+    axes[0].plot(path[:, i], color=color, label=name)
+axes[0].set(title="Three answers, one weight", xlabel="step", ylabel="probability")
+dpo_rows = [row for row in rows if row["loss"] == "dpo"]
+for name, color in (("rejected", "C3"), ("chosen", "C0")):
+    for i, row in enumerate(dpo_rows):  # a line a seed
+        mean = np.convolve(row[f"step_{name}"], np.ones(8) / 8, "valid")
+        axes[1].plot(np.arange(8, 8 + len(mean)), mean, color=color, linewidth=1.3, label=None if i else name)
+axes[1].axhline(0, color="grey", linewidth=0.8)
+axes[1].set(title="DPO: both fall (a line a seed, means of 8 steps)", xlabel="step", ylabel="log π − log π_ref, nats an answer")
+for i, name in enumerate(ANSWERS):
+    e = [table[loss, name] for loss in LOSSES]
+    y = np.arange(3) + 0.2 * (i - 1)
+    color = {"chosen": "C0", "middle": "C7", "rejected": "C3"}[name]
+    label = {"chosen": "best", "middle": "middle two", "rejected": "worst"}[name]
+    axes[2].errorbar([x.value for x in e], y, xerr=[x.high - x.value for x in e], fmt="o", color=color, label=label)
+axes[2].axvline(0, color="grey", linewidth=0.8)
+axes[2].set_yticks(range(3), ["DPO", "the chosen\nalone", "ORPO"])
+axes[2].invert_yaxis()
+axes[2].set(title="Held-out answers of the base", xlabel="log π − log π_ref, nats an answer")
+for (name, (_, push)), color in zip(curves.items(), ("C0", "C1")):
+    axes[3].plot(differences, push / abs(push).max(), color=color, label=name)
+axes[3].axhline(0, color="grey", linewidth=0.8)
+axes[3].axvline(5, color="grey", linestyle="--", linewidth=0.8)
+axes[3].set(title="Push on a pair (β = 0.1; dashed: IPO's goal)", xlabel="Δ_w − Δ_l, nats", ylabel="push, of its largest")
+for ax in axes:
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+figure.savefig(OUT / "20_dpo.png", dpi=120)
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** What is the best policy for a reward and a price of KL, and why does nobody sample from it directly?
+#
+# <details><summary>Answer</summary>
+#
+# $\pi^* = \pi_{\text{ref}}\, e^{r/\beta} / Z$. $Z$ is a sum over all answers to the prompt.
+#
+# </details>
+#
+# **2.** Why does $Z(x)$ not appear in DPO's loss? When would it have to?
+#
+# <details><summary>Answer</summary>
+#
+# A comparison depends on the difference of two rewards, and $\beta \log Z(x)$ is the same for both answers to a prompt. It
+# would have to if the answers of a pair belonged to different prompts.
+#
+# </details>
+#
+# **3.** How can the chosen answer become less probable while the loss falls?
+#
+# <details><summary>Answer</summary>
+#
+# The loss asks for a difference alone. Where answers share weights, both can fall, the rejected one faster; the
+# probability goes to answers that nobody compared.
+#
+# </details>
+#
+# **4.** Why do the base's own answers become less probable in the mean under *any* policy that has moved?
+#
+# <details><summary>Answer</summary>
+#
+# The mean of $\log \pi - \log \pi_{\text{ref}}$ over answers drawn from the reference is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\,
+# \pi)$, which is below 0 unless both are the same.
+#
+# </details>
+#
+# **5.** What does IPO do with a pair whose difference is larger than $1/2\beta$, and what does DPO?
+#
+# <details><summary>Answer</summary>
+#
+# IPO pulls it back; DPO pushes it further, ever more weakly.
+#
+# </details>
+
+# %% [markdown]
+# ## Exercises
+#
+# Check an answer with `from minipeft.exercises import check` and `check("20.1", value)`, or at the terminal with
+# `minipeft exercise 20.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 20.3 FILE.py`.
+#
+# **20.1 The best policy.** A prompt has two answers, which the reference gives with probabilities 0.75 and 0.25. Their
+# rewards are 0 and 1. What is the probability of the second under the best policy for $\beta = 0.5$?
+#
+# **20.2 A margin.** The log-probabilities of the chosen answer are -12 (policy) and -10 (reference), those of the rejected
+# one -20 and -15. What is DPO's loss for $\beta = 0.1$?
+#
+# **20.3 DPO.** Write `dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)`: the mean loss of pairs,
+# from four vectors of log-probabilities of whole answers. It should not overflow.
+#
+# **20.4 Who falls?** In section 3 the third answer has the feature 0.5 in place of 3. What is $d \log \pi(y_w) / d\theta$ at
+# $\theta = 0$?
+#
+# Further, without a checker:
+#
+# - **Another price.** Train section 4 with `beta` 0.5 and 0.005. What do they change in the chosen answer's $\Delta$?
+# - **Hold it up.** Add the chosen answer's negative log-likelihood to DPO's loss, with a weight (Pang et al. 2024,
+#   arXiv:2404.19733). How much does it take until the chosen answer does not fall?
+#
+# <details><summary>Solution of 20.1</summary>
+#
+# The weights are $0.75$ and $0.25\, e^{1/0.5}$.
+#
+# ```python
+# weight = 0.25 * np.exp(1 / 0.5)
+# check("20.1", weight / (0.75 + weight))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 20.2</summary>
+#
+# $\Delta_w = -2$ and $\Delta_l = -5$: both have fallen, and the margin is $0.1 \cdot 3$.
+#
+# ```python
+# check("20.2", np.log(1 + np.exp(-0.3)))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 20.3</summary>
+#
+# $-\log \sigma(m) = \log(1 + e^{-m})$, which `logaddexp` computes without overflow.
+#
+# ```python
+# def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+#     margin = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+#     return np.logaddexp(0, -margin).mean()
+#
+# check("20.3", dpo_loss)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 20.4</summary>
+#
+# $1 - E[f] = 1 - (0 + 1 + 0.5) / 3$: above 0, so this chosen answer rises.
+#
+# ```python
+# check("20.4", 1 - (0 + 1 + 0.5) / 3)
+# ```
+#
+# </details>
