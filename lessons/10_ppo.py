@@ -209,6 +209,16 @@ assert all(abs(found[w, k][0]) < 1e-12 for w in ("near", "far") for k in ("k1", 
 assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k3"][1] > 5 * found["far", "k1"][1]
 
 # %% [markdown]
+# > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
+# > two tokens the expected rewards are E[r] - beta KL to 2e-16 for three betas, no policy near ref exp(r / beta) is
+# > better, and PPO's reference is the model that it starts from: so for the objective, its maximum and the reference.
+# > (16 test items)
+#
+# > `rlhf-5` the KL term keeps the policy near its start: **holds**. After 32 updates the KL from the SFT model is 25.0,
+# > 5.8 and 3.0 nats an answer at beta 0, 0.05 and 0.2: beta 0.05 in place of 0 saves +19.2 [+14.0, +24.3] nats; beta
+# > 0.2 in place of 0.05 saves +2.8 [+0.7, +5.0] nats. The gold is 0.31, 0.42 and 0.36. (5 seeds, 256 test items)
+
+# %% [markdown]
 # $k_2$ is. Near the reference, where a policy begins, its bias is tiny and $k_3$ has less than a hundredth of $k_1$'s
 # noise. Far away $e^d$ of a rare answer is huge, and $k_3$ is the noisiest.
 #
@@ -334,6 +344,11 @@ print("gradient of the first answer", *new.grad[0].round(6), "  the third token'
 assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
 
 # %% [markdown]
+# > `rlhf-1` optimise for preference, not likelihood: **holds**. One step moves log p(a) - log p(b) by +10.03 nats where
+# > a is preferred and by -10.12 where b is, on the same texts; the likelihood of both, to which a preference is
+# > nothing, moves it by -0.48; as stated where a is preferred and b is preferred. (4 test items)
+
+# %% [markdown]
 # ## 7 · Run it
 #
 # One update, whole:
@@ -384,6 +399,11 @@ for name, model in (("before", base), ("after", policy)):
 print("what it says more often:", *(f"{word} +{more}" for word, more in (said["after"] - said["before"]).most_common(8)))
 
 # %% [markdown]
+# > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
+# > SFT's loss falls by 2.78 nats, the reward model's by 0.99, and an update of PPO, of 8 answers scored -2.42 on
+# > average, moves the policy away from its reference, the SFT model.
+
+# %% [markdown]
 # The reward has risen, and nobody would call the answers better. The base writes word salad, the policy writes word salad
 # with other words; the last line counts which. Each step did what it should: the score that a poor judge gives went up.
 # What is missing is a model that can answer at all, and a reward that asks for what one sees.
@@ -406,14 +426,27 @@ POLICIES = {
     "base": ("base", 0.05), "SFT": ("sft", 0.05), "SFT on the preferred": ("chosen", 0.05), "best of 16": ("best", 0.05),
     "PPO, beta = 0.2": ("ppo", 0.2), "PPO, beta = 0.05": ("ppo", 0.05), "PPO, beta = 0": ("ppo", 0.0),
 }  # fmt: skip
-if CHAIN.missing(chain):
-    print("\nthe rows of the chain are not all there: see `minipeft claims --run rlhf-5`")
-else:
-    print("\nheld-out prompts         gold [95 % interval]      KL from SFT")
-    for name, (stage, beta) in POLICIES.items():
-        of = those_of(chain, stage, **({"beta": beta} if stage == "ppo" else {}))
-        kl = f"{items(of, 'kl').mean():6.1f}" if stage != "best" else f"{of[0]['best_of']['16']['kl']:6.1f} at most"
-        print(f"{name:22s}   {shown(crossed(items(of))):24s}  {kl}")
+assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-5`"
+print("\nheld-out prompts         gold [95 % interval]      KL from SFT  distinct-2")
+golds = {}
+for name, (stage, beta) in POLICIES.items():
+    of = those_of(chain, stage, beta=beta)
+    golds[name], best = items(of), stage == "best"
+    kl = of[0]["best_of"]["16"]["kl"] if best else items(of, "kl").mean()
+    distinct = [(row["checks"]["32"] if stage == "ppo" else row).get("distinct_2") for row in of]
+    print(f"{name:22s}   {shown(crossed(golds[name])):24s}  {kl:7.1f}", "(at most)" if best else f"{np.mean(distinct):14.2f}")
+for one, other in (("PPO, beta = 0.05", "SFT"), ("best of 16", "PPO, beta = 0.05"), ("PPO, beta = 0", "SFT")):
+    print(f"{one} less {other}: {shown(crossed(golds[one] - golds[other]))}")
+assert crossed(golds["PPO, beta = 0.05"] - golds["SFT"]).low > 0 and crossed(golds["best of 16"] - golds["PPO, beta = 0.05"]).low > 0
+zero = crossed(golds["PPO, beta = 0"] - golds["SFT"])
+assert zero.low < 0 < zero.high, "without a price, neither clearly better nor worse than where it began"
+
+# %% [markdown]
+# The best of 16 has. On this chain PPO does what it should: with a price of KL it earns clearly more gold than the SFT
+# model, and, as Lesson 16 quotes, than SFT on the preferred answers. But choosing among 16 answers of the SFT model by the
+# same judge brings more, at a smaller KL. It costs 16 answers for each one that is given, every time; PPO pays once.
+# And without a price, 32 updates end where nobody can tell the gold from the start's, though the policy has gone 25 nats:
+# of what the judge likes, a good part is no gold (Lesson 11).
 
 # %% [markdown]
 # ## 9 · Without a value function: RLOO and GRPO
@@ -508,8 +541,9 @@ print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening be
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 
 # %% [markdown]
-# The chain of section 8 was broken in this way, too, and in five others, each a change of one thing: how much gold that
-# costs, and which number of the log left its usual range first, stands below.
+# How much does it harm a run? The chain of section 8 was broken in this way, too, and in five others, each a change of
+# one thing. Below stands how much gold each costs, and which number of the log leaves its usual range first. This bug
+# costs nothing that three seeds can show, and no number gives it away. Only a test finds it.
 #
 # Now break it yourself: give PPO ten times the learning rate, and `max_kl=100` back. Which number tells first that
 # something is wrong, in which update, and which check stops the run?
@@ -541,6 +575,15 @@ for ax in axes:
     ax.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
 figure.savefig(OUT / "10_ppo.png", dpi=120)
+
+# %% [markdown]
+# > `rlhf-7` unstable: **holds if**. Ten times the rate costs +0.29 [+0.08, +0.49] (first out of range: clipfrac,
+# > approxkl and ratio_max, in update 1); no clipping costs +0.02 [-0.03, +0.08] (first out of range: clipfrac, in
+# > update 1); ten times the reward costs +0.15 [-0.12, +0.42] (first out of range: grad_norm and kl, in update 1 and
+# > 18); no price of a missing end costs -0.00 [-0.12, +0.12] (no warning); returns from whitened advantages costs -0.00
+# > [-0.11, +0.11] (no warning); sampled at another temperature costs +0.03 [+0.02, +0.05] (first out of range:
+# > clipfrac, in update 1). Ten times the rate costs SFT -0.04 [-0.06, -0.02]. Of 5 unbroken runs 0 would have been
+# > warned of. (3 seeds, 256 test items)
 
 # %% [markdown]
 # ## Quiz

@@ -325,6 +325,13 @@ for beta, end in last.items():
 # answers. Neither proxy nor gold noticed.
 
 # %% [markdown]
+# > `rlhf-8` reward hacking: the policy exploits the reward model: **cannot be tested here**. Without a price of KL the
+# > judge's reward rises, and the gold with it to a peak, from which it falls clearly with none. head, 600 comparisons:
+# > 0.34 at the start, 0.25 at the end; lora, 600 comparisons: 0.34 at the start, 0.30 at the end; full, 600
+# > comparisons: 0.34 at the start, 0.30 at the end; full, 100 comparisons: 0.34 at the start, 0.23 at the end; full,
+# > 2000 comparisons: 0.40 at update 16, 0.31 at the end. (5 seeds, 256 test items)
+
+# %% [markdown]
 # ## 4 · Two witnesses who need no gold
 #
 # In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** is the share of bigrams in a batch that

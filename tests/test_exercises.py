@@ -137,6 +137,10 @@ def clipped(ratio, A, eps):
     return -np.where(A > 0, np.minimum(ratio, 1 + eps), np.maximum(ratio, 1 - eps)) * A
 
 
+def direct(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    return np.logaddexp(0, -beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))).mean()
+
+
 def distinct(responses):
     seen, n = set(), 0
     for r in responses:
@@ -284,6 +288,7 @@ ANSWERS = {  # name: right answers, wrong ones
         ],
     ),
     "10.4": ([-1 / 3, "-0.333", -0.3334], [-0.25, 1 / 3, -0.5]),
+    "10.5": ([0.16, "0.16", 0.8 - 0.8**2], [0.8, 0.2, -0.16]),
     "11.1": ([54.6, np.exp(4), "54.598"], [7.389, 2.718, 403.4, 20]),
     "11.2": (
         [distinct, lambda responses: mp.rlhf.distinct_n(responses)],
@@ -300,6 +305,16 @@ ANSWERS = {  # name: right answers, wrong ones
         [kept, lambda h, k, a, f, r: 14 * h + 4 * k + 4 * a + 6 * f + 8 + 2 * (h + f) + 14 * r],
         [lambda *n: kept(*n, h=14, f=6, r=4), lambda *n: kept(*n, r=4), lambda *n: kept(*n, h=20, r=0), lambda *n: kept(*n) - 8],
     ),
+    "@@20.1": ([0.7112, np.e**2 / (3 + np.e**2), "0.711"], [1.847, 0.2888, 0.8808, 0.35466]),
+    "20.2": ([0.5544, np.log(1 + np.exp(-0.3)), "0.554"], [0.3, 0.3711, 0.8544, 0.0486]),
+    "20.3": (
+        [direct, lambda w, l, rw, rl, b: -np.mean(np.log(sigmoid(b * (w - rw - l + rl)))) if max(abs(w)) < 1e3 else direct(w, l, rw, rl, b)],
+        [
+            lambda w, l, rw, rl, b: direct(w, l, 0, 0, b), lambda w, l, rw, rl, b: direct(l, w, rl, rw, b),
+            lambda w, l, rw, rl, b: direct(w, l, rw, rl, 0.1), lambda w, l, rw, rl, b: np.log1p(np.exp(-b * (w - rw - l + rl))).mean(),
+        ],
+    ),
+    "20.4": ([0.6, "0.6", 3 / 5], [0.4, -1 / 3, 1.2]),
     "17.1": (
         [stochastic, between],
         [

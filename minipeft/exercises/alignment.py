@@ -1,4 +1,4 @@
-"""The exercises of lessons 8 to 11: instruction tuning, reward models, PPO, reward hacking."""
+"""The exercises of lessons 8 to 11 and 20: instruction tuning, reward models, PPO, reward hacking, DPO."""
 
 from __future__ import annotations
 
@@ -147,6 +147,16 @@ others = Number(
     },
 )
 
+two_answers = Number(
+    "Two answers",
+    lambda: 0.8 * (1 - 0.8),
+    lambda right: {
+        "subtract the expected reward, 0.8, from the reward of 1": 0.8,
+        "that is what one draw of the first answer pushes; it is drawn in 0.8 of all": 1 - 0.8,
+        "raising the logit of the better answer raises the expected reward": -right,
+    },
+)
+
 # ----------------------------------------------------------------------------------------------------------- lesson 11
 
 TURN = math.exp(1.5 / 0.5 - 1)  # the distance d at which the gold turns
@@ -182,9 +192,53 @@ price = Number(
     },
 )
 
+# ----------------------------------------------------------------------------------------------------------- lesson 20
+
+TILTED = 0.25 * math.exp(1 / 0.5)
+best_policy = Number(
+    "The best policy",
+    lambda: TILTED / (0.75 + TILTED),
+    lambda right: {
+        "divide by the sum of both weights": TILTED,
+        "the exponent is r / beta": 0.25 * math.exp(0.5) / (0.75 + 0.25 * math.exp(0.5)),
+        "the reference's probabilities are weights, too": math.exp(2) / (1 + math.exp(2)),
+        "that is the first answer": 1 - right,
+    },
+)
+margin = Number(
+    "A margin",
+    lambda: math.log1p(math.exp(-0.3)),
+    lambda right: {
+        "that is the margin; the loss is -log sigmoid of it": 0.3,
+        "take the reference's log-probabilities off": math.log1p(math.exp(-0.8)),
+        "both have fallen, the rejected answer further: the margin is above 0": math.log1p(math.exp(0.3)),
+        "beta multiplies the difference": math.log1p(math.exp(-3)),
+        "log is the natural logarithm": math.log10(1 + math.exp(-0.3)),
+    },
+)
+direct = Code(
+    "DPO",
+    "dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)",
+    lambda *given: rlhf.dpo_loss(mp.Tensor(given[0]), mp.Tensor(given[1]), *given[2:]).item(),
+    lambda: {
+        "one pair": (np.array([-12.0]), np.array([-20.0]), np.array([-10.0]), np.array([-15.0]), 0.1),
+        "five pairs, beta = 0.5": (*(normal(5, seed=seed) for seed in range(4)), 0.5),
+        "log-probabilities far apart": (np.array([-9000.0]), np.array([-10.0]), np.array([-50.0]), np.array([-50.0]), 1.0),
+    },
+)
+who_falls = Number(
+    "Who falls?",
+    lambda: 1 - (0 + 1 + 0.2) / 3,
+    lambda right: {
+        "that is the mean feature; the chosen answer's is 1": 0.4,
+        "that is with the feature 3": 1 - 4 / 3,
+    },
+)
+
 EXERCISES = {
     8: [mask, of_tokens, boundary],
     9: [times_fewer, pair_loss, upside_down, honesty],
-    10: [by_hand, gae, clip, others],
+    10: [by_hand, gae, clip, others, two_answers],
     11: [turn, bigrams, price],
+    20: [best_policy, margin, direct, who_falls],
 }
