@@ -305,16 +305,6 @@ ANSWERS = {  # name: right answers, wrong ones
         [kept, lambda h, k, a, f, r: 14 * h + 4 * k + 4 * a + 6 * f + 8 + 2 * (h + f) + 14 * r],
         [lambda *n: kept(*n, h=14, f=6, r=4), lambda *n: kept(*n, r=4), lambda *n: kept(*n, h=20, r=0), lambda *n: kept(*n) - 8],
     ),
-    "@@20.1": ([0.7112, np.e**2 / (3 + np.e**2), "0.711"], [1.847, 0.2888, 0.8808, 0.35466]),
-    "20.2": ([0.5544, np.log(1 + np.exp(-0.3)), "0.554"], [0.3, 0.3711, 0.8544, 0.0486]),
-    "20.3": (
-        [direct, lambda w, l, rw, rl, b: -np.mean(np.log(sigmoid(b * (w - rw - l + rl)))) if max(abs(w)) < 1e3 else direct(w, l, rw, rl, b)],
-        [
-            lambda w, l, rw, rl, b: direct(w, l, 0, 0, b), lambda w, l, rw, rl, b: direct(l, w, rl, rw, b),
-            lambda w, l, rw, rl, b: direct(w, l, rw, rl, 0.1), lambda w, l, rw, rl, b: np.log1p(np.exp(-b * (w - rw - l + rl))).mean(),
-        ],
-    ),
-    "20.4": ([0.6, "0.6", 3 / 5], [0.4, -1 / 3, 1.2]),
     "17.1": (
         [stochastic, between],
         [
@@ -325,6 +315,16 @@ ANSWERS = {  # name: right answers, wrong ones
     "17.2": ([2.0**-14, "6.1e-5", 0.000061035], [2.0**-13, 2.0**-17, 0.02 / 512]),
     "17.3": ([22, "22", 22.0], [23, 21, 2.0**22, 16]),
     "17.4": (["float16", " Float16 "], ["bfloat16", "both", "neither"]),
+    "20.1": ([0.7112, np.e**2 / (3 + np.e**2), "0.711"], [1.847, 0.2888, 0.8808, 0.35466]),
+    "20.2": ([0.5544, np.log(1 + np.exp(-0.3)), "0.554"], [0.3, 0.3711, 0.8544, 0.0486]),
+    "20.3": (
+        [direct, lambda w, l, rw, rl, b: -np.mean(np.log(sigmoid(b * (w - rw - l + rl)))) if max(abs(w)) < 1e3 else direct(w, l, rw, rl, b)],
+        [
+            lambda w, l, rw, rl, b: direct(w, l, 0, 0, b), lambda w, l, rw, rl, b: direct(l, w, rl, rw, b),
+            lambda w, l, rw, rl, b: direct(w, l, rw, rl, 0.1), lambda w, l, rw, rl, b: np.log1p(np.exp(-b * (w - rw - l + rl))).mean(),
+        ],
+    ),
+    "20.4": ([0.6, "0.6", 3 / 5], [0.4, -1 / 3, 1.2]),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", EXERCISES)
 

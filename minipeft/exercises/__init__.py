@@ -17,8 +17,7 @@ from .kinds import Code, Number, Word
 
 EXERCISES: dict[str, Number | Word | Code] = {
     f"{lesson:02}.{i}": exercise
-    for part in (foundations, methods, alignment, costs)
-    for lesson, exercises in part.EXERCISES.items()
+    for lesson, exercises in sorted((foundations.EXERCISES | methods.EXERCISES | alignment.EXERCISES | costs.EXERCISES).items())
     for i, exercise in enumerate(exercises, 1)
 }
 
