@@ -2,12 +2,12 @@
 # # Lesson 9 · A reward model: from choices to a number
 #
 # People cannot say how good a text is on a scale of one to a hundred, and no two would agree; but shown two texts, they
-# can say which is better. A reward model turns such choices into a number. This lesson builds one: the loss that follows
-# from a model of how people choose, rankings of more than two, where the number is read, what it is worth with few labels
-# and noisy ones, and whether it knows how sure it can be.
+# can say which is better. A reward model turns such choices into a number. After this lesson you can derive its loss from
+# a model of how people choose, use rankings of more than two, read the number at the right place, say what few and noisy
+# labels are worth, check whether a judge knows how sure it can be, and find texts on which it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with `python lessons/09_reward_model.py`
-# (half a minute on two cores), or open it as a notebook. The curves' runs, with three seeds, are in
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 16 minutes (200 words or 25
+# lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or open it as a notebook. The curves' runs, with three seeds, are in
 # `lessons/results/09_reward_model.jsonl`; `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it)
 # first computes those that are missing there, all of them in about ten minutes.
 #
@@ -25,8 +25,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
-from minipeft import rlhf
+from minipeft import diagrams, rlhf
+from minipeft.claims.chain_rules import CHAIN, those_of
 from minipeft.experiments.rows import read_rows
+from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -48,7 +50,10 @@ LENGTH, K = 20, 4
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
 #
 # with $y_w$ the winner, $y_l$ the loser, and $\sigma(z) = 1 / (1 + e^{-z})$, which makes a probability of any number.
-# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it:
+# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it: two pairs,
+# the first in the right order (1 against 0.3), the second in the wrong one (0.2 against 0.5).
+#
+# **Predict:** which pair has the larger gradient?
 
 # %%
 chosen, rejected = np.array([1.0, 0.2]), np.array([0.3, 0.5])
@@ -79,8 +84,9 @@ assert abs(full.item() - 0.7371471) < 5e-8
 # ## 2 · A rater
 #
 # We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the
-# happier text is preferred. The texts are the base model's own: it continues openings of sentences by Jane Austen, four
-# times each. And the rater is human enough to be noisy: it adds noise to each score and sorts. With noise of Gumbel's
+# happier text is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare
+# the reward model with. In practice nobody has it. The texts are the base model's own: it continues openings of sentences
+# by Jane Austen, four times each. And the rater is human enough to be noisy: it adds noise to each score and sorts. With noise of Gumbel's
 # distribution, $-T \log(-\log u)$ for a uniform $u$, every pair is Bradley-Terry with $r = \text{score} / T$ (the difference
 # of two such noises has the distribution function $\sigma$); with probability `flip` it holds the scale upside down.
 
@@ -101,19 +107,26 @@ order = rlhf.rank(gold, np.random.default_rng(0), temperature=0.1)
 print(f"\n{len(prompts)} prompts; one of them, ranked by the rater:")
 for i in order[1]:
     print(f"  {gold[1, i]:+.2f}  {tokenizer.decode(prompts[1])} |{tokenizer.decode(answers[1][i], skip_special_tokens=True)}")
+i, j = np.triu_indices(K, 1)
+zero, tied = (gold == 0).mean(), (gold[:, i] == gold[:, j]).mean()
+print(f"{zero:.0%} of the answers have no word that VADER knows, or a balance of them: gold 0; so {tied:.0%} of the pairs are tied")
 scores = np.tile([0.3, 0.2], (20000, 1))
 wins = (rlhf.rank(scores, np.random.default_rng(1), temperature=0.1)[:, 0] == 0).mean()
 print(f"0.3 against 0.2 at T = 0.1: preferred in {wins:.3f}, sigma(1) = {1 / (1 + np.exp(-1)):.3f}")
 assert abs(wins - 1 / (1 + np.exp(-1))) < 0.01
 
 # %% [markdown]
+# Between tied answers the noise decides: those labels are coin flips, and the reward model learns from them, too. What we
+# report below is the accuracy on pairs that are not tied.
+#
 # ## 3 · All pairs of a ranking, each text once
 #
 # A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$ texts
 # are computed once, and their scores are compared in every pair. It is cheaper, and comparisons that share a text do not
-# come back as if they were new, which overfits.
+# come back as if they were new, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
 # %%
+diagrams.ranking(K).savefig(OUT / "09_reward_model_ranking.png")
 ranked = rlhf.rankings(prompts, answers, order)
 batch = rlhf.collate_rankings(ranked[:8])
 pairs = len(batch.arguments["better"])
@@ -140,7 +153,7 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %% [markdown]
 # ## 5 · Train, and what labels are worth
 #
-# One pass, as reward models overfit in the second. A fresh head's scores have any scale, so we first give them mean 0 and
+# One pass: InstructGPT's reward model overfitted in a second. A fresh head's scores have any scale, so we first give them mean 0 and
 # standard deviation 1, and at the end again: a *calibrated* reward means the same for every model. (Lesson 10 trains a
 # policy to earn this reward and charges it for moving away from the base; that price is set in units of this reward.)
 
@@ -224,8 +237,10 @@ for run in live:
 
 # %% [markdown]
 # The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned one
-# pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise: as good as
-# $n (1 - 2f)^2$ clean rankings. With a quarter turned round, 2000 should teach what 500 clean ones do.
+# pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise. If
+# learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones.
+#
+# **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
 # %%
 SIZES, FLIPS = sorted({r["rankings"] for r in rows}), sorted({r["flip"] for r in rows})
@@ -239,24 +254,49 @@ def seeds(n, flip, key):
 for flip in FLIPS:
     means = ", ".join(f"{n}: {seeds(n, flip, 'accuracy').mean():.3f} ± {seeds(n, flip, 'accuracy').std(ddof=1):.3f}" for n in SIZES)
     print(f"labels turned round {flip:.0%}: {means}")
+for words, x in (
+    ("2000 clean, less 100 clean", seeds(2000, 0.0, "accuracy") - seeds(100, 0.0, "accuracy")),
+    ("2000 clean, less 2000 noisy", seeds(2000, 0.0, "accuracy") - seeds(2000, 0.25, "accuracy")),
+    ("2000 noisy, less 600 clean", seeds(2000, 0.25, "accuracy") - seeds(600, 0.0, "accuracy")),
+    ("2000 noisy, less 300 clean", seeds(2000, 0.25, "accuracy") - seeds(300, 0.0, "accuracy")),
+):
+    print("{}: {:+.3f} ± {:.3f} (95 %)".format(words, *interval(x)))
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
 most, clean_600 = {flip: seeds(2000, flip, "accuracy") for flip in FLIPS}, seeds(600, 0.0, "accuracy")
 assert (most[0.0] > seeds(100, 0.0, "accuracy") + 0.1).all(), "more rankings, a better judge, under every seed"
 assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy, under every seed"
-assert (most[0.25] < clean_600).all(), "2000 noisy ones teach less than 600 clean ones, under every seed"
-assert most[0.25].mean() < seeds(300, 0.0, "accuracy").mean(), "and on average no more than 300"
-assert all(seeds(n, 0.25, "accuracy").mean() < clean_600.mean() for n in SIZES), "no number of noisy ones reaches 600 clean"
+assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
 
 # %% [markdown]
-# A hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin toss, two thousand clean
-# ones seven pairs in ten. With a quarter turned round it comes to less than the rule says: two thousand teach no more than
-# three hundred clean ones, and less than six hundred under every seed. Labels are expensive, and careless labels more so.
+# 500, by the rule. A hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin toss,
+# two thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach clearly less than six hundred
+# clean ones; how much less than the rule says, three seeds do not tell, since the noisy curve is flat within its noise. The
+# rule is no more than a first guess. Labels are expensive, and careless labels more so.
+#
+# The same question, on the one chain of Lesson 10: its judges learned from one comparison a prompt of the answers of a
+# fine-tuned model, and were asked about 16 answers to each of 256 held-out prompts. There we also know what it takes to
+# train the head alone, LoRA, or all.
+
+# %%
+chain = CHAIN.rows()
+assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-5`"
+print("\ntrained   comparisons   pairs ordered as the gold does (mean of 5 seeds, 95 %)")
+right = {}
+for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000)):
+    right[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
+    print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(right[size, n])))
+for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("full", 600), ("head", 600))):
+    x, half = interval(right[more] - right[less])
+    print(f"{more} less {less}: {x:+.3f} ± {half:.3f}")
+    assert x > half, "more comparisons, and all weights in place of the head alone: clearly better"
 
 # %% [markdown]
 # ## 6 · Does it know how sure it can be?
 #
 # $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
 # in 70%? We let the rater label every held-out pair anew, and look.
+#
+# **Predict:** a judge that has learned next to nothing: does it say 0.5 everywhere?
 
 # %%
 run = live[1]
@@ -265,6 +305,7 @@ curve = rlhf.calibration_curve(*labels_of(rewards, held_gold, run))
 print("\npredicted  observed  pairs")
 for p, share, n in zip(*curve):
     print(f"{p:9.2f}  {share:8.2f}  {n:5.0f}")
+print(f"(each of the {curve[2].sum() / 2:.0f} pairs counts twice, once from each side)")
 assert np.allclose(np.average(curve[:2], axis=1, weights=curve[2]), 0.5), "each pair is looked at from both sides"
 
 # %% [markdown]
@@ -289,7 +330,7 @@ assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is
 
 # %% [markdown]
 # With a hundred rankings it does not know the answer, and does not know that it does not: it says 0.75 where a coin would do
-# as well. Overconfidence goes away sooner than error does; with two thousand clean rankings the model is honest on average
+# as well. With two thousand clean rankings the model is honest on average
 # (where it says 0.75, it is right in 0.75; under one seed in 0.65, under another in 0.84). And the judge taught by two
 # thousand rankings of a careless rater learned little, but honestly: it is never sure of anything. Accuracy and honesty are
 # two things.
@@ -307,19 +348,22 @@ assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
 # ## 7 · Break it: texts that nobody ever compared
 #
 # The judge was taught on texts that the base writes. It has seen no others. So write ten times the same token after a
-# prompt, for every token there is, and let it choose the best.
+# prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed again.)
+#
+# **Predict:** how many of the 2,048 beat nine in ten of the real answers?
 
 # %%
 vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)
 nonsense = [np.array(prompts[0] + [token] * 10) for token in vocabulary]
 judged = model.score_texts(nonsense)
 best = np.argsort(-judged)[:5]
-top = float(np.sort(standard)[-1])
-print(f"\nthe best of {len(standard)} real answers: {top:+.2f} standard deviations")
+bar, top = np.quantile(standard, 0.9), standard.max()
+print(f"\na judge that prefers the better answer in {accuracy(rewards, held_gold):.1%} of pairs; nine in ten real answers are below {bar:+.2f};")
+print(f"the best of {len(standard)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}")
 for i in best:
     print(f"{judged[i]:+.2f}  {tokenizer.decode(nonsense[i])}")
 if not REDUCED:
-    assert judged[best[0]] > standard.mean() + 1, "nonsense that beats most real answers is easily found"
+    assert judged[best[0]] > bar, "nonsense that beats nine in ten real answers is easily found"
 
 # %% [markdown]
 # A policy that is trained on this judge will find such texts, too, and faster: that is Lesson 11. Now break it yourself:
@@ -389,7 +433,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # <details><summary>Answer</summary>
 #
 # With few rankings a coin would do as well where it says 0.75: it does not know that it does not know. With two
-# thousand clean ones it is even a little too modest.
+# thousand clean ones it is right in 0.75 on average, though not under every seed.
 #
 # </details>
 #

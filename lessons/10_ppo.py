@@ -6,7 +6,7 @@
 # check it by hand; say what a baseline, the price of KL, the value head and the clip are for; read an update of PPO,
 # the method behind InstructGPT, line by line; and say what RLOO and GRPO leave out of it.
 #
-# You need Lessons 1 and 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 23 minutes (200
+# You need Lessons 1 and 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/10_ppo.py` (about a minute and a half
 # on two cores), or open it as a notebook. `python lessons/10_ppo.py --full` (in a notebook `!python lessons/10_ppo.py
 # --full`) first computes those of the fifteen runs behind section 9, with three seeds, that are missing in
@@ -549,7 +549,7 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 # something is wrong, in which update, and which check stops the run?
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
 colors = dict(zip(METHODS, ("C0", "C1", "C2")))
 
 
@@ -564,13 +564,7 @@ for method in METHODS:
             ax.plot(range(1, len(y) + 1), y, color=colors[method], linewidth=1.3, label=method if i == 0 else None)
 for ax, title in zip(axes, ("Reward: optimized", "Gold: only watched", "KL from the base, nats an answer")):
     ax.set(title=title, xlabel="update")
-axes[0].legend(frameon=False)
-for method in METHODS:
-    kl, value = ([r[k] for r in table[method]] for k in ("kl", "gold"))
-    axes[3].plot(np.sqrt(np.maximum(kl, 0)), value, "o", color=colors[method], label=method)
-axes[3].axhline(np.mean([r["gold"] for r in table["base"]]), color="grey", linestyle="--", linewidth=1, label="base")
-axes[3].set(title="What it cost (each dot a seed)", xlabel="sqrt(KL)", ylabel="gold, held-out prompts")
-axes[3].legend(frameon=False)
+axes[0].legend(frameon=False, title="a line a seed")
 for ax in axes:
     ax.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()

@@ -4,10 +4,12 @@
 # A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and
 # you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
 # measure*. In this lesson we own what nobody owns in practice: the true reward. A rater follows the rules of VADER, a
-# reward model learns from the rater, PPO optimizes the model, and VADER itself, the **gold**, only watches.
+# reward model learns from the rater, PPO optimizes the model, and VADER itself, the **gold**, only watches. After it you
+# can tell proxy from gold, say when their curves part, warn of it without any gold, and say what each remedy costs.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Run it with
-# `python lessons/11_reward_hacking.py` (about a minute and a half on two cores), or open it as a notebook.
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 24 minutes (200
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
+# and a half on two cores), or open it as a notebook.
 # `python lessons/11_reward_hacking.py --full` (in a notebook `!python lessons/11_reward_hacking.py --full`) first
 # computes those of the fifteen runs behind the curves, with three seeds, that are missing in
 # `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes), and goes on with the lesson.
@@ -28,7 +30,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
-from minipeft import rlhf
+from minipeft import diagrams, rlhf
+from minipeft.claims.chain_rules import CHAIN, along, crossed, items, shown, those_of
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
@@ -52,6 +55,8 @@ def openings(split):
     """Prompts: the first four words of sentences of Jane Austen's."""
     return [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
 
+
+diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 
 # %% [markdown]
 # ## 1 · A guess: a reward model from a few rankings
@@ -103,7 +108,8 @@ def reward_model(rankings, seed):
 #
 # $$\max_\pi \; E_{y \sim \pi}\left[\hat r(x, y)\right] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) .$$
 #
-# $\beta = 0$ lets it go wherever the guess points. A third setting gives every answer without an end the score -1.
+# $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the small
+# price and gives every answer without an end the score -1; a fifth has none and a judge that saw 300 rankings.
 
 # %%
 @dataclass(frozen=True)
@@ -178,7 +184,9 @@ assert (accuracy > weak_accuracy).all(), "more rankings help"
 
 # %% [markdown]
 # One run, live, with nothing to hold it. We took seed 2, whose judge is one of the two best; with a poor judge there is
-# less to see (section 3 has all). Proxy and gold rise together. Read the last two columns, and the samples, too. (Another
+# less to see (section 3 has all). Proxy and gold rise together.
+#
+# **Predict:** what does the policy write at the end? Then read the last two columns, and the samples, too. (Another
 # machine, or another number of threads, rounds otherwise, and after a few updates draws other words. What we claim, we
 # read off three seeds.)
 
@@ -214,6 +222,8 @@ if not REDUCED:
 # A fit finds a top in noise, too. So we ask the gold itself, as the mean of five updates: it *turns* where it falls from
 # its best by more than three standard errors, and *climbs* where it ends higher than it began by as much. The error
 # comes from how much single updates scatter about a smooth curve.
+#
+# **Predict:** with which of the six judges does the gold rise? The better half?
 #
 # And we ask a second gold, which is harder to please: the gold of a batch times the share of its bigrams that are
 # different (section 4). It pays for happy words, but not for one happy word said again and again.
@@ -323,6 +333,57 @@ for beta, end in last.items():
 # **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$,
 # and falls to 0.23 and 0.33: there is the curve of the textbook. But we chose this gold after we had read the
 # answers. Neither proxy nor gold noticed.
+#
+# **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model that
+# ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind. PPO without
+# a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the same judge.
+
+# %%
+chain = CHAIN.rows()
+assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
+JUDGES = (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000))
+figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True)
+print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)")
+rises, moves = {}, {}
+before = items(those_of(chain, "sft"))
+for ax, (size, n) in zip(panels, JUDGES):
+    runs = those_of(chain, "ppo", judge=size, comparisons=n, beta=0.0)
+    many = those_of(chain, "best", judge=size, comparisons=n)
+    for key, color in (("proxy", "C3"), ("gold", "C2")):
+        for i, row in enumerate(runs):  # a line a seed
+            ax.plot(*along(row, key), color=color, linewidth=1.2, label=None if i else key)
+        best_of = {m: [row["best_of"][m] for row in many] for m in many[0]["best_of"]}
+        means = [np.mean([e[key] for e in each]) for each in best_of.values()]
+        ax.plot(np.sqrt([each[0]["kl"] for each in best_of.values()]), means, "--", color=color, linewidth=2)
+    ax.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
+    ax.spines[["top", "right"]].set_visible(False)
+    one, end = np.array([e["proxy"] for e in best_of["1"]]), items(runs, "proxy").mean(axis=1)
+    rises[size, n], moves[size, n] = interval(end - one), crossed(items(runs) - before)
+    right = np.mean([row["accuracy"][0] for row in many])
+    print(
+        f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
+        f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}"
+    )
+panels[0].legend(frameon=False)
+figure.tight_layout()
+figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
+poor = [judge for judge in JUDGES if judge[1] < 2000]
+assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
+assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
+for judge, n in JUDGES:
+    ends_at = items(those_of(chain, "ppo", judge=judge, comparisons=n, beta=0.0))
+    assert crossed(items(those_of(chain, "best", judge=judge, comparisons=n)) - ends_at).value > 0
+print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
+
+# %% [markdown]
+# Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with two of them, the
+# line above says which, it ends clearly below the SFT model's: the proxy up, the gold down. So optimizing a poor guess does
+# harm, from the first update on. With the best judge the proxy climbs by far the most, and the gold's seeds part: some rise
+# and turn, one falls far, so neither a gain nor a loss at the end is clear. And the dashed lines show what costs less: the
+# best of 16 by the same judge has more gold than the end of PPO without a price, at a smaller KL, with every judge.
+#
+# The register's rule, below, asks for another thing: with *each* judge a rise of the reward between the first check, at
+# update 8, and the end, and a fall of the gold from a peak. With four judges the reward had done its rising by then.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **cannot be tested here**. Without a price of KL the
@@ -458,7 +519,7 @@ for name, (a, b, g) in table.items():
 share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
 print(f"of what the first judge thinks it gained, the second sees {share:.0%}")
 if not REDUCED:
-    assert share < 1, "the second judge is harder to fool with what was made for the first"
+    assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
 # Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge.

@@ -232,6 +232,11 @@ assert 0.01 < np.mean(seen) / 640 < 0.03 and below(before, T["feedback"]["score"
 # > right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside few-shot,
 # > new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside bare, new tasks: equal (+0.000 [+0.000,
 # > +0.000]). (5 seeds, 344 test items)
+#
+# > `which-7` RLHF: align with preferences and values: **holds if**. PPO has a gold of 0.42: +0.42 [+0.36, +0.48] beside
+# > the base; +0.08 [+0.03, +0.13] beside SFT; +0.05 [+0.00, +0.10] beside SFT on the preferred answers; -0.07 [-0.12,
+# > -0.02] beside the best of 16. It is clearly above the base, SFT and SFT on the preferred answers, at a KL of 5.8
+# > nats from SFT. (5 seeds, 256 test items)
 
 # %% [markdown]
 # About one example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much
