@@ -20,6 +20,12 @@ Words that mean one thing everywhere:
     score               one number for a whole response, from a reward model or function
     reward              what is maximized: the score less the price of KL, token by token
     advantage           by how much a response, or a token of it, did better than expected
+    baseline            what was expected of a response; subtracted from its reward, it changes no mean gradient
+    ratio               the probability of a token now, over that when it was drawn
+    KL                  by how much more probable a policy finds its own responses than the reference does, in nats
+    judge, proxy        a reward model that is optimized, and its score
+    gold                what is meant: the reward that a judge was to learn, which is only watched
+    margin              by how much more a policy has raised a chosen response than the rejected one, times beta
     master weights      the trained weights in float32, of which rounded ones are made where they are used
     overflow, flush     a number that rounding makes infinite; one that it makes zero
     ledger              the memory of a step in bytes, line by line (`MemoryLedger`)
