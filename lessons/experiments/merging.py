@@ -17,9 +17,11 @@ from minipeft.text.examples import Example, encode_examples
 from minipeft.train import evaluate
 
 TASKS = ("rewrite", "define")
+EVERYTHING = (*TASKS, "general")
 CONFIG = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-WEIGHTS = (0.5, 1.0, 2.0)  # of both adapters, one of which the validation records choose
+WEIGHTS = (0.375, 0.5, 0.75, 1.0, 1.5, 2.0)  # of both adapters, one of which the validation records choose
 SCALES = (0.25, 0.5, 0.75, 1.0)  # of an adapter alone, and of both in a sum
+NEGATIVE = (0.1, 0.25, 0.5)  # how much of an adapter is subtracted
 PARTS = (1.0, 0.5, 0.25)  # of an update that is merged into four-bit weights
 DENSITIES = (0.5, 0.2, 0.1)
 RULES = {  # name -> (which adapter "define", options of add_weighted_adapter)
@@ -48,8 +50,8 @@ class Merge:
     what: str = "tasks"
     steps: int = 40
     batch_size: int = 8
-    validation: int = 32  # records of each task
-    test: int = 100
+    validation: int = 64  # records of each task
+    test: int = 150
     seed: int = 0
 
 
@@ -86,10 +88,14 @@ def adapters(s: Merge) -> Any:
 
 
 def losses(model: Any, s: Merge, tasks: Iterable[str] = TASKS, split: str = "test") -> dict[str, float]:
-    """The held-out loss of tasks, in nats per token."""
-    n = s.test if split == "test" else s.validation
-    examples = {name: sorted(records(name, split, n, s.seed), key=lambda e: len(e.input_ids)) for name in tasks}
-    return {name: evaluate(model, own, 32, shipped.base()[1].pad_token_id) for name, own in examples.items()}
+    """The held-out loss of tasks, or of "general" text of the base's own domain, in nats per token."""
+    n, tokenizer = s.test if split == "test" else s.validation, shipped.base()[1]
+    found = {}
+    for name in tasks:
+        of_task = () if name == "general" else records(name, split, n, s.seed)
+        examples = of_task or shipped.general_blocks(tokenizer, shipped.LENGTH, shipped.BLOCKS)
+        found[name] = evaluate(model, sorted(examples, key=lambda e: len(e.input_ids)), 32, tokenizer.pad_token_id)
+    return found
 
 
 def merged(model: Any, names: list[str], weights: list[float], **how: Any) -> Any:
@@ -130,14 +136,14 @@ def with_each_other(s: Merge) -> dict[str, Any]:
     """Test losses of the two adapters, merged by every rule; the weight of both is chosen on validation records."""
     base, model = shipped.base()[0], adapters(s)
     joint = train(mp.get_peft_model(base, CONFIG, seed=s.seed), s, *TASKS)
-    found: dict[str, Any] = {"base": losses(base, s), "joint": losses(joint.merge_and_unload(), s)}
+    found: dict[str, Any] = {"base": losses(base, s, EVERYTHING), "joint": losses(joint.merge_and_unload(), s)}
     sums = {t: merged(model, list(TASKS), [t, t], combination_type="cat") for t in SCALES}
     found |= {f"sum {t}": losses(m, s) for t, m in sums.items()}
     found |= {f"{name} {t}": losses(plus(base, deltas(model, name), t), s) for name in TASKS for t in SCALES}
     rewriting = deltas(model, "rewrite")
-    for t in (0.5, 1.0):
-        found[f"minus rewrite {t}"] = losses(plus(base, rewriting, -t), s)
-        found[f"random {t}"] = losses(plus(base, at_random(rewriting, s.seed), t), s)
+    for t in NEGATIVE:
+        found[f"minus rewrite {t}"] = losses(plus(base, rewriting, -t), s, EVERYTHING)
+        found[f"random {t}"] = losses(plus(base, at_random(rewriting, s.seed), t), s, EVERYTHING)
     for density in DENSITIES:
         for rule in ("dare_linear", "dare_linear_svd", "magnitude_prune_svd"):
             rank = {"svd_rank": 128} if rule.endswith("svd") else {}
