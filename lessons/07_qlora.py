@@ -5,7 +5,7 @@
 # with the precision that training needs. This lesson stores each weight of the base in four bits, one of sixteen values,
 # chooses the sixteen values well, counts every bit, trains a LoRA on top, and asks what is lost, where.
 #
-# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about MINUTES minutes (200 words or 25 lines of code a
+# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 15 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/07_qlora.py` (a minute on two cores), or open it as a notebook.
 # Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
