@@ -30,7 +30,6 @@ from experiments.merging import DENSITIES, NEGATIVE, PARTS, RULES, SCALES, TASKS
 
 import minipeft as mp
 from minipeft import diagrams
-from minipeft.experiments import shipped
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, spread
 from minipeft.experiments.sweep import sweep
@@ -277,7 +276,7 @@ for d in DENSITIES:
     assert below(loss(f"magnitude_prune_svd {d}"), loss(f"dare_linear_svd {d}")) and below(loss(f"dare_linear_svd {d}"), loss(f"dare_linear {d}"))
 print(f"all of it: {spread(loss('rewrite 1.0'))}; the base: {spread(loss('base'))}")
 generator, ratios = np.random.default_rng(0), []
-for path, D in updates["rewrite"].items():
+for D in updates["rewrite"].values():
     noise = D * ((generator.random(D.shape) < 0.1) / 0.1 - 1)
     ratios.append([np.linalg.norm(noise) / np.linalg.norm(D), np.linalg.norm(noise, 2) / np.linalg.norm(D, 2)])
 whole, strongest = np.median(ratios, axis=0)
@@ -468,13 +467,13 @@ for task, color in zip(TASKS, (BLUE, ORANGE)):
         means = [loss(f"{task if kind == 'alone' else 'sum'} {t}", task).mean() for t in SCALES]
         a.plot([0, *SCALES], [loss("base", task).mean(), *means], "o-", color=color, lw=width, ms=4, label=f"{task}, {kind}")
     a.axhline(loss("joint", task).mean(), color=color, lw=1, ls=":")
-    a.text(0, loss("joint", task).mean(), "joint training", color=color, va="bottom", fontsize=8)
+    a.text(0.2, loss("joint", task).mean(), "joint training", color=color, va="bottom", fontsize=8)
 a.set(xlabel="scale of the adapters", ylabel="test loss, nats a token", title="Added to each other")
 a.legend(fontsize=8)
 for rule, name, color in (("magnitude_prune_svd", "largest kept", GREEN), ("dare_linear_svd", "DARE, whole matrices", BLUE), ("dare_linear", "DARE, factors", ORANGE)):
     b.plot([1, *DENSITIES], [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)], "o-", color=color, label=name)
 b.axhline(loss("base").mean(), color=GREY, lw=1, ls=":")
-b.text(1, loss("base").mean(), "base", color=GREY, va="bottom", fontsize=9)
+b.text(1, loss("base").mean(), "base", color=GREY, va="bottom", ha="right", fontsize=9)
 b.set_xscale("log")
 b.set_xticks([1, *DENSITIES], [f"{d:g}" for d in (1, *DENSITIES)])
 b.minorticks_off()
@@ -486,7 +485,7 @@ c.axhline(1, color=GREY, lw=1, ls=":")
 c.set_xscale("log", base=2)
 c.set_xticks(parts, [f"{t:g}" for t in parts])
 c.set(xlabel="size of the update, U = 1", ylabel="share of it that arrives", title="Merged, and rounded to four bits", ylim=(-0.05, 1.3))
-c.legend(fontsize=8, loc="lower right")
+c.legend(fontsize=8, loc="center left")
 fig.savefig(OUT / "19_merging.png", dpi=130)
 print("picture:", OUT / "19_merging.png")
 
