@@ -408,13 +408,14 @@ assert below(gain[0.25], gain[0.5]) and below(gain[0.5], gain[1.0])
 # - The **wrong base in floats is the best of the four**: 0.015 to 0.020 below $Q + U$. That is about what four bits cost
 #   the base itself (0.020). The adapter has hardly adapted to the error of $Q$, so it misses nothing on $W$, and $W$ is
 #   the better base.
-# - **Four bits after merging into $W$** cost 0.008 ± 0.006 at most; one has the whole gain, and four bits.
+# - **Four bits after merging into $W$** cost 0.007 to 0.008 (± 0.006) beside what was trained, at every
+#   size: nearly the whole gain, in four bits.
 # - **Four bits after merging into $Q$** keep 96 % of the gain of $U$, 47 % of $\frac12 U$ and 9 % of $\frac14 U$. How much
 #   is lost depends on the update beside the gaps, and at the size that this lesson's rate makes one hardly notices. The
 #   adapter vanishes where one trained carefully, and no error is raised.
 #
 # Why does $U$ keep 96 % of its gain when only 57 % of it arrives? The left panel of the picture says it: half of an
-# adapter does nearly as well as all of it.
+# adapter brings nine tenths of what all of it brings.
 #
 # **LoftQ** (Lesson 7, section 6) starts the adapter as a correction of $Q$. On $W$ there is nothing to correct, so this
 # adapter should mind the wrong base most.
