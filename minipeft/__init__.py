@@ -11,6 +11,10 @@ Words that mean one thing everywhere:
     targets             the layers that a method is put on (`target_modules`)
     start               the values that an adapter begins with
     merge               add an adapter's change to the weights of the base layers, which then compute the same alone
+    task vector         what fine-tuning has changed, tuned weights minus the base's
+    interference        what a task loses by another one's update in the same weights
+    density             the share of an update that trimming or dropping keeps
+    storage dtype       what a frozen weight is kept in; its compute dtype is what a product is made in
     virtual tokens      trained vectors before a text (prefix tuning: keys and values), which take positions
     prompt              the text that a model continues; in prompt tuning, the virtual tokens before it
     stop tokens         the tokens that end a generated text (`stop_token_ids`)

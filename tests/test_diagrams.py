@@ -17,6 +17,7 @@ from minipeft import diagrams
 from minipeft.accounting import count_parameters
 from minipeft.accounting.ppo import ppo_ledger
 from minipeft.diagrams.graphs import gradients
+from minipeft.diagrams.merging import ties_steps
 from minipeft.diagrams.stages import model_states
 
 LLAMA = mp.TransformerConfig.llama(
@@ -41,6 +42,7 @@ FIGURES = {
     "tall": lambda: diagrams.low_rank(384, 128, 64), "graph": diagrams.scalar_graph, "masks": diagrams.attention_mask,
     "ranking": lambda: diagrams.ranking(4), "update": diagrams.ppo_update, "watched": diagrams.watched,
     "two ways": diagrams.two_ways,
+    "ties": lambda: diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)),
     "stages": lambda: diagrams.rlhf_stages(LLAMA), "stages 7B": lambda: diagrams.rlhf_stages(SEVEN_B),
 }  # fmt: skip
 
@@ -170,3 +172,10 @@ def test_bytes_of_the_stages_are_the_ledger_s():
 def test_what_cannot_be_drawn_is_refused(config, method, words):
     with pytest.raises(ValueError, match=words):
         diagrams.block(config, method)
+
+
+def test_steps_of_ties_are_those_of_the_paper():
+    """Algorithm 1 on numbers that one can follow by hand."""
+    steps = ties_steps((4, 1, -5, 0.5), (-1, 2, 3, 0.5), 0.5)
+    assert steps["trim 1"].tolist() == [4, 0, -5, 0] and steps["trim 2"].tolist() == [0, 2, 3, 0]
+    assert steps["sign"].tolist() == [1, 1, -1, 1] and steps["mean"].tolist() == [4, 2, -5, 0]

@@ -51,6 +51,23 @@ def attention_by_rows(scores):
     return out
 
 
+def ties(tau, density, of_all=False, elect=True):
+    tau = np.asarray(tau, float)
+    kept = np.zeros_like(tau)
+    for row, out in zip(tau, kept):
+        largest = np.argsort(-abs(row))[: int(density * len(row))]
+        out[largest] = row[largest]
+    agree = np.sign(kept) == np.where(kept.sum(axis=0) >= 0, 1, -1) if elect else kept != 0
+    return (kept * agree).sum(axis=0) / (len(tau) if of_all else np.maximum(agree.sum(axis=0), 1))
+
+
+def side_by_side(A, B, s, w, on_B=False):
+    scales = [x * y for x, y in zip(s, w)]
+    if on_B:
+        return np.concatenate(A), np.concatenate([b * x for b, x in zip(B, scales)], axis=1)
+    return np.concatenate([a * x for a, x in zip(A, scales)]), np.concatenate(B, axis=1)
+
+
 def in_place(ids, n):
     ids[:n] = -100
     return ids
@@ -325,6 +342,22 @@ ANSWERS = {  # name: right answers, wrong ones
         ],
     ),
     "20.4": ([0.6, "0.6", 3 / 5], [0.4, -1 / 3, 1.2]),
+    "19.1": (
+        [ties, lambda tau, density: ties(tau.tolist(), density)],
+        [
+            lambda tau, density: tau.mean(axis=0), lambda tau, density: ties(tau, 1.0), lambda tau, density: ties(tau, density, of_all=True),
+            lambda tau, density: ties(tau, density, elect=False),
+        ],
+    ),
+    "19.2": ([6, "6.0", 2 * 9**0.5], [3, 36, 40**0.5, 2 / 3]),
+    "19.3": (
+        [side_by_side, lambda A, B, s, w: side_by_side(A, B, s, w, on_B=True)],
+        [
+            lambda A, B, s, w: (sum(A), sum(B)), lambda A, B, s, w: (np.concatenate(A), np.concatenate(B, axis=1)),
+            lambda A, B, s, w: side_by_side(A, B, s, [x * y for x, y in zip(s, w)]), lambda A, B, s, w: side_by_side(A, B, s, [1] * len(w)),
+        ],
+    ),
+    "19.4": ([[0.1, 0], "10% 0", "0.1 0"], [[0.1, 0.1], [0, 0.1], [0, 0]]),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", EXERCISES)
 

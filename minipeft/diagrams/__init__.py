@@ -4,6 +4,7 @@
     low_rank         W, B and A as a square and two strips
     scalar_graph     a loss of three numbers: values on the way down, gradients on the way up
     attention_mask   who attends to whom
+    ties             two updates of four numbers, added, and merged by TIES
     rlhf_stages      the three stages of RLHF, and which of the four models each has in memory
     ranking          k answers, each scored once, in all their pairs
     ppo_update       one update of PPO, from prompts to losses
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .attention import attention_mask as attention_mask, masks as masks
     from .blocks import block as block
     from .feedback import ppo_update as ppo_update, ranking as ranking, two_ways as two_ways, watched as watched
+    from .merging import ties as ties
     from .strips import low_rank as low_rank
     from .stages import rlhf_stages as rlhf_stages
     from .graphs import scalar_graph as scalar_graph

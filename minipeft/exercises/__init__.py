@@ -12,12 +12,13 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from . import alignment, costs, foundations, methods
+from . import alignment, costs, foundations, merging, methods
 from .kinds import Code, Number, Word
 
 EXERCISES: dict[str, Number | Word | Code] = {
     f"{lesson:02}.{i}": exercise
-    for lesson, exercises in sorted((foundations.EXERCISES | methods.EXERCISES | alignment.EXERCISES | costs.EXERCISES).items())
+    for part in (foundations, methods, alignment, costs, merging)
+    for lesson, exercises in part.EXERCISES.items()
     for i, exercise in enumerate(exercises, 1)
 }
 

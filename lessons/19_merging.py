@@ -1,0 +1,618 @@
+# %% [markdown]
+# # Lesson 19 · Merging: adding what was learned
+#
+# Two adapters were trained on one base, each for its task. Can one model have both, without training again? And an
+# adapter that was trained beside four-bit weights: into which weights may it be merged? Afterwards you can merge by task
+# arithmetic, TIES and DARE by hand and with PEFT's options, say what each loses, and choose the right base.
+#
+# You need Lessons 4 (LoRA), 7 (QLoRA) and 0 (section 9, intervals). Reading takes about 21 minutes (200 words or 25
+# lines of code a minute, up to the quiz). Run it with `python lessons/19_merging.py` (a minute on two cores), or open it
+# as a notebook. It trains the adapters of one seed now, and reads the losses of five from
+# `lessons/results/19_merging.jsonl`; `--full` first computes those that are missing there (all: a quarter of an hour).
+# Where a line begins with **Predict**, write down your answer; the next cell computes it.
+#
+# Environment: `MINIPEFT_REDUCED=1` trains 2 steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+
+# %%
+import itertools
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import merging
+from experiments.merging import DENSITIES, NEGATIVE, PARTS, RULES, SCALES, TASKS, Merge
+
+import minipeft as mp
+from minipeft import diagrams
+from minipeft.experiments.rows import complete, read_rows
+from minipeft.experiments.seeds import below, spread
+from minipeft.experiments.sweep import sweep
+from minipeft.peft.combine import Combination
+from minipeft.quant import quantize_model
+
+REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
+OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
+OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "19_merging.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: the adapters that are trained now take 2 steps for 40, so the distances of section 4 and the shares")
+    print("of section 8 are not those of the text. The rows, and what is said of them, are those of the full lesson.\n")
+
+if "--full" in sys.argv:
+    sweep(merging.run, merging.RUNS, executor=1, store=RESULTS)
+rows, SEEDS = complete(read_rows(RESULTS), merging.RUNS)
+base, tokenizer = mp.load_base()
+print(f"{len(rows)} rows, seeds {SEEDS}")
+
+# %% [markdown]
+# ## 1 · Task vectors: four numbers
+#
+# A model is its weights, a long vector $\theta$. What fine-tuning on task $t$ has changed is the **task vector**
+#
+# $$\tau_t = \theta_t - \theta_0 .$$
+#
+# *Task arithmetic* (Ilharco et al. 2022, arXiv:2212.04089) computes with it: **add** several, to have all their tasks, or
+# **subtract** one, to have less of its task,
+#
+# $$\theta = \theta_0 + \lambda \sum_t \tau_t , \qquad \theta = \theta_0 - \lambda \tau_t .$$
+#
+# $\lambda$ is a scale, chosen on validation data. For LoRA, $\tau$ of a matrix is $\frac{\alpha}{r} B A$, and a merge
+# (Lesson 4, section 8) is the case of one adapter and $\lambda = 1$.
+#
+# Let a model have four weights, all 10. Two fine-tunes change them as the drawing says, in its first two rows.
+
+# %%
+diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_merging_ties.png")
+
+# %% [markdown]
+# **Predict:** look at the sum, the third row. Which of the four weights is closest to what *both* tasks wanted, and which
+# is worst?
+
+# %%
+theta_0 = np.full(4, 10.0)
+tau = np.array([[4, 1, -5, 0.5], [-1, 2, 3, 0.5]])
+total = theta_0 + tau.sum(axis=0)
+print("task 1:", theta_0 + tau[0], " task 2:", theta_0 + tau[1], " both:", total, " less of task 1:", theta_0 - tau[0])
+assert total.tolist() == [13, 13, 8, 11]
+assert np.array_equal(total - tau[1], theta_0 + tau[0]), "what was added can be taken away again"
+
+# %% [markdown]
+# The second and the fourth went the same way, and the sum goes further than either. The third is the worst: one task
+# wanted $-5$, the other $+3$, and $-2$ serves neither. That is **interference**.
+#
+# ## 2 · TIES: trim, elect, average what agrees
+#
+# TIES (Yadav et al. 2023, arXiv:2306.01708) answers with three steps, the lower half of the drawing.
+#
+# 1. **Trim**: of each task vector keep the largest numbers by magnitude, a share called the *density* (20 % in the paper);
+#    the others become 0. Most of a task vector is small and, they find, of no use.
+# 2. **Elect a sign** for each weight: that of the sum of what is left.
+# 3. **Disjoint mean**: average those numbers that have the elected sign, and leave out the others, zeros included.
+#
+# $$\tilde\tau_t = \text{trim}(\tau_t), \qquad \gamma = \text{sign}\Big(\sum_t \tilde\tau_t\Big), \qquad
+# \tau = \frac{\sum_{t:\ \text{sign}(\tilde\tau_t) = \gamma} \tilde\tau_t}{\text{number of them}} .$$
+#
+# **Predict:** the third weight gets $-5$ and $+3$, the first $4$ and, after trimming, nothing. What comes out?
+
+# %%
+trimmed = np.where(np.abs(tau) >= np.sort(np.abs(tau), axis=1)[:, [2]], tau, 0)  # of four numbers the two largest
+elected = np.where(trimmed.sum(axis=0) >= 0, 1, -1)
+agree = np.sign(trimmed) == elected
+by_hand = (trimmed * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+library = Combination("ties", density=0.5).combine(np.float32(tau), [1, 1])
+print("TIES:", by_hand)
+assert np.array_equal(by_hand, library) and by_hand.tolist() == [4, 2, -5, 0]
+
+# %% [markdown]
+# Where one task has something to say, it alone decides, and is not halved: a mean over *agreeing* numbers, not over all.
+# Where they disagree, the stronger one wins and the other gets nothing. Interference is not solved, it is decided.
+#
+# ## 3 · DARE: drop at random, and rescale
+#
+# DARE (Yu et al. 2023, arXiv:2311.03099) makes task vectors sparse in another way, so that they meet less often: it drops
+# each number with probability $p$ and divides those that stay by the density $d = 1 - p$:
+#
+# $$\tilde\tau = \frac{m\, \tau}{d}, \quad m \in \{0, 1\},\ P(m = 1) = d: \qquad
+# \mathbb{E}[\tilde\tau] = \tau, \qquad \text{Var}[\tilde\tau] = \frac{d}{d^2} \tau^2 - \tau^2 = \frac{1 - d}{d}\, \tau^2 .$$
+#
+# So the mean over all draws is right, and one draw is wrong by a **variance** that grows without bound as $d$ falls. Four
+# numbers have 16 masks, all equally likely at $d = \frac12$: no need for luck.
+
+# %%
+masks = np.array(list(itertools.product([0, 1], repeat=4)))
+drawn = masks * tau[0] / 0.5  # [16, 4]
+print("first three of 16:", *drawn[1:4], " mean of all:", drawn.mean(axis=0), " variance:", drawn.var(axis=0))
+assert np.array_equal(drawn.mean(axis=0), tau[0]) and np.array_equal(drawn.var(axis=0), tau[0] ** 2)
+one = Combination("dare_linear", density=0.5).thin("dare_linear", np.float32(tau[0]))
+assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one of them"
+
+# %% [markdown]
+# Squared and summed, the noise of one draw is $\frac{1 - d}{d}$ times the square of the vector's own length: at
+# $d = \frac12$ as long as the vector, at $d = 0.1$ three times as long. How can a model survive that? Section 6.
+#
+# ## 4 · Adapters: two factors in place of one vector
+#
+# An adapter has no $\tau$, it has $B$ and $A$; call its scaling $s = \alpha / r$. PEFT's `add_weighted_adapter` makes one
+# adapter of several with weights $w_i$, and `combination_type` says how:
+#
+# | type | what is made | the sum of the products? |
+# |---|---|---|
+# | `cat` | $[B_1\ B_2]$ beside $[w_1 s_1 A_1;\ w_2 s_2 A_2]$, rank $r_1 + r_2$ | exactly |
+# | `svd` | the best approximation of the sum, of rank $r$ | nearly: what is left of the other singular values |
+# | `linear` | $A = \sum \sqrt{w_i s_i} A_i$, $B = \sum \sqrt{w_i s_i} B_i$, rank $r$ | no: cross terms |
+# | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, then as `linear` | no |
+# | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest of rank $r$ | as the paper, but for the rank |
+#
+# (`magnitude_prune` is TIES' trimming alone.) The **cross terms** of `linear`, for $w_i s_i = 1$:
+#
+# $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
+#
+# If $A_1$ and $A_2$ started from different seeds, they are nearly orthogonal, and the cross terms are noise. But two runs
+# of one script start with the *same* $A$, and it changes little: then $A_1 \approx A_2$.
+#
+# **Predict:** what is the product then? Three adapters are trained now: `rewrite` (King James to plain English), `define`
+# (a word to its meaning), and `same`, `define` again from the start of `rewrite`. Each is LoRA with $r = 8$ on all
+# linear layers, 40 steps of 8 records.
+
+# %%
+settings = Merge(steps=2, validation=4, test=8) if REDUCED else Merge()
+model = merging.adapters(settings)
+updates = {name: merging.deltas(model, name) for name in (*TASKS, "same")}
+
+
+def flat(update):
+    """All matrices of an update as one vector, float64."""
+    return np.concatenate([update[path].reshape(-1) for path in sorted(update)]).astype(float)
+
+
+def combined(other, how):
+    """(||M - S|| / ||S||, <M, S> / <S, S>) of a merged adapter M and the sum S of the two products."""
+    model.add_weighted_adapter(["rewrite", other], [1.0, 1.0], "merged", **how)
+    M, S = flat(merging.deltas(model, "merged")), flat(updates["rewrite"]) + flat(updates[other])
+    model.delete_adapter("merged")
+    return float(np.linalg.norm(M - S) / np.linalg.norm(S)), float(M @ S / (S @ S))
+
+
+measured = {name: combined(*rule) for name, rule in RULES.items()}
+print(f"\n{'weights 1 and 1':24s}distance to the sum    times the sum")
+for name, (distance, times) in measured.items():
+    print(f"  {name:22s}{distance:19.3f}{times:17.2f}")
+a, b = flat(updates["rewrite"]), flat(updates["define"])
+cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+print(f"cosine of the two updates: {cosine:.3f}")
+assert measured["cat"][0] < 1e-5 < measured["svd"][0] < measured["linear"][0]
+assert abs(measured["linear, same start"][1] - 2) < 0.4 and abs(measured["linear"][1] - 1) < 0.2
+
+# %% [markdown]
+# With the same start, $(B_1 + B_2)(A + A) = 2\,(B_1 + B_2)\,A$: `linear` makes *twice* the sum. With different starts it
+# makes once the sum, and cross terms about as large as the sum itself. Neither is wrong; but a weight of 1 means two
+# things, and so weights have to be chosen for each case. Note that TIES on products gives less than the sum
+# (it averages), TIES on factors another fraction (it averages twice), and DARE once the sum with noise.
+#
+# ## 5 · Does it work?
+#
+# Now the models, five seeds; each draws its training records, its starts, 64 validation records of each task, which choose
+# the weight (one for both adapters) from six, and 150 test records of each. The controls: the base, either adapter alone,
+# **joint** training of one adapter on both tasks (the same records, 40 steps with both), and, because a weight changes the
+# length of an update, each adapter alone at other scales. All differences are seed by seed, with 95 % intervals.
+#
+# **Predict:** two adapters, tasks with different prompts. Is the sum at full scale, $\lambda = 1$, better at `rewrite` than
+# half of each? And which rule is best?
+
+# %%
+def loss(name, task="rewrite", what="tasks"):
+    """Test losses [seeds] of a model of the rows."""
+    mine = sorted((row for row in rows if row["what"] == what), key=lambda row: row["seed"])
+    return np.array([row["losses"][name][task] for row in mine])
+
+
+def both(name):
+    """The mean of the two tasks' losses, [seeds]."""
+    return (loss(name, "rewrite") + loss(name, "define")) / 2
+
+
+def word(a, b):
+    return {True: "better", False: "worse"}.get(below(a, b), "undecided")
+
+
+chosen = {name: sorted({row["weights"][name] for row in rows if row["what"] == "tasks"}) for name in RULES}
+print(f"\n{'':24s}{'rewrite':>16s}{'define':>16s}{'mean minus cat':>20s}             weights chosen")
+for name in ("base", "rewrite 1.0", "define 1.0", "joint", *sorted(RULES, key=lambda name: both(name).mean())):
+    beside = f"{spread(both(name) - both('cat')):>20s}  {word(both(name), both('cat')):11s}" if name != "cat" else ""
+    print(f"  {name:22s}{spread(loss(name)):>16s}{spread(loss(name, 'define')):>16s}{beside}" + (f"{', '.join(map(str, chosen[name])):>14s}" if name in RULES else ""))
+assert below(both("cat"), both("base")) and below(both("cat"), both("rewrite 1.0")) and below(both("cat"), both("define 1.0"))
+assert below(both("joint"), both("cat")), "training on both is better than the sum"
+clear = [name for name in RULES if below(both(name), both("cat"))]
+print("clearly better than cat:", ", ".join(clear) or "no rule")
+assert not clear and all(below(both("cat"), both(name)) for name in ("ties", "dare_linear", "dare_ties")), "on factors they are worse"
+assert below(both("ties, whole matrices"), both("sum 1.0")), "TIES at 1 beats the sum at 1"
+kept = (both("base") - both("cat")) / (both("base") - (loss("rewrite 1.0") + loss("define 1.0", "define")) / 2)
+print(f"the sum keeps {spread(100 * kept, 1)} % of what each adapter gains on its own task")
+print("\nscale    alone: rewrite        with the other    difference        alone: define        with the other    difference")
+for t in SCALES:
+    cells = []
+    for task in TASKS:
+        alone, together = loss(f"{task} {t}", task), loss(f"sum {t}", task)
+        cells.append(f"{spread(alone):>16s}{spread(together):>20s}{spread(together - alone):>18s}")
+    print(f"{t:5g}" + "  ".join(cells))
+for task in TASKS:
+    assert below(loss(f"{task} 1.0", task), loss("sum 1.0", task)) and below(loss("sum 0.75", task), loss("sum 1.0", task))
+if not REDUCED:
+    now = merging.losses(merging.merged(model, list(TASKS), [0.75, 0.75], combination_type="cat"), settings)
+    print("\nnow, seed 0, the sum at 0.75:", ", ".join(f"{task} {value:.3f}" for task, value in now.items()))
+    assert all(abs(value - loss("sum 0.75", task)[0]) < 0.05 for task, value in now.items())
+
+# %% [markdown]
+# - **The sum works.** At 0.75 it keeps 91.0 ± 1.2 % of what each adapter gains on its own task, without any training.
+# - **Joint training is better**, by 0.050 ± 0.013 nats a token. Where the data are at hand, a merge saves time, not loss.
+# - **Scale is most of it.** At full scale the other adapter costs 0.12 on either task; at half of it 0.02 and 0.04. Alone,
+#   0.75 of an adapter is nearly as good as all of it. So the sum at 0.75 gives up little length and much interference.
+#   A rule must be compared at its own best weight: TIES at 1 beats the sum at 1, and not the sum at 0.75.
+# - **No rule is clearly better than the sum** at the weight that validation chose. TIES on whole matrices is undecided; `svd`,
+#   which halves the rank, costs 0.004 ± 0.002; rules on factors are worse, TIES and DARE most.
+#
+# These two updates are nearly orthogonal (cosine 0.01), and there are only two. The paper on TIES merges seven tasks and
+# more, where signs conflict more often; nothing here speaks of that.
+#
+# ## 6 · What variance costs
+#
+# One adapter, no merging: `rewrite`, of which DARE keeps a density $d$; on whole matrices $\frac{\alpha}{r} BA$ (the
+# paper), or on the two factors (PEFT's `dare_linear`). The control is trimming with the same density.
+#
+# **Predict:** at $d = 0.1$ the noise on whole matrices is three times as long as the update. What is left of the gain?
+
+# %%
+print(f"\n{'density':>8s}{'noise / update':>16s}{'whole matrices':>18s}{'factors':>16s}{'largest kept':>18s}")
+for d in DENSITIES:
+    cells = "".join(f"{spread(loss(f'{rule} {d}')):>18s}" for rule in ("dare_linear_svd", "dare_linear", "magnitude_prune_svd"))
+    print(f"{d:8g}{np.sqrt((1 - d) / d):16.2f}{cells}")
+    assert below(loss(f"magnitude_prune_svd {d}"), loss(f"dare_linear_svd {d}")) and below(loss(f"dare_linear_svd {d}"), loss(f"dare_linear {d}"))
+print(f"all of it: {spread(loss('rewrite 1.0'))}; the base: {spread(loss('base'))}")
+generator, ratios = np.random.default_rng(0), []
+for D in updates["rewrite"].values():
+    noise = D * ((generator.random(D.shape) < 0.1) / 0.1 - 1)
+    ratios.append([np.linalg.norm(noise) / np.linalg.norm(D), np.linalg.norm(noise, 2) / np.linalg.norm(D, 2)])
+whole, strongest = np.median(ratios, axis=0)
+print(f"at 0.1, median over the matrices: noise / update {whole:.2f} in all, {strongest:.2f} in the strongest direction of each")
+assert abs(whole - 3) < 0.3 and strongest < whole / 2
+assert below(loss("dare_linear_svd 0.1"), loss("base") - 0.5) and below(loss("base"), loss("dare_linear 0.1"))
+
+# %% [markdown]
+# Most of the gain is left, because length in all is not what counts. An update of rank 8 has its length in a few
+# directions; noise that is drawn for each number has it spread over all. In its strongest direction the noise is not
+# three times as strong as the update, but about as strong. On the *factors* that protection is gone: what is drawn for one
+# number of $A$ is in a whole column of products, and its noise is multiplied by that of $B$. At $d = 0.1$ on factors the
+# model is worse than the base.
+#
+# And the control: of equally many numbers, the largest are better than random ones, at each density. DARE's paper drops
+# 90 % and more of the updates of models of 7 billion parameters and above, and reports hardly a loss; on this small model
+# it costs. What it is meant to buy are fewer meetings of two task vectors, not a better vector.
+#
+# ## 7 · Subtracting
+#
+# $\theta_0 - \lambda \tau$ for `rewrite`. The control is a random update with the same rank and the same length in each
+# matrix. What else changes? The loss on `define`, and on general text of the base's own domain.
+#
+# **Predict:** does the model get worse at everything, or at `rewrite` alone?
+
+# %%
+print(f"\n{'rise of the loss':22s}{'rewrite':>16s}{'define':>16s}{'general':>18s}")
+for t in NEGATIVE:
+    for name in (f"minus rewrite {t}", f"random {t}"):
+        cells = (spread(loss(name, task) - loss("base", task)) for task in TASKS)
+        print(f"  {name:20s}" + "".join(f"{cell:>16s}" for cell in cells) + f"{spread(loss(name, 'general') - loss('base', 'general'), 4):>18s}")
+    fall = {task: loss(f"minus rewrite {t}", task) - loss("base", task) for task in merging.EVERYTHING}
+    assert below(fall["define"], fall["rewrite"]) and below(10 * fall["general"], fall["define"])
+    assert below(loss(f"random {t}"), loss(f"minus rewrite {t}"))
+
+# %% [markdown]
+# Not at everything: general text hardly notices, and the random update of the same length does next to nothing. But not at
+# `rewrite` alone either: `define` gets worse by 40 to 60 % as much. Both tasks share a form, an answer after a colon that
+# ends soon, which may be why; a task vector holds all that was learned, not what its name says. Test what should stay.
+#
+# ## 8 · Into which base?
+#
+# Back to QLoRA. An adapter was trained beside $Q = \text{NF4}(W)$. There are four dense models to make of it, and two of
+# them go back to four bits:
+#
+# | | merged into $Q$ | merged into $W$ |
+# |---|---|---|
+# | kept in floats | $Q + U$: exactly what was trained | $W + U$: the *wrong* base, which it never saw |
+# | in four bits again | $\text{NF4}(Q + U)$ | $\text{NF4}(W + U)$ |
+#
+# First four numbers, and codes that are the integers. Let $W = (0.2, 0.4, 0.7, 0.9)$, so $Q = (0, 0, 1, 1)$, and let the
+# update be $0.25$ for each: a quarter of a gap, $+1$ in all.
+#
+# **Predict:** by how much does the sum of the four change, when $Q + U$ is rounded, and when $W + U$ is?
+
+# %%
+w, u = np.array([0.2, 0.4, 0.7, 0.9]), 0.25
+q = np.round(w)
+print("\nW:", w, " Q:", q)
+print("Q + U rounded:", np.round(q + u), " the sum changes by", np.round(q + u).sum() - q.sum())
+print("W + U rounded:", np.round(w + u), " the sum changes by", np.round(w + u).sum() - q.sum())
+assert np.round(q + u).sum() == q.sum() and np.round(w + u).sum() - q.sum() == 4 * u
+
+# %% [markdown]
+# $Q$ stands *on* its codes, so everything below half a gap falls back: the update is lost as a whole. $W$ stands anywhere
+# between the codes. A quarter of a gap carries one weight in four over the middle, and this one moves by a whole gap:
+# each weight is wrong, the mean is right. Adding something that lies anywhere before rounding is known as *dithering*;
+# here the base itself is the dither. In the equation, with gap $g$ and $w$ anywhere in it with equal probability,
+#
+# $$\mathbb{E}\,[\,\text{round}(w + u) - \text{round}(w)\,] = \frac{u}{g} \cdot g = u .$$
+#
+# Measured on matrices: an adapter that is trained beside NF4 now; its update scaled down; and the share of it that arrives
+# in the rounded weights, $\langle \text{NF4}(X + U) - \text{NF4}(X),\, U \rangle / \langle U, U \rangle$.
+
+# %%
+quantized = merging.train(mp.get_peft_model(quantize_model(base), merging.CONFIG, seed=settings.seed), settings, "rewrite")
+U = merging.deltas(quantized, "default")
+W = {path: base.get_submodule(path).weight.numpy() for path in U}
+
+
+def nf4(w):
+    return mp.quant.dequantize_4bit(*mp.quant.quantize_4bit(w, compress_statistics=True))
+
+
+def arrives(t, on_codes):
+    """The share of t U that arrives, over all layers."""
+    got = 0.0
+    for path, update in U.items():
+        start = nf4(W[path]) if on_codes else W[path]
+        got += float(((nf4(start + np.float32(t) * update) - nf4(start)) * update).sum())
+    return got / t / sum(float((update**2).sum()) for update in U.values())
+
+
+parts = (1.0, 0.5, 0.25, 0.125)
+share = {on_codes: [arrives(t, on_codes) for t in parts] for on_codes in (True, False)}
+size = np.median([np.linalg.norm(U[path]) / np.linalg.norm(nf4(W[path]) - W[path]) for path in U])
+print(f"\nthe update is {size:.2f} times as long as the error of NF4 (median over the matrices)")
+print("of the update that arrives       ", "".join(f"{t:9g} U" for t in parts))
+print("  merged into Q, rounded again   ", "".join(f"{s:11.0%}" for s in share[True]))
+print("  merged into W, rounded again   ", "".join(f"{s:11.0%}" for s in share[False]))
+assert all(0.8 < s < 1.2 for s in share[False]), "about all of it, at every size"
+assert share[True][-1] < 0.2 and share[True] == sorted(share[True], reverse=True), "the smaller, the more is lost"
+
+# %% [markdown]
+# Then the models. $U$ is what 40 steps at this lesson's rate make of it; $\frac12 U$ and $\frac14 U$ are the same update
+# at a smaller size, as a lower rate would leave it.
+#
+# **Predict:** which is worse, the wrong base in floats, or the right base in four bits?
+
+# %%
+Q = loss("Q", what="bases")
+print(f"\nbase: W {spread(loss('W', what='bases'))}, Q {spread(Q)}; LoRA trained beside W, merged into W: {spread(loss('LoRA 1.0 on W', what='bases'))}")
+kinds = {"Q + U": "QLoRA {} on Q", "W + U": "QLoRA {} on W", "NF4(Q + U)": "NF4(QLoRA {} on Q)", "NF4(W + U)": "NF4(QLoRA {} on W)"}
+print(f"{'':14s}" + "".join(f"{t:>10g} U, minus Q + U      " for t in PARTS))
+for name, kind in kinds.items():
+    cells = []
+    for t in PARTS:
+        here, exact = loss(kind.format(t), what="bases"), loss(f"QLoRA {t} on Q", what="bases")
+        cells.append(f"{spread(here):>15s}{spread(here - exact) if name != 'Q + U' else '':>17s}")
+    print(f"  {name:12s}" + "".join(cells))
+for t in PARTS:
+    exact, wrong, coded, best = (loss(f"{kind.format(t)}", what="bases") for kind in kinds.values())
+    assert below(wrong, exact) and below(exact, best) and below(best, coded), "in this order, at every size"
+gain = {t: 100 * (Q - loss(f"NF4(QLoRA {t} on Q)", what="bases")) / (Q - loss(f"QLoRA {t} on Q", what="bases")) for t in PARTS}
+print("of the gain that NF4(Q + U) keeps:", ", ".join(f"{t:g} U: {spread(gain[t], 1)} %" for t in PARTS))
+assert below(gain[0.25], gain[0.5]) and below(gain[0.5], gain[1.0])
+
+# %% [markdown]
+# - The **wrong base in floats is the best of the four**: 0.015 to 0.020 below $Q + U$. That is about what four bits cost
+#   the base itself (0.020). The adapter has hardly adapted to the error of $Q$, so it misses nothing on $W$, and $W$ is
+#   the better base.
+# - **Four bits after merging into $W$** cost 0.007 to 0.008 (± 0.006) beside what was trained, at every
+#   size: nearly the whole gain, in four bits.
+# - **Four bits after merging into $Q$** keep 96 % of the gain of $U$, 47 % of $\frac12 U$ and 9 % of $\frac14 U$. How much
+#   is lost depends on the update beside the gaps, and at the size that this lesson's rate makes one hardly notices. The
+#   adapter vanishes where one trained carefully, and no error is raised.
+#
+# Why does $U$ keep 96 % of its gain when only 57 % of it arrives? The left panel of the picture says it: half of an
+# adapter brings nine tenths of what all of it brings.
+#
+# **LoftQ** (Lesson 7, section 6) starts the adapter as a correction of $Q$. On $W$ there is nothing to correct, so this
+# adapter should mind the wrong base most.
+
+# %%
+print("\nminus its own base in floats:    on W           NF4(on its own)     NF4(on W)")
+for name in ("QLoRA", "LoftQ"):
+    exact = loss(f"{name} 1.0 on Q", what="bases")
+    cells = (spread(loss(k, what="bases") - exact) for k in (f"{name} 1.0 on W", f"NF4({name} 1.0 on Q)", f"NF4({name} 1.0 on W)"))
+    print(f"  {name:24s}" + "".join(f"{cell:>18s}" for cell in cells))
+d_qlora, d_loftq = (loss(f"{name} 1.0 on W", what="bases") - loss(f"{name} 1.0 on Q", what="bases") for name in ("QLoRA", "LoftQ"))
+print("the wrong base costs LoftQ, compared with QLoRA:", spread(d_loftq - d_qlora))
+assert below(d_qlora, d_loftq), "LoftQ minds it more"
+
+# %% [markdown]
+# It does: the wrong base is worth 0.010 ± 0.003 less to it than to QLoRA's adapter. On this base, with one turn and rank 8,
+# that only takes away what $W$ is better by. A correction of higher rank would be missed more; keep such an adapter with
+# its base.
+#
+# ## 9 · Break it: ten small updates through four bits
+#
+# A model is improved every week: merge a small update, round to four bits, start from there. Ten weeks, each a twentieth of
+# $U$. Beside it, the same updates added to $W$, and rounded once at the end.
+
+# %%
+path = "model.layers.2.mlp.down_proj"
+step, start = np.float32(0.05) * U[path], nf4(W[path])
+weekly = start
+for _ in range(10):
+    weekly = nf4(weekly + step)
+once = nf4(W[path] + 10 * step)
+arrived = [float(((x - start) * step).sum() / (10 * (step**2).sum())) for x in (weekly, once)]
+print(f"\nof ten updates arrive: rounded each time {arrived[0]:.0%}, rounded once {arrived[1]:.0%}")
+assert arrived[0] < 0.25 < 0.75 < arrived[1]
+
+# %% [markdown]
+# It is Lesson 17's step that bfloat16 loses, with gaps many times as wide. Keep the sixteen-bit weights: they are the
+# master copy of everything that is merged. Now break it yourself: at which size of one step does `weekly` arrive?
+#
+# ## The picture
+#
+# Left: each adapter alone over its scale (thin), and in a sum with the other (thick); the gap is interference. Middle:
+# one adapter, of which only a share is kept. Right: the share of an update that arrives in four bits.
+
+# %%
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+for task, color in zip(TASKS, (BLUE, ORANGE)):
+    for kind, width in (("alone", 1), ("in a sum", 3)):
+        means = [loss(f"{task if kind == 'alone' else 'sum'} {t}", task).mean() for t in SCALES]
+        a.plot([0, *SCALES], [loss("base", task).mean(), *means], "o-", color=color, lw=width, ms=4, label=f"{task}, {kind}")
+    a.axhline(loss("joint", task).mean(), color=color, lw=1, ls=":")
+    a.text(0.2, loss("joint", task).mean(), "joint training", color=color, va="bottom", fontsize=8)
+a.set(xlabel="scale of the adapters", ylabel="test loss, nats a token", title="Added to each other")
+a.legend(fontsize=8)
+for rule, name, color in (("magnitude_prune_svd", "largest kept", GREEN), ("dare_linear_svd", "DARE, whole matrices", BLUE), ("dare_linear", "DARE, factors", ORANGE)):
+    b.plot([1, *DENSITIES], [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)], "o-", color=color, label=name)
+b.axhline(loss("base").mean(), color=GREY, lw=1, ls=":")
+b.text(1, loss("base").mean(), "base", color=GREY, va="bottom", ha="right", fontsize=9)
+b.set_xscale("log")
+b.set_xticks([1, *DENSITIES], [f"{d:g}" for d in (1, *DENSITIES)])
+b.minorticks_off()
+b.set(xlabel="density: the share that is kept", ylabel="test loss of rewrite", title="Dropped and rescaled")
+b.legend(fontsize=8)
+for on_codes, name, color in ((False, "merged into W", GREEN), (True, "merged into Q, which stands on its codes", ORANGE)):
+    c.plot(parts, share[on_codes], "o-", color=color, label=name)
+c.axhline(1, color=GREY, lw=1, ls=":")
+c.set_xscale("log", base=2)
+c.set_xticks(parts, [f"{t:g}" for t in parts])
+c.set(xlabel="size of the update, U = 1", ylabel="share of it that arrives", title="Merged, and rounded to four bits", ylim=(-0.05, 1.3))
+c.legend(fontsize=8, loc="center left")
+fig.savefig(OUT / "19_merging.png", dpi=130)
+print("picture:", OUT / "19_merging.png")
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** Two task vectors have $-5$ and $+3$ for a weight. What do the sum and TIES make of it, and what does the second task
+# get?
+#
+# <details><summary>Answer</summary>
+#
+# The sum has $-2$, which serves neither. TIES elects the sign of the sum, minus, and averages those that have it: $-5$. The
+# second task gets nothing: the conflict is decided, not solved.
+#
+# </details>
+#
+# **2.** DARE's mean is right at every density. Why not keep one number in a hundred?
+#
+# <details><summary>Answer</summary>
+#
+# One draw is used, not the mean. Its variance is $(1 - d)/d$ times the square of the update: at 0.01 the noise is ten times
+# as long as the update.
+#
+# </details>
+#
+# **3.** Two adapters are merged by `linear` with weights 1 and 1. When is the result about twice the sum of their products?
+#
+# <details><summary>Answer</summary>
+#
+# When both started from the same $A$, which changes little: $(B_1 + B_2)(A + A)$ is $2 (B_1 + B_2) A$. With different starts
+# it is once the sum, with cross terms.
+#
+# </details>
+#
+# **4.** Merged adapters do worse than each alone at the same scale. What are the two controls, and what do they separate?
+#
+# <details><summary>Answer</summary>
+#
+# Each adapter alone at the same scale separates the scale from the presence of the other, which is interference. Joint
+# training says what one adapter of this size can do on both tasks.
+#
+# </details>
+#
+# **5.** An adapter was trained beside NF4 weights, and the merged model shall be in four bits. Which weights is it merged
+# into before rounding, and why?
+#
+# <details><summary>Answer</summary>
+#
+# Into the sixteen-bit ones. They lie anywhere between the codes, so a small update moves some of them by a whole gap, and
+# the mean is right. Dequantized weights lie on the codes, and all that is smaller than half a gap falls back.
+#
+# </details>
+
+# %% [markdown]
+# ## Exercises
+#
+# Check an answer with `from minipeft.exercises import check` and `check("19.2", value)`, or at the terminal with
+# `minipeft exercise 19.2 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 19.1 FILE.py`.
+#
+# **19.1 TIES.** Write `ties(tau, density)`: the merged task vector of `tau [n, m]`, one row a task. Of each row the
+# `int(density * m)` largest magnitudes are kept; a sum of zero elects plus.
+#
+# **19.2 How long is the noise?** An update has the length 2. DARE keeps one number in ten. How long is the noise of one
+# draw (the root of its expected square)?
+#
+# **19.3 Side by side.** Write `cat(A, B, s, w)`: the factors `(A, B)` of one adapter with scaling 1 whose product is
+# $\sum_i w_i s_i B_i A_i$ exactly; `A`, `B`, `s`, `w` are lists.
+#
+# **19.4 A tenth of a gap.** Codes are the integers and an update adds 0.1 to every weight. Which share of the weights
+# changes its code when the update is merged into weights that lie anywhere, and which when into weights on their codes?
+# Two numbers.
+#
+# Further, without a checker:
+#
+# - **Weights of their own.** The rows give both adapters one weight. With `merging.merged`, try a grid of two on
+#   validation records. Is the best pair equal?
+# - **Three tasks.** Train a third adapter on `use`. Does the best scale of the sum fall with the number of tasks?
+#
+# <details><summary>Solution of 19.1</summary>
+#
+# The three steps of section 2.
+#
+# ```python
+# def ties(tau, density):
+#     kept = np.zeros_like(tau)
+#     for row, out in zip(tau, kept):
+#         largest = np.argsort(-abs(row))[: int(density * len(row))]
+#         out[largest] = row[largest]
+#     agree = np.sign(kept) == np.where(kept.sum(axis=0) >= 0, 1, -1)
+#     return (kept * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+#
+# check("19.1", ties)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 19.2</summary>
+#
+# $\sqrt{(1 - d) / d}$ times the length.
+#
+# ```python
+# check("19.2", 2 * (0.9 / 0.1) ** 0.5)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 19.3</summary>
+#
+# The weights go to one of the two factors, not to both.
+#
+# ```python
+# def cat(A, B, s, w):
+#     return np.concatenate([a * x * y for a, x, y in zip(A, s, w)]), np.concatenate(B, axis=1)
+#
+# check("19.3", cat)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 19.4</summary>
+#
+# One in ten lies in the tenth of a gap below the middle; on the codes nobody does.
+#
+# ```python
+# check("19.4", [0.1, 0])
+# ```
+#
+# </details>

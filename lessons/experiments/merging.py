@@ -1,0 +1,184 @@
+"""Adapters of two tasks merged with each other, and an adapter trained beside four-bit weights merged into either base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import minipeft as mp
+from minipeft.backend import asarray, to_numpy
+from minipeft.experiments import shipped
+from minipeft.peft.loftq import get_loftq_model
+from minipeft.quant import dequantize_model, quantize_model
+from minipeft.text.examples import Example, encode_examples
+from minipeft.train import evaluate
+
+TASKS = ("rewrite", "define")
+EVERYTHING = (*TASKS, "general")
+CONFIG = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+WEIGHTS = (0.375, 0.5, 0.75, 1.0, 1.5, 2.0)  # of both adapters, one of which the validation records choose
+SCALES = (0.25, 0.5, 0.75, 1.0)  # of an adapter alone, and of both in a sum
+NEGATIVE = (0.1, 0.25, 0.5)  # how much of an adapter is subtracted
+PARTS = (1.0, 0.5, 0.25)  # of an update that is merged into four-bit weights
+DENSITIES = (0.5, 0.2, 0.1)
+RULES = {  # name -> (which adapter "define", options of add_weighted_adapter)
+    "cat": ("define", {"combination_type": "cat"}),
+    "svd": ("define", {"combination_type": "svd"}),
+    "linear": ("define", {"combination_type": "linear"}),
+    "linear, same start": ("same", {"combination_type": "linear"}),
+    "ties": ("define", {"combination_type": "ties", "density": 0.2}),
+    "ties_svd": ("define", {"combination_type": "ties_svd", "density": 0.2}),
+    "ties, whole matrices": ("define", {"combination_type": "ties_svd", "density": 0.2, "svd_rank": 128}),
+    "dare_linear": ("define", {"combination_type": "dare_linear", "density": 0.5}),
+    "dare, whole matrices": ("define", {"combination_type": "dare_linear_svd", "density": 0.5, "svd_rank": 128}),
+    "dare_ties": ("define", {"combination_type": "dare_ties", "density": 0.5}),
+    "magnitude_prune": ("define", {"combination_type": "magnitude_prune", "density": 0.5}),
+}  # fmt: skip
+Deltas = Mapping[str, np.ndarray]  # path of a layer -> what is added to its weight [out, in]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is trained, and how much it is tested on; the seed chooses training and test records, and where A starts.
+
+    what   "tasks": the adapters of two tasks, merged with each other; "bases": one adapter, merged into either base
+    """
+
+    what: str = "tasks"
+    steps: int = 40
+    batch_size: int = 8
+    validation: int = 64  # records of each task
+    test: int = 150
+    seed: int = 0
+
+
+RUNS = [Merge(what, seed=seed) for seed in range(5) for what in ("tasks", "bases")]
+
+
+def records(name: str, split: str, n: int, seed: int) -> list[Example]:
+    """`n` short records of a task, chosen by the seed."""
+    all_of_it, tokenizer = shipped.short(name, split), shipped.base()[1]
+    chosen = np.random.default_rng(seed).permutation(len(all_of_it))[:n]
+    return encode_examples([all_of_it[i] for i in chosen], tokenizer, 2 * shipped.LENGTH).examples
+
+
+def train(model: Any, s: Merge, *names: str) -> Any:
+    """The model, trained on one task, or on several at once: in each step as many records of each, on average."""
+    examples = [example for name in names for example in records(name, "train", s.steps * s.batch_size, s.seed)]
+    arguments = mp.TrainingArguments(
+        learning_rate=3e-3, max_steps=s.steps, per_device_train_batch_size=s.batch_size * len(names),
+        lr_scheduler_type="cosine", warmup_ratio=0.05, weight_decay=0.0, seed=s.seed, progress=False,
+    )  # fmt: skip
+    mp.Trainer(model, examples, args=arguments, pad_token_id=shipped.base()[1].pad_token_id).train()
+    return model
+
+
+def adapters(s: Merge) -> Any:
+    """A model with an adapter for each task, and with "same": again "define", begun at the A of "rewrite"."""
+    model = mp.get_peft_model(shipped.base()[0], CONFIG, "rewrite", seed=s.seed)
+    for name, seed in (("define", 100 + s.seed), ("same", s.seed)):
+        model.add_adapter(name, CONFIG, seed=seed)
+    for name, task in (("rewrite", "rewrite"), ("define", "define"), ("same", "define")):
+        model.set_adapter(name)
+        train(model, s, task)
+    return model
+
+
+def losses(model: Any, s: Merge, tasks: Iterable[str] = TASKS, split: str = "test") -> dict[str, float]:
+    """The held-out loss of tasks, or of "general" text of the base's own domain, in nats per token."""
+    n, tokenizer = s.test if split == "test" else s.validation, shipped.base()[1]
+    found = {}
+    for name in tasks:
+        of_task = () if name == "general" else records(name, split, n, s.seed)
+        examples = of_task or shipped.general_blocks(tokenizer, shipped.LENGTH, shipped.BLOCKS)
+        found[name] = evaluate(model, sorted(examples, key=lambda e: len(e.input_ids)), 32, tokenizer.pad_token_id)
+    return found
+
+
+def merged(model: Any, names: list[str], weights: list[float], **how: Any) -> Any:
+    """A plain model: the base with the adapters that `add_weighted_adapter` combines."""
+    model.add_weighted_adapter(names, weights, "merged", **how)
+    plain = model.merge_and_unload(["merged"])
+    model.delete_adapter("merged")
+    return plain
+
+
+def deltas(model: Any, name: str) -> Deltas:
+    """What an adapter adds to each weight."""
+    return {path: to_numpy(part.delta_weight()) for path, part in model.parts(name)}
+
+
+def plus(base: Any, update: Deltas, t: float = 1.0) -> Any:
+    """A new model: base + t · update."""
+    made = base.copy()
+    for path, delta in update.items():
+        weight = made.get_submodule(path).weight
+        weight.data = weight.data + asarray(np.float32(t) * delta)
+    return made
+
+
+def at_random(update: Deltas, seed: int) -> Deltas:
+    """Random matrices of the rank and the norms of an update."""
+    draw = np.random.default_rng(seed).standard_normal
+    made = {path: draw((d.shape[0], CONFIG.r)) @ draw((CONFIG.r, d.shape[1])) for path, d in update.items()}
+    return {path: (d * np.linalg.norm(update[path]) / np.linalg.norm(d)).astype(np.float32) for path, d in made.items()}
+
+
+def four_bits(model: Any) -> Any:
+    """A dense model, rounded to NF4 and back."""
+    return dequantize_model(quantize_model(model))
+
+
+def with_each_other(s: Merge) -> dict[str, Any]:
+    """Test losses of the two adapters, merged by every rule; the weight of both is chosen on validation records."""
+    base, model = shipped.base()[0], adapters(s)
+    joint = train(mp.get_peft_model(base, CONFIG, seed=s.seed), s, *TASKS)
+    found: dict[str, Any] = {"base": losses(base, s, EVERYTHING), "joint": losses(joint.merge_and_unload(), s)}
+    sums = {t: merged(model, list(TASKS), [t, t], combination_type="cat") for t in SCALES}
+    found |= {f"sum {t}": losses(m, s) for t, m in sums.items()}
+    found |= {f"{name} {t}": losses(plus(base, deltas(model, name), t), s) for name in TASKS for t in SCALES}
+    rewriting = deltas(model, "rewrite")
+    for t in NEGATIVE:
+        found[f"minus rewrite {t}"] = losses(plus(base, rewriting, -t), s, EVERYTHING)
+        found[f"random {t}"] = losses(plus(base, at_random(rewriting, s.seed), t), s, EVERYTHING)
+    for density in DENSITIES:
+        for rule in ("dare_linear", "dare_linear_svd", "magnitude_prune_svd"):
+            rank = {"svd_rank": 128} if rule.endswith("svd") else {}
+            one = merged(model, ["rewrite"], [1.0], combination_type=rule, density=density, **rank)
+            found[f"{rule} {density}"] = losses(one, s, ["rewrite"])
+    chosen = {}
+    for name, (other, how) in RULES.items():
+        tried = {w: merged(model, ["rewrite", other], [w, w], **how) for w in WEIGHTS}
+        scores = {w: sum(losses(m, s, split="validation").values()) for w, m in tried.items()}
+        chosen[name] = min(scores, key=scores.get)
+        found[name] = losses(tried[chosen[name]], s)
+    return {"losses": found, "weights": chosen}
+
+
+def into_a_base(s: Merge) -> dict[str, Any]:
+    """Test losses of adapters of "rewrite" that were trained beside W, beside NF4(W) and from LoftQ's start, on each base."""
+    W = shipped.base()[0]
+    Q = four_bits(W)
+    beside = {
+        "LoRA": mp.get_peft_model(W, CONFIG, seed=s.seed),
+        "QLoRA": mp.get_peft_model(quantize_model(W), CONFIG, seed=s.seed),
+        "LoftQ": get_loftq_model(W, CONFIG, seed=s.seed),
+    }
+    found = {"W": W, "Q": Q}
+    for name, model in beside.items():
+        train(model, s, "rewrite")
+        update, own = deltas(model, "default"), dequantize_model(model.unload())
+        for t in PARTS if name == "QLoRA" else (1.0,):
+            part = f"{name} {t}"
+            for place, onto in {"W": W, "Q": Q if name == "LoRA" else own}.items():  # of LoftQ, Q is its own
+                sum_ = plus(onto, update, t)
+                found |= {f"{part} on {place}": sum_, f"NF4({part} on {place})": four_bits(sum_)}
+    return {"losses": {name: losses(model, s, ["rewrite"]) for name, model in found.items()}}
+
+
+def run(s: Merge) -> dict[str, Any]:
+    """The row of a run: test losses in nats per token, by the name of the model and the task."""
+    return shipped.rounded(with_each_other(s) if s.what == "tasks" else into_a_base(s))
