@@ -6,7 +6,7 @@
 # lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can tell what
 # decides each, and which comparisons decide nothing.
 #
-# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 17 minutes (200 words or 25 lines of code a
+# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 15 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -157,7 +157,8 @@ if not REDUCED:
 # %% [markdown]
 # In this run the conjecture in its literal form is not what we find. The update is far from random, but it is no matrix
 # of rank 8: much of the energy lies outside. What is low is the rank of a part that *suffices*: the first 8 directions
-# keep nearly all of the gain. Nothing had asked the run to be thrifty.
+# of each matrix keep all of the gain (or more: norms and embeddings are left as they were). The others hold much of the
+# energy and add nothing to that, though alone they bring a part of the gain. Nothing had asked the run to be thrifty.
 #
 # Where does the rest come from? Partly from the optimizer. Adam divides each element of the gradient by its own size: its
 # first step is $-\eta \cdot \mathrm{sign}(G)$, in which small elements, noise and all, weigh as much as large ones.
@@ -420,7 +421,7 @@ print("picture:", OUT / "18_lora_questioned.png")
 #
 # <details><summary>Answer</summary>
 #
-# Not in section 1's run: much of its energy lies outside of the 8 strongest directions. But those 8 keep nearly all of
+# Not in section 1's run: much of its energy lies outside of the 8 strongest directions. But those 8 keep all of
 # the gain. Of low rank is a part that suffices.
 #
 # </details>
