@@ -166,7 +166,7 @@ def soft_prompts(rows: Rows) -> Verdict:
     return judged(find, pairs, lambda d: d.clearly_worse)
 
 
-@claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start matters", experiment=league(("prompt", "prompt-random"), MIDDLE))
+@claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start, and the rate", experiment=league(("prompt", "prompt-random"), MIDDLE))
 def start_of_a_prompt(rows: Rows) -> Verdict:
     """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with
     its own rate, epochs and batch size; holds if on one; does not hold here otherwise."""
