@@ -337,7 +337,7 @@ assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()
 #
 # <details><summary>Answer</summary>
 #
-# It contains it: if the vectors are the embeddings of real tokens, the model computes what it computes behind that
+# Every prompt of words is one: if the vectors are the embeddings of real tokens, the model computes what it computes behind that
 # text. Training may leave the finite set of texts.
 #
 # </details>
