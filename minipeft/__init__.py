@@ -10,6 +10,10 @@ Words that mean one thing everywhere:
     adapter layer       an adapter's part at one base layer
     targets             the layers that a method is put on (`target_modules`)
     start               the values that an adapter begins with
+    rank                of LoRA: how many numbers its two strips share, so the rank of the change at most
+    alpha               of LoRA: the change is multiplied by alpha / rank (rsLoRA: by alpha over the root of the rank)
+    bottleneck          an adapter of two layers, from a width to a few numbers and back, after or beside a sublayer
+    league              all methods tuned by one protocol, and reported on test items under seeds that chose nothing
     merge               add an adapter's change to the weights of the base layers, which then compute the same alone
     task vector         what fine-tuning has changed, tuned weights minus the base's
     interference        what a task loses by another one's update in the same weights

@@ -11,7 +11,7 @@ from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.comparison import Case, Pair, judged, spread
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
-from minipeft.claims.standings import standings, table
+from minipeft.claims.standings import so_far, standings, table
 from minipeft.experiments.rows import described
 
 ITEMS, CLOZE = 64, 64
@@ -233,6 +233,15 @@ def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():
     assert text[0].split()[:3] == ["method", "trained", "bytes"] and len({len(line) for line in text}) == 1
     assert [line.split()[0] for line in text[1:]] == ["lora", "full", "prompt"]
     assert standings(case, ("full", "vera"), rows)[0].method == "full", "a method without rows is left out"
+
+
+def test_a_lesson_prints_the_rows_that_are_there_and_says_which_are_missing():
+    rows = filled(league.league(("full", "lora"), [Case("source", 500)]), {}, {})
+    lines = so_far(["lora", "full", "prompt"], rows=rows).splitlines()
+    assert lines[:2] == ["rewrite, 500 examples", "rows still to come: lora, full, prompt"]
+    assert lines[3].startswith("source, 500 examples (the base: loss 3.000, right 40")
+    assert {line.split()[0] for line in lines[5:7]} == {"full", "lora"} and lines[7:] == ["rows still to come: prompt"]
+    assert so_far(["vera"], rows=[]).count("rows still to come: vera") == 2
 
 
 def general(rows: list[dict], text: Callable[[dict], float]) -> list[dict]:

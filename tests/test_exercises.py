@@ -87,6 +87,11 @@ def merged(W, b, down, b_down, up, b_up):
     return W + up @ (down @ W), b + up @ (down @ b + b_down) + b_up
 
 
+def turned(W, A, B, alpha, axis=1):
+    V = W + alpha / len(A) * B @ A
+    return V / np.linalg.norm(V, axis=axis, keepdims=True)
+
+
 def positions_by_rows(mask, p):
     ids = np.zeros_like(mask)
     for row, own in zip(ids, mask):
@@ -332,6 +337,22 @@ ANSWERS = {  # name: right answers, wrong ones
     "17.2": ([2.0**-14, "6.1e-5", 0.000061035], [2.0**-13, 2.0**-17, 0.02 / 512]),
     "17.3": ([22, "22", 22.0], [23, 21, 2.0**22, 16]),
     "17.4": (["float16", " Float16 "], ["bfloat16", "both", "neither"]),
+    "18.1": ([16, "16", 2 * 8], [8, 32, 4]),
+    "18.2": (
+        [lambda W, A, B, m, a: turned(W, A, B, a) * m[:, None], lambda W, A, B, m, a: np.diag(m) @ turned(W, A, B, a)],
+        [
+            lambda W, A, B, m, a: turned(W, A, B, a), lambda W, A, B, m, a: turned(W, A, B, len(A)) * m[:, None],
+            lambda W, A, B, m, a: turned(W, A, B, a, axis=0) * m[:, None], lambda W, A, B, m, a: W + a / len(A) * B @ A,
+        ],
+    ),
+    "18.3": (
+        [lambda A, B, A0, B0: (np.vstack([A, A0]), np.hstack([B, -B0])), lambda A, B, A0, B0: (np.vstack([-A0, A]), np.hstack([B0, B]))],
+        [
+            lambda A, B, A0, B0: (np.vstack([A, A0]), np.hstack([B, B0])), lambda A, B, A0, B0: (A - A0, B - B0),
+            lambda A, B, A0, B0: (A, B), lambda A, B, A0, B0: (np.vstack([A, -A0]), np.hstack([B, -B0])),
+        ],
+    ),
+    "18.4": ([128, "128", 16 * 8], [2, 16, 1024]),
     "20.1": ([0.7112, np.e**2 / (3 + np.e**2), "0.711"], [1.847, 0.2888, 0.8808, 0.35466]),
     "20.2": ([0.5544, np.log(1 + np.exp(-0.3)), "0.554"], [0.3, 0.3711, 0.8544, 0.0486]),
     "20.3": (

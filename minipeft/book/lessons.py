@@ -1,7 +1,7 @@
 """The lessons, and their executed notebooks, which are kept for as long as nothing that a lesson reads has changed.
 
 The key of a notebook is a hash of the lesson, of the package's sources and data, of the rows and experiments that the
-lesson names, and of the versions and settings it ran with. It stands in the notebook's own metadata.
+lesson names, of the claims if it uses them, and of the versions and settings it ran with. It stands in the notebook's own metadata.
 """
 
 from __future__ import annotations

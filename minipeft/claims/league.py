@@ -48,7 +48,7 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
 # ------------------------------------------------------------------------------------------------------------- overview
 
 
-@claim("start-1", lesson="03_full_finetuning.py", section="Step 1 · Load: a base, and a task", experiment=league(("full", "scratch")))
+@claim("start-1", lesson="03_full_finetuning.py", section="The league: how methods are compared", experiment=league(("full", "scratch")))
 def pretrained(rows: Rows) -> Verdict:
     """Holds if the base tuned on 50 examples clearly beats the same shape trained from random weights on 5,000, on both tasks; holds
     if so on one; does not hold here otherwise. Both have their own rate, epochs and batch size, and every weight is trained."""
@@ -80,7 +80,7 @@ def forgetting(rows: Rows) -> Verdict:
 # ----------------------------------------------------------------------------------------------------------------- LoRA
 
 
-@claim("lora-2", lesson="04_lora.py", section="6 · Which rank?", experiment=league(RANKS.values(), MIDDLE))
+@claim("lora-2", lesson="18_lora_questioned.py", section="2 · Which rank?", experiment=league(RANKS.values(), MIDDLE))
 def ranks(rows: Rows) -> Verdict:
     """Holds if rank 8 loses to no rank by more than a trifle (its interval stays above -0.02), and rank 1 clearly loses to it, on both
     tasks; holds if some of these four are so; does not hold here otherwise. Every rank has its own rate, epochs and batch size."""
@@ -89,7 +89,7 @@ def ranks(rows: Rows) -> Verdict:
     return both(found, judged(find, in_cases("lora", MIDDLE, "lora-r1"), lambda d: d.clearly_better))
 
 
-@claim("lora-7", lesson="04_lora.py", section="7 · Which layers?", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
+@claim("lora-7", lesson="18_lora_questioned.py", section="3 · Which layers?", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
 def query_and_value(rows: Rows) -> Verdict:
     """Holds if q and v are not worse (interval above -0.02) than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and,
     with rank 43, than all layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
@@ -98,7 +98,7 @@ def query_and_value(rows: Rows) -> Verdict:
     return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_clearly_worse))
 
 
-@claim("lora-8", lesson="04_lora.py", section="7 · Which layers?", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
+@claim("lora-8", lesson="18_lora_questioned.py", section="3 · Which layers?", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
 def all_linear(rows: Rows) -> Verdict:
     """Holds if LoRA on all linear layers clearly beats q and v, at rank 8 and with as many parameters, on both tasks; holds if in some
     of these four cases; does not hold here if in none."""
@@ -106,7 +106,7 @@ def all_linear(rows: Rows) -> Verdict:
     return judged(finder(rows), pairs, lambda d: d.clearly_better)
 
 
-@claim("lora-12", lesson="16_which_method.py", section="3 · The table", experiment=league(("full", "lora")))
+@claim("lora-12", lesson="18_lora_questioned.py", section="5 · LoRA against full fine-tuning", experiment=league(("full", "lora")))
 def lora_against_full(rows: Rows) -> Verdict:
     """Holds if LoRA loses less than a trifle to full fine-tuning (the interval of the difference stays above -0.02) in every case of
     task and number of examples; holds if in some; does not hold here if in none."""
@@ -116,7 +116,12 @@ def lora_against_full(rows: Rows) -> Verdict:
 AXES = {"rank": [*RANKS.values()], "layers": [*TARGETS, "lora-qv"], "alpha": ["lora", *ALPHAS]}
 
 
-@claim("lora-13", lesson="04_lora.py", section="6 · Which rank?", experiment=league({m for axis in AXES.values() for m in axis}, MIDDLE))
+@claim(
+    "lora-13",
+    lesson="18_lora_questioned.py",
+    section="4 · Which α, and which rate?",
+    experiment=league({m for axis in AXES.values() for m in axis}, MIDDLE),
+)
 def hyperparameters(rows: Rows) -> Verdict:
     """Holds if each of rank (1 to 64), layers, and alpha (4 to 64 at rank 8) matters: its worst value, chosen on validation, clearly loses to its
     best by more than 0.02 at least, on both tasks, rate, epochs and batch size tuned for each; holds if some do; does not hold here if
@@ -142,7 +147,7 @@ def adapters_against_full(rows: Rows) -> Verdict:
 @claim(
     "adapter-8",
     lesson="05_adapters.py",
-    section="4 · Learning a task",
+    section="6 · The league so far",
     experiment=league(("lora", "lora-r1", "bottleneck-m37", "bottleneck-m4"), MIDDLE),
 )
 def adapters_against_lora(rows: Rows) -> Verdict:
@@ -161,7 +166,7 @@ def soft_prompts(rows: Rows) -> Verdict:
     return judged(find, pairs, lambda d: d.clearly_worse)
 
 
-@claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start matters", experiment=league(("prompt", "prompt-random"), MIDDLE))
+@claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start, and the rate", experiment=league(("prompt", "prompt-random"), MIDDLE))
 def start_of_a_prompt(rows: Rows) -> Verdict:
     """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with
     its own rate, epochs and batch size; holds if on one; does not hold here otherwise."""

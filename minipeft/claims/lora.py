@@ -62,7 +62,7 @@ def equation() -> Verdict:
     )
 
 
-@claim("lora-4", lesson="04_lora.py", section="2 · The start is the base, exactly")
+@claim("lora-4", lesson="04_lora.py", section="4 · The layer as textbooks print it")
 def printed_layer() -> Verdict:
     """Holds if the printed layer runs as it stands, trains A and B alone, and has gradients within a factor of two of the
     library's layer; holds if some of the three are so; does not hold here if none is. (Given an alpha, where it lacks one.)"""

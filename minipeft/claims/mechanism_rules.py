@@ -17,7 +17,7 @@ WIDTHS = Experiment("width", width.run, width.runs)
 SPEED = Experiment("speed", speed.run, speed.runs, timed=True)
 
 
-@claim("lora-3", lesson="04_lora.py", section="5 · Is the update of low rank?", experiment=SUBSPACES)
+@claim("lora-3", lesson="18_lora_questioned.py", section="1 · Is the update of low rank?", experiment=SUBSPACES)
 def low_dimension(rows: Rows) -> Verdict:
     """Holds if fine-tuning from the base is low in three senses: d90, the size of a random subspace that has 90 % of the gain, is below a
     hundredth of all weights; the best part of rank 16 of every update has 90 % of the gain; the rank that holds 90 % of an update's

@@ -48,7 +48,7 @@ def storage() -> Verdict:
     )
 
 
-@claim("peft-2", lesson="04_lora.py", section="3 · Where the saved memory comes from")
+@claim("peft-2", lesson="04_lora.py", section="6 · Where the saved memory comes from")
 def memory() -> Verdict:
     """Holds if LoRA's step takes less memory than full fine-tuning's, as measured on the base, and the gradients are more than
     half of what it saves at 7B and 70B, by the ledger; holds if only with what is made of the gradients, the optimizer's

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -44,10 +44,14 @@ def standings(case: Case, methods: Iterable[str] | None = None, rows: Any = None
 
     The best is the one with the highest share of right choices, of a task without choices with the lowest loss.
     """
-    searches = {method: protocol.search(case.task, method, case.examples) for method in methods or (*TABLE, "scratch")}
-    find = finder(Searches.of("league", searches.values()).rows() if rows is None else rows)
+    searches, find = _league(case, methods, rows)
     found = [line for method, search in searches.items() if (line := _standing(find, case, method, search))]
     return sorted(found, key=lambda line: line.loss.value if line.right is None else -line.right.value)
+
+
+def _league(case: Case, methods: Iterable[str] | None, rows: Any) -> tuple[dict[str, protocol.Search], protocol.Find]:
+    searches = {method: protocol.search(case.task, method, case.examples) for method in methods or (*TABLE, "scratch")}
+    return searches, finder(Searches.of("league", searches.values()).rows() if rows is None else rows)
 
 
 def _standing(find: protocol.Find, case: Case, method: str, search: protocol.Search) -> Standing | None:
@@ -79,7 +83,26 @@ def tokens(task: str) -> int:
 
 def table(case: Case, methods: Iterable[str] | None = None, rows: Any = None) -> str:
     """The standings as text."""
-    lines = standings(case, methods, rows)
+    return as_text(standings(case, methods, rows))
+
+
+def so_far(methods: Iterable[str], examples: int = 500, rows: Any = None) -> str:
+    """What a lesson prints: of each task the base, the table of the methods whose rows are there, and who lacks rows."""
+    said, methods = [], [*methods]
+    for case in (Case(task, examples) for task in KEYS):
+        _, find = _league(case, methods, rows)
+        before = protocol.report(find, protocol.untrained(case.task))
+        right = protocol.report(find, protocol.untrained(case.task), "right") if before and KEYS[case.task] == "right" else None
+        base = f"the base: loss {before.mean.value:.3f}" + (f", right {right.mean.value:.1%}" if right else "") if before else ""
+        lines = standings(case, methods, rows)
+        missing = sorted({*methods} - {line.method for line in lines}, key=methods.index)
+        said += [f"{case.name}{f' ({base})' * bool(base)}", *[as_text(lines)] * bool(lines)]
+        said += [f"rows still to come: {', '.join(missing)}"] * bool(missing) + [""]
+    return "\n".join(said[:-1])
+
+
+def as_text(lines: Sequence[Standing]) -> str:
+    """Standings as a table, a line each."""
     with_right = any(line.right for line in lines)
     head = ["method", "trained", "bytes", "rate", "epochs", "batch", "TFLOPs", "loss", *["right, %"] * with_right, "forgets", "cloze, %"]
     cells = [head]

@@ -12,12 +12,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from . import alignment, costs, foundations, merging, methods
+from . import alignment, costs, foundations, merging, methods, variants
 from .kinds import Code, Number, Word
 
 EXERCISES: dict[str, Number | Word | Code] = {
     f"{lesson:02}.{i}": exercise
-    for part in (foundations, methods, alignment, costs, merging)
+    for part in (foundations, methods, alignment, costs, merging, variants)
     for lesson, exercises in part.EXERCISES.items()
     for i, exercise in enumerate(exercises, 1)
 }
