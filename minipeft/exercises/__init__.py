@@ -12,14 +12,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from . import alignment, costs, foundations, methods
+from . import alignment, costs, foundations, judging, methods
 from .kinds import Code, Number, Word
 
+LESSONS = {n: exercises for part in (foundations, methods, alignment, costs, judging) for n, exercises in part.EXERCISES.items()}
 EXERCISES: dict[str, Number | Word | Code] = {
-    f"{lesson:02}.{i}": exercise
-    for part in (foundations, methods, alignment, costs)
-    for lesson, exercises in part.EXERCISES.items()
-    for i, exercise in enumerate(exercises, 1)
+    f"{lesson:02}.{i}": exercise for lesson in sorted(LESSONS) for i, exercise in enumerate(LESSONS[lesson], 1)
 }
 
 
