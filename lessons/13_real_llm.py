@@ -8,8 +8,8 @@
 # that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA) and 8 (the mask of an answer, packing). Reading takes about 17 minutes (200
-# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (MINUTES on two
-# cores, in less than 2 GB of memory), or open it as a notebook. It needs the extra `hub` (`pip install
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (about four minutes on
+# two cores, in less than 2 GB of memory), or open it as a notebook. It needs the extra `hub` (`pip install
 # 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson says how to get it. Where a line
 # begins with **Predict**, write down your answer; a cell below computes it.
 #
@@ -281,17 +281,18 @@ if not REDUCED:
     for name, start in starts.items():
         assert results[name]["held-out loss"] < start["held-out loss"] - 0.25
         assert results[name]["chrF"] > results["before"]["chrF"] + 5
-        assert results[name]["plain words"] > copied["plain words"] + 0.05
-        assert results[name]["chrF"] < copied["chrF"] + 5, "by chrF alone it would be no better than a copy"
+        assert abs(results[name]["chrF"] - copied["chrF"]) < 8, "by chrF it might be a copy"
+        middle = (copied["plain words"] + plain(reference)) / 2
+        assert copied["plain words"] + 0.02 < results[name]["plain words"] < middle, "nearer the copy than the reference"
     assert rounded["held-out loss"] > results["before"]["held-out loss"]
 
 # %% [markdown]
 # The held-out loss falls in both. QLoRA begins behind: its base is rounded for the second time, from the sixteen points
 # of Q4_1 to the sixteen of NF4, and these do not coincide.
 #
-# Do not trust one number. chrF rises far, and yet about to where the verse copied unchanged stands: most of what it sees
-# is that the model now rewrites the verse, and before made up something of its own. That the rewriting is in plain words
-# shows in their share, which copying does not raise. See for yourself:
+# Do not trust one number. chrF rises far, and yet to about where the verse copied unchanged stands. And the share of
+# plain words lies between the copy's and the reference's, nearer the copy's. Both together say what happened: before, the
+# model made up something of its own; now it keeps the verse and replaces some of its words. See for yourself:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -334,13 +335,21 @@ for (_, trained_part), (_, part) in zip(tuned["LoRA"].parts("default"), control.
     part.lora_A.data, part.lora_B.data = A, noise * np.linalg.norm(B @ A) / np.linalg.norm(noise @ A)
 entropy = loss(model, own)
 print(f"\n{sum((e.labels >= 0).sum() for e in own)} tokens of the model's own answers, {entropy:.2f} nats each; KL after a change, in nats a token")
+kl = {"LoRA, trained": loss(tuned["LoRA"], own) - entropy, "LoRA, random": loss(control, own) - entropy}
 for name, m in (("LoRA, trained", tuned["LoRA"]), ("LoRA, random", control)):
-    print(f"  {name:14s} KL {loss(m, own) - entropy:.3f}; held-out loss {loss(m, test_examples):.3f} (before: {results['before']['held-out loss']:.3f})")
+    print(f"  {name:14s} KL {kl[name]:.3f}; held-out loss {loss(m, test_examples):.3f} (before: {results['before']['held-out loss']:.3f})")
 print("novel: " + ", ".join(f"{name} {results[name]['novel'] - start['novel']:+.3f}" for name, start in starts.items()) + " nats a token, each from its own base")
 for question, *texts in zip(questions[:3], *(answers(m, asked[:3], 24) for m in (model, tuned["LoRA"]))):
     print(f"\n{question}\n  before {texts[0]}\n  LoRA   {texts[1]}")
+if not REDUCED:
+    assert kl["LoRA, trained"] > 0.04 > abs(kl["LoRA, random"]) + 0.02
+    assert all(results[name]["novel"] < start["novel"] + 0.02 for name, start in starts.items()), "the novel loses nothing"
 
 # %% [markdown]
+# The trained one, by far. A random change of the same size leaves the answers where they were (the estimate, from so few
+# tokens, may even fall a little below 0), and the task, too: among all directions, training has found one that matters
+# for both. The novel loses nothing, it even gains: this was a chat model, and has now read 80 verses. Most answers to
+# plain questions still make sense. How to measure forgetting, and what helps against it, is Lesson 15.
 # An adapter can also be taken off, and then nothing is forgotten at all: the base was only read.
 
 # %%
