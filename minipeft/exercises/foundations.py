@@ -71,7 +71,7 @@ look_ahead = Code(
     lambda: {
         "one step": (np.ones(2), np.array([[1.0, -2.0]]), 0.1, 0.9),
         "five steps": (normal(3), normal(5, 3), 0.05, 0.9),
-        "no momentum": (normal(3), normal(4, 3), 0.1, 0.0),
+        "half of the momentum": (normal(3), normal(4, 3), 0.1, 0.5),
     },
 )
 

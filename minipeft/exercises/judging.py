@@ -8,7 +8,7 @@ import numpy as np
 
 import minipeft as mp
 
-from ..accounting import architecture, count_parameters, step_flops
+from ..accounting import architecture, count_parameters, memory_ledger
 from ..experiments.seeds import interval
 from .foundations import normal
 from .kinds import Code, Number, Word
@@ -85,6 +85,7 @@ paired = Code(
     lambda: {
         "every seed the same gain": (np.array([2.0, 2.5, 3.0]) - [0.1, 0.11, 0.09], np.array([2.0, 2.5, 3.0])),
         "the seeds disagree": (np.array([2.0, 2.5, 3.0]), np.array([2.1, 2.4, 3.3])),
+        "the signs agree, by chance": (np.array([2.0, 2.5, 3.0]) - DIFFERENCES, np.array([2.0, 2.5, 3.0])),
         "a is clearly higher": (np.array([2.1, 2.6, 3.1]), np.array([2.0, 2.51, 2.99])),
         "ten seeds": (normal(10) - 1.0, normal(10) + 0.1 * normal(10, seed=1)),
     },
@@ -117,7 +118,6 @@ halfway = Number(
     lambda: 0.25**2 * 0.8,
     lambda right: {
         "that is a straight line's; a parabola has the square of the way": 0.2,
-        "that is for half of the way": 0.2 * 1.0001,
         "a factor of 1/2 stands in the last value, too": right / 2,
     },
 )
@@ -132,14 +132,14 @@ frontier = Code(
         "thirty points": (normal(30, 2),),
     },
 )
-interpolate = Code(
-    "On the way back",
-    "between(start, end, t)",
-    lambda start, end, t: start + t * (end - start),
+leash = Code(
+    "A leash",
+    "leashed(g, w, start, alpha)",
+    lambda g, w, start, alpha: g + alpha * (w - start),
     lambda: {
-        "half of the way": (np.zeros(3), np.array([1.0, 2.0, -4.0]), 0.5),
-        "a quarter": (normal(4), normal(4, seed=1), 0.25),
-        "the start": (normal(2, 2), normal(2, 2, seed=1), 0.0),
+        "no gradient of the task": (np.zeros(3), np.array([1.0, 2.0, -4.0]), np.array([1.0, 1.0, 1.0]), 2.0),
+        "at the start": (normal(4), normal(4, seed=1), normal(4, seed=1), 10.0),
+        "a matrix": (normal(2, 3), normal(2, 3, seed=1), normal(2, 3, seed=2), 0.3),
     },
 )
 
@@ -162,9 +162,17 @@ hundred_tasks = Number(
         "that is with a single adapter": disk(1),
     },
 )
+
+
+def what_doubles() -> str:
+    """The largest of what a step holds that is twice as large with a batch twice as large."""
+    small, large = (memory_ledger("llama-7b", None, batch, 128).held for batch in (1, 2))
+    return max((line for line in small if large[line] == 2 * small[line] > 0), key=large.__getitem__)
+
+
 which_scarce = Word(
-    "What grows with what?",
-    lambda: "activations" if step_grows("batch") == {"activations"} else "states",
+    "What grows with the batch?",
+    what_doubles,
     ("weights", "states", "activations", "disk"),
     {
         "weights": "the weights are there once, whatever the batch",
@@ -174,24 +182,15 @@ which_scarce = Word(
 )
 
 
-def step_grows(what: str) -> set[str]:
-    """Which lines of a step's memory change when the batch doubles."""
-    from ..accounting import memory_ledger
-
-    small, large = (memory_ledger("llama-7b", None, batch, 128).held for batch in (1, 2))
-    grown = {line for line in small if large[line] > small[line]}
-    return {"activations"} if grown <= {"activations", "logits", "working memory"} and what == "batch" else grown
-
-
 lora_flops = Number(
     "LoRA's step",
-    lambda: step_flops("llama-7b", mp.LoraConfig(r=8, target_modules="all-linear"), 1, 512).total / step_flops("llama-7b", None, 1, 512).total,
+    lambda: 4 / 6,
     lambda right: {
-        "that is the share that is trained, which is not the share of the work": 0.003,
-        "forward is a third of a full step; the gradients of the inputs remain, too": 1 / 3,
-        "the gradients of the frozen weights are left out": 1,
+        "forward alone is that; the gradients of the inputs remain, too": 1 / 3,
+        "the gradients of the frozen weights are left out": 1.0,
+        "that is with checkpointing, forward once more in both": 6 / 8,
     },
-    within=0.03,
+    within=0.02,
 )
 decide = Code(
     "Let the table decide",
@@ -208,6 +207,6 @@ decide = Code(
 EXERCISES = {
     13: [another_format, read_block, reorder, smaller_embedding],
     14: [half_width, agree_by_chance, paired, parts],
-    15: [decayed, halfway, interpolate, frontier],
+    15: [decayed, halfway, leash, frontier],
     16: [hundred_tasks, which_scarce, lora_flops, decide],
 }
