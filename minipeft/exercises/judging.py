@@ -167,7 +167,7 @@ hundred_tasks = Number(
 def what_doubles() -> str:
     """The largest of what a step holds that is twice as large with a batch twice as large."""
     small, large = (memory_ledger("llama-7b", None, batch, 128).held for batch in (1, 2))
-    return max((line for line in small if large[line] == 2 * small[line] > 0), key=large.__getitem__)
+    return max((line for line in small if large[line] > 1.9 * small[line]), key=large.__getitem__)
 
 
 which_scarce = Word(
