@@ -392,8 +392,8 @@ if not REDUCED:
 # **15.2 A quarter of the way.** The whole way forgets 0.8 nats. What does a quarter of it cost, by section 2's
 # parabola?
 #
-# **15.3 A leash.** The loss gets $\frac{\alpha}{2} \lVert w - w_0 \rVert^2$ on top. Write `leashed(g, w, start,
-# alpha)`: its gradient at `w`, from the gradient `g` of the task's loss.
+# **15.3 A leash.** The loss gets $\frac{\alpha}{2} \lVert w - w_0 \rVert^2$ on top. Write
+# `leashed(g, w, start, alpha)`: its gradient at `w`, from the gradient `g` of the task's loss.
 #
 # **15.4 The frontier.** Write `frontier(points)`: for each row (task loss, forgotten) of an array `[n, 2]`, whether no
 # other row is at least as low in both and lower in one.
