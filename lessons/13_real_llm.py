@@ -426,7 +426,7 @@ for name, losses in curves.items():
     axes[0, 1].plot(range(1, len(losses) + 1), smooth, color="C0" if name == "LoRA" else "C1", label=f"{name}, {seconds[name]:.0f} s")
     axes[0, 1].axhline(results[name]["held-out loss"], color="C0" if name == "LoRA" else "C1", linestyle=":")
 axes[0, 1].axhline(results["before"]["held-out loss"], color="0.5", linestyle=":", label="held out, before")
-axes[0, 1].set(title="Learning to write plainly (dotted: held out)", xlabel="step", ylabel="nats a token")
+axes[0, 1].set(title="Learning the task (dotted: held out)", xlabel="step", ylabel="nats a token")
 axes[0, 1].legend(fontsize=9)
 scores = {"the verse, copied": copied, **results}
 scores["the reference"] = {"chrF": 100.0, "plain words": plain(reference)}
@@ -439,7 +439,7 @@ axes[1, 0].set(title="A copy has the chrF, but not the words", xlim=(0, 130))
 axes[1, 0].legend(fontsize=9, loc="center right")
 axes[1, 1].axis("off")
 shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
-shown += [(name, results[name]["texts"][1]) for name in tuned] + [("Basic English", test_records[1].output)]
+shown += [(name, results[name]["texts"][1]) for name in tuned] + [("reference", test_records[1].output)]
 
 
 def wrapped(text, width=64):
