@@ -8,7 +8,7 @@
 # that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA) and 8 (the mask of an answer, packing). Reading takes about 17 minutes (200
-# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (about four minutes on
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (about three minutes on
 # two cores, in less than 2 GB of memory), or open it as a notebook. It needs the extra `hub` (`pip install
 # 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson says how to get it. Where a line
 # begins with **Predict**, write down your answer; a cell below computes it.
@@ -438,7 +438,7 @@ axes[1, 0].set(title="A copy has the chrF, but not the words", xlim=(0, 130))
 axes[1, 0].legend(fontsize=9, loc="center right")
 axes[1, 1].axis("off")
 shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
-shown += [("LoRA", results["LoRA"]["texts"][1])] + [("reference", test_records[1].output)]
+shown += [("LoRA", results["LoRA"]["texts"][1]), ("reference", test_records[1].output)]
 
 
 def wrapped(text, width=64):
