@@ -771,7 +771,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 #
 # Answer first, then unfold (in the raw file, the answer stands below the question).
 #
-# **Question 1.** A model gives the right token a probability of 1/8, each time. What is its loss in nats, and in bits?
+# **1.** A model gives the right token a probability of 1/8, each time. What is its loss in nats, and in bits?
 #
 # <details><summary>Answer</summary>
 #
@@ -779,7 +779,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 #
 # </details>
 #
-# **Question 2.** Two models have a loss of 3.0 nats a token, and each has its own tokenizer. Which is better?
+# **2.** Two models have a loss of 3.0 nats a token, and each has its own tokenizer. Which is better?
 #
 # <details><summary>Answer</summary>
 #
@@ -787,7 +787,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 #
 # </details>
 #
-# **Question 3.** Somebody adds 5 to all logits of a trained model. What happens to its loss?
+# **3.** Somebody adds 5 to all logits of a trained model. What happens to its loss?
 #
 # <details><summary>Answer</summary>
 #
@@ -795,7 +795,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 #
 # </details>
 #
-# **Question 4.** Somebody multiplies the loss by 1000. What becomes of a step of gradient descent, and of Adam?
+# **4.** Somebody multiplies the loss by 1000. What becomes of a step of gradient descent, and of Adam?
 #
 # <details><summary>Answer</summary>
 #
@@ -803,7 +803,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 #
 # </details>
 #
-# **Question 5.** You have tried 100 settings and report the lowest of the 100 validation losses. What is wrong with it?
+# **5.** You have tried 100 settings and report the lowest of the 100 validation losses. What is wrong with it?
 #
 # <details><summary>Answer</summary>
 #
@@ -821,9 +821,75 @@ assert np.allclose(louder_step, 1000 * step)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **Bits a byte.** `minipeft.text.corpora.general_corpora("validation")` has the held-out text by its source. Compute
-#    the base's nats a token and bits a byte for each. Is the order the same?
-# 2. **Look ahead.** Nesterov's momentum walks along $g + \mu\, b$ with the new $b$. Change `momentum` by one line, and
-#    hold it against `mp.optim.SGD(..., momentum=0.9, nesterov=True)`. How many steps does it need in the valley?
-# 3. **Weight decay.** AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also multiplies the weights by $1 - \eta\lambda$
-#    in each step. Change `adam` by one line, and hold it against `mp.optim.AdamW(..., weight_decay=0.1)`.
+# Check an answer with `from minipeft.exercises import check` and `check("00.1", value)`, or at the terminal with
+# `minipeft exercise 00.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 00.3 FILE.py`.
+#
+# **00.1 Read a loss.** A model has a loss of 2.5 nats a token. Among how many equally likely tokens would one have to
+# guess to have the same?
+#
+# **00.2 Bits a byte.** Another has 3.2 nats a token, and its tokens are four bytes long on average. How many bits a
+# byte is that?
+#
+# **00.3 Softmax that does not overflow.** Write `log_softmax(z)`: the logarithms of the probabilities along the last
+# axis, also where logits are 1000 or a probability is too small for a number.
+#
+# **00.4 Look ahead.** Nesterov's momentum walks along $g + \mu\, b$, with the new $b$, where momentum walks along $b$.
+# Write `nesterov(w, gradients, lr, mu)`: the weights after one step for each row of `gradients`, `[steps, n]`.
+#
+# Further, without a checker:
+#
+# - **By source.** `minipeft.text.corpora.general_corpora("validation")` has the held-out text by its source. Compute
+#   the base's nats a token and bits a byte for each. Is the order the same?
+# - **Weight decay.** AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also multiplies the weights by
+#   $1 - \eta\lambda$ in each step. Change `adam` by one line, and hold it against
+#   `mp.optim.AdamW(..., weight_decay=0.1)`.
+#
+# <details><summary>Solution of 00.1</summary>
+#
+# $e^{2.5} = 12.2$, the perplexity.
+#
+# ```python
+# check("00.1", np.exp(2.5))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 00.2</summary>
+#
+# Nats into bits, and a token into four bytes.
+#
+# ```python
+# check("00.2", 3.2 / np.log(2) / 4)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 00.3</summary>
+#
+# The logarithm of the quotient is a difference: of a probability that is too small, no logarithm is taken.
+#
+# ```python
+# def log_softmax(z):
+#     z = z - z.max(axis=-1, keepdims=True)
+#     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+#
+# check("00.3", log_softmax)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 00.4</summary>
+#
+# ```python
+# def nesterov(w, gradients, lr, mu):
+#     b = 0
+#     for g in gradients:
+#         b = mu * b + g
+#         w = w - lr * (g + mu * b)
+#     return w
+#
+# check("00.4", nesterov)
+# ```
+#
+# </details>

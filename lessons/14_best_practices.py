@@ -4,9 +4,11 @@
 # "LoRA wants ten times the learning rate." "Warm up for five percent of the steps." "Three epochs are enough." "A few
 # good examples beat many bad ones." Such advice is repeated far more often than it is measured. This lesson measures
 # it: on a small model, a small task and a small budget, but with every number in sight, and over three seeds. Some of
-# the advice holds here, and some does not. The lesson does not know which until it has looked.
+# the advice holds here, and some does not. The lesson does not know which until it has looked. What you take along is
+# the way of looking: a *control*, which differs from a run in one thing alone; several seeds; an interval.
 #
-# You need Lessons 3 and 4. Run it with `python lessons/14_best_practices.py` (a minute and a half on two cores), or
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 17 minutes (200 words or 25 lines of
+# code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/14_best_practices.py` (a minute and a half on two cores), or
 # open it as a notebook. It computes one seed of the most telling runs now, and reads the rest from
 # `lessons/results/14_best_practices.jsonl`, one line a run, with all its settings. `python lessons/14_best_practices.py
 # --full` (in a notebook `!python lessons/14_best_practices.py --full`) first computes those of the 90 runs that are
@@ -60,12 +62,14 @@ print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before
 # $$\bar L \pm t \, \frac{s}{\sqrt 3}, \qquad s^2 = \frac12 \sum_{i=1}^{3} (L_i - \bar L)^2, \qquad t = 4.30 .$$
 #
 # Student's $t$ is such that, if losses are normally distributed, the interval holds the mean over *all* seeds nineteen
-# times out of twenty. (The 96 verses are always the same: what others would say is not in it.) Two settings are
-# compared seed by seed, and the three differences have an interval of their own. Is it not enough that all three have
-# the same sign? If there were no difference, each sign would be a coin, and three coins agree with probability $2 \cdot
-# 2^{-3} = \frac14$. So a difference is called **clear** where its interval excludes 0, which chance alone brings about
-# one time in twenty. Otherwise it is *undecided*, and the interval says how large it may be. Of the thirty or so in
-# this lesson, one that is clear may be chance.
+# times out of twenty. (The 96 verses are always the same: what others would say is not in it.)
+#
+# Two settings are compared seed by seed, and the three differences have an interval of their own: what both runs of a
+# seed have in common, such as their verses, drops out of their difference. The run that one compares with is the
+# **control**. It has to be the same in all but the one thing that is asked about; else nobody knows which of the things
+# that differ made the difference.
+#
+# **Predict:** there is no difference, and each sign is a coin. How often do three seeds agree all the same?
 
 # %%
 seeds = over_seeds(rows, Rewriting(learning_rate=1e-3))
@@ -78,7 +82,13 @@ passed = np.abs(chance.mean(axis=1)) > 4.303 * chance.std(axis=1, ddof=1) / np.s
 print(f"the interval of three differences that are only chance excludes 0 in {passed.mean():.1%} of cases")
 assert abs(passed.mean() - 0.05) < 0.005
 
+# %% [markdown]
+# Once in four: $2 \cdot 2^{-3}$. So that all three agree is not enough. A difference is called **clear** where its
+# interval excludes 0, which chance alone brings about one time in twenty. Otherwise it is **undecided**, which is not
+# *equal*: the interval says how large the difference may be, and more seeds might decide it. Of the thirty or so in this
+# lesson, one that is clear may be chance.
 
+# %%
 def measure(*runs):
     """These runs, computed now."""
     if REDUCED:
@@ -109,6 +119,9 @@ def report(topic):
 # update is $\Delta W = \frac{\alpha}{r} B A$ with $B = 0$ at the start: a product of two small factors, which both have
 # to travel from their start, while full fine-tuning moves $W$ itself. Adam makes every weight travel about $\eta$ a
 # step, whatever its gradient; so what a step does to the *function* depends on which weights there are to move.
+#
+# **Predict:** each method runs at several rates. What does the loss look like over the rate, and for which of the two
+# does it turn up again first?
 
 # %%
 pairs = (("lora", 1e-3), ("lora", 1e-2), ("full", 1e-4), ("full", 1e-3), ("full", 1e-2))
@@ -151,7 +164,10 @@ assert below(general["lora"][3e-3], general["lora"][1e-2])
 # A batch's gradient is a mean over $B$ examples, so its noise falls like $\operatorname{Var} g_B = \sigma^2 / B$: four
 # times the batch, half the standard deviation, and a larger step can be trusted. *Advice: a larger batch wants a larger
 # rate.* But with the same 640 examples a larger batch also means fewer steps. And if the batch does not fit, add the
-# gradients of its parts: *accumulation is the same as the whole batch*, for less memory.
+# gradients of its parts: *accumulation is the same as the whole batch*, for less memory. The same it is only where each
+# part counts by its tokens: of parts with 2 and 8 tokens the mean over all ten weighs the second four times as much.
+#
+# **Predict:** 16 examples at once, and 4 times 4: by how much do the final losses differ?
 
 # %%
 whole, parts = Rewriting(learning_rate=1e-3), Rewriting(learning_rate=1e-3, accumulation=4)
@@ -186,6 +202,9 @@ for sizes in ((4, 16), (16, 64)):
 #
 # *Advice: one to three epochs; then stop.* With 96 examples, sixteen times over, both losses are in sight. The gap
 # between them, $L_\text{held out} - L_\text{train}$, is what was learned by heart.
+#
+# **Predict:** both losses fall at first. Which of them turns, and does it turn sooner with full fine-tuning or with
+# LoRA?
 
 # %%
 longest = practice.epochs((0,))[0]
@@ -233,7 +252,10 @@ assert below(warmed, without) and left - half_width > -learned / 5, "it helps, a
 # ## 6 · Few clean examples, or many with mistakes?
 #
 # *Advice: quality beats quantity.* Here a mistake is a verse with the plain English of another verse. All runs take the
-# same 40 steps: 160 examples are seen four times each, 640 once.
+# same 40 steps: 160 examples are seen four times each, 640 once. (So this compares repeating the clean with adding the
+# doubtful. It is one kind of mistake, too: random ones, not those of a careless or a biased author.)
+#
+# **Predict:** 160 right ones, or 640 of which half are wrong?
 
 # %%
 pair = [Rewriting(learning_rate=1e-3, examples=160), Rewriting(learning_rate=1e-3, examples=640, noise=0.5)]
@@ -255,8 +277,11 @@ assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(
 #
 # Another task: is a dictionary's definition that of a noun or of a verb? A classifier (Lesson 3, step 2) learns it from
 # 320 definitions. With 90 % nouns, to say "noun" always is right 90 % of the time, on such data. So the test is on as
-# many verbs as nouns, and what counts is the mean of the two recalls, the *balanced accuracy*. *Advice: a skewed
-# training set costs the rare class; repeating its examples helps.*
+# many verbs as nouns, and what counts is the **balanced accuracy**: the mean of the two *recalls*, the share of the
+# nouns that are found, and of the verbs. *Advice: a skewed training set costs the rare class; repeating its examples
+# helps.*
+#
+# **Predict:** which balanced accuracy has somebody who says "noun" always?
 
 # %%
 skewed = [Classification(0.5), Classification(0.9)]
@@ -271,6 +296,7 @@ nouns, verbs = (over_seeds(rows, Classification(0.9), f"recall_{kind}") for kind
 usual = 0.9 * nouns.mean() + 0.1 * verbs.mean()
 print(f"on data as skewed as its training set, its accuracy would be {usual:.0%}, and look well; of verbs it finds {verbs.mean():.0%}")
 assert usual > nouns.mean() / 2 + verbs.mean() / 2 and below(verbs, nouns)
+print(f"who always says noun: all nouns, no verbs, so a balanced accuracy of {(1 + 0) / 2:.2f}, whatever the data")
 assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 
 # %% [markdown]
@@ -367,12 +393,123 @@ for s in practice.epochs((0,)):
     assert blind > 12 and below(np.full_like(paid, 0.1), paid), "the training loss asks for more"
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Three seeds, and under each of them A ends below B. Why is that not yet clear?
+#
+# <details><summary>Answer</summary>
+#
+# Were there no difference, each sign would be a coin, and three coins agree once in four times. The interval of the
+# three differences has to exclude 0.
+#
+# </details>
+#
+# **2.** Why are two settings compared seed by seed, and not mean with mean?
+#
+# <details><summary>Answer</summary>
+#
+# What both runs of a seed have in common, such as their verses, drops out of the difference. What is left scatters
+# less, so a smaller difference can be clear.
+#
+# </details>
+#
+# **3.** A batch of 64 is compared with one of 4, each on the same 640 examples. Which two things differ?
+#
+# <details><summary>Answer</summary>
+#
+# The noise of a gradient, and the number of steps: 10 against 160. So from this comparison alone nobody knows which of
+# the two makes the difference. A control would have the same number of steps.
+#
+# </details>
+#
+# **4.** Of the training data 90 % are nouns, and a classifier is right 90 % of the time on such data. What may it have
+# learned?
+#
+# <details><summary>Answer</summary>
+#
+# Nothing: who always says "noun" is right as often. Its balanced accuracy would be a half.
+#
+# </details>
+#
+# **5.** Somebody takes the epoch with the lowest training loss. What goes wrong, and what is still not quite right if
+# it is the epoch with the lowest held-out loss?
+#
+# <details><summary>Answer</summary>
+#
+# The training loss goes on falling while examples are learned by heart, so it asks for too many epochs. The lowest
+# held-out loss is chosen partly for its luck with these verses: report a loss on a test set (Lesson 0).
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **A finer grid.** `measure(Rewriting("lora", 5e-3), ...)`: where is LoRA's optimum between the grid's points, and
-#    does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/peft/methods.py`): does it move?
-# 2. **More seeds.** Take one verdict that is *undecided*, or one whose interval nearly reaches 0, and run seeds 3 to 9
-#    of it. How much narrower is the interval of ten than that of three, and is the verdict another one?
-# 3. **Early stopping.** `mp.TrainingArguments(eval_steps=..., early_stopping_patience=...)` stops where the held-out
-#    loss turns. How close does it come to the best epoch, and what does choosing by the held-out loss do to that loss
-#    as a measure?
+# Check an answer with `from minipeft.exercises import check` and `check("14.1", value)`, or at the terminal with
+# `minipeft exercise 14.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 14.3 FILE.py`.
+#
+# **14.1 Three differences.** Seed by seed, a setting ends below its control by 0.03, 0.01 and 0.05 nats. How large is
+# the half width of the 95 % interval of the mean? ($t = 4.303$.) Is the difference clear?
+#
+# **14.2 Five seeds agree.** There is no difference, and each sign is a coin. With which probability do five seeds
+# agree, on whichever side?
+#
+# **14.3 Seed by seed.** Write `clear(a, b)`: whether the losses `a` are clearly below the losses `b` of the same seeds,
+# two arrays of 3 or of 10. ($t$ is 4.303 for three, and 2.262 for ten.)
+#
+# **14.4 Parts of a batch.** A batch comes in two parts: 10 tokens with a mean loss of 1.0 and 30 with 3.0. What is the
+# loss of the batch?
+#
+# Further, without a checker:
+#
+# - **A finer grid.** `measure(Rewriting("lora", 5e-3), ...)`: where is LoRA's optimum between the grid's points, and
+#   does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/peft/methods.py`): does it move?
+# - **More seeds.** Take one verdict that is *undecided*, or one whose interval nearly reaches 0, and run seeds 3 to 9
+#   of it. How much narrower is the interval of ten than that of three, and is the verdict another one?
+# - **Early stopping.** `mp.TrainingArguments(eval_steps=..., early_stopping_patience=...)` stops where the held-out
+#   loss turns. How close does it come to the best epoch?
+#
+# <details><summary>Solution of 14.1</summary>
+#
+# The mean is 0.03 and $s = 0.02$; the interval reaches below 0, so it is undecided, though all three agree.
+#
+# ```python
+# d = np.array([0.03, 0.01, 0.05])
+# check("14.1", 4.303 * d.std(ddof=1) / np.sqrt(3))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 14.2</summary>
+#
+# All on the one side, or all on the other.
+#
+# ```python
+# check("14.2", 2 * 0.5**5)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 14.3</summary>
+#
+# Of the differences, not of the two means.
+#
+# ```python
+# def clear(a, b):
+#     d, t = a - b, {3: 4.303, 10: 2.262}[len(a)]
+#     return d.mean() + t * d.std(ddof=1) / np.sqrt(len(d)) < 0
+#
+# check("14.3", clear)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 14.4</summary>
+#
+# The sum over all tokens, by their number.
+#
+# ```python
+# check("14.4", (10 * 1.0 + 30 * 3.0) / 40)
+# ```
+#
+# </details>

@@ -7,7 +7,8 @@
 # picture, with what is learned on one axis and what is forgotten on the other, and draws the frontier: the runs that no
 # other run beats at both. The conclusion is what is measured.
 #
-# You need Lessons 3, 4 and 14. Run it with `python lessons/15_forgetting.py` (less than a minute on two cores), or open
+# You need Lessons 3, 4 and 14 (what is clear, and what a control is). Reading takes about 15 minutes (200 words or 25
+# lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (less than a minute on two cores), or open
 # it as a notebook. It computes a few runs now, and reads the others, with three seeds each, from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
 # lessons/15_forgetting.py --full`) first computes those of the 66 runs that are missing there (all of them:
@@ -64,7 +65,9 @@ print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base: task l
 # $$\text{learned} = L_\text{task}(\theta_0) - L_\text{task}(\theta), \qquad
 # \text{forgotten} = L_\text{general}(\theta) - L_\text{general}(\theta_0).$$
 #
-# Here is one run of full fine-tuning, now.
+# One number alone says little. The base itself forgets nothing, and learns nothing; and a method whose change can be
+# taken off again (an adapter, a prompt) has forgotten nothing the moment it is off. What is measured here is a model that
+# does the task, asked about the rest. Here is one run of full fine-tuning, now.
 
 # %%
 settings = replace(FULL, **small)
@@ -80,14 +83,17 @@ if not REDUCED:
 # %% [markdown]
 # ## 2 · Why it is paid for: the way back
 #
-# Walk on the straight line from the base to the tuned model, $\theta_t = \theta_0 + t\,(\theta - \theta_0)$. The base
-# is near a minimum of its own loss, where the gradient is about zero, so with the Hessian $H$ of that loss
+# Walk on the straight line from the base to the tuned model, $\theta_t = \theta_0 + t\,(\theta - \theta_0)$. Suppose that
+# the base is near a minimum of its own loss, where the gradient is about zero. Then, with the **Hessian** $H$ of that
+# loss, the matrix of its second derivatives,
 #
 # $$\text{forgotten}(t) \approx \tfrac12\, t^2\, (\theta - \theta_0)^\top H\, (\theta - \theta_0),$$
 #
 # a parabola: the first half of the way costs a quarter. The task's gradient at $\theta_0$ is *not* zero, so what is
-# learned starts like a straight line. So the first part of the way should be cheap, the last part expensive. Is it, for
-# the model of above?
+# learned starts like a straight line. So the first part of the way should be cheap, the last part expensive.
+#
+# **Predict:** half of the way, for the model of above: which share of what it learned does it bring, and which share of
+# what it forgot does it cost?
 
 # %%
 def within(values, limit):
@@ -193,8 +199,11 @@ assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "ha
 #   *start*;
 # - **LoRA**, and LoRA with replay.
 #
-# The cheapest of them is the lower rate. So the others are compared with it, at 3e-4: what is worse at one of both and
-# no better at the other is not worth its trouble.
+# The cheapest of them is the lower rate: nearly anything that makes the way shorter forgets less than no remedy. So the
+# **control** of the others is the lower rate, 3e-4: what is worse at one of both and no better at the other is not worth
+# its trouble. (The leash's gradient goes through Adam, which rescales it; decoupled decay does not.)
+#
+# **Predict:** weight decay and the leash both pull at the weights. Which of the two protects what the base could do?
 
 # %%
 def strength(s):
@@ -306,6 +315,8 @@ print("picture:", OUT / "15_forgetting.png")
 #
 # Half of the way back was a bargain in section 2, as if base and tuned model lay in one valley. Fine-tune at ten times
 # the rate, and try the same.
+#
+# **Predict:** does walking back part of the way save this one, too?
 
 # %%
 settings = replace(FULL, learning_rate=1e-2, **small)
@@ -323,12 +334,117 @@ if not REDUCED:
     assert line[:, 0].min() > start[0] - learned[-1], "and none of these points is as good at the task"
 
 # %% [markdown]
+# ## Quiz
+#
+# **1.** Why does it take two numbers to judge a method that should not forget?
+#
+# <details><summary>Answer</summary>
+#
+# The base itself forgets nothing, and learns nothing. Less forgotten counts only beside what was learned.
+#
+# </details>
+#
+# **2.** Half of the way from the base to the tuned model costs less than half of what is forgotten. Why should one
+# expect this?
+#
+# <details><summary>Answer</summary>
+#
+# Near a minimum of its own loss the base's gradient is about zero, so what is forgotten begins like a parabola: the
+# first half costs a quarter. The task's gradient is not zero there, so what is learned begins like a straight line.
+#
+# </details>
+#
+# **3.** Weight decay and L2-SP both add a pull. Where does each pull the weights to?
+#
+# <details><summary>Answer</summary>
+#
+# Weight decay to zero, L2-SP to the start. Only the second knows the base.
+#
+# </details>
+#
+# **4.** When is a run on the frontier?
+#
+# <details><summary>Answer</summary>
+#
+# When no other run beats it at both: learns more and forgets less.
+#
+# </details>
+#
+# **5.** Why is a lower rate the control of the other remedies, and not a run without a remedy?
+#
+# <details><summary>Answer</summary>
+#
+# What makes the way shorter forgets less in any case, and a lower rate does that for nothing. A remedy is worth its
+# trouble only where it does better than that.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Which text to replay?** `shipped.general_blocks` takes all corpora. Replay only novels: is the Bible's English,
-#    which the task is near to anyway, kept all the same? What is kept of the dictionary?
-# 2. **A leash that knows what matters.** L2-SP holds every weight alike. Elastic weight consolidation (Kirkpatrick et
-#    al. 2017) weighs each by the mean square of its gradient on old text. Write it as a loss for the Trainer (see
-#    `l2_sp` in `minipeft/experiments/run.py`) and put its point into the picture.
-# 3. **Averaging as a method.** Give the points of section 2, $t = 0.25 \dots 1$, a line of their own in the picture. Is
-#    walking back part of the way from a higher rate better than having gone at a lower one?
+# Check an answer with `from minipeft.exercises import check` and `check("15.1", value)`, or at the terminal with
+# `minipeft exercise 15.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 15.3 FILE.py`.
+#
+# **15.1 How strong is 0.1?** AdamW with rate 1e-3 and weight decay 0.1 multiplies each weight by $1 - \eta\lambda$ in
+# each step. Which share of a weight is gone after 40 steps, if no gradient pulls at it and the rate stays?
+#
+# **15.2 A quarter of the way.** The whole way forgets 0.8 nats. What does a quarter of it cost, by section 2's
+# parabola?
+#
+# **15.3 A leash.** The loss gets $\frac{\alpha}{2} \lVert w - w_0 \rVert^2$ on top. Write
+# `leashed(g, w, start, alpha)`: its gradient at `w`, from the gradient `g` of the task's loss.
+#
+# **15.4 The frontier.** Write `frontier(points)`: for each row (task loss, forgotten) of an array `[n, 2]`, whether no
+# other row is at least as low in both and lower in one.
+#
+# Further, without a checker:
+#
+# - **Which text to replay?** `shipped.general_blocks` takes all corpora. Replay only novels: is the Bible's English,
+#   which the task is near to anyway, kept all the same? What is kept of the dictionary?
+# - **A leash that knows what matters.** L2-SP holds every weight alike. Elastic weight consolidation (Kirkpatrick et
+#   al. 2017) weighs each by the mean square of its gradient on old text. Write it as a loss for the Trainer (see
+#   `l2_sp` in `minipeft/experiments/run.py`) and put its point into the picture.
+# - **Averaging as a method.** Give the points of section 2, $t = 0.25 \dots 1$, a line of their own in the picture. Is
+#   walking back part of the way from a higher rate better than having gone at a lower one?
+#
+# <details><summary>Solution of 15.1</summary>
+#
+# Four in a thousand: nearly nothing.
+#
+# ```python
+# check("15.1", 1 - (1 - 1e-3 * 0.1) ** 40)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 15.2</summary>
+#
+# $t^2 = 1/16$ of it.
+#
+# ```python
+# check("15.2", 0.25**2 * 0.8)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 15.3</summary>
+#
+# The half goes with the square. At the start the leash does not pull.
+#
+# ```python
+# check("15.3", lambda g, w, start, alpha: g + alpha * (w - start))
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 15.4</summary>
+#
+# ```python
+# def frontier(points):
+#     return np.array([not any((q <= p).all() and (q < p).any() for q in points) for p in points])
+#
+# check("15.4", frontier)
+# ```
+#
+# </details>

@@ -6,7 +6,8 @@
 # time, the patience of whoever waits for an answer, or what the model could do before. This lesson fills a table with
 # all of that, every cell measured, and lets the table decide.
 #
-# You need Lessons 3 to 11, 14 and 15. Run it with `python lessons/16_which_method.py` (half a minute on two cores), or
+# You need Lessons 3 to 11, 12 (memory, FLOPs), 14 and 15. Reading takes about 15 minutes (200 words or 25 lines of
+# code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py` (half a minute on two cores), or
 # open it as a notebook. It measures the costs on *your* machine now, once, and reads the table that decides, of three
 # measurements and three seeds, from `lessons/results/16_which_method.jsonl`. `python lessons/16_which_method.py --full`
 # (in a notebook `!python lessons/16_which_method.py --full`) first computes those of the 48 rows that are missing there
@@ -71,13 +72,22 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 # The first six are the same job done with different parameters. Instruction tuning is another job: one model that does
 # what it is asked. RLHF is a third: there need not be right answers, only a judge. Here the judge is a rule, how many
 # words an answer has in common with the reference; Lesson 9 learns one from comparisons.
-#
+
+# %% [markdown]
+# > `full-6` simple to implement: **holds**. The loop has 6 lines, and full fine-tuning adds none; a method's file adds
+# > 27 (ln_tuning) to 169 (adalora), not counting the surgery that they share.
+
+# %% [markdown]
 # ## 2 · What it costs on this machine
 #
 # Trained parameters follow from shapes, and so do the stored ones, $n$: the same numbers, but for prefix tuning, which
 # trains a small network that computes its prefixes, and stores only these. For $k$ tasks that is $4Nk$ bytes on the
 # disk for full fine-tuning of $N$ parameters, and $4N + 4nk$ for the others, with one base for all. Memory and time
-# have to be measured.
+# have to be measured. (A small model's time is to a good part Python's, and its memory mostly activations: these two
+# columns are not those of 7 billion parameters, which section 3 counts.)
+#
+# **Predict:** prompt tuning trains 20 vectors and nothing else. Is its peak memory nearer to a hundredth of full
+# fine-tuning's, to a half, or to the whole?
 
 # %%
 chosen = ["full", "lora"] if REDUCED else list(TITLES)
@@ -92,10 +102,6 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[method].config())
     assert 4 * counts.stored == T[method]["storage"][0], "what is stored is what the formula says"
     assert (counts.stored < counts.trainable) == (method == "prefix")
-
-# %% [markdown]
-# > `full-6` simple to implement: **holds**. The loop has 6 lines, and full fine-tuning adds none; a method's file adds
-# > 27 (ln_tuning) to 169 (adalora), not counting the surgery that they share.
 
 # %% [markdown]
 # (An update of PPO samples, scores and goes over its samples twice, so it is no step like the others.)
@@ -149,8 +155,10 @@ for m in TITLES:
 # A decision is a wish under a condition: *the smallest file that still learns 90 % of what full fine-tuning learns.*
 # Each line below is that: a column to make small, and what has to hold, clearly, by Lesson 14's rule. What is chosen is
 # a method *and a rate*: costs do not depend on it, and for the rest there are Lesson 15's rows. Beside the best stand
-# those that are not clearly worse, and those with less, of which the condition is undecided. Change the lines to yours.
-# Which method do you expect?
+# those that are not clearly worse, and those with less, of which the condition is undecided. (Undecided is not equal: more seeds might
+# tell them apart.) Change the lines to yours.
+#
+# **Predict:** which method has the smallest file of those that learn nine tenths of what full fine-tuning learns?
 
 # %%
 rows += complete(read_rows(RESULTS.with_name("15_forgetting.jsonl")), forgetting.RUNS)[0]
@@ -211,8 +219,9 @@ for c in (lora, qlora):
 #
 # ## 5 · And the other two jobs
 #
-# Instruction tuning sees the verses as one task of seven. Would you say, a seventh of its examples? RLHF starts where
-# full fine-tuning ends.
+# Instruction tuning sees the verses as one task of seven. RLHF starts where full fine-tuning ends.
+#
+# **Predict:** which share of instruction tuning's examples are verses?
 
 # %%
 asked = [p.removesuffix(" {input}") for p in TASKS["rewrite"].phrasings]
@@ -276,8 +285,9 @@ print("picture:", OUT / "16_which_method.png")
 # %% [markdown]
 # ## Break it: decide by one column
 #
-# Advertisements name one number. "Trains 0.2 % of the parameters!" Choose by it, then by two others: what would you
-# get?
+# Advertisements name one number. "Trains 0.2 % of the parameters!" Choose by it, then by two others.
+#
+# **Predict:** what would you get by the least of each?
 
 # %%
 print("\ndecided by one column alone:")
@@ -295,11 +305,121 @@ assert 16 * N / 1e6 < full["peak MB"] / 3, "weights, gradients and Adam's moment
 # parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters it is the other way round: Lesson
 # 7.) What is forgotten misleads, too: LoRA's lowest rate forgets least, and learns clearly too little; the base itself
 # forgets nothing. Where the fastest step does not mislead, that is luck.
+
+# %% [markdown]
+# ## Quiz
 #
+# **1.** A method trains a thousandth of the parameters. Why does it not need a thousandth of the memory?
+#
+# <details><summary>Answer</summary>
+#
+# The frozen weights and, for a small model above all, the activations stay, whatever is trained. The share of trained
+# parameters says what is on the disk.
+#
+# </details>
+#
+# **2.** What do $k$ tasks take on the disk with full fine-tuning, and with adapters of $n$ stored parameters?
+#
+# <details><summary>Answer</summary>
+#
+# $4Nk$ bytes against $4N + 4nk$: the base once, and a small file a task.
+#
+# </details>
+#
+# **3.** A table has many columns. How does one come to a decision?
+#
+# <details><summary>Answer</summary>
+#
+# A wish under a condition: one column to make small, and what has to hold, clearly. Whoever decides by one column alone
+# may get what learns nothing.
+#
+# </details>
+#
+# **4.** Two methods are undecided at the task. May one say that they are equally good?
+#
+# <details><summary>Answer</summary>
+#
+# No. The interval says how far apart they may be; more seeds might tell them apart. But other columns may decide
+# meanwhile.
+#
+# </details>
+#
+# **5.** For which job is RLHF, and not imitation?
+#
+# <details><summary>Answer</summary>
+#
+# Where there are no right answers to imitate, only a judge: what one cannot write down, but knows when one sees it.
+#
+# </details>
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **Your table.** `minipeft compare --data my.jsonl --report report` with your own data. Which decisions of section 4
-#    come out differently, and is the spread over the seeds small enough to say so?
-# 2. **A bigger model.** Multiply: for a model of 7 billion parameters (Lesson 12's ledger), which columns of the table
-#    grow with the parameters, which with the batch? Which decision turns?
-# 3. **Half the examples.** Run section 3 again with 20 steps. Does the order in "learned" stay?
+# Check an answer with `from minipeft.exercises import check` and `check("16.1", value)`, or at the terminal with
+# `minipeft exercise 16.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
+# `minipeft exercise 16.4 FILE.py`.
+#
+# **16.1 A hundred tasks.** LLaMA-7B in 16 bits, and for each of 100 tasks a LoRA of rank 8 on all linear layers, in 16
+# bits, too: `count_parameters("llama-7b", mp.LoraConfig(r=8, target_modules="all-linear")).stored` numbers each, and
+# `architecture("llama-7b").size` of the base (both from `minipeft.accounting`). How many GB ($10^9$ bytes) on the disk?
+#
+# **16.2 What grows with the batch?** Twice the batch: which of `weights`, (optimizer) `states`, `activations`, `disk`
+# doubles?
+#
+# **16.3 LoRA's step.** Which share of the FLOPs of a full step does a step with LoRA take, by the rule of Lesson 12,
+# without checkpointing?
+#
+# **16.4 Let the table decide.** Write `decide(cost, learned, least)`: the index of the method with the least cost, of
+# those that learn at least the share `least`.
+#
+# Further, without a checker:
+#
+# - **Your table.** `minipeft compare --data my.jsonl --report report` with your own data. Which decisions of section 4
+#   come out differently, and is the spread over the seeds small enough to say so?
+# - **A bigger model.** Multiply: for a model of 7 billion parameters (Lesson 12's ledger), which columns of the table
+#   grow with the parameters, which with the batch? Which decision turns?
+# - **Half the examples.** Run section 3 again with 20 steps. Does the order in "learned" stay?
+#
+# <details><summary>Solution of 16.1</summary>
+#
+# A hundred whole models would take 1,348 GB.
+#
+# ```python
+# from minipeft.accounting import architecture, count_parameters
+#
+# stored = count_parameters("llama-7b", mp.LoraConfig(r=8, target_modules="all-linear")).stored
+# check("16.1", 2 * (architecture("llama-7b").size + 100 * stored) / 1e9)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 16.2</summary>
+#
+# Weights and the optimizer's states are there once.
+#
+# ```python
+# check("16.2", "activations")
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 16.3</summary>
+#
+# $4N$ of $6N$: the gradients of the frozen weights are left out.
+#
+# ```python
+# check("16.3", 4 / 6)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution of 16.4</summary>
+#
+# ```python
+# def decide(cost, learned, least):
+#     return int(np.where(learned >= least, cost, np.inf).argmin())
+#
+# check("16.4", decide)
+# ```
+#
+# </details>

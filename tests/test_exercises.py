@@ -20,7 +20,7 @@ from minipeft.quant.codebooks import nf4_code
 F = mp.functional
 LESSONS = {path.name[:2]: path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent.parent / "lessons").glob("*.py"))}
 TEXTS = {number: re.sub(r"^# ?", "", text, flags=re.M) for number, text in LESSONS.items()}
-CHECKED = sorted({name[:2] for name in EXERCISES})  # the exercises of other lessons are experiments, which nothing checks
+CHECKED = sorted({name[:2] for name in EXERCISES})
 
 
 def sigmoid(x):
@@ -192,7 +192,55 @@ def kept(h, k, a, f, r, **changed):
     return n["h"] * h + n["k"] * k + n["a"] * a + n["f"] * f + 8 + n["r"] * r
 
 
+def log_softmax(z):
+    return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+
+
+def nesterov(w, gradients, lr, mu, ahead=True, old=False):
+    b = np.zeros_like(w)
+    for g in gradients:
+        before, b = b, mu * b + g
+        w = w - lr * (g + mu * (before if old else b) if ahead else b)
+    return w
+
+
+def nibbles(d, m, data):
+    out = np.empty(32)
+    for i, byte in enumerate(data.tolist()):
+        out[i], out[i + 16] = d * (byte % 16) + m, d * (byte // 16) + m
+    return out
+
+
+def rows_in_order(w, heads):
+    D = len(w) // heads
+    return w[[h * D + i for h in range(heads) for i in [*range(0, D, 2), *range(1, D, 2)]]]
+
+
+def clear(a, b, t=((3, 4.303), (10, 2.262))):
+    d = a - b
+    return d.mean() + dict(t)[len(d)] * d.std(ddof=1) / np.sqrt(len(d)) < 0
+
+
+def unpaired(a, b):
+    s = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
+    return (a - b).mean() + 2.5 * s < 0
+
+
+def frontier(points):
+    return [not any(q[0] <= p[0] and q[1] <= p[1] and (q[0] < p[0] or q[1] < p[1]) for q in points) for p in points]
+
+
 ANSWERS = {  # name: right answers, wrong ones
+    "00.1": ([np.exp(2.5), "12.18"], [2**2.5, 0.0821, 2.5]),
+    "00.2": ([3.2 / np.log(2) / 4, "1.154"], [0.8, 4.617, 0.5545]),
+    "00.3": (
+        [log_softmax, lambda z: F.log_softmax(mp.Tensor(z))],
+        [lambda z: z - np.log(np.exp(z).sum(axis=-1, keepdims=True)), lambda z: z - z.max(axis=-1, keepdims=True), lambda z: np.exp(log_softmax(z)), lambda z: z - np.logaddexp.reduce(z.ravel())],
+    ),
+    "00.4": (
+        [nesterov, lambda w, g, lr, mu: nesterov(np.array(w), np.array(g), lr, mu)],
+        [lambda *a: nesterov(*a, ahead=False), lambda *a: nesterov(*a, old=True), lambda w, g, lr, mu: w - lr * g.sum(axis=0)],
+    ),
     "01.1": (
         [
             swish(lambda x, s, g: g * (s + x * s * (1 - s))), F.silu, F.silu.definition,
@@ -326,6 +374,49 @@ ANSWERS = {  # name: right answers, wrong ones
     "12.4": (
         [kept, lambda h, k, a, f, r: 14 * h + 4 * k + 4 * a + 6 * f + 8 + 2 * (h + f) + 14 * r],
         [lambda *n: kept(*n, h=14, f=6, r=4), lambda *n: kept(*n, r=4), lambda *n: kept(*n, h=20, r=0), lambda *n: kept(*n) - 8],
+    ),
+    "13.1": ([6.5625, "6.5625", 6 + 8 / 16 + 16 / 256], [6.0625, 6.5, 6, 7]),
+    "13.2": (
+        [nibbles, lambda d, m, data: np.float64(d) * np.append(data & 15, data >> 4) + m],
+        [
+            lambda d, m, data: d * np.append(data >> 4, data & 15) + m, lambda d, m, data: d * np.stack([data & 15, data >> 4], 1).ravel() + m,
+            lambda d, m, data: d * (np.append(data & 15, data >> 4) + m), lambda d, m, data: d * np.append(data & 15, data >> 4),
+        ],
+    ),
+    "13.3": (
+        [rows_in_order, lambda w, n: w.reshape(n, -1, 2, w.shape[1]).transpose(0, 2, 1, 3).reshape(w.shape)],
+        [
+            lambda w, n: w.reshape(n, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape), lambda w, n: np.concatenate([w[::2], w[1::2]]),
+            lambda w, n: w, lambda w, n: rows_in_order(w, n)[::-1],
+        ],
+    ),
+    "13.4": ([111.46, "111.5", (106_168_320 * 4.127 / 8 + 28_346_688 * 2) / 1e6], [168.2, 56.7, 106.3]),
+    "14.1": ([0.0497, "0.0497", 4.3027 * 0.02 / np.sqrt(3)], [0.086, 0.0226, 0.01155, 0.03]),
+    "14.2": ([1 / 16, "6.25%", 0.0625], [1 / 32, 0.25, 0.9375]),
+    "14.3": (
+        [clear, lambda a, b: -(a - b).mean() > mp.experiments.seeds.interval(a - b)[1]],
+        [unpaired, lambda a, b: (a < b).all(), lambda a, b: a.mean() < b.mean(), lambda a, b: not clear(b, a)],
+    ),
+    "14.4": ([2.5, "2.5", 100 / 40], [2, 4, 100, 1.5]),
+    "15.1": ([0.00399, "0.4%", 1 - 0.9999**40], [0.996, 1e-4, 0.985, 0.4]),
+    "15.2": ([0.05, "0.05", 0.8 / 16], [0.2, 0.025, 0.4]),
+    "15.3": (
+        [lambda g, w, start, a: g + a * (w - start), lambda g, w, start, a: g + a * w - a * start],
+        [lambda g, w, start, a: g + a * w, lambda g, w, start, a: g - a * (w - start), lambda g, w, start, a: g + a / 2 * (w - start), lambda g, w, start, a: a * (w - start)],
+    ),
+    "15.4": (
+        [frontier, lambda p: [not ((p <= x).all(axis=1) & (p < x).any(axis=1)).any() for x in p]],
+        [
+            lambda p: [not (p < x).all(axis=1).any() for x in p], lambda p: [(p[:, 0] >= x[0]).all() for x in p],
+            lambda p: [bool(((p < x).any(axis=1)).any()) for x in p], lambda p: [not any((q <= x).all() for q in p) for x in p],
+        ],
+    ),
+    "16.1": ([17.47, "17.47", 2 * (6_738_415_616 + 100 * 19_988_480) / 1e9], [1347.7, 34.95, 4.0, 13.5]),
+    "16.2": (["activations", " Activations "], ["weights", "states", "disk"]),
+    "16.3": ([2 / 3, "66.7%", 4 / 6], [1 / 3, 1, 0.75, 0.003]),
+    "16.4": (
+        [lambda c, s, least: int(np.where(s >= least, c, np.inf).argmin()), lambda c, s, least: next(i for i in c.argsort() if s[i] >= least)],
+        [lambda c, s, least: int(c.argmin()), lambda c, s, least: int(s.argmax()), lambda c, s, least: int(np.where(s > least, c, np.inf).argmin()), lambda c, s, least: int((c / s).argmin())],
     ),
     "17.1": (
         [stochastic, between],

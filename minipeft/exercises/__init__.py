@@ -12,14 +12,13 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from . import alignment, costs, foundations, merging, methods, variants
+from . import alignment, costs, foundations, judging, merging, methods, variants
 from .kinds import Code, Number, Word
 
+PARTS = foundations, methods, variants, alignment, costs, judging, merging
+LESSONS = {lesson: exercises for part in PARTS for lesson, exercises in part.EXERCISES.items()}
 EXERCISES: dict[str, Number | Word | Code] = {
-    f"{lesson:02}.{i}": exercise
-    for part in (foundations, methods, alignment, costs, merging, variants)
-    for lesson, exercises in part.EXERCISES.items()
-    for i, exercise in enumerate(exercises, 1)
+    f"{lesson:02}.{i}": exercise for lesson in sorted(LESSONS) for i, exercise in enumerate(LESSONS[lesson], 1)
 }
 
 

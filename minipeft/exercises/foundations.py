@@ -1,4 +1,4 @@
-"""The exercises of lessons 1 to 3: derivatives, the transformer, full fine-tuning."""
+"""The exercises of lessons 0 to 3: foundations, derivatives, the transformer, full fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,6 +20,60 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     """Normally distributed numbers, the same at every call."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
+
+# ------------------------------------------------------------------------------------------------------------ lesson 0
+
+choices = Number(
+    "Read a loss",
+    lambda: math.exp(2.5),
+    lambda right: {
+        "that is with 2 for a base; nats take e": 2**2.5,
+        "that is with 10 for a base; nats take e": 10**2.5,
+        "that is the probability of the right token; how many equally likely tokens have it each?": 1 / right,
+    },
+)
+bits_a_byte = Number(
+    "Bits a byte",
+    lambda: 3.2 / math.log(2) / 4,
+    lambda right: {
+        "that is in nats a byte": 3.2 / 4,
+        "that is in bits a token": 4 * right,
+        "a token of four bytes has its loss once, and not four times": 16 * right,
+        "to turn nats into bits, divide by ln 2": 3.2 * math.log(2) / 4,
+    },
+)
+stable = Code(
+    "Softmax that does not overflow",
+    "log_softmax(z)",
+    lambda z: F.log_softmax(mp.Tensor(z)).data,
+    lambda: {
+        "three numbers": (np.array([1.0, 2, 3]),),
+        "two rows": (normal(2, 5),),
+        "logits about 1000": (np.array([1000.0, 999, 998]),),
+        "one is far below": (np.array([0.0, -2000]),),
+    },
+)
+
+
+def sgd_nesterov(w: np.ndarray, gradients: np.ndarray, lr: float, mu: float) -> np.ndarray:
+    weights = mp.nn.Parameter(w.copy())
+    optimizer = mp.optim.SGD([weights], lr=lr, momentum=mu, nesterov=True)
+    for g in gradients:
+        weights.grad = g.copy()
+        optimizer.step()
+    return weights.data
+
+
+look_ahead = Code(
+    "Look ahead",
+    "nesterov(w, gradients, lr, mu)",
+    sgd_nesterov,
+    lambda: {
+        "one step": (np.ones(2), np.array([[1.0, -2.0]]), 0.1, 0.9),
+        "five steps": (normal(3), normal(5, 3), 0.05, 0.9),
+        "half of the momentum": (normal(3), normal(4, 3), 0.1, 0.5),
+    },
+)
 
 # ------------------------------------------------------------------------------------------------------------ lesson 1
 
@@ -153,6 +207,7 @@ guessing = Number(
 )
 
 EXERCISES = {
+    0: [choices, bits_a_byte, stable, look_ahead],
     1: [swish, running_sum, checkpointed, one_sided],
     2: [attention_share, cache_size, causal],
     3: [checkpoint_file, accumulate, labels, guessing],
