@@ -89,6 +89,11 @@ assert difference < 1e-4
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. Between means inside: the
 # > two sides agree to 2e-07 for relu, silu, gelu, and an adapter stands behind a sublayer of its block, 2 a block
 # > (Houlsby) or 1 (Pfeiffer).
+#
+# > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
+# > options to 11. A unit beside a direction of LoRA, read: not told apart (+0.014 [-0.024, +0.053]); a unit beside one
+# > before training, read: not told apart (+0.126 [-0.002, +0.254]); a unit beside none, removed: equal (+0.002 [-0.005,
+# > +0.010]); a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 2 · The count

@@ -388,6 +388,11 @@ if not REDUCED:
 # > instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]); right answers, tuned
 # > beside base, new tasks: equal (+0.000 [+0.000, +0.000]); instructions followed, tuned beside shuffled, new tasks:
 # > not told apart (+0.029 [-0.006, +0.065]). (5 seeds, 344 test items)
+#
+# > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. So: tuned on other
+# > facts, it gives more when asked. Not so: the base knows its own text (define) and told new facts, it has learned
+# > none. Not told apart: the base knows its own text (continue) and no more than it gave in its own text. Told facts
+# > that are in no text of the base's, it knows +21.5% more of them. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?

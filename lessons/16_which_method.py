@@ -76,6 +76,12 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 # %% [markdown]
 # > `full-6` simple to implement: **holds**. The loop has 6 lines, and full fine-tuning adds none; a method's file adds
 # > 27 (ln_tuning) to 169 (adalora), not counting the surgery that they share.
+#
+# > `which-3` adapters: modular components: **holds if**. Adapters are components in these senses: swapped and removed;
+# > LoRA's in these: swapped and removed. Bottleneck together beside alone, rewrite: worse (-3.357 [-3.818, -2.897]);
+# > bottleneck together beside alone, source: worse (-0.310 [-0.516, -0.104]). Lora together beside alone, rewrite:
+# > worse (-0.527 [-0.648, -0.407]); lora together beside alone, source: worse (-0.244 [-0.356, -0.132]). (5 seeds, 256
+# > test items)
 
 # %% [markdown]
 # ## 2 · What it costs on this machine
