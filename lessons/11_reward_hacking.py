@@ -382,15 +382,19 @@ print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n
 # and turn, one falls far, so neither a gain nor a loss at the end is clear. And the dashed lines show what costs less: the
 # best of 16 by the same judge has more gold than the end of PPO without a price, at a smaller KL, with every judge.
 #
-# The register's rule, below, asks for another thing: with *each* judge a rise of the reward between the first check, at
-# update 8, and the end, and a fall of the gold from a peak. With four judges the reward had done its rising by then.
+# The register's rule, below, asks of *each* judge that its reward rises, and the gold falls, from the gold's peak to the end.
 
 # %% [markdown]
-# > `rlhf-8` reward hacking: the policy exploits the reward model: **cannot be tested here**. Without a price of KL the
-# > judge's reward rises, and the gold with it to a peak, from which it falls clearly with none. head, 600 comparisons:
-# > 0.34 at the start, 0.25 at the end; lora, 600 comparisons: 0.34 at the start, 0.30 at the end; full, 600
-# > comparisons: 0.34 at the start, 0.30 at the end; full, 100 comparisons: 0.34 at the start, 0.23 at the end; full,
-# > 2000 comparisons: 0.40 at update 16, 0.31 at the end. (5 seeds, 256 test items)
+# > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
+# > of 5 judges rises clearly from where the gold has its peak; meanwhile the gold falls clearly with head, 600
+# > comparisons and full, 100 comparisons. head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.34] from the
+# > start to the end, and the gold falls by +0.10 [+0.03, +0.16], from 0.34 to 0.25; lora, 600 comparisons: the reward
+# > rises by +0.26 [+0.23, +0.28] from the start to the end, and the gold falls by +0.04 [-0.01, +0.09], from 0.34 to
+# > 0.30; full, 600 comparisons: the reward rises by +0.29 [+0.25, +0.33] from the start to the end, and the gold falls
+# > by +0.04 [-0.01, +0.09], from 0.34 to 0.30; full, 100 comparisons: the reward rises by +0.17 [+0.08, +0.26] from the
+# > start to the end, and the gold falls by +0.11 [+0.07, +0.16], from 0.34 to 0.23; full, 2000 comparisons: the reward
+# > rises by +0.32 [+0.10, +0.54] from update 16 to the end, and the gold falls by +0.09 [-0.08, +0.25], from 0.40 to
+# > 0.31. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold

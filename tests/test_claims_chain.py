@@ -200,7 +200,7 @@ def test_exploitation_follows_its_rows():
     assert verdict("rlhf-8", falls(chain.JUDGES)) == HOLDS
     assert verdict("rlhf-8", falls(chain.JUDGES[:1])) == IF
     assert verdict("rlhf-8", falls([])) == NOT
-    assert verdict("rlhf-8", falls(chain.JUDGES, proxy=0.0)) == NOT, "where the judge sees no rise, nothing is exploited"
+    assert verdict("rlhf-8", falls(chain.JUDGES, proxy=0.0)) == UNTESTABLE, "where no reward rises, nothing is exploited"
 
 
 def test_a_peak_is_chosen_on_the_training_prompts():

@@ -194,32 +194,39 @@ def peak(rows: Rows) -> int:
 @claim("rlhf-8", lesson="11_reward_hacking.py", section="3 · The price of going far", experiment=CHAIN)
 def exploited(rows: Rows) -> Verdict:
     """Holds if, with each of five judges and without a price of KL, the gold on held-out prompts falls clearly from its peak (chosen on
-    the training prompts) to the last update while the judge's reward rises clearly from the first check to the last; holds if with some;
-    does not hold here if it falls by less than 0.02 with each."""
-    falls, rises, told, evidence = {}, {}, [], []
+    the training prompts) to the last update while the judge's reward rises clearly from there; holds if with some; does not hold here if
+    it falls by less than 0.02 with each; cannot be tested here if no reward rises."""
+    falls, told, evidence = {}, [], []
     for size, n in JUDGES:
         name, of = f"{size}, {n} comparisons", those_of(rows, "ppo", judge=size, comparisons=n, beta=0.0)
         many, top = those_of(rows, "best", judge=size, comparisons=n), peak(of)
         before = items(of, check=str(top)) if top else items(those_of(rows, "sft"))
-        rises[name] = crossed(items(of, "proxy") - items(of, "proxy", str(CHECKS[0])))
-        risen = rises[name].low is not None and rises[name].low > 0
-        falls[name] = before - items(of) if risen else np.minimum(before - items(of), 0)
-        one, most = (np.mean([[row["best_of"][key][what] for what in ("proxy", "gold")] for row in many], axis=0) for key in ("1", "16"))
-        gained = np.array([items(of, "proxy").mean(), items(of).mean()]) - one
-        came = gained[1] / gained[0] / ((most - one)[1] / (most - one)[0])
-        told.append(f"{name}: {before.mean():.2f} at {f'update {top}' if top else 'the start'}, {items(of).mean():.2f} at the end")
+        one, most = (np.array([[row["best_of"][key][what] for what in ("proxy", "gold")] for row in many]) for key in ("1", "16"))
+        rise = crossed(items(of, "proxy") - (items(of, "proxy", str(top)) if top else one[:, :1]))  # one answer: the SFT model's
+        fall = crossed(before - items(of))
+        if rise.low is not None and rise.low > 0:
+            falls[name] = before - items(of)
+        gained = np.array([items(of, "proxy").mean(), items(of).mean()]) - one.mean(axis=0)
+        came = gained[1] / gained[0] / (np.divide(*(most - one).mean(axis=0)[::-1]))
+        told.append(
+            f"{name}: the reward rises by {shown(rise)} from {f'update {top}' if top else 'the start'} to the end, and the gold falls by "
+            f"{shown(fall)}, from {before.mean():.2f} to {items(of).mean():.2f}"
+        )
         right = np.array([row["accuracy"][0] for row in many])
+        evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise)]
         evidence += [Number(f"{name}: pairs ordered as the gold does", float(right.mean()), "share")]
-        evidence += [as_number(f"{name}: rise of the judge's reward", rises[name])]
         evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
+    if not falls:
+        because = f"The reward of no judge rises clearly from the peak of the gold: nothing to exploit it by. {'; '.join(told)}."
+        return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
     decision, found, clear = decided(falls, NEAR["gold"])
+    decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
     because = (
-        f"Without a price of KL the judge's reward rises, and the gold with it to a peak, from which it falls clearly with "
-        f"{listed([name for name, c in clear.items() if c])}. {'; '.join(told)}."
+        f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
+        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])}. {'; '.join(told)}."
     )  # fmt: skip
-    most = max(found, key=lambda name: found[name].value)
-    evidence = [as_number(f"fall of the gold: {name}", e, "gold") for name, e in found.items()] + evidence
-    return verdict(decision, because, as_number(f"fall of the gold, {most}", found[most], "gold"), evidence, those_of(rows, "sft"))
+    most_fallen = max(found, key=lambda name: found[name].value)
+    return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))
 
 
 @claim("which-7", lesson="16_which_method.py", section="5 · And the other two jobs", experiment=CHAIN)
