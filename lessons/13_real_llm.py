@@ -33,6 +33,7 @@ import numpy as np
 import minipeft as mp
 from minipeft import diagrams
 from minipeft.accounting import memory_ledger
+from minipeft.backend import xp_of
 from minipeft.hub.smollm2 import HOW_TO_GET, find_smollm2
 from minipeft.nn.generation import generate
 from minipeft.text.corpora import austen, bible
@@ -328,8 +329,9 @@ rng = np.random.default_rng(0)
 control = mp.get_peft_model(model, config)
 for (_, trained_part), (_, part) in zip(tuned["LoRA"].parts("default"), control.parts("default")):
     A, B = trained_part.lora_A.data, trained_part.lora_B.data
-    noise = rng.standard_normal(B.shape).astype(B.dtype)
-    part.lora_A.data, part.lora_B.data = A, noise * np.linalg.norm(B @ A) / np.linalg.norm(noise @ A)
+    xp = xp_of(A)
+    noise = xp.asarray(rng.standard_normal(B.shape), dtype=B.dtype)
+    part.lora_A.data, part.lora_B.data = A, noise * xp.linalg.norm(B @ A) / xp.linalg.norm(noise @ A)
 entropy = loss(model, own)
 print(f"\n{sum((e.labels >= 0).sum() for e in own)} tokens of the model's own answers, {entropy:.2f} nats each; KL after a change, in nats a token")
 kl = {"LoRA, trained": loss(tuned["LoRA"], own) - entropy, "LoRA, random": loss(control, own) - entropy}
