@@ -6,7 +6,7 @@
 # a model of how people choose, use rankings of more than two, read the number at the right place, say what few and noisy
 # labels are worth, check whether a judge knows how sure it can be, and find texts on which it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 16 minutes (200 words or 25
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 19 minutes (200 words or 25
 # lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or open it as a notebook. The curves' runs, with three seeds, are in
 # `lessons/results/09_reward_model.jsonl`; `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it)
 # first computes those that are missing there, all of them in about ten minutes.
@@ -26,7 +26,8 @@ import numpy as np
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
-from minipeft.claims.chain_rules import CHAIN, those_of
+from minipeft.claims import constitution
+from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, those_of
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
@@ -291,7 +292,36 @@ for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100
     assert x > half, "more comparisons, and all weights in place of the head alone: clearly better"
 
 # %% [markdown]
-# ## 6 · Does it know how sure it can be?
+# ## 6 · Labels from a model that follows principles
+#
+# People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label in their place: it reads written
+# **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is; with labels of this
+# kind it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, which no one would trust with this, and the
+# principles are the rater's own, in words:
+
+# %%
+print(constitution.PRINCIPLES)
+for a, b, right_one in constitution.EXAMPLES:
+    print(f"  A: {a}\n  B: {b}\n  Answer: {right_one}")
+
+# %% [markdown]
+# The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two answers the
+# other way round it gives $d'$. If it read only the letters, $d$ and $d'$ would be equal; what speaks for the first answer is
+# $(d - d')/2$, from which a preference for a letter or a place drops out.
+#
+# **Predict:** of 1,000 pairs, in how many does so small a model take the one that is shown first? And with the place averaged
+# out, can its labels teach a reward model anything?
+
+# %%
+labels = [row for row in CONSTITUTION.rows() if "forms" not in row]
+taken, agree = (interval([np.mean(row[key]) for row in labels]) for key in ("first", "agreement"))
+one_order = interval([np.mean(row["one order"]) for row in labels])
+print("takes the first: {:.3f} ± {:.3f};  agrees with the gold: one order {:.3f} ± {:.3f}, both {:.3f} ± {:.3f}".format(*taken, *one_order, *agree))
+for prompt, answer, revision in labels[0]["read"][:4]:
+    print(f"  {prompt} |{answer}\n    revised: |{revision}")
+
+# %% [markdown]
+# ## 7 · Does it know how sure it can be?
 #
 # $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
 # in 70%? We let the rater label every held-out pair anew, and look.
@@ -345,7 +375,7 @@ print(f"rewards of the reference texts: mean {standard.mean():+.6f}, standard de
 assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
 
 # %% [markdown]
-# ## 7 · Break it: texts that nobody ever compared
+# ## 8 · Break it: texts that nobody ever compared
 #
 # The judge was taught on texts that the base writes. It has seen no others. So write ten times the same token after a
 # prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed again.)
@@ -437,7 +467,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 #
 # </details>
 #
-# **5.** What kind of text did section 7 find, and why could it be scored so?
+# **5.** What kind of text did section 8 find, and why could it be scored so?
 #
 # <details><summary>Answer</summary>
 #

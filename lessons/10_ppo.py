@@ -174,7 +174,7 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 # %% [markdown]
 # ## 4 · Rewards: a price for leaving, and the score at the end
 #
-# A reward model is right near the texts that it learned from, and nowhere else (Lesson 9, section 7). So the policy pays
+# A reward model is right near the texts that it learned from, and nowhere else (Lesson 9, section 8). So the policy pays
 # for going away from the **reference** $\pi_{\text{ref}}$, the policy as it was at the start. How far it is, the
 # **Kullback-Leibler divergence** says: by how much more probable the policy finds its own answers than the reference
 # does, in nats,

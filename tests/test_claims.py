@@ -98,7 +98,14 @@ def test_what_needs_no_comparison_of_trained_quality_is_tried():
     assert {s.id for s in claims.statements().values() if s.kind in decided} <= {*IDS}
 
 
-def test_a_statement_without_a_rule_is_not_tried():
+@pytest.fixture
+def ruleless(monkeypatch):
+    """As if nobody had written the rule of rlhf-9."""
+    claims.rule_of("rlhf-9")
+    monkeypatch.delitem(register.RULES, "rlhf-9")
+
+
+def test_a_statement_without_a_rule_is_not_tried(ruleless):
     assert claims.rule_of("rlhf-9") is None and claims.judge("rlhf-9").verdict == UNTRIED
     with pytest.raises(KeyError):
         claims.judge("lora-99")
@@ -110,7 +117,7 @@ def test_a_statement_without_a_rule_is_not_tried():
     ("rlhf-9", None, "the rule of rlhf-9 must state itself"),
     ("rlhf-9", "It holds.", "the rule of rlhf-9 must state itself"),
 ])  # fmt: skip
-def test_what_is_no_rule_is_refused(id, doc, message):
+def test_what_is_no_rule_is_refused(ruleless, id, doc, message):
     claims.rule_of("lora-6")
 
     def rule():
@@ -121,7 +128,7 @@ def test_what_is_no_rule_is_refused(id, doc, message):
         claims.claim(id, lesson="04_lora.py", section="1")(rule)
 
 
-def test_a_rule_stands_in_its_section_s_module(monkeypatch):
+def test_a_rule_stands_in_its_section_s_module(ruleless):
     def rule():
         """Holds if so."""
 

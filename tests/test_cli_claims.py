@@ -8,7 +8,14 @@ import pytest
 from cli_helpers import output, refused
 
 from minipeft import claims
-from minipeft.claims.register import ROWS, VERDICTS
+from minipeft.claims.register import ROWS, RULES, VERDICTS
+
+
+@pytest.fixture(autouse=True)
+def ruleless(monkeypatch):
+    """As if nobody had written the rule of rlhf-9."""
+    claims.rule_of("rlhf-9")
+    monkeypatch.delitem(RULES, "rlhf-9")
 
 
 def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys, monkeypatch):

@@ -176,8 +176,14 @@ def comparisons(seed: int) -> tuple[list[list[int]], list[Any], np.ndarray]:
 
 @cache
 def judge(seed: int, size: str, n: int) -> rlhf.RewardModel:
-    """Stage 2: a reward model that starts from the SFT model; of its answers, rewards have mean 0 and variance 1."""
-    ranked = rlhf.rankings(*(part[:n] for part in comparisons(seed)))
+    """Stage 2: a reward model of n comparisons, in the rater's order."""
+    return fit_judge(seed, size, comparisons(seed)[2][:n])
+
+
+def fit_judge(seed: int, size: str, order: np.ndarray) -> rlhf.RewardModel:
+    """A reward model that starts from the SFT model and learns an order, best first, of each of the first comparisons, [n, 2];
+    of the SFT model's answers, its rewards have mean 0 and variance 1."""
+    ranked = rlhf.rankings(*(part[: len(order)] for part in comparisons(seed)[:2]), order)
     texts = [text for ranking in ranked for text in ranking.texts][:512]
     model = rlhf.RewardModel(sft(seed), seed=seed)
     model.calibrate(texts)
@@ -226,7 +232,12 @@ def ppo(settings: Chain, check: Callable[[Any], Row]) -> tuple[Any, Row]:
 
     "stopped" is the error of a run that could not go on, and None otherwise. Without a price of KL all CHECKS are made,
     otherwise the last."""
-    s, reward = settings, rlhf.learned_reward(judge(settings.seed, settings.judge, settings.comparisons))
+    return optimized(settings, judge(settings.seed, settings.judge, settings.comparisons), check)
+
+
+def optimized(settings: Chain, model: rlhf.RewardModel, check: Callable[[Any], Row]) -> tuple[Any, Row]:
+    """The same, by any reward model."""
+    s, reward = settings, rlhf.learned_reward(model)
     options = {"learning_rate": RATES["ppo"], "missing_eos_penalty": 1.0} | BROKEN.get(s.broken, {})
     config = rlhf.PPOConfig(
         steps=UPDATES, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH, temperature=TEMPERATURE,
@@ -285,14 +296,19 @@ def drawn(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def best(seed: int, size: str, n: int) -> Row:
-    """Best of n, and how good the judge is.
+    """What a judge of n comparisons chooses, as `best_by`."""
+    return best_by(judge(seed, size, n), seed)
+
+
+def best_by(model: rlhf.RewardModel, seed: int) -> Row:
+    """Best of n by a reward model, and how good it is.
 
     accuracy     [value, low, high] the share of pairs of answers to a prompt that it orders as the gold does, over prompts
     best_of      for n = 1, 2, 4, ...: {n: {"kl", at most; "proxy"; "gold", means}}
     gold, proxy  [HELD_OUT] of the best of all
     """
     texts, truth = drawn(seed)
-    scores = judge(seed, size, n).score_texts(texts, 256).reshape(truth.shape)
+    scores = model.score_texts(texts, 256).reshape(truth.shape)
     i, j = np.triu_indices(BEST_OF, 1)
     wins, differ = (scores[:, i] - scores[:, j]) * (truth[:, i] - truth[:, j]) > 0, truth[:, i] != truth[:, j]
     some, found, of_n = differ.any(axis=1), {}, 1

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.intervals import Estimate
-from . import chain
+from ..evaluation.intervals import Estimate, mean
+from . import chain, constitution
 from .chain import BETAS, BREAKING, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
 from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, listed
 from .statistics import crossed
 
 Rows = Sequence[Mapping[str, Any]]
 CHAIN = Experiment("chain", chain.run, chain.runs, timed=True)  # other processors round otherwise, and draw other words
+CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, timed=True)
 
 NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0, 1]; nats an answer
 LIMIT = 4.0  # standard deviations
@@ -248,3 +249,59 @@ def aligned(rows: Rows) -> Verdict:
     for name, of in others.items():
         evidence += [as_number(f"PPO over {name}", found[name], "gold"), *summary(name, of, ("gold",))]
     return verdict(decision, because, as_number("PPO over SFT", found["SFT"], "gold"), evidence, policy)
+
+
+@claim("rlhf-9", lesson="09_reward_model.py", section="6 · Labels from a model that follows principles", experiment=CONSTITUTION)
+def by_principles(rows: Rows) -> Verdict:
+    """Holds if, on held-out prompts, the best of 16 answers and PPO, each by a reward model of the judge's labels, have clearly more gold than
+    the SFT model and than the same by a coin's labels, and are not worse than by the rater's (interval above -0.02); holds if they clearly
+    have more in some of these four comparisons; does not hold here if they gain less than 0.02 in each."""
+    forms, rows = next(row for row in rows if "forms" in row)["forms"], [row for row in rows if "forms" not in row]
+    asked = {form: float(np.mean(of["agreement"])) for form, of in forms.items()}
+    if max(asked, key=lambda form: asked[form]) != constitution.FORM:
+        raise ValueError(f"the judge is asked by {constitution.FORM!r}, and not in the form that agrees best with the gold: {asked}")
+
+    def gold(how: str, arm: str = "") -> np.ndarray:
+        return np.array([row[how][arm] if arm else row[how] for row in rows])
+
+    ways, gains, parity = {"best": "the best of 16", "ppo": "PPO"}, {}, {}
+    for how, name in ways.items():
+        gains[f"{name} over SFT"] = gold(how, "judge") - gold("sft")
+        gains[f"{name} over a coin's"] = gold(how, "judge") - gold(how, "coin")
+        parity[f"{name} over the rater's"] = gold(how, "judge") - gold(how, "rater")
+    decision, found, _ = decided(gains, NEAR["gold"])
+    beside = {name: crossed(x) for name, x in parity.items()}
+    equal = {name: e.low is not None and e.low > -NEAR["gold"] for name, e in beside.items()}
+    decision = IF if decision == HOLDS and not all(equal.values()) else decision
+    found |= beside
+
+    def share(key: str) -> Estimate:
+        """The mean over the seeds of a share of pairs."""
+        return mean([float(np.mean(row[key])) for row in rows])
+
+    first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
+    because = (
+        f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
+        f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
+        f"Of {rows[0]['labels']} labels: {'; '.join(f'{name} {shown(e)}' for name, e in found.items())}. Not worse than by the rater's: "
+        f"{listed([name.removesuffix(' over the rater' + chr(39) + 's') for name, so in equal.items() if so])}. Trained on the judge's revisions, "
+        f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
+    )  # fmt: skip
+    evidence = [as_number(name, e, "gold") for name, e in found.items()] + [as_number("revisions over own answers", revised, "gold")]
+    evidence += [as_number(name, share(key), "share") for key, name in SHARES.items()]
+    evidence += [Number(f"{form}, chosen among: agreement", value, "share") for form, value in asked.items()]
+    evidence += [as_number(f"{name}, {arm}", crossed(gold(how, arm)), "gold") for how, name in ways.items() for arm in constitution.ARMS]
+    evidence += [Number(f"reward model, {arm}: pairs ordered as the gold does", float(gold("right", arm).mean()), "share") for arm in constitution.ARMS]
+    evidence += [as_number(name, crossed(gold(name)), "gold") for name in ("sft", "own", "revised")]
+    decisive = "the best of 16 over SFT"
+    return verdict(decision, because, as_number(decisive, found[decisive], "gold"), evidence, rows)
+
+
+SHARES = {
+    "agreement": "judge and gold agree, both orders", "one order": "judge and gold agree, one order", "first": "takes the first",
+    "longer": "takes the longer", "gold_longer": "gold takes the longer",
+}  # fmt: skip
+
+
+def percent(e: Estimate) -> str:
+    return f"{e.value:.0%}" if e.low is None else f"{e.value:.0%} [{e.low:.0%}, {e.high:.0%}]"
