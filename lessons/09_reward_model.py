@@ -1,15 +1,16 @@
 # %% [markdown]
 # # Lesson 9 · A reward model: from choices to a number
 #
-# People cannot say how good a text is on a scale of one to a hundred, and no two would agree; but shown two texts, they
-# can say which is better. A reward model turns such choices into a number. After this lesson you can derive its loss from
-# a model of how people choose, use rankings of more than two, read the number at the right place, say what few and noisy
-# labels are worth, check whether a judge knows how sure it can be, and find texts on which it fails.
+# Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
+# reward model turns such choices into a number. After this lesson you can derive its loss from a model of how people
+# choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth, and
+# labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which it fails.
 #
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 19 minutes (200 words or 25
-# lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or open it as a notebook. The curves' runs, with three seeds, are in
-# `lessons/results/09_reward_model.jsonl`; `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it)
-# first computes those that are missing there, all of them in about ten minutes.
+# lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
+# open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
+# `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) first computes those that are missing
+# there, all of them in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -68,6 +69,9 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
+# The second: the gradient is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order (halved here,
+# by the mean over two pairs). It moves the two rewards apart and says nothing of their sum.
+#
 # Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2); **centering**
 # adds $c\,(r_w + r_l)^2$, which pins the zero down. The numbers below are the reference implementation's.
 
@@ -75,11 +79,6 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
 print(f"with a margin of 0.5 on the first pair, and centering: {full.item():.7f} (published definition: 0.7371471)")
 assert abs(full.item() - 0.7371471) < 5e-8
-
-# %% [markdown]
-# > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
-# > 20,000 choices of a rater with Gumbel noise the share is the sigmoid's for 5 of 5 differences; whether people choose
-# > so is another question. (20000 test items)
 
 # %% [markdown]
 # ## 2 · A rater
@@ -115,6 +114,11 @@ scores = np.tile([0.3, 0.2], (20000, 1))
 wins = (rlhf.rank(scores, np.random.default_rng(1), temperature=0.1)[:, 0] == 0).mean()
 print(f"0.3 against 0.2 at T = 0.1: preferred in {wins:.3f}, sigma(1) = {1 / (1 + np.exp(-1)):.3f}")
 assert abs(wins - 1 / (1 + np.exp(-1))) < 0.01
+
+# %% [markdown]
+# > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
+# > 20,000 choices of a rater with Gumbel noise the share is the sigmoid's for 5 of 5 differences; whether people choose
+# > so is another question. (20000 test items)
 
 # %% [markdown]
 # Between tied answers the noise decides: those labels are coin flips, and the reward model learns from them, too. What we
@@ -305,20 +309,53 @@ for a, b, right_one in constitution.EXAMPLES:
     print(f"  A: {a}\n  B: {b}\n  Answer: {right_one}")
 
 # %% [markdown]
-# The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two answers the
-# other way round it gives $d'$. If it read only the letters, $d$ and $d'$ would be equal; what speaks for the first answer is
-# $(d - d')/2$, from which a preference for a letter or a place drops out.
+# The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
+# answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks for the
+# first answer is $(d - d')/2$, from which the preference for a letter drops out (Lee et al. 2023, arXiv:2309.00267).
 #
-# **Predict:** of 1,000 pairs, in how many does so small a model take the one that is shown first? And with the place averaged
+# How to ask was chosen among four forms, on 100 comparisons of a seed that reports nothing: one question, the same after the
+# two examples above, "is this a good sentence?" of each answer alone, and the probability of an answer when the principles
+# or their opposites are asked for (`minipeft/claims/constitution.py`).
+#
+# **Predict:** in how many of 100 pairs does so small a model take the answer that is shown first? And with the place averaged
 # out, can its labels teach a reward model anything?
 
 # %%
-labels = [row for row in CONSTITUTION.rows() if "forms" not in row]
-taken, agree = (interval([np.mean(row[key]) for row in labels]) for key in ("first", "agreement"))
-one_order = interval([np.mean(row["one order"]) for row in labels])
-print("takes the first: {:.3f} ± {:.3f};  agrees with the gold: one order {:.3f} ± {:.3f}, both {:.3f} ± {:.3f}".format(*taken, *one_order, *agree))
+aided = CONSTITUTION.rows()
+forms, labels = next(row["forms"] for row in aided if "forms" in row), [row for row in aided if "forms" not in row]
+print("agrees with the gold, by form: " + ", ".join(f"{name} {np.mean(of['agreement']):.2f}" for name, of in forms.items()))
+found = {key: interval([np.mean(row[key]) for row in labels]) for key in ("first", "one order", "agreement")}
+print(f"{constitution.FORM}, {len(labels)} seeds: " + ", ".join("{} {:.3f} ± {:.3f}".format(key, *x) for key, x in found.items()))
+assert found["first"][0] > 0.95 and abs(found["one order"][0] - 0.5) < 0.02 and found["agreement"][0] - found["agreement"][1] > 0.5
+
+print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each; the SFT model has {np.mean([row['sft'] for row in labels]):.3f}")
+for arm in constitution.ARMS:
+    ways = {how: [np.mean(row[how][arm]) for row in labels] for how in ("best", "ppo")}
+    print("{:6s} best of 16: {:.3f} ± {:.3f}, PPO: {:.3f} ± {:.3f}".format(arm, *interval(ways["best"]), *interval(ways["ppo"])))
+
+# %% [markdown]
+# It takes the first in nearly all pairs, whatever stands there. Asked once it therefore agrees with the gold in half of them:
+# of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
+# reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these intervals can
+# say, and better than one of a coin's. But 200 labels of anyone are few: with the rater's, too, the chosen answers are hardly
+# better than the SFT model's, and those of PPO are worse. So this says how weak the judge is; it does not say that such
+# feedback is as good as people's.
+#
+# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to write a
+# better one, and the SFT model is trained on these **revisions**:
+
+# %%
 for prompt, answer, revision in labels[0]["read"][:4]:
     print(f"  {prompt} |{answer}\n    revised: |{revision}")
+ways = {name: interval([np.mean(row[name]) for row in labels]) for name in ("sft", "own", "revised")}
+print("gold: " + ", ".join("{} {:.3f} ± {:.3f}".format(name, *x) for name, x in ways.items()))
+less, half = interval([np.mean(row["revised"]) - np.mean(row["own"]) for row in labels])
+print(f"trained on revisions, less trained on its own answers as they were: {less:+.3f} ± {half:.3f}")
+assert less + half < 0
+
+# %% [markdown]
+# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse. A critic has to be
+# better than what it corrects.
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?
@@ -351,19 +388,19 @@ def calibration_errors(n, flip):
 for flip in FLIPS:
     print(f"labels turned round {flip:.0%}: " + ", ".join(f"{n}: {calibration_errors(n, flip).mean():.3f}" for n in SIZES))
     assert calibration_errors(100, flip).min() > 0.13 > 0.06 > calibration_errors(2000, flip).max()
-sure = np.array([row for r in rows if (r["rankings"], r["flip"]) == (2000, 0.0) for row in r["calibration"] if 0.7 <= row[0] < 0.8])
-said, was = (np.average(sure[:, k], weights=sure[:, 2]) for k in (0, 1))
-print(f"2000 clean rankings: it says {said:.2f}, is right in {was:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
+for n in (100, 2000):
+    sure = np.array([row for r in rows if (r["rankings"], r["flip"]) == (n, 0.0) for row in r["calibration"] if 0.7 <= row[0] < 0.8])
+    said, was = (np.average(sure[:, k], weights=sure[:, 2]) for k in (0, 1))
+    print(f"{n} clean rankings: it says {said:.2f}, is right in {was:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
 assert abs(said - was) < 0.03, "with many clean rankings it is honest, over the seeds together"
 careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) for row in r["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
-# With a hundred rankings it does not know the answer, and does not know that it does not: it says 0.75 where a coin would do
-# as well. With two thousand clean rankings the model is honest on average
-# (where it says 0.75, it is right in 0.75; under one seed in 0.65, under another in 0.84). And the judge taught by two
-# thousand rankings of a careless rater learned little, but honestly: it is never sure of anything. Accuracy and honesty are
-# two things.
+# No: a judge that has learned next to nothing spreads its answers over the whole range, and is right in half of the pairs
+# wherever it is sure. With two thousand clean rankings it is honest on average, though not under every seed. And the judge
+# taught by two thousand rankings of a careless rater learned little, but honestly: it is never sure of anything. Accuracy
+# and honesty are two things.
 #
 # Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and scale,
 # which makes rewards comparable:
@@ -389,15 +426,18 @@ judged = model.score_texts(nonsense)
 best = np.argsort(-judged)[:5]
 bar, top = np.quantile(standard, 0.9), standard.max()
 print(f"\na judge that prefers the better answer in {accuracy(rewards, held_gold):.1%} of pairs; nine in ten real answers are below {bar:+.2f};")
-print(f"the best of {len(standard)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}")
+print(f"the best of {len(standard)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}, where one in ten")
+print(f"would be {len(judged) // 10}:")
 for i in best:
     print(f"{judged[i]:+.2f}  {tokenizer.decode(nonsense[i])}")
 if not REDUCED:
     assert judged[best[0]] > bar, "nonsense that beats nine in ten real answers is easily found"
 
 # %% [markdown]
-# A policy that is trained on this judge will find such texts, too, and faster: that is Lesson 11. Now break it yourself:
-# train with `flip=0.5`, and with `flip=1`. Which is the worse judge, and which is the more useful one?
+# Nonsense as such does not please this judge: fewer of these texts pass the bar than real answers do. But whoever looks for
+# the best of them has one that beats nine in ten real answers, and nothing in the reward tells the two apart. A policy that
+# is trained on a judge searches in just this way: that is Lesson 11. Now break it yourself: train with `flip=0.5`, and with
+# `flip=1`. Which is the worse judge, and which is the more useful one?
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
@@ -462,8 +502,8 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# With few rankings a coin would do as well where it says 0.75: it does not know that it does not know. With two
-# thousand clean ones it is right in 0.75 on average, though not under every seed.
+# With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two
+# thousand clean ones it is right about as often as it says on average, though not under every seed.
 #
 # </details>
 #
@@ -493,7 +533,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # In which share of its choices does it prefer 0.3 to 0.2?
 #
 # **09.4 How honest?** Write `calibration_error(predicted, observed, count)`, the expected calibration error of section
-# 6, from three vectors.
+# 7, from three vectors.
 #
 # Further, without a checker:
 #

@@ -278,9 +278,9 @@ def changed(rows, **numbers):
     return [row | {name: value(row) for name, value in numbers.items()} for row in rows]
 
 
-# experiments whose rules are given made-up rows in test_claims_league, _instruction, _adapters, _chain and _mechanisms
+# experiments whose rules are given made-up rows in test_claims_league, _instruction, _adapters, _chain, _constitution and _mechanisms
 MADE_UP = {
-    "league", "practice", "forgetting", "following", "knowledge", "components", "units", "chain",
+    "league", "practice", "forgetting", "following", "knowledge", "components", "units", "chain", "constitution",
     "intrinsic_dimension", "memorization", "width", "speed",
 }  # fmt: skip
 ROWS = {  # id -> [(changes, the verdict then)]

@@ -283,7 +283,7 @@ def by_principles(rows: Rows) -> Verdict:
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
-        f"Of {rows[0]['labels']} labels: {'; '.join(f'{name} {shown(e)}' for name, e in found.items())}. Not worse than by the rater's: "
+        f"Of {rows[0]['labels']} labels: {'; '.join(f'{name} {shown(e)}' for name, e in found.items())}. Surely not worse than by the rater's: "
         f"{listed([name.removesuffix(' over the rater' + chr(39) + 's') for name, so in equal.items() if so])}. Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
     )  # fmt: skip

@@ -126,7 +126,7 @@ def _backbone(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x for name, x in found.items() if name.startswith("model.")}
 
 
-@claim("rlhf-3", lesson="09_reward_model.py", section="1 · How people choose")
+@claim("rlhf-3", lesson="09_reward_model.py", section="2 · A rater")
 def bradley_terry() -> Verdict:
     """Holds if the reward model's loss is -log sigmoid(r1 - r2), to 1e-6, and a rater with Gumbel noise prefers the first text
     as often as sigmoid(r1 - r2) says, in each of five differences (within a 99 % interval of the draws); holds if one is so;
