@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Lesson 20 · DPO: a policy from comparisons, without a reward model
 #
-# PPO (Lesson 10) needs a reward model, a value head, and answers sampled again and again. *Direct preference optimization*
-# (Rafailov et al. 2023, arXiv:2305.18290) needs one loss. After this lesson you can derive it and say why the term that
-# nobody can compute cancels; compute a step of it by hand; say why the *chosen* answer usually becomes less probable;
-# and tell IPO, KTO, ORPO and SimPO by what they change.
+# PPO (Lesson 10) needs a reward model, a value head, and answers sampled again and again. *Direct preference
+# optimization* (Rafailov et al. 2023, arXiv:2305.18290) needs one loss. After this lesson you can derive it and say why
+# the term that nobody can compute cancels; compute a step of it by hand; say how the *chosen* answer can become less
+# probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 15 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 18 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
 # minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
@@ -49,7 +49,7 @@ if REDUCED:
     print("REDUCED SETTING: 32 pairs in section 4, too few to learn anything.\n")
 
 # %% [markdown]
-# Both ways begin with comparisons, and both want what Lesson 10 wants: a high reward at a small KL.
+# PPO and DPO both begin with comparisons, and both want what Lesson 10 wants: a high reward at a small KL.
 
 # %%
 diagrams.two_ways().savefig(OUT / "20_dpo_ways.png")
@@ -57,7 +57,8 @@ diagrams.two_ways().savefig(OUT / "20_dpo_ways.png")
 # %% [markdown]
 # ## 1 · The best policy, in closed form
 #
-# For one prompt $x$, take the objective of Lesson 10, with the reward $r$ and the price $\beta$:
+# For one prompt $x$, take the objective of Lesson 10, with the reward $r$ and the price of KL $\beta$. The reference
+# $\pi_{\text{ref}}$ gives every answer a positive probability:
 #
 # $$\max_\pi \; E_{y \sim \pi}\Big[r(y) - \beta \log \frac{\pi(y)}{\pi_{\text{ref}}(y)}\Big] .$$
 #
@@ -68,10 +69,15 @@ diagrams.two_ways().savefig(OUT / "20_dpo_ways.png")
 #   \pi^*(y) = \frac{1}{Z}\, \pi_{\text{ref}}(y)\, e^{r(y)/\beta}, \quad Z = \sum_y \pi_{\text{ref}}(y)\, e^{r(y)/\beta},$$
 #
 # where $Z$ only makes the probabilities sum to 1. A KL is smallest, 0, where both are the same. So the best policy is
-# $\pi^*$: the reference, each answer made more probable by $e^{r/\beta}$. By hand, with three answers: $\pi_{\text{ref}} =
-# (0.5, 0.3, 0.2)$, $r = (0, \log 2, \log 4)$ and $\beta = 1$. The products are $0.5, 0.6, 0.8$, so $Z = 1.9$.
+# $\pi^*$: the reference, each probability multiplied by $e^{r/\beta}$ and divided by $Z$. An answer becomes more
+# probable where its reward is above $\beta \log Z$, and less probable where it is below. By hand, with three answers:
+# $\pi_{\text{ref}} = (0.5, 0.3, 0.2)$, $r = (0, \log 2, \log 4)$ and $\beta = 1$. The products are $0.5, 0.6, 0.8$, so
+# $Z = 1.9$, and the first answer falls from 0.5 to $0.5 / 1.9$.
 #
-# **Predict:** what does $\beta = \frac12$ change? (Then $e^{r/\beta} = 1, 4, 16$.)
+# One can sample from $\pi^*$ without $Z$, by *rejection*: draw an answer from the reference, and keep it with
+# probability $e^{(r - r_{\max})/\beta}$.
+#
+# **Predict:** what does $\beta = \frac12$ change? (Then $e^{r/\beta} = 1, 4, 16$.) And of how many draws is one kept?
 
 # %%
 reference, r = np.array([0.5, 0.3, 0.2]), np.log([1.0, 2, 4])
@@ -92,32 +98,47 @@ for beta in (1.0, 0.5):
     best, log_Z = optimum(r, beta, reference)
     others = [objective(p, r, beta, reference) for p in rng.dirichlet(np.ones(3), 10_000)]
     top = objective(best, r, beta, reference)
-    print(f"beta {beta:g}: best policy {best.round(3)}, objective {top:.4f} = beta log Z; of 10,000 others {max(others):.4f}")
+    print(f"beta {beta:g}: best policy {best.round(3)}, objective {top:.6f} = beta log Z; of 10,000 others {max(others):.6f}")
     assert max(others) < top and np.isclose(top, beta * log_Z)
+    drawn = rng.choice(3, 100_000, p=reference)
+    kept = drawn[rng.random(len(drawn)) < np.exp((r[drawn] - r.max()) / beta)]
+    print(f"  by rejection {(np.bincount(kept) / len(kept)).round(3)}, {len(kept) / len(drawn):.0%} of the draws kept")
+    assert np.allclose(np.bincount(kept) / len(kept), best, atol=0.01)
+    assert np.isclose(len(kept) / len(drawn), np.exp(log_Z - r.max() / beta), atol=0.01)
+assert round(best[2], 2) == 0.65, "with beta = 1/2"
 
 # %% [markdown]
-# A lower price lets the policy go further: with $\beta = \frac12$ the third answer has 65 %.
+# A lower price lets the policy go further from the reference: with $\beta = \frac12$ the third answer has 65 %. And
+# rejection keeps fewer draws, the share $Z e^{-r_{\max}/\beta}$.
 #
-# Why not simply sample from $\pi^*$? $Z$ is a sum over all answers to the prompt. Nobody can compute it.
+# Then what is wrong with $\pi^*$ as it stands? $Z$ is a sum over all answers, $V^T$ of them with $T$ tokens from a
+# vocabulary of $V$. Nobody can compute it, so nobody can evaluate $\pi^*(y)$. Sampling does without $Z$, but it needs a
+# reward model, a bound on the reward, and all the draws that it throws away. PPO does without it, too, since $\log Z$
+# does not depend on $\pi$, but it needs a reward model and samples.
 #
 # ## 2 · Z cancels
 #
-# Solve the formula of $\pi^*$ for the reward:
+# Solve the formula of $\pi^*$ for the reward, and write $Z(x)$ for $Z$, which differs from prompt to prompt:
 #
 # $$r(y) = \beta \log \frac{\pi^*(y)}{\pi_{\text{ref}}(y)} + \beta \log Z(x) .$$
 #
-# So *every* policy is the best one for some reward, which it states itself, up to a number $\beta \log Z(x)$ that depends
-# on the prompt alone. And a comparison needs no more. Bradley and Terry's probability (Lesson 9) depends on a
-# *difference* of two rewards, and both answers have the same prompt, so $Z(x)$ cancels:
+# A comparison depends on a *difference* of two rewards: Bradley and Terry's probability that $y_w$ wins against $y_l$
+# is $\sigma(r(y_w) - r(y_l))$ (Lesson 9). Both answers have the same prompt, so $\beta \log Z(x)$ cancels:
 #
-# $$r(y_w) - r(y_l) = \beta \log \frac{\pi(y_w)}{\pi_{\text{ref}}(y_w)} - \beta \log \frac{\pi(y_l)}{\pi_{\text{ref}}(y_l)}.$$
+# $$r(y_w) - r(y_l) = \beta \log \frac{\pi^*(y_w)}{\pi_{\text{ref}}(y_w)} - \beta \log \frac{\pi^*(y_l)}{\pi_{\text{ref}}(y_l)}.$$
 #
-# Fit *that* to the comparisons, by their likelihood. With $\Delta(y) = \log \pi(y) - \log \pi_{\text{ref}}(y)$ of a whole
-# answer, this is DPO:
+# So far the reward was given, and $\pi^*$ was its best policy. DPO turns this round: the reward is unknown, and the
+# policy $\pi_\theta$ that we train takes the place of $\pi^*$. It states a reward, $r_\theta(y) = \beta \Delta(y)$ with
+# $\Delta(y) = \log \pi_\theta(y) - \log \pi_{\text{ref}}(y)$ of a whole answer, for which $\pi_\theta$ itself is the
+# best policy. So fit $r_\theta$ to the comparisons as Lesson 9 fits a reward model, by maximum likelihood, and the best
+# policy is there at once:
 #
 # $$\mathcal L = -\log \sigma\big(\beta\, [\Delta(y_w) - \Delta(y_l)]\big).$$
 #
-# $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**.
+# $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. The result is
+# that of a reward model and perfect reinforcement learning if three things hold: raters choose as Bradley and Terry
+# say, the model can express $\pi^*$, and the comparisons determine the reward of every answer. Sections 3 and 5 show
+# what happens without the third.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
 
@@ -135,12 +156,11 @@ assert np.isclose(implicit[2] - implicit[0], r[2] - r[0]) and across[0] < 0 < ac
 # %% [markdown]
 # Then $Z$ does not cancel, and even the order may be wrong: a policy only says which answer it wants *to this prompt*.
 #
-# The loss of a batch, beside a published definition, and its gradient. The derivative of $-\log \sigma(m)$ is
-# $-\sigma(-m)$, so
+# Now the loss of a batch and its gradient, beside NumPy. The derivative of $-\log \sigma(m)$ is $-\sigma(-m)$, so
 #
-# $$\nabla \mathcal L = -\beta\, \sigma(-m)\, \big[\nabla \log \pi(y_w) - \nabla \log \pi(y_l)\big], \qquad m = \text{margin}:$$
+# $$\nabla \mathcal L = -\beta\, \sigma(-m)\, \big[\nabla \log \pi(y_w) - \nabla \log \pi(y_l)\big], \qquad m = \text{margin}.$$
 #
-# the chosen answer up, the rejected one down, and most where the pair is still in the wrong order.
+# A step pushes the chosen answer up and the rejected one down, hardest where the pair is still in the wrong order.
 
 # %%
 sums = [mp.Tensor(np.array(s), requires_grad=True) for s in ([-1.7, -1.6], [-1.5, -1.5])]
@@ -148,17 +168,18 @@ ref_w, ref_l = np.array([-1.9, -1.5]), np.array([-1.4, -1.6])
 loss = rlhf.dpo_loss(*sums, ref_w, ref_l, beta=0.1)
 loss.backward()
 margin = 0.1 * ((sums[0].data - ref_w) - (sums[1].data - ref_l))
-print(f"\nDPO of two pairs {loss.item():.7f} (expected 0.6907284); gradient of the chosen {sums[0].grad.round(6)}")
-assert abs(loss.item() - 0.6907284) < 5e-8 and np.allclose(sums[0].grad, -0.1 / (1 + np.exp(margin)) / 2)
+by_hand = np.log1p(np.exp(-margin)).mean()
+print(f"\nDPO of two pairs {loss.item():.7f}, by NumPy {by_hand:.7f}; gradient of the chosen {sums[0].grad.round(6)}")
+assert abs(loss.item() - by_hand) < 5e-8 and np.allclose(sums[0].grad, -0.1 / (1 + np.exp(margin)) / 2)
 assert np.allclose(sums[0].grad, -sums[1].grad)
 
 # %% [markdown]
 # ## 3 · The chosen answer falls
 #
-# "The chosen answer up": its *gradient* is. Is its probability? The loss asks for a difference alone, and weights are
-# shared. The plainest model that shares one: a single weight $\theta$, and three answers that carry a feature $f$ =
-# 0 (rejected), 1 (chosen) and 3 (one that nobody compared), with $\pi \propto e^{\theta f}$. The margin is $\beta \theta$,
-# so DPO raises $\theta$ without end. And
+# A step pushes the chosen answer up. Does its probability rise? The loss asks for a difference alone, and answers share
+# weights. The plainest model that shares one: a single weight $\theta$, and three answers with a feature $f$, which is
+# 0 for the rejected answer, 1 for the chosen one and 3 for one that nobody compared, with $\pi \propto e^{\theta f}$.
+# The margin is $\beta \theta$, so DPO raises $\theta$ without end. And
 #
 # $$\log \pi(y_w) = \theta - \log\left(1 + e^\theta + e^{3\theta}\right), \qquad
 #   \frac{d \log \pi(y_w)}{d \theta} = 1 - E_\pi[f] .$$
@@ -185,14 +206,16 @@ assert (np.diff(np.log(path[:, 1] / path[:, 0])) > 0).all(), "the margin rises a
 assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls at every step; the third gets all"
 
 # %% [markdown]
-# To the third. What tells the chosen from the rejected answer, the third has more of. The loss falls all the while: the
-# rejected answer falls faster. (Razin et al. 2024, arXiv:2410.08847, call it *likelihood displacement*.)
+# It goes to the third answer, which has more of the feature that tells the chosen from the rejected one. The chosen
+# answer falls wherever $E_\pi[f]$ is above its own feature, 1. The loss falls all the while, since the rejected answer
+# falls faster. Razin et al. (2024, arXiv:2410.08847) call it *likelihood displacement*. In language models they trained
+# *No* to be preferred to *Never*, and *Yes* rose.
 #
 # ## 4 · In a language model
 #
 # The same in the model and with the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers,
-# and the rater picks the best and the worst. DPO sees each pair once, so what a step reports of its pairs, it has not
-# learned from yet. (The code is in `lessons/experiments/preferences.py`.)
+# and the rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has
+# learned from them. (The code is in `lessons/experiments/preferences.py`.)
 #
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
 
@@ -211,11 +234,12 @@ if not REDUCED:
     assert late["rejected"] < late["chosen"] < 0, "both fall, the rejected one further"
 
 # %% [markdown]
-# Is that DPO's doing? One part of it is not. These answers were drawn from the reference, and the mean of $\Delta$ over
-# such answers is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10, section 4): *every* policy that has moved makes
-# its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have: the best,
-# the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the same chosen
-# answers, and ORPO (section 5), which adds that to a loss of pairs. Six seeds, 128 prompts, 95 % intervals over both.
+# Both fall, the rejected one further. Is that DPO's doing? One part of it is not. These answers were drawn from the
+# reference, and the mean of $\Delta$ over such answers is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10,
+# section 4): *every* policy that has moved makes its old answers less probable in the mean. So we ask what $\Delta$ the
+# four answers to a held-out prompt have: the best, the two in the middle, which no pair would show, and the worst.
+# Beside DPO stand plain fine-tuning on the same chosen answers, and ORPO (section 5), which adds that to a loss of
+# pairs. Six seeds, 128 prompts, 95 % intervals over both.
 
 # %%
 if "--full" in sys.argv:
@@ -240,18 +264,19 @@ w, lost, both = (interval(x) for x in (*seen.values(), seen["chosen"] - seen["re
 print(f"DPO, pairs of its steps from the 17th on: chosen {w[0]:+.2f} ± {w[1]:.2f}, rejected {lost[0]:+.2f} ± {lost[1]:.2f},", end=" ")
 print(f"difference {both[0]:+.2f} ± {both[1]:.2f}")
 assert w[0] + w[1] < 0 < both[0] - both[1], "of pairs not seen before the chosen answer falls, and the margin is above 0"
-assert max(table[loss, "chosen"].high for loss in LOSSES) < 0 and table["dpo", "chosen"].high < table["chosen", "chosen"].low
+assert max(e.high for e in table.values()) < 0, "all held-out answers fall, under all three losses"
+assert all(crossed(of("dpo", "chosen") - of(loss, "chosen")).high < 0 for loss in ("chosen", "orpo"))
+assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than the worst is not told"
 
 # %% [markdown]
-# Both fall, the rejected one further, and that is all the loss asks for: over the pairs of all seeds the chosen answer
-# loses nearly two nats, and the margin is clearly above 0. On the 128 held-out prompts the best answer falls by more than
-# two nats, to less than a seventh of its probability, and the answers that no pair would show fall about as far. Whether
-# it falls less than the worst, so few prompts do not tell. Plain fine-tuning on the chosen answers lowers held-out ones,
-# too, as a move must in the mean, but by less than a nat, and so does ORPO. (They move less altogether, so this is no
-# ranking of methods.)
+# On the pairs of its own steps, over six seeds, DPO's chosen answers fall, and the margin is clearly above 0: that is
+# all that the loss asks for. On the held-out prompts the answers fall under all three losses, as they must in the mean
+# for any policy that has moved. The best answer falls clearly more under DPO than under the other two. (They move less
+# altogether, so this is no ranking of methods.) Whether it falls less than the worst one, 128 prompts do not tell.
 #
-# Does it matter? What DPO lowers here are word salads. Where a chosen answer is a good one, its probability goes to
-# answers that nobody has compared. So look at `logps/chosen` while you train, not at the margin alone.
+# Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
+# (section 3). So look at `logps/chosen` while you train, not at the margin alone. A remedy is to add the chosen
+# answer's log-likelihood to what is maximized, as ORPO does below.
 #
 # ## 5 · The family
 #
@@ -261,15 +286,15 @@ assert max(table[loss, "chosen"].high for loss in LOSSES) < 0 and table["dpo", "
 # | | loss of a pair | what it changes |
 # |---|---|---|
 # | **DPO** | $-\log \sigma(\beta [\Delta_w - \Delta_l])$ | |
-# | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/2\beta)^2$ | the difference has a goal, and is not to pass it |
+# | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
 # | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ estimates the KL |
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term holds the chosen up |
-# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; long answers have no advantage |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; $\gamma$ is the goal |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each.
 #
-# **Predict:** a pair has $\Delta_w - \Delta_l = 20$ nats, with $\beta = 0.1$. In which direction does DPO push it, and in
-# which IPO?
+# **Predict:** a pair has $\Delta_w - \Delta_l = 20$ nats, with $\beta = 0.1$. In which direction does DPO push it, and
+# in which IPO?
 
 # %%
 differences = np.linspace(-10, 25, 71)
@@ -290,14 +315,19 @@ print("                    at its goal, 5:  " + ", ".join(f"{name} {push[30]:+.4
 assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] and abs(curves["IPO"][1][30]) < 1e-12
 
 # %% [markdown]
-# DPO pushes it further, ever more weakly; IPO pulls it back to $1/2\beta = 5$. If a pair is always in one order, DPO's
-# best difference is infinite, whatever $\beta$: its price of KL is in the loss only as long as comparisons contradict
-# each other.
+# DPO pushes it further, ever more weakly; IPO pulls it back to $1/(2\beta) = 5$. What does DPO's $\beta$ do, then? If
+# raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
+# $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$,
+# the further. With $q = 1$ it is infinite, whatever $\beta$. So $\beta$ holds the policy near the reference only where
+# comparisons contradict each other, or training stops early.
 #
 # ## 6 · Beside PPO
 #
-# The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. So the table is no race:
-# PPO learned from all six pairs of each ranking, through a judge, and then from 512 answers of its own.
+# PPO holds a policy with a value head, a reference and a reward model, and samples. A step of DPO is a forward and a
+# backward pass of the policy over both answers. The reference's log-probabilities are computed once, before training.
+#
+# The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. The table is no race:
+# PPO learned from all six pairs of each ranking, through a reward model, and then from 512 answers of its own.
 
 # %%
 ppo_rows = read_rows(HERE / "results" / "10_ppo.jsonl")
@@ -314,20 +344,22 @@ for method in ("PPO", "DPO"):
 x, half = interval(found["DPO"]["kl"] - found["PPO"]["kl"])
 g, about = interval(found["DPO"]["gold"] - found["PPO"]["gold"])
 print(f"DPO - PPO: KL {x:+.1f} ± {half:.1f}, gold {g:+.2f} ± {about:.2f}")
-assert x < -half and np.subtract(*interval(found["DPO"]["gold"] - found["base"]["gold"])) > 0
+assert x < -half and abs(g) < about and np.subtract(*interval(found["DPO"]["gold"] - found["base"]["gold"])) > 0
 
 # %% [markdown]
-# DPO's gold rises clearly, at a smaller KL. Whether PPO's is higher or lower, three seeds do not say: it scatters. What
-# parts the two is the mechanism. DPO never looks at an answer of its own, so nothing stops what section 3 shows; and it
-# learns no more than the pairs hold. PPO sees what it does, and can exploit a judge (Lesson 11).
+# DPO's gold rises clearly, at a smaller KL than PPO's. Whether PPO's gold is higher or lower, three seeds do not say.
+# The mechanisms differ in this. DPO is *offline*: once it has moved, its pairs are no longer answers of its own, so no
+# comparison corrects what section 3 shows. PPO is *online*: it samples what it would now say, and a judge scores it;
+# but it can exploit the judge (Lesson 11). Online DPO has pairs of fresh answers labeled at each step (Guo et al. 2024,
+# arXiv:2402.04792).
 #
 # ## 7 · Break it: a reference that is not the start
 #
-# The reference is usually the policy at the start. Suppose the pairs were labeled for one model, and another is taken as
-# the reference by mistake, which finds the rejected answer much less probable: $\Delta_w - \Delta_l$ does not start at 0.
+# So far the reference was the policy at the start, and $\Delta_w - \Delta_l$ began at 0. Suppose another model is taken
+# as the reference by mistake, which finds the rejected answer much less probable than the policy does.
 #
-# **Predict:** three answers again, all equally probable at the start; but the reference says (0.005, 0.5, 0.495), with the
-# first one rejected and the second chosen. Does the first step push more or less than with the right one?
+# **Predict:** three answers again, all equally probable at the start; but the reference says (0.005, 0.5, 0.495), with
+# the first one rejected and the second chosen. Does the first step push more or less than with the right one?
 
 # %%
 def first_push(reference):
@@ -337,17 +369,19 @@ def first_push(reference):
     return -logits.grad
 
 
-right, mistaken = first_push([1 / 3, 1 / 3, 1 / 3]), first_push([0.005, 0.5, 0.495])
-print("\npush on the three logits: right reference", right.round(3), "  mistaken", mistaken.round(3))
-assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98
+right, mistaken, other_way = (first_push(ref) for ref in ([1 / 3, 1 / 3, 1 / 3], [0.005, 0.5, 0.495], [0.5, 0.005, 0.495]))
+print("\npush on the three logits: right reference", right.round(3), "  mistaken", mistaken.round(3), end="")
+print("  mistaken the other way", other_way.round(3))
+assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98 and other_way[1] < 0.02
 
 # %% [markdown]
-# Nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a hundredfold, and
-# $\sigma(-m)$ is near its largest value, 1. With the error the other way it would be near 0, and nothing would be learned
-# while the loss looks low. In your own runs the first loss tells: it is $\log 2$ where policy and reference are one.
+# It pushes more, nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a
+# hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly anything
+# is learned, and the loss is low. In your own runs the first loss tells. It is $\log 2$ where policy and reference are
+# one.
 #
-# Now break it yourself: swap chosen and rejected in half of the pairs of section 4. What do loss, margin and
-# `rewards/accuracies` do? And which of them would you have noticed?
+# Now break it yourself: swap chosen and rejected in a random half of the pairs of section 4. Then $q = \frac12$, and
+# the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` do?
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
@@ -385,11 +419,13 @@ figure.savefig(OUT / "20_dpo.png", dpi=120)
 # %% [markdown]
 # ## Quiz
 #
-# **1.** What is the best policy for a reward and a price of KL, and why does nobody sample from it directly?
+# **1.** What is the best policy for a reward and a price of KL? Why can nobody evaluate it, and how can one sample from
+# it all the same?
 #
 # <details><summary>Answer</summary>
 #
-# $\pi^* = \pi_{\text{ref}}\, e^{r/\beta} / Z$. $Z$ is a sum over all answers to the prompt.
+# $\pi^* = \pi_{\text{ref}}\, e^{r/\beta} / Z$. Nobody can evaluate it, since $Z$ is a sum over all answers to the
+# prompt. One can sample from it by rejection, at the cost of the draws that are thrown away.
 #
 # </details>
 #
@@ -397,8 +433,8 @@ figure.savefig(OUT / "20_dpo.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# A comparison depends on the difference of two rewards, and $\beta \log Z(x)$ is the same for both answers to a prompt. It
-# would have to if the answers of a pair belonged to different prompts.
+# A comparison depends on the difference of two rewards, and $\beta \log Z(x)$ is the same for both answers to a prompt.
+# It would have to if the answers of a pair belonged to different prompts.
 #
 # </details>
 #
@@ -415,12 +451,12 @@ figure.savefig(OUT / "20_dpo.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The mean of $\log \pi - \log \pi_{\text{ref}}$ over answers drawn from the reference is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\,
-# \pi)$, which is below 0 unless both are the same.
+# The mean of $\log \pi - \log \pi_{\text{ref}}$ over answers drawn from the reference is $-\mathrm{KL}(\pi_{\text{ref}}
+# \,\|\, \pi)$, which is below 0 unless both are the same.
 #
 # </details>
 #
-# **5.** What does IPO do with a pair whose difference is larger than $1/2\beta$, and what does DPO?
+# **5.** What does IPO do with a pair whose difference is larger than $1/(2\beta)$, and what does DPO?
 #
 # <details><summary>Answer</summary>
 #
@@ -438,14 +474,14 @@ figure.savefig(OUT / "20_dpo.png", dpi=120)
 # **20.1 The best policy.** A prompt has two answers, which the reference gives with probabilities 0.75 and 0.25. Their
 # rewards are 0 and 1. What is the probability of the second under the best policy for $\beta = 0.5$?
 #
-# **20.2 A margin.** The log-probabilities of the chosen answer are -12 (policy) and -10 (reference), those of the rejected
-# one -20 and -15. What is DPO's loss for $\beta = 0.1$?
+# **20.2 A margin.** The log-probabilities of the chosen answer are -12 (policy) and -10 (reference), those of the
+# rejected one -20 and -15. What is DPO's loss for $\beta = 0.1$?
 #
-# **20.3 DPO.** Write `dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)`: the mean loss of pairs,
-# from four vectors of log-probabilities of whole answers. It should not overflow.
+# **20.3 DPO.** Write `dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)`: the mean loss of
+# pairs, from four vectors of log-probabilities of whole answers. It should not overflow.
 #
-# **20.4 Who falls?** In section 3 the third answer has the feature 0.2 in place of 3. What is $d \log \pi(y_w) / d\theta$ at
-# $\theta = 0$?
+# **20.4 Who falls?** In section 3 the third answer has the feature 0.2 in place of 3. What is $d \log \pi(y_w) /
+# d\theta$ at $\theta = 0$?
 #
 # Further, without a checker:
 #
