@@ -155,10 +155,10 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, then as `linear` | no |
 # | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
 #
-# (`magnitude_prune` is TIES' trimming alone.) A trimmed product has no low rank, so the last row loses what a rank of
-# `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with `svd_rank=128`,
-# the width of this model: nothing is cut off, and the rule acts on $\tau$ as in the papers. The **cross terms** of
-# `linear`, for $w_i s_i = 1$:
+# (`magnitude_prune` is TIES' trimming alone.) A trimmed product is not of low rank, so the last row loses what a rank
+# of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
+# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ as in the papers. The **cross
+# terms** of `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
 #
@@ -203,8 +203,7 @@ assert abs(measured["linear, same start"][1] - 2) < 0.4 and abs(measured["linear
 # With the same start, $(B_1 + B_2)(A + A) = 2\,(B_1 + B_2)\,A$: `linear` makes about *twice* the sum. With different
 # starts it makes once the sum, plus cross terms about as large as the sum itself. TIES on products makes less than the
 # sum, because it averages; on factors still less, because it averages twice. DARE makes once the sum, with noise. So a
-# weight of
-# 1 means another length under each rule, and weights have to be chosen for each rule.
+# weight of 1 means another length under each rule, and weights have to be chosen for each rule.
 #
 # ## 5 · Does it work?
 #
@@ -268,9 +267,9 @@ if not REDUCED:
 # %% [markdown]
 # - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
 #   training.
-# - **Full scale is not better than half**: at `rewrite` the sums at 1 and at 0.5 do not differ. The larger the scale,
-#   the larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. Alone, 0.75
-#   of an adapter is nearly as good as all of it. So 0.75 loses little of each update and avoids much interference.
+# - **Full scale is not better than half**: at `rewrite` the sums at 1 and at 0.5 do not clearly differ. The larger the
+#   scale, the larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. Alone,
+#   0.75 of an adapter is nearly as good as all of it. So 0.75 loses little of each update and avoids much interference.
 # - **Joint training is better**, by about 0.05 nats a token. But it needs the data of both tasks at once, and a merge
 #   does not. Where one model need not have both tasks, keep the adapters and choose one a request (Lesson 4, section
 #   9).
