@@ -157,7 +157,7 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 #
 # (`magnitude_prune` is TIES' trimming alone.) A trimmed product is not of low rank, so the last row loses what a rank
 # of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
-# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ as in the papers. The **cross
+# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross
 # terms** of `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
