@@ -17,6 +17,7 @@ from minipeft import diagrams
 from minipeft.accounting import count_parameters
 from minipeft.accounting.ppo import ppo_ledger
 from minipeft.diagrams.graphs import gradients
+from minipeft.diagrams.losses import candidates
 from minipeft.diagrams.merging import ties_steps
 from minipeft.diagrams.stages import model_states
 
@@ -42,6 +43,8 @@ FIGURES = {
     "tall": lambda: diagrams.low_rank(384, 128, 64), "graph": diagrams.scalar_graph, "masks": diagrams.attention_mask,
     "ranking": lambda: diagrams.ranking(4), "update": diagrams.ppo_update, "watched": diagrams.watched,
     "two ways": diagrams.two_ways,
+    "prediction": lambda: diagrams.prediction(*mp.load_base(), "And it came to pass in those", " days"),
+    "surprise": lambda: diagrams.prediction(*mp.load_base(), "It is", " word"),
     "ties": lambda: diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)),
     "stages": lambda: diagrams.rlhf_stages(LLAMA), "stages 7B": lambda: diagrams.rlhf_stages(SEVEN_B),
 }  # fmt: skip
@@ -123,6 +126,20 @@ def test_the_graph_s_gradients_are_differences():
     assert found["p"] == (6, 3) and found["e"] == (1.5, 3) and found["L"] == (2.25, 1)
     text = said(diagrams.scalar_graph(x, w, t))
     assert "∂L/∂w = 6" in text and "1.5 + 1.5 = 3" in text
+
+
+def test_a_prediction_s_loss_is_the_model_s():
+    base, tokenizer = mp.load_base()
+    text, (days,), (word,) = tokenizer.encode("And it came to pass in those"), tokenizer.encode(" days"), tokenizer.encode(" word")
+    losses = {}
+    for target in (days, word):
+        ids = np.array([[*text, target]])
+        labels = np.where(np.arange(len(text) + 1) == len(text), ids, -100)
+        losses[target] = base.loss(ids, labels).item()
+        shown = {i: -math.log(p) for i, _, p in candidates(base, text, target, 3)}
+        assert len(shown) == 3 and math.isclose(shown[target], losses[target], rel_tol=1e-4)
+    text = said(diagrams.prediction(base, tokenizer, "And it came to pass in those", " days"))
+    assert f"{losses[days]:.3f}" in text and "2,045" in text and "days" in text
 
 
 def test_a_block_names_shapes_and_counts():

@@ -1,5 +1,6 @@
 """Drawings of what the lessons explain: each a figure of a phone's width, whose numbers come from configurations.
 
+    prediction       from a text to a loss: token ids, logits, softmax, cross-entropy
     block            one transformer block, from token ids to logits, with shapes; a method drawn in
     low_rank         W, B and A as a square and two strips
     scalar_graph     a loss of three numbers: values on the way down, gradients on the way up
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .attention import attention_mask as attention_mask, masks as masks
     from .blocks import block as block
     from .feedback import ppo_update as ppo_update, ranking as ranking, two_ways as two_ways, watched as watched
+    from .losses import prediction as prediction
     from .merging import ties as ties
     from .strips import low_rank as low_rank
     from .stages import rlhf_stages as rlhf_stages
