@@ -457,7 +457,7 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
 # Seconds are FLOPs over what the GPU does a second: its peak times the share reached, the *utilization* (MFU: Chowdhery
-# et al. 2022, arXiv:2204.02311, section 4.1).
+# et al. 2022, arXiv:2204.02311, section 4.1). The tokens a second below assume 40 % of an A100's 312 TFLOPs a second.
 #
 # **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
 # step?
@@ -475,7 +475,7 @@ flops = {
 }  # fmt: skip
 print()
 for (name, again), n in flops.items():
-    rate = 0.4 * 312e12 / n  # 40 % of the peak of an A100 in 16 bits, 312 TFLOPs a second
+    rate = 0.4 * 312e12 / n
     title = f"{name}{', checkpointed' * again}"
     print(f"LLaMA-7B, 2,048 tokens, {title}: {n / 1e9:.1f} GFLOPs a token, {n / N:.2f} N; {rate:,.0f} tokens a second")
 ratios = [flops["LoRA", again] / flops["full", again] for again in (False, True)]
