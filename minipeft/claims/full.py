@@ -58,7 +58,7 @@ def _tuned() -> tuple[float, float, float]:
     return shares[0], shares[1], losses[1] - losses[0]
 
 
-@claim("full-1", lesson="03_full_finetuning.py", section="Step 1 · Load: a base, and a task")
+@claim("full-1", lesson="03_full_finetuning.py", section="Step 4 · Save: a whole model per task")
 def procedure() -> Verdict:
     """Holds if, with and without a classifier's head, two steps move more than 99 % of all numbers, and the model that is
     loaded from the saved directory has the same loss; does not hold here if numbers stay or the loss differs."""

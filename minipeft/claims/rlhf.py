@@ -206,7 +206,7 @@ LABELS = 33_207  # prompts whose answers were ranked for the reward model (Ouyan
 PROMPT, RESPONSE, EPOCHS = 256, 256, 4
 
 
-@claim("rlhf-6", lesson="12_counting.py", section="5 · Two ledgers")
+@claim("rlhf-6", lesson="12_counting.py", section="7 · Time")
 def expensive() -> Verdict:
     """Holds if, at 7B, full and with LoRA, PPO needs more than twice the memory of SFT and more than twice its FLOPs for the
     same texts, beside labels that SFT does not need; holds if in some of these; does not hold here if in none."""
