@@ -4,7 +4,7 @@
 # Lesson 4 built LoRA, and chose $r = 8$, $\alpha = 16$ and all layers without a reason. This lesson asks for the
 # reasons: is the update of fine-tuning really of low rank, what do rank, layers, $\alpha$ and the learning rate do,
 # does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can
-# tell what decides each, and which comparisons decide nothing.
+# tell which comparisons decide nothing.
 #
 # You need Lesson 4, and of Lesson 3 "The league". Reading takes about 16 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
@@ -388,7 +388,7 @@ assert abs(losses["pissa"] - start) < 1e-3 and losses[True] > start + 1
 
 # %% [markdown]
 # The model is not the base: the strongest directions of $W$ are there twice. (So PEFT offers to save PiSSA as a plain
-# LoRA of rank $2r$, $[B, -B_0]$ and $[A; A_0]$, which any reader reads rightly; exercise 18.3 is why that is possible.)
+# LoRA of rank $2r$, $[B, -B_0]$ and $[A; A_0]$, as exercise 18.3 does.)
 #
 # ## The picture
 #
