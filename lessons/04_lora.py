@@ -4,15 +4,14 @@
 # Full fine-tuning (Lesson 3) ends with a whole model per task, and needs four times its weights in memory to get there.
 # LoRA (Hu et al. 2021, arXiv:2106.09685) leaves every weight of the base as it is and learns a *correction* beside it,
 # a product of two thin matrices. After this lesson you can write the layer from its equation, say where its memory
-# saving comes from and where it does not, merge it into the base, and serve many tasks from one base. Which rank, which
-# layers, which $\alpha$, and how LoRA compares with full fine-tuning, is Lesson 18.
+# saving comes from, merge it into the base, and serve many tasks from one base. Which rank, layers and $\alpha$, and
+# how LoRA compares with full fine-tuning, is Lesson 18.
 #
 # You need Lesson 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
-# with `python lessons/04_lora.py` (half a minute on two cores), or open it as a notebook. Where a line begins with
-# **Predict**, write down your answer; the next cell computes it.
+# with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. Where a line begins with **Predict**,
+# write down your answer; the next cell computes it.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture and two adapters go
-# (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where files go (`lessons/out`).
 
 # %%
 import os
@@ -25,14 +24,12 @@ import numpy as np
 
 import minipeft as mp
 from minipeft import diagrams
-from minipeft.accounting import count_parameters, measure_peak, memory_ledger
+from minipeft.accounting import count_parameters, memory_ledger
 from minipeft.backend import to_numpy
 from minipeft.claims import data
 from minipeft.claims.lora import LAYER
 from minipeft.claims.standings import so_far
 from minipeft.files import read_json, write_json
-from minipeft.text.examples import encode_examples
-from minipeft.text.tasks import task
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
@@ -45,8 +42,8 @@ if REDUCED:
 # ## 1 · One equation
 #
 # A linear layer multiplies by a matrix $W$ of $d \times k$ numbers. Beside it LoRA puts two strips: $B$, as high as $W$
-# and $r$ wide, and $A$, $r$ high and as wide as $W$. Their product has $W$'s shape. Blue is frozen: stored once, read
-# by all tasks. Orange is trained, and stored for each task.
+# and $r$ wide, and $A$, $r$ high and as wide as $W$. Blue is frozen, stored once for all tasks. Orange is trained, and
+# stored for each task.
 
 # %%
 diagrams.low_rank(4096, 4096, r=8).savefig(OUT / "04_lora_strips.png")
@@ -57,8 +54,8 @@ diagrams.low_rank(4096, 4096, r=8).savefig(OUT / "04_lora_strips.png")
 #
 # $$y = Wx + \frac{\alpha}{r} B A x, \qquad A\ [r, k], \quad B\ [d, r], \quad r \ll \min(d, k) .$$
 #
-# $r$ is chosen, and so is the number $\alpha$ (section 3). The plainest case has $d = 2$, $k = 3$, $r = 1$. Read from
-# the right: $A$ makes one number of the three in $x$, and $B$ two of that one. The matrix $BA$ is never formed.
+# $r$ and the number $\alpha$ (section 3) are chosen. Take $d = 2$, $k = 3$, $r = 1$, and read from the right: $A$ makes
+# one number of the three in $x$, and $B$ two of that one. The matrix $BA$ is never formed.
 #
 # **Predict:** for the numbers below, what are $Wx$, $Ax$, and $y$ with $\alpha / r = 2$?
 
@@ -71,8 +68,8 @@ assert y.tolist() == [5, 1] == ((W + 2 * B @ A) @ x).tolist()
 assert np.linalg.matrix_rank(B @ A) == 1, "the second row of BA is twice the first"
 
 # %% [markdown]
-# The strips have $r\,(d + k)$ numbers in place of $d \cdot k$. The textbook example is $d = k = 4096$, the width of a
-# 7B model, with $r = 8$. By formula, and by building the layer and counting:
+# The strips have $r\,(d + k)$ numbers in place of $d \cdot k$. For $d = k = 4096$, the width of a 7B model, and
+# $r = 8$, by formula, and by building the layer:
 
 # %%
 d = k = 4096
@@ -93,8 +90,8 @@ del layer, adapted
 # %% [markdown]
 # ## 2 · The start is the base, exactly
 #
-# $A$ starts at random, $B$ at *zero*. So $BA = 0$, and the adapted model computes what the base does: not nearly, but
-# bit for bit. Our base is the small Llama of Lesson 3. In each block all seven matrices get their strips:
+# $A$ starts at random, $B$ at *zero*. So $BA = 0$, and the adapted model computes what the base does, bit for bit. Our
+# base is the small Llama of Lesson 3. In each block all seven matrices get their strips:
 
 # %%
 base, tokenizer = mp.load_base()
@@ -102,10 +99,10 @@ everywhere = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 diagrams.block(base.config, everywhere).savefig(OUT / "04_lora_block.png")
 
 # %% [markdown]
-# Layers are replaced by name, and nothing of the base is changed: the new model shares its arrays.
+# Layers are replaced by name. The new model shares the base's arrays, and changes none.
 
 # %%
-untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the very end
+untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the end
 N = sum(p.size for p in base.parameters())
 model = mp.get_peft_model(base, everywhere)
 model.print_trainable_parameters()
@@ -125,8 +122,7 @@ print("at the start, the logits are the base's, bit for bit: True")
 
 # %%
 place = "model.layers.2.mlp.down_proj"
-lora_layer = model.layers[place].adapters["default"]
-A, B = lora_layer.lora_A, lora_layer.lora_B  # [r, k], [d, r]
+A, B = (getattr(model.layers[place].adapters["default"], name) for name in ("lora_A", "lora_B"))  # [r, k], [d, r]
 dense = base.copy()
 dense.loss(ids, ids).backward()
 G = to_numpy(dict(dense.named_parameters())[f"{place}.weight"].grad)  # [d, k]
@@ -144,18 +140,11 @@ for step in (1, 2):
     assert len(unmoved) == (42 if step == 1 else 0) and all("lora_A" in name for name in unmoved)
 
 # %% [markdown]
-# Only the 42 $B$ move at first, as $A$'s gradient contains $B = 0$. From the second step on all do. (If $A$ were zero,
-# too, neither would ever move: "Break it".) Now that both have moved, the forward pass once by hand:
-
-# %%
-x = np.random.default_rng(1).standard_normal((4, 32, A.shape[1])).astype(np.float32)  # [batch, seq, k]
-W = dict(base.named_parameters())[f"{place}.weight"].numpy()
-by_hand = x @ W.T + 16 / 8 * (x @ A.numpy().T) @ B.numpy().T  # by way of [batch, seq, r]
-library = model.layers[place](mp.Tensor(mp.backend.asarray(x))).numpy()
-print(f"W x + (alpha/r) B A x by hand and the library's: largest difference {np.abs(by_hand - library).max():.1e}")
-assert np.abs(by_hand - library).max() < 1e-5 and np.abs(library - x @ W.T).max() > 1e-3
-
-# %% [markdown]
+# Only the 42 $B$ move at first, as $A$'s gradient contains $B = 0$. From the second step on all do. If $A$ were zero,
+# too, neither would ever move (section 11). $A = 0$ and a random $B$ start at the base, too; Hayou et al. (2024,
+# arXiv:2406.08447) find that this start allows only lower rates and ends worse on average. Weight decay shrinks $A$ and
+# $B$, and so pulls the model toward the base, not toward zero.
+#
 # ## 3 · What α / r does
 #
 # Why divide by $r$? Look at the first step. $B = 0$, and Adam moves each element of $B$ by the learning rate $\eta$
@@ -164,16 +153,15 @@ assert np.abs(by_hand - library).max() < 1e-5 and np.abs(library - x @ W.T).max(
 # $$\Delta L = -\eta \sum_{i,j} \left| \frac{\partial L}{\partial B_{ij}} \right|
 #            = -\eta\, \frac{\alpha}{r} \sum_{i=1}^{d} \sum_{j=1}^{r} \left| (G A^\top)_{ij} \right| .$$
 #
-# The double sum has $r$ columns of about the same size, whatever $r$ is, and $1/r$ cancels their number. *With $\alpha$
-# fixed, the first step is about equally large at every rank.* Measured on a batch of the task, verses of the King James
-# Bible to be put into plain English (Lesson 3). A popular rule is $\alpha = 2r$ instead.
+# The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
+# step changes the loss about equally at every rank.* (It does not change $W$ equally: Lesson 18, section 2.) Measured
+# on a batch of Lesson 3's task, and beside it a popular rule, $\alpha = 2r$.
 #
-# **Predict:** under that rule, how much larger is the first step at $r = 64$ than at $r = 8$?
+# **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
 # %%
 STEPS, SIZE = (3, 4) if REDUCED else (20, 12)
-train_set = {"rewrite": data.drawn("rewrite", STEPS * SIZE, seed=0)}
-first_batch = mp.train.collate(train_set["rewrite"][:SIZE], tokenizer.pad_token_id).arguments
+first_batch = mp.train.collate(data.drawn("rewrite", SIZE, seed=0), tokenizer.pad_token_id).arguments
 
 
 def lora(r=8, alpha=16, targets="all-linear", name="default"):
@@ -188,31 +176,29 @@ def first_step(r, alpha):
 
 
 at_8 = first_step(8, 16)
-print("first step, relative to r = 8, alpha = 16:      r = 1      r = 64")
+print("Delta L, relative to r = 8, alpha = 16:         r = 1      r = 64")
 for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
     one, most = (first_step(r, alpha) / at_8 for r, alpha in zip((1, 64), alphas))
     print(f"  {label:38s} {one:12.3f} {most:11.3f}")
-    low, high = ((0.5, 2), (0.5, 2)) if label == "alpha = 16" else ((0.06, 0.25), (5, 12))
-    assert low[0] < one < low[1] and high[0] < most < high[1]
+    assert (0.5 < one < 2 and 0.5 < most < 2) if label == "alpha = 16" else (0.06 < one < 0.25 and 5 < most < 12)
 
 # %% [markdown]
-# About eight times: a rate that was good at $r = 8$ is then too high at 64 ("Break it" tries it). So $r$, $\alpha$ and
-# the learning rate are not three separate questions. $\alpha$ is a factor on the detour, at which a rate is right.
+# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). So $r$, $\alpha$
+# and the learning rate are not three separate questions.
 #
 # ## 4 · The layer as textbooks print it
 #
-# Here is LoRA as it is printed in many introductions, with PyTorch's names.
-#
-# **Predict:** it has three flaws. Which?
+# **Predict:** this PyTorch layer has four flaws. Which?
 
 # %%
 print(LAYER)
 
 # %% [markdown]
-# First, `alpha` is defined nowhere: the line stops. Second, the comment says "frozen", and nothing freezes `W`. Third,
-# `randn` has deviation 1, where the library draws $A$ uniformly in $\pm 1/\sqrt{k}$ (the default of PEFT), so the
-# gradient of $B$, which contains $A$, is many times larger, and a rate that is right for one is wrong for the other.
-# (It also inherits from a base class that it does not initialize.) All repaired, in as many lines:
+# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. Second, `alpha` is defined
+# nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library
+# and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain
+# $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong for the
+# other. All repaired (the library's `Module` needs no `super().__init__()`):
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -227,8 +213,11 @@ class LoRALayer(mp.nn.Module):
         return x @ self.W.T + (x @ self.A.T @ self.B.T) * self.scaling
 
 
+x = np.random.default_rng(1).standard_normal((4, 32, A.shape[1])).astype(np.float32)  # [batch, seq, k]
+library = model.layers[place](mp.Tensor(mp.backend.asarray(x))).numpy()
+W = dict(base.named_parameters())[f"{place}.weight"].numpy()
 by_hand = LoRALayer(W, 8, 16, np.random.default_rng(0)).to("numpy")
-by_hand.A.data, by_hand.B.data = A.numpy(), B.numpy()
+by_hand.A.data, by_hand.B.data = A.numpy(), B.numpy()  # of section 2, where both have moved
 difference = np.abs(by_hand(mp.Tensor(x)).numpy() - library).max()
 trained = [name for name, p in by_hand.named_parameters() if p.requires_grad]
 print(f"trained: {trained}; with the same A and B, against the library's layer: {difference:.1e}")
@@ -243,8 +232,7 @@ assert trained == ["A", "B"] and difference < 1e-5
 # ## 5 · Which layers
 #
 # `target_modules` says where the strips go: names, a regular expression, or "all-linear", which is every linear layer
-# but the head. The paper adapts attention alone, and mostly $q$ and $v$. What the choice costs follows from shapes, and
-# what it does for quality is Lesson 18.
+# but the head. The paper adapts attention alone, and mostly $q$ and $v$. What the choice costs follows from shapes:
 
 # %%
 print("adapters on, r = 8    layers   trained parameters")
@@ -256,8 +244,8 @@ for targets in (["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], 
     assert model.get_nb_trainable_parameters()[0] == formula
 
 # %% [markdown]
-# The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2 and 3 fuse q, k and v into one
-# matrix, `c_attn`; `enable_lora` adapts q and v of it.)
+# The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2's code has q, k and v in one
+# matrix, `c_attn`, as has the library's GPT-3; `enable_lora` adapts q and v of it.)
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many are trained with $r = 1$?
 
@@ -272,14 +260,18 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):
     print(f"GPT-3, r = {r}: {counted:,} parameters; the paper's Table 15: {published}")
 
 # %% [markdown]
+# 4.7 million: $r$ times $d + k$, for two matrices in 96 layers.
+#
 # ## 6 · Where the saved memory comes from
 #
-# A pullback that is needed keeps what it needs until backward (Lesson 1, section 4). For $y = Wx$ there are two:
+# For $y = Wx$ there are two pullbacks, and each keeps what it needs until backward (Lesson 1, section 4). $\bar W$
+# stands for $\partial L / \partial W$:
 #
-# - towards the weight, $\bar W = \bar y\, x^\top$: needs the **input** $x$, and leaves a gradient of $W$'s size;
-# - towards the input, $\bar x = W^\top \bar y$: needs $W$, which is there anyway.
+# - towards the weight, $\bar W = \bar y\, x^\top$ needs the **input** $x$, and leaves a gradient of $W$'s size;
+# - towards the input, $\bar x = W^\top \bar y$ needs $W$, which is there anyway.
 #
-# Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept.
+# Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept, and one of three products
+# (forward and these two) less. The second stays, as lower layers need it. So LoRA's step has about 2/3 of the work.
 #
 # **Predict:** now put LoRA beside it. Is $x$ kept?
 
@@ -302,30 +294,27 @@ def kept_by(layer):
 
 
 plain = mp.nn.Sequential(mp.nn.Linear(WIDTH, WIDTH, bias=False)).to("numpy")  # whose arrays tracemalloc sees
+x_bytes, h_bytes = 4 * POSITIONS * WIDTH, 4 * POSITIONS * 8
 layers = {
-    "trained": plain.copy(),
-    "frozen": plain.copy().requires_grad_(False),
-    "frozen, LoRA r = 8": mp.get_peft_model(plain, mp.LoraConfig(r=8, target_modules=["0"])),
+    "trained": (plain.copy(), x_bytes),
+    "frozen": (plain.copy().requires_grad_(False), 0),
+    "frozen, LoRA r = 8": (mp.get_peft_model(plain, mp.LoraConfig(r=8, target_modules=["0"])), x_bytes + h_bytes),
 }
 tracemalloc.start()
-for layer in layers.values():
-    kept_by(layer)  # caches that are made once
-kept = {name: kept_by(layer) for name, layer in layers.items()}
+kept = {name: max(kept_by(layer) for _ in range(2)) for name, (layer, _) in layers.items()}
 tracemalloc.stop()
-x_bytes, h_bytes = 4 * POSITIONS * WIDTH, 4 * POSITIONS * 8
-predicted = {"trained": x_bytes, "frozen": 0, "frozen, LoRA r = 8": x_bytes + h_bytes}
 print(f"one layer, {POSITIONS} positions x {WIDTH}       kept: predicted     measured   gradient and moments of")
-for name, size in kept.items():
-    states = sum(12 * p.size for p in layers[name].parameters() if p.requires_grad)
-    print(f"  {name:22s}          {predicted[name]:15,} {size:12,}   {states:12,} bytes")
-    assert abs(size - predicted[name]) < 20_000
+for name, (layer, predicted) in layers.items():
+    states = sum(12 * p.size for p in layer.parameters() if p.requires_grad)
+    print(f"  {name:22s}          {predicted:15,} {kept[name]:12,}   {states:12,} bytes")
+    assert abs(kept[name] - predicted) < 20_000
 
 # %% [markdown]
-# It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). So the usual sentence, "LoRA needs
-# no activations of the frozen weights", is half of the truth. It is true of layers that have *no* adapter. Beside an
-# adapter, what is saved is the gradient and the optimizer's two moments. ($q$, $k$ and $v$ read the same $x$, which is
-# kept once.) Now a whole step, each line predicted by `memory_ledger` from shapes, and measured by taking the step
-# apart.
+# It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). "LoRA needs no activations of the
+# frozen weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is the gradient and the
+# optimizer's two moments. ($q$, $k$ and $v$ read the same $x$, which is kept once. `lora_dropout` drops elements of $x$
+# on the way to $A$ alone; then each adapter keeps its own.) Now a whole step, measured line by line, with an assertion
+# that `memory_ledger` predicts each from shapes.
 #
 # **Predict:** with LoRA on all layers, do the activations take less memory than in full fine-tuning, or more?
 
@@ -352,50 +341,32 @@ def apart(make):
     return {"weights": weights, "gradients": gradients, "optimizer": states, "activations": activations}
 
 
-def two_steps(make):
-    """Two whole steps: in the second the moments are there too."""
-    model = make()
-    optimizer = mp.optim.AdamW(model.parameters())
-    for _ in range(2):
-        model.loss(text, text).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 memory = {}
 for name, make in VARIANTS.items():
-    ledger = memory_ledger(make(), batch=BATCH, seq_len=LENGTH)
-    held = ledger.held
-    foreseen = {
+    held = memory_ledger(make(), batch=BATCH, seq_len=LENGTH).held
+    predicted = {
         "weights": held["frozen weights"] + held["adapters"] + held["trained weights"], "gradients": held["gradients"],
         "optimizer": held["optimizer states"], "activations": held["activations"] + held["logits"],
     }  # fmt: skip
-    two_steps(make)
+    apart(make)  # caches that are made once
     tracemalloc.start()
-    found = apart(make)
+    memory[name] = apart(make)
     tracemalloc.stop()
-    peak = measure_peak(lambda make=make: two_steps(make))
-    memory[name] = foreseen | {"peak": ledger.total}, found | {"peak": peak}
-print(f"one step of {BATCH} x {LENGTH} tokens, MiB: predicted / measured")
-print(f"{'':18s}" + "".join(f"{line:>17s}" for line in memory["full"][0]))
-for name, (foreseen, found) in memory.items():
-    pairs = (f"{foreseen[line] / 2**20:8.2f} /{found[line] / 2**20:6.2f}" for line in foreseen)
-    print(f"{name:18s}" + "".join(f"{pair:>17s}" for pair in pairs))
-    for line in foreseen:
-        assert abs(found[line] - foreseen[line]) < 0.1 * foreseen[line] + 2**18, (name, line)
-full, all_layers, q_and_v = (foreseen for foreseen, _ in memory.values())
+    assert all(abs(memory[name][line] - n) < 0.1 * n + 2**18 for line, n in predicted.items()), name
+print(f"one step of {BATCH} x {LENGTH} tokens, MiB" + "".join(f"{line:>13s}" for line in memory["full"]))
+for name, lines in memory.items():
+    print(f"  {name:32s}" + "".join(f"{size / 2**20:13.2f}" for size in lines.values()))
+full, all_layers, q_and_v = memory.values()
 assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradients"] + full["optimizer"])
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
 
 # %% [markdown]
-# A little more: the $r$ numbers per position come on top. With $q$ and $v$ alone, the inputs of the other projections
-# go. Gradients and moments, 12 bytes per parameter, nearly vanish in both. (The peak of full fine-tuning is below the
-# sum of its lines, as gradients are born while activations die.)
+# A little more, by the $r$ numbers per position. With $q$ and $v$ alone, the inputs of the other projections go.
+# Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
 #
-# How much that is in all depends on what dominates. Here it is the activations: a tiny model and many tokens. In a large
-# model it is the states. In mixed precision with Adam, a trained parameter takes 16 bytes (2 for the weight, 2 for its
-# gradient, 12 for a float32 copy and two moments; Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1), and a frozen
-# one the 2 of its weight.
+# Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
+# precision with Adam, a trained parameter takes 16 bytes (weight 2, gradient 2, a float32 copy and two moments 12;
+# Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1), and a frozen one the 2 of its weight.
 #
 # **Predict:** GPT-3 has 174.6 billion parameters. How many GB of states with LoRA?
 
@@ -407,31 +378,25 @@ for name, config in (("full fine-tuning", None), ("LoRA, q and v, r = 4", gpt3_l
 assert abs(states / 350e9 - 1) < 0.01
 
 # %% [markdown]
+# About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
+# 1.2 TB are composed; 16 bytes a parameter are more. QLoRA (Lesson 7) stores the frozen weights in 4 bits. In the card,
+# 7B is a step of 512 tokens in 16 bits by the ledger, and "a step on the base" has 8 short texts.
+
+# %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
 # > and states together: at 7B the gradients are 20% of it, the optimizer's states 79% and the inputs of frozen layers
 # > 0.0 % (all linear layers) and 0.7 % (q, v); a step on the base takes 0.58 times the memory, and 0.67 times the FLOPs
 # > at 7B.
 
 # %% [markdown]
-# The paper says "from 1.2TB to 350GB" (section 4.2). The 350 are the frozen weights at 2 bytes each: LoRA itself is lost
-# in the rounding. How its 1.2 TB are composed the paper does not say; with 16 bytes a parameter it would be more. Those
-# 350 GB are what QLoRA (Lesson 7) attacks, by storing the frozen weights in 4 bits.
-#
 # ## 7 · Training it
 #
-# The training loop is Lesson 3's: only what the optimizer is given has changed. Held out are the same 64 verses.
+# The training loop is Lesson 3's, and so are the 64 held-out verses. Only what the optimizer is given has changed.
 
 # %%
-def examples(split, n):
-    """n records of the task "define" (a word of the dictionary, what does it mean?), spread over the split."""
-    records = task("define", split)
-    records = [records[i] for i in np.linspace(0, len(records) - 1, n).astype(int)]
-    return encode_examples(records, tokenizer, max_length=96, on_overflow="truncate").examples
-
-
-n_held_out = 8 if REDUCED else 64
-train_set["define"] = examples("train", STEPS * SIZE)
-held_out = {"rewrite": data.encode(data.asked("rewrite", "validation", n_held_out)), "define": examples("validation", n_held_out)}
+TASKS, n_held_out = ("rewrite", "source"), 8 if REDUCED else 64
+train_set = {name: data.drawn(name, STEPS * SIZE, seed=0) for name in TASKS}
+held_out = {name: data.encode(data.asked(name, "validation", n_held_out)) for name in TASKS}
 
 
 def loss_of(model, name="rewrite"):
@@ -458,9 +423,10 @@ if not REDUCED:
     assert adapted_end < start - 0.2
 
 # %% [markdown]
-# The learning rate is $10^{-2}$, where Lesson 3's best was lower. Does LoRA need another rate? Look at the first step
-# once more. Full fine-tuning moves each weight by $\eta$. LoRA moves $B$, and so $W$ by $\frac{\alpha}{r} \Delta B\, A$:
-# in each element a sum of $r$ terms $\pm \eta A_{jk}$, with $A$ in $\pm 1/\sqrt{k}$.
+# The learning rate is $10^{-2}$, where Lesson 3's best was lower. Does LoRA need another rate? In the first step full
+# fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$: in each element a sum of
+# $r$ terms $\pm \eta A_{ij}$, with $A$ uniform in $\pm 1/\sqrt{k}$, of variance $1/(3k)$. If the signs are independent,
+# the root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$, the smaller the wider the layer.
 
 # %%
 stepped = lora()
@@ -468,18 +434,21 @@ stepped.loss(**first_batch).backward()
 mp.optim.AdamW(stepped.parameters(), lr=1.0, weight_decay=0.0).step()  # 1 in place of eta
 moves = {name: to_numpy(layer.adapters["default"].delta_weight()) for name, layer in stepped.layers.items()}
 size = np.sqrt(np.mean([np.mean(move**2) for move in moves.values()]))
-print(f"a weight moves in the first step by: full fine-tuning 1 eta, LoRA {size:.2f} eta (root mean square)")
-assert 0.1 < size < 0.5
+formula = 16 / 8 * np.sqrt(np.mean([8 / (3 * move.shape[1]) for move in moves.values()]))
+print(f"a weight moves in the first step by: full fine-tuning 1 eta, LoRA {size:.2f} eta; by the formula {formula:.2f} eta")
+print(f"the formula for a layer of width 4096: {16 / 8 * np.sqrt(8 / (3 * 4096)):.2f} eta")
+assert abs(size / formula - 1) < 0.1 and size < 0.5
 
 # %% [markdown]
-# So at equal rates LoRA's first step in $W$ is a third of a full one here. How much higher its rate is when both are
-# tuned, the tables of section 10 and Lesson 14 say.
+# So at equal rates LoRA's first step in $W$ is the smaller one, and more so in a wide model. How much higher its rate
+# should be, only runs that tune both can say (section 10, Lesson 14). Schulman et al. (2025, "LoRA Without Regret",
+# thinkingmachines.ai/blog/lora) find about ten times.
 #
 # ## 8 · Merge: the detour disappears
 #
-# $W + \frac{\alpha}{r} BA$ is a matrix of $W$'s shape. Add it in, and what remains is a plain model: no extra layer, no
-# extra latency, the same names and shapes. Its logits are those of the adapted model, up to the rounding of float32
-# (the sum is formed in another order). `merge_and_unload` makes a *new* model; the base is what it was, bit for bit.
+# $W + \frac{\alpha}{r} BA$ is a matrix of $W$'s shape. Add it in, and what remains is a plain model with no extra
+# layer. `merge_and_unload` makes it, as a *new* model. Its logits are those of the adapted one, up to the rounding of
+# float32.
 
 # %%
 merged = adapted.merge_and_unload()
@@ -489,15 +458,14 @@ print(f"of logits up to {np.abs(want).max():.0f}")
 assert np.abs(want - got).max() < 1e-4 * np.abs(want).max()
 assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
-assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched))
 
 # %% [markdown]
-# And back. The way of the paper (section 4.2) is to subtract $BA$ again. In exact arithmetic that is the base.
+# And back. The paper (section 4.2) subtracts $BA$ again. In exact arithmetic that is the base.
 #
 # **Predict:** in float32, how many of the weights are then what they were: all, most, or few?
 
 # %%
-W, D = dict(base.named_parameters())[f"{place}.weight"].numpy(), to_numpy(adapted.layers[place].adapters["rewrite"].delta_weight())
+D = to_numpy(adapted.layers[place].adapters["rewrite"].delta_weight())
 subtracted = (W + D) - D
 adapted.merge_adapter()
 assert np.array_equal(adapted(ids).numpy(), got)
@@ -507,11 +475,13 @@ with adapted.disable_adapter():
     assert np.array_equal(adapted(ids).numpy(), base(ids).numpy())
 print(f"merged and subtracted again: {np.mean(subtracted != W):.0%} of the weights differ,", end=" ")
 print(f"by up to {np.abs(subtracted - W).max():.0e}; unmerged from kept weights: none, bit for bit")
-assert 0 < np.abs(subtracted - W).max() < 1e-6
+assert 0 < np.mean(subtracted != W) < 0.5 and np.abs(subtracted - W).max() < 1e-6
 
 # %% [markdown]
-# In floating point $(W + D) - D$ is not quite $W$. The library keeps $W$ instead: `merge_adapter` computes with merged
-# weights, `unmerge_adapter` drops them, and nothing has been rounded.
+# Most are, but not all, as both sums are rounded. The library keeps $W$ instead: `merge_adapter` computes with merged
+# weights, and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different
+# adapters (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). The card times generation at
+# several widths and batch sizes.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
@@ -520,32 +490,32 @@ assert 0 < np.abs(subtracted - W).max() < 1e-6
 # %% [markdown]
 # ## 9 · One base, many tasks
 #
-# A second adapter on the same base learns the other task: explain a word, as a dictionary does. Which adapter is used
-# is a matter of a name.
+# A second adapter on the same base learns the league's other task, `source`: from which of three books is a sentence?
+# Which adapter is used is a matter of a name.
 
 # %%
-adapted.add_adapter("define", mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=1)
-adapted.set_adapter("define")
-train(adapted, name="define")
+adapted.add_adapter("source", mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=1)
+adapted.set_adapter("source")
+train(adapted, name="source")
 adapted.set_adapter("rewrite")
 assert np.array_equal(adapted(ids).numpy(), want), "training one adapter leaves the other alone"
-table = {"none": [start, loss_of(base, "define")]}
-for name in ("rewrite", "define"):
+table = {"none": [start, loss_of(base, "source")]}
+for name in TASKS:
     adapted.set_adapter(name)
-    table[name] = [loss_of(adapted, "rewrite"), loss_of(adapted, "define")]
-print("held-out loss of         rewrite      define")
+    table[name] = [loss_of(adapted, task) for task in TASKS]
+print("held-out loss of         rewrite      source")
 for name, row in table.items():
     print(f"  with adapter {name:8s}" + "".join(f"{loss:12.3f}" for loss in row))
 if not REDUCED:
     assert table["rewrite"][0] == min(row[0] for row in table.values())
-    assert table["define"][1] == min(row[1] for row in table.values())
+    assert table["source"][1] == min(row[1] for row in table.values())
 
 # %% [markdown]
-# They need not even take turns. One batch, a name for each row: the base's product is computed once for all, and each
-# row takes its own detour. So one copy of a large model serves many tasks at once.
+# Each is the best at its own task. They need not even take turns: one batch, a name for each row, the base's product
+# computed once for all, and each row's own detour beside it.
 
 # %%
-names = ["rewrite", "__base__", "define", "rewrite"]
+names = ["rewrite", "__base__", "source", "rewrite"]
 mixed = adapted(ids, adapter_names=names).numpy()
 difference = 0.0
 for i, name in enumerate(names):
@@ -560,14 +530,14 @@ assert difference < 1e-4 * np.abs(mixed).max()
 assert REDUCED or np.abs(mixed[0] - base(ids[:1]).numpy()[0]).max() > 0.1
 
 # %% [markdown]
-# On the disk a task is its adapter: two matrices per layer, and a small JSON file that says which layers, which $r$,
-# and which $\alpha$. It is the format of Hugging Face PEFT.
+# On the disk a task is its adapter, in the format of Hugging Face PEFT: two matrices per layer, and a small JSON file
+# that says which layers, which $r$, and which $\alpha$.
 
 # %%
 folder = OUT / "04_adapters"
 adapted.save_pretrained(folder)
-size = (folder / "define" / "adapter_model.safetensors").stat().st_size
-print(f"{'define/adapter_model.safetensors':34s} {size:12,} bytes; {trainable:,} parameters x 4 = {4 * trainable:,}")
+size = (folder / "source" / "adapter_model.safetensors").stat().st_size
+print(f"{'source/adapter_model.safetensors':34s} {size:12,} bytes; {trainable:,} parameters x 4 = {4 * trainable:,}")
 print(f"{'a full fine-tune, float32':34s} {4 * N:12,} bytes: {4 * N / size:.0f} times as much")
 assert 0 <= size - 4 * trainable < 20_000, "the file is the matrices and a small header"
 again = mp.PeftModel.from_pretrained(base, folder / "rewrite")
@@ -577,6 +547,9 @@ print(f"GPT-3, r = 4, float16: {adapter / 1e6:.1f} MB a task; whole {whole / 1e9
 print(f"100 tasks: {(whole + 100 * adapter) / 1e9:.0f} GB, or {100 * whole / 1e12:.0f} TB")
 assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35MB"
 assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
+
+# %% [markdown]
+# In the cards, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of `soft-6`.
 
 # %% [markdown]
 # > `peft-1` storage: one base and a small file per task: **holds if**. There are 2 tasks or more: the base itself is
@@ -599,21 +572,17 @@ assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
 # %% [markdown]
 # ## 10 · The league so far
 #
-# One run at one rate says that LoRA learns; it does not say how well. For that, both methods are tuned alike and
-# reported on test items under five other seeds (Lesson 3, "The league"). The rows that ship, of the methods met so far:
+# One run at one rate says that LoRA learns, not how well. For that there is the league (Lesson 3), of the methods so
+# far:
 
 # %%
 print(so_far(["full", "head", "lora"]))
 
 # %% [markdown]
-# What LoRA's rank, layers and $\alpha$ do, each tuned in the same way, and what follows about LoRA and full
-# fine-tuning, is Lesson 18.
-#
 # ## 11 · Break it
 #
-# **Both factors zero.** If $B = 0$ is a good start, why not $A = 0$ too? Look at the two gradients of section 2: $B$'s
-# contains $A$, and $A$'s contains $B$. With both at zero, both gradients are zero, and they stay zero. Nothing crashes,
-# and nothing is learned.
+# **Both factors zero.** If $B = 0$ is a good start, why not $A = 0$ too? By section 2, $B$'s gradient contains $A$, and
+# $A$'s contains $B$. Both are zero, and stay zero. Nothing crashes, and nothing is learned.
 
 # %%
 dead = lora()
@@ -622,19 +591,12 @@ for _, part in dead.parts("default"):
 dead.mark_start("default")
 train(dead, steps=3)
 print(f"both zero: held-out loss before {start:.4f}, after {loss_of(dead):.4f}")
-assert np.array_equal(dead(ids).numpy(), base(ids).numpy())
-try:
-    mp.assert_learning(dead)
-    complaint = ""
-except AssertionError as error:
-    complaint = str(error)
-print("assert_learning says:", complaint[:90], "...")
-assert complaint.startswith("84 adapter parameters never moved")  # 42 layers with two matrices each
-mp.assert_learning(adapted)  # the healthy one passes
+print("matrices that have never moved:", len(dead.unmoved()))  # `mp.assert_learning(dead)` stops here
+assert np.array_equal(dead(ids).numpy(), base(ids).numpy()) and len(dead.unmoved()) == 84
 
 # %% [markdown]
-# **$\alpha$ raised with $r$, and the rate left as it was.** Section 3 says that the first step is then about eight
-# times as large at $r = 64$. The rate that was good at $r = 8$, on the same batches, with two seeds for $A$:
+# **$\alpha$ raised with $r$, and the rate left as it was.** By section 3, $\Delta L$ is then about eight times as large
+# at $r = 64$. The rate that was good at $r = 8$, on the same batches, with two seeds for $A$:
 
 # %%
 ends = {}
@@ -644,11 +606,13 @@ for alpha in (16, 128):
     ends[alpha] = [loss_of(train(mp.get_peft_model(base, config, seed=seed))) for seed in (0, 1)]
     print(f"  alpha = {alpha:3d}: " + ", ".join(f"{end:.3f}" for end in ends[alpha]))
 if not REDUCED:
-    assert max(ends[16]) < min(ends[128]), "64 times the numbers, and a worse model"
+    assert max(ends[16]) < adapted_end + 0.1 and max(ends[16]) + 0.3 < min(ends[128])
 
 # %% [markdown]
-# **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. Say
-# that a script which copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16.
+# With $\alpha = 16$ the rate still fits. With $\alpha = 2r$ the same rank at the same rate ends clearly worse.
+#
+# **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. A
+# script that copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16.
 #
 # **Predict:** does it load? And what does the loaded model compute?
 
@@ -658,57 +622,34 @@ write_json(folder / "rewrite" / "adapter_config.json", options | {"lora_alpha": 
 halved = mp.PeftModel.from_pretrained(base, folder / "rewrite", is_trainable=True)
 write_json(folder / "rewrite" / "adapter_config.json", options)
 print(f"held-out loss: alpha as trained {adapted_end:.3f}, alpha halved {loss_of(halved):.3f}, base {start:.3f}")
-ratio = to_numpy(halved.layers[place].adapters["default"].delta_weight()) / D
+assert np.allclose(to_numpy(halved.layers[place].adapters["default"].delta_weight()), D / 2)
+assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched)), "after all this, the base"
 off = np.abs(halved(ids).numpy() - want).max()
 print(f"largest difference of a logit from the model that was trained: {off:.1f} of {np.abs(want).max():.0f}")
-assert np.allclose(ratio, 0.5)
 if not REDUCED:
-    assert off > 0.01 * np.abs(want).max()
+    assert off > 0.01 * np.abs(want).max() and abs(loss_of(halved) - adapted_end) < 0.1
 
 # %% [markdown]
-# Every shape fits, everything loads, and the model is the base plus *half* of what was learned. The loss alone need not
-# tell: halfway from the base to the trained model it may be nearly as low. But it is another model than the one that
-# was trained.
+# It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
+# tell: it is about the same here. But the logits are not those of the model that was trained.
 #
-# And through all of this, on one base: a dozen adapters, trained, merged, switched, broken.
-
-# %%
-same = all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched))
-print("the base is what it was when it was loaded, bit for bit:", same)
-assert same
-
-# %% [markdown]
 # ## The picture
 #
-# Left: the memory of one step, line by line, predicted (pale) beside measured (strong), and the peak. Right: two
-# adapters on one base, each good at its own task.
+# The memory of one step, line by line: with an adapter on every layer the activations stay.
 
 # %%
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-colors = {"weights": GREY, "gradients": ORANGE, "optimizer": "#E69F00", "activations": BLUE}
-for i, pair in enumerate(memory.values()):
-    for x, values, strength in ((i - 0.2, pair[0], 0.5), (i + 0.2, pair[1], 1.0)):
-        bottom = 0.0
-        for line, color in colors.items():
-            height = values[line] / 2**20
-            label = line if (i, strength) == (0, 1.0) else None
-            a.bar(x, height, 0.36, bottom=bottom, color=color, alpha=strength, label=label)
-            bottom += height
-        peak = values["peak"] / 2**20
-        label = "peak" if (i, strength) == (0, 1.0) else None
-        a.plot([x - 0.18, x + 0.18], [peak, peak], color="black", lw=2, label=label)
-a.set_xticks(range(len(memory)), list(memory))
-a.set(ylabel="MiB", title=f"One step of {BATCH} x {LENGTH} tokens: predicted | measured")
-a.set_ylim(0, 1.4 * sum(memory["full"][1][line] for line in colors) / 2**20)
-a.legend(fontsize=9, ncols=3, loc="upper right")
-for k, (adapter, color) in enumerate(zip(table, (GREY, BLUE, GREEN))):
-    bars = b.bar(np.arange(2) + 0.27 * (k - 1), table[adapter], 0.25, color=color, label=f"adapter: {adapter}")
-    b.bar_label(bars, fmt="%.2f", fontsize=9)
-b.set_xticks(range(2), ["task: rewrite", "task: define"])
-b.set(ylabel="held-out loss (nats per token)", title="One base, two adapters")
-b.set_ylim(0, 1.3 * max(map(max, table.values())))
-b.legend(fontsize=9, ncols=3, loc="upper center")
+colors = {"weights": "#666666", "gradients": "#D55E00", "optimizer": "#E69F00", "activations": "#0072B2"}
+fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+for i, lines in enumerate(memory.values()):
+    bottom = 0.0
+    for line, color in colors.items():
+        height = lines[line] / 2**20
+        axes.bar(i, height, 0.6, bottom=bottom, color=color, label=line if i == 0 else None)
+        bottom += height
+axes.set_xticks(range(len(memory)), list(memory))
+axes.set(ylabel="MiB", title=f"One step of {BATCH} x {LENGTH} tokens, measured")
+axes.margins(y=0.3)
+axes.legend(fontsize=9, ncols=2, loc="upper right")
 fig.savefig(OUT / "04_lora.png", dpi=130)
 print("picture:", OUT / "04_lora.png")
 
@@ -738,8 +679,8 @@ print("picture:", OUT / "04_lora.png")
 #
 # <details><summary>Answer</summary>
 #
-# It cancels the number of columns that add to the first step, so that with $\alpha$ fixed the first step is about as
-# large at every rank.
+# It cancels the number of columns that add to $\Delta L$, so that with $\alpha$ fixed the first step changes the loss
+# about equally at every rank.
 #
 # </details>
 #
@@ -778,7 +719,7 @@ print("picture:", OUT / "04_lora.png")
 # those of $A$ and $B$, in this order.
 #
 # **04.4 The same first step.** With $r = 8$ and $\alpha = 16$ a learning rate was found. Now $r = 64$ is to be tried.
-# Which $\alpha$ makes the first step as large as it was (section 3)?
+# Which $\alpha$ makes the first step change the loss as much as it did (section 3)?
 #
 # Further, without a checker:
 #
