@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Lesson 10 · PPO: trained on one's own words
 #
-# Fine-tuning shows a model what to say. Here the model says something itself, learns *how good that was*, and makes what
-# was better than expected more probable. After this lesson you can derive the policy gradient, say what a baseline, the
-# price of KL, the value head and the clip are for, and say what RLOO and GRPO leave out of PPO.
+# Fine-tuning shows a model what to say. Here the model says something itself, learns *how good that was*, and makes
+# what was better than expected more probable. After this lesson you can derive the policy gradient, say what a
+# baseline, the price of KL, the value head and the clip are for, and say what RLOO and GRPO leave out of PPO.
 #
 # You need Lessons 1 and 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/10_ppo.py` (about a minute and a half
-# on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind section 9 that
-# are missing in `lessons/results/10_ppo.jsonl` (all of them: about five minutes).
+# on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind section 9
+# that are missing in `lessons/results/10_ppo.jsonl` (all of them: about five minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
@@ -52,10 +52,10 @@ if REDUCED:
 
 # %% [markdown]
 # *Reinforcement learning from human feedback* (Ouyang et al. 2022, arXiv:2203.02155) has three stages: fine-tuning on
-# demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the **policy**, which is
-# trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a **value model**, here a
-# linear layer on the policy (section 5). In the figure, those that a stage holds in memory are filled, in bytes of the
-# shipped base without activations.
+# demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the **policy**, which
+# is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a **value model**, here
+# a linear layer on the policy (section 5). In the figure, those that a stage holds in memory are filled, in bytes of
+# the shipped base without activations.
 
 # %%
 diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
@@ -68,8 +68,8 @@ diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
 #
 # $$J = E_{y \sim \pi}[R(y)] = \sum_y \pi(y)\, R(y) .$$
 #
-# $R$ needs no derivative: the weights change how often each answer is drawn. Samples estimate an expectation, so we write
-# the gradient as one. With $\nabla \log \pi = \nabla \pi / \pi$,
+# $R$ needs no derivative: the weights change how often each answer is drawn. Samples estimate an expectation, so we
+# write the gradient as one. With $\nabla \log \pi = \nabla \pi / \pi$,
 #
 # $$\nabla J = \sum_y R(y)\, \nabla \pi(y) = \sum_y \pi(y)\, R(y)\, \nabla \log \pi(y)
 #   = E_{y \sim \pi}\left[R(y)\, \nabla \log \pi(y)\right].$$
@@ -99,12 +99,12 @@ assert np.allclose(exact, pi * (R - pi @ R)) and np.allclose(exact, [-0.45, 0.03
 assert np.allclose(-leaf.grad, (R[y, None] * push[y]).mean(axis=0)) and np.allclose(-leaf.grad, exact, atol=0.03)
 
 # %% [markdown]
-# The second and the third. The first falls, since its reward is below the mean: each draw pushes it up, but the others are
-# pushed up more, and probabilities sum to 1.
+# The second and the third. The first falls, since its reward is below the mean: each draw pushes it up, but the others
+# are pushed up more, and probabilities sum to 1.
 #
-# An answer of many tokens has $\log \pi(y) = \sum_t \log \pi(y_t)$, each given the tokens before it, so the gradient is a
-# sum over tokens. Three refinements make this PPO: less noise (sections 2 and 5), a price for leaving the reference (4),
-# and several steps on the same answers (6).
+# An answer of many tokens has $\log \pi(y) = \sum_t \log \pi(y_t)$, each given the tokens before it, so the gradient is
+# a sum over tokens. Three refinements make this PPO: less noise (sections 2 and 5), a price for leaving the reference
+# (4), and several steps on the same answers (6).
 #
 # ## 2 · A baseline: the same mean, less noise
 #
@@ -113,8 +113,8 @@ assert np.allclose(-leaf.grad, (R[y, None] * push[y]).mean(axis=0)) and np.allcl
 # $$E\left[b\, \nabla \log \pi(y)\right] = b \sum_y \pi(y) \frac{\nabla \pi(y)}{\pi(y)} = b\, \nabla \sum_y \pi(y)
 #   = b\, \nabla 1 = 0 .$$
 #
-# The variance does: the mean squared distance of one answer's estimate from the true gradient. The mean of $n$ estimates
-# has this variance over $n$, so half the variance is half the answers.
+# The variance does: the mean squared distance of one answer's estimate from the true gradient. The mean of $n$
+# estimates has this variance over $n$, so half the variance is half the answers.
 #
 # **Predict:** subtract the mean reward, 1.9. How many times fewer answers will do? And what if all rewards were 100
 # higher, which changes no preference?
@@ -136,16 +136,17 @@ print(f"{plain / mean:.1f} times fewer answers; rewards 100 higher, without base
 assert 6 < plain / mean < 6.1 and variance(R + 100, 0) > 1000 * plain and variance(R, best) < mean < 1.25 * variance(R, best)
 
 # %% [markdown]
-# Six times fewer. Without a baseline the shift costs more than a thousand times the variance; with the mean, nothing. The
-# variance is least at $b = E[R\,|\nabla \log \pi|^2] / E[|\nabla \log \pi|^2]$, a mean of the rewards weighted by squared
-# gradients; at the plain mean it is here less than a quarter above that. $R - b$ is the **advantage**: by how much the answer
-# was better than expected. PPO, RLOO and GRPO differ first in where $b$ comes from.
+# Six times fewer. Without a baseline the shift costs more than a thousand times the variance; with the mean, nothing.
+# The variance is least at $b = E[R\,|\nabla \log \pi|^2] / E[|\nabla \log \pi|^2]$, a mean of the rewards weighted by
+# squared gradients; at the plain mean it is here less than a quarter above that. $R - b$ is the **advantage**: by how
+# much the answer was better than expected. PPO, RLOO and GRPO differ first in where $b$ comes from.
 #
 # ## 3 · The rollout
 #
-# A **rollout** is a batch of prompts, padded on the **left**, with the answers that the policy drew. Tokens are drawn at temperature 1 from the whole distribution: top-k or top-p would
-# draw from another distribution than the one whose log-probabilities we compare. What follows the first token that ends a
-# sentence is masked. One ordinary forward pass gives the log-probabilities of the answers.
+# A **rollout** is a batch of prompts, padded on the **left**, with the answers that the policy drew. Tokens are drawn
+# at temperature 1 from the whole distribution: top-k or top-p would draw from another distribution than the one whose
+# log-probabilities we compare. What follows the first token that ends a sentence is masked. One ordinary forward pass
+# gives the log-probabilities of the answers.
 
 # %%
 prompts = openings("train")
@@ -163,15 +164,15 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 # %% [markdown]
 # ## 4 · Rewards: a price for leaving, and the score at the end
 #
-# A reward model is right, if anywhere, near the texts that it learned from (Lesson 9, section 8). So the policy pays for
-# leaving the **reference** $\pi_{\text{ref}}$. The **Kullback-Leibler divergence** says how far it is: by how much more
-# probable the policy finds its own answers than the reference does, in nats,
+# A reward model is right, if anywhere, near the texts that it learned from (Lesson 9, section 8). So the policy pays
+# for leaving the **reference** $\pi_{\text{ref}}$. The **Kullback-Leibler divergence** says how far it is: by how much
+# more probable the policy finds its own answers than the reference does, in nats,
 #
 # $$\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) = E_{y \sim \pi}\left[\log \pi(y) - \log \pi_{\text{ref}}(y)\right].$$
 #
-# It is 0 where both are the same and positive otherwise. $\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ is another number. The
-# first, the *reverse* KL, is large where the policy says what the reference hardly would; the second, the *forward* KL,
-# where it no longer says what the reference says, which a reward may well ask for.
+# It is 0 where both are the same and positive otherwise. $\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ is another number.
+# The first, the *reverse* KL, is large where the policy says what the reference hardly would; the second, the *forward*
+# KL, where it no longer says what the reference says, which a reward may well ask for.
 #
 # With $d = \log \pi_{\text{ref}}(y) - \log \pi(y)$ of an answer drawn from $\pi$ there are three estimates in use
 # (Schulman 2020, joschu.net/blog/kl-approx.html):
@@ -208,8 +209,8 @@ assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k
 #
 # $$r_t = -\beta \left(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t)\right) + [t \text{ is last}] \cdot \text{score}.$$
 #
-# The expected sum of these is $E[\text{score}] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$. Of all policies, $\pi \propto
-# \pi_{\text{ref}}\, e^{\text{score}/\beta}$ has the most of it (Lesson 20, section 1).
+# The expected sum of these is $E[\text{score}] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$. Of all policies,
+# $\pi \propto \pi_{\text{ref}}\, e^{\text{score}/\beta}$ has the most of it (Lesson 20, section 1).
 
 # %% [markdown]
 # > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
@@ -222,15 +223,16 @@ assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k
 #
 # A token is pushed by the rewards from it on, since it cannot change earlier ones. Its baseline may depend on all that
 # stands before it: the **value** $V_t$ guesses, before $y_t$ is drawn, what is still to come. Here a linear layer on
-# the policy's last hidden states, the **value head**, gives it. It starts at 0, and its loss moves the policy's weights,
-# too. (InstructGPT has a separate value network, which starts as the reward model.) *Generalized advantage estimation*
-# (Schulman et al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the answer:
+# the policy's last hidden states, the **value head**, gives it. It starts at 0, and its loss moves the policy's
+# weights, too. (InstructGPT has a separate value network, which starts as the reward model.) *Generalized advantage
+# estimation* (Schulman et al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the
+# answer:
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
 #
-# $R_t$ is the **return** that the value head is trained on. The discount $\gamma$ is 1: a reward counts the same however
-# late it comes. $\lambda$ trades bias for noise. With 1 the later $V$ cancel, and $A_t$ is all that came minus $V_t$, with
-# all its noise. With 0 it is $\delta_t$ alone, with the whole error of $V_{t+1}$.
+# $R_t$ is the **return** that the value head is trained on. The discount $\gamma$ is 1: a reward counts the same
+# however late it comes. $\lambda$ trades bias for noise. With 1 the later $V$ cancel, and $A_t$ is all that came minus
+# $V_t$, with all its noise. With 0 it is $\delta_t$ alone, with the whole error of $V_{t+1}$.
 #
 # **Predict:** twenty rewards of mean 0 and variance 1, so the right $V$ is 0; but $V_2$ says 0.5. What are mean and
 # standard deviation of $A_1$ for $\lambda$ = 0 and 1?
@@ -247,8 +249,8 @@ assert abs(first[0.95].std() / first[1.0].std() - 2 / 3) < 0.02
 # With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. The
 # usual 0.95 keeps $1 - \lambda$ of the error and here two thirds of the noise.
 #
-# Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation. The
-# test values below have results that were computed without this library.
+# Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation.
+# The test values below have results that were computed without this library.
 #
 # **Predict:** does whitening make the scale of the score, or a constant added to it, irrelevant?
 
@@ -278,9 +280,9 @@ assert not np.allclose(whitened(10 * score), A_white, atol=0.1)
 assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, :3]) > 0).all(), "the other way round"
 
 # %% [markdown]
-# Neither. Only score, values and $\beta$ together may change their unit. A larger score alone outweighs the price of KL,
-# and raises the value loss, whose returns are not whitened. A constant at the end reaches early tokens discounted by
-# $\lambda$ until the values have learned it: here it turns around which token of the first answer is pushed most.
+# Neither. Only score, values and $\beta$ together may change their unit. A larger score alone outweighs the price of
+# KL, and raises the value loss, whose returns are not whitened. A constant at the end reaches early tokens discounted
+# by $\lambda$ until the values have learned it: here it turns around which token of the first answer is pushed most.
 
 # %% [markdown]
 # ## 6 · The loss: no incentive beyond twenty percent
@@ -288,18 +290,18 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # Answers are expensive, so each is used for several steps. After the first the policy has moved away from the
 # $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, as
 # $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is
-# $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an approximation, since
-# the tokens before were drawn by $\pi_{\text{old}}$, too. The exact ratio is the product over them all, whose variance grows
-# with the length.
+# $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an
+# approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too. The exact ratio is the product over them
+# all, whose variance grows with the length.
 #
-# So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to move a
-# token further than $\varepsilon = 0.2$ on the strength of old answers; where a curve of the figure is flat, the token is not
-# pushed:
+# So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
+# move a token further than $\varepsilon = 0.2$ on the strength of old answers; where a curve of the figure is flat, the
+# token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
 #
-# **Predict:** a token's advantage is $-1$, and its ratio has already fallen to 0.7. Is it pushed further down? And if its
-# ratio has *risen* to 1.3, for instance because of other tokens?
+# **Predict:** a token's advantage is $-1$, and its ratio has already fallen to 0.7. Is it pushed further down? And if
+# its ratio has *risen* to 1.3, for instance because of other tokens?
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.4))
@@ -327,11 +329,12 @@ assert [pushed(1.0, 1.3), pushed(-1.0, 0.7)] == [0, 0], "gone far enough in the 
 assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "gone the wrong way: pushed back"
 
 # %% [markdown]
-# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is pushed down, harder than at 1. The clip
-# never holds a token that has gone the wrong way. Nor does it bound the ratio: other tokens move the shared weights.
+# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is pushed down, harder than at 1. The
+# clip never holds a token that has gone the wrong way. Nor does it bound the ratio: other tokens move the shared
+# weights.
 #
-# The value head is clipped in the same way, around its old guess; this is in OpenAI's code and not in the paper (Huang et
-# al. 2024, arXiv:2403.17031). To the mean over all tokens of the policy loss, with $A$ whitened, comes
+# The value head is clipped in the same way, around its old guess; this is in OpenAI's code and not in the paper (Huang
+# et al. 2024, arXiv:2403.17031). The whole loss is the mean of the policy loss over all tokens, with $A$ whitened, plus
 #
 # $$0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
 
@@ -359,11 +362,11 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 
 # %% [markdown]
 # That is one update. The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of
-# sentences by Jane Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the
-# first step, every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
+# sentences by Jane Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before
+# the first step, every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
 #
-# In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs of
-# adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
+# In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
+# of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
 # machine or number of threads ends with other words and numbers.
 #
 # **Predict:** the reward will rise. Will you like the answers better after sixteen updates?
@@ -394,19 +397,20 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before, other word salad after. Fewer answers end, since nothing in the reward asks for an end. The score that
-# a poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that asks for
-# what one sees.
+# Word salad before, other word salad after. Fewer answers end, since nothing in the reward asks for an end. The score
+# that a poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that
+# asks for what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
 #
 # Here is the chain as it is meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in
 # Basic English. The gold, from 0 to 1, asks for what a person would: *the answer ends its sentence, in English, without
-# repeating itself, kindly*. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of *this* model to
-# each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it. PPO, 32 updates of 32
-# answers, starts from the SFT model, its reference. Two things need no PPO: SFT on the answers that the rater preferred,
-# and the best of 16 answers by the same judge, whose KL is at most $\log n - (n-1)/n$. Five seeds, 256 held-out prompts.
+# repeating itself, kindly*. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of *this* model
+# to each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it. PPO, 32 updates of
+# 32 answers, starts from the SFT model, its reference. Two things need no PPO: SFT on the answers that the rater
+# preferred, and the best of 16 answers by the same judge, whose KL is at most $\log n - (n-1)/n$. Five seeds, 256
+# held-out prompts.
 #
 # **Predict:** which has the most gold: PPO, or the best of 16?
 
@@ -436,9 +440,9 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 
 # %% [markdown]
 # The best of 16 has. With a price of KL of 0.05, PPO earns clearly more gold than the SFT model. But choosing among 16
-# answers of the SFT model by the same judge brings more, at a smaller KL. It costs 16 answers for each one that is given,
-# every time; PPO pays once, with 1,024 answers here. Without a price, 32 updates go 25 nats, to a gold that cannot be told
-# from the start's (Lesson 11).
+# answers of the SFT model by the same judge brings more, at a smaller KL. It costs 16 answers for each one that is
+# given, every time; PPO pays once, with 1,024 answers here. Without a price the policy is 25 nats away after 32
+# updates, and its gold cannot be told from the start's (Lesson 11).
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
@@ -461,13 +465,13 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # | **GRPO** (Shao et al. 2024, arXiv:2402.03300) | $(r - \bar r)/(s + 10^{-4})$, the same for all its tokens | tokens | $k_3$, in the loss |
 #
 # RLOO leaves the answer out of its own baseline (section 2). GRPO does not, but $r - \bar r$ is $(k-1)/k$ of RLOO's
-# advantage: a shorter step, no more. Divided by $s$, groups whose answers hardly differ count as much as others. And GRPO's
-# mean over an answer's tokens lets a token of a long answer count less, of a wrong one, too. Dr. GRPO (Liu et al. 2025,
-# arXiv:2503.20783) leaves both out. RLOO's paper takes one step a batch, without ratio; the ratio is TRL's.
+# advantage: a shorter step, no more. Divided by $s$, groups whose answers hardly differ count as much as others. And
+# GRPO's mean over an answer's tokens lets a token of a long answer count less, of a wrong one, too. Dr. GRPO (Liu et
+# al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper takes one step a batch, without ratio; the ratio is TRL's.
 #
-# A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with the
-# drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss has the
-# first term alone.
+# A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
+# the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss
+# has the first term alone.
 #
 # **Predict:** three tokens, drawn from the policy itself. Which of $k_1$, $k_2$, $k_3$ in the loss has the gradient of
 # $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$?
@@ -502,8 +506,8 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 
 # %% [markdown]
 # $k_2$, the biased estimate of the value. $k_1$ in the loss pushes nowhere in the mean. $k_3$, GRPO's, estimates the
-# reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers; after
-# the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
+# reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers;
+# after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
 # How do the methods compare, with section 7's judge, prompts and number of answers, under three seeds?
 
@@ -525,15 +529,15 @@ print("between methods: " + "; ".join(f"{name} {x:+.2f} ± {half:.2f}" for name,
 assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neither from PPO"
 
 # %% [markdown]
-# All three raise the judge's reward in every seed, and leave the base. In reward and gold, RLOO and GRPO differ from PPO by
-# less than the interval. RLOO and GRPO need no value head, but several answers to each prompt. DPO (Lesson 20) needs
-# neither samples nor a reward model.
+# All three raise the judge's reward in every seed, and leave the base. In reward and gold, RLOO and GRPO differ from
+# PPO by less than the interval. RLOO and GRPO need no value head, but several answers to each prompt. DPO (Lesson 20)
+# needs neither samples nor a reward model.
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
-# Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Whitening scales the tiny
-# advantages to variance one. Returns that are taken *after* it, $R = A_{\text{white}} + V$, tell this value head that it is
-# wrong.
+# Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Whitening scales the
+# tiny advantages to variance one. Returns that are taken *after* it, $R = A_{\text{white}} + V$, tell this value head
+# that it is wrong.
 #
 # **Predict:** its loss is half a mean square. How large is it?
 
@@ -551,8 +555,8 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 # One half: the value head is told that it is wrong by one, the standard deviation of whitened advantages.
 #
 # The chain of section 8 was broken in this way and in five others. The verdict below says how much gold each costs, and
-# which number of the log first leaves its range in unbroken runs. Of this bug three seeds show no loss, but their interval
-# is wider than all that PPO gained in section 8. No number warns of it; a test on known values finds it.
+# which number of the log first leaves the range of unbroken runs. Of this bug three seeds show no loss, but their
+# interval is wider than all that PPO gained in section 8. No number warns of it; a test on known values finds it.
 #
 # Now break it yourself: give PPO ten times the learning rate. Which number tells first that something is wrong?
 
@@ -632,8 +636,8 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 # **10.4 One success in four.** Four answers to a prompt have the scores 0, 0, 0 and 1. What is RLOO's advantage of the
 # first?
 #
-# **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What is
-# the derivative of the expected reward by the first one's logit?
+# **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What
+# is the derivative of the expected reward by the first one's logit?
 #
 # Further, without a checker:
 #
