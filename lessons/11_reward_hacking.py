@@ -503,17 +503,17 @@ assert (stopped["second"] < high["second"])[able].all() and abs(value) < half_wi
 assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_chain[0.0].low
 
 # %% [markdown]
-# The small one. What each bought, in three seeds of which one has a poor judge:
+# The small one. One of the three judges is poor, so that each interval above includes 0; we read the single seeds:
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed: it also forbids what was worth having. On the chain, too, the small price ends clearly above the
+#   one in every seed: it also forbids what is worth having. On the chain, too, the small price ends clearly above the
 #   SFT model, and no price does not.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold.
-# - The **early stop** ends at about the KL of the high price, in less than half of the updates. With both good judges it
-#   has less of the second gold there, but the interval of three seeds includes 0. Gao et al. found no difference at one
-#   KL.
+# - The **early stop** ends at about the KL of the high price, in less than half of the updates. With both good judges
+#   it has less of the second gold there, but the interval of three seeds includes 0. Gao et al. found no difference at
+#   one KL.
 #
 # None of them makes the judge any wiser. New comparisons of the policy's own answers do: Bai et al. 2022
 # (arXiv:2204.05862) train judge and policy again every week.
