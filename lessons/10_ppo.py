@@ -1,16 +1,14 @@
 # %% [markdown]
 # # Lesson 10 · PPO: trained on one's own words
 #
-# Fine-tuning shows a model what to say. Here nobody shows it anything: it says something itself, learns *how good that
-# was*, and makes what was better than expected more probable. After this lesson you can derive the policy gradient and
-# check it by hand; say what a baseline, the price of KL, the value head and the clip are for; read an update of PPO,
-# the method behind InstructGPT, line by line; and say what RLOO and GRPO leave out of it.
+# Fine-tuning shows a model what to say. Here the model says something itself, learns *how good that was*, and makes
+# what was better than expected more probable. After this lesson you can derive the policy gradient, say what a
+# baseline, the price of KL, the value head and the clip are for, and say what RLOO and GRPO leave out of PPO.
 #
 # You need Lessons 1 and 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/10_ppo.py` (about a minute and a half
-# on two cores), or open it as a notebook. `python lessons/10_ppo.py --full` (in a notebook `!python lessons/10_ppo.py
-# --full`) first computes those of the fifteen runs behind section 9, with three seeds, that are missing in
-# `lessons/results/10_ppo.jsonl` (all of them: about five minutes), and goes on with the lesson.
+# on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind section 9
+# that are missing in `lessons/results/10_ppo.jsonl` (all of them: about five minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
@@ -18,7 +16,6 @@
 # %%
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
@@ -55,8 +52,10 @@ if REDUCED:
 
 # %% [markdown]
 # *Reinforcement learning from human feedback* (Ouyang et al. 2022, arXiv:2203.02155) has three stages: fine-tuning on
-# demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. It knows four models. The figure shows which of
-# them each stage holds in memory: those that are drawn filled, in bytes of the shipped base, without activations.
+# demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the **policy**, which
+# is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a **value model**, here
+# a linear layer on the policy (section 5). In the figure, those that a stage holds in memory are filled, in bytes of
+# the shipped base without activations.
 
 # %%
 diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
@@ -64,14 +63,13 @@ diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
 # %% [markdown]
 # ## 1 · The policy gradient, on three tokens
 #
-# A **policy** is a language model that acts: to a prompt it draws an answer $y$, with probability $\pi(y)$. A reward
-# $R(y)$ says how good the answer is. We want the *expected* reward to be high,
+# The policy draws an answer $y$ to a prompt, with probability $\pi(y)$. A reward $R(y)$ says how good the answer is. We
+# want the *expected* reward to be high,
 #
 # $$J = E_{y \sim \pi}[R(y)] = \sum_y \pi(y)\, R(y) .$$
 #
-# $R$ needs no derivative. What the weights change is how often each answer is drawn. But nobody can sum over all
-# answers, so we want the gradient to be an expectation, too: that can be estimated from samples. The derivative of a
-# logarithm, $\nabla \log \pi = \nabla \pi / \pi$, gives it:
+# $R$ needs no derivative: the weights change how often each answer is drawn. Samples estimate an expectation, so we
+# write the gradient as one. With $\nabla \log \pi = \nabla \pi / \pi$,
 #
 # $$\nabla J = \sum_y R(y)\, \nabla \pi(y) = \sum_y \pi(y)\, R(y)\, \nabla \log \pi(y)
 #   = E_{y \sim \pi}\left[R(y)\, \nabla \log \pi(y)\right].$$
@@ -80,8 +78,8 @@ diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
 # proportion to its reward.
 #
 # By hand: an answer is one of three tokens, with the logits $z = \log(0.5, 0.3, 0.2)$. So $\pi = (0.5, 0.3, 0.2)$, and
-# with $R = (1, 2, 4)$ we have $J = 0.5 + 0.6 + 0.8 = 1.9$. Of a softmax $\partial \log \pi_y / \partial z_k =
-# [y = k] - \pi_k$ (Lesson 1, section 3), and the sum over $y$ becomes $\partial J / \partial z_k = \pi_k (R_k - J)$.
+# with $R = (1, 2, 4)$ we have $J = 1.9$. With $\partial \log \pi_y / \partial z_k = [y = k] - \pi_k$ (Lesson 1, section
+# 3) the sum over $y$ becomes $\partial J / \partial z_k = \pi_k (R_k - J)$.
 #
 # **Predict:** all three rewards are positive. Which of the three logits does the gradient raise?
 
@@ -90,29 +88,23 @@ pi, R = np.array([0.5, 0.3, 0.2]), np.array([1.0, 2, 4])
 z, push = np.log(pi), np.eye(3) - pi  # push[y, k] = d log pi(y) / d z_k
 exact = (pi[:, None] * R[:, None] * push).sum(axis=0)
 
-
-def J(z):
-    p = np.exp(z)
-    return p / p.sum() @ R
-
-
-nudged = np.array([(J(z + h) - J(z - h)) / 2e-6 for h in 1e-6 * np.eye(3)])
+whole, leaf = (mp.Tensor(z, requires_grad=True) for _ in range(2))
+(F.softmax(whole) * R).sum().backward()  # J itself
 y = rng.choice(3, 100_000, p=pi)  # answers
-leaf = mp.Tensor(z, requires_grad=True)
 loss = -(F.log_softmax(leaf)[y] * R[y]).mean()  # its value means nothing; its gradient is -R grad log pi, in the mean
 loss.backward()
-print("policy gradient: by the formula", exact.round(3), "  by nudging", nudged.round(3))
+print("policy gradient: by the formula", exact.round(3), "  of the whole sum", whole.grad.round(3))
 print("                 estimated from 100,000 answers", -leaf.grad.round(3))
-assert np.allclose(exact, pi * (R - pi @ R)) and np.allclose(exact, [-0.45, 0.03, 0.42]) and np.allclose(exact, nudged)
+assert np.allclose(exact, pi * (R - pi @ R)) and np.allclose(exact, [-0.45, 0.03, 0.42]) and np.allclose(exact, whole.grad)
 assert np.allclose(-leaf.grad, (R[y, None] * push[y]).mean(axis=0)) and np.allclose(-leaf.grad, exact, atol=0.03)
 
 # %% [markdown]
-# The second and the third; the first falls, since its reward is below the mean. Each draw of it does push it up. But
-# probabilities sum to 1, and the others are pushed up more.
+# The second and the third. The first falls, since its reward is below the mean: each draw pushes it up, but the others
+# are pushed up more, and probabilities sum to 1.
 #
-# Of an answer with many tokens, $\log \pi(y) = \sum_t \log \pi(y_t)$, each given the tokens before it. So the gradient
-# is a sum over tokens, and each is pushed by what the whole answer earned. Three refinements follow, and then it is PPO:
-# less noise (sections 2 and 5), a price for leaving (4), and several steps on the same answers (6).
+# An answer of many tokens has $\log \pi(y) = \sum_t \log \pi(y_t)$, each given the tokens before it, so the gradient is
+# a sum over tokens. Three refinements make this PPO: less noise (sections 2 and 5), a price for leaving the reference
+# (4), and several steps on the same answers (6).
 #
 # ## 2 · A baseline: the same mean, less noise
 #
@@ -121,8 +113,8 @@ assert np.allclose(-leaf.grad, (R[y, None] * push[y]).mean(axis=0)) and np.allcl
 # $$E\left[b\, \nabla \log \pi(y)\right] = b \sum_y \pi(y) \frac{\nabla \pi(y)}{\pi(y)} = b\, \nabla \sum_y \pi(y)
 #   = b\, \nabla 1 = 0 .$$
 #
-# The variance does. It is the mean squared distance of one answer's estimate from the true gradient, and with three
-# answers we can compute it. The error of $n$ answers is its root over $\sqrt n$, so half the variance is half the answers.
+# The variance does: the mean squared distance of one answer's estimate from the true gradient. The mean of $n$
+# estimates has this variance over $n$, so half the variance is half the answers.
 #
 # **Predict:** subtract the mean reward, 1.9. How many times fewer answers will do? And what if all rewards were 100
 # higher, which changes no preference?
@@ -141,19 +133,20 @@ best = (pi * R * length).sum() / (pi * length).sum()  # where the derivative of 
 plain, mean = variance(R, 0), variance(R, pi @ R)
 print(f"variance without baseline {plain:.2f}, with b = J {mean:.2f}, with the best b, {best:.2f}, {variance(R, best):.2f}")
 print(f"{plain / mean:.1f} times fewer answers; rewards 100 higher, without baseline: {variance(R + 100, 0):,.0f}")
-assert 6 < plain / mean < 6.1 and variance(R + 100, 0) > 1000 * plain
+assert 6 < plain / mean < 6.1 and variance(R + 100, 0) > 1000 * plain and variance(R, best) < mean < 1.25 * variance(R, best)
 
 # %% [markdown]
-# $R - b$ is called the **advantage**: by how much the answer was better than expected. The mean is not quite the best
-# baseline, but near it, and then no shift of the rewards matters. What PPO, RLOO and GRPO differ in, first of all, is
-# where they take $b$ from.
+# Six times fewer. Without a baseline the shift costs more than a thousand times the variance; with the mean, nothing.
+# The variance is least at $b = E[R\,|\nabla \log \pi|^2] / E[|\nabla \log \pi|^2]$, a mean of the rewards weighted by
+# squared gradients; at the plain mean it is here less than a quarter above that. $R - b$ is the **advantage**: by how
+# much the answer was better than expected. PPO, RLOO and GRPO differ first in where $b$ comes from.
 #
 # ## 3 · The rollout
 #
-# Prompts of different lengths are padded on the **left**, so that all go on at the same column. Tokens are drawn at
-# temperature 1 from the whole distribution: cutting its tail (top-k, top-p) would draw from another distribution than
-# the one whose log-probabilities we are going to compare. What comes after the first token that ends a sentence is not
-# the model's answer any more, and is masked. The log-probabilities of the answer come from one ordinary forward pass.
+# A **rollout** is a batch of prompts, padded on the **left**, with the answers that the policy drew. Tokens are drawn
+# at temperature 1 from the whole distribution: top-k or top-p would draw from another distribution than the one whose
+# log-probabilities we compare. What follows the first token that ends a sentence is masked. One ordinary forward pass
+# gives the log-probabilities of the answers.
 
 # %%
 prompts = openings("train")
@@ -162,33 +155,32 @@ for prompt, response in zip(roll.prompts(), roll.responses()):
     print(f"  {show(prompt):24s} |{show(response)}")
 print("mask of the last:", *roll.mask[-1])
 logprobs = rlhf.response_logprobs(base, roll.input_ids, roll.attention_mask, LENGTH).numpy()  # [4, LENGTH]
-alone = [*roll.prompts()[1], *roll.responses()[1]]
+alone, n = np.array([[*roll.prompts()[1], *roll.responses()[1]]]), len(roll.responses()[1])  # not padded
 with no_grad():
-    logits = base(np.array([alone])).numpy()[0]  # [T, V], not padded
-n = len(roll.responses()[1])
-by_hand = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-by_hand = by_hand[np.arange(len(alone) - n - 1, len(alone) - 1), alone[-n:]]
+    by_hand = F.log_softmax(base(alone)).numpy()[0, -n - 1 : -1][np.arange(n), alone[0, -n:]]
 print(f"log-probabilities, in the padded batch and alone, differ by {abs(by_hand - logprobs[1, :n]).max():.1e}")
 assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matter"
 
 # %% [markdown]
 # ## 4 · Rewards: a price for leaving, and the score at the end
 #
-# A reward model is right near the texts that it learned from, and nowhere else (Lesson 9, section 8). So the policy pays
-# for going away from the **reference** $\pi_{\text{ref}}$, the policy as it was at the start. How far it is, the
-# **Kullback-Leibler divergence** says: by how much more probable the policy finds its own answers than the reference
-# does, in nats,
+# A reward model is right, if anywhere, near the texts that it learned from (Lesson 9, section 8). So the policy pays
+# for leaving the **reference** $\pi_{\text{ref}}$. The **Kullback-Leibler divergence** says how far it is: by how much
+# more probable the policy finds its own answers than the reference does, in nats,
 #
 # $$\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) = E_{y \sim \pi}\left[\log \pi(y) - \log \pi_{\text{ref}}(y)\right].$$
 #
-# It is 0 where both are the same and positive otherwise. It is not a distance: from $\pi_{\text{ref}}$ to $\pi$ it is
-# another number. We need it from samples. With $d = \log \pi_{\text{ref}}(y) - \log \pi(y)$ of an answer drawn from $\pi$
-# there are three estimates in use (Schulman 2020, joschu.net/blog/kl-approx.html):
+# It is 0 where both are the same and positive otherwise. $\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ is another number.
+# The first, the *reverse* KL, is large where the policy says what the reference hardly would; the second, the *forward*
+# KL, where it no longer says what the reference says, which a reward may well ask for.
+#
+# With $d = \log \pi_{\text{ref}}(y) - \log \pi(y)$ of an answer drawn from $\pi$ there are three estimates in use
+# (Schulman 2020, joschu.net/blog/kl-approx.html):
 #
 # $$k_1 = -d, \qquad k_2 = \tfrac12 d^2, \qquad k_3 = e^d - 1 - d .$$
 #
-# $k_1$ is the definition; single values may be negative. $k_2$ and $k_3$ never are. And $E[e^d] = \sum_y \pi(y)\,
-# \pi_{\text{ref}}(y) / \pi(y) = 1$, so $e^d - 1$ has mean 0, and adds no bias to $k_3$: it only cancels noise.
+# $k_1$ is the definition, and single values may be negative; $k_2$ and $k_3$ never are. $E[e^d] = \sum_y \pi(y)\,
+# \pi_{\text{ref}}(y) / \pi(y) = 1$, so $e^d - 1$ has mean 0 and adds no bias to $k_3$.
 #
 # **Predict:** which one is biased? And is $k_3$ always the least noisy?
 
@@ -209,17 +201,7 @@ assert all(abs(found[w, k][0]) < 1e-12 for w in ("near", "far") for k in ("k1", 
 assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k3"][1] > 5 * found["far", "k1"][1]
 
 # %% [markdown]
-# > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
-# > two tokens the expected rewards are E[r] - beta KL to 2e-16 for three betas, no policy near ref exp(r / beta) is
-# > better, and PPO's reference is the model that it starts from: so for the objective, its maximum and the reference.
-# > (16 test items)
-#
-# > `rlhf-5` the KL term keeps the policy near its start: **holds**. After 32 updates the KL from the SFT model is 25.0,
-# > 5.8 and 3.0 nats an answer at beta 0, 0.05 and 0.2: beta 0.05 in place of 0 saves +19.2 [+14.0, +24.3] nats; beta
-# > 0.2 in place of 0.05 saves +2.8 [+0.7, +5.0] nats. The gold is 0.31, 0.42 and 0.36. (5 seeds, 256 test items)
-
-# %% [markdown]
-# $k_2$ is. Near the reference, where a policy begins, its bias is tiny and $k_3$ has less than a hundredth of $k_1$'s
+# $k_2$ is. Near the reference, where a policy begins, its bias is tiny, and $k_3$ has less than a hundredth of $k_1$'s
 # noise. Far away $e^d$ of a rare answer is huge, and $k_3$ is the noisiest.
 #
 # PPO puts $k_1$ into the reward. The reward model scores the whole answer once; every token $y_t$ pays its part of the
@@ -227,20 +209,30 @@ assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k
 #
 # $$r_t = -\beta \left(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t)\right) + [t \text{ is last}] \cdot \text{score}.$$
 #
+# The expected sum of these is $E[\text{score}] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$. Of all policies,
+# $\pi \propto \pi_{\text{ref}}\, e^{\text{score}/\beta}$ has the most of it (Lesson 20, section 1).
+
+# %% [markdown]
+# > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
+# > two tokens the expected rewards are E[r] - beta KL to 2e-16 for three betas, no policy near ref exp(r / beta) is
+# > better, and PPO's reference is the model that it starts from: so for the objective, its maximum and the reference.
+# > (16 test items)
+
+# %% [markdown]
 # ## 5 · Advantages: was that token better than expected?
 #
-# A token cannot change what came before it, so it is pushed by the rewards from it on. And the baseline may depend on all
-# that stands before it: the **value** $V_t$ guesses, before $y_t$ is drawn, what is still to come. Here it is a linear
-# layer, the value head, on the policy's last hidden states. It starts at 0, and its loss moves the policy's weights, too.
-# What happened minus what was expected is $\delta_t = r_t + \gamma V_{t+1} - V_t$, and *generalized advantage estimation*
-# (Schulman et al. 2016, arXiv:1506.02438) sums it up over the rest of the answer:
+# A token is pushed by the rewards from it on, since it cannot change earlier ones. Its baseline may depend on all that
+# stands before it: the **value** $V_t$ guesses, before $y_t$ is drawn, what is still to come. Here a linear layer on
+# the policy's last hidden states, the **value head**, gives it. It starts at 0, and its loss moves the policy's
+# weights, too. (InstructGPT has a separate value network, which starts as the reward model.) *Generalized advantage
+# estimation* (Schulman et al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the
+# answer:
 #
-# $$A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
+# $$\delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
 #
-# $A_t$ is the advantage of a token, $R_t$ the **return** that the value head is trained on. The discount $\gamma$ is 1
-# here: a reward counts the same however late it comes. $\lambda$ chooses between two evils. With 1 the $V$ in between
-# cancel, and $A_t$ is all that came minus $V_t$: no error of the later guesses is in it, but all the noise of the rest.
-# With 0 it is $\delta_t$ alone: the noise of one step, and the whole error of $V_{t+1}$.
+# $R_t$ is the **return** that the value head is trained on. The discount $\gamma$ is 1: a reward counts the same
+# however late it comes. $\lambda$ trades bias for noise. With 1 the later $V$ cancel, and $A_t$ is all that came minus
+# $V_t$, with all its noise. With 0 it is $\delta_t$ alone, with the whole error of $V_{t+1}$.
 #
 # **Predict:** twenty rewards of mean 0 and variance 1, so the right $V$ is 0; but $V_2$ says 0.5. What are mean and
 # standard deviation of $A_1$ for $\lambda$ = 0 and 1?
@@ -251,12 +243,16 @@ wrong = np.where(np.arange(20) == 1, 0.5, 0) * ones
 first = {lam: rlhf.gae(noise, wrong, 1.0, lam, ones)[0][:, 0] for lam in (0.0, 0.95, 1.0)}
 print("\n" + "; ".join(f"lambda {lam:g}: {a.mean():+.2f}, deviation {a.std():.2f}" for lam, a in first.items()))
 assert abs(first[0.0].mean() - 0.5) < 0.05 and abs(first[1.0].mean()) < 0.15 and abs(first[1.0].std() - 20**0.5) < 0.1
+assert abs(first[0.95].std() / first[1.0].std() - 2 / 3) < 0.02
 
 # %% [markdown]
-# $\lambda = 0.95$ is usual. Last, the advantages are **whitened**: subtract their mean over all tokens of the batch,
-# divide by their standard deviation. So neither the scale of the rewards matters nor their mean. Whoever does so must
-# take the returns first (section 10). The numbers below are test values, whose results were computed without this
-# library.
+# With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. The
+# usual 0.95 keeps $1 - \lambda$ of the error and here two thirds of the noise.
+#
+# Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation.
+# The test values below have results that were computed without this library.
+#
+# **Predict:** does whitening make the scale of the score, or a constant added to it, irrelevant?
 
 # %%
 old = np.array([[-1, -2, -0.5, 0], [-0.7, -1.2, -0.9, -2.3]])
@@ -265,33 +261,47 @@ V, score = np.array([[0.1, 0.2, 0.3, 0], [-0.1, 0, 0.4, 0.5]]), np.array([1, -0.
 mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
 rewards = rlhf.shaped_rewards(old, ref, score, mask, beta=0.1)
 A, returns = rlhf.gae(rewards, V, 1.0, 0.95, mask)
-A_hand = np.zeros(3)
-for t in (2, 1, 0):  # the first answer, by hand
-    following = (V[0, t + 1], A_hand[t + 1]) if t < 2 else (0.0, 0.0)
-    A_hand[t] = rewards[0, t] + following[0] - V[0, t] + 0.95 * following[1]
 print("\nrewards   ", *rewards.round(4))
 print("advantages", *A.round(6), "  expected for the first: 0.845225 0.8055 0.69")
-assert np.allclose(A[0, :3], A_hand) and np.allclose(A_hand, [0.845225, 0.8055, 0.69])
+assert np.allclose(A[0, :3], [0.845225, 0.8055, 0.69])
 assert np.allclose(returns, (A + V) * mask)
-A_white = rlhf.whiten(A, mask)
+
+
+def whitened(score, V=V, beta=0.1):
+    rewards = rlhf.shaped_rewards(old, ref, score, mask, beta=beta)
+    return rlhf.whiten(rlhf.gae(rewards, V, 1.0, 0.95, mask)[0], mask)
+
+
+A_white = whitened(score)
+for what, other in (("as it is", score), ("ten times", 10 * score), ("10 higher", 10 + score)):
+    print(f"whitened, the score {what}:", *whitened(other).round(2))
+assert np.allclose(whitened(10 * score, 10 * V, 1.0), A_white), "score, values and price in another unit: the same"
+assert not np.allclose(whitened(10 * score), A_white, atol=0.1)
+assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, :3]) > 0).all(), "the other way round"
 
 # %% [markdown]
-# ## 6 · The loss: no more than twenty percent at a time
+# Neither. Only score, values and $\beta$ together may change their unit. A larger score alone outweighs the price of
+# KL, and raises the value loss, whose returns are not whitened. A constant at the end reaches early tokens discounted
+# by $\lambda$ until the values have learned it: here it turns around which token of the first answer is pushed most.
+
+# %% [markdown]
+# ## 6 · The loss: no incentive beyond twenty percent
 #
-# Answers are dear, so they are used for several steps. After the first step they are somebody else's: the policy has
-# moved away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects
-# for it, as $E_{y \sim \pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{y \sim \pi}[A]$.
-# Its gradient is $\rho\, A\, \nabla \log \pi$: at the first step, where $\rho = 1$, the policy gradient of section 1.
+# Answers are expensive, so each is used for several steps. After the first the policy has moved away from the
+# $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, as
+# $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is
+# $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an
+# approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too. The exact ratio is the product over them
+# all, whose variance grows with the length.
 #
-# The correction is good only as long as the two are near each other. So PPO (Schulman et al. 2017, arXiv:1707.06347)
-# takes the incentive away to go further than $\varepsilon = 0.2$ on the strength of old answers. For each token:
+# So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
+# move a token further than $\varepsilon = 0.2$ on the strength of old answers; where a curve of the figure is flat, the
+# token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
 #
-# The figure shows it. Where a curve is flat, the token is not pushed.
-#
-# **Predict:** a token's advantage is $-1$, and its ratio has already fallen to 0.7. Is it pushed further down? And if its
-# ratio has *risen* to 1.3, for instance because of other tokens?
+# **Predict:** a token's advantage is $-1$, and its ratio has already fallen to 0.7. Is it pushed further down? And if
+# its ratio has *risen* to 1.3, for instance because of other tokens?
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.4))
@@ -319,29 +329,25 @@ assert [pushed(1.0, 1.3), pushed(-1.0, 0.7)] == [0, 0], "gone far enough in the 
 assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "gone the wrong way: pushed back"
 
 # %% [markdown]
-# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is pushed down, and harder than at 1. So
-# the clip never holds a token that has gone the wrong way. Nor does it bound how far the policy goes: other tokens still
-# move the weights that they share.
+# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is pushed down, harder than at 1. The
+# clip never holds a token that has gone the wrong way. Nor does it bound the ratio: other tokens move the shared
+# weights.
 #
-# The value head is clipped in the same way, around its old guess, which is OpenAI's code and not in the paper. Its loss
-# weighs 0.1. $A$ is whitened, $R$ is not, and the means are over all tokens of the answers:
+# The value head is clipped in the same way, around its old guess; this is in OpenAI's code and not in the paper (Huang
+# et al. 2024, arXiv:2403.17031). The whole loss is the mean of the policy loss over all tokens, with $A$ whitened, plus
 #
-# $$\mathcal L = \text{mean} \max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 \pm \varepsilon)\right)
-#   + 0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2,
-#   (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
+# $$0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
 
 # %%
 same = mp.Tensor(old, requires_grad=True)
 rlhf.policy_loss(same, old, A_white, mask).backward()
 assert np.allclose(same.grad, -A_white / mask.sum()), "at ratio 1 the gradient is that of -A log pi"
 new = mp.Tensor(old + np.array([[0.1, -0.3, 0.25, 0], [0, 0.3, -0.1, 0.05]]), requires_grad=True)
-V_new = mp.Tensor(V + np.array([[0.3, -0.1, 0.05, 0], [0.25, -0.3, 0.1, 0]]), requires_grad=True)
-pg, vf = rlhf.policy_loss(new, old, A_white, mask), rlhf.value_loss(V_new, V, returns, mask)
-(pg + 0.1 * vf).backward()
-print(f"policy loss {pg.item():.10f} (expected 0.0144655480), value loss {vf.item():.10f} (expected 0.2774734938)")
-assert abs(pg.item() - 0.0144655480) < 1e-9 and abs(vf.item() - 0.2774734938) < 1e-9
-print("gradient of the first answer", *new.grad[0].round(6), "  the third token's ratio is 1.28, and clipped: 0")
-assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
+pg = rlhf.policy_loss(new, old, A_white, mask)
+pg.backward()
+print(f"policy loss {pg.item():.10f} (expected 0.0144655480); gradient of the first answer", *new.grad[0].round(6))
+print("the third token's ratio is 1.28, its advantage positive: clipped, 0")
+assert abs(pg.item() - 0.0144655480) < 1e-9 and new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
 
 # %% [markdown]
 # > `rlhf-1` optimise for preference, not likelihood: **holds**. One step moves log p(a) - log p(b) by +10.03 nats where
@@ -350,24 +356,20 @@ assert new.grad[0, 2] == 0 and abs(new.grad[0, 0] + 0.1739469439) < 1e-9
 
 # %% [markdown]
 # ## 7 · Run it
-#
-# One update, whole:
 
 # %%
 diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 
 # %% [markdown]
-# The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
-# Austen. VADER itself, the gold, is only watched. With every update the trainer checks that, before the first step, every
-# ratio is 1: a policy that scores its own answers otherwise has dropout on, or another temperature, or lost its
-# positions. (The code is in `lessons/experiments/policies.py`.)
+# That is one update. The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of
+# sentences by Jane Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before
+# the first step, every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
 #
-# In the table, *clipped* is the share of tokens on a flat side, *entropy* how undecided the policy is at a token
-# ($-\sum \pi \log \pi$, in nats), *distinct-2* the share of pairs of adjacent tokens in the batch that are different,
-# and *ended* how many of the 32 answers end their sentence. Another machine, or another number of threads, rounds
-# otherwise, after a few updates draws other words, and ends with other numbers.
+# In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
+# of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
+# machine or number of threads ends with other words and numbers.
 #
-# **Predict:** the judge likes happy words. What will the answers look like after sixteen updates?
+# **Predict:** the reward will rise. Will you like the answers better after sixteen updates?
 
 # %%
 if "--full" in sys.argv:
@@ -376,11 +378,11 @@ rows = read_rows(RESULTS)
 
 small = dict(updates=2, rankings=16) if REDUCED else {}
 policy, history = policies.learn(Run("PPO", **small))
-print("\nupdate  reward    gold      KL  clipped  entropy  distinct-2  ended")
+print("\nupdate  reward    gold      KL  clipped  distinct-2  ended")
 for r in history[:: max(1, len(history) // 6)] + history[-1:]:
     print(
         f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}"
-        f"  {r['policy/clipfrac']:7.2f}  {r['policy/entropy']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
+        f"  {r['policy/clipfrac']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
     )
 assert abs(history[0]["objective/kl"]) < 1e-3, "it starts as its own reference"
 for r in history:  # the first minibatch of each update was checked while it ran; the books balance, too
@@ -388,35 +390,27 @@ for r in history:  # the first minibatch of each update was checked while it ran
 if not REDUCED:
     start, end = (np.mean([r["objective/scores"] for r in part]) for part in (history[:4], history[-4:]))
     assert end > start + 0.25, "what is optimized rises"
+    assert sum(r["num_eos"] for r in history[-4:]) < sum(r["num_eos"] for r in history[:4]), "fewer answers end"
 
-said = {}
 for name, model in (("before", base), ("after", policy)):
-    _, roll = policies.judged(model, None, prompts=32 if REDUCED else 128)
-    said[name] = Counter(word for answer in roll.responses() for word in show(answer).lower().split())
-    print(name)
-    for prompt, answer in list(zip(roll.prompts(), roll.responses()))[:4]:
-        print(f"  {show(prompt):24s} |{' '.join(show(answer).split())}")
-print("what it says more often:", *(f"{word} +{more}" for word, more in (said["after"] - said["before"]).most_common(8)))
+    _, roll = policies.judged(model, None, prompts=4)
+    print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
-# > SFT's loss falls by 2.78 nats, the reward model's by 0.99, and an update of PPO, of 8 answers scored -2.42 on
-# > average, moves the policy away from its reference, the SFT model.
+# Word salad before, other word salad after. Fewer answers end, since nothing in the reward asks for an end. The score
+# that a poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that
+# asks for what one sees.
 
 # %% [markdown]
-# The reward has risen, and nobody would call the answers better. The base writes word salad, the policy writes word salad
-# with other words; the last line counts which. Each step did what it should: the score that a poor judge gives went up.
-# What is missing is a model that can answer at all, and a reward that asks for what one sees.
-#
 # ## 8 · One chain on one model
 #
-# So here is the chain as it is meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in
-# Basic English, and the gold asks for what a person would: *the answer ends its sentence, in English, without repeating
-# itself, kindly*, a number from 0 to 1. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of
-# *this* model to each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it; and
-# PPO, 32 updates of 32 answers, starts from the SFT model, which is its reference. Beside it stand two things that need
-# no PPO: SFT on the answers that the rater preferred, and the best of 16 answers by the same judge. Five seeds, 256
-# prompts with which no training verse begins.
+# Here is the chain as it is meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in
+# Basic English. The gold, from 0 to 1, asks for what a person would: *the answer ends its sentence, in English, without
+# repeating itself, kindly*. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of *this* model
+# to each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it. PPO, 32 updates of
+# 32 answers, starts from the SFT model, its reference. Two things need no PPO: SFT on the answers that the rater
+# preferred, and the best of 16 answers by the same judge, whose KL is at most $\log n - (n-1)/n$. Five seeds, 256
+# held-out prompts.
 #
 # **Predict:** which has the most gold: PPO, or the best of 16?
 
@@ -435,42 +429,58 @@ for name, (stage, beta) in POLICIES.items():
     kl = of[0]["best_of"]["16"]["kl"] if best else items(of, "kl").mean()
     distinct = [(row["checks"]["32"] if stage == "ppo" else row).get("distinct_2") for row in of]
     print(f"{name:22s}   {shown(crossed(golds[name])):24s}  {kl:7.1f}", "(at most)" if best else f"{np.mean(distinct):14.2f}")
-for one, other in (("PPO, beta = 0.05", "SFT"), ("best of 16", "PPO, beta = 0.05"), ("PPO, beta = 0", "SFT")):
+for one, other in (
+    ("PPO, beta = 0.05", "SFT"), ("PPO, beta = 0.05", "SFT on the preferred"), ("best of 16", "PPO, beta = 0.05"),
+    ("PPO, beta = 0", "SFT"),
+):  # fmt: skip
     print(f"{one} less {other}: {shown(crossed(golds[one] - golds[other]))}")
 assert crossed(golds["PPO, beta = 0.05"] - golds["SFT"]).low > 0 and crossed(golds["best of 16"] - golds["PPO, beta = 0.05"]).low > 0
 zero = crossed(golds["PPO, beta = 0"] - golds["SFT"])
 assert zero.low < 0 < zero.high, "without a price, neither clearly better nor worse than where it began"
 
 # %% [markdown]
-# The best of 16 has. On this chain PPO does what it should: with a price of KL it earns clearly more gold than the SFT
-# model, and, as Lesson 16 quotes, than SFT on the preferred answers. But choosing among 16 answers of the SFT model by the
-# same judge brings more, at a smaller KL. It costs 16 answers for each one that is given, every time; PPO pays once.
-# And without a price, 32 updates end where nobody can tell the gold from the start's, though the policy has gone 25 nats:
-# of what the judge likes, a good part is no gold (Lesson 11).
+# The best of 16 has. With a price of KL of 0.05, PPO earns clearly more gold than the SFT model. But choosing among 16
+# answers of the SFT model by the same judge brings more, at a smaller KL. It costs 16 answers for each one that is
+# given, every time; PPO pays once, with 1,024 answers here. Without a price the policy is 25 nats away after 32
+# updates, and its gold cannot be told from the start's (Lesson 11).
+
+# %% [markdown]
+# > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
+# > SFT's loss falls by 2.78 nats, the reward model's by 0.99, and an update of PPO, of 8 answers scored -2.42 on
+# > average, moves the policy away from its reference, the SFT model.
+#
+# > `rlhf-5` the KL term keeps the policy near its start: **holds**. After 32 updates the KL from the SFT model is 25.0,
+# > 5.8 and 3.0 nats an answer at beta 0, 0.05 and 0.2: beta 0.05 in place of 0 saves +19.2 [+14.0, +24.3] nats; beta
+# > 0.2 in place of 0.05 saves +2.8 [+0.7, +5.0] nats. The gold is 0.31, 0.42 and 0.36. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 9 · Without a value function: RLOO and GRPO
 #
 # PPO's value head is a second thing that can be wrong. Two methods take the baseline from other answers to the same
-# prompt, a **group**. With the scores $r$ of a group, their mean $\bar r$ and standard deviation $s$:
+# prompt, a **group** of $k$. With the scores $r$ of a group, their mean $\bar r$ and standard deviation $s$:
 #
 # | | advantage of an answer | ratio | KL |
 # |---|---|---|---|
 # | **RLOO** (Ahmadian et al. 2024, arXiv:2402.14740) | $r$ minus the mean of the *others* | whole answers | $k_1$, in the reward |
 # | **GRPO** (Shao et al. 2024, arXiv:2402.03300) | $(r - \bar r)/(s + 10^{-4})$, the same for all its tokens | tokens | $k_3$, in the loss |
 #
-# RLOO leaves the answer itself out of its baseline, since a baseline must not depend on the answer (section 2). Its paper
-# takes one step a batch, without ratio; the ratio is TRL's. GRPO's division by $s$ makes groups count alike in which the
-# answers differ much or hardly at all, and its mean over an answer's tokens makes a token of a long answer count less;
-# Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out.
+# RLOO leaves the answer out of its own baseline (section 2). GRPO does not, but $r - \bar r$ is $(k-1)/k$ of RLOO's
+# advantage: a shorter step, no more. Divided by $s$, groups whose answers hardly differ count as much as others. And
+# GRPO's mean over an answer's tokens lets a token of a long answer count less, of a wrong one, too. Dr. GRPO (Liu et
+# al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper takes one step a batch, without ratio; the ratio is TRL's.
 #
-# One detail is easily missed. A KL in the *reward* is pushed along $\nabla \log \pi$, a KL in the *loss* is
-# differentiated itself, and that is another gradient. On three tokens, exactly:
+# A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
+# the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss
+# has the first term alone.
+#
+# **Predict:** three tokens, drawn from the policy itself. Which of $k_1$, $k_2$, $k_3$ in the loss has the gradient of
+# $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$?
 
 # %%
 group = np.array([1.0, 2, 6])
 print("\nscores 1 2 6:  RLOO", rlhf.rloo_advantages(group, 3), " GRPO", rlhf.grpo_advantages(group, 3).round(4))
 assert np.allclose(rlhf.rloo_advantages(group, 3), [1 - 4, 2 - 3.5, 6 - 1.5])
+assert np.allclose((group - group.mean()) * 3 / 2, rlhf.rloo_advantages(group, 3))
 assert np.allclose(rlhf.grpo_advantages(group, 3), (group - 3) / (group.std(ddof=1) + 1e-4))
 
 now = np.array([0.7, 0.2, 0.1])
@@ -483,20 +493,23 @@ def gradient(value):
     return logits.grad
 
 
-in_reward = gradient(lambda logp: (now * np.log(now / reference) * logp).sum())  # E[k1 grad log pi]: k1 is a number
-in_loss = gradient(lambda logp: (now * rlhf.k3(logp, np.log(reference))).sum())  # E[grad k3]: the answers are given
-forward = gradient(lambda logp: (logp.exp() * (logp - np.log(reference))).sum())
-reverse = gradient(lambda logp: (reference * (np.log(reference) - logp)).sum())
-print("k1 in the reward", in_reward.round(4), "  KL(pi || ref)", forward.round(4))
-print("k3 in the loss  ", in_loss.round(4), "  KL(ref || pi)", reverse.round(4))
-assert np.allclose(in_reward, forward) and np.allclose(in_loss, reverse) and not np.allclose(forward, reverse, atol=0.01)
+log_ref = np.log(reference)
+reverse = gradient(lambda logp: (logp.exp() * (logp - log_ref)).sum())  # of KL(pi || ref)
+forward = gradient(lambda logp: (reference * (log_ref - logp)).sum())  # of KL(ref || pi)
+in_reward = gradient(lambda logp: (now * (np.log(now) - log_ref) * logp).sum())  # E[k1 grad log pi]: k1 is a number
+losses = {"k1": lambda logp: logp - log_ref, "k2": lambda logp: (logp - log_ref) ** 2 / 2, "k3": lambda logp: rlhf.k3(logp, log_ref)}
+in_loss = {name: gradient(lambda logp, k=k: (now * k(logp)).sum()) for name, k in losses.items()}  # E[grad k]
+print("KL(pi || ref)", reverse.round(4), "  KL(ref || pi)", forward.round(4), "  k1 in the reward", in_reward.round(4))
+print("in the loss: ", *(f"{name} {(g + 0).round(4) + 0}  " for name, g in in_loss.items()))
+assert np.allclose(in_reward, reverse) and np.allclose(in_loss["k2"], reverse) and not np.allclose(forward, reverse, atol=0.01)
+assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 
 # %% [markdown]
-# So the mean of $k_3$ is the KL from the policy to the reference, and its gradient, on fresh answers, is that of the KL
-# from the reference to the policy.
+# $k_2$, the biased estimate of the value. $k_1$ in the loss pushes nowhere in the mean. $k_3$, GRPO's, estimates the
+# reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers;
+# after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
-# How do the three compare? With the judge, the prompts and the number of answers of section 7, under three seeds, from
-# the file that `--full` writes. An interval of three seeds is wide: a difference that lies within it shows nothing.
+# How do the methods compare, with section 7's judge, prompts and number of answers, under three seeds?
 
 # %%
 METHODS = tuple(policies.SAMPLING)
@@ -513,20 +526,18 @@ for method in METHODS:
     assert changes["kl"][0] > changes["kl"][1], f"{method} leaves the base"
 differ = {f"{m} - PPO, {k}": interval(swept[m][k] - swept["PPO"][k]) for m in METHODS[1:] for k in ("reward", "gold")}
 print("between methods: " + "; ".join(f"{name} {x:+.2f} ± {half:.2f}" for name, (x, half) in differ.items()))
-assert all(abs(x) < half for x, half in differ.values()), "three seeds tell no two methods apart"
+assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neither from PPO"
 
 # %% [markdown]
-# All three raise the judge's reward in every seed, and leave the base. More cannot be said: no interval of a difference
-# between two methods excludes 0, and they were given the same learning rate, which may suit one better than another.
-# Compare the mechanisms, and their costs: RLOO and GRPO need no value head, but several answers to each prompt.
-# Lesson 20 has the method that needs neither samples nor a reward model, DPO.
+# All three raise the judge's reward in every seed, and leave the base. In reward and gold, RLOO and GRPO differ from
+# PPO by less than the interval. RLOO and GRPO need no value head, but several answers to each prompt. DPO (Lesson 20)
+# needs neither samples nor a reward model.
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
-# The most quoted bug of PPO is one of order. Give the value head perfect foresight, up to a thousandth. The advantages
-# are then nothing but that thousandth, and there is nothing to learn. Whitening blows them up to variance one, which is
-# right for the policy loss. But returns taken *after* it, as $R = A_{\text{white}} + V$, tell a perfect value head that
-# it is wrong by one.
+# Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Whitening scales the
+# tiny advantages to variance one. Returns that are taken *after* it, $R = A_{\text{white}} + V$, tell this value head
+# that it is wrong.
 #
 # **Predict:** its loss is half a mean square. How large is it?
 
@@ -541,34 +552,13 @@ print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening be
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 
 # %% [markdown]
-# How much does it harm a run? The chain of section 8 was broken in this way, too, and in five others, each a change of
-# one thing. Below stands how much gold each costs, and which number of the log leaves its usual range first. This bug
-# costs nothing that three seeds can show, and no number gives it away. Only a test finds it.
+# One half: the value head is told that it is wrong by one, the standard deviation of whitened advantages.
 #
-# Now break it yourself: give PPO ten times the learning rate, and `max_kl=100` back. Which number tells first that
-# something is wrong, in which update, and which check stops the run?
-
-# %%
-figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
-colors = dict(zip(METHODS, ("C0", "C1", "C2")))
-
-
-def smooth(y, width=4):
-    return [np.mean(y[max(0, i + 1 - width) : i + 1]) for i in range(len(y))]
-
-
-for method in METHODS:
-    for ax, key in zip(axes, ("reward", "gold", "kl")):
-        for i, r in enumerate(table[method]):  # a line a seed
-            y = smooth(r["history"][key])
-            ax.plot(range(1, len(y) + 1), y, color=colors[method], linewidth=1.3, label=method if i == 0 else None)
-for ax, title in zip(axes, ("Reward: optimized", "Gold: only watched", "KL from the base, nats an answer")):
-    ax.set(title=title, xlabel="update")
-axes[0].legend(frameon=False, title="a line a seed")
-for ax in axes:
-    ax.spines[["top", "right"]].set_visible(False)
-figure.tight_layout()
-figure.savefig(OUT / "10_ppo.png", dpi=120)
+# The chain of section 8 was broken in this way and in five others. The verdict below says how much gold each costs, and
+# which number of the log first leaves the range of unbroken runs. Of this bug three seeds show no loss, but their
+# interval is wider than all that PPO gained in section 8. No number warns of it; a test on known values finds it.
+#
+# Now break it yourself: give PPO ten times the learning rate. Which number tells first that something is wrong?
 
 # %% [markdown]
 # > `rlhf-7` unstable: **holds if**. Ten times the rate costs +0.29 [+0.08, +0.49] (first out of range: clipfrac,
@@ -646,8 +636,8 @@ figure.savefig(OUT / "10_ppo.png", dpi=120)
 # **10.4 One success in four.** Four answers to a prompt have the scores 0, 0, 0 and 1. What is RLOO's advantage of the
 # first?
 #
-# **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What is
-# the derivative of the expected reward by the first one's logit?
+# **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What
+# is the derivative of the expected reward by the first one's logit?
 #
 # Further, without a checker:
 #

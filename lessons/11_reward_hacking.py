@@ -3,16 +3,15 @@
 #
 # A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and
 # you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
-# measure*. In this lesson we own what nobody owns in practice: the true reward. A rater follows the rules of VADER, a
-# reward model learns from the rater, PPO optimizes the model, and VADER itself, the **gold**, only watches. After it you
-# can tell proxy from gold, say when their curves part, warn of it without any gold, and say what each remedy costs.
+# measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
+# rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
+# itself, the **gold**, only watches. After it you can say when the two part, warn of it without any gold, and say what
+# each remedy costs.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 24 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
-# and a half on two cores), or open it as a notebook.
-# `python lessons/11_reward_hacking.py --full` (in a notebook `!python lessons/11_reward_hacking.py --full`) first
-# computes those of the fifteen runs behind the curves, with three seeds, that are missing in
-# `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes), and goes on with the lesson.
+# and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind
+# the curves that are missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes
 # (`lessons/out`).
@@ -62,11 +61,13 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). With each of three seeds a thousand rankings make a better judge than three
-# hundred. How much better, three seeds hardly say: the interval of the difference is printed below. Nor is any one judge
-# known well: it is asked about the pairs of 64 prompts, 384 at most, since those of equal gold are left out, and that alone
-# is an error of 5 points or more. None of them shows that it is guessing: all rewards have one scale, and any can be
-# optimized.
+# pairs of a ranking at once (Lesson 9). Under each of three seeds a thousand rankings make a better judge than three
+# hundred. No judge is known well: it is asked about the pairs of 64 prompts, 384 at most, and that alone is an error of
+# 5 points or more. All rewards have one scale, so none of them shows that it is guessing, and any can be optimized.
+#
+# Two things can go wrong; Gao, Schulman and Hilton (2022, arXiv:2210.10760) call them regressional and extremal. Who
+# chooses the highest guess also chooses the errors that raise it, however honest the judge. And the policy comes to
+# write what the judge never saw compared, where its errors may have any size.
 
 # %%
 def continued(split, n, rng, seed):
@@ -108,8 +109,8 @@ def reward_model(rankings, seed):
 #
 # $$\max_\pi \; E_{y \sim \pi}\left[\hat r(x, y)\right] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) .$$
 #
-# $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the small
-# price and gives every answer without an end the score -1; a fifth has none and a judge that saw 300 rankings.
+# $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the
+# small price and gives every answer without an end the score -1; a fifth has none and a judge that saw 300 rankings.
 
 # %%
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ RUNS += [Run(0.0, seed=seed, rankings=WEAK) for seed in range(3)]
 if "--full" in sys.argv:
     sweep(optimize, RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
+for r in rows:  # see section 3
+    r["history"]["second"] = np.multiply(r["history"]["gold"], r["history"]["distinct_2"])
 
 
 def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
@@ -183,12 +186,12 @@ print(f"each is known to ±{error:.1%} at best; the gain, seed by seed, is {gain
 assert (accuracy > weak_accuracy).all(), "more rankings help"
 
 # %% [markdown]
-# One run, live, with nothing to hold it. We took seed 2, whose judge is one of the two best; with a poor judge there is
-# less to see (section 3 has all). Proxy and gold rise together.
+# One run, live, with nothing to hold it. We took seed 2, whose judge is one of the two best (section 3 has all). Proxy
+# and gold rise together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean
+# of $-\log \pi_{\text{ref}}$ over the policy's tokens.
 #
-# **Predict:** what does the policy write at the end? Then read the last two columns, and the samples, too. (Another
-# machine, or another number of threads, rounds otherwise, and after a few updates draws other words. What we claim, we
-# read off three seeds.)
+# **Predict:** what does the policy write at the end? (Another machine, or another number of threads, draws other words
+# after a few updates. What we claim, we read off three seeds.)
 
 # %%
 free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, seed=2, updates=24)  # of the 30 of the sweep
@@ -209,24 +212,25 @@ if not REDUCED:
 # %% [markdown]
 # ## 3 · The price of going far
 #
-# How far has a policy gone? Gao, Schulman and Hilton (2022) measure it by $d = \sqrt{\mathrm{KL}}$ and find that the
-# *gold*, along an optimization by reinforcement learning, follows
+# The policy writes the words that the judge likes again and again: the share of distinct bigrams has fallen.
 #
-# $$R_{\text{gold}}(d) = R_0 + d\,(a - b \log d) ,$$
+# How far has it gone? Gao et al. measure it by $d = \sqrt{\mathrm{KL}}$ and find that the *gold* follows, along
+# reinforcement learning and along the best of $n$,
 #
-# where $R_0$ is what the base has and $a$ and $b$ are fitted (they write $\alpha$ and $\beta$; our $\beta$ is the price
-# of KL). With $b > 0$ it rises first, since the proxy knows something, and turns at $d = e^{a/b - 1}$, where what is
-# left to win is what the proxy has wrong. We fit it to the free runs ($\beta = 0$), each for itself. "No turn" is a fit
-# that has no top in the run at all: with $b < 0$, or one at a distance below 0.3, which we leave out of the fit.
+# $$R_{\text{RL}}(d) = R_0 + d\,(a - b \log d) , \qquad R_{\text{bo}n}(d) = R_0 + d\,(a - b\, d) .$$
 #
-# A fit finds a top in noise, too. So we ask the gold itself, as the mean of five updates: it *turns* where it falls from
-# its best by more than three standard errors, and *climbs* where it ends higher than it began by as much. The error
-# comes from how much single updates scatter about a smooth curve.
+# $R_0$ is what the base has; $a$ and $b$ are fitted (they write $\alpha$ and $\beta$). With $b > 0$ the slope of the
+# first, $a - b - b \log d$, falls with $d$, and is 0 at $d = e^{a/b - 1}$: there the gold turns. At $d = 0$ the slope
+# is infinite, whatever the judge is worth, so the form means nothing there, and we fit it to $d > 0.3$. We fit each
+# free run ($\beta = 0$) for itself. "No turn" is a fit with $b < 0$, or with its top below 0.3.
+#
+# A fit finds a top in noise, too. So we ask the gold itself, as the mean of five updates: it *turns* where it falls
+# from its best by more than three standard errors, and *climbs* where it ends higher than it began by as much. The
+# error comes from how much single updates scatter about a smooth curve. And we ask a second gold, which is harder to
+# please: the gold of a batch times its distinct-2. It pays for happy words, but not for one happy word said again and
+# again.
 #
 # **Predict:** with which of the six judges does the gold rise? The better half?
-#
-# And we ask a second gold, which is harder to please: the gold of a batch times the share of its bigrams that are
-# different (section 4). It pays for happy words, but not for one happy word said again and again.
 
 # %%
 def smooth(values):
@@ -258,30 +262,30 @@ def three_errors(name):
     return 3 * math.sqrt((bends**2).mean() / 6 * 2 / 5)
 
 
-CLEAR = {name: three_errors(name) for name in ("gold", "distinct_2", "ref_loss")}
+CLEAR = {name: three_errors(name) for name in ("gold", "second", "distinct_2", "ref_loss")}
 
 
-def verdict(means):
+def verdict(means, clear):
     """What the gold did in a run, from its means over five updates."""
     start, best, end = means[0], means.max(), means[-1]
-    if best - max(start, end) > CLEAR["gold"]:
+    if best - max(start, end) > clear:
         return "turns"
-    return "climbs" if end - start > CLEAR["gold"] else "falls" if end - start < -CLEAR["gold"] else "stays"
+    return "climbs" if end - start > clear else "falls" if end - start < -clear else "stays"
 
 
-GOLDS = ("gold", "gold x distinct-2")
+GOLDS = {"gold": "gold", "second": "gold x distinct-2"}
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
 did, gained, agreed = {}, {}, {}  # {(rankings, seed): what each gold did}, by how much the first rose, the judge's agreement
-print(f"\nnothing holds it: KL and means over five updates; clear is a difference of {CLEAR['gold']:.2f}")
-print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':36s}" for n in GOLDS))
+print(f"\nnothing holds it: KL and means over five updates; clear is a difference of {CLEAR['gold']:.2f} and {CLEAR['second']:.2f}")
+print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':36s}" for n in GOLDS.values()))
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
     (a, z), far = ends(c), np.sqrt(c["kl"].max(axis=1))
     for seed in range(3):
         golds = ""
-        for name, values in zip(GOLDS, (c["gold"], c["gold"] * c["distinct_2"])):
-            means, turn = smooth(values)[seed], gao(c["kl"][seed], values[seed])[3]
+        for name in GOLDS:
+            means, turn = smooth(c[name])[seed], gao(c["kl"][seed], c[name][seed])[3]
             fit = "no turn" if turn is None else "beyond" if turn >= far[seed] else f"fit {turn:.1f}"
-            did[rankings, seed, name] = verdict(means)
+            did[rankings, seed, name] = verdict(means, CLEAR[name])
             golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:6s} ({fit:7s})"
         gained[rankings, seed], agreed[rankings, seed] = z["gold"][seed] - a["gold"][seed], accuracies[rankings][seed]
         print(
@@ -306,7 +310,8 @@ for a, z in ((weak_first, weak_last), (first, last[0.0])):
 assert min(gained[run] for run in good) > 0.7, "the gold rises with a good judge"
 assert max(gained[run] for run in gained if run not in good) < 0.3, "and hardly with another"
 assert not any(did[*run, "gold"] == "turns" for run in gained), "no gold turns clearly,"
-assert all(did[*run, "gold x distinct-2"] == "turns" for run in good), "but the second one does, where there was any"
+assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
+assert [f"{gold:.2f}" for gold in last[0.0]["gold"][1:]] == ["0.99", "0.94"]
 
 print("\nmean ± deviation of 3 seeds, last five updates")
 print("                     proxy            gold             KL  distinct-2  reference loss")
@@ -317,34 +322,50 @@ for beta, end in last.items():
         + f"   {end['kl'].mean():6.1f}  {end['distinct_2'].mean():10.2f}  {end['ref_loss'].mean():14.2f}"
     )  # fmt: skip
 
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+curves = [(found(beta), dict(color=color, label=f"β = {beta:g}")) for beta, color in zip(BETAS, ("C3", "C1", "C0"))]
+curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
+titles = ("Proxy: optimized", "Gold: only watched", "Distinct bigrams", "Gold × distinct bigrams")
+for ax, key, title in zip(axes, ("proxy", "gold", "distinct_2", "second"), titles):
+    for c, style in curves:
+        for d, y in zip(np.sqrt(smooth(c["kl"])), smooth(c[key])):  # one line a seed
+            ax.plot(d, y, linewidth=1.4, **style)
+    ax.set(title=title, xlabel="sqrt(KL)")
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the colors are the same in all
+figure.tight_layout()
+figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
+
 # %% [markdown]
-# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold
-# in more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others the proxy climbs as well, and
-# the gold moves by no more than its noise. Six runs are few: if agreement meant nothing, the two best judges would
-# still be the two that bring gold one time in fifteen. And agreement is no promise: it is measured on pairs of the
-# *base's* answers, and says little about answers that the base would never give.
+# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
+# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others it moves by no more than its noise.
+# Six runs are few: if agreement meant nothing, the two best judges would still be the two that bring gold one time in
+# fifteen. And agreement is no promise: it is measured on pairs of the *base's* answers, and says little about answers
+# that the base would never give.
 #
-# **Does the gold turn, as in the textbook?** In no run clearly. The fits put a top into each of the four poor runs,
-# but what follows it is smaller than the noise. With the two good judges the gold is highest at the end, while the
-# text has become "love love love love", or "a great deal a great deal". Nobody would call that an answer; VADER
-# does, since it counts happy words, and the judge has learned from it. So the gold was only another measure, and it
-# was optimized through the proxy.
+# **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
+# the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
+# from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
+# judges, and the fit puts the top near $\sqrt{\mathrm{KL}} = 5$. But we chose it after we had read the answers.
+# Judges of helpfulness are pleased by length: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that
+# RLHF's gains came in large part from longer answers.
 #
-# **A gold that repetition does not please turns.** The second one rises to 0.56 and 0.52, turns near $\sqrt{KL} = 5$,
-# and falls to 0.23 and 0.33: there is the curve of the textbook. But we chose this gold after we had read the
-# answers. Neither proxy nor gold noticed.
+# **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
+# that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.
+# PPO without a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the
+# same judge.
 #
-# **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model that
-# ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind. PPO without
-# a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the same judge.
+# **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
+# better?
 
 # %%
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
 JUDGES = (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000))
 figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True)
-print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)")
-rises, moves = {}, {}
+print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)   best of 16 less the end")
+rises, moves, better = {}, {}, {}
 before = items(those_of(chain, "sft"))
 for ax, (size, n) in zip(panels, JUDGES):
     runs = those_of(chain, "ppo", judge=size, comparisons=n, beta=0.0)
@@ -359,10 +380,12 @@ for ax, (size, n) in zip(panels, JUDGES):
     ax.spines[["top", "right"]].set_visible(False)
     one, end = np.array([e["proxy"] for e in best_of["1"]]), items(runs, "proxy").mean(axis=1)
     rises[size, n], moves[size, n] = interval(end - one), crossed(items(runs) - before)
+    better[size, n] = crossed(items(many) - items(runs))
     right = np.mean([row["accuracy"][0] for row in many])
+    assert items(runs, "kl").mean() > best_of["16"][0]["kl"], "PPO goes farther than the best of 16"
     print(
         f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
-        f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}"
+        f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}   {shown(better[size, n])}"
     )
 panels[0].legend(frameon=False)
 figure.tight_layout()
@@ -370,19 +393,18 @@ figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
-for judge, n in JUDGES:
-    ends_at = items(those_of(chain, "ppo", judge=judge, comparisons=n, beta=0.0))
-    assert crossed(items(those_of(chain, "best", judge=judge, comparisons=n)) - ends_at).value > 0
+assert all(better[judge].low > 0 for judge in poor), "the best of 16 has clearly more"
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
+curves = [along(row, "gold")[1] for row in runs]  # of the last judge, means over five updates of training
+print("full 2,000, each seed's gold, highest and last:", ", ".join(f"{y.max():.2f} {y[-1]:.2f}" for y in curves))
 
 # %% [markdown]
-# Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with two of them, the
-# line above says which, it ends clearly below the SFT model's: the proxy up, the gold down. So optimizing a poor guess does
-# harm, from the first update on. With the best judge the proxy climbs by far the most, and the gold's seeds part: some rise
-# and turn, one falls far, so neither a gain nor a loss at the end is clear. And the dashed lines show what costs less: the
-# best of 16 by the same judge has more gold than the end of PPO without a price, at a smaller KL, with every judge.
+# Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
+# that the output names it ends clearly below the SFT model's. With the best judge neither a gain nor a loss at the end
+# is clear; the last line shows from which height each seed came. And the best of 16 by the same judge has more gold
+# than the end of PPO without a price, at a smaller KL; clearly so with the four poor judges.
 #
-# The register's rule, below, asks of *each* judge that its reward rises, and the gold falls, from the gold's peak to the end.
+# The verdict below asks of *each* judge that its reward rises, and the gold falls, from the gold's peak to the end.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -399,10 +421,10 @@ print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
 #
-# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** is the share of bigrams in a batch that
-# are different: it falls where a policy that found a phrase the judge likes says it again and again. The **reference
-# loss** is how unlikely the base finds the policy's tokens, $-\log \pi_{\text{ref}}$ in the mean over tokens: it rises
-# where the language gets strange.
+# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** falls where a policy that found a phrase
+# the judge likes says it again and again. The **reference loss** rises where the language gets strange to the base.
+#
+# **Predict:** does each of them move in all six free runs?
 
 # %%
 witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
@@ -424,18 +446,19 @@ assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs. The reference loss rises clearly in two, those of the two good
 # judges, and in one it falls: there the policy says again and again what the base finds likely, `"Oh!`, which is as
-# empty as "love love love". So the reference loss alone is no proof of innocence. Ask both. (The KL grows in either
-# case, but says only how far, not how well. It is what the base's loss has more than the policy's own, over a whole
-# answer, so it grows where a policy becomes sure of a likely phrase, too.)
+# empty as "love love love". So a low reference loss is no proof of innocence. Ask both. The KL says only how far a
+# policy has gone, not how well.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
-# **KL** in the reward makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. Of the twelve runs without it, some hardly end an answer at the end of the
-# run, and others nearly every one; how many is printed below the table. **Early stopping** changes nothing in the
-# objective, and just does not go there: here we read off the free runs what they had at the first update whose KL
-# passes 8 (in a run, the setting is `stop_kl=8`).
+# A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
+# hole: nothing in the judge asks for an end. **Early stopping** leaves the objective as it is and ends the run at a
+# given KL: here we read off the free runs what they had at the first update whose KL passes 8 (in a run, the setting is
+# `stop_kl=8`). What did each bring? The plain gold cannot say, since it is pleased by repetition. So we ask the second
+# one, and for the price the gold of the chain, too.
+#
+# **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
 # %%
 STOP = 8.0
@@ -446,64 +469,64 @@ passed = [int(np.argmax(kl > STOP)) if (kl > STOP).any() else len(kl) - 1 for kl
 repairs["beta = 0, stopped at KL 8"] = {
     k: np.array([row[max(0, u - 2) : u + 1].mean() for row, u in zip(v, passed)]) for k, v in columns.items()
 }
-print("\n                              proxy    gold      KL  distinct-2  finished   each seed:  gold             finished")
+print("\n                              proxy  second gold      KL  distinct-2  finished   each seed:  second gold      finished")
 for name, end in repairs.items():
-    gold_of_each, ended_of_each = (" ".join(f"{x:.2f}" for x in end[key]) for key in ("gold", "ended"))
+    second_of_each, ended_of_each = (" ".join(f"{x:.2f}" for x in end[key]) for key in ("second", "ended"))
     print(
-        f"{name:26s}    {end['proxy'].mean():+.2f}   {end['gold'].mean():+.2f}  {end['kl'].mean():6.1f}"
-        f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {gold_of_each}   {ended_of_each}"
+        f"{name:26s}    {end['proxy'].mean():+.2f}        {end['second'].mean():+.2f}  {end['kl'].mean():6.1f}"
+        f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
-unpenalized = np.array([weak_last["ended"], *(last[beta]["ended"] for beta in BETAS)])  # [4 settings, seeds]
-few, nearly_all = (unpenalized < 0.1).sum(), (unpenalized > 0.9).sum()
-print(f"of {unpenalized.size} runs without the penalty, {few} end fewer than 10% of their answers, {nearly_all} more than 90%")
 free_end, cheap, high = (last[beta] for beta in BETAS)
 penalized, stopped = repairs["beta = 0.05, no end: -1"], repairs["beta = 0, stopped at KL 8"]
-print("difference, each seed                          gold                                  distinct-2")
+print(f"difference of the second gold, each seed; clear in one seed is {CLEAR['second']:.2f}")
 for name, end, other in (
     ("beta = 0.05 against 0", cheap, free_end),
-    ("beta = 0.2 against 0", high, free_end),
+    ("beta = 0.2 against 0.05", high, cheap),
     ("no end: -1 against none, beta = 0.05", penalized, cheap),
     ("stopped at KL 8 against beta = 0.2", stopped, high),
 ):
-    print(f"{name:38s}", end="")
-    for key in ("gold", "distinct_2"):
-        value, half_width = interval(end[key] - other[key])
-        each = " ".join(f"{x:+.2f}" for x in end[key] - other[key])
-        print(f"   {each}: {value:+.2f} ± {half_width:.2f}", end="")
-    print()
+    value, half_width = interval(end["second"] - other["second"])
+    print(f"{name:38s} {' '.join(f'{x:+.2f}' for x in end['second'] - other['second'])}: {value:+.2f} ± {half_width:.2f}")
+on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
+print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
-for end in (cheap, high):
-    assert (end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all(), "a price keeps bigrams distinct,"
-assert (high["ref_loss"] < free_end["ref_loss"]).all(), "a high one the language, too,"
+for end in (cheap, high, stopped):
+    assert (end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all(), "each keeps bigrams distinct"
 able = accuracy > GOOD
-assert (free_end["gold"] - high["gold"] > 3 * CLEAR["gold"])[able].all(), "and it costs gold where the judge brings any"
-assert (penalized["ended"] > cheap["ended"]).all() and (penalized["ended"] > 0.75).all(), "whoever pays for not ending, ends"
-assert (stopped["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all()
-assert max(passed) < len(columns["kl"][0]) / 2
+assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
+assert (high["second"] < cheap["second"]).all(), "and a high one below it"
+assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
+assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
+value, half_width = interval(stopped["second"] - high["second"])
+assert (stopped["second"] < high["second"])[able].all() and abs(value) < half_width
+assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_chain[0.0].low
 
 # %% [markdown]
-# What each bought, in three seeds of which one has a poor judge, so that an interval of three is wide:
+# The small one. One of the three judges is poor, so that each interval above includes 0; we read the single seeds:
 #
-# - A **price of KL**, small or high, lowers proxy and KL and makes more of the bigrams distinct, in every seed.
-# - What a small price (0.05) costs in gold cannot be told: the difference is smaller than the noise in every seed.
-# - A high one (0.2) kept the language (0.90 distinct bigrams against 0.41, and a lower reference loss in every seed).
-#   It costs more than half a unit of gold with each good judge. With the poor judge there is no gold to lose. That is
-#   why the mean has an interval that includes 0.
-# - The **penalty** made nearly all answers end, 91 to 98%, in place of 2 or 3%. With the two good judges that cost
-#   0.7 of the gold: probably an answer that ends early has no room for happy words.
-# - The **early stop** ends about where the high price does (KL 7.8 and 8.2), in less than half of the updates. Which
-#   of the two has more gold there, three seeds do not tell. And one has to know when.
+# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
+#   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
+#   one in every seed: it also forbids what is worth having. On the chain, too, the small price ends clearly above the
+#   SFT model, and no price does not.
+# - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
+#   clearly in the second gold.
+# - The **early stop** ends at about the KL of the high price, in less than half of the updates. With both good judges
+#   it has less of the second gold there, but the interval of three seeds includes 0. Gao et al. found no difference at
+#   one KL.
 #
-# None of them makes the judge any wiser.
+# None of them makes the judge any wiser. New comparisons of the policy's own answers do: Bai et al. 2022
+# (arXiv:2204.05862) train judge and policy again every week.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
-# If one judge can be fooled, why not two? Train a second one, on 400 rankings of other prompts and other answers, and show
-# it what the policy wrote for the first. What it sees of the gain is what the two share, right or wrong: both grew on the
-# same base. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One live run, and
-# one pair of judges: an example, no measurement over seeds.)
+# If one judge can be fooled, why not two? Train a second one, on 400 rankings of other prompts and other answers, and
+# show it what the policy wrote for the first. What it sees of the gain is what the two share, right or wrong: both grew
+# on the same base. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One live
+# run, and one pair of judges: an example.)
+#
+# **Predict:** how much of the first judge's gain does the second see?
 
 # %%
 policy = POLICIES[free]
@@ -526,42 +549,13 @@ if not REDUCED:
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
-# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge.
+# The last line says it, and the gold's gain stands beside it: where the second judge sees little of a gain that the
+# gold sees too, it is no wiser, only another judge. The *minimum* of several judges, or their mean less their variance,
+# is a better reward than any one of them (Coste et al. 2023, arXiv:2310.02743). But errors that all judges share stay,
+# even where each was pretrained from another seed (Eisenstein et al. 2023, arXiv:2312.09244).
 #
-# Now break it yourself: optimize the *minimum* of the two judges (a reward is any function of a rollout). Is it an
-# honest judge, or only a slower way to the same place?
-
-# %%
-figure, axes = plt.subplots(1, 5, figsize=(22, 4.2))
-colors = dict(zip(BETAS, ("C3", "C1", "C0")))
-PANELS = {
-    "Proxy: optimized": lambda c: c["proxy"],
-    "Gold: only watched": lambda c: c["gold"],
-    "Distinct bigrams": lambda c: c["distinct_2"],
-    "Gold × distinct bigrams": lambda c: c["gold"] * c["distinct_2"],
-}
-curves = [(found(beta), dict(color=colors[beta], label=f"β = {beta:g}")) for beta in BETAS]
-curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
-for ax, (title, values) in zip(axes, PANELS.items()):
-    for c, style in curves:
-        for d, y in zip(np.sqrt(smooth(c["kl"])), smooth(values(c))):  # one line a seed
-            ax.plot(d, y, linewidth=1.4, **style)
-    ax.set(title=title, xlabel="sqrt(KL)")
-axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the colors are the same in the next three
-names = list(repairs)
-for shift, key, color in ((-0.2, "gold", "C2"), (0.2, "distinct_2", "C7")):
-    widths = [repairs[n][key].mean() for n in names]
-    axes[4].barh(np.arange(len(names)) + shift, widths, 0.38, color=color, label=key.replace("_", "-"))
-    for row, n in enumerate(names):
-        axes[4].plot(repairs[n][key], [row + shift] * 3, "k.", markersize=4)  # the seeds
-axes[4].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
-axes[4].invert_yaxis()
-axes[4].set(title="At the end: mean, and three seeds", xlim=(0, 1.05))
-axes[4].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-for ax in axes:
-    ax.spines[["top", "right"]].set_visible(False)
-figure.tight_layout()
-figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
+# Now break it yourself: optimize the minimum of the two judges (a reward is any function of a rollout). Is it an honest
+# judge, or only a slower way to the same place?
 
 # %% [markdown]
 # ## Quiz
@@ -578,8 +572,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# No: with the two judges that agreed with it in more than 60% of held-out pairs it climbed, with the four others it moved
-# no more than its noise. That is six runs; which judges are good, and what they bring, differs from base to base.
+# No: with the two judges that agreed with it in more than 60% of held-out pairs it climbed, with the four others it
+# moved no more than its noise. That is six runs; which judges are good, and what they bring, differs from base to base.
 #
 # </details>
 #
@@ -587,8 +581,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The text had become "love love love love". VADER counts happy words, and the judge had learned from it: the gold was only
-# another measure. The gold times the share of distinct bigrams, which repetition does not please, rises and turns.
+# The text had become "love love love love". VADER counts happy words, and the judge had learned from it: the gold was
+# only another measure. The gold times the share of distinct bigrams, which repetition does not please, rises and turns.
 #
 # </details>
 #
@@ -605,9 +599,9 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# It makes going far cost what it may bring: the higher the price, the less proxy and KL, and with a price more of the
-# bigrams stay distinct, in every seed. It does not make the judge any wiser, and the high price cost more than half a unit
-# of gold with both good judges.
+# The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
+# second gold, the one that repetition does not please, the small price ends above none with both good judges, and the
+# high one below the small one: a price may be too high. It does not make the judge any wiser.
 #
 # </details>
 
@@ -631,8 +625,8 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 #
 # - **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
 #   better?
-# - **Another gold.** Section 3 multiplies two means of a batch. Watch a gold of each answer: VADER times the share of its
-#   words that are different. Does it turn at the same distance?
+# - **Another gold.** Section 3 multiplies two means of a batch. Watch a gold of each answer: VADER times the share of
+#   its words that are different. Does it turn at the same distance?
 # - **A budget.** Take `kl_target=6`, an adaptive price, with three starting values of `kl_coef`. Does the way to the
 #   target matter for what is found there?
 #

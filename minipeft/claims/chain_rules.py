@@ -133,7 +133,7 @@ def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray,
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
-@claim("rlhf-5", lesson="10_ppo.py", section="4 · Rewards: a price for leaving, and the score at the end", experiment=CHAIN)
+@claim("rlhf-5", lesson="10_ppo.py", section="8 · One chain on one model", experiment=CHAIN)
 def near_its_start(rows: Rows) -> Verdict:
     """Holds if, after as many updates of PPO, each higher price of KL (0, 0.05, 0.2) clearly leaves the policy at a lower KL from the SFT
     model, on held-out prompts; holds if one of the two does; does not hold here if neither saves half a nat."""

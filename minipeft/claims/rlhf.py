@@ -27,7 +27,7 @@ from .inputs import BASE, SIZES, arrays, base, examples, moved, steps
 from .register import Number, Verdict, claim, graded, listed, measured, those
 
 
-@claim("rlhf-1", lesson="10_ppo.py", section="6 · The loss: no more than twenty percent at a time")
+@claim("rlhf-1", lesson="10_ppo.py", section="6 · The loss: no incentive beyond twenty percent")
 def preference() -> Verdict:
     """Holds if, of pairs of texts, one step on PPO's loss moves log p(a) - log p(b) up where a is preferred and down where b
     is, clearly over pairs, while a step on the likelihood of both is the same for either preference; holds if one direction
@@ -72,7 +72,7 @@ def preference() -> Verdict:
     )  # fmt: skip
 
 
-@claim("rlhf-2", lesson="10_ppo.py", section="7 · Run it")
+@claim("rlhf-2", lesson="10_ppo.py", section="8 · One chain on one model")
 def chain() -> Verdict:
     """Holds if three stages run in a chain: SFT lowers the loss; the reward model, which starts from the SFT model, ranks its
     pairs better after training; PPO starts from the SFT model, which is its reference, and moves from it; does not hold here
