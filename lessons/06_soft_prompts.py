@@ -2,16 +2,16 @@
 # # Lesson 6 · Soft prompts: training the input instead of the model
 #
 # A prompt changes what a language model does without changing the model. But a prompt of words is chosen from a finite
-# vocabulary, and the model never sees words: it sees their *embeddings*. So train those. Prompt tuning (Lester et al.
-# 2021, arXiv:2104.08691) puts a few free vectors in front of the input and moves them by gradient; prefix tuning (Li &
-# Liang 2021, arXiv:2101.00190) does it for the keys and values of every layer. The model stays frozen, to the last bit.
+# vocabulary, and the model computes with the words' *embeddings*. So train those. Prompt tuning (Lester et al. 2021,
+# arXiv:2104.08691) puts a few free vectors in front of the input and trains them by gradient; prefix tuning (Li & Liang
+# 2021, arXiv:2101.00190) does it for the keys and values of every layer. The model stays frozen.
 #
-# After this lesson you can build both through two arguments that the model has anyway, count them, say how start and
-# learning rate hang together, and name what they cost that other methods do not: room in the context.
+# After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
+# learning rate depends on the start, and name what they cost that other methods do not: room in the context.
 #
-# You need Lessons 2 (attention, its cache) and 3. Reading takes about 12 minutes (200 words or 25 lines of code a minute,
-# up to the quiz). Run it with `python lessons/06_soft_prompts.py` (half a minute on two cores), or open it as a notebook.
-# Where a line begins with **Predict**, write down your answer; the next cell computes it.
+# You need Lessons 2 (attention, its cache) and 3. Reading takes about 15 minutes (200 words or 25 lines of code a
+# minute, up to the quiz). Run it with `python lessons/06_soft_prompts.py` (half a minute on two cores), or open it as a
+# notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -53,8 +53,8 @@ for name, method in (("prompt", mp.PromptTuningConfig), ("prefix", mp.PrefixTuni
 #
 # $$\mathrm{model}\big([P;\, E(x)]\big), \qquad P\ [p, d]\ \text{trained}.$$
 #
-# Embeddings in place of ids: that is the model's argument `inputs_embeds`. By hand, and by the library: the same logits,
-# of which the library gives only those of the input.
+# The model's argument `inputs_embeds` takes embeddings in place of ids. By hand, and by the library, which returns the
+# logits at the input's positions alone:
 
 # %%
 soft = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=20))
@@ -68,7 +68,9 @@ assert soft(ids).shape[1] == ids.shape[1]
 # %% [markdown]
 # Is a soft prompt more than a prompt of words? Every prompt of words is one: if the vectors are the embeddings of real
 # tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and
-# training leaves the finite set of texts for all of $\mathbb R^{p \times d}$.
+# training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be readable: a
+# prompt can be trained to solve a task while its nearest words are any text one likes, at a loss of at most 2 %
+# (Khashabi et al. 2021, arXiv:2112.08348).
 
 # %%
 words = tokenizer.encode("Say it in plain English: ")
@@ -83,10 +85,6 @@ assert difference < 1e-3
 # %% [markdown]
 # > `soft-1` P learnable vectors before the input: **holds**. The logits on both sides differ by at most 5e-07 of the
 # > largest, with P = 10.
-#
-# > `soft-5` no change of the architecture: **holds**. The base alone computes the same from embeddings in front of the
-# > input (to 5e-07) and from a cache (to 8e-07); 2 of the two leave its 84 modules as they are, where LoRA puts others
-# > in the way.
 
 # %% [markdown]
 # ## 2 · Keys and values in front of every layer's own
@@ -124,18 +122,46 @@ assert (continued == prefixed.generate(ids, max_new_tokens=8)).all()
 print("the base, given the prefix as a plain cache, continues as the adapted model does")
 
 # %% [markdown]
+# Only rounding lies between them. So each prompt is also a prefix of as many positions; the reverse is not true, as the
+# keys and values of a layer are free here, and with a prompt follow from the layer below. And a prefix can be served by
+# code that knows caches and nothing of prefix tuning. Neither method has anything to merge: the vectors stay in the
+# sequence, so rows of one batch may carry those of different tasks (Lesson 4, section 9).
+#
+# **Predict:** can a prefix make a token attend more to one word of the text, and less to another?
+
+# %%
+rng = np.random.default_rng(0)
+(q, keys, values, P_k, P_v), scale = (rng.standard_normal((n, 16)) for n in (1, 5, 5, 3, 3)), 16**-0.5  # one head
+mixed = F.softmax(mp.Tensor(q @ np.concatenate([P_k, keys]).T * scale)).numpy()  # [1, 3 + 5]
+alone = F.softmax(mp.Tensor(q @ keys.T * scale)).numpy()
+share = mixed[:, :3].sum()  # of attention that goes to the prefix
+print("attention to the text's words over that without a prefix:", (mixed[:, 3:] / alone).round(3))
+of_prefix = mixed[:, :3] / share @ P_v
+assert np.allclose(mixed @ np.concatenate([P_v, values]), (1 - share) * alone @ values + share * of_prefix)
+assert np.allclose(mixed[:, 3:] / alone, 1 - share)
+
+# %% [markdown]
+# No: all words lose the same factor. With $\lambda$, the share of a query's attention that goes to the prefix, its
+# output is $(1 - \lambda)$ times what it was, plus $\lambda$ times a mean of $P_v$ (He et al. 2021, arXiv:2110.04366,
+# section 3.1). Within a layer a prefix cannot change the relative attention among the text's words, as LoRA on queries
+# and keys can; so a task that needs new patterns of attention may be out of its reach (Petrov et al. 2023,
+# arXiv:2310.19698).
+
+# %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. The logits on both sides differ by at
 # > most 8e-07 of the largest; 6 of 6 layers have keys and values of their own, and 10 tokens' are what the 10 tokens
 # > themselves would be.
+#
+# > `soft-5` no change of the architecture: **holds**. The base alone computes the same from embeddings in front of the
+# > input (to 5e-07) and from a cache (to 8e-07); 2 of the two leave its 84 modules as they are, where LoRA puts others
+# > in the way.
 
 # %% [markdown]
-# Such a prefix is a file that any server with a cache can use: no code of ours runs at inference.
-#
 # ## 3 · The count
 #
 # Prompt tuning trains $p\,d$ numbers. A model of width 1024 with 100 virtual tokens: 102,400, "102K". Prefix tuning has
-# keys and values in each of $L$ layers, $2\,L\,p\,d$. Where several query heads share a key head (Lesson 2), the keys and
-# values are narrower than $d$, and so is the prefix.
+# keys and values in each of $L$ layers, $2\,L\,p\,d$. Where several query heads share a key head (Lesson 2), the keys
+# and values are narrower than $d$, and so is the prefix.
 #
 # **Predict:** GPT-2 medium has 24 layers. How many megabytes is a prefix of 100 tokens in float32?
 
@@ -156,17 +182,25 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
     print(f"the shipped base, {config.peft_type}, 20 tokens: {built:,} numbers, {4 * built / 1e3:.0f} KB")
 
 # %% [markdown]
+# About 20 MB: the prefix has 48 times the numbers of the prompt, keys and values in 24 layers.
+#
 # Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while training
 # they compute it from a smaller matrix by an MLP (`prefix_projection=True`), and throw the MLP away afterwards: more is
 # trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385; `PromptEncoderConfig`) does the same for soft
-# tokens at the input: their vectors come out of a small network that is trained with them. Whether it helps here, the
-# rows of section 6 say, where both prefixes are tuned.
+# tokens at the input. **P-tuning v2** (Liu et al. 2021, arXiv:2110.07602), in spite of its name, is prefix tuning for
+# classification and tagging. Section 6 compares both ways of training a prefix.
 
 # %%
 through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
 counted = count_parameters(model.config, through_mlp)
 print(f"prefix by an MLP: {counted.trainable:,} trained, {counted.stored:,} stored")
 assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(num_virtual_tokens=20)).trainable
+
+# %% [markdown]
+# How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
+# 7.2) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
+# (Zhao et al. 2023, arXiv:2312.11420) trains the weights of the norms and nothing else: in our base two vectors a
+# layer.
 
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
@@ -178,23 +212,24 @@ assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(nu
 # %% [markdown]
 # ## 4 · The start, and the rate
 #
-# A few thousand numbers must steer a whole model from outside: where do they begin? Lester et al. (section 3.2) found
-# that starting from embeddings of real words beats random vectors, most of all for small models. But look at the sizes
-# first. A vector of standard normal numbers is far longer than any token's embedding; and AdamW moves each element by
-# about the learning rate a step, whatever its size (Lesson 0, section 6).
+# Lester et al. (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for
+# small models. But look at the sizes first. A vector of standard normal numbers is far longer than any token's
+# embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0, section 6).
 
 # %%
 STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 2)
 E = model.backbone.embedding.weight.numpy()
 size = np.sqrt((E**2).mean())
+longest, length = np.linalg.norm(E, axis=1).max(), np.sqrt(E.shape[1])
 print(f"root mean square of an element: of a token's embedding {size:.3f}, of a random vector 1.000")
+print(f"length of a vector: of the longest embedding {longest:.1f}, of a random vector about {length:.1f}")
 print(f"{STEPS} steps at rate 0.03 move an element by at most about {STEPS * 0.03:.1f}, at rate 0.3 by {STEPS * 0.3:.0f}")
-assert size < 0.2
+assert size < 0.2 and longest < length / 3
 
 # %% [markdown]
 # So at a low rate a prompt of words can go anywhere, and a random one stays about where it began. Which start is better
-# may be a question of the rate. The task and the verses are Lesson 3's; three starts, three rates. "Small" are random
-# vectors as long as embeddings.
+# may be a question of the rate. The task and the verses are Lesson 3's; three starts, three rates, two seeds. "Small"
+# are random vectors as long as embeddings.
 #
 # **Predict:** at rate 0.03 words win. At 0.3?
 
@@ -233,23 +268,23 @@ if not REDUCED:
     assert low > words_low + 0.3 > small + 0.2 and high < words_high and abs(high - words_low) < 0.1
 
 # %% [markdown]
-# At 0.03 the random start ends far behind; at 0.3 it ends as low as words do at their own best rate, and words at 0.3 end
-# above. Cut to the length of embeddings, random vectors at 0.03 end near to words. So most of what looks like the start's
-# doing is the rate's. What remains once each start has its own rate, the verdict of the register says as soon as its
-# rows ship (`minipeft claims soft-9`).
+# No longer: at 0.3 words end above the random start, which ends about as low as words do at 0.03. Cut to the length of
+# embeddings, random vectors at 0.03 end near to words. So in these runs the start mattered most through its size beside
+# the rate. (Lester et al. trained at a constant 0.3 with Adafactor.) Whether a difference remains once each start is
+# tuned, `minipeft claims soft-9` says as soon as its rows ship.
 #
 # ## 5 · The lost context
 #
-# What is trained sits *in* the sequence. Every virtual token takes a position from the input, and prompt tuning also
-# computes at each of them, in every layer, for every example.
+# What is trained sits *in* the sequence. Every virtual token takes a position from the input, and in generation keys
+# and values of each layer's cache, which every new token reads. In training, prompt tuning also computes at each
+# virtual position, in every layer, for every example.
 #
 # **Predict:** a prompt of 200 tokens, or a prefix of 200: which keeps more activations in a training step?
 
 # %%
 budget = model.config.max_position_embeddings
 print(repr(soft).splitlines()[1].strip())
-longest = np.zeros((1, budget - 20), int)
-assert soft(longest).shape[1] == budget - 20
+assert soft(np.zeros((1, budget - 20), int)).shape[1] == budget - 20
 try:
     soft(np.zeros((1, budget), int))
     raise AssertionError("20 virtual tokens and a full context cannot fit")
@@ -267,6 +302,13 @@ whole = memory_ledger(model.config, None, batch, length).held["activations"] / 1
 print(f"full fine-tuning: {whole:.0f} MB")
 assert cost["prompt", 100] > cost["prompt", 1] and cost["prompt", 100] > cost["prefix", 100]
 assert 0.7 < cost["prompt", 1] / whole < 0.8
+assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] > whole
+
+# %% [markdown]
+# The prompt, about twice as much. One of 100 tokens keeps more than full fine-tuning does. And note the first line. One
+# virtual token trains $d$ = 128 numbers, and training it still keeps three quarters of the activations of full
+# fine-tuning: the gradient must travel back through every layer to reach the input, and what is saved are the inputs of
+# frozen matrices (Lesson 4, section 6). Few trained parameters do not mean little memory.
 
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions; the
@@ -274,15 +316,11 @@ assert 0.7 < cost["prompt", 1] / whole < 0.8
 # > items)
 
 # %% [markdown]
-# Note the first line. One virtual token trains $d$ = 128 numbers, and training it still keeps three quarters of the
-# activations of full fine-tuning: the gradient must travel back through every layer to reach the input, and what is saved
-# are the inputs of frozen matrices (Lesson 4, section 6). Few trained parameters do not mean little memory.
-#
 # ## 6 · The league so far
 #
-# By the protocol of Lesson 3, everything tuned: `prompt` starts as words, `prompt-random` at random; `prefix` is computed
-# by an MLP while training, `prefix-direct` is not; 20 virtual tokens each. Lester et al. find (figure 1) that prompts
-# catch up with full fine-tuning as models reach billions of parameters; ours has 1.4 million.
+# By the protocol of Lesson 3, everything tuned: `prompt` starts as words, `prompt-random` at random; `prefix` is
+# computed by an MLP while training, `prefix-direct` is not; 20 virtual tokens each. Lester et al. find (figure 1) that
+# prompts catch up with full fine-tuning as models reach billions of parameters; ours has 1.4 million.
 
 # %%
 print(so_far(["full", "head", "lora", "bottleneck", "prompt", "prompt-random", "prefix", "prefix-direct", "p-tuning"]))
@@ -316,9 +354,10 @@ print("picture:", OUT / "06_soft_prompts.png")
 # ## 7 · Break it
 #
 # Pad a batch on the left, as generation does, and count the padding as if it were text: the 20 virtual tokens have the
-# positions 0 to 19, six tokens of padding 20 to 25, and the text begins at 26 in place of 20. That is what happens when
-# positions are not derived from the mask (Hugging Face PEFT's `forward` does it). The row's logits then depend on how
-# long the other rows are.
+# positions 0 to 19, six tokens of padding 20 to 25, and the text begins at 26 in place of 20. That happens where
+# positions are not derived from the mask. (PEFT's `forward` drops `position_ids` that it is given; Llama in
+# `transformers` then counts all columns.) With rotary positions only distances count (Lesson 2, section 3), but that
+# from the text to the virtual tokens has grown by six. The row's logits now depend on how long the other rows are.
 
 # %%
 padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)
@@ -337,8 +376,8 @@ assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()
 #
 # <details><summary>Answer</summary>
 #
-# Every prompt of words is one: if the vectors are the embeddings of real tokens, the model computes what it computes behind that
-# text. Training may leave the finite set of texts.
+# Every prompt of words is one: if the vectors are the embeddings of real tokens, the model computes what it computes
+# behind that text. Training may leave the finite set of texts.
 #
 # </details>
 #

@@ -131,7 +131,7 @@ def fewest() -> Verdict:
     )  # fmt: skip
 
 
-@claim("soft-5", lesson="06_soft_prompts.py", section="1 · Vectors in front of the input")
+@claim("soft-5", lesson="06_soft_prompts.py", section="2 · Keys and values in front of every layer's own")
 def architecture() -> Verdict:
     """Holds if a soft prompt equals input embeddings and a prefix a cache, to 1e-4, and the modules of the base are the same
     with either; holds if one of these is so; does not hold here otherwise."""
