@@ -5,8 +5,8 @@
 # words that all later lessons use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up,
 # validation, seed. The code is plain NumPy, held against the library's functions.
 #
-# You need Python, NumPy and high-school calculus. Reading takes 25 minutes (200 words or 25 lines of code a minute, up
-# to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook. Where a line
+# You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
+# up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook. Where a line
 # begins with **Predict**, stop and write down your answer. The next cell computes it.
 #
 # Environment: `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).

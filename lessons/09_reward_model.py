@@ -6,7 +6,7 @@
 # choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth, and
 # labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 19 minutes (200 words or 25
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 20 minutes (200 words or 25
 # lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
 # open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
 # `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) first computes those that are missing

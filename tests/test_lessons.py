@@ -77,3 +77,19 @@ def test_lesson_asserts_what_it_claims(path):
     asserted = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert len(asserted) >= 5
     assert not [node for node in asserted if isinstance(node.test, ast.Constant)], "an assertion that asserts nothing"
+
+
+@lesson
+def test_lesson_says_how_long_it_takes_to_read(path):
+    """200 words or 25 lines of code a minute, up to the quiz; rounded either way."""
+    words = lines = 0
+    for kind, body in cells(path):
+        body, quiz, _ = body.partition("## Quiz\n")
+        words += len(body.split()) if kind == "markdown" else 0
+        lines += sum(bool(line.strip()) for line in body.splitlines()) if kind == "code" else 0
+        if quiz:
+            break
+    assert quiz, "it has a quiz"
+    stated = int(re.search(r"Reading\s+takes\s+about\s+(\d+)\s+minutes", cells(path)[0][1])[1])
+    assert abs(stated - (words / 200 + lines / 25)) < 1, f"{words} words and {lines} lines of code, said to be {stated} minutes"
+    assert stated <= 25, "what can be read at one sitting"
