@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import counting
+from experiments import counting, growth
 
 import minipeft as mp
 from minipeft.accounting import Loop, architecture, count_parameters, memory_ledger, step_flops
@@ -36,10 +36,11 @@ from minipeft.accounting.loop import CONTEXT
 from minipeft.accounting.parameters import trained_parameters
 from minipeft.accounting.published import audit, tally
 from minipeft.accounting.pytorch_loop import pytorch_ledger
+from minipeft.experiments.rows import read_rows
 from minipeft.files import parse_json
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
@@ -509,6 +510,21 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # > `rlhf-6` expensive: human labels and several stages: **holds if**. What is counted is FLOPs, full and FLOPs, LoRA:
 # > PPO takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9 times (memory, LoRA) and 5.3 times (FLOPs, LoRA)
 # > what SFT does at 7B, in three stages for one, after 33,207 ranked prompts in InstructGPT.
+
+# %% [markdown]
+# Do the two ledgers hold as things grow? From one small shape, `lessons/experiments/growth.py` doubled one axis at a time
+# and measured a step (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the slope of the picture:
+
+# %%
+grown = read_rows(HERE / "results" / "growth.jsonl")
+growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
+print("the processor:", grown[0]["processor"])
+print(growth.table(grown))
+assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predicted memory is what is measured"
+
+# %% [markdown]
+# Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
+# weights, and width, by the model's. Time follows the FLOPs of products roughly; a small step takes longer than its share.
 
 # %% [markdown]
 # ## 8 · Break it

@@ -1,6 +1,6 @@
 """How the cost of a training step grows: its time and peak memory, measured, next to theory.
 
-    python tests/benchmarks/growth.py [--rows lessons/results/growth.jsonl] [--picture lessons/pictures/growth.png] [--tiny]
+    python lessons/experiments/growth.py [--rows lessons/results/growth.jsonl] [--tiny]      # two minutes
 
 One shape of a Llama and of its batch, and from it one axis at a time, doubled: tokens of a sequence, width, depth,
 sequences of a batch, words of the vocabulary, all by full fine-tuning; and LoRA's rank, on every linear layer.
@@ -25,13 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.update(MINIPEFT_THREADS="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # the processes inherit them
+import matplotlib.pyplot as plt
 import numpy as np
-from turns import processor, resident
 
 import minipeft as mp
 from minipeft.accounting import measure_peak, memory_ledger, step_flops
-from minipeft.train.metrics import save_png
+from minipeft.claims.timing import processor
 
 BASE = {"method": "full", "tokens": 128, "width": 128, "depth": 2, "batch": 4, "vocabulary": 512, "rank": 8}
 AXES = {  # axis: (its values, what else is other than BASE)
@@ -52,10 +51,7 @@ def settings(axis: str, value: int) -> dict[str, Any]:
 
 
 def measure(method: str, tokens: int, width: int, depth: int, batch: int, vocabulary: int, rank: int) -> dict[str, Any]:
-    """The row of a point: seconds of a step, bytes at the peak, and both in theory.
-
-    resident: bytes by which the process grew in the steps, beyond the model (VmHWM).
-    """
+    """The row of a point: seconds of a step, bytes at the peak, and both in theory."""
     config = mp.TransformerConfig.llama(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
         num_attention_heads=max(1, width // 64), max_position_embeddings=tokens, tie_word_embeddings=True,
@@ -76,14 +72,10 @@ def measure(method: str, tokens: int, width: int, depth: int, batch: int, vocabu
         return step
 
     step, times = training(), []
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM begins anew
-    before = resident("VmRSS")
     while len(times) < STEPS or sum(times) < SECONDS:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    grown = resident("VmHWM") - before
 
     def two_steps() -> None:
         again = training()
@@ -91,9 +83,9 @@ def measure(method: str, tokens: int, width: int, depth: int, batch: int, vocabu
 
     del step
     return {
-        "seconds": min(times), "peak": measure_peak(two_steps), "resident": round(1e6 * grown),
+        "seconds": min(times), "peak": measure_peak(two_steps), "processor": processor(),
         "flops": step_flops(config, lora, batch, tokens, checkpointing=False).total,
-        "ledger": memory_ledger(config, lora, batch, tokens).total, "processor": processor(),
+        "ledger": memory_ledger(config, lora, batch, tokens).total,
     }  # fmt: skip
 
 
@@ -124,10 +116,7 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict]) -> Any:
     """The figure: a column an axis, time above, memory below; points measured, lines theory."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * len(AXES), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(AXES), sharey="row")
+    figure, axes = plt.subplots(2, len(AXES), sharey="row", figsize=(2.6 * len(AXES), 5.2), layout="constrained")
     for column, axis in zip(axes.T, AXES):
         found = along(axis, rows)
         xs = [row[axis] for row in found]
@@ -148,18 +137,16 @@ def draw(rows: list[dict]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = Path(__file__).parents[2] / "lessons"
-    parser.add_argument("--rows", type=Path, default=results / "results" / "growth.jsonl")
-    parser.add_argument("--picture", type=Path, default=results / "pictures" / "growth.png")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).parents[1] / "results" / "growth.jsonl")
     parser.add_argument("--tiny", action="store_true", help="the first three points of each axis, to try it")
     asked = parser.parse_args()
     if asked.tiny:
         AXES.update({axis: (values[:3], other) for axis, (values, other) in AXES.items()})
     points = [settings(axis, value) for axis, (values, _) in AXES.items() for value in values]
+    os.environ.update(MINIPEFT_THREADS="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # the processes inherit them
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as executor:
         rows = mp.sweep(measure, points, executor, store=asked.rows)
-    save_png(draw(rows), asked.picture)
     print(table(rows))
 
 
